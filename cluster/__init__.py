@@ -1,0 +1,1 @@
+"""Where the steps run: placement on Ray, and nothing else."""

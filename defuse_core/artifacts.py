@@ -1,0 +1,331 @@
+"""What the steps hand each other: the dictionary of the system.
+
+Axis letters, used in every shape comment of the project:
+
+    N images   C classes   H, W height and width   Z latent dimensions   Q draws per image
+    F failures (codes in Psi)   K mixture components   S components kept (candidate scenarios)
+    R review images per scenario   A accepted scenarios   G shards of the training set   V votes
+
+Artefacts are frozen dataclasses of arrays and plain values. They are saved as safetensors, which holds no code: arrays
+as tensors, everything else as JSON in the header, with a SHA-256 over both that is checked on every read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from defuse_core.errors import StoreError
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+U8 = npt.NDArray[np.uint8]
+Bool = npt.NDArray[np.bool_]
+Weights = dict[str, npt.NDArray[Any]]  # a torch state dict as arrays
+
+NONE_OF_THE_ABOVE = -1  # an answer, and also "no label" wherever a label is expected
+
+T = TypeVar("T")
+
+
+def _expect_shapes(owner: object, axes: dict[str, str]) -> None:
+    """Bind each axis letter to the first length seen and raise ValueError where a later one differs."""
+    bound: dict[str, int] = {}
+    for name, letters in axes.items():
+        shape = getattr(owner, name).shape
+        expected = letters.split()
+        if len(shape) != len(expected):
+            raise ValueError(f"{type(owner).__name__}.{name}: expected axes ({letters}), found shape {shape}")
+        for letter, length in zip(expected, shape, strict=True):
+            if bound.setdefault(letter, length) != length:
+                raise ValueError(
+                    f"{type(owner).__name__}.{name}: axis {letter} has length {length}, elsewhere {bound[letter]}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with what training found out about them.
+
+    How to build the modules is in the run file; `models.build(spec, models)` puts both together.
+    """
+
+    classifier: Weights
+    vae: Weights
+    classes: tuple[str, ...]  # C names
+    images: dict[str, int]  # split -> N
+    data_fingerprint: str  # of the data set trained on; later steps refuse to work on another
+    accuracy: dict[str, float]  # split -> accuracy; a split that the data set lacks is absent
+    classifier_history: tuple[dict[str, float], ...]  # one row per epoch; empty where a classifier was brought
+    vae_history: tuple[dict[str, float], ...]
+    reconstruction: float  # mean squared error per pixel of decoding mu, on training images
+    reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
+    kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
+
+
+@dataclass(frozen=True, eq=False)
+class Failures:
+    """Latent codes whose decoding the classifier gets wrong: the paper's Ψ (§3.2.1)."""
+
+    codes: F32  # (F, Z)
+    source: I64  # (F,) index into the training set
+    truth: I64  # (F,) label of the source image
+    predicted: I64  # (F,) never equal to truth
+
+    def __post_init__(self) -> None:
+        _expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What identification of one shard (a run of consecutive blocks of training images) found."""
+
+    failures: Failures
+    images: int
+    decodings: int
+    images_with_any: int  # images with at least one failing draw
+    zero_noise_flips: int  # images that f gets wrong when mu itself is decoded
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Psi:
+    """The record of identification: how many codes each shard holds. The codes stay in the store, shard by shard."""
+
+    codes: I64  # (G,) |Ψ| of each shard, in the order of the training set
+    images: int
+    decodings: int
+    images_with_any: int
+    zero_noise_flips: int
+    worker_seconds: float  # summed over workers
+
+    @property
+    def total(self) -> int:
+        return int(self.codes.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Scenarios:
+    """Components of the Dirichlet-process mixture with weight over ε: the paper's Λ (§3.2.2)."""
+
+    weights: F64  # (S,)
+    means: F64  # (S, Z)
+    covariances: F64  # (S, Z, Z)
+    all_weights: F64  # (K,) before the cut at ε
+    codes_used: int  # rows of Ψ that the mixture was fitted on
+    converged: bool
+    iterations: int
+    lower_bound: float
+
+    def __post_init__(self) -> None:
+        _expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """What reviewers see: R images drawn from each component (Algorithm 2), with the classifier's answer."""
+
+    images: F32  # (S, R, channels, H, W) in [0, 1]
+    codes: F32  # (S, R, Z)
+    predicted: I64  # (S, R)
+    classes: tuple[str, ...]  # (C,)
+
+    def __post_init__(self) -> None:
+        _expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True, eq=False)
+class Votes:
+    """One row per answer. An answer for a whole scenario stands here as one row per image of it."""
+
+    scenario: I64  # (V,)
+    image: I64  # (V,) position within the scenario, 0..R-1
+    annotator: I64  # (V,) index into annotators
+    answer: I64  # (V,) class, or NONE_OF_THE_ABOVE
+    when: F64  # (V,) seconds since 1970; 0 where a model answered
+    annotators: tuple[str, ...]  # names or stable pseudonyms
+    answered_by: str  # "reference models" or "people"
+    notes: dict[str, Any]  # what the annotators want told in the report: refused answers, answers saved, ...
+
+    def __post_init__(self) -> None:
+        _expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
+
+
+@dataclass(frozen=True, eq=False)
+class Verdicts:
+    """Per component: is it a failure scenario, and which label is right there (§4.1)."""
+
+    labels: I64  # (S,) label of an accepted scenario, NONE_OF_THE_ABOVE for a rejected one
+    misclassified: F64  # (S,) share of the labelled images that f gets wrong; nan where none has a label
+    purity: F64  # (S,) share of the reviewed images whose own label is the scenario's (majority) label
+    image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or only refused
+    agreement: F64  # (S, R) share of annotators who voted for the majority label (§4.4); nan where none
+    ties: int  # images without a label because their vote was tied
+    refused: int  # images without a label because nobody gave one
+    reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
+    overrides: tuple[dict[str, Any], ...]  # human decisions above the vote: scenario, label, author, reason, when
+
+    def __post_init__(self) -> None:
+        _expect_shapes(
+            self,
+            {"labels": "S", "misclassified": "S", "purity": "S", "image_labels": "S R", "agreement": "S R"},
+        )
+
+    @property
+    def accepted(self) -> I64:
+        """(A,) indices of the failure scenarios among the components."""
+        return np.flatnonzero(self.labels != NONE_OF_THE_ABOVE).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Corrections:
+    """D_f as latent codes: per accepted scenario, codes to tune on and others to test on (§3.2.3)."""
+
+    scenario: I64  # (A,) index into Scenarios
+    labels: I64  # (A,)
+    tune: F32  # (A, n_tune, Z)
+    test: F32  # (A, n_test, Z)
+
+    def __post_init__(self) -> None:
+        _expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Fine-tuning with one λ after some epochs: enough to go on from, and to choose from."""
+
+    lam: float
+    rows: tuple[dict[str, Any], ...]  # as in Sweep, one per finished epoch
+    weights: Weights  # after the last finished epoch
+    moments: Weights  # of the optimiser, likewise; empty once the trial is done
+    best: Weights  # after the epoch that the rule of choice picks
+    best_epoch: int
+    done: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """Fine-tuning over λ: one row per λ and epoch, and the weights that the rule of choice picked.
+
+    Each row holds lam, epoch, loss and the accuracies train, validation, test, tune (the scenario images tuned on)
+    and scenario (those held out); a figure that does not exist for the data set is None.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    chosen: dict[str, Any]  # the row whose weights these are; empty where nothing was tuned
+    weights: Weights  # of the classifier; empty where nothing was tuned
+    failed: tuple[dict[str, Any], ...]  # trials that failed for good: lam, cause
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The figures of §4 that need a model or a fit; `evaluate.summary` turns them and the rest into the report.
+
+    Models are in the order before, baseline, defuse. A figure that does not exist is nan.
+    """
+
+    accuracy: F64  # (3, 3) model x (validation, test, scenario)
+    per_class: F64  # (3, C) accuracy on the test images of each class
+    scenario: F64  # (3, A) accuracy on the held-out images of each accepted scenario
+    gallery_after: I64  # (S, R) answers of the corrected classifier on the reviewed images
+    points: F32  # (P, 2) t-SNE of training codes, then codes of Psi, then component means
+    point_kind: I64  # (P,) 0 training image, 1 code of Psi, 2 accepted scenario, 3 rejected component
+    point_component: I64  # (P,) component of a mean, or of a Psi code the most responsible one; else -1
+
+
+
+def encode(artefact: object) -> bytes:
+    """Return the artefact as safetensors bytes: arrays as tensors, the rest as JSON, a digest over both."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    plain = _flatten(artefact, "", arrays)
+    body = json.dumps({"kind": type(artefact).__name__, "fields": plain}, sort_keys=True)
+    return save_tensors(arrays, metadata={"defuse": body, "sha256": _digest(body, arrays)})
+
+
+def decode(kind: type[T], data: bytes, where: str) -> T:
+    """Return the artefact in `data`. Raises StoreError, naming `where`, for other, cut or altered bytes."""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        arrays = load_tensors(data)
+        body = json.loads(header["defuse"])
+    except (SafetensorError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        raise StoreError(f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error})") from error
+    if header.get("sha256") != _digest(header["defuse"], arrays):
+        raise StoreError(f"{where}: its bytes changed since they were written; delete it and run again to remake it")
+    if body["kind"] != kind.__name__:
+        raise StoreError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}")
+    return _unflatten(kind, body["fields"], "", arrays)
+
+
+def _digest(body: str, arrays: dict[str, npt.NDArray[Any]]) -> str:
+    sha = hashlib.sha256(body.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        sha.update(f"{name}{array.dtype}{array.shape}".encode())
+        sha.update(array.data if array.size else b"")
+    return sha.hexdigest()
+
+
+def _flatten(artefact: Any, prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """Move the arrays of a dataclass into `arrays` and return what is left, ready for JSON."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(artefact):
+        value, name = getattr(artefact, field.name), prefix + field.name
+        if isinstance(value, np.ndarray):
+            arrays[name] = np.ascontiguousarray(value).reshape(value.shape)
+        elif dataclasses.is_dataclass(value):
+            plain[field.name] = _flatten(value, name + "/", arrays)
+        elif field.type == "Weights":
+            arrays.update({f"{name}/{key}": np.ascontiguousarray(a).reshape(a.shape) for key, a in value.items()})
+        else:
+            plain[field.name] = _finite(value)
+    return plain
+
+
+def _unflatten(kind: type[T], plain: dict[str, Any], prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> T:
+    values: dict[str, Any] = {}
+    nested = {"Failures": Failures}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name = prefix + field.name
+        if name in arrays:
+            values[field.name] = arrays[name]
+        elif field.type == "Weights":
+            start = name + "/"
+            values[field.name] = {key[len(start) :]: a for key, a in arrays.items() if key.startswith(start)}
+        elif field.type in nested:
+            values[field.name] = _unflatten(nested[str(field.type)], plain[field.name], name + "/", arrays)
+        else:
+            value = plain[field.name]
+            values[field.name] = tuple(value) if str(field.type).startswith("tuple") else value
+    return kind(**values)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: an undefined figure is null there."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value

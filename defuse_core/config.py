@@ -1,0 +1,339 @@
+"""The run file: YAML that is checked into frozen models, one section per step.
+
+Under each field stands what it means, its unit, and the paper's value where the paper gives one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from defuse_core.errors import RunFileError
+
+PAPER_LAMBDAS = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0, 1000.0)
+
+STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class DataSection(Section):
+    """Where the images come from."""
+
+    name: Literal["digits", "mnist", "signs", "svhn", "folder", "npz"]
+    """digits ships with scikit-learn; mnist, signs (German traffic signs) and svhn are torchvision's; folder is
+    ROOT/train, ROOT/validation and ROOT/test in ImageFolder layout; npz is one file. Paper: mnist, signs, svhn."""
+    root: Path | None = None
+    """Folder of the images (for npz: the file). Not needed for digits. May differ when a run is resumed."""
+    download: bool = False
+    """Whether a data set that is not at root may be downloaded there."""
+    image_size: int = Field(32, ge=8, le=512)
+    """Height and width in pixels that images are brought to. Paper: 32 for MNIST (28 padded) and SVHN, 128 for signs."""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for colour."""
+    train_images: int | None = Field(None, ge=1)
+    """Use only so many training images, drawn by seed (whole tracks of the signs). Paper: all."""
+    validation_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the training images held out for validation where the data set has no validation part of its own
+    (digits, mnist, folder, npz; by whole tracks for signs is not needed: their test set is halved). Paper: 0 for MNIST."""
+
+
+class ClassifierSection(Section):
+    """The classifier f that is debugged."""
+
+    architecture: Literal["cnn", "resnet18", "custom"] = "cnn"
+    """cnn is Figure 7; resnet18 is torchvision's; custom is import_path. Paper: cnn for MNIST, resnet18 otherwise."""
+    import_path: str | None = None
+    """custom: `package.module:factory`, called without arguments, returns an nn.Module from images in [0, 1] to logits."""
+    weights: Path | None = None
+    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is taken as it is."""
+    imagenet: bool = False
+    """resnet18: start from torchvision's ImageNet weights (downloaded if data.download). Paper: true."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """resnet18: imagenet is the 7x7 stride-2 convolution with max-pooling; small a 3x3 stride-2 convolution without
+    pooling, for images of about 32 pixels. Paper: imagenet."""
+    stages: int = Field(4, ge=1, le=8)
+    """cnn: number of 4x4 stride-2 convolutions. Paper: 4."""
+    channels: int = Field(64, ge=1)
+    """cnn: channels of each convolution. Paper: 64."""
+    hidden: int = Field(256, ge=1)
+    """cnn: width of the two fully connected layers. Paper: 256."""
+    optimizer: Literal["adadelta", "adam"] = "adadelta"
+    """Paper: adadelta for MNIST, adam otherwise."""
+    learning_rate: float = Field(1.0, gt=0)
+    """Paper: 1 for MNIST, 0.001 otherwise."""
+    epochs: int = Field(5, ge=0)
+    """Paper: 5 for MNIST, 20 for signs, 10 for SVHN. 0 takes `weights` as they are."""
+    batch_size: int = Field(64, ge=1)
+    """Images. Paper: 64 for MNIST, 256 for signs, 2048 for SVHN."""
+    keep: Literal["last", "best_validation"] = "last"
+    """Which epoch's weights are kept. Paper: last for MNIST, best_validation otherwise."""
+
+
+class VaeSection(Section):
+    """The β-VAE that models the manifold of legitimate images (§2)."""
+
+    weights: Path | None = None
+    """A .safetensors file to start from; with epochs 0 the β-VAE is taken as it is."""
+    latent_dim: int = Field(10, ge=1, le=512)
+    """Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
+    encoder_stages: int = Field(3, ge=1, le=8)
+    """4x4 stride-2 convolutions of the encoder. Paper: 3 for MNIST and SVHN, 4 for signs."""
+    decoder_stages: int = Field(4, ge=1, le=8)
+    """4x4 stride-2 transpose convolutions of the decoder; the dense layers feed image_size / 2^stages squared.
+    Paper: 4 for MNIST and SVHN, 5 for signs."""
+    channels: int = Field(32, ge=1)
+    """Channels of each convolution. Paper: 32 for MNIST, 64 otherwise."""
+    hidden: int = Field(256, ge=1)
+    """Width of the fully connected layers. Paper: 256."""
+    beta: float = Field(0.4, ge=0)
+    """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
+    epochs: int = Field(800, ge=0)
+    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 takes `weights` as they are."""
+    batch_size: int = Field(2048, ge=1)
+    """Images. Paper: 2048."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Adam. Paper: 0.001."""
+    kl_warmup_steps: int = Field(500, ge=0)
+    """Optimisation steps over which the KL term grows linearly from 0. Paper: 500; 5000 for SVHN."""
+
+
+class IdentifySection(Section):
+    """Algorithm 1: perturb training images in latent space, keep what f gets wrong."""
+
+    draws: int = Field(500, ge=1)
+    """Q, draws per image. Paper: 500 for MNIST, 100 otherwise."""
+    a: float = Field(50.0, gt=0)
+    """Beta(a, b) noise per latent dimension. Paper: 50 for MNIST, 75 otherwise."""
+    b: float = Field(50.0, gt=0)
+    """See a."""
+    center: bool = False
+    """Subtract the mean a/(a+b) from the noise. Paper: false, so every draw is shifted by about +0.5."""
+    scale: float = Field(1.0, gt=0)
+    """Factor on the noise. Paper: 1."""
+    max_per_image: int | None = Field(100, ge=1)
+    """Cap on |ψ| per image; the codes nearest to mu are kept. Paper: 100 for MNIST, 10 for SVHN, none for signs."""
+    block_images: int = Field(256, ge=1)
+    """Training images per block, the unit whose noise has its own seed. Ours."""
+    batch_size: int = Field(256, ge=1)
+    """Codes decoded and classified at once. Ours."""
+
+
+class DistillSection(Section):
+    """§3.2.2: a Gaussian mixture with Dirichlet-process prior over the codes of Ψ."""
+
+    max_codes: int = Field(50_000, ge=2)
+    """Ψ is sampled down to so many codes, without replacement. Paper: 50,000."""
+    max_components: int = Field(100, ge=1)
+    """K. Paper: 100."""
+    min_weight: float = Field(0.01, ge=0, lt=1)
+    """ε: components of lower weight are dropped. Paper: 0.01."""
+    max_iterations: int = Field(100, ge=1)
+    """Paper: scikit-learn's default, 100."""
+    tolerance: float = Field(1e-3, gt=0)
+    """Change of the lower bound at which the fit has converged. Paper: scikit-learn's default, 0.001."""
+
+
+class ReferenceModels(Section):
+    """Stand-ins for annotators: independently seeded classifiers, trained with augmentation."""
+
+    count: int = Field(5, ge=1)
+    """How many, each one annotator. The paper asks 5 people per image."""
+    architecture: Literal["cnn", "resnet18"] = "cnn"
+    """cnn is a wider network with batch normalisation and dropout than the paper's."""
+    channels: int = Field(32, ge=1)
+    """cnn: channels of the first stage; doubled at each of the next two."""
+    epochs: int = Field(6, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(128, ge=1)
+    """Images."""
+    min_confidence: float = Field(0.5, ge=0, le=1)
+    """Below this probability of its best class a model answers none-of-the-above."""
+
+
+class ReviewSection(Section):
+    """Algorithm 2 and §4.1: people decide which components are failure scenarios, and label them."""
+
+    annotators: Literal["reference-models", "label-studio"] = "reference-models"
+    """Who answers. Paper: people (Ground Truth workers)."""
+    images: int = Field(10, ge=1)
+    """R, images drawn per component. Paper: 10."""
+    tau: float = Field(0.5, gt=0)
+    """τ multiplies the covariance a component is drawn with. Paper: 0.5 for MNIST, 0.01 otherwise."""
+    rho: float = Field(0.5, ge=0, lt=1)
+    """A component is a failure scenario if more than this share of its labelled images is misclassified. Paper: 0.5."""
+    reference: ReferenceModels = ReferenceModels()  # type: ignore[call-arg]
+    """Used with annotators: reference-models (and for review.prelabel)."""
+    form: Literal["image", "scenario"] = "image"
+    """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
+    answers_per_task: int = Field(5, ge=1)
+    """Label Studio: people asked per task (its overlap). Paper: 5."""
+    stop_early: bool = True
+    """Label Studio: stop asking about a scenario whose verdict and label can no longer change. Ours."""
+    prelabel: bool = False
+    """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
+    real_names: bool = False
+    """Label Studio: keep annotators' names in the run in place of pseudonyms. Ours."""
+
+
+class CorrectSection(Section):
+    """§3.2.3: fine-tune on L(D) + λ·CE(D_f) over a sweep of λ."""
+
+    lambdas: tuple[float, ...] = Field(PAPER_LAMBDAS, min_length=1)
+    """λ, one fine-tuning each. Paper: the 17 values from 1e-10 to 1000."""
+    epochs: int = Field(3, ge=1)
+    """Epochs each. Paper: 3 for MNIST, 5 otherwise."""
+    batch_size: int = Field(256, ge=1)
+    """Images of D per step, and as many of D_f. Paper: 256; 2048 for SVHN."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Adam. Paper: 0.001."""
+    tune_images: int = Field(256, ge=1)
+    """Images per scenario to tune on. Paper: 256."""
+    test_images: int = Field(256, ge=1)
+    """Other images per scenario, to test on. Paper: 256."""
+    train_images: int | None = Field(None, ge=1)
+    """Fine-tune with only so many training images, drawn by seed. Paper: all."""
+    choose_by: Literal["train", "validation", "tune"] = "train"
+    """Which accuracy picks the epoch and then λ. tune: highest accuracy on the tuned scenario images among the rows
+    that lose at most max_loss of clean accuracy. Paper: train for MNIST, validation otherwise."""
+    max_loss: float = Field(0.005, ge=0, le=1)
+    """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
+
+    @model_validator(mode="after")
+    def _lambdas_distinct(self) -> Self:
+        if len(set(self.lambdas)) != len(self.lambdas) or min(self.lambdas) < 0:
+            raise ValueError("lambdas must be distinct and not negative")
+        return self
+
+
+class ReportSection(Section):
+    """What the report draws."""
+
+    tsne_images: int = Field(10_000, ge=10)
+    """Training codes in the t-SNE picture (Figure 2). Paper: 10,000."""
+    tsne_failures: int = Field(516, ge=1)
+    """Codes of Ψ in it. Paper: 516."""
+    perplexity: float = Field(30.0, gt=1)
+    """Of t-SNE. Paper: 30."""
+
+
+class ResourcesSection(Section):
+    """Machines. Nothing here changes a result, except threads; all of it may differ when a run is resumed."""
+
+    workers: int | Literal["auto"] = "auto"
+    """Identification workers and parallel λ trials; auto is one per GPU, or per threads CPUs where there is no GPU."""
+    gpus_per_worker: float | Literal["auto"] = "auto"
+    """GPUs per worker; fractions are allowed; auto is 1 where the cluster has any GPU, else 0."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs per worker."""
+    train_threads: int = Field(2, ge=1)
+    """CPU threads of a training task. Another number gives other roundings, so a resumed run must keep it."""
+
+
+class RunFile(Section):
+    """One run of Defuse, whole."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Every random choice of the run derives from it."""
+    data: DataSection
+    classifier: ClassifierSection = ClassifierSection()  # type: ignore[call-arg]
+    vae: VaeSection = VaeSection()  # type: ignore[call-arg]
+    identify: IdentifySection = IdentifySection()  # type: ignore[call-arg]
+    distill: DistillSection = DistillSection()  # type: ignore[call-arg]
+    review: ReviewSection = ReviewSection()  # type: ignore[call-arg]
+    correct: CorrectSection = CorrectSection()  # type: ignore[call-arg]
+    report: ReportSection = ReportSection()  # type: ignore[call-arg]
+    resources: ResourcesSection = ResourcesSection()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        size = self.data.image_size
+        for field, stages in (
+            ("vae.encoder_stages", self.vae.encoder_stages),
+            ("vae.decoder_stages", self.vae.decoder_stages),
+            ("classifier.stages", self.classifier.stages if self.classifier.architecture == "cnn" else 0),
+        ):
+            if size % 2**stages:
+                raise ValueError(f"{field} = {stages} halves {size} pixels (data.image_size) to a fraction of a pixel")
+        if (self.classifier.architecture == "custom") != (self.classifier.import_path is not None):
+            raise ValueError("classifier.import_path goes with classifier.architecture: custom, and only with it")
+        if self.classifier.epochs == 0 and self.classifier.weights is None and not self.classifier.imagenet:
+            raise ValueError("classifier.epochs = 0 brings a trained classifier, so classifier.weights must name its file")
+        if self.vae.epochs == 0 and self.vae.weights is None:
+            raise ValueError("vae.epochs = 0 brings a trained β-VAE, so vae.weights must name its file")
+        if self.data.name != "digits" and self.data.root is None:
+            raise ValueError(f"data.root must say where the {self.data.name} images lie (--set data.root=FOLDER)")
+        return self
+
+
+def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
+    """Return the run file at `path` with `a.b=value` overrides applied. Raises RunFileError, in one line."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunFileError(f"{path}: cannot read this run file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunFileError(f"{path}: expected YAML, found {error}") from error
+    if not isinstance(tree, dict):
+        raise RunFileError(f"{path}: expected sections such as `data:`, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_run_file(tree, str(path))
+
+
+def parse_run_file(tree: dict[str, Any], where: str) -> RunFile:
+    """Return the checked run file. Raises RunFileError naming the first field that is wrong."""
+    try:
+        return RunFile.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            raise RunFileError(f"{where}: {field}: there is no such field") from error
+        found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise RunFileError(f"{where}: {field + ': ' if field else ''}{message}{found}{more}") from error
+
+
+def dump_run_file(spec: RunFile) -> str:
+    """Return the resolved run file, every field written out, as YAML that load_run_file reads back to an equal one."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def drift(recorded: RunFile, given: RunFile) -> str | None:
+    """Return the first field that differs and would change results, as `a.b: 1 in the run, 2 now`, or None."""
+    before, now = _flat(recorded.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
+    for field in before | now:
+        free = field in {"data.root", "data.download"} or field.startswith("resources.")
+        if before.get(field) != now.get(field) and (not free or field == "resources.train_threads"):
+            return f"{field}: {before.get(field)!r} in the run, {now.get(field)!r} now"
+    return None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value`; the value is read as YAML."""
+    path, equals, text = override.partition("=")
+    *sections, field = path.strip().split(".")
+    if not equals or not field:
+        raise RunFileError(f"--set {override}: expected section.field=value")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise RunFileError(f"--set {override}: {section} is not a section")
+    try:
+        tree[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RunFileError(f"--set {override}: the value is not YAML") from error

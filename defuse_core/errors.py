@@ -1,0 +1,67 @@
+"""Every error that Defuse raises on purpose, and the exit code each one means.
+
+DefuseError
+├── CheckFailed              1  a check on a model did not pass
+├── InputError               2  something given to Defuse is not usable
+│   ├── RunFileError            the run file, or a --set
+│   ├── DataError               images or labels
+│   ├── ModelError              a model that was brought: its code or its weights
+│   └── DriftError              the run file no longer matches the run it names
+├── LabelsPending            3  people have not answered yet; the same command later goes on
+└── MachineryError           4  the machinery failed: try again, nothing is lost
+    ├── StoreError              the run's folder or bucket
+    ├── RunBusyError            another driver is writing this run
+    ├── ComputeError            a worker, a task or a trial
+    └── ServiceError            Label Studio or another server
+
+A message is one line: what was expected, what was found and what to do. All of them pickle, since Ray carries them.
+"""
+
+
+class DefuseError(Exception):
+    """Base of the tree. `str(error)` is the one line to show; `exit_code` is what the command exits with."""
+
+    exit_code = 4
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class CheckFailed(DefuseError):  # noqa: N818 - reads as the outcome that it is
+    exit_code = 1
+
+
+class InputError(DefuseError):
+    exit_code = 2
+
+
+class RunFileError(InputError): ...
+
+
+class DataError(InputError): ...
+
+
+class ModelError(InputError): ...
+
+
+class DriftError(InputError): ...
+
+
+class LabelsPending(DefuseError):  # noqa: N818
+    exit_code = 3
+
+
+class MachineryError(DefuseError):
+    exit_code = 4
+
+
+class StoreError(MachineryError): ...
+
+
+class RunBusyError(MachineryError): ...
+
+
+class ComputeError(MachineryError): ...
+
+
+class ServiceError(MachineryError): ...

@@ -1,0 +1,29 @@
+"""The one place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says. Secrets are kept out of `repr`, so that no log shows them."""
+
+    ray_address: str | None  # RAY_ADDRESS
+    label_studio_url: str | None  # LABEL_STUDIO_URL
+    label_studio_api_key: str | None = field(repr=False)  # LABEL_STUDIO_API_KEY
+    serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN
+    debug: bool  # DEFUSE_DEBUG: show tracebacks
+
+
+def read_settings() -> Settings:
+    """Return the settings of this process; an empty variable counts as unset."""
+    get = os.environ.get
+    return Settings(
+        ray_address=get("RAY_ADDRESS") or None,
+        label_studio_url=get("LABEL_STUDIO_URL") or None,
+        label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
+        serve_token=get("DEFUSE_SERVE_TOKEN") or None,
+        debug=bool(get("DEFUSE_DEBUG")),
+    )
