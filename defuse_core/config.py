@@ -152,6 +152,8 @@ class ReferenceModels(Section):
     """Passes over the training images."""
     batch_size: int = Field(128, ge=1)
     """Images."""
+    train_images: int | None = Field(None, ge=1)
+    """Train them on only so many training images, drawn by seed."""
     min_confidence: float = Field(0.5, ge=0, le=1)
     """Below this probability of its best class a model answers none-of-the-above."""
 
@@ -258,8 +260,14 @@ class RunFile(Section):
             ("vae.decoder_stages", self.vae.decoder_stages),
             ("classifier.stages", self.classifier.stages if self.classifier.architecture == "cnn" else 0),
         ):
-            if size % 2**stages:
+            if size % 2**stages or size < 2**stages:
                 raise ValueError(f"{field} = {stages} halves {size} pixels (data.image_size) to a fraction of a pixel")
+        side = size >> self.vae.decoder_stages
+        if self.vae.hidden % side**2:
+            raise ValueError(
+                f"vae.hidden = {self.vae.hidden} must be a multiple of {side}x{side}, the pixels that the decoder "
+                f"starts from (data.image_size {size} halved vae.decoder_stages = {self.vae.decoder_stages} times)"
+            )
         if (self.classifier.architecture == "custom") != (self.classifier.import_path is not None):
             raise ValueError("classifier.import_path goes with classifier.architecture: custom, and only with it")
         if self.classifier.epochs == 0 and self.classifier.weights is None and not self.classifier.imagenet:

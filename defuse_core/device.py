@@ -1,0 +1,42 @@
+"""The device of this process, and how many threads it computes with. Numerics depend on both, so both are set here."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
+
+import torch
+
+
+def device() -> torch.device:
+    """Return the GPU of this process if torch can use one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute with `count` CPU threads inside the block, and reproducibly.
+
+    Another number of threads adds in another order and so rounds otherwise: a step names its own number, and never
+    takes what the machine happens to have.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    _keep_freed_memory()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep the memory of freed tensors: giving it back and zeroing it anew costs a fifth of the time."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never trim it

@@ -1,0 +1,53 @@
+"""LocalCompute: every step in this process, one after the other. The reference that the cluster must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from defuse_core.artifacts import Corrections, Models, Psi, Sweep
+from defuse_core.config import RunFile
+from defuse_core.correct import collect, is_pointless, load_tuning, run_trial
+from defuse_core.data import Images
+from defuse_core.identify import Identifier, finished_shards, gather, save_shard, shard_count
+from defuse_core.progress import Progress, silent
+from defuse_core.runs import Store
+
+T = TypeVar("T")
+
+
+class LocalCompute:
+    """The protocol `Compute`, without a cluster."""
+
+    def __init__(self, progress: Progress = silent) -> None:
+        self.progress = progress
+
+    def task(self, step: str, function: Callable[..., T], *args: object) -> T:
+        """Return function(*args, progress=...)."""
+        return function(*args, progress=self.progress)
+
+    def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
+        """Algorithm 1, shard after shard."""
+        count = shard_count(models.images["train"], spec.identify.block_images)
+        records = finished_shards(store)
+        identifier = Identifier(spec, models)
+        for index in range(count):
+            if index not in records:
+                records[index] = save_shard(store, index, identifier.shard(index))
+            self.progress("perturbing training images", index + 1, count, "shards")
+        return gather(records)
+
+    def sweep(
+        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
+    ) -> Sweep:
+        """Fine-tune, λ after λ."""
+        if is_pointless(fixes, reviewed):
+            return collect(spec, models, [])
+        tuning = load_tuning(spec, models, fixes, reviewed, progress=self.progress)
+        trials = []
+        for index, lam in enumerate(spec.correct.lambdas):
+            *_, trial = run_trial(spec, models, tuning, lam, store)
+            trials.append(trial)
+            self.progress("fine-tuning over λ", index + 1, len(spec.correct.lambdas), "trials")
+        return collect(spec, models, trials)
+

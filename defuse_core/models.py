@@ -1,0 +1,283 @@
+"""Classifiers and β-VAEs of Appendix B, bringing one's own, and applying them in batches."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from defuse_core.artifacts import F32, I64, Weights
+from defuse_core.config import ClassifierSection, RunFile
+from defuse_core.data import Images
+from defuse_core.device import device
+from defuse_core.errors import ModelError
+
+IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _halving_convolutions(channels_in: int, channels: int, stages: int) -> Iterator[nn.Module]:
+    """4x4 convolutions of stride 2, each halving height and width (Figures 7, 8, 10, 12)."""
+    for stage in range(stages):
+        yield nn.Conv2d(channels if stage else channels_in, channels, 4, stride=2, padding=1)
+        yield nn.ReLU()
+
+
+def _dense(*widths: int) -> Iterator[nn.Module]:
+    for width_in, width_out in zip(widths, widths[1:], strict=False):
+        yield nn.Linear(width_in, width_out)
+        yield nn.ReLU()
+
+
+def _cnn(spec: RunFile, classes: int) -> nn.Module:
+    """Figure 7. Its last row says 10x2; a classifier needs C logits."""
+    section, data = spec.classifier, spec.data
+    flat = section.channels * (data.image_size >> section.stages) ** 2
+    return nn.Sequential(
+        *_halving_convolutions(data.channels, section.channels, section.stages),
+        nn.Flatten(),
+        *_dense(flat, section.hidden, section.hidden),
+        nn.Linear(section.hidden, classes),
+    )
+
+
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18 for images in [0, 1], which it normalises as ImageNet's; grey is repeated to RGB."""
+
+    def __init__(self, classes: int, imagenet: bool, stem: str) -> None:
+        super().__init__()
+        from torchvision.models import ResNet18_Weights, resnet18
+
+        self.net = resnet18(weights=ResNet18_Weights.IMAGENET1K_V1 if imagenet else None)
+        self.net.fc = nn.Linear(self.net.fc.in_features, classes)
+        if stem == "small":
+            self.net.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+            self.net.maxpool = nn.Identity()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("sd", torch.tensor(IMAGENET_SD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channels, H, W) -> logits (n, C)."""
+        logits: Tensor = self.net((images - self.mean) / self.sd)
+        return logits
+
+
+class ReferenceCnn(nn.Module):
+    """A stronger network than the paper's: three stages of two 3x3 convolutions, batch normalisation, dropout."""
+
+    def __init__(self, channels_in: int, channels: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (channels, 2 * channels, 4 * channels):
+            for first in (channels_in, width):
+                layers += [nn.Conv2d(first, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers.append(nn.MaxPool2d(2))
+            channels_in = width
+        self.net = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels_in, classes)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channels, H, W) -> logits (n, C)."""
+        logits: Tensor = self.net(images)
+        return logits
+
+
+class Vae(nn.Module):
+    """β-VAE of Figures 8-13: encoder to mean and log-variance, decoder back to images."""
+
+    def __init__(self, spec: RunFile) -> None:
+        super().__init__()
+        section, data = spec.vae, spec.data
+        width, channels = section.hidden, section.channels
+        flat = channels * (data.image_size >> section.encoder_stages) ** 2
+        self.encoder = nn.Sequential(
+            *_halving_convolutions(data.channels, channels, section.encoder_stages),
+            nn.Flatten(),
+            *_dense(flat, width, width),
+            nn.Linear(width, 2 * section.latent_dim),
+        )
+        side = data.image_size >> section.decoder_stages
+        widths = [width // side**2] + [channels] * (section.decoder_stages - 1) + [data.channels]
+        self.decoder = nn.Sequential(
+            *_dense(section.latent_dim, width, width, width), nn.Unflatten(1, (widths[0], side, side))
+        )
+        for channels_in, channels_out in zip(widths, widths[1:], strict=False):
+            self.decoder.append(nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1))
+            self.decoder.append(nn.ReLU())
+        self.decoder = self.decoder[:-1]  # the last layer gives logits; decode() applies the sigmoid
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, channels, H, W) -> mean and log-variance of q(z|x), each (n, Z)."""
+        mu, log_variance = self.encoder(images).chunk(2, dim=1)
+        return mu, log_variance
+
+    def decode_logits(self, codes: Tensor) -> Tensor:
+        """(n, Z) -> (n, channels, H, W) before the sigmoid."""
+        logits: Tensor = self.decoder(codes)
+        return logits
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(n, Z) -> images (n, channels, H, W) in [0, 1]."""
+        return torch.sigmoid(self.decode_logits(codes))
+
+
+def build_classifier(spec: RunFile, classes: int) -> nn.Module:
+    """Return the untrained (or ImageNet) classifier of the run file: images in [0, 1] -> logits (n, C)."""
+    section = spec.classifier
+    if section.architecture == "custom":
+        module = _import_classifier(section)
+    elif section.architecture == "resnet18":
+        module = _resnet18(spec, classes)
+    else:
+        module = _cnn(spec, classes)
+    return module
+
+
+def build_vae(spec: RunFile) -> Vae:
+    """Return the untrained β-VAE of the run file."""
+    return Vae(spec)
+
+
+def _resnet18(spec: RunFile, classes: int) -> ResNet18:
+    section = spec.classifier
+    try:
+        return ResNet18(classes, section.imagenet and section.weights is None, section.stem)
+    except OSError as error:
+        raise ModelError(
+            f"classifier.imagenet: torchvision could not fetch its ImageNet weights ({error}); "
+            "set classifier.imagenet: false, or classifier.weights to a local file"
+        ) from error
+
+
+def _import_classifier(section: ClassifierSection) -> nn.Module:
+    path = section.import_path or ""
+    module_name, _, factory = path.partition(":")
+    try:
+        module = getattr(importlib.import_module(module_name), factory)()
+    except Exception as error:
+        raise ModelError(
+            f"classifier.import_path {path}: calling it failed ({type(error).__name__}: {error}); "
+            "expected package.module:factory, importable from here and callable without arguments"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"classifier.import_path {path}: expected an nn.Module, found {type(module).__name__}")
+    return module
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """Return a copy of the module's state as numpy arrays."""
+    return {name: tensor.detach().cpu().contiguous().numpy().copy() for name, tensor in module.state_dict().items()}
+
+
+def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
+    """Load `weights` into `module`. Raises ModelError, naming `where` and the first tensor that does not fit."""
+    expected = module.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise ModelError(f"{where}: the weights lack {name}; are they of another architecture?")
+        if tuple(weights[name].shape) != tuple(tensor.shape):
+            raise ModelError(
+                f"{where}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
+            )
+        if not np.isfinite(weights[name]).all():
+            raise ModelError(f"{where}: {name}: expected finite numbers, found NaN or infinity")
+    extra = sorted(weights.keys() - expected.keys())
+    if extra:
+        raise ModelError(f"{where}: unexpected {extra[0]}; are these weights of another architecture?")
+    module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+
+
+def read_weights(path: Path) -> Weights:
+    """Return the state dict in a .safetensors file, or in a .pt file read with torch's weights-only loader."""
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+                for name, tensor in tensors.items()}
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: expected a file of weights, found none") from error
+    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, AttributeError, EOFError, ValueError) as error:
+        raise ModelError(f"{path}: expected a state dict of tensors in safetensors or weights-only form") from error
+
+
+def load_classifier(spec: RunFile, weights: Weights, classes: int, where: str = "the run's classifier") -> nn.Module:
+    """Return the classifier with `weights`, on this process's device, ready to predict."""
+    plain = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"imagenet": False})})
+    return _ready(build_classifier(plain, classes), weights, where)
+
+
+def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -> Vae:
+    """Return the β-VAE with `weights`, on this process's device, ready to encode and decode."""
+    vae = build_vae(spec)
+    _ready(vae, weights, where)
+    return vae
+
+
+def _ready(module: nn.Module, weights: Weights, where: str) -> nn.Module:
+    set_weights(module, weights, where)
+    return to_device(module).eval()
+
+
+def to_device(module: nn.Module) -> nn.Module:
+    """Move `module` to this process's device in the memory layout that its convolutions are fastest in."""
+    return module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def to_tensor(images: F32) -> Tensor:
+    """Move (n, channels, H, W) pixels to this process's device, in the layout of to_device."""
+    return torch.from_numpy(images).to(device()).contiguous(memory_format=torch.channels_last)
+
+
+def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int) -> np.ndarray:  # type: ignore[type-arg]
+    """Return function(rows) for consecutive rows of at most batch_size, concatenated."""
+    with torch.inference_mode():
+        parts = [
+            function(slice(start, min(start + batch_size, count))).cpu().numpy()
+            for start in range(0, count, batch_size)
+        ]
+    return np.concatenate(parts)
+
+
+def _as_images(images: Images | F32) -> Images:
+    return images if isinstance(images, Images) else Images(images, np.zeros(len(images), np.int64))
+
+
+def predict(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> I64:
+    """Return the classifier's answer for each image, (n,)."""
+    return predict_probabilities(classifier, images, batch_size).argmax(axis=1).astype(np.int64)
+
+
+def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:
+    """Return the classifier's class probabilities, (n, C)."""
+    source = _as_images(images)
+    if not len(source):
+        return np.zeros((0, 1), np.float32)
+    return map_batches(lambda rows: classifier(to_tensor(source.batch(rows))).softmax(1), len(source), batch_size)
+
+
+def accuracy(classifier: nn.Module, images: Images, batch_size: int = 256) -> float:
+    """Return the share of images that the classifier gets right; nan for no images."""
+    return float((predict(classifier, images, batch_size) == images.labels).mean()) if len(images) else math.nan
+
+
+def decode_codes(vae: Vae, codes: F32, batch_size: int = 256) -> F32:
+    """Return the decodings of (n, Z) codes: (n, channels, H, W) in [0, 1]."""
+    if not len(codes):
+        return decode_codes(vae, np.zeros((1, codes.shape[1]), np.float32))[:0]
+    return map_batches(lambda rows: vae.decode(torch.from_numpy(codes[rows].copy()).to(device())), len(codes), batch_size)
+
+
+def encode_images(vae: Vae, images: Images | F32, batch_size: int = 256) -> F32:
+    """Return the means of q(z|x), (n, Z)."""
+    source = _as_images(images)
+    return map_batches(lambda rows: vae.encode(to_tensor(source.batch(rows)))[0], len(source), batch_size)

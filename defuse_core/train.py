@@ -1,0 +1,224 @@
+"""Train the classifier f and the β-VAE (Appendix B), and measure both."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defuse_core.artifacts import I64, Models, Weights
+from defuse_core.config import RunFile
+from defuse_core.data import Images, Splits, open_splits
+from defuse_core.device import cpu_threads, device
+from defuse_core.errors import ModelError, RunFileError
+from defuse_core.models import (
+    Vae,
+    accuracy,
+    build_classifier,
+    build_vae,
+    decode_codes,
+    encode_images,
+    map_batches,
+    predict,
+    read_weights,
+    set_weights,
+    to_device,
+    to_tensor,
+    weights_of,
+)
+from defuse_core.progress import Progress
+from defuse_core.seeds import generator, torch_seed
+
+log = logging.getLogger("defuse")
+PROBE_IMAGES = 10_000  # training images that the β-VAE's figures are measured on
+
+
+def train(spec: RunFile, *, progress: Progress) -> Models:
+    """Return f and the β-VAE, trained or brought, with their accuracies and the β-VAE's health."""
+    splits = open_splits(spec.data, spec.seed)
+    _expect_validation(spec, splits)
+    with cpu_threads(spec.resources.train_threads):
+        classifier, classifier_history = train_classifier(spec, splits, progress)
+        vae, vae_history = train_vae(spec, splits, progress)
+        probe = splits.train.take(slice(0, PROBE_IMAGES))
+        reconstruction, flips = _reconstruct(classifier, vae, probe)
+        return Models(
+            classifier=weights_of(classifier),
+            vae=weights_of(vae),
+            classes=splits.classes,
+            images=splits.counts(),
+            data_fingerprint=splits.fingerprint(),
+            accuracy=_accuracies(classifier, splits),
+            classifier_history=tuple(classifier_history),
+            vae_history=tuple(vae_history),
+            reconstruction=reconstruction,
+            reconstruction_flips=flips,
+            kl_per_dimension=_kl_per_dimension(vae, probe),
+        )
+
+
+def _expect_validation(spec: RunFile, splits: Splits) -> None:
+    """Refuse, before any work, a choice that needs the validation set this data set lacks."""
+    for field, value in (("classifier.keep", spec.classifier.keep), ("correct.choose_by", spec.correct.choose_by)):
+        if "validation" in value and splits.validation is None:
+            raise RunFileError(
+                f"{field}: {value} needs validation images and this data set has none; "
+                "set data.validation_share, or choose by something else"
+            )
+
+
+def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[I64]:
+    """Yield one epoch of row indices in a fresh order. A last batch of one image is left out: it has no variance."""
+    order = rng.permutation(count)
+    for start in range(0, count, batch_size):
+        rows = order[start : start + batch_size]
+        if len(rows) > 1 or count == 1:
+            yield rows
+
+
+def train_classifier(spec: RunFile, splits: Splits, progress: Progress) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Return the classifier and one row per epoch. Keeps the last epoch or the best on validation, as the run says."""
+    section = spec.classifier
+    torch.manual_seed(torch_seed(spec.seed, "classifier"))
+    classifier = build_classifier(spec, len(splits.classes))
+    _bring(classifier, spec.classifier.weights)
+    _expect_logits(classifier, splits)
+    to_device(classifier)
+    optimizer = _optimizer(spec, classifier)
+    history: list[dict[str, float]] = []
+    best: Weights | None = None
+    for epoch in range(section.epochs):
+        loss = _classifier_epoch(classifier, optimizer, splits.train, spec, epoch, progress)
+        row = {"epoch": epoch + 1.0, "loss": loss}
+        if splits.validation is not None:
+            row["validation"] = accuracy(classifier.eval(), splits.validation)
+        if section.keep == "best_validation" and row["validation"] > max((r["validation"] for r in history), default=-1):
+            best = weights_of(classifier)
+        history.append(row)
+        log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, _figures(row))
+    if best is not None:
+        set_weights(classifier, best, "the best epoch")
+    return classifier.eval(), history
+
+
+def _classifier_epoch(
+    classifier: nn.Module, optimizer: torch.optim.Optimizer, images: Images, spec: RunFile, epoch: int, progress: Progress
+) -> float:
+    classifier.train()
+    total = spec.classifier.epochs * len(images)
+    done, losses = epoch * len(images), []
+    for rows in minibatches(len(images), spec.classifier.batch_size, generator(spec.seed, "classifier", epoch)):
+        loss = F.cross_entropy(classifier(to_tensor(images.batch(rows))), labels_of(images, rows))
+        losses.append(descend(loss, optimizer, "the classifier"))
+        done += len(rows)
+        progress("training the classifier", done, total, "images")
+    return float(np.mean(losses))
+
+
+def train_vae(spec: RunFile, splits: Splits, progress: Progress) -> tuple[Vae, list[dict[str, float]]]:
+    """Return the β-VAE and one row per epoch (loss, reconstruction and KL in nats per image)."""
+    section = spec.vae
+    torch.manual_seed(torch_seed(spec.seed, "vae"))
+    vae = build_vae(spec)
+    _bring(vae, section.weights)
+    to_device(vae)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=section.learning_rate, fused=True)
+    noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise"))
+    history: list[dict[str, float]] = []
+    step, total = 0, section.epochs * len(splits.train)
+    for epoch in range(section.epochs):
+        terms = []
+        for rows in minibatches(len(splits.train), section.batch_size, generator(spec.seed, "vae", epoch)):
+            step += 1
+            beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
+            reconstruction, divergence = vae_terms(vae, to_tensor(splits.train.batch(rows)), noise)
+            descend(reconstruction + beta * divergence, optimizer, "the β-VAE")
+            terms.append((reconstruction.item(), divergence.item()))
+            progress("training the β-VAE", min(total, epoch * len(splits.train) + len(terms) * len(rows)), total, "images")
+        reconstruction_mean, divergence_mean = (float(x) for x in np.mean(terms, axis=0))
+        history.append({"epoch": epoch + 1.0, "reconstruction": reconstruction_mean, "kl": divergence_mean, "beta": beta})
+    if history:
+        log.info("β-VAE after %d epochs: %s", section.epochs, _figures(history[-1]))
+    vae.eval()
+    return vae, history
+
+
+def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the two terms of the β-VAE's loss, in nats per image: -E log p(x|z) (Bernoulli) and KL(q(z|x) || p(z))."""
+    mu, log_variance = vae.encode(images)
+    codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
+    logits = vae.decode_logits(codes)
+    reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
+    return reconstruction, kl_to_prior(mu, log_variance).sum() / len(images)
+
+
+def kl_to_prior(mu: Tensor, log_variance: Tensor) -> Tensor:
+    """Return KL(q || N(0, 1)) per image and latent dimension, (n, Z), in nats."""
+    return 0.5 * (mu.square() + log_variance.exp() - log_variance - 1)
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, what: str) -> float:
+    """Take one optimisation step and return the loss. Raises ModelError once it is not finite."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ModelError(f"training {what} diverged: its loss became {value}; lower the learning rate or check the images")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return value
+
+
+def labels_of(images: Images, rows: I64) -> Tensor:
+    """Return the labels of `rows` on this process's device."""
+    return torch.from_numpy(images.labels[rows]).to(device())
+
+
+def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
+    if spec.classifier.optimizer == "adadelta":
+        return torch.optim.Adadelta(module.parameters(), lr=spec.classifier.learning_rate)
+    return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
+
+
+def _bring(module: nn.Module, path: object) -> None:
+    from pathlib import Path
+
+    if isinstance(path, Path):
+        set_weights(module, read_weights(path), str(path))
+
+
+def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
+    """Refuse a classifier whose output does not fit the classes, before it fails in the middle of an epoch."""
+    sample = torch.from_numpy(splits.train.batch(slice(0, 2)))
+    try:
+        found = tuple(classifier.eval()(sample).shape)
+    except Exception as error:
+        raise ModelError(f"the classifier cannot take images of shape {tuple(sample.shape)}: {error}") from error
+    expected = (len(sample), len(splits.classes))
+    if found != expected:
+        raise ModelError(f"the classifier: expected logits of shape {expected} (images, classes), found {found}")
+
+
+def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return {name: accuracy(classifier, images) for name, images in parts.items() if images is not None}
+
+
+def _reconstruct(classifier: nn.Module, vae: Vae, images: Images) -> tuple[float, float]:
+    """Return the mean squared error per pixel of decoding mu, and the share of decodings that f gets wrong."""
+    decoded = decode_codes(vae, encode_images(vae, images))
+    error = float(np.mean((decoded - images.batch(slice(0, len(images)))) ** 2))
+    return error, float((predict(classifier, decoded) != images.labels).mean())
+
+
+def _kl_per_dimension(vae: Vae, images: Images) -> np.ndarray:  # type: ignore[type-arg]
+    per_image = map_batches(lambda rows: kl_to_prior(*vae.encode(to_tensor(images.batch(rows)))), len(images), 256)
+    return per_image.mean(axis=0, dtype=np.float64)
+
+
+def _figures(row: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
