@@ -1,0 +1,54 @@
+"""Handwritten digits: scikit-learn's, MNIST and SVHN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from defuse_core.artifacts import U8
+from defuse_core.config import DataSection
+from defuse_core.data.dividing import hold_out, sample, with_validation
+from defuse_core.data.images import Images, Splits, expect_labels, fit_pixels
+from defuse_core.data.sources import data_root, reading
+from defuse_core.seeds import generator
+
+DIGITS = tuple(str(digit) for digit in range(10))
+TEST_SHARE = 0.3  # of scikit-learn's digits, which come undivided
+
+
+def open_digits(data: DataSection, seed: int) -> Splits:
+    """Return scikit-learn's 1,797 digits, 8x8 pixels of 0 to 16, scaled up; 30 % are the test set."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    pixels = np.round(found.images[:, None] * (255 / 16)).astype(np.uint8)  # (N, 1, 8, 8)
+    images = Images(fit_pixels(pixels, data.channels, data.image_size), found.target.astype(np.int64))
+    train, test = hold_out(images, TEST_SHARE, generator(seed, "split", "test"))
+    train, validation = with_validation(train, data.validation_share, seed)
+    return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
+
+
+def open_mnist(data: DataSection, seed: int) -> Splits:
+    """Return MNIST: 28x28 pixels, padded with black where image_size is 32 (Appendix B.2), else resized."""
+    root = data_root(data)
+    train, test = _mnist(root, True, data), _mnist(root, False, data)
+    train, validation = with_validation(train, data.validation_share, seed)
+    return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
+
+
+def _mnist(root: Path, train: bool, data: DataSection) -> Images:
+    from torchvision.datasets import MNIST
+
+    with reading(root, "MNIST's four IDX files in MNIST/raw", data.download):
+        found = MNIST(root, train=train, download=data.download)
+        pixels, labels = found.data.numpy(), found.targets.numpy().astype(np.int64)
+        images = Images(fit_pixels(_padded(pixels, data.image_size), data.channels, data.image_size), labels)
+    expect_labels(labels, 10, root / "MNIST")
+    return images
+
+
+def _padded(pixels: U8, size: int) -> U8:
+    """Return (N, 1, h, w) from (N, 28, 28): in the middle of 32x32 if that is `size`, otherwise as it is."""
+    edge = (32 - pixels.shape[1]) // 2 if size == 32 else 0
+    return np.pad(pixels[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge)))

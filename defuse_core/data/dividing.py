@@ -1,0 +1,72 @@
+"""Seeded divisions of a data set. The images of every part keep the order that they had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from defuse_core.artifacts import I64
+from defuse_core.data.images import Images
+from defuse_core.errors import DataError
+from defuse_core.seeds import generator
+
+
+def mixed_order(labels: I64, rng: np.random.Generator) -> I64:
+    """Return all rows (N,) in a random order, of which every beginning has each class about in proportion."""
+    shuffled = rng.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, counts = np.unique(labels, return_counts=True)
+    rank = np.concatenate([np.arange(n) for n in counts])
+    position = (rank + rng.random(len(labels))) / np.repeat(counts, counts)
+    return by_class[np.argsort(position, kind="stable")].astype(np.int64)
+
+
+def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Images, Images]:
+    """Return (kept, held): `share` of the images is held out, of each class alike. DataError if either is empty."""
+    count = round(share * len(images))
+    if not 0 < count < len(images):
+        raise DataError(
+            f"data.validation_share: {share} of {len(images)} images is {count} "
+            "and both parts need one; change the share"
+        )
+    order = mixed_order(images.labels, rng)
+    return images.take(np.sort(order[count:])), images.take(np.sort(order[:count]))
+
+
+def with_validation(train: Images, share: float, seed: int) -> tuple[Images, Images | None]:
+    """Return (train, validation): `share` of the training images held out, or None where it is 0."""
+    return hold_out(train, share, generator(seed, "split", "validation")) if share else (train, None)
+
+
+def halves(images: Images, seed: int) -> tuple[Images, Images]:
+    """Return two random halves, validation and test of the German signs and SVHN (Appendix B)."""
+    if len(images) < 2:
+        raise DataError(
+            f"the official test set has {len(images)} images, and halving it needs two; check data.root"
+        )
+    order = generator(seed, "split", "halves").permutation(len(images))
+    middle = len(images) // 2
+    return images.take(np.sort(order[:middle])), images.take(np.sort(order[middle:]))
+
+
+def sample(train: Images, limit: int | None, seed: int) -> Images:
+    """Return at most `limit` training images, of each class alike (data.train_images)."""
+    if limit is None or limit >= len(train):
+        return train
+    return train.take(np.sort(mixed_order(train.labels, generator(seed, "split", "sample"))[:limit]))
+
+
+def sample_tracks(train: Images, tracks: Sequence[str], limit: int | None, seed: int) -> Images:
+    """Return at most `limit` training images in whole tracks, though at least one track.
+
+    `tracks` names the track of each image: frames of one sign, that must stay together.
+    """
+    if limit is None or limit >= len(train):
+        return train
+    _, first, track, frames = np.unique(
+        np.array(tracks), return_index=True, return_inverse=True, return_counts=True
+    )
+    order = mixed_order(train.labels[first], generator(seed, "split", "sample"))
+    fitting = max(1, int(np.searchsorted(np.cumsum(frames[order]), limit, side="right")))
+    return train.take(np.flatnonzero(np.isin(track, order[:fitting])))

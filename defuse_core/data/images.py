@@ -1,0 +1,180 @@
+"""Images with their labels, in memory or read on demand, and the parts of a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from defuse_core.artifacts import F32, I64, U8
+from defuse_core.errors import DataError
+
+FINGERPRINT_IMAGES = 128  # per part; so many are read, however large the data set is
+
+
+class PictureFiles:
+    """Image files as a uint8 array (N, channels, H, W) that is read when it is indexed.
+
+    Grey becomes colour and colour grey as `channels` asks, and every image is brought to `size` x `size`:
+    bilinear with antialiasing, as torchvision's Resize does.
+    """
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    def __init__(self, paths: Sequence[str] | npt.NDArray[np.object_], channels: int, size: int) -> None:
+        self._paths = np.asarray(paths, dtype=object)
+        self._channels = channels
+        self._size = size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self._paths), self._channels, self._size, self._size)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, rows: slice | I64) -> U8:
+        """Return pixels (n, channels, H, W). Raises DataError naming a file that is no readable image."""
+        paths = self._paths[rows]
+        pixels = np.empty((len(paths), *self.shape[1:]), np.uint8)
+        for image, path in zip(pixels, paths, strict=True):
+            image[:] = read_picture(path, self._channels, self._size)
+        return pixels
+
+    def at(self, rows: slice | I64) -> PictureFiles:
+        """Return the files of `rows`; nothing is read."""
+        return PictureFiles(self._paths[rows], self._channels, self._size)
+
+
+def read_picture(path: str, channels: int, size: int) -> U8:
+    """Return one image file as (channels, size, size). Raises DataError naming the file."""
+    try:
+        with Image.open(path) as picture:
+            return fit_picture(picture, channels, size)
+    except PermissionError as error:
+        raise DataError(
+            f"{path}: no permission to read this image; make it readable for this user"
+        ) from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: this image has gone; put it back or start a run on the new data") from error
+    except Exception as error:  # decoders raise a dozen kinds of errors on broken files
+        raise DataError(f"{path}: expected an image, found {error}; repair or remove this file") from error
+
+
+def fit_picture(picture: Image.Image, channels: int, size: int) -> U8:
+    """Return a picture as (channels, size, size)."""
+    if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip, not scale
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    if picture.size != (size, size):
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def fit_pixels(pixels: U8, channels: int, size: int) -> U8:
+    """Return pixels (N, c, h, w) as (N, channels, size, size), converted as PictureFiles converts files."""
+    if pixels.shape[1:] == (channels, size, size):
+        return pixels
+    if pixels.shape[1:] == (1, size, size):
+        return np.broadcast_to(pixels, (len(pixels), channels, size, size))  # grey thrice, stored once
+    fitted = np.empty((len(pixels), channels, size, size), np.uint8)
+    for out, image in zip(fitted, pixels, strict=True):
+        picture = Image.fromarray(
+            image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+        )
+        out[:] = fit_picture(picture, channels, size)
+    return fitted
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """N images and their labels. The arrays may be read-only, as those from Ray's object store are."""
+
+    pixels: U8 | F32 | PictureFiles  # (N, channels, H, W); uint8 0 to 255, or float32 in [0, 1]
+    labels: I64  # (N,)
+
+    def __post_init__(self) -> None:
+        shape, dtype = self.pixels.shape, self.pixels.dtype
+        if len(shape) != 4 or dtype not in (np.uint8, np.float32):
+            raise ValueError(
+                f"Images.pixels: expected uint8 or float32 (N, channels, H, W), found {dtype} {shape}"
+            )
+        if self.labels.shape != shape[:1] or self.labels.dtype != np.int64:
+            raise ValueError(
+                f"Images.labels: expected int64 ({shape[0]},), found {self.labels.dtype} {self.labels.shape}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: slice | I64) -> F32:
+        """Return (n, channels, H, W) in [0, 1], contiguous, writable and the caller's own."""
+        raw = self.pixels[rows]
+        batch = np.array(raw, dtype=np.float32, order="C")
+        if raw.dtype == np.uint8:
+            batch /= 255
+        return batch
+
+    def take(self, rows: slice | I64) -> Images:
+        """Return the images of `rows`, in that order. Files are not read."""
+        files = isinstance(self.pixels, PictureFiles)
+        return Images(self.pixels.at(rows) if files else self.pixels[rows], self.labels[rows])  # type: ignore[union-attr]
+
+    def loaded(self) -> Images:
+        """Return the same images with their pixels in memory; those of files as uint8."""
+        return Images(self.pixels[:], self.labels) if isinstance(self.pixels, PictureFiles) else self
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The parts of a data set. One that the data set does not have is None; one that it has is not empty."""
+
+    train: Images
+    validation: Images | None
+    test: Images | None
+    classes: tuple[str, ...]  # C names; a label is an index into them
+
+    def parts(self) -> dict[str, Images]:
+        """Return the parts that are there, by name."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: images for name, images in named.items() if images is not None}
+
+    def counts(self) -> dict[str, int]:
+        """Return the images of each part that is there."""
+        return {name: len(images) for name, images in self.parts().items()}
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256, in hex, over class names, shapes, all labels and the pixels of some images.
+
+        Reads at most 128 evenly spaced images of each part, so one that was altered in a large set may go unseen.
+        """
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for name, images in self.parts().items():
+            digest.update(f"\0{name} {images.pixels.dtype} {images.pixels.shape}\0".encode())
+            digest.update(images.labels.astype("<i8").tobytes())
+            digest.update(_sample(images).tobytes())
+        return digest.hexdigest()
+
+
+def _sample(images: Images) -> npt.NDArray[Any]:
+    rows = np.unique(np.linspace(0, len(images) - 1, min(FINGERPRINT_IMAGES, len(images))).astype(np.int64))
+    return np.ascontiguousarray(images.pixels[rows])
+
+
+def expect_labels(labels: I64, classes: int, where: str | Path) -> None:
+    """Raise DataError, naming the first label that is not a class."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        raise DataError(
+            f"{where}: expected labels 0 to {classes - 1}, found {labels[wrong[0]]} at index {wrong[0]} "
+            f"({wrong.size} such); correct the labels or name all classes"
+        )

@@ -1,0 +1,25 @@
+"""From the run file's data section to Splits, whichever data set it names."""
+
+from __future__ import annotations
+
+from defuse_core.config import DataSection
+from defuse_core.data.digits import open_digits, open_mnist
+from defuse_core.data.images import Splits
+from defuse_core.errors import DataError
+
+OPENERS = {"digits": open_digits, "mnist": open_mnist}
+
+
+def open_splits(data: DataSection, seed: int) -> Splits:
+    """Return the parts of the data set that `data` names; equal arguments on equal files give equal Splits.
+
+    Validation and test are as the data set has them. Where it has no validation part, `data.validation_share` of
+    the training images is held out; then `data.train_images` of the rest are drawn. Raises DataError, in one line.
+    """
+    opener = OPENERS[data.name]
+    try:
+        return opener(data, seed)
+    except OSError as error:
+        raise DataError(
+            f"data.root: cannot read {error.filename or data.root} ({error.strerror or error})"
+        ) from error
