@@ -21,6 +21,7 @@ from defuse_core.correct import reviewed_failures
 from defuse_core.data import Images
 from defuse_core.distill import distill
 from defuse_core.draw import draw_corrections, draw_gallery
+from defuse_core.errors import InputError
 from defuse_core.evaluate import Findings, evaluate
 from defuse_core.judge import judge, read_overrides
 from defuse_core.report import Report, write_report
@@ -73,3 +74,20 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     found = Findings(models, psi, scenarios, gallery, votes, verdicts, fixes, baseline, sweep)
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
     return write_report(run, found, evaluation)
+
+
+def rewrite_report(run: Run) -> Report:
+    """Return the report of a finished run, written again from its artefacts. Raises InputError if it is not finished."""
+    found = Findings(
+        *(_made(run, kind) for kind in (Models, Psi, Scenarios, Gallery, Votes, Verdicts, Corrections)),
+        _made(run, Sweep, "baseline"),
+        _made(run, Sweep),
+    )
+    return write_report(run, found, _made(run, Evaluation))
+
+
+def _made(run: Run, kind: type[T], key: str | None = None) -> T:
+    artefact = run.load(kind, key)
+    if artefact is None:
+        raise InputError(f"run {run.name} is not finished; `defuse status {run.name}` shows how far it is")
+    return artefact

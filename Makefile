@@ -1,0 +1,41 @@
+# make setup | demo | test | lint | bench — `make` alone says what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make setup   make the environment in $(VENV) and install Defuse there"
+	@echo "make demo    find, show and fix the failures of a digit classifier (some 3 minutes, no GPU, no download)"
+	@echo "make test    lint, types, import contracts and all tests"
+	@echo "make bench   list the measurements"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml deploy/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Defuse needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint deploy/constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/defuse run deploy/runs/digits.yaml
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/defuse label-studio install
+	$(BIN)/python -m pytest
+
+bench: setup
+	@grep -h '^    python tests/bench' tests/bench/*.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

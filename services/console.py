@@ -1,0 +1,69 @@
+"""What a long command shows while it works: bars on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger("defuse")
+LINE_EVERY_S = 15.0
+
+
+class ProgressDisplay:
+    """The protocol `Progress` for people: one bar per thing under way, with its rate and the time left."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]} {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.shown: dict[str, TaskID] = {}
+        self.started: dict[str, float] = {}
+        self.last_line = 0.0
+        self.handlers: list[logging.Handler] = []
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            root = logging.getLogger()
+            self.handlers, root.handlers = root.handlers, [
+                RichHandler(console=self.console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+            ]
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+        if self.handlers:
+            logging.getLogger().handlers = self.handlers
+
+    def __call__(self, what: str, done: int, total: int, unit: str) -> None:
+        """Show that `done` of `total` units of `what` are done."""
+        now = time.monotonic()
+        elapsed = now - self.started.setdefault(what, now)
+        rate = f"{done / elapsed:,.0f}/s" if elapsed > 1 and done / elapsed >= 10 else ""
+        if self.console.is_terminal:
+            self._bar(what, done, total, unit, rate)
+        elif now - self.last_line >= LINE_EVERY_S and done:
+            self.last_line = now
+            left = f", {elapsed / done * (total - done):.0f} s left" if elapsed > 1 else ""
+            log.info("%s: %d of %d %s %s%s", what, done, total, unit, rate, left)
+
+    def _bar(self, what: str, done: int, total: int, unit: str, rate: str) -> None:
+        if what not in self.shown:
+            for finished in self.shown.values():
+                self.bars.remove_task(finished)
+            self.shown = {what: self.bars.add_task(what, total=total, unit=unit, rate=rate)}
+        self.bars.update(self.shown[what], completed=done, total=total, unit=unit, rate=rate)
