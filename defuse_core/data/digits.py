@@ -8,7 +8,7 @@ import numpy as np
 
 from defuse_core.artifacts import U8
 from defuse_core.config import DataSection
-from defuse_core.data.dividing import hold_out, sample, with_validation
+from defuse_core.data.dividing import halves, hold_out, sample, with_validation
 from defuse_core.data.images import Images, Splits, expect_labels, fit_pixels
 from defuse_core.data.sources import data_root, reading
 from defuse_core.seeds import generator
@@ -52,3 +52,29 @@ def _padded(pixels: U8, size: int) -> U8:
     """Return (N, 1, h, w) from (N, 28, 28): in the middle of 32x32 if that is `size`, otherwise as it is."""
     edge = (32 - pixels.shape[1]) // 2 if size == 32 else 0
     return np.pad(pixels[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge)))
+
+
+def open_svhn(data: DataSection, seed: int) -> Splits:
+    """Return SVHN, 32x32 colour; its test set, halved at random, is validation and test (Appendix B.4)."""
+    root = data_root(data)
+    train = sample(_svhn(root, "train", data), data.train_images, seed)
+    validation, test = halves(_svhn(root, "test", data), seed)
+    return Splits(train, validation, test, DIGITS)
+
+
+def _svhn(root: Path, split: str, data: DataSection) -> Images:
+    """Return one .mat file, which holds X (32, 32, 3, N) and y (N, 1), with 10 for the digit 0."""
+    from scipy.io import loadmat
+    from torchvision.datasets import SVHN
+
+    file = root / f"{split}_32x32.mat"
+    with reading(root, f"SVHN's {file.name}", data.download):
+        if data.download and not file.exists():
+            SVHN(str(root), split=split, download=True)
+        found = loadmat(str(file), variable_names=["X", "y"])
+        pixels = np.ascontiguousarray(found["X"].astype(np.uint8, casting="safe").transpose(3, 2, 0, 1))
+        labels = found["y"].reshape(-1).astype(np.int64)
+        labels[labels == 10] = 0
+        images = Images(fit_pixels(pixels, data.channels, data.image_size), labels)
+    expect_labels(labels, 10, file)
+    return images

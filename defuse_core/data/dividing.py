@@ -23,7 +23,7 @@ def mixed_order(labels: I64, rng: np.random.Generator) -> I64:
 
 
 def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Images, Images]:
-    """Return (kept, held): `share` of the images is held out, of each class alike. DataError if either is empty."""
+    """Return (kept, held): `share` of each class is held out. DataError if either is empty."""
     count = round(share * len(images))
     if not 0 < count < len(images):
         raise DataError(

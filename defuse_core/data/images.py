@@ -155,7 +155,7 @@ class Splits:
     def fingerprint(self) -> str:
         """Return a SHA-256, in hex, over class names, shapes, all labels and the pixels of some images.
 
-        Reads at most 128 evenly spaced images of each part, so one that was altered in a large set may go unseen.
+        Reads at most 128 evenly spaced images of each part, so a change elsewhere may go unseen.
         """
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for name, images in self.parts().items():

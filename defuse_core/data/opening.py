@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from defuse_core.config import DataSection
-from defuse_core.data.digits import open_digits, open_mnist
+from defuse_core.data.digits import open_digits, open_mnist, open_svhn
+from defuse_core.data.folder import open_folder
 from defuse_core.data.images import Splits
+from defuse_core.data.npz import open_npz
+from defuse_core.data.signs import open_signs
 from defuse_core.errors import DataError
 
-OPENERS = {"digits": open_digits, "mnist": open_mnist}
+OPENERS = {
+    "digits": open_digits,
+    "mnist": open_mnist,
+    "signs": open_signs,
+    "svhn": open_svhn,
+    "folder": open_folder,
+    "npz": open_npz,
+}
 
 
 def open_splits(data: DataSection, seed: int) -> Splits:
-    """Return the parts of the data set that `data` names; equal arguments on equal files give equal Splits.
+    """Return the parts of the data set that `data` names. Equal arguments on equal files give equal Splits.
 
-    Validation and test are as the data set has them. Where it has no validation part, `data.validation_share` of
-    the training images is held out; then `data.train_images` of the rest are drawn. Raises DataError, in one line.
+    Validation and test are as the data set has them. Where it has no validation part, data.validation_share
+    of the training images is held out; data.train_images of the rest are drawn. Raises DataError, in one line.
     """
-    opener = OPENERS[data.name]
     try:
-        return opener(data, seed)
+        return OPENERS[data.name](data, seed)
     except OSError as error:
         raise DataError(
             f"data.root: cannot read {error.filename or data.root} ({error.strerror or error})"

@@ -24,7 +24,7 @@ def data_root(data: DataSection) -> Path:
 
 @contextlib.contextmanager
 def reading(where: Path, expected: str, download: bool) -> Iterator[None]:
-    """Turn whatever a reader raises in the block into one DataError: what was expected under `where`, what to do."""
+    """Turn whatever a reader raises in the block into one DataError that says what was expected."""
     try:
         yield
     except DataError:

@@ -1,0 +1,91 @@
+"""A folder of one's own: ROOT/train, ROOT/validation and ROOT/test, with a folder of images per class."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from defuse_core.config import DataSection
+from defuse_core.data.dividing import sample, with_validation
+from defuse_core.data.images import Images, PictureFiles, Splits
+from defuse_core.data.sources import data_root
+from defuse_core.errors import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
+
+
+def open_folder(data: DataSection, seed: int) -> Splits:
+    """Return the images under ROOT, read on demand; the classes are the class names in order."""
+    root = data_root(data)
+    classes = _classes(root / "train")
+    parts = {name: _part(root / name, classes, data) for name in ("train", "validation", "test")}
+    train, validation = parts["train"], parts["validation"]
+    assert train is not None  # _classes has seen its folder
+    if validation is None:
+        train, validation = with_validation(train, data.validation_share, seed)
+    return Splits(sample(train, data.train_images, seed), validation, parts["test"], classes)
+
+
+def _classes(part: Path) -> tuple[str, ...]:
+    """Return the names of the class folders. Raises DataError if there are fewer than two."""
+    if not part.is_dir():
+        raise DataError(
+            f"{part}: expected a folder with one folder of images per class; make it or check data.root"
+        )
+    names = tuple(
+        sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    )
+    if len(names) < 2:
+        raise DataError(
+            f"{part}: expected a folder of images per class, two classes or more, found {len(names)}"
+        )
+    return names
+
+
+def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | None:
+    if not part.exists():
+        return None
+    found = _classes(part)
+    if odd := sorted(set(found) ^ set(classes)):
+        only = part.name if odd[0] in found else "train"
+        raise DataError(
+            f"{part}: expected the class folders of train, but {odd[0]} is only in {only}; add or remove it"
+        )
+    files = [_image_files(part / name) for name in classes]
+    if part.name == "train" and (
+        empty := [n for n, images in zip(classes, files, strict=True) if not images]
+    ):
+        raise DataError(
+            f"{part / empty[0]}: expected images of this class, found none; add some or remove the folder"
+        )
+    if not any(files):
+        raise DataError(f"{part}: expected images, found none; add some or remove the folder")
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(images) for images in files])
+    return Images(
+        PictureFiles([file for images in files for file in images], data.channels, data.image_size), labels
+    )
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Return the files of a class, sorted, no hidden ones. Raises DataError naming one that is not an image."""
+    found: list[str] = []
+    for where, _, names in os.walk(folder, followlinks=True, onerror=_raise):
+        for name in names:
+            if _hidden(name):
+                continue
+            if not name.lower().endswith(SUFFIXES):
+                raise DataError(
+                    f"{Path(where, name)}: expected an image ({' '.join(SUFFIXES)}); remove this file"
+                )
+            found.append(os.path.join(where, name))  # noqa: PTH118 - a Path each is slow for millions
+    return sorted(found)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _raise(error: OSError) -> None:
+    raise error

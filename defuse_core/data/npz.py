@@ -1,0 +1,159 @@
+"""One .npz file of one's own: train_images, train_labels, and optional validation_*, test_* and classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from defuse_core.artifacts import F32, I64, U8
+from defuse_core.config import DataSection
+from defuse_core.data.dividing import sample, with_validation
+from defuse_core.data.images import Images, Splits, expect_labels
+from defuse_core.data.sources import data_root
+from defuse_core.errors import DataError
+
+PARTS = ("train", "validation", "test")
+NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
+CHUNK = 4096  # images looked at together, so that checks need little memory
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def open_npz(data: DataSection, seed: int) -> Splits:
+    """Return the images of the file data.root.
+
+    Images are uint8, or floats in [0, 1], of shape (N, H, W), (N, H, W, c) or (N, c, H, W). They must have the
+    size data.image_size; grey ones serve for data.channels: 3 too. Without `classes` the class names are the labels,
+    each of which train_labels must have. Raises DataError naming the file and the array.
+    """
+    file = data_root(data)
+    arrays = _read(file)
+    classes = _classes(arrays, file)
+    parts = {part: _part(arrays, part, data, file) for part in PARTS}
+    for part, images in parts.items():
+        if images is not None:
+            expect_labels(images.labels, len(classes), f"{file}: {part}_labels")
+    train, validation = parts["train"], parts["validation"]
+    if train is None:
+        raise DataError(
+            f"{file}: expected arrays train_images and train_labels, found {_listed(arrays)}; add them"
+        )
+    if validation is None:
+        train, validation = with_validation(train, data.validation_share, seed)
+    return Splits(sample(train, data.train_images, seed), validation, parts["test"], classes)
+
+
+def _read(file: Path) -> Arrays:
+    """Return the arrays that Defuse knows. Nothing is unpickled."""
+    try:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with archive:
+            return {name: archive[name] for name in archive.files if name in NAMES}
+    except (PermissionError, IsADirectoryError) as error:
+        raise DataError(
+            f"{file}: expected a readable .npz file ({error.strerror}); check data.root"
+        ) from error
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds of errors on broken files
+        found = "pickled objects, or no .npz file at all" if "allow_pickle" in str(error) else error
+        raise DataError(
+            f"{file}: expected an .npz file of plain arrays, found {found}; write it anew"
+        ) from error
+
+
+def _classes(arrays: Arrays, file: Path) -> tuple[str, ...]:
+    if "classes" not in arrays:
+        labels = np.unique(_labels(arrays, "train", file)) if "train_labels" in arrays else np.arange(2)
+        if len(labels) < 2 or not np.array_equal(labels, np.arange(len(labels))):
+            raise DataError(
+                f"{file}: train_labels: expected two or more classes 0, 1, 2, ... without gaps, found labels "
+                f"{labels[0]} to {labels[-1]}, {len(labels)} of them; correct them or add an array `classes`"
+            )
+        return tuple(str(label) for label in labels)
+    names = arrays["classes"]
+    if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2 or len(set(names.tolist())) != len(names):
+        raise DataError(
+            f"{file}: classes: expected two or more different names, as text, "
+            f"found {names.dtype} {names.shape}; save numpy.array of a list of names"
+        )
+    return tuple(names.tolist())
+
+
+def _part(arrays: Arrays, part: str, data: DataSection, file: Path) -> Images | None:
+    if not {f"{part}_images", f"{part}_labels"} & set(arrays):
+        return None
+    for name in (f"{part}_images", f"{part}_labels"):
+        if name not in arrays:
+            raise DataError(f"{file}: expected an array {name}, found {_listed(arrays)}; add it")
+    labels = _labels(arrays, part, file)
+    pixels = _pixels(arrays[f"{part}_images"], data, f"{file}: {part}_images")
+    if len(pixels) != len(labels):
+        raise DataError(
+            f"{file}: expected as many {part}_labels as {part}_images, "
+            f"found {len(labels)} and {len(pixels)}; correct them"
+        )
+    return Images(pixels, labels)
+
+
+def _labels(arrays: Arrays, part: str, file: Path) -> I64:
+    """Return (N,), N at least 1."""
+    labels = arrays[f"{part}_labels"]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+        raise DataError(
+            f"{file}: {part}_labels: expected integers (N,), one for each image, "
+            f"found {labels.dtype} {labels.shape}; correct them"
+        )
+    return labels.astype(np.int64)
+
+
+def _pixels(found: npt.NDArray[Any], data: DataSection, where: str) -> U8 | F32:
+    """Return (N, channels, H, W), N at least 1, as a read-only view where it can be one."""
+    size = data.image_size
+    pixels = _channels_first(found)
+    if pixels is None or not len(pixels) or pixels.shape[2:] != (size, size):
+        raise DataError(
+            f"{where}: expected shape (N, {size}, {size}), (N, {size}, {size}, {data.channels}) or "
+            f"(N, {data.channels}, {size}, {size}), found {found.shape}; resize them or set data.image_size"
+        )
+    if pixels.shape[1] not in (1, data.channels):
+        raise DataError(
+            f"{where}: expected {data.channels} channels, found {pixels.shape[1]}; set data.channels"
+        )
+    if pixels.dtype.kind == "f":
+        _expect_fractions(pixels, where)
+        pixels = pixels.astype(np.float32, copy=False)
+    elif pixels.dtype != np.uint8:
+        raise DataError(f"{where}: expected uint8, or floats in [0, 1], found {found.dtype}; convert them")
+    return np.broadcast_to(pixels, (len(pixels), data.channels, size, size))
+
+
+def _channels_first(pixels: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    """Return a view (N, c, H, W) with c 1 or 3, or None where `pixels` has no such shape."""
+    if pixels.ndim == 3:
+        return pixels[:, None]
+    if pixels.ndim == 4 and pixels.shape[3] in (1, 3):
+        return pixels.transpose(0, 3, 1, 2)
+    return pixels if pixels.ndim == 4 and pixels.shape[1] in (1, 3) else None
+
+
+def _expect_fractions(pixels: npt.NDArray[Any], where: str) -> None:
+    """Raise DataError, naming the first image with a pixel that is not in [0, 1]."""
+    for start in range(0, len(pixels), CHUNK):
+        chunk = pixels[start : start + CHUNK]
+        wrong = ~((chunk >= 0) & (chunk <= 1)).all(axis=(1, 2, 3))  # NaN is neither
+        if wrong.any():
+            image = int(np.flatnonzero(wrong)[0])
+            values = f"{chunk[image].min():.6g} to {chunk[image].max():.6g}"
+            found = "NaN" if "nan" in values else f"values from {values}"
+            raise DataError(
+                f"{where}: expected floats in [0, 1], found {found} in image {start + image}; "
+                "scale them to [0, 1] or save uint8"
+            )
+
+
+def _listed(arrays: Arrays) -> str:
+    return ", ".join(sorted(arrays)) or "none of those that Defuse knows"
