@@ -239,18 +239,19 @@ class Sweep:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The figures of §4 that need a model or a fit; `evaluate.summary` turns them and the rest into the report.
+    """The figures of §4 that need a model or a fit; `report.build_report` turns them and the rest into the report.
 
     Models are in the order before, baseline, defuse. A figure that does not exist is nan.
     """
 
     accuracy: F64  # (3, 3) model x (validation, test, scenario)
     per_class: F64  # (3, C) accuracy on the test images of each class
+    per_class_images: I64  # (C,) test images of each class
     scenario: F64  # (3, A) accuracy on the held-out images of each accepted scenario
     gallery_after: I64  # (S, R) answers of the corrected classifier on the reviewed images
     points: F32  # (P, 2) t-SNE of training codes, then codes of Psi, then component means
     point_kind: I64  # (P,) 0 training image, 1 code of Psi, 2 accepted scenario, 3 rejected component
-    point_component: I64  # (P,) component of a mean, or of a Psi code the most responsible one; else -1
+    point_component: I64  # (P,) class of a training image; most responsible component of a Psi code; else itself
 
 
 

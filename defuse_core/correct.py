@@ -202,3 +202,11 @@ def collect(spec: RunFile, models: Models, trials: Sequence[Trial], failed: Sequ
         return Sweep(rows, {}, {}, tuple(failed))
     best = max(ordered, key=lambda trial: _rank(spec, models, trial.rows[trial.best_epoch - 1]))
     return Sweep(rows, best.rows[best.best_epoch - 1], best.best, tuple(failed))
+
+
+def best_rows(spec: RunFile, models: Models, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each λ, ascending, the row of the epoch that the rule of choice picks; the earlier of equals."""
+    by_lam: dict[float, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_lam.setdefault(row["lam"], []).append(row)
+    return [max(by_lam[lam], key=lambda row: _rank(spec, models, row)) for lam in sorted(by_lam)]

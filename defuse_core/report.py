@@ -1,4 +1,4 @@
-"""The report of a run (§4 for this run): `report.json`, the page `report.html` and the pictures under `figures/`."""
+"""The report of a run: §4 for this run, as `report.json`, the page `report.html` and pictures in `figures/`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Bool, Evaluation, F64, Gallery, Verdicts
+from defuse_core.artifacts import F64, NONE_OF_THE_ABOVE, Bool, Evaluation, Gallery, Models, Sweep, Verdicts
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
@@ -19,7 +19,7 @@ COLLAPSED_BELOW = 0.01  # nats: a latent dimension with less KL than this says n
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class Accuracy(Part):
@@ -140,7 +140,7 @@ class VoteFigures(Part):
     images: int
     labelled: int
     misclassified: float | None
-    """Share of all labelled review images that the classifier gets wrong; the rest took the annotators' time in vain."""
+    """Share of all labelled review images that the classifier gets wrong; the others were looked at in vain."""
     ties: int
     refused: int
     notes: dict[str, Any]
@@ -188,7 +188,7 @@ class Making(Part):
 
 
 class Report(Part):
-    """What `report.json` holds. Every share and accuracy is a fraction of 1; null is a figure that does not exist."""
+    """What `report.json` holds. Shares and accuracies are fractions of 1; null where there is no such figure."""
 
     run: RunFigures
     annotators: str
@@ -234,7 +234,7 @@ def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
         accuracy=_accuracies(evaluation.accuracy),
         scenarios=_scenarios(found, evaluation),
         agreement=_agreement(verdicts),
-        tradeoff=_tradeoff(run.spec, found.sweep.rows, found.sweep.chosen),
+        tradeoff=_tradeoff(run.spec, models, found.sweep),
         chosen=_choice(found.sweep.chosen),
         baseline_chosen=_choice(found.baseline.chosen),
         psi=PsiFigures(
@@ -347,18 +347,17 @@ def _spread(shares: F64) -> Mean:
     return Mean(mean=float(shares.mean()) if n else None, standard_error=error, images=n)
 
 
-def _tradeoff(
-    spec: RunFile, rows: Iterable[Mapping[str, Any]], chosen: Mapping[str, Any]
-) -> tuple[TradeOff, ...]:
+def _tradeoff(spec: RunFile, models: Models, sweep: Sweep) -> tuple[TradeOff, ...]:
+    chosen = (sweep.chosen.get("lam"), sweep.chosen.get("epoch"))
     names = ("train", "validation", "test", "tune", "scenario")
     return tuple(
         TradeOff(
             lam=row["lam"],
             epoch=row["epoch"],
-            chosen=(row["lam"], row["epoch"]) == (chosen.get("lam"), chosen.get("epoch")),
+            chosen=(row["lam"], row["epoch"]) == chosen,
             **{name: _defined(row.get(name)) for name in names},
         )
-        for row in best_rows(spec, rows)
+        for row in best_rows(spec, models, sweep.rows)
     )
 
 

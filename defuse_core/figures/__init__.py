@@ -1,0 +1,33 @@
+"""The pictures of a report, drawn with matplotlib's objects and no global state."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from defuse_core.artifacts import Evaluation
+from defuse_core.evaluate import Findings
+from defuse_core.figures.gallery import draw_gallery_rows
+from defuse_core.figures.latent import draw_latent_map
+from defuse_core.figures.style import STYLE, png, svg
+from defuse_core.figures.tradeoff import draw_lambdas, draw_tradeoff
+from defuse_core.figures.training import draw_curves, draw_kl, draw_weights
+from defuse_core.report import Report
+
+__all__ = ["draw_figures", "png", "svg"]
+
+
+def draw_figures(report: Report, found: Findings, evaluation: Evaluation) -> dict[str, Figure]:
+    """Return the pictures of a run by name, without those that it has no data for."""
+    with mpl.rc_context(STYLE):
+        figures = {
+            "tradeoff": draw_tradeoff(report),
+            "lambdas": draw_lambdas(report),
+            "latent": draw_latent_map(report, found, evaluation),
+            "scenarios": draw_gallery_rows(report, found, evaluation, accepted=True),
+            "rejected": draw_gallery_rows(report, found, evaluation, accepted=False),
+            "kl": draw_kl(report),
+            "weights": draw_weights(report),
+            "curves": draw_curves(found.models),
+        }
+    return {name: figure for name, figure in figures.items() if figure is not None}

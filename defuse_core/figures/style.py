@@ -1,0 +1,117 @@
+"""One look for all pictures, and how they become bytes."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from defuse_core.artifacts import F64
+
+INK, MUTED, LINE, PAPER = "#1c2330", "#667084", "#dfe3ea", "#ffffff"
+ACCENT, WRONG, RIGHT = "#2f5bd0", "#c2382c", "#1b8058"
+SMALL, NORMAL = 7.5, 9.0  # points
+SCALE = 200  # dots per inch: crisp on a screen of twice the usual density
+
+# In a page the pictures take these colours from its style sheet, and so follow its light and dark mode.
+VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    PAPER: "var(--card)",
+    ACCENT: "var(--accent)",
+    WRONG: "var(--wrong)",
+    RIGHT: "var(--right)",
+}
+STYLE = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": NORMAL,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "defuse",
+    "text.parse_math": False,  # a class may be called $x
+}
+
+
+def new_figure(width: float, height: float, columns: int = 1, **options: object) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many inches with axes side by side, in the style of all pictures."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots(1, columns, squeeze=False, **options)[0]  # type: ignore[call-overload]
+    for ax in axes:
+        dress(ax)
+    return figure, list(axes)
+
+
+def dress(ax: Axes) -> None:
+    """Leave two thin axis lines, light grid lines and quiet labels."""
+    ax.set_facecolor("none")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(LINE)
+    ax.tick_params(colors=MUTED, labelcolor=MUTED, labelsize=SMALL, length=0, pad=5)
+    ax.grid(color=LINE, linewidth=0.6)
+    ax.set_axisbelow(True)
+    for text in (ax.xaxis.label, ax.yaxis.label):
+        text.set(color=MUTED, fontsize=SMALL + 0.5)
+
+
+def entitle(ax: Axes, title: str) -> None:
+    """Write a title above the left end of the axes."""
+    ax.set_title(title, loc="left", pad=8, fontsize=SMALL + 0.5, color=INK)
+
+
+def bare(ax: Axes) -> None:
+    """Take everything away but what is drawn."""
+    ax.set_axis_off()
+    ax.grid(visible=False)
+
+
+def png(figure: Figure) -> bytes:
+    """Return the picture as PNG. Equal pictures give equal bytes."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a class name in letters that the font lacks
+        figure.savefig(buffer, format="png", dpi=SCALE, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Return the picture as an <svg> element; ids are prefixed by `name`, as a page needs them unique."""
+    FigureCanvasSVG(figure)
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(
+            buffer, format="svg", dpi=SCALE, transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
+    text = re.sub(r"(font(?:-family)?:[^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1inherit", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text
+
+
+def spread_apart(points: F64, distance: float, rounds: int = 200) -> F64:
+    """Return (n, 2) points moved as little as it takes for none to be nearer than `distance` to another."""
+    moved = points.astype(np.float64).copy()
+    moved += 1e-6 * distance * np.arange(len(points))[:, None]  # equal points need a direction to part in
+    for _ in range(rounds):
+        gap = moved[:, None] - moved[None]  # (n, n, 2)
+        length = np.linalg.norm(gap, axis=2) + np.eye(len(points)) * 1e9
+        push = np.clip(distance - length, 0, None)
+        if not push.any():
+            break
+        moved += 0.3 * (gap / length[..., None] * push[..., None]).sum(axis=1)
+    return moved
