@@ -260,7 +260,8 @@ def encode(artefact: object) -> bytes:
     arrays: dict[str, npt.NDArray[Any]] = {}
     plain = _flatten(artefact, "", arrays)
     body = json.dumps({"kind": type(artefact).__name__, "fields": plain}, sort_keys=True)
-    return save_tensors(arrays, metadata={"defuse": body, "sha256": _digest(body, arrays)})
+    # one header entry: with several, safetensors writes them in an order that changes from call to call
+    return save_tensors(arrays, metadata={"defuse": json.dumps([_digest(body, arrays), body])})
 
 
 def decode(kind: type[T], data: bytes, where: str) -> T:
@@ -268,11 +269,12 @@ def decode(kind: type[T], data: bytes, where: str) -> T:
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load_tensors(data)
-        body = json.loads(header["defuse"])
+        digest, text = json.loads(header["defuse"])
     except (SafetensorError, ValueError, KeyError, OverflowError, MemoryError) as error:
         raise StoreError(f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error})") from error
-    if header.get("sha256") != _digest(header["defuse"], arrays):
+    if digest != _digest(text, arrays):
         raise StoreError(f"{where}: its bytes changed since they were written; delete it and run again to remake it")
+    body = json.loads(text)
     if body["kind"] != kind.__name__:
         raise StoreError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}")
     return _unflatten(kind, body["fields"], "", arrays)

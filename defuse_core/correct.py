@@ -159,17 +159,20 @@ def _rank(spec: RunFile, models: Models, row: dict[str, Any]) -> tuple[float, ..
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> Weights:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}/{name}": tensor.cpu().numpy().copy() for index, s in state.items() for name, tensor in s.items()}
+    """Return the optimiser's state as arrays named `parameter/moment`."""
+    states = enumerate(optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"])
+    return {f"{index}/{name}": moment.cpu().numpy().copy() for index, state in states for name, moment in state.items()}
 
 
 def _set_moments(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    """Put back what _moments took. Each moment gets its parameter's memory layout, which the fused kernel relies on."""
+    parameters = optimizer.param_groups[0]["params"]
     for key, array in moments.items():
         index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = torch.tensor(array).to(device())
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        parameter, moment = parameters[int(index)], torch.tensor(array).to(device())
+        if moment.shape == parameter.shape:
+            moment = torch.empty_like(parameter).copy_(moment)
+        optimizer.state[parameter][name] = moment
 
 
 def trial_key(lam: float) -> str:

@@ -1,0 +1,76 @@
+"""What all tests share: one tiny run file and its trained models, one Ray, and silence about usage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+
+import pytest
+
+from defuse_core.artifacts import Models
+from defuse_core.config import RunFile, parse_run_file
+from defuse_core.progress import silent
+from defuse_core.train import train
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+TINY = {
+    "data": {"name": "digits", "image_size": 16, "channels": 1, "validation_share": 0.2, "train_images": 300},
+    "classifier": {"stages": 2, "channels": 8, "hidden": 32, "epochs": 6, "batch_size": 32},
+    "vae": {
+        "latent_dim": 4,
+        "encoder_stages": 2,
+        "decoder_stages": 2,
+        "channels": 8,
+        "hidden": 64,
+        "epochs": 8,
+        "batch_size": 32,
+        "kl_warmup_steps": 20,
+    },
+    "identify": {"draws": 4, "max_per_image": 3, "block_images": 32, "batch_size": 64},
+    "distill": {"max_codes": 400, "max_components": 6, "min_weight": 0.02, "max_iterations": 40},
+    "review": {"images": 5, "tau": 0.3, "rho": 0.3, "reference": {"count": 3, "channels": 4, "epochs": 3}},
+    "correct": {
+        "lambdas": [1e-3, 1.0, 10.0],
+        "epochs": 2,
+        "batch_size": 64,
+        "tune_images": 24,
+        "test_images": 24,
+        "choose_by": "tune",
+        "max_loss": 0.2,
+    },
+    "report": {"tsne_images": 60, "tsne_failures": 40, "perplexity": 10},
+    "resources": {"train_threads": 1},
+}
+
+
+def tiny(**sections: dict[str, object]) -> RunFile:
+    """Return the tiny run file with fields of some sections changed."""
+    tree = {name: {**section, **sections.get(name, {})} for name, section in TINY.items()}
+    return parse_run_file(tree | {n: s for n, s in sections.items() if n not in tree}, "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> RunFile:
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_spec: RunFile) -> Models:
+    return train(tiny_spec, progress=silent)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One embedded Ray of two CPUs for all tests that need one."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

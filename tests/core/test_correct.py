@@ -1,0 +1,156 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Corrections, Gallery, Models, Trial, Verdicts
+from defuse_core.correct import (
+    collect,
+    cycle,
+    fine_tune,
+    is_pointless,
+    load_tuning,
+    reviewed_failures,
+    run_trial,
+    trial_key,
+)
+from defuse_core.errors import ModelError
+from defuse_core.progress import silent
+from defuse_core.runs import FolderStore
+from tests.conftest import tiny
+
+
+@pytest.fixture(scope="module")
+def fixes() -> Corrections:
+    rng = np.random.default_rng(0)
+    means = np.array([[-1.5] * 4, [1.5] * 4])[:, None]
+    codes = (means + 0.1 * rng.standard_normal((2, 24, 4))).astype(np.float32)
+    return Corrections(np.array([0, 3]), np.array([8, 2]), codes, codes + 0.01)
+
+
+@pytest.fixture(scope="module")
+def tuning(tiny_spec, tiny_models, fixes):
+    return load_tuning(tiny_spec, tiny_models, fixes, None, progress=silent)
+
+
+def test_tuning_pairs_every_decoded_code_with_its_scenarios_label(tuning):
+    assert tuning.tune.labels.tolist() == [8] * 24 + [2] * 24
+    assert tuning.tune.pixels.shape == (48, 1, 16, 16)
+    assert not np.array_equal(tuning.tune.pixels, tuning.held_out.pixels)
+
+
+def test_the_baseline_tunes_on_reviewed_failures_and_is_tested_on_the_same_held_out_images(
+    tiny_spec, tiny_models, fixes, tuning
+):
+    reviewed = tuning.train.take(slice(0, 5))
+    baseline = load_tuning(tiny_spec, tiny_models, fixes, reviewed, progress=silent)
+    assert len(baseline.tune) == 5
+    np.testing.assert_array_equal(baseline.held_out.pixels, tuning.held_out.pixels)
+
+
+def test_fine_tuning_with_a_large_lambda_learns_the_scenarios(tiny_spec, tiny_models, tuning):
+    *_, trial = fine_tune(tiny(correct={"epochs": 15}), tiny_models, tuning, 10.0, None)
+    assert trial.rows[-1]["scenario"] > 0.9
+    assert trial.rows[-1]["loss"] < trial.rows[0]["loss"]
+
+
+def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(tiny_models, tuning):
+    spec = tiny(correct={"epochs": 3})
+    *_, whole = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    first = next(fine_tune(spec, tiny_models, tuning, 1.0, None))
+    *_, resumed = fine_tune(spec, tiny_models, tuning, 1.0, first)
+    assert resumed.rows == whole.rows
+    for name, array in whole.best.items():
+        np.testing.assert_array_equal(resumed.best[name], array)
+
+
+def test_a_trial_resumes_from_what_lies_in_the_store_and_a_finished_one_is_not_run_again(
+    tmp_path, tiny_spec, tiny_models, tuning
+):
+    store = FolderStore(tmp_path)
+    killed = next(run_trial(tiny_spec, tiny_models, tuning, 1.0, store))
+    assert len(killed.rows) == 1
+    *_, done = run_trial(tiny_spec, tiny_models, tuning, 1.0, store)
+    assert [row["epoch"] for row in done.rows] == [1, 2]
+    before = store.read(trial_key(1.0))
+    assert [trial.done for trial in run_trial(tiny_spec, tiny_models, tuning, 1.0, store)] == [True]
+    assert store.read(trial_key(1.0)) == before
+
+
+def test_every_lambda_has_a_key_of_its_own():
+    lambdas = (*tiny().correct.lambdas, 1.0000000001, 1e-10)
+    assert len({trial_key(lam) for lam in lambdas}) == len(lambdas)
+
+
+def test_a_loss_that_is_not_finite_stops_the_trial_in_one_line(tiny_spec, tiny_models, tuning):
+    broken = Models(**{**vars(tiny_models), "classifier": {k: v * 1e30 for k, v in tiny_models.classifier.items()}})
+    with pytest.raises(ModelError, match="diverged"):
+        next(fine_tune(tiny_spec, broken, tuning, 1.0, None))
+
+
+def test_scenario_images_are_cycled_through_before_any_comes_twice():
+    rows = np.concatenate(list(itertools.islice(cycle(10, 4, np.random.default_rng(0)), 5)))
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
+
+
+def trial(lam: float, *rows: tuple[float, float, float], best: int = 1) -> Trial:
+    """Rows of (validation, tune, scenario)."""
+    made = tuple(
+        {"lam": lam, "epoch": n + 1, "train": v, "validation": v, "test": 0.0, "tune": t, "scenario": s}
+        for n, (v, t, s) in enumerate(rows)
+    )
+    weights = {"w": np.array([lam], np.float32)}
+    return Trial(lam, made, {}, {}, weights, best, True)
+
+
+def models_with(validation: float, tiny_models: Models) -> Models:
+    return Models(**{**vars(tiny_models), "accuracy": {"train": validation, "validation": validation}})
+
+
+@pytest.mark.parametrize(
+    ("rule", "chosen"),
+    [
+        ({"choose_by": "validation"}, 0.001),  # the paper's: highest clean accuracy, the smaller λ at a tie
+        ({"choose_by": "tune", "max_loss": 0.01}, 1.0),  # highest scenario accuracy among those that stay good
+        ({"choose_by": "tune", "max_loss": 0.5}, 10.0),
+    ],
+)
+def test_the_rule_of_choice_picks_lambda(rule, chosen, tiny_models):
+    trials = [trial(10.0, (0.60, 1.0, 0.9)), trial(0.001, (0.98, 0.2, 0.2)), trial(1.0, (0.975, 0.9, 0.8)),
+              trial(0.01, (0.98, 0.3, 1.0))]
+    sweep = collect(tiny(correct=rule), models_with(0.98, tiny_models), trials)
+    assert sweep.chosen["lam"] == chosen
+    assert sweep.weights["w"][0] == np.float32(chosen)
+
+
+def test_held_out_and_test_accuracy_choose_nothing(tiny_models):
+    trials = [trial(1.0, (0.9, 0.5, 0.1)), trial(2.0, (0.9, 0.4, 1.0))]
+    assert collect(tiny(), models_with(0.9, tiny_models), trials).chosen["lam"] == 1.0
+
+
+def test_if_every_row_loses_too_much_the_one_that_loses_least_is_chosen(tiny_models):
+    trials = [trial(1.0, (0.5, 1.0, 1.0)), trial(2.0, (0.6, 0.9, 0.9))]
+    spec = tiny(correct={"max_loss": 0.0})
+    assert collect(spec, models_with(0.9, tiny_models), trials).chosen["lam"] == 2.0
+
+
+def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
+    sweep = collect(tiny_spec, tiny_models, [], failed=[{"lam": 1.0, "cause": "out of memory"}])
+    assert (sweep.chosen, sweep.weights) == ({}, {})
+    assert sweep.failed[0]["cause"] == "out of memory"
+
+
+def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wrong():
+    images = np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1, 1).repeat(2, 3).repeat(2, 4) / 4
+    gallery = Gallery(images, np.zeros((1, 4, 2), np.float32), np.array([[1, 1, 1, 1]]), ("a", "b", "c"))
+    verdicts = Verdicts(np.array([2]), np.ones(1), np.ones(1), np.array([[2, 1, -1, 0]]), np.ones((1, 4)), 0, 0, ("",), ())
+    wrong = reviewed_failures(gallery, verdicts)
+    assert wrong.labels.tolist() == [2, 0]
+    assert wrong.pixels[:, 0, 0, 0].tolist() == [0.0, 0.75]
+
+
+def test_nothing_accepted_or_nothing_wrong_leaves_nothing_to_tune_on(fixes, tuning):
+    none = Corrections(*(part[:0] for part in (fixes.scenario, fixes.labels, fixes.tune, fixes.test)))
+    assert is_pointless(none, None)
+    assert is_pointless(fixes, tuning.tune.take(slice(0, 0)))
+    assert not is_pointless(fixes, None)

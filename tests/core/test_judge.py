@@ -1,0 +1,104 @@
+import json
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Verdicts, Votes
+from defuse_core.judge import OVERRIDES_KEY, judge, read_overrides
+from defuse_core.runs import FolderStore
+
+NO = NONE_OF_THE_ABOVE
+
+
+def verdicts(answers, predicted, rho=0.5, overrides=()) -> Verdicts:
+    """Judge one component: answers[annotator][image], predicted[image]."""
+    answers, predicted = np.array(answers), np.array([predicted])
+    images = predicted.shape[1]
+    gallery = Gallery(
+        np.zeros((1, images, 1, 2, 2), np.float32), np.zeros((1, images, 2), np.float32), predicted, tuple("0123456789")
+    )
+    annotator, image = (axis.ravel() for axis in np.indices(answers.shape))
+    zeros = np.zeros(answers.size, np.int64)
+    names = tuple(f"annotator {n}" for n in range(len(answers)))
+    votes = Votes(zeros, image, annotator, answers.ravel(), zeros.astype(float), names, "people", {})
+    return judge(gallery, votes, rho, overrides)
+
+
+def test_half_wrong_is_not_more_than_half():
+    assert verdicts([[8, 8]] * 5, predicted=[8, 3]).labels[0] == NO
+
+
+def test_more_than_rho_wrong_is_a_failure_scenario_under_the_majority_label():
+    verdict = verdicts([[8, 8, 3]] * 5, predicted=[1, 1, 3])
+    assert verdict.labels[0] == 8
+    assert verdict.misclassified[0] == pytest.approx(2 / 3)
+    assert verdict.purity[0] == pytest.approx(2 / 3)
+
+
+def test_an_image_takes_the_majority_of_its_annotators():
+    assert verdicts([[8], [8], [3]], predicted=[1]).image_labels.tolist() == [[8]]
+
+
+def test_a_tied_image_has_no_label_and_is_counted():
+    verdict = verdicts([[8, 4], [3, 4]], predicted=[1, 1])
+    assert verdict.image_labels.tolist() == [[NO, 4]]
+    assert verdict.ties == 1
+    assert verdict.labels[0] == 4
+
+
+def test_refusals_are_discarded_before_the_majority_and_the_share():
+    verdict = verdicts([[NO, NO], [NO, NO], [8, NO]], predicted=[1, 1])
+    assert verdict.image_labels.tolist() == [[8, NO]]
+    assert verdict.misclassified[0] == 1.0
+    assert verdict.agreement[0, 0] == 1.0
+    assert np.isnan(verdict.agreement[0, 1])
+    assert (verdict.ties, verdict.refused) == (0, 1)
+
+
+def test_a_component_without_any_label_is_rejected():
+    verdict = verdicts([[NO, NO]], predicted=[1, 1])
+    assert verdict.labels[0] == NO
+    assert "no image has a label" in verdict.reasons[0]
+
+
+def test_a_tie_between_labels_of_images_accepts_nothing():
+    verdict = verdicts([[8, 3]] * 3, predicted=[1, 1])
+    assert verdict.labels[0] == NO
+    assert "tied" in verdict.reasons[0]
+
+
+def test_agreement_is_the_share_of_votes_for_the_majority():
+    verdict = verdicts([[8], [8], [8], [3], [NO]], predicted=[1])
+    assert verdict.agreement[0, 0] == pytest.approx(3 / 4)
+
+
+def test_purity_counts_unlabelled_images_against_the_scenario():
+    assert verdicts([[8, 8, NO, 8]] * 3, predicted=[1, 1, 1, 1]).purity[0] == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize(("label", "expected"), [(5, 5), (None, NO)])
+def test_a_human_decision_stands_above_the_vote_and_says_who_and_why(label, expected):
+    override = {"scenario": 0, "label": label, "author": "ada", "reason": "a 5 with a broken top"}
+    verdict = verdicts([[8, 8, 8]] * 5, predicted=[1, 1, 1], overrides=[override])
+    assert verdict.labels[0] == expected
+    assert "by ada: a 5 with a broken top" in verdict.reasons[0]
+
+
+def test_the_newest_of_several_decisions_counts():
+    decisions = [{"scenario": 0, "label": n, "author": "a", "reason": "r"} for n in (5, 6)]
+    assert verdicts([[8]], predicted=[1], overrides=decisions).labels[0] == 6
+
+
+def test_no_components_give_no_verdicts():
+    gallery = Gallery(np.zeros((0, 3, 1, 2, 2), np.float32), np.zeros((0, 3, 2), np.float32),
+                      np.zeros((0, 3), np.int64), ("a", "b"))
+    none = np.zeros(0, np.int64)
+    verdict = judge(gallery, Votes(none, none, none, none, none.astype(float), (), "people", {}), 0.5)
+    assert len(verdict.labels) == len(verdict.accepted) == 0
+
+
+def test_decisions_are_read_from_the_run(tmp_path):
+    store = FolderStore(tmp_path)
+    assert read_overrides(store) == ()
+    store.write(OVERRIDES_KEY, json.dumps([{"scenario": 1, "label": None}]).encode())
+    assert read_overrides(store) == ({"scenario": 1, "label": None},)

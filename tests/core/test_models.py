@@ -1,0 +1,182 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from defuse_core.config import RunFile, load_run_file
+from defuse_core.errors import ModelError
+from defuse_core.models import (
+    accuracy,
+    build_classifier,
+    build_vae,
+    decode_codes,
+    encode_images,
+    load_classifier,
+    load_vae,
+    predict,
+    predict_probabilities,
+    read_weights,
+    set_weights,
+    weights_of,
+)
+from tests.conftest import ROOT, tiny
+
+RUNS = ROOT / "deploy" / "runs"
+
+
+def paper(name: str) -> RunFile:
+    return load_run_file(RUNS / f"{name}.yaml")
+
+
+def layers(module: nn.Module) -> list[tuple[int, ...]]:
+    """(in, out, kernel, stride) of convolutions and (in, out) of dense layers, in order."""
+    found: list[tuple[int, ...]] = []
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
+            found.append((part.in_channels, part.out_channels, part.kernel_size[0], part.stride[0]))
+        elif isinstance(part, nn.Linear):
+            found.append((part.in_features, part.out_features))
+    return found
+
+
+def test_the_mnist_classifier_is_figure_7():
+    convolutions = [(1, 64, 4, 2)] + [(64, 64, 4, 2)] * 3
+    assert layers(build_classifier(paper("mnist"), 10)) == [*convolutions, (256, 256), (256, 256), (256, 10)]
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder"),
+    [  # Figures 8 and 9, 12 and 13, 10 and 11
+        ("mnist", [(1, 32, 4, 2)] + [(32, 32, 4, 2)] * 2 + [(512, 256), (256, 256), (256, 20)],
+         [(10, 256), (256, 256), (256, 256), (64, 32, 4, 2)] + [(32, 32, 4, 2)] * 2 + [(32, 1, 4, 2)]),
+        ("svhn", [(3, 64, 4, 2)] + [(64, 64, 4, 2)] * 2 + [(1024, 256), (256, 256), (256, 20)],
+         [(10, 256), (256, 256), (256, 256)] + [(64, 64, 4, 2)] * 3 + [(64, 3, 4, 2)]),
+        ("signs", [(3, 64, 4, 2)] + [(64, 64, 4, 2)] * 3 + [(4096, 256), (256, 256), (256, 30)],
+         [(15, 256), (256, 256), (256, 256), (16, 64, 4, 2)] + [(64, 64, 4, 2)] * 3 + [(64, 3, 4, 2)]),
+    ],
+)  # fmt: skip
+def test_the_vaes_are_the_papers(name, encoder, decoder):
+    vae = build_vae(paper(name))
+    assert layers(vae.encoder) == encoder
+    assert layers(vae.decoder) == decoder
+
+
+@pytest.mark.parametrize("name", ["mnist", "svhn", "signs", "signs-laptop", "digits"])
+def test_every_shipped_models_shapes_fit_each_other(name):
+    spec = paper(name)
+    data = spec.data
+    images = torch.rand(2, data.channels, data.image_size, data.image_size)
+    plain = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"imagenet": False})})
+    assert build_classifier(plain, 43).eval()(images).shape == (2, 43)
+    vae = build_vae(spec)
+    mu, log_variance = vae.encode(images)
+    assert mu.shape == log_variance.shape == (2, spec.vae.latent_dim)
+    decoded = vae.decode(mu)
+    assert decoded.shape == images.shape
+    assert 0 <= float(decoded.detach().min()) <= float(decoded.detach().max()) <= 1
+
+
+def test_weights_go_out_and_come_back(tiny_spec, tiny_models):
+    classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    for name, array in weights_of(classifier).items():
+        np.testing.assert_array_equal(array, tiny_models.classifier[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("0.weight"), "lack 0.weight"),
+        (lambda w: w.update({"0.weight": np.zeros((1, 1), np.float32)}), "0.weight: expected shape .* found \\(1, 1\\)"),
+        (lambda w: w["0.bias"].fill(np.nan), "0.bias: expected finite numbers, found NaN"),
+        (lambda w: w.update(extra=np.zeros(1)), "unexpected extra"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(change, message, tiny_spec):
+    classifier = build_classifier(tiny_spec, 10)
+    weights = weights_of(classifier)
+    change(weights)
+    with pytest.raises(ModelError, match=f"^mine.safetensors: .*{message}"):
+        set_weights(classifier, weights, "mine.safetensors")
+
+
+def test_weight_files_are_read_in_both_safe_forms(tmp_path, tiny_spec):
+    state = build_vae(tiny_spec).state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        assert read_weights(tmp_path / name).keys() == state.keys()
+
+
+class Unpickled:
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled-by-defuse"),))
+
+
+def test_a_weight_file_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"0.weight": Unpickled()}, "evil.pt")
+    with pytest.raises(ModelError, match=r"evil.pt: expected a state dict of tensors"):
+        read_weights(Path("evil.pt"))
+    assert not Path("unpickled-by-defuse").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_broken_weight_file_is_named(tmp_path, content, suffix):
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=f"broken.{suffix}: expected a state dict"):
+        read_weights(path)
+
+
+def test_a_missing_weight_file_is_named(tmp_path):
+    with pytest.raises(ModelError, match="nowhere.safetensors: expected a file"):
+        read_weights(tmp_path / "nowhere.safetensors")
+
+
+def custom_net() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+
+
+def test_ones_own_classifier_comes_by_import_path():
+    spec = tiny(classifier={"architecture": "custom", "import_path": "tests.core.test_models:custom_net"})
+    assert build_classifier(spec, 10)(torch.rand(2, 1, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("path", ["no.such:thing", "tests.core.test_models:missing", "json:dumps", "builtins:dict"])
+def test_an_import_path_that_gives_no_module_is_explained(path):
+    with pytest.raises(ModelError, match=path):
+        build_classifier(tiny(classifier={"architecture": "custom", "import_path": path}), 10)
+
+
+def test_batches_do_not_change_answers(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    codes = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+    images = decode_codes(vae, codes, batch_size=50)
+    np.testing.assert_allclose(decode_codes(vae, codes, batch_size=7), images, atol=1e-5)
+    np.testing.assert_allclose(encode_images(vae, images, 7), encode_images(vae, images, 50), atol=1e-4)
+    classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    probabilities = predict_probabilities(classifier, images, 9)
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(predict(classifier, images), probabilities.argmax(1))
+
+
+def test_no_images_have_no_answers(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    none = decode_codes(vae, np.zeros((0, 4), np.float32))
+    assert none.shape == (0, 1, 16, 16)
+    classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    assert predict(classifier, none).shape == (0,)
+
+
+def test_accuracy_is_the_share_answered_right(tiny_spec, tiny_models):
+    from defuse_core.data import open_splits
+
+    test = open_splits(tiny_spec.data, tiny_spec.seed).test
+    classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    assert test is not None
+    assert accuracy(classifier, test) == pytest.approx(float((predict(classifier, test) == test.labels).mean()))
+    assert accuracy(classifier, test) == pytest.approx(tiny_models.accuracy["test"])
