@@ -1,0 +1,187 @@
+"""A corrected classifier made ready to be checked, promoted and served: everything a server needs, in one artefact."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from defuse_core.artifacts import (
+    F64,
+    I64,
+    Corrections,
+    Gallery,
+    Models,
+    Scenarios,
+    Sweep,
+    Verdicts,
+    Weights,
+    decode,
+    encode,
+)
+from defuse_core.config import RunFile, parse_run_file
+from defuse_core.data import open_splits
+from defuse_core.errors import DataError, InputError
+from defuse_core.models import load_vae
+from defuse_core.progress import Progress, silent
+from defuse_core.runs import Run
+from services.serving.checks import Examined, examine
+from services.serving.watch import calibrate
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """The corrected classifier of one run, the β-VAE that watches its inputs, and what is known of both."""
+
+    run: str
+    spec: dict[str, Any]  # the run file
+    classes: tuple[str, ...]  # (C,)
+    classifier: Weights
+    vae: Weights
+    facts: dict[str, Any]  # lam, epoch, accuracies before and after, when it was made
+    checks: tuple[dict[str, Any], ...]  # rows of checks.Check
+    digest: str  # of the classifier's weights; equal weights are one version
+    scenario: I64  # (A,) index of each failure scenario among the run's components
+    labels: I64  # (A,) what is right there
+    read_as: I64  # (A,) what the classifier before said there most often
+    means: F64  # (A, Z)
+    covariances: F64  # (A, Z, Z)
+    before: F64  # (A,) accuracy on the held-out images before the correction
+    after: F64  # (A,) and after it
+    levels: F64  # (L,) shares of the training images, 0 to 1
+    distances: F64  # (A, L) Mahalanobis distance that so many training images stay below
+    recall: F64  # (A, L) share of the held-out scenario images that stay below the same distance
+
+    def run_file(self) -> RunFile:
+        return parse_run_file(self.spec, f"{self.run}/run.yaml")
+
+    def failed(self) -> list[str]:
+        """Return the checks that did not pass, one line each."""
+        return [row["line"] for row in self.checks if not row["passed"]]
+
+    def names(self) -> list[str]:
+        """Return what each failure scenario is called: `8 read as 3 (scenario 12)`."""
+        rows = zip(self.labels, self.read_as, self.scenario, strict=True)
+        return [
+            f"{self.classes[label]} read as {self.classes[read]} (scenario {s})" for label, read, s in rows
+        ]
+
+
+def prepare(run: Run, progress: Progress = silent) -> tuple[str, Candidate]:
+    """Return the run's candidate and the key it lies under in the run, made and checked if that was not done yet.
+
+    Raises InputError where the run has not got as far as a corrected classifier.
+    """
+    found = _Found.of(run)
+    key = f"candidates/{_identity(run.spec, found)}.safetensors"
+    try:
+        return key, decode(Candidate, run.store.read(key), key)
+    except FileNotFoundError:
+        candidate = _make(run, found, progress)
+        run.store.write(key, encode(candidate))
+        return key, candidate
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    models: Models
+    scenarios: Scenarios
+    gallery: Gallery
+    verdicts: Verdicts
+    fixes: Corrections
+    sweep: Sweep
+
+    @classmethod
+    def of(cls, run: Run) -> _Found:
+        kinds = (Models, Scenarios, Gallery, Verdicts, Corrections, Sweep)
+        parts: list[Any] = []
+        for kind in kinds:
+            parts.append(run.load(kind))
+            if parts[-1] is None:
+                raise InputError(
+                    f"run {run.name} has no corrected classifier yet ({kind.__name__.lower()} is missing); "
+                    f"finish it with `defuse run`"
+                )
+        found = cls(*parts)
+        if not found.sweep.weights:
+            raise InputError(
+                f"run {run.name} corrected nothing (no failure scenario was accepted), so there is nothing to serve"
+            )
+        return found
+
+
+def weights_digest(weights: Weights) -> str:
+    """Return a SHA-256, in hex, over names, types, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        array = np.ascontiguousarray(weights[name])
+        sha.update(f"{name}{array.dtype}{array.shape}".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def _identity(spec: RunFile, found: _Found) -> str:
+    """Name a candidate by all that it depends on, so that another limit or another sweep makes another one."""
+    settings = f"{spec.check.model_dump_json()}{spec.serve.watch_images}"
+    return hashlib.sha256((weights_digest(found.sweep.weights) + settings).encode()).hexdigest()[:16]
+
+
+def _make(run: Run, found: _Found, progress: Progress) -> Candidate:
+    spec, accepted = run.spec, found.fixes.scenario
+    splits = open_splits(spec.data, spec.seed)
+    if splits.fingerprint() != found.models.data_fingerprint:
+        raise DataError(
+            f"run {run.name}: the images at data.root are not those that the run was made on; restore them"
+        )
+    progress("checking the corrected classifier", 0, 2, "steps")
+    examined = examine(spec, found.models, found.fixes, found.sweep, splits)
+    progress("checking the corrected classifier", 1, 2, "steps")
+    means, covariances = found.scenarios.means[accepted], found.scenarios.covariances[accepted]
+    vae = load_vae(spec, found.models.vae)
+    levels, distances, recall = calibrate(spec, vae, splits.train, means, covariances, found.fixes.test)
+    progress("checking the corrected classifier", 2, 2, "steps")
+    return Candidate(
+        run=run.name,
+        spec=spec.model_dump(mode="json"),
+        classes=found.models.classes,
+        classifier=found.sweep.weights,
+        vae=found.models.vae,
+        facts=_facts(found, examined),
+        checks=tuple(check.row() for check in examined.checks(spec.check)),
+        digest=weights_digest(found.sweep.weights),
+        scenario=accepted,
+        labels=found.fixes.labels,
+        read_as=_read_as(found.gallery, accepted, found.fixes.labels),
+        means=means,
+        covariances=covariances,
+        before=examined.scenario_before,
+        after=examined.scenario_after,
+        levels=levels,
+        distances=distances,
+        recall=recall,
+    )
+
+
+def _facts(found: _Found, examined: Examined) -> dict[str, Any]:
+    chosen = found.sweep.chosen
+    return {
+        "lam": chosen.get("lam"),
+        "epoch": chosen.get("epoch"),
+        "clean_split": examined.split,
+        "clean_before": float(examined.right_before.mean()),
+        "clean_after": float(examined.right_after.mean()),
+        "scenario_before": float(examined.scenario_before.mean()),
+        "scenario_after": float(examined.scenario_after.mean()),
+    }
+
+
+def _read_as(gallery: Gallery, accepted: I64, labels: I64) -> I64:
+    """Return the wrong answer that the classifier gave most often in each accepted scenario; the label if none."""
+    answers = labels.copy()
+    for row, (component, label) in enumerate(zip(accepted, labels, strict=True)):
+        wrong = gallery.predicted[component][gallery.predicted[component] != label]
+        if wrong.size:
+            answers[row] = np.bincount(wrong).argmax()
+    return answers

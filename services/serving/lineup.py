@@ -1,0 +1,105 @@
+"""Who answers on this replica, and following the registry without losing a request."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from defuse_core.artifacts import decode
+from defuse_core.config import ServeSection
+from defuse_core.runs import Store
+from services.serving.candidate import Candidate
+from services.serving.predict import Served
+from services.serving.registry import Registry, Standing
+from services.serving.rollout import Tally, takes_part
+
+log = logging.getLogger("defuse")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a server answers with: the candidate at `key`, and after change number `after` what the registry says."""
+
+    key: str | None  # in the store; None: only what the registry says
+    after: int | None  # None: never follow the registry
+
+
+@dataclass(frozen=True, eq=False)
+class Lineup:
+    """The versions loaded at one time. It never changes: a request keeps the one that it began with."""
+
+    production: Served | None = None
+    canary: Served | None = None
+    share: float = 0.0
+    shadow: Served | None = None
+    standing: Standing = field(default_factory=Standing)
+    tally: Tally = field(default_factory=Tally)  # of the canary or the shadow
+
+    def canary_for(self, key: bytes) -> Served | None:
+        """Return the canary if the request with this key is one of its share."""
+        number = self.standing.canary
+        if self.canary is None or number is None or not takes_part(key, number, self.share):
+            return None
+        return self.canary
+
+    def roles(self) -> dict[str, Served]:
+        roles = {"production": self.production, "canary": self.canary, "shadow": self.shadow}
+        return {role: served for role, served in roles.items() if served is not None}
+
+
+class Follower:
+    """Loads what the registry says, beside what is loaded already."""
+
+    def __init__(self, store: Store, source: Source, settings: ServeSection) -> None:
+        self.store, self.source, self.settings = store, source, settings
+        self.registry = Registry(store)
+        self.seen = source.after
+
+    def first(self) -> Lineup:
+        """Return the lineup to begin with; without production where nothing was promoted yet. Raises DefuseError."""
+        followed = self.next(Lineup())
+        if followed is not None:
+            return followed
+        return Lineup() if self.source.key is None else Lineup(self._candidate(self.source.key))
+
+    def next(self, present: Lineup) -> Lineup | None:
+        """Return the lineup after a change of the registry, loaded and warm; None where nothing changed."""
+        if self.seen is None:
+            return None
+        standing = self.registry.newer(self.seen)
+        if standing is None:
+            return None
+        lineup = self._lineup(standing, present)
+        self.seen = standing.sequence
+        log.info(
+            "change %d: %s; production is version %s", standing.sequence, standing.action, standing.production
+        )
+        return lineup
+
+    def _lineup(self, standing: Standing, present: Lineup) -> Lineup:
+        loaded = {served.name: served for served in present.roles().values()}
+        production = self._version(standing.production, loaded) or present.production
+        same_trial = (standing.canary, standing.shadow) == (present.standing.canary, present.standing.shadow)
+        return Lineup(
+            production=production,
+            canary=self._version(standing.canary, loaded),
+            share=standing.share,
+            shadow=self._version(standing.shadow, loaded),
+            standing=standing,
+            tally=present.tally if same_trial else Tally(),
+        )
+
+    def _version(self, number: int | None, loaded: dict[str, Served]) -> Served | None:
+        if number is None:
+            return None
+        return loaded.get(str(number)) or self._ready(str(number), self.registry.load(number))
+
+    def _candidate(self, key: str) -> Served:
+        candidate = decode(Candidate, self.store.read(key), f"{self.store.address}/{key}")
+        return self._ready(PurePosixPath(key).parts[0], candidate)
+
+    def _ready(self, name: str, candidate: Candidate) -> Served:
+        served = Served(name, candidate, self.settings)
+        served.warm_up(self.settings.batch_size)
+        return served

@@ -1,0 +1,100 @@
+"""Starting the application on this machine, or on a cluster that runs already."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from defuse_core.errors import ComputeError, InputError
+
+log = logging.getLogger("defuse")
+
+FAST_PROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a prediction may be asked for twice
+}
+
+
+def use_fast_proxy() -> None:
+    """Let HAProxy stand in front of the replicas, in Ray processes that this one starts from now on.
+
+    Call it before ray.serve is imported, which reads these names once. The replicas then listen on a port of their
+    own on every interface, so it suits machines behind a firewall.
+    """
+    os.environ.update(FAST_PROXY)
+
+
+@contextlib.contextmanager
+def ray_for(address: str | None, cpus: int) -> Iterator[None]:
+    """Hold a connection to the cluster at `address`, or an embedded Ray that has `cpus` CPUs at least."""
+    import ray
+
+    if address:
+        with _explained(f"cannot reach the Ray cluster at {address}"):
+            ray.init(address=address, log_to_driver=False)
+    else:
+        count = max(os.cpu_count() or 1, cpus)
+        with _explained("Ray did not start on this machine"):
+            ray.init(address="local", num_cpus=count, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def application(args: dict[str, Any], host: str, port: int) -> Iterator[str]:
+    """Serve inside the block; yields the address. `args` are those of app.ServeArgs."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    from services.serving.app import ServeArgs, build
+
+    if not args.get("require_token") and not is_loopback(host):
+        log.warning(
+            "%s can be reached from elsewhere, and DEFUSE_SERVE_TOKEN is not set: anybody may ask", host
+        )
+    quiet = LoggingConfig(enable_access_log=False)
+    with _explained("the application did not start"):
+        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
+        serve.run(build(ServeArgs.model_validate(args)), name="defuse", logging_config=quiet)
+    try:
+        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def wait_for_signal() -> None:
+    """Return when this process is asked to end, by Ctrl-C or by SIGTERM."""
+    asked = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.set())
+    asked.wait()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        raise InputError(f"{what}: {error.errors()[0]['msg']}") from error
+    except (RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
+        raise ComputeError(f"{what}: {error}") from error
