@@ -1,4 +1,4 @@
-"""The report of a run: §4 for this run, as `report.json`, the page `report.html` and pictures in `figures/`."""
+"""The report of a run: §4 for this run, as `report.json`, `report.html` and `figures/*.png`."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class VoteFigures(Part):
     images: int
     labelled: int
     misclassified: float | None
-    """Share of all labelled review images that the classifier gets wrong; the others were looked at in vain."""
+    """Share of all labelled review images that the classifier gets wrong; others were seen in vain."""
     ties: int
     refused: int
     notes: dict[str, Any]
@@ -188,7 +188,7 @@ class Making(Part):
 
 
 class Report(Part):
-    """What `report.json` holds. Shares and accuracies are fractions of 1; null where there is no such figure."""
+    """What `report.json` holds. Shares and accuracies are fractions of 1; null: no such figure."""
 
     run: RunFigures
     annotators: str

@@ -17,7 +17,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def change(before: float | None, after: float | None, digits: int = 2) -> str:
-    """Return the difference of two fractions of 1 in percentage points, with its sign; nothing where one lacks."""
+    """Return the difference of two fractions of 1 in percentage points, signed; nothing where one lacks."""
     if before is None or after is None:
         return ""
     points = round(100 * (after - before), digits)
@@ -34,7 +34,7 @@ def lam_text(lam: float) -> str:
 
 
 def runs_text(lams: Sequence[float], members: Sequence[int]) -> str:
-    """Return the λ at the ascending places `members` of `lams`, three or more neighbours joined: `10⁻⁷ – 0.1, 10`."""
+    """Return the λ at ascending places of `lams`, three or more neighbours joined: `10⁻⁷ – 0.1, 10`."""
     parts: list[str] = []
     start = 0
     for end in range(1, len(members) + 1):
@@ -104,8 +104,8 @@ def purity_warning(report: Report) -> str | None:
     if purity is None or purity >= LOW_PURITY:
         return None
     return (
-        f"Purity is {percent(purity, 0)}: of the images that were reviewed in the failure scenarios, "
-        f"{percent(1 - purity, 0)} show another class than their scenario's label, or none that is clear. "
+        f"Purity is {percent(purity, 0)}. Of the images reviewed in the failure scenarios, {percent(1 - purity, 0)} "
+        "show another class than their scenario's label, or none that is clear. "
         "Scenario accuracy counts the scenario's one label as right for all of them, "
         "so on mixed images it is not yet a fix."
     )
@@ -116,6 +116,6 @@ def answered_by_models(report: Report) -> str | None:
     if report.annotators == "people":
         return None
     return (
-        f"Reference models answered, not people. The labels below come from {report.votes.annotators} classifiers "
-        "that stand in for annotators; treat them as a rehearsal, not as ground truth."
+        "Reference models answered, not people. "
+        f"The labels below come from {report.votes.annotators} classifiers that stand in for annotators; treat them as a rehearsal, not as ground truth."
     )

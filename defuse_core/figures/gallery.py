@@ -59,7 +59,7 @@ def answer_text(classes: tuple[str, ...], answer: int) -> str:
 
 
 def _key(rows: list[Scenario], found: Findings, evaluation: Evaluation, inches: float) -> list[str]:
-    """Return lines that say which class each number on the images stands for; none where names stand there."""
+    """Return lines that say which class each number stands for; none where names stand on the images."""
     classes = found.models.classes
     if is_short(classes):
         return []

@@ -64,7 +64,7 @@ def class_colours(classes: int) -> F64:
 
 
 def _name_classes(ax: Axes, points: F64, classes: I64, names: tuple[str, ...], palette: F64) -> None:
-    """Write each class where most of its images lie: at the one with the smallest median distance to others."""
+    """Write each class where most of its images lie: at the one with the smallest median distance."""
     for label in np.unique(classes):
         own = points[classes == label][:400]
         distances = np.median(np.linalg.norm(own[:, None] - own[None], axis=2), axis=1)

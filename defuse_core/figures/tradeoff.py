@@ -24,7 +24,7 @@ def draw_tradeoff(report: Report) -> Figure | None:
     split, rows = clean_split(report)
     if not rows:
         return None
-    figure, (ax,) = new_figure(5.2, 3.9)
+    figure, (ax,) = new_figure(5.2, height(rows))
     points = np.array([(row.scenario, getattr(row, split)) for row in rows])
     _mark_before(ax, report, split)
     ax.scatter(points[:, 0], points[:, 1], s=26, color=ACCENT, alpha=0.55, linewidths=0, zorder=3)
@@ -36,6 +36,11 @@ def draw_tradeoff(report: Report) -> Figure | None:
     _percent(6, ax.xaxis, ax.yaxis)
     _label(figure, ax, rows, points)
     return figure
+
+
+def height(rows: Sequence[TradeOff]) -> float:
+    """Return how high both pictures are, in inches: side by side they look best of one height."""
+    return max(3.4, 0.2 * len(rows) + 0.8)
 
 
 def clean_split(report: Report) -> tuple[str, list[TradeOff]]:
@@ -146,7 +151,7 @@ def draw_lambdas(report: Report) -> Figure | None:
     split, rows = clean_split(report)
     if not rows:
         return None
-    figure, axes = new_figure(5.2, max(1.9, 0.21 * len(rows) + 0.8), columns=2, sharey=True)
+    figure, axes = new_figure(5.2, height(rows), columns=2, sharey=True)
     before = report.accuracy.before
     places = np.arange(len(rows))
     columns = ((split, f"{split} set"), ("scenario", "held-out scenario images"))

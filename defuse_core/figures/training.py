@@ -11,6 +11,7 @@ from defuse_core.artifacts import Models
 from defuse_core.figures.style import ACCENT, INK, LINE, MUTED, SMALL, WRONG, entitle, new_figure
 from defuse_core.report import COLLAPSED_BELOW, Report
 
+WIDE = 10.4  # inches, of a picture as wide as the page
 SERIES = {  # column of a history -> name, colour, unit
     "loss": ("training loss", ACCENT, "nats per image"),
     "validation": ("validation accuracy", INK, "share of images"),
@@ -23,12 +24,13 @@ def draw_kl(report: Report) -> Figure:
     """Return the KL of each latent dimension, most informative first; collapsed ones are marked."""
     kl = np.array(report.vae.kl_per_dimension)
     order = np.argsort(-kl, kind="stable")
-    figure, (ax,) = new_figure(5.2, 2.3)
+    figure, (ax,) = new_figure(WIDE, 2.2)
     places = np.arange(len(kl))
     ax.bar(places, kl[order], color=ACCENT, width=0.7)
-    if len(kl) <= 24:
+    ax.margins(x=0.02, y=0.14)
+    if len(kl) <= 40:
         for place, value in zip(places, kl[order], strict=True):
-            _write_above(ax, place, value, SMALL if len(kl) <= 12 else SMALL - 1.5)
+            _write_above(ax, place, value, SMALL if len(kl) <= 24 else SMALL - 1.5)
     _numbered(ax, [str(i) for i in order])
     ax.set(xlabel="latent dimension", ylabel="KL to the prior, nats")
     return figure
@@ -44,13 +46,14 @@ def _write_above(ax: Axes, place: int, value: float, size: float) -> None:
 def draw_weights(report: Report) -> Figure:
     """Return the weights of the mixture, heaviest first; those kept stand out."""
     weights = np.array(report.mixture.weights)
-    figure, (ax,) = new_figure(5.2, 2.3)
+    figure, (ax,) = new_figure(WIDE, 2.2)
     kept = np.arange(len(weights)) < report.scenarios.components
     ax.bar(np.arange(len(weights)), weights, color=np.where(kept, ACCENT, LINE).tolist(), width=0.8)
     ax.set(xlabel="components, heaviest first", ylabel="weight")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.grid(visible=False, axis="x")
+    ax.margins(x=0.01)
     return figure
 
 
@@ -70,7 +73,7 @@ def draw_curves(models: Models) -> Figure | None:
     ]
     if not panels:
         return None
-    figure, axes = new_figure(2.6 * len(panels), 2.2, columns=len(panels))
+    figure, axes = new_figure(WIDE * min(1, len(panels) / 4), 2.2, columns=len(panels))
     for ax, (title, history, column) in zip(axes, panels, strict=True):
         name, colour, unit = SERIES[column]
         epochs, values = [row["epoch"] for row in history], [row[column] for row in history]
