@@ -69,7 +69,7 @@ def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | N
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Return the files of a class, sorted, no hidden ones. Raises DataError naming one that is not an image."""
+    """Return the files of a class, sorted. Raises DataError naming one that is not an image."""
     found: list[str] = []
     for where, _, names in os.walk(folder, followlinks=True, onerror=_raise):
         for name in names:

@@ -25,25 +25,25 @@ Arrays = dict[str, npt.NDArray[Any]]
 def open_npz(data: DataSection, seed: int) -> Splits:
     """Return the images of the file data.root.
 
-    Images are uint8, or floats in [0, 1], of shape (N, H, W), (N, H, W, c) or (N, c, H, W). They must have the
-    size data.image_size; grey ones serve for data.channels: 3 too. Without `classes` the class names are the labels,
-    each of which train_labels must have. Raises DataError naming the file and the array.
+    They are uint8, or floats in [0, 1], of shape (N, H, W), (N, H, W, c) or (N, c, H, W), their size is
+    data.image_size, and grey ones serve for data.channels: 3 too. Without `classes` the class names are the
+    labels, of which train_labels must have each. Raises DataError naming the file and the array.
     """
     file = data_root(data)
     arrays = _read(file)
-    classes = _classes(arrays, file)
-    parts = {part: _part(arrays, part, data, file) for part in PARTS}
-    for part, images in parts.items():
-        if images is not None:
-            expect_labels(images.labels, len(classes), f"{file}: {part}_labels")
-    train, validation = parts["train"], parts["validation"]
+    train = _part(arrays, "train", data, file)
     if train is None:
         raise DataError(
             f"{file}: expected arrays train_images and train_labels, found {_listed(arrays)}; add them"
         )
+    classes = _names(arrays["classes"], file) if "classes" in arrays else _numbers(train.labels, file)
+    validation, test = (_part(arrays, part, data, file) for part in ("validation", "test"))
+    splits = Splits(train, validation, test, classes)
+    for part, images in splits.parts().items():
+        expect_labels(images.labels, len(classes), f"{file}: {part}_labels")
     if validation is None:
         train, validation = with_validation(train, data.validation_share, seed)
-    return Splits(sample(train, data.train_images, seed), validation, parts["test"], classes)
+    return Splits(sample(train, data.train_images, seed), validation, test, classes)
 
 
 def _read(file: Path) -> Arrays:
@@ -65,16 +65,18 @@ def _read(file: Path) -> Arrays:
         ) from error
 
 
-def _classes(arrays: Arrays, file: Path) -> tuple[str, ...]:
-    if "classes" not in arrays:
-        labels = np.unique(_labels(arrays, "train", file)) if "train_labels" in arrays else np.arange(2)
-        if len(labels) < 2 or not np.array_equal(labels, np.arange(len(labels))):
-            raise DataError(
-                f"{file}: train_labels: expected two or more classes 0, 1, 2, ... without gaps, found labels "
-                f"{labels[0]} to {labels[-1]}, {len(labels)} of them; correct them or add an array `classes`"
-            )
-        return tuple(str(label) for label in labels)
-    names = arrays["classes"]
+def _numbers(labels: I64, file: Path) -> tuple[str, ...]:
+    """Return the labels as class names. Raises DataError where they have gaps."""
+    found = np.unique(labels)
+    if len(found) < 2 or not np.array_equal(found, np.arange(len(found))):
+        raise DataError(
+            f"{file}: train_labels: expected two or more classes 0, 1, 2, ... without gaps, "
+            f"found {len(found)} different labels, {found[0]} to {found[-1]}; correct them or add `classes`"
+        )
+    return tuple(str(label) for label in found)
+
+
+def _names(names: npt.NDArray[Any], file: Path) -> tuple[str, ...]:
     if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2 or len(set(names.tolist())) != len(names):
         raise DataError(
             f"{file}: classes: expected two or more different names, as text, "

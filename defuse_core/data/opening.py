@@ -23,8 +23,8 @@ OPENERS = {
 def open_splits(data: DataSection, seed: int) -> Splits:
     """Return the parts of the data set that `data` names. Equal arguments on equal files give equal Splits.
 
-    Validation and test are as the data set has them. Where it has no validation part, data.validation_share
-    of the training images is held out; data.train_images of the rest are drawn. Raises DataError, in one line.
+    Validation and test are as the data set has them; where it has no validation part, a data.validation_share
+    of the training images is held out. Of the rest data.train_images are drawn. Raises DataError, in one line.
     """
     try:
         return OPENERS[data.name](data, seed)

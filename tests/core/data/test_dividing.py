@@ -1,0 +1,45 @@
+"""Divisions of a data set."""
+
+from __future__ import annotations
+
+import numpy as np
+from data_samples import ids, numbered
+from hypothesis import given
+from hypothesis import strategies as st
+
+from defuse_core.data import Images
+from defuse_core.data.dividing import halves, mixed_order, sample_tracks
+from defuse_core.seeds import generator
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.integers(0, 1000))
+def test_every_beginning_of_a_mixed_order_has_each_class_in_proportion(labels: list[int], seed: int):
+    truth = np.array(labels)
+    order = mixed_order(truth, generator(seed, "test"))
+    assert sorted(order.tolist()) == list(range(len(labels)))
+    middle = len(labels) // 2
+    for label in set(labels):
+        expected = (truth == label).sum() * middle / len(labels)
+        assert abs((truth[order[:middle]] == label).sum() - expected) <= 5  # one per class
+
+
+@given(st.integers(2, 300), st.integers(0, 1000))
+def test_halves_are_disjoint_whole_and_in_order(count: int, seed: int):
+    first, second = (ids(half) for half in halves(numbered(count), seed))
+    assert sorted(first + second) == list(range(count))
+    assert abs(len(first) - len(second)) <= 1
+    assert first == sorted(first)
+    assert second == sorted(second)
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=40), st.integers(1, 100), st.integers(0, 1000))
+def test_a_track_is_sampled_whole_or_not_at_all(lengths: list[int], limit: int, seed: int):
+    tracks = np.repeat([f"{i % 3}/{i:05d}" for i in range(len(lengths))], lengths)
+    count = len(tracks)
+    labels = np.repeat(np.arange(len(lengths)) % 3, lengths)
+    images = Images(numbered(count).pixels, labels)
+    taken = np.array(ids(sample_tracks(images, tracks.tolist(), limit, seed)))
+    left = np.setdiff1d(np.arange(count), taken)
+    assert not set(tracks[taken]) & set(tracks[left])
+    assert len(taken) <= limit or len(set(tracks[taken])) == 1
+    assert taken.tolist() == sorted(taken.tolist())

@@ -1,0 +1,69 @@
+"""A folder of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_samples import SIZE, error_of, noise, save_picture, section
+
+from defuse_core.data import PictureFiles, open_splits
+
+
+def write_folder(root: Path, parts: tuple[str, ...] = ("train", "validation", "test")) -> Path:
+    for part in parts:
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(5):
+                save_picture(root / part / name / f"{i}.png", np.full((12, 10, 3), 100 * label + i, np.uint8))
+    return root
+
+
+def test_a_folder_is_read_on_demand_with_its_class_names_in_order(tmp_path: Path):
+    splits = open_splits(section("folder", write_folder(tmp_path), channels=1), 0)
+    assert splits.classes == ("cat", "dog")
+    assert splits.counts() == {"train": 10, "validation": 10, "test": 10}
+    assert isinstance(splits.train.pixels, PictureFiles)
+    assert splits.train.pixels[:][:, 0, 3, 3].tolist() == [0, 1, 2, 3, 4, 100, 101, 102, 103, 104]
+    assert splits.train.labels.tolist() == [0] * 5 + [1] * 5
+
+
+def test_a_folder_without_validation_has_a_share_of_its_training_images_held_out(tmp_path: Path):
+    splits = open_splits(section("folder", write_folder(tmp_path, ("train",)), validation_share=0.2), 0)
+    assert splits.counts() == {"train": 8, "validation": 2}
+    kept = open_splits(section("folder", write_folder(tmp_path), validation_share=0.2), 0)
+    assert kept.counts()["train"] == 10
+
+
+def test_hidden_files_are_not_images_of_a_class(tmp_path: Path):
+    (write_folder(tmp_path) / "train" / "cat" / ".DS_Store").touch()
+    assert len(open_splits(section("folder", tmp_path), 0).train) == 10
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda root: (root / "train/cat/notes.txt").touch(), "notes.txt: expected an image"),
+        (
+            lambda root: (root / "test/fox").mkdir(),
+            "test: expected the class folders of train, but fox is only in test",
+        ),
+        (
+            lambda root: save_picture(root / "train/fox/0.png", noise(1, SIZE, SIZE, 3)[0]),
+            "validation: expected the class folders of train, but fox is only in train",
+        ),
+        (lambda root: (root / "train").rename(root / "training"), "train: expected a folder"),
+        (
+            lambda root: [f.unlink() for f in (root / "train/cat").iterdir()],
+            "train/cat: expected images of this class",
+        ),
+        (lambda root: [f.unlink() for f in (root / "test").glob("*/*")], "test: expected images, found none"),
+    ],
+)
+def test_a_folder_out_of_order_is_refused_in_one_line(
+    tmp_path: Path, spoil: Callable[[Path], Any], expected: str
+):
+    spoil(write_folder(tmp_path))
+    assert expected in error_of(section("folder", tmp_path))

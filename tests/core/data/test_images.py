@@ -1,0 +1,124 @@
+"""Images in memory and on disk, and the parts of a data set."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_samples import SIZE, ids, noise, numbered, save_picture
+
+from defuse_core.data import Images, PictureFiles, Splits
+from defuse_core.errors import DataError
+
+
+@pytest.mark.parametrize("rows", [slice(1, 4), np.array([3, 0, 3])])
+def test_a_batch_is_scaled_to_one_contiguous_and_the_callers_own(rows: Any):
+    pixels = noise(5, SIZE, SIZE, 3).transpose(0, 3, 1, 2)
+    pixels.flags.writeable = False
+    batch = Images(pixels, np.zeros(5, np.int64)).batch(rows)
+    assert batch.dtype == np.float32
+    assert batch.flags.c_contiguous
+    assert np.array_equal(batch, pixels[rows].astype(np.float32) / np.float32(255))
+    batch[:] = 0
+
+
+def test_float_pixels_are_served_as_they_are_from_a_read_only_array():
+    pixels = np.linspace(0, 1, 4 * SIZE * SIZE, dtype=np.float32).reshape(4, 1, SIZE, SIZE)
+    pixels.flags.writeable = False
+    batch = Images(pixels, np.zeros(4, np.int64)).batch(slice(0, 4))
+    assert np.array_equal(batch, pixels)
+    batch[:] = 0
+    assert pixels.max() == 1
+
+
+def test_taken_images_keep_their_labels_in_the_order_asked_for():
+    taken = numbered(10).take(np.array([7, 2, 4]))
+    assert ids(taken) == [7, 2, 4]
+    assert taken.labels.tolist() == [1, 0, 0]
+
+
+def test_images_refuse_labels_of_another_number():
+    with pytest.raises(ValueError, match="labels"):
+        Images(noise(3, 1, SIZE, SIZE), np.zeros(2, np.int64))
+
+
+def test_picture_files_are_read_only_when_indexed_and_equal_the_loaded_ones(tmp_path: Path):
+    originals = noise(4, SIZE, SIZE, 3)
+    paths = [save_picture(tmp_path / f"{i}.png", pixels) for i, pixels in enumerate(originals)]
+    images = Images(PictureFiles([*paths, str(tmp_path / "absent.png")], 3, SIZE), np.arange(5))
+    present = images.take(np.array([3, 1, 0]))
+    assert np.array_equal(present.loaded().pixels[:], originals[[3, 1, 0]].transpose(0, 3, 1, 2))
+    assert np.array_equal(present.batch(slice(0, 2)), present.loaded().batch(slice(0, 2)))
+    with pytest.raises(DataError, match=r"absent\.png"):
+        images.loaded()
+
+
+def test_picture_files_survive_pickling(tmp_path: Path):
+    path = save_picture(tmp_path / "0.png", noise(1, SIZE, SIZE, 3)[0])
+    files = PictureFiles([path], 3, SIZE)
+    assert np.array_equal(pickle.loads(pickle.dumps(files))[:], files[:])
+
+
+def test_a_file_that_is_not_an_image_is_named(tmp_path: Path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(DataError, match=r"broken\.png: expected an image"):
+        PictureFiles([str(tmp_path / "broken.png")], 3, SIZE)[:]
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path):
+    path = save_picture(tmp_path / "deep.png", np.full((SIZE, SIZE), 0x8000, np.uint16))
+    assert (PictureFiles([path], 1, SIZE)[:] == 0x80).all()
+
+
+def test_pictures_are_brought_to_the_size_and_channels_asked_for(tmp_path: Path):
+    path = save_picture(tmp_path / "wide.png", np.full((20, 31, 3), (255, 0, 0), np.uint8))
+    grey = PictureFiles([path], 1, SIZE)[:]
+    assert grey.shape == (1, 1, SIZE, SIZE)
+    assert (grey == 76).all()  # the luminance of red, ITU-R 601
+
+
+def splits_of(images: Images) -> Splits:
+    return Splits(images, None, images.take(slice(0, 3)), ("even", "odd"))
+
+
+def test_counts_name_the_parts_that_are_there():
+    assert splits_of(numbered(9)).counts() == {"train": 9, "test": 3}
+
+
+def test_equal_splits_have_equal_fingerprints_in_memory_and_on_disk(tmp_path: Path):
+    paths = [save_picture(tmp_path / f"{i}.png", pixels) for i, pixels in enumerate(noise(9, SIZE, SIZE, 3))]
+    images = Images(PictureFiles(paths, 3, SIZE), np.arange(9) % 2)
+    assert splits_of(images).fingerprint() == splits_of(images.loaded()).fingerprint()
+
+
+@pytest.mark.parametrize("change", ["pixel", "label", "class name", "order", "size"])
+def test_any_change_to_small_splits_changes_their_fingerprint(change: str):
+    pixels, labels, classes = numbered(9).pixels[:].copy(), np.arange(9) % 2, ["even", "odd"]
+    before = Splits(Images(pixels.copy(), labels.copy()), None, None, tuple(classes)).fingerprint()
+    if change == "pixel":
+        pixels[4] += np.float32(0.5)
+    elif change == "label":
+        labels[8] = 1
+    elif change == "class name":
+        classes[0] = "straight"
+    elif change == "order":
+        pixels = pixels[::-1].copy()
+    else:
+        pixels, labels = pixels[:8], labels[:8]
+    assert Splits(Images(pixels, labels), None, None, tuple(classes)).fingerprint() != before
+
+
+def test_a_fingerprint_reads_few_images_of_a_large_set():
+    class Counting(PictureFiles):
+        read = 0
+
+        def __getitem__(self, rows: Any) -> Any:
+            Counting.read += len(rows)
+            return np.zeros((len(rows), 1, SIZE, SIZE), np.uint8)
+
+    images = Images(Counting(["x"] * 100_000, 1, SIZE), np.zeros(100_000, np.int64))
+    assert len(Splits(images, None, None, ("a", "b")).fingerprint()) == 64
+    assert 0 < Counting.read <= 128

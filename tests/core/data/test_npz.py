@@ -1,0 +1,180 @@
+"""An .npz file of images, good and bad."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_samples import SIZE, Arrays, error_of, noise, section
+
+from defuse_core.data import open_splits
+
+GOOD: Arrays = {
+    "train_images": noise(12, SIZE, SIZE, 3),
+    "train_labels": np.arange(12) % 3,
+    "test_images": noise(6, SIZE, SIZE, 3),
+    "test_labels": np.arange(6) % 3,
+}
+
+
+def write_npz(path: Path, **changed: Any) -> Path:
+    """GOOD with some arrays changed, or left out where the change is None."""
+    arrays = {name: array for name, array in (GOOD | changed).items() if array is not None}
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+@pytest.mark.parametrize("layout", ["last", "first", "float", "double", "compressed"])
+def test_an_npz_file_gives_the_same_images_in_every_layout(tmp_path: Path, layout: str):
+    file, images = tmp_path / "own.npz", GOOD["train_images"]
+    changed = {
+        "first": images.transpose(0, 3, 1, 2),
+        "float": images.astype(np.float32) / 255,
+        "double": images / 255,
+    }.get(layout, images)
+    save = np.savez_compressed if layout == "compressed" else np.savez
+    save(file, **GOOD | {"train_images": changed})
+    splits = open_splits(section("npz", file), 0)
+    assert splits.counts() == {"train": 12, "test": 6}
+    assert splits.classes == ("0", "1", "2")
+    assert np.allclose(splits.train.batch(slice(None)), images.transpose(0, 3, 1, 2) / 255, atol=1e-7)
+
+
+def test_grey_npz_images_serve_for_colour_too(tmp_path: Path):
+    grey = GOOD["train_images"][..., 0]
+    file = write_npz(tmp_path / "own.npz", train_images=grey, test_images=None, test_labels=None)
+    for channels in (1, 3):
+        batch = open_splits(section("npz", file, channels=channels), 0).train.batch(slice(None))
+        assert np.array_equal(batch, np.repeat(grey[:, None] / np.float32(255), channels, axis=1))
+
+
+def test_npz_class_names_may_name_classes_without_training_images(tmp_path: Path):
+    file = write_npz(tmp_path / "own.npz", classes=np.array(["a", "b", "c", "d"]))
+    assert open_splits(section("npz", file), 0).classes == ("a", "b", "c", "d")
+
+
+def test_validation_of_an_npz_file_is_held_out_only_where_it_has_none(tmp_path: Path):
+    file = write_npz(tmp_path / "own.npz")
+    assert open_splits(section("npz", file, validation_share=0.25), 0).counts()["validation"] == 3
+    write_npz(file, validation_images=GOOD["test_images"], validation_labels=GOOD["test_labels"])
+    assert open_splits(section("npz", file, validation_share=0.25), 0).counts()["validation"] == 6
+
+
+def with_value(value: float) -> np.ndarray:
+    images = GOOD["train_images"].astype(np.float32) / 255
+    images[5, 2, 2, 1] = value
+    return images
+
+
+BAD_NPZ: list[tuple[str, Arrays, str]] = [
+    (
+        "labels outside the named classes",
+        {"classes": np.array(["a", "b"])},
+        "train_labels: expected labels 0 to 1, found 2 at index 2",
+    ),
+    (
+        "test labels never trained on",
+        {"test_labels": np.full(6, 3)},
+        "test_labels: expected labels 0 to 2, found 3",
+    ),
+    (
+        "a negative label",
+        {"train_labels": np.arange(12) % 3 - 1},
+        "train_labels: expected two or more classes 0, 1, 2",
+    ),
+    (
+        "a gap in the labels",
+        {"train_labels": np.arange(12) * 1000},
+        "without gaps, found 12 different labels, 0 to 11000",
+    ),
+    ("one class", {"train_labels": np.zeros(12, int)}, "two or more classes"),
+    ("labels that are not integers", {"train_labels": np.zeros(12)}, "train_labels: expected integers (N,)"),
+    ("labels one-hot", {"train_labels": np.eye(12, 3, dtype=int)}, "found int64 (12, 3)"),
+    (
+        "images of the wrong size",
+        {"train_images": noise(12, 9, 9, 3)},
+        "found (12, 9, 9, 3); resize them or set data.image_size",
+    ),
+    ("images that are not square", {"test_images": noise(6, 8, 9)}, "test_images: expected shape (N, 8, 8)"),
+    ("two channels", {"train_images": noise(12, SIZE, SIZE, 2)}, "found (12, 8, 8, 2)"),
+    ("flat images", {"train_images": noise(12, SIZE * SIZE)}, "found (12, 64)"),
+    (
+        "NaN",
+        {"train_images": with_value(np.nan)},
+        "train_images: expected floats in [0, 1], found NaN in image 5",
+    ),
+    ("values over 1", {"train_images": with_value(1.5)}, "to 1.5 in image 5"),
+    ("values under 0", {"train_images": with_value(-0.5)}, "found values from -0.5 to"),
+    ("infinity", {"train_images": with_value(np.inf)}, "to inf in image 5"),
+    (
+        "integers that are not bytes",
+        {"train_images": noise(12, SIZE, SIZE).astype(int)},
+        "expected uint8, or floats in [0, 1], found int64",
+    ),
+    (
+        "no training images",
+        {"train_images": noise(0, SIZE, SIZE), "train_labels": np.zeros(0, int)},
+        "train_labels: expected integers (N,)",
+    ),
+    ("an empty test set", {"test_images": noise(0, SIZE, SIZE)}, "test_images: expected shape"),
+    ("fewer labels than images", {"train_labels": np.arange(11) % 3}, "found 11 and 12"),
+    ("no train_images", {"train_images": None}, "expected an array train_images, found test_images"),
+    ("no test_labels", {"test_labels": None}, "expected an array test_labels"),
+    (
+        "nothing to train on",
+        {"train_images": None, "train_labels": None},
+        "expected arrays train_images and train_labels",
+    ),
+    (
+        "pickled labels",
+        {"train_labels": np.array([0, None] * 6)},
+        "expected an .npz file of plain arrays, found pickled objects",
+    ),
+    (
+        "class names that repeat",
+        {"classes": np.array(["a", "b", "a"])},
+        "classes: expected two or more different names",
+    ),
+    (
+        "class names that are numbers",
+        {"classes": np.arange(3)},
+        "classes: expected two or more different names, as text",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"), [case[1:] for case in BAD_NPZ], ids=[case[0] for case in BAD_NPZ]
+)
+def test_a_bad_npz_file_is_refused_in_one_line_that_names_it(tmp_path: Path, changed: Arrays, expected: str):
+    message = error_of(section("npz", write_npz(tmp_path / "own.npz", **changed)))
+    assert "own.npz" in message
+    assert expected in message
+
+
+def test_colour_npz_images_are_not_made_grey_in_silence(tmp_path: Path):
+    assert "set data.channels" in error_of(section("npz", write_npz(tmp_path / "own.npz"), channels=1))
+
+
+@pytest.mark.parametrize("content", ["cut", "text", "npy", "pickle", "flipped", "nothing"])
+def test_a_corrupt_npz_file_is_refused_in_one_line(tmp_path: Path, content: str):
+    file = write_npz(tmp_path / "own.npz")
+    whole = file.read_bytes()
+    if content == "npy":
+        np.save(tmp_path / "own.npy", GOOD["train_images"])
+        file = tmp_path / "own.npy"
+    else:
+        flipped = whole[:400] + bytes([whole[400] ^ 255]) + whole[401:]
+        file.write_bytes(
+            {
+                "cut": whole[:900],
+                "text": b"hello",
+                "pickle": pickle.dumps([1]),
+                "flipped": flipped,
+                "nothing": b"",
+            }[content]
+        )
+    assert f"{file}: expected an .npz file of plain arrays" in error_of(section("npz", file))
