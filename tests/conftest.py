@@ -22,20 +22,22 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 TINY = {
     "data": {"name": "digits", "image_size": 16, "channels": 1, "validation_share": 0.2, "train_images": 300},
-    "classifier": {"stages": 2, "channels": 8, "hidden": 32, "epochs": 6, "batch_size": 32},
+    "classifier": {"stages": 2, "channels": 8, "hidden": 64, "epochs": 15, "batch_size": 16},
     "vae": {
         "latent_dim": 4,
+        "beta": 0.3,
         "encoder_stages": 2,
         "decoder_stages": 2,
         "channels": 8,
         "hidden": 64,
-        "epochs": 8,
-        "batch_size": 32,
+        "epochs": 50,
+        "batch_size": 16,
+        "learning_rate": 0.003,
         "kl_warmup_steps": 20,
     },
     "identify": {"draws": 4, "max_per_image": 3, "block_images": 32, "batch_size": 64},
     "distill": {"max_codes": 400, "max_components": 6, "min_weight": 0.02, "max_iterations": 40},
-    "review": {"images": 5, "tau": 0.3, "rho": 0.3, "reference": {"count": 3, "channels": 4, "epochs": 3}},
+    "review": {"images": 5, "tau": 0.3, "rho": 0.3, "reference": {"count": 3, "channels": 8, "epochs": 8, "batch_size": 32, "min_confidence": 0.2}},
     "correct": {
         "lambdas": [1e-3, 1.0, 10.0],
         "epochs": 2,

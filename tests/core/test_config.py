@@ -1,0 +1,140 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from defuse_core.config import PAPER_LAMBDAS, RunFile, Section, drift, dump_run_file, load_run_file, parse_run_file
+from defuse_core.errors import RunFileError
+from tests.conftest import ROOT, TINY, tiny
+
+SHIPPED = sorted((ROOT / "deploy" / "runs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_run_file_parses_and_survives_being_written_out(path, tmp_path):
+    spec = load_run_file(path)
+    (tmp_path / "resolved.yaml").write_text(dump_run_file(spec), encoding="utf-8")
+    assert load_run_file(tmp_path / "resolved.yaml") == spec
+
+
+def test_the_six_promised_run_files_are_shipped():
+    assert {path.stem for path in SHIPPED} >= {"digits", "mnist", "signs", "svhn", "mnist-laptop", "signs-laptop"}
+
+
+@pytest.mark.parametrize("name", ["mnist", "signs", "svhn"])
+def test_the_papers_run_files_sweep_the_papers_lambdas(name):
+    assert load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml").correct.lambdas == PAPER_LAMBDAS
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # §4.1, B.2-B.4: z, VAE epochs, warm-up, Q, a, cap, tau, epochs of correction, batch, rule
+        ("mnist", (10, 800, 500, 500, 50, 100, 0.5, 3, 256, "train")),
+        ("signs", (15, 800, 500, 100, 75, None, 0.01, 5, 256, "validation")),
+        ("svhn", (10, 400, 5000, 100, 75, 10, 0.01, 5, 2048, "validation")),
+    ],
+)
+def test_the_papers_run_files_have_the_papers_numbers(name, expected):
+    spec = load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml")
+    found = (
+        spec.vae.latent_dim,
+        spec.vae.epochs,
+        spec.vae.kl_warmup_steps,
+        spec.identify.draws,
+        spec.identify.a,
+        spec.identify.max_per_image,
+        spec.review.tau,
+        spec.correct.epochs,
+        spec.correct.batch_size,
+        spec.correct.choose_by,
+    )
+    assert found == expected
+    assert (spec.distill.max_codes, spec.distill.max_components, spec.distill.min_weight) == (50_000, 100, 0.01)
+    assert (spec.correct.tune_images, spec.correct.test_images, spec.review.images) == (256, 256, 10)
+
+
+def sections() -> list[type[Section]]:
+    return [RunFile, *(field.annotation for field in RunFile.model_fields.values()
+                       if isinstance(field.annotation, type) and issubclass(field.annotation, Section))]
+
+
+def test_every_field_says_what_it_is():
+    undescribed = [
+        f"{section.__name__}.{name}"
+        for section in sections()
+        for name, field in section.model_fields.items()
+        if not field.description and not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
+    ]
+    assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("identify.drawz=5", "identify.drawz: there is no such field"),
+        ("identify.draws=many", "identify.draws: .*integer.*found 'many'"),
+        ("identify.draws=0", "identify.draws: .*greater than or equal to 1, found 0"),
+        ("identify.a=.nan", "identify.a: .*finite"),
+        ("review.rho=1.5", "review.rho: .*less than 1, found 1.5"),
+        ("classifier.keep=first", "classifier.keep: .*'last' or 'best_validation', found 'first'"),
+        ("correct.lambdas=[1, 1]", "lambdas must be distinct"),
+        ("data.image_size=20", "vae.encoder_stages|vae.decoder_stages|classifier.stages"),
+        ("vae.hidden=10", "vae.hidden = 10 must be a multiple of 4x4"),
+        ("classifier.architecture=custom", "classifier.import_path goes with"),
+        ("classifier.epochs=0", "classifier.weights must name its file"),
+        ("vae.epochs=0", "vae.weights must name its file"),
+        ("data.name=mnist", "data.root must say where the mnist images lie"),
+        ("data=3", "data: .*found 3"),
+        ("nonsense", "--set nonsense: expected section.field=value"),
+        ("seed.deeper=1", "--set seed.deeper=1: seed is not a section"),
+        ("seed=[", "--set seed=\\[: the value is not YAML"),
+    ],
+)
+def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"seed": 0}))
+    with pytest.raises(RunFileError, match=message) as caught:
+        load_run_file(path, (override,))
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "expected YAML"), ("- 1", "expected sections"), ("", "expected sections"), ("seed: 1", "data: Field required")],
+)
+def test_a_file_that_is_no_run_file_is_explained(content, message, tmp_path):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(RunFileError, match=f"bad.yaml: .*{message}"):
+        load_run_file(tmp_path / "bad.yaml")
+
+
+def test_a_missing_run_file_is_named():
+    with pytest.raises(RunFileError, match="nowhere.yaml: cannot read this run file"):
+        load_run_file(Path("nowhere.yaml"))
+
+
+def test_overrides_are_read_as_yaml_and_the_last_one_counts(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
+    spec = load_run_file(tmp_path / "run.yaml", ("identify.draws=5", "identify.draws=7", "identify.max_per_image=null"))
+    assert (spec.identify.draws, spec.identify.max_per_image) == (7, None)
+
+
+def test_run_files_are_frozen(tiny_spec):
+    with pytest.raises(ValueError, match="frozen"):
+        tiny_spec.seed = 3
+
+
+def test_drift_names_the_field_that_changed():
+    assert drift(tiny(), tiny(identify={"draws": 9})) == "identify.draws: 4 in the run, 9 now"
+    assert drift(tiny(), tiny(resources={"train_threads": 2})) == "resources.train_threads: 1 in the run, 2 now"
+
+
+@pytest.mark.parametrize("change", [{"data": {"root": "/elsewhere"}}, {"resources": {"workers": 7}}])
+def test_what_changes_no_result_is_no_drift(change):
+    assert drift(tiny(), tiny(**change)) is None
+
+
+def test_numbers_without_a_dot_before_the_exponent_are_numbers():
+    spec = parse_run_file(TINY | {"correct": {"lambdas": ["1e-10", 1]}}, "here")
+    assert spec.correct.lambdas == (1e-10, 1.0)

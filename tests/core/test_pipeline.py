@@ -1,0 +1,88 @@
+import json
+
+import pytest
+
+from defuse_core.artifacts import Sweep
+from defuse_core.config import STEPS
+from defuse_core.errors import InputError
+from defuse_core.local import LocalCompute
+from defuse_core.pipeline import rewrite_report, run_defuse
+from defuse_core.reference import ReferenceAnnotators
+from defuse_core.runs import FolderStore, ReachedStep, Run
+from tests.conftest import tiny
+
+
+def whole_run(folder, spec, name="a", until=STEPS[-1]):
+    run = Run.start(FolderStore(folder), name, spec, until)
+    compute = LocalCompute()
+    return run, run_defuse(run, compute, ReferenceAnnotators(spec, compute))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_spec):
+    return whole_run(tmp_path_factory.mktemp("runs"), tiny_spec)
+
+
+def test_the_whole_method_corrects_the_classifier_on_its_failure_scenarios(finished):
+    _, report = finished
+    assert report.scenarios.accepted > 0
+    assert report.accuracy.defuse.scenario > report.accuracy.before.scenario
+    assert report.annotators == "reference models"
+
+
+def test_report_json_has_the_promised_fields(finished):
+    run, _ = finished
+    found = json.loads(run.store.read("report.json"))
+    assert {"before", "baseline", "defuse"} <= found["accuracy"].keys()
+    for row in ("before", "baseline", "defuse"):
+        assert {"validation", "test", "scenario"} <= found["accuracy"][row].keys()
+    assert {"components", "accepted", "purity"} <= found["scenarios"].keys()
+    assert {"scenario", "other", "all"} <= found["agreement"].keys()
+    assert {"mean", "standard_error"} <= found["agreement"]["all"].keys()
+    assert {"lam", "epoch", "test", "scenario"} <= found["tradeoff"][0].keys()
+    assert {"codes", "images_with_any", "zero_noise_flip_rate"} <= found["psi"].keys()
+    assert {"reconstruction", "kl_per_dimension"} <= found["vae"].keys()
+    assert found["annotators"] == "reference models"
+
+
+def test_the_page_stands_alone(finished):
+    run, _ = finished
+    page = run.store.read("report.html").decode()
+    assert "Reference models" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert 'src="data:' in page
+
+
+def without_making(report_json: bytes) -> dict:
+    found = json.loads(report_json)
+    found.pop("making")
+    return found
+
+
+@pytest.mark.parametrize("until", STEPS[:-1])
+def test_a_run_stopped_after_any_step_goes_on_to_the_same_report(until, finished, tmp_path, tiny_spec):
+    with pytest.raises(ReachedStep):
+        whole_run(tmp_path, tiny_spec, until=until)
+    run, _ = whole_run(tmp_path, tiny_spec)
+    assert without_making(run.store.read("report.json")) == without_making(finished[0].store.read("report.json"))
+
+
+def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path):
+    run, report = whole_run(tmp_path, tiny(review={"rho": 0.999}))
+    assert report.scenarios.accepted == 0
+    assert report.accuracy.defuse.test == report.accuracy.before.test
+    assert report.accuracy.before.scenario is None
+    sweep = run.load(Sweep)
+    assert sweep is not None
+    assert sweep.rows == ()
+
+
+def test_a_finished_run_can_write_its_report_again(finished):
+    run, report = finished
+    assert rewrite_report(run) == report
+
+
+def test_a_run_that_is_not_finished_has_no_report_yet(tmp_path, tiny_spec):
+    run = Run.start(FolderStore(tmp_path), "new", tiny_spec)
+    with pytest.raises(InputError, match="run new is not finished"):
+        rewrite_report(run)

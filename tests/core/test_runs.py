@@ -1,0 +1,111 @@
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Psi
+from defuse_core.errors import DriftError, InputError, RunBusyError, StoreError
+from defuse_core.runs import FolderStore, ReachedStep, Run
+from tests.conftest import tiny
+
+
+def psi(total: int = 3) -> Psi:
+    return Psi(np.array([total]), 10, 40, 2, 1, 0.5)
+
+
+def test_an_artefact_is_made_once_and_then_loaded(tmp_path):
+    made = []
+    for _ in range(2):
+        run = Run.start(FolderStore(tmp_path), "a", tiny())
+        found = run.once("identify", Psi, lambda: made.append(1) or psi())
+        assert found.total == 3
+    assert made == [1]
+
+
+def test_what_failed_half_way_leaves_nothing_and_is_made_anew(tmp_path):
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+    with pytest.raises(ZeroDivisionError):
+        run.once("identify", Psi, lambda: 1 // 0)
+    assert run.load(Psi) is None
+    assert run.once("identify", Psi, psi).total == 3
+
+
+def test_the_manifest_tells_what_was_made_with_what(tmp_path):
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+    run.once("identify", Psi, psi)
+    manifest = run.manifest()
+    assert manifest["artefacts"]["psi"]["step"] == "identify"
+    assert manifest["artefacts"]["psi"]["bytes"] == (tmp_path / "a" / "psi.safetensors").stat().st_size
+    assert {"python", "torch", "numpy", "scikit-learn"} <= manifest["versions"].keys()
+
+
+def test_steps_after_until_are_not_made(tmp_path):
+    run = Run.start(FolderStore(tmp_path), "a", tiny(), until="identify")
+    run.once("identify", Psi, psi)
+    with pytest.raises(ReachedStep):
+        run.once("distill", Psi, psi, "other")
+
+
+def test_a_changed_run_file_under_a_used_name_is_refused(tmp_path):
+    Run.start(FolderStore(tmp_path), "a", tiny())
+    with pytest.raises(DriftError, match="run a: identify.draws: 4 in the run, 5 now"):
+        Run.start(FolderStore(tmp_path), "a", tiny(identify={"draws": 5}))
+
+
+def test_opening_a_run_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(InputError, match="no run called b"):
+        Run.open(FolderStore(tmp_path), "b")
+
+
+def test_a_damaged_artefact_is_named_and_not_used(tmp_path):
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+    run.once("identify", Psi, psi)
+    path = tmp_path / "a" / "psi.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreError, match=r"psi.safetensors: its bytes changed"):
+        run.once("identify", Psi, psi)
+
+
+def hold(folder: Path, held) -> None:
+    with FolderStore(folder).lock():
+        held.set()
+        time.sleep(60)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, held))
+    process.start()
+    assert held.wait(30)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_second_driver_is_refused_and_told_who_the_first_is(tmp_path, holder):
+    with pytest.raises(RunBusyError, match=f"process {holder.pid} on .* is writing this run"), FolderStore(tmp_path).lock():
+        pass
+
+
+def test_a_driver_killed_lets_go_of_its_run(tmp_path, holder):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with FolderStore(tmp_path).lock():
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_bytes(tmp_path, monkeypatch):
+    store = FolderStore(tmp_path)
+    store.write("a", b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StoreError, match="No space left on device; free space"):
+        store.write("a", b"new")
+    assert store.read("a") == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from defuse_core.artifacts import Gallery, Scenarios
+from defuse_core.draw import draw_corrections, draw_gallery
+from defuse_core.errors import ModelError, RunFileError
+from defuse_core.judge import judge
+from defuse_core.models import load_classifier, predict
+from defuse_core.progress import silent
+from defuse_core.reference import augment, reference_probabilities, votes_of_models
+from defuse_core.train import kl_to_prior, minibatches, train
+from tests.conftest import tiny
+
+
+def test_training_learns(tiny_models):
+    assert tiny_models.accuracy["test"] > 0.6
+    losses = [row["reconstruction"] for row in tiny_models.vae_history]
+    assert losses[-1] < 0.9 * losses[0]
+    assert tiny_models.images == {"train": 300, "validation": tiny_models.images["validation"], "test": 539}
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(tiny_spec, tiny_models):
+    again = train(tiny_spec, progress=silent)
+    for ours, theirs in ((again.classifier, tiny_models.classifier), (again.vae, tiny_models.vae)):
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name])
+
+
+def test_another_seed_gives_other_weights(tiny_models):
+    other = train(tiny().model_copy(update={"seed": 1}), progress=silent)
+    assert not np.array_equal(other.vae["decoder.0.weight"], tiny_models.vae["decoder.0.weight"])
+
+
+def test_the_best_epoch_on_validation_is_kept_where_the_run_file_says_so():
+    spec = tiny(classifier={"keep": "best_validation", "optimizer": "adam", "learning_rate": 0.02, "epochs": 8},
+                vae={"epochs": 1})
+    models = train(spec, progress=silent)
+    assert models.accuracy["validation"] == max(row["validation"] for row in models.classifier_history)
+
+
+@pytest.mark.parametrize(
+    ("section", "change"), [("classifier", {"keep": "best_validation"}), ("correct", {"choose_by": "validation"})]
+)
+def test_choosing_by_validation_without_validation_images_is_refused_before_training(section, change):
+    with pytest.raises(RunFileError, match=f"^{section}.*needs validation images"):
+        train(tiny(data={"validation_share": 0.0}, **{section: change}), progress=silent)
+
+
+def test_brought_models_are_taken_as_they_are(tmp_path, tiny_models):
+    for name in ("classifier", "vae"):
+        save_file({k: torch.tensor(v) for k, v in getattr(tiny_models, name).items()}, tmp_path / f"{name}.safetensors")
+    spec = tiny(
+        classifier={"epochs": 0, "weights": tmp_path / "classifier.safetensors"},
+        vae={"epochs": 0, "weights": tmp_path / "vae.safetensors"},
+    )
+    models = train(spec, progress=silent)
+    assert models.accuracy == tiny_models.accuracy
+    assert models.classifier_history == models.vae_history == ()
+
+
+def test_a_learning_rate_that_blows_up_is_said_in_one_line():
+    with pytest.raises(ModelError, match="training the classifier diverged"):
+        train(tiny(classifier={"optimizer": "adam", "learning_rate": 1e30, "epochs": 3}), progress=silent)
+
+
+def test_a_classifier_for_other_classes_is_refused_before_training():
+    spec = tiny(classifier={"architecture": "custom", "import_path": "tests.core.test_train:seven_classes"})
+    with pytest.raises(ModelError, match=r"expected logits of shape \(2, 10\) .* found \(2, 7\)"):
+        train(spec, progress=silent)
+
+
+def seven_classes() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 7))
+
+
+def test_an_epoch_takes_every_row_once_but_no_batch_of_one():
+    rows = list(minibatches(9, 4, np.random.default_rng(0)))
+    assert [len(batch) for batch in rows] == [4, 4]
+    assert sorted(np.concatenate(list(minibatches(10, 4, np.random.default_rng(0))))) == list(range(10))
+
+
+def test_the_kl_of_the_prior_to_itself_is_zero_and_grows_with_mu():
+    zero = torch.zeros(1, 3)
+    assert kl_to_prior(zero, zero).sum() == 0
+    torch.testing.assert_close(kl_to_prior(zero + 2, zero), torch.full((1, 3), 2.0))
+
+
+@pytest.fixture(scope="module")
+def scenarios() -> Scenarios:
+    return Scenarios(np.array([0.7, 0.3]), np.array([[0.0] * 4, [1.0] * 4]), np.stack([np.eye(4)] * 2), np.array([0.7, 0.3]),
+                     100, True, 5, -1.0)
+
+
+@pytest.fixture(scope="module")
+def gallery(tiny_spec, tiny_models, scenarios) -> Gallery:
+    return draw_gallery(tiny_spec, tiny_models, scenarios, progress=silent)
+
+
+def test_the_gallery_shows_the_classifiers_own_answers(gallery, tiny_spec, tiny_models):
+    assert gallery.images.shape == (2, 5, 1, 16, 16)
+    classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    np.testing.assert_array_equal(predict(classifier, gallery.images.reshape(-1, 1, 16, 16)), gallery.predicted.ravel())
+
+
+def test_a_component_is_drawn_alike_whichever_others_there_are(gallery, tiny_spec, tiny_models, scenarios):
+    first = Scenarios(**{**vars(scenarios), "weights": scenarios.weights[:1], "means": scenarios.means[:1],
+                         "covariances": scenarios.covariances[:1]})
+    alone = draw_gallery(tiny_spec, tiny_models, first, progress=silent)
+    np.testing.assert_array_equal(alone.codes[0], gallery.codes[0])
+
+
+def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, tiny_spec, scenarios):
+    certain = np.full((3, 2, 5, 10), 0.0, np.float32)
+    certain[..., 9] = 1.0
+    verdicts = judge(gallery, votes_of_models(certain, 0.5), rho=0.0)
+    fixes = draw_corrections(tiny_spec, scenarios, verdicts)
+    assert len(fixes.scenario) == len(verdicts.accepted) > 0
+    every = np.concatenate([fixes.tune[0], fixes.test[0], gallery.codes[int(fixes.scenario[0])]])
+    assert len(np.unique(every, axis=0)) == len(every)
+
+
+def test_reference_models_refuse_below_their_confidence_and_say_they_are_models():
+    probabilities = np.array([[[[0.6, 0.4], [0.5, 0.5]]]], np.float32)
+    votes = votes_of_models(probabilities, min_confidence=0.55)
+    assert votes.answer.tolist() == [0, -1]
+    assert votes.answered_by == "reference models"
+
+
+def test_reference_models_answer_for_every_image_and_differ_from_each_other(gallery, tiny_spec):
+    probabilities = reference_probabilities(tiny_spec, gallery, progress=silent)
+    assert probabilities.shape == (3, 2, 5, 10)
+    np.testing.assert_allclose(probabilities.sum(3), 1, atol=1e-5)
+    assert not np.array_equal(probabilities[0], probabilities[1])
+
+
+def test_augmented_images_are_still_images_and_each_is_changed_its_own_way():
+    images = torch.rand(1, 1, 16, 16).repeat(4, 1, 1, 1)
+    out = augment(images, np.random.default_rng(0))
+    assert out.shape == images.shape
+    assert 0 <= float(out.min()) <= float(out.max()) <= 1
+    assert len({tuple(image.flatten().tolist()) for image in out}) == 4
