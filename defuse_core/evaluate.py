@@ -100,7 +100,7 @@ def _score(spec: RunFile, weights: Weights, splits: Splits, held_out: Images, fo
     classifier = load_classifier(spec, weights, classes)
     right = [_right(classifier, images) for images in (splits.validation, splits.test, held_out)]
     overall = [float(hits.mean()) if len(hits) else math.nan for hits in right]
-    per_class = np.full(classes, np.nan)
+    per_class: F64 = np.full(classes, np.nan)
     if splits.test is not None:
         per_class = class_accuracy(right[1], splits.test.labels, classes)
     scenario = right[2].reshape(scenarios, -1).mean(axis=1) if scenarios else np.zeros(0)
@@ -116,8 +116,10 @@ def _right(classifier: nn.Module, images: Images | None) -> F64:
 
 def class_accuracy(right: F64, labels: I64, classes: int) -> F64:
     """Return the accuracy within each class, (C,); nan for a class without images."""
+    counts = np.bincount(labels, minlength=classes)
     with np.errstate(invalid="ignore"):
-        return np.bincount(labels, right, minlength=classes) / np.bincount(labels, minlength=classes)
+        shares: F64 = np.bincount(labels, right, minlength=classes) / counts
+    return shares
 
 
 def _class_counts(test: Images | None, classes: int) -> I64:
@@ -172,4 +174,5 @@ def embed(spec: RunFile, codes: F32) -> F32:
     seed = torch_seed(spec.seed, "report", "t-SNE") % 2**32
     with threadpool_limits(limits=1):
         tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed, n_jobs=1)
-        return tsne.fit_transform(codes).astype(np.float32)
+        points: F32 = tsne.fit_transform(codes).astype(np.float32)
+        return points

@@ -330,7 +330,8 @@ def _mistaken_for(gallery: Gallery, verdicts: Verdicts, number: int) -> str | No
 def failing(gallery: Gallery, verdicts: Verdicts) -> Bool:
     """(S, R) whether the image has a label and the classifier's answer is another."""
     labels = verdicts.image_labels
-    return (labels != NONE_OF_THE_ABOVE) & (labels != gallery.predicted)
+    wrong: Bool = (labels != NONE_OF_THE_ABOVE) & (labels != gallery.predicted)
+    return wrong
 
 
 def _agreement(verdicts: Verdicts) -> Agreement:

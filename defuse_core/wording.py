@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from defuse_core.report import Report
@@ -65,6 +66,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def unbroken(text: str) -> str:
+    """Return the text with no line break possible between a number and its percent sign."""
+    return re.sub(r"(\d) %", "\\1\u00a0%", text)
 
 
 def count_of(number: int, noun: str) -> str:

@@ -143,13 +143,16 @@ def _evaluation(rng: np.random.Generator, found: Findings) -> Evaluation:
     scenario = np.clip(np.array([[0.15], [0.6], [0.99]]) + rng.normal(0, 0.05, (3, count)), 0, 1)
     held_out = scenario.mean(axis=1) if count else np.full(3, np.nan)
     known = [[0.985, 0.983], [0.98, 0.979], [0.988, 0.986]]
+    per_class = np.clip(0.98 + rng.normal(0, 0.01, (3, classes)), 0, 1)
+    if not count:
+        known[1:], per_class[1], per_class[2] = [[np.nan, np.nan], known[0]], np.nan, per_class[0]
     labels = found.verdicts.image_labels
     fixed = (labels != NONE_OF_THE_ABOVE) & (rng.random(labels.shape) < 0.9)
     after = np.where(fixed, labels, found.gallery.predicted)
     points, kind, component = _map(rng, found, classes)
     return Evaluation(
         accuracy=np.column_stack([known, held_out]),
-        per_class=np.clip(0.98 + rng.normal(0, 0.01, (3, classes)), 0, 1),
+        per_class=per_class,
         per_class_images=np.full(classes, 50),
         scenario=scenario,
         gallery_after=after,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from defuse_core.evaluate import ACCEPTED, FAILURE, TRAINING, Findings
 from defuse_core.figures.style import INK, MUTED, PAPER, SMALL, WRONG, bare, new_figure, spread_apart
 from defuse_core.report import Report
 
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontweight": "bold"}
 NAMED_CLASSES = 12  # with more classes than this their names would cover the picture
 
 
@@ -24,35 +26,25 @@ def draw_latent_map(report: Report, found: Findings, evaluation: Evaluation) -> 
     figure, (ax,) = new_figure(8.0, 6.4)
     bare(ax)
     kind, points = evaluation.point_kind, evaluation.points.astype(np.float64)
-    classes = evaluation.point_component[kind == TRAINING]
+    classes, training = evaluation.point_component[kind == TRAINING], points[kind == TRAINING]
     palette = class_colours(len(found.models.classes))
-    ax.scatter(
-        *points[kind == TRAINING].T,
-        s=5,
-        c=palette[classes],
-        alpha=0.5,
-        linewidths=0,
-        rasterized=True,
-        zorder=1,
-    )
+    light: dict[str, Any] = {"alpha": 0.5, "linewidths": 0, "rasterized": True, "zorder": 1}
+    ax.scatter(training[:, 0], training[:, 1], s=5, c=palette[classes], **light)
     failures = points[kind == FAILURE]
-    ax.scatter(*failures.T, s=9, marker="D", color=INK, linewidths=0, alpha=0.8, zorder=2)
+    ax.scatter(failures[:, 0], failures[:, 1], s=9, marker="D", color=INK, linewidths=0, alpha=0.8, zorder=2)
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(0.02)
     figure.draw_without_rendering()
     if len(palette) <= NAMED_CLASSES:
-        _name_classes(ax, points[kind == TRAINING], classes, found.models.classes, palette)
+        _name_classes(ax, training, classes, found.models.classes, palette)
     _number_means(figure, ax, evaluation)
-    figure.legend(
-        handles=_legend(report),
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=SMALL + 0.5,
-        labelcolor=MUTED,
-        handletextpad=0.3,
-        columnspacing=1.8,
-    )
+    quiet: dict[str, Any] = {
+        "frameon": False,
+        "fontsize": SMALL + 0.5,
+        "labelcolor": MUTED,
+        "handletextpad": 0.3,
+    }
+    figure.legend(handles=_legend(report), loc="outside lower center", ncols=4, columnspacing=1.8, **quiet)
     return figure
 
 
@@ -69,17 +61,8 @@ def _name_classes(ax: Axes, points: F64, classes: I64, names: tuple[str, ...], p
         own = points[classes == label][:400]
         distances = np.median(np.linalg.norm(own[:, None] - own[None], axis=2), axis=1)
         name = names[label] if len(names[label]) <= 16 else names[label][:15] + "…"
-        ax.text(
-            *own[distances.argmin()],
-            name,
-            color=palette[label] * 0.72,
-            fontsize=15,
-            fontweight="bold",
-            ha="center",
-            va="center",
-            alpha=0.75,
-            zorder=1.5,
-        )
+        x, y = own[distances.argmin()]
+        ax.text(x, y, name, color=palette[label] * 0.72, fontsize=15, alpha=0.75, zorder=1.5, **CENTRED)
 
 
 def _number_means(figure: Figure, ax: Axes, evaluation: Evaluation) -> None:
@@ -91,22 +74,14 @@ def _number_means(figure: Figure, ax: Axes, evaluation: Evaluation) -> None:
     unit = figure.dpi / 72
     true = ax.transData.transform(evaluation.points[means].astype(np.float64))
     shown = ax.transData.inverted().transform(spread_apart(true, 16.5 * unit))
-    for index, start, at in zip(means, evaluation.points[means], shown, strict=True):
+    for index, start, (x, y) in zip(means, evaluation.points[means], shown, strict=True):
         accepted = kind[index] == ACCEPTED
         edge, fill, ink = (WRONG, WRONG, PAPER) if accepted else (MUTED, PAPER, MUTED)
-        ax.plot(*zip(start, at, strict=True), color=edge, linewidth=0.9, zorder=3)
         order = 5 if accepted else 4
-        ax.scatter(*at, s=170, facecolors=fill, edgecolors=edge, linewidths=1, zorder=order)
-        ax.text(
-            *at,
-            str(evaluation.point_component[index]),
-            color=ink,
-            fontsize=SMALL,
-            fontweight="bold",
-            ha="center",
-            va="center_baseline",
-            zorder=order,
-        )
+        ax.plot((start[0], x), (start[1], y), color=edge, linewidth=0.9, zorder=3)
+        ax.scatter(x, y, s=170, facecolors=fill, edgecolors=edge, linewidths=1, zorder=order)
+        number = str(evaluation.point_component[index])
+        ax.text(x, y, number, color=ink, fontsize=SMALL, zorder=order, **CENTRED)
 
 
 def _legend(report: Report) -> list[Line2D]:

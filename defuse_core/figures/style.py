@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -30,7 +31,7 @@ VARIABLES = {
     WRONG: "var(--wrong)",
     RIGHT: "var(--right)",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": NORMAL,
     "svg.fonttype": "none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,9 +29,9 @@ def draw_tradeoff(report: Report) -> Figure | None:
     points = np.array([(row.scenario, getattr(row, split)) for row in rows])
     _mark_before(ax, report, split)
     ax.scatter(points[:, 0], points[:, 1], s=26, color=ACCENT, alpha=0.55, linewidths=0, zorder=3)
-    for row, point in zip(rows, points, strict=True):
+    for row, (x, y) in zip(rows, points, strict=True):
         if row.chosen:
-            ax.scatter(*point, s=120, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
+            ax.scatter(x, y, s=120, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
     ax.set(xlabel="accuracy on held-out scenario images", ylabel=f"accuracy on the {split} set")
     ax.margins(0.14)
     _percent(6, ax.xaxis, ax.yaxis)
@@ -109,16 +110,10 @@ def _label(figure: Figure, ax: Axes, rows: Sequence[TradeOff], points: F64) -> N
         size = ((len(text) * 0.6 + 1) * SMALL * unit, SMALL * 1.4 * unit)
         box, at = _free_spot(pixels[group], size, taken, (frame.x0, frame.y0, frame.x1, frame.y1), 7 * unit)
         taken.append(box)
-        ax.text(
-            *ax.transData.inverted().transform(at),
-            text,
-            ha="center",
-            va="center",
-            fontsize=SMALL,
-            color=INK if bold else MUTED,
-            fontweight="bold" if bold else "normal",
-            zorder=5,
-        )
+        x, y = ax.transData.inverted().transform(at)
+        colour, weight = (INK, "bold") if bold else (MUTED, "normal")
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL, "fontweight": weight}
+        ax.text(x, y, text, color=colour, zorder=5, **style)
 
 
 Box = tuple[float, float, float, float]

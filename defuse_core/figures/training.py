@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,7 +31,7 @@ def draw_kl(report: Report) -> Figure:
     ax.bar(places, kl[order], color=ACCENT, width=0.7)
     ax.margins(x=0.02, y=0.14)
     if len(kl) <= 40:
-        for place, value in zip(places, kl[order], strict=True):
+        for place, value in enumerate(kl[order]):
             _write_above(ax, place, value, SMALL if len(kl) <= 24 else SMALL - 1.5)
     _numbered(ax, [str(i) for i in order])
     ax.set(xlabel="latent dimension", ylabel="KL to the prior, nats")
@@ -39,7 +41,7 @@ def draw_kl(report: Report) -> Figure:
 def _write_above(ax: Axes, place: int, value: float, size: float) -> None:
     alive = value >= COLLAPSED_BELOW
     text, colour = (f"{value:.2f}", MUTED) if alive else ("≈ 0", WRONG)
-    above = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
     ax.annotate(text, (place, value), fontsize=size, color=colour, **above)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
@@ -23,15 +22,23 @@ from defuse_core.html.results import (
 from defuse_core.html.scenarios import scenarios_section
 from defuse_core.html.style import CSS
 from defuse_core.report import Report
-from defuse_core.wording import LOW_PURITY, answered_by_models, change, headline, percent, purity_warning
+from defuse_core.wording import (
+    LOW_PURITY,
+    answered_by_models,
+    change,
+    headline,
+    percent,
+    purity_warning,
+    unbroken,
+)
 
 IN_PAGE = ("tradeoff", "lambdas", "latent", "kl", "weights", "curves")
 SECTIONS = {  # key -> title, what stands below it
     "result": ("Result", "Accuracy of the three classifiers (Figure 4). Small: points gained or lost."),
     "scenarios": (
         "Failure scenarios",
-        "Each row is drawn from one component of the mixture. "
-        "Purity is the share of its reviewed images whose own label is the scenario's: at 100 % all of them show the class that the classifier is now taught.",
+        "Each row is drawn from one component of the mixture. Purity is the share of its reviewed images "
+        "whose own label is the scenario's: at 100 % all of them show the class that is now taught.",
     ),
     "tradeoff": ("Trade-off", "λ is how hard the scenarios pull while fine-tuning."),
     "agreement": (
@@ -65,7 +72,7 @@ def page(
     shown = {key: body for key, body in bodies.items() if body is not None}
     main = tag("main", _header(report, shown), *(_section(key, body) for key, body in shown.items()))
     whole = tag("html", _head(report), tag("body", main), lang="en")
-    return "<!doctype html>\n" + re.sub(r"(\d) %", "\\1\u00a0%", whole) + "\n"
+    return "<!doctype html>\n" + unbroken(whole) + "\n"
 
 
 def _section(key: str, body: Markup) -> Markup:
@@ -109,9 +116,7 @@ def _tiles(report: Report) -> Markup:
     ]
     low = scenarios.purity is not None and scenarios.purity < LOW_PURITY
     shown = tag("span", percent(scenarios.purity, 0), class_="doubt" if low else None)
-    tiles.append(
-        _tile("Purity of the scenarios", shown, "mixed images" if low else "mean over the scenarios")
-    )
+    tiles.append(_tile("Purity of the scenarios", shown, "mixed images" if low else "mean over scenarios"))
     return tag("div", *tiles, class_="tiles")
 
 

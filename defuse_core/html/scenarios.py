@@ -76,7 +76,7 @@ def _facts(row: Scenario) -> Markup:
             " on held-out images",
         ),
         tag("span", "mistaken for ", tag("b", row.mistaken_for)) if row.mistaken_for else None,
-        tag("span", f"annotators agree {percent(row.agreement, 0)}"),
+        tag("span", f"agreement {percent(row.agreement, 0)}"),
         tag("span", f"weight {percent(row.weight)}"),
     ]
     return tag("div", *facts, class_="facts")

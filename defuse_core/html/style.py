@@ -50,6 +50,7 @@ th { text-align: left; font-weight: 500; color: var(--muted); font-size: 13px; v
 th, td { padding: 8px 22px 8px 0; border-bottom: 1px solid var(--line); }
 th:last-child, td:last-child { padding-right: 0; }
 tbody tr:last-child td { border-bottom: 0; }
+th:first-child { min-width: 120px; }
 .n { text-align: right; white-space: nowrap; }
 td small { color: var(--muted); font-size: 12.5px; margin-left: 6px; }
 tr.chosen td, td b { font-weight: 650; }
@@ -69,10 +70,11 @@ figcaption span { display: block; font-weight: 400; color: var(--muted); font-si
 .scenario { display: grid; grid-template-columns: 200px 1fr; gap: 8px 26px; margin: 0 0 12px; }
 .scenario .label { font-size: 17px; font-weight: 650; line-height: 1.3; overflow-wrap: anywhere; }
 .scenario .label small { font-size: 13px; font-weight: 400; color: var(--muted); }
-.scenario .facts { font-size: 13px; color: var(--muted); margin-top: 6px; }
+.scenario .facts { font-size: 13px; color: var(--muted); margin-top: 6px; display: flex; flex-wrap: wrap;
+  gap: 0 16px; }
 .scenario .purity { font-size: 13px; color: var(--muted); }
 .scenario .facts b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
-.scenario .facts span { white-space: nowrap; } .scenario .facts span + span::before { content: " · "; }
+.scenario > * { min-width: 0; }
 .meter { display: block; height: 5px; border-radius: 3px; background: var(--soft); margin: 8px 0 4px;
   overflow: hidden;
   max-width: 180px; }

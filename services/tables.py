@@ -1,0 +1,260 @@
+"""What a run found and how far it is, as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from defuse_core.config import STEPS
+from defuse_core.errors import DefuseError
+from defuse_core.report import Mean, Report
+from defuse_core.runs import Run, Store
+from defuse_core.wording import (
+    LOW_PURITY,
+    NONE,
+    answered_by_models,
+    change,
+    count_of,
+    duration,
+    headline,
+    lam_text,
+    percent,
+    purity_warning,
+    size,
+)
+
+ARTEFACTS = {  # what each step leaves in the run
+    "train": ("models",),
+    "identify": ("psi",),
+    "distill": ("scenarios",),
+    "draw": ("gallery",),
+    "review": ("votes", "verdicts"),
+    "correct": ("corrections", "baseline", "sweep"),
+    "report": ("evaluation",),
+}
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the report's figures: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
+    console = console or Console()
+    console.print(Text(headline(report), style="bold"))
+    for warning in (answered_by_models(report), purity_warning(report)):
+        if warning:
+            console.print(Text(warning, style="yellow"))
+    console.print(_accuracy_table(report))
+    if report.scenarios.accepted:
+        console.print(_scenario_table(report))
+    console.print(_agreement_table(report))
+    for line in _lines(report):
+        console.print(Text(line, style="dim"))
+
+
+def _table(title: str, columns: Sequence[str], texts: int = 1) -> Table:
+    """Return an empty table whose first `texts` columns hold text; the others hold numbers and never shrink."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for place, column in enumerate(columns):
+        if place < texts:
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _add(table: Table, *cells: str | Text) -> None:
+    """Add a row; square brackets in a class name are text, not rich's markup."""
+    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+
+def _accuracy_table(report: Report) -> Table:
+    table = _table("Accuracy (Figure 4)", ("", "Scenarios", "Validation", "Test", "Scenario images"))
+    accuracy = report.accuracy
+    rows = (("Before", accuracy.before), ("Failures alone", accuracy.baseline), ("Defuse", accuracy.defuse))
+    for name, row in rows:
+        number = str(report.scenarios.accepted) if name == "Defuse" else NONE
+        shares = (
+            percent(row.validation, 2),
+            percent(row.test, 2),
+            percent(row.scenario),
+        )
+        _add(table, name, number, *shares)
+    return table
+
+
+def _scenario_table(report: Report) -> Table:
+    columns = ("", "Label", "Mistaken for", "Purity", "Agreement", "Before", "Defuse")
+    table = _table("Failure scenarios", columns, texts=3)
+    for row in report.scenarios.list:
+        if row.accepted:
+            low = row.purity is not None and row.purity < LOW_PURITY
+            purity = Text(percent(row.purity, 0), style="yellow" if low else "")
+            names = (str(row.number), row.label or NONE, row.mistaken_for or NONE)
+            _add(table, *names, purity, percent(row.agreement, 0), percent(row.before), percent(row.defuse))
+    return table
+
+
+def _agreement_table(report: Report) -> Table:
+    agreement = report.agreement
+    table = _table("Agreement of the annotators (Figure 6)", ("", "Images", "Agreement"))
+    parts = (
+        ("Failure scenarios", agreement.scenario),
+        ("Other components", agreement.other),
+        ("All", agreement.all),
+    )
+    for name, mean in parts:
+        _add(table, name, f"{mean.images:,}", _spread(mean))
+    return table
+
+
+def _spread(mean: Mean) -> str:
+    error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.1f}"
+    return NONE if mean.mean is None else f"{100 * mean.mean:.1f}{error} %"
+
+
+def _lines(report: Report) -> list[str]:
+    psi, vae, mixture = report.psi, report.vae, report.mixture
+    lines = [
+        f"Ψ: {count_of(psi.codes, 'code')} from {percent(psi.images_with_any)} of {count_of(psi.images, 'image')}; "
+        f"{percent(psi.zero_noise_flip_rate)} of the images are wrong without noise.",
+        f"β-VAE: {percent(vae.reconstruction_flips)} of plain reconstructions are wrong; "
+        f"{vae.collapsed} of {len(vae.kl_per_dimension)} dimensions collapsed; "
+        f"squared error {vae.reconstruction:.4f} per pixel.",
+    ]
+    if report.chosen is not None:
+        moved = change(report.accuracy.before.test, report.accuracy.defuse.test)
+        cost = f"; {moved} points on the test set" if moved else ""
+        lines.append(f"Chosen: λ = {lam_text(report.chosen.lam)}, epoch {report.chosen.epoch}{cost}.")
+    if not mixture.converged:
+        lines.append(f"The mixture had NOT converged after {count_of(mixture.iterations, 'iteration')}.")
+    lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
+    return lines
+
+
+@dataclass(frozen=True)
+class StepState:
+    """How far one step is: "done", "under way", "waits for people" or "to do"."""
+
+    step: str
+    state: str
+    detail: str
+    seconds: float | None
+    bytes: int | None
+    made: str
+
+
+def step_states(run: Run) -> list[StepState]:
+    """Return how far each step is, from what lies in the run's store."""
+    keys = set(run.store.list())
+    entries = run.manifest().get("artefacts", {})
+    return [_step_state(run, step, keys, entries) for step in STEPS]
+
+
+def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) -> StepState:
+    names = ARTEFACTS[step]
+    made = [name for name in names if f"{name}.safetensors" in keys]
+    known = [entries[name] for name in made if name in entries]
+    detail = _detail(run, step, keys)
+    if len(made) == len(names) and (step != "report" or "report.json" in keys):
+        state, detail = "done", ""
+    elif step == "review" and run.spec.review.annotators == "label-studio" and "gallery.safetensors" in keys:
+        state = "waits for people"
+    else:
+        state = "under way" if made or detail else "to do"
+    return StepState(
+        step,
+        state,
+        detail,
+        seconds=sum(entry["seconds"] for entry in known) if known else None,
+        bytes=sum(entry["bytes"] for entry in known) if known else None,
+        made=max((entry["made"] for entry in known), default=""),
+    )
+
+
+def _detail(run: Run, step: str, keys: set[str]) -> str:
+    """Return how much of an unfinished step is there already: shards of Ψ, fine-tunings begun."""
+    if step == "identify":
+        done = sum(key.startswith("psi/") and key.endswith(".json") for key in keys)
+        return f"{done} of {_shards(run)} shards" if done and "psi.safetensors" not in keys else ""
+    if step == "correct":
+        total = len(run.spec.correct.lambdas)
+        begun = {
+            name: sum(key.startswith(f"trials/{name}/") for key in keys) for name in ("baseline", "defuse")
+        }
+        return ", ".join(f"{name} {count} of {total} λ begun" for name, count in begun.items() if count)
+    return ""
+
+
+def _shards(run: Run) -> int:
+    from defuse_core.artifacts import Models
+    from defuse_core.identify import shard_count
+
+    models = run.load(Models)
+    return 0 if models is None else shard_count(models.images["train"], run.spec.identify.block_images)
+
+
+def print_status(run: Run, console: Console | None = None) -> None:
+    """Print each step of a run: done, under way or to do, with its time and size."""
+    console = console or Console()
+    states = step_states(run)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("Step", "State", "Made (UTC)"):
+        table.add_column(name, no_wrap=name == "Step")
+    for name in ("Time", "Size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for state in states:
+        _add(table, state.step, _state_text(state), _when(state.made), *_cost(state))
+    seconds = sum(state.seconds or 0 for state in states)
+    console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
+    console.print(table)
+    console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
+
+
+def _state_text(state: StepState) -> Text:
+    style = {"done": "green", "to do": "dim"}.get(state.state, "yellow")
+    return Text(f"{state.state}: {state.detail}" if state.detail else state.state, style=style)
+
+
+def _when(made: str) -> str:
+    return made.replace("T", " ").removesuffix("Z") or NONE
+
+
+def _cost(state: StepState) -> tuple[str, str]:
+    return (
+        NONE if state.seconds is None else duration(state.seconds),
+        NONE if state.bytes is None else size(state.bytes),
+    )
+
+
+def print_runs(store: Store, console: Console | None = None) -> None:
+    """Print the runs in a store, with the step that each is at."""
+    console = console or Console()
+    names = [
+        key.removesuffix("/run.yaml")
+        for key in store.list()
+        if key.count("/") == 1 and key.endswith("/run.yaml")
+    ]
+    if not names:
+        console.print(Text(f"no runs in {store.address}", overflow="fold"))
+        return
+    table = _table("", ("Run", "Data", "At", "Last made (UTC)", "Time"), texts=4)
+    table.title = None
+    for name in names:
+        _add(table, *_run_row(store, name))
+    console.print(table)
+
+
+def _run_row(store: Store, name: str) -> tuple[str | Text, ...]:
+    try:
+        run = Run.open(store, name)
+        states = step_states(run)
+    except DefuseError:
+        return name, NONE, Text("run.yaml cannot be read", style="red"), NONE, NONE
+    at = next((state for state in states if state.state != "done"), None)
+    shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
+    made = max(state.made for state in states)
+    return name, run.spec.data.name, shown, _when(made), duration(sum(state.seconds or 0 for state in states))
