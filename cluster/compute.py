@@ -1,0 +1,151 @@
+"""RayCompute: the heavy steps on a Ray cluster, one short method each. Results equal LocalCompute's."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from cluster.faults import as_defuse_error
+from cluster.identify import Crew, ShardQueue
+from cluster.relay import Relay, relayed, this_place
+from cluster.session import connect, task_share, worker_count, worker_share
+from cluster.sweep import Sweeping, run_trials
+from defuse_core.artifacts import Corrections, Models, Psi, Sweep
+from defuse_core.config import RunFile
+from defuse_core.correct import collect, is_pointless, load_tuning
+from defuse_core.data import Images
+from defuse_core.errors import ComputeError
+from defuse_core.identify import finished_shards, gather, shard_count
+from defuse_core.progress import Progress, silent
+from defuse_core.runs import Store
+
+log = logging.getLogger("defuse")
+T = TypeVar("T")
+LOOK_EVERY_S = 0.5
+WAITING_AFTER_S = 30.0
+
+
+class RayCompute:
+    """The protocol `Compute` on the cluster at `address`, on one already joined, or on an embedded Ray.
+
+    A context manager. Ray is started or joined when the first step needs it: a finished run needs none.
+    """
+
+    def __init__(self, address: str | None, spec: RunFile, progress: Progress = silent) -> None:
+        self.address, self.spec, self.progress = address, spec, progress
+        self.relay: Relay | None = None
+        self.connected_here = False
+        self.tag = secrets.token_hex(2)  # so that the names of two drivers' actors differ
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.relay is not None:
+            self.relay.close()
+            self.relay = None
+        if self.connected_here:
+            ray.shutdown()
+            self.connected_here = False
+
+    def task(self, step: str, function: Callable[..., T], *args: object) -> T:
+        """Return function(*args, progress=...), run as one task with the accelerator, if there is one."""
+        done, result = self._start(step, function, *args)
+        self._wait(step, done)
+        return ray.get(result)  # type: ignore[no-any-return]
+
+    def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
+        """Algorithm 1, sharded over workers that write their shards to `store` themselves.
+
+        The driver holds a few numbers per shard: its memory does not grow with images or failures.
+        """
+        count = shard_count(models.images["train"], spec.identify.block_images)
+        records = finished_shards(store)
+        missing = [index for index in range(count) if index not in records]
+        if missing:
+            crew = self._crew(spec, models, store)
+            records |= ShardQueue(crew, missing, count, self.progress).run()
+        return gather(records)
+
+    def sweep(
+        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
+    ) -> Sweep:
+        """Fine-tune once per λ as Ray Tune trials. Raises ComputeError if every trial failed for good."""
+        if is_pointless(fixes, reviewed):
+            return collect(spec, models, [])
+        trials, failed = run_trials(self._sweeping(spec, models, fixes, reviewed, store))
+        if not trials:
+            raise ComputeError(f"correct: every trial failed; λ = {failed[0]['lam']:g}: {failed[0]['cause']}")
+        return collect(spec, models, trials, failed)
+
+    def _crew(self, spec: RunFile, models: Models, store: Store) -> Crew:
+        relay, section = self._ready(), self.spec.resources
+        share, first = worker_share(section), worker_count(section)
+        wanted = (lambda: worker_count(section)) if section.workers == "auto" else (lambda: first)
+        images = models.images["train"]
+        return Crew(spec, ray.put(models), images, store, share, wanted, relay, f"identify-{self.tag}")
+
+    def _sweeping(
+        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
+    ) -> Sweeping:
+        relay, section = self._ready(), self.spec.resources
+        held = ray.put(models)
+        loaded, tuning = self._start("correct", load_tuning, spec, held, fixes, reviewed)
+        self._wait("correct", loaded)
+        return Sweeping(
+            spec,
+            held,
+            tuning,
+            store,
+            worker_share(section),
+            worker_count(section),
+            relay,
+            self.progress,
+            f"correct-{self.tag}",
+        )
+
+    def _ready(self) -> Relay:
+        """Return the relay, connecting first where needed. RunFileError where resources are missing."""
+        if self.relay is None:
+            self.connected_here = connect(self.address)
+            worker_count(self.spec.resources)
+            self.relay = Relay(self.progress)
+        return self.relay
+
+    def _start(self, step: str, function: Callable[..., Any], *args: object) -> tuple[Any, Any]:
+        """Start a task; return a reference that tells when and how it ended, and one to its result."""
+        relay, share = self._ready(), task_share(self.spec.resources)
+        remote = ray.remote(_in_worker).options(name=step, num_returns=2, **share.options())
+        done, result = remote.remote(step, function, relay.mailbox, *args)
+        return done, result
+
+    def _wait(self, step: str, done: Any) -> None:
+        """Show a task's progress until it is done; its result stays where it is. Raises its error."""
+        relay, begun, heard = self._ready(), time.monotonic(), False
+        while not ray.wait([done], timeout=LOOK_EVERY_S)[0]:
+            heard |= relay.pass_on()
+            if not heard and time.monotonic() - begun > WAITING_AFTER_S:
+                heard = True
+                log.warning(
+                    "%s: waiting for %s to be free on the cluster", step, task_share(self.spec.resources)
+                )
+        relay.pass_on()
+        try:
+            ray.get(done)
+        except RayError as error:
+            raise as_defuse_error(error, step) from error
+
+
+def _in_worker(step: str, function: Callable[..., T], mailbox: Any, *args: object) -> tuple[None, T]:
+    with relayed(mailbox) as progress:
+        log.debug("%s: in %s", step, this_place(step))
+        return None, function(*args, progress=progress)

@@ -1,0 +1,229 @@
+"""Identification on the cluster: actors pull shards from the driver's queue, and write them to the store.
+
+A killed process, a lost node or a failing store costs the shards in flight, which are queued again. Two
+things that Ray does need care: a restarted actor without a node would hoard shards, and one may land on a
+node that is dead but not yet known to be. So an actor gets work only after it has answered a ping, which may
+itself be retried for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from cluster import metrics
+from cluster.faults import as_defuse_error, one_line
+from cluster.relay import Place, Relay, relayed, this_place
+from cluster.session import Share
+from defuse_core.artifacts import Models
+from defuse_core.config import RunFile
+from defuse_core.errors import ComputeError, StoreError
+from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard
+from defuse_core.progress import Progress
+from defuse_core.runs import Store
+
+log = logging.getLogger("defuse")
+IN_FLIGHT = 2  # shards per worker: the next one is there when the last is done
+MAX_TRIES = 4
+LOOK_EVERY_S = 1.0
+HIRE_EVERY_S = 3.0
+
+
+class ShardWorker:
+    """The actor. It opens data and models with its first shard, and answers with counts."""
+
+    def __init__(self, spec: RunFile, store: Store) -> None:
+        self.spec, self.store = spec, store
+        self.identifier: Identifier | None = None
+
+    def ping(self, mailbox: Any) -> Place:
+        """Return where this actor lives."""
+        with relayed(mailbox):
+            return this_place("identify")
+
+    def shard(self, index: int, models: Models, mailbox: Any) -> ShardRecord:
+        """Identify shard `index`, write it to the store, and return its counts.
+
+        Models and mailbox come with every call: Ray promises the constructor of a restarted actor only plain
+        values.
+        """
+        with relayed(mailbox):
+            self.identifier = self.identifier or Identifier(self.spec, models)
+            record = save_shard(self.store, index, self.identifier.shard(index))
+        metrics.identified(record.images, record.decodings, record.codes)
+        return record
+
+
+@dataclass(eq=False)
+class Hand:
+    """One worker, as the driver sees it."""
+
+    number: int
+    actor: Any
+    place: Place | None = None  # None until it has answered a ping
+    shards: list[int] = field(default_factory=list)  # in flight
+
+
+@dataclass(eq=False)
+class Crew:
+    """How workers are made, what each has of the cluster, and how many to have now."""
+
+    spec: RunFile
+    models: Any  # ObjectRef of Models
+    images: int  # N
+    store: Store
+    share: Share
+    wanted: Callable[[], int]
+    relay: Relay
+    name: str  # prefix of the actors' names
+
+    def hire(self, number: int) -> Any:
+        """Return a new actor. It survives its process and its node."""
+        remote = ray.remote(ShardWorker).options(
+            name=f"{self.name}-{number}", max_restarts=-1, max_task_retries=0, **self.share.options()
+        )
+        return remote.remote(self.spec, self.store)
+
+
+class ShardQueue:
+    """The driver's side: which shards wait, which are with whom, and what was found."""
+
+    def __init__(self, crew: Crew, waiting: Iterable[int], total: int, progress: Progress) -> None:
+        self.crew, self.total, self.progress = crew, total, progress
+        self.waiting = deque(waiting)
+        self.left = len(self.waiting)
+        self.records: dict[int, ShardRecord] = {}
+        self.lost: Counter[int] = Counter()
+        self.hands: list[Hand] = []
+        self.flights: dict[Any, tuple[Hand, int | None]] = {}  # ObjectRef -> worker and shard; None is a ping
+        self.hired_at = 0.0
+
+    def run(self) -> dict[int, ShardRecord]:
+        """Return the records of all shards that waited.
+
+        Raises the error of a shard that fails by its own fault, ComputeError for one lost again and again.
+        """
+        try:
+            while len(self.records) < self.left:
+                self._hire()
+                ready, _ = ray.wait(list(self.flights), timeout=LOOK_EVERY_S)
+                for reference in ready:
+                    self._land(reference)
+                self.crew.relay.pass_on()
+            return self.records
+        finally:
+            for hand in self.hands:
+                ray.kill(hand.actor)
+
+    def _hire(self) -> None:
+        """Have as many workers as wanted; nodes that joined since the last look are used from now on."""
+        now = time.monotonic()
+        if now - self.hired_at < HIRE_EVERY_S and self.hands:
+            return
+        self.hired_at = now
+        for _ in range(min(self.crew.wanted(), self.left) - len(self.hands)):
+            hand = Hand(len(self.hands), self.crew.hire(len(self.hands)))
+            self.hands.append(hand)
+            self._ping(hand)
+
+    def _ping(self, hand: Hand) -> None:
+        hand.place = None
+        self.flights[hand.actor.ping.options(max_task_retries=-1).remote(self.crew.relay.mailbox)] = (
+            hand,
+            None,
+        )
+
+    def _land(self, reference: Any) -> None:
+        """Take one answer: a place, a finished shard, or a failure."""
+        hand, index = self.flights.pop(reference)
+        if index is not None:
+            hand.shards.remove(index)
+        try:
+            answer = ray.get(reference)
+        except RayTaskError as error:
+            self._failed(index, error)
+        except RayError as error:
+            self._vanished(hand, index, error)
+        else:
+            self._welcome(hand, answer) if index is None else self._finished(index, answer)
+        for free in self.hands:
+            self._feed(free)
+
+    def _welcome(self, hand: Hand, place: Place) -> None:
+        hand.place = place
+        log.info("identify: worker %d is %s", hand.number, place)
+
+    def _finished(self, index: int, record: ShardRecord) -> None:
+        self.records.setdefault(index, record)
+        done = self.total - self.left + len(self.records)
+        self.progress("perturbing training images", done, self.total, "shards")
+
+    def _failed(self, index: int | None, error: RayTaskError) -> None:
+        """A shard that could not be stored is tried again; any other fault is its own, and stops the run."""
+        if index in self.records:  # another worker finished it meanwhile
+            return
+        if index is not None and isinstance(error.cause, StoreError) and self.lost[index] < MAX_TRIES:
+            log.warning("identify: shard %d again, since it could not be stored: %s", index, one_line(error))
+            self._requeue(index)
+            return
+        cause = as_defuse_error(error, "identify")
+        what = "identify" if index is None else f"identify: {self._name(index)} failed"
+        raise type(cause)(f"{what}: {one_line(error)}") from error
+
+    def _vanished(self, hand: Hand, index: int | None, error: RayError) -> None:
+        """The worker's process or node is gone: queue its shard again, and wait until the worker is back."""
+        if index is not None and index not in self.records:
+            if self.lost[index] >= MAX_TRIES:
+                raise ComputeError(
+                    f"identify: {self._name(index)} was lost {MAX_TRIES + 1} times with its worker: "
+                    f"{one_line(error)}; does it fit in memory? run again to go on"
+                ) from error
+            log.warning(
+                "identify: shard %d again, since worker %d was lost (%s)", index, hand.number, hand.place
+            )
+            self._requeue(index)
+        if isinstance(error, ActorDiedError) and index is None:
+            raise ComputeError(f"identify: worker {hand.number} does not start: {one_line(error)}") from error
+        if not any(flier is hand and shard is None for flier, shard in self.flights.values()):
+            self._ping(hand)
+
+    def _name(self, index: int) -> str:
+        """Return a shard as a person may look for it."""
+        section = self.crew.spec.identify
+        size = blocks_per_shard(self.crew.images, section.block_images) * section.block_images
+        last = min((index + 1) * size, self.crew.images) - 1
+        return f"shard {index} of {self.total} (training images {index * size} to {last})"
+
+    def _requeue(self, index: int) -> None:
+        self.lost[index] += 1
+        metrics.redone(1)
+        self.waiting.appendleft(index)
+
+    def _feed(self, hand: Hand) -> None:
+        """Keep the worker busy. Near the end an idle one also takes a shard that a slow one has not begun."""
+        while hand.place is not None and len(hand.shards) < IN_FLIGHT and self.waiting:
+            self._send(hand, self.waiting.popleft())
+        if hand.place is not None and not hand.shards and (index := self._slow()) is not None:
+            self._send(hand, index)
+
+    def _send(self, hand: Hand, index: int) -> None:
+        if index in self.records:
+            return
+        hand.shards.append(index)
+        self.flights[hand.actor.shard.remote(index, self.crew.models, self.crew.relay.mailbox)] = (
+            hand,
+            index,
+        )
+
+    def _slow(self) -> int | None:
+        """Return the shard sent last that is still with one worker only, or None."""
+        holders = Counter(index for hand in self.hands for index in hand.shards)
+        lonely = [index for _, index in self.flights.values() if index is not None and holders[index] == 1]
+        return next((index for index in reversed(lonely) if index not in self.records), None)

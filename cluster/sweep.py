@@ -1,0 +1,159 @@
+"""The sweep over λ as Ray Tune trials. Their state lies in the run's store; Tune's own is thrown away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+
+from cluster import metrics
+from cluster.faults import one_line
+from cluster.relay import Relay, relayed, this_place
+from cluster.session import Share
+from defuse_core.artifacts import Models, Trial, decode
+from defuse_core.config import RunFile
+from defuse_core.correct import Tuning, run_trial, trial_key
+from defuse_core.progress import Progress
+from defuse_core.runs import Store
+
+log = logging.getLogger("defuse")
+MAX_FAILURES = 2  # a trial is started again so often; it goes on at its last finished epoch
+
+
+@dataclass(eq=False)
+class Sweeping:
+    """What a sweep over λ needs."""
+
+    spec: RunFile
+    models: Any  # ObjectRef of Models
+    tuning: Any  # ObjectRef of Tuning: once in the object store of each node, whatever the number of trials
+    store: Store
+    share: Share
+    parallel: int
+    relay: Relay
+    progress: Progress
+    name: str
+
+
+def run_trials(sweeping: Sweeping) -> tuple[list[Trial], list[dict[str, Any]]]:
+    """Return the finished trials, and lam and cause of those that failed for good."""
+    with _quiet_tune(), tempfile.TemporaryDirectory(prefix="defuse-tune-") as folder:
+        results = _tuner(sweeping, folder).fit()
+    failed: list[dict[str, Any]] = []
+    trials: list[Trial] = []
+    for index, lam in enumerate(sweeping.spec.correct.lambdas):  # a grid gives its results in its own order
+        result = results[index]
+        if result.error is None:
+            trials.append(_stored(sweeping.store, lam))
+        else:
+            failed.append({"lam": lam, "cause": one_line(result.error)})
+            log.warning("correct: the trial with λ = %g failed for good: %s", lam, failed[-1]["cause"])
+    return trials, failed
+
+
+def _stored(store: Store, lam: float) -> Trial:
+    return decode(Trial, store.read(trial_key(lam)), trial_key(lam))
+
+
+def _trial(
+    config: dict[str, float], spec: RunFile, models: Models, tuning: Tuning, store: Store, mailbox: Any
+) -> None:
+    """One λ, in a worker. Reports how many epochs are done."""
+    with relayed(mailbox):
+        place = this_place("correct")
+        log.debug("correct: λ = %g in %s", config["lam"], place)
+        for trial in run_trial(spec, models, tuning, config["lam"], store):
+            tune.report({"epochs": len(trial.rows), "visible_gpus": place.visible})
+
+
+def _tuner(sweeping: Sweeping, folder: str) -> tune.Tuner:
+    trainable = tune.with_parameters(
+        _trial,
+        spec=sweeping.spec,
+        models=sweeping.models,
+        tuning=sweeping.tuning,
+        store=sweeping.store,
+        mailbox=sweeping.relay.mailbox,
+    )
+    resources = {"cpu": sweeping.share.cpus, "gpu": sweeping.share.gpus}
+    return tune.Tuner(
+        tune.with_resources(trainable, resources),
+        param_space={"lam": tune.grid_search(list(sweeping.spec.correct.lambdas))},
+        tune_config=tune.TuneConfig(
+            reuse_actors=True,
+            max_concurrent_trials=sweeping.parallel,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=sweeping.name,
+            storage_path=folder,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[_Watch(sweeping)],
+        ),
+    )
+
+
+def _trial_name(trial: TuneTrial) -> str:
+    return f"lam-{trial.config['lam']!r}"
+
+
+class _Watch(tune.Callback):
+    """Passes on how far the sweep is, from inside Tune's loop in the driver."""
+
+    def __init__(self, sweeping: Sweeping) -> None:
+        self.sweeping = sweeping
+        self.epochs: dict[str, int] = {}
+
+    def on_step_end(self, iteration: int, trials: Sequence[TuneTrial], **info: Any) -> None:
+        """Pass on the workers' log lines."""
+        metrics.trials_running(sum(trial.status == TuneTrial.RUNNING for trial in trials))
+        self.sweeping.relay.pass_on()
+
+    def on_trial_result(
+        self,
+        iteration: int,
+        trials: Sequence[TuneTrial],
+        trial: TuneTrial,
+        result: dict[str, Any],
+        **info: Any,
+    ) -> None:
+        """Count the epochs done."""
+        self.epochs[str(trial)] = result["epochs"]
+        section = self.sweeping.spec.correct
+        total = len(section.lambdas) * section.epochs
+        self.sweeping.progress("fine-tuning over λ", sum(self.epochs.values()), total, "epochs")
+
+
+@contextlib.contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Keep Tune from logging to files, from talking, and from taking Ctrl-C for itself."""
+    wanted = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a table whatever the verbosity
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray._private")]
+    levels = [logger.level for logger in loggers]
+    os.environ.update(wanted)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
