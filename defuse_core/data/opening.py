@@ -24,7 +24,7 @@ def open_splits(data: DataSection, seed: int) -> Splits:
     """Return the parts of the data set that `data` names. Equal arguments on equal files give equal Splits.
 
     Validation and test are as the data set has them; where it has no validation part, a data.validation_share
-    of the training images is held out. Of the rest data.train_images are drawn. Raises DataError, in one line.
+    of the training images is held out. Of the rest data.train_images are drawn. Raises DataError.
     """
     try:
         return OPENERS[data.name](data, seed)

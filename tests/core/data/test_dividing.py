@@ -23,6 +23,12 @@ def test_every_beginning_of_a_mixed_order_has_each_class_in_proportion(labels: l
         assert abs((truth[order[:middle]] == label).sum() - expected) <= 5  # one per class
 
 
+def test_any_class_may_come_first_in_a_mixed_order():
+    truth = np.arange(30) % 3
+    first = {int(truth[mixed_order(truth, generator(seed, "test"))[0]]) for seed in range(50)}
+    assert first == {0, 1, 2}
+
+
 @given(st.integers(2, 300), st.integers(0, 1000))
 def test_halves_are_disjoint_whole_and_in_order(count: int, seed: int):
     first, second = (ids(half) for half in halves(numbered(count), seed))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_samples import SIZE, ids, noise, numbered, save_picture
+from PIL import Image
 
 from defuse_core.data import Images, PictureFiles, Splits
 from defuse_core.errors import DataError
@@ -71,6 +72,14 @@ def test_a_file_that_is_not_an_image_is_named(tmp_path: Path):
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path):
     path = save_picture(tmp_path / "deep.png", np.full((SIZE, SIZE), 0x8000, np.uint16))
     assert (PictureFiles([path], 1, SIZE)[:] == 0x80).all()
+
+
+def test_a_transparent_palette_is_read_as_its_colours(tmp_path: Path):
+    picture = Image.new("P", (SIZE, SIZE), 1)
+    picture.putpalette([0, 0, 0, 10, 20, 30])
+    picture.save(tmp_path / "palette.png", transparency=b"\x00\x80")
+    pixels = PictureFiles([str(tmp_path / "palette.png")], 3, SIZE)[:]
+    assert pixels[0, :, 4, 4].tolist() == [10, 20, 30]
 
 
 def test_pictures_are_brought_to_the_size_and_channels_asked_for(tmp_path: Path):

@@ -61,11 +61,11 @@ def test_signs_are_sampled_in_whole_tracks_of_one_class(tmp_path: Path):
     root = write_signs(tmp_path, {0: 4, 1: 4}, frames=3)
     everything = open_splits(section("signs", root), 0).train
     track = {image.tobytes(): row // 3 for row, image in enumerate(everything.pixels[:])}
-    some = open_splits(section("signs", root, train_images=13), 0).train
+    some = open_splits(section("signs", root, train_images=10), 0).train
     tracks = [track[image.tobytes()] for image in some.pixels[:]]
-    assert len(some) == 12
+    assert len(some) == 9
     assert set(np.unique(tracks, return_counts=True)[1].tolist()) == {3}
-    assert np.bincount(some.labels).tolist() == [6, 6]  # of each class alike
+    assert sorted(np.bincount(some.labels).tolist()) == [3, 6]  # of each class alike
 
 
 def test_large_signs_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
