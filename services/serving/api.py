@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.serving.body import (
@@ -138,6 +139,7 @@ def build_api(server: Server) -> FastAPI:
 
     api = FastAPI(title="Defuse", summary="A corrected image classifier.", version="1", lifespan=lifespan)
     api.add_exception_handler(Refused, _refused_handler(server))
+    api.add_exception_handler(HTTPException, _no_such_route)
     api.add_middleware(Door, token=server.token)
     limit = int(server.settings.max_body_mb * 1e6)
 
@@ -197,6 +199,11 @@ def _refused_handler(server: Server) -> Any:
     return answer
 
 
+async def _no_such_route(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
 class Door:
     """Lets nobody in without the token, if there is one, except to ask for health."""
 
@@ -213,7 +220,7 @@ class Door:
         await refusal(scope, receive, send)
 
     def _may_enter(self, scope: Scope) -> bool:
-        if self.expected is None or scope["path"] in OPEN_ROUTES:
+        if self.expected is None or scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_ROUTES:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(self.expected).digest())

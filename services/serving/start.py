@@ -42,7 +42,14 @@ def ray_for(address: str | None, cpus: int) -> Iterator[None]:
     else:
         count = max(os.cpu_count() or 1, cpus)
         with _explained("Ray did not start on this machine"):
-            ray.init(address="local", num_cpus=count, include_dashboard=False, log_to_driver=False)
+            ray.init(
+                address="local",
+                num_cpus=count,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _node_ip_address="127.0.0.1",
+            )
     try:
         yield
     finally:
@@ -62,6 +69,7 @@ def application(args: dict[str, Any], host: str, port: int) -> Iterator[str]:
         log.warning(
             "%s can be reached from elsewhere, and DEFUSE_SERVE_TOKEN is not set: anybody may ask", host
         )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(enable_access_log=False)
     with _explained("the application did not start"):
         serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)

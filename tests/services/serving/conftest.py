@@ -1,26 +1,137 @@
 from __future__ import annotations
 
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # before Ray starts
+
+import httpx
+import numpy as np
 import pytest
+from planted import confused, nudged, overflowing, plant_run, png
 
 from defuse_core.artifacts import Models
-from defuse_core.config import RunFile
+from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Splits, open_splits
+from defuse_core.progress import silent
 from defuse_core.runs import FolderStore
-from planted import nudged, plant_run
+from defuse_core.train import train
+
+LIGHT = {"cpus_per_replica": 0.1, "poll_s": 0.2}  # many replicas on two cores
 
 
 @pytest.fixture(scope="session")
-def tiny_splits(tiny_spec: RunFile) -> Splits:
-    return open_splits(tiny_spec.data, tiny_spec.seed)
+def good_spec(tiny_spec: RunFile) -> RunFile:
+    """A run file whose classifier and β-VAE are worth the name, in seconds."""
+    tree = tiny_spec.model_dump(mode="json")
+    tree["data"]["train_images"] = None
+    tree["classifier"] |= {"epochs": 12, "channels": 16, "optimizer": "adam", "learning_rate": 3e-3}
+    tree["vae"] |= {"epochs": 60, "beta": 0.1, "learning_rate": 3e-3}
+    tree["check"]["min_scenario_accuracy"] = 0.8
+    return parse_run_file(tree, "good")
 
 
 @pytest.fixture(scope="session")
-def planted(tmp_path_factory, tiny_spec: RunFile, tiny_models: Models, tiny_splits: Splits) -> FolderStore:
-    """A store with three finished runs: first, second (almost the same classifier), and swapped (another one)."""
+def good_models(good_spec: RunFile) -> Models:
+    return train(good_spec, progress=silent)
+
+
+@pytest.fixture(scope="session")
+def splits(good_spec: RunFile) -> Splits:
+    return open_splits(good_spec.data, good_spec.seed)
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: Any, good_spec: RunFile, good_models: Models, splits: Splits) -> FolderStore:
+    """A store of finished runs. second answers like first; swapped takes 0 for 1; broken gives no finite answer."""
     store = FolderStore(Path(tmp_path_factory.mktemp("planted")))
-    good = tiny_models.classifier
-    plant_run(store, "first", tiny_spec, tiny_models, tiny_splits, good)
-    plant_run(store, "second", tiny_spec, tiny_models, tiny_splits, nudged(good, 2))
+    good = good_models.classifier
+    corrected = {
+        "first": good,
+        "second": nudged(good, 2),
+        "swapped": confused(good, (0, 1)),
+        "broken": overflowing(good),
+    }
+    for name, weights in corrected.items():
+        plant_run(store, name, good_spec, good_models, splits, weights)
     return store
+
+
+@pytest.fixture
+def own_store(planted: FolderStore, tmp_path: Path) -> FolderStore:
+    """A copy of `planted`, for a registry of one's own."""
+    for key in planted.list():
+        FolderStore(tmp_path).write(key, planted.read(key))
+    return FolderStore(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def serve_port(ray_session: None) -> Iterator[int]:
+    """A real Serve on loopback for all tests; every application has a prefix of its own."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    yield port
+    serve.shutdown()
+
+
+class Served:
+    """One application under test."""
+
+    def __init__(self, port: int, name: str) -> None:
+        self.port, self.name, self.prefix = port, name, f"/{name}"
+        self.predict = f"/{name}/v1/predict"
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/{name}", timeout=30)
+
+    def wait_for(self, version: str, seconds: float = 15) -> None:
+        """Return once the application answers with `version`."""
+        end = time.monotonic() + seconds
+        while (found := self.http.get("/v1/model").json().get("version")) != version:
+            assert time.monotonic() < end, f"still answers with {found}, expected {version}"
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def serving(serve_port: int) -> Iterator[Callable[..., Served]]:
+    """Start applications for the tests of one module: serving(store, run="first", batch_size=1, ...)."""
+    from ray import serve
+
+    from services.serving.app import ServeArgs, build
+
+    numbers, names = itertools.count(), []
+
+    def start(store: FolderStore, run: str | None = "first", pin: bool = False, **settings: Any) -> Served:
+        name = f"app{next(numbers)}"
+        token = settings.pop("require_token", False)
+        args = ServeArgs(
+            store=store.address, run=run, pin=pin, require_token=token, settings={**LIGHT, **settings}
+        )
+        serve.run(build(args), name=name, route_prefix=f"/{name}")
+        names.append(name)
+        return Served(serve_port, name)
+
+    yield start
+    for name in names:
+        serve.delete(name)
+
+
+@pytest.fixture(scope="session")
+def pictures(splits: Splits) -> list[bytes]:
+    """1,000 training and test images as PNG files."""
+    images = [*splits.test.batch(slice(0, 500)), *splits.train.batch(slice(0, 500))]  # type: ignore[union-attr]
+    return [png(image) for image in images]
+
+
+@pytest.fixture(scope="session")
+def pixels(splits: Splits) -> np.ndarray[Any, Any]:
+    """The same images as (1000, 1, 16, 16) pixels."""
+    return np.concatenate([splits.test.batch(slice(0, 500)), splits.train.batch(slice(0, 500))])  # type: ignore[union-attr]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import numpy as np
+from PIL import Image
 
 from defuse_core.artifacts import (
     Gallery,
@@ -21,10 +23,10 @@ from defuse_core.draw import draw_codes, draw_corrections
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.runs import Run, Store
 
-LAST = "6"  # the last layer of a classifier with two stages: two convolutions, Flatten, two dense layers
 
-
-def plant_run(store: Store, name: str, spec: RunFile, models: Models, splits: Splits, corrected: Weights) -> Run:
+def plant_run(
+    store: Store, name: str, spec: RunFile, models: Models, splits: Splits, corrected: Weights
+) -> Run:
     """Return a finished run whose corrected classifier has the weights `corrected`.
 
     Its two scenarios lie where the training images of two classes lie, and the classifier before is wrong there.
@@ -55,7 +57,9 @@ def _components(codes: np.ndarray, labels: np.ndarray, classes: tuple[int, ...])
     groups = [codes[labels == label].astype(np.float64) for label in classes]
     covariances = np.stack([np.cov(group.T) * 0.3 + 1e-3 * np.eye(codes.shape[1]) for group in groups])
     weights = np.full(len(classes), 1 / len(classes))
-    return Scenarios(weights, np.stack([g.mean(0) for g in groups]), covariances, weights, len(codes), True, 1, 0.0)
+    return Scenarios(
+        weights, np.stack([g.mean(0) for g in groups]), covariances, weights, len(codes), True, 1, 0.0
+    )
 
 
 def _drawn(scenarios: Scenarios, component: int) -> np.ndarray:
@@ -96,3 +100,12 @@ def nudged(weights: Weights, seed: int) -> Weights:
 def overflowing(weights: Weights) -> Weights:
     """Return finite weights whose answers are not finite."""
     return {name: np.full_like(array, 1e30) for name, array in weights.items()}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Return (1 or 3, H, W) in [0, 1] as a PNG file."""
+    levels = np.round(pixels * 255).astype(np.uint8)
+    picture = Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
