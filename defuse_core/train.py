@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,8 +41,9 @@ PROBE_IMAGES = 10_000  # training images that the β-VAE's figures are measured 
 
 def train(spec: RunFile, *, progress: Progress) -> Models:
     """Return f and the β-VAE, trained or brought, with their accuracies and the β-VAE's health."""
-    splits = open_splits(spec.data, spec.seed)
-    _expect_validation(spec, splits)
+    on_disk = open_splits(spec.data, spec.seed)
+    _expect_validation(spec, on_disk)
+    splits = replace(on_disk, train=on_disk.train.loaded())
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, progress)
         vae, vae_history = train_vae(spec, splits, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.errors import DataError
 
+MAX_LOADED = 4 * 2**30  # bytes; more pixels than that are read from their files epoch after epoch
 FINGERPRINT_IMAGES = 128  # per part; so many are read, however large the data set is
 
 
@@ -130,8 +132,10 @@ class Images:
         return Images(self.pixels.at(rows) if files else self.pixels[rows], self.labels[rows])  # type: ignore[union-attr]
 
     def loaded(self) -> Images:
-        """Return the same images with their pixels in memory; those of files as uint8."""
-        return Images(self.pixels[:], self.labels) if isinstance(self.pixels, PictureFiles) else self
+        """Return the same images with their pixels in memory, as uint8; too many of them stay files (MAX_LOADED)."""
+        if not isinstance(self.pixels, PictureFiles) or math.prod(self.pixels.shape) > MAX_LOADED:
+            return self
+        return Images(self.pixels[:], self.labels)
 
 
 @dataclass(frozen=True, eq=False)
