@@ -179,6 +179,8 @@ class ReviewSection(Section):
     """Label Studio: stop asking about a scenario whose verdict and label can no longer change. Ours."""
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
+    inline_kb: int = Field(64, ge=1)
+    """Label Studio: pictures up to so many kilobytes stand in their task; larger ones need a run in S3. Ours."""
     real_names: bool = False
     """Label Studio: keep annotators' names in the run in place of pseudonyms. Ours."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Settings:
     label_studio_api_key: str | None = field(repr=False)  # LABEL_STUDIO_API_KEY
     serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN
     debug: bool  # DEFUSE_DEBUG: show tracebacks
+    cache: Path = Path("~/.cache/defuse")  # DEFUSE_CACHE, else below XDG_CACHE_HOME: the local Label Studio
 
 
 def read_settings() -> Settings:
@@ -26,4 +28,5 @@ def read_settings() -> Settings:
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
         serve_token=get("DEFUSE_SERVE_TOKEN") or None,
         debug=bool(get("DEFUSE_DEBUG")),
+        cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse").expanduser(),
     )

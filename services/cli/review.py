@@ -1,13 +1,162 @@
 """`defuse review ...` and `defuse label-studio ...`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import click
+
+from services.settings import read_settings
+
+if TYPE_CHECKING:
+    from defuse_core.artifacts import Gallery
+    from defuse_core.runs import Run
+
+store_option = click.option(
+    "--store", default="runs", show_default=True, help="Folder, or s3://bucket/prefix, that the runs lie in."
+)
 
 
 @click.group()
 def review() -> None:
-    """See and steer the review of a run's scenarios by people."""
+    """See and steer the review of a run's scenarios by people.
+
+    \b
+    Begin with:  defuse run deploy/runs/digits.yaml --set review.annotators=label-studio
+    """
+
+
+@review.command()
+@click.argument("name", metavar="RUN")
+@store_option
+@click.option("--repair", is_flag=True, help="Put back what someone deleted or edited in Label Studio.")
+def push(name: str, store: str, repair: bool) -> None:
+    """Send the images of RUN to Label Studio; those that are there already stay as they are."""
+    from services.labeling import LabelStudioAnnotators
+
+    opened, gallery = _open(name, store)
+    with opened.store.lock():
+        annotators = LabelStudioAnnotators(opened, read_settings())
+        record = annotators.push(gallery, repair)
+    click.echo(f"label at {annotators.server.page_of(record.number)}")
+
+
+@review.command()
+@click.argument("name", metavar="RUN")
+@store_option
+def status(name: str, store: str) -> None:
+    """Show the answers so far of RUN, what is missing, and where to label."""
+    from services.labeling import LabelStudioAnnotators
+    from services.labeling.show import print_standing
+
+    opened, gallery = _open(name, store)
+    annotators = LabelStudioAnnotators(opened, read_settings())
+    standing, record = annotators.standing(gallery)
+    print_standing(standing, annotators.server.page_of(record.number))
+
+
+@review.command(name="set")
+@click.argument("name", metavar="RUN")
+@click.argument("scenario", type=int)
+@store_option
+@click.option(
+    "--label", metavar="NAME_OR_INDEX", help="Accept the scenario as a failure, with this class as label."
+)
+@click.option("--reject", is_flag=True, help="Reject the scenario.")
+@click.option("--reason", required=True, help="Why; the report shows it.")
+@click.option("--author", help="Who decides. [default: the user of this machine]")
+@click.option("--redo", is_flag=True, help="Forget verdicts and corrections that are made already.")
+def set_(  # noqa: PLR0913 - one parameter per option
+    name: str,
+    scenario: int,
+    store: str,
+    label: str | None,
+    reject: bool,
+    reason: str,
+    author: str | None,
+    redo: bool,
+) -> None:
+    """Decide SCENARIO of RUN above the vote.
+
+    \b
+    defuse review set digits 3 --label 8 --reason "thick eights, checked on paper"
+    defuse review set digits 5 --reject --reason "not digits at all"
+    """
+    import getpass
+
+    from services.labeling.decide import decide
+
+    if reject == (label is not None):
+        raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
+    opened, _ = _open(name, store)
+    done = decide(opened, scenario, label, author or getpass.getuser(), reason, redo)
+    click.echo(f"{done}; `defuse run` goes on with it")
 
 
 @click.group(name="label-studio")
 def label_studio() -> None:
-    """A Label Studio server on this machine, for trying it out."""
+    """A Label Studio server on this machine, for trying it out.
+
+    Commands that need a server find this one by themselves where LABEL_STUDIO_URL is not set.
+    """
+
+
+@label_studio.command()
+def install() -> None:
+    """Install the server in an environment of its own below the user's cache (about 1 GB, a minute)."""
+    from services.labeling.server import install as install_server
+
+    home = install_server(read_settings().cache)
+    click.echo(f"Label Studio is installed in {home.env}")
+
+
+@label_studio.command()
+@click.option("--port", default=8080, show_default=True, help="Port on loopback.")
+def up(port: int) -> None:
+    """Start the server, installed first if need be; about half a minute the first time."""
+    from services.labeling.server import up as start_server
+
+    server = start_server(read_settings().cache, port)
+    click.echo(f"Label Studio runs at {server.address}")
+    click.echo(f"log in as {server.username} with password {server.password}")
+
+
+@label_studio.command()
+def down() -> None:
+    """Stop the server; its projects and answers stay."""
+    from services.labeling.server import down as stop_server
+
+    stopped = stop_server(read_settings().cache)
+    click.echo(
+        "stopped; `defuse label-studio up` brings it back as it was" if stopped else "it was not running"
+    )
+
+
+@label_studio.command(name="status")
+def server_status() -> None:
+    """Show whether the server runs, and how to log in."""
+    from services.labeling.server import running
+
+    server = running(read_settings().cache)
+    if server is None:
+        click.echo("not running; `defuse label-studio up` starts it")
+        return
+    click.echo(f"Label Studio runs at {server.address}")
+    click.echo(f"log in as {server.username} with password {server.password}")
+
+
+def _open(name: str, store: str) -> tuple[Run, Gallery]:
+    """Return the run and the images that people review. Raises InputError where there are none yet."""
+    from defuse_core.artifacts import Gallery
+    from defuse_core.errors import InputError
+    from defuse_core.runs import Run
+    from services.cli.run import checked_name
+    from services.storage import open_store
+
+    opened = Run.open(open_store(store), checked_name(name))
+    gallery = opened.load(Gallery)
+    if gallery is None:
+        raise InputError(
+            f"run {name} has no images to review yet; `defuse status {name}` shows how far it is"
+        )
+    return opened, gallery

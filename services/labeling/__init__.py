@@ -1,0 +1,5 @@
+"""Review by people in Label Studio: pushing images, pulling answers, and a server to try it out."""
+
+from services.labeling.annotators import LabelStudioAnnotators
+
+__all__ = ["LabelStudioAnnotators"]

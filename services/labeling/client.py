@@ -1,0 +1,313 @@
+"""The one seam to a Label Studio server: what Defuse asks of it, and its failures in one line.
+
+Reads are repeated by the SDK on lost connections and overload. Writes never are: a reply that is lost does
+not mean that nothing happened, so who writes looks first (see push.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from label_studio_sdk import LabelStudio
+from label_studio_sdk.core.api_error import ApiError
+from label_studio_sdk.core.parse_error import ParsingError
+
+from defuse_core.errors import InputError, ServiceError
+
+READ: Any = {"max_retries": 2}
+WRITE: Any = {"max_retries": 0}
+LIGHT = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelled,created_at,updated_at"
+PAGE = 250  # tasks
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One submitted annotation, as the server has it: unchecked."""
+
+    id: int
+    person: int | None  # user id; None where the account was deleted
+    result: Any
+    cancelled: bool  # a skip
+    created: float  # seconds since 1970
+    updated: float
+
+
+@dataclass(frozen=True)
+class Task:
+    id: int
+    key: str | None  # the sample_key that push.py gave it; None for a task of somebody else's
+    digest: str | None  # of what it showed when it was pushed
+    overlap: int
+    labeled: bool  # Label Studio's own view: out of the queue
+    annotations: tuple[Annotation, ...]
+    data: Mapping[str, Any] | None  # None unless asked for
+
+
+@dataclass(frozen=True)
+class Project:
+    id: int
+    title: str
+    description: str
+    config: str
+    overlap: int
+
+
+class Server:
+    """A Label Studio server.
+
+    Every method raises ServiceError or InputError, in one line that says what to do.
+    """
+
+    def __init__(self, address: str, token: str, timeout_s: float = 60.0) -> None:
+        self.address = checked_address(address)
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # else one line per request
+        if not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise InputError(
+                "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
+            )
+        with _explained(self.address):
+            self._sdk: Any = LabelStudio(  # type: ignore[no-untyped-call]
+                base_url=self.address, api_key=token, timeout=timeout_s, max_retries=0, follow_redirects=False
+            )
+
+    def __repr__(self) -> str:
+        return f"Server({self.address!r})"
+
+    def check(self) -> None:
+        """Ask who we are: the cheapest question that needs the right address and a valid token."""
+        with _explained(self.address):
+            self._sdk.users.whoami(request_options=READ)
+
+    def page_of(self, project: int) -> str:
+        """Return the address to open for the project."""
+        return f"{self.address}/projects/{project}/data"
+
+    def create_project(self, fields: Mapping[str, Any]) -> Project:
+        """Make a project. After a lost reply it may be there nonetheless."""
+        with _explained(self.address):
+            made = self._sdk.projects.create(**fields, request_options=WRITE)
+        return _project(made)
+
+    def project(self, number: int) -> Project | None:
+        """Return the project, or None where there is none of that number."""
+        with _explained(self.address):
+            try:
+                return _project(self._sdk.projects.get(id=number, request_options=READ))
+            except ApiError as error:
+                if error.status_code == 404 and _is_json(error.body):
+                    return None
+                raise
+
+    def find_projects(self, mark: str) -> list[Project]:
+        """Return the projects whose description holds `mark`, oldest first."""
+        with _explained(self.address):
+            pages = self._sdk.projects.list(page_size=100, request_options=READ)
+            found = [_project(project) for project in pages if mark in (project.description or "")]
+        return sorted(found, key=lambda project: project.id)
+
+    def update_project(self, number: int, fields: Mapping[str, Any]) -> None:
+        with _explained(self.address):
+            self._sdk.projects.update(id=number, **fields, request_options=WRITE)
+
+    def delete_project(self, number: int) -> None:
+        with _explained(self.address):
+            self._sdk.projects.delete(id=number, request_options=WRITE)
+
+    def import_tasks(self, project: int, tasks: Sequence[Mapping[str, Any]]) -> None:
+        """Add tasks, all or none. After a lost reply they may be there nonetheless."""
+        with _explained(self.address):
+            self._sdk.projects.import_tasks(id=project, request=list(tasks), request_options=WRITE)
+
+    def tasks(self, project: int, with_data: bool = False) -> Iterator[Task]:
+        """Return all tasks with all annotations, page by page. `with_data` brings what they show, too."""
+        include, page = (LIGHT + ",data" if with_data else LIGHT), 1
+        while True:
+            with _explained(self.address):
+                try:
+                    answer = self._sdk.tasks.list(
+                        project=project,
+                        page=page,
+                        page_size=PAGE,
+                        fields="all",
+                        include=include,
+                        resolve_uri=False,
+                        request_options=READ,
+                    )
+                except ApiError as error:
+                    if error.status_code == 404 and page > 1:
+                        return
+                    raise
+            items = answer.items or []
+            yield from (_task(item) for item in items)
+            if len(items) < PAGE:
+                return
+            page += 1
+
+    def delete_task(self, number: int) -> None:
+        with _explained(self.address), _unless_gone():
+            self._sdk.tasks.delete(id=str(number), request_options=WRITE)
+
+    def set_overlap(self, task: int, overlap: int, labeled: bool) -> None:
+        """Say how many people are to see the task, and whether it leaves the queue now. Safe to repeat."""
+        fields = {"overlap": overlap, "is_labeled": labeled}
+        with _explained(self.address), _unless_gone():
+            self._sdk.tasks.update(
+                id=str(task), request_options=WRITE | {"additional_body_parameters": fields}
+            )
+
+    def people(self) -> dict[int, str]:
+        """Return the names of the users: first and last name, or else the e-mail address."""
+        with _explained(self.address):
+            users = self._sdk.users.list(request_options=READ)
+        return {
+            user.id: f"{user.first_name or ''} {user.last_name or ''}".strip() or str(user.email)
+            for user in users
+        }
+
+    def connect_bucket(self, project: int, fields: Mapping[str, Any]) -> None:
+        """Let the project show pictures of an S3 bucket, proxied by the server, unless it does already."""
+        with _explained(self.address):
+            known = self._sdk.import_storage.s3.list(project=project, request_options=READ)
+            if not any(storage.bucket == fields["bucket"] for storage in known):
+                self._sdk.import_storage.s3.create(project=project, **fields, request_options=WRITE)
+
+
+def checked_address(address: str) -> str:
+    """Return the address without a slash at its end.
+
+    Raises InputError for anything but a plain http(s) address.
+    """
+    parts = urlsplit(address.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError("LABEL_STUDIO_URL: expected an address such as https://labels.example.org")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise InputError(
+            "LABEL_STUDIO_URL: expected a plain address; the token belongs into LABEL_STUDIO_API_KEY"
+        )
+    return address.strip().rstrip("/")
+
+
+@contextlib.contextmanager
+def _unless_gone() -> Iterator[None]:
+    """A task that someone deleted in the meantime needs nothing any more."""
+    try:
+        yield
+    except ApiError as error:
+        if error.status_code != 404:
+            raise
+
+
+@contextlib.contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """Turn what went wrong into one line.
+
+    The SDK's own errors hold headers and whole pages, so they are not chained.
+    """
+    try:
+        yield
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise InputError(f"LABEL_STUDIO_URL: {address} is not a usable address") from error
+    except httpx.ConnectError:
+        raise ServiceError(
+            f"Label Studio at {address} cannot be reached; start it or correct LABEL_STUDIO_URL, then run again"
+        ) from None
+    except httpx.TimeoutException:
+        raise ServiceError(
+            f"Label Studio at {address} is too slow to answer; run again, nothing is lost"
+        ) from None
+    except httpx.HTTPError:
+        raise ServiceError(
+            f"Label Studio at {address} cut the connection; run again, nothing is lost"
+        ) from None
+    except ApiError as error:
+        raise _of_status(address, error.status_code or 0, error.body) from None
+    except (ParsingError, ValueError, TypeError, AttributeError):
+        raise ServiceError(
+            f"{address} answered something that Label Studio 1.23 does not; is LABEL_STUDIO_URL right?"
+        ) from None
+
+
+def _of_status(address: str, status: int, body: Any) -> Exception:  # noqa: PLR0911 - one line per status
+    if status == 401:
+        return InputError(
+            f"Label Studio at {address} refused the token (401); set LABEL_STUDIO_API_KEY to a valid one"
+        )
+    if status == 403:
+        return InputError(
+            f"Label Studio at {address} forbids this to the token's account (403); use an administrator's"
+        )
+    if status == 429:
+        return ServiceError(
+            f"Label Studio at {address} is limiting requests (429); wait a minute and run again"
+        )
+    if status >= 500:
+        return ServiceError(
+            f"Label Studio at {address} failed ({status}); see its log, then run again, nothing is lost"
+        )
+    if 300 <= status < 400:
+        return InputError(f"{address} redirects elsewhere ({status}); set LABEL_STUDIO_URL to where it leads")
+    if not _is_json(body):
+        return InputError(
+            f"{address} answered a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
+        )
+    return ServiceError(f"Label Studio at {address} did not accept the request ({status}): {_detail(body)}")
+
+
+def _is_json(body: Any) -> bool:
+    return isinstance(body, (dict, list)) or body is None or hasattr(body, "model_dump")
+
+
+def _detail(body: Any) -> str:
+    plain = body.model_dump() if hasattr(body, "model_dump") else body
+    if isinstance(plain, dict):
+        plain = plain.get("validation_errors") or plain.get("detail") or plain
+    return json.dumps(plain, default=str)[:300]
+
+
+def _project(found: Any) -> Project:
+    return Project(
+        id=int(found.id),
+        title=str(found.title or ""),
+        description=str(found.description or ""),
+        config=str(found.label_config or ""),
+        overlap=int(found.maximum_annotations or 0),
+    )
+
+
+def _task(found: Any) -> Task:
+    meta = found.meta if isinstance(found.meta, dict) else {}
+    return Task(
+        id=int(found.id),
+        key=meta.get("sample_key"),
+        digest=meta.get("digest"),
+        overlap=int(found.overlap or 0),
+        labeled=bool(found.is_labeled),
+        annotations=tuple(_annotation(one) for one in found.annotations or ()),
+        data=found.data,
+    )
+
+
+def _annotation(found: Any) -> Annotation:
+    fields = found if isinstance(found, dict) else found.model_dump()
+    person = fields.get("completed_by")
+    return Annotation(
+        id=int(fields["id"]),
+        person=person.get("id") if isinstance(person, dict) else person,
+        result=fields.get("result"),
+        cancelled=bool(fields.get("was_cancelled")),
+        created=_seconds(fields["created_at"]),
+        updated=_seconds(fields["updated_at"]),
+    )
+
+
+def _seconds(moment: str | datetime) -> float:
+    return (datetime.fromisoformat(moment) if isinstance(moment, str) else moment).timestamp()

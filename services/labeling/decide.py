@@ -1,0 +1,72 @@
+"""A human decision above the vote: recorded with author and reason, and stated in the report."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from defuse_core.artifacts import Gallery, Verdicts
+from defuse_core.errors import InputError
+from defuse_core.judge import OVERRIDES_KEY, read_overrides
+from defuse_core.runs import Run
+
+# What follows from the verdicts, in the order in which it is made; all else of a run stays.
+FROM_VERDICTS = ("verdicts", "corrections", "baseline", "sweep", "evaluation")
+FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")
+
+
+def decide(run: Run, scenario: int, label: str | None, author: str, reason: str, redo: bool = False) -> str:
+    """Record that `scenario` has `label` (a class's name or index), or is rejected (None); return it in words.
+
+    Raises InputError for an unknown scenario or class, and where the verdicts are made already: `redo` forgets them
+    and what follows from them, and `defuse run` makes that again.
+    """
+    gallery = run.load(Gallery)
+    if gallery is None:
+        raise InputError(
+            f"run {run.name} has no scenarios yet; `defuse status {run.name}` shows how far it is"
+        )
+    if not 0 <= scenario < len(gallery):
+        raise InputError(f"scenario {scenario}: run {run.name} has scenarios 0 to {len(gallery) - 1}")
+    if not reason.strip():
+        raise InputError("--reason: say why, for whoever reads the report")
+    number = None if label is None else class_number(label, gallery.classes)
+    if run.load(Verdicts) is not None:
+        _forget_verdicts(run, redo)
+    entry = {"scenario": scenario, "label": number, "author": author, "reason": " ".join(reason.split())}
+    _append(run, entry | {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    return f"scenario {scenario} is " + (
+        "rejected" if number is None else f"a failure: {gallery.classes[number]}"
+    )
+
+
+def class_number(label: str, classes: tuple[str, ...]) -> int:
+    """Return the class called `label`, or else of that index. Raises InputError."""
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+    raise InputError(f"--label {label}: expected a class or its index, of 0 to {len(classes) - 1} ({shown})")
+
+
+def _append(run: Run, entry: dict[str, Any]) -> None:
+    run.store.write(OVERRIDES_KEY, json.dumps([*read_overrides(run.store), entry], indent=1).encode())
+
+
+def _forget_verdicts(run: Run, redo: bool) -> None:
+    if not redo:
+        raise InputError(
+            f"run {run.name} has its verdicts already, and maybe a corrected model; --redo forgets these, and "
+            "`defuse run` makes them again with this decision"
+        )
+    with run.store.lock():
+        doomed = [f"{key}.safetensors" for key in reversed(FROM_VERDICTS)]
+        doomed += [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
+        for key in doomed:
+            run.store.delete(key)
+        manifest = run.manifest()
+        for key in FROM_VERDICTS:
+            manifest["artefacts"].pop(key, None)
+        run.store.write("manifest.json", json.dumps(manifest, indent=1).encode())

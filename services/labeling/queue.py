@@ -1,0 +1,42 @@
+"""Keeping Label Studio's queue to what is still wanted: it knows of no decided scenario and no refusal."""
+
+from __future__ import annotations
+
+import logging
+
+from services.labeling.answers import Slot
+from services.labeling.client import Server
+from services.labeling.standing import Standing
+
+log = logging.getLogger("defuse")
+
+
+def tend_queue(server: Server, standing: Standing) -> int:
+    """Take decided tasks out of the queue and put those back that are short of answers.
+
+    Return how many changed.
+
+    A task is short although Label Studio calls it done when an annotation was refused, or when a changed
+    answer opened a scenario again that had been decided.
+    """
+    changed = 0
+    for key, slots in standing.pulled.slots.items():
+        for number, slot in enumerate(slots):
+            overlap, labeled = _target(standing, key, slot, number > 0)
+            if (overlap, labeled) != (slot.overlap, slot.labeled):
+                server.set_overlap(slot.task, overlap, labeled)
+                changed += 1
+    if changed:
+        log.info("review: took tasks out of the queue or put them back, %d in all", changed)
+    return changed
+
+
+def _target(standing: Standing, key: str, slot: Slot, copy: bool) -> tuple[int, bool]:
+    """Return the overlap that the task should have, and whether it should be out of the queue."""
+    asked, counted = standing.samples.review.answers_per_task, len(standing.pulled.answers[key])
+    if copy or standing.decided[standing.samples.places[key].scenario]:
+        return (slot.overlap, True) if slot.labeled else (max(slot.submitted, 1), True)
+    if counted >= asked:
+        return slot.overlap, slot.labeled
+    others = max(slot.submitted - counted, 0)  # annotations that take a place and do not count
+    return asked + others, False
