@@ -67,7 +67,9 @@ class Models:
     images: dict[str, int]  # split -> N
     data_fingerprint: str  # of the data set trained on; later steps refuse to work on another
     accuracy: dict[str, float]  # split -> accuracy; a split that the data set lacks is absent
-    classifier_history: tuple[dict[str, float], ...]  # one row per epoch; empty where a classifier was brought
+    classifier_history: tuple[
+        dict[str, float], ...
+    ]  # one row per epoch; empty where a classifier was brought
     vae_history: tuple[dict[str, float], ...]
     reconstruction: float  # mean squared error per pixel of decoding mu, on training images
     reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
@@ -183,7 +185,9 @@ class Verdicts:
     ties: int  # images without a label because their vote was tied
     refused: int  # images without a label because nobody gave one
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
-    overrides: tuple[dict[str, Any], ...]  # human decisions above the vote: scenario, label, author, reason, when
+    overrides: tuple[
+        dict[str, Any], ...
+    ]  # human decisions above the vote: scenario, label, author, reason, when
 
     def __post_init__(self) -> None:
         _expect_shapes(
@@ -251,8 +255,9 @@ class Evaluation:
     gallery_after: I64  # (S, R) answers of the corrected classifier on the reviewed images
     points: F32  # (P, 2) t-SNE of training codes, then codes of Psi, then component means
     point_kind: I64  # (P,) 0 training image, 1 code of Psi, 2 accepted scenario, 3 rejected component
-    point_component: I64  # (P,) class of a training image; most responsible component of a Psi code; else itself
-
+    point_component: (
+        I64  # (P,) class of a training image; most responsible component of a Psi code; else itself
+    )
 
 
 def encode(artefact: object) -> bytes:
@@ -271,9 +276,13 @@ def decode(kind: type[T], data: bytes, where: str) -> T:
         arrays = load_tensors(data)
         digest, text = json.loads(header["defuse"])
     except (SafetensorError, ValueError, KeyError, OverflowError, MemoryError) as error:
-        raise StoreError(f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error})") from error
+        raise StoreError(
+            f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error})"
+        ) from error
     if digest != _digest(text, arrays):
-        raise StoreError(f"{where}: its bytes changed since they were written; delete it and run again to remake it")
+        raise StoreError(
+            f"{where}: its bytes changed since they were written; delete it and run again to remake it"
+        )
     body = json.loads(text)
     if body["kind"] != kind.__name__:
         raise StoreError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}")
@@ -299,7 +308,9 @@ def _flatten(artefact: Any, prefix: str, arrays: dict[str, npt.NDArray[Any]]) ->
         elif dataclasses.is_dataclass(value):
             plain[field.name] = _flatten(value, name + "/", arrays)
         elif field.type == "Weights":
-            arrays.update({f"{name}/{key}": np.ascontiguousarray(a).reshape(a.shape) for key, a in value.items()})
+            arrays.update(
+                {f"{name}/{key}": np.ascontiguousarray(a).reshape(a.shape) for key, a in value.items()}
+            )
         else:
             plain[field.name] = _finite(value)
     return plain

@@ -13,7 +13,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from defuse_core.errors import RunFileError
 
-PAPER_LAMBDAS = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0, 1000.0)
+PAPER_LAMBDAS = (
+    1e-10,
+    1e-9,
+    1e-8,
+    1e-7,
+    1e-6,
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    20.0,
+    100.0,
+    1000.0,
+)
 
 STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
 
@@ -169,7 +187,7 @@ class ReviewSection(Section):
     """τ multiplies the covariance a component is drawn with. Paper: 0.5 for MNIST, 0.01 otherwise."""
     rho: float = Field(0.5, ge=0, lt=1)
     """A component is a failure scenario if more than this share of its labelled images is misclassified. Paper: 0.5."""
-    reference: ReferenceModels = ReferenceModels()  # type: ignore[call-arg]
+    reference: ReferenceModels = ReferenceModels()
     """Used with annotators: reference-models (and for review.prelabel)."""
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
@@ -321,16 +339,16 @@ class RunFile(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice of the run derives from it."""
     data: DataSection
-    classifier: ClassifierSection = ClassifierSection()  # type: ignore[call-arg]
-    vae: VaeSection = VaeSection()  # type: ignore[call-arg]
-    identify: IdentifySection = IdentifySection()  # type: ignore[call-arg]
-    distill: DistillSection = DistillSection()  # type: ignore[call-arg]
-    review: ReviewSection = ReviewSection()  # type: ignore[call-arg]
-    correct: CorrectSection = CorrectSection()  # type: ignore[call-arg]
-    report: ReportSection = ReportSection()  # type: ignore[call-arg]
-    resources: ResourcesSection = ResourcesSection()  # type: ignore[call-arg]
-    check: CheckSection = CheckSection()  # type: ignore[call-arg]
-    serve: ServeSection = ServeSection()  # type: ignore[call-arg]
+    classifier: ClassifierSection = ClassifierSection()
+    vae: VaeSection = VaeSection()
+    identify: IdentifySection = IdentifySection()
+    distill: DistillSection = DistillSection()
+    review: ReviewSection = ReviewSection()
+    correct: CorrectSection = CorrectSection()
+    report: ReportSection = ReportSection()
+    resources: ResourcesSection = ResourcesSection()
+    check: CheckSection = CheckSection()
+    serve: ServeSection = ServeSection()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -341,7 +359,9 @@ class RunFile(Section):
             ("classifier.stages", self.classifier.stages if self.classifier.architecture == "cnn" else 0),
         ):
             if size % 2**stages or size < 2**stages:
-                raise ValueError(f"{field} = {stages} halves {size} pixels (data.image_size) to a fraction of a pixel")
+                raise ValueError(
+                    f"{field} = {stages} halves {size} pixels (data.image_size) to a fraction of a pixel"
+                )
         side = size >> self.vae.decoder_stages
         if self.vae.hidden % side**2:
             raise ValueError(
@@ -349,13 +369,19 @@ class RunFile(Section):
                 f"starts from (data.image_size {size} halved vae.decoder_stages = {self.vae.decoder_stages} times)"
             )
         if (self.classifier.architecture == "custom") != (self.classifier.import_path is not None):
-            raise ValueError("classifier.import_path goes with classifier.architecture: custom, and only with it")
+            raise ValueError(
+                "classifier.import_path goes with classifier.architecture: custom, and only with it"
+            )
         if self.classifier.epochs == 0 and self.classifier.weights is None and not self.classifier.imagenet:
-            raise ValueError("classifier.epochs = 0 brings a trained classifier, so classifier.weights must name its file")
+            raise ValueError(
+                "classifier.epochs = 0 brings a trained classifier, so classifier.weights must name its file"
+            )
         if self.vae.epochs == 0 and self.vae.weights is None:
             raise ValueError("vae.epochs = 0 brings a trained β-VAE, so vae.weights must name its file")
         if self.data.name != "digits" and self.data.root is None:
-            raise ValueError(f"data.root must say where the {self.data.name} images lie (--set data.root=FOLDER)")
+            raise ValueError(
+                f"data.root must say where the {self.data.name} images lie (--set data.root=FOLDER)"
+            )
         return self
 
 

@@ -60,7 +60,9 @@ def load_tuning(
     splits = open_splits(spec.data, spec.seed)
     train, wanted = splits.train, spec.correct.train_images
     if wanted is not None and wanted < len(train):
-        train = train.take(np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False)))
+        train = train.take(
+            np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False))
+        )
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
         return Tuning(
@@ -84,7 +86,7 @@ def _decoded(vae: Any, codes: Any, labels: I64) -> Images:
 
 def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
     """Yield `size` of `count` rows again and again, going through a fresh shuffle each pass."""
-    rows = np.zeros(0, np.int64)
+    rows: I64 = np.zeros(0, np.int64)
     while True:
         while len(rows) < size:
             rows = np.concatenate([rows, rng.permutation(count)])
@@ -92,7 +94,9 @@ def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
         rows = rows[size:]
 
 
-def fine_tune(spec: RunFile, models: Models, tuning: Tuning, lam: float, trial: Trial | None) -> Iterator[Trial]:
+def fine_tune(
+    spec: RunFile, models: Models, tuning: Tuning, lam: float, trial: Trial | None
+) -> Iterator[Trial]:
     """Yield the trial of one λ after each epoch, going on from `trial`. On one CPU thread, or this process's GPU."""
     section = spec.correct
     start = models.classifier if trial is None else trial.weights
@@ -110,11 +114,18 @@ def fine_tune(spec: RunFile, models: Models, tuning: Tuning, lam: float, trial: 
         if best_epoch == 0 or _rank(spec, models, rows[-1]) > _rank(spec, models, rows[best_epoch - 1]):
             best, best_epoch = weights, epoch
         done = epoch == section.epochs
-        yield Trial(lam, rows, {} if done else weights, {} if done else _moments(optimizer), best, best_epoch, done)
+        yield Trial(
+            lam, rows, {} if done else weights, {} if done else _moments(optimizer), best, best_epoch, done
+        )
 
 
 def _epoch(
-    spec: RunFile, classifier: nn.Module, optimizer: torch.optim.Optimizer, tuning: Tuning, lam: float, epoch: int
+    spec: RunFile,
+    classifier: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tuning: Tuning,
+    lam: float,
+    epoch: int,
 ) -> float:
     """One pass over D, with as many images of D_f in every step. Returns the mean loss.
 
@@ -122,7 +133,9 @@ def _epoch(
     """
     classifier.train()
     train, tune, size = tuning.train, tuning.tune, spec.correct.batch_size
-    scenario_rows = cycle(len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch))
+    scenario_rows = cycle(
+        len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
+    )
     losses = []
     for rows in minibatches(len(train), size, generator(spec.seed, "correct", epoch)):
         wrong = next(scenario_rows)
@@ -143,7 +156,9 @@ def _score(classifier: nn.Module, tuning: Tuning, lam: float, epoch: int, loss: 
         "tune": tuning.tune,
         "scenario": tuning.held_out,
     }
-    scores = {name: None if images is None else accuracy(classifier, images) for name, images in parts.items()}
+    scores = {
+        name: None if images is None else accuracy(classifier, images) for name, images in parts.items()
+    }
     return {"lam": lam, "epoch": epoch, "loss": loss, **scores}
 
 
@@ -161,7 +176,11 @@ def _rank(spec: RunFile, models: Models, row: dict[str, Any]) -> tuple[float, ..
 def _moments(optimizer: torch.optim.Optimizer) -> Weights:
     """Return the optimiser's state as arrays named `parameter/moment`."""
     states = enumerate(optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"])
-    return {f"{index}/{name}": moment.cpu().numpy().copy() for index, state in states for name, moment in state.items()}
+    return {
+        f"{index}/{name}": moment.cpu().numpy().copy()
+        for index, state in states
+        for name, moment in state.items()
+    }
 
 
 def _set_moments(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
@@ -183,11 +202,11 @@ def trial_key(lam: float) -> str:
 def run_trial(spec: RunFile, models: Models, tuning: Tuning, lam: float, store: Store) -> Iterator[Trial]:
     """Yield the trial of one λ after each epoch, once it lies in `store`; goes on from what lies there already."""
     key = trial_key(lam)
-    trial = decode(Trial, store.read(key), key) if store.exists(key) else None
-    if trial is not None and trial.done:
-        yield trial
+    stored = decode(Trial, store.read(key), key) if store.exists(key) else None
+    if stored is not None and stored.done:
+        yield stored
         return
-    for trial in fine_tune(spec, models, tuning, lam, trial):
+    for trial in fine_tune(spec, models, tuning, lam, stored):
         store.write(key, encode(trial))
         yield trial
 
@@ -197,7 +216,9 @@ def is_pointless(fixes: Corrections, reviewed: Images | None) -> bool:
     return len(fixes.labels) == 0 or (reviewed is not None and len(reviewed) == 0)
 
 
-def collect(spec: RunFile, models: Models, trials: Sequence[Trial], failed: Sequence[dict[str, Any]] = ()) -> Sweep:
+def collect(
+    spec: RunFile, models: Models, trials: Sequence[Trial], failed: Sequence[dict[str, Any]] = ()
+) -> Sweep:
     """Return the sweep with the weights that the rule of choice picks over all λ; ties go to the smaller λ."""
     ordered = sorted(trials, key=lambda trial: trial.lam)
     rows = tuple(row for trial in ordered for row in trial.rows)

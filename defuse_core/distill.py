@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 
@@ -10,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
 
-from defuse_core.artifacts import F32, F64, Psi, Scenarios, Shard, decode
+from defuse_core.artifacts import F32, F64, I64, Psi, Scenarios, Shard, decode
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.identify import shard_key
 from defuse_core.progress import Progress
@@ -37,13 +38,13 @@ def distill(spec: RunFile, psi: Psi, store: Store, *, progress: Progress) -> Sce
 
 def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
     """Return at most max_codes rows of Ψ, (n, Z), drawn without replacement; reads one shard at a time."""
-    wanted = np.arange(psi.total)
+    wanted: I64 = np.arange(psi.total)
     if psi.total > spec.distill.max_codes:
         rng = generator(spec.seed, "distill", "sample")
         wanted = np.sort(rng.choice(psi.total, spec.distill.max_codes, replace=False))
     starts = np.concatenate([[0], np.cumsum(psi.codes)])
     parts = [np.zeros((0, spec.vae.latent_dim), np.float32)]
-    for index, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for index, (start, end) in enumerate(itertools.pairwise(starts)):
         rows = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)] - start
         if len(rows):
             key = shard_key(index)

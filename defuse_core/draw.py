@@ -16,7 +16,8 @@ def draw_codes(scenarios: Scenarios, component: int, count: int, tau: float, rng
     """Return `count` codes from N(mu_j, τ·Σ_j) of one component, (count, Z). τ multiplies the covariance."""
     root = np.linalg.cholesky(tau * scenarios.covariances[component])
     normal = rng.standard_normal((count, scenarios.means.shape[1]))
-    return (scenarios.means[component] + normal @ root.T).astype(np.float32)
+    codes: F32 = (scenarios.means[component] + normal @ root.T).astype(np.float32)
+    return codes
 
 
 def draw_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progress: Progress) -> Gallery:

@@ -87,7 +87,10 @@ class Identifier:
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
         truth = self.train.labels[rows]
         mu = encode_images(self.vae, self.train.batch(rows), section.batch_size)  # (n, Z)
-        flips = predict(self.classifier, decode_codes(self.vae, mu, section.batch_size), section.batch_size) != truth
+        flips = (
+            predict(self.classifier, decode_codes(self.vae, mu, section.batch_size), section.batch_size)
+            != truth
+        )
 
         shape = (len(rows), section.draws, mu.shape[1])
         noise = beta_noise(section, shape, generator(self.spec.seed, "identify", block))
@@ -110,7 +113,10 @@ class Identifier:
         """Decode and classify (n, Z) codes in large batches: f(p(z)), (n,)."""
 
         def answers(rows: slice) -> torch.Tensor:
-            return self.classifier(self.vae.decode(torch.from_numpy(codes[rows]).to(device()))).argmax(dim=1)
+            logits: torch.Tensor = self.classifier(
+                self.vae.decode(torch.from_numpy(codes[rows]).to(device()))
+            )
+            return logits.argmax(dim=1)
 
         return map_batches(answers, len(codes), self.spec.identify.batch_size)
 

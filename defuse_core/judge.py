@@ -76,16 +76,24 @@ def _decide(
         if count == 0:
             reasons.append("rejected: no image has a label")
         elif not share > rho:
-            reasons.append(f"rejected: {share:.0%} of {count} labelled images are misclassified, not over {rho:.0%}")
+            reasons.append(
+                f"rejected: {share:.0%} of {count} labelled images are misclassified, not over {rho:.0%}"
+            )
         elif label == NONE_OF_THE_ABOVE:
-            reasons.append(f"rejected: {share:.0%} of {count} labelled images are misclassified, but labels are tied")
+            reasons.append(
+                f"rejected: {share:.0%} of {count} labelled images are misclassified, but labels are tied"
+            )
         else:
             labels[component] = label
-            reasons.append(f"accepted as {classes[label]}: {share:.0%} of {count} labelled images are misclassified")
+            reasons.append(
+                f"accepted as {classes[label]}: {share:.0%} of {count} labelled images are misclassified"
+            )
     return labels, reasons
 
 
-def _apply(overrides: Sequence[dict[str, Any]], labels: I64, reasons: list[str], classes: tuple[str, ...]) -> None:
+def _apply(
+    overrides: Sequence[dict[str, Any]], labels: I64, reasons: list[str], classes: tuple[str, ...]
+) -> None:
     for override in overrides:
         component, label = int(override["scenario"]), override["label"]
         labels[component] = NONE_OF_THE_ABOVE if label is None else int(label)

@@ -50,4 +50,3 @@ class LocalCompute:
             trials.append(trial)
             self.progress("fine-tuning over λ", index + 1, len(spec.correct.lambdas), "trials")
         return collect(spec, models, trials)
-

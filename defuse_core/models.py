@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ def _halving_convolutions(channels_in: int, channels: int, stages: int) -> Itera
 
 
 def _dense(*widths: int) -> Iterator[nn.Module]:
-    for width_in, width_out in zip(widths, widths[1:], strict=False):
+    for width_in, width_out in itertools.pairwise(widths):
         yield nn.Linear(width_in, width_out)
         yield nn.ReLU()
 
@@ -60,6 +61,8 @@ class ResNet18(nn.Module):
         if stem == "small":
             self.net.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
             self.net.maxpool = nn.Identity()
+        self.mean: Tensor
+        self.sd: Tensor
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("sd", torch.tensor(IMAGENET_SD).view(1, 3, 1, 1), persistent=False)
 
@@ -82,7 +85,11 @@ class ReferenceCnn(nn.Module):
         channels_in = channels
         for width in (channels, 2 * channels, 4 * channels):
             for first in (channels_in, width):
-                layers += [nn.Conv2d(first, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(first, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
             layers.append(nn.MaxPool2d(2))
             channels_in = width
         self.net = nn.Sequential(
@@ -111,13 +118,10 @@ class Vae(nn.Module):
         )
         side = data.image_size >> section.decoder_stages
         widths = [width // side**2] + [channels] * (section.decoder_stages - 1) + [data.channels]
-        self.decoder = nn.Sequential(
-            *_dense(section.latent_dim, width, width, width), nn.Unflatten(1, (widths[0], side, side))
-        )
-        for channels_in, channels_out in zip(widths, widths[1:], strict=False):
-            self.decoder.append(nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1))
-            self.decoder.append(nn.ReLU())
-        self.decoder = self.decoder[:-1]  # the last layer gives logits; decode() applies the sigmoid
+        layers = [*_dense(section.latent_dim, width, width, width), nn.Unflatten(1, (widths[0], side, side))]
+        for channels_in, channels_out in itertools.pairwise(widths):
+            layers += [nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1), nn.ReLU()]
+        self.decoder = nn.Sequential(*layers[:-1])  # gives logits; decode() applies the sigmoid
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(n, channels, H, W) -> mean and log-variance of q(z|x), each (n, Z)."""
@@ -173,13 +177,18 @@ def _import_classifier(section: ClassifierSection) -> nn.Module:
             "expected package.module:factory, importable from here and callable without arguments"
         ) from error
     if not isinstance(module, nn.Module):
-        raise ModelError(f"classifier.import_path {path}: expected an nn.Module, found {type(module).__name__}")
+        raise ModelError(
+            f"classifier.import_path {path}: expected an nn.Module, found {type(module).__name__}"
+        )
     return module
 
 
 def weights_of(module: nn.Module) -> Weights:
     """Return a copy of the module's state as numpy arrays."""
-    return {name: tensor.detach().cpu().contiguous().numpy().copy() for name, tensor in module.state_dict().items()}
+    return {
+        name: tensor.detach().cpu().contiguous().numpy().copy()
+        for name, tensor in module.state_dict().items()
+    }
 
 
 def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
@@ -207,15 +216,29 @@ def read_weights(path: Path) -> Weights:
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-                for name, tensor in tensors.items()}
+        return {
+            name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+            for name, tensor in tensors.items()
+        }
     except FileNotFoundError as error:
         raise ModelError(f"{path}: expected a file of weights, found none") from error
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, AttributeError, EOFError, ValueError) as error:
-        raise ModelError(f"{path}: expected a state dict of tensors in safetensors or weights-only form") from error
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+        EOFError,
+        ValueError,
+    ) as error:
+        raise ModelError(
+            f"{path}: expected a state dict of tensors in safetensors or weights-only form"
+        ) from error
 
 
-def load_classifier(spec: RunFile, weights: Weights, classes: int, where: str = "the run's classifier") -> nn.Module:
+def load_classifier(
+    spec: RunFile, weights: Weights, classes: int, where: str = "the run's classifier"
+) -> nn.Module:
     """Return the classifier with `weights`, on this process's device, ready to predict."""
     plain = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"imagenet": False})})
     return _ready(build_classifier(plain, classes), weights, where)
@@ -259,7 +282,8 @@ def _as_images(images: Images | F32) -> Images:
 
 def predict(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> I64:
     """Return the classifier's answer for each image, (n,)."""
-    return predict_probabilities(classifier, images, batch_size).argmax(axis=1).astype(np.int64)
+    answers: I64 = predict_probabilities(classifier, images, batch_size).argmax(axis=1).astype(np.int64)
+    return answers
 
 
 def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:
@@ -267,19 +291,25 @@ def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_siz
     source = _as_images(images)
     if not len(source):
         return np.zeros((0, 1), np.float32)
-    return map_batches(lambda rows: classifier(to_tensor(source.batch(rows))).softmax(1), len(source), batch_size)
+    return map_batches(
+        lambda rows: classifier(to_tensor(source.batch(rows))).softmax(1), len(source), batch_size
+    )
 
 
 def accuracy(classifier: nn.Module, images: Images, batch_size: int = 256) -> float:
     """Return the share of images that the classifier gets right; nan for no images."""
-    return float((predict(classifier, images, batch_size) == images.labels).mean()) if len(images) else math.nan
+    return (
+        float((predict(classifier, images, batch_size) == images.labels).mean()) if len(images) else math.nan
+    )
 
 
 def decode_codes(vae: Vae, codes: F32, batch_size: int = 256) -> F32:
     """Return the decodings of (n, Z) codes: (n, channels, H, W) in [0, 1]."""
     if not len(codes):
         return decode_codes(vae, np.zeros((1, codes.shape[1]), np.float32))[:0]
-    return map_batches(lambda rows: vae.decode(torch.from_numpy(codes[rows].copy()).to(device())), len(codes), batch_size)
+    return map_batches(
+        lambda rows: vae.decode(torch.from_numpy(codes[rows].copy()).to(device())), len(codes), batch_size
+    )
 
 
 def encode_images(vae: Vae, images: Images | F32, batch_size: int = 256) -> F32:

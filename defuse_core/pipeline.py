@@ -64,13 +64,20 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     scenarios = run.once("distill", Scenarios, lambda: compute.task("distill", distill, spec, psi, store))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", draw_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))
-    verdicts = run.once("review", Verdicts, lambda: judge(gallery, votes, spec.review.rho, read_overrides(store)))
+    verdicts = run.once(
+        "review", Verdicts, lambda: judge(gallery, votes, spec.review.rho, read_overrides(store))
+    )
     fixes = run.once("correct", Corrections, lambda: draw_corrections(spec, scenarios, verdicts))
     reviewed = reviewed_failures(gallery, verdicts)
     baseline = run.once(
-        "correct", Sweep, lambda: compute.sweep(spec, models, fixes, reviewed, store.within("trials/baseline")), "baseline"
+        "correct",
+        Sweep,
+        lambda: compute.sweep(spec, models, fixes, reviewed, store.within("trials/baseline")),
+        "baseline",
     )
-    sweep = run.once("correct", Sweep, lambda: compute.sweep(spec, models, fixes, None, store.within("trials/defuse")))
+    sweep = run.once(
+        "correct", Sweep, lambda: compute.sweep(spec, models, fixes, None, store.within("trials/defuse"))
+    )
     found = Findings(models, psi, scenarios, gallery, votes, verdicts, fixes, baseline, sweep)
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
     return write_report(run, found, evaluation)
@@ -79,7 +86,13 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
 def rewrite_report(run: Run) -> Report:
     """Return the report of a finished run, written again from its artefacts. Raises InputError if it is not finished."""
     found = Findings(
-        *(_made(run, kind) for kind in (Models, Psi, Scenarios, Gallery, Votes, Verdicts, Corrections)),
+        _made(run, Models),
+        _made(run, Psi),
+        _made(run, Scenarios),
+        _made(run, Gallery),
+        _made(run, Votes),
+        _made(run, Verdicts),
+        _made(run, Corrections),
         _made(run, Sweep, "baseline"),
         _made(run, Sweep),
     )

@@ -62,7 +62,9 @@ def reference_probabilities(spec: RunFile, gallery: Gallery, *, progress: Progre
     splits = open_splits(spec.data, spec.seed)
     section, train = spec.review.reference, splits.train
     if section.train_images is not None and section.train_images < len(train):
-        rows = generator(spec.seed, "reference", "sample").choice(len(train), section.train_images, replace=False)
+        rows = generator(spec.seed, "reference", "sample").choice(
+            len(train), section.train_images, replace=False
+        )
         train = train.take(np.sort(rows))
     train = train.loaded()
     shown = gallery.images.reshape(-1, *gallery.images.shape[2:])

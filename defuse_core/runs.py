@@ -109,7 +109,9 @@ class FolderStore:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 handle.seek(0)
-                raise RunBusyError(f"{self.folder}: {handle.read() or 'another driver'} is writing this run") from error
+                raise RunBusyError(
+                    f"{self.folder}: {handle.read() or 'another driver'} is writing this run"
+                ) from error
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {platform.node()}")
             handle.flush()
@@ -124,7 +126,9 @@ def _explained(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; free space or fix access, then run again to go on") from error
+        raise StoreError(
+            f"{path}: {error.strerror}; free space or fix access, then run again to go on"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -162,7 +166,9 @@ class Run:
         if not run.store.create("run.yaml", dump_run_file(spec).encode()):
             changed = drift(cls.open(store, name).spec, spec)
             if changed:
-                raise DriftError(f"run {name}: {changed}; choose another --name, or undo the change to resume")
+                raise DriftError(
+                    f"run {name}: {changed}; choose another --name, or undo the change to resume"
+                )
         return run
 
     @classmethod
@@ -173,7 +179,9 @@ class Run:
         try:
             text = store.within(name).read("run.yaml")
         except FileNotFoundError as error:
-            raise InputError(f"no run called {name} in {store.address}; `defuse status` lists the runs") from error
+            raise InputError(
+                f"no run called {name} in {store.address}; `defuse status` lists the runs"
+            ) from error
         return cls(store, name, parse_run_file(yaml.safe_load(text), f"{name}/run.yaml"))
 
     def once(self, step: str, kind: type[T], make: Callable[[], T], key: str | None = None) -> T:

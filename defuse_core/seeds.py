@@ -6,7 +6,9 @@ import numpy as np
 
 
 def _entropy(seed: int, path: tuple[str | int, ...]) -> np.random.SeedSequence:
-    return np.random.SeedSequence([seed, *(zlib.crc32(p.encode()) if isinstance(p, str) else p for p in path)])
+    return np.random.SeedSequence(
+        [seed, *(zlib.crc32(p.encode()) if isinstance(p, str) else p for p in path)]
+    )
 
 
 def generator(seed: int, *path: str | int) -> np.random.Generator:

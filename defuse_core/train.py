@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import I64, Models, Weights
+from defuse_core.artifacts import F64, I64, Models, Weights
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
@@ -66,7 +66,10 @@ def train(spec: RunFile, *, progress: Progress) -> Models:
 
 def _expect_validation(spec: RunFile, splits: Splits) -> None:
     """Refuse, before any work, a choice that needs the validation set this data set lacks."""
-    for field, value in (("classifier.keep", spec.classifier.keep), ("correct.choose_by", spec.correct.choose_by)):
+    for field, value in (
+        ("classifier.keep", spec.classifier.keep),
+        ("correct.choose_by", spec.correct.choose_by),
+    ):
         if "validation" in value and splits.validation is None:
             raise RunFileError(
                 f"{field}: {value} needs validation images and this data set has none; "
@@ -83,7 +86,9 @@ def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterat
             yield rows
 
 
-def train_classifier(spec: RunFile, splits: Splits, progress: Progress) -> tuple[nn.Module, list[dict[str, float]]]:
+def train_classifier(
+    spec: RunFile, splits: Splits, progress: Progress
+) -> tuple[nn.Module, list[dict[str, float]]]:
     """Return the classifier and one row per epoch. Keeps the last epoch or the best on validation, as the run says."""
     section = spec.classifier
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
@@ -99,7 +104,9 @@ def train_classifier(spec: RunFile, splits: Splits, progress: Progress) -> tuple
         row = {"epoch": epoch + 1.0, "loss": loss}
         if splits.validation is not None:
             row["validation"] = accuracy(classifier.eval(), splits.validation)
-        if section.keep == "best_validation" and row["validation"] > max((r["validation"] for r in history), default=-1):
+        if section.keep == "best_validation" and row["validation"] > max(
+            (r["validation"] for r in history), default=-1
+        ):
             best = weights_of(classifier)
         history.append(row)
         log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, _figures(row))
@@ -109,12 +116,19 @@ def train_classifier(spec: RunFile, splits: Splits, progress: Progress) -> tuple
 
 
 def _classifier_epoch(
-    classifier: nn.Module, optimizer: torch.optim.Optimizer, images: Images, spec: RunFile, epoch: int, progress: Progress
+    classifier: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Images,
+    spec: RunFile,
+    epoch: int,
+    progress: Progress,
 ) -> float:
     classifier.train()
     total = spec.classifier.epochs * len(images)
     done, losses = epoch * len(images), []
-    for rows in minibatches(len(images), spec.classifier.batch_size, generator(spec.seed, "classifier", epoch)):
+    for rows in minibatches(
+        len(images), spec.classifier.batch_size, generator(spec.seed, "classifier", epoch)
+    ):
         loss = F.cross_entropy(classifier(to_tensor(images.batch(rows))), labels_of(images, rows))
         losses.append(descend(loss, optimizer, "the classifier"))
         done += len(rows)
@@ -141,9 +155,16 @@ def train_vae(spec: RunFile, splits: Splits, progress: Progress) -> tuple[Vae, l
             reconstruction, divergence = vae_terms(vae, to_tensor(splits.train.batch(rows)), noise)
             descend(reconstruction + beta * divergence, optimizer, "the β-VAE")
             terms.append((reconstruction.item(), divergence.item()))
-            progress("training the β-VAE", min(total, epoch * len(splits.train) + len(terms) * len(rows)), total, "images")
+            progress(
+                "training the β-VAE",
+                min(total, epoch * len(splits.train) + len(terms) * len(rows)),
+                total,
+                "images",
+            )
         reconstruction_mean, divergence_mean = (float(x) for x in np.mean(terms, axis=0))
-        history.append({"epoch": epoch + 1.0, "reconstruction": reconstruction_mean, "kl": divergence_mean, "beta": beta})
+        history.append(
+            {"epoch": epoch + 1.0, "reconstruction": reconstruction_mean, "kl": divergence_mean, "beta": beta}
+        )
     if history:
         log.info("β-VAE after %d epochs: %s", section.epochs, _figures(history[-1]))
     vae.eval()
@@ -168,7 +189,9 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, what: str) -> float:
     """Take one optimisation step and return the loss. Raises ModelError once it is not finite."""
     value = loss.item()
     if not math.isfinite(value):
-        raise ModelError(f"training {what} diverged: its loss became {value}; lower the learning rate or check the images")
+        raise ModelError(
+            f"training {what} diverged: its loss became {value}; lower the learning rate or check the images"
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
@@ -199,10 +222,14 @@ def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
     try:
         found = tuple(classifier.eval()(sample).shape)
     except Exception as error:
-        raise ModelError(f"the classifier cannot take images of shape {tuple(sample.shape)}: {error}") from error
+        raise ModelError(
+            f"the classifier cannot take images of shape {tuple(sample.shape)}: {error}"
+        ) from error
     expected = (len(sample), len(splits.classes))
     if found != expected:
-        raise ModelError(f"the classifier: expected logits of shape {expected} (images, classes), found {found}")
+        raise ModelError(
+            f"the classifier: expected logits of shape {expected} (images, classes), found {found}"
+        )
 
 
 def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
@@ -217,9 +244,12 @@ def _reconstruct(classifier: nn.Module, vae: Vae, images: Images) -> tuple[float
     return error, float((predict(classifier, decoded) != images.labels).mean())
 
 
-def _kl_per_dimension(vae: Vae, images: Images) -> np.ndarray:  # type: ignore[type-arg]
-    per_image = map_batches(lambda rows: kl_to_prior(*vae.encode(to_tensor(images.batch(rows)))), len(images), 256)
-    return per_image.mean(axis=0, dtype=np.float64)
+def _kl_per_dimension(vae: Vae, images: Images) -> F64:
+    per_image = map_batches(
+        lambda rows: kl_to_prior(*vae.encode(to_tensor(images.batch(rows)))), len(images), 256
+    )
+    per_dimension: F64 = per_image.mean(axis=0, dtype=np.float64)
+    return per_dimension
 
 
 def _figures(row: dict[str, float]) -> str:

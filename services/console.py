@@ -38,13 +38,20 @@ class ProgressDisplay:
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             root = logging.getLogger()
-            self.handlers, root.handlers = root.handlers, [
-                RichHandler(console=self.console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
-            ]
+            self.handlers, root.handlers = (
+                root.handlers,
+                [
+                    RichHandler(
+                        console=self.console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
+                    )
+                ],
+            )
         self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bars.stop()
         if self.handlers:
             logging.getLogger().handlers = self.handlers

@@ -37,7 +37,12 @@ TINY = {
     },
     "identify": {"draws": 4, "max_per_image": 3, "block_images": 32, "batch_size": 64},
     "distill": {"max_codes": 400, "max_components": 6, "min_weight": 0.02, "max_iterations": 40},
-    "review": {"images": 5, "tau": 0.3, "rho": 0.3, "reference": {"count": 3, "channels": 8, "epochs": 8, "batch_size": 32, "min_confidence": 0.2}},
+    "review": {
+        "images": 5,
+        "tau": 0.3,
+        "rho": 0.3,
+        "reference": {"count": 3, "channels": 8, "epochs": 8, "batch_size": 32, "min_confidence": 0.2},
+    },
     "correct": {
         "lambdas": [1e-3, 1.0, 10.0],
         "epochs": 2,

@@ -28,13 +28,25 @@ store_option = click.option(
 @click.argument("runfile", type=click.Path(path_type=Path))
 @click.option("--name", help="Name of the run. [default: the run file's name]")
 @store_option
-@click.option("--on", "where", type=click.Choice(["ray", "local"]), default="ray", show_default=True,
-              help="Where to compute: on a Ray cluster, or in this process.")
-@click.option("--address", help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set identify.draws=20")
+@click.option(
+    "--on",
+    "where",
+    type=click.Choice(["ray", "local"]),
+    default="ray",
+    show_default=True,
+    help="Where to compute: on a Ray cluster, or in this process.",
+)
+@click.option(
+    "--address", help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]"
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set identify.draws=20"
+)
 @click.option("--until", type=click.Choice(STEPS), default=STEPS[-1], help="Stop after this step.")
-@click.option("--wait", is_flag=True, help="Wait for people's answers, asking now and then, in place of exit code 3.")
-def run(  # noqa: PLR0913 - one parameter per option
+@click.option(
+    "--wait", is_flag=True, help="Wait for people's answers, asking now and then, in place of exit code 3."
+)
+def run(
     runfile: Path,
     name: str | None,
     store: str,
@@ -61,7 +73,11 @@ def run(  # noqa: PLR0913 - one parameter per option
 
     spec = load_run_file(runfile, overrides)
     started = Run.start(open_store(store), checked_name(name or runfile.stem), spec, until)
-    with started.store.lock(), ProgressDisplay() as display, _compute(where, address, started, display) as compute:
+    with (
+        started.store.lock(),
+        ProgressDisplay() as display,
+        _compute(where, address, started, display) as compute,
+    ):
         try:
             found = run_defuse(started, compute, _annotators(started, compute, wait))
         except ReachedStep:
@@ -105,11 +121,15 @@ def report(name: str, store: str) -> None:
 def checked_name(name: str) -> str:
     """Return `name` if it can name a folder everywhere. Raises InputError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100")
+        raise InputError(
+            f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100"
+        )
     return name
 
 
-def _compute(where: str, address: str | None, run: Run, display: ProgressDisplay) -> AbstractContextManager[Compute]:
+def _compute(
+    where: str, address: str | None, run: Run, display: ProgressDisplay
+) -> AbstractContextManager[Compute]:
     if where == "local":
         from defuse_core.local import LocalCompute
 

@@ -6,7 +6,9 @@ from defuse_core.errors import StoreError
 
 
 def some_shard() -> Shard:
-    failures = Failures(np.ones((3, 2), np.float32), np.arange(3), np.zeros(3, np.int64), np.ones(3, np.int64))
+    failures = Failures(
+        np.ones((3, 2), np.float32), np.arange(3), np.zeros(3, np.int64), np.ones(3, np.int64)
+    )
     return Shard(failures, images=10, decodings=40, images_with_any=3, zero_noise_flips=1, seconds=0.5)
 
 
@@ -19,7 +21,9 @@ def test_an_artefact_comes_back_as_it_was():
 
 def test_weights_tuples_and_numbers_come_back_too():
     weights = {"a.weight": np.ones((2, 3), np.float32), "a.count": np.array(4)}
-    models = Models(weights, {}, ("x", "y"), {"train": 5}, "f", {"test": 0.5}, ({"loss": 1.0},), (), 0.1, 0.2, np.ones(2))
+    models = Models(
+        weights, {}, ("x", "y"), {"train": 5}, "f", {"test": 0.5}, ({"loss": 1.0},), (), 0.1, 0.2, np.ones(2)
+    )
     back = decode(Models, encode(models), "here")
     assert back.classes == ("x", "y")
     assert back.classifier["a.count"] == 4
@@ -35,8 +39,17 @@ def test_empty_arrays_survive():
 
 
 def test_undefined_shares_stay_undefined():
-    verdicts = Verdicts(np.array([-1]), np.array([np.nan]), np.zeros(1), np.full((1, 2), -1), np.full((1, 2), np.nan),
-                        0, 2, ("rejected",), ())
+    verdicts = Verdicts(
+        np.array([-1]),
+        np.array([np.nan]),
+        np.zeros(1),
+        np.full((1, 2), -1),
+        np.full((1, 2), np.nan),
+        0,
+        2,
+        ("rejected",),
+        (),
+    )
     assert np.isnan(decode(Verdicts, encode(verdicts), "here").misclassified[0])
 
 

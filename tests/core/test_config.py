@@ -3,7 +3,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from defuse_core.config import PAPER_LAMBDAS, RunFile, Section, drift, dump_run_file, load_run_file, parse_run_file
+from defuse_core.config import (
+    PAPER_LAMBDAS,
+    RunFile,
+    Section,
+    drift,
+    dump_run_file,
+    load_run_file,
+    parse_run_file,
+)
 from defuse_core.errors import RunFileError
 from tests.conftest import ROOT, TINY, tiny
 
@@ -18,7 +26,14 @@ def test_every_shipped_run_file_parses_and_survives_being_written_out(path, tmp_
 
 
 def test_the_six_promised_run_files_are_shipped():
-    assert {path.stem for path in SHIPPED} >= {"digits", "mnist", "signs", "svhn", "mnist-laptop", "signs-laptop"}
+    assert {path.stem for path in SHIPPED} >= {
+        "digits",
+        "mnist",
+        "signs",
+        "svhn",
+        "mnist-laptop",
+        "signs-laptop",
+    }
 
 
 @pytest.mark.parametrize("name", ["mnist", "signs", "svhn"])
@@ -49,13 +64,23 @@ def test_the_papers_run_files_have_the_papers_numbers(name, expected):
         spec.correct.choose_by,
     )
     assert found == expected
-    assert (spec.distill.max_codes, spec.distill.max_components, spec.distill.min_weight) == (50_000, 100, 0.01)
+    assert (spec.distill.max_codes, spec.distill.max_components, spec.distill.min_weight) == (
+        50_000,
+        100,
+        0.01,
+    )
     assert (spec.correct.tune_images, spec.correct.test_images, spec.review.images) == (256, 256, 10)
 
 
 def sections() -> list[type[Section]]:
-    return [RunFile, *(field.annotation for field in RunFile.model_fields.values()
-                       if isinstance(field.annotation, type) and issubclass(field.annotation, Section))]
+    return [
+        RunFile,
+        *(
+            field.annotation
+            for field in RunFile.model_fields.values()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        ),
+    ]
 
 
 def test_every_field_says_what_it_is():
@@ -63,7 +88,8 @@ def test_every_field_says_what_it_is():
         f"{section.__name__}.{name}"
         for section in sections()
         for name, field in section.model_fields.items()
-        if not field.description and not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
+        if not field.description
+        and not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
     ]
     assert undescribed == []
 
@@ -101,7 +127,12 @@ def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_pat
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [", "expected YAML"), ("- 1", "expected sections"), ("", "expected sections"), ("seed: 1", "data: Field required")],
+    [
+        ("a: [", "expected YAML"),
+        ("- 1", "expected sections"),
+        ("", "expected sections"),
+        ("seed: 1", "data: Field required"),
+    ],
 )
 def test_a_file_that_is_no_run_file_is_explained(content, message, tmp_path):
     (tmp_path / "bad.yaml").write_text(content)
@@ -116,7 +147,9 @@ def test_a_missing_run_file_is_named():
 
 def test_overrides_are_read_as_yaml_and_the_last_one_counts(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
-    spec = load_run_file(tmp_path / "run.yaml", ("identify.draws=5", "identify.draws=7", "identify.max_per_image=null"))
+    spec = load_run_file(
+        tmp_path / "run.yaml", ("identify.draws=5", "identify.draws=7", "identify.max_per_image=null")
+    )
     assert (spec.identify.draws, spec.identify.max_per_image) == (7, None)
 
 
@@ -127,7 +160,9 @@ def test_run_files_are_frozen(tiny_spec):
 
 def test_drift_names_the_field_that_changed():
     assert drift(tiny(), tiny(identify={"draws": 9})) == "identify.draws: 4 in the run, 9 now"
-    assert drift(tiny(), tiny(resources={"train_threads": 2})) == "resources.train_threads: 1 in the run, 2 now"
+    assert (
+        drift(tiny(), tiny(resources={"train_threads": 2})) == "resources.train_threads: 1 in the run, 2 now"
+    )
 
 
 @pytest.mark.parametrize("change", [{"data": {"root": "/elsewhere"}}, {"resources": {"workers": 7}}])

@@ -83,7 +83,9 @@ def test_every_lambda_has_a_key_of_its_own():
 
 
 def test_a_loss_that_is_not_finite_stops_the_trial_in_one_line(tiny_spec, tiny_models, tuning):
-    broken = Models(**{**vars(tiny_models), "classifier": {k: v * 1e30 for k, v in tiny_models.classifier.items()}})
+    broken = Models(
+        **{**vars(tiny_models), "classifier": {k: v * 1e30 for k, v in tiny_models.classifier.items()}}
+    )
     with pytest.raises(ModelError, match="diverged"):
         next(fine_tune(tiny_spec, broken, tuning, 1.0, None))
 
@@ -111,13 +113,20 @@ def models_with(validation: float, tiny_models: Models) -> Models:
     ("rule", "chosen"),
     [
         ({"choose_by": "validation"}, 0.001),  # the paper's: highest clean accuracy, the smaller λ at a tie
-        ({"choose_by": "tune", "max_loss": 0.01}, 1.0),  # highest scenario accuracy among those that stay good
+        (
+            {"choose_by": "tune", "max_loss": 0.01},
+            1.0,
+        ),  # highest scenario accuracy among those that stay good
         ({"choose_by": "tune", "max_loss": 0.5}, 10.0),
     ],
 )
 def test_the_rule_of_choice_picks_lambda(rule, chosen, tiny_models):
-    trials = [trial(10.0, (0.60, 1.0, 0.9)), trial(0.001, (0.98, 0.2, 0.2)), trial(1.0, (0.975, 0.9, 0.8)),
-              trial(0.01, (0.98, 0.3, 1.0))]
+    trials = [
+        trial(10.0, (0.60, 1.0, 0.9)),
+        trial(0.001, (0.98, 0.2, 0.2)),
+        trial(1.0, (0.975, 0.9, 0.8)),
+        trial(0.01, (0.98, 0.3, 1.0)),
+    ]
     sweep = collect(tiny(correct=rule), models_with(0.98, tiny_models), trials)
     assert sweep.chosen["lam"] == chosen
     assert sweep.weights["w"][0] == np.float32(chosen)
@@ -143,7 +152,9 @@ def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
 def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wrong():
     images = np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1, 1).repeat(2, 3).repeat(2, 4) / 4
     gallery = Gallery(images, np.zeros((1, 4, 2), np.float32), np.array([[1, 1, 1, 1]]), ("a", "b", "c"))
-    verdicts = Verdicts(np.array([2]), np.ones(1), np.ones(1), np.array([[2, 1, -1, 0]]), np.ones((1, 4)), 0, 0, ("",), ())
+    verdicts = Verdicts(
+        np.array([2]), np.ones(1), np.ones(1), np.array([[2, 1, -1, 0]]), np.ones((1, 4)), 0, 0, ("",), ()
+    )
     wrong = reviewed_failures(gallery, verdicts)
     assert wrong.labels.tolist() == [2, 0]
     assert wrong.pixels[:, 0, 0, 0].tolist() == [0.0, 0.75]

@@ -15,7 +15,10 @@ def verdicts(answers, predicted, rho=0.5, overrides=()) -> Verdicts:
     answers, predicted = np.array(answers), np.array([predicted])
     images = predicted.shape[1]
     gallery = Gallery(
-        np.zeros((1, images, 1, 2, 2), np.float32), np.zeros((1, images, 2), np.float32), predicted, tuple("0123456789")
+        np.zeros((1, images, 1, 2, 2), np.float32),
+        np.zeros((1, images, 2), np.float32),
+        predicted,
+        tuple("0123456789"),
     )
     annotator, image = (axis.ravel() for axis in np.indices(answers.shape))
     zeros = np.zeros(answers.size, np.int64)
@@ -90,8 +93,12 @@ def test_the_newest_of_several_decisions_counts():
 
 
 def test_no_components_give_no_verdicts():
-    gallery = Gallery(np.zeros((0, 3, 1, 2, 2), np.float32), np.zeros((0, 3, 2), np.float32),
-                      np.zeros((0, 3), np.int64), ("a", "b"))
+    gallery = Gallery(
+        np.zeros((0, 3, 1, 2, 2), np.float32),
+        np.zeros((0, 3, 2), np.float32),
+        np.zeros((0, 3), np.int64),
+        ("a", "b"),
+    )
     none = np.zeros(0, np.int64)
     verdict = judge(gallery, Votes(none, none, none, none, none.astype(float), (), "people", {}), 0.5)
     assert len(verdict.labels) == len(verdict.accepted) == 0

@@ -89,7 +89,10 @@ def test_weights_go_out_and_come_back(tiny_spec, tiny_models):
     ("change", "message"),
     [
         (lambda w: w.pop("0.weight"), "lack 0.weight"),
-        (lambda w: w.update({"0.weight": np.zeros((1, 1), np.float32)}), "0.weight: expected shape .* found \\(1, 1\\)"),
+        (
+            lambda w: w.update({"0.weight": np.zeros((1, 1), np.float32)}),
+            "0.weight: expected shape .* found \\(1, 1\\)",
+        ),
         (lambda w: w["0.bias"].fill(np.nan), "0.bias: expected finite numbers, found NaN"),
         (lambda w: w.update(extra=np.zeros(1)), "unexpected extra"),
     ],
@@ -146,7 +149,9 @@ def test_ones_own_classifier_comes_by_import_path():
     assert build_classifier(spec, 10)(torch.rand(2, 1, 16, 16)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("path", ["no.such:thing", "tests.core.test_models:missing", "json:dumps", "builtins:dict"])
+@pytest.mark.parametrize(
+    "path", ["no.such:thing", "tests.core.test_models:missing", "json:dumps", "builtins:dict"]
+)
 def test_an_import_path_that_gives_no_module_is_explained(path):
     with pytest.raises(ModelError, match=path):
         build_classifier(tiny(classifier={"architecture": "custom", "import_path": path}), 10)
@@ -178,5 +183,7 @@ def test_accuracy_is_the_share_answered_right(tiny_spec, tiny_models):
     test = open_splits(tiny_spec.data, tiny_spec.seed).test
     classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
     assert test is not None
-    assert accuracy(classifier, test) == pytest.approx(float((predict(classifier, test) == test.labels).mean()))
+    assert accuracy(classifier, test) == pytest.approx(
+        float((predict(classifier, test) == test.labels).mean())
+    )
     assert accuracy(classifier, test) == pytest.approx(tiny_models.accuracy["test"])

@@ -64,7 +64,9 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_report(until, finished
     with pytest.raises(ReachedStep):
         whole_run(tmp_path, tiny_spec, until=until)
     run, _ = whole_run(tmp_path, tiny_spec)
-    assert without_making(run.store.read("report.json")) == without_making(finished[0].store.read("report.json"))
+    assert without_making(run.store.read("report.json")) == without_making(
+        finished[0].store.read("report.json")
+    )
 
 
 def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path):

@@ -89,7 +89,10 @@ def holder(tmp_path):
 
 
 def test_a_second_driver_is_refused_and_told_who_the_first_is(tmp_path, holder):
-    with pytest.raises(RunBusyError, match=f"process {holder.pid} on .* is writing this run"), FolderStore(tmp_path).lock():
+    with (
+        pytest.raises(RunBusyError, match=f"process {holder.pid} on .* is writing this run"),
+        FolderStore(tmp_path).lock(),
+    ):
         pass
 
 
@@ -100,7 +103,9 @@ def test_a_driver_killed_lets_go_of_its_run(tmp_path, holder):
         pass
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs a device that is full"
+)
 def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_bytes(tmp_path, monkeypatch):
     store = FolderStore(tmp_path)
     store.write("a", b"old")

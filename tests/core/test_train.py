@@ -34,14 +34,17 @@ def test_another_seed_gives_other_weights(tiny_models):
 
 
 def test_the_best_epoch_on_validation_is_kept_where_the_run_file_says_so():
-    spec = tiny(classifier={"keep": "best_validation", "optimizer": "adam", "learning_rate": 0.02, "epochs": 8},
-                vae={"epochs": 1})
+    spec = tiny(
+        classifier={"keep": "best_validation", "optimizer": "adam", "learning_rate": 0.02, "epochs": 8},
+        vae={"epochs": 1},
+    )
     models = train(spec, progress=silent)
     assert models.accuracy["validation"] == max(row["validation"] for row in models.classifier_history)
 
 
 @pytest.mark.parametrize(
-    ("section", "change"), [("classifier", {"keep": "best_validation"}), ("correct", {"choose_by": "validation"})]
+    ("section", "change"),
+    [("classifier", {"keep": "best_validation"}), ("correct", {"choose_by": "validation"})],
 )
 def test_choosing_by_validation_without_validation_images_is_refused_before_training(section, change):
     with pytest.raises(RunFileError, match=f"^{section}.*needs validation images"):
@@ -50,7 +53,10 @@ def test_choosing_by_validation_without_validation_images_is_refused_before_trai
 
 def test_brought_models_are_taken_as_they_are(tmp_path, tiny_models):
     for name in ("classifier", "vae"):
-        save_file({k: torch.tensor(v) for k, v in getattr(tiny_models, name).items()}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {k: torch.tensor(v) for k, v in getattr(tiny_models, name).items()},
+            tmp_path / f"{name}.safetensors",
+        )
     spec = tiny(
         classifier={"epochs": 0, "weights": tmp_path / "classifier.safetensors"},
         vae={"epochs": 0, "weights": tmp_path / "vae.safetensors"},
@@ -89,8 +95,16 @@ def test_the_kl_of_the_prior_to_itself_is_zero_and_grows_with_mu():
 
 @pytest.fixture(scope="module")
 def scenarios() -> Scenarios:
-    return Scenarios(np.array([0.7, 0.3]), np.array([[0.0] * 4, [1.0] * 4]), np.stack([np.eye(4)] * 2), np.array([0.7, 0.3]),
-                     100, True, 5, -1.0)
+    return Scenarios(
+        np.array([0.7, 0.3]),
+        np.array([[0.0] * 4, [1.0] * 4]),
+        np.stack([np.eye(4)] * 2),
+        np.array([0.7, 0.3]),
+        100,
+        True,
+        5,
+        -1.0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +115,20 @@ def gallery(tiny_spec, tiny_models, scenarios) -> Gallery:
 def test_the_gallery_shows_the_classifiers_own_answers(gallery, tiny_spec, tiny_models):
     assert gallery.images.shape == (2, 5, 1, 16, 16)
     classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
-    np.testing.assert_array_equal(predict(classifier, gallery.images.reshape(-1, 1, 16, 16)), gallery.predicted.ravel())
+    np.testing.assert_array_equal(
+        predict(classifier, gallery.images.reshape(-1, 1, 16, 16)), gallery.predicted.ravel()
+    )
 
 
 def test_a_component_is_drawn_alike_whichever_others_there_are(gallery, tiny_spec, tiny_models, scenarios):
-    first = Scenarios(**{**vars(scenarios), "weights": scenarios.weights[:1], "means": scenarios.means[:1],
-                         "covariances": scenarios.covariances[:1]})
+    first = Scenarios(
+        **{
+            **vars(scenarios),
+            "weights": scenarios.weights[:1],
+            "means": scenarios.means[:1],
+            "covariances": scenarios.covariances[:1],
+        }
+    )
     alone = draw_gallery(tiny_spec, tiny_models, first, progress=silent)
     np.testing.assert_array_equal(alone.codes[0], gallery.codes[0])
 
