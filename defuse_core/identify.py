@@ -46,7 +46,7 @@ def beta_noise(section: IdentifySection, shape: tuple[int, ...], rng: np.random.
 
 
 def nearest_failures(failed: Bool, distance: F32, cap: int | None) -> Bool:
-    """Return `failed` (n, Q) with at most `cap` draws per image left: those nearest to mu. Ties go to the earlier draw."""
+    """Return `failed` (n, Q) with at most `cap` draws per image left, those nearest to mu; ties go to the earlier."""
     if cap is None or cap >= failed.shape[1]:
         return failed
     order = np.argsort(np.where(failed, distance, np.inf), axis=1, kind="stable")

@@ -84,7 +84,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
 
 
 def rewrite_report(run: Run) -> Report:
-    """Return the report of a finished run, written again from its artefacts. Raises InputError if it is not finished."""
+    """Return the report of a finished run, written again from its artefacts. Raises InputError if unfinished."""
     found = Findings(
         _made(run, Models),
         _made(run, Psi),
