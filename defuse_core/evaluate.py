@@ -111,7 +111,8 @@ def _right(classifier: nn.Module, images: Images | None) -> F64:
     """Return 1 for each image that the classifier gets right, else 0; nothing for no images."""
     if images is None or not len(images):
         return np.zeros(0)
-    return (predict(classifier, images) == images.labels).astype(np.float64)
+    right: F64 = (predict(classifier, images) == images.labels).astype(np.float64)
+    return right
 
 
 def class_accuracy(right: F64, labels: I64, classes: int) -> F64:

@@ -110,8 +110,8 @@ def purity_warning(report: Report) -> str | None:
     if purity is None or purity >= LOW_PURITY:
         return None
     return (
-        f"Purity is {percent(purity, 0)}. Of the images reviewed in the failure scenarios, {percent(1 - purity, 0)} "
-        "show another class than their scenario's label, or none that is clear. "
+        f"Purity is {percent(purity, 0)}. Of the images reviewed in the failure scenarios, "
+        f"{percent(1 - purity, 0)} show another class than their scenario's label, or none that is clear. "
         "Scenario accuracy counts the scenario's one label as right for all of them, "
         "so on mixed images it is not yet a fix."
     )
@@ -123,5 +123,6 @@ def answered_by_models(report: Report) -> str | None:
         return None
     return (
         "Reference models answered, not people. "
-        f"The labels below come from {report.votes.annotators} classifiers that stand in for annotators; treat them as a rehearsal, not as ground truth."
+        f"The labels below come from {report.votes.annotators} classifiers that stand in for annotators; "
+        "treat them as a rehearsal, not as ground truth."
     )

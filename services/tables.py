@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,10 @@ from defuse_core.wording import (
     percent,
     purity_warning,
     size,
+    unbroken,
 )
 
+FIGURES_WIDTH = 54  # columns that the figures of the scenarios' table take
 ARTEFACTS = {  # what each step leaves in the run
     "train": ("models",),
     "identify": ("psi",),
@@ -43,20 +46,26 @@ ARTEFACTS = {  # what each step leaves in the run
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report's figures: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
     console = console or Console()
-    console.print(Text(headline(report), style="bold"))
+    _say(console, headline(report), "bold")
     for warning in (answered_by_models(report), purity_warning(report)):
         if warning:
-            console.print(Text(warning, style="yellow"))
+            _say(console, warning, "yellow")
     console.print(_accuracy_table(report))
     if report.scenarios.accepted:
-        console.print(_scenario_table(report))
+        console.print(_scenario_table(report, console.width))
     console.print(_agreement_table(report))
     for line in _lines(report):
-        console.print(Text(line, style="dim"))
+        _say(console, line, "dim")
 
 
-def _table(title: str, columns: Sequence[str], texts: int = 1) -> Table:
-    """Return an empty table whose first `texts` columns hold text; the others hold numbers and never shrink."""
+def _say(console: Console, text: str, style: str) -> None:
+    """Print prose whose lines do not break before a percent sign."""
+    lines = textwrap.wrap(unbroken(text), console.width)
+    console.print(Text("\n".join(lines).replace("\u00a0", " "), style=style), soft_wrap=True)
+
+
+def _table(title: str | None, columns: Sequence[str], texts: int = 1) -> Table:
+    """Return an empty table whose first `texts` columns hold text, and the others numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for place, column in enumerate(columns):
         if place < texts:
@@ -86,16 +95,22 @@ def _accuracy_table(report: Report) -> Table:
     return table
 
 
-def _scenario_table(report: Report) -> Table:
+def _scenario_table(report: Report, width: int) -> Table:
     columns = ("", "Label", "Mistaken for", "Purity", "Agreement", "Before", "Defuse")
     table = _table("Failure scenarios", columns, texts=3)
     for row in report.scenarios.list:
         if row.accepted:
             low = row.purity is not None and row.purity < LOW_PURITY
             purity = Text(percent(row.purity, 0), style="yellow" if low else "")
-            names = (str(row.number), row.label or NONE, row.mistaken_for or NONE)
+            names = (str(row.number), *(_cut(name or NONE, width) for name in (row.label, row.mistaken_for)))
             _add(table, *names, purity, percent(row.agreement, 0), percent(row.before), percent(row.defuse))
     return table
+
+
+def _cut(name: str, width: int) -> str:
+    """Return a class name as long as two of them fit beside the figures: shortened in the middle."""
+    limit = max(6, (width - FIGURES_WIDTH) // 2)
+    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[limit // 2 - limit :]}"
 
 
 def _agreement_table(report: Report) -> Table:
@@ -119,7 +134,8 @@ def _spread(mean: Mean) -> str:
 def _lines(report: Report) -> list[str]:
     psi, vae, mixture = report.psi, report.vae, report.mixture
     lines = [
-        f"Ψ: {count_of(psi.codes, 'code')} from {percent(psi.images_with_any)} of {count_of(psi.images, 'image')}; "
+        f"Ψ: {count_of(psi.codes, 'code')} from {percent(psi.images_with_any)} "
+        f"of {count_of(psi.images, 'image')}; "
         f"{percent(psi.zero_noise_flip_rate)} of the images are wrong without noise.",
         f"β-VAE: {percent(vae.reconstruction_flips)} of plain reconstructions are wrong; "
         f"{vae.collapsed} of {len(vae.kl_per_dimension)} dimensions collapsed; "
@@ -182,9 +198,8 @@ def _detail(run: Run, step: str, keys: set[str]) -> str:
         return f"{done} of {_shards(run)} shards" if done and "psi.safetensors" not in keys else ""
     if step == "correct":
         total = len(run.spec.correct.lambdas)
-        begun = {
-            name: sum(key.startswith(f"trials/{name}/") for key in keys) for name in ("baseline", "defuse")
-        }
+        sweeps = ("baseline", "defuse")
+        begun = {name: sum(key.startswith(f"trials/{name}/") for key in keys) for name in sweeps}
         return ", ".join(f"{name} {count} of {total} λ begun" for name, count in begun.items() if count)
     return ""
 
@@ -220,7 +235,7 @@ def _state_text(state: StepState) -> Text:
 
 
 def _when(made: str) -> str:
-    return made.replace("T", " ").removesuffix("Z") or NONE
+    return made.replace("T", " ")[:16] or NONE
 
 
 def _cost(state: StepState) -> tuple[str, str]:
@@ -233,16 +248,13 @@ def _cost(state: StepState) -> tuple[str, str]:
 def print_runs(store: Store, console: Console | None = None) -> None:
     """Print the runs in a store, with the step that each is at."""
     console = console or Console()
-    names = [
-        key.removesuffix("/run.yaml")
-        for key in store.list()
-        if key.count("/") == 1 and key.endswith("/run.yaml")
-    ]
+    folders = (key.partition("/") for key in store.list())
+    names = [name for name, _, rest in folders if rest == "run.yaml"]
     if not names:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
         return
-    table = _table("", ("Run", "Data", "At", "Last made (UTC)", "Time"), texts=4)
-    table.title = None
+    table = _table(None, ("Run", "Data", "At", "Last made (UTC)", "Time"), texts=4)
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # a name is there to be typed
     for name in names:
         _add(table, *_run_row(store, name))
     console.print(table)
@@ -253,7 +265,7 @@ def _run_row(store: Store, name: str) -> tuple[str | Text, ...]:
         run = Run.open(store, name)
         states = step_states(run)
     except DefuseError:
-        return name, NONE, Text("run.yaml cannot be read", style="red"), NONE, NONE
+        return name, NONE, Text("unreadable run.yaml", style="red"), NONE, NONE
     at = next((state for state in states if state.state != "done"), None)
     shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
     made = max(state.made for state in states)

@@ -1,0 +1,142 @@
+"""The tables of a report and of a run's progress, read as a person at a terminal would."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from sample_findings import sample_findings, sample_spec
+
+from defuse_core.artifacts import encode
+from defuse_core.report import build_report
+from defuse_core.runs import FolderStore, Run
+from services.tables import ARTEFACTS, print_report, print_runs, print_status, step_states
+
+LONG = ("No passing for vehicles over 3.5 metric tons", "Speed limit (30km/h)", "[bold]Stop[/bold]", "Yield")
+ALL = tuple(name for names in ARTEFACTS.values() for name in names)
+
+
+def terminal(width: int = 80) -> Console:
+    return Console(width=width, file=io.StringIO())
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def a_run(folder: Path, name: str = "sample", **review: object) -> Run:
+    spec = sample_spec()
+    spec = spec.model_copy(update={"review": spec.review.model_copy(update=review)})
+    return Run.start(FolderStore(folder), name, spec)
+
+
+def finish(run: Run, *keys: str) -> None:
+    """Leave artefacts in the run, as if their steps had taken a minute each."""
+    found, _ = sample_findings()
+    entries = {}
+    for key in keys:
+        run.store.write(f"{key}.safetensors", encode(found.models))
+        entries[key] = {"step": "", "made": "2025-01-01T10:00:00Z", "seconds": 60.0, "bytes": 2_000_000}
+    run.store.write("manifest.json", json.dumps({"artefacts": entries}).encode())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_report_fits_the_terminal_and_cuts_no_figure(tmp_path: Path, width: int):
+    console = terminal(width)
+    report = build_report(a_run(tmp_path), *sample_findings(12, 9, classes=LONG))
+    print_report(report, console)
+    lines = text_of(console).splitlines()
+    assert max(map(len, lines)) <= width
+    first = next(row for row in report.scenarios.list if row.accepted)
+    row = next(line for line in lines if line.strip().startswith("0 "))
+    assert f"{100 * first.defuse:.1f} %" in row
+
+
+def test_a_report_says_what_the_figures_are_worth(tmp_path: Path):
+    console = terminal(200)
+    found, evaluation = sample_findings(5, 2)
+    mixed = dataclasses.replace(found.verdicts, purity=found.verdicts.purity * 0.5)
+    print_report(
+        build_report(a_run(tmp_path), dataclasses.replace(found, verdicts=mixed), evaluation), console
+    )
+    text = text_of(console)
+    assert "2 of 5 components are failure scenarios." in text
+    assert "Reference models answered, not people." in text
+    assert "Purity is 40 %." in text
+    assert "516 codes from 12.0 % of 1,000 images" in text
+    assert "2 of 10 dimensions collapsed" in text
+
+
+def test_brackets_in_a_class_name_are_printed_as_they_are(tmp_path: Path):
+    console = terminal(160)
+    print_report(build_report(a_run(tmp_path), *sample_findings(12, 9, classes=LONG)), console)
+    assert "[bold]Stop[/bold]" in text_of(console)
+
+
+def test_a_report_without_scenarios_prints_dashes(tmp_path: Path):
+    console = terminal()
+    print_report(build_report(a_run(tmp_path), *sample_findings(0, 0)), console)
+    assert "No failure scenario was found" in text_of(console)
+    assert "nan" not in text_of(console)
+
+
+def test_a_new_run_has_everything_to_do(tmp_path: Path):
+    assert {state.state for state in step_states(a_run(tmp_path))} == {"to do"}
+
+
+def test_steps_under_way_say_how_much_is_there(tmp_path: Path):
+    run = a_run(tmp_path)
+    finish(run, "models")
+    run.store.write("psi/000000.safetensors", b"")
+    run.store.write("psi/000000.json", b"{}")
+    run.store.write("trials/baseline/lam-1.0.safetensors", b"")
+    states = {state.step: state for state in step_states(run)}
+    assert states["train"].state == "done"
+    assert (states["train"].seconds, states["train"].bytes) == (60.0, 2_000_000)
+    assert (states["identify"].state, states["identify"].detail) == ("under way", "1 of 4 shards")
+    assert (states["correct"].state, states["correct"].detail) == ("under way", "baseline 1 of 17 λ begun")
+    assert states["distill"].state == "to do"
+
+
+def test_a_review_by_people_waits_for_them(tmp_path: Path):
+    run = a_run(tmp_path, annotators="label-studio")
+    finish(run, "models", "psi", "scenarios", "gallery")
+    assert {s.step: s.state for s in step_states(run)}["review"] == "waits for people"
+
+
+def test_status_shows_each_step_with_its_time_and_size(tmp_path: Path):
+    run = a_run(tmp_path)
+    finish(run, *ALL)
+    run.store.write("report.json", b"{}")
+    console = terminal()
+    print_status(run, console)
+    lines = {line.split()[0]: line for line in text_of(console).splitlines() if line.strip()}
+    assert "done" in lines["correct"]
+    assert "3 min 00 s" in lines["correct"]
+    assert "6.0 MB" in lines["correct"]
+    assert all("done" in lines[step] for step in ("train", "identify", "distill", "draw", "review", "report"))
+
+
+def test_runs_are_listed_with_where_they_are(tmp_path: Path):
+    done, begun = a_run(tmp_path, "finished"), a_run(tmp_path, "begun")
+    finish(done, *ALL)
+    done.store.write("report.json", b"{}")
+    finish(begun, "models")
+    FolderStore(tmp_path).write("broken/run.yaml", b"data: {name: nothing}")
+    console = terminal()
+    print_runs(FolderStore(tmp_path), console)
+    lines = {line.split()[0]: line for line in text_of(console).splitlines() if line.strip()}
+    assert "done" in lines["finished"]
+    assert "identify, to do" in lines["begun"]
+    assert "unreadable" in lines["broken"]
+
+
+def test_an_empty_store_says_so(tmp_path: Path):
+    console = terminal(300)
+    print_runs(FolderStore(tmp_path), console)
+    assert f"no runs in {tmp_path}" in text_of(console)
