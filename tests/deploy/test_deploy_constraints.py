@@ -1,0 +1,73 @@
+"""deploy/constraints.txt: every dependency pinned, but for torch."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.metadata import requires
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from shipped import DEPLOY, ROOT, document, ray_specs
+
+CHOSEN_BY_THE_USER = {"torch", "torchvision", "defuse"}
+
+
+def pins() -> dict[str, Requirement]:
+    lines = (DEPLOY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in found}
+
+
+def pinned_version(name: str) -> str:
+    (specifier,) = pins()[name].specifier
+    return specifier.version
+
+
+def declared() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    return [Requirement(line) for line in lines]
+
+
+def test_each_line_pins_one_release_and_none_comes_from_a_file_or_an_address() -> None:
+    assert len(pins()) > 100
+    for pin in pins().values():
+        assert pin.url is None and not pin.extras
+        assert [specifier.operator for specifier in pin.specifier] == ["=="], pin
+
+
+def test_each_declared_dependency_is_pinned_within_its_bounds() -> None:
+    for need in declared():
+        if need.name not in CHOSEN_BY_THE_USER | {"setuptools"}:
+            assert pinned_version(canonicalize_name(need.name)) in need.specifier, need
+
+
+def test_what_the_dependencies_need_on_linux_is_pinned_too() -> None:
+    missing = set()
+    for name in (
+        "ray",
+        "boto3",
+        "click",
+        "matplotlib",
+        "scikit-learn",
+        "pydantic",
+        "rich",
+        "label-studio-sdk",
+    ):
+        for need in (Requirement(line) for line in requires(name) or []):
+            wanted = need.marker is None or need.marker.evaluate({"extra": "serve", "sys_platform": "linux"})
+            if wanted and canonicalize_name(need.name) not in pins():
+                missing.add(need.name)
+    assert missing <= CHOSEN_BY_THE_USER
+
+
+def test_torch_is_left_to_the_user() -> None:
+    assert not CHOSEN_BY_THE_USER & set(pins())
+
+
+def test_the_manifests_name_the_pinned_ray() -> None:
+    assert {spec["rayVersion"] for _, spec in ray_specs()} == {pinned_version("ray")}
+    assert document("RayCluster")["apiVersion"] == "ray.io/v1"
