@@ -113,6 +113,10 @@ class _Watch(tune.Callback):
         self.sweeping = sweeping
         self.epochs: dict[str, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune saves its callbacks beside its trials; this one holds the terminal, and is never restored."""
+        return {}
+
     def on_step_end(self, iteration: int, trials: Sequence[TuneTrial], **info: Any) -> None:
         """Pass on the workers' log lines."""
         metrics.trials_running(sum(trial.status == TuneTrial.RUNNING for trial in trials))

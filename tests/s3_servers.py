@@ -1,0 +1,67 @@
+"""S3 servers for tests, each a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def moto_server() -> Iterator[str]:
+    """Run moto's S3 and yield its address. It heeds conditional writes and checks no keys."""
+    port = free_port()
+    with _serving([str(BIN / "moto_server"), "--port", str(port)], port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def rclone_server(folder: Path, key: str, secret: str) -> Iterator[str]:
+    """Serve `folder` as S3 and yield its address: buckets are its folders. It checks keys and ignores conditions."""
+    port = free_port()
+    command = [
+        str(BIN / "rclone"),
+        "serve",
+        "s3",
+        "--auth-key",
+        f"{key},{secret}",
+        "--addr",
+        f"127.0.0.1:{port}",
+    ]
+    with _serving([*command, str(folder)], port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def _serving(command: list[str], port: int) -> Iterator[None]:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            _await(server, port)
+            yield
+        finally:
+            server.kill()
+
+
+def _await(server: subprocess.Popen[bytes], port: int, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        if server.poll() is not None:
+            raise RuntimeError(f"{server.args!r} ended with {server.returncode}")
+        time.sleep(0.05)
+    raise RuntimeError(f"{server.args!r} does not answer on port {port}")

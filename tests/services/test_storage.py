@@ -1,0 +1,330 @@
+"""Stores: the same tests over a folder and a bucket; then what only a bucket can do wrong."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import boto3
+import pytest
+from s3_servers import moto_server, rclone_server
+
+from defuse_core.errors import InputError, RunBusyError, StoreError
+from defuse_core.runs import FolderStore, Store
+from services.storage import lease, open_store, s3
+
+KEYS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush-hush-hush"}
+
+
+@pytest.fixture(autouse=True)
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Credentials of nobody in particular, and no client left from the test before."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    s3._client.cache_clear()
+    yield monkeypatch
+    s3._client.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[str]:
+    with moto_server() as address:
+        client = boto3.client(
+            "s3",
+            endpoint_url=address,
+            region_name="us-east-1",
+            aws_access_key_id="a",
+            aws_secret_access_key="b",
+        )
+        client.create_bucket(Bucket="bucket")
+        yield address
+
+
+@pytest.fixture
+def bucket(moto: str, aws: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
+    """A store in a bucket, below a prefix of this test's own."""
+    aws.setenv("AWS_ENDPOINT_URL", moto)
+    return open_store(f"s3://bucket/{request.node.name.replace('[', '/').strip(']')}")
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return FolderStore(tmp_path / "runs") if request.param == "folder" else request.getfixturevalue("bucket")
+
+
+def test_what_is_written_is_read_back(store: Store) -> None:
+    store.write("a/b.bin", b"\x00one")
+    store.write("a/b.bin", b"two")
+    assert store.read("a/b.bin") == b"two"
+    assert store.exists("a/b.bin")
+
+
+def test_a_missing_key_is_a_file_not_found(store: Store) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.read("nothing")
+    assert not store.exists("nothing")
+
+
+def test_create_leaves_what_is_there(store: Store) -> None:
+    assert store.create("run.yaml", b"first")
+    assert not store.create("run.yaml", b"second")
+    assert store.read("run.yaml") == b"first"
+
+
+def test_of_many_that_create_at_once_one_wins(store: Store) -> None:
+    store.write("warm", b"up")
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: store.create("run.yaml", b"%d" % i), range(8)))
+    assert won.count(True) == 1
+    assert store.read("run.yaml") == b"%d" % won.index(True)
+
+
+def test_keys_are_listed_in_order_below_a_prefix(store: Store) -> None:
+    for key in ("psi/2", "psi/1", "psi2/1", "run.yaml"):
+        store.write(key, b"")
+    assert store.list() == ["psi/1", "psi/2", "psi2/1", "run.yaml"]
+    assert store.list("psi/") == ["psi/1", "psi/2"]
+    assert store.within("psi").list() == ["1", "2"]
+    assert store.within("elsewhere").list() == []
+
+
+def test_a_deleted_key_is_gone_and_may_be_deleted_again(store: Store) -> None:
+    store.write("a", b"1")
+    store.delete("a")
+    store.delete("a")
+    assert store.list() == []
+
+
+def test_a_store_travels_to_another_process_without_secrets(store: Store) -> None:
+    store.write("a", b"1")
+    packed = pickle.dumps(store)
+    assert KEYS["AWS_SECRET_ACCESS_KEY"].encode() not in packed
+    assert "hush" not in repr(store)
+    script = "import pickle, sys; sys.stdout.buffer.write(pickle.loads(sys.stdin.buffer.read()).read('a'))"
+    read = subprocess.run([sys.executable, "-c", script], input=packed, stdout=subprocess.PIPE, check=True)
+    assert read.stdout == b"1"
+
+
+def test_a_locked_store_is_refused_to_a_second_driver_who_is_told_the_holder(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    run = store.within("run")
+    with run.lock():
+        with (
+            pytest.raises(RunBusyError, match=f"process {os.getpid()} on ") as refused,
+            store.within("run").lock(),
+        ):
+            raise AssertionError("both hold the run")
+        assert store.address in str(refused.value)
+        run.write("still", b"mine")
+        with store.within("other run").lock():
+            pass
+    with store.within("run").lock():
+        pass
+    assert run.list() == ["still"]
+
+
+@pytest.mark.parametrize("address", ["gs://bucket", "s3://", "s3://UPPER/x", "s3:///x"])
+def test_an_address_of_another_kind_is_bad_input(address: str) -> None:
+    with pytest.raises(InputError, match=r"expected"):
+        open_store(address)
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="run again") as refused:
+        FolderStore(tmp_path / "file").write("a", b"")
+    assert "\n" not in str(refused.value)
+
+
+# ---- only a bucket
+
+
+def test_more_keys_than_fit_on_a_page_are_all_listed(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "LIST_PAGE", 3)
+    for number in range(10):
+        bucket.write(f"{number}", b"")
+    assert bucket.list() == [f"{number}" for number in range(10)]
+
+
+def test_a_large_object_goes_in_parts(bucket: Store, moto: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "LARGE_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    data = os.urandom(11 * 2**20)
+    bucket.write("large", data)
+    assert bucket.read("large") == data
+    assert isinstance(bucket, s3.S3Store)
+    etag = bucket._client.head_object(Bucket="bucket", Key=bucket.prefix + "large")["ETag"]
+    assert etag.strip('"').endswith("-3")
+
+
+def test_altered_bytes_are_noticed_on_read(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "READ_PAUSES_S", (0.01,))
+    bucket.write("psi", b"codes")
+    assert isinstance(bucket, s3.S3Store)
+    kept = bucket._client.head_object(Bucket="bucket", Key=bucket.prefix + "psi")["Metadata"]
+    bucket._client.put_object(Bucket="bucket", Key=bucket.prefix + "psi", Body=b"c0des", Metadata=kept)
+    with pytest.raises(StoreError, match="its bytes changed"):
+        bucket.read("psi")
+
+
+def test_an_object_that_another_tool_wrote_is_read(bucket: Store) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    bucket._client.put_object(Bucket="bucket", Key=bucket.prefix + "overrides.json", Body=b"[]")
+    assert bucket.read("overrides.json") == b"[]"
+
+
+def test_the_lease_of_a_dead_driver_is_taken_over(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 1.0)
+    script = (
+        "import os, pickle, sys\n"
+        "with pickle.loads(sys.stdin.buffer.read()).lock():\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], input=pickle.dumps(bucket), check=False)
+    begun = time.monotonic()
+    with bucket.lock():
+        bucket.write("mine", b"now")
+    assert 1.0 <= time.monotonic() - begun < 10
+
+
+def test_a_driver_that_lost_its_lease_writes_no_more(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    assert isinstance(bucket, s3.S3Store)
+    with bucket.lock():
+        bucket._client.put_object(
+            Bucket="bucket", Key=bucket.prefix + lease.KEY, Body=b'{"holder": "a thief"}'
+        )
+        time.sleep(0.5)
+        for write in (bucket.write, bucket.within("trials").write, bucket.create):
+            with pytest.raises(RunBusyError, match="took the run over"):
+                write("a", b"1")
+    assert bucket._client.get_object(Bucket="bucket", Key=bucket.prefix + lease.KEY)["Body"].read()
+
+
+def test_a_server_that_ignores_conditions_is_told_and_settled(
+    tmp_path: Path, aws: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bucket").mkdir()
+    aws.setattr(lease, "SETTLE_S", 0.3)
+    aws.setattr(lease, "BEAT_S", 0.2)
+    with rclone_server(tmp_path, *KEYS.values()) as endpoint:
+        aws.setenv("AWS_ENDPOINT_URL", endpoint)
+        store = open_store("s3://bucket/run")
+        assert store.create("run.yaml", b"1")
+        assert not store.create("run.yaml", b"2")
+        with store.lock(), pytest.raises(RunBusyError), open_store("s3://bucket/run").lock():
+            raise AssertionError("both hold the run")
+
+
+def _refused(aws: pytest.MonkeyPatch, address: str = "s3://bucket/run") -> str:
+    s3._client.cache_clear()
+    with pytest.raises(StoreError) as refused:
+        open_store(address).write("a", b"1")
+    line = str(refused.value)
+    assert "\n" not in line
+    assert KEYS["AWS_SECRET_ACCESS_KEY"] not in line and "wrong-secret" not in line
+    return line
+
+
+def test_every_way_to_be_refused_says_what_to_do(tmp_path: Path, aws: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bucket").mkdir()
+    with rclone_server(tmp_path, *KEYS.values()) as endpoint:
+        aws.setenv("AWS_ENDPOINT_URL", endpoint)
+        open_store("s3://bucket/run").write("a", b"1")
+        assert "there is no such bucket" in _refused(aws, "s3://other/run")
+        aws.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+        assert "refused the credentials (SignatureDoesNotMatch)" in _refused(aws)
+        aws.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        assert "refused the credentials" in _refused(aws)
+        aws.delenv("AWS_SECRET_ACCESS_KEY")
+        assert "no complete AWS credentials found" in _refused(aws)
+        aws.delenv("AWS_ACCESS_KEY_ID")
+        assert "no complete AWS credentials found" in _refused(aws)
+        aws.setenv("AWS_PROFILE", "nobody's")
+        assert "check AWS_PROFILE" in _refused(aws)
+    assert (tmp_path / "bucket" / "run" / "a").read_bytes() == b"1"
+
+
+def test_an_endpoint_that_is_down_is_said_at_once(aws: pytest.MonkeyPatch) -> None:
+    aws.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    begun = time.monotonic()
+    assert "no answer from http://127.0.0.1:9" in _refused(aws)
+    assert time.monotonic() - begun < 15
+
+
+class _Flaky(BaseHTTPRequestHandler):
+    """A proxy to moto that fails every fifth call: once with a 503, once by hanging up."""
+
+    protocol_version = "HTTP/1.1"
+    upstream = ""
+    calls = 0
+    failed = 0
+    lock = threading.Lock()
+
+    def _pass(self) -> None:
+        cls = type(self)
+        with cls.lock:
+            cls.calls += 1
+            fails, how = cls.calls % 5 == 0, cls.calls % 2
+            cls.failed += fails
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if fails and how:
+            self.close_connection = True
+            return
+        if fails:
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        sent = {"Content-Type": "application/octet-stream"} | dict(
+            self.headers
+        )  # else urllib says it is a form
+        request = Request(cls.upstream + self.path, body or None, sent, method=self.command)
+        try:
+            with urlopen(request) as answer:
+                status, headers, data = answer.status, answer.headers, answer.read()
+        except OSError as error:
+            status, headers, data = error.code, error.headers, error.read()  # type: ignore[attr-defined]
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in {"connection", "transfer-encoding", "server", "date"}:
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = _pass  # noqa: N815
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def flaky(moto: str, aws: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    _Flaky.upstream, _Flaky.calls, _Flaky.failed = moto, 0, 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Flaky) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        yield lambda: _Flaky.failed
+        proxy.shutdown()
+
+
+def test_a_server_that_fails_every_fifth_call_is_borne_with(flaky: Callable[[], int]) -> None:
+    store = open_store("s3://bucket/flaky")
+    with store.lock():
+        for number in range(8):
+            store.write(f"{number}", b"%d" % number)
+        assert [store.read(key) for key in store.list()] == [b"%d" % number for number in range(8)]
+    assert flaky() >= 4
