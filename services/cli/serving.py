@@ -99,7 +99,7 @@ def rollback(store: str, by: str | None, why: str) -> None:
 @click.option(
     "--haproxy", is_flag=True, help="Several times the throughput; replicas listen on every interface."
 )
-def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
+def serve(
     run: str | None,
     store: str,
     host: str,
@@ -117,7 +117,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     defuse serve mnist
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
-    from services.serving.start import application, ray_for, use_fast_proxy, wait_for_signal
+    from services.serving.start import application, ending, ray_for, use_fast_proxy
 
     if haproxy:
         use_fast_proxy()
@@ -132,9 +132,11 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
         "settings": _serve_fields(overrides),
     }
     cpus = cpus_needed(plan(args))
-    with ray_for(address or settings.ray_address, cpus), application(args, host, port) as served:
-        click.echo(f"serving on {served} (API page: {served}/docs); Ctrl-C stops it")
-        wait_for_signal()
+    with ray_for(address or settings.ray_address, cpus):
+        asked_to_end = ending()
+        with application(args, host, port) as served:
+            click.echo(f"serving on {served} (API page: {served}/docs); Ctrl-C stops it")
+            asked_to_end.wait()
 
 
 def _candidate(store: str, run: str) -> Candidate:

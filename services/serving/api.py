@@ -86,17 +86,24 @@ _BAD = _refusals(
     _422="Well-formed, but not an image that the classifier takes",
     _500="The classifier failed on this input",
 )
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    """Return the schema of numbers from 0 to 1 in so many lists."""
+    if not depth:
+        return {"type": "number", "minimum": 0, "maximum": 1}
+    return {"type": "array", "minItems": 1, "items": _nested(depth - 1)}
+
+
 _PIXELS: Any = {
     "type": "object",
     "required": ["pixels"],
     "additionalProperties": False,
     "properties": {
         "pixels": {
-            "type": "array",
-            "items": {},
-            "minItems": 1,
-            "description": "one image as channels x height x width numbers from 0 to 1 (grey: height x width will do), "
-            "or a list of such images",
+            "anyOf": [_nested(2), _nested(3), _nested(4)],
+            "description": "a grey image as height x width numbers from 0 to 1, any image as channels x height x "
+            "width, or a list of images as the latter",
         }
     },
 }

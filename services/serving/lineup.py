@@ -8,11 +8,12 @@ from pathlib import PurePosixPath
 
 from defuse_core.artifacts import decode
 from defuse_core.config import ServeSection
+from defuse_core.errors import InputError
 from defuse_core.runs import Store
 from services.serving.candidate import Candidate
 from services.serving.predict import Served
 from services.serving.registry import Registry, Standing
-from services.serving.rollout import Tally, takes_part
+from services.serving.rollout import Tally, end_trial, takes_part
 
 log = logging.getLogger("defuse")
 
@@ -83,12 +84,22 @@ class Follower:
         same_trial = (standing.canary, standing.shadow) == (present.standing.canary, present.standing.shadow)
         return Lineup(
             production=production,
-            canary=self._version(standing.canary, loaded),
+            canary=self._trial(standing.canary, loaded),
             share=standing.share,
-            shadow=self._version(standing.shadow, loaded),
+            shadow=self._trial(standing.shadow, loaded),
             standing=standing,
             tally=present.tally if same_trial else Tally(),
         )
+
+    def _trial(self, number: int | None, loaded: dict[str, Served]) -> Served | None:
+        """Return a canary or shadow. One that cannot be loaded is ended: production must not suffer for it."""
+        try:
+            return self._version(number, loaded)
+        except InputError as error:
+            assert number is not None
+            log.error("version %d cannot be tried: %s", number, error)
+            end_trial(self.registry, number, "defuse serve", str(error))
+            return None
 
     def _version(self, number: int | None, loaded: dict[str, Served]) -> Served | None:
         if number is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from defuse_core.errors import CheckFailed, InputError
+from defuse_core.errors import CheckFailed, DefuseError, InputError
 from services.serving.candidate import Candidate
 from services.serving.registry import Registry, Standing
 from services.serving.rollout import to_canary, to_production, to_shadow
@@ -40,12 +40,21 @@ def obstacles(registry: Registry, candidate: Candidate) -> list[str]:
     """Return what speaks against promoting `candidate`, one line each."""
     failed = candidate.failed()
     production = registry.standing().production
-    if production is not None:
-        present = registry.load(production)
-        ours, theirs = _interface(candidate), _interface(present)
-        if ours != theirs:
-            failed.append(f"interface: expected {theirs} as in production, found {ours}")
-    return failed
+    if production is None:
+        return failed
+    try:
+        present = _interface(registry.load(production))
+    except DefuseError as error:
+        return [
+            *failed,
+            f"interface: version {production} in production cannot be read to compare with ({error})",
+        ]
+    ours = _interface(candidate)
+    return (
+        failed
+        if ours == present
+        else [*failed, f"interface: expected {present} as in production, found {ours}"]
+    )
 
 
 def _interface(candidate: Candidate) -> str:

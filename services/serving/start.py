@@ -80,12 +80,15 @@ def application(args: dict[str, Any], host: str, port: int) -> Iterator[str]:
         serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def wait_for_signal() -> None:
-    """Return when this process is asked to end, by Ctrl-C or by SIGTERM."""
+def ending() -> threading.Event:
+    """Return an event that is set when this process is asked to end, by Ctrl-C or by SIGTERM.
+
+    Ray takes both signals when it starts, so this comes after.
+    """
     asked = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.set())
-    asked.wait()
+    return asked
 
 
 def is_loopback(host: str) -> bool:

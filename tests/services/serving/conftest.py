@@ -121,7 +121,7 @@ def serving(serve_port: int) -> Iterator[Callable[..., Served]]:
 
     yield start
     for name in names:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)
 
 
 @pytest.fixture(scope="session")

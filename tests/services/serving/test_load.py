@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import signal
 import threading
@@ -12,12 +14,12 @@ import numpy as np
 import pytest
 from load import Reply, bounded, load, request_bytes
 
-from defuse_core.runs import Run
+from defuse_core.runs import FolderStore, Run
 from services.serving.candidate import prepare
 from services.serving.promotion import How, promote
 from services.serving.registry import Registry
 from services.serving.reservoir import read_traffic
-from services.serving.rollout import roll_back
+from services.serving.rollout import roll_back, to_canary, to_production, to_shadow
 
 
 def requests_for(app, pictures, count=100):
@@ -102,61 +104,103 @@ def one_replica_of(name: str) -> int:
     return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
-def test_a_new_version_and_a_rollback_take_over_under_load_with_no_request_lost(serving, own_store, pictures):
-    registry = Registry(own_store)
-    promote(registry, candidate(own_store, "first"), How("ana", ""))
-    app = serving(own_store, run=None)
-    running = Load(app.port, 8, requests_for(app, pictures))
+class Live:
+    """An application that follows a registry in which every planted run is a version."""
+
+    def __init__(self, app, registry, store):
+        self.app, self.registry = app, registry
+        self.number = {
+            name: registry.add(candidate(store, name), "ana", "", forced=True)
+            for name in ("first", "second", "swapped", "broken")
+        }
+
+    def version(self, name):
+        return str(self.number[name])
+
+
+@pytest.fixture(scope="module")
+def live_app(serving, planted, tmp_path_factory):
+    store = FolderStore(tmp_path_factory.mktemp("live"))
+    for key in planted.list():
+        store.write(key, planted.read(key))
+    return Live(serving(store, run=None), Registry(store), store)
+
+
+@pytest.fixture
+def live(live_app):
+    """The same with `first` in production and nothing beside it."""
+    to_production(live_app.registry, live_app.number["first"], "ana", "")
+    end = time.monotonic() + 15
+    while live_app.app.http.get("/readyz").status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    live_app.app.wait_for(live_app.version("first"))
+    time.sleep(0.5)  # a trial of the test before is over too
+    return live_app
+
+
+def test_a_new_version_and_a_rollback_take_over_under_load_with_no_request_lost(live, pictures):
+    old, new = live.version("first"), live.version("second")
+    running = Load(live.app.port, 8, requests_for(live.app, pictures))
     running.start()
     time.sleep(1)
-    promote(registry, candidate(own_store, "second"), How("ana", ""))
-    app.wait_for("2")
+    to_production(live.registry, int(new), "ana", "")
+    live.app.wait_for(new)
     time.sleep(1)
-    roll_back(registry, "bo", "to see it work")
-    app.wait_for("1")
+    roll_back(live.registry, "bo", "to see it work")
+    live.app.wait_for(old)
     time.sleep(1)
     replies = running.stop()
     assert set(statuses(replies)) == {200}
     versions = [reply.json()["version"] for reply in sorted(replies, key=lambda reply: reply.at)]
-    changes = [a + b for a, b in zip(versions, versions[1:], strict=False) if a != b]
-    assert "12" in changes and "21" in changes
-    assert versions[0] == "1" == versions[-1] and len(changes) < 40
+    changes = [a + b for a, b in itertools.pairwise(versions) if a != b]
+    assert old + new in changes and new + old in changes
+    assert versions[0] == versions[-1] == old and len(changes) < 40
 
 
-def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(serving, own_store, pictures):
-    registry = Registry(own_store)
-    promote(registry, candidate(own_store, "first"), How("ana", ""))
-    promote(registry, candidate(own_store, "second"), How("ana", "", canary=0.3))
-    app = serving(own_store, run=None)
-    requests = requests_for(app, pictures, 100)
-    replies = load(app.port, 8, bounded(requests, 600, 60))
+def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(live, pictures):
+    to_canary(live.registry, live.number["second"], 0.3, "ana", "")
+    wait_until(lambda: live.app.http.get("/v1/model").json()["canary"] == live.version("second"))
+    requests = requests_for(live.app, pictures, 100)
+    replies = load(live.app.port, 8, bounded(requests, 600, 60))
     assert set(statuses(replies)) == {200}
-    share = np.mean([reply.json()["version"] == "2" for reply in replies])
+    share = np.mean([reply.json()["version"] == live.version("second") for reply in replies])
     assert 0.15 < share < 0.45
-    again = [load(app.port, 1, bounded([request], 3, 60)) for request in requests[:10]]
+    again = [load(live.app.port, 1, bounded([request], 3, 60)) for request in requests[:10]]
     assert all(len({reply.json()["version"] for reply in same}) == 1 for same in again)
-    assert registry.standing().canary == 2
+    assert live.registry.standing().canary == live.number["second"]
 
 
 @pytest.mark.parametrize(("name", "words"), [("broken", "images failed"), ("swapped", "answers agreed")])
 @pytest.mark.parametrize("shadow", [False, True])
 def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_request_fails(
-    serving, own_store, pictures, name, words, shadow
+    live, pictures, name, words, shadow
 ):
-    registry = Registry(own_store)
-    promote(registry, candidate(own_store, "first"), How("ana", ""))
-    how = How("ana", "", force="to see it fail", canary=None if shadow else 0.5, shadow=shadow)
-    promote(registry, candidate(own_store, name), how)
-    app = serving(own_store, run=None)
-    replies = load(app.port, 8, bounded(requests_for(app, pictures, 500), 1000, 60))
-    end = time.monotonic() + 10
-    while (standing := registry.standing()).canary or standing.shadow:
-        assert time.monotonic() < end, "the trial goes on"
-        time.sleep(0.1)
+    number = live.number[name]
+    if shadow:
+        to_shadow(live.registry, number, "ana", "")
+    else:
+        to_canary(live.registry, number, 0.5, "ana", "")
+    wait_until(
+        lambda: (
+            str(number) in (page := live.app.http.get("/v1/model").json(), page["canary"], page["shadow"])[1:]
+        )
+    )
+    replies = load(live.app.port, 8, bounded(requests_for(live.app, pictures, 500), 800, 60))
+    wait_until(lambda: not {live.registry.standing().canary, live.registry.standing().shadow} - {None})
+    standing = live.registry.standing()
     assert set(statuses(replies)) == {200}
-    assert words in standing.why and standing.by == "defuse serve" and standing.production == 1
-    expected = {"1"} if shadow or name == "broken" else {"1", "2"}
-    assert {reply.json()["version"] for reply in replies} == expected
+    assert words in standing.why and standing.by == "defuse serve"
+    assert standing.production == live.number["first"]
+    sides = {"first"} if shadow or name == "broken" else {"first", name}
+    assert {reply.json()["version"] for reply in replies} == {live.version(side) for side in sides}
+
+
+def wait_until(true, seconds=10):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.1)
 
 
 def test_a_version_that_cannot_be_loaded_leaves_the_present_one_in_place(serving, own_store, pictures):
@@ -167,8 +211,19 @@ def test_a_version_that_cannot_be_loaded_leaves_the_present_one_in_place(serving
     registry.change("version 2 to production", "ana", "", lambda _: {"production": 2})
     time.sleep(1)
     assert set(statuses(load(app.port, 2, bounded(requests_for(app, pictures), 20, 30)))) == {200}
-    promote(registry, candidate(own_store, "second"), How("ana", ""))
+    promote(registry, candidate(own_store, "second"), How("ana", "", force="version 2 is broken"))
     app.wait_for("3")
+
+
+def test_a_canary_that_cannot_be_loaded_is_ended_and_the_server_starts(serving, own_store, pictures):
+    registry = Registry(own_store)
+    promote(registry, candidate(own_store, "first"), How("ana", ""))
+    unfit = dataclasses.replace(candidate(own_store, "second"), classifier={}, digest="unfit")
+    promote(registry, unfit, How("ana", "", canary=0.5))
+    app = serving(own_store, run=None)
+    assert app.http.get("/v1/model").json()["canary"] is None
+    standing = registry.standing()
+    assert standing.canary is None and "the weights lack" in standing.why
 
 
 def test_inputs_that_lie_in_a_scenario_are_kept_within_the_bound(serving, own_store, pictures):
