@@ -74,6 +74,7 @@ class Models:
     reconstruction: float  # mean squared error per pixel of decoding mu, on training images
     reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
+    device: str = "cpu"  # that trained them
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,7 +329,7 @@ def _unflatten(kind: type[T], plain: dict[str, Any], prefix: str, arrays: dict[s
             values[field.name] = {key[len(start) :]: a for key, a in arrays.items() if key.startswith(start)}
         elif field.type in nested:
             values[field.name] = _unflatten(nested[str(field.type)], plain[field.name], name + "/", arrays)
-        else:
+        elif field.name in plain or field.default is dataclasses.MISSING:
             value = plain[field.name]
             values[field.name] = tuple(value) if str(field.type).startswith("tuple") else value
     return kind(**values)

@@ -51,14 +51,14 @@ class DataSection(Section):
     download: bool = False
     """Whether a data set that is not at root may be downloaded there."""
     image_size: int = Field(32, ge=8, le=512)
-    """Height and width in pixels that images are brought to. Paper: 32 for MNIST (28 padded) and SVHN, 128 for signs."""
+    """Height and width, pixels, that images are brought to. Paper: 32 for MNIST (28 padded) and SVHN, 128 for signs."""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour."""
     train_images: int | None = Field(None, ge=1)
     """Use only so many training images, drawn by seed (whole tracks of the signs). Paper: all."""
     validation_share: float = Field(0.0, ge=0, lt=1)
     """Share of the training images held out for validation where the data set has no validation part of its own
-    (digits, mnist, folder, npz; by whole tracks for signs is not needed: their test set is halved). Paper: 0 for MNIST."""
+    (digits, mnist, folder, npz; the test sets of signs and svhn are halved in any case). Paper: 0 for MNIST."""
 
 
 class ClassifierSection(Section):
@@ -67,7 +67,7 @@ class ClassifierSection(Section):
     architecture: Literal["cnn", "resnet18", "custom"] = "cnn"
     """cnn is Figure 7; resnet18 is torchvision's; custom is import_path. Paper: cnn for MNIST, resnet18 otherwise."""
     import_path: str | None = None
-    """custom: `package.module:factory`, called without arguments, returns an nn.Module from images in [0, 1] to logits."""
+    """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: Path | None = None
     """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is taken as it is."""
     imagenet: bool = False
@@ -261,7 +261,7 @@ class CheckSection(Section):
     """What `defuse check` asks of a corrected classifier before it may be promoted. Shares are fractions of 1. Ours."""
 
     min_scenario_accuracy: float = Field(0.9, ge=0, le=1)
-    """Least accuracy on the held-out images of all failure scenarios together. A scenario counts as fixed from here on."""
+    """Least accuracy on the held-out images of all failure scenarios; from here on a scenario counts as fixed."""
     min_each_scenario: float = Field(0.5, ge=0, le=1)
     """Least accuracy on the held-out images of any one failure scenario."""
     max_loss: float = Field(0.005, ge=0, le=1)

@@ -46,7 +46,7 @@ class Tuning:
 
 
 def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
-    """Return the reviewed images that f gets wrong, each under its own majority label: the baseline's D_f (Figure 4)."""
+    """Return the reviewed images that f gets wrong, each under its own majority label: the baseline's D_f."""
     labels = verdicts.image_labels
     wrong = (labels != NONE_OF_THE_ABOVE) & (labels != gallery.predicted)
     return Images(gallery.images[wrong], labels[wrong])

@@ -15,6 +15,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_name() -> str:
+    """Return what the device is called, for the record: results are equal, bit for bit, on devices of one kind."""
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    )
+
+
 @contextlib.contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
     """Compute with `count` CPU threads inside the block, and reproducibly.

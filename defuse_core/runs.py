@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from defuse_core.artifacts import decode, encode
+from defuse_core.artifacts import Models, decode, encode
 from defuse_core.config import STEPS, RunFile, drift, dump_run_file, parse_run_file
 from defuse_core.errors import DriftError, InputError, RunBusyError, StoreError
 
@@ -161,14 +162,20 @@ class Run:
 
     @classmethod
     def start(cls, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> Run:
-        """Return the run called `name`, new or to go on with. Raises DriftError if its run file was another."""
+        """Return the run called `name`, new or to go on with. Hold its lock before.
+
+        Raises DriftError if its run file was another; a run that has made nothing yet takes the new one.
+        """
         run = cls(store, name, spec, until)
-        if not run.store.create("run.yaml", dump_run_file(spec).encode()):
+        recorded = dump_run_file(spec).encode()
+        if not run.store.create("run.yaml", recorded):
             changed = drift(cls.open(store, name).spec, spec)
-            if changed:
+            if changed and run.manifest()["artefacts"]:
                 raise DriftError(
                     f"run {name}: {changed}; choose another --name, or undo the change to resume"
                 )
+            if changed:
+                run.store.write("run.yaml", recorded)
         return run
 
     @classmethod
@@ -196,9 +203,12 @@ class Run:
         if stored is not None:
             return stored
         started = time.time()
-        data = encode(make())
+        artefact = make()
+        data = encode(artefact)
         self.store.write(f"{key}.safetensors", data)
-        self._note(step, key, started, len(data))
+        self._note(step, key, started, data)
+        if isinstance(artefact, Models):
+            self._note_origin(artefact)
         return decode(kind, data, key)
 
     def load(self, kind: type[T], key: str | None = None) -> T | None:
@@ -211,22 +221,33 @@ class Run:
         return decode(kind, data, f"{self.store.address}/{name}")
 
     def manifest(self) -> dict[str, Any]:
-        """Return what is known of the making: versions, seed, and per artefact its step, time, seconds and size."""
+        """Return how the run was made: versions, seed, device, data, and each artefact's step, time and digest."""
         try:
             manifest: dict[str, Any] = json.loads(self.store.read("manifest.json"))
         except FileNotFoundError:
             return {"name": self.name, "seed": self.spec.seed, "artefacts": {}}
         return manifest
 
-    def _note(self, step: str, key: str, started: float, size: int) -> None:
+    def _note(self, step: str, key: str, started: float, data: bytes) -> None:
         manifest = self.manifest()
         seconds = time.time() - started
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started + seconds))
-        entry = {"step": step, "made": made, "seconds": round(seconds, 3), "bytes": size}
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry = {
+            "step": step,
+            "made": made,
+            "seconds": round(seconds, 3),
+            "bytes": len(data),
+            "sha256": sha256,
+        }
         manifest["artefacts"][key] = entry
         manifest["versions"] = versions()
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
         log.info("%s: %s made in %.1f s", step, key, seconds)
+
+    def _note_origin(self, models: Models) -> None:
+        origin = {"device": models.device, "data_fingerprint": models.data_fingerprint}
+        self.store.write("manifest.json", json.dumps(self.manifest() | origin, indent=1).encode())
 
 
 def versions() -> dict[str, str]:

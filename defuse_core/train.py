@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from defuse_core.artifacts import F64, I64, Models, Weights
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, open_splits
-from defuse_core.device import cpu_threads, device
+from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import ModelError, RunFileError
 from defuse_core.models import (
     Vae,
@@ -61,6 +61,7 @@ def train(spec: RunFile, *, progress: Progress) -> Models:
             reconstruction=reconstruction,
             reconstruction_flips=flips,
             kl_per_dimension=_kl_per_dimension(vae, probe),
+            device=device_name(),
         )
 
 

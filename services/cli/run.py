@@ -72,16 +72,14 @@ def run(
     from services.tables import print_report
 
     spec = load_run_file(runfile, overrides)
-    started = Run.start(open_store(store), checked_name(name or runfile.stem), spec, until)
-    with (
-        started.store.lock(),
-        ProgressDisplay() as display,
-        _compute(where, address, started, display) as compute,
-    ):
+    opened, name = open_store(store), checked_name(name or runfile.stem)
+    with opened.within(name).lock(), ProgressDisplay() as display:
+        started = Run.start(opened, name, spec, until)
         try:
-            found = run_defuse(started, compute, _annotators(started, compute, wait))
+            with _compute(where, address, started, display) as compute:
+                found = run_defuse(started, compute, _annotators(started, compute, wait))
         except ReachedStep:
-            click.echo(f"{started.name}: done until {until}; run again without --until to go on")
+            click.echo(f"{name}: done until {until}; run again without --until to go on")
             return
     print_report(found)
     click.echo(f"\nreport: {started.store.address}/report.html")

@@ -51,9 +51,16 @@ def test_steps_after_until_are_not_made(tmp_path):
 
 
 def test_a_changed_run_file_under_a_used_name_is_refused(tmp_path):
-    Run.start(FolderStore(tmp_path), "a", tiny())
+    Run.start(FolderStore(tmp_path), "a", tiny()).once("identify", Psi, psi)
     with pytest.raises(DriftError, match="run a: identify.draws: 4 in the run, 5 now"):
         Run.start(FolderStore(tmp_path), "a", tiny(identify={"draws": 5}))
+    assert Run.open(FolderStore(tmp_path), "a").spec == tiny()
+
+
+def test_a_run_that_has_made_nothing_takes_the_mended_run_file(tmp_path):
+    Run.start(FolderStore(tmp_path), "a", tiny(identify={"draws": 5}))
+    Run.start(FolderStore(tmp_path), "a", tiny())
+    assert Run.open(FolderStore(tmp_path), "a").spec == tiny()
 
 
 def test_opening_a_run_that_is_not_there_says_so(tmp_path):

@@ -1,0 +1,205 @@
+"""The command line as a user meets it: exit codes, one line for every failure, resume, documentation that is true."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from services.cli import defuse, main
+from tests.conftest import ROOT, TINY
+
+
+@pytest.fixture
+def runfile(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-c", "from services.cli import main; main()", *map(str, args)]
+
+
+def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
+    """Run one command in this process; return exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["defuse", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
+
+
+def one_line(err: str) -> str:
+    """The only line on stderr that is not a log line."""
+    lines = [line for line in err.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def npz(path: Path, **changes: object) -> Path:
+    arrays = {
+        "train_images": np.zeros((40, 16, 16), np.uint8),
+        "train_labels": np.arange(40) % 4,
+        "test_images": np.zeros((8, 16, 16), np.uint8),
+        "test_labels": np.arange(8) % 4,
+    }
+    np.savez(path, **{**arrays, **changes})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["identify.draws=none"], "identify.draws"),
+        (["identify.drawz=1"], "identify.drawz: there is no such field"),
+        (["data.name=mnist", "data.root=/nowhere"], "/nowhere"),
+        (["data.name=npz", "data.root=/nowhere.npz"], "/nowhere.npz"),
+        (["classifier.weights=/nowhere.safetensors", "classifier.epochs=0"], "/nowhere.safetensors"),
+        (["classifier.keep=best_validation", "data.validation_share=0"], "classifier.keep"),
+    ],
+)
+def test_bad_input_exits_2_with_one_line_and_makes_nothing(
+    settings, message, runfile, tmp_path, monkeypatch, capsys
+):
+    options = [part for setting in settings for part in ("--set", setting)]
+    store = tmp_path / "runs"
+    code, _, err = call(monkeypatch, capsys, "run", runfile, "--store", store, "--on", "local", *options)
+    assert code == 2
+    assert message in one_line(err)
+    left = [path for path in store.rglob("*") if path.is_file() and path.name not in {"run.yaml", ".lock"}]
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_labels": np.full(40, -1)}, "labels"),
+        ({"train_images": np.zeros((40, 8, 8), np.uint8)}, "16"),
+        ({"train_images": np.full((40, 16, 16), np.nan, np.float32)}, "NaN"),
+    ],
+)
+def test_bad_images_exit_2_and_are_named(changes, message, runfile, tmp_path, monkeypatch, capsys):
+    path = npz(tmp_path / "mine.npz", **changes)
+    options = ["--set", "data.name=npz", "--set", f"data.root={path}"]
+    code, _, err = call(
+        monkeypatch, capsys, "run", runfile, "--store", tmp_path / "runs", "--on", "local", *options
+    )
+    assert code == 2
+    assert message in one_line(err)
+    assert "mine.npz" in err
+
+
+def test_a_mended_run_file_goes_on_under_the_same_name(runfile, tmp_path, monkeypatch, capsys):
+    where = ["--store", tmp_path / "runs", "--on", "local", "--until", "train"]
+    assert call(monkeypatch, capsys, "run", runfile, *where, "--set", "data.validation_share=0",
+                "--set", "classifier.keep=best_validation")[0] == 2  # fmt: skip
+    assert call(monkeypatch, capsys, "run", runfile, *where)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["../up", "", "a b", "-x"])
+def test_names_that_could_leave_the_store_are_refused(name, runfile, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "status", "--", name) if name else (2, "", "run name")
+    assert code == 2
+    assert "run name" in err
+
+
+def test_a_run_is_made_resumed_shown_and_reported(runfile, tmp_path, monkeypatch, capsys):
+    where = ["--store", tmp_path / "runs"]
+    assert call(monkeypatch, capsys, "run", runfile, *where, "--on", "local", "--until", "identify")[0] == 0
+    code, out, _ = call(monkeypatch, capsys, "status", "tiny", *where)
+    assert code == 0
+    assert "identify" in out
+    code, out, _ = call(monkeypatch, capsys, "report", "tiny", *where)
+    assert code == 2
+    code, out, _ = call(monkeypatch, capsys, "run", runfile, *where, "--on", "local")
+    assert code == 0
+    assert "report.html" in out
+    code, again, _ = call(monkeypatch, capsys, "report", "tiny", *where)
+    assert code == 0
+    assert again == out
+    assert "tiny" in call(monkeypatch, capsys, "status", *where)[1]
+    assert (
+        json.loads((tmp_path / "runs" / "tiny" / "report.json").read_text())["annotators"]
+        == "reference models"
+    )
+
+
+def test_a_changed_run_file_is_refused_by_field(runfile, tmp_path, monkeypatch, capsys):
+    where = ["--store", tmp_path / "runs", "--on", "local", "--until", "train"]
+    assert call(monkeypatch, capsys, "run", runfile, *where)[0] == 0
+    code, _, err = call(monkeypatch, capsys, "run", runfile, *where, "--set", "identify.draws=9")
+    assert code == 2
+    assert "identify.draws: 4 in the run, 9 now" in one_line(err)
+
+
+def test_a_second_driver_exits_4(runfile, tmp_path):
+    from defuse_core.runs import FolderStore
+
+    with FolderStore(tmp_path / "runs" / "tiny").lock():
+        ended = subprocess.run(
+            command("run", runfile, "--store", tmp_path / "runs", "--on", "local"),
+            cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert ended.returncode == 4
+    assert "is writing this run" in ended.stderr
+
+
+def test_an_unexpected_error_is_one_line_too(runfile, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("defuse_core.pipeline.run_defuse", lambda *_: 1 / 0)
+    monkeypatch.setattr("defuse_core.runs.Run.start", lambda *_: 1 / 0)
+    code, _, err = call(monkeypatch, capsys, "run", runfile, "--store", tmp_path / "runs", "--on", "local")
+    assert code == 4
+    assert "unexpected ZeroDivisionError" in one_line(err)
+
+
+def every_command(group=defuse, path=()):
+    for name, child in sorted(group.commands.items()):
+        yield (*path, name), child
+        if hasattr(child, "commands"):
+            yield from every_command(child, (*path, name))
+
+
+@pytest.mark.parametrize(
+    ("path", "child"),
+    list(every_command()),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_every_command_and_option_says_what_it_does(path, child):
+    assert child.help
+    for parameter in child.params:
+        if parameter.param_type_name == "option":
+            assert parameter.help, f"{' '.join(path)} {parameter.opts[0]}"
+
+
+def documented_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = (
+        line.strip()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    )
+    return [line.split("  #")[0] for line in lines if line.startswith("defuse ")]
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_every_command_in_the_readme_is_one_that_exists(line):
+    _, *words = shlex.split(line.split(" > ")[0].split(" | ")[0])
+    group, name = defuse, words[0]
+    while hasattr(group, "commands"):
+        assert name in group.commands, line
+        group, words = group.commands[name], words[1:]
+        name = words[0] if words else ""
+    group.make_parser(group.context_class(group)).parse_args(list(words))
+
+
+def test_files_named_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\(([^)#:]+)\)", text)) | set(re.findall(r"deploy/[\w/.-]+\.\w+", text))
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
