@@ -40,8 +40,12 @@ class ServeArgs(BaseModel):
     """Fields of section `serve` that differ from the run file's."""
 
 
-def build(args: ServeArgs) -> Application:
-    """Return the application, one deployment. Raises InputError for settings or a run that cannot be served."""
+def build(args: ServeArgs | dict[str, Any]) -> Application:
+    """Return the application, one deployment. Raises InputError for settings or a run that cannot be served.
+
+    `serve deploy` and `serve run` pass a dict: Ray cannot see the type behind a postponed annotation.
+    """
+    args = ServeArgs.model_validate(args)
     settings = plan(args.model_dump())
     store = open_store(args.store)
     source = Source(None, 0)

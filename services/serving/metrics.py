@@ -50,7 +50,7 @@ class Meters:
 
 
 async def metrics_page() -> str:
-    """Return the metrics of the application on all nodes, in Prometheus' text format. A node that is away is left out."""
+    """Return the metrics of all nodes, in Prometheus' text format. A node that is away is left out."""
     pages = await asyncio.gather(*(asyncio.to_thread(_scrape, address) for address in _exporters()))
     return merged(pages)
 

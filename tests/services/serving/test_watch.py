@@ -118,7 +118,8 @@ def test_without_traffic_the_error_says_how_to_get_some(tmp_path):
 
 
 def test_pages_of_several_nodes_become_one_page_with_each_head_once():
-    page = '# HELP ray_defuse_images x\n# TYPE ray_defuse_images counter\nray_defuse_images{n="%d"} 1.0\n# HELP other y\nother 2\n'
+    head = "# HELP ray_defuse_images x\n# TYPE ray_defuse_images counter\n"
+    page = head + 'ray_defuse_images{n="%d"} 1.0\n# HELP other y\nother 2\n'
     assert merged([page % 1, page % 2, ""]) == (
         "# HELP ray_defuse_images x\n# TYPE ray_defuse_images counter\n"
         'ray_defuse_images{n="1"} 1.0\nray_defuse_images{n="2"} 1.0\n'
