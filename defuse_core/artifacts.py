@@ -78,6 +78,16 @@ class Models:
 
 
 @dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A classifier or β-VAE in the middle of its training, after a whole epoch."""
+
+    weights: Weights
+    moments: Weights  # of the optimiser
+    history: tuple[dict[str, Any], ...]  # one row per finished epoch
+    best: Weights  # of the best epoch so far, where one is kept; else empty
+
+
+@dataclass(frozen=True, eq=False)
 class Failures:
     """Latent codes whose decoding the classifier gets wrong: the paper's Ψ (§3.2.1)."""
 

@@ -20,18 +20,17 @@ from defuse_core.artifacts import (
     Sweep,
     Trial,
     Verdicts,
-    Weights,
     decode,
     encode,
 )
 from defuse_core.config import RunFile
 from defuse_core.data import Images, open_splits
-from defuse_core.device import cpu_threads, device
+from defuse_core.device import cpu_threads
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
 from defuse_core.seeds import generator
-from defuse_core.train import descend, labels_of, minibatches
+from defuse_core.training import descend, labels_of, minibatches, moments_of, set_moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +104,7 @@ def fine_tune(
     classifier = load_classifier(spec, start, len(models.classes))
     optimizer = torch.optim.Adam(classifier.parameters(), lr=section.learning_rate, fused=True)
     if trial is not None:
-        _set_moments(optimizer, trial.moments)
+        set_moments(optimizer, trial.moments)
     for epoch in range(len(rows) + 1, section.epochs + 1):
         with cpu_threads(1):
             loss = _epoch(spec, classifier, optimizer, tuning, lam, epoch)
@@ -115,7 +114,7 @@ def fine_tune(
             best, best_epoch = weights, epoch
         done = epoch == section.epochs
         yield Trial(
-            lam, rows, {} if done else weights, {} if done else _moments(optimizer), best, best_epoch, done
+            lam, rows, {} if done else weights, {} if done else moments_of(optimizer), best, best_epoch, done
         )
 
 
@@ -171,27 +170,6 @@ def _rank(spec: RunFile, models: Models, row: dict[str, Any]) -> tuple[float, ..
     clean = row[split]
     allowed = clean >= models.accuracy[split] - section.max_loss
     return (1.0, row["tune"], clean) if allowed else (0.0, clean, row["tune"])
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> Weights:
-    """Return the optimiser's state as arrays named `parameter/moment`."""
-    states = enumerate(optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"])
-    return {
-        f"{index}/{name}": moment.cpu().numpy().copy()
-        for index, state in states
-        for name, moment in state.items()
-    }
-
-
-def _set_moments(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
-    """Put back what _moments took. Each moment gets its parameter's memory layout, which the fused kernel relies on."""
-    parameters = optimizer.param_groups[0]["params"]
-    for key, array in moments.items():
-        index, name = key.split("/")
-        parameter, moment = parameters[int(index)], torch.tensor(array).to(device())
-        if moment.shape == parameter.shape:
-            moment = torch.empty_like(parameter).copy_(moment)
-        optimizer.state[parameter][name] = moment
 
 
 def trial_key(lam: float) -> str:

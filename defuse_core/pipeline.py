@@ -59,7 +59,7 @@ class Annotators(Protocol):
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier, and return what was found. Each artefact is made once per run."""
     spec, store = run.spec, run.store
-    models = run.once("train", Models, lambda: compute.task("train", train, spec))
+    models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store))
     scenarios = run.once("distill", Scenarios, lambda: compute.task("distill", distill, spec, psi, store))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", draw_gallery, spec, models, scenarios))

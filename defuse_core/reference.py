@@ -21,7 +21,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.models import ReferenceCnn, ResNet18, predict_probabilities, to_device, to_tensor
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
-from defuse_core.train import descend, labels_of, minibatches
+from defuse_core.training import descend, labels_of, minibatches
 
 if TYPE_CHECKING:
     from defuse_core.pipeline import Compute

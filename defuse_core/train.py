@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, I64, Models, Weights
+from defuse_core.artifacts import F64, Models
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device, device_name
@@ -33,20 +31,25 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.progress import Progress
+from defuse_core.runs import Store
 from defuse_core.seeds import generator, torch_seed
+from defuse_core.training import Training, descend, labels_of, minibatches
 
 log = logging.getLogger("defuse")
 PROBE_IMAGES = 10_000  # training images that the β-VAE's figures are measured on
 
 
-def train(spec: RunFile, *, progress: Progress) -> Models:
-    """Return f and the β-VAE, trained or brought, with their accuracies and the β-VAE's health."""
+def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
+    """Return f and the β-VAE, trained or brought, with their accuracies and the β-VAE's health.
+
+    With a store, a training that was killed goes on at its last kept epoch, to the same weights.
+    """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
     splits = replace(on_disk, train=on_disk.train.loaded())
     with cpu_threads(spec.resources.train_threads):
-        classifier, classifier_history = train_classifier(spec, splits, progress)
-        vae, vae_history = train_vae(spec, splits, progress)
+        classifier, classifier_history = train_classifier(spec, splits, store, progress)
+        vae, vae_history = train_vae(spec, splits, store, progress)
         probe = splits.train.take(slice(0, PROBE_IMAGES))
         reconstruction, flips = _reconstruct(classifier, vae, probe)
         return Models(
@@ -78,98 +81,89 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
             )
 
 
-def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[I64]:
-    """Yield one epoch of row indices in a fresh order. A last batch of one image is left out: it has no variance."""
-    order = rng.permutation(count)
-    for start in range(0, count, batch_size):
-        rows = order[start : start + batch_size]
-        if len(rows) > 1 or count == 1:
-            yield rows
-
-
 def train_classifier(
-    spec: RunFile, splits: Splits, progress: Progress
+    spec: RunFile, splits: Splits, store: Store | None, progress: Progress
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Return the classifier and one row per epoch. Keeps the last epoch or the best on validation, as the run says."""
     section = spec.classifier
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
     classifier = build_classifier(spec, len(splits.classes))
-    _bring(classifier, spec.classifier.weights)
+    _bring(classifier, section.weights)
     _expect_logits(classifier, splits)
     to_device(classifier)
-    optimizer = _optimizer(spec, classifier)
-    history: list[dict[str, float]] = []
-    best: Weights | None = None
-    for epoch in range(section.epochs):
-        loss = _classifier_epoch(classifier, optimizer, splits.train, spec, epoch, progress)
+    training = Training(classifier, _optimizer(spec, classifier), store, "classifier")
+    for epoch in training.epochs(section.epochs):
+        loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
         row = {"epoch": epoch + 1.0, "loss": loss}
         if splits.validation is not None:
             row["validation"] = accuracy(classifier.eval(), splits.validation)
-        if section.keep == "best_validation" and row["validation"] > max(
-            (r["validation"] for r in history), default=-1
-        ):
-            best = weights_of(classifier)
-        history.append(row)
+        before = max((past.get("validation", 0.0) for past in training.history), default=-1.0)
+        if section.keep == "best_validation" and row["validation"] > before:
+            training.best = weights_of(classifier)
+        training.history.append(row)
         log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, _figures(row))
-    if best is not None:
-        set_weights(classifier, best, "the best epoch")
-    return classifier.eval(), history
+    if training.best:
+        set_weights(classifier, training.best, "the best epoch")
+    return classifier.eval(), training.history
 
 
 def _classifier_epoch(
-    classifier: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Images,
-    spec: RunFile,
-    epoch: int,
-    progress: Progress,
+    training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
 ) -> float:
-    classifier.train()
+    classifier, size = training.module.train(), spec.classifier.batch_size
+    torch.manual_seed(
+        torch_seed(spec.seed, "classifier", epoch)
+    )  # for dropout, in a classifier that was brought
     total = spec.classifier.epochs * len(images)
     done, losses = epoch * len(images), []
-    for rows in minibatches(
-        len(images), spec.classifier.batch_size, generator(spec.seed, "classifier", epoch)
-    ):
+    for rows in minibatches(len(images), size, generator(spec.seed, "classifier", epoch)):
         loss = F.cross_entropy(classifier(to_tensor(images.batch(rows))), labels_of(images, rows))
-        losses.append(descend(loss, optimizer, "the classifier"))
+        losses.append(descend(loss, training.optimizer, "the classifier"))
         done += len(rows)
         progress("training the classifier", done, total, "images")
     return float(np.mean(losses))
 
 
-def train_vae(spec: RunFile, splits: Splits, progress: Progress) -> tuple[Vae, list[dict[str, float]]]:
-    """Return the β-VAE and one row per epoch (loss, reconstruction and KL in nats per image)."""
+def train_vae(
+    spec: RunFile, splits: Splits, store: Store | None, progress: Progress
+) -> tuple[Vae, list[dict[str, float]]]:
+    """Return the β-VAE and one row per epoch (reconstruction and KL in nats per image)."""
     section = spec.vae
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
     _bring(vae, section.weights)
     to_device(vae)
     optimizer = torch.optim.Adam(vae.parameters(), lr=section.learning_rate, fused=True)
-    noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise"))
-    history: list[dict[str, float]] = []
-    step, total = 0, section.epochs * len(splits.train)
-    for epoch in range(section.epochs):
-        terms = []
-        for rows in minibatches(len(splits.train), section.batch_size, generator(spec.seed, "vae", epoch)):
-            step += 1
-            beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
-            reconstruction, divergence = vae_terms(vae, to_tensor(splits.train.batch(rows)), noise)
-            descend(reconstruction + beta * divergence, optimizer, "the β-VAE")
-            terms.append((reconstruction.item(), divergence.item()))
-            progress(
-                "training the β-VAE",
-                min(total, epoch * len(splits.train) + len(terms) * len(rows)),
-                total,
-                "images",
-            )
-        reconstruction_mean, divergence_mean = (float(x) for x in np.mean(terms, axis=0))
-        history.append(
-            {"epoch": epoch + 1.0, "reconstruction": reconstruction_mean, "kl": divergence_mean, "beta": beta}
+    training = Training(vae, optimizer, store, "vae")
+    for epoch in training.epochs(section.epochs):
+        row = _vae_epoch(vae, training, splits.train, spec, epoch, progress)
+        training.history.append(row)
+        log.log(
+            logging.INFO if epoch + 1 == section.epochs else logging.DEBUG,
+            "β-VAE epoch %d of %d: %s",
+            epoch + 1,
+            section.epochs,
+            _figures(row),
         )
-    if history:
-        log.info("β-VAE after %d epochs: %s", section.epochs, _figures(history[-1]))
-    vae.eval()
-    return vae, history
+    return vae.eval(), training.history
+
+
+def _vae_epoch(
+    vae: Vae, training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
+) -> dict[str, float]:
+    section, count = spec.vae, len(images)
+    noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
+    batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
+    done, terms, beta = epoch * count, [], 0.0
+    for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
+        beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
+        reconstruction, divergence = vae_terms(vae, to_tensor(images.batch(rows)), noise)
+        descend(reconstruction + beta * divergence, training.optimizer, "the β-VAE")
+        terms.append((reconstruction.item(), divergence.item()))
+        done += len(rows)
+        progress("training the β-VAE", done, section.epochs * count, "images")
+    means = np.mean(terms, axis=0)
+    return {"epoch": epoch + 1.0, "reconstruction": float(means[0]), "kl": float(means[1]), "beta": beta}
 
 
 def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -184,24 +178,6 @@ def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> tuple[Tensor,
 def kl_to_prior(mu: Tensor, log_variance: Tensor) -> Tensor:
     """Return KL(q || N(0, 1)) per image and latent dimension, (n, Z), in nats."""
     return 0.5 * (mu.square() + log_variance.exp() - log_variance - 1)
-
-
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, what: str) -> float:
-    """Take one optimisation step and return the loss. Raises ModelError once it is not finite."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise ModelError(
-            f"training {what} diverged: its loss became {value}; lower the learning rate or check the images"
-        )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return value
-
-
-def labels_of(images: Images, rows: I64) -> Tensor:
-    """Return the labels of `rows` on this process's device."""
-    return torch.from_numpy(images.labels[rows]).to(device())
 
 
 def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:

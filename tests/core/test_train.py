@@ -10,7 +10,9 @@ from defuse_core.judge import judge
 from defuse_core.models import load_classifier, predict
 from defuse_core.progress import silent
 from defuse_core.reference import augment, reference_probabilities, votes_of_models
-from defuse_core.train import kl_to_prior, minibatches, train
+from defuse_core.runs import FolderStore
+from defuse_core.train import kl_to_prior, train
+from defuse_core.training import minibatches
 from tests.conftest import tiny
 
 
@@ -26,6 +28,32 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(tiny_spec, tiny_models
     for ours, theirs in ((again.classifier, tiny_models.classifier), (again.vae, tiny_models.vae)):
         for name, array in ours.items():
             np.testing.assert_array_equal(array, theirs[name])
+
+
+class KilledError(Exception): ...
+
+
+@pytest.mark.parametrize(("what", "at"), [("training the classifier", 2000), ("training the β-VAE", 6000)])
+def test_a_training_that_was_killed_goes_on_to_the_same_weights_bit_for_bit(
+    what, at, tmp_path, monkeypatch, tiny_spec, tiny_models
+):
+    monkeypatch.setattr("defuse_core.training.CHECKPOINT_EVERY_S", 0.0)
+    told = []
+
+    def kill(doing: str, done: int, total: int, unit: str) -> None:
+        told.append((doing, done))
+        if (doing, done >= at) == (what, True):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(tiny_spec, FolderStore(tmp_path), progress=kill)
+    killed_after = len(told)
+    resumed = train(tiny_spec, FolderStore(tmp_path), progress=lambda *step: told.append(step[:2]))
+    assert min(done for doing, done in told[killed_after:] if doing == what) > at / 2
+    for ours, theirs in ((resumed.classifier, tiny_models.classifier), (resumed.vae, tiny_models.vae)):
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name])
+    assert resumed.vae_history == tiny_models.vae_history
 
 
 def test_another_seed_gives_other_weights(tiny_models):

@@ -1,0 +1,102 @@
+"""What every training shares: minibatches, the step downhill, and going on at the last epoch after a kill."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from defuse_core.artifacts import I64, Checkpoint, Weights, decode, encode
+from defuse_core.data import Images
+from defuse_core.device import device
+from defuse_core.errors import ModelError
+from defuse_core.models import set_weights, weights_of
+from defuse_core.runs import Store
+
+CHECKPOINT_EVERY_S = 20.0  # at most so much work, and an epoch, is lost with a machine
+
+
+def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[I64]:
+    """Yield one epoch of row indices in a fresh order. A last batch of one image is left out: it has no variance."""
+    order = rng.permutation(count)
+    for start in range(0, count, batch_size):
+        rows = order[start : start + batch_size]
+        if len(rows) > 1 or count == 1:
+            yield rows
+
+
+def labels_of(images: Images, rows: I64) -> Tensor:
+    """Return the labels of `rows` on this process's device."""
+    return torch.from_numpy(images.labels[rows]).to(device())
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, what: str) -> float:
+    """Take one optimisation step and return the loss. Raises ModelError once it is not finite."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ModelError(
+            f"training {what} diverged: its loss became {value}; lower the learning rate or check the images"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return value
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> Weights:
+    """Return the optimiser's state as arrays named `parameter/moment`."""
+    states = enumerate(optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"])
+    return {
+        f"{index}/{name}": moment.cpu().numpy().copy()
+        for index, state in states
+        for name, moment in state.items()
+    }
+
+
+def set_moments(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
+    """Put back what moments_of took. Each moment gets its parameter's memory layout, which fused kernels rely on."""
+    parameters = optimizer.param_groups[0]["params"]
+    for key, array in moments.items():
+        index, name = key.split("/")
+        parameter, moment = parameters[int(index)], torch.tensor(array)
+        if moment.shape == parameter.shape:
+            moment = torch.empty_like(parameter).copy_(moment)
+        optimizer.state[parameter][name] = moment
+
+
+class Training:
+    """One training that is kept in `store` while it runs, so that a killed one goes on to the same end bit for bit."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, store: Store | None, name: str
+    ) -> None:
+        self.module, self.optimizer, self.store = module, optimizer, store
+        self.key = f"training/{name}.safetensors"
+        self.history: list[dict[str, Any]] = []
+        self.best: Weights = {}
+        self.kept = time.monotonic()
+        if store is not None and store.exists(self.key):
+            self._resume(decode(Checkpoint, store.read(self.key), self.key))
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        self.history, self.best = list(checkpoint.history), checkpoint.best
+        set_weights(self.module, checkpoint.weights, self.key)
+        set_moments(self.optimizer, checkpoint.moments)
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Yield the epochs that are still to do; keeps the training after each, but not more often than is worth it."""
+        for epoch in range(len(self.history), count):
+            yield epoch
+            if epoch + 1 == count or time.monotonic() - self.kept > CHECKPOINT_EVERY_S:
+                self._keep()
+
+    def _keep(self) -> None:
+        self.kept = time.monotonic()
+        if self.store is not None:
+            weights, moments = weights_of(self.module), moments_of(self.optimizer)
+            self.store.write(self.key, encode(Checkpoint(weights, moments, tuple(self.history), self.best)))
