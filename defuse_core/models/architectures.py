@@ -1,24 +1,15 @@
-"""Classifiers and β-VAEs of Appendix B, bringing one's own, and applying them in batches."""
+"""Classifiers and β-VAEs of Appendix B from one parametrised description, ResNet-18, and bringing one's own."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import math
-import pickle
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from defuse_core.artifacts import F32, I64, Weights
 from defuse_core.config import ClassifierSection, RunFile
-from defuse_core.data import Images
-from defuse_core.device import device
 from defuse_core.errors import ModelError
 
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -181,138 +172,3 @@ def _import_classifier(section: ClassifierSection) -> nn.Module:
             f"classifier.import_path {path}: expected an nn.Module, found {type(module).__name__}"
         )
     return module
-
-
-def weights_of(module: nn.Module) -> Weights:
-    """Return a copy of the module's state as numpy arrays."""
-    return {
-        name: tensor.detach().cpu().contiguous().numpy().copy()
-        for name, tensor in module.state_dict().items()
-    }
-
-
-def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
-    """Load `weights` into `module`. Raises ModelError, naming `where` and the first tensor that does not fit."""
-    expected = module.state_dict()
-    for name, tensor in expected.items():
-        if name not in weights:
-            raise ModelError(f"{where}: the weights lack {name}; are they of another architecture?")
-        if tuple(weights[name].shape) != tuple(tensor.shape):
-            raise ModelError(
-                f"{where}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
-            )
-        if not np.isfinite(weights[name]).all():
-            raise ModelError(f"{where}: {name}: expected finite numbers, found NaN or infinity")
-    extra = sorted(weights.keys() - expected.keys())
-    if extra:
-        raise ModelError(f"{where}: unexpected {extra[0]}; are these weights of another architecture?")
-    module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-
-
-def read_weights(path: Path) -> Weights:
-    """Return the state dict in a .safetensors file, or in a .pt file read with torch's weights-only loader."""
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {
-            name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-            for name, tensor in tensors.items()
-        }
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: expected a file of weights, found none") from error
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        OSError,
-        RuntimeError,
-        AttributeError,
-        EOFError,
-        ValueError,
-    ) as error:
-        raise ModelError(
-            f"{path}: expected a state dict of tensors in safetensors or weights-only form"
-        ) from error
-
-
-def load_classifier(
-    spec: RunFile, weights: Weights, classes: int, where: str = "the run's classifier"
-) -> nn.Module:
-    """Return the classifier with `weights`, on this process's device, ready to predict."""
-    plain = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"imagenet": False})})
-    return _ready(build_classifier(plain, classes), weights, where)
-
-
-def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -> Vae:
-    """Return the β-VAE with `weights`, on this process's device, ready to encode and decode."""
-    vae = build_vae(spec)
-    _ready(vae, weights, where)
-    return vae
-
-
-def _ready(module: nn.Module, weights: Weights, where: str) -> nn.Module:
-    set_weights(module, weights, where)
-    return to_device(module).eval()
-
-
-def to_device(module: nn.Module) -> nn.Module:
-    """Move `module` to this process's device in the memory layout that its convolutions are fastest in."""
-    return module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def to_tensor(images: F32) -> Tensor:
-    """Move (n, channels, H, W) pixels to this process's device, in the layout of to_device."""
-    return torch.from_numpy(images).to(device()).contiguous(memory_format=torch.channels_last)
-
-
-def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int) -> np.ndarray:  # type: ignore[type-arg]
-    """Return function(rows) for consecutive rows of at most batch_size, concatenated."""
-    with torch.inference_mode():
-        parts = [
-            function(slice(start, min(start + batch_size, count))).cpu().numpy()
-            for start in range(0, count, batch_size)
-        ]
-    return np.concatenate(parts)
-
-
-def _as_images(images: Images | F32) -> Images:
-    return images if isinstance(images, Images) else Images(images, np.zeros(len(images), np.int64))
-
-
-def predict(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> I64:
-    """Return the classifier's answer for each image, (n,)."""
-    answers: I64 = predict_probabilities(classifier, images, batch_size).argmax(axis=1).astype(np.int64)
-    return answers
-
-
-def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:
-    """Return the classifier's class probabilities, (n, C)."""
-    source = _as_images(images)
-    if not len(source):
-        return np.zeros((0, 1), np.float32)
-    return map_batches(
-        lambda rows: classifier(to_tensor(source.batch(rows))).softmax(1), len(source), batch_size
-    )
-
-
-def accuracy(classifier: nn.Module, images: Images, batch_size: int = 256) -> float:
-    """Return the share of images that the classifier gets right; nan for no images."""
-    return (
-        float((predict(classifier, images, batch_size) == images.labels).mean()) if len(images) else math.nan
-    )
-
-
-def decode_codes(vae: Vae, codes: F32, batch_size: int = 256) -> F32:
-    """Return the decodings of (n, Z) codes: (n, channels, H, W) in [0, 1]."""
-    if not len(codes):
-        return decode_codes(vae, np.zeros((1, codes.shape[1]), np.float32))[:0]
-    return map_batches(
-        lambda rows: vae.decode(torch.from_numpy(codes[rows].copy()).to(device())), len(codes), batch_size
-    )
-
-
-def encode_images(vae: Vae, images: Images | F32, batch_size: int = 256) -> F32:
-    """Return the means of q(z|x), (n, Z)."""
-    source = _as_images(images)
-    return map_batches(lambda rows: vae.encode(to_tensor(source.batch(rows)))[0], len(source), batch_size)

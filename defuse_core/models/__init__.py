@@ -1,0 +1,47 @@
+"""The models of a run: how they are built, how their weights come and go, how they are applied in batches."""
+
+from defuse_core.models.architectures import (
+    ReferenceCnn,
+    ResNet18,
+    Vae,
+    build_classifier,
+    build_vae,
+)
+from defuse_core.models.batches import (
+    accuracy,
+    decode_codes,
+    encode_images,
+    map_batches,
+    predict,
+    predict_probabilities,
+    to_device,
+    to_tensor,
+)
+from defuse_core.models.weights import (
+    load_classifier,
+    load_vae,
+    read_weights,
+    set_weights,
+    weights_of,
+)
+
+__all__ = [
+    "ReferenceCnn",
+    "ResNet18",
+    "Vae",
+    "accuracy",
+    "build_classifier",
+    "build_vae",
+    "decode_codes",
+    "encode_images",
+    "load_classifier",
+    "load_vae",
+    "map_batches",
+    "predict",
+    "predict_probabilities",
+    "read_weights",
+    "set_weights",
+    "to_device",
+    "to_tensor",
+    "weights_of",
+]

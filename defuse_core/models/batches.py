@@ -1,0 +1,77 @@
+"""Applying classifiers and β-VAEs to many images, batch after batch, on this process's device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from defuse_core.artifacts import F32, I64
+from defuse_core.data import Images
+from defuse_core.device import device
+from defuse_core.models.architectures import Vae
+
+
+def to_device(module: nn.Module) -> nn.Module:
+    """Move `module` to this process's device in the memory layout that its convolutions are fastest in."""
+    return module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def to_tensor(images: F32) -> Tensor:
+    """Move (n, channels, H, W) pixels to this process's device, in the layout of to_device."""
+    return torch.from_numpy(images).to(device()).contiguous(memory_format=torch.channels_last)
+
+
+def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int) -> np.ndarray:  # type: ignore[type-arg]
+    """Return function(rows) for consecutive rows of at most batch_size, concatenated."""
+    with torch.inference_mode():
+        parts = [
+            function(slice(start, min(start + batch_size, count))).cpu().numpy()
+            for start in range(0, count, batch_size)
+        ]
+    return np.concatenate(parts)
+
+
+def _as_images(images: Images | F32) -> Images:
+    return images if isinstance(images, Images) else Images(images, np.zeros(len(images), np.int64))
+
+
+def predict(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> I64:
+    """Return the classifier's answer for each image, (n,)."""
+    answers: I64 = predict_probabilities(classifier, images, batch_size).argmax(axis=1).astype(np.int64)
+    return answers
+
+
+def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:
+    """Return the classifier's class probabilities, (n, C)."""
+    source = _as_images(images)
+    if not len(source):
+        return np.zeros((0, 1), np.float32)
+    return map_batches(
+        lambda rows: classifier(to_tensor(source.batch(rows))).softmax(1), len(source), batch_size
+    )
+
+
+def accuracy(classifier: nn.Module, images: Images, batch_size: int = 256) -> float:
+    """Return the share of images that the classifier gets right; nan for no images."""
+    return (
+        float((predict(classifier, images, batch_size) == images.labels).mean()) if len(images) else math.nan
+    )
+
+
+def decode_codes(vae: Vae, codes: F32, batch_size: int = 256) -> F32:
+    """Return the decodings of (n, Z) codes: (n, channels, H, W) in [0, 1]."""
+    if not len(codes):
+        return decode_codes(vae, np.zeros((1, codes.shape[1]), np.float32))[:0]
+    return map_batches(
+        lambda rows: vae.decode(torch.from_numpy(codes[rows].copy()).to(device())), len(codes), batch_size
+    )
+
+
+def encode_images(vae: Vae, images: Images | F32, batch_size: int = 256) -> F32:
+    """Return the means of q(z|x), (n, Z)."""
+    source = _as_images(images)
+    return map_batches(lambda rows: vae.encode(to_tensor(source.batch(rows)))[0], len(source), batch_size)

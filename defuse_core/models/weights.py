@@ -1,0 +1,91 @@
+"""Weights in and out of modules and files. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from defuse_core.artifacts import Weights
+from defuse_core.config import RunFile
+from defuse_core.errors import ModelError
+from defuse_core.models.architectures import Vae, build_classifier, build_vae
+from defuse_core.models.batches import to_device
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """Return a copy of the module's state as numpy arrays."""
+    return {
+        name: tensor.detach().cpu().contiguous().numpy().copy()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
+    """Load `weights` into `module`. Raises ModelError, naming `where` and the first tensor that does not fit."""
+    expected = module.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise ModelError(f"{where}: the weights lack {name}; are they of another architecture?")
+        if tuple(weights[name].shape) != tuple(tensor.shape):
+            raise ModelError(
+                f"{where}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
+            )
+        if not np.isfinite(weights[name]).all():
+            raise ModelError(f"{where}: {name}: expected finite numbers, found NaN or infinity")
+    extra = sorted(weights.keys() - expected.keys())
+    if extra:
+        raise ModelError(f"{where}: unexpected {extra[0]}; are these weights of another architecture?")
+    module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+
+
+def read_weights(path: Path) -> Weights:
+    """Return the state dict in a .safetensors file, or in a .pt file read with torch's weights-only loader."""
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {
+            name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+            for name, tensor in tensors.items()
+        }
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: expected a file of weights, found none") from error
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+        EOFError,
+        ValueError,
+    ) as error:
+        raise ModelError(
+            f"{path}: expected a state dict of tensors in safetensors or weights-only form"
+        ) from error
+
+
+def load_classifier(
+    spec: RunFile, weights: Weights, classes: int, where: str = "the run's classifier"
+) -> nn.Module:
+    """Return the classifier with `weights`, on this process's device, ready to predict."""
+    plain = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"imagenet": False})})
+    return _ready(build_classifier(plain, classes), weights, where)
+
+
+def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -> Vae:
+    """Return the β-VAE with `weights`, on this process's device, ready to encode and decode."""
+    vae = build_vae(spec)
+    _ready(vae, weights, where)
+    return vae
+
+
+def _ready(module: nn.Module, weights: Weights, where: str) -> nn.Module:
+    set_weights(module, weights, where)
+    return to_device(module).eval()
