@@ -1,0 +1,49 @@
+"""The run file: YAML that is checked into frozen models, one section per step."""
+
+from defuse_core.config.files import (
+    drift,
+    dump_run_file,
+    load_run_file,
+    parse_run_file,
+)
+from defuse_core.config.sections import (
+    PAPER_LAMBDAS,
+    STEPS,
+    CheckSection,
+    ClassifierSection,
+    CorrectSection,
+    DataSection,
+    DistillSection,
+    IdentifySection,
+    ReferenceModels,
+    ReportSection,
+    ResourcesSection,
+    ReviewSection,
+    RunFile,
+    Section,
+    ServeSection,
+    VaeSection,
+)
+
+__all__ = [
+    "PAPER_LAMBDAS",
+    "STEPS",
+    "CheckSection",
+    "ClassifierSection",
+    "CorrectSection",
+    "DataSection",
+    "DistillSection",
+    "IdentifySection",
+    "ReferenceModels",
+    "ReportSection",
+    "ResourcesSection",
+    "ReviewSection",
+    "RunFile",
+    "Section",
+    "ServeSection",
+    "VaeSection",
+    "drift",
+    "dump_run_file",
+    "load_run_file",
+    "parse_run_file",
+]

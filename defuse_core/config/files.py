@@ -1,0 +1,80 @@
+"""Reading, checking, comparing and writing run files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from defuse_core.config.sections import RunFile
+from defuse_core.errors import RunFileError
+
+
+def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
+    """Return the run file at `path` with `a.b=value` overrides applied. Raises RunFileError, in one line."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunFileError(f"{path}: cannot read this run file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunFileError(f"{path}: expected YAML, found {error}") from error
+    if not isinstance(tree, dict):
+        raise RunFileError(f"{path}: expected sections such as `data:`, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_run_file(tree, str(path))
+
+
+def parse_run_file(tree: dict[str, Any], where: str) -> RunFile:
+    """Return the checked run file. Raises RunFileError naming the first field that is wrong."""
+    try:
+        return RunFile.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            raise RunFileError(f"{where}: {field}: there is no such field") from error
+        found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise RunFileError(f"{where}: {field + ': ' if field else ''}{message}{found}{more}") from error
+
+
+def dump_run_file(spec: RunFile) -> str:
+    """Return the resolved run file, every field written out, as YAML that load_run_file reads back to an equal one."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def drift(recorded: RunFile, given: RunFile) -> str | None:
+    """Return the first field that differs and would change results, as `a.b: 1 in the run, 2 now`, or None."""
+    before, now = _flat(recorded.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
+    for field in before | now:
+        free = field in {"data.root", "data.download"} or field.startswith(("resources.", "check.", "serve."))
+        if before.get(field) != now.get(field) and (not free or field == "resources.train_threads"):
+            return f"{field}: {before.get(field)!r} in the run, {now.get(field)!r} now"
+    return None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value`; the value is read as YAML."""
+    path, equals, text = override.partition("=")
+    *sections, field = path.strip().split(".")
+    if not equals or not field:
+        raise RunFileError(f"--set {override}: expected section.field=value")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise RunFileError(f"--set {override}: {section} is not a section")
+    try:
+        tree[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RunFileError(f"--set {override}: the value is not YAML") from error
