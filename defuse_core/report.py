@@ -15,7 +15,7 @@ from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
 from defuse_core.runs import Run
 
-COLLAPSED_BELOW = 0.01  # nats: a latent dimension with less KL than this says next to nothing about the image
+COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL than this says next to nothing about the image
 
 
 class Part(BaseModel):
@@ -64,11 +64,20 @@ class Scenario(Part):
     """Accuracy on its held-out images; null where rejected."""
 
 
+class OwnLabels(Part):
+    """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label: fit for mixed ones."""
+
+    before: float | None
+    defuse: float | None
+    images: int
+
+
 class ScenarioSummary(Part):
     components: int
     accepted: int
     purity: float | None
     """Mean over the accepted."""
+    own_labels: OwnLabels
     list: tuple[Scenario, ...]
 
 
@@ -122,7 +131,7 @@ class VaeFigures(Part):
     kl_per_dimension: tuple[float, ...]
     """Nats."""
     collapsed: int
-    """Dimensions with less than 0.01 nats."""
+    """Dimensions with less than 0.1 nats."""
 
 
 class Mixture(Part):
@@ -299,7 +308,22 @@ def _scenarios(found: Findings, evaluation: Evaluation) -> ScenarioSummary:
     place = {int(number): column for column, number in enumerate(accepted)}
     rows = tuple(_scenario(found, evaluation, n, place.get(n)) for n in range(len(found.scenarios)))
     purity = _mean(found.verdicts.purity[accepted])
-    return ScenarioSummary(components=len(rows), accepted=len(accepted), purity=purity, list=rows)
+    own = _own_labels(found, evaluation)
+    return ScenarioSummary(
+        components=len(rows), accepted=len(accepted), purity=purity, own_labels=own, list=rows
+    )
+
+
+def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
+    accepted = found.verdicts.accepted
+    labels = found.verdicts.image_labels[accepted]
+    labelled = labels != NONE_OF_THE_ABOVE
+    images = int(labelled.sum())
+    before, after = (
+        _ratio(int((labelled & (answers[accepted] == labels)).sum()), images)
+        for answers in (found.gallery.predicted, evaluation.gallery_after)
+    )
+    return OwnLabels(before=before, defuse=after, images=images)
 
 
 def _scenario(found: Findings, evaluation: Evaluation, number: int, column: int | None) -> Scenario:

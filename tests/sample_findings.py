@@ -113,7 +113,7 @@ def _models(classes: tuple[str, ...], rng: np.random.Generator) -> Models:
         ),
         reconstruction=0.012,
         reconstruction_flips=0.07,
-        kl_per_dimension=np.array([*(2.5 * rng.random(8)), 0.003, 0.0001]),
+        kl_per_dimension=np.array([*(0.3 + 2.2 * rng.random(8)), 0.04, 0.0001]),
     )
 
 

@@ -62,7 +62,7 @@ def _name_classes(ax: Axes, points: F64, classes: I64, names: tuple[str, ...], p
         distances = np.median(np.linalg.norm(own[:, None] - own[None], axis=2), axis=1)
         name = names[label] if len(names[label]) <= 16 else names[label][:15] + "…"
         x, y = own[distances.argmin()]
-        ax.text(x, y, name, color=palette[label] * 0.72, fontsize=15, alpha=0.75, zorder=1.5, **CENTRED)
+        ax.text(x, y, name, color=palette[label] * 0.85, fontsize=15, alpha=0.9, zorder=1.5, **CENTRED)
 
 
 def _number_means(figure: Figure, ax: Axes, evaluation: Evaluation) -> None:

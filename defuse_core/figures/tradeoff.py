@@ -27,7 +27,8 @@ def draw_tradeoff(report: Report) -> Figure | None:
         return None
     figure, (ax,) = new_figure(5.2, height(rows))
     points = np.array([(row.scenario, getattr(row, split)) for row in rows])
-    _mark_before(ax, report, split)
+    before = _before(report, split)  # (0 or 1, 2)
+    ax.scatter(before[:, 0], before[:, 1], s=34, marker="D", facecolors=PAPER, edgecolors=MUTED, zorder=3)
     ax.scatter(points[:, 0], points[:, 1], s=26, color=ACCENT, alpha=0.55, linewidths=0, zorder=3)
     for row, (x, y) in zip(rows, points, strict=True):
         if row.chosen:
@@ -35,7 +36,7 @@ def draw_tradeoff(report: Report) -> Figure | None:
     ax.set(xlabel="accuracy on held-out scenario images", ylabel=f"accuracy on the {split} set")
     ax.margins(0.14)
     _percent(6, ax.xaxis, ax.yaxis)
-    _label(figure, ax, rows, points)
+    _label(figure, ax, rows, points, before)
     return figure
 
 
@@ -53,28 +54,17 @@ def clean_split(report: Report) -> tuple[str, list[TradeOff]]:
     return "test", []
 
 
-def _mark_before(ax: Axes, report: Report, split: str) -> None:
+def _before(report: Report, split: str) -> F64:
+    """Return where the classifier before stands, (1, 2); (0, 2) where that was not measured."""
     before = report.accuracy.before
     clean = {"test": before.test, "validation": before.validation}.get(split)
-    if clean is None or before.scenario is None:
-        return
-    ax.scatter(
-        before.scenario, clean, s=34, marker="D", facecolors=PAPER, edgecolors=MUTED, linewidths=1.2, zorder=3
-    )
-    ax.annotate(
-        "before",
-        (before.scenario, clean),
-        (9, 0),
-        textcoords="offset points",
-        va="center",
-        color=MUTED,
-        fontsize=SMALL,
-    )
+    known = clean is not None and before.scenario is not None
+    return np.array([(before.scenario, clean)] if known else [], np.float64).reshape(-1, 2)
 
 
 def _percent(bins: int, *axes: Axis) -> None:
     for axis in axes:
-        axis.set_major_locator(MaxNLocator(bins, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]))
         low, high = axis.get_view_interval()
         digits = 0 if high - low > 0.06 else 1 if high - low > 0.006 else 2
         axis.set_major_formatter(FuncFormatter(lambda value, _, digits=digits: f"{100 * value:.{digits}f} %"))
@@ -96,19 +86,21 @@ def clusters(points: F64, close: float) -> list[list[int]]:
     return groups
 
 
-def _label(figure: Figure, ax: Axes, rows: Sequence[TradeOff], points: F64) -> None:
+def _label(figure: Figure, ax: Axes, rows: Sequence[TradeOff], points: F64, before: F64) -> None:
     """Write λ beside every cluster, where it covers neither a point nor another label."""
     figure.draw_without_rendering()
-    pixels = ax.transData.transform(points)
+    pixels, start = ax.transData.transform(points), ax.transData.transform(before)
     frame = ax.get_window_extent()
     unit = figure.dpi / 72
-    taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in pixels]
+    inside = (frame.x0, frame.y0, frame.x1, frame.y1)
+    taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in (*pixels, *start)]
     lams = [row.lam for row in rows]
+    notes = [("before", start, False)] if len(start) else []
     for group in sorted(clusters(pixels / frame.width, CLOSE), key=len):
-        text = "λ " + runs_text(lams, group)
-        bold = any(rows[i].chosen for i in group)
+        notes.append(("λ " + runs_text(lams, group), pixels[group], any(rows[i].chosen for i in group)))
+    for text, marks, bold in notes:
         size = ((len(text) * 0.6 + 1) * SMALL * unit, SMALL * 1.4 * unit)
-        box, at = _free_spot(pixels[group], size, taken, (frame.x0, frame.y0, frame.x1, frame.y1), 7 * unit)
+        box, at = _free_spot(marks, size, taken, inside, 7 * unit)
         taken.append(box)
         x, y = ax.transData.inverted().transform(at)
         colour, weight = (INK, "bold") if bold else (MUTED, "normal")

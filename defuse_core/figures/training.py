@@ -39,8 +39,7 @@ def draw_kl(report: Report) -> Figure:
 
 
 def _write_above(ax: Axes, place: int, value: float, size: float) -> None:
-    alive = value >= COLLAPSED_BELOW
-    text, colour = (f"{value:.2f}", MUTED) if alive else ("≈ 0", WRONG)
+    text, colour = f"{value:.2f}", MUTED if value >= COLLAPSED_BELOW else WRONG
     above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
     ax.annotate(text, (place, value), fontsize=size, color=colour, **above)
 

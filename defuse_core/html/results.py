@@ -7,7 +7,7 @@ from typing import Any
 
 from defuse_core.html.markup import Child, Markup, figures_list, folded, join, table, tag
 from defuse_core.report import Accuracy, ClassAccuracy, Mean, Report, TradeOff
-from defuse_core.wording import NONE, change, lam_text, percent
+from defuse_core.wording import NONE, change, count_of, lam_text, percent
 
 SHOWN_CLASSES = 12
 Pictures = Mapping[str, Markup]
@@ -24,7 +24,10 @@ CAPTIONS = {
         "t-SNE of latent codes; far distances mean nothing.",
     ),
     "weights": ("Weights of the mixture", "Solid: kept for review. Pale: under the smallest weight."),
-    "kl": ("Information per latent dimension", "KL to the prior; near 0 the dimension says nothing."),
+    "kl": (
+        "Information per latent dimension",
+        "KL to the prior. Red: collapsed, the dimension says next to nothing.",
+    ),
     "curves": ("Learning curves", "One value per epoch."),
 }
 WIDE = {"weights", "kl", "curves"}  # scroll sideways on a narrow screen
@@ -55,7 +58,17 @@ def result_section(report: Report) -> Markup:
         if choice
     ]
     note = tag("p", "Chosen for ", "; for ".join(chosen), ".", class_="quiet") if chosen else None
-    return join([table(head, cells), note])
+    return join([table(head, cells), _own_labels(report), note])
+
+
+def _own_labels(report: Report) -> Markup | None:
+    """The stricter figure: no image counts as right for showing its scenario's label and not its own."""
+    own = report.scenarios.own_labels
+    if own.before is None:
+        return None
+    moved = tag("b", f"{percent(own.before)} → {percent(own.defuse)}")
+    images = count_of(own.images, "reviewed image")
+    return tag("p", f"Right on {images} of the failure scenarios, each judged by its own label: ", moved, ".")
 
 
 def _accuracies(row: Accuracy, before: Accuracy) -> list[Child]:

@@ -164,7 +164,7 @@ def test_report_json_has_the_names_that_others_build_on(hostile: Run):
     tree = json.loads(hostile.store.read("report.json"))
     assert tree["annotators"] == "reference models"
     assert set(tree["accuracy"]["defuse"]) == {"validation", "test", "scenario"}
-    assert {"components", "accepted", "purity", "list"} == set(tree["scenarios"])
+    assert {"components", "accepted", "purity", "own_labels", "list"} == set(tree["scenarios"])
     assert {"lam", "epoch", "test", "scenario"} <= set(tree["tradeoff"][0])
     assert {"codes", "images_with_any", "zero_noise_flip_rate"} <= set(tree["psi"])
     assert {"reconstruction", "kl_per_dimension", "reconstruction_flips"} <= set(tree["vae"])
@@ -288,3 +288,18 @@ def test_marks_that_coincide_are_moved_apart():
 def test_points_linked_by_small_gaps_are_one_cluster():
     points = np.array([[0.0, 0], [5, 0], [0.9, 0], [1.8, 0]])
     assert clusters(points, 1.0) == [[0, 2, 3], [1]]
+
+
+def test_reviewed_images_are_also_judged_each_by_its_own_label(tmp_path: Path):
+    found, evaluation = sample_findings(2, 1, images=4)
+    none = NONE_OF_THE_ABOVE
+    found.gallery.predicted[:] = [[1, 1, 2, 1], [9, 9, 9, 9]]
+    after = np.array([[4, 4, 4, 4], [9, 9, 9, 9]])
+    own = np.array([[4, 4, 2, none], [9, 9, 9, 9]])
+    sample = with_verdicts(
+        (found, dataclasses.replace(evaluation, gallery_after=after)),
+        labels=np.array([4, none]),
+        image_labels=own,
+    )
+    judged = report_of(sample, tmp_path).scenarios.own_labels
+    assert (judged.images, judged.before, judged.defuse) == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
