@@ -292,7 +292,7 @@ class ServeSection(Section):
     """Bring pictures of other sizes and colours to the classifier's; false refuses them."""
     watch: bool = True
     """Tell for each input whether it lies in a known failure scenario."""
-    watch_share: float = Field(0.01, gt=0, le=0.5)
+    watch_share: float = Field(0.001, gt=0, le=0.5)
     """An input lies in a scenario if it is nearer to it than all but this share of the training images."""
     watch_images: int = Field(10_000, ge=100)
     """Training images, drawn by seed, that the distances are calibrated on."""

@@ -14,7 +14,6 @@ from defuse_core.artifacts import (
     Corrections,
     Gallery,
     Models,
-    Scenarios,
     Sweep,
     Verdicts,
     Weights,
@@ -46,7 +45,7 @@ class Candidate:
     scenario: I64  # (A,) index of each failure scenario among the run's components
     labels: I64  # (A,) what is right there
     read_as: I64  # (A,) what the classifier before said there most often
-    means: F64  # (A, Z)
+    means: F64  # (A, Z) of the codes of its pictures, as in watch.Calibration
     covariances: F64  # (A, Z, Z)
     before: F64  # (A,) accuracy on the held-out images before the correction
     after: F64  # (A,) and after it
@@ -87,7 +86,6 @@ def prepare(run: Run, progress: Progress = silent) -> tuple[str, Candidate]:
 @dataclass(frozen=True, eq=False)
 class _Found:
     models: Models
-    scenarios: Scenarios
     gallery: Gallery
     verdicts: Verdicts
     fixes: Corrections
@@ -95,7 +93,7 @@ class _Found:
 
     @classmethod
     def of(cls, run: Run) -> _Found:
-        kinds = (Models, Scenarios, Gallery, Verdicts, Corrections, Sweep)
+        kinds = (Models, Gallery, Verdicts, Corrections, Sweep)
         parts: list[Any] = []
         for kind in kinds:
             parts.append(run.load(kind))
@@ -138,9 +136,7 @@ def _make(run: Run, found: _Found, progress: Progress) -> Candidate:
     progress("checking the corrected classifier", 0, 2, "steps")
     examined = examine(spec, found.models, found.fixes, found.sweep, splits)
     progress("checking the corrected classifier", 1, 2, "steps")
-    means, covariances = found.scenarios.means[accepted], found.scenarios.covariances[accepted]
-    vae = load_vae(spec, found.models.vae)
-    levels, distances, recall = calibrate(spec, vae, splits.train, means, covariances, found.fixes.test)
+    calibration = calibrate(spec, load_vae(spec, found.models.vae), splits.train, found.fixes)
     progress("checking the corrected classifier", 2, 2, "steps")
     return Candidate(
         run=run.name,
@@ -154,13 +150,9 @@ def _make(run: Run, found: _Found, progress: Progress) -> Candidate:
         scenario=accepted,
         labels=found.fixes.labels,
         read_as=_read_as(found.gallery, accepted, found.fixes.labels),
-        means=means,
-        covariances=covariances,
         before=examined.scenario_before,
         after=examined.scenario_after,
-        levels=levels,
-        distances=distances,
-        recall=recall,
+        **vars(calibration),
     )
 
 
