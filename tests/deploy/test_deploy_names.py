@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -123,6 +124,19 @@ def test_each_variable_of_a_node_is_read_by_someone() -> None:
         "LABEL_STUDIO_API_KEY",
         "DEFUSE_SERVE_TOKEN",
     } <= given_to_nodes() & names_read_by_us()
+
+
+def test_serve_has_its_fast_proxy_on_every_cluster() -> None:
+    from services.serving.start import FAST_PROXY
+
+    options = load(DEPLOY / "ray-cluster.yaml")["docker"]["run_options"]
+    given = [pair.partition("=")[::2] for option in options for pair in shlex.split(option)[1:]]
+    for environment in (
+        dict(given),
+        document("ConfigMap")["data"],
+        compose()["services"]["ray-head"]["environment"],
+    ):
+        assert FAST_PROXY.items() <= environment.items()
 
 
 def test_each_variable_of_the_other_services_is_documented() -> None:
