@@ -62,8 +62,8 @@ def _forget_verdicts(run: Run, redo: bool) -> None:
             "`defuse run` makes them again with this decision"
         )
     with run.store.lock():
-        doomed = [f"{key}.safetensors" for key in reversed(FROM_VERDICTS)]
-        doomed += [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
+        doomed = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
+        doomed += [f"{key}.safetensors" for key in reversed(FROM_VERDICTS)]  # the verdicts last: cut off, it goes on
         for key in doomed:
             run.store.delete(key)
         manifest = run.manifest()

@@ -151,13 +151,13 @@ def down(cache: Path) -> bool:
 
 
 def stop(server: LocalServer) -> None:
-    """End the server's process group and wait until it is gone."""
+    """End the server's process group and wait until it is gone and its port is free."""
     for end, patience_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, end)
         limit = time.monotonic() + patience_s
         while time.monotonic() < limit:
-            if not _is_ours(server.pid):
+            if not _is_ours(server.pid) and not _taken(server.port):
                 return
             time.sleep(0.1)
 

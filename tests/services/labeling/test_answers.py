@@ -1,0 +1,236 @@
+"""Answering: what people submit over the real API, and what of it counts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE
+from defuse_core.errors import LabelsPending
+from defuse_core.judge import judge
+from services.labeling.decide import decide
+from services.labeling.simulate import chosen
+
+TRUTH = (8, 3, 0, 1)
+
+
+def truth_of(task):
+    return str(TRUTH[task.data["scenario"]])
+
+
+def answers_of(votes, scenario, image):
+    rows = (votes.scenario == scenario) & (votes.image == image)
+    return dict(zip((votes.annotators[a] for a in votes.annotator[rows]), votes.answer[rows].tolist(), strict=True))
+
+
+def test_a_finished_review_holds_every_answer_with_who_and_when(make_review, crowd):
+    review = make_review()
+    review.annotators.push(review.gallery)
+    review.everyone_says(crowd[:3], truth_of)
+    votes = review.annotators.review(review.gallery)
+    assert votes.annotators == ("annotator-1", "annotator-2", "annotator-3")
+    assert votes.answered_by == "people"
+    assert len(votes.answer) == 36 and (votes.when > 1.7e9).all()
+    assert (votes.answer == np.array(TRUTH)[votes.scenario]).all()
+    assert judge(review.gallery, votes, 0.5).labels.tolist() == [8, -1, -1, -1]
+
+
+def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by_hand(make_review, crowd):
+    """Image 0 of each scenario: 5 of 5 agree. Image 1: 3 of 5. Image 2: 2 of 4, and one none-of-the-above.
+
+    Scenario 0 alone is a failure. Per image 1.0, 0.6, and 0.5: mean 0.7, standard error sqrt(((0.3)^2 + (0.1)^2 +
+    (0.2)^2) / 2) / sqrt(3) = 0.1528 over its three images, and over the other nine the same mean.
+    """
+    review = make_review(answers_per_task=5)
+    review.annotators.push(review.gallery)
+    plans = ("TTTTT", "TTTXY", "TTXYN")
+    for number, person in enumerate(crowd):
+        for task in review.tasks().values():
+            truth = TRUTH[task.data["scenario"]]
+            says = {"T": truth, "X": (truth + 4) % 10, "Y": (truth + 6) % 10}
+            plan = plans[task.data["picture"]][number]
+            person.answer(task.id, "image", "None of the above" if plan == "N" else str(says[plan]))
+    votes = review.annotators.review(review.gallery)
+    verdicts = judge(review.gallery, votes, 0.5)
+    assert verdicts.labels.tolist() == [8, -1, -1, -1]
+    assert np.allclose(verdicts.agreement, [[1.0, 0.6, 0.5]] * 4)
+    failing, others = verdicts.agreement[0], verdicts.agreement[1:].ravel()
+    assert failing.mean() == pytest.approx(0.7) and others.mean() == pytest.approx(0.7)
+    assert failing.std(ddof=1) / np.sqrt(3) == pytest.approx(0.15275, abs=1e-5)
+
+
+def test_skips_and_drafts_do_not_count_and_a_changed_answer_takes_the_newest(make_review, crowd):
+    review = make_review(answers_per_task=1)
+    review.annotators.push(review.gallery)
+    tasks = review.tasks()
+    first, second, third = (tasks[f"s000-i0{n}"].id for n in range(3))
+    crowd[0].submit(first, [], was_cancelled=True)
+    draft = {"result": [chosen("label", "image", "8")]}
+    crowd[0].http.post(f"/api/tasks/{second}/drafts", json=draft).raise_for_status()
+    changed = crowd[0].answer(third, "image", "3")
+    crowd[0].change(changed, [chosen("label", "image", "8")])
+    standing, _ = review.annotators.standing(review.gallery)
+    assert (standing.given, standing.open, standing.pulled.skips) == (1, 11, 1)
+    assert standing.votes.answer.tolist() == [8]
+
+
+def test_what_the_interface_does_not_allow_is_refused_one_by_one(make_review, crowd):
+    review = make_review(answers_per_task=2)
+    review.annotators.push(review.gallery)
+    task = review.tasks()["s000-i00"].id
+    eight = chosen("label", "image", "8")
+    crowd[0].submit(task, [chosen("label", "image", "eleven")])
+    crowd[0].submit(task, [])
+    crowd[1].submit(task, [chosen("label_0", "image", "8")])
+    crowd[1].submit(task, [eight | {"value": {"choices": ["8", "3"]}}])
+    crowd[2].submit(task, [eight, eight])
+    crowd[2].submit(task, [{"type": "choices"}])
+    standing, _ = review.annotators.standing(review.gallery)
+    assert standing.given == 0
+    assert sorted(refusal["why"] for refusal in standing.refusals()) == [
+        "2 choices for label, not one",
+        "an answer for 'label_0', which was not asked",
+        "no label was chosen",
+        "not an answer of this interface",
+        "the choice 'eleven' is not one of the classes",
+        "two answers for label",
+    ]
+    assert {refusal["annotator"] for refusal in standing.refusals()} == {"annotator-1", "annotator-2", "annotator-3"}
+
+
+def test_a_refused_answer_does_not_keep_the_task_from_others(make_review, crowd):
+    review = make_review(answers_per_task=1)
+    number = review.annotators.push(review.gallery).number
+    first = review.tasks()["s000-i00"].id
+    crowd[0].submit(first, [])
+    assert crowd[1].next_task(number)["id"] != first
+    review.annotators.standing(review.gallery)
+    assert crowd[2].next_task(number)["id"] == first
+
+
+def test_a_second_answer_of_one_person_and_a_surplus_answer_are_refused(make_review, crowd):
+    review = make_review(answers_per_task=2)
+    review.annotators.push(review.gallery)
+    task = review.tasks()["s000-i00"].id
+    for person, choice in zip((0, 0, 1, 2), "3870", strict=True):
+        crowd[person].answer(task, "image", choice)
+    standing, _ = review.annotators.standing(review.gallery)
+    assert answers_of(standing.votes, 0, 0) == {"annotator-1": 8, "annotator-2": 7}
+    assert [refusal["why"] for refusal in standing.refusals()] == [
+        "the same person answered again later",
+        "2 others had answered before, as many as were asked for",
+    ]
+
+
+def test_a_page_answer_counts_for_every_image_that_got_none_of_its_own(make_review, crowd):
+    review = make_review(form="scenario", answers_per_task=1)
+    review.annotators.push(review.gallery)
+    for task in review.tasks().values():
+        own = {1: "None of the above", 2: "3"} if task.data["scenario"] == 0 else {}
+        crowd[0].answer(task.id, "page", truth_of(task), own)
+    votes = review.annotators.review(review.gallery)
+    assert [votes.answer[(votes.scenario == s)].tolist() for s in range(4)] == [
+        [8, NONE_OF_THE_ABOVE, 3],
+        [3, 3, 3],
+        [0, 0, 0],
+        [1, 1, 1],
+    ]
+
+
+def test_missing_answers_are_counted_and_the_address_is_named(make_review, crowd):
+    review = make_review()
+    number = review.annotators.push(review.gallery).number
+    crowd[0].answer(review.tasks()["s000-i00"].id, "image", "8")
+    with pytest.raises(LabelsPending) as pending:
+        review.annotators.review(review.gallery)
+    assert pending.value.exit_code == 3
+    assert "1 answers are in and 35 are still wanted" in str(pending.value)
+    assert f"/projects/{number}/data" in str(pending.value)
+
+
+def test_pseudonyms_stay_when_others_answer_and_hold_no_address(make_review, crowd):
+    review = make_review(answers_per_task=2)
+    review.annotators.push(review.gallery)
+    crowd[1].answer(review.tasks()["s003-i02"].id, "image", "1")
+    with pytest.raises(LabelsPending):
+        review.annotators.review(review.gallery)
+    review.everyone_says((crowd[0],), truth_of)
+    review.everyone_says((crowd[1],), truth_of)
+    votes = review.annotators.review(review.gallery)
+    assert answers_of(votes, 3, 2) == {"annotator-1": 1, "annotator-2": 1}
+    stored = b"".join(review.run.store.read(key) for key in review.run.store.list())
+    assert b"example.org" not in stored and review.api.address.encode() in stored
+
+
+def test_real_names_are_kept_when_the_run_file_asks_for_them(make_review, crowd):
+    review = make_review(answers_per_task=1, real_names=True)
+    review.annotators.push(review.gallery)
+    review.everyone_says((crowd[2],), truth_of)
+    assert review.annotators.review(review.gallery).annotators == ("person3@example.org",)
+
+
+def test_a_decided_scenario_leaves_the_queue_and_the_answers_saved_are_told(make_review, crowd):
+    review = make_review(answers_per_task=3, stop_early=True)
+    number = review.annotators.push(review.gallery).number
+    for person in crowd[:2]:
+        for key, task in review.tasks().items():
+            if key < "s002":
+                person.answer(task.id, "image", truth_of(task))
+    standing, _ = review.annotators.standing(review.gallery)
+    assert standing.decided.tolist() == [True, True, False, False]
+    assert standing.saved == 6
+    assert crowd[2].next_task(number)["data"]["scenario"] == 2
+    review.everyone_says(crowd[2:4], truth_of)
+    notes = review.annotators.review(review.gallery).notes
+    assert notes["answers_saved"] == 6 and notes["decided_early"] == [2, 3]
+
+
+def test_without_stop_early_every_answer_is_waited_for(make_review, crowd):
+    review = make_review(answers_per_task=3, stop_early=False)
+    review.annotators.push(review.gallery)
+    review.everyone_says(crowd[:2], truth_of)
+    with pytest.raises(LabelsPending, match="12 are still wanted"):
+        review.annotators.review(review.gallery)
+
+
+def test_a_changed_answer_opens_a_decided_scenario_again(make_review, crowd):
+    review = make_review(answers_per_task=3, stop_early=True)
+    number = review.annotators.push(review.gallery).number
+    given = [crowd[p].answer(t.id, "image", "8") for p in (0, 1) for k, t in review.tasks().items() if k < "s001"]
+    assert review.annotators.standing(review.gallery)[0].decided[0]
+    for annotation in given[:3]:
+        crowd[0].change(annotation, [chosen("label", "image", "3")])
+    assert not review.annotators.standing(review.gallery)[0].decided[0]
+    assert crowd[2].next_task(number)["data"]["scenario"] == 0
+
+
+def test_a_decision_above_the_vote_needs_no_answers(make_review):
+    review = make_review()
+    review.annotators.push(review.gallery)
+    for scenario in range(4):
+        decide(review.run, scenario, None, "Ada", "not a digit")
+    votes = review.annotators.review(review.gallery)
+    assert len(votes.answer) == 0 and votes.annotators == ()
+
+
+def test_waiting_goes_on_through_a_restart_and_ends_with_the_last_answer(make_review, crowd, proxy, monkeypatch):
+    review = make_review(answers_per_task=1)
+    review.annotators.push(review.gallery)
+    waiting = review.through(proxy.address)
+    waiting.wait, waiting.first_pause_s = True, 0.01
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            proxy.cut("GET", "/api/projects", times=9)
+        if len(pauses) == 4:
+            proxy.rule = lambda method, path: None
+            review.everyone_says(crowd[:1], truth_of)
+
+    monkeypatch.setattr("services.labeling.annotators.time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr("label_studio_sdk.core.http_client._retry_timeout_from_retries", lambda retries: 0)
+    assert len(waiting.review(review.gallery).answer) == 12
+    assert pauses[0] < pauses[1] < pauses[2]

@@ -1,0 +1,98 @@
+"""A human decision above the vote."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from label_studio_live import digits_gallery, review_run
+
+from defuse_core.artifacts import Corrections, Verdicts, Votes
+from defuse_core.errors import InputError, RunBusyError
+from defuse_core.judge import judge, read_overrides
+from services.labeling.decide import FROM_VERDICTS, decide
+
+
+@pytest.fixture
+def run(tmp_path):
+    return review_run(tmp_path, digits_gallery())
+
+
+@pytest.fixture
+def judged(run):
+    nobody = np.zeros(0, np.int64)
+    votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
+    run.once("review", Votes, lambda: votes)
+    run.once("review", Verdicts, lambda: judge(digits_gallery(), votes, 0.5))
+    codes = np.zeros((0, 1, 2), np.float32)
+    run.once("correct", Corrections, lambda: Corrections(nobody, nobody, codes, codes))
+    run.store.write("trials/defuse/0.safetensors", b"x")
+    run.store.write("report.json", b"{}")
+    return run
+
+
+def test_a_decision_is_recorded_with_author_reason_and_time(run):
+    assert decide(run, 2, "8", "Ada", "looks like\nan eight") == "scenario 2 is a failure: 8"
+    assert decide(run, 1, None, "Bob", "blurred") == "scenario 1 is rejected"
+    first, second = read_overrides(run.store)
+    assert {k: first[k] for k in ("scenario", "label", "author", "reason")} == {
+        "scenario": 2,
+        "label": 8,
+        "author": "Ada",
+        "reason": "looks like an eight",
+    }
+    assert second["label"] is None and first["when"].endswith("Z")
+
+
+def test_the_decision_stands_above_the_vote(run):
+    decide(run, 2, "8", "Ada", "checked")
+    nobody = np.zeros(0, np.int64)
+    votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
+    verdicts = judge(digits_gallery(), votes, 0.5, read_overrides(run.store))
+    assert verdicts.labels.tolist() == [-1, -1, 8, -1]
+    assert verdicts.reasons[2] == "accepted as 8 by Ada: checked"
+
+
+@pytest.mark.parametrize(
+    "scenario, label, reason, words",
+    [
+        (9, "8", "why", "scenarios 0 to 3"),
+        (-1, "8", "why", "scenarios 0 to 3"),
+        (0, "eleven", "why", "expected a class or its index"),
+        (0, "10", "why", "expected a class or its index"),
+        (0, "8", "  ", "--reason"),
+    ],
+)
+def test_what_cannot_be_decided_is_said(run, scenario, label, reason, words):
+    with pytest.raises(InputError, match=words):
+        decide(run, scenario, label, "Ada", reason)
+    assert read_overrides(run.store) == ()
+
+
+def test_after_the_verdicts_a_decision_is_refused_and_changes_nothing(judged):
+    before = {key: judged.store.read(key) for key in judged.store.list()}
+    with pytest.raises(InputError, match="--redo"):
+        decide(judged, 2, "8", "Ada", "checked")
+    assert {key: judged.store.read(key) for key in judged.store.list()} == before
+
+
+def test_redo_forgets_the_verdicts_and_what_follows_and_keeps_the_votes(judged):
+    decide(judged, 2, "8", "Ada", "checked", redo=True)
+    left = judged.store.list()
+    assert not [key for key in left if key.startswith(("trials", "report", "figures", *FROM_VERDICTS))]
+    assert "votes.safetensors" in left and "gallery.safetensors" in left
+    assert set(json.loads(judged.store.read("manifest.json"))["artefacts"]) == {"votes"}
+    assert read_overrides(judged.store)[0]["label"] == 8
+
+
+def test_redo_waits_for_no_driver_that_is_writing(judged):
+    with judged.store.lock(), pytest.raises(RunBusyError):
+        decide(judged, 2, "8", "Ada", "checked", redo=True)
+    assert judged.load(Verdicts) is not None
+
+
+def test_a_run_without_scenarios_says_how_far_it_is(run):
+    run.store.delete("gallery.safetensors")
+    with pytest.raises(InputError, match="no scenarios yet"):
+        decide(run, 0, "8", "Ada", "why")

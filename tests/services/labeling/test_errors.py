@@ -1,0 +1,107 @@
+"""Whatever the server does wrong is one line that says what to do, and never holds the token."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+
+import pytest
+from label_studio_live import free_port, settings_for
+from proxy import Reply
+
+from defuse_core.errors import InputError, ServiceError
+from services.labeling.annotators import connect
+from services.labeling.client import Server
+from services.settings import Settings
+
+PAGE = "<!doctype html><html><body>Bad Gateway</body></html>"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr("label_studio_sdk.core.http_client._retry_timeout", lambda response, retries: 0)
+    monkeypatch.setattr("label_studio_sdk.core.http_client._retry_timeout_from_retries", lambda retries: 0)
+
+
+@pytest.mark.parametrize(
+    "reply, kind, words",
+    [
+        (Reply(401, '{"detail": "Invalid token."}'), InputError, "LABEL_STUDIO_API_KEY"),
+        (Reply(403, '{"detail": "no"}'), InputError, "administrator"),
+        (Reply(404, PAGE, "text/html"), InputError, "web page"),
+        (Reply(404, '{"detail": "Not found."}'), ServiceError, "Not found"),
+        (Reply(429, '{"detail": "slow down"}'), ServiceError, "wait a minute"),
+        (Reply(500, PAGE, "text/html"), ServiceError, "see its log"),
+        (Reply(502, PAGE, "text/html"), ServiceError, "failed (502)"),
+        (Reply(200, PAGE, "text/html"), InputError, "web page (200)"),
+        (Reply(200, '["nothing like a user"]'), ServiceError, "is LABEL_STUDIO_URL right"),
+        (Reply(302, ""), InputError, "redirects"),
+    ],
+)
+def test_each_failure_is_one_line_that_says_what_to_do(proxy, server, reply, kind, words):
+    proxy.answer(reply)
+    with pytest.raises(kind) as raised:
+        Server(proxy.address, server.token).check()
+    line = str(raised.value)
+    assert words in line and proxy.address in line
+    assert "\n" not in line and "html" not in line and server.token not in line and len(line) < 300
+    assert str(pickle.loads(pickle.dumps(raised.value))) == line
+
+
+def test_overload_is_asked_again_for_reads_and_never_for_writes(proxy, server):
+    proxy.answer(Reply(503))
+    with pytest.raises(ServiceError):
+        Server(proxy.address, server.token).check()
+    assert len(proxy.seen) == 3
+    with pytest.raises(ServiceError):
+        Server(proxy.address, server.token).import_tasks(1, [{"data": {}}])
+    assert len(proxy.seen) == 4
+
+
+def test_a_server_that_is_down_is_named(server):
+    with pytest.raises(ServiceError, match=r"cannot be reached; start it"):
+        Server(f"http://127.0.0.1:{free_port()}", server.token).check()
+
+
+def test_a_server_that_is_slow_is_named(proxy, server):
+    proxy.rule = lambda method, path: 0.5
+    with pytest.raises(ServiceError, match="too slow"):
+        Server(proxy.address, server.token, timeout_s=0.1).check()
+
+
+def test_a_cut_connection_is_named(proxy, server):
+    proxy.cut("GET", "/", times=9)
+    with pytest.raises(ServiceError, match="cut the connection"):
+        Server(proxy.address, server.token).check()
+
+
+@pytest.mark.parametrize("address", ["labels.example.org", "ftp://labels", "http://me:pw@labels", "http://x/?token=1"])
+def test_an_address_that_is_none_is_refused_without_repeating_it(address):
+    with pytest.raises(InputError) as raised:
+        Server(address, "token")
+    assert "pw" not in str(raised.value) and "token=1" not in str(raised.value)
+
+
+@pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "ümlaut"])
+def test_a_token_that_cannot_be_one_is_refused_without_repeating_it(token):
+    with pytest.raises(InputError, match="LABEL_STUDIO_API_KEY") as raised:
+        Server("http://127.0.0.1:1", token)
+    assert not token or token not in str(raised.value)
+
+
+def test_without_any_server_it_is_said_how_to_get_one(tmp_path):
+    with pytest.raises(InputError, match="defuse label-studio up"):
+        connect(Settings(None, None, None, None, False, tmp_path))
+    with pytest.raises(InputError, match="LABEL_STUDIO_API_KEY is not"):
+        connect(Settings(None, "http://127.0.0.1:1", None, None, False, tmp_path))
+
+
+def test_the_token_is_in_no_log_no_repr_and_no_file_of_the_run(make_review, server, caplog):
+    caplog.set_level(logging.DEBUG)
+    review = make_review()
+    review.annotators.push(review.gallery)
+    review.annotators.standing(review.gallery)
+    shown = caplog.text + repr(review.annotators.server) + repr(settings_for(server)) + repr(server)
+    assert "httpx" not in caplog.text or "DEBUG" in caplog.text
+    stored = b"".join(review.run.store.read(key) for key in review.run.store.list())
+    assert server.token not in shown and server.token.encode() not in stored
