@@ -19,6 +19,7 @@ FAST_PROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a prediction may be asked for twice
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # one HAProxy on one machine hears of a change at once
 }
 
 
@@ -61,23 +62,32 @@ def application(args: dict[str, Any], host: str, port: int) -> Iterator[str]:
     """Serve inside the block; yields the address. `args` are those of app.ServeArgs."""
     from ray import serve
     from ray.serve.config import HTTPOptions
-    from ray.serve.schema import LoggingConfig
-
-    from services.serving.app import ServeArgs, build
 
     if not args.get("require_token") and not is_loopback(host):
         log.warning(
             "%s can be reached from elsewhere, and DEFUSE_SERVE_TOKEN is not set: anybody may ask", host
         )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = LoggingConfig(enable_access_log=False)
-    with _explained("the application did not start"):
-        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
-        serve.run(build(ServeArgs.model_validate(args)), name="defuse", logging_config=quiet)
+    with _explained("Serve did not start"):
+        serve.start(
+            http_options=HTTPOptions(host=host, port=port), logging_config={"enable_access_log": False}
+        )
     try:
+        deploy(args)
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def deploy(args: dict[str, Any]) -> None:
+    """Start the application, or bring the one that runs to other arguments, on a Serve that runs already."""
+    from ray import serve
+
+    from services.serving.app import ServeArgs, build
+
+    with _explained("the application did not start"):
+        application = build(ServeArgs.model_validate(args))
+        serve.run(application, name="defuse", logging_config={"enable_access_log": False})
 
 
 def ending() -> threading.Event:

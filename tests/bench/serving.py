@@ -128,21 +128,25 @@ def plain_server(candidate: Candidate) -> Iterator[int]:
 
 def part(args: argparse.Namespace, store: str) -> None:
     """Measure every setting of Ray Serve behind one kind of proxy, and print one JSON object per row."""
-    from services.serving.start import application, ray_for, use_fast_proxy
+    from services.serving.start import application, deploy, ray_for, use_fast_proxy
 
     if args.part == "haproxy":
         use_fast_proxy()
     port = free_port()
-    with ray_for(None, 4):
+    with ray_for(None, 4), application({"store": store}, "127.0.0.1", port):
         for name, settings in SETTINGS.items():
-            built = {"store": store, "settings": {"resize": True, **settings}}
-            with application(built, "127.0.0.1", port):
-                for row in measured(port, args):
-                    print(json.dumps({"what": f"Ray Serve, {args.part}: {name}", **row}), flush=True)
-        if args.part == "proxy":
-            two = {"resize": True, "min_replicas": 2, "max_replicas": 2, "poll_s": 0.5}
-            with application({"store": store, "settings": two}, "127.0.0.1", port):
-                print(json.dumps({"change": change_of_versions(port, store)}), flush=True)
+            deploy({"store": store, "settings": {"resize": True, **settings}})
+            for row in measured(port, args):
+                say({"what": f"Ray Serve, {args.part}: {name}", **row})
+        two = {"resize": True, "min_replicas": 2, "max_replicas": 2, "poll_s": 0.5}
+        deploy({"store": store, "settings": two})
+        say({"change": f"Ray Serve, {args.part}, 2 replicas, 8 clients", **change_of_versions(port, store)})
+
+
+def say(row: dict[str, Any]) -> None:
+    """Print a row for the process that gathers them, and for whoever waits."""
+    print(json.dumps(row), flush=True)
+    print(row, file=sys.stderr, flush=True)
 
 
 def change_of_versions(port: int, store: str) -> dict[str, Any]:
@@ -217,7 +221,9 @@ def main() -> None:
             output = subprocess.run(
                 [*command, "--images", str(args.images)], stdout=subprocess.PIPE, check=True
             ).stdout
-            for line in output.decode().splitlines():
+            for line in filter(
+                lambda line: line.startswith("{"), output.decode().splitlines()
+            ):  # Ray prints, too
                 found = json.loads(line)
                 (changes if "change" in found else rows).append(found)
     print(f"{'server':<48}{'clients':>8}{'req/s':>8}{'p50 ms':>9}{'p99 ms':>9}{'failed':>8}")
@@ -225,8 +231,8 @@ def main() -> None:
         numbers = (row["clients"], row["rate"], row["p50"], row["p99"], row["failed"])
         print(f"{row['what']:<48}{numbers[0]:>8}{numbers[1]:>8}{numbers[2]:>9}{numbers[3]:>9}{numbers[4]:>8}")
     for change in changes:
-        print("\nversion 1 -> 2 -> 1 under 8 clients, 2 replicas:")
-        for name, value in change["change"].items():
+        print(f"\nversion 1 -> 2 -> 1: {change.pop('change')}")
+        for name, value in change.items():
             print(f"  {name}: {value}")
 
 
