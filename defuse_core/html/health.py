@@ -68,6 +68,8 @@ def making_section(report: Report, spec: RunFile) -> Markup:
         ("seed", report.run.seed),
         ("time, all steps", duration(sum(artefact.seconds for artefact in making.artefacts))),
     ]
+    if making.device:
+        figures.append(("device", making.device))
     if making.decodings_per_second:
         figures.append(("decodings per second and worker", f"{making.decodings_per_second:,.0f}"))
     rows = (

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sample_findings import sample_findings, sample_spec
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Evaluation, Sweep
 from defuse_core.evaluate import Findings
 from defuse_core.figures.style import spread_apart
 from defuse_core.figures.tradeoff import clusters
+from defuse_core.html.markup import picture
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import FolderStore, Run
 from defuse_core.wording import (
@@ -303,3 +307,13 @@ def test_reviewed_images_are_also_judged_each_by_its_own_label(tmp_path: Path):
     )
     judged = report_of(sample, tmp_path).scenarios.own_labels
     assert (judged.images, judged.before, judged.defuse) == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize(("side", "kind", "error"), [(32, "png", 0.002), (128, "jpeg", 0.1)])
+def test_small_pictures_are_kept_exactly_and_large_ones_compressed(side: int, kind: str, error: float):
+    ramp = np.linspace(0, 1, side, dtype=np.float32)
+    pixels = np.stack(np.broadcast_arrays(ramp, ramp[:, None], np.float32(0.5)))
+    head, _, data = picture(pixels).partition(";base64,")
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) / 255
+    assert head == f"data:image/{kind}"
+    assert np.abs(shown.transpose(2, 0, 1) - pixels).max() <= error

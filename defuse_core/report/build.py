@@ -1,4 +1,4 @@
-"""The report of a run: §4 for this run, as `report.json`, `report.html` and `figures/*.png`."""
+"""From what a run found to the figures of its report."""
 
 from __future__ import annotations
 
@@ -7,231 +7,35 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from defuse_core.artifacts import F64, NONE_OF_THE_ABOVE, Bool, Evaluation, Gallery, Models, Sweep, Verdicts
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
+from defuse_core.report.schema import (
+    Accuracies,
+    Accuracy,
+    Agreement,
+    Artefact,
+    Choice,
+    ClassAccuracy,
+    FailedTrial,
+    Making,
+    Mean,
+    Mixture,
+    OwnLabels,
+    PsiFigures,
+    Report,
+    RunFigures,
+    Scenario,
+    ScenarioSummary,
+    TradeOff,
+    VaeFigures,
+    VoteFigures,
+)
 from defuse_core.runs import Run
 
 COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL than this says next to nothing about the image
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class Accuracy(Part):
-    """Fractions of 1; null where the data set has no such images, or nothing was tuned."""
-
-    validation: float | None
-    test: float | None
-    scenario: float | None
-    """On images drawn from the accepted scenarios that no step has trained on or chosen by."""
-
-
-class Accuracies(Part):
-    """Figure 4."""
-
-    before: Accuracy
-    baseline: Accuracy
-    """Fine-tuned on the reviewed, misclassified images: the paper's "unrestricted adversarial examples"."""
-    defuse: Accuracy
-
-
-class Scenario(Part):
-    """One component of the mixture, accepted as a failure scenario or not."""
-
-    number: int
-    """Index among the kept components, from 0, as in every artefact."""
-    weight: float
-    accepted: bool
-    label: str | None
-    """Class that the annotators gave it; null where rejected."""
-    reason: str
-    misclassified: float | None
-    """Share of its labelled review images that the classifier gets wrong."""
-    purity: float | None
-    """Share of its review images whose own label is the scenario's."""
-    agreement: float | None
-    """Mean over its labelled review images of the share of annotators behind the majority."""
-    mistaken_for: str | None
-    """Most frequent wrong answer of the classifier on its review images."""
-    before: float | None
-    baseline: float | None
-    defuse: float | None
-    """Accuracy on its held-out images; null where rejected."""
-
-
-class OwnLabels(Part):
-    """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label: fit for mixed ones."""
-
-    before: float | None
-    defuse: float | None
-    images: int
-
-
-class ScenarioSummary(Part):
-    components: int
-    accepted: int
-    purity: float | None
-    """Mean over the accepted."""
-    own_labels: OwnLabels
-    list: tuple[Scenario, ...]
-
-
-class Mean(Part):
-    mean: float | None
-    standard_error: float | None
-    images: int
-
-
-class Agreement(Part):
-    """Figure 6: share of annotators who voted for an image's majority label, over the labelled images."""
-
-    scenario: Mean
-    other: Mean
-    all: Mean
-
-
-class TradeOff(Part):
-    """One λ at the epoch that the rule of choice picked for it (Figure 5)."""
-
-    lam: float
-    epoch: int
-    train: float | None
-    validation: float | None
-    test: float | None
-    tune: float | None
-    scenario: float | None
-    chosen: bool
-
-
-class Choice(Part):
-    lam: float
-    epoch: int
-
-
-class PsiFigures(Part):
-    codes: int
-    images: int
-    decodings: int
-    images_with_any: float | None
-    """Share of the images with at least one failing draw."""
-    zero_noise_flip_rate: float | None
-    """Share of the images that the classifier gets wrong when their own code is decoded, without noise."""
-
-
-class VaeFigures(Part):
-    reconstruction: float
-    """Mean squared error per pixel."""
-    reconstruction_flips: float
-    """Share of training images whose plain reconstruction the classifier gets wrong."""
-    kl_per_dimension: tuple[float, ...]
-    """Nats."""
-    collapsed: int
-    """Dimensions with less than 0.1 nats."""
-
-
-class Mixture(Part):
-    converged: bool
-    iterations: int
-    codes_used: int
-    lower_bound: float | None
-    weights: tuple[float, ...]
-    """All K weights, heaviest first."""
-
-
-class VoteFigures(Part):
-    annotators: int
-    answers: int
-    images: int
-    labelled: int
-    misclassified: float | None
-    """Share of all labelled review images that the classifier gets wrong; others were seen in vain."""
-    ties: int
-    refused: int
-    notes: dict[str, Any]
-
-
-class ClassAccuracy(Part):
-    name: str = Field(alias="class")
-    images: int
-    before: float | None
-    baseline: float | None
-    defuse: float | None
-
-
-class FailedTrial(Part):
-    sweep: Literal["baseline", "defuse"]
-    lam: float
-    cause: str
-
-
-class RunFigures(Part):
-    name: str
-    seed: int
-    dataset: str
-    classes: int
-    images: dict[str, int]
-
-
-class Artefact(Part):
-    name: str
-    step: str
-    made: str
-    seconds: float
-    bytes: int
-
-
-class Making(Part):
-    """What differs from one making to the next, and nothing else does."""
-
-    artefacts: tuple[Artefact, ...]
-    versions: dict[str, str]
-    worker_seconds: float
-    """Of identification, summed over workers."""
-    decodings_per_second: float | None
-    """Per worker."""
-
-
-class Report(Part):
-    """What `report.json` holds. Shares and accuracies are fractions of 1; null: no such figure."""
-
-    run: RunFigures
-    annotators: str
-    """Who answered: reference models, or people."""
-    accuracy: Accuracies
-    scenarios: ScenarioSummary
-    agreement: Agreement
-    tradeoff: tuple[TradeOff, ...]
-    chosen: Choice | None
-    baseline_chosen: Choice | None
-    psi: PsiFigures
-    vae: VaeFigures
-    mixture: Mixture
-    votes: VoteFigures
-    overrides: tuple[dict[str, Any], ...]
-    """People's decisions above the vote."""
-    per_class: tuple[ClassAccuracy, ...]
-    """On the test images; empty where there are none."""
-    failed_trials: tuple[FailedTrial, ...]
-    making: Making
-
-
-def write_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
-    """Return the report, having written `report.json`, `report.html` and `figures/*.png` into the run."""
-    from defuse_core.figures import draw_figures, png
-    from defuse_core.html import page
-
-    report = build_report(run, found, evaluation)
-    figures = draw_figures(report, found, evaluation)
-    for name, figure in figures.items():
-        run.store.write(f"figures/{name}.png", png(figure))
-    run.store.write("report.html", page(report, run.spec, found, evaluation, figures).encode())
-    run.store.write("report.json", (report.model_dump_json(indent=1, by_alias=True) + "\n").encode())
-    return report
 
 
 def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
@@ -295,6 +99,7 @@ def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:
         dataset=spec.data.name,
         classes=len(found.models.classes),
         images=dict(found.models.images),
+        data_fingerprint=found.models.data_fingerprint,
     )
 
 
@@ -427,6 +232,7 @@ def _making(run: Run, found: Findings) -> Making:
     known = set(Artefact.model_fields)
     artefacts = (Artefact(name=key, **{k: v for k, v in e.items() if k in known}) for key, e in entries)
     return Making(
+        device=manifest.get("device"),
         artefacts=tuple(artefacts),
         versions=manifest.get("versions", {}),
         worker_seconds=found.psi.worker_seconds,

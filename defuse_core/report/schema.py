@@ -1,0 +1,212 @@
+"""What `report.json` holds, field by field."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Accuracy(Part):
+    """Fractions of 1; null where the data set has no such images, or nothing was tuned."""
+
+    validation: float | None
+    test: float | None
+    scenario: float | None
+    """On images drawn from the accepted scenarios that no step has trained on or chosen by."""
+
+
+class Accuracies(Part):
+    """Figure 4."""
+
+    before: Accuracy
+    baseline: Accuracy
+    """Fine-tuned on the reviewed, misclassified images: the paper's "unrestricted adversarial examples"."""
+    defuse: Accuracy
+
+
+class Scenario(Part):
+    """One component of the mixture, accepted as a failure scenario or not."""
+
+    number: int
+    """Index among the kept components, from 0, as in every artefact."""
+    weight: float
+    accepted: bool
+    label: str | None
+    """Class that the annotators gave it; null where rejected."""
+    reason: str
+    misclassified: float | None
+    """Share of its labelled review images that the classifier gets wrong."""
+    purity: float | None
+    """Share of its review images whose own label is the scenario's."""
+    agreement: float | None
+    """Mean over its labelled review images of the share of annotators behind the majority."""
+    mistaken_for: str | None
+    """Most frequent wrong answer of the classifier on its review images."""
+    before: float | None
+    baseline: float | None
+    defuse: float | None
+    """Accuracy on its held-out images; null where rejected."""
+
+
+class OwnLabels(Part):
+    """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label: fit for mixed ones."""
+
+    before: float | None
+    defuse: float | None
+    images: int
+
+
+class ScenarioSummary(Part):
+    components: int
+    accepted: int
+    purity: float | None
+    """Mean over the accepted."""
+    own_labels: OwnLabels
+    list: tuple[Scenario, ...]
+
+
+class Mean(Part):
+    mean: float | None
+    standard_error: float | None
+    images: int
+
+
+class Agreement(Part):
+    """Figure 6: share of annotators who voted for an image's majority label, over the labelled images."""
+
+    scenario: Mean
+    other: Mean
+    all: Mean
+
+
+class TradeOff(Part):
+    """One λ at the epoch that the rule of choice picked for it (Figure 5)."""
+
+    lam: float
+    epoch: int
+    train: float | None
+    validation: float | None
+    test: float | None
+    tune: float | None
+    scenario: float | None
+    chosen: bool
+
+
+class Choice(Part):
+    lam: float
+    epoch: int
+
+
+class PsiFigures(Part):
+    codes: int
+    images: int
+    decodings: int
+    images_with_any: float | None
+    """Share of the images with at least one failing draw."""
+    zero_noise_flip_rate: float | None
+    """Share of the images that the classifier gets wrong when their own code is decoded, without noise."""
+
+
+class VaeFigures(Part):
+    reconstruction: float
+    """Mean squared error per pixel."""
+    reconstruction_flips: float
+    """Share of training images whose plain reconstruction the classifier gets wrong."""
+    kl_per_dimension: tuple[float, ...]
+    """Nats."""
+    collapsed: int
+    """Dimensions with less than 0.1 nats."""
+
+
+class Mixture(Part):
+    converged: bool
+    iterations: int
+    codes_used: int
+    lower_bound: float | None
+    weights: tuple[float, ...]
+    """All K weights, heaviest first."""
+
+
+class VoteFigures(Part):
+    annotators: int
+    answers: int
+    images: int
+    labelled: int
+    misclassified: float | None
+    """Share of all labelled review images that the classifier gets wrong; others were seen in vain."""
+    ties: int
+    refused: int
+    notes: dict[str, Any]
+
+
+class ClassAccuracy(Part):
+    name: str = Field(alias="class")
+    images: int
+    before: float | None
+    baseline: float | None
+    defuse: float | None
+
+
+class FailedTrial(Part):
+    sweep: Literal["baseline", "defuse"]
+    lam: float
+    cause: str
+
+
+class RunFigures(Part):
+    name: str
+    seed: int
+    dataset: str
+    classes: int
+    images: dict[str, int]
+    data_fingerprint: str
+
+
+class Artefact(Part):
+    name: str
+    step: str
+    made: str
+    seconds: float
+    bytes: int
+
+
+class Making(Part):
+    """What differs from one making to the next, and nothing else does."""
+
+    device: str | None
+    """That the models were trained on."""
+    artefacts: tuple[Artefact, ...]
+    versions: dict[str, str]
+    worker_seconds: float
+    """Of identification, summed over workers."""
+    decodings_per_second: float | None
+    """Per worker."""
+
+
+class Report(Part):
+    """What `report.json` holds. Shares and accuracies are fractions of 1; null: no such figure."""
+
+    run: RunFigures
+    annotators: str
+    """Who answered: reference models, or people."""
+    accuracy: Accuracies
+    scenarios: ScenarioSummary
+    agreement: Agreement
+    tradeoff: tuple[TradeOff, ...]
+    chosen: Choice | None
+    baseline_chosen: Choice | None
+    psi: PsiFigures
+    vae: VaeFigures
+    mixture: Mixture
+    votes: VoteFigures
+    overrides: tuple[dict[str, Any], ...]
+    """People's decisions above the vote."""
+    per_class: tuple[ClassAccuracy, ...]
+    """On the test images; empty where there are none."""
+    failed_trials: tuple[FailedTrial, ...]
+    making: Making
