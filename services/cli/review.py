@@ -66,7 +66,7 @@ def status(name: str, store: str) -> None:
 @click.option("--reason", required=True, help="Why; the report shows it.")
 @click.option("--author", help="Who decides. [default: the user of this machine]")
 @click.option("--redo", is_flag=True, help="Forget verdicts and corrections that are made already.")
-def set_(  # noqa: PLR0913 - one parameter per option
+def set_(
     name: str,
     scenario: int,
     store: str,

@@ -1,0 +1,88 @@
+"""`defuse review ...` and `defuse label-studio ...` as typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from defuse_core.errors import InputError
+from services.cli import defuse
+
+TRUTH = (8, 3, 0, 1)
+
+
+@pytest.fixture
+def cli(monkeypatch, server, tmp_path):
+    monkeypatch.setenv("LABEL_STUDIO_URL", server.address)
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", server.token)
+
+    def call(*words, store=tmp_path):
+        done = CliRunner().invoke(defuse, [*words, *(["--store", str(store)] if words[0] == "review" else [])])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done
+
+    return call
+
+
+def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, crowd, server):
+    review = make_review(answers_per_task=3, stop_early=True)
+    name = review.run.name
+    pushed = cli("review", "push", name).output
+    assert pushed.startswith(f"label at {server.address}/projects/{review.record.number}/data")
+    for person in crowd[:2]:
+        for key, task in review.tasks().items():
+            if key < "s001":
+                person.answer(task.id, "image", "8")
+    crowd[2].submit(review.tasks()["s003-i00"].id, [])
+    shown = " ".join(cli("review", "status", name).output.split())
+    assert "6 of 36 answers are in; 27 are still wanted." in shown
+    assert "3 more are not needed" in shown
+    assert "annotator-1: 3" in shown and "annotator-2: 3" in shown and "annotator-3: 0" in shown
+    assert "Agreement so far: 100.0%" in shown
+    assert "0 3 decided, accepted as 8: 100% of 3 labelled images are misclassified" in shown
+    assert "Not counted: annotator-3 on scenario 3, image 0: no label was chosen" in shown
+    assert pushed.strip().removeprefix("label at ") in shown
+
+
+def test_status_before_a_push_says_what_to_type(cli, make_review):
+    review = make_review()
+    with pytest.raises(InputError, match=f"`defuse review push {review.run.name}`"):
+        cli("review", "status", review.run.name)
+
+
+def test_set_records_a_decision_that_status_shows(cli, make_review):
+    review = make_review()
+    name = review.run.name
+    cli("review", "push", name)
+    done = cli("review", "set", name, "2", "--label", "8", "--reason", "seen on paper", "--author", "Ada")
+    assert done.output == "scenario 2 is a failure: 8; `defuse run` goes on with it\n"
+    assert json.loads(review.run.store.read("overrides.json"))[0]["author"] == "Ada"
+    assert "2 9 decided above the vote" in " ".join(cli("review", "status", name).output.split())
+
+
+@pytest.mark.parametrize("choice", [[], ["--label", "8", "--reject"]])
+def test_set_wants_either_a_label_or_a_rejection(cli, make_review, choice):
+    done = cli("review", "set", make_review().run.name, "2", *choice, "--reason", "why")
+    assert done.exit_code == 2 and "either --label NAME_OR_INDEX or --reject" in done.output
+
+
+def test_a_run_without_images_says_how_far_it_is(cli, make_review):
+    review = make_review()
+    review.run.store.delete("gallery.safetensors")
+    with pytest.raises(InputError, match="no images to review yet"):
+        cli("review", "push", review.run.name)
+
+
+def test_the_local_server_is_found_without_any_setting(monkeypatch, tmp_path, server):
+    monkeypatch.delenv("LABEL_STUDIO_URL", raising=False)
+    monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path))
+    assert CliRunner().invoke(defuse, ["label-studio", "status"]).output.startswith("not running")
+    assert CliRunner().invoke(defuse, ["label-studio", "down"]).output == "it was not running\n"
+    (tmp_path / "label-studio").mkdir(exist_ok=True)
+    record = dict(vars(server))
+    (tmp_path / "label-studio" / "server.json").write_text(json.dumps(record))
+    shown = CliRunner().invoke(defuse, ["label-studio", "status"]).output
+    assert server.address in shown and server.username in shown and server.token not in shown
