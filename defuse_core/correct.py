@@ -24,7 +24,7 @@ from defuse_core.artifacts import (
     encode,
 )
 from defuse_core.config import RunFile
-from defuse_core.data import Images, open_splits
+from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
 from defuse_core.progress import Progress
@@ -56,7 +56,7 @@ def load_tuning(
 ) -> Tuning:
     """Return what the trials read. D_f is decoded from `fixes`, or is `reviewed` where that is given."""
     progress("loading images to fine-tune on", 0, 1, "sets")
-    splits = open_splits(spec.data, spec.seed)
+    splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
     if wanted is not None and wanted < len(train):
         train = train.take(

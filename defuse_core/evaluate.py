@@ -29,7 +29,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
-from defuse_core.data import Images, Splits, open_splits
+from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill import sample_codes
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
@@ -68,7 +68,7 @@ class Scores:
 
 def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
     """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before."""
-    splits = open_splits(spec.data, spec.seed)
+    splits = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
     classes = len(found.models.classes)
     before = found.models.classifier
     trio = (before, found.baseline.weights, found.sweep.weights or before)

@@ -15,9 +15,8 @@ import torch
 
 from defuse_core.artifacts import F32, I64, Bool, Failures, Models, Psi, Shard, encode
 from defuse_core.config import IdentifySection, RunFile
-from defuse_core.data import open_splits
+from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import DriftError
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, map_batches, predict
 from defuse_core.runs import Store
 from defuse_core.seeds import generator
@@ -60,13 +59,7 @@ class Identifier:
 
     def __init__(self, spec: RunFile, models: Models) -> None:
         """Open both. Raises DataError, ModelError, or DriftError where the images are not those trained on."""
-        splits = open_splits(spec.data, spec.seed)
-        if splits.fingerprint() != models.data_fingerprint:
-            raise DriftError(
-                f"data.root {spec.data.root}: the images differ from those that the run was trained on; "
-                "restore them, or start a new run"
-            )
-        self.spec, self.train = spec, splits.train
+        self.spec, self.train = spec, reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
         self.classifier = load_classifier(spec, models.classifier, len(models.classes))
         self.vae = load_vae(spec, models.vae)
 

@@ -8,7 +8,7 @@ from defuse_core.data.folder import open_folder
 from defuse_core.data.images import Splits
 from defuse_core.data.npz import open_npz
 from defuse_core.data.signs import open_signs
-from defuse_core.errors import DataError
+from defuse_core.errors import DataError, DriftError
 
 OPENERS = {
     "digits": open_digits,
@@ -32,3 +32,14 @@ def open_splits(data: DataSection, seed: int) -> Splits:
         raise DataError(
             f"data.root: cannot read {error.filename or data.root} ({error.strerror or error})"
         ) from error
+
+
+def reopen_splits(data: DataSection, seed: int, fingerprint: str) -> Splits:
+    """Return the Splits that a run was trained on. Raises DriftError if the images are others by now."""
+    splits = open_splits(data, seed)
+    if splits.fingerprint() != fingerprint:
+        raise DriftError(
+            f"data.root {data.root}: the images differ from those that the run was trained on; "
+            "restore them, or start a new run"
+        )
+    return splits

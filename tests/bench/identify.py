@@ -5,7 +5,7 @@
 The networks are MNIST's at 32x32 with random weights, on made-up images: speed does not depend on either. First the
 plain loop on one thread, at the best of several batch sizes; then Algorithm 1 in this process (--on local), on one
 thread as well; then on an embedded Ray with one and with two workers. They take turns, and the median of the ratios is
-told, since machines are noisy. On Ray the clock runs from the first finished shard to the last: starting it is left out.
+told, since machines are noisy. On Ray the clock runs from the first finished shard to the last.
 """
 
 from __future__ import annotations

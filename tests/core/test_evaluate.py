@@ -10,6 +10,7 @@ from sample_findings import sample_findings
 
 from defuse_core.artifacts import Corrections, Failures, Models, Psi, Scenarios, Shard, Sweep
 from defuse_core.config import RunFile
+from defuse_core.data import open_splits
 from defuse_core.evaluate import (
     ACCEPTED,
     FAILURE,
@@ -153,6 +154,7 @@ def test_a_data_set_without_validation_and_a_mixture_without_components_have_no_
     tiny_spec: RunFile, tiny_models: Models, tmp_path
 ):
     plain = tiny_spec.model_copy(update={"data": tiny_spec.data.model_copy(update={"validation_share": 0.0})})
+    images = open_splits(plain.data, plain.seed).fingerprint()
     width = len(tiny_models.kl_per_dimension)
     sample, _ = sample_findings(0, 0, side=16)
     empty = Scenarios(
@@ -162,7 +164,7 @@ def test_a_data_set_without_validation_and_a_mixture_without_components_have_no_
     none = np.zeros(0, np.int64)
     found = dataclasses.replace(
         sample,
-        models=tiny_models,
+        models=dataclasses.replace(tiny_models, data_fingerprint=images),
         psi=Psi(none, 0, 0, 0, 0, 0.0),
         scenarios=empty,
         fixes=Corrections(none, none, codes, codes),
