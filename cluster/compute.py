@@ -138,7 +138,7 @@ class RayCompute:
                 log.warning(
                     "%s: waiting for %s to be free on the cluster", step, task_share(self.spec.resources)
                 )
-        relay.pass_on()
+        relay.flush()
         try:
             ray.get(done)
         except RayError as error:

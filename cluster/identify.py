@@ -22,7 +22,7 @@ from cluster import metrics
 from cluster.faults import as_defuse_error, one_line
 from cluster.relay import Place, Relay, relayed, this_place
 from cluster.session import Share
-from defuse_core.artifacts import Models
+from defuse_core.artifacts import Models, Shard
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, StoreError
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard
@@ -32,6 +32,7 @@ from defuse_core.runs import Store
 log = logging.getLogger("defuse")
 IN_FLIGHT = 2  # shards per worker: the next one is there when the last is done
 MAX_TRIES = 4
+STORE_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 LOOK_EVERY_S = 1.0
 HIRE_EVERY_S = 3.0
 
@@ -56,9 +57,19 @@ class ShardWorker:
         """
         with relayed(mailbox):
             self.identifier = self.identifier or Identifier(self.spec, models)
-            record = save_shard(self.store, index, self.identifier.shard(index))
+            record = self._save(index, self.identifier.shard(index))
         metrics.identified(record.images, record.decodings, record.codes)
         return record
+
+    def _save(self, index: int, shard: Shard) -> ShardRecord:
+        """Write the shard; what was found is not thrown away because the store fails for a while."""
+        for pause in STORE_PAUSES_S:
+            try:
+                return save_shard(self.store, index, shard)
+            except StoreError as error:
+                log.warning("identify: shard %d not stored, trying again in %g s: %s", index, pause, error)
+                time.sleep(pause)
+        return save_shard(self.store, index, shard)
 
 
 @dataclass(eq=False)
@@ -166,12 +177,8 @@ class ShardQueue:
         self.progress("perturbing training images", done, self.total, "shards")
 
     def _failed(self, index: int | None, error: RayTaskError) -> None:
-        """A shard that could not be stored is tried again; any other fault is its own, and stops the run."""
+        """The fault is the shard's own, and would come again: stop the run."""
         if index in self.records:  # another worker finished it meanwhile
-            return
-        if index is not None and isinstance(error.cause, StoreError) and self.lost[index] < MAX_TRIES:
-            log.warning("identify: shard %d again, since it could not be stored: %s", index, one_line(error))
-            self._requeue(index)
             return
         cause = as_defuse_error(error, "identify")
         what = "identify" if index is None else f"identify: {self._name(index)} failed"

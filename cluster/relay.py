@@ -19,6 +19,7 @@ from defuse_core.progress import Progress
 log = logging.getLogger("defuse")
 TELL_EVERY_S = 0.25
 PASS_EVERY_S = 0.25
+FLUSH_S = 5.0
 Told = tuple[str, int, int, str]
 
 
@@ -29,9 +30,10 @@ class Mailbox:
         self.told: dict[str, Told] = {}
         self.lines: list[tuple[int, str]] = []
 
-    def tell(self, told: Told) -> None:
-        """Take note of how far something is."""
-        self.told[told[0]] = told
+    def tell(self, told: Told | None) -> None:
+        """Take note of how far something is. None tells nothing, and its answer that all before it has come."""
+        if told is not None:
+            self.told[told[0]] = told
 
     def say(self, level: int, line: str) -> None:
         """Take a log line."""
@@ -58,9 +60,10 @@ class Relay:
         """Show and log what workers told since the last call, a few times a second; True if there was any."""
         if time.monotonic() - self.passed_at < PASS_EVERY_S:
             return False
-        return self._pass_on()
+        return self.flush()
 
-    def _pass_on(self) -> bool:
+    def flush(self) -> bool:
+        """Show and log now what has come."""
         self.passed_at = time.monotonic()
         try:
             told, lines = ray.get(self.mailbox.fetch.remote(), timeout=10)
@@ -75,7 +78,7 @@ class Relay:
     def close(self) -> None:
         """Pass on what is left, and end the mailbox."""
         with contextlib.suppress(RayError):
-            self._pass_on()
+            self.flush()
             ray.kill(self.mailbox)
 
 
@@ -114,6 +117,8 @@ def relayed(mailbox: Any) -> Iterator[Teller]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        with contextlib.suppress(RayError):
+            ray.get(mailbox.tell.remote(None), timeout=FLUSH_S)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Place:
     usable: bool  # whether torch can use what was granted; True where nothing was
 
     def __str__(self) -> str:
-        device = f"GPU {', '.join(self.gpus)}" if self.gpus else "CPU"
+        device = f"GPU {', '.join(self.gpus)} (CUDA_VISIBLE_DEVICES={self.visible})" if self.gpus else "CPU"
         return f"process {self.pid} on {self.node}, {device}"
 
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -24,6 +25,7 @@ from defuse_core.progress import Progress
 from defuse_core.runs import Store
 
 log = logging.getLogger("defuse")
+TRIAL = "lam-"
 MAX_FAILURES = 2  # a trial is started again so often; it goes on at its last finished epoch
 
 
@@ -48,8 +50,8 @@ def run_trials(sweeping: Sweeping) -> tuple[list[Trial], list[dict[str, Any]]]:
         results = _tuner(sweeping, folder).fit()
     failed: list[dict[str, Any]] = []
     trials: list[Trial] = []
-    for index, lam in enumerate(sweeping.spec.correct.lambdas):  # a grid gives its results in its own order
-        result = results[index]
+    for result in (results[index] for index in range(len(results))):
+        lam = float(Path(result.path).name.removeprefix(TRIAL))  # the one thing that is there whatever failed
         if result.error is None:
             trials.append(_stored(sweeping.store, lam))
         else:
@@ -103,7 +105,7 @@ def _tuner(sweeping: Sweeping, folder: str) -> tune.Tuner:
 
 
 def _trial_name(trial: TuneTrial) -> str:
-    return f"lam-{trial.config['lam']!r}"
+    return f"{TRIAL}{trial.config['lam']!r}"
 
 
 class _Watch(tune.Callback):

@@ -1,0 +1,111 @@
+"""Stores and tasks that misbehave, importable by Ray's workers. Counts are kept in files, which workers share."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+from defuse_core.errors import StoreError
+from defuse_core.progress import Progress
+from defuse_core.runs import FolderStore
+
+
+class Tally:
+    """A count that all processes of this machine share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self) -> int:
+        """Count one more, and return how many there are."""
+        with self.path.open("a+") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            handle.write(".")
+            handle.flush()
+            return handle.tell()
+
+    def __int__(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+
+class StumblingStore(FolderStore):
+    """Fails every n-th write."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        super().__init__(folder)
+        self.every = every
+        self.tally = Tally(folder.with_name(folder.name + "-writes"))
+
+    def write(self, key: str, data: bytes) -> None:
+        if self.tally.add() % self.every == 0:
+            raise StoreError(f"{key}: the bucket is having a bad day")
+        super().write(key, data)
+
+
+class RefusingStore(FolderStore):
+    """Never takes keys that hold `part`; fails as a bug would if `with_bug`."""
+
+    def __init__(self, folder: Path, part: str, with_bug: bool = False) -> None:
+        super().__init__(folder)
+        self.part, self.with_bug = part, with_bug
+
+    def write(self, key: str, data: bytes) -> None:
+        if self.part in key:
+            raise ZeroDivisionError("of a pixel\nby nothing") if self.with_bug else StoreError(f"{key}: no")
+        super().write(key, data)
+
+
+class DeadlyStore(FolderStore):
+    """Kills whoever writes a key that holds `part`, as running out of memory would."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        super().__init__(folder)
+        self.part = part
+
+    def write(self, key: str, data: bytes) -> None:
+        if self.part in key:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().write(key, data)
+
+
+class CountingStore(FolderStore):
+    """Counts the writes of each key, and takes its time over each."""
+
+    def __init__(self, folder: Path, pause_s: float = 0.0) -> None:
+        super().__init__(folder)
+        self.pause_s = pause_s
+
+    def write(self, key: str, data: bytes) -> None:
+        super().write(key, data)
+        self.writes(key).add()
+        time.sleep(self.pause_s)
+
+    def writes(self, key: str) -> Tally:
+        """Return how often `key` was written."""
+        folder = self.folder.with_name(self.folder.name + "-counts")
+        folder.mkdir(exist_ok=True)
+        return Tally(folder / key.replace("/", "-"))
+
+
+def shouting(word: str, *, progress: Progress) -> str:
+    """Say how far it is, log a line, and return the word in capitals."""
+    for done in range(1, 4):
+        progress("shouting", done, 3, "letters")
+    logging.getLogger("defuse").info("shouted %s", word)
+    return word.upper()
+
+
+def failing(error: Exception, *, progress: Progress) -> None:
+    raise error
+
+
+def dying_once(marker: Path, *, progress: Progress) -> str:
+    """Be killed the first time."""
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
