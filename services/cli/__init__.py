@@ -12,7 +12,7 @@ from services.cli.jobs import jobs, submit
 from services.cli.review import label_studio, review
 from services.cli.run import report, run, status
 from services.cli.serving import check, promote, rollback, serve
-from services.settings import read_settings
+from services.settings import read_settings, share_cores
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -31,6 +31,7 @@ for command in (run, status, report, review, label_studio, submit, jobs, check, 
 
 def main() -> None:
     """Run one command. Every failure ends in one line on stderr and the exit code of its error."""
+    share_cores()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         sys.exit(defuse.main(standalone_mode=False))
