@@ -88,7 +88,9 @@ def rollback(store: str, by: str | None, why: str) -> None:
 @click.argument("run", required=False)
 @store_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on."
+)
 @click.option(
     "--address", help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]"
 )
