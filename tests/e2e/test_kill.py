@@ -1,0 +1,75 @@
+"""A driver killed with kill -9 in the middle of each step, and the same command again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, TINY
+
+IN_THE_MIDDLE_OF = {  # step -> a key that appears while the step is under way, or just before it begins
+    "train": "training/classifier.safetensors",
+    "identify": "psi/000002.json",
+    "distill": "psi.safetensors",
+    "draw": "scenarios.safetensors",
+    "review": "gallery.safetensors",
+    "correct": "trials/defuse/lam-1.0.safetensors",
+    "report": "sweep.safetensors",
+}
+
+
+@pytest.fixture
+def runfile(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def start(runfile: Path, where: str, store: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "from services.cli import main; main()", "run", str(runfile)]
+    with (store.parent / f"{store.name}.log").open("ab") as log:
+        return subprocess.Popen(
+            [*command, "--on", where, "--store", str(store)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def kill_once_there(driver: subprocess.Popen[bytes], key: Path) -> bool:
+    """Kill the driver as soon as `key` exists; False if it ended before."""
+    deadline = time.monotonic() + 120
+    while not key.exists():
+        if driver.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    return True
+
+
+def report_of(store: Path) -> dict[str, object]:
+    found = json.loads((store / "tiny" / "report.json").read_text())
+    found.pop("making")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("where", "steps"), [("local", tuple(IN_THE_MIDDLE_OF)), ("ray", ("identify", "correct"))]
+)
+def test_a_driver_killed_in_the_middle_of_a_step_goes_on_to_the_same_report(where, steps, runfile, tmp_path):
+    killed = tmp_path / "killed"
+    for step in steps:
+        key = killed / "tiny" / IN_THE_MIDDLE_OF[step]
+        assert kill_once_there(start(runfile, where, killed), key), step
+    assert start(runfile, where, killed).wait(120) == 0, (tmp_path / "killed.log").read_text()[-2000:]
+    whole = tmp_path / "whole"
+    assert start(runfile, "local", whole).wait(120) == 0
+    assert report_of(killed) == report_of(whole)
