@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
@@ -15,6 +16,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from defuse_core.artifacts import F32
 from services.serving.body import (
     FORM_TYPE,
     IMAGE_TYPES,
@@ -24,7 +26,7 @@ from services.serving.body import (
     read_body,
     uploaded,
 )
-from services.serving.inputs import Refused
+from services.serving.inputs import Expected, Refused
 from services.serving.metrics import metrics_page
 from services.serving.model_page import ModelPage, model_page
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from services.serving.server import Server
 
 OPEN_ROUTES = ("/healthz", "/readyz")
-INLINE_BYTES = 32_768  # bodies up to here are decoded at once: handing them to a thread would cost more
+INLINE_BYTES, INLINE_PIXELS = 32_768, 65_536  # up to here decoding costs less than handing it to a thread
 
 
 class ScenarioHit(BaseModel):
@@ -155,10 +157,7 @@ def build_api(server: Server) -> FastAPI:
         body = await read_body(request, limit, server.settings.timeout_s)
         expected = server.expected()
         files = await uploaded(request, body, expected.max_images) if kind == FORM_TYPE else [body]
-        small = len(body) <= INLINE_BYTES and not expected.resize
-        pixels = (
-            decoded(kind, files, expected) if small else await server.decode(decoded, kind, files, expected)
-        )
+        pixels = await decoded_soon(server, kind, files, expected)
         key = request.headers.get("x-request-key")
         answer = await server.predict(
             pixels, key.encode() if key is not None else hashlib.sha256(body).digest()
@@ -193,6 +192,18 @@ def build_api(server: Server) -> FastAPI:
         metrics
     )
     return api
+
+
+async def decoded_soon(server: Server, kind: str, files: list[bytes], expected: Expected) -> F32:
+    """Return the pixels: at once where that is quick, otherwise from the thread that decodes. Raises Refused."""
+    quick = replace(expected, max_pixels=min(expected.max_pixels, INLINE_PIXELS))
+    if sum(map(len, files)) <= INLINE_BYTES:
+        try:
+            return decoded(kind, files, quick)
+        except Refused as refused:
+            if refused.status != 413 or quick == expected:
+                raise
+    return await server.decode(kind, files, expected)
 
 
 def _refused_handler(server: Server) -> Any:

@@ -107,13 +107,14 @@ def _expect_mode(picture: Image.Image, expected: Expected, which: str) -> None:
 
 
 def _fitted(picture: Image.Image, expected: Expected) -> F32:
+    fitted = np.zeros(expected.shape, np.float32)
+    edge = 0
     if expected.pad_to and picture.size == (expected.pad_to[0],) * 2:
         edge = (expected.pad_to[1] - expected.pad_to[0]) // 2
-        inner = fit_picture(picture, expected.channels, expected.pad_to[0])
-        fitted = np.pad(inner, ((0, 0), (edge, edge), (edge, edge)))
-    else:
-        fitted = fit_picture(picture, expected.channels, expected.size)
-    return fitted.astype(np.float32) / np.float32(255)
+    inner = slice(edge, expected.size - edge)
+    fitted[:, inner, inner] = fit_picture(picture, expected.channels, expected.size - 2 * edge)
+    fitted /= 255
+    return fitted
 
 
 def read_json(body: bytes, expected: Expected) -> F32:

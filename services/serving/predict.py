@@ -16,6 +16,7 @@ from defuse_core.device import device
 from defuse_core.errors import ModelError
 from defuse_core.models import load_classifier, load_vae
 from services.serving.candidate import Candidate
+from services.serving.inputs import Expected
 from services.serving.watch import Watch
 
 PASS_IMAGES = 256  # images in one forward pass at most, whatever the batch
@@ -43,7 +44,7 @@ class Served:
         self.device = chosen_device(settings.device)
         self.half = settings.precision == "bfloat16"
         spec = candidate.run_file()
-        self.shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
+        self.expected = Expected.of(spec, settings)
         where = f"version {name}"
         self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where).to(
             self.device
@@ -59,7 +60,7 @@ class Served:
     def warm_up(self, batch: int) -> None:
         """Answer nonsense once in the smallest and once in the largest size, so that no request pays for it."""
         for count in {1, min(batch, PASS_IMAGES)}:
-            self.answer(np.zeros((count, *self.shape), np.float32))
+            self.answer(np.zeros((count, *self.expected.shape), np.float32))
 
     def answer(self, pixels: F32) -> Answers:
         """Return the answers for pixels (n, channels, H, W) in [0, 1]. Raises ModelError for one that is not finite."""

@@ -17,6 +17,7 @@ from ray import serve
 from defuse_core.artifacts import F32
 from defuse_core.config import ServeSection
 from defuse_core.errors import DefuseError, InputError
+from services.serving.body import decoded
 from services.serving.inputs import Expected, Refused
 from services.serving.lineup import Follower, Lineup, Source
 from services.serving.metrics import Meters
@@ -59,16 +60,17 @@ class Server:
 
     def expected(self) -> Expected:
         """Return what images must be like now. Raises Refused while there is no version in production."""
-        return Expected.of(self._production().candidate.run_file(), self.settings)
+        return self._production().expected
 
     def _production(self) -> Served:
         if self.lineup.production is None:
             raise Refused(503, "no version is in production yet", self.settings.retry_after_s)
         return self.lineup.production
 
-    async def decode(self, function: Any, *args: Any) -> Any:
-        """Return function(*args) from the one thread that decodes, so that few large pictures are open at a time."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoding, function, *args)
+    async def decode(self, kind: str, files: list[bytes], expected: Expected) -> F32:
+        """Return the pixels, from the one thread that decodes: so few large pictures are open at a time."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoding, decoded, kind, files, expected)
 
     async def predict(self, pixels: F32, key: bytes) -> dict[str, Any]:
         """Return the answer to one request: its version, and a prediction per image. Raises Refused."""
