@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ class Settings:
     """What the environment says. Secrets are kept out of `repr`, so that no log shows them."""
 
     ray_address: str | None  # RAY_ADDRESS
+    ray_dashboard: str | None  # RAY_API_SERVER_ADDRESS
     label_studio_url: str | None  # LABEL_STUDIO_URL
     label_studio_api_key: str | None = field(repr=False)  # LABEL_STUDIO_API_KEY
     serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN
@@ -33,9 +35,15 @@ def read_settings() -> Settings:
     get = os.environ.get
     return Settings(
         ray_address=get("RAY_ADDRESS") or None,
+        ray_dashboard=get("RAY_API_SERVER_ADDRESS") or None,
         label_studio_url=get("LABEL_STUDIO_URL") or None,
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
         serve_token=get("DEFUSE_SERVE_TOKEN") or None,
         debug=bool(get("DEFUSE_DEBUG")),
         cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse").expanduser(),
     )
+
+
+def variables(names: Iterable[str]) -> dict[str, str]:
+    """Return those of the named variables that are set, to be passed on to a job."""
+    return {name: os.environ[name] for name in names if name in os.environ}

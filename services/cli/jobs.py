@@ -1,13 +1,179 @@
 """`defuse submit` and `defuse jobs ...`."""
 
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
+
+from defuse_core.errors import InputError
+from services.settings import read_settings, variables
+
+if TYPE_CHECKING:
+    from cluster.jobs import Job, Jobs
+
+AS_WELL = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "LABEL_STUDIO_URL")
+
+address_option = click.option(
+    "--address", help="Address of Ray's dashboard, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]"
+)
 
 
 @click.command()
-def submit() -> None:
-    """Run a run file as a job on a Ray cluster."""
+@click.argument("runfile", type=click.Path(path_type=Path))
+@address_option
+@click.option("--name", help="Name of the run. [default: the run file's name]")
+@click.option(
+    "--store", required=True, help="s3://bucket/prefix, or the absolute path of a folder shared by all nodes."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set identify.draws=20"
+)
+@click.option("--until", help="Stop after this step.")
+@click.option(
+    "--env",
+    "wanted",
+    multiple=True,
+    metavar="NAME",
+    help="Pass on this environment variable. Whoever sees the dashboard can read its value.",
+)
+@click.option("--python", default="python", show_default=True, help="Python on the nodes, one with Ray.")
+@click.option("--detach", is_flag=True, help="Print the job's id and leave it to itself.")
+def submit(
+    runfile: Path,
+    address: str | None,
+    name: str | None,
+    store: str,
+    overrides: tuple[str, ...],
+    until: str | None,
+    wanted: tuple[str, ...],
+    python: str,
+    detach: bool,
+) -> None:
+    """Run RUNFILE as a job on a Ray cluster, follow its log, and end with its exit code.
+
+    The job takes along the run file, the weights and the classifier's code that it names, and Defuse itself: the
+    nodes need only its dependencies (deploy/Dockerfile is an image with them). Credentials are not taken along:
+    nodes get theirs the usual way. With token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
+
+    \b
+    defuse submit deploy/runs/mnist.yaml --address http://head:8265 --store s3://bucket/runs --set data.root=/data
+    """
+    from cluster.jobs import Jobs
+    from defuse_core.config import load_run_file
+    from services.cli.run import checked_name
+    from services.parcel import RUN_FILE, pack
+
+    spec = load_run_file(runfile, overrides)
+    run = checked_name(name or runfile.stem)
+    command = [python, "-m", "services.cli", "run", RUN_FILE, "--name", run, "--store", _shared(store)]
+    command += ["--until", until] if until else []
+    jobs = Jobs(_dashboard(address))
+    with tempfile.TemporaryDirectory(prefix="defuse-job-") as folder:
+        pack(spec, Path(folder))
+        job_id = jobs.submit(shlex.join(command), Path(folder), run, _passed_on(wanted))
+    if detach:
+        click.echo(job_id)
+        return
+    click.echo(f"job {job_id}: run {run} on {jobs.address}", err=True)
+    _follow(jobs, job_id)
 
 
 @click.group()
 def jobs() -> None:
-    """See and stop submitted jobs."""
+    """See and stop submitted jobs.
+
+    \b
+    defuse jobs list --address http://head:8265
+    """
+
+
+@jobs.command(name="list")
+@address_option
+def list_jobs(address: str | None) -> None:
+    """List the jobs of the cluster."""
+    from cluster.jobs import Jobs
+
+    for job in Jobs(_dashboard(address)).list():
+        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else "-"
+        click.echo(f"{job.id}  {job.status:<9}  {begun:<16}  {job.run}")
+
+
+@jobs.command()
+@click.argument("job_id")
+@address_option
+@click.option("--follow", is_flag=True, help="Go on until the job ends, and end with its exit code.")
+def logs(job_id: str, address: str | None, follow: bool) -> None:
+    """Show what the job JOB_ID has written."""
+    from cluster.jobs import Jobs
+
+    found = Jobs(_dashboard(address))
+    if follow:
+        _follow(found, job_id)
+    else:
+        click.echo(found.logs(job_id), nl=False)
+
+
+@jobs.command()
+@click.argument("job_id")
+@address_option
+def stop(job_id: str, address: str | None) -> None:
+    """Stop the job JOB_ID. Submitted again, its run goes on where it stopped."""
+    from cluster.jobs import Jobs
+
+    stopped = Jobs(_dashboard(address)).stop(job_id)
+    click.echo(f"job {job_id} {'is being stopped' if stopped else 'had ended before'}")
+
+
+def _dashboard(address: str | None) -> str:
+    found = address or read_settings().ray_dashboard
+    if found is None:
+        raise InputError("--address is missing: the address of Ray's dashboard, such as http://HEAD:8265")
+    return found
+
+
+def _shared(store: str) -> str:
+    if "://" not in store and not Path(store).is_absolute():
+        raise InputError(
+            f"--store {store}: expected s3://bucket/prefix, or the absolute path of a shared folder"
+        )
+    return store
+
+
+def _passed_on(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the environment of the job: where its services are, and what was asked for by name."""
+    found = variables((*AS_WELL, *names))
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise InputError(f"--env {missing[0]}: there is no such variable here")
+    return found
+
+
+def _follow(jobs: Jobs, job_id: str) -> None:
+    """Show the job's log until it ends, and end as it did."""
+    try:
+        job = jobs.follow(job_id, lambda text: click.echo(text, nl=False))
+    except KeyboardInterrupt:
+        click.echo(
+            f"\njob {job_id} goes on: defuse jobs logs|stop {job_id} --address {jobs.address}", err=True
+        )
+        sys.exit(130)
+    if job.exit_code is None or job.status != "SUCCEEDED":
+        click.echo(f"job {job_id}: {_ending(job)}", err=True)
+    sys.exit(_exit_code(job))
+
+
+def _exit_code(job: Job) -> int:
+    if job.exit_code is not None and job.exit_code >= 0:
+        return job.exit_code
+    return 0 if job.status == "SUCCEEDED" else 4
+
+
+def _ending(job: Job) -> str:
+    message = " ".join(job.message.split())
+    return f"exit code {job.exit_code}" if job.exit_code is not None else f"{job.status.lower()}: {message}"
