@@ -1,6 +1,6 @@
 """Decodings per second of identification beside a plain loop of classifier(decoder(codes)).
 
-    python tests/bench/identify.py [--images 4096] [--draws 20]
+    python tests/bench/identify.py [--images 1024] [--draws 100]
 
 The networks are MNIST's at 32x32 with random weights, on made-up images: speed does not depend on either. First the
 plain loop on one thread, at the best of several batch sizes; then Algorithm 1 in this process (--on local), on one
@@ -103,8 +103,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=4096)
-    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -116,7 +116,7 @@ def main() -> None:
         rounds = [
             (
                 plain_loop(spec, models, best, 3.0),
-                local(identifier, 12),
+                local(identifier, 2),
                 on_ray(folder, given.images, given.draws, 1),
                 on_ray(folder, given.images, given.draws, 2),
             )
