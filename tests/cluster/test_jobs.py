@@ -1,0 +1,240 @@
+"""Jobs: `defuse submit` and `defuse jobs` from outside, on a real head that asks for a token."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, TINY
+from tests.s3_servers import free_port
+
+BIN = Path(sys.executable).parent
+TOKEN = "0123456789abcdef" * 4
+SECRET = "never-to-be-seen-anywhere"
+WAIT_S = 60.0
+NETWORK = """
+from torch import nn
+
+def build() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return a shell's environment with the cluster's token, this Python first and nothing of these tests' own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
+    own = {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+    return kept | own | {"RAY_AUTH_TOKEN": TOKEN} | changes
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A head of two CPUs, told nothing of Defuse; yields the address of its dashboard."""
+    folder, port = tmp_path_factory.mktemp("r"), free_port()  # short: Ray puts sockets there
+    ports = [
+        f"--port={free_port()}",
+        f"--dashboard-port={port}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+    ]
+    agents = [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder / 't'}"]
+    command += [*ports, *agents, f"--metrics-export-port={free_port()}", "--node-ip-address=127.0.0.1"]
+    command += ["--object-store-memory=100000000"]
+    with (folder / "log").open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        yield answering(f"http://127.0.0.1:{port}", folder / "log")
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def told(head: str, path: str = "") -> Any:
+    """Return what the dashboard tells of its jobs to whoever has the token."""
+    request = urllib.request.Request(f"{head}/api/jobs/{path}", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def answering(address: str, log: Path) -> str:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            assert told(address) == []
+            return address
+        time.sleep(0.2)
+    pytest.fail(f"the head does not answer: {log.read_text()[-2000:]}")
+
+
+def defuse(*words: str, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run one command as a person does."""
+    return subprocess.run(
+        [str(BIN / "defuse"), *words],
+        cwd=cwd,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run file that brings its own classifier, as code beside it."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "job_nets.py").write_text(NETWORK)
+    classifier = {"architecture": "custom", "import_path": "job_nets:build", "epochs": 2, "batch_size": 32}
+    tree = TINY | {"classifier": classifier, "vae": {**TINY["vae"], "epochs": 1}}
+    (folder / "own.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def submit(head: str, place: Path, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    where = ["--address", head, "--store", str(place / "runs"), "--until", "train"]
+    return defuse("submit", "own.yaml", *where, *words, cwd=place, **changes)
+
+
+@pytest.fixture(scope="module")
+def followed(head: str, place: Path) -> subprocess.CompletedProcess[str]:
+    """A run submitted with its own name, followed to its end, while a secret stood in the environment."""
+    return submit(head, place, "--name", "first", AWS_SECRET_ACCESS_KEY=SECRET, LABEL_STUDIO_API_KEY=SECRET)
+
+
+def test_a_submitted_run_is_followed_to_its_end_and_brings_its_own_code(
+    followed: subprocess.CompletedProcess[str], place: Path
+) -> None:
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert "first: done until train" in followed.stdout
+    assert list((place / "runs" / "first").rglob("models*"))
+
+
+def test_no_credentials_travel_with_a_job(followed: subprocess.CompletedProcess[str], head: str) -> None:
+    assert followed.returncode == 0
+    said = json.dumps(told(head)) + followed.stdout + followed.stderr
+    assert "run run.yaml --name first" in said
+    assert SECRET not in said
+    assert TOKEN not in said
+
+
+@pytest.mark.usefixtures("followed")
+def test_a_detached_job_prints_its_id_alone_and_what_only_it_can_find_wrong_ends_in_2(
+    head: str, place: Path
+) -> None:
+    detached = submit(head, place, "--name", "first", "--set", "classifier.epochs=3", "--detach")
+    assert detached.returncode == 0, detached.stderr
+    (job,) = detached.stdout.split()
+    followed = defuse("jobs", "logs", job, "--follow", "--address", head)
+    assert followed.returncode == 2, followed.stdout + followed.stderr
+    assert "classifier.epochs" in followed.stdout
+    again = defuse("jobs", "logs", job, "--address", head)
+    assert (again.returncode, again.stdout) == (0, followed.stdout)
+
+
+def test_a_bad_run_file_is_refused_before_it_is_submitted(head: str, place: Path) -> None:
+    refused = submit(head, place, "--set", "classifier.epochs=many")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("defuse: ")
+    assert "classifier.epochs" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("followed")
+def test_ray_job_submit_runs_the_installed_defuse_as_well(head: str, place: Path) -> None:
+    run = ["defuse", "run", "own.yaml", "--name", "first", "--store", str(place / "runs"), "--until", "train"]
+    ray = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", str(place), "--", *run]
+    done = subprocess.run(
+        ray, env=environment(), cwd=place, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "first: done until train" in done.stdout + done.stderr
+
+
+def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(head: str, place: Path) -> None:
+    where = ["--address", head, "--store", str(place / "runs"), "--name", "long"]
+    follower = subprocess.Popen(
+        [str(BIN / "defuse"), "submit", "own.yaml", *where, "--set", "vae.epochs=9999"],
+        cwd=place,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    job = job_of(follower)
+    await_status(head, job, "RUNNING")
+    follower.send_signal(signal.SIGINT)
+    assert f"jobs logs|stop {job}" in follower.communicate(timeout=30)[1]
+    assert follower.returncode == 130
+    (line,) = (line for line in defuse("jobs", "list", "--address", head).stdout.splitlines() if job in line)
+    assert "RUNNING" in line
+    assert "long" in line
+    assert defuse("jobs", "stop", job, "--address", head).returncode == 0
+    ended = defuse("jobs", "logs", job, "--follow", "--address", head)
+    assert ended.returncode == 4
+    assert "stopped" in ended.stderr
+
+
+def job_of(follower: subprocess.Popen[str]) -> str:
+    assert follower.stderr is not None
+    for line in follower.stderr:
+        if line.startswith("job "):
+            return line.split()[1].rstrip(":")
+    pytest.fail("the command ended without a job")
+
+
+def await_status(head: str, job: str, status: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while (got := told(head, job)["status"]) != status:
+        assert time.monotonic() < deadline, f"{job} is {got}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"RAY_AUTH_TOKEN": "wrong" * 8}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}]
+)
+def test_without_the_right_token_one_line_says_what_to_set(head: str, changes: dict[str, str]) -> None:
+    refused = defuse("jobs", "list", "--address", head, cwd=ROOT, **changes)
+    assert refused.returncode == 4
+    assert refused.stderr.count("\n") == 1
+    assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in refused.stderr
+    assert "wrong" * 8 not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "exit_code", "says"),
+    [
+        ("http://127.0.0.1:1", 4, "no Ray dashboard answers at http://127.0.0.1:1"),
+        ("127.0.0.1:6379", 2, "expected the address of Ray's dashboard"),
+    ],
+)
+def test_an_address_without_a_dashboard_is_one_line(address: str, exit_code: int, says: str) -> None:
+    refused = defuse("jobs", "list", "--address", address)
+    assert refused.returncode == exit_code
+    assert refused.stderr.count("\n") == 1
+    assert says in refused.stderr
+
+
+def test_an_unknown_job_is_one_line(head: str) -> None:
+    refused = defuse("jobs", "logs", "nope", "--address", head)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "there is no job nope" in refused.stderr
