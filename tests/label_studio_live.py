@@ -8,6 +8,7 @@ import itertools
 import shutil
 import socket
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from sklearn.datasets import load_digits
 from defuse_core.artifacts import Gallery, encode
 from defuse_core.config import RunFile
 from defuse_core.errors import DefuseError
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import FolderStore, Run, Store
 from services.labeling.server import Home, LocalServer, install, start, stop
 from services.labeling.simulate import Person, invite_link
 from services.settings import Settings, read_settings
@@ -30,7 +31,9 @@ numbers = itertools.count(1)
 def live_home() -> Home:
     """Return the installed server with empty data of its own."""
     try:
-        home = Home(install(read_settings().cache).env.parents[1], Path(tempfile.mkdtemp(prefix="label-studio-")))
+        home = Home(
+            install(read_settings().cache).env.parents[1], Path(tempfile.mkdtemp(prefix="label-studio-"))
+        )
     except DefuseError as error:
         pytest.skip(f"no Label Studio server: {error}")
     atexit.register(shutil.rmtree, home.folder, ignore_errors=True)
@@ -64,11 +67,14 @@ def people(count: int = 5) -> tuple[Person, ...]:
     """Return people who signed up through the invite link. The same ones for all tests."""
     server = live_server()
     invite = invite_link(server)
-    return tuple(Person.sign_up(server.address, invite, f"person{n}@example.org") for n in range(1, count + 1))
+    return tuple(
+        Person.sign_up(server.address, invite, f"person{n}@example.org") for n in range(1, count + 1)
+    )
 
 
 def settings_for(server: LocalServer, address: str | None = None) -> Settings:
-    return Settings(None, address or server.address, server.token, None, False)
+    url = address or server.address
+    return replace(read_settings(), label_studio_url=url, label_studio_api_key=server.token)
 
 
 def digits_gallery(labels: tuple[int, ...] = (8, 3, 0, 1), images: int = 3, size: int = 16) -> Gallery:
@@ -85,10 +91,18 @@ def digits_gallery(labels: tuple[int, ...] = (8, 3, 0, 1), images: int = 3, size
     return Gallery(shown, codes, predicted, tuple(str(n) for n in range(10)))
 
 
-def review_run(folder: Path, gallery: Gallery, **review: object) -> Run:
+def review_run(store: Path | Store, gallery: Gallery, **review: object) -> Run:
     """Return a run that has come to its review, under a name of its own."""
-    section = {"annotators": "label-studio", "answers_per_task": 3, "stop_early": False, "images": 3, **review}
-    spec = RunFile.model_validate({"data": {"name": "digits", "image_size": 16, "channels": 1}, "review": section})
-    run = Run.start(FolderStore(folder), f"run{next(numbers)}", spec)
+    section = {
+        "annotators": "label-studio",
+        "answers_per_task": 3,
+        "stop_early": False,
+        "images": 3,
+        **review,
+    }
+    spec = RunFile.model_validate(
+        {"data": {"name": "digits", "image_size": 16, "channels": 1}, "review": section}
+    )
+    run = Run.start(FolderStore(store) if isinstance(store, Path) else store, f"run{next(numbers)}", spec)
     run.store.write("gallery.safetensors", encode(gallery))
     return run

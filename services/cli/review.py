@@ -145,6 +145,29 @@ def server_status() -> None:
     click.echo(f"log in as {server.username} with password {server.password}")
 
 
+@label_studio.command()
+@click.argument("name", metavar="RUN")
+@store_option
+def simulate(name: str, store: str) -> None:
+    """Have simulated people answer RUN in the local server: one per reference model, each with an account of its own.
+
+    To try out the whole of a review without asking anyone; their votes are models' votes.
+    """
+    from defuse_core.errors import InputError
+    from defuse_core.local import LocalCompute
+    from services.console import ProgressDisplay
+    from services.labeling.server import running
+    from services.labeling.simulate import simulate as answer
+
+    opened, gallery = _open(name, store)
+    server = running(read_settings().cache)
+    if server is None:
+        raise InputError("the local Label Studio is not running; `defuse label-studio up` starts it")
+    with ProgressDisplay() as display:
+        total = answer(opened, gallery, server, LocalCompute(display), click.echo)
+    click.echo(f"{total} answers; `defuse run` goes on with them")
+
+
 def _open(name: str, store: str) -> tuple[Run, Gallery]:
     """Return the run and the images that people review. Raises InputError where there are none yet."""
     from defuse_core.artifacts import Gallery

@@ -63,7 +63,9 @@ def _forget_verdicts(run: Run, redo: bool) -> None:
         )
     with run.store.lock():
         doomed = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
-        doomed += [f"{key}.safetensors" for key in reversed(FROM_VERDICTS)]  # the verdicts last: cut off, it goes on
+        doomed += [
+            f"{key}.safetensors" for key in reversed(FROM_VERDICTS)
+        ]  # the verdicts last: cut off, it goes on
         for key in doomed:
             run.store.delete(key)
         manifest = run.manifest()

@@ -269,23 +269,25 @@ def _better(first: Task | None, second: Task) -> tuple[Task, list[Task]]:
 
 
 def _connect_bucket(server: Server, wanted: Wanted, project: int) -> None:
-    """Let Label Studio show the pictures that lie in the run's store, with the credentials that this process has."""
+    """Let Label Studio show the pictures in the run's bucket, with the credentials that this process has."""
     import boto3
 
-    session = boto3.Session()
-    client, credentials = session.client("s3"), session.get_credentials()
-    bucket, _, prefix = wanted.run.store.address.removeprefix("s3://").partition("/")
+    from services.storage.s3 import S3Store
+
+    store = wanted.run.store
+    assert isinstance(store, S3Store)  # nothing else has an s3:// address
     fields = {
-        "title": "pictures of the run",
-        "bucket": bucket,
-        "prefix": f"{prefix}/pictures",
-        "s3endpoint": client.meta.endpoint_url,
-        "region_name": client.meta.region_name,
+        "title": f"Pictures of {wanted.run.name}",
+        "bucket": store.bucket,
+        "prefix": f"{store.prefix}pictures",
+        "s3endpoint": store.endpoint,
+        "region_name": store.region,
         "presign": False,  # Label Studio passes the pictures on, so the bucket needs no CORS
         "use_blob_urls": True,
     }
+    credentials = boto3.Session().get_credentials()
     if credentials is not None:
         frozen = credentials.get_frozen_credentials()
         fields |= {"aws_access_key_id": frozen.access_key, "aws_secret_access_key": frozen.secret_key}
-        fields |= {"aws_session_token": frozen.token} if frozen.token else {}
-    server.connect_bucket(project, fields)
+        fields |= {"aws_session_token": frozen.token}
+    server.connect_bucket(project, {name: value for name, value in fields.items() if value is not None})

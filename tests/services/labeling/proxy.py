@@ -22,7 +22,9 @@ class Reply:
 
 
 LOSE, CUT = "lose the reply", "cut the connection before the server sees anything"
-Rule = Callable[[str, str], "str | Reply | float | None"]  # method, path -> what to do; seconds delay; None passes
+Rule = Callable[
+    [str, str], "str | Reply | float | None"
+]  # method, path -> what to do; seconds delay; None passes
 
 
 @dataclass

@@ -22,7 +22,9 @@ def truth_of(task):
 
 def answers_of(votes, scenario, image):
     rows = (votes.scenario == scenario) & (votes.image == image)
-    return dict(zip((votes.annotators[a] for a in votes.annotator[rows]), votes.answer[rows].tolist(), strict=True))
+    return dict(
+        zip((votes.annotators[a] for a in votes.annotator[rows]), votes.answer[rows].tolist(), strict=True)
+    )
 
 
 def test_a_finished_review_holds_every_answer_with_who_and_when(make_review, crowd):
@@ -97,7 +99,11 @@ def test_what_the_interface_does_not_allow_is_refused_one_by_one(make_review, cr
         "the choice 'eleven' is not one of the classes",
         "two answers for label",
     ]
-    assert {refusal["annotator"] for refusal in standing.refusals()} == {"annotator-1", "annotator-2", "annotator-3"}
+    assert {refusal["annotator"] for refusal in standing.refusals()} == {
+        "annotator-1",
+        "annotator-2",
+        "annotator-3",
+    }
 
 
 def test_a_refused_answer_does_not_keep_the_task_from_others(make_review, crowd):
@@ -198,7 +204,9 @@ def test_without_stop_early_every_answer_is_waited_for(make_review, crowd):
 def test_a_changed_answer_opens_a_decided_scenario_again(make_review, crowd):
     review = make_review(answers_per_task=3, stop_early=True)
     number = review.annotators.push(review.gallery).number
-    given = [crowd[p].answer(t.id, "image", "8") for p in (0, 1) for k, t in review.tasks().items() if k < "s001"]
+    given = [
+        crowd[p].answer(t.id, "image", "8") for p in (0, 1) for k, t in review.tasks().items() if k < "s001"
+    ]
     assert review.annotators.standing(review.gallery)[0].decided[0]
     for annotation in given[:3]:
         crowd[0].change(annotation, [chosen("label", "image", "3")])
@@ -215,7 +223,9 @@ def test_a_decision_above_the_vote_needs_no_answers(make_review):
     assert len(votes.answer) == 0 and votes.annotators == ()
 
 
-def test_waiting_goes_on_through_a_restart_and_ends_with_the_last_answer(make_review, crowd, proxy, monkeypatch):
+def test_waiting_goes_on_through_a_restart_and_ends_with_the_last_answer(
+    make_review, crowd, proxy, monkeypatch
+):
     review = make_review(answers_per_task=1)
     review.annotators.push(review.gallery)
     waiting = review.through(proxy.address)

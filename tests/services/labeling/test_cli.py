@@ -19,7 +19,9 @@ def cli(monkeypatch, server, tmp_path):
     monkeypatch.setenv("LABEL_STUDIO_API_KEY", server.token)
 
     def call(*words, store=tmp_path):
-        done = CliRunner().invoke(defuse, [*words, *(["--store", str(store)] if words[0] == "review" else [])])
+        done = CliRunner().invoke(
+            defuse, [*words, *(["--store", str(store)] if words[0] == "review" else [])]
+        )
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception
         return done

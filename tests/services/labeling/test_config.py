@@ -18,7 +18,7 @@ from services.labeling.config import (
 )
 
 DIGITS = tuple(str(n) for n in range(10))
-SIGNS = ("Speed limit (20km/h)", "No <entry> & \"stop\"", "Café", *(f"sign {n}" for n in range(40)))
+SIGNS = ("Speed limit (20km/h)", 'No <entry> & "stop"', "Café", *(f"sign {n}" for n in range(40)))
 
 
 @pytest.mark.parametrize("form", ["image", "scenario"])
@@ -52,9 +52,14 @@ def test_instructions_hold_an_example_with_the_classes(form):
 def test_only_edits_that_change_what_answers_mean_are_differences():
     pushed = label_config("image", DIGITS)
     assert difference(pushed, pushed.replace("What does", "What do you think")) is None
-    assert difference(pushed, pushed.replace('<Choice value="7" hotkey="7"/>', "")) == "the choice '7' is gone"
+    assert (
+        difference(pushed, pushed.replace('<Choice value="7" hotkey="7"/>', "")) == "the choice '7' is gone"
+    )
     assert difference(pushed, pushed.replace('name="label"', 'name="digit"')) == "the control label is gone"
-    assert difference(pushed, pushed.replace('toName="image"', 'toName="other"')) == "the control label was changed"
+    assert (
+        difference(pushed, pushed.replace('toName="image"', 'toName="other"'))
+        == "the control label was changed"
+    )
     added = '<TextArea name="note" toName="image"/></View>'
     assert difference(pushed, pushed[: -len("</View>")] + added) == "a control note was added"
     assert "not XML" in str(difference(pushed, "<View"))

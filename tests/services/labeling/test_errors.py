@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from dataclasses import replace
 
 import pytest
 from label_studio_live import free_port, settings_for
@@ -12,7 +13,7 @@ from proxy import Reply
 from defuse_core.errors import InputError, ServiceError
 from services.labeling.annotators import connect
 from services.labeling.client import Server
-from services.settings import Settings
+from services.settings import read_settings
 
 PAGE = "<!doctype html><html><body>Bad Gateway</body></html>"
 
@@ -75,7 +76,9 @@ def test_a_cut_connection_is_named(proxy, server):
         Server(proxy.address, server.token).check()
 
 
-@pytest.mark.parametrize("address", ["labels.example.org", "ftp://labels", "http://me:pw@labels", "http://x/?token=1"])
+@pytest.mark.parametrize(
+    "address", ["labels.example.org", "ftp://labels", "http://me:pw@labels", "http://x/?token=1"]
+)
 def test_an_address_that_is_none_is_refused_without_repeating_it(address):
     with pytest.raises(InputError) as raised:
         Server(address, "token")
@@ -90,10 +93,11 @@ def test_a_token_that_cannot_be_one_is_refused_without_repeating_it(token):
 
 
 def test_without_any_server_it_is_said_how_to_get_one(tmp_path):
+    nothing = replace(read_settings(), label_studio_url=None, label_studio_api_key=None, cache=tmp_path)
     with pytest.raises(InputError, match="defuse label-studio up"):
-        connect(Settings(None, None, None, None, False, tmp_path))
+        connect(nothing)
     with pytest.raises(InputError, match="LABEL_STUDIO_API_KEY is not"):
-        connect(Settings(None, "http://127.0.0.1:1", None, None, False, tmp_path))
+        connect(replace(nothing, label_studio_url="http://127.0.0.1:1"))
 
 
 def test_the_token_is_in_no_log_no_repr_and_no_file_of_the_run(make_review, server, caplog):

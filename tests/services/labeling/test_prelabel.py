@@ -38,7 +38,9 @@ def test_a_page_gets_one_suggestion_over_its_images():
 
 
 @pytest.mark.parametrize("form, first", [("image", "s001-i01"), ("scenario", "s001")])
-def test_people_get_the_least_certain_task_first_with_the_models_answer_selected(make_review, crowd, form, first):
+def test_people_get_the_least_certain_task_first_with_the_models_answer_selected(
+    make_review, crowd, form, first
+):
     review = make_review(prelabel=True, form=form, answers_per_task=1)
     review.run.once("review", Prelabels, lambda: Prelabels(probabilities(CONFIDENCE)))
     number = review.annotators.push(review.gallery).number

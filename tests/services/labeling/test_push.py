@@ -45,12 +45,18 @@ def test_pushing_again_changes_nothing(make_review):
     review = make_review()
     first, before = review.annotators.push(review.gallery), review.tasks()
     assert review.annotators.push(review.gallery) == first
-    assert {key: task.id for key, task in review.tasks().items()} == {key: task.id for key, task in before.items()}
+    assert {key: task.id for key, task in review.tasks().items()} == {
+        key: task.id for key, task in before.items()
+    }
 
 
-@pytest.mark.parametrize("method, path", [("POST", "/api/projects/"), ("POST", "/import"), ("GET", "/api/tasks")])
+@pytest.mark.parametrize(
+    "method, path", [("POST", "/api/projects/"), ("POST", "/import"), ("GET", "/api/tasks")]
+)
 @pytest.mark.parametrize("deed", ["lose", "cut"])
-def test_a_lost_reply_or_request_leaves_every_image_there_once(make_review, proxy, monkeypatch, method, path, deed):
+def test_a_lost_reply_or_request_leaves_every_image_there_once(
+    make_review, proxy, monkeypatch, method, path, deed
+):
     monkeypatch.setattr(push, "BATCH_TASKS", 5)
     review = make_review()
     getattr(proxy, deed)(method, path)
@@ -189,7 +195,9 @@ def test_a_project_of_the_same_number_on_another_server_is_not_taken_for_the_run
     review.annotators.push(review.gallery)
     record = other.annotators.push(other.gallery)
     text = other.run.store.read("labeling.json").decode()
-    other.run.store.write("labeling.json", re.sub(r'"project": \d+', f'"project": {review.record.number}', text).encode())
+    other.run.store.write(
+        "labeling.json", re.sub(r'"project": \d+', f'"project": {review.record.number}', text).encode()
+    )
     with pytest.raises(InputError, match=f"lacks the mark {record.mark}"):
         other.annotators.push(other.gallery)
 

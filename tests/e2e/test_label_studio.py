@@ -1,0 +1,217 @@
+"""The review with everything real: the command line, the server, people, and the page in a browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import tiny
+from label_studio_live import digits_gallery, invite_link, live_server, review_run, settings_for
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from defuse_core.config import dump_run_file
+from defuse_core.errors import LabelsPending
+from services.cli import defuse
+from services.labeling import LabelStudioAnnotators
+from services.labeling.server import LocalServer
+from services.labeling.simulate import Person
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--window-size=1280,860",
+)
+PICTURES = os.environ.get("DEFUSE_TEST_PICTURES")  # a folder to keep screenshots in
+
+
+@pytest.fixture(scope="module")
+def server() -> LocalServer:
+    return live_server()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, server: LocalServer, tmp_path: Path) -> Callable[..., Result]:
+    """The command line beside a local server: the one of the tests."""
+    monkeypatch.delenv("LABEL_STUDIO_URL", raising=False)
+    monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "label-studio").mkdir(parents=True)
+    (tmp_path / "cache" / "label-studio" / "server.json").write_text(json.dumps(dataclasses.asdict(server)))
+
+    def call(*words: str) -> Result:
+        done = CliRunner().invoke(defuse, [*words, "--store", str(tmp_path / "runs")])
+        if isinstance(done.exception, Exception):
+            raise done.exception
+        return done
+
+    return call
+
+
+def test_a_run_waits_for_people_and_goes_on_with_their_answers(
+    cli: Callable[..., Result], tmp_path: Path
+) -> None:
+    review = {"annotators": "label-studio", "answers_per_task": 3, "form": "scenario"}
+    spec = tiny(review=review)
+    (tmp_path / "digits.yaml").write_text(dump_run_file(spec))
+    words = ("run", str(tmp_path / "digits.yaml"), "--on", "local")
+    with pytest.raises(LabelsPending, match="0 answers are in"):
+        cli(*words)
+    assert "0 of" in cli("review", "status", "digits").output
+    assert "answered" in cli("label-studio", "simulate", "digits").output
+    cli(*words)
+    report = json.loads((tmp_path / "runs" / "digits" / "report.json").read_text())
+    assert report["votes"]["annotators"] == 3
+    assert report["votes"]["notes"]["form"] == "scenario"
+    assert report["annotators"] == "people"
+    cli(
+        "review",
+        "set",
+        "digits",
+        "0",
+        "--label",
+        "8",
+        "--reason",
+        "seen on paper",
+        "--author",
+        "Ada",
+        "--redo",
+    )
+    cli(*words)
+    again = json.loads((tmp_path / "runs" / "digits" / "report.json").read_text())
+    assert [override["author"] for override in again["overrides"]] == ["Ada"]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no browser here: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The labelling page, as a person sees it."""
+
+    def __init__(self, browser: webdriver.Chrome, server: LocalServer) -> None:
+        self.browser, self.server = browser, server
+
+    def log_in(self, person: Person) -> None:
+        self.browser.get(f"{self.server.address}/user/login/")
+        self.find("input[name=email]").send_keys(person.email)
+        self.find("input[name=password]").send_keys(person.password + Keys.RETURN)
+        self.wait(lambda: "/user/login" not in self.browser.current_url)
+
+    def open(self, project: int) -> None:
+        self.browser.get(f"{self.server.address}/projects/{project}/data?labeling=1")
+        self.find(".lsf-modal-ls button[aria-label='Close modal']").click()
+        self.wait(lambda: not self.browser.find_elements(By.CSS_SELECTOR, ".lsf-modal-ls_visible"))
+
+    def picture_is_painted(self) -> bool:
+        script = "return [...document.querySelectorAll('.lsf-image img')].every(i => i.complete && i.naturalWidth > 0)"
+        return bool(self.browser.find_elements(By.CSS_SELECTOR, ".lsf-image img")) and bool(
+            self.browser.execute_script(script)
+        )
+
+    def press(self, key: str) -> None:
+        webdriver.ActionChains(self.browser).send_keys(key).perform()
+
+    def submit(self) -> None:
+        self.find("button[aria-label='Submit current annotation']").click()
+
+    def chosen(self) -> list[str]:
+        ticked = self.browser.find_elements(By.CSS_SELECTOR, ".answers input:checked")
+        return [str(box.get_attribute("name")) for box in ticked]
+
+    def find(self, selector: str) -> WebElement:
+        self.wait(lambda: self.browser.find_elements(By.CSS_SELECTOR, selector))
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def wait(self, condition: Callable[[], object], timeout_s: float = 30) -> None:
+        WebDriverWait(self.browser, timeout_s, 0.1).until(lambda _: condition())
+
+    def keep(self, name: str) -> None:
+        if PICTURES:
+            self.browser.save_screenshot(f"{PICTURES}/{name}.png")
+
+
+@pytest.fixture(scope="module")
+def page(browser: webdriver.Chrome, server: LocalServer) -> Page:
+    person = Person.sign_up(server.address, invite_link(server), "reader@example.org")
+    page = Page(browser, server)
+    page.log_in(person)
+    return page
+
+
+def test_an_image_is_labelled_in_the_browser_with_one_key(
+    page: Page, server: LocalServer, tmp_path: Path
+) -> None:
+    gallery = digits_gallery(images=2, size=32)
+    annotators = LabelStudioAnnotators(
+        review_run(tmp_path, gallery, answers_per_task=1), settings_for(server)
+    )
+    page.open(annotators.push(gallery).number)
+    page.wait(page.picture_is_painted)
+    page.press("8")
+    page.wait(lambda: page.chosen() == ["8"])
+    page.keep("image")
+    page.submit()
+    assert _first_answers(annotators, gallery, 1) == [(0, 0, 8)]
+    page.wait(lambda: page.picture_is_painted() and not page.chosen())
+    page.press("n")
+    page.wait(lambda: page.chosen() == ["None of the above"])
+    page.submit()
+    assert _first_answers(annotators, gallery, 2) == [(0, 0, 8), (0, 1, -1)]
+
+
+def test_a_scenario_is_labelled_in_the_browser_and_one_image_apart(
+    page: Page, server: LocalServer, tmp_path: Path
+) -> None:
+    gallery = digits_gallery(images=10, size=32)
+    run = review_run(tmp_path, gallery, answers_per_task=1, form="scenario", images=10)
+    annotators = LabelStudioAnnotators(run, settings_for(server))
+    page.open(annotators.push(gallery).number)
+    page.wait(page.picture_is_painted)
+    captions = [caption.text for caption in page.browser.find_elements(By.CSS_SELECTOR, ".cell h4")]
+    assert captions == ["classifier: 3"] * 10
+    page.browser.find_elements(By.CSS_SELECTOR, ".cell button[data-testid=select-trigger]")[3].click()
+    page.find("[role=option][data-value='3'], [role=option]:nth-child(4)").click()
+    page.press(Keys.ESCAPE)
+    page.find(".answers input[name='8']").find_element(By.XPATH, "./ancestor::label").click()
+    page.wait(lambda: page.chosen() == ["8"])
+    page.keep("scenario")
+    page.submit()
+    expected = [(0, image, 3 if image == 3 else 8) for image in range(10)]
+    assert _first_answers(annotators, gallery, 10) == expected
+
+
+def _first_answers(annotators: LabelStudioAnnotators, gallery, count: int) -> list[tuple[int, int, int]]:  # type: ignore[no-untyped-def]
+    """Wait until `count` answers are there, and return them as (scenario, image, answer)."""
+    limit = time.monotonic() + 30
+    while time.monotonic() < limit:
+        votes = annotators.standing(gallery)[0].votes
+        if len(votes.answer) >= count:
+            break
+        time.sleep(0.2)
+    return sorted(zip(votes.scenario.tolist(), votes.image.tolist(), votes.answer.tolist(), strict=True))
