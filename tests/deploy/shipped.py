@@ -101,7 +101,12 @@ def command_lines(program: str) -> Iterator[tuple[str, list[str]]]:
 def _calls(program: str, where: str, lines: list[str]) -> Iterator[tuple[str, list[str]]]:
     for line in re.sub(r"\s*\\\n\s*", " ", "\n".join(lines)).splitlines():
         called = re.match(
-            rf"(?:\$ |entrypoint: |[A-Z_]+=\S+ |docker compose .* exec \S+ )*{program} (?=\S)", line
+            rf"(?:\$ |entrypoint: |[A-Z_]+=\S+ |docker compose .* exec (?:--\S+ )*\S+ )*{program} (?=\S)",
+            line,
         )
-        if called:
-            yield where, shlex.split(line[called.end() :], comments=True)
+        if called and " ... " not in line:
+            words = shlex.split(line[called.end() :], comments=True)
+            yield (
+                where,
+                words[: min((words.index(sign) for sign in (">", "|") if sign in words), default=None)],
+            )

@@ -129,6 +129,8 @@ def test_each_variable_of_a_node_is_read_by_someone() -> None:
 def test_serve_has_its_fast_proxy_on_every_cluster() -> None:
     from services.serving.start import FAST_PROXY
 
+    wanted = dict(FAST_PROXY)
+    del wanted["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"]  # other nodes' proxies hear of changes later
     options = load(DEPLOY / "ray-cluster.yaml")["docker"]["run_options"]
     given = [pair.partition("=")[::2] for option in options for pair in shlex.split(option)[1:]]
     for environment in (
@@ -136,7 +138,7 @@ def test_serve_has_its_fast_proxy_on_every_cluster() -> None:
         document("ConfigMap")["data"],
         compose()["services"]["ray-head"]["environment"],
     ):
-        assert FAST_PROXY.items() <= environment.items()
+        assert wanted.items() <= environment.items()
 
 
 def test_each_variable_of_the_other_services_is_documented() -> None:
