@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import tiny
 from label_studio_live import digits_gallery, invite_link, live_server, review_run, settings_for
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -26,6 +25,7 @@ from services.cli import defuse
 from services.labeling import LabelStudioAnnotators
 from services.labeling.server import LocalServer
 from services.labeling.simulate import Person
+from tests.conftest import tiny
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
