@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from defuse_core.config import STEPS
 from defuse_core.errors import InputError
 from services.settings import read_settings, variables
 
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
 
-AS_WELL = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "LABEL_STUDIO_URL")
+LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 address_option = click.option(
-    "--address", help="Address of Ray's dashboard, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]"
+    "--address",
+    help=f"Address of Ray's dashboard. [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else {LOCAL_DASHBOARD}]",
 )
 
 
@@ -29,12 +31,12 @@ address_option = click.option(
 @address_option
 @click.option("--name", help="Name of the run. [default: the run file's name]")
 @click.option(
-    "--store", required=True, help="s3://bucket/prefix, or the absolute path of a folder shared by all nodes."
+    "--store", default="runs", show_default=True, help="s3://bucket/prefix, or a folder that all nodes share."
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set identify.draws=20"
 )
-@click.option("--until", help="Stop after this step.")
+@click.option("--until", type=click.Choice(STEPS), default=STEPS[-1], help="Stop after this step.")
 @click.option(
     "--env",
     "wanted",
@@ -50,7 +52,7 @@ def submit(
     name: str | None,
     store: str,
     overrides: tuple[str, ...],
-    until: str | None,
+    until: str,
     wanted: tuple[str, ...],
     python: str,
     detach: bool,
@@ -58,8 +60,9 @@ def submit(
     """Run RUNFILE as a job on a Ray cluster, follow its log, and end with its exit code.
 
     The job takes along the run file, the weights and the classifier's code that it names, and Defuse itself: the
-    nodes need only its dependencies (deploy/Dockerfile is an image with them). Credentials are not taken along:
-    nodes get theirs the usual way. With token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
+    nodes need only its dependencies (deploy/Dockerfile is an image with them). Nothing of this environment is taken
+    along but what --env names: nodes have their own AWS_* and LABEL_STUDIO_*. With token authentication set
+    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here.
 
     \b
     defuse submit deploy/runs/mnist.yaml --address http://head:8265 --store s3://bucket/runs --set data.root=/data
@@ -72,7 +75,7 @@ def submit(
     spec = load_run_file(runfile, overrides)
     run = checked_name(name or runfile.stem)
     command = [python, "-m", "services.cli", "run", RUN_FILE, "--name", run, "--store", _shared(store)]
-    command += ["--until", until] if until else []
+    command += ["--until", until]
     jobs = Jobs(_dashboard(address))
     with tempfile.TemporaryDirectory(prefix="defuse-job-") as folder:
         pack(spec, Path(folder))
@@ -99,9 +102,11 @@ def list_jobs(address: str | None) -> None:
     """List the jobs of the cluster."""
     from cluster.jobs import Jobs
 
-    for job in Jobs(_dashboard(address)).list():
-        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else "-"
-        click.echo(f"{job.id}  {job.status:<9}  {begun:<16}  {job.run}")
+    rows = [_row(job) for job in Jobs(_dashboard(address)).list()]
+    table = [("id", "status", "started", "took", "run"), *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        click.echo("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 @jobs.command()
@@ -130,24 +135,35 @@ def stop(job_id: str, address: str | None) -> None:
     click.echo(f"job {job_id} {'is being stopped' if stopped else 'had ended before'}")
 
 
+def _row(job: Job) -> tuple[str, ...]:
+    if not job.started:
+        return job.id, job.status, "-", "-", job.run
+    begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
+    minutes, seconds = divmod(int((job.ended or time.time()) - job.started), 60)
+    return job.id, job.status, begun, f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", job.run
+
+
 def _dashboard(address: str | None) -> str:
-    found = address or read_settings().ray_dashboard
-    if found is None:
-        raise InputError("--address is missing: the address of Ray's dashboard, such as http://HEAD:8265")
-    return found
+    """Return where Ray's dashboard is; RAY_ADDRESS counts only where it names one."""
+    settings = read_settings()
+    joined = settings.ray_address or ""
+    return address or settings.ray_dashboard or (joined if joined.startswith("http") else LOCAL_DASHBOARD)
 
 
 def _shared(store: str) -> str:
-    if "://" not in store and not Path(store).is_absolute():
-        raise InputError(
-            f"--store {store}: expected s3://bucket/prefix, or the absolute path of a shared folder"
-        )
-    return store
+    """Return the store as the job finds it; of a folder, say what must hold of it."""
+    if "://" in store:
+        return store
+    folder = Path(store).absolute()
+    click.echo(
+        f"store {folder}: must be the same shared folder on every node; s3://bucket/prefix need not", err=True
+    )
+    return str(folder)
 
 
 def _passed_on(names: tuple[str, ...]) -> dict[str, str]:
-    """Return the environment of the job: where its services are, and what was asked for by name."""
-    found = variables((*AS_WELL, *names))
+    """Return what of this environment the job gets. Raises InputError for a name that is not set."""
+    found = variables(names)
     missing = [name for name in names if name not in found]
     if missing:
         raise InputError(f"--env {missing[0]}: there is no such variable here")
@@ -169,9 +185,10 @@ def _follow(jobs: Jobs, job_id: str) -> None:
 
 
 def _exit_code(job: Job) -> int:
-    if job.exit_code is not None and job.exit_code >= 0:
-        return job.exit_code
-    return 0 if job.status == "SUCCEEDED" else 4
+    """Return the run's own exit code; 4 for a job that was stopped, was killed or never began."""
+    if job.status == "SUCCEEDED":
+        return 0
+    return job.exit_code if job.status == "FAILED" and job.exit_code in (1, 2, 3) else 4
 
 
 def _ending(job: Job) -> str:

@@ -120,8 +120,8 @@ class LabelStudioAnnotators:
         decided = int(standing.decided.sum())
         return (
             f"waiting for people: {standing.given} answers are in and {standing.open} are still wanted, "
-            f"{decided} of {len(standing.decided)} scenarios are decided; label at {self.server.page_of(record.number)}, "
-            "then give the same command again"
+            f"{decided} of {len(standing.decided)} scenarios are decided; "
+            f"label at {self.server.page_of(record.number)}, then give the same command again"
         )
 
     def _remember(self, record: Record, standing: Standing) -> Record:

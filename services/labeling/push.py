@@ -117,8 +117,8 @@ def _find(server: Server, wanted: Wanted, record: Record, repair: bool) -> Proje
         )
     raise InputError(
         f"project {record.project} at {server.address} is not this run's, which was pushed to "
-        f"{record.address}: its description lacks the mark {record.mark}; correct LABEL_STUDIO_URL or the description, or let "
-        f"{wanted.repair} make another"
+        f"{record.address}: its description lacks the mark {record.mark}; "
+        f"correct LABEL_STUDIO_URL or the description, or let {wanted.repair} make another"
     )
 
 

@@ -97,7 +97,7 @@ def invite_link(server: LocalServer) -> str:
 def simulate(
     run: Run, gallery: Gallery, server: LocalServer, compute: Compute, tell: Callable[[str], None]
 ) -> int:
-    """Have one simulated person per reference model answer until the queue is empty; return the number of answers."""
+    """Have one simulated person per reference model answer all that is asked; return the number of answers."""
     record = read_record(run.store, gallery)
     if record.project is None or record.address != server.address:
         raise InputError(

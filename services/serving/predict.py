@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,11 +57,15 @@ class Served:
         self.thresholds = thresholds(candidate, settings.watch_share)
         self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
         self.scenario_names = candidate.names()
+        self.pass_s = 0.0  # of a full batch
 
     def warm_up(self, batch: int) -> None:
-        """Answer nonsense once in the smallest and once in the largest size, so that no request pays for it."""
-        for count in {1, min(batch, PASS_IMAGES)}:
+        """Answer nonsense in the smallest and the largest size, so that no request pays for it, and take the time."""
+        sizes = (1, min(batch, PASS_IMAGES))
+        for count in (*sizes, sizes[1]):
+            started = time.perf_counter()
             self.answer(np.zeros((count, *self.expected.shape), np.float32))
+            self.pass_s = time.perf_counter() - started
 
     def answer(self, pixels: F32) -> Answers:
         """Return the answers for pixels (n, channels, H, W) in [0, 1]. Raises ModelError for one that is not finite."""

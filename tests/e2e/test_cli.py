@@ -201,5 +201,7 @@ def test_every_command_in_the_readme_is_one_that_exists(line):
 
 def test_files_named_in_the_readme_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\]\(([^)#:]+)\)", text)) | set(re.findall(r"(?<![\w/])deploy/[\w/.-]+\.\w+", text))
+    named = set(re.findall(r"\]\(([^)#:]+)\)", text)) | set(
+        re.findall(r"(?<![\w/])deploy/[\w/.-]+\.\w+", text)
+    )
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
