@@ -95,6 +95,7 @@ class Jobs:
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
         """Show what the job writes until it ends, across lost connections, and return it as it ended."""
+        self.get(job_id)  # says at once that there is none, or no way there
         shown, lost = 0, 0
         while True:
             try:

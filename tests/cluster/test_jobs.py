@@ -110,14 +110,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(head: str, place: Path, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    where = ["--address", head, "--store", str(place / "runs"), "--until", "train"]
+    where = ["--address", head, "--store", "runs", "--until", "train"]
     return defuse("submit", "own.yaml", *where, *words, cwd=place, **changes)
 
 
 @pytest.fixture(scope="module")
 def followed(head: str, place: Path) -> subprocess.CompletedProcess[str]:
     """A run submitted with its own name, followed to its end, while a secret stood in the environment."""
-    return submit(head, place, "--name", "first", AWS_SECRET_ACCESS_KEY=SECRET, LABEL_STUDIO_API_KEY=SECRET)
+    return submit(
+        head,
+        place,
+        "--name",
+        "first",
+        AWS_SECRET_ACCESS_KEY=SECRET,
+        AWS_ENDPOINT_URL=f"http://u:{SECRET}@here",
+    )
 
 
 def test_a_submitted_run_is_followed_to_its_end_and_brings_its_own_code(
@@ -125,6 +132,7 @@ def test_a_submitted_run_is_followed_to_its_end_and_brings_its_own_code(
 ) -> None:
     assert followed.returncode == 0, followed.stdout + followed.stderr
     assert "first: done until train" in followed.stdout
+    assert f"store {place / 'runs'}: must be the same shared folder on every node" in followed.stderr
     assert list((place / "runs" / "first").rglob("models*"))
 
 
@@ -184,9 +192,10 @@ def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(head: str,
     follower.send_signal(signal.SIGINT)
     assert f"jobs logs|stop {job}" in follower.communicate(timeout=30)[1]
     assert follower.returncode == 130
-    (line,) = (line for line in defuse("jobs", "list", "--address", head).stdout.splitlines() if job in line)
-    assert "RUNNING" in line
-    assert "long" in line
+    heading, *rows = (line.split() for line in defuse("jobs", "list", "--address", head).stdout.splitlines())
+    assert heading == ["id", "status", "started", "took", "run"]
+    (row,) = (row for row in rows if row[0] == job)
+    assert (row[1], row[-1]) == ("RUNNING", "long")
     assert defuse("jobs", "stop", job, "--address", head).returncode == 0
     ended = defuse("jobs", "logs", job, "--follow", "--address", head)
     assert ended.returncode == 4
@@ -233,8 +242,9 @@ def test_an_address_without_a_dashboard_is_one_line(address: str, exit_code: int
     assert says in refused.stderr
 
 
-def test_an_unknown_job_is_one_line(head: str) -> None:
-    refused = defuse("jobs", "logs", "nope", "--address", head)
+@pytest.mark.parametrize("words", [["logs"], ["logs", "--follow"], ["stop"]])
+def test_an_unknown_job_is_one_line(head: str, words: list[str]) -> None:
+    refused = defuse("jobs", *words, "nope", "--address", head)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "there is no job nope" in refused.stderr
