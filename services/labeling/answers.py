@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from services.labeling.client import Annotation, Task
@@ -17,7 +17,7 @@ from services.labeling.tasks import Place, Samples
 UNKNOWN_PERSON = 0  # whose account was deleted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """One person's answer to one task: a label per image of it."""
 
@@ -37,7 +37,7 @@ class Refusal:
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """A task as Label Studio hands it out."""
 
@@ -80,9 +80,11 @@ def pull(tasks: Iterable[Task], samples: Samples) -> Pulled:
         pulled.skips += len(task.annotations) - len(submitted)
         slot = Slot(task.id, task.overlap, task.labeled, len(submitted))
         pulled.slots.setdefault(task.key, []).append(slot)
-        given[task.key] += [(annotation, reader.read(place, annotation)) for annotation in submitted]
-    for key, read in given.items():
+        given[task.key] += [(replace(one, result=None), reader.read(place, one)) for one in submitted]
+    while given:
+        key, read = given.popitem()
         pulled.answers[key] = _choose(pulled, samples, key, read)
+    pulled.refused.sort(key=lambda refusal: (refusal.place.key, refusal.annotation))
     return pulled
 
 

@@ -29,7 +29,7 @@ LIGHT = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelle
 PAGE = 250  # tasks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Annotation:
     """One submitted annotation, as the server has it: unchecked."""
 
@@ -41,7 +41,7 @@ class Annotation:
     updated: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     id: int
     key: str | None  # the sample_key that push.py gave it; None for a task of somebody else's

@@ -18,6 +18,7 @@ Form = Literal["image", "scenario"]
 
 NONE = "None of the above"
 LABEL = "label"  # the control that takes a picture's label, or a page's
+MANY = 16  # choices from which on they are drawn small
 KEYS = "1234567890qwertyuiopasdfghjklzxcvbm"  # n is for none of the above
 
 STYLE = """
@@ -40,6 +41,8 @@ STYLE = """
 .answers .lsf-choice{margin:0}
 .answers .lsf-choice__checkbox{display:flex;align-items:center;margin:0;padding:6px 12px}
 .answers .lsf-choice__checkbox{border:1px solid #8888;border-radius:8px;font-size:17px}
+.many .lsf-choices{gap:4px}
+.many .lsf-choice__checkbox{padding:2px 8px;font-size:13px}
 .answers .lsf-choice__checkbox:hover{border-color:#4c5fa9}
 .answers .lsf-choice__checkbox:has(input:checked){border-color:#4c5fa9;background:#4c5fa922}
 """
@@ -50,7 +53,7 @@ IMAGE_FORM = """<View>
 <View className="picture"><Image name="image" value="$image" zoom="false"/></View>
 <View className="question">
 <Header value="What does this picture show?"/>
-<View className="answers"><Choices name="label" toName="image" choice="single-radio" showInline="true" \
+<View className="{answers}"><Choices name="label" toName="image" choice="single-radio" showInline="true" \
 required="true" requiredMessage="Choose what the picture shows, or None of the above.">
 {choices}
 </Choices></View>
@@ -75,7 +78,7 @@ SCENARIO_FORM = """<View>
 <View className="question">
 <Header value="What do these pictures show?"/>
 <Header value="One label for all. Choose below a picture only where it shows something else." size="5"/>
-<View className="answers"><Choices name="label" toName="page" choice="single-radio" showInline="true" \
+<View className="{answers}"><Choices name="label" toName="page" choice="single-radio" showInline="true" \
 required="true" requiredMessage="Choose what the pictures show, or None of the above.">
 {choices}
 </Choices></View>
@@ -90,7 +93,8 @@ def label_config(form: Form, classes: Sequence[str]) -> str:
     choices = [f"<Choice value={quoteattr(name)}{_hotkey(keys.get(name))}/>" for name in names]
     plain = [f"<Choice value={quoteattr(name)}/>" for name in names]
     layout = IMAGE_FORM if form == "image" else SCENARIO_FORM
-    return layout.format(style=STYLE, choices="\n".join(choices), plain="\n".join(plain))
+    answers = "answers many" if len(names) > MANY else "answers"
+    return layout.format(style=STYLE, answers=answers, choices="\n".join(choices), plain="\n".join(plain))
 
 
 def choice_names(classes: Sequence[str]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from services.labeling.tasks import MODEL, Samples, Suggestion, digest
 
 log = logging.getLogger("defuse")
 
-BATCH_TASKS = 100
+BATCH_TASKS = 250
 BATCH_BYTES = 8_000_000  # bodies of some 250 MB make the server fail
 TRIES = 4
 PAUSE_S = 1.0

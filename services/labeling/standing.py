@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from defuse_core.artifacts import I64, Bool, Verdicts, Votes
+from defuse_core.artifacts import F64, I64, Bool, Verdicts, Votes
 from defuse_core.judge import judge, tally
 from services.labeling.answers import Pulled, Refusal
 from services.labeling.early import is_decided
@@ -109,13 +109,13 @@ def stand(samples: Samples, pulled: Pulled, names: Mapping[int, str], overridden
 def _votes(pulled: Pulled, samples: Samples, names: Mapping[int, str]) -> Votes:
     people = pulled.people()
     index = {person: number for number, person in enumerate(people)}
-    rows = [
+    rows = (
         (samples.places[key].scenario, image, index[answer.person], label, answer.when)
         for key, answers in pulled.answers.items()
         for answer in answers
         for image, label in answer.labels
-    ]
-    table = np.array(rows, np.float64).reshape(-1, 5)
+    )
+    table: F64 = np.fromiter(rows, np.dtype((np.float64, 5)))
     scenario, image, annotator, answer = table[:, :4].T.astype(np.int64)
     return Votes(
         scenario=scenario,

@@ -1,0 +1,66 @@
+"""The local server: one command brings it up as it was, one takes it down."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+
+import pytest
+from click.testing import CliRunner
+from label_studio_live import free_port, live_home
+
+from defuse_core.errors import InputError, ServiceError
+from services.cli import defuse
+from services.labeling.client import Server
+from services.labeling.server import Home, _call, down, running, start, up
+
+
+@pytest.fixture
+def cache(server, tmp_path):
+    """A cache of this test's own, whose server is installed already."""
+    (tmp_path / "label-studio").mkdir()
+    (tmp_path / "label-studio" / "env").symlink_to(live_home().env)
+    return tmp_path
+
+
+def test_up_starts_it_once_and_down_keeps_what_was_in_it(cache, monkeypatch):
+    monkeypatch.setenv("DEFUSE_CACHE", str(cache))
+    port = str(free_port())
+    try:
+        first = CliRunner().invoke(defuse, ["label-studio", "up", "--port", port])
+        assert (
+            f"Label Studio runs at http://127.0.0.1:{port}" in first.output
+            and "with password" in first.output
+        )
+        local = running(cache)
+        assert local is not None and up(cache, int(port)) == local
+        made = Server(local.address, local.token).create_project({"title": "kept"})
+        assert down(cache) and running(cache) is None and not down(cache)
+        again = up(cache, int(port))
+        assert again.token == local.token and again.pid != local.pid
+        assert Server(again.address, again.token).project(made.id) == made
+    finally:
+        CliRunner().invoke(defuse, ["label-studio", "down"])
+    with sqlite3.connect(cache / "label-studio" / "data" / "label_studio.sqlite3") as database:
+        assert database.execute("pragma journal_mode").fetchone() == ("wal",)
+    assert stat.S_IMODE((cache / "label-studio" / "server.json").stat().st_mode) == 0o600
+
+
+def test_a_taken_port_is_named(cache, server):
+    with pytest.raises(InputError, match=f"port {server.port} of this machine is taken"):
+        up(cache, server.port)
+
+
+def test_a_server_that_does_not_start_leads_to_its_log(cache):
+    program = cache / "broken"
+    program.write_text("#!/bin/sh\necho no >&2; exit 1\n")
+    program.chmod(0o755)
+    home = Home(cache)
+    home.program = program
+    with pytest.raises(ServiceError, match=f"its log is {home.log}"):
+        start(home, free_port(), None)
+
+
+def test_a_failed_installation_says_what_pip_said():
+    with pytest.raises(ServiceError, match=r"installing Label Studio failed: .* said: no such thing"):
+        _call("sh", "-c", "echo no such thing >&2; exit 1")
