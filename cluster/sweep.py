@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial as TuneTrial
 
 from cluster import metrics
@@ -151,6 +152,7 @@ def _quiet_tune() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray._private")]
     levels = [logger.level for logger in loggers]
     os.environ.update(wanted)
+    _keep_credentials_here()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
@@ -163,3 +165,9 @@ def _quiet_tune() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _keep_credentials_here() -> None:
+    """Keep Tune from describing its actors with this process's AWS_* keys, which Ray logs and its dashboard shows."""
+    passed_on = class_cache.ENV_VARS_TO_PROPAGATE
+    passed_on.difference_update({name for name in passed_on if name.startswith("AWS_")})
