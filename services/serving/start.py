@@ -49,7 +49,6 @@ def ray_for(address: str | None, cpus: int) -> Iterator[None]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
-                _node_ip_address="127.0.0.1",
             )
     try:
         yield
