@@ -118,6 +118,10 @@ def report(name: str, store: str) -> None:
 
 def checked_name(name: str) -> str:
     """Return `name` if it can name a folder everywhere. Raises InputError."""
+    if name in {"registry", "traffic"}:
+        raise InputError(
+            f"run name {name}: the store keeps its versions and traffic under that name; take another"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InputError(
             f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100"
