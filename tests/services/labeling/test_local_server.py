@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import stat
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -17,13 +19,20 @@ from services.labeling.server import Home, _call, down, running, start, up
 
 @pytest.fixture
 def cache(server, tmp_path):
-    """A cache of this test's own, whose server is installed already."""
-    (tmp_path / "label-studio").mkdir()
-    (tmp_path / "label-studio" / "env").symlink_to(live_home().env)
+    """A cache of this test's own with a stopped server: installed, and with a copy of the session's data."""
+    home = Home(tmp_path)
+    home.data.mkdir(parents=True)
+    home.env.symlink_to(live_home().env)
+    with (
+        contextlib.closing(sqlite3.connect(live_home().data / "label_studio.sqlite3")) as source,
+        contextlib.closing(sqlite3.connect(home.data / "label_studio.sqlite3")) as copy,
+    ):
+        source.backup(copy)
+    home.record(replace(server, port=free_port(), address="http://127.0.0.1:1", pid=2**22 + 1))
     return tmp_path
 
 
-def test_up_starts_it_once_and_down_keeps_what_was_in_it(cache, monkeypatch):
+def test_up_starts_it_in_wal_mode_and_down_keeps_what_is_in_it(cache, monkeypatch):
     monkeypatch.setenv("DEFUSE_CACHE", str(cache))
     port = str(free_port())
     try:
@@ -41,9 +50,9 @@ def test_up_starts_it_once_and_down_keeps_what_was_in_it(cache, monkeypatch):
         assert Server(again.address, again.token).project(made.id) == made
     finally:
         CliRunner().invoke(defuse, ["label-studio", "down"])
-    with sqlite3.connect(cache / "label-studio" / "data" / "label_studio.sqlite3") as database:
+    with contextlib.closing(sqlite3.connect(Home(cache).data / "label_studio.sqlite3")) as database:
         assert database.execute("pragma journal_mode").fetchone() == ("wal",)
-    assert stat.S_IMODE((cache / "label-studio" / "server.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE((Home(cache).folder / "server.json").stat().st_mode) == 0o600
 
 
 def test_a_taken_port_is_named(cache, server):
