@@ -8,10 +8,11 @@ itself be retried for ever.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,8 @@ from cluster.relay import Place, Relay, relayed, this_place
 from cluster.session import Share
 from defuse_core.artifacts import Models, Shard
 from defuse_core.config import RunFile
-from defuse_core.errors import ComputeError, StoreError
-from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard
+from defuse_core.errors import ComputeError, DefuseError, StoreError
+from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
 
@@ -57,7 +58,8 @@ class ShardWorker:
         """
         with relayed(mailbox):
             self.identifier = self.identifier or Identifier(self.spec, models)
-            record = self._save(index, self.identifier.shard(index))
+            with named(shard_name(self.spec, models.images["train"], index)):
+                record = self._save(index, self.identifier.shard(index))
         metrics.identified(record.images, record.decodings, record.codes)
         return record
 
@@ -72,13 +74,34 @@ class ShardWorker:
         return save_shard(self.store, index, shard)
 
 
+@contextlib.contextmanager
+def named(shard: str) -> Iterator[None]:
+    """Add the shard to whatever is raised inside, as an error of the tree."""
+    try:
+        yield
+    except DefuseError as error:
+        raise type(error)(f"identify: {shard} failed: {error}") from error
+    except Exception as error:
+        raise ComputeError(f"identify: {shard} failed: {type(error).__name__}: {error}") from error
+
+
+def shard_name(spec: RunFile, images: int, index: int) -> str:
+    """Return a shard as a person may look for it, with the rows of the training set that it holds."""
+    size = blocks_per_shard(images, spec.identify.block_images) * spec.identify.block_images
+    count = shard_count(images, spec.identify.block_images)
+    return (
+        f"shard {index} of {count} (training images {index * size} to {min((index + 1) * size, images) - 1})"
+    )
+
+
 @dataclass(eq=False)
 class Hand:
     """One worker, as the driver sees it."""
 
     number: int
     actor: Any
-    place: Place | None = None  # None until it has answered a ping
+    place: Place | None = None  # where it was when it last answered a ping
+    present: bool = False  # whether it has answered since it was last lost
     shards: list[int] = field(default_factory=list)  # in flight
 
 
@@ -145,7 +168,7 @@ class ShardQueue:
             self._ping(hand)
 
     def _ping(self, hand: Hand) -> None:
-        hand.place = None
+        hand.present = False
         self.flights[hand.actor.ping.options(max_task_retries=-1).remote(self.crew.relay.mailbox)] = (
             hand,
             None,
@@ -168,7 +191,7 @@ class ShardQueue:
             self._feed(free)
 
     def _welcome(self, hand: Hand, place: Place) -> None:
-        hand.place = place
+        hand.place, hand.present = place, True
         log.info("identify: worker %d is %s", hand.number, place)
 
     def _finished(self, index: int, record: ShardRecord) -> None:
@@ -180,17 +203,16 @@ class ShardQueue:
         """The fault is the shard's own, and would come again: stop the run."""
         if index in self.records:  # another worker finished it meanwhile
             return
-        cause = as_defuse_error(error, "identify")
-        what = "identify" if index is None else f"identify: {self._name(index)} failed"
-        raise type(cause)(f"{what}: {one_line(error)}") from error
+        raise as_defuse_error(error, "identify") from error
 
     def _vanished(self, hand: Hand, index: int | None, error: RayError) -> None:
         """The worker's process or node is gone: queue its shard again, and wait until the worker is back."""
         if index is not None and index not in self.records:
             if self.lost[index] >= MAX_TRIES:
+                name = shard_name(self.crew.spec, self.crew.images, index)
                 raise ComputeError(
-                    f"identify: {self._name(index)} was lost {MAX_TRIES + 1} times with its worker: "
-                    f"{one_line(error)}; does it fit in memory? run again to go on"
+                    f"identify: {name} was lost {MAX_TRIES + 1} times with its worker: {one_line(error)}; "
+                    "does it fit in memory? run again to go on"
                 ) from error
             log.warning(
                 "identify: shard %d again, since worker %d was lost (%s)", index, hand.number, hand.place
@@ -201,13 +223,6 @@ class ShardQueue:
         if not any(flier is hand and shard is None for flier, shard in self.flights.values()):
             self._ping(hand)
 
-    def _name(self, index: int) -> str:
-        """Return a shard as a person may look for it."""
-        section = self.crew.spec.identify
-        size = blocks_per_shard(self.crew.images, section.block_images) * section.block_images
-        last = min((index + 1) * size, self.crew.images) - 1
-        return f"shard {index} of {self.total} (training images {index * size} to {last})"
-
     def _requeue(self, index: int) -> None:
         self.lost[index] += 1
         metrics.redone(1)
@@ -215,9 +230,9 @@ class ShardQueue:
 
     def _feed(self, hand: Hand) -> None:
         """Keep the worker busy. Near the end an idle one also takes a shard that a slow one has not begun."""
-        while hand.place is not None and len(hand.shards) < IN_FLIGHT and self.waiting:
+        while hand.present and len(hand.shards) < IN_FLIGHT and self.waiting:
             self._send(hand, self.waiting.popleft())
-        if hand.place is not None and not hand.shards and (index := self._slow()) is not None:
+        if hand.present and not hand.shards and (index := self._slow()) is not None:
             self._send(hand, index)
 
     def _send(self, hand: Hand, index: int) -> None:

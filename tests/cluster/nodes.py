@@ -1,0 +1,108 @@
+"""Clusters of several nodes on one machine: run as `python -m tests.cluster.nodes SCENE FOLDER`; prints JSON.
+
+A process of its own, since the tests' process is in another Ray already.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.compute import RayCompute
+from defuse_core.artifacts import Corrections, Models, decode
+from defuse_core.runs import FolderStore
+from tests.cluster.checks import Lines
+from tests.cluster.fakes import CountingStore
+from tests.conftest import tiny
+
+PAUSE_S = 1.0  # per write: shards take long enough for nodes to come and go
+
+
+def main(scene: str, folder: Path) -> None:
+    """Play a scene with the models in `folder`; its store is `folder`/SCENE."""
+    lines = Lines()
+    log = logging.getLogger("defuse")
+    log.setLevel(logging.DEBUG)
+    log.addHandler(lines)
+    models = decode(Models, (folder / "models").read_bytes(), "models")
+    found = SCENES[scene](models, folder / scene)
+    print(json.dumps({"lines": lines.lines, **found}))
+
+
+def in_background(work: Callable[[], Any]) -> threading.Thread:
+    """Start `work` beside this thread, since nodes can be added from the main thread only."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return once `condition` holds."""
+    deadline = time.monotonic() + 90
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the scene does not go on")
+        time.sleep(0.05)
+
+
+def nodes_come_and_go(models: Models, folder: Path) -> dict[str, Any]:
+    """One node begins; a second joins, works, and has its raylet killed."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    store, spec = CountingStore(folder, PAUSE_S), tiny(resources={"workers": "auto"})
+    lines = next(h for h in logging.getLogger("defuse").handlers if isinstance(h, Lines))
+    with RayCompute(None, spec) as compute:
+        thread = in_background(lambda: compute.identify(spec, models, store))
+        wait_until(lambda: len(store.list("psi/")) >= 2)
+        late = cluster.add_node(num_cpus=1)
+        wait_until(lambda: len(lines.processes("identify: worker 1")) == 1)
+        seen = len(store.list("psi/"))
+        wait_until(lambda: len(store.list("psi/")) >= seen + 3)
+        raylet = late.all_processes["raylet"][0].process.pid
+        os.kill(raylet, signal.SIGKILL)
+        thread.join(120)
+    ray.shutdown()
+    cluster.shutdown()
+    return {"finished": not thread.is_alive()}
+
+
+def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
+    """Four GPUs that are not there: who sees which?"""
+    ray.init(
+        "local",
+        num_cpus=4,
+        num_gpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    spec = tiny(correct={"lambdas": [1e-3, 1.0, 10.0, 100.0]})
+    rng = np.random.default_rng(0)
+    tune, test = (rng.normal(size=(2, 24, spec.vae.latent_dim)).astype(np.float32) for _ in range(2))
+    with RayCompute(None, spec) as compute:
+        compute.identify(spec, models, FolderStore(folder))
+        fixes = Corrections(np.arange(2), np.arange(2), tune, test)
+        compute.sweep(spec, models, fixes, None, FolderStore(folder / "trials"))
+    ray.shutdown()
+    return {}
+
+
+SCENES = {"nodes": nodes_come_and_go, "gpus": four_gpus}
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

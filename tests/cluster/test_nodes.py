@@ -1,0 +1,78 @@
+"""Several nodes, and GPUs that are pretended."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.session import Share, _fitting
+from defuse_core.artifacts import Models, Psi, encode
+from defuse_core.runs import FolderStore
+from tests.cluster.checks import assert_same_psi
+from tests.conftest import ROOT
+
+
+def play(scene: str, folder: Path, models: Models) -> dict[str, Any]:
+    """Play a scene of nodes.py, and return what it printed."""
+    (folder / "models").write_bytes(encode(models))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cluster.nodes", scene, str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        timeout=200,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_node_that_joins_gets_work_and_one_that_dies_costs_nothing(
+    tmp_path: Path, tiny_models: Models, local_psi: Psi, local_store: FolderStore
+) -> None:
+    played = play("nodes", tmp_path, tiny_models)
+    assert played["finished"]
+    assert any(line.startswith("identify: worker 1 is process") for line in played["lines"])
+    assert any("since worker 1 was lost" in line for line in played["lines"])
+    assert_same_psi(len(local_psi.codes), FolderStore(tmp_path / "nodes"), local_store)
+
+
+def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
+    tmp_path: Path, tiny_models: Models, local_psi: Psi, local_store: FolderStore
+) -> None:
+    lines = play("gpus", tmp_path, tiny_models)["lines"]
+    gpus = r"GPU (\d) \(CUDA_VISIBLE_DEVICES=(\d)\)"
+    workers = [m.groups() for line in lines if (m := re.search(f"identify: worker . is .* {gpus}", line))]
+    assert sorted(workers) == [(str(gpu), str(gpu)) for gpu in range(4)]
+    trials = [m.groups() for line in lines if (m := re.search(f"correct: λ = .* in .* {gpus}", line))]
+    assert len(trials) == 4
+    assert all(granted == visible for granted, visible in trials)
+    loud = [
+        line for line in lines if re.search(r"^\w+: GPU \d was granted, but torch .* cannot use it", line)
+    ]
+    assert {line.split(":")[0] for line in loud} == {"identify", "correct"}
+    assert_same_psi(len(local_psi.codes), FolderStore(tmp_path / "gpus"), local_store)
+
+
+@pytest.mark.parametrize(
+    ("node", "share", "workers"),
+    [
+        (Share(8, 0), Share(1, 0), 8),
+        (Share(8, 4), Share(1, 1), 4),
+        (Share(2, 4), Share(1, 1), 2),
+        (Share(8, 4), Share(1, 2), 2),
+        (Share(8, 3), Share(1, 2), 1),
+        (Share(16, 2), Share(1, 0.5), 4),
+        (Share(16, 2), Share(1, 0.4), 4),
+        (Share(16, 0), Share(1, 0.5), 0),
+        (Share(3, 0), Share(2, 0), 1),
+        (Share(1, 0), Share(0.25, 0), 4),
+    ],
+)
+def test_a_gpu_is_shared_in_whole_parts_only(node: Share, share: Share, workers: int) -> None:
+    assert _fitting(node, share) == workers
