@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -156,15 +157,18 @@ def simulate(name: str, store: str) -> None:
     from defuse_core.errors import InputError
     from defuse_core.local import LocalCompute
     from services.console import ProgressDisplay
+    from services.labeling import LabelStudioAnnotators
     from services.labeling.server import running
     from services.labeling.simulate import simulate as answer
 
     opened, gallery = _open(name, store)
-    server = running(read_settings().cache)
+    settings = replace(read_settings(), label_studio_url=None)  # never a server where people work
+    server = running(settings.cache)
     if server is None:
         raise InputError("the local Label Studio is not running; `defuse label-studio up` starts it")
+    annotators = LabelStudioAnnotators(opened, settings)
     with ProgressDisplay() as display:
-        total = answer(opened, gallery, server, LocalCompute(display), click.echo)
+        total = answer(annotators, gallery, server, LocalCompute(display), click.echo)
     click.echo(f"{total} answers; `defuse run` goes on with them")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from defuse_core.artifacts import Gallery, Votes
+from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
 from defuse_core.judge import read_overrides
 from defuse_core.runs import Run
@@ -53,8 +55,14 @@ class LabelStudioAnnotators:
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
     ) -> None:
-        self.run, self.compute, self.wait = run, compute, wait
-        self.server = connect(settings)
+        self.run, self.settings, self.compute, self.wait = run, settings, compute, wait
+        if STEPS.index(run.until) >= STEPS.index("review") and not run.store.exists("votes.safetensors"):
+            self.server.check()  # now, not after an hour of training
+
+    @cached_property
+    def server(self) -> Server:
+        """The server; a run whose votes are in needs none."""
+        return connect(self.settings)
 
     def review(self, gallery: Gallery) -> Votes:
         """Return all answers, once every image has as many as wanted or its scenario is decided.

@@ -69,7 +69,7 @@ class Server:
 
     def __init__(self, address: str, token: str, timeout_s: float = 60.0) -> None:
         self.address = checked_address(address)
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # else one line per request
+        hush()
         if not re.fullmatch(r"[\x21-\x7e]+", token):
             raise InputError(
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
@@ -94,8 +94,7 @@ class Server:
     def create_project(self, fields: Mapping[str, Any]) -> Project:
         """Make a project. After a lost reply it may be there nonetheless."""
         with _explained(self.address):
-            made = self._sdk.projects.create(**fields, request_options=WRITE)
-        return _project(made)
+            return _project(self._sdk.projects.create(**fields, request_options=WRITE))
 
     def project(self, number: int) -> Project | None:
         """Return the project, or None where there is none of that number."""
@@ -143,11 +142,11 @@ class Server:
                         request_options=READ,
                     )
                 except ApiError as error:
-                    if error.status_code == 404 and page > 1:
-                        return
+                    if error.status_code == 404 and page > 1 and self.project(project) is not None:
+                        return  # the page before was full and the last
                     raise
-            items = answer.items or []
-            yield from (_task(item) for item in items)
+                items = [_task(item) for item in answer.items or ()]
+            yield from items
             if len(items) < PAGE:
                 return
             page += 1
@@ -179,6 +178,11 @@ class Server:
             known = self._sdk.import_storage.s3.list(project=project, request_options=READ)
             if not any(storage.bucket == fields["bucket"] for storage in known):
                 self._sdk.import_storage.s3.create(project=project, **fields, request_options=WRITE)
+
+
+def hush() -> None:
+    """Keep httpx from logging one line per request."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def checked_address(address: str) -> str:
@@ -230,7 +234,7 @@ def _explained(address: str) -> Iterator[None]:
         ) from None
     except ApiError as error:
         raise _of_status(address, error.status_code or 0, error.body) from None
-    except (ParsingError, ValueError, TypeError, AttributeError):
+    except (ParsingError, ValueError, TypeError, AttributeError, KeyError):
         raise ServiceError(
             f"{address} answered something that Label Studio 1.23 does not; is LABEL_STUDIO_URL right?"
         ) from None

@@ -19,9 +19,8 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-
-import httpx
 
 from defuse_core.errors import InputError, ServiceError
 
@@ -43,10 +42,12 @@ class LocalServer:
 
     def answers(self) -> bool:
         """Whether it is up and healthy."""
-        try:
-            return httpx.get(f"{self.address}/health", timeout=5.0, trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
+        with contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=5.0)) as connection:
+            try:
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
+            except (OSError, HTTPException):
+                return False
 
 
 class Home:

@@ -46,7 +46,7 @@ def _scenarios(standing: Standing) -> Table:
 def _state(standing: Standing, scenario: int, reason: str) -> str:
     if standing.overridden[scenario]:
         return "decided above the vote"
-    return f"decided, {reason}"
+    return reason
 
 
 def _print_refusals(standing: Standing, console: Console) -> None:

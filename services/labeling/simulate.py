@@ -18,7 +18,8 @@ from defuse_core.artifacts import Gallery
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.pipeline import Compute
 from defuse_core.reference import ReferenceAnnotators
-from defuse_core.runs import Run
+from services.labeling.annotators import LabelStudioAnnotators
+from services.labeling.client import hush
 from services.labeling.config import LABEL, choice_names
 from services.labeling.record import read_record
 from services.labeling.server import LocalServer
@@ -95,25 +96,35 @@ def invite_link(server: LocalServer) -> str:
 
 
 def simulate(
-    run: Run, gallery: Gallery, server: LocalServer, compute: Compute, tell: Callable[[str], None]
+    annotators: LabelStudioAnnotators,
+    gallery: Gallery,
+    server: LocalServer,
+    compute: Compute,
+    tell: Callable[[str], None],
 ) -> int:
-    """Have one simulated person per reference model answer all that is asked; return the number of answers."""
+    """Have one simulated person per reference model answer until the queue is empty; return the number of answers.
+
+    They come one after the other, and in between what is decided leaves the queue, so the later ones have less to do.
+    """
+    hush()
+    run = annotators.run
     record = read_record(run.store, gallery)
     if record.project is None or record.address != server.address:
         raise InputError(
-            f"run {run.name} is not in the local Label Studio; `defuse review push {run.name}` puts it there"
+            f"run {run.name} is not in the local Label Studio; `defuse review push {run.name}` first"
         )
     votes = ReferenceAnnotators(run.spec, compute).review(gallery)
     answers = np.zeros((len(votes.annotators), *gallery.predicted.shape), np.int64)  # (W, S, R)
     answers[votes.annotator, votes.scenario, votes.image] = votes.answer
     invite, total = invite_link(server), 0
     for number, own in enumerate(answers):
-        person = Person.sign_up(
-            server.address, invite, f"simulated-{number + 1}-{secrets.token_hex(3)}@defuse.local"
+        email = f"simulated-{number + 1}-{secrets.token_hex(3)}@defuse.local"
+        done = _work(
+            Person.sign_up(server.address, invite, email), record.number, own, choice_names(gallery.classes)
         )
-        done = _work(person, record.number, own, choice_names(gallery.classes))
-        tell(f"{person.email} answered {done} tasks")
+        tell(f"{email} answered {done} tasks")
         total += done
+        annotators.standing(gallery)
     return total
 
 

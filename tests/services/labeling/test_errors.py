@@ -7,10 +7,12 @@ import pickle
 from dataclasses import replace
 
 import pytest
-from label_studio_live import free_port, settings_for
+from label_studio_live import digits_gallery, free_port, review_run, settings_for
 from proxy import Reply
 
 from defuse_core.errors import InputError, ServiceError
+from defuse_core.runs import FolderStore, Run
+from services.labeling import LabelStudioAnnotators
 from services.labeling.annotators import connect
 from services.labeling.client import Server
 from services.settings import read_settings
@@ -109,3 +111,15 @@ def test_the_token_is_in_no_log_no_repr_and_no_file_of_the_run(make_review, serv
     assert "httpx" not in caplog.text or "DEBUG" in caplog.text
     stored = b"".join(review.run.store.read(key) for key in review.run.store.list())
     assert server.token not in shown and server.token.encode() not in stored
+
+
+def test_a_server_that_is_missing_is_said_before_anything_is_computed(tmp_path):
+    gone = replace(
+        read_settings(), label_studio_url=f"http://127.0.0.1:{free_port()}", label_studio_api_key="token"
+    )
+    run = review_run(tmp_path, digits_gallery())
+    with pytest.raises(ServiceError, match="cannot be reached"):
+        LabelStudioAnnotators(run, gone)
+    LabelStudioAnnotators(Run(FolderStore(tmp_path), run.name, run.spec, until="draw"), gone)
+    run.store.write("votes.safetensors", b"in already")
+    LabelStudioAnnotators(run, gone)
