@@ -16,12 +16,15 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-from label_studio_sdk import LabelStudio
-from label_studio_sdk.core.api_error import ApiError
-from label_studio_sdk.core.parse_error import ParsingError
-
 from defuse_core.errors import InputError, ServiceError
+
+try:
+    import httpx
+    from label_studio_sdk import LabelStudio
+    from label_studio_sdk.core.api_error import ApiError
+    from label_studio_sdk.core.parse_error import ParsingError
+except ModuleNotFoundError as error:
+    raise InputError("Label Studio needs its client here: pip install 'defuse[label-studio]'") from error
 
 READ: Any = {"max_retries": 2}
 WRITE: Any = {"max_retries": 0}

@@ -1,5 +1,6 @@
 """Stopping early is held against judge() itself, over every way in which the missing answers can come."""
 
+import time
 from itertools import combinations_with_replacement, product
 
 import numpy as np
@@ -72,11 +73,11 @@ def test_without_answers_nothing_is_decided():
     assert not is_decided(counts, np.full(10, 5), np.full(10, 3), 0.5)
 
 
-def test_three_of_five_agreeing_on_six_of_ten_images_settle_an_accepted_scenario():
+def test_three_of_five_agreeing_on_seven_of_ten_images_settle_the_scenario_and_on_six_do_not():
+    """At rho 0.6: seven of ten are over it whatever the other three become, six of ten need not be."""
     counts = np.zeros((10, 10), np.int64)
     counts[:7, 8] = 3
-    missing = np.array([2] * 7 + [5] * 3)
-    assert is_decided(counts, missing, np.full(10, 3), 0.5)
+    assert is_decided(counts, np.array([2] * 7 + [5] * 3), np.full(10, 3), 0.6)
     counts[6, 8] = 0
     assert not is_decided(counts, np.array([2] * 6 + [5] * 4), np.full(10, 3), 0.6)
 
@@ -86,12 +87,9 @@ def test_majorities_bound_to_be_tied_settle_a_rejection():
     assert is_decided(counts, np.array([2, 2, 0]), np.array([2, 2, 2]), 0.5)
 
 
-def test_forty_three_classes_take_milliseconds(benchmark_s=0.5):
-    import time
-
+def test_forty_three_classes_take_less_than_a_second_per_scenario():
     rng = np.random.default_rng(0)
     started = time.perf_counter()
     for _ in range(20):
-        counts = rng.integers(0, 2, (10, 43))
-        is_decided(counts, np.full(10, 2), rng.integers(0, 43, 10), 0.5)
-    assert time.perf_counter() - started < benchmark_s * 20
+        is_decided(rng.integers(0, 2, (10, 43)), np.full(10, 2), rng.integers(0, 43, 10), 0.5)
+    assert time.perf_counter() - started < 20

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pickle
+import sys
 from dataclasses import replace
 
+import httpx
 import pytest
 from label_studio_live import digits_gallery, free_port, review_run, settings_for
 from proxy import Reply
@@ -123,3 +126,16 @@ def test_a_server_that_is_missing_is_said_before_anything_is_computed(tmp_path):
     LabelStudioAnnotators(Run(FolderStore(tmp_path), run.name, run.spec, until="draw"), gone)
     run.store.write("votes.safetensors", b"in already")
     LabelStudioAnnotators(run, gone)
+
+
+def test_a_personal_access_token_does_as_well_as_a_legacy_one(server):
+    headers = {"Authorization": f"Token {server.token}"}
+    made = httpx.post(f"{server.address}/api/token/", headers=headers, json={}, trust_env=False)
+    Server(server.address, made.json()["token"]).check()
+
+
+def test_without_the_client_library_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
+    monkeypatch.delitem(sys.modules, "services.labeling.client")
+    with pytest.raises(InputError, match=r"pip install 'defuse\[label-studio\]'"):
+        importlib.import_module("services.labeling.client")
