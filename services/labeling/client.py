@@ -6,8 +6,6 @@ not mean that nothing happened, so who writes looks first (see push.py).
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +14,13 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from defuse_core.errors import InputError, ServiceError
+from defuse_core.errors import InputError
 
 try:
-    import httpx
     from label_studio_sdk import LabelStudio
     from label_studio_sdk.core.api_error import ApiError
-    from label_studio_sdk.core.parse_error import ParsingError
+
+    from services.labeling.explain import explained, is_json, unless_gone
 except ModuleNotFoundError as error:
     raise InputError("Label Studio needs its client here: pip install 'defuse[label-studio]'") from error
 
@@ -77,7 +75,7 @@ class Server:
             raise InputError(
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
             )
-        with _explained(self.address):
+        with explained(self.address):
             self._sdk: Any = LabelStudio(  # type: ignore[no-untyped-call]
                 base_url=self.address, api_key=token, timeout=timeout_s, max_retries=0, follow_redirects=False
             )
@@ -87,7 +85,7 @@ class Server:
 
     def check(self) -> None:
         """Ask who we are: the cheapest question that needs the right address and a valid token."""
-        with _explained(self.address):
+        with explained(self.address):
             self._sdk.users.whoami(request_options=READ)
 
     def page_of(self, project: int) -> str:
@@ -96,44 +94,44 @@ class Server:
 
     def create_project(self, fields: Mapping[str, Any]) -> Project:
         """Make a project. After a lost reply it may be there nonetheless."""
-        with _explained(self.address):
+        with explained(self.address):
             return _project(self._sdk.projects.create(**fields, request_options=WRITE))
 
     def project(self, number: int) -> Project | None:
         """Return the project, or None where there is none of that number."""
-        with _explained(self.address):
+        with explained(self.address):
             try:
                 return _project(self._sdk.projects.get(id=number, request_options=READ))
             except ApiError as error:
-                if error.status_code == 404 and _is_json(error.body):
+                if error.status_code == 404 and is_json(error.body):
                     return None
                 raise
 
     def find_projects(self, mark: str) -> list[Project]:
         """Return the projects whose description holds `mark`, oldest first."""
-        with _explained(self.address):
+        with explained(self.address):
             pages = self._sdk.projects.list(page_size=100, request_options=READ)
             found = [_project(project) for project in pages if mark in (project.description or "")]
         return sorted(found, key=lambda project: project.id)
 
     def update_project(self, number: int, fields: Mapping[str, Any]) -> None:
-        with _explained(self.address):
+        with explained(self.address):
             self._sdk.projects.update(id=number, **fields, request_options=WRITE)
 
     def delete_project(self, number: int) -> None:
-        with _explained(self.address):
+        with explained(self.address):
             self._sdk.projects.delete(id=number, request_options=WRITE)
 
     def import_tasks(self, project: int, tasks: Sequence[Mapping[str, Any]]) -> None:
         """Add tasks, all or none. After a lost reply they may be there nonetheless."""
-        with _explained(self.address):
+        with explained(self.address):
             self._sdk.projects.import_tasks(id=project, request=list(tasks), request_options=WRITE)
 
     def tasks(self, project: int, with_data: bool = False) -> Iterator[Task]:
         """Return all tasks with all annotations, page by page. `with_data` brings what they show, too."""
         include, page = (LIGHT + ",data" if with_data else LIGHT), 1
         while True:
-            with _explained(self.address):
+            with explained(self.address):
                 try:
                     answer = self._sdk.tasks.list(
                         project=project,
@@ -155,20 +153,20 @@ class Server:
             page += 1
 
     def delete_task(self, number: int) -> None:
-        with _explained(self.address), _unless_gone():
+        with explained(self.address), unless_gone():
             self._sdk.tasks.delete(id=str(number), request_options=WRITE)
 
     def set_overlap(self, task: int, overlap: int, labeled: bool) -> None:
         """Say how many people are to see the task, and whether it leaves the queue now. Safe to repeat."""
         fields = {"overlap": overlap, "is_labeled": labeled}
-        with _explained(self.address), _unless_gone():
+        with explained(self.address), unless_gone():
             self._sdk.tasks.update(
                 id=str(task), request_options=WRITE | {"additional_body_parameters": fields}
             )
 
     def people(self) -> dict[int, str]:
         """Return the names of the users: first and last name, or else the e-mail address."""
-        with _explained(self.address):
+        with explained(self.address):
             users = self._sdk.users.list(request_options=READ)
         return {
             user.id: f"{user.first_name or ''} {user.last_name or ''}".strip() or str(user.email)
@@ -177,7 +175,7 @@ class Server:
 
     def connect_bucket(self, project: int, fields: Mapping[str, Any]) -> None:
         """Let the project show pictures of an S3 bucket, proxied by the server, unless it does already."""
-        with _explained(self.address):
+        with explained(self.address):
             known = self._sdk.import_storage.s3.list(project=project, request_options=READ)
             if not any(storage.bucket == fields["bucket"] for storage in known):
                 self._sdk.import_storage.s3.create(project=project, **fields, request_options=WRITE)
@@ -201,83 +199,6 @@ def checked_address(address: str) -> str:
             "LABEL_STUDIO_URL: expected a plain address; the token belongs into LABEL_STUDIO_API_KEY"
         )
     return address.strip().rstrip("/")
-
-
-@contextlib.contextmanager
-def _unless_gone() -> Iterator[None]:
-    """A task that someone deleted in the meantime needs nothing any more."""
-    try:
-        yield
-    except ApiError as error:
-        if error.status_code != 404:
-            raise
-
-
-@contextlib.contextmanager
-def _explained(address: str) -> Iterator[None]:
-    """Turn what went wrong into one line.
-
-    The SDK's own errors hold headers and whole pages, so they are not chained.
-    """
-    try:
-        yield
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise InputError(f"LABEL_STUDIO_URL: {address} is not a usable address") from error
-    except httpx.ConnectError:
-        raise ServiceError(
-            f"Label Studio at {address} cannot be reached; start it or correct LABEL_STUDIO_URL, then run again"
-        ) from None
-    except httpx.TimeoutException:
-        raise ServiceError(
-            f"Label Studio at {address} is too slow to answer; run again, nothing is lost"
-        ) from None
-    except httpx.HTTPError:
-        raise ServiceError(
-            f"Label Studio at {address} cut the connection; run again, nothing is lost"
-        ) from None
-    except ApiError as error:
-        raise _of_status(address, error.status_code or 0, error.body) from None
-    except (ParsingError, ValueError, TypeError, AttributeError, KeyError):
-        raise ServiceError(
-            f"{address} answered something that Label Studio 1.23 does not; is LABEL_STUDIO_URL right?"
-        ) from None
-
-
-def _of_status(address: str, status: int, body: Any) -> Exception:  # noqa: PLR0911 - one line per status
-    if status == 401:
-        return InputError(
-            f"Label Studio at {address} refused the token (401); set LABEL_STUDIO_API_KEY to a valid one"
-        )
-    if status == 403:
-        return InputError(
-            f"Label Studio at {address} forbids this to the token's account (403); use an administrator's"
-        )
-    if status == 429:
-        return ServiceError(
-            f"Label Studio at {address} is limiting requests (429); wait a minute and run again"
-        )
-    if status >= 500:
-        return ServiceError(
-            f"Label Studio at {address} failed ({status}); see its log, then run again, nothing is lost"
-        )
-    if 300 <= status < 400:
-        return InputError(f"{address} redirects elsewhere ({status}); set LABEL_STUDIO_URL to where it leads")
-    if not _is_json(body):
-        return InputError(
-            f"{address} answered a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
-        )
-    return ServiceError(f"Label Studio at {address} did not accept the request ({status}): {_detail(body)}")
-
-
-def _is_json(body: Any) -> bool:
-    return isinstance(body, (dict, list)) or body is None or hasattr(body, "model_dump")
-
-
-def _detail(body: Any) -> str:
-    plain = body.model_dump() if hasattr(body, "model_dump") else body
-    if isinstance(plain, dict):
-        plain = plain.get("validation_errors") or plain.get("detail") or plain
-    return json.dumps(plain, default=str)[:300]
 
 
 def _project(found: Any) -> Project:
