@@ -30,9 +30,9 @@ def moto_server() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def rclone_server(folder: Path, key: str, secret: str) -> Iterator[str]:
+def rclone_server(folder: Path, key: str, secret: str, port: int | None = None) -> Iterator[str]:
     """Serve `folder` as S3 and yield its address: buckets are its folders. It checks keys and ignores conditions."""
-    port = free_port()
+    port = port or free_port()
     command = [
         str(BIN / "rclone"),
         "serve",
