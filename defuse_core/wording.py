@@ -128,3 +128,17 @@ def answered_by_models(report: Report) -> str | None:
         f"The labels below come from {report.votes.annotators} classifiers that stand in for annotators; "
         "treat them as a rehearsal, not as ground truth."
     )
+
+
+def prelabelled(report: Report) -> str | None:
+    """Return the notice that annotators saw an answer preselected, or None where they did not."""
+    if "prelabel" not in report.votes.notes:
+        return None
+    return "Answers were preselected. In the review " + str(report.votes.notes["prelabel"]) + "."
+
+
+def caveats(report: Report) -> list[str]:
+    """Return what a reader must know before the figures."""
+    return [
+        text for text in (answered_by_models(report), prelabelled(report), purity_warning(report)) if text
+    ]

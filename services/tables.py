@@ -19,14 +19,13 @@ from defuse_core.runs import Run, Store
 from defuse_core.wording import (
     LOW_PURITY,
     NONE,
-    answered_by_models,
+    caveats,
     change,
     count_of,
     duration,
     headline,
     lam_text,
     percent,
-    purity_warning,
     size,
     unbroken,
 )
@@ -47,9 +46,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report's figures: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
     console = console or Console()
     _say(console, headline(report), "bold")
-    for warning in (answered_by_models(report), purity_warning(report)):
-        if warning:
-            _say(console, warning, "yellow")
+    for warning in caveats(report):
+        _say(console, warning, "yellow")
     console.print(_accuracy_table(report))
     if report.scenarios.accepted:
         console.print(_scenario_table(report, console.width))

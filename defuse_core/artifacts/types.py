@@ -145,12 +145,17 @@ class Gallery:
     codes: F32  # (S, R, Z)
     predicted: I64  # (S, R)
     classes: tuple[str, ...]  # (C,)
+    numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are; empty: all of them
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def number(self, scenario: int) -> int:
+        """Return what people call the component at place `scenario`."""
+        return self.numbers[scenario] if self.numbers else scenario
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,11 +24,10 @@ from defuse_core.html.style import CSS
 from defuse_core.report import Report
 from defuse_core.wording import (
     LOW_PURITY,
-    answered_by_models,
+    caveats,
     change,
     headline,
     percent,
-    purity_warning,
     unbroken,
 )
 
@@ -95,7 +94,7 @@ def _header(report: Report, bodies: Mapping[str, Markup]) -> Markup:
         "header",
         tag("p", "Defuse report · ", tag("b", report.run.name), f" · {report.run.dataset}", class_="kicker"),
         tag("h1", headline(report)),
-        *(_note(text) for text in (answered_by_models(report), purity_warning(report)) if text),
+        *(_note(text) for text in caveats(report)),
         _tiles(report),
         tag("nav", *(tag("a", SECTIONS[key][0], href=f"#{key}") for key in bodies)),
     )

@@ -10,6 +10,8 @@ from defuse_core.report import Accuracy, ClassAccuracy, Mean, Report, TradeOff
 from defuse_core.wording import NONE, change, count_of, lam_text, percent
 
 SHOWN_CLASSES = 12
+SHOWN_REFUSALS = 50
+TOLD_ELSEWHERE = {"prelabel", "refused_answers"}  # of the annotators' notes
 Pictures = Mapping[str, Markup]
 
 
@@ -112,7 +114,8 @@ def agreement_section(report: Report) -> Markup:
         ("no label, tied", votes.ties),
         ("no label, none of the above", votes.refused),
     ]
-    figures += [(name.replace("_", " "), _plain(value)) for name, value in votes.notes.items()]
+    told = {name: value for name, value in votes.notes.items() if name not in TOLD_ELSEWHERE}
+    figures += [(name.replace("_", " "), _plain(value)) for name, value in told.items()]
     rows = ((name, mean.images, _spread(mean)) for name, mean in parts)
     return join([table(("Review images of", "Labelled images", "Agreement"), rows), figures_list(figures)])
 
@@ -125,6 +128,8 @@ def _spread(mean: Mean) -> str:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -152,12 +157,25 @@ def _class_row(row: ClassAccuracy) -> list[Child]:
 
 
 def exceptions_section(report: Report, classes: tuple[str, ...]) -> Markup | None:
-    """Decisions that people took above the vote, and fine-tunings that failed; None where there are none."""
+    """Decisions above the vote, answers that do not count, fine-tunings that failed; None where there are none."""
     parts: list[Child] = []
     if report.overrides:
         head = ("Component", "Decision", "By", "Reason", "When")
         rows = (_override_row(override, classes) for override in report.overrides)
         parts += [tag("p", "Decided by a person, above the vote:"), table(head, rows, 5)]
+    refused = report.votes.notes.get("refused_answers", [])
+    if refused:
+        names = ("Component", "Image", "Annotator", "Why")
+        cells = [
+            [_said(answer.get(name)) for name in ("scenario", "image", "annotator", "why")]
+            for answer in refused
+        ]
+        said = count_of(len(refused), "answer")
+        parts += [tag("p", f"{said} not counted:"), table(names, cells[:SHOWN_REFUSALS], 4)]
+        if len(refused) > SHOWN_REFUSALS:
+            parts.append(
+                tag("p", f"and {len(refused) - SHOWN_REFUSALS} more, in report.json.", class_="quiet")
+            )
     if report.failed_trials:
         failed = ((t.sweep, lam_text(t.lam), t.cause) for t in report.failed_trials)
         parts += [
@@ -165,6 +183,10 @@ def exceptions_section(report: Report, classes: tuple[str, ...]) -> Markup | Non
             table(("Sweep", "λ", "Cause"), failed, 3),
         ]
     return join(parts) if parts else None
+
+
+def _said(value: object) -> str:
+    return NONE if value is None else str(value)
 
 
 def _override_row(override: Mapping[str, Any], classes: tuple[str, ...]) -> list[Child]:

@@ -31,15 +31,25 @@ def review() -> None:
 @click.argument("name", metavar="RUN")
 @store_option
 @click.option("--repair", is_flag=True, help="Put back what someone deleted or edited in Label Studio.")
-def push(name: str, store: str, repair: bool) -> None:
-    """Send the images of RUN to Label Studio; those that are there already stay as they are."""
+@click.option(
+    "--from-traffic", is_flag=True, help="Send inputs that `defuse serve` kept, in place of drawn images."
+)
+def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
+    """Send the images of RUN to Label Studio; those that are there already stay as they are.
+
+    Inputs from traffic get a review of their own, called RUN/traffic-1, that every command here takes as RUN.
+    """
     from services.labeling import LabelStudioAnnotators
 
+    if from_traffic:
+        name = _begin_traffic_review(name, store)
     opened, gallery = _open(name, store)
     with opened.store.lock():
         annotators = LabelStudioAnnotators(opened, read_settings())
         record = annotators.push(gallery, repair)
     click.echo(f"label at {annotators.server.page_of(record.number)}")
+    if from_traffic:
+        click.echo(f"`defuse review status {name}` shows the answers")
 
 
 @review.command()
@@ -49,11 +59,15 @@ def status(name: str, store: str) -> None:
     """Show the answers so far of RUN, what is missing, and where to label."""
     from services.labeling import LabelStudioAnnotators
     from services.labeling.show import print_standing
+    from services.labeling.traffic import conclude
 
     opened, gallery = _open(name, store)
     annotators = LabelStudioAnnotators(opened, read_settings())
     standing, record = annotators.standing(gallery)
     print_standing(standing, annotators.server.page_of(record.number))
+    if "/" in name and not standing.open:  # a run's own review is concluded by `defuse run`
+        conclude(opened, standing, record)
+        click.echo(f"all answers are in, and stored in {opened.store.address}")
 
 
 @review.command(name="set")
@@ -89,6 +103,8 @@ def set_(
 
     if reject == (label is not None):
         raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
+    if "/" in name:
+        raise click.UsageError("a review of traffic corrects nothing, so there is no vote to decide above")
     opened, _ = _open(name, store)
     done = decide(opened, scenario, label, author or getpass.getuser(), reason, redo)
     click.echo(f"{done}; `defuse run` goes on with it")
@@ -172,15 +188,34 @@ def simulate(name: str, store: str) -> None:
     click.echo(f"{total} answers; `defuse run` goes on with them")
 
 
+def _begin_traffic_review(name: str, store: str) -> str:
+    from defuse_core.runs import Run
+    from services.cli.run import checked_name
+    from services.labeling.traffic import open_traffic_review
+    from services.storage import open_store
+
+    opened = open_store(store)
+    run = Run.open(opened, checked_name(name))
+    with run.store.lock():
+        return open_traffic_review(opened, run).name
+
+
+def _checked(name: str) -> str:
+    """Return the name of a run, or of a review of its traffic: mnist/traffic-1. Raises InputError."""
+    from services.cli.run import checked_name
+
+    run, slash, review = name.partition("/")
+    return checked_name(run) + slash + (checked_name(review) if slash else "")
+
+
 def _open(name: str, store: str) -> tuple[Run, Gallery]:
     """Return the run and the images that people review. Raises InputError where there are none yet."""
     from defuse_core.artifacts import Gallery
     from defuse_core.errors import InputError
     from defuse_core.runs import Run
-    from services.cli.run import checked_name
     from services.storage import open_store
 
-    opened = Run.open(open_store(store), checked_name(name))
+    opened = Run.open(open_store(store), _checked(name))
     gallery = opened.load(Gallery)
     if gallery is None:
         raise InputError(

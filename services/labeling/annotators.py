@@ -78,9 +78,11 @@ class LabelStudioAnnotators:
                 raise LabelsPending(self._pending(standing, record))
             log.info("%s", self._pending(standing, record))
             standing = self._wait_for_more(gallery, record, standing.given)
-        self._remember(self.push(gallery), standing)  # the answers must still be about what was pushed
+        record = self._remember(
+            self.push(gallery), standing
+        )  # the answers must still be about what was pushed
         log.info("review: all answers are in; %d were not needed any more", standing.saved)
-        return standing.finished(record.number)
+        return standing.finished(record)
 
     def push(self, gallery: Gallery, repair: bool = False) -> Record:
         """Bring the run's project up to date, and return what is remembered of it."""

@@ -5,24 +5,25 @@ The server checks nothing, so each annotation is, and what is refused is listed.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from services.labeling.client import Annotation, Task
 from services.labeling.config import LABEL, answers_by_name
 from services.labeling.tasks import Place, Samples
 
 UNKNOWN_PERSON = 0  # whose account was deleted
+Labels: TypeAlias = tuple[tuple[int, int], ...]  # (image, class or none-of-the-above) pairs
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One person's answer to one task: a label per image of it."""
 
+    annotation: int
     person: int  # user id
-    labels: tuple[tuple[int, int], ...]  # (image, class or none-of-the-above) pairs
+    labels: Labels
     created: float
     when: float  # seconds since 1970; the last change
 
@@ -49,9 +50,9 @@ class Slot:
 
 @dataclass
 class Pulled:
-    """All that people answered so far."""
+    """All that people answered so far. Some 200 bytes an answer: the pictures weigh more."""
 
-    answers: dict[str, list[Answer]] = field(default_factory=dict)  # per sample key, oldest first
+    answers: dict[str, list[Answer]]  # per sample key, oldest first
     refused: list[Refusal] = field(default_factory=list)
     skips: int = 0
     slots: dict[str, list[Slot]] = field(
@@ -70,45 +71,48 @@ class Pulled:
 def pull(tasks: Iterable[Task], samples: Samples) -> Pulled:
     """Return the answers: per task the newest of each person, of the first answers_per_task people."""
     pulled = Pulled(answers={key: [] for key in samples.places})
-    given: dict[str, list[tuple[Annotation, Answer | str]]] = defaultdict(list)
     reader = Reader(samples)
     for task in tasks:
         if task.key not in samples.places:
             continue
-        place = samples.places[task.key]
         submitted = [annotation for annotation in task.annotations if not annotation.cancelled]
         pulled.skips += len(task.annotations) - len(submitted)
         slot = Slot(task.id, task.overlap, task.labeled, len(submitted))
         pulled.slots.setdefault(task.key, []).append(slot)
-        given[task.key] += [(replace(one, result=None), reader.read(place, one)) for one in submitted]
-    while given:
-        key, read = given.popitem()
-        pulled.answers[key] = _choose(pulled, samples, key, read)
+        _read(pulled, reader, samples.places[task.key], submitted)
+    for key, place in samples.places.items():
+        pulled.answers[key] = _choose(pulled, place, samples.review.answers_per_task)
     pulled.refused.sort(key=lambda refusal: (refusal.place.key, refusal.annotation))
     return pulled
 
 
-def _choose(
-    pulled: Pulled, samples: Samples, key: str, read: list[tuple[Annotation, Answer | str]]
-) -> list[Answer]:
-    """Return the answers that count, and add the others to pulled.refused."""
-    wanted, place = samples.review.answers_per_task, samples.places[key]
-
-    def refuse(annotation: Annotation, why: str) -> None:
-        pulled.refused.append(Refusal(place, annotation.person or UNKNOWN_PERSON, annotation.id, why))
-
-    newest: dict[int, tuple[Annotation, Answer]] = {}
-    for annotation, answer in sorted(read, key=lambda pair: (pair[0].updated, pair[0].id)):
-        if isinstance(answer, str):
-            refuse(annotation, answer)
+def _read(pulled: Pulled, reader: Reader, place: Place, annotations: Iterable[Annotation]) -> None:
+    """Add the annotations to the answers, or to those refused."""
+    for annotation in annotations:
+        person = annotation.person or UNKNOWN_PERSON
+        labels = reader.read(place, annotation)
+        if isinstance(labels, str):
+            pulled.refused.append(Refusal(place, person, annotation.id, labels))
             continue
+        answer = Answer(annotation.id, person, labels, annotation.created, annotation.updated)
+        pulled.answers[place.key].append(answer)
+
+
+def _choose(pulled: Pulled, place: Place, wanted: int) -> list[Answer]:
+    """Return the answers to the task that count, and add the others to pulled.refused."""
+
+    def refuse(answer: Answer, why: str) -> None:
+        pulled.refused.append(Refusal(place, answer.person, answer.annotation, why))
+
+    newest: dict[int, Answer] = {}
+    for answer in sorted(pulled.answers[place.key], key=lambda one: (one.when, one.annotation)):
         if answer.person in newest:
-            refuse(newest[answer.person][0], "the same person answered again later")
-        newest[answer.person] = (annotation, answer)
-    ranked = sorted(newest.values(), key=lambda pair: (pair[0].created, pair[0].id))
-    for annotation, _ in ranked[wanted:]:
-        refuse(annotation, f"{wanted} others had answered before, as many as were asked for")
-    return [answer for _, answer in ranked[:wanted]]
+            refuse(newest[answer.person], "the same person answered again later")
+        newest[answer.person] = answer
+    ranked = sorted(newest.values(), key=lambda one: (one.created, one.annotation))
+    for answer in ranked[wanted:]:
+        refuse(answer, f"{wanted} others had answered before, as many as were asked for")
+    return ranked[:wanted]
 
 
 class Reader:
@@ -117,9 +121,10 @@ class Reader:
     def __init__(self, samples: Samples) -> None:
         self.images = samples.gallery.predicted.shape[1]
         self.meanings = answers_by_name(samples.gallery.classes)
+        self._known: dict[Labels, Labels] = {}  # one copy of each, since most answers are alike
 
-    def read(self, place: Place, annotation: Annotation) -> Answer | str:
-        """Return the answer, or why there is none."""
+    def read(self, place: Place, annotation: Annotation) -> Labels | str:
+        """Return the (image, class) pairs, or why there are none."""
         labels: dict[str, int] = {}
         results = annotation.result if isinstance(annotation.result, list) else []
         for result in results:
@@ -135,8 +140,7 @@ class Reader:
             chosen = [(place.image, labels[LABEL])]
         else:
             chosen = [(image, labels.get(f"{LABEL}_{image}", labels[LABEL])) for image in range(self.images)]
-        person = annotation.person or UNKNOWN_PERSON
-        return Answer(person, tuple(chosen), annotation.created, annotation.updated)
+        return self._known.setdefault(tuple(chosen), tuple(chosen))
 
     def _one(self, place: Place, result: Any) -> tuple[str, int | str]:
         """Return the control and what it says, or why it says nothing."""

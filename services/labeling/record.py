@@ -30,6 +30,7 @@ class Record:
     config: str = ""  # SHA-256 of the labelling interface as pushed
     pushed: bool = False  # every image was there once, so one that is missing was deleted
     people: dict[str, int] = field(default_factory=dict)  # user id -> n of the pseudonym annotator-n
+    simulated: bool = False  # reference models answered through the accounts of simulated people
 
     @property
     def number(self) -> int:

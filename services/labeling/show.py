@@ -38,7 +38,9 @@ def _scenarios(standing: Standing) -> Table:
     for scenario, decided in enumerate(standing.decided):
         missing = int(standing.missing[scenario].sum())
         table.add_row(
-            str(scenario), str(missing), _state(standing, scenario, reasons[scenario]) if decided else "open"
+            str(standing.samples.gallery.number(scenario)),
+            str(missing),
+            _state(standing, scenario, reasons[scenario]) if decided else "open",
         )
     return table
 
@@ -52,7 +54,7 @@ def _state(standing: Standing, scenario: int, reason: str) -> str:
 def _print_refusals(standing: Standing, console: Console) -> None:
     refusals = standing.refusals()
     for refusal in refusals[:REFUSALS_SHOWN]:
-        where = f"scenario {refusal['scenario']}"
+        where = f"scenario {standing.samples.gallery.number(refusal['scenario'])}"
         where += "" if refusal["image"] is None else f", image {refusal['image']}"
         console.print(f"Not counted: {refusal['annotator']} on {where}: {refusal['why']}", soft_wrap=True)
     if len(refusals) > REFUSALS_SHOWN:

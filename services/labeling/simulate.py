@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import httpx
@@ -21,7 +22,7 @@ from defuse_core.reference import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import hush
 from services.labeling.config import LABEL, choice_names
-from services.labeling.record import read_record
+from services.labeling.record import read_record, write_record
 from services.labeling.server import LocalServer
 
 
@@ -113,6 +114,8 @@ def simulate(
         raise InputError(
             f"run {run.name} is not in the local Label Studio; `defuse review push {run.name}` first"
         )
+    simulated = replace(record, simulated=True)
+    write_record(run.store, simulated)  # before the first answer: no report may call them people's
     votes = ReferenceAnnotators(run.spec, compute).review(gallery)
     answers = np.zeros((len(votes.annotators), *gallery.predicted.shape), np.int64)  # (W, S, R)
     answers[votes.annotator, votes.scenario, votes.image] = votes.answer

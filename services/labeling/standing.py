@@ -12,6 +12,7 @@ from defuse_core.artifacts import F64, I64, Bool, Verdicts, Votes
 from defuse_core.judge import judge, tally
 from services.labeling.answers import Pulled, Refusal
 from services.labeling.early import is_decided
+from services.labeling.record import Record
 from services.labeling.tasks import Samples
 
 
@@ -72,11 +73,11 @@ class Standing:
         """Return the annotations that are not counted, one by one."""
         return [_described(refusal, self.names) for refusal in self.pulled.refused]
 
-    def finished(self, project: int) -> Votes:
+    def finished(self, record: Record) -> Votes:
         """Return the votes with what the report is to tell of them."""
         review = self.samples.review
         notes: dict[str, Any] = {
-            "project": project,
+            "project": record.number,
             "form": review.form,
             "answers_wanted": self.wanted,
             "answers_given": self.given,
@@ -87,7 +88,8 @@ class Standing:
         }
         if review.prelabel:
             notes["prelabel"] = "annotators saw the reference models' answer preselected, which biases a vote"
-        return replace(self.votes, notes=notes)
+        answered_by = "reference models" if record.simulated else "people"
+        return replace(self.votes, answered_by=answered_by, notes=notes)
 
 
 def stand(samples: Samples, pulled: Pulled, names: Mapping[int, str], overridden: Iterable[int]) -> Standing:

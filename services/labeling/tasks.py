@@ -82,7 +82,7 @@ class Samples:
             {"image": self._picture(place.scenario, image), "says": f"classifier: {self.names[answer]}"}
             for image, answer in enumerate(self.gallery.predicted[place.scenario].tolist())
         ]
-        return {"title": f"Scenario {place.scenario}", "samples": samples}
+        return {"title": f"Scenario {self.gallery.number(place.scenario)}", "samples": samples}
 
     def _picture(self, scenario: int, image: int) -> str:
         """Return a picture as its own address, or, if it is large, its address in the run's S3 store."""

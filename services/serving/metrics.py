@@ -23,7 +23,7 @@ class Meters:
     """What one replica counts. Every counter is per version."""
 
     def __init__(self) -> None:
-        self.images = Counter("defuse_images", "Images answered.", tag_keys=keys("version"))
+        self.images = Counter("defuse_images_answered", "Images answered.", tag_keys=keys("version"))
         self.errors = Counter("defuse_errors", "Images that a version failed on.", tag_keys=keys("version"))
         self.compared = Counter(
             "defuse_compared",

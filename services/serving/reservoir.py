@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -50,8 +51,22 @@ class Traffic:
     def __len__(self) -> int:
         return len(self.scenario)
 
-    def gallery(self, images: int) -> tuple[Gallery, I64]:
-        """Return the newest `images` inputs of every scenario that has so many, and those scenarios (S,).
+    def without(self, shown: Collection[bytes]) -> Traffic:
+        """Return the inputs whose pixels are not among `shown`."""
+        fresh = [row for row, image in enumerate(self.images) if image.tobytes() not in shown]
+        versions, keys = (tuple(names[row] for row in fresh) for names in (self.versions, self.keys))
+        return Traffic(
+            self.images[fresh],
+            self.scenario[fresh],
+            self.predicted[fresh],
+            self.when[fresh],
+            versions,
+            keys,
+            self.classes,
+        )
+
+    def gallery(self, images: int) -> Gallery:
+        """Return the newest `images` inputs of every scenario that has so many.
 
         The codes of such a Gallery are empty, (S, R, 0): these images were not drawn from a component.
         """
@@ -60,7 +75,8 @@ class Traffic:
             -1, images
         )
         codes = np.zeros((*rows.shape, 0), np.float32)
-        return Gallery(self.images[rows], codes, self.predicted[rows], self.classes), np.array(full, np.int64)
+        numbers = tuple(int(scenario) for scenario in full)
+        return Gallery(self.images[rows], codes, self.predicted[rows], self.classes, numbers)
 
 
 def read_traffic(store: Store, run: str) -> Traffic:

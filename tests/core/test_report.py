@@ -23,6 +23,7 @@ from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import FolderStore, Run
 from defuse_core.wording import (
     answered_by_models,
+    caveats,
     change,
     duration,
     headline,
@@ -255,6 +256,28 @@ def test_low_purity_is_warned_of_and_high_purity_is_not(tmp_path: Path):
 def test_only_models_are_announced_as_not_being_people(tmp_path: Path):
     assert answered_by_models(report_of(sample_findings(answered_by="people"), tmp_path)) is None
     assert "not people" in (answered_by_models(report_of(sample_findings(), tmp_path)) or "")
+
+
+def test_what_annotators_want_told_is_told(tmp_path: Path):
+    found, evaluation = sample_findings(2, 1, answered_by="people")
+    refused = {
+        "scenario": 1,
+        "image": None,
+        "annotator": "annotator-7",
+        "annotation": 9,
+        "why": "no label was chosen",
+    }
+    notes = {"answers_saved": 58, "decided_early": [0, 1], "refused_answers": [refused]}
+    notes["prelabel"] = "annotators saw the models' answer"
+    found = dataclasses.replace(found, votes=dataclasses.replace(found.votes, notes=notes))
+    run = a_run(tmp_path)
+    report = write_report(run, found, evaluation)
+    said = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert "answers saved 58 decided early 0, 1" in said
+    assert "1 answer not counted:" in said
+    assert "annotator-7 no label was chosen" in said
+    assert "annotators saw the models' answer" in said
+    assert caveats(report)[0].startswith("Answers were preselected.")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_run_waits_for_people_and_goes_on_with_their_answers(
     report = json.loads((tmp_path / "runs" / "digits" / "report.json").read_text())
     assert report["votes"]["annotators"] == 3
     assert report["votes"]["notes"]["form"] == "scenario"
-    assert report["annotators"] == "people"
+    assert report["annotators"] == "reference models"  # people were simulated
     cli(
         "review",
         "set",

@@ -1,0 +1,64 @@
+"""Reviews of inputs that came in while a run was served, which lay in one of its failure scenarios.
+
+    <run>/traffic-1/     run.yaml, the Gallery of inputs, what is remembered of the project, votes and verdicts
+
+Each is a review of its own with a project of its own; the run itself stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+
+from defuse_core.artifacts import Gallery, Verdicts, Votes
+from defuse_core.errors import InputError
+from defuse_core.judge import judge
+from defuse_core.runs import Run, Store
+from services.labeling.record import Record
+from services.labeling.standing import Standing
+
+
+def traffic_reviews(store: Store, run: str) -> list[str]:
+    """Return the names of the run's reviews of traffic, oldest first: mnist/traffic-1, mnist/traffic-2, ..."""
+    folder = store.within(run)
+    found = (re.match(r"traffic-(\d+)/gallery\.safetensors$", key) for key in folder.list("traffic-"))
+    return [f"{run}/traffic-{number}" for number in sorted(int(match[1]) for match in found if match)]
+
+
+def open_traffic_review(store: Store, run: Run) -> Run:
+    """Return the review of traffic that is under way, or else a new one, of inputs that none has shown yet.
+
+    Raises InputError where no scenario has as many such inputs as run.spec.review.images.
+    """
+    from services.serving.reservoir import read_traffic
+
+    known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
+    if known and known[-1].load(Votes) is None:
+        return known[-1]
+    shown = {
+        image.tobytes() for review in known for scenario in _gallery(review).images for image in scenario
+    }
+    traffic, wanted = read_traffic(store, run.name), run.spec.review.images
+    gallery = traffic.without(shown).gallery(wanted)
+    if not len(gallery):
+        raise InputError(
+            f"no scenario of run {run.name} has {wanted} inputs that were not reviewed yet, of {len(traffic)} kept; "
+            "serve it with a larger `serve.reservoir`, or wait for more traffic"
+        )
+    people = run.spec.review.model_copy(update={"annotators": "label-studio", "prelabel": False})
+    spec = run.spec.model_copy(update={"review": people})
+    review = Run.start(store, f"{run.name}/traffic-{len(known) + 1}", spec)
+    review.once("draw", Gallery, lambda: gallery)
+    return review
+
+
+def conclude(review: Run, standing: Standing, record: Record) -> Verdicts:
+    """Store the votes of a review of traffic and what they amount to, once all are in."""
+    votes = review.once("review", Votes, lambda: standing.finished(record))
+    gallery = standing.samples.gallery
+    return review.once("review", Verdicts, lambda: judge(gallery, votes, review.spec.review.rho))
+
+
+def _gallery(review: Run) -> Gallery:
+    gallery = review.load(Gallery)
+    assert gallery is not None  # traffic_reviews lists no others
+    return gallery

@@ -1,0 +1,107 @@
+"""Inputs from traffic in a review of their own: `defuse review push RUN --from-traffic`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from label_studio_live import digits_gallery, review_run
+
+from defuse_core.artifacts import Gallery, Verdicts, Votes
+from defuse_core.errors import InputError
+from defuse_core.runs import FolderStore, Run
+from services.cli import defuse
+from services.labeling.client import Server
+from services.labeling.record import read_record
+from services.serving.reservoir import Reservoir, seen_now
+
+
+@pytest.fixture
+def cli(monkeypatch, server, tmp_path):
+    monkeypatch.setenv("LABEL_STUDIO_URL", server.address)
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", server.token)
+
+    def call(*words: str) -> Result:
+        done = CliRunner().invoke(defuse, ["review", *words, "--store", str(tmp_path)])
+        if isinstance(done.exception, Exception):
+            raise done.exception
+        return done
+
+    return call
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Run:
+    """A run with scenarios 0 to 3; four inputs lay in its scenario 2, two in its scenario 3."""
+    run = review_run(tmp_path, digits_gallery(), answers_per_task=1)
+    meet(run, tmp_path, 2, 4)
+    meet(run, tmp_path, 3, 2)
+    return run
+
+
+def meet(run: Run, folder: Path, scenario: int, count: int, first: int = 0) -> None:
+    reservoir = Reservoir(FolderStore(folder), 10)
+    reservoir._met[run.name, scenario] = first
+    images = digits_gallery(images=10).images[scenario]
+    for image in images[first : first + count]:
+        reservoir.offer(run.name, seen_now(image, scenario, 6, "1", digits_gallery().classes))
+    reservoir._thread.shutdown()
+
+
+def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served, crowd, server, tmp_path):
+    name = f"{served.name}/traffic-1"
+    assert (
+        f"`defuse review status {name}` shows the answers"
+        in cli("push", served.name, "--from-traffic").output
+    )
+    review = Run.open(FolderStore(tmp_path), name)
+    gallery = review.load(Gallery)
+    assert gallery is not None and gallery.numbers == (2,) and gallery.predicted.tolist() == [[6, 6, 6]]
+    api = Server(server.address, server.token)
+    tasks = list(api.tasks(read_record(review.store, gallery).number))
+    assert [task.key for task in tasks] == ["s000-i00", "s000-i01", "s000-i02"]
+    assert "2 3 open" in " ".join(cli("status", name).output.split())
+    for task in tasks:
+        crowd[0].answer(task.id, "image", "0")
+    shown = " ".join(cli("status", name).output.split())
+    assert "2 0 accepted as 0: 100% of 3 labelled images are misclassified" in shown
+    assert f"all answers are in, and stored in {review.store.address}" in shown
+    votes, verdicts = review.load(Votes), review.load(Verdicts)
+    assert votes is not None and votes.answered_by == "people" and votes.answer.tolist() == [0, 0, 0]
+    assert verdicts is not None and verdicts.labels.tolist() == [0]
+    assert served.load(Votes) is None and not served.store.exists("labeling.json")
+
+
+def test_the_same_review_goes_on_until_it_is_concluded(cli, served, tmp_path):
+    first = cli("push", served.name, "--from-traffic").output
+    meet(served, tmp_path, 3, 2, first=2)
+    assert cli("push", served.name, "--from-traffic").output == first
+    assert cli("push", f"{served.name}/traffic-1").output.splitlines()[0] == first.splitlines()[0]
+
+
+def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, crowd, server, tmp_path):
+    cli("push", served.name, "--from-traffic")
+    review = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1")
+    gallery = review.load(Gallery)
+    assert gallery is not None
+    for task in Server(server.address, server.token).tasks(read_record(review.store, gallery).number):
+        crowd[0].answer(task.id, "image", "0")
+    cli("status", review.name)
+    with pytest.raises(InputError, match="has 3 inputs that were not reviewed yet, of 6 kept"):
+        cli("push", served.name, "--from-traffic")
+    meet(served, tmp_path, 3, 2, first=2)
+    assert f"{served.name}/traffic-2" in cli("push", served.name, "--from-traffic").output
+    second = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-2").load(Gallery)
+    assert second is not None and second.numbers == (3,)
+
+
+def test_without_traffic_the_error_says_how_to_get_some(cli, tmp_path):
+    run = review_run(tmp_path, digits_gallery())
+    with pytest.raises(InputError, match=r"serve\.reservoir"):
+        cli("push", run.name, "--from-traffic")
+
+
+def test_a_review_of_traffic_has_no_vote_to_decide_above(cli, served):
+    done = cli("set", f"{served.name}/traffic-1", "2", "--reject", "--reason", "why")
+    assert done.exit_code == 2 and "no vote to decide above" in done.output
