@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Votes
 from defuse_core.config import RunFile
-from defuse_core.data import Images, open_splits
+from defuse_core.data import Images, open_splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.models import ReferenceCnn, ResNet18, predict_probabilities, to_device, to_tensor
 from defuse_core.progress import Progress
@@ -25,18 +25,25 @@ from defuse_core.training import descend, labels_of, minibatches
 
 if TYPE_CHECKING:
     from defuse_core.pipeline import Compute
+    from defuse_core.runs import Run
 
 
 class ReferenceAnnotators:
     """The protocol `Annotators`, answered by models at once."""
 
-    def __init__(self, spec: RunFile, compute: Compute) -> None:
-        self.spec, self.compute = spec, compute
+    def __init__(self, run: Run, compute: Compute) -> None:
+        self.run, self.compute = run, compute
 
     def review(self, gallery: Gallery) -> Votes:
         """Return one answer per model and image; below min_confidence a model answers none-of-the-above."""
-        probabilities = self.compute.task("review", reference_probabilities, self.spec, gallery)
-        return votes_of_models(probabilities, self.spec.review.reference.min_confidence)
+        probabilities = ask_models(self.run, self.compute, gallery)
+        return votes_of_models(probabilities, self.run.spec.review.reference.min_confidence)
+
+
+def ask_models(run: Run, compute: Compute, gallery: Gallery) -> F32:
+    """Return the reference models' class probabilities, (W, S, R, C), trained on the images that the run was."""
+    fingerprint = run.manifest().get("data_fingerprint")
+    return compute.task("review", reference_probabilities, run.spec, gallery, fingerprint)
 
 
 def votes_of_models(probabilities: F32, min_confidence: float) -> Votes:
@@ -57,9 +64,16 @@ def votes_of_models(probabilities: F32, min_confidence: float) -> Votes:
     )
 
 
-def reference_probabilities(spec: RunFile, gallery: Gallery, *, progress: Progress) -> F32:
-    """Train the reference models and return their class probabilities on the gallery, (W, S, R, C)."""
-    splits = open_splits(spec.data, spec.seed)
+def reference_probabilities(
+    spec: RunFile, gallery: Gallery, fingerprint: str | None, *, progress: Progress
+) -> F32:
+    """Train the reference models and return their class probabilities on the gallery, (W, S, R, C).
+
+    Raises DriftError if the images are not those of `fingerprint`, where one is given.
+    """
+    splits = (
+        reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
+    )
     section, train = spec.review.reference, splits.train
     if section.train_images is not None and section.train_images < len(train):
         rows = generator(spec.seed, "reference", "sample").choice(

@@ -164,18 +164,19 @@ class Run:
     def start(cls, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> Run:
         """Return the run called `name`, new or to go on with. Hold its lock before.
 
-        Raises DriftError if its run file was another; a run that has made nothing yet takes the new one.
+        Raises DriftError if its run file was another one in a field that changes results; a run that has made
+        nothing yet takes the new one, and so does every run where no result changes.
         """
         run = cls(store, name, spec, until)
-        recorded = dump_run_file(spec).encode()
-        if not run.store.create("run.yaml", recorded):
-            changed = drift(cls.open(store, name).spec, spec)
-            if changed and run.manifest()["artefacts"]:
+        if not run.store.create("run.yaml", dump_run_file(spec).encode()):
+            recorded = cls.open(store, name).spec
+            changed = drift(recorded, spec)
+            if changed and any(key.endswith(".safetensors") for key in run.store.list()):
                 raise DriftError(
                     f"run {name}: {changed}; choose another --name, or undo the change to resume"
                 )
-            if changed:
-                run.store.write("run.yaml", recorded)
+            if recorded != spec:
+                run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
 
     @classmethod

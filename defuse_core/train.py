@@ -16,6 +16,7 @@ from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import ModelError, RunFileError
 from defuse_core.models import (
+    ResNet18,
     Vae,
     accuracy,
     build_classifier,
@@ -79,6 +80,17 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
                 f"{field}: {value} needs validation images and this data set has none; "
                 "set data.validation_share, or choose by something else"
             )
+    wanted = spec.correct.train_images
+    if (
+        spec.correct.choose_by == "tune"
+        and splits.validation is None
+        and wanted
+        and wanted < len(splits.train)
+    ):
+        raise RunFileError(
+            "correct.train_images: a sample of the training images says too little of the clean accuracy that "
+            "correct.max_loss bounds, and this data set has no validation images; set data.validation_share"
+        )
 
 
 def train_classifier(
@@ -88,7 +100,7 @@ def train_classifier(
     section = spec.classifier
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
     classifier = build_classifier(spec, len(splits.classes))
-    _bring(classifier, section.weights)
+    _bring(classifier, section.weights, section.epochs > 0)
     _expect_logits(classifier, splits)
     to_device(classifier)
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier")
@@ -131,7 +143,7 @@ def train_vae(
     section = spec.vae
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
-    _bring(vae, section.weights)
+    _bring(vae, section.weights, section.epochs > 0)
     to_device(vae)
     optimizer = torch.optim.Adam(vae.parameters(), lr=section.learning_rate, fused=True)
     training = Training(vae, optimizer, store, "vae")
@@ -186,11 +198,14 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
 
 
-def _bring(module: nn.Module, path: object) -> None:
+def _bring(module: nn.Module, path: object, trained_on: bool) -> None:
     from pathlib import Path
 
     if isinstance(path, Path):
-        set_weights(module, read_weights(path), str(path))
+        weights = read_weights(path)
+        if isinstance(module, ResNet18):
+            weights = module.renamed(weights, new_head=trained_on)
+        set_weights(module, weights, str(path))
 
 
 def _expect_logits(classifier: nn.Module, splits: Splits) -> None:

@@ -6,7 +6,7 @@ Under each field stands what it means, its unit, and the paper's value where the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -50,9 +50,11 @@ class ClassifierSection(Section):
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: Path | None = None
-    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is taken as it is."""
+    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is taken as it is.
+    resnet18: torchvision's own file will do, such as resnet18-f37072fd.pth, with a new last layer."""
     imagenet: bool = False
-    """resnet18: start from torchvision's ImageNet weights (downloaded if data.download). Paper: true."""
+    """resnet18: start from torchvision's ImageNet weights (downloaded if data.download), unless `weights` names a file.
+    Paper: true."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """resnet18: imagenet is the 7x7 stride-2 convolution with max-pooling; small a 3x3 stride-2 convolution without
     pooling, for images of about 32 pixels. Paper: imagenet."""
@@ -68,7 +70,7 @@ class ClassifierSection(Section):
     """Paper: 1 for MNIST, 0.001 otherwise."""
     epochs: int = Field(5, ge=0)
     """Paper: 5 for MNIST, 20 for signs, 10 for SVHN. 0 takes `weights` as they are."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=2)
     """Images. Paper: 64 for MNIST, 256 for signs, 2048 for SVHN."""
     keep: Literal["last", "best_validation"] = "last"
     """Which epoch's weights are kept. Paper: last for MNIST, best_validation otherwise."""
@@ -94,7 +96,7 @@ class VaeSection(Section):
     """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
     epochs: int = Field(800, ge=0)
     """Paper: 800 for MNIST and signs, 400 for SVHN. 0 takes `weights` as they are."""
-    batch_size: int = Field(2048, ge=1)
+    batch_size: int = Field(2048, ge=2)
     """Images. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
     """Adam. Paper: 0.001."""
@@ -149,7 +151,7 @@ class ReferenceModels(Section):
     """cnn: channels of the first stage; doubled at each of the next two."""
     epochs: int = Field(6, ge=1)
     """Passes over the training images."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=2)
     """Images."""
     train_images: int | None = Field(None, ge=1)
     """Train them on only so many training images, drawn by seed."""
@@ -191,7 +193,7 @@ class CorrectSection(Section):
     """λ, one fine-tuning each. Paper: the 17 values from 1e-10 to 1000."""
     epochs: int = Field(3, ge=1)
     """Epochs each. Paper: 3 for MNIST, 5 otherwise."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=2)
     """Images of D per step, and as many of D_f. Paper: 256; 2048 for SVHN."""
     learning_rate: float = Field(1e-3, gt=0)
     """Adam. Paper: 0.001."""
@@ -228,9 +230,9 @@ class ReportSection(Section):
 class ResourcesSection(Section):
     """Machines. Nothing here changes a result, except threads; all of it may differ when a run is resumed."""
 
-    workers: int | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Identification workers and parallel λ trials; auto is one per GPU, or per threads CPUs where there is no GPU."""
-    gpus_per_worker: float | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs per worker; fractions are allowed; auto is 1 where the cluster has any GPU, else 0."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs per worker."""
@@ -285,7 +287,7 @@ class ServeSection(Section):
     max_images: int = Field(64, ge=1)
     """Images in one request at most."""
     max_pixels: int = Field(16_000_000, ge=1)
-    """Largest picture, width times height, read from its header before it is decoded."""
+    """Width times height of all pictures of a request together, read from their headers before they are decoded."""
     timeout_s: float = Field(10.0, gt=0)
     """Seconds for a request's body to arrive (408 after), and again for its answer (503 after)."""
     resize: bool = False
@@ -353,7 +355,11 @@ class RunFile(Section):
             raise ValueError(
                 "classifier.import_path goes with classifier.architecture: custom, and only with it"
             )
-        if self.classifier.epochs == 0 and self.classifier.weights is None and not self.classifier.imagenet:
+        if self.classifier.imagenet and self.classifier.architecture != "resnet18":
+            raise ValueError(
+                "classifier.imagenet goes with classifier.architecture: resnet18, and only with it"
+            )
+        if self.classifier.epochs == 0 and self.classifier.weights is None:
             raise ValueError(
                 "classifier.epochs = 0 brings a trained classifier, so classifier.weights must name its file"
             )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from defuse_core.artifacts import Weights
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.errors import ModelError
 
@@ -56,6 +58,18 @@ class ResNet18(nn.Module):
         self.sd: Tensor
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("sd", torch.tensor(IMAGENET_SD).view(1, 3, 1, 1), persistent=False)
+
+    def renamed(self, weights: Weights, new_head: bool) -> Weights:
+        """Return torchvision's own weights of a ResNet-18 as this module's; others as they are.
+
+        With `new_head` a last layer for other classes gives way to this module's random one, to be trained.
+        """
+        if "fc.weight" not in weights:
+            return weights
+        own = {name: tensor.detach().numpy() for name, tensor in self.net.fc.state_dict().items()}
+        if new_head and weights["fc.weight"].shape != own["weight"].shape:
+            weights = weights | {f"fc.{name}": array for name, array in own.items()}
+        return {f"net.{name}": array for name, array in weights.items()}
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, H, W) -> logits (n, C)."""
@@ -148,13 +162,28 @@ def build_vae(spec: RunFile) -> Vae:
 
 def _resnet18(spec: RunFile, classes: int) -> ResNet18:
     section = spec.classifier
+    imagenet = section.imagenet and section.weights is None
+    if imagenet and not spec.data.download:
+        _expect_imagenet()
     try:
-        return ResNet18(classes, section.imagenet and section.weights is None, section.stem)
+        return ResNet18(classes, imagenet, section.stem)
     except OSError as error:
         raise ModelError(
             f"classifier.imagenet: torchvision could not fetch its ImageNet weights ({error}); "
             "set classifier.imagenet: false, or classifier.weights to a local file"
         ) from error
+
+
+def _expect_imagenet() -> None:
+    """Raise ModelError unless torchvision's weights were fetched before."""
+    from torchvision.models import ResNet18_Weights
+
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    if not kept.is_file():
+        raise ModelError(
+            f"classifier.imagenet: torchvision's weights are not in {kept}, and data.download is false; set it to "
+            f"true, or classifier.weights to a copy of {kept.name}"
+        )
 
 
 def _import_classifier(section: ClassifierSection) -> nn.Module:

@@ -148,4 +148,4 @@ def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:
         return LabelStudioAnnotators(run, read_settings(), compute, wait=wait)
     from defuse_core.reference import ReferenceAnnotators
 
-    return ReferenceAnnotators(run.spec, compute)
+    return ReferenceAnnotators(run, compute)

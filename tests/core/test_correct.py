@@ -14,7 +14,8 @@ from defuse_core.correct import (
     run_trial,
     trial_key,
 )
-from defuse_core.errors import ModelError
+from defuse_core.errors import ComputeError, ModelError
+from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
 from defuse_core.runs import FolderStore
 from tests.conftest import tiny
@@ -52,6 +53,16 @@ def test_fine_tuning_with_a_large_lambda_learns_the_scenarios(tiny_spec, tiny_mo
     *_, trial = fine_tune(tiny(correct={"epochs": 15}), tiny_models, tuning, 10.0, None)
     assert trial.rows[-1]["scenario"] > 0.9
     assert trial.rows[-1]["loss"] < trial.rows[0]["loss"]
+
+
+def test_a_lambda_that_diverges_is_told_and_left_out(tiny_models, fixes, tmp_path):
+    spec = tiny(correct={"lambdas": [1.0, 1e39], "epochs": 1})
+    sweep = LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path))
+    assert [row["lam"] for row in sweep.rows] == [1.0]
+    assert sweep.failed[0]["lam"] == 1e39 and "diverged" in sweep.failed[0]["cause"]
+    spec = tiny(correct={"lambdas": [1e39], "epochs": 1})
+    with pytest.raises(ComputeError, match=r"every trial failed; λ = 1e\+39: training .* diverged"):
+        LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path / "other"))
 
 
 def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(tiny_models, tuning):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models import resnet18
 
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import ModelError
@@ -83,6 +84,34 @@ def test_weights_go_out_and_come_back(tiny_spec, tiny_models):
     classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
     for name, array in weights_of(classifier).items():
         np.testing.assert_array_equal(array, tiny_models.classifier[name])
+
+
+def resnet_spec(**classifier):
+    return tiny(
+        data={"channels": 3, "image_size": 32},
+        classifier={"architecture": "resnet18", "optimizer": "adam", "learning_rate": 0.001, **classifier},
+    )
+
+
+def test_torchvisions_own_file_brings_all_but_the_last_layer(tmp_path):
+    theirs = resnet18().state_dict()
+    torch.save(theirs, tmp_path / "resnet18-f37072fd.pth")
+    module = build_classifier(resnet_spec(), 10)
+    ours = module.renamed(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=True)
+    set_weights(module, ours, "here")
+    assert torch.equal(module.net.layer4[1].conv2.weight, theirs["layer4.1.conv2.weight"])
+    assert module.net.fc.weight.shape == (10, 512)
+    taken_as_it_is = module.renamed(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=False)
+    with pytest.raises(ModelError, match=r"net.fc.weight: expected shape \(10, 512\), found \(1000, 512\)"):
+        set_weights(module, taken_as_it_is, "here")
+
+
+def test_imagenet_weights_are_fetched_only_where_the_run_file_allows_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ModelError, match=r"resnet18-f37072fd\.pth, and data\.download is false"):
+        build_classifier(resnet_spec(imagenet=True), 10)
+    spec = resnet_spec(imagenet=True, weights="resnet18-f37072fd.pth")
+    build_classifier(spec, 10)  # the file takes their place; nothing is fetched
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 import json
 
+import numpy as np
 import pytest
 
 from defuse_core.artifacts import Sweep
 from defuse_core.config import STEPS
-from defuse_core.errors import InputError
+from defuse_core.errors import DriftError, InputError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
 from defuse_core.reference import ReferenceAnnotators
@@ -15,7 +16,7 @@ from tests.conftest import tiny
 def whole_run(folder, spec, name="a", until=STEPS[-1]):
     run = Run.start(FolderStore(folder), name, spec, until)
     compute = LocalCompute()
-    return run, run_defuse(run, compute, ReferenceAnnotators(spec, compute))
+    return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,20 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_report(until, finished
     assert without_making(run.store.read("report.json")) == without_making(
         finished[0].store.read("report.json")
     )
+
+
+def test_reference_models_are_not_trained_on_other_images_than_the_classifier(tmp_path, tiny_spec):
+    images = np.zeros((80, 16, 16), np.uint8)
+    for step, pixels in (("draw", images), ("review", images + 1)):
+        np.savez(tmp_path / "images.npz", train_images=pixels, train_labels=np.arange(80) % 4)
+        data = {"name": "npz", "root": str(tmp_path / "images.npz"), "train_images": None}
+        spec = tiny(data=data, classifier={"epochs": 1}, vae={"epochs": 1})
+        if step == "draw":
+            with pytest.raises(ReachedStep):
+                whole_run(tmp_path, spec, until=step)
+    with pytest.raises(DriftError, match="the images differ"):
+        whole_run(tmp_path, spec)
+    assert not (tmp_path / "a" / "votes.safetensors").exists()
 
 
 def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path):

@@ -63,6 +63,19 @@ def test_a_run_that_has_made_nothing_takes_the_mended_run_file(tmp_path):
     assert Run.open(FolderStore(tmp_path), "a").spec == tiny()
 
 
+def test_a_run_whose_training_is_under_way_takes_no_other_run_file(tmp_path):
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+    run.store.write("training/vae.safetensors", b"half-way")
+    with pytest.raises(DriftError, match=r"vae\.beta: 0\.3 in the run, 4\.0 now"):
+        Run.start(FolderStore(tmp_path), "a", tiny(vae={"beta": 4.0}))
+
+
+def test_a_field_that_changes_no_result_is_recorded_anew(tmp_path):
+    Run.start(FolderStore(tmp_path), "a", tiny()).once("identify", Psi, psi)
+    Run.start(FolderStore(tmp_path), "a", tiny(check={"max_loss": 0.001}))
+    assert Run.open(FolderStore(tmp_path), "a").spec.check.max_loss == 0.001
+
+
 def test_opening_a_run_that_is_not_there_says_so(tmp_path):
     with pytest.raises(InputError, match="no run called b"):
         Run.open(FolderStore(tmp_path), "b")

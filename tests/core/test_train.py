@@ -179,7 +179,7 @@ def test_reference_models_refuse_below_their_confidence_and_say_they_are_models(
 
 
 def test_reference_models_answer_for_every_image_and_differ_from_each_other(gallery, tiny_spec):
-    probabilities = reference_probabilities(tiny_spec, gallery, progress=silent)
+    probabilities = reference_probabilities(tiny_spec, gallery, None, progress=silent)
     assert probabilities.shape == (3, 2, 5, 10)
     np.testing.assert_allclose(probabilities.sum(3), 1, atol=1e-5)
     assert not np.array_equal(probabilities[0], probabilities[1])

@@ -131,6 +131,22 @@ def test_a_run_is_made_resumed_shown_and_reported(runfile, tmp_path, monkeypatch
     )
 
 
+def test_a_classifier_of_ones_own_is_found_in_the_folder_where_the_command_is_typed(runfile, tmp_path):
+    nets = (
+        "from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))\n"
+    )
+    (tmp_path / "my_nets.py").write_text(nets)
+    installed = Path(sys.executable).with_name("defuse")  # as people type it: without this folder on the path
+    settings = ["classifier.architecture=custom", "classifier.import_path=my_nets:build", "vae.epochs=1"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    where = ["--store", "runs", "--on", "local", "--until", "train"]
+    done = subprocess.run(
+        [installed, "run", runfile, *where, *options], check=False, cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "runs" / "tiny" / "models.safetensors").exists()
+
+
 def test_a_changed_run_file_is_refused_by_field(runfile, tmp_path, monkeypatch, capsys):
     where = ["--store", tmp_path / "runs", "--on", "local", "--until", "train"]
     assert call(monkeypatch, capsys, "run", runfile, *where)[0] == 0

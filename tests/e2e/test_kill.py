@@ -13,14 +13,14 @@ import yaml
 
 from tests.conftest import ROOT, TINY
 
-IN_THE_MIDDLE_OF = {  # step -> a key that appears while the step is under way, or just before it begins
-    "train": "training/classifier.safetensors",
-    "identify": "psi/000002.json",
-    "distill": "psi.safetensors",
-    "draw": "scenarios.safetensors",
-    "review": "gallery.safetensors",
-    "correct": "trials/defuse/lam-1.0.safetensors",
-    "report": "sweep.safetensors",
+IN_THE_MIDDLE_OF = {  # step -> a key that appears while it is under way or just before, and one that it ends with
+    "train": ("training/classifier.safetensors", "models.safetensors"),
+    "identify": ("psi/000002.json", "psi.safetensors"),
+    "distill": ("psi.safetensors", "scenarios.safetensors"),
+    "draw": ("scenarios.safetensors", "gallery.safetensors"),
+    "review": ("gallery.safetensors", "votes.safetensors"),
+    "correct": ("trials/defuse/lam-1.0.safetensors", "sweep.safetensors"),
+    "report": ("sweep.safetensors", "report.json"),
 }
 
 
@@ -67,8 +67,10 @@ def report_of(store: Path) -> dict[str, object]:
 def test_a_driver_killed_in_the_middle_of_a_step_goes_on_to_the_same_report(where, steps, runfile, tmp_path):
     killed = tmp_path / "killed"
     for step in steps:
-        key = killed / "tiny" / IN_THE_MIDDLE_OF[step]
-        assert kill_once_there(start(runfile, where, killed), key), step
+        under_way, ended = (killed / "tiny" / key for key in IN_THE_MIDDLE_OF[step])
+        assert not under_way.exists(), f"{step} began before its turn"
+        assert kill_once_there(start(runfile, where, killed), under_way), step
+        assert not ended.exists(), f"{step} had ended before the kill"
     assert start(runfile, where, killed).wait(120) == 0, (tmp_path / "killed.log").read_text()[-2000:]
     whole = tmp_path / "whole"
     assert start(runfile, "local", whole).wait(120) == 0
