@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from cluster.faults import as_defuse_error
 from cluster.identify import Crew, ShardQueue
 from cluster.relay import Relay, relayed, this_place
-from cluster.session import connect, task_share, worker_count, worker_share
+from cluster.session import capacity, connect, task_share, worker_count, worker_share
 from cluster.sweep import Sweeping, run_trials
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
@@ -90,7 +90,7 @@ class RayCompute:
     def _crew(self, spec: RunFile, models: Models, store: Store) -> Crew:
         relay, section = self._ready(), self.spec.resources
         share, first = worker_share(section), worker_count(section)
-        wanted = (lambda: worker_count(section)) if section.workers == "auto" else (lambda: first)
+        wanted = (lambda: capacity(share)) if section.workers == "auto" else (lambda: first)
         images = models.images["train"]
         return Crew(spec, ray.put(models), images, store, share, wanted, relay, f"identify-{self.tag}")
 

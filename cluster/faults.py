@@ -19,7 +19,7 @@ def one_line(error: BaseException) -> str:
     """Return the cause of `error` as one line, without the traceback that Ray puts around it."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, DefuseError):
-        return str(cause)
+        return _flat(cause)
     if isinstance(error, RayTaskError):
         return _of_task(error, cause)
     if isinstance(cause, RuntimeEnvSetupError):
@@ -28,7 +28,7 @@ def one_line(error: BaseException) -> str:
         return f"its worker process died ({_first_line(cause)})"
     if isinstance(cause, RayError):
         return _first_line(cause)
-    return f"{type(cause).__name__}: {cause}"
+    return f"{type(cause).__name__}: {_flat(cause)}"
 
 
 def _of_task(error: RayTaskError, cause: BaseException) -> str:
@@ -36,7 +36,11 @@ def _of_task(error: RayTaskError, cause: BaseException) -> str:
         return f"{_last_line(cause)}; install it on every node, or use `defuse submit`, which brings it along"
     if isinstance(cause, RayTaskError):  # its own exception did not survive the trip: only the text is left
         return _last_line(error)
-    return f"{type(cause).__name__}: {cause}"
+    return f"{type(cause).__name__}: {_flat(cause)}"
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _first_line(error: BaseException) -> str:

@@ -161,8 +161,10 @@ class ShardQueue:
         now = time.monotonic()
         if now - self.hired_at < HIRE_EVERY_S and self.hands:
             return
-        self.hired_at = now
-        for _ in range(min(self.crew.wanted(), self.left) - len(self.hands)):
+        self.hired_at, wanted = now, self.crew.wanted()
+        if not wanted:
+            log.warning("identify: waiting for a node with room for a worker of %s", self.crew.share)
+        for _ in range(min(wanted, self.left) - len(self.hands)):
             hand = Hand(len(self.hands), self.crew.hire(len(self.hands)))
             self.hands.append(hand)
             self._ping(hand)

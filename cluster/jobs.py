@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -44,6 +45,13 @@ class Job:
     def is_over(self) -> bool:
         """Whether it will not go on."""
         return JobStatus(self.status).is_terminal()
+
+
+@dataclass
+class Seen:
+    """How much of a job's log was shown."""
+
+    characters: int = 0
 
 
 class Jobs:
@@ -96,13 +104,14 @@ class Jobs:
     def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
         """Show what the job writes until it ends, across lost connections, and return it as it ended."""
         self.get(job_id)  # says at once that there is none, or no way there
-        shown, lost = 0, 0
+        seen, lost = Seen(), 0
         while True:
+            before = seen.characters
             try:
-                shown = asyncio.run(self._tail(job_id, show, shown))
+                asyncio.run(self._tail(job_id, show, seen))
                 job = self.get(job_id)
-            except (ComputeError, RuntimeError, OSError) as error:
-                lost += 1
+            except (ComputeError, RuntimeError, OSError, aiohttp.ClientError) as error:
+                lost = 1 if seen.characters > before else lost + 1
                 if lost > DISCONNECTS:
                     raise ComputeError(f"job {job_id}: lost the way to {self.address} ({error})") from error
             else:
@@ -110,16 +119,15 @@ class Jobs:
                     return job
             time.sleep(PAUSE_S)
 
-    async def _tail(self, job_id: str, show: Callable[[str], None], shown: int) -> int:
-        """Show the log from character `shown` on, and return how much of it is shown: it begins anew each time."""
+    async def _tail(self, job_id: str, show: Callable[[str], None], seen: Seen) -> None:
+        """Show what was not shown before: the log begins anew with each connection."""
         position = 0
         async for text in self.client.tail_job_logs(job_id):
-            fresh = text[max(0, shown - position) :]
+            fresh = text[max(0, seen.characters - position) :]
             position += len(text)
             if fresh:
                 show(fresh)
-            shown = max(shown, position)
-        return shown
+            seen.characters = max(seen.characters, position)
 
     @contextlib.contextmanager
     def _explained(self, job_id: str = "") -> Iterator[None]:

@@ -27,7 +27,7 @@ def connect(address: str | None) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address is None:
-        _protect_embedded()
+        protect_embedded()
         ray.init(address="local", include_dashboard=False, **quiet)
         return True
     if "://" in address and not address.startswith("ray://"):
@@ -41,7 +41,7 @@ def connect(address: str | None) -> bool:
     return True
 
 
-def _protect_embedded() -> None:
+def protect_embedded() -> None:
     """Let nobody but this process use the embedded Ray: it listens on every interface of the machine.
 
     Ray turns its token authentication on by itself unless RAY_AUTH_MODE says otherwise; with a token of this

@@ -16,12 +16,13 @@ from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial as TuneTrial
 
 from cluster import metrics
-from cluster.faults import one_line
+from cluster.faults import as_defuse_error, one_line
 from cluster.relay import Relay, relayed, this_place
 from cluster.session import Share
 from defuse_core.artifacts import Models, Trial, decode
 from defuse_core.config import RunFile
 from defuse_core.correct import Tuning, run_trial, trial_key
+from defuse_core.errors import StoreError
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
 
@@ -46,7 +47,10 @@ class Sweeping:
 
 
 def run_trials(sweeping: Sweeping) -> tuple[list[Trial], list[dict[str, Any]]]:
-    """Return the finished trials, and lam and cause of those that failed for good."""
+    """Return the finished trials, and lam and cause of those that failed for good.
+
+    Raises StoreError where the store failed one: that is no fault of its λ, and the same command goes on with it.
+    """
     with _quiet_tune(), tempfile.TemporaryDirectory(prefix="defuse-tune-") as folder:
         results = _tuner(sweeping, folder).fit()
     failed: list[dict[str, Any]] = []
@@ -55,6 +59,8 @@ def run_trials(sweeping: Sweeping) -> tuple[list[Trial], list[dict[str, Any]]]:
         lam = float(Path(result.path).name.removeprefix(TRIAL))  # the one thing that is there whatever failed
         if result.error is None:
             trials.append(_stored(sweeping.store, lam))
+        elif isinstance(cause := as_defuse_error(result.error, "correct"), StoreError):
+            raise cause
         else:
             failed.append({"lam": lam, "cause": one_line(result.error)})
             log.warning("correct: the trial with λ = %g failed for good: %s", lam, failed[-1]["cause"])

@@ -23,6 +23,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.compute import RayCompute
+from cluster.identify import HIRE_EVERY_S
+from cluster.session import Share, capacity
 from defuse_core.artifacts import Corrections, Models, decode
 from defuse_core.runs import FolderStore
 from tests.cluster.checks import Lines
@@ -81,6 +83,26 @@ def nodes_come_and_go(models: Models, folder: Path) -> dict[str, Any]:
     return {"finished": not thread.is_alive()}
 
 
+def the_last_node_dies(models: Models, folder: Path) -> dict[str, Any]:
+    """The only node that has room for workers is killed; another one comes later."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    only = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    store, spec = CountingStore(folder, PAUSE_S), tiny(resources={"workers": "auto"})
+    with RayCompute(None, spec) as compute:
+        thread = in_background(lambda: compute.identify(spec, models, store))
+        wait_until(lambda: len(store.list("psi/")) >= 2)
+        os.kill(only.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        wait_until(lambda: capacity(Share(1, 0)) == 0)
+        time.sleep(2 * HIRE_EVERY_S)  # the driver has looked, and found no room
+        waited = thread.is_alive()
+        cluster.add_node(num_cpus=1)
+        thread.join(120)
+    ray.shutdown()
+    cluster.shutdown()
+    return {"finished": not thread.is_alive(), "waited": waited}
+
+
 def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
     """Four GPUs that are not there: who sees which?"""
     ray.init(
@@ -102,7 +124,7 @@ def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
     return {}
 
 
-SCENES = {"nodes": nodes_come_and_go, "gpus": four_gpus}
+SCENES = {"nodes": nodes_come_and_go, "last": the_last_node_dies, "gpus": four_gpus}
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))

@@ -18,7 +18,7 @@ from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import trial_key
 from defuse_core.distill import distill
-from defuse_core.errors import ComputeError, DataError, RunFileError
+from defuse_core.errors import ComputeError, DataError, RunFileError, StoreError
 from defuse_core.identify import shard_key
 from defuse_core.progress import silent
 from defuse_core.runs import FolderStore
@@ -243,11 +243,23 @@ def test_a_killed_trial_goes_on_at_its_last_finished_epoch(
 def test_a_trial_that_fails_for_good_is_left_out_and_told(
     tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, local_sweep: Sweep, tmp_path: Path
 ) -> None:
-    store = RefusingStore(tmp_path / "run", trial_key(1.0))
+    store = RefusingStore(tmp_path / "run", trial_key(1.0), with_bug=True)
     with RayCompute(None, tiny_spec) as compute:
         sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, store)
-    assert sweep.failed == ({"lam": 1.0, "cause": f"{trial_key(1.0)}: no"},)
+    assert sweep.failed == ({"lam": 1.0, "cause": "ZeroDivisionError: of a pixel by nothing"},)
     assert sweep.rows == tuple(row for row in local_sweep.rows if row["lam"] != 1.0)
+
+
+def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is_back(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, local_sweep: Sweep, tmp_path: Path
+) -> None:
+    with RayCompute(None, tiny_spec) as compute:
+        with pytest.raises(StoreError, match=f"{trial_key(1.0)}: no"):
+            compute.sweep(
+                tiny_spec, tiny_models, fixes, None, RefusingStore(tmp_path / "run", trial_key(1.0))
+            )
+        sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, FolderStore(tmp_path / "run"))
+    assert_equal_sweeps(sweep, local_sweep)
 
 
 def test_a_sweep_without_a_trial_left_fails(tiny_models: Models, fixes: Corrections, tmp_path: Path) -> None:

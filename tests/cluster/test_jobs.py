@@ -179,6 +179,9 @@ def test_ray_job_submit_runs_the_installed_defuse_as_well(head: str, place: Path
 
 def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(head: str, place: Path) -> None:
     where = ["--address", head, "--store", str(place / "runs"), "--name", "long"]
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a child inherits that it is ignored, as under nohup
     follower = subprocess.Popen(
         [str(BIN / "defuse"), "submit", "own.yaml", *where, "--set", "vae.epochs=9999"],
         cwd=place,

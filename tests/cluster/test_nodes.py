@@ -42,6 +42,15 @@ def test_a_node_that_joins_gets_work_and_one_that_dies_costs_nothing(
     assert_same_psi(len(local_psi.codes), FolderStore(tmp_path / "nodes"), local_store)
 
 
+def test_a_run_that_lost_its_last_node_waits_for_another_one(
+    tmp_path: Path, tiny_models: Models, local_psi: Psi, local_store: FolderStore
+) -> None:
+    played = play("last", tmp_path, tiny_models)
+    assert played["waited"] and played["finished"]
+    assert any("waiting for a node" in line for line in played["lines"])
+    assert_same_psi(len(local_psi.codes), FolderStore(tmp_path / "last"), local_store)
+
+
 def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
     tmp_path: Path, tiny_models: Models, local_psi: Psi, local_store: FolderStore
 ) -> None:
