@@ -70,7 +70,9 @@ class S3Store:
     ) -> None:
         """`prefix` is empty or ends with /; `endpoint` None is AWS."""
         self.bucket, self.prefix, self.endpoint, self.region = bucket, prefix, endpoint, region
-        self.lease: Lease | None = None  # of the driver that holds this run; stays in its process
+        self.leases: dict[
+            str, Lease
+        ] = {}  # prefix -> what this process holds there; shared with stores below
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Store, (self.bucket, self.prefix, self.endpoint, self.region)
@@ -81,7 +83,7 @@ class S3Store:
 
     def within(self, prefix: str) -> S3Store:
         below = S3Store(self.bucket, f"{self.prefix}{prefix.strip('/')}/", self.endpoint, self.region)
-        below.lease = self.lease
+        below.leases = self.leases
         return below
 
     def check(self) -> None:
@@ -114,9 +116,14 @@ class S3Store:
                 self._client.put_object(**self._at(key), Body=data, Metadata=_digest(data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put `data` only if nothing is there. Two of these may race where a server ignores conditions."""
+        """Put `data` only if nothing is there. Two of these may race where a server ignores conditions.
+
+        A refusal may be the echo of a write that went through, whose answer was lost and that was sent twice.
+        """
         self._check_lease()
-        return not self.exists(key) and self._put_if(key, data, IfNoneMatch="*") is not None
+        if self.exists(key):
+            return False
+        return self._put_if(key, data, IfNoneMatch="*") is not None or self.read(key) == data
 
     def list(self, prefix: str = "") -> list[str]:
         asked = {
@@ -143,11 +150,11 @@ class S3Store:
         Raises RunBusyError if another driver holds it; takes LEASE_S to find out that a holder is dead.
         """
         with hold(_Slot(self)) as lease:
-            self.lease = lease
+            self.leases[self.prefix] = lease
             try:
                 yield
             finally:
-                self.lease = None
+                del self.leases[self.prefix]
 
     @property
     def _client(self) -> Any:
@@ -160,8 +167,9 @@ class S3Store:
         return explained(f"{self.address}/{key}".rstrip("/"), self.endpoint)
 
     def _check_lease(self) -> None:
-        if self.lease is not None:
-            self.lease.check()
+        for prefix, lease in self.leases.items():
+            if self.prefix.startswith(prefix):
+                lease.check()
 
     def _fetch(self, key: str) -> bytes:
         answer = self._client.get_object(**self._at(key))

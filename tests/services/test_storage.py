@@ -19,8 +19,9 @@ import pytest
 from s3_servers import moto_server, rclone_server
 
 from defuse_core.errors import InputError, RunBusyError, StoreError
-from defuse_core.runs import FolderStore, Store
+from defuse_core.runs import FolderStore, Run, Store
 from services.storage import lease, open_store, s3
+from tests.conftest import tiny
 
 KEYS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush-hush-hush"}
 
@@ -215,6 +216,21 @@ def test_a_driver_that_lost_its_lease_writes_no_more(bucket: Store, monkeypatch:
     assert bucket._client.get_object(Bucket="bucket", Key=bucket.prefix + lease.KEY)["Body"].read()
 
 
+def test_a_run_whose_driver_lost_its_lease_makes_no_more(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    assert isinstance(bucket, s3.S3Store)
+    with bucket.within("mnist").lock():  # as `defuse run` does it
+        run = Run.start(bucket, "mnist", tiny())
+        key = f"{bucket.prefix}mnist/{lease.KEY}"
+        bucket._client.put_object(Bucket="bucket", Key=key, Body=b'{"holder": "a thief"}')
+        time.sleep(0.5)
+        with pytest.raises(RunBusyError, match="took the run over"):
+            run.store.within("trials/defuse").write("lam-1.0.safetensors", b"1")
+        bucket.within("another").write("a", b"1")
+
+
 def test_a_server_that_ignores_conditions_is_told_and_settled(
     tmp_path: Path, aws: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +283,7 @@ def test_an_endpoint_that_is_down_is_said_at_once(aws: pytest.MonkeyPatch) -> No
 
 
 class _Flaky(BaseHTTPRequestHandler):
-    """A proxy to moto that fails every fifth call: once with a 503, once by hanging up."""
+    """A proxy to moto that fails every fifth call: by hanging up, with a 503, or by losing the answer."""
 
     protocol_version = "HTTP/1.1"
     upstream = ""
@@ -279,13 +295,13 @@ class _Flaky(BaseHTTPRequestHandler):
         cls = type(self)
         with cls.lock:
             cls.calls += 1
-            fails, how = cls.calls % 5 == 0, cls.calls % 2
+            fails, how = cls.calls % 5 == 0, cls.calls // 5 % 3
             cls.failed += fails
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if fails and how:
+        if fails and how == 0:
             self.close_connection = True
             return
-        if fails:
+        if fails and how == 1:
             self.send_response(503)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -299,6 +315,9 @@ class _Flaky(BaseHTTPRequestHandler):
                 status, headers, data = answer.status, answer.headers, answer.read()
         except OSError as error:
             status, headers, data = error.code, error.headers, error.read()  # type: ignore[attr-defined]
+        if fails:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in headers.items():
             if name.lower() not in {"connection", "transfer-encoding", "server", "date"}:
@@ -328,3 +347,10 @@ def test_a_server_that_fails_every_fifth_call_is_borne_with(flaky: Callable[[], 
             store.write(f"{number}", b"%d" % number)
         assert [store.read(key) for key in store.list()] == [b"%d" % number for number in range(8)]
     assert flaky() >= 4
+
+
+def test_an_object_is_created_although_the_answer_is_lost(flaky: Callable[[], int]) -> None:
+    store = open_store("s3://bucket/echo")
+    made = [store.create(f"{number}", b"%d" % number) for number in range(30)]
+    assert all(made) and flaky() >= 9
+    assert not any(store.create(f"{number}", b"other") for number in range(30))
