@@ -31,7 +31,7 @@ class ProgressDisplay:
             disable=not self.console.is_terminal,
         )
         self.shown: dict[str, TaskID] = {}
-        self.started: dict[str, float] = {}
+        self.begun: dict[str, tuple[float, int]] = {}  # when each thing was first seen, and how far it was
         self.last_line = 0.0
         self.handlers: list[logging.Handler] = []
 
@@ -59,14 +59,16 @@ class ProgressDisplay:
     def __call__(self, what: str, done: int, total: int, unit: str) -> None:
         """Show that `done` of `total` units of `what` are done."""
         now = time.monotonic()
-        elapsed = now - self.started.setdefault(what, now)
-        rate = f"{done / elapsed:,.0f}/s" if elapsed > 1 and done / elapsed >= 10 else ""
+        if what not in self.begun or done < self.begun[what][1]:
+            self.begun[what] = (now, done)
+        elapsed, made = now - self.begun[what][0], done - self.begun[what][1]
+        rate = f"{made / elapsed:,.0f}/s" if elapsed > 1 and made / elapsed >= 10 else ""
         if self.console.is_terminal:
             self._bar(what, done, total, unit, rate)
         elif now - self.last_line >= LINE_EVERY_S and done:
             self.last_line = now
-            left = f", {elapsed / done * (total - done):.0f} s left" if elapsed > 1 else ""
-            log.info("%s: %d of %d %s %s%s", what, done, total, unit, rate, left)
+            left = f"{elapsed / made * (total - done):.0f} s left" if elapsed > 1 and made else ""
+            log.info("%s: %s", what, ", ".join(filter(None, [f"{done} of {total} {unit}", rate, left])))
 
     def _bar(self, what: str, done: int, total: int, unit: str, rate: str) -> None:
         if what not in self.shown:

@@ -39,11 +39,17 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 
     Inputs from traffic get a review of their own, called RUN/traffic-1, that every command here takes as RUN.
     """
+    from defuse_core.errors import InputError
     from services.labeling import LabelStudioAnnotators
 
     if from_traffic:
         name = _begin_traffic_review(name, store)
     opened, gallery = _open(name, store)
+    if opened.spec.review.annotators != "label-studio":
+        raise InputError(
+            f"run {name} asks reference models, so nobody would read people's answers; start another one with "
+            "`--set review.annotators=label-studio`"
+        )
     with opened.store.lock():
         annotators = LabelStudioAnnotators(opened, read_settings())
         record = annotators.push(gallery, repair)

@@ -73,16 +73,14 @@ class LabelStudioAnnotators:
         record = self.push(gallery)
         standing = self._look(gallery, record)
         while standing.open:
-            record = self._remember(record, standing)
+            record = self._remember(gallery, standing)
             if not self.wait:
                 raise LabelsPending(self._pending(standing, record))
             log.info("%s", self._pending(standing, record))
             standing = self._wait_for_more(gallery, record, standing.given)
-        record = self._remember(
-            self.push(gallery), standing
-        )  # the answers must still be about what was pushed
+        self.push(gallery)  # the answers must still be about what was pushed
         log.info("review: all answers are in; %d were not needed any more", standing.saved)
-        return standing.finished(record)
+        return standing.finished(self._remember(gallery, standing))
 
     def push(self, gallery: Gallery, repair: bool = False) -> Record:
         """Bring the run's project up to date, and return what is remembered of it."""
@@ -98,7 +96,8 @@ class LabelStudioAnnotators:
             raise InputError(
                 f"run {self.run.name} was not pushed yet; `defuse review push {self.run.name}` does"
             )
-        return self._look(gallery, record), record
+        standing = self._look(gallery, record)
+        return standing, self._remember(gallery, standing)
 
     def _look(self, gallery: Gallery, record: Record) -> Standing:
         wanted = self._wanted(gallery)
@@ -134,8 +133,9 @@ class LabelStudioAnnotators:
             f"label at {self.server.page_of(record.number)}, then give the same command again"
         )
 
-    def _remember(self, record: Record, standing: Standing) -> Record:
-        """Keep the numbers of the pseudonyms."""
+    def _remember(self, gallery: Gallery, standing: Standing) -> Record:
+        """Keep the numbers of the pseudonyms, beside what other commands have noted meanwhile."""
+        record = read_record(self.run.store, gallery)
         known = record.with_people(standing.pulled.people())
         if known != record:
             write_record(self.run.store, known)

@@ -11,7 +11,7 @@ import numpy as np
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.pipeline import Compute
-from defuse_core.reference import reference_probabilities
+from defuse_core.reference import ask_models
 from defuse_core.runs import Run
 from services.labeling.tasks import Place, Suggestion
 
@@ -27,7 +27,7 @@ def prelabels(run: Run, compute: Compute, gallery: Gallery) -> Prelabels:
     """Return the models' probabilities, made once per run."""
 
     def make() -> Prelabels:
-        return Prelabels(compute.task("review", reference_probabilities, run.spec, gallery))
+        return Prelabels(ask_models(run, compute, gallery))
 
     return run.once("review", Prelabels, make)
 

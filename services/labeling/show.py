@@ -14,7 +14,7 @@ REFUSALS_SHOWN = 20
 
 def print_standing(standing: Standing, address: str, console: Console | None = None) -> None:
     """Print answers, annotators, agreement, scenarios, refusals, and the address to open."""
-    console = console or Console()
+    console = console or Console(markup=False)  # what annotators typed is no markup
     console.print(f"{standing.given} of {standing.wanted} answers are in; {standing.open} are still wanted.")
     if standing.saved:
         console.print(f"{standing.saved} more are not needed: their scenarios are decided.")

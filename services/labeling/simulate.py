@@ -116,7 +116,7 @@ def simulate(
         )
     simulated = replace(record, simulated=True)
     write_record(run.store, simulated)  # before the first answer: no report may call them people's
-    votes = ReferenceAnnotators(run.spec, compute).review(gallery)
+    votes = ReferenceAnnotators(run, compute).review(gallery)
     answers = np.zeros((len(votes.annotators), *gallery.predicted.shape), np.int64)  # (W, S, R)
     answers[votes.annotator, votes.scenario, votes.image] = votes.answer
     invite, total = invite_link(server), 0

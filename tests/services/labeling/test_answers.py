@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sample_findings import sample_findings
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.errors import LabelsPending
 from defuse_core.judge import judge
+from defuse_core.report import build_report
 from services.labeling.decide import decide
 from services.labeling.simulate import chosen
 
@@ -58,9 +61,11 @@ def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by
     verdicts = judge(review.gallery, votes, 0.5)
     assert verdicts.labels.tolist() == [8, -1, -1, -1]
     assert np.allclose(verdicts.agreement, [[1.0, 0.6, 0.5]] * 4)
-    failing, others = verdicts.agreement[0], verdicts.agreement[1:].ravel()
-    assert failing.mean() == pytest.approx(0.7) and others.mean() == pytest.approx(0.7)
-    assert failing.std(ddof=1) / np.sqrt(3) == pytest.approx(0.15275, abs=1e-5)
+    found, evaluation = sample_findings(4, 1)
+    table = build_report(review.run, replace(found, verdicts=verdicts), evaluation).agreement
+    assert table.scenario.mean == pytest.approx(0.7) and table.other.mean == pytest.approx(0.7)
+    assert table.scenario.standard_error == pytest.approx(0.15275, abs=1e-5)
+    assert (table.scenario.images, table.other.images, table.all.images) == (3, 9, 12)
 
 
 def test_skips_and_drafts_do_not_count_and_a_changed_answer_takes_the_newest(make_review, crowd):

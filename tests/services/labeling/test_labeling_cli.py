@@ -49,6 +49,20 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
     assert pushed.strip().removeprefix("label at ") in shown
 
 
+def test_what_annotators_typed_is_shown_as_it_is(cli, make_review, crowd):
+    review = make_review()
+    cli("review", "push", review.run.name)
+    crowd[0].answer(review.tasks()["s001-i00"].id, "image", "[/bold] [red]")
+    shown = " ".join(cli("review", "status", review.run.name).output.split())
+    assert "'[/bold] [red]' is not one of the classes" in shown
+
+
+def test_a_run_that_asks_models_is_not_pushed(cli, make_review):
+    review = make_review(annotators="reference-models")
+    with pytest.raises(InputError, match="nobody would read people's answers"):
+        cli("review", "push", review.run.name)
+
+
 def test_status_before_a_push_says_what_to_type(cli, make_review):
     review = make_review()
     with pytest.raises(InputError, match=f"`defuse review push {review.run.name}`"):
