@@ -133,10 +133,10 @@ def serve(
         "require_token": bool(settings.serve_token),
         "settings": _serve_fields(overrides),
     }
-    cpus = cpus_needed(plan(args))
-    with ray_for(address or settings.ray_address, cpus):
+    cpus, address = cpus_needed(plan(args)), address or settings.ray_address
+    with ray_for(address, cpus):
         asked_to_end = ending()
-        with application(args, host, port) as served:
+        with application(args, host, port, shared=address is not None) as served:
             click.echo(f"serving on {served} (API page: {served}/docs); Ctrl-C stops it")
             asked_to_end.wait()
 

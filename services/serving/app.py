@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
-from services.serving.candidate import prepare
+from services.serving.candidate import prepare, with_settings
 from services.serving.lineup import Source
 from services.serving.registry import Registry
 from services.serving.server import Server
@@ -52,7 +52,9 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     if args.run is not None:
         key, _ = prepare(Run.open(store, args.run))
         source = Source(f"{args.run}/{key}", None if args.pin else Registry(store).standing().sequence)
-    bound: Application = deployment(settings).bind(store.address, source, settings, args.require_token)
+    bound: Application = deployment(settings).bind(
+        store.address, source, settings, args.settings, args.require_token
+    )
     return bound
 
 
@@ -74,16 +76,6 @@ def _recorded(registry: Registry, production: int | None) -> ServeSection:
     if production is None:
         return ServeSection()
     return registry.load(production).run_file().serve
-
-
-def with_settings(recorded: ServeSection, changes: dict[str, Any]) -> ServeSection:
-    """Return the section with `changes`. Raises InputError naming the first field that is wrong."""
-    try:
-        return ServeSection.model_validate(recorded.model_dump() | changes)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"serve.{field}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def deployment(settings: ServeSection) -> Any:

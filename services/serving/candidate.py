@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from defuse_core.artifacts import (
     F64,
@@ -20,7 +23,7 @@ from defuse_core.artifacts import (
     decode,
     encode,
 )
-from defuse_core.config import RunFile, parse_run_file
+from defuse_core.config import RunFile, ServeSection, parse_run_file
 from defuse_core.data import open_splits
 from defuse_core.errors import DataError, InputError
 from defuse_core.models import load_vae
@@ -56,6 +59,10 @@ class Candidate:
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")
 
+    def serve_section(self, changes: Mapping[str, Any]) -> ServeSection:
+        """Return section `serve` of the run file with `changes`. Raises InputError naming the first that is wrong."""
+        return with_settings(self.run_file().serve, changes)
+
     def failed(self) -> list[str]:
         """Return the checks that did not pass, one line each."""
         return [row["line"] for row in self.checks if not row["passed"]]
@@ -66,6 +73,16 @@ class Candidate:
         return [
             f"{self.classes[label]} read as {self.classes[read]} (scenario {s})" for label, read, s in rows
         ]
+
+
+def with_settings(recorded: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
+    """Return the section with `changes`. Raises InputError naming the first field that is wrong."""
+    try:
+        return ServeSection.model_validate(recorded.model_dump() | dict(changes))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"serve.{field}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def prepare(run: Run, progress: Progress = silent) -> tuple[str, Candidate]:
@@ -166,6 +183,7 @@ def _facts(found: _Found, examined: Examined) -> dict[str, Any]:
         "clean_after": float(examined.right_after.mean()),
         "scenario_before": float(examined.scenario_before.mean()),
         "scenario_after": float(examined.scenario_after.mean()),
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 

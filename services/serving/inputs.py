@@ -63,21 +63,24 @@ def read_pictures(files: list[bytes], expected: Expected) -> F32:
             413, f"the request holds {len(files)} images, at most {expected.max_images} are taken at once"
         )
     pixels = np.empty((len(files), *expected.shape), np.float32)
+    left = expected.max_pixels  # to decode, for all of them together
     for row, data in enumerate(files):
-        pixels[row] = _picture(data, expected, f"image {row + 1}: " if len(files) > 1 else "")
+        pixels[row], decoded = _picture(data, expected, f"image {row + 1}: " if len(files) > 1 else "", left)
+        left -= decoded
     return pixels
 
 
-def _picture(data: bytes, expected: Expected, which: str) -> F32:
+def _picture(data: bytes, expected: Expected, which: str, left: int) -> tuple[F32, int]:
+    """Return the pixels, and how many the file held. Raises Refused."""
     if not data:
         raise Refused(422, f"{which}the image is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; broken pixels are errors
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                _expect_size(picture, expected, which)
+                _expect_size(picture, expected, which, left)
                 _expect_mode(picture, expected, which)
-                return _fitted(picture, expected)
+                return _fitted(picture, expected), picture.width * picture.height
     except Refused:
         raise
     except Image.DecompressionBombError:
@@ -88,13 +91,17 @@ def _picture(data: bytes, expected: Expected, which: str) -> F32:
         raise Refused(400, f"{which}this image file is broken") from None
 
 
-def _expect_size(picture: Image.Image, expected: Expected, which: str) -> None:
+def _expect_size(picture: Image.Image, expected: Expected, which: str, left: int) -> None:
     """The size comes from the header: nothing is decoded yet."""
     width, height = picture.size
     if width * height > expected.max_pixels:
         limit = expected.max_pixels
         raise Refused(
             413, f"{which}the picture has {width}x{height} pixels, more than {limit} are not decoded"
+        )
+    if width * height > left:
+        raise Refused(
+            413, f"{which}with it the request holds more than {expected.max_pixels} pixels to decode"
         )
     if not expected.resize and picture.size != (expected.size, expected.size):
         raise Refused(422, f"{which}the picture has {width}x{height} pixels, expected {expected}")

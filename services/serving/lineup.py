@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 from defuse_core.artifacts import decode
 from defuse_core.config import ServeSection
-from defuse_core.errors import InputError
 from defuse_core.runs import Store
 from services.serving.candidate import Candidate
 from services.serving.predict import Served
@@ -16,11 +17,12 @@ from services.serving.registry import Registry, Standing
 from services.serving.rollout import Tally, end_trial, takes_part
 
 log = logging.getLogger("defuse")
+OF_THE_VERSION = ("resize", "watch", "watch_share", "precision")  # other settings are those of the server
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a server answers with: the candidate at `key`, and after change number `after` what the registry says."""
+    """What a server answers with: the candidate at `key`, until production changes after change number `after`."""
 
     key: str | None  # in the store; None: only what the registry says
     after: int | None  # None: never follow the registry
@@ -52,17 +54,18 @@ class Lineup:
 class Follower:
     """Loads what the registry says, beside what is loaded already."""
 
-    def __init__(self, store: Store, source: Source, settings: ServeSection) -> None:
-        self.store, self.source, self.settings = store, source, settings
+    def __init__(
+        self, store: Store, source: Source, settings: ServeSection, changes: Mapping[str, Any]
+    ) -> None:
+        """`changes` are the fields of section `serve` that stand above every version's run file."""
+        self.store, self.source, self.settings, self.changes = store, source, settings, changes
         self.registry = Registry(store)
         self.seen = source.after
 
     def first(self) -> Lineup:
         """Return the lineup to begin with; without production where nothing was promoted yet. Raises DefuseError."""
-        followed = self.next(Lineup())
-        if followed is not None:
-            return followed
-        return Lineup() if self.source.key is None else Lineup(self._candidate(self.source.key))
+        own = Lineup() if self.source.key is None else Lineup(self._candidate(self.source.key))
+        return self.next(own) or own
 
     def next(self, present: Lineup) -> Lineup | None:
         """Return the lineup after a change of the registry, loaded and warm; None where nothing changed."""
@@ -80,7 +83,9 @@ class Follower:
 
     def _lineup(self, standing: Standing, present: Lineup) -> Lineup:
         loaded = {served.name: served for served in present.roles().values()}
-        production = self._version(standing.production, loaded) or present.production
+        production = present.production
+        if self.source.key is None or self._is_promoted_since():
+            production = self._version(standing.production, loaded) or production
         same_trial = (standing.canary, standing.shadow) == (present.standing.canary, present.standing.shadow)
         return Lineup(
             production=production,
@@ -91,11 +96,18 @@ class Follower:
             tally=present.tally if same_trial else Tally(),
         )
 
+    def _is_promoted_since(self) -> bool:
+        """Whether production has changed since this server began with a run of its own."""
+        begun = self.source.after or 0
+        seen = [standing for standing in self.registry.history() if standing.sequence >= begun]
+        before = seen.pop(0).production if seen and seen[0].sequence == begun else None
+        return any(standing.production != before for standing in seen)
+
     def _trial(self, number: int | None, loaded: dict[str, Served]) -> Served | None:
         """Return a canary or shadow. One that cannot be loaded is ended: production must not suffer for it."""
         try:
             return self._version(number, loaded)
-        except InputError as error:
+        except Exception as error:  # out of a GPU's memory, say
             assert number is not None
             log.error("version %d cannot be tried: %s", number, error)
             end_trial(self.registry, number, "defuse serve", str(error))
@@ -111,6 +123,8 @@ class Follower:
         return self._ready(PurePosixPath(key).parts[0], candidate)
 
     def _ready(self, name: str, candidate: Candidate) -> Served:
-        served = Served(name, candidate, self.settings)
+        own = candidate.serve_section(self.changes)
+        settings = self.settings.model_copy(update={field: getattr(own, field) for field in OF_THE_VERSION})
+        served = Served(name, candidate, settings)
         served.warm_up(self.settings.batch_size)
         return served

@@ -26,7 +26,7 @@ class ModelPage(BaseModel):
     version: str
     run: str
     by: str = Field(description="who put it into production; empty where it was not promoted")
-    when: str
+    when: str = Field(description="when it was put there; where it was not promoted, when it was checked")
     why: str
     lam: float | None = Field(description="weight of the failure scenarios in the fine-tuning")
     clean_split: str = Field(description="which images clean accuracy was measured on")
@@ -55,13 +55,13 @@ def model_page(server: Server) -> ModelPage:
     served = lineup.production
     assert served is not None
     candidate, facts, standing = served.candidate, served.candidate.facts, lineup.standing
-    promoted = standing.production is not None and served.name == str(standing.production)
+    since = standing.since if served.name == str(standing.production) else None
     return ModelPage(
         version=served.name,
         run=candidate.run,
-        by=standing.by if promoted else "",
-        when=standing.when if promoted else "",
-        why=standing.why if promoted else "",
+        by=since.by if since else "",
+        when=since.when if since else facts.get("made", ""),
+        why=since.why if since else "",
         lam=facts["lam"],
         clean_split=facts["clean_split"],
         clean_accuracy_before=facts["clean_before"],
@@ -73,13 +73,13 @@ def model_page(server: Server) -> ModelPage:
         image_size=expected.size,
         resize=expected.resize,
         watch=served.watch is not None,
-        scenarios=_scenarios(served, server.settings.watch_share),
+        scenarios=_scenarios(served, served.settings.watch_share),
         failed_checks=candidate.failed(),
         canary=lineup.canary.name if lineup.canary else None,
         canary_share=lineup.share,
         shadow=lineup.shadow.name if lineup.shadow else None,
         device=served.device.type,
-        precision=server.settings.precision,
+        precision=served.settings.precision,
     )
 
 

@@ -43,6 +43,7 @@ class Served:
         self.name = name
         self.candidate = candidate
         self.device = chosen_device(settings.device)
+        self.settings = settings
         self.half = settings.precision == "bfloat16"
         spec = candidate.run_file()
         self.expected = Expected.of(spec, settings)
@@ -57,7 +58,7 @@ class Served:
         self.thresholds = thresholds(candidate, settings.watch_share)
         self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
         self.scenario_names = candidate.names()
-        self.pass_s = 0.0  # of a full batch
+        self.image_s = 0.0  # that an image takes in a full batch
 
     def warm_up(self, batch: int) -> None:
         """Answer nonsense in the smallest and the largest size, so that no request pays for it, and take the time."""
@@ -65,7 +66,7 @@ class Served:
         for count in (*sizes, sizes[1]):
             started = time.perf_counter()
             self.answer(np.zeros((count, *self.expected.shape), np.float32))
-            self.pass_s = time.perf_counter() - started
+            self.image_s = (time.perf_counter() - started) / count
 
     def answer(self, pixels: F32) -> Answers:
         """Return the answers for pixels (n, channels, H, W) in [0, 1]. Raises ModelError for one that is not finite."""

@@ -36,6 +36,16 @@ class Note(BaseModel):
     forced: bool  # in spite of checks that failed
 
 
+class Stamp(BaseModel):
+    """By whose hand, when and why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    by: str
+    when: str
+    why: str
+
+
 class Standing(BaseModel):
     """Who answers."""
 
@@ -45,6 +55,8 @@ class Standing(BaseModel):
     """How many changes there have been."""
     production: int | None = None
     """The version that answers."""
+    since: Stamp | None = None
+    """How that version came to answer."""
     previous: tuple[int, ...] = ()
     """Versions that answered before it, oldest first: what rollback returns to."""
     canary: int | None = None
@@ -116,8 +128,11 @@ class Registry:
         """
         for _ in range(TRIES):
             present = self.standing()
-            stamp = {"sequence": present.sequence + 1, "action": action, "by": by, "when": now(), "why": why}
-            standing = present.model_copy(update={**changed(present), **stamp})
+            changes, stamp = changed(present), Stamp(by=by, when=now(), why=why)
+            if "production" in changes:
+                changes["since"] = stamp
+            changes |= {"sequence": present.sequence + 1, "action": action, **stamp.model_dump()}
+            standing = present.model_copy(update=changes)
             if self.store.create(
                 _standing_key(standing.sequence), standing.model_dump_json(indent=1).encode()
             ):

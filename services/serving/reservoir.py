@@ -2,8 +2,9 @@
 
     traffic/<run>/003/0007.safetensors     one Seen, in slot 7 of scenario 3
 
-Every replica samples what it sees (Vitter's algorithm R) into the same slots, so the store never holds more than
-`serve.reservoir` inputs per scenario, however many replicas there are and however often they are restarted.
+Every replica samples what it sees since it started (Vitter's algorithm R) into the same slots, so the store never holds
+more than `serve.reservoir` inputs per scenario, however many replicas there are and however often they are restarted.
+The sample is uniform over what each replica saw; one that has seen little writes as readily as another.
 """
 
 from __future__ import annotations

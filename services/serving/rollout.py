@@ -60,7 +60,12 @@ def roll_back(registry: Registry, by: str, why: str) -> Standing:
     present = registry.standing()
     beside = present.canary or present.shadow
     if beside:
-        return end_trial(registry, beside, by, why) or roll_back(registry, by, why)
+        ended = end_trial(registry, beside, by, why)
+        if ended is None:
+            raise InputError(
+                f"the trial of version {beside} ended just now; look again with `defuse promote`"
+            )
+        return ended
     if not present.previous:
         raise InputError("there is no version before this one to roll back to")
 

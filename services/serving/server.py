@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +16,7 @@ from ray import serve
 
 from defuse_core.artifacts import F32
 from defuse_core.config import ServeSection
-from defuse_core.errors import DefuseError, InputError
+from defuse_core.errors import InputError
 from services.serving.body import decoded
 from services.serving.inputs import Expected, Refused
 from services.serving.lineup import Follower, Lineup, Source
@@ -35,14 +35,21 @@ SHADOWS = 4  # shadow questions that may wait; more are left out, since answers 
 class Server:
     """The Serve deployment. Its constructor loads and warms up, so a replica that takes requests can answer them."""
 
-    def __init__(self, store: str, source: Source, settings: ServeSection, require_token: bool) -> None:
+    def __init__(
+        self,
+        store: str,
+        source: Source,
+        settings: ServeSection,
+        changes: Mapping[str, Any],
+        require_token: bool,
+    ) -> None:
         torch.set_num_threads(max(1, round(settings.cpus_per_replica)))
         self.settings = settings
         self.token = read_settings().serve_token
         if require_token and not self.token:
             raise InputError("DEFUSE_SERVE_TOKEN is not set where this replica runs, and a token is required")
         opened = open_store(store)
-        self.follower = Follower(opened, source, settings)
+        self.follower = Follower(opened, source, settings, changes)
         self.lineup = self.follower.first()
         self.meters = Meters()
         self.reservoir = Reservoir(opened, settings.reservoir) if settings.reservoir else None
@@ -71,18 +78,16 @@ class Server:
     async def decode(self, kind: str, files: list[bytes], expected: Expected) -> F32:
         """Return the pixels, from the one thread that decodes: so few large pictures are open at a time."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoding, decoded, kind, files, expected)
+        async with self._in_time():
+            return await loop.run_in_executor(self._decoding, decoded, kind, files, expected)
 
     async def predict(self, pixels: F32, key: bytes) -> dict[str, Any]:
         """Return the answer to one request: its version, and a prediction per image. Raises Refused."""
         production, lineup = self._production(), self.lineup
         canary = lineup.canary_for(key)
         asked = (production,) if canary is None else (production, canary)
-        try:
-            async with asyncio.timeout(self.settings.timeout_s):
-                outcome: Outcome = await self._batched(Job(pixels, asked))
-        except TimeoutError:
-            raise Refused(503, "no answer in time", self.settings.retry_after_s) from None
+        async with self._in_time():
+            outcome: Outcome = await self._batched(Job(pixels, asked))
         answering, answers = production, outcome[production]
         if canary is not None:
             self._compare(lineup, canary, outcome)
@@ -97,8 +102,17 @@ class Server:
         self._count(answering, answers, pixels)
         return {"version": answering.name, "predictions": answering.described(answers)}
 
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Raise Refused where what is inside takes longer than serve.timeout_s."""
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                yield
+        except TimeoutError:
+            raise Refused(503, "no answer in time", self.settings.retry_after_s) from None
+
     async def _run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        if max(served.pass_s for job in jobs for served in job.asked) <= QUICK_S:
+        if sum(served.image_s * len(job.pixels) for job in jobs for served in job.asked) <= QUICK_S:
             return run_jobs(jobs)
         return await asyncio.get_running_loop().run_in_executor(self._passes, run_jobs, jobs)
 
@@ -138,7 +152,7 @@ class Server:
             log.error("version %s failed: %s", trial.name, theirs)
         reason = tally.verdict(self.settings)
         if reason and trial in self.lineup.roles().values():
-            self.lineup = Lineup(self.lineup.production, standing=self.lineup.standing)
+            self._switch(Lineup(self.lineup.production, standing=self.lineup.standing))
             self._start(self._end_trial(trial, reason))
 
     def _note_agreement(self, tally: Tally, trial: Served, ours: Answers, theirs: Answers) -> None:
@@ -178,14 +192,18 @@ class Server:
             await asyncio.sleep(self.settings.poll_s)
             try:
                 lineup = await asyncio.to_thread(self.follower.next, self.lineup)
-            except (DefuseError, OSError) as error:
+            except Exception as error:  # whatever it is, the next look comes
                 log.error(
                     "the version in the registry could not be loaded, going on with the present: %s", error
                 )
                 continue
             if lineup is not None:
-                before, self.lineup = self.lineup, lineup
-                self._show_roles(before.roles())
+                self._switch(lineup)
+
+    def _switch(self, lineup: Lineup) -> None:
+        """Let `lineup` take over, and say so in the metrics."""
+        before, self.lineup = self.lineup, lineup
+        self._show_roles(before.roles())
 
     def _show_roles(self, before: dict[str, Served]) -> None:
         for role, served in before.items():

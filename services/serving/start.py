@@ -14,6 +14,7 @@ from typing import Any
 from defuse_core.errors import ComputeError, InputError
 
 log = logging.getLogger("defuse")
+NAME = "defuse"  # of the application
 
 FAST_PROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -37,10 +38,12 @@ def ray_for(address: str | None, cpus: int) -> Iterator[None]:
     """Hold a connection to the cluster at `address`, or an embedded Ray that has `cpus` CPUs at least."""
     import ray
 
+    from cluster.session import connect, protect_embedded
+
     if address:
-        with _explained(f"cannot reach the Ray cluster at {address}"):
-            ray.init(address=address, log_to_driver=False)
+        connect(address)
     else:
+        protect_embedded()
         count = max(os.cpu_count() or 1, cpus)
         with _explained("Ray did not start on this machine"):
             ray.init(
@@ -57,8 +60,11 @@ def ray_for(address: str | None, cpus: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def application(args: dict[str, Any], host: str, port: int) -> Iterator[str]:
-    """Serve inside the block; yields the address. `args` are those of app.ServeArgs."""
+def application(args: dict[str, Any], host: str, port: int, shared: bool) -> Iterator[str]:
+    """Serve inside the block; yields the address. `args` are those of app.ServeArgs.
+
+    On a `shared` cluster other applications stay as they are. Raises InputError where one is called as this.
+    """
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -71,11 +77,31 @@ def application(args: dict[str, Any], host: str, port: int) -> Iterator[str]:
         serve.start(
             http_options=HTTPOptions(host=host, port=port), logging_config={"enable_access_log": False}
         )
+    if shared and NAME in serve.status().applications:
+        raise InputError(
+            f"the cluster serves an application called {NAME} already; `defuse promote` gives it another model, "
+            "and it ends with the command that started it (or with `serve shutdown`, which ends all of them)"
+        )
     try:
         deploy(args)
-        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        yield _address(host, port)
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        if shared:
+            serve.delete(NAME)
+        else:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _address(host: str, port: int) -> str:
+    """Return where Serve listens: as asked, unless it ran already and listens elsewhere."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    options = client.http_config if client is not None else None
+    if options is not None and (options.host, options.port) != (host, port):
+        log.warning("Serve runs on this cluster already, so --host and --port are those that it began with")
+        host, port = str(options.host), int(options.port)
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 def deploy(args: dict[str, Any]) -> None:
@@ -85,8 +111,22 @@ def deploy(args: dict[str, Any]) -> None:
     from services.serving.app import ServeArgs, build
 
     with _explained("the application did not start"):
-        application = build(ServeArgs.model_validate(args))
-        serve.run(application, name="defuse", logging_config={"enable_access_log": False})
+        built = build(ServeArgs.model_validate(args))
+        try:
+            serve.run(built, name=NAME, logging_config={"enable_access_log": False})
+        except RuntimeError as error:
+            raise ComputeError(f"the application did not start: {_cause() or error}") from error
+
+
+def _cause() -> str | None:
+    """Return what the replicas that do not start say, in one line."""
+    from ray import serve
+
+    application = serve.status().applications.get(NAME)
+    deployments = application.deployments.values() if application is not None else ()
+    said = (line.strip() for deployment in deployments for line in deployment.message.splitlines())
+    lines = [line for line in said if line]
+    return lines[-1] if lines else None
 
 
 def ending() -> threading.Event:

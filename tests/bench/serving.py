@@ -133,7 +133,7 @@ def part(args: argparse.Namespace, store: str) -> None:
     if args.part == "haproxy":
         use_fast_proxy()
     port = free_port()
-    with ray_for(None, 4), application({"store": store}, "127.0.0.1", port):
+    with ray_for(None, 4), application({"store": store}, "127.0.0.1", port, shared=False):
         for name, settings in SETTINGS.items():
             deploy({"store": store, "settings": {"resize": True, **settings}})
             for row in measured(port, args):

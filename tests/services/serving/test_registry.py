@@ -71,6 +71,31 @@ def test_roll_back_ends_a_canary_or_shadow_first_and_leaves_production(registry,
     assert registry.standing() == after
 
 
+def test_how_production_came_to_answer_stays_known_whatever_comes_beside_it(registry, candidates):
+    promote(registry, candidates["first"], ANA)
+    since = registry.standing().since
+    assert since is not None and (since.by, since.why) == ("ana", "for a test")
+    promote(registry, candidates["second"], How("bo", "a try", canary=0.05))
+    assert (registry.standing().by, registry.standing().since) == ("bo", since)
+    roll_back(registry, "cy", "enough")
+    assert registry.standing().since == since
+    assert promote(registry, candidates["second"], How("bo", "at last")).since.by == "bo"
+
+
+def test_a_rollback_of_a_trial_that_ended_by_itself_leaves_production(registry, candidates, monkeypatch):
+    """It fails, rather than take production away from a person who meant the canary."""
+    promote(registry, candidates["first"], ANA)
+    promote(registry, candidates["second"], ANA)
+    promote(registry, candidates["swapped"], How("ana", "", force="a drill", canary=0.05))
+    during = registry.standing()
+    end_trial(registry, 3, "defuse serve", "it failed")
+    monkeypatch.setattr(registry, "standing", iter([during, registry.standing()]).__next__)
+    with pytest.raises(InputError, match="the trial of version 3 ended just now"):
+        roll_back(registry, "bo", "")
+    monkeypatch.undo()
+    assert registry.standing().production == 2
+
+
 def test_a_canary_needs_another_version_in_production(registry, candidates):
     with pytest.raises(InputError, match="none; promote without it first"):
         promote(registry, candidates["first"], How("ana", "", canary=0.05))

@@ -17,11 +17,11 @@ import yaml
 from click.testing import CliRunner
 from ray.serve.schema import ServeDeploySchema
 
-from defuse_core.errors import CheckFailed, InputError, RunFileError
+from defuse_core.errors import CheckFailed, ComputeError, InputError, RunFileError
 from services.cli.serving import check, promote, rollback, serve
 from services.serving.app import plan
 from services.serving.registry import Registry
-from services.serving.start import is_loopback
+from services.serving.start import application, is_loopback
 
 
 def run(command, *args):
@@ -134,6 +134,26 @@ def test_defuse_serve_listens_on_loopback_asks_for_the_token_and_ends_on_a_signa
         log.seek(0)
         said = log.read()
     assert code == 0 and "serving on http://127.0.0.1" in said and "a long secret" not in said
+
+
+def test_on_a_shared_cluster_a_second_server_is_refused_and_the_first_goes_on(planted, serve_port):
+    from ray import serve as ray_serve
+
+    args = {"store": planted.address, "run": "first", "pin": True, "settings": {"cpus_per_replica": 0.1}}
+    with application(args, "127.0.0.1", 1, shared=True) as address:
+        assert address == f"http://127.0.0.1:{serve_port}"  # where Serve listened already
+        again = application({**args, "run": "second"}, "127.0.0.1", serve_port, shared=True)
+        with pytest.raises(InputError, match="serves an application called defuse already"), again:
+            pass
+        assert httpx.get(f"{address}/v1/model").json()["run"] == "first"
+    assert "defuse" not in ray_serve.status().applications
+
+
+def test_a_replica_that_cannot_start_says_why(planted, serve_port):
+    args = {"store": planted.address, "run": "first", "settings": {"device": "cuda", "gpus_per_replica": 0}}
+    started = application(args, "127.0.0.1", serve_port, shared=True)
+    with pytest.raises(ComputeError, match=r"did not start: .*serve.device: cuda, but"), started:
+        pass
 
 
 def listening_addresses(port):
