@@ -129,7 +129,6 @@ class Place:
     pid: int
     gpus: tuple[str, ...]  # ids granted by Ray
     visible: str  # CUDA_VISIBLE_DEVICES of its process
-    usable: bool  # whether torch can use what was granted; True where nothing was
 
     def __str__(self) -> str:
         device = f"GPU {', '.join(self.gpus)} (CUDA_VISIBLE_DEVICES={self.visible})" if self.gpus else "CPU"
@@ -141,11 +140,10 @@ def this_place(what: str) -> Place:
     import torch
 
     gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
-    usable = not gpus or torch.cuda.is_available()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-    place = Place(node, os.getpid(), gpus, visible, usable)
-    if not usable:
+    place = Place(node, os.getpid(), gpus, visible)
+    if gpus and not torch.cuda.is_available():
         log.warning(
             "%s: %s was granted, but torch %s cannot use it: working on the CPU. Install a torch for its GPU "
             "and driver on %s, or set resources.gpus_per_worker=0",

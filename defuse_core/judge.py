@@ -11,7 +11,7 @@ import numpy as np
 from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Gallery, Verdicts, Votes
 from defuse_core.runs import Store
 
-OVERRIDES_KEY = "overrides.json"  # human decisions above the vote, oldest first
+OVERRIDES = "overrides/"  # human decisions above the vote, an object each: overrides/0001.json is the first
 
 
 def tally(votes: Votes, shape: tuple[int, int], classes: int) -> I64:
@@ -103,7 +103,4 @@ def _apply(
 
 def read_overrides(store: Store) -> tuple[dict[str, Any], ...]:
     """Return the human decisions of a run, oldest first."""
-    try:
-        return tuple(json.loads(store.read(OVERRIDES_KEY)))
-    except FileNotFoundError:
-        return ()
+    return tuple(json.loads(store.read(key)) for key in store.list(OVERRIDES))

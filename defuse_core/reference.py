@@ -1,7 +1,7 @@
 """Reference models in the place of annotators: independently seeded, stronger classifiers trained with augmentation.
 
-They let the whole method run unattended and its figures be compared. They are models, not people, and every artefact
-that their answers enter says so.
+They let the whole method run unattended and its figures be compared. They are models, not people: the votes, the
+report, and a version that comes of them say so.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from defuse_core.artifacts import Models, decode, encode
 from defuse_core.config import STEPS, RunFile, drift, dump_run_file, parse_run_file
-from defuse_core.errors import DriftError, InputError, RunBusyError, StoreError
+from defuse_core.errors import DriftError, InputError, RunBusyError, RunFileError, StoreError
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -190,7 +190,11 @@ class Run:
             raise InputError(
                 f"no run called {name} in {store.address}; `defuse status` lists the runs"
             ) from error
-        return cls(store, name, parse_run_file(yaml.safe_load(text), f"{name}/run.yaml"))
+        try:
+            tree = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RunFileError(f"{name}/run.yaml: expected what Defuse wrote there, found no YAML") from error
+        return cls(store, name, parse_run_file(tree, f"{name}/run.yaml"))
 
     def once(self, step: str, kind: type[T], make: Callable[[], T], key: str | None = None) -> T:
         """Return the artefact of `kind`: the one stored, or else what `make` returns, stored first.

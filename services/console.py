@@ -32,6 +32,7 @@ class ProgressDisplay:
         )
         self.shown: dict[str, TaskID] = {}
         self.begun: dict[str, tuple[float, int]] = {}  # when each thing was first seen, and how far it was
+        self.last: dict[str, int] = {}  # how far each thing is
         self.last_line = 0.0
         self.handlers: list[logging.Handler] = []
 
@@ -59,8 +60,11 @@ class ProgressDisplay:
     def __call__(self, what: str, done: int, total: int, unit: str) -> None:
         """Show that `done` of `total` units of `what` are done."""
         now = time.monotonic()
-        if what not in self.begun or done < self.begun[what][1]:
+        if done < self.last.get(what, done + 1):  # new, or the same thing anew
             self.begun[what] = (now, done)
+            if not self.console.is_terminal and total > done == 0:
+                log.info("%s", what)
+        self.last[what] = done
         elapsed, made = now - self.begun[what][0], done - self.begun[what][1]
         rate = f"{made / elapsed:,.0f}/s" if elapsed > 1 and made / elapsed >= 10 else ""
         if self.console.is_terminal:

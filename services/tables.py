@@ -190,7 +190,9 @@ def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) ->
 
 
 def _detail(run: Run, step: str, keys: set[str]) -> str:
-    """Return how much of an unfinished step is there already: shards of Ψ, fine-tunings begun."""
+    """Return how much of an unfinished step is there already: epochs, shards of Ψ, fine-tunings begun."""
+    if step == "train":
+        return _epochs(run) if "models.safetensors" not in keys else ""
     if step == "identify":
         done = sum(key.startswith("psi/") and key.endswith(".json") for key in keys)
         return f"{done} of {_shards(run)} shards" if done and "psi.safetensors" not in keys else ""
@@ -200,6 +202,19 @@ def _detail(run: Run, step: str, keys: set[str]) -> str:
         begun = {name: sum(key.startswith(f"trials/{name}/") for key in keys) for name in sweeps}
         return ", ".join(f"{name} {count} of {total} λ begun" for name, count in begun.items() if count)
     return ""
+
+
+def _epochs(run: Run) -> str:
+    from defuse_core.artifacts import Checkpoint, decode
+
+    trainings = {"classifier": run.spec.classifier.epochs, "vae": run.spec.vae.epochs}
+    kept = []
+    for name, epochs in trainings.items():
+        key = f"training/{name}.safetensors"
+        if run.store.exists(key):
+            done = len(decode(Checkpoint, run.store.read(key), key).history)
+            kept.append(f"{'β-VAE' if name == 'vae' else name} {done} of {epochs} epochs")
+    return ", ".join(kept)
 
 
 def _shards(run: Run) -> int:

@@ -44,7 +44,7 @@ def _expect_shapes(owner: object, axes: dict[str, str]) -> None:
 class Models:
     """The classifier f and the β-VAE (encoder q, decoder p) as weights, with what training found out about them.
 
-    How to build the modules is in the run file; `models.build(spec, models)` puts both together.
+    How to build the modules is in the run file; `load_classifier` and `load_vae` of models put both together.
     """
 
     classifier: Weights

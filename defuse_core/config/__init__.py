@@ -3,6 +3,7 @@
 from defuse_core.config.files import (
     drift,
     dump_run_file,
+    first_problem,
     load_run_file,
     parse_run_file,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "VaeSection",
     "drift",
     "dump_run_file",
+    "first_problem",
     "load_run_file",
     "parse_run_file",
 ]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from defuse_core.config.sections import RunFile
 from defuse_core.errors import RunFileError
@@ -19,7 +20,7 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     except OSError as error:
         raise RunFileError(f"{path}: cannot read this run file ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunFileError(f"{path}: expected YAML, found {error}") from error
+        raise RunFileError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise RunFileError(f"{path}: expected sections such as `data:`, found {type(tree).__name__}")
     for override in overrides:
@@ -32,14 +33,36 @@ def parse_run_file(tree: dict[str, Any], where: str) -> RunFile:
     try:
         return RunFile.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            raise RunFileError(f"{where}: {field}: there is no such field") from error
-        found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise RunFileError(f"{where}: {field + ': ' if field else ''}{message}{found}{more}") from error
+        raise RunFileError(f"{where}: {first_problem(error, RunFile)}") from error
+
+
+def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
+    """Return the first field of `section` that is wrong, what was expected and what was found, as one line."""
+    problems: dict[str, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        problems.setdefault(_field_at(detail["loc"], section), []).append(detail)
+    field, (first, *others) = next(iter(problems.items()))
+    if first["type"] == "extra_forbidden":
+        return f"{field}: there is no such field"
+    message = first["msg"].removeprefix("Value error, ")
+    for other in others:  # the field takes one of several types
+        message += " or " + other["msg"].removeprefix("Input should be ")
+    found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{field + ': ' if field else ''}{message}{found}{more}"
+
+
+def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
+    """Return a place as a dotted name, without pydantic's names for the types that a field may have."""
+    names: list[int | str] = []
+    for number, part in enumerate(place):
+        names.append(part)
+        kind = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            names += [deeper for deeper in place[number + 1 :] if isinstance(deeper, int)]
+            break
+        section = kind
+    return ".".join(map(str, names))
 
 
 def dump_run_file(spec: RunFile) -> str:

@@ -228,10 +228,11 @@ class ReportSection(Section):
 
 
 class ResourcesSection(Section):
-    """Machines. Nothing here changes a result, except threads; all of it may differ when a run is resumed."""
+    """Machines. Nothing here changes a result, except train_threads; all else may differ when a run is resumed."""
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Identification workers and parallel λ trials; auto is one per GPU, or per threads CPUs where there is no GPU."""
+    """Identification workers and parallel λ trials; auto is one per GPU, or per cpus_per_worker CPUs where
+    there is no GPU."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs per worker; fractions are allowed; auto is 1 where the cluster has any GPU, else 0."""
     cpus_per_worker: float = Field(1.0, gt=0)
@@ -289,7 +290,8 @@ class ServeSection(Section):
     max_pixels: int = Field(16_000_000, ge=1)
     """Width times height of all pictures of a request together, read from their headers before they are decoded."""
     timeout_s: float = Field(10.0, gt=0)
-    """Seconds for a request's body to arrive (408 after), and again for its answer (503 after)."""
+    """Seconds for a request's body to arrive (408 after), for its pictures to be decoded, and for its answer (503 after
+    each)."""
     resize: bool = False
     """Bring pictures of other sizes and colours to the classifier's; false refuses them."""
     watch: bool = True
@@ -299,7 +301,7 @@ class ServeSection(Section):
     watch_images: int = Field(10_000, ge=100)
     """Training images, drawn by seed, that the distances are calibrated on."""
     reservoir: int = Field(0, ge=0, le=1000)
-    """Inputs kept in the store per scenario, a uniform sample of those that lie in it. 0 keeps none."""
+    """Inputs kept in the store per scenario, a sample of those that replicas saw in it since they started. 0: none."""
     poll_s: float = Field(2.0, gt=0)
     """Seconds between two looks at which version is in production."""
     max_errors: float = Field(0.02, ge=0, le=1)

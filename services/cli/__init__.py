@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 import click
 
@@ -33,7 +32,7 @@ for command in (run, status, report, review, label_studio, submit, jobs, check, 
 def main() -> None:
     """Run one command. Every failure ends in one line on stderr and the exit code of its error."""
     share_cores()
-    sys.path.append(str(Path.cwd()))  # where one's own classifier is imported from, as with python -m
+    sys.path.append("")  # the working folder, where one's own classifier is imported from, as with python -m
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         sys.exit(defuse.main(standalone_mode=False))

@@ -72,7 +72,8 @@ def status(name: str, store: str) -> None:
     standing, record = annotators.standing(gallery)
     print_standing(standing, annotators.server.page_of(record.number))
     if "/" in name and not standing.open:  # a run's own review is concluded by `defuse run`
-        conclude(opened, standing, record)
+        with opened.store.lock():
+            conclude(opened, standing, record)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
 
 

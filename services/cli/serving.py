@@ -26,15 +26,22 @@ why_option = click.option("--why", default="", help="What for, kept in the regis
 def check(run: str, store: str, as_json: bool) -> None:
     """Check the corrected classifier of RUN against section `check` of its run file. Exits 1 if a check fails."""
     from defuse_core.errors import CheckFailed
+    from services.serving.candidate import NothingCorrected
 
-    candidate = _candidate(store, run)
+    try:
+        candidate = _candidate(store, run)
+    except NothingCorrected as nothing:
+        page = {"run": run, "passed": True, "checks": []}
+        click.echo(json.dumps(page) if as_json else f"ok     {nothing}")
+        return
+    annotators = candidate.facts["annotators"]
     if as_json:
-        click.echo(
-            json.dumps({"run": run, "passed": not candidate.failed(), "checks": list(candidate.checks)})
-        )
+        page = {"passed": not candidate.failed(), "annotators": annotators, "checks": list(candidate.checks)}
+        click.echo(json.dumps({"run": run, **page}))
     else:
         for row in candidate.checks:
             click.echo(f"{'ok    ' if row['passed'] else 'FAILED'} {row['line']}")
+        click.echo(f"       its failure scenarios were labelled by {annotators}")
     if failed := candidate.failed():
         raise CheckFailed(f"run {run}: {len(failed)} of {len(candidate.checks)} checks failed")
 
@@ -164,9 +171,8 @@ def _show(registry: Registry) -> None:
         roles = {standing.production: "production", standing.canary: f"canary {standing.share:.1%}"}
         role = {**roles, standing.shadow: "shadow"}.get(number, "")
         forced = " (forced)" if note.forced else ""
-        click.echo(
-            f"{number:>4}  {role:<12} run {note.run}{forced}, by {note.by} on {note.when} {note.why}".rstrip()
-        )
+        made = f"run {note.run}{forced}, labelled by {note.annotators}"
+        click.echo(f"{number:>4}  {role:<12} {made}; by {note.by} on {note.when} {note.why}".rstrip())
     last = f", by {standing.by} on {standing.when} {standing.why}".rstrip() if standing.sequence else ""
     click.echo(f"last change: {standing.action}{last}")
 

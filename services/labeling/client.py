@@ -118,10 +118,6 @@ class Server:
         with explained(self.address):
             self._sdk.projects.update(id=number, **fields, request_options=WRITE)
 
-    def delete_project(self, number: int) -> None:
-        with explained(self.address):
-            self._sdk.projects.delete(id=number, request_options=WRITE)
-
     def import_tasks(self, project: int, tasks: Sequence[Mapping[str, Any]]) -> None:
         """Add tasks, all or none. After a lost reply they may be there nonetheless."""
         with explained(self.address):

@@ -8,7 +8,7 @@ from typing import Any
 
 from defuse_core.artifacts import Gallery, Verdicts
 from defuse_core.errors import InputError
-from defuse_core.judge import OVERRIDES_KEY, read_overrides
+from defuse_core.judge import OVERRIDES
 from defuse_core.runs import Run
 
 # What follows from the verdicts, in the order in which it is made; all else of a run stays.
@@ -32,10 +32,19 @@ def decide(run: Run, scenario: int, label: str | None, author: str, reason: str,
     if not reason.strip():
         raise InputError("--reason: say why, for whoever reads the report")
     number = None if label is None else class_number(label, gallery.classes)
-    if run.load(Verdicts) is not None:
-        _forget_verdicts(run, redo)
     entry = {"scenario": scenario, "label": number, "author": author, "reason": " ".join(reason.split())}
-    _append(run, entry | {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    entry["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if run.load(Verdicts) is None:
+        _record(run, entry)
+        verdicts = run.load(Verdicts)  # a driver may have judged meanwhile
+        if verdicts is not None and entry not in verdicts.overrides:
+            raise InputError(_judged(run))
+    elif redo:
+        with run.store.lock():
+            _record(run, entry)
+            _forget_verdicts(run)
+    else:
+        raise InputError(_judged(run))
     return f"scenario {scenario} is " + (
         "rejected" if number is None else f"a failure: {gallery.classes[number]}"
     )
@@ -51,24 +60,26 @@ def class_number(label: str, classes: tuple[str, ...]) -> int:
     raise InputError(f"--label {label}: expected a class or its index, of 0 to {len(classes) - 1} ({shown})")
 
 
-def _append(run: Run, entry: dict[str, Any]) -> None:
-    run.store.write(OVERRIDES_KEY, json.dumps([*read_overrides(run.store), entry], indent=1).encode())
+def _record(run: Run, entry: dict[str, Any]) -> None:
+    """Write the decision down beside all others: two that are made at once both count."""
+    number = len(run.store.list(OVERRIDES)) + 1
+    while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(entry, indent=1).encode()):
+        number += 1
 
 
-def _forget_verdicts(run: Run, redo: bool) -> None:
-    if not redo:
-        raise InputError(
-            f"run {run.name} has its verdicts already, and maybe a corrected model; --redo forgets these, and "
-            "`defuse run` makes them again with this decision"
-        )
-    with run.store.lock():
-        doomed = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
-        doomed += [
-            f"{key}.safetensors" for key in reversed(FROM_VERDICTS)
-        ]  # the verdicts last: cut off, it goes on
-        for key in doomed:
-            run.store.delete(key)
-        manifest = run.manifest()
-        for key in FROM_VERDICTS:
-            manifest["artefacts"].pop(key, None)
-        run.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
+def _judged(run: Run) -> str:
+    return (
+        f"run {run.name} has its verdicts already, and maybe a corrected model; --redo forgets these, and "
+        "`defuse run` makes them again with this decision"
+    )
+
+
+def _forget_verdicts(run: Run) -> None:
+    """The verdicts go last: cut off, the same command goes on."""
+    doomed = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
+    for key in (*doomed, *(f"{key}.safetensors" for key in reversed(FROM_VERDICTS))):
+        run.store.delete(key)
+    manifest = run.manifest()
+    for key in FROM_VERDICTS:
+        manifest["artefacts"].pop(key, None)
+    run.store.write("manifest.json", json.dumps(manifest, indent=1).encode())

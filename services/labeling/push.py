@@ -81,14 +81,14 @@ def push(server: Server, wanted: Wanted, repair: bool = False) -> Record:
     project = _find(server, wanted, record, repair)
     if project is None:
         if record.project is not None:  # another in the place of a lost one needs a mark of its own
-            record = replace(record, mark=new_mark(), project=None, title="", config="", pushed=False)
+            record = Record(new_mark(), record.gallery, people=record.people)
             write_record(store, record)
         project = _make(server, wanted, record)
     record = replace(record, project=project.id, address=server.address)
     record = _note_changes(server, wanted, record, project, repair)
     write_record(store, record)
     _fill(server, wanted, record, repair)
-    record = replace(record, pushed=True)
+    record = replace(read_record(store, wanted.gallery), pushed=True)  # others noted things during the import
     write_record(store, record)
     return record
 

@@ -44,9 +44,11 @@ def open_traffic_review(store: Store, run: Run) -> Run:
             f"no scenario of run {run.name} has {wanted} inputs that were not reviewed yet, of {len(traffic)} kept; "
             "serve it with a larger `serve.reservoir`, or wait for more traffic"
         )
-    people = run.spec.review.model_copy(update={"annotators": "label-studio", "prelabel": False})
-    spec = run.spec.model_copy(update={"review": people})
-    review = Run.start(store, f"{run.name}/traffic-{len(known) + 1}", spec)
+    # Every input is wanted, not only as many as a verdict needs: it is a measurement of the served model.
+    people = {"annotators": "label-studio", "prelabel": False, "stop_early": False}
+    spec = run.spec.model_copy(update={"review": run.spec.review.model_copy(update=people)})
+    number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
+    review = Run.start(store, f"{run.name}/traffic-{number}", spec)
     review.once("draw", Gallery, lambda: gallery)
     return review
 

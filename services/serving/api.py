@@ -41,7 +41,7 @@ class ScenarioHit(BaseModel):
     scenario: int = Field(description="index among the components that the run found")
     name: str
     fixed: bool = Field(description="whether this version is right there")
-    distance: float = Field(description="Mahalanobis distance from the scenario's component")
+    distance: float = Field(description="Mahalanobis distance from the codes of the scenario's own pictures")
     nearer_share: float = Field(description="share of the training images that are nearer still")
 
 

@@ -48,10 +48,10 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     args = ServeArgs.model_validate(args)
     settings = plan(args.model_dump())
     store = open_store(args.store)
-    source = Source(None, 0)
+    source = Source()
     if args.run is not None:
         key, _ = prepare(Run.open(store, args.run))
-        source = Source(f"{args.run}/{key}", None if args.pin else Registry(store).standing().sequence)
+        source = Source(f"{args.run}/{key}", Registry(store).standing(), args.pin)
     bound: Application = deployment(settings).bind(
         store.address, source, settings, args.settings, args.require_token
     )

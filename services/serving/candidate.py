@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from defuse_core.artifacts import (
     Models,
     Sweep,
     Verdicts,
+    Votes,
     Weights,
     decode,
     encode,
 )
-from defuse_core.config import RunFile, ServeSection, parse_run_file
+from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.data import open_splits
 from defuse_core.errors import DataError, InputError
 from defuse_core.models import load_vae
@@ -31,6 +33,12 @@ from defuse_core.progress import Progress, silent
 from defuse_core.runs import Run
 from services.serving.checks import Examined, examine
 from services.serving.watch import calibrate
+
+OF_THE_VERSION = ("resize", "watch", "watch_share", "precision")  # of section serve; the rest is the server's
+
+
+class NothingCorrected(InputError):  # noqa: N818 - a finding, for `defuse check` a good one
+    """A finished run without a failure scenario: there is no other classifier than the one before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +52,7 @@ class Candidate:
     vae: Weights
     facts: dict[str, Any]  # lam, epoch, accuracies before and after, when it was made
     checks: tuple[dict[str, Any], ...]  # rows of checks.Check
-    digest: str  # of the classifier's weights; equal weights are one version
+    digest: str  # of the weights and of what travels with them; equal candidates are one version
     scenario: I64  # (A,) index of each failure scenario among the run's components
     labels: I64  # (A,) what is right there
     read_as: I64  # (A,) what the classifier before said there most often
@@ -80,9 +88,7 @@ def with_settings(recorded: ServeSection, changes: Mapping[str, Any]) -> ServeSe
     try:
         return ServeSection.model_validate(recorded.model_dump() | dict(changes))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"serve.{field}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise InputError(f"serve.{first_problem(error, ServeSection)}") from error
 
 
 def prepare(run: Run, progress: Progress = silent) -> tuple[str, Candidate]:
@@ -91,7 +97,7 @@ def prepare(run: Run, progress: Progress = silent) -> tuple[str, Candidate]:
     Raises InputError where the run has not got as far as a corrected classifier.
     """
     found = _Found.of(run)
-    key = f"candidates/{_identity(run.spec, found)}.safetensors"
+    key = f"candidates/{_digest(run.spec, found.sweep.weights)[:16]}.safetensors"
     try:
         return key, decode(Candidate, run.store.read(key), key)
     except FileNotFoundError:
@@ -104,13 +110,14 @@ def prepare(run: Run, progress: Progress = silent) -> tuple[str, Candidate]:
 class _Found:
     models: Models
     gallery: Gallery
+    votes: Votes
     verdicts: Verdicts
     fixes: Corrections
     sweep: Sweep
 
     @classmethod
     def of(cls, run: Run) -> _Found:
-        kinds = (Models, Gallery, Verdicts, Corrections, Sweep)
+        kinds = (Models, Gallery, Votes, Verdicts, Corrections, Sweep)
         parts: list[Any] = []
         for kind in kinds:
             parts.append(run.load(kind))
@@ -121,7 +128,7 @@ class _Found:
                 )
         found = cls(*parts)
         if not found.sweep.weights:
-            raise InputError(
+            raise NothingCorrected(
                 f"run {run.name} corrected nothing (no failure scenario was accepted), so there is nothing to serve"
             )
         return found
@@ -137,10 +144,11 @@ def weights_digest(weights: Weights) -> str:
     return sha.hexdigest()
 
 
-def _identity(spec: RunFile, found: _Found) -> str:
-    """Name a candidate by all that it depends on, so that another limit or another sweep makes another one."""
-    settings = f"{spec.check.model_dump_json()}{spec.serve.watch_images}"
-    return hashlib.sha256((weights_digest(found.sweep.weights) + settings).encode()).hexdigest()[:16]
+def _digest(spec: RunFile, weights: Weights) -> str:
+    """Name a candidate by its weights and by the fields of its run file that travel with it."""
+    travels = spec.serve.model_dump(mode="json", include={*OF_THE_VERSION, "watch_images"})
+    settings = f"{spec.check.model_dump_json()}{json.dumps(travels, sort_keys=True)}"
+    return hashlib.sha256((weights_digest(weights) + settings).encode()).hexdigest()
 
 
 def _make(run: Run, found: _Found, progress: Progress) -> Candidate:
@@ -163,7 +171,7 @@ def _make(run: Run, found: _Found, progress: Progress) -> Candidate:
         vae=found.models.vae,
         facts=_facts(found, examined),
         checks=tuple(check.row() for check in examined.checks(spec.check)),
-        digest=weights_digest(found.sweep.weights),
+        digest=_digest(spec, found.sweep.weights),
         scenario=accepted,
         labels=found.fixes.labels,
         read_as=_read_as(found.gallery, accepted, found.fixes.labels),
@@ -183,6 +191,7 @@ def _facts(found: _Found, examined: Examined) -> dict[str, Any]:
         "clean_after": float(examined.right_after.mean()),
         "scenario_before": float(examined.scenario_before.mean()),
         "scenario_after": float(examined.scenario_after.mean()),
+        "annotators": found.votes.answered_by,
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 from defuse_core.artifacts import decode
 from defuse_core.config import ServeSection
+from defuse_core.errors import StoreError
 from defuse_core.runs import Store
-from services.serving.candidate import Candidate
+from services.serving.candidate import OF_THE_VERSION, Candidate
 from services.serving.predict import Served
 from services.serving.registry import Registry, Standing
 from services.serving.rollout import Tally, end_trial, takes_part
 
 log = logging.getLogger("defuse")
-OF_THE_VERSION = ("resize", "watch", "watch_share", "precision")  # other settings are those of the server
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a server answers with: the candidate at `key`, until production changes after change number `after`."""
+    """What a server answers with: the candidate at `key`, until another one comes to production than `begun` says."""
 
-    key: str | None  # in the store; None: only what the registry says
-    after: int | None  # None: never follow the registry
+    key: str | None = None  # in the store; None: only what the registry says
+    begun: Standing = field(default_factory=Standing)  # when the server was started
+    pin: bool = False  # never follow the registry
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Follower:
         """`changes` are the fields of section `serve` that stand above every version's run file."""
         self.store, self.source, self.settings, self.changes = store, source, settings, changes
         self.registry = Registry(store)
-        self.seen = source.after
+        self.seen = source.begun.sequence
 
     def first(self) -> Lineup:
         """Return the lineup to begin with; without production where nothing was promoted yet. Raises DefuseError."""
@@ -69,7 +69,7 @@ class Follower:
 
     def next(self, present: Lineup) -> Lineup | None:
         """Return the lineup after a change of the registry, loaded and warm; None where nothing changed."""
-        if self.seen is None:
+        if self.source.pin:
             return None
         standing = self.registry.newer(self.seen)
         if standing is None:
@@ -82,9 +82,9 @@ class Follower:
         return lineup
 
     def _lineup(self, standing: Standing, present: Lineup) -> Lineup:
-        loaded = {served.name: served for served in present.roles().values()}
+        loaded = {served.number: served for served in present.roles().values()}
         production = present.production
-        if self.source.key is None or self._is_promoted_since():
+        if self.source.key is None or standing.since != self.source.begun.since:
             production = self._version(standing.production, loaded) or production
         same_trial = (standing.canary, standing.shadow) == (present.standing.canary, present.standing.shadow)
         return Lineup(
@@ -96,35 +96,30 @@ class Follower:
             tally=present.tally if same_trial else Tally(),
         )
 
-    def _is_promoted_since(self) -> bool:
-        """Whether production has changed since this server began with a run of its own."""
-        begun = self.source.after or 0
-        seen = [standing for standing in self.registry.history() if standing.sequence >= begun]
-        before = seen.pop(0).production if seen and seen[0].sequence == begun else None
-        return any(standing.production != before for standing in seen)
-
-    def _trial(self, number: int | None, loaded: dict[str, Served]) -> Served | None:
+    def _trial(self, number: int | None, loaded: Mapping[int | None, Served]) -> Served | None:
         """Return a canary or shadow. One that cannot be loaded is ended: production must not suffer for it."""
         try:
             return self._version(number, loaded)
+        except StoreError:
+            raise  # the next look may find the store well again
         except Exception as error:  # out of a GPU's memory, say
             assert number is not None
             log.error("version %d cannot be tried: %s", number, error)
             end_trial(self.registry, number, "defuse serve", str(error))
             return None
 
-    def _version(self, number: int | None, loaded: dict[str, Served]) -> Served | None:
+    def _version(self, number: int | None, loaded: Mapping[int | None, Served]) -> Served | None:
         if number is None:
             return None
-        return loaded.get(str(number)) or self._ready(str(number), self.registry.load(number))
+        return loaded.get(number) or self._ready(self.registry.load(number), number)
 
     def _candidate(self, key: str) -> Served:
         candidate = decode(Candidate, self.store.read(key), f"{self.store.address}/{key}")
-        return self._ready(PurePosixPath(key).parts[0], candidate)
+        return self._ready(candidate)
 
-    def _ready(self, name: str, candidate: Candidate) -> Served:
+    def _ready(self, candidate: Candidate, number: int | None = None) -> Served:
         own = candidate.serve_section(self.changes)
         settings = self.settings.model_copy(update={field: getattr(own, field) for field in OF_THE_VERSION})
-        served = Served(name, candidate, settings)
+        served = Served(candidate, settings, number)
         served.warm_up(self.settings.batch_size)
         return served

@@ -29,6 +29,7 @@ class ModelPage(BaseModel):
     when: str = Field(description="when it was put there; where it was not promoted, when it was checked")
     why: str
     lam: float | None = Field(description="weight of the failure scenarios in the fine-tuning")
+    annotators: str = Field(description="who labelled its scenarios: people, or reference models")
     clean_split: str = Field(description="which images clean accuracy was measured on")
     clean_accuracy_before: float
     clean_accuracy_after: float
@@ -63,6 +64,7 @@ def model_page(server: Server) -> ModelPage:
         when=since.when if since else facts.get("made", ""),
         why=since.why if since else "",
         lam=facts["lam"],
+        annotators=facts["annotators"],
         clean_split=facts["clean_split"],
         clean_accuracy_before=facts["clean_before"],
         clean_accuracy_after=facts["clean_after"],

@@ -38,16 +38,19 @@ class Answers:
 class Served:
     """A version, loaded and ready to answer."""
 
-    def __init__(self, name: str, candidate: Candidate, settings: ServeSection) -> None:
-        """Load the networks. Raises ModelError for weights that do not fit, or a device that is not there."""
-        self.name = name
+    def __init__(self, candidate: Candidate, settings: ServeSection, number: int | None = None) -> None:
+        """Load the networks; `number` is the version's, None for a run's own candidate.
+
+        Raises ModelError for weights that do not fit, or a device that is not there.
+        """
+        self.number, self.name = number, candidate.run if number is None else str(number)
         self.candidate = candidate
         self.device = chosen_device(settings.device)
         self.settings = settings
         self.half = settings.precision == "bfloat16"
         spec = candidate.run_file()
         self.expected = Expected.of(spec, settings)
-        where = f"version {name}"
+        where = f"version {self.name}"
         self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where).to(
             self.device
         )

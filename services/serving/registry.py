@@ -34,13 +34,15 @@ class Note(BaseModel):
     when: str
     why: str
     forced: bool  # in spite of checks that failed
+    annotators: str  # who labelled its scenarios: people, or reference models
 
 
 class Stamp(BaseModel):
-    """By whose hand, when and why."""
+    """The number of a change, by whose hand it was, when and why."""
 
     model_config = ConfigDict(frozen=True)
 
+    change: int
     by: str
     when: str
     why: str
@@ -103,7 +105,7 @@ class Registry:
             ) from error
 
     def add(self, candidate: Candidate, by: str, why: str, forced: bool) -> int:
-        """Return the number of this candidate's version, a new one unless equal weights are a version already."""
+        """Return the number of this candidate's version, a new one unless an equal one is a version already."""
         known = [n for n, note in self.standing().versions.items() if note.digest == candidate.digest]
         if known:
             return known[-1]
@@ -111,7 +113,15 @@ class Registry:
         data = encode(candidate)
         while not self.store.create(_version_key(number), data):
             number += 1
-        note = Note(run=candidate.run, digest=candidate.digest, by=by, when=now(), why=why, forced=forced)
+        note = Note(
+            run=candidate.run,
+            digest=candidate.digest,
+            by=by,
+            when=now(),
+            why=why,
+            forced=forced,
+            annotators=candidate.facts["annotators"],
+        )
 
         def noted(standing: Standing) -> dict[str, Any]:
             return {"versions": {**standing.versions, number: note}}
@@ -128,10 +138,10 @@ class Registry:
         """
         for _ in range(TRIES):
             present = self.standing()
-            changes, stamp = changed(present), Stamp(by=by, when=now(), why=why)
+            sequence, when, changes = present.sequence + 1, now(), changed(present)
             if "production" in changes:
-                changes["since"] = stamp
-            changes |= {"sequence": present.sequence + 1, "action": action, **stamp.model_dump()}
+                changes["since"] = Stamp(change=sequence, by=by, when=when, why=why)
+            changes |= {"sequence": sequence, "action": action, "by": by, "when": when, "why": why}
             standing = present.model_copy(update=changes)
             if self.store.create(
                 _standing_key(standing.sequence), standing.model_dump_json(indent=1).encode()

@@ -1,4 +1,4 @@
-"""Inputs from traffic that lie in a failure scenario: a bounded, uniform sample of them in the store.
+"""Inputs from traffic that lie in a failure scenario: a bounded sample of them in the store.
 
     traffic/<run>/003/0007.safetensors     one Seen, in slot 7 of scenario 3
 
@@ -45,25 +45,21 @@ class Traffic:
     scenario: I64  # (M,) index among the run's components
     predicted: I64  # (M,) what the version that saw it answered
     when: F64  # (M,) seconds since 1970
-    versions: tuple[str, ...]  # (M,)
-    keys: tuple[str, ...]  # (M,) where each lies in the store
     classes: tuple[str, ...]  # (C,)
 
     def __len__(self) -> int:
         return len(self.scenario)
 
     def without(self, shown: Collection[bytes]) -> Traffic:
-        """Return the inputs whose pixels are not among `shown`."""
-        fresh = [row for row, image in enumerate(self.images) if image.tobytes() not in shown]
-        versions, keys = (tuple(names[row] for row in fresh) for names in (self.versions, self.keys))
+        """Return the inputs whose pixels are not among `shown`, each of them once."""
+        fresh, met = [], set(shown)
+        for row, image in enumerate(self.images):
+            pixels = image.tobytes()
+            if pixels not in met:
+                met.add(pixels)
+                fresh.append(row)
         return Traffic(
-            self.images[fresh],
-            self.scenario[fresh],
-            self.predicted[fresh],
-            self.when[fresh],
-            versions,
-            keys,
-            self.classes,
+            self.images[fresh], self.scenario[fresh], self.predicted[fresh], self.when[fresh], self.classes
         )
 
     def gallery(self, images: int) -> Gallery:
@@ -83,26 +79,23 @@ class Traffic:
 def read_traffic(store: Store, run: str) -> Traffic:
     """Return the inputs kept of `run`. `store` is the one that holds the runs. Raises InputError if there are none."""
     folder = store.within("traffic").within(run)
-    found: list[tuple[str, Seen]] = []
+    found: list[Seen] = []
     for key in folder.list():
         try:
-            found.append((key, decode(Seen, folder.read(key), f"{folder.address}/{key}")))
+            found.append(decode(Seen, folder.read(key), f"{folder.address}/{key}"))
         except FileNotFoundError:
             continue  # replaced while this was reading
     if not found:
         raise InputError(
             f"no inputs were kept of run {run}; serve it with `--set serve.reservoir=50`, and wait for traffic"
         )
-    found.sort(key=lambda item: item[1].when)
-    seen = [item for _, item in found]
+    found.sort(key=lambda seen: seen.when)
     return Traffic(
-        images=np.stack([item.image for item in seen]),
-        scenario=np.array([item.scenario for item in seen], np.int64),
-        predicted=np.array([item.predicted for item in seen], np.int64),
-        when=np.array([item.when for item in seen]),
-        versions=tuple(item.version for item in seen),
-        keys=tuple(key for key, _ in found),
-        classes=seen[0].classes,
+        images=np.stack([seen.image for seen in found]),
+        scenario=np.array([seen.scenario for seen in found], np.int64),
+        predicted=np.array([seen.predicted for seen in found], np.int64),
+        when=np.array([seen.when for seen in found]),
+        classes=found[0].classes,
     )
 
 

@@ -165,8 +165,9 @@ class Server:
             self.meters.compared.inc(1, tags)
 
     async def _end_trial(self, trial: Served, reason: str) -> None:
+        assert trial.number is not None  # only versions are tried
         log.error("version %s is rolled back: %s", trial.name, reason)
-        await asyncio.to_thread(end_trial, self.follower.registry, int(trial.name), "defuse serve", reason)
+        await asyncio.to_thread(end_trial, self.follower.registry, trial.number, "defuse serve", reason)
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

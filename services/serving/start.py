@@ -68,15 +68,14 @@ def application(args: dict[str, Any], host: str, port: int, shared: bool) -> Ite
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    if not args.get("require_token") and not is_loopback(host):
-        log.warning(
-            "%s can be reached from elsewhere, and DEFUSE_SERVE_TOKEN is not set: anybody may ask", host
-        )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with _explained("Serve did not start"):
         serve.start(
             http_options=HTTPOptions(host=host, port=port), logging_config={"enable_access_log": False}
         )
+    found, port = _listening(host, port)
+    if not args.get("require_token"):
+        _mind_the_door(host, found)
     if shared and NAME in serve.status().applications:
         raise InputError(
             f"the cluster serves an application called {NAME} already; `defuse promote` gives it another model, "
@@ -84,7 +83,7 @@ def application(args: dict[str, Any], host: str, port: int, shared: bool) -> Ite
         )
     try:
         deploy(args)
-        yield _address(host, port)
+        yield f"http://{'127.0.0.1' if found == '0.0.0.0' else found}:{port}"
     finally:
         if shared:
             serve.delete(NAME)
@@ -92,30 +91,45 @@ def application(args: dict[str, Any], host: str, port: int, shared: bool) -> Ite
             serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _address(host: str, port: int) -> str:
+def _listening(host: str, port: int) -> tuple[str, int]:
     """Return where Serve listens: as asked, unless it ran already and listens elsewhere."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
     options = client.http_config if client is not None else None
-    if options is not None and (options.host, options.port) != (host, port):
-        log.warning("Serve runs on this cluster already, so --host and --port are those that it began with")
-        host, port = str(options.host), int(options.port)
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    if options is None or (options.host, options.port) == (host, port):
+        return host, port
+    log.warning("Serve runs on this cluster already, so --host and --port are those that it began with")
+    return str(options.host), int(options.port)
+
+
+def _mind_the_door(asked: str, found: str) -> None:
+    """Say that anybody may ask. Raises InputError where the user asked for loopback and it is open all the same."""
+    if is_loopback(found):
+        return
+    if is_loopback(asked):
+        raise InputError(
+            f"Serve runs on this cluster already and listens on {found}, which can be reached from elsewhere: set "
+            f"DEFUSE_SERVE_TOKEN, or let anybody ask with `--host {found}`"
+        )
+    log.warning("%s can be reached from elsewhere, and DEFUSE_SERVE_TOKEN is not set: anybody may ask", found)
 
 
 def deploy(args: dict[str, Any]) -> None:
     """Start the application, or bring the one that runs to other arguments, on a Serve that runs already."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
+    from cluster.faults import one_line
     from services.serving.app import ServeArgs, build
 
     with _explained("the application did not start"):
         built = build(ServeArgs.model_validate(args))
         try:
             serve.run(built, name=NAME, logging_config={"enable_access_log": False})
-        except RuntimeError as error:
-            raise ComputeError(f"the application did not start: {_cause() or error}") from error
+        except (RuntimeError, RayError, RayServeException) as error:
+            raise ComputeError(f"the application did not start: {_cause() or one_line(error)}") from error
 
 
 def _cause() -> str | None:

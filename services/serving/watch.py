@@ -79,7 +79,7 @@ def _as_seen(vae: Vae, drawn: F32) -> tuple[F64, F64]:
 
 
 class Watch(nn.Module):
-    """The encoder and the components, ready for batches: images -> distance from every scenario."""
+    """The encoder and the scenarios, ready for batches: images -> distance from every scenario."""
 
     roots: Tensor  # (A, Z, Z) inverse Cholesky factors
     offsets: Tensor  # (A, Z) the same applied to the means

@@ -123,7 +123,11 @@ class S3Store:
         self._check_lease()
         if self.exists(key):
             return False
-        return self._put_if(key, data, IfNoneMatch="*") is not None or self.read(key) == data
+        if self._put_if(key, data, IfNoneMatch="*") is not None:
+            return True
+        with contextlib.suppress(FileNotFoundError):  # another write was under way, and nothing is there yet
+            return self.read(key) == data
+        return False
 
     def list(self, prefix: str = "") -> list[str]:
         asked = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Verdicts, Votes
-from defuse_core.judge import OVERRIDES_KEY, judge, read_overrides
+from defuse_core.judge import OVERRIDES, judge, read_overrides
 from defuse_core.runs import FolderStore
 
 NO = NONE_OF_THE_ABOVE
@@ -107,5 +107,7 @@ def test_no_components_give_no_verdicts():
 def test_decisions_are_read_from_the_run(tmp_path):
     store = FolderStore(tmp_path)
     assert read_overrides(store) == ()
-    store.write(OVERRIDES_KEY, json.dumps([{"scenario": 1, "label": None}]).encode())
-    assert read_overrides(store) == ({"scenario": 1, "label": None},)
+    for number, label in ((2, 4), (1, None)):
+        decision = json.dumps({"scenario": 1, "label": label}).encode()
+        store.write(f"{OVERRIDES}{number:04}.json", decision)
+    assert read_overrides(store) == ({"scenario": 1, "label": None}, {"scenario": 1, "label": 4})

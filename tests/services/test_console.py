@@ -5,22 +5,41 @@ from __future__ import annotations
 import io
 import logging
 
+import pytest
 from rich.console import Console
 
 from services import console
 from services.console import ProgressDisplay
 
 
-def test_a_resumed_step_reckons_the_time_left_from_what_this_command_has_done(monkeypatch, caplog):
+@pytest.fixture
+def clock(monkeypatch, caplog):
+    """Seconds that pass only when told to."""
     now = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     caplog.set_level(logging.INFO)
+    return now
+
+
+def test_a_resumed_step_reckons_the_time_left_from_what_this_command_has_done(clock, caplog):
     display = ProgressDisplay(Console(file=io.StringIO()))
     display("finding failures", 900, 1000, "images")  # 900 were there from before
-    now[0] += 60
+    clock[0] += 60
     display("finding failures", 950, 1000, "images")
     assert caplog.messages[-1] == "finding failures: 950 of 1000 images, 60 s left"
-    display("finding failures", 0, 1000, "images")  # another sweep under the same name
-    now[0] += 60
-    display("finding failures", 600, 1000, "images")
-    assert caplog.messages[-1] == "finding failures: 600 of 1000 images, 10/s, 40 s left"
+
+
+def test_a_second_sweep_is_reckoned_by_itself(clock, caplog):
+    display = ProgressDisplay(Console(file=io.StringIO()))
+    for trial in (1, 2, 3):
+        display("fine-tuning over λ", trial, 3, "trials")
+        clock[0] += 600
+    display("fine-tuning over λ", 1, 3, "trials")
+    clock[0] += 60
+    display("fine-tuning over λ", 2, 3, "trials")
+    assert caplog.messages[-1] == "fine-tuning over λ: 2 of 3 trials, 60 s left"
+
+
+def test_a_long_thing_in_one_piece_is_named_when_it_begins(clock, caplog):
+    ProgressDisplay(Console(file=io.StringIO()))("fitting the mixture", 0, 1, "fits")
+    assert caplog.messages == ["fitting the mixture"]

@@ -184,8 +184,8 @@ def test_altered_bytes_are_noticed_on_read(bucket: Store, monkeypatch: pytest.Mo
 
 def test_an_object_that_another_tool_wrote_is_read(bucket: Store) -> None:
     assert isinstance(bucket, s3.S3Store)
-    bucket._client.put_object(Bucket="bucket", Key=bucket.prefix + "overrides.json", Body=b"[]")
-    assert bucket.read("overrides.json") == b"[]"
+    bucket._client.put_object(Bucket="bucket", Key=bucket.prefix + "notes.json", Body=b"[]")
+    assert bucket.read("notes.json") == b"[]"
 
 
 def test_the_lease_of_a_dead_driver_is_taken_over(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:

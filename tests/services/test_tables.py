@@ -7,11 +7,12 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from sample_findings import sample_findings, sample_spec
 
-from defuse_core.artifacts import encode
+from defuse_core.artifacts import Checkpoint, encode
 from defuse_core.report import build_report
 from defuse_core.runs import FolderStore, Run
 from services.tables import ARTEFACTS, print_report, print_runs, print_status, step_states
@@ -101,6 +102,14 @@ def test_steps_under_way_say_how_much_is_there(tmp_path: Path):
     assert (states["identify"].state, states["identify"].detail) == ("under way", "1 of 4 shards")
     assert (states["correct"].state, states["correct"].detail) == ("under way", "baseline 1 of 17 λ begun")
     assert states["distill"].state == "to do"
+
+
+def test_a_training_under_way_says_which_epochs_are_kept(tmp_path: Path):
+    run = a_run(tmp_path)
+    kept = Checkpoint({"w": np.zeros(1)}, {}, ({"loss": 1.0}, {"loss": 0.5}), {})
+    run.store.write("training/vae.safetensors", encode(kept))
+    train = step_states(run)[0]
+    assert (train.step, train.state, train.detail) == ("train", "under way", "β-VAE 2 of 800 epochs")
 
 
 def test_a_review_by_people_waits_for_them(tmp_path: Path):

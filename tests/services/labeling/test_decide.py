@@ -86,6 +86,22 @@ def test_redo_forgets_the_verdicts_and_what_follows_and_keeps_the_votes(judged):
     assert read_overrides(judged.store)[0]["label"] == 8
 
 
+def test_two_decisions_at_once_both_count(run, monkeypatch):
+    decide(run, 2, "8", "Ada", "checked")
+    monkeypatch.setattr(run.store, "list", lambda prefix="": [])  # as it was before the other's
+    decide(run, 1, None, "Bob", "blurred")
+    monkeypatch.undo()
+    assert [decision["author"] for decision in read_overrides(run.store)] == ["Ada", "Bob"]
+
+
+def test_a_decision_that_the_verdicts_were_made_without_is_told(judged, monkeypatch):
+    found = iter([None, judged.load(Verdicts)])  # the driver judges between the two looks
+    load = judged.load
+    monkeypatch.setattr(judged, "load", lambda kind: next(found) if kind is Verdicts else load(kind))
+    with pytest.raises(InputError, match="has its verdicts already"):
+        decide(judged, 2, "8", "Ada", "checked")
+
+
 def test_redo_waits_for_no_driver_that_is_writing(judged):
     with judged.store.lock(), pytest.raises(RunBusyError):
         decide(judged, 2, "8", "Ada", "checked", redo=True)

@@ -75,7 +75,7 @@ def test_set_records_a_decision_that_status_shows(cli, make_review):
     cli("review", "push", name)
     done = cli("review", "set", name, "2", "--label", "8", "--reason", "seen on paper", "--author", "Ada")
     assert done.output == "scenario 2 is a failure: 8; `defuse run` goes on with it\n"
-    assert json.loads(review.run.store.read("overrides.json"))[0]["author"] == "Ada"
+    assert json.loads(review.run.store.read("overrides/0001.json"))["author"] == "Ada"
     assert "2 9 decided above the vote" in " ".join(cli("review", "status", name).output.split())
 
 

@@ -93,7 +93,7 @@ def test_copies_that_a_late_import_left_are_dropped_but_never_an_answered_one(ma
 def test_a_deleted_project_is_said_and_made_again_only_when_asked(make_review):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    review.api.delete_project(number)
+    review.api._sdk.projects.delete(id=number)
     with pytest.raises(InputError, match=f"project {number} was deleted .* --repair"):
         review.annotators.review(review.gallery)
     assert review.annotators.push(review.gallery, repair=True).number != number
@@ -103,7 +103,7 @@ def test_a_deleted_project_is_said_and_made_again_only_when_asked(make_review):
 def test_a_project_deleted_while_waiting_ends_the_wait(make_review, monkeypatch):
     review = make_review()
     review.annotators.wait, review.annotators.first_pause_s = True, 0.01
-    deleting = SimpleNamespace(sleep=lambda _: review.api.delete_project(review.record.number))
+    deleting = SimpleNamespace(sleep=lambda _: review.api._sdk.projects.delete(id=review.record.number))
     monkeypatch.setattr("services.labeling.annotators.time", deleting)
     with pytest.raises(InputError, match="was deleted"):
         review.annotators.review(review.gallery)

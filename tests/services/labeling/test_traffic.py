@@ -96,6 +96,31 @@ def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, crowd, 
     assert second is not None and second.numbers == (3,)
 
 
+def test_an_input_that_came_more_than_once_is_shown_once(cli, served, tmp_path):
+    meet(served, tmp_path, 3, 2, first=0)
+    again = Reservoir(FolderStore(tmp_path), 10)
+    again._met[served.name, 3] = 2
+    image = digits_gallery(images=10).images[3][0]
+    for _ in range(3):
+        again.offer(served.name, seen_now(image, 3, 6, "1", digits_gallery().classes))
+    again._thread.shutdown()
+    cli("push", served.name, "--from-traffic")
+    gallery = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1").load(Gallery)
+    assert gallery is not None and gallery.numbers == (2,)  # scenario 3 has two inputs, not five
+
+
+def test_every_input_is_asked_about_however_early_the_verdict_is_sure(cli, served, crowd, server, tmp_path):
+    cli("push", served.name, "--from-traffic")
+    review = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1")
+    assert not review.spec.review.stop_early
+    gallery = review.load(Gallery)
+    assert gallery is not None
+    tasks = list(Server(server.address, server.token).tasks(read_record(review.store, gallery).number))
+    for task in tasks[:2]:
+        crowd[0].answer(task.id, "image", "6")  # two of three are right: no failure, whatever the third is
+    assert "1 are still wanted" in cli("status", review.name).output
+
+
 def test_without_traffic_the_error_says_how_to_get_some(cli, tmp_path):
     run = review_run(tmp_path, digits_gallery())
     with pytest.raises(InputError, match=r"serve\.reservoir"):

@@ -14,6 +14,7 @@ from defuse_core.artifacts import (
     Scenarios,
     Sweep,
     Verdicts,
+    Votes,
     Weights,
     encode,
 )
@@ -45,6 +46,7 @@ def plant_run(
         before,
         scenarios,
         Gallery(shaped, drawn, predicted, models.classes),
+        _votes(),
         verdicts,
         draw_corrections(spec, scenarios, verdicts),
         Sweep(rows=(), chosen={"lam": 1.0, "epoch": 2}, weights=corrected, failed=()),
@@ -64,6 +66,11 @@ def _components(codes: np.ndarray, labels: np.ndarray, classes: tuple[int, ...])
 
 def _drawn(scenarios: Scenarios, component: int) -> np.ndarray:
     return draw_codes(scenarios, component, 5, 0.3, np.random.default_rng(component))
+
+
+def _votes() -> Votes:
+    none = np.zeros(0, np.int64)
+    return Votes(none, none, none, none, np.zeros(0), (), "reference models", {})
 
 
 def _verdicts(labels: np.ndarray, images: int) -> Verdicts:

@@ -17,7 +17,9 @@ import yaml
 from click.testing import CliRunner
 from ray.serve.schema import ServeDeploySchema
 
+from defuse_core.artifacts import Sweep, encode
 from defuse_core.errors import CheckFailed, ComputeError, InputError, RunFileError
+from defuse_core.runs import FolderStore, Run
 from services.cli.serving import check, promote, rollback, serve
 from services.serving.app import plan
 from services.serving.registry import Registry
@@ -34,7 +36,8 @@ def run(command, *args):
 
 def test_check_prints_every_check_and_fails_with_exit_code_1_where_one_failed(planted):
     lines = run(check, "first", "--store", planted.address).splitlines()
-    assert len(lines) == 7 and all(line.startswith("ok ") for line in lines)
+    assert len(lines) == 8 and all(line.startswith("ok ") for line in lines[:7])
+    assert lines[7].strip() == "its failure scenarios were labelled by reference models"
     result = CliRunner().invoke(check, ["swapped", "--store", planted.address], standalone_mode=False)
     failed = [line for line in result.output.splitlines() if line.startswith("FAILED")]
     assert [line.split()[1] for line in failed] == ["clean", "every", "regressions:"]
@@ -47,9 +50,16 @@ def test_check_as_json_is_one_object(planted):
     assert found["passed"] and len(found["checks"]) == 7
 
 
-def test_check_of_an_unfinished_run_says_what_is_missing(planted, good_spec, tmp_path):
-    from defuse_core.runs import FolderStore, Run
+def test_a_classifier_without_failure_scenarios_passes_and_there_is_nothing_to_promote(own_store):
+    run_dir = Run.open(own_store, "first")
+    run_dir.store.write("sweep.safetensors", encode(Sweep((), {}, {}, ())))
+    assert run(check, "first", "--store", own_store.address).startswith("ok     run first corrected nothing")
+    assert json.loads(run(check, "first", "--store", own_store.address, "--json"))["passed"]
+    with pytest.raises(InputError, match="no failure scenario was accepted"):
+        run(promote, "first", "--store", own_store.address)
 
+
+def test_check_of_an_unfinished_run_says_what_is_missing(planted, good_spec, tmp_path):
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     with pytest.raises(InputError, match=r"begun has no corrected classifier yet \(models is missing\)"):
         run(check, "begun", "--store", str(tmp_path))
@@ -62,7 +72,10 @@ def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
     assert run(promote, "second", *store) == "version 2 to production\n"
     assert run(rollback, *store) == "rolled back from version 2; version 1 is in production\n"
     shown = run(promote, "--store", own_store.address).splitlines()
-    assert shown[0].startswith("   1  production   run first, by ana") and "first of all" in shown[0]
+    assert (
+        shown[0].startswith("   1  production   run first, labelled by reference models; by ana")
+        and "first of all" in shown[0]
+    )
     assert shown[1].startswith("   2               run second") and "rolled back from version 2" in shown[2]
 
 

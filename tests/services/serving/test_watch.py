@@ -41,7 +41,7 @@ def test_distances_are_mahalanobis_distances_from_each_component(candidate, good
 
 @pytest.mark.parametrize("share", [0.01, 0.05])
 def test_of_the_training_images_just_the_share_asked_for_lies_in_a_scenario(candidate, splits, share):
-    served = Served("1", candidate, ServeSection(watch_share=share))
+    served = Served(candidate, ServeSection(watch_share=share))
     inside = served.answer(splits.train.batch(slice(0, len(splits.train)))).inside
     np.testing.assert_allclose(inside.mean(axis=0), share, atol=0.003)
 
@@ -52,7 +52,7 @@ def test_nearly_all_held_out_images_of_a_scenario_lie_in_it(candidate):
 
 
 def test_a_request_that_fails_does_not_harm_its_batch_mates(candidate, pixels):
-    served = Served("1", candidate, ServeSection())
+    served = Served(candidate, ServeSection())
     alone = served.answer(pixels[:2]).probabilities
     poison = np.full((1, 1, 16, 16), 1e38, np.float32)
     jobs = [Job(pixels[:1], (served,)), Job(poison, (served,)), Job(pixels[1:2], (served,))]
