@@ -53,13 +53,21 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
         vae, vae_history = train_vae(spec, splits, store, progress)
         probe = splits.train.take(slice(0, PROBE_IMAGES))
         reconstruction, flips = _reconstruct(classifier, vae, probe)
+        accuracies = _accuracies(classifier, splits)
+        if spec.classifier.epochs == 0 and accuracies["train"] < 0.5:
+            log.warning(
+                "the classifier that was brought is right on only %.0f %% of the training images; does it number the "
+                "classes in this order? %s",
+                100 * accuracies["train"],
+                ", ".join(splits.classes),
+            )
         return Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
             classes=splits.classes,
             images=splits.counts(),
             data_fingerprint=splits.fingerprint(),
-            accuracy=_accuracies(classifier, splits),
+            accuracy=accuracies,
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             reconstruction=reconstruction,

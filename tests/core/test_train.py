@@ -94,6 +94,17 @@ def test_brought_models_are_taken_as_they_are(tmp_path, tiny_models):
     assert models.classifier_history == models.vae_history == ()
 
 
+def test_a_classifier_that_numbers_the_classes_otherwise_is_told(tmp_path, tiny_models, caplog):
+    last = sorted(name.removesuffix(".bias") for name in tiny_models.classifier if name.endswith(".bias"))[-1]
+    other = {
+        k: torch.tensor(np.roll(v, 3, 0) if k.startswith(last) else v)
+        for k, v in tiny_models.classifier.items()
+    }
+    save_file(other, tmp_path / "other.safetensors")
+    train(tiny(classifier={"epochs": 0, "weights": tmp_path / "other.safetensors"}), progress=silent)
+    assert "does it number the classes in this order? 0, 1, 2" in caplog.text
+
+
 def test_a_learning_rate_that_blows_up_is_said_in_one_line():
     with pytest.raises(ModelError, match="training the classifier diverged"):
         train(tiny(classifier={"optimizer": "adam", "learning_rate": 1e30, "epochs": 3}), progress=silent)

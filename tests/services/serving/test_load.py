@@ -159,9 +159,12 @@ def test_a_new_version_and_a_rollback_take_over_under_load_with_no_request_lost(
 
 
 def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(live, pictures):
+    requests = requests_for(live.app, pictures, 100)
+    running = Load(live.app.port, 8, requests)
+    running.start()
     to_canary(live.registry, live.number["second"], 0.3, "ana", "")
     wait_until(lambda: live.app.http.get("/v1/model").json()["canary"] == live.version("second"))
-    requests = requests_for(live.app, pictures, 100)
+    assert set(statuses(running.stop())) == {200}  # nobody noticed it come
     replies = load(live.app.port, 8, bounded(requests, 600, 60))
     assert set(statuses(replies)) == {200}
     share = np.mean([reply.json()["version"] == live.version("second") for reply in replies])

@@ -12,8 +12,10 @@ import pytest
 from load import Client, bounded, load, request_bytes
 from planted import png
 
+from defuse_core.config import ServeSection
 from defuse_core.models import load_classifier, predict_probabilities
 from defuse_core.runs import Run
+from services.serving.app import deployment
 from services.serving.candidate import prepare
 
 IMAGE = {"Content-Type": "image/png"}
@@ -118,6 +120,38 @@ def test_a_body_of_100_mb_is_refused_before_it_is_read(app):
         status = 413  # the server answered and hung up while this was still sending
     assert status == 413 and time.monotonic() - started < 10
     assert app.http.get("/readyz").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def hurried(serving, planted):
+    """An application whose answers take longer than it allows: it waits a second for each batch."""
+    return serving(
+        planted, run="first", pin=True, batch_size=4, batch_wait_s=1, timeout_s=0.3, retry_after_s=2
+    )
+
+
+def test_a_body_that_does_not_arrive_in_time_is_answered_408(hurried):
+    head = f"POST {hurried.predict} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", hurried.port), timeout=10) as raw:
+        raw.sendall(head.encode() + b"\0" * 10)
+        said = raw.recv(4096)
+    assert b"408" in said.split(b"\r\n")[0] and b"did not arrive within 0.3 s" in said
+
+
+def test_an_answer_that_is_not_there_in_time_is_503_with_retry_after(hurried, pictures):
+    reply = hurried.http.post("/v1/predict", content=pictures[0], headers=IMAGE)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+    assert reply.json() == {"error": "no answer in time"}
+
+
+def test_replicas_follow_the_load_between_their_bounds_and_share_a_gpu():
+    settings = ServeSection(
+        min_replicas=2, max_replicas=5, target_ongoing=3, gpus_per_replica=0.25, max_queued=7
+    )
+    asked = deployment(settings)
+    scaling = asked._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3)
+    assert asked.ray_actor_options["num_gpus"] == 0.25 and asked.max_queued_requests == 7
 
 
 def test_the_model_page_tells_what_answers(app):
