@@ -107,7 +107,7 @@ class RayCompute:
             tuning,
             store,
             worker_share(section),
-            worker_count(section),
+            None if section.workers == "auto" else section.workers,
             relay,
             self.progress,
             f"correct-{self.tag}",

@@ -1,15 +1,16 @@
 """Identification on the cluster: actors pull shards from the driver's queue, and write them to the store.
 
-A killed process, a lost node or a failing store costs the shards in flight, which are queued again. Two
-things that Ray does need care: a restarted actor without a node would hoard shards, and one may land on a
-node that is dead but not yet known to be. So an actor gets work only after it has answered a ping, which may
-itself be retried for ever.
+A killed process, a lost node or a failing store costs the shards in flight, which are queued again; a shard
+that raises an error is tried once more. Two things that Ray does need care: a restarted actor without a node
+would hoard shards, and one may land on a node that is dead but not yet known to be. So an actor gets work
+only after it has answered a ping, which may itself be retried for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from cluster.relay import Place, Relay, relayed, this_place
 from cluster.session import Share
 from defuse_core.artifacts import Models, Shard
 from defuse_core.config import RunFile
-from defuse_core.errors import ComputeError, DefuseError, StoreError
+from defuse_core.errors import ComputeError, DefuseError, InputError, StoreError
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
@@ -56,10 +57,9 @@ class ShardWorker:
         Models and mailbox come with every call: Ray promises the constructor of a restarted actor only plain
         values.
         """
-        with relayed(mailbox):
+        with relayed(mailbox), named(shard_name(self.spec, models.images["train"], index)):
             self.identifier = self.identifier or Identifier(self.spec, models)
-            with named(shard_name(self.spec, models.images["train"], index)):
-                record = self._save(index, self.identifier.shard(index))
+            record = self._save(index, self.identifier.shard(index))
         metrics.identified(record.images, record.decodings, record.codes)
         return record
 
@@ -132,23 +132,26 @@ class ShardQueue:
     def __init__(self, crew: Crew, waiting: Iterable[int], total: int, progress: Progress) -> None:
         self.crew, self.total, self.progress = crew, total, progress
         self.waiting = deque(waiting)
-        self.left = len(self.waiting)
+        self.asked = len(self.waiting)
         self.records: dict[int, ShardRecord] = {}
-        self.lost: Counter[int] = Counter()
+        self.lost: Counter[int] = Counter()  # shard -> how often its worker died under it
+        self.failed: set[int] = set()  # shards that raised an error once
         self.hands: list[Hand] = []
-        self.flights: dict[Any, tuple[Hand, int | None]] = {}  # ObjectRef -> worker and shard; None is a ping
-        self.hired_at = 0.0
+        self.pings: dict[Any, Hand] = {}  # ObjectRef -> who is asked
+        self.flights: dict[Any, tuple[Hand, int]] = {}  # ObjectRef -> worker and shard
+        self.hired_at = -math.inf
+        self.homeless = False  # no node has room for a worker, and that was said
 
     def run(self) -> dict[int, ShardRecord]:
         """Return the records of all shards that waited.
 
-        Raises the error of a shard that fails by its own fault, ComputeError for one lost again and again.
+        Raises the error of a shard that fails a second time, or at once where the user's input is at fault;
+        ComputeError for a shard lost again and again.
         """
         try:
-            while len(self.records) < self.left:
+            while len(self.records) < self.asked:
                 self._hire()
-                ready, _ = ray.wait(list(self.flights), timeout=LOOK_EVERY_S)
-                for reference in ready:
+                for reference in self._arrived():
                     self._land(reference)
                 self.crew.relay.pass_on()
             return self.records
@@ -159,74 +162,94 @@ class ShardQueue:
     def _hire(self) -> None:
         """Have as many workers as wanted; nodes that joined since the last look are used from now on."""
         now = time.monotonic()
-        if now - self.hired_at < HIRE_EVERY_S and self.hands:
+        if now - self.hired_at < HIRE_EVERY_S:
             return
         self.hired_at, wanted = now, self.crew.wanted()
-        if not wanted:
+        if not wanted and not self.homeless:
             log.warning("identify: waiting for a node with room for a worker of %s", self.crew.share)
-        for _ in range(min(wanted, self.left) - len(self.hands)):
+        self.homeless = not wanted
+        for _ in range(min(wanted, self.asked) - len(self.hands)):
             hand = Hand(len(self.hands), self.crew.hire(len(self.hands)))
             self.hands.append(hand)
             self._ping(hand)
 
+    def _arrived(self) -> list[Any]:
+        """Return the answers that are there, after a moment at most."""
+        if not self.pings and not self.flights:  # ray.wait does not wait for nothing
+            time.sleep(LOOK_EVERY_S)
+            return []
+        ready, _ = ray.wait([*self.pings, *self.flights], timeout=LOOK_EVERY_S)
+        return ready
+
     def _ping(self, hand: Hand) -> None:
         hand.present = False
-        self.flights[hand.actor.ping.options(max_task_retries=-1).remote(self.crew.relay.mailbox)] = (
-            hand,
-            None,
-        )
+        reference = hand.actor.ping.options(max_task_retries=-1).remote(self.crew.relay.mailbox)
+        self.pings[reference] = hand
 
     def _land(self, reference: Any) -> None:
-        """Take one answer: a place, a finished shard, or a failure."""
-        hand, index = self.flights.pop(reference)
-        if index is not None:
-            hand.shards.remove(index)
+        """Take one answer, and give work to whoever is free."""
+        if reference in self.pings:
+            self._land_ping(reference, self.pings.pop(reference))
+        else:
+            self._land_shard(reference, *self.flights.pop(reference))
+        for free in self.hands:
+            self._feed(free)
+
+    def _land_ping(self, reference: Any, hand: Hand) -> None:
+        """A worker is there; or it is away, and asked again; or it cannot work."""
         try:
-            answer = ray.get(reference)
+            hand.place, hand.present = ray.get(reference), True
+            log.info("identify: worker %d is %s", hand.number, hand.place)
+        except RayTaskError as error:
+            raise as_defuse_error(error, "identify") from error
+        except ActorDiedError as error:
+            raise ComputeError(f"identify: worker {hand.number} does not start: {one_line(error)}") from error
+        except RayError:
+            self._ping(hand)
+
+    def _land_shard(self, reference: Any, hand: Hand, index: int) -> None:
+        """A shard is finished, or has failed, or its worker is gone: then wait until the worker is back."""
+        hand.shards.remove(index)
+        try:
+            self._finished(index, ray.get(reference))
         except RayTaskError as error:
             self._failed(index, error)
         except RayError as error:
             self._vanished(hand, index, error)
-        else:
-            self._welcome(hand, answer) if index is None else self._finished(index, answer)
-        for free in self.hands:
-            self._feed(free)
-
-    def _welcome(self, hand: Hand, place: Place) -> None:
-        hand.place, hand.present = place, True
-        log.info("identify: worker %d is %s", hand.number, place)
+            if hand not in self.pings.values():
+                self._ping(hand)
 
     def _finished(self, index: int, record: ShardRecord) -> None:
         self.records.setdefault(index, record)
-        done = self.total - self.left + len(self.records)
+        done = self.total - self.asked + len(self.records)
         self.progress("perturbing training images", done, self.total, "shards")
 
-    def _failed(self, index: int | None, error: RayTaskError) -> None:
-        """The fault is the shard's own, and would come again: stop the run."""
+    def _failed(self, index: int, error: RayTaskError) -> None:
+        """The shard raised an error: a hiccup, if it goes well the second time."""
         if index in self.records:  # another worker finished it meanwhile
             return
-        raise as_defuse_error(error, "identify") from error
+        fault = as_defuse_error(error, "identify")
+        if isinstance(fault, InputError) or index in self.failed:
+            raise fault from error
+        log.warning("identify: shard %d again, since it failed once: %s", index, fault)
+        self.failed.add(index)
+        self._requeue(index)
 
-    def _vanished(self, hand: Hand, index: int | None, error: RayError) -> None:
-        """The worker's process or node is gone: queue its shard again, and wait until the worker is back."""
-        if index is not None and index not in self.records:
-            if self.lost[index] >= MAX_TRIES:
-                name = shard_name(self.crew.spec, self.crew.images, index)
-                raise ComputeError(
-                    f"identify: {name} was lost {MAX_TRIES + 1} times with its worker: {one_line(error)}; "
-                    "does it fit in memory? run again to go on"
-                ) from error
-            log.warning(
-                "identify: shard %d again, since worker %d was lost (%s)", index, hand.number, hand.place
-            )
-            self._requeue(index)
-        if isinstance(error, ActorDiedError) and index is None:
-            raise ComputeError(f"identify: worker {hand.number} does not start: {one_line(error)}") from error
-        if not any(flier is hand and shard is None for flier, shard in self.flights.values()):
-            self._ping(hand)
+    def _vanished(self, hand: Hand, index: int, error: RayError) -> None:
+        """The worker's process or node is gone: queue its shard again."""
+        if index in self.records:
+            return
+        if self.lost[index] >= MAX_TRIES:
+            name = shard_name(self.crew.spec, self.crew.images, index)
+            raise ComputeError(
+                f"identify: {name} was lost {MAX_TRIES + 1} times with its worker: {one_line(error)}; "
+                "does it fit in memory? run again to go on"
+            ) from error
+        log.warning("identify: shard %d again, since worker %d was lost (%s)", index, hand.number, hand.place)
+        self.lost[index] += 1
+        self._requeue(index)
 
     def _requeue(self, index: int) -> None:
-        self.lost[index] += 1
         metrics.redone(1)
         self.waiting.appendleft(index)
 
@@ -241,13 +264,11 @@ class ShardQueue:
         if index in self.records:
             return
         hand.shards.append(index)
-        self.flights[hand.actor.shard.remote(index, self.crew.models, self.crew.relay.mailbox)] = (
-            hand,
-            index,
-        )
+        reference = hand.actor.shard.remote(index, self.crew.models, self.crew.relay.mailbox)
+        self.flights[reference] = (hand, index)
 
     def _slow(self) -> int | None:
         """Return the shard sent last that is still with one worker only, or None."""
-        holders = Counter(index for hand in self.hands for index in hand.shards)
-        lonely = [index for _, index in self.flights.values() if index is not None and holders[index] == 1]
-        return next((index for index in reversed(lonely) if index not in self.records), None)
+        holders = Counter(index for _, index in self.flights.values())
+        lonely = (index for _, index in reversed(self.flights.values()) if holders[index] == 1)
+        return next((index for index in lonely if index not in self.records), None)

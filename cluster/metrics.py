@@ -25,8 +25,10 @@ def identified(images: int, decodings: int, failures: int) -> None:
 
 
 def redone(shards: int) -> None:
-    """Count shards that were lost and are made again. Called in the driver."""
-    _count("shards_redone", "Shards lost with their worker and made again", shards)
+    """Count shards that were lost or failed, and are made again. Called in the driver."""
+    _count(
+        "shards_redone", "Shards made again, since they were lost with their worker or failed once", shards
+    )
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import Any
 from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.trainable import Trainable, wrap_function
 
 from cluster import metrics
 from cluster.faults import as_defuse_error, one_line
@@ -27,6 +28,7 @@ from defuse_core.progress import Progress
 from defuse_core.runs import Store
 
 log = logging.getLogger("defuse")
+STEP = "correct"
 TRIAL = "lam-"
 MAX_FAILURES = 2  # a trial is started again so often; it goes on at its last finished epoch
 
@@ -40,7 +42,7 @@ class Sweeping:
     tuning: Any  # ObjectRef of Tuning: once in the object store of each node, whatever the number of trials
     store: Store
     share: Share
-    parallel: int
+    parallel: int | None  # trials at once; None is as many as there is room for, nodes that join included
     relay: Relay
     progress: Progress
     name: str
@@ -82,8 +84,9 @@ def _trial(
             tune.report({"epochs": len(trial.rows), "visible_gpus": place.visible})
 
 
-def _tuner(sweeping: Sweeping, folder: str) -> tune.Tuner:
-    trainable = tune.with_parameters(
+def _trainable(sweeping: Sweeping) -> type[Trainable]:
+    """Return a trial with what it needs, under the name that Ray shows of its actors and processes."""
+    function = tune.with_parameters(
         _trial,
         spec=sweeping.spec,
         models=sweeping.models,
@@ -91,9 +94,15 @@ def _tuner(sweeping: Sweeping, folder: str) -> tune.Tuner:
         store=sweeping.store,
         mailbox=sweeping.relay.mailbox,
     )
+    named = wrap_function(function, name=STEP)
+    named.__name__ = named.__qualname__ = STEP
+    return named
+
+
+def _tuner(sweeping: Sweeping, folder: str) -> tune.Tuner:
     resources = {"cpu": sweeping.share.cpus, "gpu": sweeping.share.gpus}
     return tune.Tuner(
-        tune.with_resources(trainable, resources),
+        tune.with_resources(_trainable(sweeping), resources),
         param_space={"lam": tune.grid_search(list(sweeping.spec.correct.lambdas))},
         tune_config=tune.TuneConfig(
             reuse_actors=True,

@@ -49,7 +49,7 @@ FAULTS = (
     Fault("the task's process", "train", "training/classifier.safetensors", "ray::train"),
     Fault("a worker's process", "identify", SHARD, "ray::ShardWorker"),
     Fault("the task's process", "distill", "psi.safetensors", "ray::distill"),
-    Fault("a trial's process", "correct", TRIAL, "ray::ImplicitFunc"),
+    Fault("a trial's process", "correct", TRIAL, "ray::correct"),
     Fault("the raylet", "identify", SHARD, "raylet"),
     Fault("the driver", "identify", SHARD, "driver"),
     Fault("the driver", "correct", TRIAL, "driver"),

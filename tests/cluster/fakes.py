@@ -59,6 +59,20 @@ class RefusingStore(FolderStore):
         super().write(key, data)
 
 
+class HiccupStore(FolderStore):
+    """Fails as a GPU may that another process has filled, the first time that a key that holds `part` is written."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        super().__init__(folder)
+        self.part = part
+        self.tally = Tally(folder.with_name(folder.name + "-hiccups"))
+
+    def write(self, key: str, data: bytes) -> None:
+        if self.part in key and self.tally.add() == 1:
+            raise RuntimeError("CUDA out of memory")
+        super().write(key, data)
+
+
 class DeadlyStore(FolderStore):
     """Kills whoever writes a key that holds `part`, as running out of memory would."""
 

@@ -26,6 +26,7 @@ from cluster.compute import RayCompute
 from cluster.identify import HIRE_EVERY_S
 from cluster.session import Share, capacity
 from defuse_core.artifacts import Corrections, Models, decode
+from defuse_core.config import RunFile
 from defuse_core.runs import FolderStore
 from tests.cluster.checks import Lines
 from tests.cluster.fakes import CountingStore
@@ -103,6 +104,32 @@ def the_last_node_dies(models: Models, folder: Path) -> dict[str, Any]:
     return {"finished": not thread.is_alive(), "waited": waited}
 
 
+def a_node_joins_a_sweep(models: Models, folder: Path) -> dict[str, Any]:
+    """One node with room for one trial begins; a second joins once an epoch is done."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    store, spec = (
+        CountingStore(folder, PAUSE_S),
+        tiny(correct={"lambdas": [0.1, 1.0, 10.0, 100.0], "epochs": 4}),
+    )
+    with RayCompute(None, spec) as compute:
+        thread = in_background(lambda: compute.sweep(spec, models, made_up(spec), None, store))
+        wait_until(lambda: bool(store.list()))
+        cluster.add_node(num_cpus=1)
+        thread.join(120)
+    ray.shutdown()
+    cluster.shutdown()
+    return {"finished": not thread.is_alive()}
+
+
+def made_up(spec: RunFile) -> Corrections:
+    """Two scenarios, drawn from nothing."""
+    rng = np.random.default_rng(0)
+    tune, test = (rng.normal(size=(2, 24, spec.vae.latent_dim)).astype(np.float32) for _ in range(2))
+    return Corrections(np.arange(2), np.arange(2), tune, test)
+
+
 def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
     """Four GPUs that are not there: who sees which?"""
     ray.init(
@@ -114,17 +141,19 @@ def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
         logging_level=logging.ERROR,
     )
     spec = tiny(correct={"lambdas": [1e-3, 1.0, 10.0, 100.0]})
-    rng = np.random.default_rng(0)
-    tune, test = (rng.normal(size=(2, 24, spec.vae.latent_dim)).astype(np.float32) for _ in range(2))
     with RayCompute(None, spec) as compute:
         compute.identify(spec, models, FolderStore(folder))
-        fixes = Corrections(np.arange(2), np.arange(2), tune, test)
-        compute.sweep(spec, models, fixes, None, FolderStore(folder / "trials"))
+        compute.sweep(spec, models, made_up(spec), None, FolderStore(folder / "trials"))
     ray.shutdown()
     return {}
 
 
-SCENES = {"nodes": nodes_come_and_go, "last": the_last_node_dies, "gpus": four_gpus}
+SCENES = {
+    "nodes": nodes_come_and_go,
+    "last": the_last_node_dies,
+    "sweep": a_node_joins_a_sweep,
+    "gpus": four_gpus,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))

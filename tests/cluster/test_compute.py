@@ -26,6 +26,7 @@ from tests.cluster.checks import Lines, assert_same_psi
 from tests.cluster.fakes import (
     CountingStore,
     DeadlyStore,
+    HiccupStore,
     RefusingStore,
     StumblingStore,
     dying_once,
@@ -180,8 +181,25 @@ def test_a_store_that_fails_now_and_then_is_borne_with(
     assert any("not stored, trying again" in line for line in lines.lines)
 
 
-def test_a_shard_that_fails_each_time_stops_the_run_and_is_named(
-    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path
+def test_a_shard_that_fails_once_is_made_again(
+    tiny_spec: RunFile,
+    tiny_models: Models,
+    local_psi: Psi,
+    local_store: FolderStore,
+    tmp_path: Path,
+    lines: Lines,
+) -> None:
+    store = HiccupStore(tmp_path / "run", "psi/000003")
+    with RayCompute(None, tiny_spec) as compute:
+        psi = compute.identify(tiny_spec, tiny_models, store)
+    assert_equal_psi(psi, local_psi)
+    assert_same_psi(len(psi.codes), store, local_store)
+    (told,) = [line for line in lines.lines if "shard 3 again" in line]
+    assert told.endswith("shard 3 of 10 (training images 96 to 127) failed: RuntimeError: CUDA out of memory")
+
+
+def test_a_shard_that_fails_twice_stops_the_run_and_is_named(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path, lines: Lines
 ) -> None:
     store = RefusingStore(tmp_path / "run", "psi/000003", with_bug=True)
     with RayCompute(None, tiny_spec) as compute, pytest.raises(ComputeError) as raised:
@@ -189,6 +207,7 @@ def test_a_shard_that_fails_each_time_stops_the_run_and_is_named(
     line = str(raised.value)
     assert "shard 3 of 10 (training images 96 to 127)" in line
     assert line.endswith("ZeroDivisionError: of a pixel by nothing")
+    assert len([line for line in lines.lines if "shard 3 again" in line]) == 1
 
 
 def test_a_shard_that_kills_its_worker_each_time_stops_the_run_and_is_named(
@@ -211,6 +230,21 @@ def test_the_sweep_equals_the_local_one(
         sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, FolderStore(tmp_path))
     assert_equal_sweeps(sweep, local_sweep)
     assert ("fine-tuning over λ", 6, 6, "epochs") in told
+
+
+def test_a_trial_is_shown_under_the_name_of_its_step(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+) -> None:
+    titles = set()
+
+    def look(*told: object) -> None:
+        for process in lines.processes("correct: λ")[-1:]:
+            titles.add(Path(f"/proc/{process}/cmdline").read_bytes().split(b".")[0].strip(b"\0"))
+
+    spec = tiny(resources={"workers": 1})
+    with RayCompute(None, spec, look) as compute:
+        compute.sweep(spec, tiny_models, fixes, None, CountingStore(tmp_path / "run", pause_s=0.1))
+    assert titles == {b"ray::correct"}
 
 
 def test_a_sweep_over_nothing_starts_nothing(tiny_spec: RunFile, tiny_models: Models, tmp_path: Path) -> None:

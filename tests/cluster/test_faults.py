@@ -64,7 +64,8 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
             if int(Path(key).stem) in there:
                 FolderStore(store.folder).write(key, local_store.read(key))
         lines.lines.clear()
-        killer = threading.Thread(target=kill_a_worker, args=(store, lines, len(there) + kill_after))
+        killed: list[int] = []
+        killer = threading.Thread(target=kill_a_worker, args=(store, lines, len(there) + kill_after, killed))
         killer.start()
         records = finished_shards(store)
         with RayCompute(None, spec) as compute:
@@ -72,17 +73,19 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
             waiting = [index for index in order if index not in records]
             records |= ShardQueue(crew, waiting, SHARDS, silent).run()
         killer.join()
+        assert len(killed) == 1
         assert np.array_equal(gather(records).codes, local_psi.codes)
         assert_same_psi(SHARDS, store, local_store)
 
 
-def kill_a_worker(store: FolderStore, lines: Lines, after: int) -> None:
-    """Kill the newest worker once `after` shards are stored."""
+def kill_a_worker(store: FolderStore, lines: Lines, after: int, killed: list[int]) -> None:
+    """Kill the newest worker once `after` shards are stored, and note it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         processes = lines.processes("identify: worker")
         if processes and len(store.list("psi/")) >= 2 * after:
             os.kill(processes[-1], signal.SIGKILL)
+            killed.append(processes[-1])
             return
         time.sleep(0.01)
 
@@ -110,8 +113,8 @@ def spoilt(tmp_path: Path) -> Iterator[tuple[RunFile, Models, str]]:
     yield spec, models, path.name
 
 
-def test_a_picture_that_cannot_be_read_stops_the_run_and_is_named_with_its_shard(
-    spoilt: tuple[RunFile, Models, str], tmp_path: Path
+def test_a_picture_that_cannot_be_read_stops_the_run_at_once_and_is_named_with_its_shard(
+    spoilt: tuple[RunFile, Models, str], tmp_path: Path, lines: Lines
 ) -> None:
     spec, models, name = spoilt
     with RayCompute(None, spec) as compute, pytest.raises(DataError) as raised:
@@ -119,3 +122,4 @@ def test_a_picture_that_cannot_be_read_stops_the_run_and_is_named_with_its_shard
     line = str(raised.value)
     assert "shard 4 of 5 (training images 128 to 159) failed" in line
     assert name in line
+    assert not any("again" in line for line in lines.lines)

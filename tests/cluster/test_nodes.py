@@ -51,6 +51,13 @@ def test_a_run_that_lost_its_last_node_waits_for_another_one(
     assert_same_psi(len(local_psi.codes), FolderStore(tmp_path / "last"), local_store)
 
 
+def test_a_node_that_joins_a_sweep_gets_trials(tmp_path: Path, tiny_models: Models) -> None:
+    played = play("sweep", tmp_path, tiny_models)
+    assert played["finished"]
+    places = {re.sub(".* in process", "", line) for line in played["lines"] if line.startswith("correct: λ")}
+    assert len(places) == 2  # one process on each node, for four trials
+
+
 def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
     tmp_path: Path, tiny_models: Models, local_psi: Psi, local_store: FolderStore
 ) -> None:
