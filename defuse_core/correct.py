@@ -29,7 +29,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
-from defuse_core.seeds import generator
+from defuse_core.seeds import generator, torch_seed
 from defuse_core.training import descend, labels_of, minibatches, moments_of, set_moments
 
 
@@ -130,6 +130,7 @@ def _epoch(
 
     Both go through the network together, so that batch normalisation sees in training the mixture it is scored with.
     """
+    torch.manual_seed(torch_seed(spec.seed, "correct", epoch))  # for dropout, whatever ran here before
     classifier.train()
     train, tune, size = tuning.train, tuning.tune, spec.correct.batch_size
     scenario_rows = cycle(
@@ -137,7 +138,7 @@ def _epoch(
     )
     losses = []
     for rows in minibatches(len(train), size, generator(spec.seed, "correct", epoch)):
-        wrong = next(scenario_rows)
+        wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
         images = np.concatenate([train.batch(rows), tune.batch(wrong)])
         logits = classifier(to_tensor(images))
         clean = F.cross_entropy(logits[: len(rows)], labels_of(train, rows))

@@ -59,13 +59,15 @@ def moments_of(optimizer: torch.optim.Optimizer) -> Weights:
 
 
 def set_moments(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
-    """Put back what moments_of took. Each moment gets its parameter's memory layout, which fused kernels rely on."""
-    parameters = optimizer.param_groups[0]["params"]
+    """Put back what moments_of took: with the parameter's memory layout and device, which fused kernels rely on."""
+    group = optimizer.param_groups[0]
     for key, array in moments.items():
         index, name = key.split("/")
-        parameter, moment = parameters[int(index)], torch.tensor(array)
+        parameter, moment = group["params"][int(index)], torch.tensor(array)
         if moment.shape == parameter.shape:
             moment = torch.empty_like(parameter).copy_(moment)
+        elif group.get("fused"):  # Adam's count of steps, which without `fused` stays on the CPU
+            moment = moment.to(parameter.device)
         optimizer.state[parameter][name] = moment
 
 

@@ -39,8 +39,8 @@ TINY = {
     "distill": {"max_codes": 400, "max_components": 6, "min_weight": 0.02, "max_iterations": 40},
     "review": {
         "images": 5,
-        "tau": 0.3,
-        "rho": 0.3,
+        "tau": 0.1,
+        "rho": 0.1,  # so that some scenario is accepted on any CPU
         "reference": {"count": 3, "channels": 8, "epochs": 8, "batch_size": 32, "min_confidence": 0.2},
     },
     "correct": {
