@@ -15,13 +15,13 @@ from ray.exceptions import RayError
 from cluster.faults import as_defuse_error
 from cluster.identify import Crew, ShardQueue
 from cluster.relay import Relay, relayed, this_place
-from cluster.session import capacity, connect, task_share, worker_count, worker_share
+from cluster.session import capacity, connect, task_share, wait_for_nodes, worker_count, worker_share
 from cluster.sweep import Sweeping, run_trials
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import collect, is_pointless, load_tuning
 from defuse_core.data import Images
-from defuse_core.errors import ComputeError
+from defuse_core.errors import RunFileError
 from defuse_core.identify import finished_shards, gather, shard_count
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Store
@@ -79,13 +79,11 @@ class RayCompute:
     def sweep(
         self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
     ) -> Sweep:
-        """Fine-tune once per λ as Ray Tune trials. Raises ComputeError if every trial failed for good."""
+        """Fine-tune once per λ as Ray Tune trials. Raises ModelError or ComputeError if every trial failed for good."""
         if is_pointless(fixes, reviewed):
             return collect(spec, models, [])
-        trials, failed = run_trials(self._sweeping(spec, models, fixes, reviewed, store))
-        if not trials:
-            raise ComputeError(f"correct: every trial failed; λ = {failed[0]['lam']:g}: {failed[0]['cause']}")
-        return collect(spec, models, trials, failed)
+        trials, failures = run_trials(self._sweeping(spec, models, fixes, reviewed, store))
+        return collect(spec, models, trials, failures)
 
     def _crew(self, spec: RunFile, models: Models, store: Store) -> Crew:
         relay, section = self._ready(), self.spec.resources
@@ -101,6 +99,9 @@ class RayCompute:
         held = ray.put(models)
         loaded, tuning = self._start("correct", load_tuning, spec, held, fixes, reviewed)
         self._wait("correct", loaded)
+        # from here on it lies on the driver's node: were it lost with another one, it would have to be made again
+        # while all CPUs are held by trials that wait for it
+        tuning = ray.put(ray.get(tuning))
         return Sweeping(
             spec,
             held,
@@ -114,12 +115,20 @@ class RayCompute:
         )
 
     def _ready(self) -> Relay:
-        """Return the relay, connecting first where needed. RunFileError where resources are missing."""
+        """Return the relay, connecting first where needed. RunFileError where resources or images cannot be found."""
         if self.relay is None:
+            self._expect_root()
             self.connected_here = connect(self.address)
+            wait_for_nodes()
             worker_count(self.spec.resources)
             self.relay = Relay(self.progress)
+        wait_for_nodes()
         return self.relay
+
+    def _expect_root(self) -> None:
+        root = self.spec.data.root
+        if self.address is not None and root is not None and not root.is_absolute():
+            raise RunFileError(f"data.root {root}: expected the absolute path of the images on the nodes")
 
     def _start(self, step: str, function: Callable[..., Any], *args: object) -> tuple[Any, Any]:
         """Start a task; return a reference that tells when and how it ended, and one to its result."""

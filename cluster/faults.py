@@ -7,9 +7,14 @@ from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetu
 from defuse_core.errors import ComputeError, DefuseError
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """Return what was raised in the worker, where it is an error of a task; else the error itself."""
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
 def as_defuse_error(error: BaseException, where: str) -> DefuseError:
     """Return the error of the tree that a Ray `error` carries, or a ComputeError that says where and why."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    cause = cause_of(error)
     if isinstance(cause, DefuseError):
         return cause
     return ComputeError(f"{where}: {one_line(error)}")
@@ -17,7 +22,7 @@ def as_defuse_error(error: BaseException, where: str) -> DefuseError:
 
 def one_line(error: BaseException) -> str:
     """Return the cause of `error` as one line, without the traceback that Ray puts around it."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    cause = cause_of(error)
     if isinstance(cause, DefuseError):
         return _flat(cause)
     if isinstance(error, RayTaskError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from defuse_core.config import ResourcesSection
 from defuse_core.errors import ComputeError, InputError, RunFileError
 
 log = logging.getLogger("defuse")
+JOINING_S = 600.0  # what a cloud takes for a node, with room to spare
 
 
 def connect(address: str | None) -> bool:
@@ -30,9 +32,10 @@ def connect(address: str | None) -> bool:
         protect_embedded()
         ray.init(address="local", include_dashboard=False, **quiet)
         return True
-    if "://" in address and not address.startswith("ray://"):
+    if "://" in address:
         raise InputError(
-            f"--address {address}: expected HOST:PORT or auto; `defuse submit` takes an http:// address"
+            f"--address {address}: expected HOST:PORT of a cluster that this machine is a node of, or auto; from "
+            "elsewhere `defuse submit` takes the dashboard's http:// address"
         )
     try:
         ray.init(address=address, **quiet)
@@ -82,6 +85,23 @@ def nodes() -> list[Share]:
     """Return what each living node has in all."""
     found = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
     return [Share(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in found]
+
+
+def wait_for_nodes() -> None:
+    """Wait while no living node has a CPU: workers of a cluster that was just made, or that was lost, are on their way.
+
+    Raises ComputeError when none came.
+    """
+    begun, told = time.monotonic(), False
+    while not any(node.cpus for node in nodes()):
+        if not told:
+            log.warning("waiting for a node with a CPU to join the cluster")
+            told = True
+        if time.monotonic() - begun > JOINING_S:
+            raise ComputeError(
+                f"no node with a CPU joined the cluster in {JOINING_S / 60:.0f} minutes; see `ray status`"
+            )
+        time.sleep(1)
 
 
 def worker_share(section: ResourcesSection) -> Share:

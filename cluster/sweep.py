@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayError, RayTaskError
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.trainable import Trainable, wrap_function
 
 from cluster import metrics
-from cluster.faults import as_defuse_error, one_line
+from cluster.faults import as_defuse_error, cause_of, one_line
 from cluster.relay import Relay, relayed, this_place
 from cluster.session import Share
 from defuse_core.artifacts import Models, Trial, decode
 from defuse_core.config import RunFile
-from defuse_core.correct import Tuning, run_trial, trial_key
-from defuse_core.errors import StoreError
+from defuse_core.correct import Tuning, is_left_out, run_trial, trial_key
+from defuse_core.errors import ComputeError, DefuseError
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
 
@@ -48,25 +49,32 @@ class Sweeping:
     name: str
 
 
-def run_trials(sweeping: Sweeping) -> tuple[list[Trial], list[dict[str, Any]]]:
-    """Return the finished trials, and lam and cause of those that failed for good.
+def run_trials(sweeping: Sweeping) -> tuple[list[Trial], dict[float, DefuseError]]:
+    """Return the finished trials, and why each λ that is left out failed for good.
 
-    Raises StoreError where the store failed one: that is no fault of its λ, and the same command goes on with it.
+    Raises the error of a trial that images, the store or machines failed: the same command goes on with it.
     """
     with _quiet_tune(), tempfile.TemporaryDirectory(prefix="defuse-tune-") as folder:
         results = _tuner(sweeping, folder).fit()
-    failed: list[dict[str, Any]] = []
     trials: list[Trial] = []
+    failures: dict[float, DefuseError] = {}
     for result in (results[index] for index in range(len(results))):
         lam = float(Path(result.path).name.removeprefix(TRIAL))  # the one thing that is there whatever failed
         if result.error is None:
             trials.append(_stored(sweeping.store, lam))
-        elif isinstance(cause := as_defuse_error(result.error, "correct"), StoreError):
-            raise cause
-        else:
-            failed.append({"lam": lam, "cause": one_line(result.error)})
-            log.warning("correct: the trial with λ = %g failed for good: %s", lam, failed[-1]["cause"])
-    return trials, failed
+            continue
+        if not _is_left_out(result.error):
+            raise as_defuse_error(result.error, f"correct: λ = {lam:g}")
+        cause = cause_of(result.error)
+        failures[lam] = cause if isinstance(cause, DefuseError) else ComputeError(one_line(result.error))
+        log.warning("correct: the trial with λ = %g failed for good: %s", lam, failures[lam])
+    return trials, failures
+
+
+def _is_left_out(error: Exception) -> bool:
+    cause = cause_of(error)
+    lost = isinstance(cause, RayError) and not isinstance(cause, RayTaskError)  # a process, a node, an object
+    return not lost and is_left_out(cause)
 
 
 def _stored(store: Store, lam: float) -> Trial:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import (
     I64,
-    NONE_OF_THE_ABOVE,
     Corrections,
     Gallery,
     Models,
@@ -26,6 +25,8 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
+from defuse_core.errors import ComputeError, DefuseError, ModelError
+from defuse_core.judge import answered_wrongly
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
@@ -46,9 +47,8 @@ class Tuning:
 
 def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
     """Return the reviewed images that f gets wrong, each under its own majority label: the baseline's D_f."""
-    labels = verdicts.image_labels
-    wrong = (labels != NONE_OF_THE_ABOVE) & (labels != gallery.predicted)
-    return Images(gallery.images[wrong], labels[wrong])
+    wrong = answered_wrongly(gallery.predicted, verdicts.image_labels)
+    return Images(gallery.images[wrong], verdicts.image_labels[wrong])
 
 
 def load_tuning(
@@ -195,10 +195,25 @@ def is_pointless(fixes: Corrections, reviewed: Images | None) -> bool:
     return len(fixes.labels) == 0 or (reviewed is not None and len(reviewed) == 0)
 
 
+def is_left_out(error: BaseException) -> bool:
+    """Whether a trial that failed so is left out, and the others count: not where images, store or machines failed."""
+    return isinstance(error, ModelError) or not isinstance(error, DefuseError | OSError)
+
+
 def collect(
-    spec: RunFile, models: Models, trials: Sequence[Trial], failed: Sequence[dict[str, Any]] = ()
+    spec: RunFile,
+    models: Models,
+    trials: Sequence[Trial],
+    failures: Mapping[float, DefuseError] | None = None,
 ) -> Sweep:
-    """Return the sweep with the weights that the rule of choice picks over all λ; ties go to the smaller λ."""
+    """Return the sweep with the weights that the rule of choice picks over all λ; ties go to the smaller λ.
+
+    `failures` holds what each λ that is left out failed by. Raises ModelError or ComputeError where none is left.
+    """
+    failed = [{"lam": lam, "cause": str(error)} for lam, error in sorted((failures or {}).items())]
+    if failures and not trials:
+        kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
+        raise kind(f"correct: every trial failed; λ = {failed[0]['lam']:g}: {failed[0]['cause']}")
     ordered = sorted(trials, key=lambda trial: trial.lam)
     rows = tuple(row for trial in ordered for row in trial.rows)
     if not ordered:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.random import Generator
@@ -69,6 +69,11 @@ class Scores:
 def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
     """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before."""
     splits = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
+    splits = replace(  # what every classifier is scored on is read once
+        splits,
+        validation=splits.validation and splits.validation.loaded(),
+        test=splits.test and splits.test.loaded(),
+    )
     classes = len(found.models.classes)
     before = found.models.classifier
     trio = (before, found.baseline.weights, found.sweep.weights or before)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Gallery, Verdicts, Votes
+from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Verdicts, Votes
 from defuse_core.runs import Store
 
 OVERRIDES = "overrides/"  # human decisions above the vote, an object each: overrides/0001.json is the first
@@ -29,19 +29,34 @@ def majority(counts: I64) -> I64:
     return np.where(unique, counts.argmax(axis=-1), NONE_OF_THE_ABOVE).astype(np.int64)
 
 
+def answered_wrongly(predicted: I64, labels: I64) -> Bool:
+    """Return whether the classifier's answer is another than the label; False where there is no label."""
+    wrong: Bool = (labels != NONE_OF_THE_ABOVE) & (labels != predicted)
+    return wrong
+
+
+def read_as(predicted: I64, label: int) -> int | None:
+    """Return the answer that most of a component's (R,) images were given instead of its label, the lowest of equals.
+
+    None where all were answered with the label.
+    """
+    wrong = predicted[predicted != label]
+    return int(np.bincount(wrong).argmax()) if len(wrong) else None
+
+
 def judge(gallery: Gallery, votes: Votes, rho: float, overrides: Sequence[dict[str, Any]] = ()) -> Verdicts:
     """Return the verdict on every component.
 
     An image's label is the majority over its annotators, a tie giving none. A component is a failure scenario if more
     than rho of its labelled images are misclassified; its label is the majority over its images' labels, and a tie
-    there accepts nothing. Agreement is the share of an image's votes for its majority label (§4.4). The newest
-    override of a component, if any, stands above the vote.
+    there accepts nothing. Agreement is the share of an image's votes, none-of-the-above left out, for its majority
+    label (§4.4). The newest override of a component, if any, stands above the vote.
     """
     shape, classes = gallery.predicted.shape, len(gallery.classes)
     counts = tally(votes, (shape[0], shape[1]), classes)
     image_labels = majority(counts)  # (S, R)
     labelled = image_labels != NONE_OF_THE_ABOVE
-    wrong = labelled & (image_labels != gallery.predicted)
+    wrong = answered_wrongly(gallery.predicted, image_labels)
     with np.errstate(invalid="ignore", divide="ignore"):
         misclassified = wrong.sum(axis=1) / labelled.sum(axis=1)
         agreement = np.where(labelled, counts.max(axis=-1) / counts.sum(axis=-1), np.nan)

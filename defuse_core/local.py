@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import collect, is_pointless, load_tuning, run_trial
+from defuse_core.correct import collect, is_left_out, is_pointless, load_tuning, run_trial
 from defuse_core.data import Images
-from defuse_core.errors import ComputeError, ModelError
+from defuse_core.errors import ComputeError, DefuseError
 from defuse_core.identify import Identifier, finished_shards, gather, save_shard, shard_count
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Store
@@ -43,19 +43,24 @@ class LocalCompute:
     def sweep(
         self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
     ) -> Sweep:
-        """Fine-tune, λ after λ. Raises ComputeError if every trial failed."""
+        """Fine-tune, λ after λ. Raises ModelError or ComputeError if every trial failed."""
         if is_pointless(fixes, reviewed):
             return collect(spec, models, [])
         tuning = load_tuning(spec, models, fixes, reviewed, progress=self.progress)
-        trials, failed = [], []
+        trials, failures = [], dict[float, DefuseError]()
         for index, lam in enumerate(spec.correct.lambdas):
             try:
                 *_, trial = run_trial(spec, models, tuning, lam, store)
                 trials.append(trial)
-            except (ModelError, RuntimeError) as error:  # it diverged, or memory was short
-                failed.append({"lam": lam, "cause": " ".join(str(error).split())})
-                log.warning("correct: the trial with λ = %g failed: %s", lam, error)
+            except Exception as error:
+                if not is_left_out(error):
+                    raise
+                told = (
+                    error
+                    if isinstance(error, DefuseError)
+                    else ComputeError(f"{type(error).__name__}: {error}")
+                )
+                failures[lam] = told
+                log.warning("correct: the trial with λ = %g failed for good: %s", lam, told)
             self.progress("fine-tuning over λ", index + 1, len(spec.correct.lambdas), "trials")
-        if not trials:
-            raise ComputeError(f"correct: every trial failed; λ = {failed[0]['lam']:g}: {failed[0]['cause']}")
-        return collect(spec, models, trials, failed)
+        return collect(spec, models, trials, failures)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Votes
+from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, Votes
 from defuse_core.config import RunFile
 from defuse_core.data import Images, open_splits, reopen_splits
 from defuse_core.device import cpu_threads
@@ -42,7 +42,8 @@ class ReferenceAnnotators:
 
 def ask_models(run: Run, compute: Compute, gallery: Gallery) -> F32:
     """Return the reference models' class probabilities, (W, S, R, C), trained on the images that the run was."""
-    fingerprint = run.manifest().get("data_fingerprint")
+    models = run.load(Models)
+    fingerprint = None if models is None else models.data_fingerprint
     return compute.task("review", reference_probabilities, run.spec, gallery, fingerprint)
 
 
@@ -75,20 +76,21 @@ def reference_probabilities(
         reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
     )
     section, train = spec.review.reference, splits.train
+    shown = gallery.images.reshape(-1, *gallery.images.shape[2:])
+    answers = np.zeros((section.count, *gallery.predicted.shape, len(splits.classes)), np.float32)
+    if not len(shown):
+        return answers
     if section.train_images is not None and section.train_images < len(train):
         rows = generator(spec.seed, "reference", "sample").choice(
             len(train), section.train_images, replace=False
         )
         train = train.take(np.sort(rows))
     train = train.loaded()
-    shown = gallery.images.reshape(-1, *gallery.images.shape[2:])
-    answers = np.zeros((section.count, len(shown), len(splits.classes)), np.float32)
     with cpu_threads(spec.resources.train_threads):
         for number in range(section.count):
             model = train_reference(spec, train, len(splits.classes), number, progress)
-            if len(shown):
-                answers[number] = predict_probabilities(model, shown)
-    return answers.reshape(section.count, *gallery.predicted.shape, len(splits.classes))
+            answers[number] = predict_probabilities(model, shown).reshape(answers.shape[1:])
+    return answers
 
 
 def train_reference(spec: RunFile, train: Images, classes: int, number: int, progress: Progress) -> nn.Module:

@@ -23,6 +23,8 @@ from defuse_core.errors import DriftError, InputError, RunBusyError, RunFileErro
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
+UNFINISHED = ".unfinished"  # the end of the name of a file that is being written
+UNFINISHED_S = 600.0
 
 
 class Store(Protocol):
@@ -116,7 +118,15 @@ class FolderStore:
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {platform.node()}")
             handle.flush()
+            self._sweep()
             yield
+
+    def _sweep(self) -> None:
+        """Remove what writers that were killed left behind; a living one writes its file in seconds."""
+        for path in self.folder.rglob(f".*{UNFINISHED}"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > UNFINISHED_S:
+                    path.unlink()
 
 
 @contextlib.contextmanager
@@ -136,7 +146,7 @@ def _explained(path: Path) -> Iterator[None]:
 def _synced_temporary(target: Path, data: bytes) -> Iterator[Path]:
     """Write `data` beside `target`, on the disk for good, and clean up if it was not renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    descriptor, name = tempfile.mkstemp(UNFINISHED, f".{target.name}.", target.parent)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as handle:
@@ -210,10 +220,14 @@ class Run:
         started = time.time()
         artefact = make()
         data = encode(artefact)
+        origin = (
+            {"device": artefact.device, "data_fingerprint": artefact.data_fingerprint}
+            if isinstance(artefact, Models)
+            else {}
+        )
+        self._note(step, key, started, data, origin)  # first, so that no artefact is ever without its entry
         self.store.write(f"{key}.safetensors", data)
-        self._note(step, key, started, data)
-        if isinstance(artefact, Models):
-            self._note_origin(artefact)
+        log.info("%s: %s made in %.1f s", step, key, time.time() - started)
         return decode(kind, data, key)
 
     def load(self, kind: type[T], key: str | None = None) -> T | None:
@@ -233,8 +247,8 @@ class Run:
             return {"name": self.name, "seed": self.spec.seed, "artefacts": {}}
         return manifest
 
-    def _note(self, step: str, key: str, started: float, data: bytes) -> None:
-        manifest = self.manifest()
+    def _note(self, step: str, key: str, started: float, data: bytes, origin: dict[str, str]) -> None:
+        manifest = self.manifest() | origin
         seconds = time.time() - started
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started + seconds))
         sha256 = hashlib.sha256(data).hexdigest()
@@ -248,11 +262,6 @@ class Run:
         manifest["artefacts"][key] = entry
         manifest["versions"] = versions()
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
-        log.info("%s: %s made in %.1f s", step, key, seconds)
-
-    def _note_origin(self, models: Models) -> None:
-        origin = {"device": models.device, "data_fingerprint": models.data_fingerprint}
-        self.store.write("manifest.json", json.dumps(self.manifest() | origin, indent=1).encode())
 
 
 def versions() -> dict[str, str]:

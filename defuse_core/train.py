@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,7 +48,11 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    splits = replace(on_disk, train=on_disk.train.loaded())
+    splits = replace(
+        on_disk,
+        train=on_disk.train.loaded(),
+        validation=on_disk.validation and on_disk.validation.loaded(),  # scored after every epoch
+    )
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
         vae, vae_history = train_vae(spec, splits, store, progress)
@@ -206,10 +211,8 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
 
 
-def _bring(module: nn.Module, path: object, trained_on: bool) -> None:
-    from pathlib import Path
-
-    if isinstance(path, Path):
+def _bring(module: nn.Module, path: Path | None, trained_on: bool) -> None:
+    if path is not None:
         weights = read_weights(path)
         if isinstance(module, ResNet18):
             weights = module.renamed(weights, new_head=trained_on)

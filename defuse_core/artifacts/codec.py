@@ -49,7 +49,12 @@ def decode(kind: type[T], data: bytes, where: str) -> T:
     body = json.loads(text)
     if body["kind"] != kind.__name__:
         raise StoreError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}")
-    return _unflatten(kind, body["fields"], "", arrays)
+    try:
+        return _unflatten(kind, body["fields"], "", arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{where}: another version of Defuse wrote it, with other fields ({error}); use that version"
+        ) from error
 
 
 def _digest(body: str, arrays: dict[str, npt.NDArray[Any]]) -> str:

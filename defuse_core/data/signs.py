@@ -13,7 +13,6 @@ from defuse_core.data.images import Images, PictureFiles, Splits, expect_labels
 from defuse_core.data.sources import data_root, reading
 from defuse_core.errors import DataError
 
-IN_MEMORY_BYTES = 2**28  # parts up to this size are read at once, larger ones on demand
 LAYOUT = "the signs as gtsrb/GTSRB/Training, gtsrb/GTSRB/Final_Test/Images and gtsrb/GT-final_test.csv"
 
 SIGNS = (  # Figure 25
@@ -73,7 +72,7 @@ def open_signs(data: DataSection, seed: int) -> Splits:
     train = _pictures(files, [_class_of(file) for file in files], data, base)
     train = sample_tracks(train, [track_of(file) for file in files], data.train_images, seed)
     validation, test = halves(_official_test(base, data), seed)
-    return Splits(_in_memory(train), _in_memory(validation), _in_memory(test), SIGNS)
+    return Splits(train, validation, test, SIGNS)
 
 
 def track_of(file: Path) -> str:
@@ -132,7 +131,3 @@ def _pictures(files: list[Path], labels: list[int], data: DataSection, where: Pa
     images = Images(pixels, np.array(labels, np.int64))
     expect_labels(images.labels, len(SIGNS), where)
     return images
-
-
-def _in_memory(images: Images) -> Images:
-    return images.loaded() if np.prod(images.pixels.shape) <= IN_MEMORY_BYTES else images

@@ -42,7 +42,8 @@ SECTIONS = {  # key -> title, what stands below it
     "tradeoff": ("Trade-off", "λ is how hard the scenarios pull while fine-tuning."),
     "agreement": (
         "Agreement",
-        "Share of an image's annotators who chose its majority label: mean and standard error (Figure 6).",
+        "Share of an image's votes for its majority label, none-of-the-above left out: mean and standard error "
+        "(Figure 6).",
     ),
     "classes": ("Classes", "Accuracy on the test images, biggest change first."),
     "failures": ("Where the failures lie", "Identification (Algorithm 1) and distillation."),

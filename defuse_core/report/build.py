@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from defuse_core.artifacts import F64, NONE_OF_THE_ABOVE, Bool, Evaluation, Gallery, Models, Sweep, Verdicts
+from defuse_core.artifacts import F64, NONE_OF_THE_ABOVE, Evaluation, Models, Sweep, Verdicts
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
+from defuse_core.judge import answered_wrongly, read_as
 from defuse_core.report.schema import (
     Accuracies,
     Accuracy,
@@ -134,6 +135,7 @@ def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
 def _scenario(found: Findings, evaluation: Evaluation, number: int, column: int | None) -> Scenario:
     verdicts, classes = found.verdicts, found.models.classes
     held_out = (None, None, None) if column is None else tuple(map(_defined, evaluation.scenario[:, column]))
+    mistaken = None if column is None else read_as(found.gallery.predicted[number], verdicts.labels[number])
     return Scenario(
         number=number,
         weight=float(found.scenarios.weights[number]),
@@ -143,24 +145,11 @@ def _scenario(found: Findings, evaluation: Evaluation, number: int, column: int 
         misclassified=_defined(verdicts.misclassified[number]),
         purity=_defined(verdicts.purity[number]),
         agreement=_mean(verdicts.agreement[number]),
-        mistaken_for=_mistaken_for(found.gallery, verdicts, number),
+        mistaken_for=None if mistaken is None else classes[mistaken],
         before=held_out[0],
         baseline=held_out[1],
         defuse=held_out[2],
     )
-
-
-def _mistaken_for(gallery: Gallery, verdicts: Verdicts, number: int) -> str | None:
-    """The class most often answered wrongly; of equally frequent ones the first."""
-    wrong = gallery.predicted[number][failing(gallery, verdicts)[number]]
-    return gallery.classes[np.bincount(wrong).argmax()] if len(wrong) else None
-
-
-def failing(gallery: Gallery, verdicts: Verdicts) -> Bool:
-    """(S, R) whether the image has a label and the classifier's answer is another."""
-    labels = verdicts.image_labels
-    wrong: Bool = (labels != NONE_OF_THE_ABOVE) & (labels != gallery.predicted)
-    return wrong
 
 
 def _agreement(verdicts: Verdicts) -> Agreement:
@@ -203,7 +192,7 @@ def _votes(found: Findings) -> VoteFigures:
         answers=len(votes.answer),
         images=labels.size,
         labelled=labelled,
-        misclassified=_ratio(int(failing(found.gallery, found.verdicts).sum()), labelled),
+        misclassified=_ratio(int(answered_wrongly(found.gallery.predicted, labels).sum()), labelled),
         ties=found.verdicts.ties,
         refused=found.verdicts.refused,
         notes=votes.notes,

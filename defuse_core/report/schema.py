@@ -44,9 +44,9 @@ class Scenario(Part):
     purity: float | None
     """Share of its review images whose own label is the scenario's."""
     agreement: float | None
-    """Mean over its labelled review images of the share of annotators behind the majority."""
+    """Mean over its labelled review images of the share of votes for the majority; none-of-the-above is left out."""
     mistaken_for: str | None
-    """Most frequent wrong answer of the classifier on its review images."""
+    """What the classifier answered most often on its review images instead of `label`; null where rejected."""
     before: float | None
     baseline: float | None
     defuse: float | None
@@ -77,7 +77,7 @@ class Mean(Part):
 
 
 class Agreement(Part):
-    """Figure 6: share of annotators who voted for an image's majority label, over the labelled images."""
+    """Figure 6: share of an image's votes for its majority label, none-of-the-above left out; over labelled images."""
 
     scenario: Mean
     other: Mean

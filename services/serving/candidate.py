@@ -28,6 +28,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.data import open_splits
 from defuse_core.errors import DataError, InputError
+from defuse_core.judge import read_as
 from defuse_core.models import load_vae
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Run
@@ -200,7 +201,6 @@ def _read_as(gallery: Gallery, accepted: I64, labels: I64) -> I64:
     """Return the wrong answer that the classifier gave most often in each accepted scenario; the label if none."""
     answers = labels.copy()
     for row, (component, label) in enumerate(zip(accepted, labels, strict=True)):
-        wrong = gallery.predicted[component][gallery.predicted[component] != label]
-        if wrong.size:
-            answers[row] = np.bincount(wrong).argmax()
+        wrong = read_as(gallery.predicted[component], label)
+        answers[row] = label if wrong is None else wrong
     return answers

@@ -52,10 +52,14 @@ class Lease:
         self.slot, self.holder = slot, holder
         self.version: str | None = None
         self.lost = False
+        self.beats, self.kept = 0, time.time()
+        self.beating = threading.Lock()
         self.ended = threading.Event()
 
     def check(self) -> None:
         """Raise RunBusyError if another driver has taken the run over."""
+        if time.time() - self.kept > LEASE_S / 2:  # this process was paused
+            self.beat()
         if self.lost:
             raise RunBusyError(
                 f"{self.slot.address}: this driver was silent for over {LEASE_S:.0f} s and another one took "
@@ -74,15 +78,16 @@ class Lease:
 
     def keep(self) -> None:
         """Rewrite the lease until it ends or is lost. A store that fails for a while is tried again."""
-        beats = 0
-        while not self.ended.wait(BEAT_S):
-            beats += 1
-            with contextlib.suppress(StoreError):
-                version = self._put(self._content(beats), self.version)
-                self.lost = version is None
-                self.version = version or self.version
-            if self.lost:
-                return
+        while not self.lost and not self.ended.wait(BEAT_S):
+            self.beat()
+
+    def beat(self) -> None:
+        """Rewrite the lease once, and find out whether it is still this driver's."""
+        with self.beating, contextlib.suppress(StoreError):
+            self.beats += 1
+            version = None if self.lost else self._put(self._content(self.beats), self.version)
+            self.lost = version is None
+            self.version, self.kept = version or self.version, time.time()
 
     def release(self) -> None:
         """Remove the lease, if it is still this driver's."""

@@ -33,6 +33,7 @@ from tests.cluster.fakes import CountingStore
 from tests.conftest import tiny
 
 PAUSE_S = 1.0  # per write: shards take long enough for nodes to come and go
+SHORT_SWEEP = {"lambdas": [0.1, 1.0], "epochs": 3}
 
 
 def main(scene: str, folder: Path) -> None:
@@ -123,6 +124,26 @@ def a_node_joins_a_sweep(models: Models, folder: Path) -> dict[str, Any]:
     return {"finished": not thread.is_alive()}
 
 
+def the_node_of_a_sweep_dies(models: Models, folder: Path) -> dict[str, Any]:
+    """No node has a CPU at first. One comes, is killed with the images that it holds, and another one comes."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    store, spec = CountingStore(folder, PAUSE_S), tiny(correct=SHORT_SWEEP)
+    lines = next(h for h in logging.getLogger("defuse").handlers if isinstance(h, Lines))
+    found = []
+    with RayCompute(None, spec) as compute:
+        thread = in_background(lambda: found.append(compute.sweep(spec, models, made_up(spec), None, store)))
+        wait_until(lambda: any("waiting for a node with a CPU" in line for line in lines.lines))
+        doomed = cluster.add_node(num_cpus=1)
+        wait_until(lambda: bool(store.list()))
+        os.kill(doomed.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        cluster.add_node(num_cpus=1)
+        thread.join(150)
+    ray.shutdown()
+    cluster.shutdown()
+    return {"finished": not thread.is_alive(), "rows": found[0].rows, "failed": found[0].failed}
+
+
 def made_up(spec: RunFile) -> Corrections:
     """Two scenarios, drawn from nothing."""
     rng = np.random.default_rng(0)
@@ -143,7 +164,8 @@ def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
     spec = tiny(correct={"lambdas": [1e-3, 1.0, 10.0, 100.0]})
     with RayCompute(None, spec) as compute:
         compute.identify(spec, models, FolderStore(folder))
-        compute.sweep(spec, models, made_up(spec), None, FolderStore(folder / "trials"))
+        slow = CountingStore(folder / "trials", 4 * PAUSE_S)  # so that all four run at once
+        compute.sweep(spec, models, made_up(spec), None, slow)
     ray.shutdown()
     return {}
 
@@ -153,6 +175,7 @@ SCENES = {
     "last": the_last_node_dies,
     "sweep": a_node_joins_a_sweep,
     "gpus": four_gpus,
+    "lost": the_node_of_a_sweep_dies,
 }
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import pytest
 
 from cluster.session import Share, _fitting
 from defuse_core.artifacts import Models, Psi, encode
+from defuse_core.local import LocalCompute
 from defuse_core.runs import FolderStore
 from tests.cluster.checks import assert_same_psi
-from tests.conftest import ROOT
+from tests.cluster.nodes import SHORT_SWEEP, made_up
+from tests.conftest import ROOT, tiny
 
 
 def play(scene: str, folder: Path, models: Models) -> dict[str, Any]:
@@ -58,6 +60,16 @@ def test_a_node_that_joins_a_sweep_gets_trials(tmp_path: Path, tiny_models: Mode
     assert len(places) == 2  # one process on each node, for four trials
 
 
+def test_a_sweep_waits_for_its_first_node_and_one_that_dies_costs_nothing(
+    tmp_path: Path, tiny_models: Models
+) -> None:
+    played = play("lost", tmp_path, tiny_models)
+    spec = tiny(correct=SHORT_SWEEP)
+    whole = LocalCompute().sweep(spec, tiny_models, made_up(spec), None, FolderStore(tmp_path / "whole"))
+    assert played["finished"] and played["failed"] == []
+    assert played["rows"] == list(whole.rows)
+
+
 def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
     tmp_path: Path, tiny_models: Models, local_psi: Psi, local_store: FolderStore
 ) -> None:
@@ -66,8 +78,7 @@ def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
     workers = [m.groups() for line in lines if (m := re.search(f"identify: worker . is .* {gpus}", line))]
     assert sorted(workers) == [(str(gpu), str(gpu)) for gpu in range(4)]
     trials = [m.groups() for line in lines if (m := re.search(f"correct: λ = .* in .* {gpus}", line))]
-    assert len(trials) == 4
-    assert all(granted == visible for granted, visible in trials)
+    assert sorted(trials) == [(str(gpu), str(gpu)) for gpu in range(4)]
     loud = [
         line for line in lines if re.search(r"^\w+: GPU \d was granted, but torch .* cannot use it", line)
     ]
