@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
@@ -68,12 +68,8 @@ class Scores:
 
 def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
     """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before."""
-    splits = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
-    splits = replace(  # what every classifier is scored on is read once
-        splits,
-        validation=splits.validation and splits.validation.loaded(),
-        test=splits.test and splits.test.loaded(),
-    )
+    on_disk = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
+    splits = on_disk.loaded("validation", "test")  # scored again and again; few training images are looked at
     classes = len(found.models.classes)
     before = found.models.classifier
     trio = (before, found.baseline.weights, found.sweep.weights or before)

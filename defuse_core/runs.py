@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from defuse_core.artifacts import Models, decode, encode
+from defuse_core.artifacts import Models, Votes, decode, encode
 from defuse_core.config import STEPS, RunFile, drift, dump_run_file, parse_run_file
 from defuse_core.errors import DriftError, InputError, RunBusyError, RunFileError, StoreError
 
@@ -220,12 +220,8 @@ class Run:
         started = time.time()
         artefact = make()
         data = encode(artefact)
-        origin = (
-            {"device": artefact.device, "data_fingerprint": artefact.data_fingerprint}
-            if isinstance(artefact, Models)
-            else {}
-        )
-        self._note(step, key, started, data, origin)  # first, so that no artefact is ever without its entry
+        # the manifest first, so that no artefact is ever without its entry
+        self._note(step, key, started, data, _of_the_whole_run(artefact))
         self.store.write(f"{key}.safetensors", data)
         log.info("%s: %s made in %.1f s", step, key, time.time() - started)
         return decode(kind, data, key)
@@ -240,7 +236,7 @@ class Run:
         return decode(kind, data, f"{self.store.address}/{name}")
 
     def manifest(self) -> dict[str, Any]:
-        """Return how the run was made: versions, seed, device, data, and each artefact's step, time and digest."""
+        """Return how the run was made: versions, seed, device, data, annotators, each artefact's step and digest."""
         try:
             manifest: dict[str, Any] = json.loads(self.store.read("manifest.json"))
         except FileNotFoundError:
@@ -262,6 +258,13 @@ class Run:
         manifest["artefacts"][key] = entry
         manifest["versions"] = versions()
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def _of_the_whole_run(artefact: object) -> dict[str, str]:
+    """Return what the manifest says beside its entries, as soon as this artefact is made."""
+    if isinstance(artefact, Models):
+        return {"device": artefact.device, "data_fingerprint": artefact.data_fingerprint}
+    return {"annotators": artefact.answered_by} if isinstance(artefact, Votes) else {}
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +47,9 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    splits = replace(
-        on_disk,
-        train=on_disk.train.loaded(),
-        validation=on_disk.validation and on_disk.validation.loaded(),  # scored after every epoch
-    )
+    splits = (
+        on_disk.loaded()
+    )  # all of them: a picture that cannot be read is told now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
         vae, vae_history = train_vae(spec, splits, store, progress)

@@ -39,7 +39,7 @@ def read_settings() -> Settings:
         label_studio_url=get("LABEL_STUDIO_URL") or None,
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
         serve_token=get("DEFUSE_SERVE_TOKEN") or None,
-        debug=bool(get("DEFUSE_DEBUG")),
+        debug=(get("DEFUSE_DEBUG") or "0").lower() not in {"0", "false", "no"},
         cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse").expanduser(),
     )
 

@@ -1,5 +1,6 @@
 """The run file: YAML that is checked into frozen models, one section per step."""
 
+from defuse_core.config.base import Section
 from defuse_core.config.files import (
     drift,
     dump_run_file,
@@ -10,7 +11,6 @@ from defuse_core.config.files import (
 from defuse_core.config.sections import (
     PAPER_LAMBDAS,
     STEPS,
-    CheckSection,
     ClassifierSection,
     CorrectSection,
     DataSection,
@@ -21,10 +21,9 @@ from defuse_core.config.sections import (
     ResourcesSection,
     ReviewSection,
     RunFile,
-    Section,
-    ServeSection,
     VaeSection,
 )
+from defuse_core.config.serving import CheckSection, ServeSection
 
 __all__ = [
     "PAPER_LAMBDAS",

@@ -8,17 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from defuse_core.config.base import GpuShare, Section
+from defuse_core.config.serving import CheckSection, ServeSection
 
 PAPER_LAMBDAS = (
     1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0, 1000.0
 )  # fmt: skip
 
 STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class DataSection(Section):
@@ -233,89 +232,12 @@ class ResourcesSection(Section):
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Identification workers and parallel λ trials; auto is one per GPU, or per cpus_per_worker CPUs where
     there is no GPU."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    gpus_per_worker: GpuShare | Literal["auto"] = "auto"
     """GPUs per worker; fractions are allowed; auto is 1 where the cluster has any GPU, else 0."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs per worker."""
     train_threads: int = Field(2, ge=1)
     """CPU threads of a training task. Another number gives other roundings, so a resumed run must keep it."""
-
-
-class CheckSection(Section):
-    """What `defuse check` asks of a corrected classifier before it may be promoted. Shares are fractions of 1. Ours."""
-
-    min_scenario_accuracy: float = Field(0.9, ge=0, le=1)
-    """Least accuracy on the held-out images of all failure scenarios; from here on a scenario counts as fixed."""
-    min_each_scenario: float = Field(0.5, ge=0, le=1)
-    """Least accuracy on the held-out images of any one failure scenario."""
-    max_loss: float = Field(0.005, ge=0, le=1)
-    """Clean accuracy that may be lost (on test images; on validation or training images where there are none)."""
-    max_class_loss: float = Field(0.05, ge=0, le=1)
-    """Clean accuracy that any one class may lose."""
-    max_regressions: float = Field(0.02, ge=0, le=1)
-    """Share of clean images that were right before and may be wrong now."""
-
-
-class ServeSection(Section):
-    """How a corrected classifier is served (`defuse serve`). Nothing here changes a result of the run. Ours."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU of the replica if torch can use it."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward passes; bfloat16 through torch's autocast."""
-    min_replicas: int = Field(1, ge=1)
-    """Replicas kept whatever the load."""
-    max_replicas: int = Field(1, ge=1)
-    """Replicas at most; between both the number follows the load."""
-    gpus_per_replica: float | Literal["auto"] = "auto"
-    """GPUs, or a fraction of one, per replica; auto is 1 where the cluster has any GPU and device allows it, else 0."""
-    cpus_per_replica: float = Field(1.0, gt=0)
-    """CPUs reserved per replica, which also computes with so many threads."""
-    target_ongoing: int = Field(16, ge=1)
-    """Requests in flight per replica that autoscaling aims at."""
-    max_ongoing: int = Field(64, ge=1)
-    """Requests a replica works on at once."""
-    max_queued: int = Field(64, ge=0)
-    """Requests that wait for a replica, per proxy; more are answered 503 at once."""
-    retry_after_s: int = Field(1, ge=0)
-    """What a 503 tells the client to wait, in seconds."""
-    batch_size: int = Field(64, ge=1)
-    """Requests answered by one forward pass at most; 1 turns batching off."""
-    batch_wait_s: float = Field(0.0, ge=0, le=1)
-    """Seconds to wait for a batch to fill. 0 takes what came in during the pass before."""
-    max_body_mb: float = Field(8.0, gt=0, le=1024)
-    """Largest request body, in MB."""
-    max_images: int = Field(64, ge=1)
-    """Images in one request at most."""
-    max_pixels: int = Field(16_000_000, ge=1)
-    """Width times height of all pictures of a request together, read from their headers before they are decoded."""
-    timeout_s: float = Field(10.0, gt=0)
-    """Seconds for a request's body to arrive (408 after), for its pictures to be decoded, and for its answer (503 after
-    each)."""
-    resize: bool = False
-    """Bring pictures of other sizes and colours to the classifier's; false refuses them."""
-    watch: bool = True
-    """Tell for each input whether it lies in a known failure scenario."""
-    watch_share: float = Field(0.001, gt=0, le=0.5)
-    """An input lies in a scenario if it is nearer to it than all but this share of the training images."""
-    watch_images: int = Field(10_000, ge=100)
-    """Training images, drawn by seed, that the distances are calibrated on."""
-    reservoir: int = Field(0, ge=0, le=1000)
-    """Inputs kept in the store per scenario, a sample of those that replicas saw in it since they started. 0: none."""
-    poll_s: float = Field(2.0, gt=0)
-    """Seconds between two looks at which version is in production."""
-    max_errors: float = Field(0.02, ge=0, le=1)
-    """A canary that surely fails more often than this is rolled back."""
-    min_agreement: float = Field(0.95, ge=0, le=1)
-    """A canary that surely agrees less often with production than this, outside the scenarios, is rolled back."""
-    min_compared: int = Field(50, ge=1)
-    """Images that a canary answers before it is judged."""
-
-    @model_validator(mode="after")
-    def _replicas_ordered(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas = {self.min_replicas} exceeds max_replicas = {self.max_replicas}")
-        return self
 
 
 class RunFile(Section):

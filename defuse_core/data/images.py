@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,12 @@ class Splits:
         """Return the parts that are there, by name."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: images for name, images in named.items() if images is not None}
+
+    def loaded(self, *names: str) -> Splits:
+        """Return the same with the named parts in memory, or all of them. Raises DataError for what cannot be read."""
+        parts = self.parts()
+        loaded: dict[str, Any] = {name: parts[name].loaded() for name in names or parts if name in parts}
+        return replace(self, **loaded)
 
     def counts(self) -> dict[str, int]:
         """Return the images of each part that is there."""

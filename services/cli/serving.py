@@ -31,7 +31,7 @@ def check(run: str, store: str, as_json: bool) -> None:
     try:
         candidate = _candidate(store, run)
     except NothingCorrected as nothing:
-        page = {"run": run, "passed": True, "checks": []}
+        page = {"run": run, "passed": True, "annotators": None, "checks": []}
         click.echo(json.dumps(page) if as_json else f"ok     {nothing}")
         return
     annotators = candidate.facts["annotators"]
@@ -126,13 +126,15 @@ def serve(
     defuse serve mnist
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
-    from services.serving.start import application, ending, ray_for, use_fast_proxy
-
-    if haproxy:
-        use_fast_proxy()
-    from services.serving.app import cpus_needed, plan
+    from services.serving.start import Ending, application, mind_the_replicas, ray_for, use_fast_proxy
 
     settings = read_settings()
+    if haproxy:
+        if not settings.serve_token:
+            mind_the_replicas(host)
+        use_fast_proxy()
+    from services.serving.app import cpus_needed, expect_gpus, plan
+
     args: dict[str, Any] = {
         "store": store,
         "run": checked_name(run) if run else None,
@@ -140,12 +142,14 @@ def serve(
         "require_token": bool(settings.serve_token),
         "settings": _serve_fields(overrides),
     }
-    cpus, address = cpus_needed(plan(args)), address or settings.ray_address
-    with ray_for(address, cpus):
-        asked_to_end = ending()
+    planned, address = plan(args), address or settings.ray_address
+    with ray_for(address, cpus_needed(planned)):
+        ending = Ending()
+        if address is None:
+            expect_gpus(planned)
         with application(args, host, port, shared=address is not None) as served:
             click.echo(f"serving on {served} (API page: {served}/docs); Ctrl-C stops it")
-            asked_to_end.wait()
+            ending.wait()
 
 
 def _candidate(store: str, run: str) -> Candidate:

@@ -75,7 +75,7 @@ class LabelStudioAnnotators:
         while standing.open:
             record = self._remember(gallery, standing)
             if not self.wait:
-                raise LabelsPending(self._pending(standing, record))
+                raise LabelsPending(f"{self._pending(standing, record)}, then give the same command again")
             log.info("%s", self._pending(standing, record))
             standing = self._wait_for_more(gallery, record, standing.given)
         self.push(gallery)  # the answers must still be about what was pushed
@@ -130,7 +130,7 @@ class LabelStudioAnnotators:
         return (
             f"waiting for people: {standing.given} answers are in and {standing.open} are still wanted, "
             f"{decided} of {len(standing.decided)} scenarios are decided; "
-            f"label at {self.server.page_of(record.number)}, then give the same command again"
+            f"label at {self.server.page_of(record.number)}"
         )
 
     def _remember(self, gallery: Gallery, standing: Standing) -> Record:

@@ -170,11 +170,15 @@ class Server:
         }
 
     def connect_bucket(self, project: int, fields: Mapping[str, Any]) -> None:
-        """Let the project show pictures of an S3 bucket, proxied by the server, unless it does already."""
+        """Let the project show pictures of an S3 bucket, proxied by the server, with the credentials in `fields`."""
+        storages = self._sdk.import_storage.s3
         with explained(self.address):
-            known = self._sdk.import_storage.s3.list(project=project, request_options=READ)
-            if not any(storage.bucket == fields["bucket"] for storage in known):
-                self._sdk.import_storage.s3.create(project=project, **fields, request_options=WRITE)
+            known = storages.list(project=project, request_options=READ)
+            ours = next((storage for storage in known if storage.bucket == fields["bucket"]), None)
+            if ours is None:
+                storages.create(project=project, **fields, request_options=WRITE)
+            else:  # those it has may have expired
+                storages.update(ours.id, project=project, **fields, request_options=WRITE)
 
 
 def hush() -> None:

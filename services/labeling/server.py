@@ -107,7 +107,7 @@ def up(cache: Path, port: int = 8080) -> LocalServer:
     home = install(cache)
     with home.lock():
         known = home.recorded()
-        if known is not None and known.answers():
+        if known is not None and known.answers() and _is_ours(known.pid):
             return known
         return start(home, port, known)
 
@@ -166,7 +166,7 @@ def stop(server: LocalServer) -> None:
 def running(cache: Path) -> LocalServer | None:
     """Return the local server if it is up."""
     server = Home(cache).recorded()
-    return server if server is not None and server.answers() else None
+    return server if server is not None and server.answers() and _is_ours(server.pid) else None
 
 
 def _environment(home: Home, address: str, password: str, token: str) -> dict[str, str]:

@@ -110,6 +110,17 @@ def _gpus(settings: ServeSection) -> float:
     return 1.0 if resources.get("GPU", 0) >= 1 else 0.0
 
 
+def expect_gpus(settings: ServeSection) -> None:
+    """Raise InputError where this machine has not got the GPUs that the replicas ask for: Serve would wait for ever."""
+    needed = settings.min_replicas * _gpus(settings)
+    has = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    if needed > has:
+        raise InputError(
+            f"serve.gpus_per_replica: {settings.min_replicas} x {_gpus(settings):g} GPU asked for, and Ray finds "
+            f"{has:g} on this machine"
+        )
+
+
 def cpus_needed(settings: ServeSection) -> int:
     """Return the CPUs that all replicas together reserve."""
     return math.ceil(settings.max_replicas * settings.cpus_per_replica)

@@ -26,8 +26,8 @@ from defuse_core.artifacts import (
     encode,
 )
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
-from defuse_core.data import open_splits
-from defuse_core.errors import DataError, InputError
+from defuse_core.data import reopen_splits
+from defuse_core.errors import InputError
 from defuse_core.judge import read_as
 from defuse_core.models import load_vae
 from defuse_core.progress import Progress, silent
@@ -154,11 +154,7 @@ def _digest(spec: RunFile, weights: Weights) -> str:
 
 def _make(run: Run, found: _Found, progress: Progress) -> Candidate:
     spec, accepted = run.spec, found.fixes.scenario
-    splits = open_splits(spec.data, spec.seed)
-    if splits.fingerprint() != found.models.data_fingerprint:
-        raise DataError(
-            f"run {run.name}: the images at data.root are not those that the run was made on; restore them"
-        )
+    splits = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
     progress("checking the corrected classifier", 0, 2, "steps")
     examined = examine(spec, found.models, found.fixes, found.sweep, splits)
     progress("checking the corrected classifier", 1, 2, "steps")

@@ -47,6 +47,12 @@ class Expected:
         )
 
     @property
+    def sizes(self) -> set[tuple[int, int]]:
+        """Width and height of the pictures that are taken without being resized."""
+        edges = {self.size} if self.pad_to is None else {self.size, self.pad_to[0]}
+        return {(edge, edge) for edge in edges}
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.size, self.size
 
@@ -103,7 +109,7 @@ def _expect_size(picture: Image.Image, expected: Expected, which: str, left: int
         raise Refused(
             413, f"{which}with it the request holds more than {expected.max_pixels} pixels to decode"
         )
-    if not expected.resize and picture.size != (expected.size, expected.size):
+    if not expected.resize and picture.size not in expected.sizes:
         raise Refused(422, f"{which}the picture has {width}x{height} pixels, expected {expected}")
 
 

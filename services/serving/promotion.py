@@ -50,17 +50,18 @@ def obstacles(registry: Registry, candidate: Candidate) -> list[str]:
             f"interface: version {production} in production cannot be read to compare with ({error})",
         ]
     ours = _interface(candidate)
-    return (
-        failed
-        if ours == present
-        else [*failed, f"interface: expected {present} as in production, found {ours}"]
-    )
+    if ours == present:
+        return failed
+    return [*failed, f"interface: expected {_told(*present)} as in production, found {_told(*ours)}"]
 
 
-def _interface(candidate: Candidate) -> str:
+def _interface(candidate: Candidate) -> tuple[int, int, tuple[str, ...]]:
     data = candidate.run_file().data
-    names = ", ".join(candidate.classes[:5]) + (", ..." if len(candidate.classes) > 5 else "")
-    return f"{data.channels}x{data.image_size}x{data.image_size} pixels and {len(candidate.classes)} classes ({names})"
+    return data.channels, data.image_size, tuple(candidate.classes)
+
+
+def _told(channels: int, size: int, classes: tuple[str, ...]) -> str:
+    return f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
 
 
 def share_of(text: str) -> float:

@@ -16,7 +16,7 @@ from ray import serve
 
 from defuse_core.artifacts import F32
 from defuse_core.config import ServeSection
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, StoreError
 from services.serving.body import decoded
 from services.serving.inputs import Expected, Refused
 from services.serving.lineup import Follower, Lineup, Source
@@ -167,7 +167,15 @@ class Server:
     async def _end_trial(self, trial: Served, reason: str) -> None:
         assert trial.number is not None  # only versions are tried
         log.error("version %s is rolled back: %s", trial.name, reason)
-        await asyncio.to_thread(end_trial, self.follower.registry, trial.number, "defuse serve", reason)
+        while True:
+            try:
+                await asyncio.to_thread(
+                    end_trial, self.follower.registry, trial.number, "defuse serve", reason
+                )
+                return
+            except StoreError as error:
+                log.error("version %s: its end is not in the registry yet: %s", trial.name, error)
+                await asyncio.sleep(self.settings.poll_s)
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -103,6 +103,15 @@ def _listening(host: str, port: int) -> tuple[str, int]:
     return str(options.host), int(options.port)
 
 
+def mind_the_replicas(host: str) -> None:
+    """Raise InputError where replicas behind HAProxy could be reached from elsewhere though nobody asked for that."""
+    if is_loopback(host):
+        raise InputError(
+            "--haproxy lets every replica listen on every interface of this machine: set DEFUSE_SERVE_TOKEN, or let "
+            "anybody who reaches it ask with `--host 0.0.0.0`"
+        )
+
+
 def _mind_the_door(asked: str, found: str) -> None:
     """Say that anybody may ask. Raises InputError where the user asked for loopback and it is open all the same."""
     if is_loopback(found):
@@ -143,15 +152,26 @@ def _cause() -> str | None:
     return lines[-1] if lines else None
 
 
-def ending() -> threading.Event:
-    """Return an event that is set when this process is asked to end, by Ctrl-C or by SIGTERM.
+class Ending:
+    """Ctrl-C or SIGTERM. It interrupts what is under way, and ends `wait`.
 
-    Ray takes both signals when it starts, so this comes after.
+    Ray takes both signals when it starts, so this is made after.
     """
-    asked = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.set())
-    return asked
+
+    def __init__(self) -> None:
+        self.asked, self.waiting = threading.Event(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, *_: object) -> None:
+        if not self.waiting:
+            raise KeyboardInterrupt
+        self.asked.set()
+
+    def wait(self) -> None:
+        """Return when this process is asked to end."""
+        self.waiting = True
+        self.asked.wait()
 
 
 def is_loopback(host: str) -> bool:

@@ -1,7 +1,9 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Failures, Models, Scenarios, Shard, Verdicts, decode, encode
+from defuse_core.artifacts import Failures, Models, Psi, Scenarios, Shard, Verdicts, decode, encode
 from defuse_core.errors import StoreError
 
 
@@ -74,6 +76,12 @@ def test_other_or_cut_bytes_are_refused_in_one_line(data):
 def test_an_artefact_of_another_kind_is_refused():
     with pytest.raises(StoreError, match="expected a Verdicts artefact, found Shard"):
         decode(Verdicts, encode(some_shard()), "verdicts")
+
+
+def test_an_artefact_of_another_version_of_defuse_is_told():
+    older = dataclasses.make_dataclass("Psi", [("shard_counts", np.ndarray)])
+    with pytest.raises(StoreError, match=r"b\.safetensors: another version of Defuse wrote it"):
+        decode(Psi, encode(older(np.zeros(1))), "b.safetensors")
 
 
 def test_axes_that_disagree_are_refused_where_they_are_made():

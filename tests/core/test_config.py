@@ -116,6 +116,11 @@ def test_every_field_says_what_it_is():
             "resources.gpus_per_worker=-1",
             "resources.gpus_per_worker: .*than or equal to 0 or 'auto', found -1$",
         ),
+        (
+            "resources.gpus_per_worker=1.5",
+            "resources.gpus_per_worker: .*a fraction of one, or a whole number",
+        ),
+        ("serve.gpus_per_replica=-1", "serve.gpus_per_replica: .*than or equal to 0 or 'auto', found -1$"),
         ("classifier.batch_size=1", "classifier.batch_size: .*greater than or equal to 2, found 1"),
         ("classifier.imagenet=true", "classifier.imagenet goes with classifier.architecture: resnet18"),
         ("correct.lambdas=[1, x]", "correct.lambdas.1: .*number.*found 'x'$"),

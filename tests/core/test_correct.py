@@ -2,6 +2,8 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional
 
 from defuse_core.artifacts import Corrections, Gallery, Models, Trial, Verdicts
 from defuse_core.correct import (
@@ -14,8 +16,9 @@ from defuse_core.correct import (
     run_trial,
     trial_key,
 )
-from defuse_core.errors import ComputeError, ModelError
+from defuse_core.errors import ComputeError, DataError, ModelError
 from defuse_core.local import LocalCompute
+from defuse_core.models import load_classifier, to_tensor
 from defuse_core.progress import silent
 from defuse_core.runs import FolderStore
 from tests.conftest import tiny
@@ -61,8 +64,19 @@ def test_a_lambda_that_diverges_is_told_and_left_out(tiny_models, fixes, tmp_pat
     assert [row["lam"] for row in sweep.rows] == [1.0]
     assert sweep.failed[0]["lam"] == 1e39 and "diverged" in sweep.failed[0]["cause"]
     spec = tiny(correct={"lambdas": [1e39], "epochs": 1})
-    with pytest.raises(ComputeError, match=r"every trial failed; λ = 1e\+39: training .* diverged"):
+    with pytest.raises(ModelError, match=r"every trial failed; λ = 1e\+39: training .* diverged"):
         LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path / "other"))
+
+
+def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
+    tiny_spec, tiny_models, fixes, tmp_path, monkeypatch
+):
+    def gone(*asked):
+        raise DataError("a.png: this image has gone")
+
+    monkeypatch.setattr("defuse_core.local.run_trial", gone)
+    with pytest.raises(DataError, match=r"a\.png"):
+        LocalCompute().sweep(tiny_spec, tiny_models, fixes, None, FolderStore(tmp_path))
 
 
 def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(tiny_models, tuning):
@@ -73,6 +87,34 @@ def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(tiny_models, t
     assert resumed.rows == whole.rows
     for name, array in whole.best.items():
         np.testing.assert_array_equal(resumed.best[name], array)
+
+
+def test_dropout_is_drawn_alike_whatever_ran_in_the_process_before(tiny_models, tuning, monkeypatch):
+    def with_dropout(*asked):
+        classifier = load_classifier(*asked)
+        classifier.register_forward_pre_hook(
+            lambda module, given: (functional.dropout(given[0], 0.5, module.training),)
+        )
+        return classifier
+
+    monkeypatch.setattr("defuse_core.correct.load_classifier", with_dropout)
+    spec = tiny(correct={"epochs": 2})
+    *_, first = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    torch.rand(7)
+    *_, second = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    assert first.rows == second.rows
+
+
+def test_each_step_has_as_many_scenario_images_as_clean_ones(tiny_spec, tiny_models, tuning, monkeypatch):
+    sizes = []
+
+    def counting(images):
+        sizes.append(len(images))
+        return to_tensor(images)
+
+    monkeypatch.setattr("defuse_core.correct.to_tensor", counting)
+    next(fine_tune(tiny_spec, tiny_models, tuning, 1.0, None))
+    assert sizes == [128, 128, 128, 128, 88]  # 300 images in batches of 64, and their like of D_f
 
 
 def test_a_trial_resumes_from_what_lies_in_the_store_and_a_finished_one_is_not_run_again(
@@ -155,9 +197,14 @@ def test_if_every_row_loses_too_much_the_one_that_loses_least_is_chosen(tiny_mod
 
 
 def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
-    sweep = collect(tiny_spec, tiny_models, [], failed=[{"lam": 1.0, "cause": "out of memory"}])
-    assert (sweep.chosen, sweep.weights) == ({}, {})
-    assert sweep.failed[0]["cause"] == "out of memory"
+    sweep = collect(tiny_spec, tiny_models, [])
+    assert (sweep.chosen, sweep.weights, sweep.failed) == ({}, {}, ())
+
+
+def test_a_sweep_that_lost_all_trials_to_different_causes_is_no_fault_of_the_input(tiny_spec, tiny_models):
+    failures = {2.0: ComputeError("out of memory"), 1.0: ModelError("it diverged")}
+    with pytest.raises(ComputeError, match="every trial failed; λ = 1: it diverged"):
+        collect(tiny_spec, tiny_models, [], failures)
 
 
 def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wrong():

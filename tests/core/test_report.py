@@ -134,14 +134,18 @@ def test_the_trade_off_has_each_lambda_at_its_chosen_epoch(tmp_path: Path):
     assert tradeoff[0].validation is None
 
 
-def test_the_most_frequent_wrong_answer_ignores_right_and_unlabelled_images(tmp_path: Path):
+def test_a_scenario_is_mistaken_for_the_most_frequent_answer_but_its_label(tmp_path: Path):
     sample = sample_findings(1, 1, images=6)
     sample[0].gallery.predicted[:] = [[4, 4, 4, 9, 9, 7]]
-    none = NONE_OF_THE_ABOVE
-    sample = with_verdicts(sample, image_labels=np.array([[4, 4, none, 4, 4, 4]]))
+    none = NONE_OF_THE_ABOVE  # three images bear another label than the scenario's and are answered with it
+    sample = with_verdicts(sample, labels=np.array([4]), image_labels=np.array([[3, 3, 3, none, 4, 4]]))
     report = report_of(sample, tmp_path)
     assert report.scenarios.list[0].mistaken_for == "9"
-    assert report.votes.misclassified == pytest.approx(3 / 5)
+    assert report.votes.misclassified == 1
+
+
+def test_a_rejected_component_is_mistaken_for_nothing(tmp_path: Path):
+    assert report_of(sample_findings(1, 0), tmp_path).scenarios.list[0].mistaken_for is None
 
 
 def test_counts_of_identification_become_shares(tmp_path: Path):

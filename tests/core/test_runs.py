@@ -9,7 +9,7 @@ import pytest
 
 from defuse_core.artifacts import Psi
 from defuse_core.errors import DriftError, InputError, RunBusyError, StoreError
-from defuse_core.runs import FolderStore, ReachedStep, Run
+from defuse_core.runs import UNFINISHED, FolderStore, ReachedStep, Run
 from tests.conftest import tiny
 
 
@@ -41,6 +41,31 @@ def test_the_manifest_tells_what_was_made_with_what(tmp_path):
     assert manifest["artefacts"]["psi"]["step"] == "identify"
     assert manifest["artefacts"]["psi"]["bytes"] == (tmp_path / "a" / "psi.safetensors").stat().st_size
     assert {"python", "torch", "numpy", "scikit-learn"} <= manifest["versions"].keys()
+
+
+def test_the_manifest_has_an_entry_of_every_artefact_whenever_the_driver_dies(tmp_path):
+    class Dying(FolderStore):
+        def write(self, key, data):
+            super().write(key, data)
+            if key == "psi.safetensors":
+                raise KeyboardInterrupt
+
+        def within(self, prefix):
+            return Dying(self.folder / prefix)
+
+    run = Run.start(Dying(tmp_path), "a", tiny())
+    with pytest.raises(KeyboardInterrupt):
+        run.once("identify", Psi, psi)
+    assert run.store.exists("psi.safetensors") and "psi" in run.manifest()["artefacts"]
+
+
+def test_what_killed_writers_left_is_swept_away_in_time(tmp_path):
+    old, new = tmp_path / f".a.1{UNFINISHED}", tmp_path / f".a.2{UNFINISHED}"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    with FolderStore(tmp_path).lock():
+        assert not old.exists() and new.exists()
 
 
 def test_steps_after_until_are_not_made(tmp_path):

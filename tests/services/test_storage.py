@@ -216,6 +216,22 @@ def test_a_driver_that_lost_its_lease_writes_no_more(bucket: Store, monkeypatch:
     assert bucket._client.get_object(Bucket="bucket", Key=bucket.prefix + lease.KEY)["Body"].read()
 
 
+def test_a_driver_that_was_paused_asks_for_its_lease_before_it_writes(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 1000.0)  # no heartbeat: the process stands still
+    with bucket.lock():
+        bucket.write("kept", b"ours")
+        bucket._client.put_object(
+            Bucket="bucket", Key=bucket.prefix + lease.KEY, Body=b'{"holder": "a thief"}'
+        )
+        paused = time.time() + lease.LEASE_S
+        monkeypatch.setattr(lease.time, "time", lambda: paused)
+        with pytest.raises(RunBusyError, match="another one took the run over"):
+            bucket.write("kept", b"theirs")
+    assert bucket.read("kept") == b"ours"
+
+
 def test_a_run_whose_driver_lost_its_lease_makes_no_more(
     bucket: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

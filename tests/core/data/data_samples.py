@@ -29,7 +29,7 @@ def noise(count: int, *shape: int) -> np.ndarray:
 
 def error_of(data: DataSection) -> str:
     with pytest.raises(DataError) as caught:
-        open_splits(data, 0)
+        open_splits(data, 0).loaded()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -49,7 +49,7 @@ def test_signs_are_read_as_torchvision_reads_them_with_the_test_set_halved(tmp_p
     assert set(found) == expected
     train = GTSRB(root, "train")
     assert splits.train.labels.tolist() == [label for _, label in train]
-    assert np.array_equal(splits.train.pixels[5], np.asarray(train[5][0]).transpose(2, 0, 1))
+    assert np.array_equal(splits.train.pixels[5:6][0], np.asarray(train[5][0]).transpose(2, 0, 1))
 
 
 def test_sign_labels_are_their_folders_even_where_classes_are_missing(tmp_path: Path):
@@ -68,11 +68,14 @@ def test_signs_are_sampled_in_whole_tracks_of_one_class(tmp_path: Path):
     assert sorted(np.bincount(some.labels).tolist()) == [3, 6]  # of each class alike
 
 
-def test_large_signs_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("defuse_core.data.signs.IN_MEMORY_BYTES", 100)
-    train = open_splits(section("signs", write_signs(tmp_path, {0: 1, 1: 1})), 0).train
-    assert isinstance(train.pixels, PictureFiles)
-    assert train.batch(slice(0, 2)).shape == (2, 3, SIZE, SIZE)
+def test_signs_stay_on_disk_until_they_are_loaded(tmp_path: Path):
+    splits = open_splits(section("signs", write_signs(tmp_path, {0: 1, 1: 1})), 0)
+    assert splits.test
+    assert all(isinstance(images.pixels, PictureFiles) for images in splits.parts().values())
+    loaded = splits.loaded("train").train
+    assert isinstance(loaded.pixels, np.ndarray)
+    assert np.array_equal(loaded.batch(slice(0, 2)), splits.train.batch(slice(0, 2)))
+    assert isinstance(splits.loaded("train").test.pixels, PictureFiles)
 
 
 def test_packed_signs_are_named_with_what_was_expected(tmp_path: Path):

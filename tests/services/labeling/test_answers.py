@@ -61,8 +61,9 @@ def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by
     verdicts = judge(review.gallery, votes, 0.5)
     assert verdicts.labels.tolist() == [8, -1, -1, -1]
     assert np.allclose(verdicts.agreement, [[1.0, 0.6, 0.5]] * 4)
-    found, evaluation = sample_findings(4, 1)
-    table = build_report(review.run, replace(found, verdicts=verdicts), evaluation).agreement
+    found, evaluation = sample_findings(4, 1, images=3)
+    found = replace(found, gallery=review.gallery, verdicts=verdicts)
+    table = build_report(review.run, found, evaluation).agreement
     assert table.scenario.mean == pytest.approx(0.7) and table.other.mean == pytest.approx(0.7)
     assert table.scenario.standard_error == pytest.approx(0.15275, abs=1e-5)
     assert (table.scenario.images, table.other.images, table.all.images) == (3, 9, 12)

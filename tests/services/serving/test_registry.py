@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -48,6 +49,15 @@ def test_a_candidate_that_fails_its_checks_comes_in_only_with_a_reason(registry,
     standing = promote(registry, candidates["swapped"], How("ana", "", force="to see it fail"))
     note = standing.versions[1]
     assert note.forced and "to see it fail" in note.why
+
+
+def test_two_classes_that_changed_places_are_another_interface(registry, candidates):
+    promote(registry, candidates["first"], ANA)
+    names = list(candidates["second"].classes)
+    names[6], names[7] = names[7], names[6]
+    swapped = dataclasses.replace(candidates["second"], classes=tuple(names), digest="other")
+    with pytest.raises(CheckFailed, match=r"interface: expected .*5, 6, 7, .* found .*5, 7, 6, "):
+        promote(registry, swapped, ANA)
 
 
 def test_roll_back_returns_to_the_version_before_step_by_step(registry, candidates):

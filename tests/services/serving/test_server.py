@@ -13,10 +13,13 @@ from load import Client, bounded, load, request_bytes
 from planted import png
 
 from defuse_core.config import ServeSection
+from defuse_core.errors import InputError
 from defuse_core.models import load_classifier, predict_probabilities
 from defuse_core.runs import Run
 from services.serving.app import deployment
 from services.serving.candidate import prepare
+from services.serving.lineup import Source
+from services.serving.server import Server
 
 IMAGE = {"Content-Type": "image/png"}
 
@@ -134,7 +137,9 @@ def test_a_body_that_does_not_arrive_in_time_is_answered_408(hurried):
     head = f"POST {hurried.predict} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", hurried.port), timeout=10) as raw:
         raw.sendall(head.encode() + b"\0" * 10)
-        said = raw.recv(4096)
+        said = b""
+        while b"}" not in said and (more := raw.recv(4096)):
+            said += more
     assert b"408" in said.split(b"\r\n")[0] and b"did not arrive within 0.3 s" in said
 
 
@@ -142,6 +147,12 @@ def test_an_answer_that_is_not_there_in_time_is_503_with_retry_after(hurried, pi
     reply = hurried.http.post("/v1/predict", content=pictures[0], headers=IMAGE)
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
     assert reply.json() == {"error": "no answer in time"}
+
+
+def test_a_replica_without_the_token_that_it_must_have_does_not_start(planted, monkeypatch):
+    monkeypatch.delenv("DEFUSE_SERVE_TOKEN", raising=False)
+    with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN is not set where this replica runs"):
+        Server(planted.address, Source(), ServeSection(), {}, require_token=True)
 
 
 def test_replicas_follow_the_load_between_their_bounds_and_share_a_gpu():

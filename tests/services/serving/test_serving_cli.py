@@ -169,6 +169,12 @@ def test_a_replica_that_cannot_start_says_why(planted, serve_port):
         pass
 
 
+def test_haproxy_opens_no_replica_to_everybody_unless_asked(planted, monkeypatch):
+    monkeypatch.delenv("DEFUSE_SERVE_TOKEN", raising=False)
+    with pytest.raises(InputError, match="--haproxy lets every replica listen on every interface"):
+        run(serve, "first", "--store", planted.address, "--haproxy")
+
+
 def listening_addresses(port):
     """Return the addresses, in the hexadecimal of /proc, on which somebody listens at `port`."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -194,5 +200,6 @@ def _check_the_door(http):
         reply = http.get(path)
         assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
         assert set(reply.json()) == {"error"}
+    assert http.post("/v1/predict", content=b"?").status_code == 401
     assert http.get("/v1/model", headers={"Authorization": "Bearer another"}).status_code == 401
     assert http.get("/v1/model", headers={"Authorization": "Bearer a long secret"}).status_code == 200
