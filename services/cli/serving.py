@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,8 @@ def serve(
         ending = Ending()
         if address is None:
             expect_gpus(planned)
-        with application(args, host, port, shared=address is not None) as served:
+        started = application(args, host, port, shared=address is not None)
+        with contextlib.suppress(KeyboardInterrupt), started as served:  # asked to end while it starts
             click.echo(f"serving on {served} (API page: {served}/docs); Ctrl-C stops it")
             ending.wait()
 

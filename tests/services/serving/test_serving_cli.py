@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from defuse_core.runs import FolderStore, Run
 from services.cli.serving import check, promote, rollback, serve
 from services.serving.app import plan
 from services.serving.registry import Registry
-from services.serving.start import application, is_loopback
+from services.serving.start import Ending, application, is_loopback
 
 
 def run(command, *args):
@@ -134,19 +135,33 @@ def test_defuse_serve_listens_on_loopback_asks_for_the_token_and_ends_on_a_signa
     options = ["--store", own_store.address, "--port", str(port), "--set", "serve.cpus_per_replica=0.5"]
     environment = {**os.environ, "DEFUSE_SERVE_TOKEN": "a long secret", "PYTHONPATH": str(Path.cwd())}
     environment.pop("RAY_ADDRESS", None)
-    with (tmp_path / "log").open("w+") as log:
+    with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=log)
         try:
             http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
             _until_ready(http, process)
             _check_the_door(http)
             assert listening_addresses(port) == {"0100007F"}
+            _until(lambda: "serving on http://127.0.0.1" in (tmp_path / "log").read_text())
         finally:
             process.send_signal(signal.SIGTERM)
             code = process.wait(30)
-        log.seek(0)
-        said = log.read()
-    assert code == 0 and "serving on http://127.0.0.1" in said and "a long secret" not in said
+    assert code == 0 and "a long secret" not in (tmp_path / "log").read_text()
+
+
+def test_a_signal_interrupts_the_start_and_ends_the_waiting():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ending = Ending()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        later = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        later.start()
+        ending.wait()  # and returns
+        later.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_on_a_shared_cluster_a_second_server_is_refused_and_the_first_goes_on(planted, serve_port):
@@ -180,6 +195,13 @@ def listening_addresses(port):
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     places = [row[1].split(":") for row in rows if row[3] == "0A"]
     return {address for address, at in places if int(at, 16) == port}
+
+
+def _until(true):
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.1)
 
 
 def _until_ready(http, process):
