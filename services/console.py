@@ -15,6 +15,13 @@ log = logging.getLogger("defuse")
 LINE_EVERY_S = 15.0
 
 
+def _rate(made: int, elapsed: float) -> str:
+    """Return how fast it goes, once that can be told."""
+    if elapsed <= 1 or not made:
+        return ""
+    return f"{made / elapsed:,.0f}/s" if made / elapsed >= 10 else f"{60 * made / elapsed:,.3g}/min"
+
+
 class ProgressDisplay:
     """The protocol `Progress` for people: one bar per thing under way, with its rate and the time left."""
 
@@ -66,7 +73,7 @@ class ProgressDisplay:
                 log.info("%s", what)
         self.last[what] = done
         elapsed, made = now - self.begun[what][0], done - self.begun[what][1]
-        rate = f"{made / elapsed:,.0f}/s" if elapsed > 1 and made / elapsed >= 10 else ""
+        rate = _rate(made, elapsed)
         if self.console.is_terminal:
             self._bar(what, done, total, unit, rate)
         elif now - self.last_line >= LINE_EVERY_S and done:

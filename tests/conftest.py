@@ -18,7 +18,6 @@ from defuse_core.progress import silent
 from defuse_core.train import train
 
 ROOT = Path(__file__).parents[1]
-SHARED_DATA = ROOT.parent / "shared" / "data"
 
 TINY = {
     "data": {"name": "digits", "image_size": 16, "channels": 1, "validation_share": 0.2, "train_images": 300},

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from cluster.compute import RayCompute
+from cluster.session import connect
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import trial_key
 from defuse_core.distill import distill
-from defuse_core.errors import ComputeError, DataError, RunFileError, StoreError
+from defuse_core.errors import ComputeError, DataError, InputError, RunFileError, StoreError
 from defuse_core.identify import shard_key
 from defuse_core.progress import silent
 from defuse_core.runs import FolderStore
@@ -51,6 +52,27 @@ def assert_equal_psi(psi: Psi, other: Psi) -> None:
 def assert_equal_sweeps(sweep: Sweep, other: Sweep) -> None:
     assert (sweep.rows, sweep.chosen, sweep.failed) == (other.rows, other.chosen, other.failed)
     assert all(np.array_equal(sweep.weights[key], other.weights[key]) for key in other.weights)
+
+
+# ---- joining
+
+
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001"])
+def test_an_address_of_another_kind_is_refused_with_what_to_do(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.session.ray.is_initialized", lambda: False)
+    with pytest.raises(InputError, match="expected HOST:PORT .* `defuse submit`"):
+        connect(address)
+
+
+def test_images_that_the_nodes_of_a_joined_cluster_could_not_find_are_refused() -> None:
+    spec = tiny(data={"name": "npz", "root": "images.npz"})
+    with (
+        RayCompute("head:6379", spec) as compute,
+        pytest.raises(RunFileError, match="data.root images.npz: expected"),
+    ):
+        compute.task("train", shouting, "a")
 
 
 # ---- tasks

@@ -5,7 +5,7 @@ import pytest
 
 from defuse_core.artifacts import Sweep
 from defuse_core.config import STEPS
-from defuse_core.errors import DriftError, InputError
+from defuse_core.errors import DriftError, InputError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
 from defuse_core.reference import ReferenceAnnotators
@@ -14,7 +14,7 @@ from tests.conftest import tiny
 
 
 def whole_run(folder, spec, name="a", until=STEPS[-1]):
-    run = Run.start(FolderStore(folder), name, spec, until)
+    run = Run.start(folder if isinstance(folder, FolderStore) else FolderStore(folder), name, spec, until)
     compute = LocalCompute()
     return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
 
@@ -68,6 +68,50 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_report(until, finished
     assert without_making(run.store.read("report.json")) == without_making(
         finished[0].store.read("report.json")
     )
+
+
+class StumblingStore(FolderStore):
+    """Fails every n-th call, whatever it is."""
+
+    calls = 0
+    every = 31
+
+    def within(self, prefix):
+        return StumblingStore(self.folder / prefix)
+
+    def _stumble(self, key):
+        StumblingStore.calls += 1
+        if StumblingStore.calls % self.every == 0:
+            raise StoreError(f"{key}: the bucket is having a bad day")
+
+    def exists(self, key):
+        self._stumble(key)
+        return super().exists(key)
+
+    def read(self, key):
+        self._stumble(key)
+        return super().read(key)
+
+    def write(self, key, data):
+        self._stumble(key)
+        super().write(key, data)
+
+    def list(self, prefix=""):
+        self._stumble(prefix)
+        return super().list(prefix)
+
+
+def test_a_store_that_fails_every_so_often_costs_attempts_and_changes_nothing(finished, tmp_path, tiny_spec):
+    failures = 0
+    while failures < 40:
+        try:
+            whole_run(StumblingStore(tmp_path), tiny_spec)
+            break
+        except StoreError:
+            failures += 1
+    assert 2 < failures < 40
+    made = FolderStore(tmp_path / "a").read("report.json")
+    assert without_making(made) == without_making(finished[0].store.read("report.json"))
 
 
 def test_reference_models_are_not_trained_on_other_images_than_the_classifier(tmp_path, tiny_spec):

@@ -23,6 +23,12 @@ def test_training_learns(tiny_models):
     assert tiny_models.images == {"train": 300, "validation": tiny_models.images["validation"], "test": 539}
 
 
+def test_the_weight_of_kl_grows_linearly_and_then_stays():
+    spec = tiny(vae={"epochs": 4, "beta": 0.3, "kl_warmup_steps": 40}, classifier={"epochs": 1})
+    history = train(spec, progress=silent).vae_history  # 19 steps an epoch
+    assert [row["beta"] for row in history] == pytest.approx([0.3 * 19 / 40, 0.3 * 38 / 40, 0.3, 0.3])
+
+
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(tiny_spec, tiny_models):
     again = train(tiny_spec, progress=silent)
     for ours, theirs in ((again.classifier, tiny_models.classifier), (again.vae, tiny_models.vae)):

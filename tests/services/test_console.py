@@ -26,7 +26,7 @@ def test_a_resumed_step_reckons_the_time_left_from_what_this_command_has_done(cl
     display("finding failures", 900, 1000, "images")  # 900 were there from before
     clock[0] += 60
     display("finding failures", 950, 1000, "images")
-    assert caplog.messages[-1] == "finding failures: 950 of 1000 images, 60 s left"
+    assert caplog.messages[-1] == "finding failures: 950 of 1000 images, 50/min, 60 s left"
 
 
 def test_a_second_sweep_is_reckoned_by_itself(clock, caplog):
@@ -37,7 +37,22 @@ def test_a_second_sweep_is_reckoned_by_itself(clock, caplog):
     display("fine-tuning over λ", 1, 3, "trials")
     clock[0] += 60
     display("fine-tuning over λ", 2, 3, "trials")
-    assert caplog.messages[-1] == "fine-tuning over λ: 2 of 3 trials, 60 s left"
+    assert caplog.messages[-1] == "fine-tuning over λ: 2 of 3 trials, 1/min, 60 s left"
+
+
+def test_a_terminal_shows_one_bar_with_count_rate_and_time_left(monkeypatch):
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100)
+    with ProgressDisplay(terminal) as display:
+        display("training the β-VAE", 0, 1000, "images")
+        display.begun["training the β-VAE"] = (console.time.monotonic() - 2, 0)
+        display("training the β-VAE", 500, 1000, "images")
+        display.bars.refresh()
+        display("fitting the mixture", 0, 1, "fits")
+        display.bars.refresh()
+        assert [task.description for task in display.bars.tasks] == ["fitting the mixture"]
+    said = shown.getvalue()
+    assert "training the β-VAE" in said and "500/1000" in said and "images 250/s" in said
 
 
 def test_a_long_thing_in_one_piece_is_named_when_it_begins(clock, caplog):

@@ -30,6 +30,16 @@ def text_of(console: Console) -> str:
     return console.file.getvalue()
 
 
+def test_a_mixture_that_did_not_converge_is_said(tmp_path: Path) -> None:
+    found, evaluation = sample_findings()
+    for converged in (True, False):
+        scenarios = dataclasses.replace(found.scenarios, converged=converged)
+        report = build_report(a_run(tmp_path), dataclasses.replace(found, scenarios=scenarios), evaluation)
+        console = terminal()
+        print_report(report, console)
+        assert ("had NOT converged" in text_of(console)) is not converged
+
+
 def a_run(folder: Path, name: str = "sample", **review: object) -> Run:
     spec = sample_spec()
     spec = spec.model_copy(update={"review": spec.review.model_copy(update=review)})

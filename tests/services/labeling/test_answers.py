@@ -151,6 +151,15 @@ def test_a_page_answer_counts_for_every_image_that_got_none_of_its_own(make_revi
     ]
 
 
+@pytest.mark.parametrize("page", [5, 12])
+def test_all_pages_are_pulled_also_where_the_last_one_is_full(make_review, crowd, monkeypatch, page):
+    monkeypatch.setattr("services.labeling.client.PAGE", page)
+    review = make_review(answers_per_task=1)
+    review.annotators.push(review.gallery)
+    review.everyone_says(crowd[:1], truth_of)
+    assert len(review.annotators.review(review.gallery).answer) == 12
+
+
 def test_missing_answers_are_counted_and_the_address_is_named(make_review, crowd):
     review = make_review()
     number = review.annotators.push(review.gallery).number
