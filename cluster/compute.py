@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.faults import as_defuse_error
-from cluster.identify import Crew, ShardQueue
+from cluster.identify import ShardQueue, WorkerPool
 from cluster.relay import Relay, relayed, this_place
 from cluster.session import capacity, connect, task_share, wait_for_nodes, worker_count, worker_share
 from cluster.sweep import Sweeping, run_trials
@@ -72,8 +72,8 @@ class RayCompute:
         records = finished_shards(store)
         missing = [index for index in range(count) if index not in records]
         if missing:
-            crew = self._crew(spec, models, store)
-            records |= ShardQueue(crew, missing, count, self.progress).run()
+            pool = self._pool(spec, models, store)
+            records |= ShardQueue(pool, missing, count, self.progress).run()
         return gather(records)
 
     def sweep(
@@ -85,12 +85,12 @@ class RayCompute:
         trials, failures = run_trials(self._sweeping(spec, models, fixes, reviewed, store))
         return collect(spec, models, trials, failures)
 
-    def _crew(self, spec: RunFile, models: Models, store: Store) -> Crew:
+    def _pool(self, spec: RunFile, models: Models, store: Store) -> WorkerPool:
         relay, section = self._ready(), self.spec.resources
         share, first = worker_share(section), worker_count(section)
         wanted = (lambda: capacity(share)) if section.workers == "auto" else (lambda: first)
         images = models.images["train"]
-        return Crew(spec, ray.put(models), images, store, share, wanted, relay, f"identify-{self.tag}")
+        return WorkerPool(spec, ray.put(models), images, store, share, wanted, relay, f"identify-{self.tag}")
 
     def _sweeping(
         self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store

@@ -36,7 +36,7 @@ IN_FLIGHT = 2  # shards per worker: the next one is there when the last is done
 MAX_TRIES = 4
 STORE_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 LOOK_EVERY_S = 1.0
-HIRE_EVERY_S = 3.0
+FILL_EVERY_S = 3.0
 
 
 class ShardWorker:
@@ -95,7 +95,7 @@ def shard_name(spec: RunFile, images: int, index: int) -> str:
 
 
 @dataclass(eq=False)
-class Hand:
+class Worker:
     """One worker, as the driver sees it."""
 
     number: int
@@ -106,7 +106,7 @@ class Hand:
 
 
 @dataclass(eq=False)
-class Crew:
+class WorkerPool:
     """How workers are made, what each has of the cluster, and how many to have now."""
 
     spec: RunFile
@@ -118,7 +118,7 @@ class Crew:
     relay: Relay
     name: str  # prefix of the actors' names
 
-    def hire(self, number: int) -> Any:
+    def start(self, number: int) -> Any:
         """Return a new actor. It survives its process and its node."""
         remote = ray.remote(ShardWorker).options(
             name=f"{self.name}-{number}", max_restarts=-1, max_task_retries=0, **self.share.options()
@@ -129,18 +129,18 @@ class Crew:
 class ShardQueue:
     """The driver's side: which shards wait, which are with whom, and what was found."""
 
-    def __init__(self, crew: Crew, waiting: Iterable[int], total: int, progress: Progress) -> None:
-        self.crew, self.total, self.progress = crew, total, progress
+    def __init__(self, pool: WorkerPool, waiting: Iterable[int], total: int, progress: Progress) -> None:
+        self.pool, self.total, self.progress = pool, total, progress
         self.waiting = deque(waiting)
         self.asked = len(self.waiting)
         self.records: dict[int, ShardRecord] = {}
         self.lost: Counter[int] = Counter()  # shard -> how often its worker died under it
         self.failed: set[int] = set()  # shards that raised an error once
-        self.hands: list[Hand] = []
-        self.pings: dict[Any, Hand] = {}  # ObjectRef -> who is asked
-        self.flights: dict[Any, tuple[Hand, int]] = {}  # ObjectRef -> worker and shard
-        self.hired_at = -math.inf
-        self.homeless = False  # no node has room for a worker, and that was said
+        self.workers: list[Worker] = []
+        self.pings: dict[Any, Worker] = {}  # ObjectRef -> who is asked
+        self.flights: dict[Any, tuple[Worker, int]] = {}  # ObjectRef -> worker and shard
+        self.filled_at = -math.inf
+        self.without_room = False  # no node has room for a worker, and that was said
 
     def run(self) -> dict[int, ShardRecord]:
         """Return the records of all shards that waited.
@@ -150,28 +150,28 @@ class ShardQueue:
         """
         try:
             while len(self.records) < self.asked:
-                self._hire()
+                self._fill()
                 for reference in self._arrived():
                     self._land(reference)
-                self.crew.relay.pass_on()
+                self.pool.relay.pass_on()
             return self.records
         finally:
-            for hand in self.hands:
-                ray.kill(hand.actor)
+            for worker in self.workers:
+                ray.kill(worker.actor)
 
-    def _hire(self) -> None:
+    def _fill(self) -> None:
         """Have as many workers as wanted; nodes that joined since the last look are used from now on."""
         now = time.monotonic()
-        if now - self.hired_at < HIRE_EVERY_S:
+        if now - self.filled_at < FILL_EVERY_S:
             return
-        self.hired_at, wanted = now, self.crew.wanted()
-        if not wanted and not self.homeless:
-            log.warning("identify: waiting for a node with room for a worker of %s", self.crew.share)
-        self.homeless = not wanted
-        for _ in range(min(wanted, self.asked) - len(self.hands)):
-            hand = Hand(len(self.hands), self.crew.hire(len(self.hands)))
-            self.hands.append(hand)
-            self._ping(hand)
+        self.filled_at, wanted = now, self.pool.wanted()
+        if not wanted and not self.without_room:
+            log.warning("identify: waiting for a node with room for a worker of %s", self.pool.share)
+        self.without_room = not wanted
+        for _ in range(min(wanted, self.asked) - len(self.workers)):
+            worker = Worker(len(self.workers), self.pool.start(len(self.workers)))
+            self.workers.append(worker)
+            self._ping(worker)
 
     def _arrived(self) -> list[Any]:
         """Return the answers that are there, after a moment at most."""
@@ -181,10 +181,10 @@ class ShardQueue:
         ready, _ = ray.wait([*self.pings, *self.flights], timeout=LOOK_EVERY_S)
         return ready
 
-    def _ping(self, hand: Hand) -> None:
-        hand.present = False
-        reference = hand.actor.ping.options(max_task_retries=-1).remote(self.crew.relay.mailbox)
-        self.pings[reference] = hand
+    def _ping(self, worker: Worker) -> None:
+        worker.present = False
+        reference = worker.actor.ping.options(max_task_retries=-1).remote(self.pool.relay.mailbox)
+        self.pings[reference] = worker
 
     def _land(self, reference: Any) -> None:
         """Take one answer, and give work to whoever is free."""
@@ -192,32 +192,34 @@ class ShardQueue:
             self._land_ping(reference, self.pings.pop(reference))
         else:
             self._land_shard(reference, *self.flights.pop(reference))
-        for free in self.hands:
+        for free in self.workers:
             self._feed(free)
 
-    def _land_ping(self, reference: Any, hand: Hand) -> None:
+    def _land_ping(self, reference: Any, worker: Worker) -> None:
         """A worker is there; or it is away, and asked again; or it cannot work."""
         try:
-            hand.place, hand.present = ray.get(reference), True
-            log.info("identify: worker %d is %s", hand.number, hand.place)
+            worker.place, worker.present = ray.get(reference), True
+            log.info("identify: worker %d is %s", worker.number, worker.place)
         except RayTaskError as error:
             raise as_defuse_error(error, "identify") from error
         except ActorDiedError as error:
-            raise ComputeError(f"identify: worker {hand.number} does not start: {one_line(error)}") from error
+            raise ComputeError(
+                f"identify: worker {worker.number} does not start: {one_line(error)}"
+            ) from error
         except RayError:
-            self._ping(hand)
+            self._ping(worker)
 
-    def _land_shard(self, reference: Any, hand: Hand, index: int) -> None:
+    def _land_shard(self, reference: Any, worker: Worker, index: int) -> None:
         """A shard is finished, or has failed, or its worker is gone: then wait until the worker is back."""
-        hand.shards.remove(index)
+        worker.shards.remove(index)
         try:
             self._finished(index, ray.get(reference))
         except RayTaskError as error:
             self._failed(index, error)
         except RayError as error:
-            self._vanished(hand, index, error)
-            if hand not in self.pings.values():
-                self._ping(hand)
+            self._vanished(worker, index, error)
+            if worker not in self.pings.values():
+                self._ping(worker)
 
     def _finished(self, index: int, record: ShardRecord) -> None:
         self.records.setdefault(index, record)
@@ -235,17 +237,19 @@ class ShardQueue:
         self.failed.add(index)
         self._requeue(index)
 
-    def _vanished(self, hand: Hand, index: int, error: RayError) -> None:
+    def _vanished(self, worker: Worker, index: int, error: RayError) -> None:
         """The worker's process or node is gone: queue its shard again."""
         if index in self.records:
             return
         if self.lost[index] >= MAX_TRIES:
-            name = shard_name(self.crew.spec, self.crew.images, index)
+            name = shard_name(self.pool.spec, self.pool.images, index)
             raise ComputeError(
                 f"identify: {name} was lost {MAX_TRIES + 1} times with its worker: {one_line(error)}; "
                 "does it fit in memory? run again to go on"
             ) from error
-        log.warning("identify: shard %d again, since worker %d was lost (%s)", index, hand.number, hand.place)
+        log.warning(
+            "identify: shard %d again, since worker %d was lost (%s)", index, worker.number, worker.place
+        )
         self.lost[index] += 1
         self._requeue(index)
 
@@ -253,19 +257,19 @@ class ShardQueue:
         metrics.redone(1)
         self.waiting.appendleft(index)
 
-    def _feed(self, hand: Hand) -> None:
+    def _feed(self, worker: Worker) -> None:
         """Keep the worker busy. Near the end an idle one also takes a shard that a slow one has not begun."""
-        while hand.present and len(hand.shards) < IN_FLIGHT and self.waiting:
-            self._send(hand, self.waiting.popleft())
-        if hand.present and not hand.shards and (index := self._slow()) is not None:
-            self._send(hand, index)
+        while worker.present and len(worker.shards) < IN_FLIGHT and self.waiting:
+            self._send(worker, self.waiting.popleft())
+        if worker.present and not worker.shards and (index := self._slow()) is not None:
+            self._send(worker, index)
 
-    def _send(self, hand: Hand, index: int) -> None:
+    def _send(self, worker: Worker, index: int) -> None:
         if index in self.records:
             return
-        hand.shards.append(index)
-        reference = hand.actor.shard.remote(index, self.crew.models, self.crew.relay.mailbox)
-        self.flights[reference] = (hand, index)
+        worker.shards.append(index)
+        reference = worker.actor.shard.remote(index, self.pool.models, self.pool.relay.mailbox)
+        self.flights[reference] = (worker, index)
 
     def _slow(self) -> int | None:
         """Return the shard sent last that is still with one worker only, or None."""

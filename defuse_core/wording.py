@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from defuse_core.report import Report
+from defuse_core.report import Mean, Report
 
 LOW_PURITY = 0.8  # below this the scenarios' images are so mixed that their accuracy says little
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -15,6 +15,12 @@ NONE = "–"
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction of 1 as people write it: 98.97 %."""
     return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def spread(mean: Mean) -> str:
+    """Return a mean with its standard error: 91.2 ± 2.3 %."""
+    error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.1f}"
+    return NONE if mean.mean is None else f"{100 * mean.mean:.1f}{error} %"
 
 
 def change(before: float | None, after: float | None, digits: int = 2) -> str:
@@ -87,10 +93,7 @@ def headline(report: Report) -> str:
         kept = count_of(components, "component")
         return f"None of the {kept} is a failure scenario, so the classifier was left as it is."
     verb = "is a failure scenario" if accepted == 1 else "are failure scenarios"
-    found = f"{accepted} of {count_of(components, 'component')} {verb}."
-    if report.chosen is None:
-        return f"{found} No fine-tuning succeeded, so the classifier was left as it is."
-    return f"{found} {_corrected(report)}"
+    return f"{accepted} of {count_of(components, 'component')} {verb}. {_corrected(report)}"
 
 
 def _corrected(report: Report) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from defuse_core.config import STEPS
 from defuse_core.errors import DefuseError
-from defuse_core.report import Mean, Report
+from defuse_core.report import Report
 from defuse_core.runs import Run, Store
 from defuse_core.wording import (
     LOW_PURITY,
@@ -27,6 +27,7 @@ from defuse_core.wording import (
     lam_text,
     percent,
     size,
+    spread,
     unbroken,
 )
 
@@ -120,13 +121,8 @@ def _agreement_table(report: Report) -> Table:
         ("All", agreement.all),
     )
     for name, mean in parts:
-        _add(table, name, f"{mean.images:,}", _spread(mean))
+        _add(table, name, f"{mean.images:,}", spread(mean))
     return table
-
-
-def _spread(mean: Mean) -> str:
-    error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.1f}"
-    return NONE if mean.mean is None else f"{100 * mean.mean:.1f}{error} %"
 
 
 def _lines(report: Report) -> list[str]:

@@ -2,6 +2,7 @@
 
 from defuse_core.config.base import Section
 from defuse_core.config.files import (
+    apply_override,
     drift,
     dump_run_file,
     first_problem,
@@ -42,6 +43,7 @@ __all__ = [
     "Section",
     "ServeSection",
     "VaeSection",
+    "apply_override",
     "drift",
     "dump_run_file",
     "first_problem",

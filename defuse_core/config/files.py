@@ -24,7 +24,7 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     if not isinstance(tree, dict):
         raise RunFileError(f"{path}: expected sections such as `data:`, found {type(tree).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return parse_run_file(tree, str(path))
 
 
@@ -87,7 +87,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one `a.b=value`; the value is read as YAML."""
     path, equals, text = override.partition("=")
     *sections, field = path.strip().split(".")

@@ -18,6 +18,7 @@ from defuse_core.artifacts import F64
 
 INK, MUTED, LINE, PAPER = "#1c2330", "#667084", "#dfe3ea", "#ffffff"
 ACCENT, WRONG, RIGHT = "#2f5bd0", "#c2382c", "#1b8058"
+SPREADING_ROUNDS = 200
 SMALL, NORMAL = 7.5, 9.0  # points
 SCALE = 200  # dots per inch: crisp on a screen of twice the usual density
 
@@ -104,11 +105,11 @@ def svg(figure: Figure, name: str) -> str:
     return text
 
 
-def spread_apart(points: F64, distance: float, rounds: int = 200) -> F64:
+def spread_apart(points: F64, distance: float) -> F64:
     """Return (n, 2) points moved as little as it takes for none to be nearer than `distance` to another."""
     moved = points.astype(np.float64).copy()
     moved += 1e-6 * distance * np.arange(len(points))[:, None]  # equal points need a direction to part in
-    for _ in range(rounds):
+    for _ in range(SPREADING_ROUNDS):
         gap = moved[:, None] - moved[None]  # (n, n, 2)
         length = np.linalg.norm(gap, axis=2) + np.eye(len(points)) * 1e9
         push = np.clip(distance - length, 0, None)

@@ -47,7 +47,7 @@ def join(parts: Iterable[Child]) -> Markup:
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Child]], texts: int = 1, **attributes: str) -> Markup:
+def table(head: Sequence[str], rows: Iterable[Sequence[Child]], texts: int = 1) -> Markup:
     """Return a table in a box that scrolls sideways; the first `texts` columns are text, others numbers."""
 
     def cells(name: str, row: Sequence[Child]) -> Markup:
@@ -55,7 +55,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Child]], texts: int = 1, 
         return tag("tr", *(tag(name, cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)))
 
     inside = (tag("thead", cells("th", head)), tag("tbody", *(cells("td", row) for row in rows)))
-    return tag("div", tag("table", *inside, **attributes), class_="scroll")
+    return tag("div", tag("table", *inside), class_="scroll")
 
 
 def figures_list(pairs: Iterable[tuple[str, Child]]) -> Markup:

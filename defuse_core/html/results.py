@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from defuse_core.html.markup import Child, Markup, figures_list, folded, join, table, tag
-from defuse_core.report import Accuracy, ClassAccuracy, Mean, Report, TradeOff
-from defuse_core.wording import NONE, change, count_of, lam_text, percent
+from defuse_core.report import Accuracy, ClassAccuracy, Report, TradeOff
+from defuse_core.wording import NONE, change, count_of, lam_text, percent, spread
 
 SHOWN_CLASSES = 12
 SHOWN_REFUSALS = 50
@@ -116,15 +116,8 @@ def agreement_section(report: Report) -> Markup:
     ]
     told = {name: value for name, value in votes.notes.items() if name not in TOLD_ELSEWHERE}
     figures += [(name.replace("_", " "), _plain(value)) for name, value in told.items()]
-    rows = ((name, mean.images, _spread(mean)) for name, mean in parts)
+    rows = ((name, mean.images, spread(mean)) for name, mean in parts)
     return join([table(("Review images of", "Labelled images", "Agreement"), rows), figures_list(figures)])
-
-
-def _spread(mean: Mean) -> str:
-    if mean.mean is None:
-        return NONE
-    error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.1f}"
-    return f"{100 * mean.mean:.1f}{error} %"
 
 
 def _plain(value: object) -> str:

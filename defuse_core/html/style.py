@@ -53,7 +53,7 @@ tbody tr:last-child td { border-bottom: 0; }
 th:first-child { min-width: 120px; }
 .n { text-align: right; white-space: nowrap; }
 td small { color: var(--muted); font-size: 12.5px; margin-left: 6px; }
-tr.chosen td, td b { font-weight: 650; }
+td b { font-weight: 650; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 14px 24px;
   margin: 0 0 14px; }
 dt { color: var(--muted); font-size: 13px; } dd { margin: 0; font-size: 17px; font-weight: 600;

@@ -55,11 +55,9 @@ def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_siz
     )
 
 
-def accuracy(classifier: nn.Module, images: Images, batch_size: int = 256) -> float:
+def accuracy(classifier: nn.Module, images: Images) -> float:
     """Return the share of images that the classifier gets right; nan for no images."""
-    return (
-        float((predict(classifier, images, batch_size) == images.labels).mean()) if len(images) else math.nan
-    )
+    return float((predict(classifier, images) == images.labels).mean()) if len(images) else math.nan
 
 
 def decode_codes(vae: Vae, codes: F32, batch_size: int = 256) -> F32:

@@ -185,18 +185,13 @@ def _show(registry: Registry) -> None:
 
 def _serve_fields(overrides: tuple[str, ...]) -> dict[str, Any]:
     """Return {"watch": False} for ("serve.watch=false",). Raises RunFileError for anything else."""
-    import yaml
-
+    from defuse_core.config import apply_override
     from defuse_core.errors import RunFileError
 
-    fields: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for override in overrides:
-        path, equals, text = override.partition("=")
-        section, _, field = path.strip().partition(".")
-        if section != "serve" or not field or not equals:
+        if not override.strip().startswith("serve."):
             raise RunFileError(f"--set {override}: expected serve.field=value")
-        try:
-            fields[field] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RunFileError(f"--set {override}: the value is not YAML") from error
+        apply_override(tree, override)
+    fields: dict[str, Any] = tree.get("serve", {})
     return fields

@@ -11,10 +11,8 @@ from services.labeling.standing import Standing
 log = logging.getLogger("defuse")
 
 
-def tend_queue(server: Server, standing: Standing) -> int:
+def tend_queue(server: Server, standing: Standing) -> None:
     """Take decided tasks out of the queue and put those back that are short of answers.
-
-    Return how many changed.
 
     A task is short although Label Studio calls it done when an annotation was refused, or when a changed
     answer opened a scenario again that had been decided.
@@ -28,7 +26,6 @@ def tend_queue(server: Server, standing: Standing) -> int:
                 changed += 1
     if changed:
         log.info("review: took tasks out of the queue or put them back, %d in all", changed)
-    return changed
 
 
 def _target(standing: Standing, key: str, slot: Slot, copy: bool) -> tuple[int, bool]:

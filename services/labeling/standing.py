@@ -58,9 +58,9 @@ class Standing:
         chosen = (key for key, place in self.samples.places.items() if scenarios[place.scenario])
         return sum(asked - len(self.pulled.answers[key]) for key in chosen)
 
-    def verdicts(self, overrides: tuple[dict[str, Any], ...] = ()) -> Verdicts:
+    def verdicts(self) -> Verdicts:
         """Return the verdicts that the votes so far amount to."""
-        return judge(self.samples.gallery, self.votes, self.samples.review.rho, overrides)
+        return judge(self.samples.gallery, self.votes, self.samples.review.rho)
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered."""

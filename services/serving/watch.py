@@ -2,8 +2,8 @@
 
 A scenario is described as the encoder sees it: by the Gaussian of the codes mu(x) of its own tuning pictures. The
 component of the mixture would not do: it was fitted on perturbed codes, and a picture decoded from one of them encodes
-elsewhere. On two runs on scikit-learn's digits such pictures lay some 24 standard deviations off, and the watch found
-7 % of them where it now finds all, at the same 1 % of ordinary inputs.
+elsewhere. On two runs on scikit-learn's digits such pictures lay some 24 standard deviations off: described by the
+component a scenario finds 7 % of them, described by its pictures all, both at 1 % of ordinary inputs.
 
 An input lies in a scenario if its Mahalanobis distance is smaller than that of all but a share of the training images.
 So the watch tells of that share of ordinary inputs by construction; how many of a scenario's held-out pictures it

@@ -23,7 +23,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.compute import RayCompute
-from cluster.identify import HIRE_EVERY_S
+from cluster.identify import FILL_EVERY_S
 from cluster.session import Share, capacity
 from defuse_core.artifacts import Corrections, Models, decode
 from defuse_core.config import RunFile
@@ -96,7 +96,7 @@ def the_last_node_dies(models: Models, folder: Path) -> dict[str, Any]:
         wait_until(lambda: len(store.list("psi/")) >= 2)
         os.kill(only.all_processes["raylet"][0].process.pid, signal.SIGKILL)
         wait_until(lambda: capacity(Share(1, 0)) == 0)
-        time.sleep(2 * HIRE_EVERY_S)  # the driver has looked, and found no room
+        time.sleep(2 * FILL_EVERY_S)  # the driver has looked, and found no room
         waited = thread.is_alive()
         cluster.add_node(num_cpus=1)
         thread.join(120)

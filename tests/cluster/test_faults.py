@@ -69,9 +69,9 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
         killer.start()
         records = finished_shards(store)
         with RayCompute(None, spec) as compute:
-            crew = compute._crew(spec, tiny_models, store)
+            pool = compute._pool(spec, tiny_models, store)
             waiting = [index for index in order if index not in records]
-            records |= ShardQueue(crew, waiting, SHARDS, silent).run()
+            records |= ShardQueue(pool, waiting, SHARDS, silent).run()
         killer.join()
         assert len(killed) == 1
         assert np.array_equal(gather(records).codes, local_psi.codes)
