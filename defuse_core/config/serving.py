@@ -73,9 +73,9 @@ class ServeSection(Section):
     poll_s: float = Field(2.0, gt=0)
     """Seconds between two looks at which version is in production."""
     max_errors: float = Field(0.02, ge=0, le=1)
-    """A canary that surely fails more often than this is rolled back."""
+    """A canary whose 99 % interval lies above this is rolled back."""
     min_agreement: float = Field(0.95, ge=0, le=1)
-    """A canary that surely agrees less often with production than this, outside the scenarios, is rolled back."""
+    """A canary whose 99 % interval of agreement with production, outside the scenarios, lies below this is rolled back."""
     min_compared: int = Field(50, ge=1)
     """Images that a canary answers before it is judged."""
 
