@@ -73,9 +73,9 @@ class ServeSection(Section):
     poll_s: float = Field(2.0, gt=0)
     """Seconds between two looks at which version is in production."""
     max_errors: float = Field(0.02, ge=0, le=1)
-    """A canary whose 99 % interval lies above this is rolled back."""
+    """A canary whose share of failures lies above this (99 % interval) is rolled back."""
     min_agreement: float = Field(0.95, ge=0, le=1)
-    """A canary whose 99 % interval of agreement with production, outside the scenarios, lies below this is rolled back."""
+    """A canary whose agreement with production, outside the scenarios, lies below this (99 % interval) is rolled back."""
     min_compared: int = Field(50, ge=1)
     """Images that a canary answers before it is judged."""
 
