@@ -75,7 +75,7 @@ class ServeSection(Section):
     max_errors: float = Field(0.02, ge=0, le=1)
     """A canary whose share of failures lies above this (99 % interval) is rolled back."""
     min_agreement: float = Field(0.95, ge=0, le=1)
-    """A canary whose agreement with production, outside the scenarios, lies below this (99 % interval) is rolled back."""
+    """A canary that agrees with production less often, outside the scenarios (99 % interval), is rolled back."""
     min_compared: int = Field(50, ge=1)
     """Images that a canary answers before it is judged."""
 
