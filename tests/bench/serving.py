@@ -61,7 +61,7 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
         classifier=classifier,
         vae=weights_of(build_vae(spec)),
         facts=dict.fromkeys(("lam", "clean_before", "clean_after", "scenario_before", "scenario_after"), 0.0)
-        | {"clean_split": "test"},
+        | {"clean_split": "test", "annotators": "nobody"},
         checks=(),
         digest=weights_digest(classifier),
         scenario=np.arange(count),
