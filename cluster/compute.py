@@ -15,13 +15,20 @@ from ray.exceptions import RayError
 from cluster.faults import as_defuse_error
 from cluster.identify import ShardQueue, WorkerPool
 from cluster.relay import Relay, relayed, this_place
-from cluster.session import capacity, connect, task_share, wait_for_nodes, worker_count, worker_share
+from cluster.session import (
+    capacity,
+    connect,
+    expect_root_of_nodes,
+    task_share,
+    wait_for_nodes,
+    worker_count,
+    worker_share,
+)
 from cluster.sweep import Sweeping, run_trials
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import collect, is_pointless, load_tuning
 from defuse_core.data import Images
-from defuse_core.errors import RunFileError
 from defuse_core.identify import finished_shards, gather, shard_count
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Store
@@ -117,18 +124,14 @@ class RayCompute:
     def _ready(self) -> Relay:
         """Return the relay, connecting first where needed. RunFileError where resources or images cannot be found."""
         if self.relay is None:
-            self._expect_root()
+            if self.address is not None:
+                expect_root_of_nodes(self.spec.data.root)
             self.connected_here = connect(self.address)
-            wait_for_nodes()
+        wait_for_nodes()
+        if self.relay is None:
             worker_count(self.spec.resources)
             self.relay = Relay(self.progress)
-        wait_for_nodes()
         return self.relay
-
-    def _expect_root(self) -> None:
-        root = self.spec.data.root
-        if self.address is not None and root is not None and not root.is_absolute():
-            raise RunFileError(f"data.root {root}: expected the absolute path of the images on the nodes")
 
     def _start(self, step: str, function: Callable[..., Any], *args: object) -> tuple[Any, Any]:
         """Start a task; return a reference that tells when and how it ended, and one to its result."""

@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -64,6 +65,12 @@ def _unreachable(address: str, error: Exception) -> str:
     return (
         f"no Ray cluster answers at {address} ({one_line(error)}); see --address, RAY_ADDRESS, RAY_AUTH_TOKEN"
     )
+
+
+def expect_root_of_nodes(root: Path | None) -> None:
+    """Raise RunFileError for a `data.root` that each node would look for in another folder."""
+    if root is not None and not root.is_absolute():
+        raise RunFileError(f"data.root {root}: expected the absolute path of the images on the nodes")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from cluster.session import expect_root_of_nodes
 from defuse_core.config import RunFile, dump_run_file
 from defuse_core.errors import ModelError, RunFileError
 
@@ -21,10 +22,7 @@ def pack(spec: RunFile, folder: Path) -> None:
 
     Raises RunFileError for images that the nodes could not find, and for weights that are not here.
     """
-    if spec.data.root is not None and not spec.data.root.is_absolute():
-        raise RunFileError(
-            f"data.root {spec.data.root}: expected the absolute path of the images on the nodes"
-        )
+    expect_root_of_nodes(spec.data.root)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package, ignore=LEAVE)
     if spec.classifier.import_path:
