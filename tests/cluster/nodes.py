@@ -5,6 +5,7 @@ A process of its own, since the tests' process is in another Ray already.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,84 +70,87 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@contextlib.contextmanager
+def headed_cluster() -> Iterator[Cluster]:
+    """A cluster whose head has no CPU, joined by this process."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def kill_raylet(node: Any) -> None:
+    """Let a node of the cluster die."""
+    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+
+
+def log_lines() -> Lines:
+    """Return what was logged so far, as it grows."""
+    return next(h for h in logging.getLogger("defuse").handlers if isinstance(h, Lines))
+
+
 def nodes_come_and_go(models: Models, folder: Path) -> dict[str, Any]:
     """One node begins; a second joins, works, and has its raylet killed."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     store, spec = CountingStore(folder, PAUSE_S), tiny(resources={"workers": "auto"})
-    lines = next(h for h in logging.getLogger("defuse").handlers if isinstance(h, Lines))
-    with RayCompute(None, spec) as compute:
+    lines = log_lines()
+    with headed_cluster() as cluster, RayCompute(None, spec) as compute:
+        cluster.add_node(num_cpus=1)
         thread = in_background(lambda: compute.identify(spec, models, store))
         wait_until(lambda: len(store.list("psi/")) >= 2)
         late = cluster.add_node(num_cpus=1)
         wait_until(lambda: len(lines.processes("identify: worker 1")) == 1)
         seen = len(store.list("psi/"))
         wait_until(lambda: len(store.list("psi/")) >= seen + 3)
-        raylet = late.all_processes["raylet"][0].process.pid
-        os.kill(raylet, signal.SIGKILL)
+        kill_raylet(late)
         thread.join(120)
-    ray.shutdown()
-    cluster.shutdown()
     return {"finished": not thread.is_alive()}
 
 
 def the_last_node_dies(models: Models, folder: Path) -> dict[str, Any]:
     """The only node that has room for workers is killed; another one comes later."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    only = cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     store, spec = CountingStore(folder, PAUSE_S), tiny(resources={"workers": "auto"})
-    with RayCompute(None, spec) as compute:
+    with headed_cluster() as cluster, RayCompute(None, spec) as compute:
+        only = cluster.add_node(num_cpus=1)
         thread = in_background(lambda: compute.identify(spec, models, store))
         wait_until(lambda: len(store.list("psi/")) >= 2)
-        os.kill(only.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        kill_raylet(only)
         wait_until(lambda: capacity(Share(1, 0)) == 0)
         time.sleep(2 * FILL_EVERY_S)  # the driver has looked, and found no room
         waited = thread.is_alive()
         cluster.add_node(num_cpus=1)
         thread.join(120)
-    ray.shutdown()
-    cluster.shutdown()
     return {"finished": not thread.is_alive(), "waited": waited}
 
 
 def a_node_joins_a_sweep(models: Models, folder: Path) -> dict[str, Any]:
     """One node with room for one trial begins; a second joins once an epoch is done."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     store, spec = (
         CountingStore(folder, PAUSE_S),
         tiny(correct={"lambdas": [0.1, 1.0, 10.0, 100.0], "epochs": 4}),
     )
-    with RayCompute(None, spec) as compute:
+    with headed_cluster() as cluster, RayCompute(None, spec) as compute:
+        cluster.add_node(num_cpus=1)
         thread = in_background(lambda: compute.sweep(spec, models, made_up(spec), None, store))
         wait_until(lambda: bool(store.list()))
         cluster.add_node(num_cpus=1)
         thread.join(120)
-    ray.shutdown()
-    cluster.shutdown()
     return {"finished": not thread.is_alive()}
 
 
 def the_node_of_a_sweep_dies(models: Models, folder: Path) -> dict[str, Any]:
     """No node has a CPU at first. One comes, is killed with the images that it holds, and another one comes."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     store, spec = CountingStore(folder, PAUSE_S), tiny(correct=SHORT_SWEEP)
-    lines = next(h for h in logging.getLogger("defuse").handlers if isinstance(h, Lines))
+    lines = log_lines()
     found = []
-    with RayCompute(None, spec) as compute:
+    with headed_cluster() as cluster, RayCompute(None, spec) as compute:
         thread = in_background(lambda: found.append(compute.sweep(spec, models, made_up(spec), None, store)))
         wait_until(lambda: any("waiting for a node with a CPU" in line for line in lines.lines))
         doomed = cluster.add_node(num_cpus=1)
         wait_until(lambda: bool(store.list()))
-        os.kill(doomed.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        kill_raylet(doomed)
         cluster.add_node(num_cpus=1)
         thread.join(150)
-    ray.shutdown()
-    cluster.shutdown()
     return {"finished": not thread.is_alive(), "rows": found[0].rows, "failed": found[0].failed}
 
 
