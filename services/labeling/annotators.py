@@ -153,7 +153,7 @@ class LabelStudioAnnotators:
     def _wanted(self, gallery: Gallery) -> Wanted:
         return Wanted(self.run, gallery, Samples(gallery, self.run.spec.review, self.run.store), {})
 
-    def _suggestions(self, gallery: Gallery) -> dict[str, Suggestion]:
+    def _suggestions(self, gallery: Gallery) -> dict[int, Suggestion]:
         from defuse_core.local import LocalCompute
 
         review = self.run.spec.review

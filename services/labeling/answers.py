@@ -5,30 +5,36 @@ The server checks nothing, so each annotation is, and what is refused is listed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from services.labeling.client import Annotation, Task
 from services.labeling.config import LABEL, answers_by_name
 from services.labeling.tasks import Place, Samples
 
 UNKNOWN_PERSON = 0  # whose account was deleted
-Labels: TypeAlias = tuple[tuple[int, int], ...]  # (image, class or none-of-the-above) pairs
+
+# One person's answer to one task. `task` is its number in Samples, `labels` points into Pulled.labels; times are
+# seconds since 1970, `when` that of the last change.
+ANSWER = np.dtype(
+    [
+        ("task", "i4"),
+        ("labels", "i4"),
+        ("annotation", "i8"),
+        ("person", "i8"),
+        ("created", "f8"),
+        ("when", "f8"),
+    ]
+)
+Answers: TypeAlias = NDArray[np.void]  # of ANSWER
+Labels: TypeAlias = tuple[int, ...]  # a class or none-of-the-above for each image of a task
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One person's answer to one task: a label per image of it."""
-
-    annotation: int
-    person: int  # user id
-    labels: Labels
-    created: float
-    when: float  # seconds since 1970; the last change
-
-
-@dataclass(frozen=True)
 class Refusal:
     """An annotation that is not counted, and why."""
 
@@ -42,89 +48,95 @@ class Refusal:
 class Slot:
     """A task as Label Studio hands it out."""
 
+    number: int  # in Samples; twice only where a copy has answers, too
     task: int
     overlap: int
     labeled: bool  # out of the queue
     submitted: int  # annotations, skips left out
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Pulled:
-    """All that people answered so far. Some 200 bytes an answer: the pictures weigh more."""
+    """All that people answered so far, in 40 bytes an answer."""
 
-    answers: dict[str, list[Answer]]  # per sample key, oldest first
-    refused: list[Refusal] = field(default_factory=list)
-    skips: int = 0
-    slots: dict[str, list[Slot]] = field(
-        default_factory=dict
-    )  # more than one only where a copy has answers, too
+    answers: Answers  # those that count, by task and then by the time that they were first given
+    labels: list[Labels]
+    refused: list[Refusal]
+    skips: int
+    slots: list[Slot]
 
     def people(self) -> list[int]:
         """Return who answered or was refused, by the time of their first counted answer."""
-        first: dict[int, float] = {}
-        for answer in (answer for answers in self.answers.values() for answer in answers):
-            first[answer.person] = min(answer.created, first.get(answer.person, answer.created))
+        order = np.lexsort((self.answers["person"], self.answers["created"]))
+        first = dict.fromkeys(self.answers["person"][order].tolist())
         others = sorted({refusal.person for refusal in self.refused} - set(first))
-        return sorted(first, key=lambda person: (first[person], person)) + others
+        return [*first, *others]
 
 
 def pull(tasks: Iterable[Task], samples: Samples) -> Pulled:
     """Return the answers: per task the newest of each person, of the first answers_per_task people."""
-    pulled = Pulled(answers={key: [] for key in samples.places})
     reader = Reader(samples)
-    for task in tasks:
-        if task.key not in samples.places:
-            continue
-        submitted = [annotation for annotation in task.annotations if not annotation.cancelled]
-        pulled.skips += len(task.annotations) - len(submitted)
-        slot = Slot(task.id, task.overlap, task.labeled, len(submitted))
-        pulled.slots.setdefault(task.key, []).append(slot)
-        _read(pulled, reader, samples.places[task.key], submitted)
-    for key, place in samples.places.items():
-        pulled.answers[key] = _choose(pulled, place, samples.review.answers_per_task)
-    pulled.refused.sort(key=lambda refusal: (refusal.place.key, refusal.annotation))
-    return pulled
+    table = np.fromiter(reader.read(tasks), ANSWER)
+    answers, again, surplus = choose(table, samples.review.answers_per_task)
+    reader.refuse(again, "the same person answered again later")
+    wanted = samples.review.answers_per_task
+    reader.refuse(surplus, f"{wanted} others had answered before, as many as were asked for")
+    reader.refused.sort(key=lambda refusal: (refusal.place.key, refusal.annotation))
+    return Pulled(answers, list(reader.labels), reader.refused, reader.skips, reader.slots)
 
 
-def _read(pulled: Pulled, reader: Reader, place: Place, annotations: Iterable[Annotation]) -> None:
-    """Add the annotations to the answers, or to those refused."""
-    for annotation in annotations:
-        person = annotation.person or UNKNOWN_PERSON
-        labels = reader.read(place, annotation)
-        if isinstance(labels, str):
-            pulled.refused.append(Refusal(place, person, annotation.id, labels))
-            continue
-        answer = Answer(annotation.id, person, labels, annotation.created, annotation.updated)
-        pulled.answers[place.key].append(answer)
-
-
-def _choose(pulled: Pulled, place: Place, wanted: int) -> list[Answer]:
-    """Return the answers to the task that count, and add the others to pulled.refused."""
-
-    def refuse(answer: Answer, why: str) -> None:
-        pulled.refused.append(Refusal(place, answer.person, answer.annotation, why))
-
-    newest: dict[int, Answer] = {}
-    for answer in sorted(pulled.answers[place.key], key=lambda one: (one.when, one.annotation)):
-        if answer.person in newest:
-            refuse(newest[answer.person], "the same person answered again later")
-        newest[answer.person] = answer
-    ranked = sorted(newest.values(), key=lambda one: (one.created, one.annotation))
-    for answer in ranked[wanted:]:
-        refuse(answer, f"{wanted} others had answered before, as many as were asked for")
-    return ranked[:wanted]
+def choose(table: Answers, wanted: int) -> tuple[Answers, Answers, Answers]:
+    """Return the answers that count, those that their person replaced, and those beyond the `wanted` first people."""
+    table = table[np.lexsort([table[name] for name in ("annotation", "when", "person", "task")])]
+    last = np.ones(len(table), bool)
+    last[:-1] = (np.diff(table["task"]) != 0) | (np.diff(table["person"]) != 0)
+    newest = table[last]
+    newest = newest[np.lexsort([newest[name] for name in ("annotation", "created", "task")])]
+    rank = np.arange(len(newest)) - np.searchsorted(newest["task"], newest["task"])
+    return newest[rank < wanted], table[~last], newest[rank >= wanted]
 
 
 class Reader:
-    """Reads annotations under the labelling interface that was pushed."""
+    """Reads annotations under the labelling interface that was pushed, and notes what it cannot read."""
 
     def __init__(self, samples: Samples) -> None:
+        self.samples = samples
         self.images = samples.gallery.predicted.shape[1]
         self.meanings = answers_by_name(samples.gallery.classes)
-        self._known: dict[Labels, Labels] = {}  # one copy of each, since most answers are alike
+        self.labels: dict[Labels, int] = {}  # each once, since most answers are alike
+        self.refused: list[Refusal] = []
+        self.slots: list[Slot] = []
+        self.skips = 0
 
-    def read(self, place: Place, annotation: Annotation) -> Labels | str:
-        """Return the (image, class) pairs, or why there are none."""
+    def read(self, tasks: Iterable[Task]) -> Iterator[tuple[Any, ...]]:
+        """Return a row of ANSWER for each annotation that answers a task of the run."""
+        for task in tasks:
+            number = self.samples.number(task.key)
+            if number is None:
+                continue
+            submitted = [annotation for annotation in task.annotations if not annotation.cancelled]
+            self.skips += len(task.annotations) - len(submitted)
+            self.slots.append(Slot(number, task.id, task.overlap, task.labeled, len(submitted)))
+            yield from self._rows(number, submitted)
+
+    def refuse(self, answers: Answers, why: str) -> None:
+        for answer in answers:
+            place = self.samples.place(int(answer["task"]))
+            self.refused.append(Refusal(place, int(answer["person"]), int(answer["annotation"]), why))
+
+    def _rows(self, number: int, annotations: Iterable[Annotation]) -> Iterator[tuple[Any, ...]]:
+        place = self.samples.place(number)
+        for annotation in annotations:
+            person = annotation.person or UNKNOWN_PERSON
+            labels = self._labels(place, annotation)
+            if isinstance(labels, str):
+                self.refused.append(Refusal(place, person, annotation.id, labels))
+                continue
+            known = self.labels.setdefault(labels, len(self.labels))
+            yield number, known, annotation.id, person, annotation.created, annotation.updated
+
+    def _labels(self, place: Place, annotation: Annotation) -> Labels | str:
+        """Return a label per image of the task, or why there are none."""
         labels: dict[str, int] = {}
         results = annotation.result if isinstance(annotation.result, list) else []
         for result in results:
@@ -137,10 +149,8 @@ class Reader:
         if LABEL not in labels:
             return "no label was chosen"
         if place.image is not None:
-            chosen = [(place.image, labels[LABEL])]
-        else:
-            chosen = [(image, labels.get(f"{LABEL}_{image}", labels[LABEL])) for image in range(self.images)]
-        return self._known.setdefault(tuple(chosen), tuple(chosen))
+            return (labels[LABEL],)
+        return tuple(labels.get(f"{LABEL}_{image}", labels[LABEL]) for image in range(self.images))
 
     def _one(self, place: Place, result: Any) -> tuple[str, int | str]:
         """Return the control and what it says, or why it says nothing."""

@@ -13,7 +13,7 @@ from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.pipeline import Compute
 from defuse_core.reference import ask_models
 from defuse_core.runs import Run
-from services.labeling.tasks import Place, Suggestion
+from services.labeling.tasks import Suggestion
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,8 @@ def prelabels(run: Run, compute: Compute, gallery: Gallery) -> Prelabels:
     return run.once("review", Prelabels, make)
 
 
-def suggest(probabilities: F32, min_confidence: float, pages: bool) -> dict[str, Suggestion]:
-    """Return a suggestion per sample key, the least certain first.
+def suggest(probabilities: F32, min_confidence: float, pages: bool) -> dict[int, Suggestion]:
+    """Return a suggestion per task, by its number, the least certain first.
 
     That is the order in which people get the tasks.
     """
@@ -41,11 +41,9 @@ def suggest(probabilities: F32, min_confidence: float, pages: bool) -> dict[str,
     if pages:
         mean = mean.mean(axis=1, keepdims=True)  # (S, 1, C)
     best, confidence = mean.argmax(axis=2), mean.max(axis=2)
-    order = np.argsort(confidence, axis=None, kind="stable")
     suggestions = {}
-    for scenario, image in zip(*np.unravel_index(order, confidence.shape), strict=True):
-        sure = float(confidence[scenario, image])
-        answer = int(best[scenario, image]) if sure >= min_confidence else NONE_OF_THE_ABOVE
-        key = Place(int(scenario), None if pages else int(image)).key
-        suggestions[key] = Suggestion(answer, sure, "page" if pages else "image")
+    for number in np.argsort(confidence, axis=None, kind="stable").tolist():
+        sure = float(confidence.flat[number])
+        answer = int(best.flat[number]) if sure >= min_confidence else NONE_OF_THE_ABOVE
+        suggestions[number] = Suggestion(answer, sure, "page" if pages else "image")
     return suggestions

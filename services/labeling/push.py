@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from defuse_core.artifacts import Gallery
+import numpy as np
+
+from defuse_core.artifacts import I64, Bool, Gallery
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
 from services.labeling.client import Project, Server, Task
@@ -38,17 +40,17 @@ class Wanted:
     gallery: Gallery
     samples: Samples
     suggestions: Mapping[
-        str, Suggestion
-    ]  # empty without review.prelabel; else its order is that of the tasks
+        int, Suggestion
+    ]  # by task; empty without review.prelabel, else in the order of asking
 
     @property
     def config(self) -> str:
         return label_config(self.run.spec.review.form, self.gallery.classes)
 
     @property
-    def order(self) -> Iterable[str]:
-        """The keys of all tasks, in the order in which people get them."""
-        return self.suggestions or self.samples.places
+    def order(self) -> Iterable[int]:
+        """The numbers of all tasks, in the order in which people get them."""
+        return self.suggestions or range(len(self.samples))
 
     @property
     def repair(self) -> str:
@@ -182,13 +184,13 @@ def _fill(server: Server, wanted: Wanted, record: Record, repair: bool) -> None:
     """Import what is missing, as often as replies are lost, and drop unanswered copies."""
     for attempt in range(TRIES):
         present = _present(server, wanted, record.number, repair)
-        missing = [key for key in wanted.order if key not in present.keys]
+        missing = [number for number in wanted.order if not present.ids[number]]
         if not missing:
             return _connect_bucket(server, wanted, record.number) if present.in_bucket else None
         if record.pushed and not repair:
             raise InputError(
-                f"project {record.project}: {len(missing)} of {len(wanted.samples.places)} tasks were deleted "
-                f"in Label Studio (first {missing[0]}); {wanted.repair} puts them back"
+                f"project {record.project}: {len(missing)} of {len(wanted.samples)} tasks were deleted "
+                f"in Label Studio (first {wanted.samples.place(missing[0]).key}); {wanted.repair} puts them back"
             )
         try:
             _import(server, wanted, record.number, missing)
@@ -199,9 +201,9 @@ def _fill(server: Server, wanted: Wanted, record: Record, repair: bool) -> None:
     raise ServiceError(f"project {record.project} lacks tasks even after {TRIES} imports; run again to go on")
 
 
-def _import(server: Server, wanted: Wanted, project: int, keys: list[str]) -> None:
+def _import(server: Server, wanted: Wanted, project: int, numbers: Iterable[int]) -> None:
     done = 0
-    for batch in batches(wanted.samples.task(key, wanted.suggestions.get(key)) for key in keys):
+    for batch in batches(wanted.samples.task(n, wanted.suggestions.get(n)) for n in numbers):
         server.import_tasks(project, batch)
         done += len(batch)
     log.info("review: pushed %d tasks to project %d", done, project)
@@ -222,50 +224,57 @@ def batches(tasks: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, An
         yield batch
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Present:
-    """What is in the project already."""
+    """What is in the project already, of T tasks."""
 
-    keys: frozenset[str]
-    in_bucket: bool  # some pictures lie in the run's S3 store
+    ids: I64  # (T,) Label Studio's numbers; 0 where there is none yet
+    answered: Bool  # (T,)
+    in_bucket: bool = False  # some pictures lie in the run's S3 store
+
+    def add(self, number: int, task: Task) -> int:
+        """Note a task. Of two that are the same return the id of the one to drop: none that somebody answered."""
+        first = int(self.ids[number])
+        if first and not task.annotations:
+            return task.id
+        if first and self.answered[number]:
+            return 0  # answers.py reads two with answers as one
+        self.ids[number], self.answered[number] = task.id, bool(task.annotations)
+        return first
 
 
 def _present(server: Server, wanted: Wanted, project: int, repair: bool) -> Present:
     """Return what is in the project, once copies are dropped. Raises InputError where a task shows something else."""
-    kept: dict[str, Task] = {}
-    dropped: list[Task] = []  # later: deleting while listing would shift the pages
-    strangers, in_bucket = 0, False
+    tasks = len(wanted.samples)
+    present = Present(np.zeros(tasks, np.int64), np.zeros(tasks, bool))
+    dropped: dict[int, str] = {}  # later: deleting while listing would shift the pages
+    strangers = 0
     for task in server.tasks(project, with_data=True):
-        if task.key is None or task.key not in wanted.samples.places:
+        number = wanted.samples.number(task.key)
+        if number is None:
             strangers += 1
         elif task.data is None or digest(task.data) != task.digest:
-            dropped.append(_edited(wanted, project, task, repair))
+            dropped[_edited(wanted, project, task, repair)] = str(task.key)
         else:
-            in_bucket = in_bucket or "s3://" in str(task.data)
-            kept[task.key], copies = _better(kept.get(task.key), replace(task, data=None))
-            dropped += copies
-    for task in dropped:
-        server.delete_task(task.id)
-        log.info("review: dropped task %d, a copy or an edited one of %s", task.id, task.key)
+            present.in_bucket = present.in_bucket or "s3://" in str(task.data)
+            if copy := present.add(number, task):
+                dropped[copy] = str(task.key)
+    for copy, key in dropped.items():
+        server.delete_task(copy)
+        log.info("review: dropped task %d, a copy or an edited one of %s", copy, key)
     if strangers:
         log.warning("project %d also holds %d tasks of somebody else; left alone", project, strangers)
-    return Present(frozenset(kept), in_bucket)
+    return present
 
 
-def _edited(wanted: Wanted, project: int, task: Task, repair: bool) -> Task:
+def _edited(wanted: Wanted, project: int, task: Task, repair: bool) -> int:
+    """Return the id of an edited task, which is to be replaced. Raises InputError without `repair`."""
     if not repair:
         raise InputError(
             f"project {project}: task {task.id} ({task.key}) was edited in Label Studio and no longer shows "
             f"what was pushed; {wanted.repair} replaces it, with its answers"
         )
-    return replace(task, data=None)
-
-
-def _better(first: Task | None, second: Task) -> tuple[Task, list[Task]]:
-    """Of two tasks with one key return the one to keep, and what to drop: nothing that somebody answered."""
-    if first is None or (first.annotations and second.annotations):
-        return first or second, []  # answers.py reads two with answers as one
-    return (second, [first]) if second.annotations else (first, [second])
+    return task.id
 
 
 def _connect_bucket(server: Server, wanted: Wanted, project: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
+
 from services.labeling.answers import Slot
 from services.labeling.client import Server
 from services.labeling.standing import Standing
@@ -17,21 +19,24 @@ def tend_queue(server: Server, standing: Standing) -> None:
     A task is short although Label Studio calls it done when an annotation was refused, or when a changed
     answer opened a scenario again that had been decided.
     """
-    changed = 0
-    for key, slots in standing.pulled.slots.items():
-        for number, slot in enumerate(slots):
-            overlap, labeled = _target(standing, key, slot, number > 0)
-            if (overlap, labeled) != (slot.overlap, slot.labeled):
-                server.set_overlap(slot.task, overlap, labeled)
-                changed += 1
+    changed, seen = 0, np.zeros(len(standing.samples), bool)
+    for slot in standing.pulled.slots:
+        overlap, labeled = _target(standing, slot, copy=bool(seen[slot.number]))
+        seen[slot.number] = True
+        if (overlap, labeled) != (slot.overlap, slot.labeled):
+            server.set_overlap(slot.task, overlap, labeled)
+            changed += 1
     if changed:
         log.info("review: took tasks out of the queue or put them back, %d in all", changed)
 
 
-def _target(standing: Standing, key: str, slot: Slot, copy: bool) -> tuple[int, bool]:
-    """Return the overlap that the task should have, and whether it should be out of the queue."""
-    asked, counted = standing.samples.review.answers_per_task, len(standing.pulled.answers[key])
-    if copy or standing.decided[standing.samples.places[key].scenario]:
+def _target(standing: Standing, slot: Slot, copy: bool) -> tuple[int, bool]:
+    """Return the overlap that the task should have, and whether it should be out of the queue.
+
+    `copy`: another one with the same image came before; there are two only where people answered both.
+    """
+    asked, counted = standing.samples.review.answers_per_task, int(standing.given_per_task[slot.number])
+    if copy or standing.decided[standing.samples.place(slot.number).scenario]:
         return (slot.overlap, True) if slot.labeled else (max(slot.submitted, 1), True)
     if counted >= asked:
         return slot.overlap, slot.labeled

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from defuse_core.artifacts import F64, I64, Bool, Verdicts, Votes
+from defuse_core.artifacts import I64, Bool, Verdicts, Votes
 from defuse_core.judge import judge, tally
 from services.labeling.answers import Pulled, Refusal
 from services.labeling.early import is_decided
@@ -37,11 +39,16 @@ class Standing:
     @property
     def wanted(self) -> int:
         """Answers asked for in all, one per task and annotator."""
-        return len(self.samples.places) * self.samples.review.answers_per_task
+        return len(self.samples) * self.samples.review.answers_per_task
 
     @property
     def given(self) -> int:
-        return sum(len(answers) for answers in self.pulled.answers.values())
+        return len(self.pulled.answers)
+
+    @cached_property
+    def given_per_task(self) -> I64:
+        """(T,) answers to each task."""
+        return np.bincount(self.pulled.answers["task"], minlength=len(self.samples))
 
     @property
     def saved(self) -> int:
@@ -54,9 +61,8 @@ class Standing:
         return self._short(~self.decided)
 
     def _short(self, scenarios: Bool) -> int:
-        asked = self.samples.review.answers_per_task
-        chosen = (key for key, place in self.samples.places.items() if scenarios[place.scenario])
-        return sum(asked - len(self.pulled.answers[key]) for key in chosen)
+        short = self.samples.review.answers_per_task - self.given_per_task
+        return int(short.reshape(len(scenarios), -1)[scenarios].sum())
 
     def verdicts(self) -> Verdicts:
         """Return the verdicts that the votes so far amount to."""
@@ -64,10 +70,11 @@ class Standing:
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered."""
-        counts = {self.names[person]: 0 for person in self.pulled.people()}
-        for answer in (answer for answers in self.pulled.answers.values() for answer in answers):
-            counts[self.names[answer.person]] += 1
-        return counts
+        given = Counter(self.pulled.answers["person"].tolist())
+        counts: Counter[str] = Counter()
+        for person in self.pulled.people():
+            counts[self.names[person]] += given[person]  # two people may have one name
+        return dict(counts)
 
     def refusals(self) -> list[dict[str, Any]]:
         """Return the annotations that are not counted, one by one."""
@@ -109,22 +116,19 @@ def stand(samples: Samples, pulled: Pulled, names: Mapping[int, str], overridden
 
 
 def _votes(pulled: Pulled, samples: Samples, names: Mapping[int, str]) -> Votes:
-    people = pulled.people()
-    index = {person: number for number, person in enumerate(people)}
-    rows = (
-        (samples.places[key].scenario, image, index[answer.person], label, answer.when)
-        for key, answers in pulled.answers.items()
-        for answer in answers
-        for image, label in answer.labels
-    )
-    table: F64 = np.fromiter(rows, np.dtype((np.float64, 5)))
-    scenario, image, annotator, answer = table[:, :4].T.astype(np.int64)
+    answers, people = pulled.answers, pulled.people()
+    images = samples.gallery.predicted.shape[1]
+    per_task = images // samples.per_scenario
+    labels = np.array(pulled.labels, np.int64).reshape(-1, per_task)[answers["labels"]]  # (answers, per_task)
+    scenario, image = np.divmod(answers["task"][:, None] * per_task + np.arange(per_task), images)
+    by_number = np.argsort(people)
+    annotator = by_number[np.searchsorted(people, answers["person"], sorter=by_number)]
     return Votes(
-        scenario=scenario,
-        image=image,
-        annotator=annotator,
-        answer=answer,
-        when=table[:, 4].copy(),
+        scenario=scenario.ravel(),
+        image=image.ravel(),
+        annotator=np.repeat(annotator, per_task),
+        answer=labels.ravel(),
+        when=np.repeat(answers["when"], per_task),
         annotators=tuple(names[person] for person in people),
         answered_by="people",
         notes={},

@@ -6,7 +6,8 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,24 +55,39 @@ class Suggestion:
 
 
 class Samples:
-    """All tasks of a run, made one at a time, so that memory does not grow with their number."""
+    """All tasks of a run, numbered scenario by scenario and made one at a time.
+
+    Memory does not grow with their number.
+    """
 
     def __init__(self, gallery: Gallery, review: ReviewSection, store: Store) -> None:
         self.gallery, self.review, self.store = gallery, review, store
         self.names = choice_names(gallery.classes)
-        images: Iterable[int | None] = (
-            range(gallery.predicted.shape[1]) if review.form == "image" else (None,)
-        )
-        images = tuple(images)
-        places = (Place(scenario, image) for scenario in range(len(gallery)) for image in images)
-        self.places = {place.key: place for place in places}
+        self.pages = review.form == "scenario"
+        self.per_scenario = 1 if self.pages else gallery.predicted.shape[1]
 
-    def task(self, key: str, suggestion: Suggestion | None = None) -> dict[str, Any]:
+    def __len__(self) -> int:
+        return len(self.gallery) * self.per_scenario
+
+    def place(self, number: int) -> Place:
+        """Return what the task of that number is about."""
+        scenario, image = divmod(number, self.per_scenario)
+        return Place(scenario, None if self.pages else image)
+
+    def number(self, key: str | None) -> int | None:
+        """Return the number of the task with this sample_key; None for one that is not of this run."""
+        found = re.fullmatch(r"s(\d{3,9})(?:-i(\d{2,9}))?", key or "")
+        if found is None:
+            return None
+        number = int(found[1]) * self.per_scenario + int(found[2] or 0)
+        return number if number < len(self) and self.place(number).key == key else None
+
+    def task(self, number: int, suggestion: Suggestion | None = None) -> dict[str, Any]:
         """Return the task as Label Studio imports it, with a preselected answer if there is one."""
-        place = self.places[key]
+        place = self.place(number)
         data = self._page(place) if place.image is None else self._single(place.scenario, place.image)
-        data |= {"sample_key": key, "scenario": place.scenario}
-        task: dict[str, Any] = {"data": data, "meta": {"sample_key": key, "digest": digest(data)}}
+        data |= {"sample_key": place.key, "scenario": place.scenario}
+        task: dict[str, Any] = {"data": data, "meta": {"sample_key": place.key, "digest": digest(data)}}
         return task if suggestion is None else task | {"predictions": [suggestion.prediction(self.names)]}
 
     def _single(self, scenario: int, image: int) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def fill(annotators: LabelStudioAnnotators, gallery: Gallery) -> None:
     whoami = (person.http.get("/api/current-user/whoami").json() for person in people(ANSWERS))
     label = [chosen("label", "image", "8")]
     annotations = [{"completed_by": int(user["id"]), "result": label} for user in whoami]
-    for batch in batches(samples.task(key) | {"annotations": annotations} for key in samples.places):
+    for batch in batches(samples.task(n) | {"annotations": annotations} for n in range(len(samples))):
         annotators.server.import_tasks(project.id, batch)
     write_record(annotators.run.store, replace(record, project=project.id, pushed=True))
 

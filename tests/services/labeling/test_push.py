@@ -81,7 +81,7 @@ def test_copies_that_a_late_import_left_are_dropped_but_never_an_answered_one(ma
     review = make_review()
     record = review.annotators.push(review.gallery)
     samples = Samples(review.gallery, review.run.spec.review, review.run.store)
-    review.api.import_tasks(record.number, [samples.task("s000-i00"), samples.task("s000-i01")])
+    review.api.import_tasks(record.number, [samples.task(0), samples.task(1)])
     copies = [task for task in review.api.tasks(record.number) if task.key in ("s000-i00", "s000-i01")]
     crowd[0].answer(max(task.id for task in copies if task.key == "s000-i00"), "image", "8")
     review.annotators.push(review.gallery)
