@@ -1,8 +1,12 @@
-"""What all tests share: one tiny run file and its trained models, one Ray, and silence about usage."""
+"""What all tests share: one tiny run file and its trained models, one Ray, and silence about usage.
+
+`make test` runs them by file in two processes, since most wait for servers half of the time; each has a Ray.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +74,13 @@ def tiny_spec() -> RunFile:
 @pytest.fixture(scope="session")
 def tiny_models(tiny_spec: RunFile) -> Models:
     return train(tiny_spec, progress=silent)
+
+
+@pytest.fixture(scope="module")
+def short_folder() -> Iterator[Path]:
+    """A folder with a short path: Ray puts sockets into its own, and stops without a word where they do not fit."""
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,23 @@ class StumblingStore(FolderStore):
         super().write(key, data)
 
 
+class GatedStore(FolderStore):
+    """Holds who has written something until the gate opens, for two minutes at most."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.gate = folder.with_name(folder.name + "-gate")
+
+    def write(self, key: str, data: bytes) -> None:
+        super().write(key, data)
+        deadline = time.monotonic() + 120
+        while not self.gate.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def open(self) -> None:
+        self.gate.touch()
+
+
 class RefusingStore(FolderStore):
     """Never takes keys that hold `part`; fails as a bug would if `with_bug`."""
 

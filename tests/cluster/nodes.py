@@ -36,7 +36,7 @@ from defuse_core.artifacts import Corrections, Models, decode
 from defuse_core.config import RunFile
 from defuse_core.runs import FolderStore
 from tests.cluster.checks import Lines
-from tests.cluster.fakes import CountingStore
+from tests.cluster.fakes import CountingStore, GatedStore
 from tests.conftest import tiny
 
 PAUSE_S = 1.0  # per write: shards take long enough for nodes to come and go
@@ -124,16 +124,16 @@ def the_last_node_dies(models: Models, folder: Path) -> dict[str, Any]:
 
 
 def a_node_joins_a_sweep(models: Models, folder: Path) -> dict[str, Any]:
-    """One node with room for one trial begins; a second joins once an epoch is done."""
-    store, spec = (
-        CountingStore(folder, PAUSE_S),
-        tiny(correct={"lambdas": [0.1, 1.0, 10.0, 100.0], "epochs": 4}),
-    )
+    """One node with room for one trial begins; a second joins once an epoch is done, and gets one, too."""
+    store, spec = GatedStore(folder), tiny(correct=SHORT_SWEEP)
+    lines = log_lines()
     with headed_cluster() as cluster, RayCompute(None, spec) as compute:
         cluster.add_node(num_cpus=1)
         thread = in_background(lambda: compute.sweep(spec, models, made_up(spec), None, store))
         wait_until(lambda: bool(store.list()))
         cluster.add_node(num_cpus=1)
+        wait_until(lambda: len(set(lines.processes("correct: λ"))) == 2)
+        store.open()
         thread.join(120)
     return {"finished": not thread.is_alive()}
 
@@ -174,8 +174,11 @@ def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
     spec = tiny(correct={"lambdas": [1e-3, 1.0, 10.0, 100.0]})
     with RayCompute(None, spec) as compute:
         compute.identify(spec, models, FolderStore(folder))
-        slow = CountingStore(folder / "trials", 4 * PAUSE_S)  # so that all four run at once
-        compute.sweep(spec, models, made_up(spec), None, slow)
+        store, lines = GatedStore(folder / "trials"), log_lines()
+        thread = in_background(lambda: compute.sweep(spec, models, made_up(spec), None, store))
+        wait_until(lambda: len(set(lines.processes("correct: λ"))) == 4)  # all run at once
+        store.open()
+        thread.join(120)
     ray.shutdown()
     return {}
 

@@ -40,9 +40,9 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def head(short_folder: Path) -> Iterator[str]:
     """A head of two CPUs, told nothing of Defuse; yields the address of its dashboard."""
-    folder, port = tmp_path_factory.mktemp("r"), free_port()  # short: Ray puts sockets there
+    folder, port = short_folder, free_port()
     ports = [
         f"--port={free_port()}",
         f"--dashboard-port={port}",

@@ -124,9 +124,9 @@ def stores(address: str, environment: dict[str, str]) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def nodes(short_folder: Path) -> Iterator[dict[str, str]]:
     """Compose's head and worker, started as they are there; yields what became of their addresses."""
-    services, folder = compose()["services"], tmp_path_factory.mktemp("r")  # short: Ray puts sockets there
+    services, folder = compose()["services"], short_folder
     gcs, dashboard, head_agent, worker_agent = (str(free_port()) for _ in range(4))
     token = folder / "token"
     token.write_text(TOKEN)
