@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from defuse_core.report import Mean, Report
+if TYPE_CHECKING:
+    from defuse_core.report import Mean, Report
 
 LOW_PURITY = 0.8  # below this the scenarios' images are so mixed that their accuracy says little
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

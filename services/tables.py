@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -14,7 +14,6 @@ from rich.text import Text
 
 from defuse_core.config import STEPS
 from defuse_core.errors import DefuseError
-from defuse_core.report import Report
 from defuse_core.runs import Run, Store
 from defuse_core.wording import (
     LOW_PURITY,
@@ -30,6 +29,9 @@ from defuse_core.wording import (
     spread,
     unbroken,
 )
+
+if TYPE_CHECKING:
+    from defuse_core.report import Report
 
 FIGURES_WIDTH = 54  # columns that the figures of the scenarios' table take
 ARTEFACTS = {  # what each step leaves in the run
