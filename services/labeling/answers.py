@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from defuse_core.artifacts import I64
 from services.labeling.client import Annotation, Task
 from services.labeling.config import LABEL, answers_by_name
 from services.labeling.tasks import Place, Samples
@@ -77,23 +78,27 @@ def pull(tasks: Iterable[Task], samples: Samples) -> Pulled:
     """Return the answers: per task the newest of each person, of the first answers_per_task people."""
     reader = Reader(samples)
     table = np.fromiter(reader.read(tasks), ANSWER)
-    answers, again, surplus = choose(table, samples.review.answers_per_task)
-    reader.refuse(again, "the same person answered again later")
     wanted = samples.review.answers_per_task
-    reader.refuse(surplus, f"{wanted} others had answered before, as many as were asked for")
+    counted, replaced, surplus = choose(table, wanted)
+    reader.refuse(table[replaced], "the same person answered again later")
+    reader.refuse(table[surplus], f"{wanted} others had answered before, as many as were asked for")
     reader.refused.sort(key=lambda refusal: (refusal.place.key, refusal.annotation))
-    return Pulled(answers, list(reader.labels), reader.refused, reader.skips, reader.slots)
+    return Pulled(table[counted], list(reader.labels), reader.refused, reader.skips, reader.slots)
 
 
-def choose(table: Answers, wanted: int) -> tuple[Answers, Answers, Answers]:
-    """Return the answers that count, those that their person replaced, and those beyond the `wanted` first people."""
-    table = table[np.lexsort([table[name] for name in ("annotation", "when", "person", "task")])]
-    last = np.ones(len(table), bool)
-    last[:-1] = (np.diff(table["task"]) != 0) | (np.diff(table["person"]) != 0)
-    newest = table[last]
-    newest = newest[np.lexsort([newest[name] for name in ("annotation", "created", "task")])]
-    rank = np.arange(len(newest)) - np.searchsorted(newest["task"], newest["task"])
-    return newest[rank < wanted], table[~last], newest[rank >= wanted]
+def choose(table: Answers, wanted: int) -> tuple[I64, I64, I64]:
+    """Return the rows that count, those that their person replaced, and those beyond the `wanted` first people.
+
+    The rows that count are in order of task and of when they were first given.
+    """
+    rows = np.lexsort([table[name] for name in ("annotation", "when", "person", "task")])
+    newest = np.ones(len(rows), bool)  # of its person, for its task
+    newest[:-1] = (np.diff(table["task"][rows]) != 0) | (np.diff(table["person"][rows]) != 0)
+    replaced, kept = rows[~newest], rows[newest]
+    kept = kept[np.lexsort([table[name][kept] for name in ("annotation", "created", "task")])]
+    task = table["task"][kept]
+    rank = np.arange(len(kept)) - np.searchsorted(task, task)
+    return kept[rank < wanted], replaced, kept[rank >= wanted]
 
 
 class Reader:

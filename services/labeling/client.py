@@ -6,9 +6,10 @@ not mean that nothing happened, so who writes looks first (see push.py).
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -28,6 +29,9 @@ READ: Any = {"max_retries": 2}
 WRITE: Any = {"max_retries": 0}
 LIGHT = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelled,created_at,updated_at"
 PAGE = 250  # tasks
+COLLECTED_PAGES = (
+    4  # a reply of httpx refers to itself, and Python counts objects, not bytes: bodies would pile up
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,27 +130,34 @@ class Server:
     def tasks(self, project: int, with_data: bool = False) -> Iterator[Task]:
         """Return all tasks with all annotations, page by page. `with_data` brings what they show, too."""
         include, page = (LIGHT + ",data" if with_data else LIGHT), 1
-        while True:
-            with explained(self.address):
-                try:
-                    answer = self._sdk.tasks.list(
-                        project=project,
-                        page=page,
-                        page_size=PAGE,
-                        fields="all",
-                        include=include,
-                        resolve_uri=False,
-                        request_options=READ,
-                    )
-                except ApiError as error:
-                    if error.status_code == 404 and page > 1 and self.project(project) is not None:
-                        return  # the page before was full and the last
-                    raise
-                items = [_task(item) for item in answer.items or ()]
-            yield from items
-            if len(items) < PAGE:
-                return
+        while (yield from self._page(project, include, page)) == PAGE:
             page += 1
+            if page % COLLECTED_PAGES == 0:
+                gc.collect()
+
+    def _page(self, project: int, include: str, page: int) -> Generator[Task, None, int]:
+        """Return the tasks of one page, and how many they were; nothing of it outlives it."""
+        with explained(self.address):
+            try:
+                answer = self._sdk.tasks.list(
+                    project=project,
+                    page=page,
+                    page_size=PAGE,
+                    fields="all",
+                    include=include,
+                    resolve_uri=False,
+                    request_options=READ,
+                )
+            except ApiError as error:
+                if error.status_code == 404 and page > 1 and self.project(project) is not None:
+                    return 0  # the page before was full and the last
+                raise
+            items = answer.items or ()
+        for item in items:
+            with explained(self.address):
+                task = _task(item)
+            yield task
+        return len(items)
 
     def delete_task(self, number: int) -> None:
         with explained(self.address), unless_gone():
