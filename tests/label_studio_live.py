@@ -55,6 +55,13 @@ def restart(server: LocalServer) -> None:
     start(live_home(), server.port, server, SSRF_PROTECTION_ENABLED="false")
 
 
+def note_in(cache: Path) -> None:
+    """Note the running server in a user's cache, where `defuse` finds the local one. It may have started again."""
+    home = Home(cache)
+    home.folder.mkdir(parents=True, exist_ok=True)
+    home.record(live_home().recorded() or live_server())
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from label_studio_live import digits_gallery, invite_link, live_server, review_run, settings_for
+from label_studio_live import digits_gallery, invite_link, live_server, note_in, review_run, settings_for
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -52,8 +51,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, server: LocalServer, tmp_path: Path) ->
     """The command line beside a local server: the one of the tests."""
     monkeypatch.delenv("LABEL_STUDIO_URL", raising=False)
     monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "label-studio").mkdir(parents=True)
-    (tmp_path / "cache" / "label-studio" / "server.json").write_text(json.dumps(dataclasses.asdict(server)))
+    note_in(tmp_path / "cache")
 
     def call(*words: str) -> Result:
         done = CliRunner().invoke(defuse, [*words, "--store", str(tmp_path / "runs")])

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from label_studio_live import note_in
 
 from defuse_core.errors import InputError
 from services.cli import defuse
@@ -97,8 +98,6 @@ def test_the_local_server_is_found_without_any_setting(monkeypatch, tmp_path, se
     monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path))
     assert CliRunner().invoke(defuse, ["label-studio", "status"]).output.startswith("not running")
     assert CliRunner().invoke(defuse, ["label-studio", "down"]).output == "it was not running\n"
-    (tmp_path / "label-studio").mkdir(exist_ok=True)
-    record = dict(vars(server))
-    (tmp_path / "label-studio" / "server.json").write_text(json.dumps(record))
+    note_in(tmp_path)
     shown = CliRunner().invoke(defuse, ["label-studio", "status"]).output
     assert server.address in shown and server.username in shown and server.token not in shown
