@@ -53,6 +53,8 @@ def _copy(source: Path, target: Path, field: str) -> None:
 def _pack_module(import_path: str, folder: Path) -> None:
     """Copy the top-level package or module of one's own classifier, unless it is installed as a package is."""
     name = import_path.partition(":")[0].partition(".")[0]
+    if name in PACKAGES:
+        raise ModelError(f"classifier.import_path {import_path}: {name} is a package of Defuse; rename yours")
     found = importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])
     if found is None:
         raise ModelError(

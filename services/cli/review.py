@@ -73,6 +73,8 @@ def status(name: str, store: str) -> None:
     print_standing(standing, annotators.server.page_of(record.number))
     if "/" in name and not standing.open:  # a run's own review is concluded by `defuse run`
         with opened.store.lock():
+            if not opened.store.exists("votes.safetensors"):
+                annotators.push(gallery)  # the answers must still be about what was pushed
             conclude(opened, standing, record)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
 
@@ -104,8 +106,6 @@ def set_(
     defuse review set digits 3 --label 8 --reason "thick eights, checked on paper"
     defuse review set digits 5 --reject --reason "not digits at all"
     """
-    import getpass
-
     from services.labeling.decide import decide
 
     if reject == (label is not None):
@@ -113,8 +113,20 @@ def set_(
     if "/" in name:
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to decide above")
     opened, _ = _open(name, store)
-    done = decide(opened, scenario, label, author or getpass.getuser(), reason, redo)
+    done = decide(opened, scenario, label, author or _user(), reason, redo)
     click.echo(f"{done}; `defuse run` goes on with it")
+
+
+def _user() -> str:
+    """Return who is at this machine. Raises InputError where it does not know, as in some containers."""
+    import getpass
+
+    from defuse_core.errors import InputError
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise InputError("--author: this machine does not know your name; give it") from error
 
 
 @click.group(name="label-studio")

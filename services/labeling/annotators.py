@@ -18,7 +18,7 @@ from services.labeling.client import Server
 from services.labeling.prelabel import prelabels, suggest
 from services.labeling.push import Wanted, check_project, push
 from services.labeling.queue import tend_queue
-from services.labeling.record import Record, read_record, write_record
+from services.labeling.record import Record, read_record, update_record
 from services.labeling.server import running
 from services.labeling.standing import Standing, stand
 from services.labeling.tasks import Samples, Suggestion
@@ -101,7 +101,7 @@ class LabelStudioAnnotators:
 
     def _look(self, gallery: Gallery, record: Record) -> Standing:
         wanted = self._wanted(gallery)
-        check_project(self.server, wanted, record)
+        check_project(self.server, wanted, read_record(self.run.store, gallery))
         pulled = pull(self.server.tasks(record.number), wanted.samples)
         overridden = [int(override["scenario"]) for override in read_overrides(self.run.store)]
         standing = stand(wanted.samples, pulled, self._names(pulled, record), overridden)
@@ -135,11 +135,8 @@ class LabelStudioAnnotators:
 
     def _remember(self, gallery: Gallery, standing: Standing) -> Record:
         """Keep the numbers of the pseudonyms, beside what other commands have noted meanwhile."""
-        record = read_record(self.run.store, gallery)
-        known = record.with_people(standing.pulled.people())
-        if known != record:
-            write_record(self.run.store, known)
-        return known
+        people = read_record(self.run.store, gallery).with_people(standing.pulled.people()).people
+        return update_record(self.run.store, gallery, people=people)
 
     def _names(self, pulled: Pulled, record: Record) -> dict[int, str]:
         """Return what the annotators are called in the run."""

@@ -17,8 +17,6 @@ from services.labeling.client import Annotation, Task
 from services.labeling.config import LABEL, answers_by_name
 from services.labeling.tasks import Place, Samples
 
-UNKNOWN_PERSON = 0  # whose account was deleted
-
 # One person's answer to one task. `task` is its number in Samples, `labels` points into Pulled.labels; times are
 # seconds since 1970, `when` that of the last change.
 ANSWER = np.dtype(
@@ -49,7 +47,7 @@ class Refusal:
 class Slot:
     """A task as Label Studio hands it out."""
 
-    number: int  # in Samples; twice only where a copy has answers, too
+    number: int  # in Samples; twice where a late import left a copy
     task: int
     overlap: int
     labeled: bool  # out of the queue
@@ -89,13 +87,18 @@ def pull(tasks: Iterable[Task], samples: Samples) -> Pulled:
 def choose(table: Answers, wanted: int) -> tuple[I64, I64, I64]:
     """Return the rows that count, those that their person replaced, and those beyond the `wanted` first people.
 
-    The rows that count are in order of task and of when they were first given.
+    First is who gave a first answer first, whatever they changed later. The rows that count are in that order
+    within each task.
     """
     rows = np.lexsort([table[name] for name in ("annotation", "when", "person", "task")])
     newest = np.ones(len(rows), bool)  # of its person, for its task
     newest[:-1] = (np.diff(table["task"][rows]) != 0) | (np.diff(table["person"][rows]) != 0)
     replaced, kept = rows[~newest], rows[newest]
-    kept = kept[np.lexsort([table[name][kept] for name in ("annotation", "created", "task")])]
+    since = (
+        np.minimum.reduceat(table["created"][rows], np.flatnonzero(np.roll(newest, 1))) if len(rows) else rows
+    )
+    by_task = np.lexsort((table["annotation"][kept], since, table["task"][kept]))
+    kept = kept[by_task]
     task = table["task"][kept]
     rank = np.arange(len(kept)) - np.searchsorted(task, task)
     return kept[rank < wanted], replaced, kept[rank >= wanted]
@@ -132,7 +135,7 @@ class Reader:
     def _rows(self, number: int, annotations: Iterable[Annotation]) -> Iterator[tuple[Any, ...]]:
         place = self.samples.place(number)
         for annotation in annotations:
-            person = annotation.person or UNKNOWN_PERSON
+            person = annotation.person or -annotation.id  # of a deleted account, which may be anybody's
             labels = self._labels(place, annotation)
             if isinstance(labels, str):
                 self.refused.append(Refusal(place, person, annotation.id, labels))
@@ -171,6 +174,6 @@ class Reader:
             return name, f"an answer for {name!r:.40}, which was not asked"
         if not isinstance(choices, list) or len(choices) != 1:
             return name, f"{len(choices) if isinstance(choices, list) else 'no'} choices for {name}, not one"
-        if choices[0] not in self.meanings:
+        if not isinstance(choices[0], str) or choices[0] not in self.meanings:
             return name, f"the choice {str(choices[0])!r:.60} is not one of the classes"
         return name, self.meanings[choices[0]]

@@ -202,7 +202,10 @@ def checked_address(address: str) -> str:
 
     Raises InputError for anything but a plain http(s) address.
     """
-    parts = urlsplit(address.strip())
+    try:
+        parts = urlsplit(address.strip())
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError("LABEL_STUDIO_URL: expected an address such as https://labels.example.org")
     if parts.username or parts.password or parts.query or parts.fragment:
@@ -224,10 +227,13 @@ def _project(found: Any) -> Project:
 
 def _task(found: Any) -> Task:
     meta = found.meta if isinstance(found.meta, dict) else {}
+    key, digest = (
+        value if isinstance(value := meta.get(name), str) else None for name in ("sample_key", "digest")
+    )
     return Task(
         id=int(found.id),
-        key=meta.get("sample_key"),
-        digest=meta.get("digest"),
+        key=key,
+        digest=digest,
         overlap=int(found.overlap or 0),
         labeled=bool(found.is_labeled),
         annotations=tuple(_annotation(one) for one in found.annotations or ()),

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
 from services.labeling.client import Project, Server, Task
 from services.labeling.config import difference, instructions, label_config
-from services.labeling.record import Record, new_mark, read_record, write_record
+from services.labeling.record import Record, new_mark, read_record, update_record, write_record
 from services.labeling.tasks import MODEL, Samples, Suggestion, digest
 
 log = logging.getLogger("defuse")
@@ -86,13 +86,10 @@ def push(server: Server, wanted: Wanted, repair: bool = False) -> Record:
             record = Record(new_mark(), record.gallery, people=record.people)
             write_record(store, record)
         project = _make(server, wanted, record)
-    record = replace(record, project=project.id, address=server.address)
-    record = _note_changes(server, wanted, record, project, repair)
-    write_record(store, record)
+    record = update_record(store, wanted.gallery, project=project.id, address=server.address)
+    _note_changes(server, wanted, record, project, repair)
     _fill(server, wanted, record, repair)
-    record = replace(read_record(store, wanted.gallery), pushed=True)  # others noted things during the import
-    write_record(store, record)
-    return record
+    return update_record(store, wanted.gallery, pushed=True)
 
 
 def check_project(server: Server, wanted: Wanted, record: Record) -> None:
@@ -141,8 +138,8 @@ def _make(server: Server, wanted: Wanted, record: Record) -> Project:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _note_changes(server: Server, wanted: Wanted, record: Record, project: Project, repair: bool) -> Record:
-    """Say what someone changed about the project. Raises InputError where its answers would be misread."""
+def _note_changes(server: Server, wanted: Wanted, record: Record, project: Project, repair: bool) -> None:
+    """Say once what someone changed about the project. Raises InputError where its answers would be misread."""
     config = _checked_config(server, wanted, project, repair)
     if record.config and config not in (record.config, _sha(wanted.config)):
         log.warning(
@@ -158,7 +155,7 @@ def _note_changes(server: Server, wanted: Wanted, record: Record, project: Proje
         log.warning(
             "project %d asked for %d answers per task; put back to %d", project.id, project.overlap, asked
         )
-    return replace(record, title=project.title, config=config)
+    update_record(wanted.run.store, wanted.gallery, title=project.title, config=config)
 
 
 def _checked_config(server: Server, wanted: Wanted, project: Project, repair: bool) -> str:
@@ -284,7 +281,9 @@ def _connect_bucket(server: Server, wanted: Wanted, project: int) -> None:
     from services.storage.s3 import S3Store
 
     store = wanted.run.store
-    assert isinstance(store, S3Store)  # nothing else has an s3:// address
+    if not isinstance(store, S3Store):
+        log.warning("project %d shows pictures of the bucket that the run lay in; they stay there", project)
+        return
     fields = {
         "title": f"Pictures of {wanted.run.name}",
         "bucket": store.bucket,
@@ -298,5 +297,5 @@ def _connect_bucket(server: Server, wanted: Wanted, project: int) -> None:
     if credentials is not None:
         frozen = credentials.get_frozen_credentials()
         fields |= {"aws_access_key_id": frozen.access_key, "aws_secret_access_key": frozen.secret_key}
-        fields |= {"aws_session_token": frozen.token}
+        fields |= {"aws_session_token": frozen.token or ""}  # none takes the place of an old one
     server.connect_bucket(project, {name: value for name, value in fields.items() if value is not None})

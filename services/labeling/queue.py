@@ -33,12 +33,9 @@ def tend_queue(server: Server, standing: Standing) -> None:
 def _target(standing: Standing, slot: Slot, copy: bool) -> tuple[int, bool]:
     """Return the overlap that the task should have, and whether it should be out of the queue.
 
-    `copy`: another one with the same image came before; there are two only where people answered both.
+    `copy`: another one of the same image came before.
     """
-    asked, counted = standing.samples.review.answers_per_task, int(standing.given_per_task[slot.number])
-    if copy or standing.decided[standing.samples.place(slot.number).scenario]:
+    missing = standing.samples.review.answers_per_task - int(standing.given_per_task[slot.number])
+    if copy or missing <= 0 or standing.decided[standing.samples.place(slot.number).scenario]:
         return (slot.overlap, True) if slot.labeled else (max(slot.submitted, 1), True)
-    if counted >= asked:
-        return slot.overlap, slot.labeled
-    others = max(slot.submitted - counted, 0)  # annotations that take a place and do not count
-    return asked + others, False
+    return slot.submitted + missing, False  # an annotation that does not count takes a place all the same

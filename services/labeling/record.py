@@ -10,6 +10,7 @@ import json
 import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from defuse_core.artifacts import Gallery
 from defuse_core.errors import InputError
@@ -75,6 +76,15 @@ def read_record(store: Store, gallery: Gallery) -> Record:
             f"project {record.project} shows other images than this run's gallery now holds; take another "
             f"--name, or delete {store.address}/{KEY} to push the new images to a new project"
         )
+    return record
+
+
+def update_record(store: Store, gallery: Gallery, **changes: Any) -> Record:
+    """Change fields of the run's record, and keep what other commands noted in the others; return it."""
+    known = read_record(store, gallery)
+    record = replace(known, **changes)
+    if record != known:
+        write_record(store, record)
     return record
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import httpx
@@ -22,7 +21,8 @@ from defuse_core.reference import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import hush
 from services.labeling.config import LABEL, choice_names
-from services.labeling.record import read_record, write_record
+from services.labeling.explain import explained
+from services.labeling.record import read_record, update_record
 from services.labeling.server import LocalServer
 
 
@@ -114,17 +114,19 @@ def simulate(
         raise InputError(
             f"run {run.name} is not in the local Label Studio; `defuse review push {run.name}` first"
         )
-    simulated = replace(record, simulated=True)
-    write_record(run.store, simulated)  # before the first answer: no report may call them people's
+    update_record(
+        run.store, gallery, simulated=True
+    )  # before the first answer: no report may call them people's
     votes = ReferenceAnnotators(run, compute).review(gallery)
     answers = np.zeros((len(votes.annotators), *gallery.predicted.shape), np.int64)  # (W, S, R)
     answers[votes.annotator, votes.scenario, votes.image] = votes.answer
-    invite, total = invite_link(server), 0
+    names, total = choice_names(gallery.classes), 0
+    with explained(server.address):
+        invite = invite_link(server)
     for number, own in enumerate(answers):
         email = f"simulated-{number + 1}-{secrets.token_hex(3)}@defuse.local"
-        done = _work(
-            Person.sign_up(server.address, invite, email), record.number, own, choice_names(gallery.classes)
-        )
+        with explained(server.address):
+            done = _work(Person.sign_up(server.address, invite, email), record.number, own, names)
         tell(f"{email} answered {done} tasks")
         total += done
         annotators.standing(gallery)
@@ -134,6 +136,11 @@ def simulate(
 def _work(person: Person, project: int, answers: np.ndarray, names: Sequence[str]) -> int:  # type: ignore[type-arg]
     done = 0
     while (task := person.next_task(project)) is not None:
+        if "scenario" not in task["data"]:
+            raise InputError(
+                f"project {project} also holds tasks of somebody else (task {task['id']}), which simulated people "
+                "cannot answer; delete them in Label Studio"
+            )
         own = answers[task["data"]["scenario"]]  # (R,)
         if "picture" in task["data"]:
             person.answer(task["id"], "image", names[own[task["data"]["picture"]]])

@@ -62,7 +62,7 @@ class Standing:
 
     def _short(self, scenarios: Bool) -> int:
         short = self.samples.review.answers_per_task - self.given_per_task
-        return int(short.reshape(len(scenarios), -1)[scenarios].sum())
+        return int(short.reshape(len(scenarios), self.samples.per_scenario)[scenarios].sum())
 
     def verdicts(self) -> Verdicts:
         """Return the verdicts that the votes so far amount to."""

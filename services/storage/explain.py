@@ -69,6 +69,6 @@ def _answered(error: aws.ClientError, where: str, endpoint: str | None) -> Excep
             f"{where}: {server} refused the credentials ({code}); check {CREDENTIALS} and their rights"
         )
     if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
-        return StoreError(f"{where}: the bucket lies in another region; set AWS_REGION to it")
+        return StoreError(f"{where}: the bucket lies in another region; set AWS_DEFAULT_REGION to it")
     message = error.response.get("Error", {}).get("Message", "")
     return StoreError(f"{where}: {server} answered {code} {message}; run again to go on")

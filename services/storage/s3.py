@@ -50,7 +50,10 @@ def open_s3(address: str) -> S3Store:
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells of credentials at every turn
     with explained(address, None):
         session = boto3.Session()
-        endpoint = session.client("s3").meta.endpoint_url
+        try:
+            endpoint = session.client("s3").meta.endpoint_url
+        except ValueError as error:  # "Invalid endpoint: minio:9000"
+            raise InputError(f"AWS_ENDPOINT_URL: expected such as http://host:9000 ({error})") from error
     at_aws = endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn"))
     store = S3Store(
         match[1], f"{prefix}/" if prefix else "", None if at_aws else endpoint, session.region_name

@@ -47,5 +47,7 @@ def test_what_the_nodes_could_not_find_is_refused(tmp_path: Path, monkeypatch: p
         pack(brought(tmp_path / "gone.pt"), tmp_path / "a")
     with pytest.raises(ModelError, match="there is no module absent here or on PYTHONPATH"):
         pack(brought(tmp_path / "gone.pt", "absent"), tmp_path / "b")
+    with pytest.raises(ModelError, match="services is a package of Defuse; rename yours"):
+        pack(brought(tmp_path / "gone.pt", "services.nets"), tmp_path / "d")
     with pytest.raises(RunFileError, match=r"data.root images.npz: expected the absolute path"):
         pack(tiny(data={"name": "npz", "root": "images.npz"}), tmp_path / "c")

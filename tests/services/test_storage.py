@@ -298,6 +298,12 @@ def test_an_endpoint_that_is_down_is_said_at_once(aws: pytest.MonkeyPatch) -> No
     assert time.monotonic() - begun < 15
 
 
+def test_an_endpoint_without_its_scheme_is_said(aws: pytest.MonkeyPatch) -> None:
+    aws.setenv("AWS_ENDPOINT_URL", "minio:9000")
+    with pytest.raises(InputError, match="AWS_ENDPOINT_URL: expected such as http://host:9000"):
+        open_store("s3://bucket/runs")
+
+
 class _Flaky(BaseHTTPRequestHandler):
     """A proxy to moto that fails every fifth call: by hanging up, with a 503, or by losing the answer."""
 

@@ -116,7 +116,7 @@ def test_steps_under_way_say_how_much_is_there(tmp_path: Path):
 
 def test_a_training_under_way_says_which_epochs_are_kept(tmp_path: Path):
     run = a_run(tmp_path)
-    kept = Checkpoint({"w": np.zeros(1)}, {}, ({"loss": 1.0}, {"loss": 0.5}), {})
+    kept = Checkpoint({"w": np.zeros(1)}, {}, ({"loss": 1.0}, {"loss": 0.5}), {}, "")
     run.store.write("training/vae.safetensors", encode(kept))
     train = step_states(run)[0]
     assert (train.step, train.state, train.detail) == ("train", "under way", "β-VAE 2 of 800 epochs")

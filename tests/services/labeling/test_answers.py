@@ -15,6 +15,7 @@ from defuse_core.judge import judge
 from defuse_core.report import build_report
 from services.labeling.decide import decide
 from services.labeling.simulate import chosen
+from services.labeling.tasks import Samples
 
 TRUTH = (8, 3, 0, 1)
 
@@ -90,6 +91,7 @@ def test_what_the_interface_does_not_allow_is_refused_one_by_one(make_review, cr
     task = review.tasks()["s000-i00"].id
     eight = chosen("label", "image", "8")
     crowd[0].submit(task, [chosen("label", "image", "eleven")])
+    crowd[0].submit(task, [eight | {"value": {"choices": [["8"]]}}])
     crowd[0].submit(task, [])
     crowd[1].submit(task, [chosen("label_0", "image", "8")])
     crowd[1].submit(task, [eight | {"value": {"choices": ["8", "3"]}}])
@@ -102,6 +104,7 @@ def test_what_the_interface_does_not_allow_is_refused_one_by_one(make_review, cr
         "an answer for 'label_0', which was not asked",
         "no label was chosen",
         "not an answer of this interface",
+        """the choice "['8']" is not one of the classes""",
         "the choice 'eleven' is not one of the classes",
         "two answers for label",
     ]
@@ -120,6 +123,31 @@ def test_a_refused_answer_does_not_keep_the_task_from_others(make_review, crowd)
     assert crowd[1].next_task(number)["id"] != first
     review.annotators.standing(review.gallery)
     assert crowd[2].next_task(number)["id"] == first
+
+
+def test_an_answer_that_was_refused_and_is_put_right_frees_its_task(make_review, crowd):
+    review = make_review(answers_per_task=1)
+    number = review.annotators.push(review.gallery).number
+    first = review.tasks()["s000-i00"].id
+    annotation = crowd[0].submit(first, [])
+    review.annotators.standing(review.gallery)
+    crowd[0].change(annotation, [chosen("label", "image", "8")])
+    review.annotators.standing(review.gallery)
+    assert crowd[1].next_task(number)["id"] != first
+
+
+def test_answers_to_a_copy_of_a_task_are_not_asked_for_again(make_review, crowd):
+    review = make_review(answers_per_task=3)
+    number = review.annotators.push(review.gallery).number
+    samples = Samples(review.gallery, review.run.spec.review, review.run.store)
+    review.api.import_tasks(number, [samples.task(0)])
+    both = sorted(task.id for task in review.api.tasks(number) if task.key == "s000-i00")
+    for person, task in zip(crowd, both, strict=False):
+        person.answer(task, "image", "8")
+    standing, _ = review.annotators.standing(review.gallery)
+    assert standing.given == 2
+    asked = {task.id: (task.overlap, task.labeled) for task in review.api.tasks(number)}
+    assert [asked[task] for task in both] == [(2, False), (1, True)]
 
 
 def test_a_second_answer_of_one_person_and_a_surplus_answer_are_refused(make_review, crowd):

@@ -11,6 +11,7 @@ from label_studio_live import digits_gallery, review_run, settings_for
 from PIL import Image
 from s3_servers import rclone_server
 
+from defuse_core.runs import FolderStore, Run
 from services.labeling import LabelStudioAnnotators
 from services.storage import open_store
 
@@ -42,6 +43,18 @@ def test_pictures_over_the_bound_are_shown_from_the_bucket(bucket, server, crowd
     seen = np.asarray(Image.open(io.BytesIO(reply.content)), np.float32) / 255
     assert np.abs(seen - gallery.images[0, 0, 0]).max() < 1 / 254
     assert annotators.push(gallery).number == number
+
+
+def test_a_run_that_was_copied_out_of_the_bucket_goes_on_with_its_project(bucket, server, tmp_path, caplog):
+    gallery = digits_gallery(size=96)
+    run = review_run(bucket, gallery, inline_kb=1)
+    number = LabelStudioAnnotators(run, settings_for(server)).push(gallery).number
+    copied = FolderStore(tmp_path / "copy").within(run.name)
+    for key in run.store.list():
+        copied.write(key, run.store.read(key))
+    run = Run.open(FolderStore(tmp_path / "copy"), run.name)
+    assert LabelStudioAnnotators(run, settings_for(server)).push(gallery).number == number
+    assert "the bucket that the run lay in" in caplog.text
 
 
 def test_pictures_within_the_bound_stay_in_their_task(bucket, server):

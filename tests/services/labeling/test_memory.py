@@ -94,12 +94,16 @@ def test_of_two_answers_of_one_person_the_newest_counts_and_of_the_people_the_fi
         (0, 2, 3, 8, 5.0, 5.0),
         (0, 3, 4, 9, 30.0, 30.0),  # the third person, where two are wanted
         (1, 4, 5, 7, 1.0, 1.0),
+        (2, 5, 6, 7, 1.0, 1.0),
+        (2, 6, 7, 8, 10.0, 10.0),
+        (2, 7, 8, 9, 11.0, 11.0),
+        (2, 8, 9, 7, 20.0, 20.0),  # again, and still the first person
     ]
     table = np.array(rows, ANSWER)
-    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 4, 0, 3, 1]):
+    for order in ([0, 1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1, 0], [2, 4, 8, 0, 6, 3, 1, 7, 5]):
         shuffled = table[order]
         found = [shuffled["annotation"][rows].tolist() for rows in choose(shuffled, 2)]
-        assert found == [[3, 2, 5], [1], [4]]
+        assert found == [[3, 2, 5, 9, 7], [1, 6], [4, 8]]
 
 
 @pytest.mark.parametrize("form", ["image", "scenario"])
@@ -121,3 +125,18 @@ def test_every_task_is_found_by_its_key_and_nothing_else_is(tmp_path, form):
     ):
         assert samples.number(stranger) is None
     assert samples.number("s001" if form == "image" else "s001-i00") is None
+
+
+def test_a_review_of_no_scenarios_is_complete(tmp_path):
+    _, samples = samples_of(tmp_path, 0)
+    standing = stand(samples, pull([], samples), {}, ())
+    assert (standing.wanted, standing.given, standing.open, standing.saved) == (0, 0, 0, 0)
+    assert len(standing.finished(Record("mark", "digest", project=1)).answer) == 0
+
+
+def test_people_whose_accounts_were_deleted_stay_different_people(tmp_path):
+    _, samples = samples_of(tmp_path, 1)
+    label = [chosen("label", "image", "8")]
+    annotations = tuple(Annotation(n, None, label, False, 1.0 + n, 1.0 + n) for n in (11, 12))
+    pulled = pull([Task(1, "s000-i00", "", 5, False, annotations, None)], samples)
+    assert len(pulled.answers) == len(pulled.people()) == 2 and not pulled.refused

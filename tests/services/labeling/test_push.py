@@ -177,7 +177,8 @@ def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, crowd)
 def test_tasks_of_somebody_else_are_left_alone(make_review, caplog):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    review.api.import_tasks(number, [{"data": {"image": "data:image/png;base64,AAAA"}}])
+    stranger = {"data": {"image": "data:image/png;base64,AAAA"}}
+    review.api.import_tasks(number, [stranger | {"meta": {"sample_key": 5}}])
     review.annotators.push(review.gallery)
     assert "1 tasks of somebody else" in caplog.text
     assert len(review.tasks()) == 13

@@ -73,6 +73,22 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served
     assert served.load(Votes) is None and not served.store.exists("labeling.json")
 
 
+def test_an_input_that_was_swapped_in_label_studio_is_not_concluded(cli, served, crowd, server, tmp_path):
+    cli("push", served.name, "--from-traffic")
+    review = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1")
+    gallery = review.load(Gallery)
+    assert gallery is not None
+    api = Server(server.address, server.token)
+    tasks = list(api.tasks(read_record(review.store, gallery).number, with_data=True))
+    for task in tasks:
+        crowd[0].answer(task.id, "image", "0")
+    swapped = dict(tasks[0].data or {}) | {"image": (tasks[1].data or {})["image"] + "AAAA"}
+    crowd[0].http.patch(f"/api/tasks/{tasks[0].id}/", json={"data": swapped}).raise_for_status()
+    with pytest.raises(InputError, match="was edited in Label Studio"):
+        cli("status", review.name)
+    assert review.load(Votes) is None
+
+
 def test_the_same_review_goes_on_until_it_is_concluded(cli, served, tmp_path):
     first = cli("push", served.name, "--from-traffic").output
     meet(served, tmp_path, 3, 2, first=2)
