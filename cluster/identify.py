@@ -23,11 +23,11 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from cluster import metrics
 from cluster.faults import as_defuse_error, one_line
 from cluster.relay import Place, Relay, relayed, this_place
-from cluster.session import Share
+from cluster.session import Share, capacity
 from defuse_core.artifacts import Models, Shard
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DefuseError, InputError, StoreError
-from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count
+from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
 
@@ -140,6 +140,7 @@ class ShardQueue:
         self.pings: dict[Any, Worker] = {}  # ObjectRef -> who is asked
         self.flights: dict[Any, tuple[Worker, int]] = {}  # ObjectRef -> worker and shard
         self.filled_at = -math.inf
+        self.trusted: set[Place | None] = set()  # whose shards are in the store as the driver sees it
         self.without_room = False  # no node has room for a worker, and that was said
 
     def run(self) -> dict[int, ShardRecord]:
@@ -164,10 +165,10 @@ class ShardQueue:
         now = time.monotonic()
         if now - self.filled_at < FILL_EVERY_S:
             return
-        self.filled_at, wanted = now, self.pool.wanted()
-        if not wanted and not self.without_room:
+        self.filled_at, wanted, room = now, self.pool.wanted(), capacity(self.pool.share)
+        if not room and not self.without_room:
             log.warning("identify: waiting for a node with room for a worker of %s", self.pool.share)
-        self.without_room = not wanted
+        self.without_room = not room
         for _ in range(min(wanted, self.asked) - len(self.workers)):
             worker = Worker(len(self.workers), self.pool.start(len(self.workers)))
             self.workers.append(worker)
@@ -213,7 +214,7 @@ class ShardQueue:
         """A shard is finished, or has failed, or its worker is gone: then wait until the worker is back."""
         worker.shards.remove(index)
         try:
-            self._finished(index, ray.get(reference))
+            self._finished(worker, index, ray.get(reference))
         except RayTaskError as error:
             self._failed(index, error)
         except RayError as error:
@@ -221,7 +222,16 @@ class ShardQueue:
             if worker not in self.pings.values():
                 self._ping(worker)
 
-    def _finished(self, index: int, record: ShardRecord) -> None:
+    def _finished(self, worker: Worker, index: int, record: ShardRecord) -> None:
+        """Take a shard's counts. Raises InputError where what the worker wrote is not in the driver's store."""
+        store = self.pool.store
+        if worker.place not in self.trusted:
+            if not store.exists(shard_key(index)):
+                raise InputError(
+                    f"identify: what worker {worker.number} ({worker.place}) wrote to {store.address} is not there for "
+                    "this process; --store must be what all nodes share: s3://bucket/prefix, or a shared folder"
+                )
+            self.trusted.add(worker.place)
         self.records.setdefault(index, record)
         done = self.total - self.asked + len(self.records)
         self.progress("perturbing training images", done, self.total, "shards")

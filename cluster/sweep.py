@@ -24,7 +24,7 @@ from cluster.session import Share
 from defuse_core.artifacts import Models, Trial, decode
 from defuse_core.config import RunFile
 from defuse_core.correct import Tuning, is_left_out, run_trial, trial_key
-from defuse_core.errors import ComputeError, DefuseError
+from defuse_core.errors import ComputeError, DefuseError, InputError
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
 
@@ -78,7 +78,13 @@ def _is_left_out(error: Exception) -> bool:
 
 
 def _stored(store: Store, lam: float) -> Trial:
-    return decode(Trial, store.read(trial_key(lam)), trial_key(lam))
+    try:
+        return decode(Trial, store.read(trial_key(lam)), trial_key(lam))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"correct: λ = {lam:g} is done, and is not in {store.address} for this process; --store must be what all "
+            "nodes share: s3://bucket/prefix, or a shared folder"
+        ) from error
 
 
 def _trial(

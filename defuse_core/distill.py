@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from defuse_core.artifacts import F32, F64, I64, Psi, Scenarios, Shard, decode
 from defuse_core.config import DistillSection, RunFile
+from defuse_core.errors import StoreError
 from defuse_core.identify import shard_key
 from defuse_core.progress import Progress
 from defuse_core.runs import Store
@@ -47,9 +48,21 @@ def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
     for index, (start, end) in enumerate(itertools.pairwise(starts)):
         rows = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)] - start
         if len(rows):
-            key = shard_key(index)
-            parts.append(decode(Shard, store.read(key), key).failures.codes[rows])
+            parts.append(_shard(store, index).failures.codes[rows])
     return np.concatenate(parts)
+
+
+def _shard(store: Store, index: int) -> Shard:
+    """Return a shard of Ψ. Raises StoreError where it is gone, or other bytes than were written."""
+    key = shard_key(index)
+    try:
+        return decode(Shard, store.read(key), key)
+    except FileNotFoundError as error:
+        record = key.removesuffix(".safetensors") + ".json"
+        raise StoreError(
+            f"{store.address}/{key} is gone, or lies on a node that does not share this store; delete {record} "
+            "and psi.safetensors there, and run again to make it again"
+        ) from error
 
 
 def fit_mixture(codes: F32, section: DistillSection, seed: int) -> Scenarios:

@@ -179,6 +179,7 @@ def embed(spec: RunFile, codes: F32) -> F32:
     perplexity = min(spec.report.perplexity, (len(codes) - 1) / 3)
     seed = torch_seed(spec.seed, "report", "t-SNE") % 2**32
     with threadpool_limits(limits=1):
-        tsne = TSNE(perplexity=perplexity, angle=ANGLE, init="pca", random_state=seed, n_jobs=1)
+        init = "pca" if codes.shape[1] > 1 else "random"
+        tsne = TSNE(perplexity=perplexity, angle=ANGLE, init=init, random_state=seed, n_jobs=1)
         points: F32 = tsne.fit_transform(codes).astype(np.float32)
         return points

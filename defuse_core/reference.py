@@ -117,7 +117,7 @@ def _build(spec: RunFile, classes: int) -> nn.Module:
     section = spec.review.reference
     if section.architecture == "resnet18":
         return ResNet18(classes, imagenet=False, stem="small")
-    return ReferenceCnn(spec.data.channels, section.channels, classes)
+    return ReferenceCnn(spec.data.image_size, spec.data.channels, section.channels, classes)
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:

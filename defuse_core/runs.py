@@ -23,6 +23,7 @@ from defuse_core.errors import DriftError, InputError, RunBusyError, RunFileErro
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
+WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file brought
 UNFINISHED = ".unfinished"  # the end of the name of a file that is being written
 UNFINISHED_S = 600.0
 
@@ -110,10 +111,15 @@ class FolderStore:
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 handle.seek(0)
                 raise RunBusyError(
                     f"{self.folder}: {handle.read() or 'another driver'} is writing this run"
+                ) from error
+            except OSError as error:
+                raise StoreError(
+                    f"{self.folder}: this file system cannot lock a file ({error.strerror}), which keeps a second "
+                    "driver out; take a folder elsewhere, or an S3 store"
                 ) from error
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {platform.node()}")
@@ -159,6 +165,18 @@ def _synced_temporary(target: Path, data: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _weights_digests(spec: RunFile) -> dict[str, str]:
+    """Return the SHA-256 of the files of weights that the run file brings, of those that are there."""
+    brought = {"classifier.weights": spec.classifier.weights, "vae.weights": spec.vae.weights}
+    digests = {}
+    for field, path in brought.items():
+        with contextlib.suppress(OSError):  # who reads the weights says it
+            if path is not None:
+                with path.open("rb") as handle:
+                    digests[field] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return digests
+
+
 class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
     """Everything up to --until is done."""
 
@@ -175,19 +193,33 @@ class Run:
         """Return the run called `name`, new or to go on with. Hold its lock before.
 
         Raises DriftError if its run file was another one in a field that changes results; a run that has made
-        nothing yet takes the new one, and so does every run where no result changes.
+        nothing yet takes the new one, and so does every run where no result changes. Weights that the run file
+        brings are known by what is in their files.
         """
         run = cls(store, name, spec, until)
-        if not run.store.create("run.yaml", dump_run_file(spec).encode()):
-            recorded = cls.open(store, name).spec
-            changed = drift(recorded, spec)
-            if changed and any(key.endswith(".safetensors") for key in run.store.list()):
-                raise DriftError(
-                    f"run {name}: {changed}; choose another --name, or undo the change to resume"
-                )
-            if recorded != spec:
-                run.store.write("run.yaml", dump_run_file(spec).encode())
+        if run.store.create("run.yaml", dump_run_file(spec).encode()):
+            run._note_weights()
+            return run
+        recorded = cls.open(store, name).spec
+        if not any(key.endswith(".safetensors") for key in run.store.list()):
+            run._note_weights()
+        elif changed := drift(recorded, spec) or run._other_weights():
+            raise DriftError(f"run {name}: {changed}; choose another --name, or undo the change to resume")
+        if recorded != spec:
+            run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
+
+    def _note_weights(self) -> None:
+        if digests := _weights_digests(self.spec):
+            self.store.write(WEIGHTS, json.dumps(digests, indent=1).encode())
+
+    def _other_weights(self) -> str | None:
+        """Return which weights file is another one than when the run began, or None; one that is gone is not asked."""
+        known = json.loads(self.store.read(WEIGHTS)) if self.store.exists(WEIGHTS) else {}
+        for field, digest in _weights_digests(self.spec).items():
+            if known.get(field, digest) != digest:
+                return f"{field}: its file holds other weights than when the run began"
+        return None
 
     @classmethod
     def open(cls, store: Store, name: str) -> Run:

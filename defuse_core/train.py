@@ -38,6 +38,7 @@ from defuse_core.training import Training, descend, labels_of, minibatches
 
 log = logging.getLogger("defuse")
 PROBE_IMAGES = 10_000  # training images that the β-VAE's figures are measured on
+PROBE_BATCH = 256
 
 
 def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
@@ -47,6 +48,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
+    _bring(build_vae(spec), spec.vae.weights, spec.vae.epochs > 0)  # weights that do not fit are told now
     splits = (
         on_disk.loaded()
     )  # all of them: a picture that cannot be read is told now, not after the training
@@ -113,7 +115,7 @@ def train_classifier(
     _bring(classifier, section.weights, section.epochs > 0)
     _expect_logits(classifier, splits)
     to_device(classifier)
-    training = Training(classifier, _optimizer(spec, classifier), store, "classifier")
+    training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     for epoch in training.epochs(section.epochs):
         loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
         row = {"epoch": epoch + 1.0, "loss": loss}
@@ -156,7 +158,7 @@ def train_vae(
     _bring(vae, section.weights, section.epochs > 0)
     to_device(vae)
     optimizer = torch.optim.Adam(vae.parameters(), lr=section.learning_rate, fused=True)
-    training = Training(vae, optimizer, store, "vae")
+    training = Training(vae, optimizer, store, "vae", splits.fingerprint())
     for epoch in training.epochs(section.epochs):
         row = _vae_epoch(vae, training, splits.train, spec, epoch, progress)
         training.history.append(row)
@@ -239,9 +241,14 @@ def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
 
 def _reconstruct(classifier: nn.Module, vae: Vae, images: Images) -> tuple[float, float]:
     """Return the mean squared error per pixel of decoding mu, and the share of decodings that f gets wrong."""
-    decoded = decode_codes(vae, encode_images(vae, images))
-    error = float(np.mean((decoded - images.batch(slice(0, len(images)))) ** 2))
-    return error, float((predict(classifier, decoded) != images.labels).mean())
+    errors, flips = [], []
+    for start in range(0, len(images), PROBE_BATCH):  # so that memory does not grow with the images' size
+        shown = images.take(slice(start, start + PROBE_BATCH))
+        decoded = decode_codes(vae, encode_images(vae, shown))
+        squares = (decoded - shown.batch(slice(0, len(shown)))) ** 2
+        errors.append(squares.mean(axis=(1, 2, 3), dtype=np.float64))
+        flips.append(predict(classifier, decoded) != shown.labels)
+    return float(np.concatenate(errors).mean()), float(np.concatenate(flips).mean())
 
 
 def _kl_per_dimension(vae: Vae, images: Images) -> F64:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from defuse_core.artifacts import I64, Checkpoint, Weights, decode, encode
 from defuse_core.data import Images
 from defuse_core.device import device
-from defuse_core.errors import ModelError
+from defuse_core.errors import DriftError, ModelError
 from defuse_core.models import set_weights, weights_of
 from defuse_core.runs import Store
 
@@ -75,9 +75,16 @@ class Training:
     """One training that is kept in `store` while it runs, so that a killed one goes on to the same end bit for bit."""
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, store: Store | None, name: str
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        store: Store | None,
+        name: str,
+        data_fingerprint: str,
     ) -> None:
+        """Raises DriftError where the training that is kept was one on other images."""
         self.module, self.optimizer, self.store = module, optimizer, store
+        self.data_fingerprint = data_fingerprint
         self.key = f"training/{name}.safetensors"
         self.history: list[dict[str, Any]] = []
         self.best: Weights = {}
@@ -86,6 +93,10 @@ class Training:
             self._resume(decode(Checkpoint, store.read(self.key), self.key))
 
     def _resume(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.data_fingerprint != self.data_fingerprint:
+            raise DriftError(
+                "the images changed since this run began to train on them; put them back, or choose another --name"
+            )
         self.history, self.best = list(checkpoint.history), checkpoint.best
         set_weights(self.module, checkpoint.weights, self.key)
         set_moments(self.optimizer, checkpoint.moments)
@@ -101,4 +112,5 @@ class Training:
         self.kept = time.monotonic()
         if self.store is not None:
             weights, moments = weights_of(self.module), moments_of(self.optimizer)
-            self.store.write(self.key, encode(Checkpoint(weights, moments, tuple(self.history), self.best)))
+            checkpoint = Checkpoint(weights, moments, tuple(self.history), self.best, self.data_fingerprint)
+            self.store.write(self.key, encode(checkpoint))

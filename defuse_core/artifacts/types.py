@@ -71,6 +71,7 @@ class Checkpoint:
     moments: Weights  # of the optimiser
     history: tuple[dict[str, Any], ...]  # one row per finished epoch
     best: Weights  # of the best epoch so far, where one is kept; else empty
+    data_fingerprint: str  # of the images that it is trained on
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -18,4 +19,13 @@ def _whole_above_one(gpus: float) -> float:
     return gpus
 
 
+def _with_home(path: Path) -> Path:
+    """Nothing else would read a ~ that came through a run file or --set."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no such user's home") from error
+
+
+UserPath = Annotated[Path, AfterValidator(_with_home)]
 GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]

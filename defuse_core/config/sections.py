@@ -5,12 +5,11 @@ Under each field stands what it means, its unit, and the paper's value where the
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from defuse_core.config.base import GpuShare, Section
+from defuse_core.config.base import GpuShare, Section, UserPath
 from defuse_core.config.serving import CheckSection, ServeSection
 
 PAPER_LAMBDAS = (
@@ -26,7 +25,7 @@ class DataSection(Section):
     name: Literal["digits", "mnist", "signs", "svhn", "folder", "npz"]
     """digits ships with scikit-learn; mnist, signs (German traffic signs) and svhn are torchvision's; folder is
     ROOT/train, ROOT/validation and ROOT/test in ImageFolder layout; npz is one file. Paper: mnist, signs, svhn."""
-    root: Path | None = None
+    root: UserPath | None = None
     """Folder of the images (for npz: the file). Not needed for digits. May differ when a run is resumed."""
     download: bool = False
     """Whether a data set that is not at root may be downloaded there."""
@@ -48,7 +47,7 @@ class ClassifierSection(Section):
     """cnn is Figure 7; resnet18 is torchvision's; custom is import_path. Paper: cnn for MNIST, resnet18 otherwise."""
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
-    weights: Path | None = None
+    weights: UserPath | None = None
     """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is taken as it is.
     resnet18: torchvision's own file will do, such as resnet18-f37072fd.pth, with a new last layer."""
     imagenet: bool = False
@@ -78,7 +77,7 @@ class ClassifierSection(Section):
 class VaeSection(Section):
     """The β-VAE that models the manifold of legitimate images (§2)."""
 
-    weights: Path | None = None
+    weights: UserPath | None = None
     """A .safetensors file to start from; with epochs 0 the β-VAE is taken as it is."""
     latent_dim: int = Field(10, ge=1, le=512)
     """Z. Paper: 10 for MNIST and SVHN, 15 for signs."""

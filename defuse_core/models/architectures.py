@@ -83,8 +83,9 @@ class ReferenceCnn(nn.Module):
     Batch normalisation throughout, dropout before the last layer.
     """
 
-    def __init__(self, channels_in: int, channels: int, classes: int) -> None:
+    def __init__(self, image_size: int, channels_in: int, channels: int, classes: int) -> None:
         super().__init__()
+        side = (image_size + 1) // 2
         stem = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
         layers: list[nn.Module] = [stem, nn.BatchNorm2d(channels), nn.ReLU()]
         channels_in = channels
@@ -95,7 +96,9 @@ class ReferenceCnn(nn.Module):
                     nn.BatchNorm2d(width),
                     nn.ReLU(),
                 ]
-            layers.append(nn.MaxPool2d(2))
+            if side > 1:
+                layers.append(nn.MaxPool2d(2))
+                side //= 2
             channels_in = width
         self.net = nn.Sequential(
             *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels_in, classes)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,6 +28,10 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
     """Load `weights` into `module`. Raises ModelError, naming `where` and the first tensor that does not fit."""
     expected = module.state_dict()
     for name, tensor in expected.items():
+        if name not in weights and name.endswith(
+            "num_batches_tracked"
+        ):  # files of torch before 0.4.1 lack it
+            weights = weights | {name: np.zeros((), np.int64)}
         if name not in weights:
             raise ModelError(f"{where}: the weights lack {name}; are they of another architecture?")
         if tuple(weights[name].shape) != tuple(tensor.shape):
@@ -51,21 +53,16 @@ def read_weights(path: Path) -> Weights:
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
+        plain = {name: tensor.detach() for name, tensor in tensors.items()}
         return {
             name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-            for name, tensor in tensors.items()
+            for name, tensor in plain.items()
         }
     except FileNotFoundError as error:
         raise ModelError(f"{path}: expected a file of weights, found none") from error
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        OSError,
-        RuntimeError,
-        AttributeError,
-        EOFError,
-        ValueError,
-    ) as error:
+    except PermissionError as error:
+        raise ModelError(f"{path}: may not be read; fix access") from error
+    except Exception as error:  # on what is no such file, torch's loader raises a dozen kinds of errors
         raise ModelError(
             f"{path}: expected a state dict of tensors in safetensors or weights-only form"
         ) from error

@@ -28,6 +28,7 @@ from tests.cluster.fakes import (
     CountingStore,
     DeadlyStore,
     HiccupStore,
+    OwnDiskStore,
     RefusingStore,
     StumblingStore,
     dying_once,
@@ -73,6 +74,27 @@ def test_images_that_the_nodes_of_a_joined_cluster_could_not_find_are_refused() 
         pytest.raises(RunFileError, match="data.root images.npz: expected"),
     ):
         compute.task("train", shouting, "a")
+
+
+def test_a_store_that_the_workers_do_not_share_is_said_with_the_first_shard(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path
+) -> None:
+    store = OwnDiskStore(tmp_path / "run")
+    with (
+        RayCompute(None, tiny_spec) as compute,
+        pytest.raises(
+            InputError, match="is not there for this process; --store must be what all nodes share"
+        ),
+    ):
+        compute.identify(tiny_spec, tiny_models, store)
+
+
+def test_trials_that_another_disk_holds_are_said(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path
+) -> None:
+    spec = tiny(correct={"lambdas": [1.0], "epochs": 1})
+    with RayCompute(None, spec) as compute, pytest.raises(InputError, match="--store must be what all nodes"):
+        compute.sweep(spec, tiny_models, fixes, None, OwnDiskStore(tmp_path / "run"))
 
 
 # ---- tasks

@@ -127,6 +127,8 @@ def test_every_field_says_what_it_is():
         ("nonsense", "--set nonsense: expected section.field=value"),
         ("seed.deeper=1", "--set seed.deeper=1: seed is not a section"),
         ("seed=[", "--set seed=\\[: the value is not YAML"),
+        ("data.root=2023-02-30", "--set data.root=2023-02-30: the value is not YAML"),
+        ("data.root=~nobody-of-this-name/x", "data.root: .*no such user's home"),
     ],
 )
 def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_path):
@@ -142,6 +144,7 @@ def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_pat
     ("content", "message"),
     [
         ("a: [", "expected YAML"),
+        ("seed: 2023-02-30", "expected YAML, found day is out of range"),
         ("- 1", "expected sections"),
         ("", "expected sections"),
         ("seed: 1", "data: Field required"),
@@ -176,6 +179,16 @@ def test_drift_names_the_field_that_changed():
     assert (
         drift(tiny(), tiny(resources={"train_threads": 2})) == "resources.train_threads: 1 in the run, 2 now"
     )
+
+
+def test_a_tilde_is_the_users_home():
+    assert tiny(data={"root": "~/images"}).data.root == Path.home() / "images"
+
+
+def test_weights_may_lie_elsewhere_but_not_come_or_go():
+    here, there = (tiny(vae={"weights": f"/{place}/vae.safetensors"}) for place in ("here", "there"))
+    assert drift(here, there) is None
+    assert "vae.weights: None in the run" in str(drift(tiny(), here))
 
 
 @pytest.mark.parametrize("change", [{"data": {"root": "/elsewhere"}}, {"resources": {"workers": 7}}])

@@ -5,6 +5,7 @@ from defuse_core.artifacts import Failures, Psi, Shard
 from defuse_core.config import DistillSection
 from defuse_core.distill import fit_mixture, sample_codes
 from defuse_core.draw import draw_codes
+from defuse_core.errors import StoreError
 from defuse_core.identify import save_shard
 from defuse_core.runs import FolderStore
 from tests.conftest import tiny
@@ -73,6 +74,15 @@ def test_a_sample_of_psi_has_no_code_twice_and_every_shard_a_share(tmp_path):
     assert len(set(values.tolist())) == 40
     assert (values < 100).any()
     assert (values >= 2000).any()
+
+
+def test_a_shard_that_is_gone_is_named_with_what_to_delete(tmp_path):
+    psi, store = stored_psi(tmp_path)
+    store.delete("psi/000002.safetensors")
+    with pytest.raises(
+        StoreError, match=r"000002\.safetensors is gone.*delete psi/000002\.json and psi\.saf"
+    ):
+        sample_codes(tiny(), psi, store)
 
 
 def test_tau_multiplies_the_covariance():

@@ -99,6 +99,7 @@ def test_no_component_gives_no_responsibilities():
 
 def test_the_embedding_is_the_same_each_time(tiny_spec: RunFile):
     codes = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    assert embed(tiny_spec, codes[:, :1]).shape == (len(codes), 2)  # a latent space of one dimension
     first, second = embed(tiny_spec, codes), embed(tiny_spec, codes)
     np.testing.assert_array_equal(first, second)
     assert first.shape == (60, 2)

@@ -10,6 +10,7 @@ from torchvision.models import resnet18
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import ModelError
 from defuse_core.models import (
+    ReferenceCnn,
     accuracy,
     build_classifier,
     build_vae,
@@ -155,13 +156,26 @@ def test_a_weight_file_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypa
     assert not Path("unpickled-by-defuse").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 100])
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"https://example.org/weights.pt\n", b"a,b\n1,2\n"])
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_a_broken_weight_file_is_named(tmp_path, content, suffix):
     path = tmp_path / f"broken.{suffix}"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=f"broken.{suffix}: expected a state dict"):
         read_weights(path)
+
+
+def test_a_state_dict_of_parameters_or_without_counts_of_batches_is_taken(tmp_path):
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    older = {name: nn.Parameter(t) for name, t in module.state_dict().items() if "num_batches" not in name}
+    torch.save(older, tmp_path / "older.pt")
+    set_weights(module, read_weights(tmp_path / "older.pt"), "older.pt")
+
+
+@pytest.mark.parametrize("size", [8, 9, 12, 15, 16, 32])
+def test_the_reference_network_takes_images_of_any_size(size):
+    network = ReferenceCnn(size, 1, 4, 10).eval()
+    assert network(torch.zeros(2, 1, size, size)).shape == (2, 10)
 
 
 def test_a_missing_weight_file_is_named(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import signal
@@ -101,6 +102,28 @@ def test_a_field_that_changes_no_result_is_recorded_anew(tmp_path):
     assert Run.open(FolderStore(tmp_path), "a").spec.check.max_loss == 0.001
 
 
+def test_weights_are_known_by_what_is_in_their_file(tmp_path):
+    store, first, second = FolderStore(tmp_path / "runs"), tmp_path / "first.pt", tmp_path / "second.pt"
+    first.write_bytes(b"first")
+    Run.start(store, "a", tiny(vae={"weights": first})).once("identify", Psi, psi)
+    second.write_bytes(b"first")
+    Run.start(store, "a", tiny(vae={"weights": second}))
+    second.write_bytes(b"second")
+    with pytest.raises(DriftError, match=r"run a: vae\.weights: its file holds other weights than when"):
+        Run.start(store, "a", tiny(vae={"weights": second}))
+    second.unlink()
+    Run.start(store, "a", tiny(vae={"weights": second}))  # who needs them will say that they are gone
+
+
+def test_weights_that_were_mended_before_anything_was_made_are_the_runs(tmp_path):
+    store, weights = FolderStore(tmp_path / "runs"), tmp_path / "w.pt"
+    weights.write_bytes(b"broken")
+    Run.start(store, "a", tiny(vae={"weights": weights}))
+    weights.write_bytes(b"mended")
+    Run.start(store, "a", tiny(vae={"weights": weights})).once("identify", Psi, psi)
+    Run.start(store, "a", tiny(vae={"weights": weights}))
+
+
 def test_opening_a_run_that_is_not_there_says_so(tmp_path):
     with pytest.raises(InputError, match="no run called b"):
         Run.open(FolderStore(tmp_path), "b")
@@ -138,6 +161,15 @@ def test_a_second_driver_is_refused_and_told_who_the_first_is(tmp_path, holder):
         pytest.raises(RunBusyError, match=f"process {holder.pid} on .* is writing this run"),
         FolderStore(tmp_path).lock(),
     ):
+        pass
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def no_locks(handle, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("defuse_core.runs.fcntl.flock", no_locks)
+    with pytest.raises(StoreError, match="this file system cannot lock a file"), FolderStore(tmp_path).lock():
         pass
 
 

@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from defuse_core.artifacts import Gallery, Scenarios
 from defuse_core.draw import draw_corrections, draw_gallery
-from defuse_core.errors import ModelError, RunFileError
+from defuse_core.errors import DriftError, ModelError, RunFileError
 from defuse_core.judge import judge
 from defuse_core.models import load_classifier, predict
 from defuse_core.progress import silent
@@ -109,6 +109,21 @@ def test_a_classifier_that_numbers_the_classes_otherwise_is_told(tmp_path, tiny_
     save_file(other, tmp_path / "other.safetensors")
     train(tiny(classifier={"epochs": 0, "weights": tmp_path / "other.safetensors"}), progress=silent)
     assert "does it number the classes in this order? 0, 1, 2" in caplog.text
+
+
+def test_a_vae_that_does_not_fit_is_told_before_the_classifier_is_trained(tmp_path, tiny_models):
+    save_file({"nothing": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    done = []
+    with pytest.raises(ModelError, match=r"vae\.safetensors: the weights lack"):
+        train(tiny(vae={"weights": tmp_path / "vae.safetensors"}), progress=lambda *step: done.append(step))
+    assert not done
+
+
+def test_a_training_goes_on_with_the_images_that_it_began_with_only(tmp_path):
+    short = {"classifier": {"epochs": 1}, "vae": {"epochs": 1}}
+    train(tiny(**short), FolderStore(tmp_path), progress=silent)
+    with pytest.raises(DriftError, match="the images changed since this run began to train"):
+        train(tiny(data={"train_images": 299}, **short), FolderStore(tmp_path), progress=silent)
 
 
 def test_a_learning_rate_that_blows_up_is_said_in_one_line():
