@@ -23,7 +23,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from cluster import metrics
 from cluster.faults import as_defuse_error, one_line
 from cluster.relay import Place, Relay, relayed, this_place
-from cluster.session import Share, capacity
+from cluster.session import Lookout, Share
 from defuse_core.artifacts import Models, Shard
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DefuseError, InputError, StoreError
@@ -141,7 +141,7 @@ class ShardQueue:
         self.flights: dict[Any, tuple[Worker, int]] = {}  # ObjectRef -> worker and shard
         self.filled_at = -math.inf
         self.trusted: set[Place | None] = set()  # whose shards are in the store as the driver sees it
-        self.without_room = False  # no node has room for a worker, and that was said
+        self.lookout = Lookout("identify", pool.share)
 
     def run(self) -> dict[int, ShardRecord]:
         """Return the records of all shards that waited.
@@ -165,10 +165,8 @@ class ShardQueue:
         now = time.monotonic()
         if now - self.filled_at < FILL_EVERY_S:
             return
-        self.filled_at, wanted, room = now, self.pool.wanted(), capacity(self.pool.share)
-        if not room and not self.without_room:
-            log.warning("identify: waiting for a node with room for a worker of %s", self.pool.share)
-        self.without_room = not room
+        self.filled_at, wanted = now, self.pool.wanted()
+        self.lookout.look()
         for _ in range(min(wanted, self.asked) - len(self.workers)):
             worker = Worker(len(self.workers), self.pool.start(len(self.workers)))
             self.workers.append(worker)

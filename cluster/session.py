@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import time
@@ -17,6 +18,7 @@ from defuse_core.config import ResourcesSection
 from defuse_core.errors import ComputeError, InputError, RunFileError
 
 log = logging.getLogger("defuse")
+LOOK_EVERY_S = 3.0
 JOINING_S = 600.0  # what a cloud takes for a node, with room to spare
 
 
@@ -128,6 +130,23 @@ def task_share(section: ResourcesSection) -> Share:
 def capacity(share: Share) -> int:
     """Return how many workers of this share fit on the nodes, were they empty."""
     return sum(_fitting(node, share) for node in nodes())
+
+
+class Lookout:
+    """Says that a step waits because no node has room for its workers, each time that it comes to that."""
+
+    def __init__(self, step: str, share: Share) -> None:
+        self.step, self.share = step, share
+        self.waiting, self.looked_at = False, -math.inf
+
+    def look(self) -> None:
+        """Look at the nodes, but no more often than is worth it."""
+        if time.monotonic() - self.looked_at < LOOK_EVERY_S:
+            return
+        self.looked_at, room = time.monotonic(), capacity(self.share)
+        if not room and not self.waiting:
+            log.warning("%s: waiting for a node with room for a worker of %s", self.step, self.share)
+        self.waiting = not room
 
 
 def _fitting(node: Share, share: Share) -> int:

@@ -20,7 +20,7 @@ from ray.tune.trainable import Trainable, wrap_function
 from cluster import metrics
 from cluster.faults import as_defuse_error, cause_of, one_line
 from cluster.relay import Relay, relayed, this_place
-from cluster.session import Share
+from cluster.session import Lookout, Share
 from defuse_core.artifacts import Models, Trial, decode
 from defuse_core.config import RunFile
 from defuse_core.correct import Tuning, is_left_out, run_trial, trial_key
@@ -144,15 +144,17 @@ class _Watch(tune.Callback):
     def __init__(self, sweeping: Sweeping) -> None:
         self.sweeping = sweeping
         self.epochs: dict[str, int] = {}
+        self.lookout = Lookout(STEP, sweeping.share)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune saves its callbacks beside its trials; this one holds the terminal, and is never restored."""
         return {}
 
     def on_step_end(self, iteration: int, trials: Sequence[TuneTrial], **info: Any) -> None:
-        """Pass on the workers' log lines."""
+        """Pass on the workers' log lines, and say where all wait."""
         metrics.trials_running(sum(trial.status == TuneTrial.RUNNING for trial in trials))
         self.sweeping.relay.pass_on()
+        self.lookout.look()
 
     def on_trial_result(
         self,

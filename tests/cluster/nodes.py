@@ -149,6 +149,7 @@ def the_node_of_a_sweep_dies(models: Models, folder: Path) -> dict[str, Any]:
         doomed = cluster.add_node(num_cpus=1)
         wait_until(lambda: bool(store.list()))
         kill_raylet(doomed)
+        wait_until(lambda: any("correct: waiting for a node with room" in line for line in lines.lines))
         cluster.add_node(num_cpus=1)
         thread.join(150)
     return {"finished": not thread.is_alive(), "rows": found[0].rows, "failed": found[0].failed}
