@@ -73,14 +73,14 @@ class LabelStudioAnnotators:
         record = self.push(gallery)
         standing = self._look(gallery, record)
         while standing.open:
-            record = self._remember(gallery, standing)
+            record = self._remember(record, standing)
             if not self.wait:
                 raise LabelsPending(f"{self._pending(standing, record)}, then give the same command again")
             log.info("%s", self._pending(standing, record))
             standing = self._wait_for_more(gallery, record, standing.given)
         self.push(gallery)  # the answers must still be about what was pushed
         log.info("review: all answers are in; %d were not needed any more", standing.saved)
-        return standing.finished(self._remember(gallery, standing))
+        return standing.finished(self._remember(record, standing))
 
     def push(self, gallery: Gallery, repair: bool = False) -> Record:
         """Bring the run's project up to date, and return what is remembered of it."""
@@ -97,7 +97,7 @@ class LabelStudioAnnotators:
                 f"run {self.run.name} was not pushed yet; `defuse review push {self.run.name}` does"
             )
         standing = self._look(gallery, record)
-        return standing, self._remember(gallery, standing)
+        return standing, self._remember(record, standing)
 
     def _look(self, gallery: Gallery, record: Record) -> Standing:
         wanted = self._wanted(gallery)
@@ -133,10 +133,10 @@ class LabelStudioAnnotators:
             f"label at {self.server.page_of(record.number)}"
         )
 
-    def _remember(self, gallery: Gallery, standing: Standing) -> Record:
+    def _remember(self, record: Record, standing: Standing) -> Record:
         """Keep the numbers of the pseudonyms, beside what other commands have noted meanwhile."""
-        people = read_record(self.run.store, gallery).with_people(standing.pulled.people()).people
-        return update_record(self.run.store, gallery, people=people)
+        people = standing.pulled.people()
+        return update_record(self.run.store, record, lambda known: known.with_people(people))
 
     def _names(self, pulled: Pulled, record: Record) -> dict[int, str]:
         """Return what the annotators are called in the run."""

@@ -94,11 +94,8 @@ def choose(table: Answers, wanted: int) -> tuple[I64, I64, I64]:
     newest = np.ones(len(rows), bool)  # of its person, for its task
     newest[:-1] = (np.diff(table["task"][rows]) != 0) | (np.diff(table["person"][rows]) != 0)
     replaced, kept = rows[~newest], rows[newest]
-    since = (
-        np.minimum.reduceat(table["created"][rows], np.flatnonzero(np.roll(newest, 1))) if len(rows) else rows
-    )
-    by_task = np.lexsort((table["annotation"][kept], since, table["task"][kept]))
-    kept = kept[by_task]
+    since = np.minimum.reduceat(table["created"][rows], np.flatnonzero(np.roll(newest, 1)))
+    kept = kept[np.lexsort((table["annotation"][kept], since, table["task"][kept]))]
     task = table["task"][kept]
     rank = np.arange(len(kept)) - np.searchsorted(task, task)
     return kept[rank < wanted], replaced, kept[rank >= wanted]

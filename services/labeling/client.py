@@ -29,9 +29,8 @@ READ: Any = {"max_retries": 2}
 WRITE: Any = {"max_retries": 0}
 LIGHT = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelled,created_at,updated_at"
 PAGE = 250  # tasks
-COLLECTED_PAGES = (
-    4  # a reply of httpx refers to itself, and Python counts objects, not bytes: bodies would pile up
-)
+# A reply of httpx refers to itself, and Python counts objects, not bytes: without a collection, bodies pile up.
+COLLECTED_PAGES = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,8 @@ class Wanted:
     run: Run
     gallery: Gallery
     samples: Samples
-    suggestions: Mapping[
-        int, Suggestion
-    ]  # by task; empty without review.prelabel, else in the order of asking
+    # by task, in the order of asking; empty without review.prelabel
+    suggestions: Mapping[int, Suggestion]
 
     @property
     def config(self) -> str:
@@ -86,10 +85,13 @@ def push(server: Server, wanted: Wanted, repair: bool = False) -> Record:
             record = Record(new_mark(), record.gallery, people=record.people)
             write_record(store, record)
         project = _make(server, wanted, record)
-    record = update_record(store, wanted.gallery, project=project.id, address=server.address)
+    number = project.id
+    record = update_record(
+        store, record, lambda known: replace(known, project=number, address=server.address)
+    )
     _note_changes(server, wanted, record, project, repair)
     _fill(server, wanted, record, repair)
-    return update_record(store, wanted.gallery, pushed=True)
+    return update_record(store, record, lambda known: replace(known, pushed=True))
 
 
 def check_project(server: Server, wanted: Wanted, record: Record) -> None:
@@ -155,7 +157,7 @@ def _note_changes(server: Server, wanted: Wanted, record: Record, project: Proje
         log.warning(
             "project %d asked for %d answers per task; put back to %d", project.id, project.overlap, asked
         )
-    update_record(wanted.run.store, wanted.gallery, title=project.title, config=config)
+    update_record(wanted.run.store, record, lambda known: replace(known, title=project.title, config=config))
 
 
 def _checked_config(server: Server, wanted: Wanted, project: Project, repair: bool) -> str:

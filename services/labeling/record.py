@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from defuse_core.artifacts import Gallery
 from defuse_core.errors import InputError
@@ -63,14 +62,9 @@ def read_record(store: Store, gallery: Gallery) -> Record:
     Raises InputError where other images were pushed than `gallery`'s.
     """
     digest = gallery_digest(gallery)
-    try:
-        record = Record(**json.loads(store.read(KEY)))
-    except FileNotFoundError:
+    record = _stored(store)
+    if record is None:
         return Record(mark=new_mark(), gallery=digest)
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{store.address}/{KEY}: expected what Defuse wrote there, found something else"
-        ) from error
     if record.gallery != digest:
         raise InputError(
             f"project {record.project} shows other images than this run's gallery now holds; take another "
@@ -79,13 +73,24 @@ def read_record(store: Store, gallery: Gallery) -> Record:
     return record
 
 
-def update_record(store: Store, gallery: Gallery, **changes: Any) -> Record:
-    """Change fields of the run's record, and keep what other commands noted in the others; return it."""
-    known = read_record(store, gallery)
-    record = replace(known, **changes)
-    if record != known:
-        write_record(store, record)
-    return record
+def update_record(store: Store, record: Record, change: Callable[[Record], Record]) -> Record:
+    """Apply `change` to the record that was read before, with what other commands noted since; return the new one."""
+    known = _stored(store)
+    changed = change(known or record)
+    if changed != known:
+        write_record(store, changed)
+    return changed
+
+
+def _stored(store: Store) -> Record | None:
+    try:
+        return Record(**json.loads(store.read(KEY)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{store.address}/{KEY}: expected what Defuse wrote there, found something else"
+        ) from error
 
 
 def write_record(store: Store, record: Record) -> None:

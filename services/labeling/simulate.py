@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import httpx
@@ -114,9 +115,8 @@ def simulate(
         raise InputError(
             f"run {run.name} is not in the local Label Studio; `defuse review push {run.name}` first"
         )
-    update_record(
-        run.store, gallery, simulated=True
-    )  # before the first answer: no report may call them people's
+    # before the first answer: no report may call them people's
+    update_record(run.store, record, lambda known: replace(known, simulated=True))
     votes = ReferenceAnnotators(run, compute).review(gallery)
     answers = np.zeros((len(votes.annotators), *gallery.predicted.shape), np.int64)  # (W, S, R)
     answers[votes.annotator, votes.scenario, votes.image] = votes.answer
