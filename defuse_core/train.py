@@ -48,13 +48,13 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    _bring(build_vae(spec), spec.vae.weights, spec.vae.epochs > 0)  # weights that do not fit are told now
+    vae = _new_vae(spec)  # first: weights that do not fit are told before anything is trained
     splits = (
         on_disk.loaded()
     )  # all of them: a picture that cannot be read is told now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
-        vae, vae_history = train_vae(spec, splits, store, progress)
+        vae_history = train_vae(spec, vae, splits, store, progress)
         probe = splits.train.take(slice(0, PROBE_IMAGES))
         reconstruction, flips = _reconstruct(classifier, vae, probe)
         accuracies = _accuracies(classifier, splits)
@@ -148,14 +148,19 @@ def _classifier_epoch(
     return float(np.mean(losses))
 
 
-def train_vae(
-    spec: RunFile, splits: Splits, store: Store | None, progress: Progress
-) -> tuple[Vae, list[dict[str, float]]]:
-    """Return the β-VAE and one row per epoch (reconstruction and KL in nats per image)."""
-    section = spec.vae
+def _new_vae(spec: RunFile) -> Vae:
+    """Return the β-VAE before its training: as initialised from the seed, or brought."""
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
-    _bring(vae, section.weights, section.epochs > 0)
+    _bring(vae, spec.vae.weights, spec.vae.epochs > 0)
+    return vae
+
+
+def train_vae(
+    spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
+) -> list[dict[str, float]]:
+    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
+    section = spec.vae
     to_device(vae)
     optimizer = torch.optim.Adam(vae.parameters(), lr=section.learning_rate, fused=True)
     training = Training(vae, optimizer, store, "vae", splits.fingerprint())
@@ -169,7 +174,8 @@ def train_vae(
             section.epochs,
             _figures(row),
         )
-    return vae.eval(), training.history
+    vae.eval()
+    return training.history
 
 
 def _vae_epoch(
