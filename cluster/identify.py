@@ -23,7 +23,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from cluster import metrics
 from cluster.faults import as_defuse_error, one_line
 from cluster.relay import Place, Relay, relayed, this_place
-from cluster.session import Lookout, Share
+from cluster.session import SHARE_THE_STORE, Lookout, Share
 from defuse_core.artifacts import Models, Shard
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DefuseError, InputError, StoreError
@@ -151,6 +151,7 @@ class ShardQueue:
         """
         try:
             while len(self.records) < self.asked:
+                self.lookout.look()
                 self._fill()
                 for reference in self._arrived():
                     self._land(reference)
@@ -166,7 +167,6 @@ class ShardQueue:
         if now - self.filled_at < FILL_EVERY_S:
             return
         self.filled_at, wanted = now, self.pool.wanted()
-        self.lookout.look()
         for _ in range(min(wanted, self.asked) - len(self.workers)):
             worker = Worker(len(self.workers), self.pool.start(len(self.workers)))
             self.workers.append(worker)
@@ -227,7 +227,7 @@ class ShardQueue:
             if not store.exists(shard_key(index)):
                 raise InputError(
                     f"identify: what worker {worker.number} ({worker.place}) wrote to {store.address} is not there for "
-                    "this process; --store must be what all nodes share: s3://bucket/prefix, or a shared folder"
+                    f"this process; {SHARE_THE_STORE}"
                 )
             self.trusted.add(worker.place)
         self.records.setdefault(index, record)

@@ -18,6 +18,7 @@ from defuse_core.config import ResourcesSection
 from defuse_core.errors import ComputeError, InputError, RunFileError
 
 log = logging.getLogger("defuse")
+SHARE_THE_STORE = "--store must be what all nodes share: s3://bucket/prefix, or a shared folder"
 LOOK_EVERY_S = 3.0
 JOINING_S = 600.0  # what a cloud takes for a node, with room to spare
 

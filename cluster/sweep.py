@@ -20,7 +20,7 @@ from ray.tune.trainable import Trainable, wrap_function
 from cluster import metrics
 from cluster.faults import as_defuse_error, cause_of, one_line
 from cluster.relay import Relay, relayed, this_place
-from cluster.session import Lookout, Share
+from cluster.session import SHARE_THE_STORE, Lookout, Share
 from defuse_core.artifacts import Models, Trial, decode
 from defuse_core.config import RunFile
 from defuse_core.correct import Tuning, is_left_out, run_trial, trial_key
@@ -82,8 +82,7 @@ def _stored(store: Store, lam: float) -> Trial:
         return decode(Trial, store.read(trial_key(lam)), trial_key(lam))
     except FileNotFoundError as error:
         raise InputError(
-            f"correct: λ = {lam:g} is done, and is not in {store.address} for this process; --store must be what all "
-            "nodes share: s3://bucket/prefix, or a shared folder"
+            f"correct: λ = {lam:g} is done, and is not in {store.address} for this process; {SHARE_THE_STORE}"
         ) from error
 
 

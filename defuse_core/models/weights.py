@@ -28,9 +28,8 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
     """Load `weights` into `module`. Raises ModelError, naming `where` and the first tensor that does not fit."""
     expected = module.state_dict()
     for name, tensor in expected.items():
-        if name not in weights and name.endswith(
-            "num_batches_tracked"
-        ):  # files of torch before 0.4.1 lack it
+        # files of torch before 0.4.1 lack these counts
+        if name not in weights and name.endswith("num_batches_tracked"):
             weights = weights | {name: np.zeros((), np.int64)}
         if name not in weights:
             raise ModelError(f"{where}: the weights lack {name}; are they of another architecture?")
