@@ -1,0 +1,281 @@
+"""Planted faults: does Defuse find what a classifier was trained to get wrong, and what does it find beside?
+
+    python tests/bench/planted.py --root DATA [--population mnist] [--seeds 0 1 2] [--ways cell all paper] [--json FILE]
+
+Per seed there is one population of images, one β-VAE and one set of reference models; per plant a classifier that is
+trained on the spoilt images and brought to Defuse as one's own, with clean images. A plant counts only if the
+classifier has learnt it: its accuracy on the slice of the test set is at least 20 points (McNemar: p < 1 %) below that
+of the same classifier trained on the clean images. tests/bench/plants holds the plants and the rules of comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from scipy.stats import binomtest
+
+from defuse_core.artifacts import Bool, Models
+from defuse_core.runs import Run
+from defuse_core.seeds import generator
+from defuse_core.store import FolderStore
+from tests.bench.plants import baselines, populations
+from tests.bench.plants.baselines import View
+from tests.bench.plants.faults import MNIST_PLANTS, SIGNS_PLANTS, Plant, in_slice, spoil
+from tests.bench.plants.funnel import funnel
+from tests.bench.plants.populations import Population
+from tests.bench.plants.runs import (
+    WAYS,
+    Tree,
+    brought,
+    clean_models,
+    groups_of,
+    run_file,
+    run_until_verdicts,
+    train_spoilt,
+    view,
+)
+from tests.bench.plants.scoring import Group, Outcome, compare, interval
+
+MNIST_RUN: Tree = {
+    "data": {"image_size": 32, "channels": 1},
+    "classifier": {
+        "architecture": "custom", "import_path": "tests.bench.plants.classifier:build_mnist",
+        "optimizer": "adam", "learning_rate": 0.001, "epochs": 6, "batch_size": 64,
+    },
+    "vae": {
+        "latent_dim": 12, "channels": 32, "hidden": 256, "beta": 0.1, "epochs": 20, "batch_size": 64,
+        "kl_warmup_steps": 500,
+    },
+    "identify": {"draws": 10, "max_per_image": 10},
+    "distill": {"max_codes": 10_000, "max_components": 60},
+    "review": {"reference": {"count": 3, "channels": 16, "epochs": 6}},
+    "judges": {"count": 0},
+    "resources": {"train_threads": 1},
+}  # fmt: skip
+SIGNS_RUN: Tree = {
+    **MNIST_RUN,
+    "data": {"image_size": 32, "channels": 3},
+    "classifier": {
+        **MNIST_RUN["classifier"],
+        "import_path": "tests.bench.plants.classifier:build_signs",
+        "epochs": 10,
+    },
+    "vae": {**MNIST_RUN["vae"], "latent_dim": 16, "channels": 64},
+    "review": {"reference": {"count": 3, "channels": 32, "epochs": 10}},
+}
+LEAST_DROP = 0.2
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What the spoilt training has done to the classifier on the slice of the test set."""
+
+    images: int
+    clean: float  # accuracy of the classifier trained on clean images
+    spoilt: float
+    elsewhere: float  # accuracy of the spoilt classifier outside the slice
+    learnt: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plant with one seed."""
+
+    plant: str
+    kind: str
+    seed: int
+    slice: Learnt
+    outcomes: dict[str, Outcome]  # method -> outcome
+    funnels: dict[str, dict[str, Any]]  # way -> where the plant's images went
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """One seed: what all its plants share."""
+
+    folder: Path
+    population: Population
+    base: Tree
+    seed: int
+    control: Run
+    models: Models
+
+
+def learnt(inside: Bool, clean: View, spoilt: View) -> Learnt:
+    """Return whether the classifier has learnt the plant, by McNemar's exact test on the slice."""
+    lost = int((inside & ~clean.wrong & spoilt.wrong).sum())
+    won = int((inside & clean.wrong & ~spoilt.wrong).sum())
+    before, after = 1 - float(clean.wrong[inside].mean()), 1 - float(spoilt.wrong[inside].mean())
+    significant = lost + won > 0 and binomtest(lost, lost + won, 0.5, "greater").pvalue < 0.01
+    return Learnt(
+        images=int(inside.sum()),
+        clean=before,
+        spoilt=after,
+        elsewhere=1 - float(spoilt.wrong[~inside].mean()),
+        learnt=bool(significant and before - after >= LEAST_DROP),
+    )
+
+
+def start(folder: Path, population: Population, base: Tree, seed: int) -> Bench:
+    """Train what all plants of a seed share, as the control run: Defuse on the classifier of the clean images."""
+    data = folder / "population.npz"
+    population.save(data)
+    spec = run_file(base, seed, data)
+    control = run_until_verdicts(FolderStore(folder), "control", spec)
+    return Bench(folder, population, base, seed, control, clean_models(control))
+
+
+def one_plant(bench: Bench, number: int, plant: Plant, ways: list[str]) -> Row:
+    """Train on the spoilt images, and look for the plant with every method."""
+    seconds = {}
+    clock = time.perf_counter()
+    population, seed = bench.population, bench.seed
+    data, classes = bench.folder / "population.npz", len(population.classes)
+    spoilt = spoil(population, plant, generator(seed, "plants", "spoil", number))
+    weights = train_spoilt(run_file(bench.base, seed, data), population, spoilt)
+    seconds["train"] = time.perf_counter() - clock
+    own = brought(weights, bench.models.vae, bench.folder / f"plant-{number}")
+    spec = run_file(bench.base, seed, data, own)
+    test_images, inside = population.test.images, in_slice(population.test, plant, population.train)
+    test = view(spec, weights, bench.models.vae, test_images, classes)
+    clean = view(spec, bench.models.classifier, bench.models.vae, test_images, classes)
+    known = learnt(inside, clean, test)
+    row = Row(plant.name, plant.kind, seed, known, {}, {}, seconds)
+    if not known.learnt:
+        return row
+    validation = view(spec, weights, bench.models.vae, population.validation.images, classes)
+    for name, groups in proposals(validation, test, population.classes, seed):
+        row.outcomes[name] = compare(groups, inside, test.labels, test.predicted)
+    seconds["baselines"] = time.perf_counter() - clock - seconds["train"]
+    for way in ways:
+        clock = time.perf_counter()
+        spec = run_file(bench.base, seed, data, own, WAYS[way])
+        run = run_until_verdicts(FolderStore(bench.folder), f"plant-{number}-{way}", spec, bench.control)
+        seconds[way] = time.perf_counter() - clock
+        for name, accepted in ((way, True), (f"{way}, all components", False)):
+            found = groups_of(run, test, population.classes, accepted)
+            row.outcomes[f"Defuse {name}"] = compare(found, inside, test.labels, test.predicted)
+        trained = in_slice(population.train, plant, population.train)
+        row.funnels[way] = funnel(run, population.train.images, trained, bench.control)
+    return row
+
+
+def proposals(
+    validation: View, test: View, names: tuple[str, ...], seed: int
+) -> Iterator[tuple[str, list[Group]]]:
+    """Yield each baseline with its groups."""
+    yield "confusion cells", baselines.confusion_cells(validation, test, names)
+    yield "mixture on failures", baselines.failure_mixture(validation, test, seed)
+    yield "PlaneSpot", baselines.planespot(validation, test, seed)
+    yield "Domino", baselines.domino(validation, test, seed)
+
+
+def summary(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """Return, per method, the figures over all learnt plants and seeds as (mean, low, high)."""
+    counted = [row for row in rows if row.slice.learnt]
+    methods = dict.fromkeys(name for row in counted for name in row.outcomes)
+    table = {}
+    for name in methods:
+        found = [row.outcomes[name] for row in counted if name in row.outcomes]
+        shown = [outcome for outcome in found if outcome.groups]
+        first = [min(outcome.groups, 10) for outcome in shown]
+        table[name] = {
+            "plants": len(found),
+            "precision_at_10": interval([o.precision for o in found]),
+            "discovered_by_precision": interval([float(o.by_precision) for o in found]),
+            "discovered_by_union": interval([float(o.by_union) for o in found]),
+            "not_the_plant": interval([1 - o.belonging / n for o, n in zip(shown, first, strict=True)]),
+            "false": interval([o.false / n for o, n in zip(shown, first, strict=True)]),
+            "groups": interval([float(o.groups) for o in found]),
+        }
+    return table
+
+
+def show(rows: list[Row]) -> None:
+    """Print one line per plant and seed, then the summary."""
+    for row in rows:
+        part = row.slice
+        state = "learnt" if part.learnt else "NOT learnt"
+        print(
+            f"{row.plant} (seed {row.seed}): {part.images} test images, {part.clean:.0%} -> {part.spoilt:.0%}, "
+            f"elsewhere {part.elsewhere:.1%}, {state}"
+        )
+        for name, outcome in row.outcomes.items():
+            print(
+                f"    {name:28} P@10 {outcome.precision:.1f}  union recall {outcome.union_recall:.2f}  "
+                f"groups {outcome.groups:3}  first ten: {outcome.belonging} plant, {outcome.natural} natural, "
+                f"{outcome.false} false"
+            )
+    print(f"\n{sum(row.slice.learnt for row in rows)} of {len(rows)} plants were learnt\n")
+    print(f"{'':28} {'P@10':>18} {'P@10 >= 0.8':>18} {'union rule':>18} {'not the plant':>18} {'false':>18}")
+    for name, figures in summary(rows).items():
+        cells = [
+            "{:.2f} ({:.2f}-{:.2f})".format(*figures[key])
+            for key in (
+                "precision_at_10", "discovered_by_precision", "discovered_by_union", "not_the_plant", "false",
+            )
+        ]  # fmt: skip
+        print(f"{name:28} " + " ".join(f"{cell:>18}" for cell in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, required=True, help="folder of the images, as data.root")
+    parser.add_argument("--population", choices=("mnist", "signs"), default="mnist")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--plants", type=int, nargs="+", help="numbers of the plants; all of them by default")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["cell", "all"])
+    parser.add_argument("--images", type=int, default=12_000, help="training images (MNIST)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--folder", type=Path, help="where runs are kept, to go on with; else a temporary one"
+    )
+    parser.add_argument("--json", type=Path, help="where the figures are written, after every plant")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = study(given, given.folder or Path(temporary))
+    show(rows)
+
+
+def study(given: argparse.Namespace, folder: Path) -> list[Row]:
+    """Return a row per seed and plant, and write them to given.json as they come."""
+    plants = MNIST_PLANTS if given.population == "mnist" else SIGNS_PLANTS
+    base = MNIST_RUN if given.population == "mnist" else SIGNS_RUN
+    base = {**base, "resources": {"train_threads": given.threads}}
+    rows: list[Row] = []
+    for seed in given.seeds:
+        if given.population == "mnist":
+            population = populations.mnist(given.root, seed, (given.images, 6000, 10_000))
+        else:
+            population = populations.signs(given.root, seed)
+        home = folder / f"{given.population}-{seed}"
+        home.mkdir(parents=True, exist_ok=True)
+        bench = start(home, population, base, seed)
+        for number in given.plants or range(len(plants)):
+            rows.append(one_plant(bench, number, plants[number], given.ways))
+            show(rows[-1:])
+            if given.json is not None:
+                found = {"rows": [asdict(row) for row in rows], "summary": summary(rows)}
+                given.json.write_text(json.dumps(found, indent=1))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

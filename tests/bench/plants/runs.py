@@ -1,0 +1,195 @@
+"""Defuse on a classifier that was trained on spoilt data: the run file, the run up to the review, and its groups."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from scipy.stats import chi2, multivariate_normal
+
+from defuse_core.artifacts import Gallery, Models, Scenarios, Verdicts, Weights
+from defuse_core.config import RunFile, parse_run_file
+from defuse_core.data import Images
+from defuse_core.device import cpu_threads
+from defuse_core.judge import most_common_error
+from defuse_core.local import LocalCompute
+from defuse_core.models import (
+    encode_images,
+    load_classifier,
+    load_vae,
+    map_batches,
+    predict_probabilities,
+    to_tensor,
+    weights_of,
+)
+from defuse_core.pipeline import run_defuse
+from defuse_core.progress import silent
+from defuse_core.reference_models import ReferenceAnnotators
+from defuse_core.runs import ReachedStep, Run
+from defuse_core.store import Store
+from defuse_core.train import train_classifier
+from tests.bench.plants.baselines import EPSILON, View
+from tests.bench.plants.populations import Population
+from tests.bench.plants.scoring import Group
+
+REUSED = "references.safetensors"  # the reference models know nothing of the classifier, so one seed trains them once
+Tree = Mapping[str, Mapping[str, Any]]
+WAYS: dict[str, Tree] = {
+    "cell": {"distill": {"by": "cell"}},
+    "all": {"distill": {"by": "all"}},
+    "paper": {
+        "identify": {"noise": "beta", "screen": "none"},
+        "distill": {"by": "all", "min_support": 1},
+        "review": {"tau": 0.5, "accept": "share"},
+    },
+}
+
+log = logging.getLogger("defuse")
+
+
+def run_file(base: Tree, seed: int, data: Path, *changes: Tree) -> RunFile:
+    """Return the run file of one run: `base` with the changes of its sections, in their order."""
+    tree: dict[str, Any] = {name: dict(section) for name, section in base.items()}
+    for change in ({"data": {"name": "npz", "root": str(data)}}, *changes):
+        for name, section in change.items():
+            tree[name] = {**tree.get(name, {}), **section}
+    return parse_run_file({**tree, "seed": seed}, "the plants' run file")
+
+
+def run_until_verdicts(store: Store, name: str, spec: RunFile, reused: Run | None = None) -> Run:
+    """Run Defuse up to the verdicts, with the reference models of the run `reused`."""
+    run = Run.start(store, name, spec, until="review")
+    if reused is not None and reused.store.exists(REUSED):
+        run.store.write(REUSED, reused.store.read(REUSED))
+    compute = LocalCompute()
+    with contextlib.suppress(ReachedStep):
+        run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    return run
+
+
+def load(run: Run, kind: type[Any], key: str | None = None) -> Any:
+    """Return an artefact that the run has made."""
+    found = run.load(kind, key)
+    assert found is not None, f"{run.name} has no {kind.__name__}"
+    return found
+
+
+def train_spoilt(spec: RunFile, population: Population, spoilt: Images) -> Weights:
+    """Return the weights of the run file's classifier, trained on spoilt images."""
+    splits = population.splits()
+    with cpu_threads(spec.resources.train_threads):
+        classifier, _ = train_classifier(
+            spec, type(splits)(spoilt, splits.validation, None, splits.classes), None, silent
+        )
+    return weights_of(classifier)
+
+
+def brought(weights: Weights, vae: Weights, folder: Path) -> Tree:
+    """Write both as files and return the sections that bring them."""
+    paths = {"classifier": folder / "classifier.safetensors", "vae": folder / "vae.safetensors"}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, found in (("classifier", weights), ("vae", vae)):
+        save_file({key: np.ascontiguousarray(array) for key, array in found.items()}, paths[name])
+    return {name: {"weights": str(path), "epochs": 0} for name, path in paths.items()}
+
+
+def view(spec: RunFile, classifier: Weights, vae: Weights, images: Images, classes: int) -> View:
+    """Return what the methods see of `images`."""
+    with cpu_threads(spec.resources.train_threads):
+        module = load_classifier(spec, classifier, classes)
+        assert isinstance(module, torch.nn.Sequential)
+        body = module[:-1]
+        features = map_batches(lambda rows: body(to_tensor(images.batch(rows))), len(images), 256)
+        return View(
+            labels=images.labels,
+            probabilities=predict_probabilities(module, images),
+            codes=encode_images(load_vae(spec, vae), images),
+            features=features,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One component of a run: what it is taken to be, and whether it was accepted."""
+
+    component: int
+    label: int  # of the verdict; of a rejected one, the label most of its reviewed images show; -1 for none
+    answer: int  # what the classifier says to most of its misclassified images; -1 for none
+    accepted: bool
+    reason: str
+
+
+def candidates(run: Run) -> list[Candidate]:
+    """Return all components of a run, heaviest first."""
+    gallery, verdicts = load(run, Gallery), load(run, Verdicts)
+    found = []
+    for component in range(len(gallery)):
+        seen = verdicts.image_labels[component]
+        named = seen[seen >= 0]
+        voted = int(np.bincount(named).argmax()) if len(named) else -1
+        label = int(verdicts.labels[component])
+        accepted = label >= 0
+        answer = most_common_error(gallery.predicted[component], label if accepted else voted)
+        found.append(
+            Candidate(
+                component,
+                label if accepted else voted,
+                -1 if answer is None else answer,
+                accepted,
+                verdicts.reasons[component],
+            )
+        )
+    return found
+
+
+def groups_of(run: Run, test: View, names: tuple[str, ...], accepted: bool = True) -> list[Group]:
+    """Return the accepted scenarios (or all components) as groups of test images, heaviest first.
+
+    A test image's score is the log density of its code under the component plus the log probability of the scenario's
+    answer, and none where the image has another label. Members are the images of that label with that answer that the
+    component has the highest density for and that lie within its 99.9 % ellipsoid.
+    """
+    scenarios = load(run, Scenarios)
+    chosen = [found for found in candidates(run) if found.answer >= 0 and (found.accepted or not accepted)]
+    densities = {found.component: log_density(scenarios, found.component, test) for found in chosen}
+    groups = []
+    for found in chosen:
+        density = densities[found.component]
+        of_label = test.labels == found.label
+        rivals = [
+            densities[o.component] for o in chosen if (o.label, o.answer) == (found.label, found.answer)
+        ]
+        members = of_label & (test.predicted == found.answer) & (density >= np.max(rivals, axis=0))
+        members &= density >= _edge(scenarios, found.component)
+        nearest = np.where(of_label, density, -np.inf)
+        score = nearest + np.log(test.probabilities[:, found.answer] + EPSILON)
+        name = f"{names[found.label]} read as {names[found.answer]}"
+        groups.append(Group(name, score, members, nearest))
+    return groups
+
+
+def log_density(scenarios: Scenarios, component: int, seen: View) -> Any:
+    """Return the log density of each image's code under a component, (N,)."""
+    return multivariate_normal(scenarios.means[component], scenarios.covariances[component]).logpdf(
+        seen.codes
+    )
+
+
+def _edge(scenarios: Scenarios, component: int) -> float:
+    """Return the log density at the surface of a component's 99.9 % ellipsoid."""
+    mean = scenarios.means[component]
+    peak = multivariate_normal(mean, scenarios.covariances[component]).logpdf(mean)
+    return float(peak - 0.5 * chi2.ppf(0.999, len(mean)))
+
+
+def clean_models(run: Run) -> Models:
+    """Return the models of the run on clean data: the control, whose β-VAE all plants of a seed share."""
+    found: Models = load(run, Models)
+    return found
