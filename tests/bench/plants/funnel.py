@@ -7,19 +7,14 @@ from typing import Any
 import numpy as np
 from scipy.stats import multivariate_normal
 
-from defuse_core.artifacts import Bool, Failures, Models, Scenarios, Shard
+from defuse_core.artifacts import Bool, Failures, Models, ReferenceSet, Scenarios, Shard
 from defuse_core.codec import decode
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
+from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.runs import Run
 from tests.bench.plants.runs import candidates, load
-
-try:
-    from defuse_core.artifacts import ReferenceSet
-    from defuse_core.reference_models import load_reference_models, mean_probabilities
-except ImportError:  # TODO until the screening is in
-    ReferenceSet = None
 
 
 def funnel(run: Run, train: Images, inside: Bool, control: Run) -> dict[str, Any]:
@@ -53,8 +48,6 @@ def funnel(run: Run, train: Images, inside: Bool, control: Run) -> dict[str, Any
 
 def _recognised(run: Run, control: Run, decoded: Any, labels: Any, classes: int) -> float:
     """Return the share of the plant's decodings in which the reference models still see the right class."""
-    if ReferenceSet is None:
-        return float("nan")
     references = load(control, ReferenceSet, "references")
     with cpu_threads(1):
         models = load_reference_models(run.spec, run.spec.review.reference, references, classes)
@@ -65,20 +58,20 @@ def _recognised(run: Run, control: Run, decoded: Any, labels: Any, classes: int)
 def all_failures(run: Run) -> Failures:
     """Return the whole of Ψ."""
     keys = [key for key in run.store.list("psi/") if key.endswith(".safetensors")]
-    parts = [decode(Shard, run.store.read(key), key).failures for key in keys]
-    return Failures(
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.source for part in parts]),
-        np.concatenate([part.truth for part in parts]),
-        np.concatenate([part.predicted for part in parts]),
-    )
+    return Failures.concatenate([decode(Shard, run.store.read(key), key).failures for key in keys])
 
 
 def _components(run: Run, psi: Failures, of_plant: Bool) -> dict[str, Any]:
     """Return, per component that holds some of the plant's codes, how many, how purely, and what became of it."""
     scenarios: Scenarios = load(run, Scenarios)
+    sources = np.unique(psi.truth[of_plant])
+    dropped = [
+        {"source": part.source, "answer": part.answer, "weight": part.weight, "reason": part.reason}
+        for part in scenarios.dropped
+        if part.source in sources or part.source < 0
+    ]
     if not len(scenarios) or not of_plant.any():
-        return {"components": []}
+        return {"components": [], "dropped": dropped}
     log_density = np.stack(
         [
             multivariate_normal(mean, covariance).logpdf(psi.codes) + np.log(weight)
@@ -87,8 +80,8 @@ def _components(run: Run, psi: Failures, of_plant: Bool) -> dict[str, Any]:
             )
         ]
     )  # (S, F)
-    cells = getattr(scenarios, "cells", None)
-    if cells is not None:  # a component knows the codes of its cell only
+    cells = scenarios.cells
+    if cells is not None and (cells >= 0).all():  # a component knows the codes of its cell only
         same = (cells[:, :1] == psi.truth) & (cells[:, 1:] == psi.predicted)
         log_density = np.where(same, log_density, -np.inf)
     owner = np.where(np.isfinite(log_density).any(axis=0), log_density.argmax(axis=0), -1)
@@ -108,4 +101,9 @@ def _components(run: Run, psi: Failures, of_plant: Bool) -> dict[str, Any]:
                 }
             )
     homeless = float((owner[of_plant] < 0).mean())
-    return {"components": rows, "plant_codes_without_component": homeless, "kept_components": len(scenarios)}
+    return {
+        "components": rows,
+        "plant_codes_without_component": homeless,
+        "kept_components": len(scenarios),
+        "dropped": dropped,
+    }
