@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from scipy.stats import binomtest
 
-from defuse_core.artifacts import Bool, Models
+from defuse_core.artifacts import F32, Bool, Models
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
@@ -41,6 +41,7 @@ from tests.bench.plants.runs import (
     Tree,
     brought,
     clean_models,
+    codes_of,
     groups_of,
     run_file,
     run_until_verdicts,
@@ -53,15 +54,15 @@ MNIST_RUN: Tree = {
     "data": {"image_size": 32, "channels": 1},
     "classifier": {
         "architecture": "custom", "import_path": "tests.bench.plants.classifier:build_mnist",
-        "optimizer": "adam", "learning_rate": 0.001, "epochs": 6, "batch_size": 64,
+        "optimizer": "adam", "learning_rate": 0.001, "epochs": 5, "batch_size": 64,
     },
     "vae": {
-        "latent_dim": 12, "channels": 32, "hidden": 256, "beta": 0.1, "epochs": 20, "batch_size": 64,
+        "latent_dim": 12, "channels": 32, "hidden": 256, "beta": 0.1, "epochs": 15, "batch_size": 64,
         "kl_warmup_steps": 500,
     },
     "identify": {"draws": 10, "max_per_image": 10},
     "distill": {"max_codes": 10_000, "max_components": 60},
-    "review": {"reference": {"count": 3, "channels": 16, "epochs": 6}},
+    "review": {"reference": {"count": 3, "channels": 16, "epochs": 5}},
     "judges": {"count": 0},
     "resources": {"train_threads": 1},
 }  # fmt: skip
@@ -112,7 +113,9 @@ class Bench:
     base: Tree
     seed: int
     control: Run
-    models: Models
+    models: Models  # of the control
+    clean: View  # the test images, as the classifier of the control sees them
+    codes: tuple[F32, F32]  # of the validation and the test images; all plants share the β-VAE
 
 
 def learnt(inside: Bool, clean: View, spoilt: View) -> Learnt:
@@ -136,42 +139,59 @@ def start(folder: Path, population: Population, base: Tree, seed: int) -> Bench:
     population.save(data)
     spec = run_file(base, seed, data)
     control = run_until_verdicts(FolderStore(folder), "control", spec)
-    return Bench(folder, population, base, seed, control, clean_models(control))
+    models = clean_models(control)
+    codes = (
+        codes_of(spec, models.vae, population.validation.images),
+        codes_of(spec, models.vae, population.test.images),
+    )
+    clean = view(spec, models.classifier, codes[1], population.test.images)
+    return Bench(folder, population, base, seed, control, models, clean, codes)
 
 
 def one_plant(bench: Bench, number: int, plant: Plant, ways: list[str]) -> Row:
     """Train on the spoilt images, and look for the plant with every method."""
-    seconds = {}
-    clock = time.perf_counter()
-    population, seed = bench.population, bench.seed
-    data, classes = bench.folder / "population.npz", len(population.classes)
+    population, seed, data = bench.population, bench.seed, bench.folder / "population.npz"
+    clock = Clock()
     spoilt = spoil(population, plant, generator(seed, "plants", "spoil", number))
     weights = train_spoilt(run_file(bench.base, seed, data), population, spoilt)
-    seconds["train"] = time.perf_counter() - clock
     own = brought(weights, bench.models.vae, bench.folder / f"plant-{number}")
     spec = run_file(bench.base, seed, data, own)
-    test_images, inside = population.test.images, in_slice(population.test, plant, population.train)
-    test = view(spec, weights, bench.models.vae, test_images, classes)
-    clean = view(spec, bench.models.classifier, bench.models.vae, test_images, classes)
-    known = learnt(inside, clean, test)
-    row = Row(plant.name, plant.kind, seed, known, {}, {}, seconds)
-    if not known.learnt:
+    inside = in_slice(population.test, plant, population.train)
+    test = view(spec, weights, bench.codes[1], population.test.images)
+    clock.lap("train")
+    row = Row(plant.name, plant.kind, seed, learnt(inside, bench.clean, test), {}, {}, clock.seconds)
+    if not row.slice.learnt:
         return row
-    validation = view(spec, weights, bench.models.vae, population.validation.images, classes)
+    validation = view(spec, weights, bench.codes[0], population.validation.images)
     for name, groups in proposals(validation, test, population.classes, seed):
         row.outcomes[name] = compare(groups, inside, test.labels, test.predicted)
-    seconds["baselines"] = time.perf_counter() - clock - seconds["train"]
+    clock.lap("baselines")
+    trained = in_slice(population.train, plant, population.train)
+    made: dict[str, Run] = {}
     for way in ways:
-        clock = time.perf_counter()
         spec = run_file(bench.base, seed, data, own, WAYS[way])
-        run = run_until_verdicts(FolderStore(bench.folder), f"plant-{number}-{way}", spec, bench.control)
-        seconds[way] = time.perf_counter() - clock
+        store = FolderStore(bench.folder)
+        made[way] = run_until_verdicts(store, f"plant-{number}-{way}", spec, bench.control, *made.values())
+        clock.lap(way)
         for name, accepted in ((way, True), (f"{way}, all components", False)):
-            found = groups_of(run, test, population.classes, accepted)
+            found = groups_of(made[way], test, population.classes, accepted)
             row.outcomes[f"Defuse {name}"] = compare(found, inside, test.labels, test.predicted)
-        trained = in_slice(population.train, plant, population.train)
-        row.funnels[way] = funnel(run, population.train.images, trained, bench.control)
+        row.funnels[way] = funnel(made[way], population.train.images, trained, bench.control)
+        clock.lap(f"{way}: comparison")
     return row
+
+
+class Clock:
+    """Processor seconds between laps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.process_time()
+
+    def lap(self, name: str) -> None:
+        """Note the seconds since the last lap."""
+        now = time.process_time()
+        self.seconds[name], self._last = round(now - self._last, 1), now
 
 
 def proposals(
@@ -241,7 +261,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--plants", type=int, nargs="+", help="numbers of the plants; all of them by default")
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["cell", "all"])
-    parser.add_argument("--images", type=int, default=12_000, help="training images (MNIST)")
+    parser.add_argument("--images", type=int, default=8000, help="training images (MNIST)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--folder", type=Path, help="where runs are kept, to go on with; else a temporary one"
@@ -262,7 +282,7 @@ def study(given: argparse.Namespace, folder: Path) -> list[Row]:
     rows: list[Row] = []
     for seed in given.seeds:
         if given.population == "mnist":
-            population = populations.mnist(given.root, seed, (given.images, 6000, 10_000))
+            population = populations.mnist(given.root, seed, (given.images, 4000, 6000))
         else:
             population = populations.signs(given.root, seed)
         home = folder / f"{given.population}-{seed}"

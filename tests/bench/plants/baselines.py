@@ -69,7 +69,7 @@ def failure_mixture(validation: View, test: View, seed: int) -> list[Group]:
     ]
 
 
-def planespot(validation: View, test: View, seed: int, most: int = 2500) -> list[Group]:
+def planespot(validation: View, test: View, seed: int, most: int = 2000) -> list[Group]:
     """Return PlaneSpot's groups: a mixture over a 2-d embedding of the features, joined with the confidence.
 
     The embedding is t-SNE's in place of scvis; test images lie at the mean of their five nearest validation images.
@@ -78,7 +78,7 @@ def planespot(validation: View, test: View, seed: int, most: int = 2500) -> list
     """
     rows = np.random.default_rng(seed).permutation(len(validation.labels))[:most]
     known = validation.take(np.sort(rows))
-    plane = TSNE(random_state=seed, max_iter=500, init="pca").fit_transform(known.features)
+    plane = TSNE(random_state=seed, max_iter=400, init="pca").fit_transform(known.features)
     plane = (plane - plane.min(axis=0)) / np.ptp(plane, axis=0)
     near = NearestNeighbors(n_neighbors=5).fit(known.features).kneighbors(test.features)[1]
     joined = np.column_stack([plane, _confidence(known)])

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import save_file
+from scipy.special import softmax
 from scipy.stats import chi2, multivariate_normal
 
-from defuse_core.artifacts import Gallery, Models, Scenarios, Verdicts, Weights
+from defuse_core.artifacts import F32, Gallery, Models, Scenarios, Verdicts, Weights
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads
@@ -25,7 +26,6 @@ from defuse_core.models import (
     load_classifier,
     load_vae,
     map_batches,
-    predict_probabilities,
     to_tensor,
     weights_of,
 )
@@ -39,7 +39,7 @@ from tests.bench.plants.baselines import EPSILON, View
 from tests.bench.plants.populations import Population
 from tests.bench.plants.scoring import Group
 
-REUSED = "references.safetensors"  # the reference models know nothing of the classifier, so one seed trains them once
+REFERENCES = "references.safetensors"  # they know nothing of the classifier, so one seed trains them once
 Tree = Mapping[str, Mapping[str, Any]]
 WAYS: dict[str, Tree] = {
     "cell": {"distill": {"by": "cell"}},
@@ -63,11 +63,22 @@ def run_file(base: Tree, seed: int, data: Path, *changes: Tree) -> RunFile:
     return parse_run_file({**tree, "seed": seed}, "the plants' run file")
 
 
-def run_until_verdicts(store: Store, name: str, spec: RunFile, reused: Run | None = None) -> Run:
-    """Run Defuse up to the verdicts, with the reference models of the run `reused`."""
+def run_until_verdicts(store: Store, name: str, spec: RunFile, *others: Run) -> Run:
+    """Run Defuse up to the verdicts, with what earlier runs of the same plant and seed have in common with it.
+
+    The first of `others` is the control, whose reference models serve all plants; a later one that identifies with the
+    same settings gives its models and Ψ.
+    """
     run = Run.start(store, name, spec, until="review")
-    if reused is not None and reused.store.exists(REUSED):
-        run.store.write(REUSED, reused.store.read(REUSED))
+    for number, other in enumerate(others):
+        if number == 0:
+            keys = [REFERENCES]
+        elif other.spec.identify == spec.identify:
+            keys = [key for key in other.store.list() if key.startswith(("models.", "psi"))]
+        else:
+            continue
+        for key in keys:
+            run.store.write(key, other.store.read(key))
     compute = LocalCompute()
     with contextlib.suppress(ReachedStep):
         run_defuse(run, compute, ReferenceAnnotators(run, compute))
@@ -100,19 +111,21 @@ def brought(weights: Weights, vae: Weights, folder: Path) -> Tree:
     return {name: {"weights": str(path), "epochs": 0} for name, path in paths.items()}
 
 
-def view(spec: RunFile, classifier: Weights, vae: Weights, images: Images, classes: int) -> View:
+def codes_of(spec: RunFile, vae: Weights, images: Images) -> F32:
+    """Return the means of the β-VAE's posterior, (N, Z)."""
+    with cpu_threads(spec.resources.train_threads):
+        return encode_images(load_vae(spec, vae), images)
+
+
+def view(spec: RunFile, classifier: Weights, codes: F32, images: Images) -> View:
     """Return what the methods see of `images`."""
     with cpu_threads(spec.resources.train_threads):
-        module = load_classifier(spec, classifier, classes)
+        module = load_classifier(spec, classifier, 0)  # the run's own, which knows its classes
         assert isinstance(module, torch.nn.Sequential)
-        body = module[:-1]
+        body, head = module[:-1], module[-1]
         features = map_batches(lambda rows: body(to_tensor(images.batch(rows))), len(images), 256)
-        return View(
-            labels=images.labels,
-            probabilities=predict_probabilities(module, images),
-            codes=encode_images(load_vae(spec, vae), images),
-            features=features,
-        )
+        logits = map_batches(lambda rows: head(torch.from_numpy(features[rows])), len(images), 256)
+    return View(images.labels, softmax(logits, axis=1), codes, features)
 
 
 @dataclass(frozen=True, eq=False)
