@@ -49,6 +49,7 @@ from tests.bench.plants.runs import (
     view,
 )
 from tests.bench.plants.scoring import Group, Outcome, compare, interval
+from tests.bench.plants.spotcheck import spotcheck
 
 MNIST_RUN: Tree = {
     "data": {"image_size": 32, "channels": 1},
@@ -77,6 +78,15 @@ SIGNS_RUN: Tree = {
     "vae": {**MNIST_RUN["vae"], "latent_dim": 16, "channels": 64},
     "review": {"reference": {"count": 3, "channels": 32, "epochs": 10}},
 }
+SPOTCHECK_RUN: Tree = {
+    **SIGNS_RUN,
+    "classifier": {
+        **MNIST_RUN["classifier"], "import_path": "tests.bench.plants.classifier:build_spotcheck", "epochs": 8,
+    },
+    "vae": {**SIGNS_RUN["vae"], "latent_dim": 20, "epochs": 25},
+    "review": {"reference": {"count": 3, "channels": 16, "epochs": 6}},
+}  # fmt: skip
+RUNS = {"mnist": MNIST_RUN, "signs": SIGNS_RUN, "spotcheck": SPOTCHECK_RUN}
 LEAST_DROP = 0.2
 
 
@@ -256,12 +266,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", type=Path, required=True, help="folder of the images, as data.root")
-    parser.add_argument("--population", choices=("mnist", "signs"), default="mnist")
+    parser.add_argument("--root", type=Path, help="folder of MNIST or of the signs, as data.root")
+    parser.add_argument("--population", choices=tuple(RUNS), default="mnist")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--plants", type=int, nargs="+", help="numbers of the plants; all of them by default")
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["cell", "all"])
-    parser.add_argument("--images", type=int, default=8000, help="training images (MNIST)")
+    parser.add_argument("--images", type=int, default=8000, help="training images (not of the signs)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--folder", type=Path, help="where runs are kept, to go on with; else a temporary one"
@@ -276,15 +286,10 @@ def main() -> None:
 
 def study(given: argparse.Namespace, folder: Path) -> list[Row]:
     """Return a row per seed and plant, and write them to given.json as they come."""
-    plants = MNIST_PLANTS if given.population == "mnist" else SIGNS_PLANTS
-    base = MNIST_RUN if given.population == "mnist" else SIGNS_RUN
-    base = {**base, "resources": {"train_threads": given.threads}}
+    base = {**RUNS[given.population], "resources": {"train_threads": given.threads}}
     rows: list[Row] = []
     for seed in given.seeds:
-        if given.population == "mnist":
-            population = populations.mnist(given.root, seed, (given.images, 4000, 6000))
-        else:
-            population = populations.signs(given.root, seed)
+        population, plants = population_of(given, seed)
         home = folder / f"{given.population}-{seed}"
         home.mkdir(parents=True, exist_ok=True)
         bench = start(home, population, base, seed)
@@ -295,6 +300,16 @@ def study(given: argparse.Namespace, folder: Path) -> list[Row]:
                 found = {"rows": [asdict(row) for row in rows], "summary": summary(rows)}
                 given.json.write_text(json.dumps(found, indent=1))
     return rows
+
+
+def population_of(given: argparse.Namespace, seed: int) -> tuple[Population, tuple[Plant, ...]]:
+    """Return the images of one seed and the plants that are tried on them."""
+    counts = (given.images, given.images // 2, given.images * 3 // 4)
+    if given.population == "spotcheck":
+        return spotcheck(seed, counts)
+    if given.population == "signs":
+        return populations.signs(given.root, seed), SIGNS_PLANTS
+    return populations.mnist(given.root, seed, counts), MNIST_PLANTS
 
 
 if __name__ == "__main__":

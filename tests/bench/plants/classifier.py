@@ -15,6 +15,11 @@ def build_signs() -> nn.Sequential:
     return _network(3, 32, 43)
 
 
+def build_spotcheck() -> nn.Sequential:
+    """Return the untrained classifier of SpotCheck's images: (n, 3, 32, 32) -> logits (n, 2)."""
+    return _network(3, 16, 2)
+
+
 def _network(channels_in: int, channels: int, classes: int) -> nn.Sequential:
     """Three 3x3 convolutions with batch normalisation, which learn in few epochs, and two dense layers."""
     return nn.Sequential(
