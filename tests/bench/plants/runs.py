@@ -22,6 +22,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.judge import most_common_error
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
+    build_vae,
     encode_images,
     load_classifier,
     load_vae,
@@ -33,8 +34,9 @@ from defuse_core.pipeline import run_defuse
 from defuse_core.progress import silent
 from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.runs import ReachedStep, Run
+from defuse_core.seeds import torch_seed
 from defuse_core.store import Store
-from defuse_core.train import train_classifier
+from defuse_core.train import train_classifier, train_vae
 from tests.bench.plants.baselines import EPSILON, View
 from tests.bench.plants.populations import Population
 from tests.bench.plants.scoring import Group
@@ -102,13 +104,24 @@ def train_spoilt(spec: RunFile, population: Population, spoilt: Images) -> Weigh
     return weights_of(classifier)
 
 
-def brought(weights: Weights, vae: Weights, folder: Path) -> Tree:
-    """Write both as files and return the sections that bring them."""
-    paths = {"classifier": folder / "classifier.safetensors", "vae": folder / "vae.safetensors"}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, found in (("classifier", weights), ("vae", vae)):
-        save_file({key: np.ascontiguousarray(array) for key, array in found.items()}, paths[name])
-    return {name: {"weights": str(path), "epochs": 0} for name, path in paths.items()}
+def train_shared_vae(spec: RunFile, population: Population, path: Path) -> None:
+    """Train the run file's β-VAE on the population's training images and write its weights."""
+    torch.manual_seed(torch_seed(spec.seed, "plants", "vae"))
+    vae = build_vae(spec)
+    with cpu_threads(spec.resources.train_threads):
+        train_vae(spec, vae, population.splits(), None, silent)
+    write_weights(weights_of(vae), path)
+
+
+def write_weights(weights: Weights, path: Path) -> None:
+    """Write weights as a file that a run file can name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: np.array(array, order="C") for key, array in weights.items()}, path)
+
+
+def bring(section: str, path: Path) -> Tree:
+    """Return the change of a run file that takes the classifier or the β-VAE from a file, as it is."""
+    return {section: {"weights": str(path), "epochs": 0}}
 
 
 def codes_of(spec: RunFile, vae: Weights, images: Images) -> F32:
