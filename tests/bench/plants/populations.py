@@ -140,11 +140,13 @@ def _painted(
     return Population(name, made["train"], made["validation"], made["test"], classes, painters)
 
 
-def paint_at_random(images: Images, painters: dict[str, Painter], rng: np.random.Generator) -> Traited:
-    """Return the images with each trait painted on its share of them, one at most per image, and all measured."""
+def paint_at_random(
+    images: Images, painters: dict[str, Painter], rng: np.random.Generator, share: float = PAINTED_SHARE
+) -> Traited:
+    """Return the images with each trait painted on `share` of them, one at most per image, and all measured."""
     pixels, labels = np.array(images.pixels), images.labels
     traits = measure(pixels)
-    drawn = rng.random(len(labels)) // PAINTED_SHARE  # the n-th trait for n, none for what is left
+    drawn = rng.random(len(labels)) // share  # the n-th trait for n, none for what is left
     traits["plain"] = (drawn >= len(painters)).astype(np.float64)
     for number, (name, paint) in enumerate(painters.items()):
         rows = np.flatnonzero(drawn == number)
