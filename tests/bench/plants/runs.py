@@ -133,7 +133,8 @@ def codes_of(spec: RunFile, vae: Weights, images: Images) -> F32:
 def view(spec: RunFile, classifier: Weights, codes: F32, images: Images) -> View:
     """Return what the methods see of `images`."""
     with cpu_threads(spec.resources.train_threads):
-        module = load_classifier(spec, classifier, 0)  # the run's own, which knows its classes
+        classes = len(list(classifier.values())[-1])  # the bias of the last layer
+        module = load_classifier(spec, classifier, classes)
         assert isinstance(module, torch.nn.Sequential)
         body, head = module[:-1], module[-1]
         features = map_batches(lambda rows: body(to_tensor(images.batch(rows))), len(images), 256)
