@@ -149,7 +149,8 @@ def learnt(inside: Bool, clean: View, spoilt: View) -> Learnt:
 def start(folder: Path, population: Population, base: Tree, seed: int) -> Bench:
     """Train what all plants of a seed share, as the control run: Defuse on the classifier of the clean images."""
     data = folder / "population.npz"
-    population.save(data)
+    if not data.exists():
+        population.save(data)
     spec = run_file(base, seed, data)
     control = run_until_verdicts(FolderStore(folder), "control", spec)
     models = clean_models(control)
