@@ -103,6 +103,6 @@ def test_the_funnel_follows_the_plant_into_the_accepted_scenarios(population, pl
     control, run, _, _ = planted
     trained = in_slice(population.train, PLANT, population.train)
     found = funnel(run, population.train.images, trained, control)
-    assert found["wrong"] > 0.5
+    assert found["wrong"] > 0.2
     assert 0 < found["codes_of_plant"] <= found["codes"]
     assert any(part["reason"].startswith("accepted") for part in found["components"])
