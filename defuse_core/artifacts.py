@@ -42,7 +42,7 @@ def _expect_shapes(owner: object, axes: dict[str, str]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with what training found out about them.
+    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with what training measured.
 
     How to build the modules is in the run file; `load_classifier` and `load_vae` of models put both together.
     """
@@ -53,9 +53,7 @@ class Models:
     images: dict[str, int]  # split -> N
     data_fingerprint: str  # of the data set trained on; later steps refuse to work on another
     accuracy: dict[str, float]  # split -> accuracy; a split that the data set lacks is absent
-    classifier_history: tuple[
-        dict[str, float], ...
-    ]  # one row per epoch; empty where a classifier was brought
+    classifier_history: tuple[dict[str, float], ...]  # one row per epoch; empty for a pretrained classifier
     vae_history: tuple[dict[str, float], ...]
     reconstruction: float  # mean squared error per pixel of decoding mu, on training images
     reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
@@ -161,7 +159,7 @@ class Gallery:
 
 @dataclass(frozen=True, eq=False)
 class Votes:
-    """One row per answer. An answer for a whole scenario stands here as one row per image of it."""
+    """One row per answer. An answer for a whole scenario is stored as one row per image of it."""
 
     scenario: I64  # (V,)
     image: I64  # (V,) position within the scenario, 0..R-1
@@ -170,7 +168,7 @@ class Votes:
     when: F64  # (V,) seconds since 1970; 0 where a model answered
     annotators: tuple[str, ...]  # names or stable pseudonyms
     answered_by: str  # "reference models" or "people"
-    notes: dict[str, Any]  # what the annotators want told in the report: refused answers, answers saved, ...
+    notes: dict[str, Any]  # further figures for the report: discarded answers, answers saved, ...
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
@@ -190,7 +188,7 @@ class Verdicts:
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
     overrides: tuple[
         dict[str, Any], ...
-    ]  # human decisions above the vote: scenario, label, author, reason, when
+    ]  # human decisions that replace the vote: scenario, label, author, reason, when
 
     def __post_init__(self) -> None:
         _expect_shapes(
@@ -219,7 +217,7 @@ class Corrections:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """Fine-tuning with one λ after some epochs: enough to go on from, and to choose from."""
+    """Fine-tuning with one λ after some epochs: enough to resume it, and to choose from."""
 
     lam: float
     rows: tuple[dict[str, Any], ...]  # as in Sweep, one per finished epoch

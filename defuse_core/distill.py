@@ -61,23 +61,23 @@ def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
 
 
 def _shard(store: Store, index: int) -> Shard:
-    """Return a shard of Ψ. Raises StoreError where it is gone, or other bytes than were written."""
+    """Return a shard of Ψ. Raises StoreError if it is missing or its bytes changed."""
     key = shard_key(index)
     try:
         return decode(Shard, store.read(key), key)
     except FileNotFoundError as error:
         record = key.removesuffix(".safetensors") + ".json"
         raise StoreError(
-            f"{store.address}/{key} is gone, or lies on a node that does not share this store; delete {record} "
-            "and psi.safetensors there, and run again to make it again"
+            f"{store.address}/{key} is missing, or is stored on a node that does not share this store; delete "
+            f"{record} and psi.safetensors there, then run the command again to compute it again"
         ) from error
 
 
 def fit_mixture(codes: F32, section: DistillSection, seed: int) -> Scenarios:
-    """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper says EM) and defaults.
+    """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM) and defaults.
 
-    One BLAS thread, so that the sums round alike on every machine. Fewer codes than K bound the number of components;
-    fewer than two give none.
+    One BLAS thread, so that sums round alike on every machine. There are at most as many components as codes, and none
+    for fewer than two codes.
     """
     if len(codes) < 2:
         return _no_scenarios(codes)
@@ -90,7 +90,7 @@ def fit_mixture(codes: F32, section: DistillSection, seed: int) -> Scenarios:
         random_state=int(generator(seed, "distill", "fit").integers(2**31)),
     )
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told in the report
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the report states it
         mixture.fit(codes.astype(np.float64))
     kept = np.flatnonzero(mixture.weights_ > section.min_weight)
     kept = kept[np.argsort(-mixture.weights_[kept], kind="stable")]

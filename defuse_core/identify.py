@@ -1,7 +1,7 @@
 """Algorithm 1: perturb training images in latent space and keep the codes whose decoding the classifier gets wrong.
 
-The unit of work is a block of consecutive training images. Its noise is seeded by (seed, block) and its batches are cut
-at fixed places, so whoever computes a block, whenever and beside whatever else, finds the same codes.
+The unit of work is a block of consecutive training images. Its noise is seeded by (seed, block) and its batches have
+fixed boundaries, so a block gives the same codes on any worker, in any order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from defuse_core.models import decode_codes, encode_images, load_classifier, loa
 from defuse_core.seeds import generator
 from defuse_core.store import Store
 
-MAX_SHARDS = 512  # the store then holds so many objects at most, however many images there are
+MAX_SHARDS = 512  # bounds the number of objects in the store, whatever the number of images
 
 
 def blocks_per_shard(images: int, block_images: int) -> int:
@@ -46,7 +46,7 @@ def shard_count(images: int, block_images: int) -> int:
 
 
 def beta_noise(section: IdentifySection, shape: tuple[int, ...], rng: np.random.Generator) -> F32:
-    """Return ε of Algorithm 1, line 5, scaled and, if the run file says so, centred at 0."""
+    """Return ε of Algorithm 1, line 5, scaled and, with identify.center, centred at 0."""
     noise = rng.beta(section.a, section.b, size=shape)
     if section.center:
         noise -= section.a / (section.a + section.b)
@@ -54,7 +54,7 @@ def beta_noise(section: IdentifySection, shape: tuple[int, ...], rng: np.random.
 
 
 def nearest_failures(failed: Bool, distance: F32, cap: int | None) -> Bool:
-    """Return `failed` (n, Q) with at most `cap` draws per image left, those nearest to mu; ties go to the earlier."""
+    """Return `failed` (n, Q) reduced to at most `cap` draws per image, the nearest to mu; the earlier of equals."""
     if cap is None or cap >= failed.shape[1]:
         return failed
     order = np.argsort(np.where(failed, distance, np.inf), axis=1, kind="stable")
@@ -67,7 +67,7 @@ class Identifier:
     """One worker: holds the models and the training set, and identifies shard after shard of it."""
 
     def __init__(self, spec: RunFile, models: Models) -> None:
-        """Open both. Raises DataError, ModelError, or RunMismatchError where the images are not those trained on."""
+        """Load images and models. Raises DataError, ModelError, or RunMismatchError for other images."""
         self.spec, self.train = spec, reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
         self.classifier = load_classifier(spec, models.classifier, len(models.classes))
         self.vae = load_vae(spec, models.vae)
@@ -143,7 +143,7 @@ def _join(shards: list[Shard], seconds: float) -> Shard:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is told of a finished shard; its presence in the store says that the shard is there, whole."""
+    """The counts of a finished shard. Its presence in the store marks the shard as complete."""
 
     index: int
     codes: int
@@ -155,12 +155,12 @@ class ShardRecord:
 
 
 def shard_key(index: int) -> str:
-    """Return where the codes of a shard lie in the run's store."""
+    """Return the key of a shard in the run's store."""
     return f"psi/{index:06d}.safetensors"
 
 
 def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
-    """Write a shard, then the record that marks it as done, and return the record."""
+    """Write a shard, then the record that marks it as complete, and return the record."""
     store.write(shard_key(index), encode(shard))
     record = ShardRecord(
         index,
@@ -176,14 +176,14 @@ def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
 
 
 def finished_shards(store: Store) -> dict[int, ShardRecord]:
-    """Return the records of the shards that are done."""
+    """Return the records of the complete shards."""
     keys = [key for key in store.list("psi/") if key.endswith(".json")]
     records = (ShardRecord(**json.loads(store.read(key))) for key in keys)
     return {record.index: record for record in records}
 
 
 def gather_shards(records: dict[int, ShardRecord]) -> Psi:
-    """Return the record of all shards together. The codes stay where they are."""
+    """Return the record of all shards together. The codes stay in the store."""
     done = [records[index] for index in sorted(records)]
     return Psi(
         codes=np.array([record.codes for record in done], np.int64),

@@ -1,4 +1,4 @@
-"""From votes to verdicts (§4.1): which components are failure scenarios, and what is right there."""
+"""From votes to verdicts (§4.1): which components are failure scenarios, and with which label."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Verdicts, Votes
 from defuse_core.store import Store
 
-OVERRIDES = "overrides/"  # human decisions above the vote, an object each: overrides/0001.json is the first
+OVERRIDES = "overrides/"  # human decisions that replace the vote, one object each, from overrides/0001.json
 
 
 def tally(votes: Votes, shape: tuple[int, int], classes: int) -> I64:
@@ -23,23 +23,20 @@ def tally(votes: Votes, shape: tuple[int, int], classes: int) -> I64:
 
 
 def majority(counts: I64) -> I64:
-    """Return the class with the most votes along the last axis, or NONE_OF_THE_ABOVE where none or several have it."""
+    """Return the class with the most votes along the last axis, or NONE_OF_THE_ABOVE for a tie or no vote."""
     most = counts.max(axis=-1, keepdims=True)
     unique = ((counts == most).sum(axis=-1) == 1) & (most[..., 0] > 0)
     return np.where(unique, counts.argmax(axis=-1), NONE_OF_THE_ABOVE).astype(np.int64)
 
 
 def is_misclassified(predicted: I64, labels: I64) -> Bool:
-    """Return whether the classifier's answer is another than the label; False where there is no label."""
+    """Return whether the classifier's answer differs from the label; False where the label is missing."""
     wrong: Bool = (labels != NONE_OF_THE_ABOVE) & (labels != predicted)
     return wrong
 
 
 def most_common_error(predicted: I64, label: int) -> int | None:
-    """Return the answer that most of a component's (R,) images were given instead of its label, the lowest of equals.
-
-    None where all were answered with the label.
-    """
+    """Return the most common wrong answer among a component's (R,) images, the lowest of equals; None without one."""
     wrong = predicted[predicted != label]
     return int(np.bincount(wrong).argmax()) if len(wrong) else None
 
@@ -47,10 +44,10 @@ def most_common_error(predicted: I64, label: int) -> int | None:
 def judge(gallery: Gallery, votes: Votes, rho: float, overrides: Sequence[dict[str, Any]] = ()) -> Verdicts:
     """Return the verdict on every component.
 
-    An image's label is the majority over its annotators, a tie giving none. A component is a failure scenario if more
+    An image's label is the majority over its annotators, a tie gives none. A component is a failure scenario if more
     than rho of its labelled images are misclassified; its label is the majority over its images' labels, and a tie
     there accepts nothing. Agreement is the share of an image's votes, none-of-the-above left out, for its majority
-    label (§4.4). The newest override of a component, if any, stands above the vote.
+    label (§4.4). The newest override of a component, if any, replaces the vote.
     """
     shape, classes = gallery.predicted.shape, len(gallery.classes)
     counts = tally(votes, (shape[0], shape[1]), classes)

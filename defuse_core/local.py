@@ -1,4 +1,4 @@
-"""LocalCompute: every step in this process, one after the other. The reference that the cluster must equal."""
+"""LocalCompute: every step in this process, one after the other. The results on a cluster must equal these."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class LocalCompute:
             except Exception as error:
                 if not is_trial_failure(error):
                     raise
-                told = (
+                cause = (
                     error
                     if isinstance(error, DefuseError)
                     else ComputeError(f"{type(error).__name__}: {error}")
                 )
-                failures[lam] = told
-                log.warning("correct: the trial with λ = %g failed for good: %s", lam, told)
+                failures[lam] = cause
+                log.warning("correct: the trial with λ = %g failed for good: %s", lam, cause)
             self.progress("fine-tuning over λ", index + 1, len(spec.correct.lambdas), "trials")
         return collect_sweep(spec, models, trials, failures)

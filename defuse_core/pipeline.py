@@ -1,4 +1,4 @@
-"""The story: the whole method, one line per step (Figure 1, left to right)."""
+"""The whole method, one line per step (Figure 1, left to right)."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ T = TypeVar("T")
 
 
 class Compute(Protocol):
-    """Where heavy steps run: in this process (local.py), or on a Ray cluster (cluster/compute.py)."""
+    """Runs the heavy steps: in this process (local.py), or on a Ray cluster (cluster/compute.py)."""
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
-        """Return function(*args, progress=...), run where the accelerator is. Errors of the tree come through."""
+        """Return function(*args, progress=...), run where the accelerator is. Raises what the function raises."""
 
     def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
-        """Algorithm 1 on all training images; shards that are in `store` already are not made again."""
+        """Algorithm 1 on all training images; shards that `store` already holds are not computed again."""
 
     def sweep(
         self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
     ) -> Sweep:
         """Fine-tune once per λ (§3.2.3), on the codes of `fixes`, or on `reviewed` in their place (the baseline).
 
-        Trials that are in `store` already go on from their last finished epoch.
+        Trials that `store` already holds resume after their last finished epoch.
         """
 
 
 class Annotators(Protocol):
-    """Who answers: reference models (reference.py), or people in Label Studio (services/labeling)."""
+    """Label the gallery: reference models (reference_models.py), or people in Label Studio (services/labeling)."""
 
     def review(self, gallery: Gallery) -> Votes:
-        """Return all answers. Raises LabelsPending while people have not given theirs."""
+        """Return all answers. Raises LabelsPending while answers of people are missing."""
 
 
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
-    """Debug one classifier, and return what was found. Each artefact is made once per run."""
+    """Debug one classifier and return the report. Each artefact is made once per run."""
     spec, store = run.spec, run.store
     models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store))
@@ -85,7 +85,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
 
 
 def rewrite_report(run: Run) -> Report:
-    """Return the report of a finished run, written again from its artefacts. Raises InputError if unfinished."""
+    """Rewrite the report of a finished run from its artefacts and return it. Raises InputError if unfinished."""
     found = Findings(
         _made(run, Models),
         _made(run, Psi),

@@ -1,7 +1,7 @@
 """Reference models in the place of annotators: independently seeded, stronger classifiers trained with augmentation.
 
-They let the whole method run unattended and its figures be compared. They are models, not people: the votes, the
-report, and a version that comes of them say so.
+The whole method then runs unattended and its figures are comparable. Votes, report and promoted versions state that
+models answered, not people.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class ReferenceAnnotators:
-    """The protocol `Annotators`, answered by models at once."""
+    """The protocol `Annotators`, implemented by models, which answer at once."""
 
     def __init__(self, run: Run, compute: Compute) -> None:
         self.run, self.compute = run, compute
@@ -48,7 +48,7 @@ def ask_models(run: Run, compute: Compute, gallery: Gallery) -> F32:
 
 
 def votes_of_models(probabilities: F32, min_confidence: float) -> Votes:
-    """Return the votes that (W, S, R, C) class probabilities amount to."""
+    """Return the votes of models with (W, S, R, C) class probabilities."""
     annotators, scenarios, images = probabilities.shape[:3]
     sure = probabilities.max(axis=3) >= min_confidence
     answer = np.where(sure, probabilities.argmax(axis=3), NONE_OF_THE_ABOVE)
@@ -121,10 +121,10 @@ def _build(spec: RunFile, classes: int) -> nn.Module:
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return each image turned, scaled, shifted and brightened a little of its own, and every second one blurred.
+    """Return each image randomly rotated, scaled, shifted and brightened, and every second one blurred.
 
-    Blur matters: reviewers look at decodings, which are smoother than photographs. Nothing is mirrored, since that
-    changes what digits and signs say.
+    Blur matters: decodings are smoother than photographs. No image is mirrored, since that changes the class of digits
+    and signs.
     """
     count = len(images)
     angle = rng.uniform(-0.2, 0.2, count)  # radians

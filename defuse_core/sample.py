@@ -1,4 +1,4 @@
-"""Algorithm 2: draw images from the components, for reviewers to see and for the classifier to be corrected on."""
+"""Algorithm 2: sample images from the components, for review and for the correction of the classifier."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample_codes_from(
 
 
 def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progress: Progress) -> Gallery:
-    """Return R images of every component, decoded, with the classifier's answers."""
+    """Return R decoded images of every component, with the classifier's answers."""
     review = spec.review
     progress("drawing images to review", 0, 1, "galleries")
     codes = np.zeros((len(scenarios), review.images, spec.vae.latent_dim), np.float32)

@@ -31,7 +31,7 @@ def _with_home(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{path}: there is no such user's home") from error
+        raise ValueError(f"{path}: expected the home of an existing user") from error
 
 
 UserPath = Annotated[Path, AfterValidator(_with_home)]
@@ -39,7 +39,7 @@ GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
 
 
 class DataSection(Section):
-    """Where the images come from."""
+    """The images."""
 
     name: Literal["digits", "mnist", "signs", "svhn", "folder", "npz"]
     """digits ships with scikit-learn; mnist, signs (German traffic signs) and svhn are torchvision's; folder is
@@ -49,7 +49,7 @@ class DataSection(Section):
     download: bool = False
     """Whether a data set that is not at root may be downloaded there."""
     image_size: int = Field(32, ge=8, le=512)
-    """Height and width, pixels, that images are brought to. Paper: 32 for MNIST (28 padded) and SVHN, 128 for signs."""
+    """Height and width, pixels, that images are resized to. Paper: 32 for MNIST (28 padded) and SVHN, 128 for signs."""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour."""
     train_images: int | None = Field(None, ge=1)
@@ -67,7 +67,7 @@ class ClassifierSection(Section):
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: UserPath | None = None
-    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is taken as it is.
+    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is used unchanged.
     resnet18: torchvision's own file will do, such as resnet18-f37072fd.pth, with a new last layer."""
     imagenet: bool = False
     """resnet18: start from torchvision's ImageNet weights (downloaded if data.download), unless `weights` names a file.
@@ -86,7 +86,7 @@ class ClassifierSection(Section):
     learning_rate: float = Field(1.0, gt=0)
     """Paper: 1 for MNIST, 0.001 otherwise."""
     epochs: int = Field(5, ge=0)
-    """Paper: 5 for MNIST, 20 for signs, 10 for SVHN. 0 takes `weights` as they are."""
+    """Paper: 5 for MNIST, 20 for signs, 10 for SVHN. 0 uses `weights` unchanged."""
     batch_size: int = Field(64, ge=2)
     """Images. Paper: 64 for MNIST, 256 for signs, 2048 for SVHN."""
     keep: Literal["last", "best_validation"] = "last"
@@ -97,7 +97,7 @@ class VaeSection(Section):
     """The β-VAE that models the manifold of legitimate images (§2)."""
 
     weights: UserPath | None = None
-    """A .safetensors file to start from; with epochs 0 the β-VAE is taken as it is."""
+    """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged."""
     latent_dim: int = Field(10, ge=1, le=512)
     """Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
     encoder_stages: int = Field(3, ge=1, le=8)
@@ -112,7 +112,7 @@ class VaeSection(Section):
     beta: float = Field(0.4, ge=0)
     """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
     epochs: int = Field(800, ge=0)
-    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 takes `weights` as they are."""
+    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 uses `weights` unchanged."""
     batch_size: int = Field(2048, ge=2)
     """Images. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -180,7 +180,7 @@ class ReviewSection(Section):
     """Algorithm 2 and §4.1: people decide which components are failure scenarios, and label them."""
 
     annotators: Literal["reference-models", "label-studio"] = "reference-models"
-    """Who answers. Paper: people (Ground Truth workers)."""
+    """The annotators. Paper: people (Ground Truth workers)."""
     images: int = Field(10, ge=1)
     """R, images drawn per component. Paper: 10."""
     tau: float = Field(0.5, gt=0)
@@ -198,7 +198,7 @@ class ReviewSection(Section):
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
     inline_kb: int = Field(64, ge=1)
-    """Label Studio: pictures up to so many kilobytes stand in their task; larger ones need a run in S3. Ours."""
+    """Label Studio: pictures up to so many kilobytes are stored in their task; larger ones need a run in S3. Ours."""
     real_names: bool = False
     """Label Studio: keep annotators' names in the run in place of pseudonyms. Ours."""
 

@@ -76,11 +76,11 @@ def test_a_sample_of_psi_has_no_code_twice_and_every_shard_a_share(tmp_path):
     assert (values >= 2000).any()
 
 
-def test_a_shard_that_is_gone_is_named_with_what_to_delete(tmp_path):
+def test_a_missing_shard_is_named_with_what_to_delete(tmp_path):
     psi, store = stored_psi(tmp_path)
     store.delete("psi/000002.safetensors")
     with pytest.raises(
-        StoreError, match=r"000002\.safetensors is gone.*delete psi/000002\.json and psi\.saf"
+        StoreError, match=r"000002\.safetensors is missing.*delete psi/000002\.json and psi\.saf"
     ):
         sample_codes(tiny(), psi, store)
 
