@@ -25,7 +25,7 @@ from cluster.session import (
     worker_share,
 )
 from cluster.sweep import Sweeping, run_trials
-from defuse_core.artifacts import Corrections, Models, Psi, Sweep
+from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep, load_fine_tuning_data, nothing_to_tune
 from defuse_core.data import Images
@@ -70,7 +70,9 @@ class RayCompute:
         self._wait(step, done)
         return ray.get(result)  # type: ignore[no-any-return]
 
-    def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
+    def identify(
+        self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
+    ) -> Psi:
         """Algorithm 1, sharded over workers that write their shards to `store` themselves.
 
         The driver holds a few numbers per shard: its memory does not grow with images or failures.
@@ -79,7 +81,7 @@ class RayCompute:
         records = finished_shards(store)
         missing = [index for index in range(count) if index not in records]
         if missing:
-            pool = self._pool(spec, models, store)
+            pool = self._pool(spec, models, store, references)
             records |= ShardQueue(pool, missing, count, self.progress).run()
         return gather_shards(records)
 
@@ -92,12 +94,16 @@ class RayCompute:
         trials, failures = run_trials(self._sweeping(spec, models, fixes, reviewed, store))
         return collect_sweep(spec, models, trials, failures)
 
-    def _pool(self, spec: RunFile, models: Models, store: Store) -> WorkerPool:
+    def _pool(
+        self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None
+    ) -> WorkerPool:
         relay, section = self._ready(), self.spec.resources
         share, first = worker_share(section), worker_count(section)
         wanted = (lambda: capacity(share)) if section.workers == "auto" else (lambda: first)
         images = models.images["train"]
-        return WorkerPool(spec, ray.put(models), images, store, share, wanted, relay, f"identify-{self.tag}")
+        return WorkerPool(
+            spec, ray.put((models, references)), images, store, share, wanted, relay, f"identify-{self.tag}"
+        )
 
     def _sweeping(
         self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store

@@ -24,7 +24,7 @@ from cluster import metrics
 from cluster.faults import as_defuse_error, one_line
 from cluster.relay import Place, Relay, relayed, this_place
 from cluster.session import SHARE_THE_STORE, Lookout, Share
-from defuse_core.artifacts import Models, Shard
+from defuse_core.artifacts import Models, ReferenceSet, Shard
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DefuseError, InputError, StoreError
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
@@ -51,14 +51,15 @@ class ShardWorker:
         with relayed(mailbox):
             return this_place("identify")
 
-    def shard(self, index: int, models: Models, mailbox: Any) -> ShardRecord:
+    def shard(self, index: int, weights: tuple[Models, ReferenceSet | None], mailbox: Any) -> ShardRecord:
         """Identify shard `index`, write it to the store, and return its counts.
 
-        Models and mailbox come with every call: Ray promises the constructor of a restarted actor only plain
+        Weights and mailbox come with every call: Ray promises the constructor of a restarted actor only plain
         values.
         """
+        models, references = weights
         with relayed(mailbox), named(shard_name(self.spec, models.images["train"], index)):
-            self.identifier = self.identifier or Identifier(self.spec, models)
+            self.identifier = self.identifier or Identifier(self.spec, models, references)
             record = self._save(index, self.identifier.shard(index))
         metrics.identified(record.images, record.decodings, record.codes)
         return record
@@ -110,7 +111,7 @@ class WorkerPool:
     """How workers are made, what each has of the cluster, and how many to have now."""
 
     spec: RunFile
-    models: Any  # ObjectRef of Models
+    weights: Any  # ObjectRef of Models and, for screening, ReferenceSet
     images: int  # N
     store: Store
     share: Share
@@ -276,7 +277,7 @@ class ShardQueue:
         if index in self.records:
             return
         worker.shards.append(index)
-        reference = worker.actor.shard.remote(index, self.pool.models, self.pool.relay.mailbox)
+        reference = worker.actor.shard.remote(index, self.pool.weights, self.pool.relay.mailbox)
         self.flights[reference] = (worker, index)
 
     def _slow(self) -> int | None:

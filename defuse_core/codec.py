@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from defuse_core.artifacts import Failures
+from defuse_core.artifacts import DroppedComponent, Failures
 from defuse_core.errors import StoreError
 
 T = TypeVar("T")
@@ -87,6 +87,7 @@ def _flatten(artefact: Any, prefix: str, arrays: dict[str, npt.NDArray[Any]]) ->
 def _unflatten(kind: type[T], plain: dict[str, Any], prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> T:
     values: dict[str, Any] = {}
     nested = {"Failures": Failures}
+    rows = {"tuple[DroppedComponent, ...]": DroppedComponent}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         name = prefix + field.name
         if name in arrays:
@@ -96,6 +97,8 @@ def _unflatten(kind: type[T], plain: dict[str, Any], prefix: str, arrays: dict[s
             values[field.name] = {key[len(start) :]: a for key, a in arrays.items() if key.startswith(start)}
         elif field.type in nested:
             values[field.name] = _unflatten(nested[str(field.type)], plain[field.name], name + "/", arrays)
+        elif field.type in rows:
+            values[field.name] = tuple(rows[str(field.type)](**row) for row in plain.get(field.name, ()))
         elif field.name in plain or field.default is dataclasses.MISSING:
             value = plain[field.name]
             values[field.name] = tuple(value) if str(field.type).startswith("tuple") else value
@@ -106,6 +109,8 @@ def _finite(value: Any) -> Any:
     """JSON has no NaN: an undefined figure is null there."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

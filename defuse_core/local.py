@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from defuse_core.artifacts import Corrections, Models, Psi, Sweep
+from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import (
     collect_sweep,
@@ -35,11 +35,13 @@ class LocalCompute:
         """Return function(*args, progress=...)."""
         return function(*args, progress=self.progress)
 
-    def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
+    def identify(
+        self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
+    ) -> Psi:
         """Algorithm 1, shard after shard."""
         count = shard_count(models.images["train"], spec.identify.block_images)
         records = finished_shards(store)
-        identifier = Identifier(spec, models)
+        identifier = Identifier(spec, models, references)
         for index in range(count):
             if index not in records:
                 records[index] = save_shard(store, index, identifier.shard(index))

@@ -10,7 +10,9 @@ from defuse_core.artifacts import (
     Evaluation,
     Gallery,
     Models,
+    MoreImages,
     Psi,
+    ReferenceSet,
     Scenarios,
     Sweep,
     Verdicts,
@@ -22,11 +24,13 @@ from defuse_core.data import Images
 from defuse_core.distill import distill
 from defuse_core.errors import InputError
 from defuse_core.evaluate import Findings, evaluate
-from defuse_core.judge import judge, read_overrides
+from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
+from defuse_core.reference_models import judges, reference_models, references_take_part
 from defuse_core.report import Report, write_report
 from defuse_core.runs import Run
-from defuse_core.sample import sample_corrections, sample_gallery
+from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images
 from defuse_core.store import Store
+from defuse_core.tighten import tighten
 from defuse_core.train import train
 
 T = TypeVar("T")
@@ -38,8 +42,13 @@ class Compute(Protocol):
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...), run where the accelerator is. Raises what the function raises."""
 
-    def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
-        """Algorithm 1 on all training images; shards that `store` already holds are not computed again."""
+    def identify(
+        self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
+    ) -> Psi:
+        """Algorithm 1 on all training images; shards that `store` already holds are not computed again.
+
+        With `references` a failing draw is kept only where these models recognise its source's class.
+        """
 
     def sweep(
         self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
@@ -61,14 +70,18 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
     spec, store = run.spec, run.store
     models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
-    psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store))
-    scenarios = run.once("distill", Scenarios, lambda: compute.task("distill", distill, spec, psi, store))
+    references = reference_models(run, compute) if references_take_part(spec) else None
+    screen = references if spec.identify.screen == "reference-models" else None
+    psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
+    scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))
     verdicts = run.once(
-        "review", Verdicts, lambda: judge(gallery, votes, spec.review.rho, read_overrides(store))
+        "review", Verdicts, lambda: _verdicts(run, compute, models, scenarios, gallery, votes)
     )
-    fixes = run.once("correct", Corrections, lambda: sample_corrections(spec, scenarios, verdicts))
+    fixes = run.once(
+        "correct", Corrections, lambda: _corrections(run, compute, models, references, scenarios, verdicts)
+    )
     reviewed = reviewed_failures(gallery, verdicts)
     baseline = run.once(
         "correct",
@@ -79,9 +92,65 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     sweep = run.once(
         "correct", Sweep, lambda: compute.sweep(spec, models, fixes, None, store.within("trials/defuse"))
     )
-    found = Findings(models, psi, scenarios, gallery, votes, verdicts, fixes, baseline, sweep)
+    found = Findings(
+        models,
+        psi,
+        scenarios,
+        gallery,
+        votes,
+        verdicts,
+        fixes,
+        baseline,
+        sweep,
+        references=run.load(ReferenceSet, "references"),
+        judges=judges(run, compute),
+    )
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
     return write_report(run, found, evaluation)
+
+
+def _scenarios(
+    run: Run, compute: Compute, psi: Psi, models: Models, references: ReferenceSet | None
+) -> Scenarios:
+    """Distill Ψ and, with review.tau: auto, give each component its own τ."""
+    scenarios = compute.task("distill", distill, run.spec, psi, run.store)
+    if run.spec.review.tau != "auto":
+        return scenarios
+    return compute.task("distill", tighten, run.spec, models, references, scenarios)
+
+
+def _verdicts(
+    run: Run, compute: Compute, models: Models, scenarios: Scenarios, gallery: Gallery, votes: Votes
+) -> Verdicts:
+    """Judge every component; where reference models annotate and doubt remains, judge again on more images."""
+    review, overrides = run.spec.review, read_overrides(run.store)
+    rate = false_discovery_rate(review)
+    first = judge(gallery, votes, review.rho, overrides, max_false=rate)
+    unsure = doubtful(first, review.rho)
+    if rate is None or review.annotators != "reference-models" or not review.more_images or not unsure.any():
+        return first
+    references = reference_models(run, compute)
+    more = run.once(
+        "review",
+        MoreImages,
+        lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
+    )
+    return judge(gallery, votes, review.rho, overrides, max_false=rate, more=more)
+
+
+def _corrections(
+    run: Run,
+    compute: Compute,
+    models: Models,
+    references: ReferenceSet | None,
+    scenarios: Scenarios,
+    verdicts: Verdicts,
+) -> Corrections:
+    """Sample D_f and, with correct.filter, keep what the reference models agree on."""
+    fixes = sample_corrections(run.spec, scenarios, verdicts)
+    if run.spec.correct.filter == "none":
+        return fixes
+    return compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
 
 
 def rewrite_report(run: Run) -> Report:
@@ -96,6 +165,8 @@ def rewrite_report(run: Run) -> Report:
         _made(run, Corrections),
         _made(run, Sweep, "baseline"),
         _made(run, Sweep),
+        references=run.load(ReferenceSet, "references"),
+        judges=run.load(ReferenceSet, "judges"),
     )
     return write_report(run, found, _made(run, Evaluation))
 

@@ -13,6 +13,7 @@ from defuse_core.config.sections import (
     DistillSection,
     GpuShare,
     IdentifySection,
+    JudgesSection,
     ReportSection,
     ReviewSection,
     Section,
@@ -124,6 +125,7 @@ class RunFile(Section):
     identify: IdentifySection = IdentifySection()
     distill: DistillSection = DistillSection()
     review: ReviewSection = ReviewSection()
+    judges: JudgesSection = JudgesSection()
     correct: CorrectSection = CorrectSection()
     report: ReportSection = ReportSection()
     resources: ResourcesSection = ResourcesSection()

@@ -9,7 +9,12 @@ from defuse_core.errors import ModelError, RunFileError, RunMismatchError
 from defuse_core.judge import judge
 from defuse_core.models import load_classifier, predict
 from defuse_core.progress import silent
-from defuse_core.reference_models import augment, reference_probabilities, votes_of_models
+from defuse_core.reference_models import (
+    augment,
+    gallery_probabilities,
+    train_reference_models,
+    votes_of_models,
+)
 from defuse_core.sample import sample_corrections, sample_gallery
 from defuse_core.store import FolderStore
 from defuse_core.train import kl_to_prior, train
@@ -211,7 +216,8 @@ def test_reference_models_refuse_below_their_confidence_and_say_they_are_models(
 
 
 def test_reference_models_answer_for_every_image_and_differ_from_each_other(gallery, tiny_spec):
-    probabilities = reference_probabilities(tiny_spec, gallery, None, progress=silent)
+    references = train_reference_models(tiny_spec, None, progress=silent)
+    probabilities = gallery_probabilities(tiny_spec, references, gallery, progress=silent)
     assert probabilities.shape == (3, 2, 5, 10)
     np.testing.assert_allclose(probabilities.sum(3), 1, atol=1e-5)
     assert not np.array_equal(probabilities[0], probabilities[1])
