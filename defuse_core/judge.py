@@ -72,7 +72,7 @@ def judge(gallery: Gallery, votes: Votes, rho: float, overrides: Sequence[Overri
         image_labels=image_labels,
         agreement=agreement,
         ties=int((~labelled & (counts.sum(axis=-1) > 0)).sum()),
-        refused=int((counts.sum(axis=-1) == 0).sum()),
+        no_class_chosen=int((counts.sum(axis=-1) == 0).sum()),
         reasons=tuple(reasons),
         overrides=tuple(overrides),
     )

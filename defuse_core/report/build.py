@@ -209,7 +209,7 @@ def _votes(found: Findings) -> VoteFigures:
         labelled=labelled,
         misclassified=_ratio(int(is_misclassified(found.gallery.predicted, labels).sum()), labelled),
         ties=found.verdicts.ties,
-        refused=found.verdicts.refused,
+        no_class_chosen=found.verdicts.no_class_chosen,
         notes=votes.notes,
     )
 

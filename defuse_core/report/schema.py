@@ -142,7 +142,9 @@ class VoteFigures(ReportModel):
     misclassified: float | None
     """Share of all labelled review images that the classifier gets wrong; others were seen in vain."""
     ties: int
-    refused: int
+    """Images without a label because several classes have the most votes."""
+    no_class_chosen: int
+    """Images without a label because every answer is none-of-the-above, or because there is no answer."""
     notes: dict[str, Any]
 
 

@@ -52,13 +52,13 @@ def test_a_tied_image_has_no_label_and_is_counted():
     assert verdict.labels[0] == 4
 
 
-def test_refusals_are_discarded_before_the_majority_and_the_share():
+def test_none_of_the_above_is_discarded_before_the_majority_and_the_share():
     verdict = verdicts([[NO, NO], [NO, NO], [8, NO]], predicted=[1, 1])
     assert verdict.image_labels.tolist() == [[8, NO]]
     assert verdict.misclassified[0] == 1.0
     assert verdict.agreement[0, 0] == 1.0
     assert np.isnan(verdict.agreement[0, 1])
-    assert (verdict.ties, verdict.refused) == (0, 1)
+    assert (verdict.ties, verdict.no_class_chosen) == (0, 1)
 
 
 def test_a_component_without_any_label_is_rejected():

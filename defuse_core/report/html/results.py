@@ -127,7 +127,7 @@ def agreement_section(report: Report) -> Markup:
         ("answers", f"{votes.answers:,}"),
         ("images with a label", f"{votes.labelled} of {votes.images}"),
         ("no label, tied", votes.ties),
-        ("no label, none of the above", votes.refused),
+        ("no label, no class chosen", votes.no_class_chosen),
     ]
     told = {name: value for name, value in votes.notes.items() if name not in TOLD_ELSEWHERE}
     figures += [(name.replace("_", " "), _plain(value)) for name, value in told.items()]

@@ -87,7 +87,7 @@ def _verdicts(labels: np.ndarray, images: int) -> Verdicts:
         image_labels=np.repeat(labels[:, None], images, axis=1).astype(np.int64),
         agreement=ones,
         ties=0,
-        refused=0,
+        no_class_chosen=0,
         reasons=("planted",) * count,
         overrides=(),
     )
