@@ -55,7 +55,7 @@ def test_reference_models_answer_for_every_image_and_differ_from_each_other(gall
 
 
 def test_the_set_records_how_good_each_model_is(references):
-    assert references.count == 3
+    assert len(references.models) == 3
     assert references.train_images == 300
     assert references.test.shape == references.validation.shape == (3,)
     assert references.test.min() > 0.4
