@@ -20,8 +20,7 @@ from defuse_core.identify import (
     shard_key,
 )
 from defuse_core.models import decode_codes, encode_images, predict
-from defuse_core.progress import silent
-from defuse_core.reference_models import mean_probabilities, train_reference_models
+from defuse_core.reference_models import mean_probabilities
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from tests.conftest import recommended, tiny
@@ -101,9 +100,8 @@ def test_posterior_noise_is_as_wide_as_the_encoder_is_unsure():
 
 
 @pytest.fixture(scope="module")
-def screening(tiny_models) -> Identifier:
-    spec = recommended()
-    return Identifier(spec, tiny_models, train_reference_models(spec, None, progress=silent))
+def screening(tiny_models, references) -> Identifier:
+    return Identifier(recommended(), tiny_models, references)
 
 
 def test_the_encoder_says_how_unsure_it_is(screening):

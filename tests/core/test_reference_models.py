@@ -36,7 +36,7 @@ def gallery(tiny_spec) -> Gallery:
 
 
 @pytest.fixture(scope="module")
-def references(tiny_spec) -> ReferenceSet:
+def trained_on_all(tiny_spec) -> ReferenceSet:
     return train_reference_models(tiny_spec, None, progress=silent)
 
 
@@ -47,23 +47,25 @@ def test_reference_models_refuse_below_their_confidence_and_say_they_are_models(
     assert votes.answered_by == "reference models"
 
 
-def test_reference_models_answer_for_every_image_and_differ_from_each_other(gallery, tiny_spec, references):
-    probabilities = gallery_probabilities(tiny_spec, references, gallery, progress=silent)
+def test_reference_models_answer_for_every_image_and_differ_from_each_other(
+    gallery, tiny_spec, trained_on_all
+):
+    probabilities = gallery_probabilities(tiny_spec, trained_on_all, gallery, progress=silent)
     assert probabilities.shape == (3, 2, 5, 10)
     np.testing.assert_allclose(probabilities.sum(3), 1, atol=1e-5)
     assert not np.array_equal(probabilities[0], probabilities[1])
 
 
-def test_the_set_records_how_good_each_model_is(references):
-    assert len(references.models) == 3
-    assert references.train_images == 300
-    assert references.test.shape == references.validation.shape == (3,)
-    assert references.test.min() > 0.4
+def test_the_set_records_how_good_each_model_is(trained_on_all):
+    assert len(trained_on_all.models) == 3
+    assert trained_on_all.train_images == 300
+    assert trained_on_all.test.shape == trained_on_all.validation.shape == (3,)
+    assert trained_on_all.test.min() > 0.4
 
 
-def test_models_come_back_from_the_run_as_they_were_trained(tiny_spec, references, gallery):
+def test_models_come_back_from_the_run_as_they_were_trained(tiny_spec, trained_on_all, gallery):
     flat = gallery.images.reshape(-1, 1, 16, 16)
-    models = load_reference_models(tiny_spec, tiny_spec.review.reference, references, 10)
+    models = load_reference_models(tiny_spec, tiny_spec.review.reference, trained_on_all, 10)
     each = np.stack([predict_probabilities(model, flat) for model in models])
     np.testing.assert_array_equal(model_probabilities(models, flat), each)
     np.testing.assert_allclose(mean_probabilities(models, flat), each.mean(axis=0), atol=1e-6)
@@ -80,9 +82,11 @@ def test_each_set_is_trained_once_per_run(tmp_path, gallery):
     assert again == {name: run.store.read(f"{name}.safetensors") for name in again}
 
 
-def test_judges_have_another_architecture_and_no_training_image_in_common_with_the_reference_models():
-    spec = recommended(judges={"share": 0.3})
-    parts = [train(spec, None, progress=silent) for train in (train_reference_models, train_judges)]
+def test_judges_have_another_architecture_and_no_training_image_in_common_with_the_reference_models(
+    references,
+):
+    spec = recommended()
+    parts = [references, train_judges(spec, None, progress=silent)]
     assert [part.train_images for part in parts] == [210, 90]
     kinds = [
         type(load_reference_models(spec, section, part, 10)[0])

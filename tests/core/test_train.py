@@ -9,7 +9,7 @@ from defuse_core.errors import ModelError, RunFileError, RunMismatchError
 from defuse_core.judge import judge
 from defuse_core.models import load_classifier, predict
 from defuse_core.progress import silent
-from defuse_core.reference_models import train_reference_models, votes_of_models
+from defuse_core.reference_models import votes_of_models
 from defuse_core.sample import Examiner, filter_corrections, sample_corrections, sample_gallery
 from defuse_core.store import FolderStore
 from defuse_core.train import kl_to_prior, train
@@ -203,9 +203,10 @@ def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, t
     assert len(np.unique(every, axis=0)) == len(every)
 
 
-def test_images_to_tune_on_show_the_scenarios_label_to_most_reference_models(tiny_models, scenarios):
+def test_images_to_tune_on_show_the_scenarios_label_to_most_reference_models(
+    tiny_models, scenarios, references
+):
     spec = recommended(review={"tau": 1.0})
-    references = train_reference_models(spec, None, progress=silent)
     examiner = Examiner(spec, tiny_models, references)
     seen = [examiner.examine(scenarios.means[[j]].astype(np.float32))[1][0] for j in range(2)]
     labels = np.array(seen, np.int64)
@@ -222,11 +223,12 @@ def test_images_to_tune_on_show_the_scenarios_label_to_most_reference_models(tin
     np.testing.assert_array_equal(kept.test, drawn.test)
 
 
-def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_its_images(tiny_models, scenarios):
+def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_its_images(
+    tiny_models, scenarios, references
+):
     spec = recommended(
         review={"tau": 1.0, "reference": {**TINY["review"]["reference"], "min_confidence": 1.0}}
     )
-    references = train_reference_models(spec, None, progress=silent)
     tune = np.random.default_rng(0).normal(size=(1, 24, 4)).astype(np.float32)
     drawn = Corrections(np.array([0]), np.array([3]), tune, tune)
     kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
