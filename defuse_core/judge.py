@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
-from defuse_core.artifacts import F64, I64, NONE_OF_THE_ABOVE, Bool, Gallery, MoreImages, Verdicts, Votes
+from defuse_core.artifacts import (
+    F64,
+    I64,
+    NONE_OF_THE_ABOVE,
+    Bool,
+    Gallery,
+    MoreImages,
+    Override,
+    Verdicts,
+    Votes,
+)
 from defuse_core.config import ReviewSection
+from defuse_core.errors import StoreError
 from defuse_core.intervals import lower_bound, probability_not_over, significantly_over, wilson
 from defuse_core.store import Store
 
@@ -58,7 +68,7 @@ def judge(
     gallery: Gallery,
     votes: Votes,
     rho: float,
-    overrides: Sequence[dict[str, Any]] = (),
+    overrides: Sequence[Override] = (),
     *,
     max_false: float | None = None,
     more: MoreImages | None = None,
@@ -101,7 +111,7 @@ def judge(
         image_labels=image_labels,
         agreement=agreement,
         ties=int((~labelled & (counts.sum(axis=-1) > 0)).sum()),
-        refused=int((counts.sum(axis=-1) == 0).sum()),
+        no_class_chosen=int((counts.sum(axis=-1) == 0).sum()),
         reasons=tuple(reasons),
         overrides=tuple(overrides),
         labelled=total,
@@ -143,16 +153,24 @@ def _decide(
     return labels, reasons
 
 
-def _apply(
-    overrides: Sequence[dict[str, Any]], labels: I64, reasons: list[str], classes: tuple[str, ...]
-) -> None:
+def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], classes: tuple[str, ...]) -> None:
     for override in overrides:
-        component, label = int(override["scenario"]), override["label"]
-        labels[component] = NONE_OF_THE_ABOVE if label is None else int(label)
-        decision = "rejected" if label is None else f"accepted as {classes[int(label)]}"
-        reasons[component] = f"{decision} by {override['author']}: {override['reason']}"
+        label = override.label
+        labels[override.scenario] = NONE_OF_THE_ABOVE if label is None else label
+        decision = "rejected" if label is None else f"accepted as {classes[label]}"
+        reasons[override.scenario] = f"{decision} by {override.author}: {override.reason}"
 
 
-def read_overrides(store: Store) -> tuple[dict[str, Any], ...]:
-    """Return the human decisions of a run, oldest first."""
-    return tuple(json.loads(store.read(key)) for key in store.list(OVERRIDES))
+def read_overrides(store: Store) -> tuple[Override, ...]:
+    """Return the human decisions of a run, oldest first. Raises StoreError for a file that is no decision."""
+    return tuple(_read_override(store, key) for key in store.list(OVERRIDES))
+
+
+def _read_override(store: Store, key: str) -> Override:
+    try:
+        return TypeAdapter(Override).validate_json(store.read(key))
+    except ValidationError as error:
+        raise StoreError(
+            f"{store.address}/{key}: expected a decision with scenario, label, author, reason and when, found "
+            f"{error.errors()[0]['msg']}; delete the file and record the decision again with `defuse review set`"
+        ) from error

@@ -149,15 +149,15 @@ def _train_set(
         reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
     )
     train = _training_images(spec, section, name, splits.train).loaded()
-    weights: Weights = {}
+    weights: list[Weights] = []
     scores = []
     with cpu_threads(spec.resources.train_threads):
         for number in range(section.count):
             model = train_reference(spec, section, train, len(splits.classes), name, number, progress)
-            weights |= {f"{number}/{key}": array for key, array in weights_of(model).items()}
+            weights.append(weights_of(model))
             scores.append(_scores(model, splits))
     columns = np.array(scores, np.float64).reshape(-1, 2)
-    return ReferenceSet(weights, section.count, len(train), columns[:, 0], columns[:, 1])
+    return ReferenceSet(tuple(weights), len(train), columns[:, 0], columns[:, 1])
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: str, train: Images) -> Images:
@@ -230,9 +230,7 @@ def load_reference_models(
 ) -> list[nn.Module]:
     """Return the models of a set, on this process's device, ready to predict."""
     models = []
-    for number in range(found.count):
-        start = f"{number}/"
-        weights = {key[len(start) :]: a for key, a in found.weights.items() if key.startswith(start)}
+    for number, weights in enumerate(found.models):
         model = build_reference(spec, section, classes)
         set_weights(model, weights, f"model {number + 1} of the set")
         models.append(to_device(model).eval())

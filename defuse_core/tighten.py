@@ -6,6 +6,7 @@ Components are judged by the reference models alone, before anybody reviews them
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from defuse_core.artifacts import (
     F32,
     F64,
+    I64,
     NONE_OF_THE_ABOVE,
     DroppedComponent,
     Models,
@@ -28,6 +30,7 @@ from defuse_core.sample import Examiner, truncated_codes
 from defuse_core.seeds import generator
 
 log = logging.getLogger("defuse")
+Examine = Callable[[F32], tuple[I64, I64]]
 TAUS = tuple(2.0 ** (-step / 2) for step in range(13))  # from 1 to 1/64
 DRAWS = 64  # per component and tau
 
@@ -35,22 +38,27 @@ DRAWS = 64  # per component and tau
 def tighten(
     spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios, *, progress: Progress
 ) -> Scenarios:
-    """Return the components with a tau each; those that fail the requirements at the smallest tau are dropped.
+    """Return the components with a tau each; those that fail the requirements at the smallest tau are dropped."""
+    with cpu_threads(1):
+        examiner = Examiner(spec, models, references)
+        return find_taus(spec, scenarios, examiner.examine, progress)
+
+
+def find_taus(spec: RunFile, scenarios: Scenarios, examine: Examine, progress: Progress) -> Scenarios:
+    """Return what `tighten` does, for any `examine`: codes (n, Z) -> answers of f and reference labels, each (n,).
 
     Required are lower bounds (95 %): of the share of draws with one label, review.purity; of the share of labelled
     draws that the classifier gets wrong, review.rho.
     """
     taus, dropped = np.zeros(len(scenarios)), list(scenarios.dropped)
-    with cpu_threads(1):
-        examiner = Examiner(spec, models, references)
-        for component in range(len(scenarios)):
-            progress("tightening components", component, len(scenarios), "components")
-            search = _Search(spec, examiner, scenarios, component)
-            narrow = search.outcome(len(TAUS) - 1)
-            if narrow.passes(spec):
-                taus[component] = search.largest_tau()
-            else:
-                dropped.append(_dropped(scenarios, component, narrow.reason(spec)))
+    for component in range(len(scenarios)):
+        progress("tightening components", component, len(scenarios), "components")
+        search = _Search(spec, examine, scenarios, component)
+        narrowest = search.outcome(len(TAUS) - 1)
+        if narrowest.passes(spec):
+            taus[component] = search.largest_tau()
+        else:
+            dropped.append(_dropped(scenarios, component, narrowest.reason(spec)))
     kept = np.flatnonzero(taus > 0)
     log.info("%d of %d components are pure and misclassified at some tau", len(kept), len(scenarios))
     return scenarios.take(kept, taus=taus[kept], dropped=tuple(dropped))
@@ -84,8 +92,8 @@ def _bound(hits: int, total: int) -> float:
 class _Search:
     """The search for the largest tau of one component. The same normal draws serve every tau."""
 
-    def __init__(self, spec: RunFile, examiner: Examiner, scenarios: Scenarios, component: int) -> None:
-        self.spec, self.examiner = spec, examiner
+    def __init__(self, spec: RunFile, examine: Examine, scenarios: Scenarios, component: int) -> None:
+        self.spec, self.examine = spec, examine
         self.mean, self.covariance = scenarios.means[component], scenarios.covariances[component]
         rng = generator(spec.seed, "tighten", component)
         self.normal: F64 = rng.standard_normal((DRAWS, len(self.mean)))
@@ -93,7 +101,7 @@ class _Search:
     def outcome(self, index: int) -> _Outcome:
         """Return what the draws at TAUS[index] show."""
         codes: F32 = truncated_codes(self.mean, TAUS[index] * self.covariance, self.normal)
-        predicted, labels = self.examiner.examine(codes)
+        predicted, labels = self.examine(codes)
         label = most_common(labels)
         labelled = labels != NONE_OF_THE_ABOVE
         pure = 0 if label is None else int((labels == label).sum())

@@ -16,9 +16,10 @@ os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 
 import pytest
 
-from defuse_core.artifacts import Models
+from defuse_core.artifacts import Models, ReferenceSet
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.progress import silent
+from defuse_core.reference_models import train_reference_models
 from defuse_core.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +113,12 @@ def tiny_spec() -> RunFile:
 @pytest.fixture(scope="session")
 def tiny_models(tiny_spec: RunFile) -> Models:
     return train(tiny_spec, progress=silent)
+
+
+@pytest.fixture(scope="session")
+def references() -> ReferenceSet:
+    """The reference models of the recommended way."""
+    return train_reference_models(recommended(), None, progress=silent)
 
 
 @pytest.fixture(scope="module")

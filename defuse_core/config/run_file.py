@@ -164,7 +164,7 @@ class RunFile(Section):
             )
         if self.vae.epochs == 0 and self.vae.weights is None:
             raise ValueError("vae.epochs = 0 brings a trained β-VAE, so vae.weights must name its file")
-        if self.data.name != "digits" and self.data.root is None:
+        if self.data.name not in {"digits", "mnist-5000"} and self.data.root is None:
             raise ValueError(
                 f"data.root must say where the {self.data.name} images lie (--set data.root=FOLDER)"
             )

