@@ -128,7 +128,7 @@ class Run:
         return decode(kind, data, f"{self.store.address}/{name}")
 
     def manifest(self) -> dict[str, Any]:
-        """Return how the run was made: versions, seed, device, data, annotators, each artefact's step, time and size."""
+        """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size."""
         try:
             manifest: dict[str, Any] = json.loads(self.store.read("manifest.json"))
         except FileNotFoundError:
