@@ -47,7 +47,8 @@ def decode(kind: type[T], data: bytes, where: str) -> T:
         digest, text = json.loads(header["defuse"])
     except (SafetensorError, ValueError, KeyError, OverflowError, MemoryError) as error:
         raise StoreError(
-            f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error})"
+            f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error}); "
+            "delete it and run again to remake it"
         ) from error
     if digest != _digest(text, arrays):
         raise StoreError(

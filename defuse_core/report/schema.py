@@ -147,7 +147,7 @@ class VoteFigures(ReportModel):
     ties: int
     """Images without a label because several classes have the most votes."""
     no_class_chosen: int
-    """Images without a label because every answer is none-of-the-above, or because there is no answer."""
+    """Images without a label because every answer is none-of-the-above, or because nobody answered."""
     notes: dict[str, Any]
 
 
