@@ -15,16 +15,10 @@ from typing import Any
 
 import boto3
 from boto3.s3.transfer import TransferConfig
+from botocore import exceptions as aws
 from botocore.config import Config
-from botocore.exceptions import (
-    ClientError,
-    FlexibleChecksumError,
-    IncompleteReadError,
-    ResponseStreamingError,
-)
 
 from defuse_core.errors import InputError, StoreError
-from services.storage.explain import code_of, explained, status_of
 from services.storage.lease import KEY, Lease, hold
 
 log = logging.getLogger("defuse")
@@ -35,7 +29,24 @@ LOOK_AGAIN_S = 0.1
 PATIENCE = 10  # attempts with exponential back-off: about a minute without an answer
 READ_PAUSES_S = (0.2, 0.5, 1.0)  # before a body that broke off or arrived altered is fetched again
 ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(.*))?")
-BROKEN = (ResponseStreamingError, IncompleteReadError, FlexibleChecksumError)
+BROKEN = (aws.ResponseStreamingError, aws.IncompleteReadError, aws.FlexibleChecksumError)
+CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+DENIED = {
+    "403",
+    "AccessDenied",
+    "ExpiredToken",
+    "Forbidden",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "Unauthorized",
+}
+NO_ANSWER = (
+    aws.HTTPClientError,
+    aws.EndpointConnectionError,
+    aws.ConnectionError,
+    aws.ResponseStreamingError,
+)
 
 
 def open_s3(address: str) -> S3Store:
@@ -47,8 +58,10 @@ def open_s3(address: str) -> S3Store:
     if match is None:
         raise InputError(f"--store {address}: expected s3://bucket/prefix")
     prefix = (match[2] or "").strip("/")
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells of credentials at every turn
-    with explained(address, None):
+    logging.getLogger("botocore").setLevel(
+        logging.WARNING
+    )  # at INFO it logs its credentials' origin each time
+    with translated_errors(address, None):
         session = boto3.Session()
         try:
             endpoint = session.client("s3").meta.endpoint_url
@@ -91,19 +104,19 @@ class S3Store:
 
     def check(self) -> None:
         """Raise StoreError if the bucket cannot be listed; does not wait long for an answer."""
-        with self._explained():
+        with self._errors():
             _client(self.endpoint, self.region, 2).list_objects_v2(
                 Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1
             )
 
     def exists(self, key: str) -> bool:
-        with contextlib.suppress(FileNotFoundError), self._explained(key):
+        with contextlib.suppress(FileNotFoundError), self._errors(key):
             self._client.head_object(**self._at(key))
             return True
         return False
 
     def read(self, key: str) -> bytes:
-        with self._explained(key):
+        with self._errors(key):
             for pause in READ_PAUSES_S:
                 with contextlib.suppress(_AlteredError, *BROKEN):
                     return self._fetch(key)
@@ -112,7 +125,7 @@ class S3Store:
 
     def write(self, key: str, data: bytes) -> None:
         self._check_lease()
-        with self._explained(key):
+        with self._errors(key):
             if len(data) >= LARGE_BYTES:
                 self._write_in_parts(key, data)
             else:
@@ -138,7 +151,7 @@ class S3Store:
             "Prefix": self.prefix + prefix,
             "PaginationConfig": {"PageSize": LIST_PAGE},
         }
-        with self._explained():
+        with self._errors():
             pages = self._client.get_paginator("list_objects_v2").paginate(**asked)
             keys = [
                 found["Key"].removeprefix(self.prefix) for page in pages for found in page.get("Contents", [])
@@ -147,7 +160,7 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         self._check_lease()
-        with contextlib.suppress(FileNotFoundError), self._explained(key):
+        with contextlib.suppress(FileNotFoundError), self._errors(key):
             self._client.delete_object(**self._at(key))
 
     @contextlib.contextmanager
@@ -170,8 +183,8 @@ class S3Store:
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
-    def _explained(self, key: str = "") -> AbstractContextManager[None]:
-        return explained(f"{self.address}/{key}".rstrip("/"), self.endpoint)
+    def _errors(self, key: str = "") -> AbstractContextManager[None]:
+        return translated_errors(f"{self.address}/{key}".rstrip("/"), self.endpoint)
 
     def _check_lease(self) -> None:
         for prefix, lease in self.leases.items():
@@ -196,13 +209,13 @@ class S3Store:
     def _put_if(self, key: str, data: bytes, **condition: str) -> str | None:
         """Return the new ETag, or None if the condition did not hold."""
         asked = {**self._at(key), "Body": data, "Metadata": _digest(data)}
-        with self._explained(key):
+        with self._errors(key):
             try:
                 return str(self._client.put_object(**asked, **condition)["ETag"])
-            except ClientError as error:
-                if status_of(error) in {409, 412} or code_of(error) == "NoSuchKey":
+            except aws.ClientError as error:
+                if _status_of(error) in {409, 412} or _code_of(error) == "NoSuchKey":
                     return None
-                if status_of(error) != 501:
+                if _status_of(error) != 501:
                     raise
             return str(self._client.put_object(**asked)["ETag"])
 
@@ -226,7 +239,7 @@ class _Slot:
         return seen
 
     def _look(self) -> tuple[str, bytes] | None:
-        with contextlib.suppress(FileNotFoundError), self.store._explained(KEY):
+        with contextlib.suppress(FileNotFoundError), self.store._errors(KEY):
             answer = self.store._client.get_object(**self.store._at(KEY))
             return answer["ETag"], answer["Body"].read()
         return None
@@ -242,7 +255,7 @@ class _Slot:
         return self.store._put_if(KEY, data, IfNoneMatch="*") is None
 
     def clear(self) -> None:
-        with self.store._explained(KEY):
+        with self.store._errors(KEY):
             self.store._client.delete_object(**self.store._at(KEY))
 
 
@@ -260,3 +273,49 @@ def _client(endpoint: str | None, region: str | None, attempts: int) -> Any:
 
 def _digest(data: bytes) -> dict[str, str]:
     return {"sha256": hashlib.sha256(data).hexdigest()}
+
+
+@contextlib.contextmanager
+def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
+    """Raise botocore's errors as FileNotFoundError for a missing key, as StoreError in one line for all else."""
+    try:
+        yield
+    except aws.ClientError as error:
+        raise _translated(error, where, endpoint) from error
+    except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
+        raise StoreError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
+    except aws.ProfileNotFound as error:
+        raise StoreError(f"{where}: {error}; check AWS_PROFILE") from error
+    except NO_ANSWER as error:
+        raise StoreError(
+            f"{where}: no answer from {endpoint or 'AWS'} ({type(error).__name__}); check AWS_ENDPOINT_URL "
+            "and the network, then run again to continue"
+        ) from error
+    except aws.BotoCoreError as error:
+        raise StoreError(f"{where}: {error}") from error
+
+
+def _code_of(error: aws.ClientError) -> str:
+    """Return the server's error code: a name such as NoSuchKey, or the HTTP status where it sent no body."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status_of(error: aws.ClientError) -> int:
+    """Return the HTTP status, 0 where unknown."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exception:
+    code, server = _code_of(error), endpoint or "AWS"
+    if code == "NoSuchBucket":
+        return StoreError(f"{where}: {server} has no such bucket; create it, or check --store")
+    if code in {"NoSuchKey", "404", "NotFound"}:
+        return FileNotFoundError(where)
+    if code in DENIED or _status_of(error) == 403:
+        return StoreError(
+            f"{where}: {server} refused the credentials ({code}); check {CREDENTIALS} and their rights"
+        )
+    if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
+        return StoreError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
+    message = error.response.get("Error", {}).get("Message", "")
+    return StoreError(f"{where}: {server} answered {code} {message}; run again to continue")

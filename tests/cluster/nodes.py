@@ -30,8 +30,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.compute import RayCompute
-from cluster.identify import FILL_EVERY_S
-from cluster.session import Share, capacity
+from cluster.identify import SCALE_EVERY_S
+from cluster.resources import WorkerResources, capacity
 from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
@@ -116,8 +116,8 @@ def the_last_node_dies(models: Models, folder: Path) -> dict[str, Any]:
         thread = in_background(lambda: compute.identify(spec, models, store))
         wait_until(lambda: len(store.list("psi/")) >= 2)
         kill_raylet(only)
-        wait_until(lambda: capacity(Share(1, 0)) == 0)
-        time.sleep(2 * FILL_EVERY_S)  # the driver has looked, and found no room
+        wait_until(lambda: capacity(WorkerResources(1, 0)) == 0)
+        time.sleep(2 * SCALE_EVERY_S)  # the driver has looked, and found no room
         waited = thread.is_alive()
         cluster.add_node(num_cpus=1)
         thread.join(120)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.compute import RayCompute
-from cluster.session import connect
+from cluster.connection import connect
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import trial_key
@@ -62,7 +62,7 @@ def assert_equal_sweeps(sweep: Sweep, other: Sweep) -> None:
 def test_an_address_of_another_kind_is_refused_with_what_to_do(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.session.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("cluster.connection.ray.is_initialized", lambda: False)
     with pytest.raises(InputError, match="expected HOST:PORT .* `defuse submit`"):
         connect(address)
 
@@ -82,9 +82,7 @@ def test_a_store_that_the_workers_do_not_share_is_said_with_the_first_shard(
     store = OwnDiskStore(tmp_path / "run")
     with (
         RayCompute(None, tiny_spec) as compute,
-        pytest.raises(
-            InputError, match="is not there for this process; --store must be what all nodes share"
-        ),
+        pytest.raises(InputError, match="does not find it there; --store must be one that all nodes share"),
     ):
         compute.identify(tiny_spec, tiny_models, store)
 
@@ -93,7 +91,10 @@ def test_trials_that_another_disk_holds_are_said(
     tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path
 ) -> None:
     spec = tiny(correct={"lambdas": [1.0], "epochs": 1})
-    with RayCompute(None, spec) as compute, pytest.raises(InputError, match="--store must be what all nodes"):
+    with (
+        RayCompute(None, spec) as compute,
+        pytest.raises(InputError, match="--store must be one that all nodes"),
+    ):
         compute.sweep(spec, tiny_models, fixes, None, OwnDiskStore(tmp_path / "run"))
 
 
@@ -297,7 +298,7 @@ def test_a_sweep_over_nothing_starts_nothing(tiny_spec: RunFile, tiny_models: Mo
     )
     with RayCompute(None, tiny_spec) as compute:
         sweep = compute.sweep(tiny_spec, tiny_models, none, None, FolderStore(tmp_path))
-        assert compute.relay is None
+        assert compute.listener is None
     assert sweep.weights == {}
 
 

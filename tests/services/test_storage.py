@@ -278,7 +278,7 @@ def test_every_way_to_be_refused_says_what_to_do(tmp_path: Path, aws: pytest.Mon
     with rclone_server(tmp_path, *KEYS.values()) as endpoint:
         aws.setenv("AWS_ENDPOINT_URL", endpoint)
         open_store("s3://bucket/run").write("a", b"1")
-        assert "there is no such bucket" in _refused(aws, "s3://other/run")
+        assert "has no such bucket; create it" in _refused(aws, "s3://other/run")
         aws.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
         assert "refused the credentials (SignatureDoesNotMatch)" in _refused(aws)
         aws.setenv("AWS_ACCESS_KEY_ID", "nobody")

@@ -7,7 +7,7 @@ import os
 import pytest
 from ray.tune.execution.class_cache import _ActorClassCache
 
-from cluster.sweep import _quiet_tune
+from cluster.ray_compat import quiet_tune
 
 
 class Trainable:
@@ -19,7 +19,7 @@ def test_tune_does_not_describe_its_actors_with_the_keys_of_the_store(
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(name, "never-to-be-seen")
-    with _quiet_tune():
+    with quiet_tune():
         described = _ActorClassCache().get(Trainable)._default_options["runtime_env"]
     assert "PL_DISABLE_FORK" in described["env_vars"]  # this is where Tune puts what it passes on
     assert not [name for name in described["env_vars"] if name.startswith("AWS_")]
