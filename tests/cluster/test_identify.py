@@ -1,4 +1,4 @@
-"""Whatever happens to identification, Psi is the same; and what cannot be borne is named."""
+"""Identification on Ray finds the same Psi, whatever happens to its workers; what cannot be retried is named."""
 
 from __future__ import annotations
 
@@ -21,13 +21,21 @@ from cluster.identify import ShardQueue
 from defuse_core.artifacts import Models, Psi
 from defuse_core.config import RunFile
 from defuse_core.data import PictureFiles, open_splits
-from defuse_core.errors import DataError
-from defuse_core.identify import finished_shards, gather_shards
+from defuse_core.distill import distill
+from defuse_core.errors import ComputeError, DataError, InputError
+from defuse_core.identify import finished_shards, gather_shards, shard_key
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
-from tests.cluster.checks import Lines, assert_same_psi
-from tests.cluster.fakes import CountingStore
+from tests.cluster.checks import Lines, assert_equal_psi, assert_same_psi, kill_soon
+from tests.cluster.fakes import (
+    CountingStore,
+    DeadlyStore,
+    HiccupStore,
+    OwnDiskStore,
+    RefusingStore,
+    StumblingStore,
+)
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -123,3 +131,115 @@ def test_a_picture_that_cannot_be_read_stops_the_run_at_once_and_is_named_with_i
     assert "shard 4 of 5 (training images 128 to 159) failed" in line
     assert name in line
     assert not any("again" in line for line in lines.lines)
+
+
+@pytest.mark.parametrize("workers", [1, "auto"])
+def test_any_number_of_workers_finds_the_same_psi(
+    workers: object, tiny_models: Models, local_psi: Psi, local_store: FolderStore, tmp_path: Path
+) -> None:
+    spec = tiny(resources={"workers": workers})
+    with RayCompute(None, spec) as compute:
+        psi = compute.identify(spec, tiny_models, FolderStore(tmp_path))
+        scenarios = compute.task("distill", distill, spec, psi, FolderStore(tmp_path))
+    assert_equal_psi(psi, local_psi)
+    assert_same_psi(len(psi.codes), FolderStore(tmp_path), local_store)
+    here = distill(spec, local_psi, local_store, progress=silent)
+    assert np.array_equal(scenarios.means, here.means)
+    assert np.array_equal(scenarios.covariances, here.covariances)
+
+
+def test_shards_that_are_there_are_not_made_again(
+    tiny_spec: RunFile, tiny_models: Models, local_psi: Psi, local_store: FolderStore, tmp_path: Path
+) -> None:
+    store, kept = CountingStore(tmp_path / "run"), [0, 1, 4]
+    for key in local_store.list("psi/"):
+        if int(Path(key).stem) in kept:
+            FolderStore(store.folder).write(key, local_store.read(key))
+    with RayCompute(None, tiny_spec) as compute:
+        assert_equal_psi(compute.identify(tiny_spec, tiny_models, store), local_psi)
+    made = [index for index in range(len(local_psi.codes)) if int(store.writes(shard_key(index)))]
+    assert made == [index for index in range(len(local_psi.codes)) if index not in kept]
+
+
+def test_a_killed_worker_costs_only_what_it_had_in_hand(
+    tiny_spec: RunFile,
+    tiny_models: Models,
+    local_psi: Psi,
+    local_store: FolderStore,
+    tmp_path: Path,
+    lines: Lines,
+) -> None:
+    store = CountingStore(tmp_path / "run", pause_s=0.2)
+    killer = kill_soon(lines, "identify: worker", lambda: bool(store.list("psi/")))
+    with RayCompute(None, tiny_spec) as compute:
+        psi = compute.identify(tiny_spec, tiny_models, store)
+    killer.join()
+    assert_equal_psi(psi, local_psi)
+    assert_same_psi(len(psi.codes), store, local_store)
+    assert any("was lost" in line for line in lines.lines)
+    assert sum(int(store.writes(shard_key(index))) for index in range(len(psi.codes))) <= len(psi.codes) + 3
+
+
+def test_a_store_that_fails_now_and_then_is_borne_with(
+    tiny_spec: RunFile,
+    tiny_models: Models,
+    local_psi: Psi,
+    local_store: FolderStore,
+    tmp_path: Path,
+    lines: Lines,
+) -> None:
+    store = StumblingStore(tmp_path / "run", every=4)
+    with RayCompute(None, tiny_spec) as compute:
+        psi = compute.identify(tiny_spec, tiny_models, store)
+    assert_equal_psi(psi, local_psi)
+    assert_same_psi(len(psi.codes), store, local_store)
+    assert any("not stored, trying again" in line for line in lines.lines)
+
+
+def test_a_shard_that_fails_once_is_made_again(
+    tiny_spec: RunFile,
+    tiny_models: Models,
+    local_psi: Psi,
+    local_store: FolderStore,
+    tmp_path: Path,
+    lines: Lines,
+) -> None:
+    store = HiccupStore(tmp_path / "run", "psi/000003")
+    with RayCompute(None, tiny_spec) as compute:
+        psi = compute.identify(tiny_spec, tiny_models, store)
+    assert_equal_psi(psi, local_psi)
+    assert_same_psi(len(psi.codes), store, local_store)
+    (told,) = [line for line in lines.lines if "shard 3 again" in line]
+    assert told.endswith("shard 3 of 10 (training images 96 to 127) failed: RuntimeError: CUDA out of memory")
+
+
+def test_a_shard_that_fails_twice_stops_the_run_and_is_named(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path, lines: Lines
+) -> None:
+    store = RefusingStore(tmp_path / "run", "psi/000003", with_bug=True)
+    with RayCompute(None, tiny_spec) as compute, pytest.raises(ComputeError) as raised:
+        compute.identify(tiny_spec, tiny_models, store)
+    line = str(raised.value)
+    assert "shard 3 of 10 (training images 96 to 127)" in line
+    assert line.endswith("ZeroDivisionError: of a pixel by nothing")
+    assert len([line for line in lines.lines if "shard 3 again" in line]) == 1
+
+
+def test_a_shard_that_kills_its_worker_each_time_stops_the_run_and_is_named(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path
+) -> None:
+    store = DeadlyStore(tmp_path / "run", "psi/000003")
+    with RayCompute(None, tiny_spec) as compute, pytest.raises(ComputeError) as raised:
+        compute.identify(tiny_spec, tiny_models, store)
+    assert "shard 3 of 10 (training images 96 to 127) was lost 5 times with its worker" in str(raised.value)
+
+
+def test_a_store_that_the_workers_do_not_share_is_said_with_the_first_shard(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path
+) -> None:
+    store = OwnDiskStore(tmp_path / "run")
+    with (
+        RayCompute(None, tiny_spec) as compute,
+        pytest.raises(InputError, match="does not find it there; --store must be one that all nodes share"),
+    ):
+        compute.identify(tiny_spec, tiny_models, store)
