@@ -29,7 +29,7 @@ from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep, load_fine_tuning_data, nothing_to_tune
 from defuse_core.data import Images
-from defuse_core.identify import finished_shards, gather_shards, shard_count
+from defuse_core.identify import finished_shards, gather_shards, shard_count, shard_fingerprint
 from defuse_core.progress import Progress, silent
 from defuse_core.store import Store
 
@@ -45,8 +45,16 @@ class RayCompute:
     A context manager. Ray is started or joined by the first step that needs it: a finished run needs none.
     """
 
-    def __init__(self, address: str | None, spec: RunFile, progress: Progress = silent) -> None:
-        self.address, self.spec, self.progress = address, spec, progress
+    def __init__(
+        self,
+        address: str | None,
+        spec: RunFile,
+        progress: Progress = silent,
+        *,
+        require_lock: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`require_lock` raises RunBusyError once another driver has the run; a task that runs then is ended."""
+        self.address, self.spec, self.progress, self.require_lock = address, spec, progress, require_lock
         self.listener: ProgressListener | None = None
         self.connected_here = False
         self.tag = secrets.token_hex(2)  # so that the names of two drivers' actors differ
@@ -76,7 +84,7 @@ class RayCompute:
         The driver holds a few numbers per shard: its memory does not grow with images or failures.
         """
         count = shard_count(models.images["train"], spec.identify.block_images)
-        records = finished_shards(store)
+        records = finished_shards(store, shard_fingerprint(spec, models))
         missing = [index for index in range(count) if index not in records]
         if missing:
             pool = self._pool(spec, models, store)
@@ -149,18 +157,26 @@ class RayCompute:
 
     def _wait(self, step: str, done: Any) -> None:
         """Show a task's progress until it ends; its result stays on its node. Raises its error."""
+        try:
+            self._show_until(step, done)
+        except BaseException:
+            ray.cancel(done, force=True)
+            raise
+        try:
+            ray.get(done)
+        except RayError as error:
+            raise as_defuse_error(error, step) from error
+
+    def _show_until(self, step: str, done: Any) -> None:
         listener, started, reported = self._ready(), time.monotonic(), False
         while not ray.wait([done], timeout=POLL_EVERY_S)[0]:
+            self.require_lock()
             reported |= listener.poll()
             if not reported and time.monotonic() - started > WARN_AFTER_S:
                 reported = True
                 resources = task_resources(self.spec.resources)
                 log.warning("%s: waiting for %s to be free on the cluster", step, resources)
         listener.flush()
-        try:
-            ray.get(done)
-        except RayError as error:
-            raise as_defuse_error(error, step) from error
 
 
 def _in_worker(step: str, function: Callable[..., T], progress_actor: Any, *args: object) -> tuple[None, T]:

@@ -28,7 +28,7 @@ from cluster.progress import ProgressListener, reporting
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, current_location
 from defuse_core.artifacts import Models, Shard
 from defuse_core.config import RunFile
-from defuse_core.errors import ComputeError, DefuseError, InputError, StoreError
+from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
 from defuse_core.progress import Progress
 from defuse_core.store import Store
@@ -158,10 +158,12 @@ class ShardQueue:
         """Return the records of all shards that waited.
 
         Raises the error of a shard that fails a second time, or at once where the user's input is at fault;
-        ComputeError for a shard whose worker is lost again and again.
+        ComputeError for a shard whose worker is lost again and again; RunBusyError where another driver took the run
+        over. Whatever ends it also ends the workers.
         """
         try:
             while len(self.records) < self.asked:
+                self.pool.store.require_lock()
                 self.monitor.check()
                 self._scale()
                 for reference in self._ready():
@@ -250,7 +252,7 @@ class ShardQueue:
         if index in self.records:  # another worker has finished it
             return
         cause = as_defuse_error(error, "identify")
-        if isinstance(cause, InputError) or index in self.failed:
+        if isinstance(cause, InputError | RunBusyError) or index in self.failed:
             raise cause from error
         log.warning("identify: shard %d again, since it failed once: %s", index, cause)
         self.failed.add(index)

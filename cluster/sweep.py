@@ -147,7 +147,8 @@ class _SweepProgress(tune.Callback):
         return {}
 
     def on_step_end(self, iteration: int, trials: Sequence[TuneTrial], **info: Any) -> None:
-        """Show the workers' log lines; warn where all trials wait."""
+        """Show the workers' log lines; warn where all trials wait; end the sweep if the run was taken over."""
+        self.sweep.store.require_lock()
         metrics.set_running_trials(sum(trial.status == TuneTrial.RUNNING for trial in trials))
         self.sweep.listener.poll()
         self.monitor.check()

@@ -119,7 +119,8 @@ def _compute(
         return contextlib.nullcontext(LocalCompute(display))
     from cluster.compute import RayCompute
 
-    return RayCompute(address or read_settings().ray_address, run.spec, display)
+    found = address or read_settings().ray_address
+    return RayCompute(found, run.spec, display, require_lock=run.store.require_lock)
 
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:

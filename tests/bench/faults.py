@@ -32,7 +32,7 @@ from tests.s3_servers import free_port, rclone_server
 
 KEYS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_EC2_METADATA_DISABLED": "true"}
 OUTAGE_S = 15.0
-SHARD, TRIAL = "psi/000001.json", "trials/defuse/lam-1.0.safetensors"
+SHARD, TRIAL = "psi/000001.safetensors", "trials/defuse/lam-1.0.safetensors"
 
 
 @dataclass(frozen=True)

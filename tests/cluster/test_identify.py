@@ -91,7 +91,7 @@ def kill_a_worker(store: FolderStore, lines: Lines, after: int, killed: list[int
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         processes = lines.processes("identify: worker")
-        if processes and len(store.list("psi/")) >= 2 * after:
+        if processes and len(store.list("psi/")) >= after:
             os.kill(processes[-1], signal.SIGKILL)
             killed.append(processes[-1])
             return

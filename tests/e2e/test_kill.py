@@ -15,7 +15,7 @@ from tests.conftest import ROOT, TINY
 
 IN_THE_MIDDLE_OF = {  # step -> a key that appears while it is under way or just before, and one that it ends with
     "train": ("training/classifier.safetensors", "models.safetensors"),
-    "identify": ("psi/000002.json", "psi.safetensors"),
+    "identify": ("psi/000002.safetensors", "psi.safetensors"),
     "distill": ("psi.safetensors", "scenarios.safetensors"),
     "draw": ("scenarios.safetensors", "gallery.safetensors"),
     "review": ("gallery.safetensors", "votes.safetensors"),
