@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from cluster.errors import one_line
+from cluster.ray_compat import connection_error, is_unauthenticated, set_private_token
 from defuse_core.errors import ComputeError, InputError, RunFileError
 
+log = logging.getLogger("defuse")
+CONNECT_WITHIN_S = 20.0
+INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
 SHARED_STORE = "--store must be one that all nodes share: s3://bucket/prefix, or a shared folder"
 
 
@@ -34,33 +37,40 @@ def connect(address: str | None) -> bool:
             f"--address {address}: expected HOST:PORT of a cluster that this machine is a node of, or auto; from "
             "elsewhere `defuse submit` takes the dashboard's http:// address"
         )
+    if found := connection_error(address, CONNECT_WITHIN_S):
+        raise ComputeError(_unreachable(address, found))
     try:
         ray.init(address=address, **quiet)
     except Exception as error:
-        raise ComputeError(_unreachable(address, error)) from error
+        raise ComputeError(_unreachable(address, one_line(error))) from error
     return True
 
 
 def protect_embedded_ray() -> None:
     """Give the embedded Ray a token that only this process knows, since it listens on every interface of the machine.
 
-    Ray turns its token authentication on by itself unless RAY_AUTH_MODE is set; with a token in the environment it
-    neither needs nor writes ~/.ray/auth_token.
+    Raises InputError where RAY_AUTH_MODE turns authentication off and DEFUSE_UNAUTHENTICATED_RAY does not insist.
     """
-    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
-
-def _unreachable(address: str, error: Exception) -> str:
-    text = str(error)
-    if "token" in text.lower() or "authenticat" in text.lower():
-        return (
-            f"Ray at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "
-            "(`ray get-auth-token` on its head shows it)"
+    if not is_unauthenticated():
+        set_private_token()
+    elif os.environ.get(INSIST) == "1":
+        log.warning(
+            "RAY RUNS WITHOUT AUTHENTICATION: WHOEVER REACHES THIS MACHINE CAN RUN CODE ON IT (%s=1)", INSIST
         )
-    return (
-        f"no Ray cluster answers at {address} ({one_line(error)}); see --address, RAY_ADDRESS, RAY_AUTH_TOKEN"
-    )
+    else:
+        raise InputError(
+            f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: expected `token` or no such variable, since whoever reaches "
+            f"this machine could run code in its Ray; unset it, or set {INSIST}=1 where nobody else reaches it"
+        )
+
+
+def _unreachable(address: str, found: str) -> str:
+    if any(word in found.lower() for word in ("token", "authenticat", "unauthorized")):
+        return (
+            f"Ray at {address} requires another token than this process has: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN to the cluster's (`ray get-auth-token` on its head shows it)"
+        )
+    return f"no Ray cluster answers at {address} ({found}); check --address or RAY_ADDRESS: it is port 6379 of the head"
 
 
 def require_absolute_root(root: Path | None) -> None:

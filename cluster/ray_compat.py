@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,6 +60,55 @@ def named_trainable(function: Callable[..., Any], name: str) -> type[Trainable]:
     trainable = wrap_function(function, name=name)
     trainable.__name__ = trainable.__qualname__ = name
     return trainable
+
+
+PROBE = """
+import sys
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray._raylet import GcsClient
+try:
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    GcsClient(address=canonicalize_bootstrap_address_or_die(sys.argv[1]))
+except Exception as error:
+    sys.exit(" ".join(str(error).split()))
+"""
+
+
+def connection_error(address: str, timeout_s: float) -> str | None:
+    """Return why no cluster can be joined at `address`, None where one can.
+
+    In a process of its own, since ray.init and its client retry for minutes and cannot be interrupted.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, address],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout_s:.0f} s"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def is_unauthenticated() -> bool:
+    """Whether a Ray that this process starts would serve anyone who reaches its ports.
+
+    Ray authenticates by token when RAY_AUTH_MODE is unset; any value but `token` turns that off, also a misspelt one.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE")
+    return mode is not None and mode.lower() != "token"
+
+
+def set_private_token() -> None:
+    """Give a Ray that this process starts a token of its own; then Ray neither needs nor writes ~/.ray/auth_token."""
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def quiet_job_client(address: str) -> None:

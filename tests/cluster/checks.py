@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -52,6 +53,23 @@ def assert_equal_psi(psi: Psi, other: Psi) -> None:
 def assert_equal_sweeps(sweep: Sweep, other: Sweep) -> None:
     assert (sweep.rows, sweep.chosen, sweep.failed) == (other.rows, other.chosen, other.failed)
     assert all(np.array_equal(sweep.weights[key], other.weights[key]) for key in other.weights)
+
+
+def all_end(processes: set[int], within_s: float) -> bool:
+    """Whether the processes of workers end within so many seconds. Ray gives an idle one back to its pool."""
+    deadline = time.monotonic() + within_s
+    while any(b"ray::IDLE" not in _title(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _title(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes() or b"ray::IDLE"
+    except OSError:
+        return b"ray::IDLE"  # it is gone
 
 
 def kill_soon(lines: Lines, beginning: str, when: Callable[[], bool]) -> threading.Thread:

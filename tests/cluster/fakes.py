@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from defuse_core.errors import StoreError
+from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.progress import Progress
 from defuse_core.store import FolderStore
 
@@ -135,6 +135,20 @@ class CountingStore(FolderStore):
         folder = self.folder.with_name(self.folder.name + "-counts")
         folder.mkdir(exist_ok=True)
         return Tally(folder / key.replace("/", "-"))
+
+
+class TakenOverStore(CountingStore):
+    """Another driver takes the run over as soon as a key is written."""
+
+    def require_lock(self) -> None:
+        if self.list():
+            raise RunBusyError("another driver took the run over")
+
+
+def sleeping(pid: Path, *, progress: Progress) -> None:
+    """Write down which process this is, and do nothing for a long time."""
+    pid.write_text(str(os.getpid()))
+    time.sleep(300)
 
 
 def shouting(word: str, *, progress: Progress) -> str:

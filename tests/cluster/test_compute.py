@@ -9,12 +9,13 @@ import pytest
 
 from cluster.compute import RayCompute
 from defuse_core.config import RunFile
-from defuse_core.errors import ComputeError, DataError, RunFileError
-from tests.cluster.checks import Lines
+from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
+from tests.cluster.checks import Lines, all_end
 from tests.cluster.fakes import (
     dying_once,
     failing,
     shouting,
+    sleeping,
 )
 from tests.conftest import tiny
 
@@ -70,3 +71,16 @@ def test_asking_for_more_than_there_is_is_said_at_once(resources: dict[str, obje
     with RayCompute(None, tiny(resources=resources)) as compute, pytest.raises(RunFileError, match=line):
         compute.task("train", shouting, "never")
     assert time.monotonic() - begun < 5
+
+
+def test_a_driver_that_lost_its_run_ends_the_task_under_way(tiny_spec: RunFile, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+
+    def require_lock() -> None:
+        if pid.exists():
+            raise RunBusyError("another driver took the run over")
+
+    with RayCompute(None, tiny_spec, require_lock=require_lock) as compute:
+        with pytest.raises(RunBusyError, match="another driver took the run over"):
+            compute.task("train", sleeping, pid)
+        assert all_end({int(pid.read_text())}, within_s=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import tempfile
 import threading
@@ -22,12 +23,12 @@ from defuse_core.artifacts import Models, Psi
 from defuse_core.config import RunFile
 from defuse_core.data import PictureFiles, open_splits
 from defuse_core.distill import distill
-from defuse_core.errors import ComputeError, DataError, InputError
-from defuse_core.identify import finished_shards, gather_shards, shard_key
+from defuse_core.errors import ComputeError, DataError, InputError, RunBusyError
+from defuse_core.identify import finished_shards, gather_shards, shard_fingerprint, shard_key
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
-from tests.cluster.checks import Lines, assert_equal_psi, assert_same_psi, kill_soon
+from tests.cluster.checks import Lines, all_end, assert_equal_psi, assert_same_psi, kill_soon
 from tests.cluster.fakes import (
     CountingStore,
     DeadlyStore,
@@ -35,6 +36,7 @@ from tests.cluster.fakes import (
     OwnDiskStore,
     RefusingStore,
     StumblingStore,
+    TakenOverStore,
 )
 from tests.conftest import tiny
 
@@ -75,7 +77,7 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
         killed: list[int] = []
         killer = threading.Thread(target=kill_a_worker, args=(store, lines, len(there) + kill_after, killed))
         killer.start()
-        records = finished_shards(store)
+        records = finished_shards(store, shard_fingerprint(spec, tiny_models))
         with RayCompute(None, spec) as compute:
             pool = compute._pool(spec, tiny_models, store)
             waiting = [index for index in order if index not in records]
@@ -243,3 +245,29 @@ def test_a_store_that_the_workers_do_not_share_is_said_with_the_first_shard(
         pytest.raises(InputError, match="does not find it there; --store must be one that all nodes share"),
     ):
         compute.identify(tiny_spec, tiny_models, store)
+
+
+def test_a_driver_that_lost_its_run_ends_its_workers(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path, lines: Lines
+) -> None:
+    store = TakenOverStore(tmp_path / "run", pause_s=1.0)
+    with RayCompute(None, tiny_spec) as compute:
+        with pytest.raises(RunBusyError, match="another driver took the run over"):
+            compute.identify(tiny_spec, tiny_models, store)
+        assert all_end(set(lines.processes("identify: worker")), within_s=20)
+
+
+def test_a_worker_of_a_driver_that_lost_its_run_is_refused_and_nothing_is_tried_again(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path, lines: Lines
+) -> None:
+    store = FolderStore(tmp_path / "run")
+    with store.lock():
+        lost = pickle.loads(pickle.dumps(store))
+    with (
+        RayCompute(None, tiny_spec) as compute,
+        pytest.raises(RunBusyError, match="held this run and no longer"),
+    ):
+        lost.require_lock = lambda: None  # the driver has not noticed yet
+        compute.identify(tiny_spec, tiny_models, lost)
+    assert store.list() == []
+    assert not any("again" in line for line in lines.lines)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cluster.compute import RayCompute
-from defuse_core.artifacts import Corrections, Models, Sweep
+from defuse_core.artifacts import Corrections, Models, Sweep, Trial
+from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
-from defuse_core.correct import trial_key
-from defuse_core.errors import ComputeError, InputError, StoreError
+from defuse_core.correct import collect_sweep, load_fine_tuning_data, run_trial, trial_key
+from defuse_core.errors import ComputeError, InputError, RunBusyError, StoreError
+from defuse_core.local import LocalCompute
+from defuse_core.progress import silent
 from defuse_core.store import FolderStore
-from tests.cluster.checks import Lines, assert_equal_sweeps, kill_soon
+from tests.cluster.checks import Lines, all_end, assert_equal_sweeps, kill_soon
 from tests.cluster.fakes import (
     CountingStore,
     OwnDiskStore,
     RefusingStore,
+    TakenOverStore,
 )
 from tests.conftest import tiny
 
@@ -115,3 +120,73 @@ def test_trials_that_another_disk_holds_are_said(
         pytest.raises(InputError, match="--store must be one that all nodes"),
     ):
         compute.sweep(spec, tiny_models, fixes, None, OwnDiskStore(tmp_path / "run"))
+
+
+def test_a_driver_that_lost_its_run_ends_its_trials(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+) -> None:
+    store = TakenOverStore(tmp_path / "run", pause_s=1.0)
+    with RayCompute(None, tiny_spec) as compute:
+        with pytest.raises(RunBusyError, match="another driver took the run over"):
+            compute.sweep(tiny_spec, tiny_models, fixes, None, store)
+        assert all_end(set(lines.processes("correct: λ")), within_s=20)
+
+
+def test_fewer_epochs_never_replace_more(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path, local_spec: RunFile
+) -> None:
+    """A trial that was given up for lost goes on beside the one that took its place."""
+    data = load_fine_tuning_data(local_spec, tiny_models, fixes, None, progress=silent)
+    store = FolderStore(tmp_path)
+    given_up = run_trial(local_spec, tiny_models, data, 1.0, store)
+    next(given_up)
+    *_, done = run_trial(local_spec, tiny_models, data, 1.0, store)
+    assert done.done
+    next(given_up)
+    stored = decode(Trial, store.read(trial_key(1.0)), "")
+    assert stored.done and stored.rows == done.rows
+
+
+def test_an_unfinished_trial_is_never_read_as_finished(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path, local_spec: RunFile
+) -> None:
+    data = load_fine_tuning_data(local_spec, tiny_models, fixes, None, progress=silent)
+    trial = next(run_trial(local_spec, tiny_models, data, 1.0, FolderStore(tmp_path)))
+    with pytest.raises(ComputeError, match="expected a finished trial with λ = 1, found 1 of 3 epochs; run"):
+        collect_sweep(local_spec, tiny_models, [trial])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another λ"])
+def test_a_damaged_trial_begins_again_and_that_is_logged(
+    damage: str,
+    tiny_models: Models,
+    fixes: Corrections,
+    tmp_path: Path,
+    local_spec: RunFile,
+    lines: Lines,
+) -> None:
+    data = load_fine_tuning_data(local_spec, tiny_models, fixes, None, progress=silent)
+    store = FolderStore(tmp_path)
+    *_, whole = run_trial(local_spec, tiny_models, data, 1.0, store)
+    other = encode(replace(whole, lam=10.0))
+    store.write(trial_key(1.0), other if damage == "of another λ" else store.read(trial_key(1.0))[:-5])
+    *_, again = run_trial(local_spec, tiny_models, data, 1.0, store)
+    assert again.rows == whole.rows
+    assert any("trial with λ = 1 begins again, since it is damaged" in line for line in lines.lines)
+
+
+@pytest.mark.parametrize("lam", [1e30, 1e38])
+def test_a_lambda_that_overflows_is_a_diverged_trial(
+    lam: float, tiny_models: Models, fixes: Corrections, tmp_path: Path
+) -> None:
+    spec = tiny(correct={"lambdas": [1.0, lam], "epochs": 1})
+    sweep = LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path))
+    (failed,) = sweep.failed
+    assert failed["lam"] == lam
+    assert "diverged" in failed["cause"]
+    assert {row["lam"] for row in sweep.rows} == {1.0}
+
+
+@pytest.fixture
+def local_spec() -> RunFile:
+    return tiny(correct={"lambdas": [1.0], "epochs": 3})
