@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import InputError
-from services.cli.options import checked_name, name_option, set_option, until_option
+from services.cli.options import given, name_option, run_name, set_option, until_option
 from services.settings import read_settings, variables
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 address_option = click.option(
     "--address",
+    callback=given,
     help=f"Address of Ray's dashboard. [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else {LOCAL_DASHBOARD}]",
 )
 
@@ -31,7 +32,11 @@ address_option = click.option(
 @address_option
 @name_option
 @click.option(
-    "--store", default="runs", show_default=True, help="s3://bucket/prefix, or a folder that all nodes share."
+    "--store",
+    default="runs",
+    show_default=True,
+    callback=given,
+    help="s3://bucket/prefix, or a folder that all nodes share.",
 )
 @set_option
 @until_option
@@ -70,7 +75,7 @@ def submit(
     from services.job_package import RUN_FILE, build_working_dir
 
     spec = load_run_file(runfile, overrides)
-    run = checked_name(name or runfile.stem)
+    run = run_name(name, runfile)
     command = [python, "-m", "services.cli", "run", RUN_FILE, "--name", run, "--store", _shared(store)]
     command += ["--until", until]
     jobs = Jobs(_dashboard(address))

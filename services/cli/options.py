@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import click
 
@@ -11,13 +12,29 @@ from defuse_core.errors import InputError
 
 RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions and kept inputs
 
+
+def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Return the value of an option. Raises BadParameter for an empty one: in scripts, of a variable that is not set."""
+    if value == "":
+        raise click.BadParameter(
+            "expected a value, found an empty one; is the variable set?", context, parameter
+        )
+    return value
+
+
 store_option = click.option(
     "--store",
     default="runs",
     show_default=True,
+    callback=given,
     help="Folder, or s3://bucket/prefix, where the runs are stored.",
 )
-name_option = click.option("--name", help="Name of the run. [default: the run file's name]")
+name_option = click.option("--name", callback=given, help="Name of the run. [default: the run file's name]")
+address_option = click.option(
+    "--address",
+    callback=given,
+    help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]",
+)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set identify.draws=20"
 )
@@ -37,3 +54,8 @@ def checked_name(name: str) -> str:
             f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100"
         )
     return name
+
+
+def run_name(name: str | None, runfile: Path) -> str:
+    """Return the name of a run: `name`, else the run file's. Raises InputError for one that cannot name a folder."""
+    return checked_name(runfile.stem if name is None else name)

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.options import checked_name, name_option, set_option, store_option, until_option
+from services.cli.options import (
+    address_option,
+    checked_name,
+    name_option,
+    run_name,
+    set_option,
+    store_option,
+    until_option,
+)
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -30,9 +38,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where to compute: on a Ray cluster, or in this process.",
 )
-@click.option(
-    "--address", help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]"
-)
+@address_option
 @set_option
 @until_option
 @click.option(
@@ -66,7 +72,7 @@ def run(
     from services.tables import print_report
 
     spec = load_run_file(runfile, overrides)
-    opened, name = open_store(store), checked_name(name or runfile.stem)
+    opened, name = open_store(store), run_name(name, runfile)
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)
         try:
