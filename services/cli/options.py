@@ -14,7 +14,7 @@ RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions 
 
 
 def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Return the value of an option. Raises BadParameter for an empty one: in scripts, of a variable that is not set."""
+    """Return the value of an option. Raises BadParameter for an empty one: of an unset variable, in scripts."""
     if value == "":
         raise click.BadParameter(
             "expected a value, found an empty one; is the variable set?", context, parameter

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.compute import RayCompute
-from defuse_core.artifacts import Corrections, Models, Sweep, Trial
+from defuse_core.artifacts import Corrections, FailedTrial, Models, Sweep, Trial
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep, load_fine_tuning_data, run_trial, trial_key
@@ -87,8 +87,8 @@ def test_a_trial_that_fails_for_good_is_left_out_and_told(
     store = RefusingStore(tmp_path / "run", trial_key(1.0), with_bug=True)
     with RayCompute(None, tiny_spec) as compute:
         sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, store)
-    assert sweep.failed == ({"lam": 1.0, "cause": "ZeroDivisionError: of a pixel by nothing"},)
-    assert sweep.rows == tuple(row for row in local_sweep.rows if row["lam"] != 1.0)
+    assert sweep.failed == (FailedTrial(1.0, "ZeroDivisionError: of a pixel by nothing"),)
+    assert sweep.rows == tuple(row for row in local_sweep.rows if row.lam != 1.0)
 
 
 def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is_back(
@@ -182,9 +182,9 @@ def test_a_lambda_that_overflows_is_a_diverged_trial(
     spec = tiny(correct={"lambdas": [1.0, lam], "epochs": 1})
     sweep = LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path))
     (failed,) = sweep.failed
-    assert failed["lam"] == lam
-    assert "diverged" in failed["cause"]
-    assert {row["lam"] for row in sweep.rows} == {1.0}
+    assert failed.lam == lam
+    assert "diverged" in failed.cause
+    assert {row.lam for row in sweep.rows} == {1.0}
 
 
 @pytest.fixture
