@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import time
@@ -160,7 +161,8 @@ class RayCompute:
         try:
             self._show_until(step, done)
         except BaseException:
-            ray.cancel(done, force=True)
+            with contextlib.suppress(RayError):
+                ray.cancel(done, force=True)
             raise
         try:
             ray.get(done)

@@ -294,8 +294,11 @@ def test_every_command_and_option_says_what_it_does(path, child):
             assert parameter.help, f"{' '.join(path)} {parameter.opts[0]}"
 
 
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+
+
 def documented_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     lines = (
         line.strip()
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
@@ -315,9 +318,9 @@ def test_every_command_in_the_readme_is_one_that_exists(line):
     group.make_parser(group.context_class(group)).parse_args(list(words))
 
 
-def test_files_named_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\]\(([^)#:]+)\)", text)) | set(
-        re.findall(r"(?<![\w/])deploy/[\w/.-]+\.\w+", text)
-    )
-    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_in_a_readme_exist(page):
+    text = page.read_text(encoding="utf-8")
+    linked = [page.parent / path for path in re.findall(r"\]\(([^)#:]+)\)", text)]
+    named = [ROOT / path for path in re.findall(r"(?<![\w/])(?:deploy|tests)/[\w/.-]+\.\w+", text)]
+    assert [str(path) for path in (*linked, *named) if not path.exists()] == []
