@@ -46,7 +46,7 @@ class Store(Protocol):
         """
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put `data` under `key` only if nothing is there; False where something is."""
+        """Put `data` under `key` only if `key` is absent; False where it exists."""
 
     def list(self, prefix: str = "") -> list[str]:
         """All keys that start with `prefix`, sorted."""
@@ -202,7 +202,7 @@ def _locked_at_once(handle: TextIO) -> bool:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn what the file system says into one line; a missing file stays a FileNotFoundError."""
+    """Turn errors of the file system into one line; a missing file stays a FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:

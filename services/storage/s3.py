@@ -167,7 +167,7 @@ class S3Store:
             ) from error
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put `data` only if nothing is there. Two of these may race where a server ignores conditions."""
+        """Put `data` only if `key` is absent. Two of these may race where a server ignores conditions."""
         if self.exists(key):
             return False
         self._require_fence()
@@ -241,7 +241,7 @@ class S3Store:
             )
 
     def _replace(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None) -> bool:
-        """Put `data` if nobody else writes `key` meanwhile; True if it is there, or is not wanted."""
+        """Put `data` if nobody else writes `key` meanwhile; True if it is stored, or is not wanted."""
         version = self._version(key)
         if unless is not None and version is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -257,7 +257,7 @@ class S3Store:
         return None
 
     def _holds(self, key: str, data: bytes) -> bool:
-        """Whether `data` is there: a refusal may follow a write that took effect, whose answer was lost."""
+        """Whether `key` holds `data`: a refusal may follow a write that took effect, whose answer was lost."""
         with contextlib.suppress(FileNotFoundError):
             return self.read(key) == data
         return False
