@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
+
 from defuse_core.errors import RunBusyError, StoreError
 
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
@@ -129,7 +131,8 @@ class FolderStore:
                 self._sweep()
                 yield
             finally:
-                self._name_holder(handle, "")
+                with contextlib.suppress(RunBusyError, OSError):
+                    self._name_holder(handle, "")
 
     def require_lock(self) -> None:
         with self._holding():
@@ -151,14 +154,18 @@ class FolderStore:
 
     def _name_holder(self, handle: TextIO, holder: str) -> None:
         """Write down who holds the folder, while nobody is between asking for that and writing."""
-        with (self.folder / GATE).open("a") as gate:
-            deadline = time.monotonic() + GATE_S
-            while not _locked_at_once(gate):
-                if time.monotonic() > deadline:
-                    raise RunBusyError(
-                        f"{self.folder}: a worker of the driver before is still writing; end it"
-                    )
-                time.sleep(0.05)
+        retry = Retrying(
+            retry=retry_if_result(lambda locked: not locked),
+            stop=stop_after_delay(GATE_S),
+            wait=wait_fixed(0.05),
+        )
+        with (self.folder / GATE).open("a+") as gate:
+            try:
+                retry(_locked_at_once, gate)
+            except RetryError as error:
+                raise RunBusyError(
+                    f"{self.folder}: a worker of an earlier driver is in the middle of a write; end it and run again"
+                ) from error
             handle.truncate(0)
             handle.write(holder)
             handle.flush()
@@ -174,7 +181,7 @@ class FolderStore:
             yield
             return
         folder = locked[0]
-        with (folder / GATE).open("a") as gate:
+        with (folder / GATE).open("a+") as gate:  # NFS shares a lock only of readers
             fcntl.flock(gate, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             found = (folder / LOCK).read_text() if (folder / LOCK).exists() else ""
             if found != self.holders[folder]:

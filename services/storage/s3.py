@@ -339,7 +339,8 @@ class _LeaseInBucket:
         return self.store._put_if(KEY, data, **condition)
 
     def is_conditional(self, data: bytes) -> bool:
-        return self.store._put_if(KEY, data, IfNoneMatch="*") is None
+        conditions = ({"IfNoneMatch": "*"}, {"IfMatch": '"of no object"'})  # neither holds
+        return all(self.store._put_if(KEY, data, **condition) is None for condition in conditions)
 
 
 @functools.cache
