@@ -62,15 +62,13 @@ def runfile(tmp_path: Path) -> Path:
     return path
 
 
-HASTY = (  # `defuse` with a lease that is free after three silent seconds
-    "from services.storage import lease; lease.BEAT_S, lease.LEASE_S = 0.5, 3.0\n"
-    "from services.cli import main; main()"
-)
+PLAIN = "from services.cli import main; main()"
+HASTY = f"from services.storage import lease; lease.BEAT_S, lease.LEASE_S = 0.5, 3.0\n{PLAIN}"
 
 
-def start(runfile: Path, where: str, store: str, server: str) -> subprocess.Popen[str]:
+def start(runfile: Path, where: str, store: str, server: str, code: str = PLAIN) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", HASTY, "run", str(runfile), "--on", where, "--store", store],
+        [sys.executable, "-c", code, "run", str(runfile), "--on", where, "--store", store],
         cwd=ROOT,
         env=os.environ | KEYS | {"AWS_ENDPOINT_URL": server},
         stdout=subprocess.DEVNULL,
@@ -144,10 +142,10 @@ def test_a_driver_that_is_paused_while_another_takes_over_changes_nothing_and_en
     until_the_sweep: Path, bucket: Any, server: str, tmp_path: Path
 ) -> None:
     """The split brain: the paused driver's trials, in processes of their own, go on all the while."""
-    with start(until_the_sweep, "ray", "s3://bucket/runs", server) as paused:
+    with start(until_the_sweep, "ray", "s3://bucket/runs", server, HASTY) as paused:
         wait_for(bucket, "runs/tiny/trials/baseline/lam-0.001.safetensors", paused)
         paused.send_signal(signal.SIGSTOP)
-        with start(until_the_sweep, "local", "s3://bucket/runs", server) as second:
+        with start(until_the_sweep, "local", "s3://bucket/runs", server, HASTY) as second:
             said = second.communicate(timeout=120)[1]
         assert second.returncode == 0, said
         report = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
