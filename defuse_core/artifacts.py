@@ -117,6 +117,8 @@ class Shard:
     images_with_any: int  # images with at least one failing draw
     zero_noise_flips: int  # images that f gets wrong when mu itself is decoded
     seconds: float
+    index: int = -1  # which shard of the training set this is
+    fingerprint: str = ""  # of the models, noise and images that it was made with
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +131,7 @@ class Psi:
     images_with_any: int
     zero_noise_flips: int
     worker_seconds: float  # summed over workers
+    fingerprint: str = ""  # of every shard
 
     @property
     def total(self) -> int:

@@ -193,7 +193,7 @@ def _detail(run: Run, step: str, keys: set[str]) -> str:
     if step == "train":
         return _epochs(run) if "models.safetensors" not in keys else ""
     if step == "identify":
-        done = sum(key.startswith("psi/") and key.endswith(".json") for key in keys)
+        done = sum(key.startswith("psi/") for key in keys)
         return f"{done} of {_shards(run)} shards" if done and "psi.safetensors" not in keys else ""
     if step == "correct":
         total = len(run.spec.correct.lambdas)

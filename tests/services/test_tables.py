@@ -106,7 +106,6 @@ def test_steps_under_way_say_how_much_is_there(tmp_path: Path):
     run = a_run(tmp_path)
     finish(run, "models")
     run.store.write("psi/000000.safetensors", b"")
-    run.store.write("psi/000000.json", b"{}")
     run.store.write("trials/baseline/lam-1.0.safetensors", b"")
     states = {state.step: state for state in step_states(run)}
     assert states["train"].state == "done"
