@@ -61,6 +61,18 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True, eq=False)
+class NearestReal:
+    """Real images of a scenario's label that are nearest to it, and the error of the classifier before on them."""
+
+    images: U8  # (A, M, channels, H, W)
+    labels: I64  # (A, M)
+    predicted: I64  # (A, M)
+    error: F64  # (A,) on the NEAREST_TESTED nearest
+    error_of_all: float  # on all real images
+    seen: Bool  # (A,) whether `error` is significantly larger than on all real images of the same label
+
+
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """What the judges find. A share that cannot be measured is nan three times."""
 
@@ -82,12 +94,7 @@ class Evidence:
         str, ...
     ]  # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
     at_fault: tuple[str, ...]  # (A,) "classifier", "β-VAE" or "unclear"
-    nearest: U8  # (A, M, channels, H, W) the nearest real images
-    nearest_labels: I64  # (A, M)
-    nearest_predicted: I64  # (A, M) answers of the classifier before
-    nearest_error: F64  # (A,) error of the classifier before on the NEAREST_TESTED nearest real images
-    real_error: float  # its error on all these real images
-    seen_in_real_data: Bool  # (A,) whether nearest_error is significantly larger than real_error
+    real: NearestReal
     mcnemar: F64  # (2, 3) plain, defuse against before on the test set: gained, lost, p-value
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
 
@@ -215,7 +222,7 @@ class _Evidence:
             confirmed=_better(by_scenario[0], by_scenario[-1]),
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
             at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, -1)))),
-            **real,
+            real=real,
             mcnemar=np.stack([self._mcnemar(net) for net in (self.classifiers[2], self.classifiers[3])]),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
         )
@@ -295,7 +302,7 @@ class _Evidence:
             waiting = np.delete(waiting, real)
         return np.concatenate(found), np.concatenate(truth)
 
-    def _nearest_real(self) -> dict[str, F64 | I64 | U8 | Bool | float]:
+    def _nearest_real(self) -> NearestReal:
         """Return, per accepted scenario, the nearest real images by Mahalanobis distance, and f's error on them.
 
         Only images of the scenario's label are compared: its pictures show that class.
@@ -325,14 +332,14 @@ class _Evidence:
         pictures = (
             np.array(shown, np.uint8) if shown else np.zeros((*shape, *real.pixels.shape[1:]), np.uint8)
         )
-        return {
-            "nearest": pictures,
-            "nearest_labels": np.array(labels, np.int64).reshape(shape),
-            "nearest_predicted": np.array(answers, np.int64).reshape(shape),
-            "nearest_error": np.array(errors, np.float64),
-            "real_error": float(wrong.mean()),
-            "seen_in_real_data": np.array(seen, np.bool_),
-        }
+        return NearestReal(
+            images=pictures,
+            labels=np.array(labels, np.int64).reshape(shape),
+            predicted=np.array(answers, np.int64).reshape(shape),
+            error=np.array(errors, np.float64),
+            error_of_all=float(wrong.mean()),
+            seen=np.array(seen, np.bool_),
+        )
 
     def _mcnemar(self, classifier: nn.Module) -> F64:
         """Return images that became right, that became wrong, and McNemar's exact p-value, on the test set, (3,)."""
