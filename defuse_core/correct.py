@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from defuse_core.artifacts import (
     SweepRow,
     Trial,
     Verdicts,
+    Weights,
 )
 from defuse_core.checkpoint import (
     labels_of,
@@ -33,12 +36,14 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ComputeError, DefuseError, ModelError
+from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
 from defuse_core.judge import is_misclassified
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+
+log = logging.getLogger("defuse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +154,7 @@ def _epoch(
     scenario_rows = cycle(
         len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
     )
-    losses = []
+    losses, before = [], weights_of(classifier)
     for rows in minibatches(len(train), size, generator(spec.seed, "correct", epoch)):
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
         images = np.concatenate([train.batch(rows), tune.batch(wrong)])
@@ -157,8 +162,23 @@ def _epoch(
         clean = F.cross_entropy(logits[: len(rows)], labels_of(train, rows))
         scenario = F.cross_entropy(logits[len(rows) :], labels_of(tune, wrong))
         losses.append(train_step(clean + lam * scenario, optimizer, f"with λ = {lam:g}"))
+    _require_progress(before, classifier, optimizer, lam)
     classifier.eval()
     return float(np.mean(losses))
+
+
+def _require_progress(
+    before: Weights, classifier: nn.Module, optimizer: torch.optim.Optimizer, lam: float
+) -> None:
+    """Raise ModelError where an epoch overflowed or left every weight as it was: λ is too large for f's numbers."""
+    now = weights_of(classifier)
+    state = optimizer_state(optimizer)
+    finite = all(np.isfinite(array).all() for array in (*now.values(), *state.values()))
+    learned = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    if finite and any(not np.array_equal(before[name], now[name]) for name in learned & set(now)):
+        return
+    what = "changed no weight" if finite else "overflowed"
+    raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}; choose a smaller λ")
 
 
 def _score(classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float) -> SweepRow:
@@ -193,15 +213,45 @@ def trial_key(lam: float) -> str:
 def run_trial(
     spec: RunFile, models: Models, tuning: FineTuningData, lam: float, store: Store
 ) -> Iterator[Trial]:
-    """Yield the trial of one λ after each epoch, stored first; resumes the trial that `store` holds."""
+    """Yield the trial of one λ after each epoch, once `store` holds it; continues the one that is stored there.
+
+    Another process may work on the same trial, one that was given up for lost: fewer epochs never replace more.
+    """
     key = trial_key(lam)
-    stored = decode(Trial, store.read(key), key) if store.exists(key) else None
+    stored = _read_trial(store, lam)
     if stored is not None and stored.done:
         yield stored
         return
     for trial in fine_tune(spec, models, tuning, lam, stored):
-        store.write(key, encode(trial))
+        store.write(key, encode(trial), unless=partial(_has_epochs, key, lam, len(trial.rows)))
         yield trial
+
+
+def _read_trial(store: Store, lam: float) -> Trial | None:
+    """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
+    key = trial_key(lam)
+    try:
+        return _decode_trial(key, lam, store.read(key), store.address)
+    except FileNotFoundError:
+        return None
+    except StoreError as error:
+        log.warning("correct: the trial with λ = %g begins again, since it is damaged: %s", lam, error)
+        return None
+
+
+def _decode_trial(key: str, lam: float, data: bytes, where: str) -> Trial:
+    trial = decode(Trial, data, f"{where}/{key}")
+    if trial.lam != lam:
+        raise StoreError(f"{where}/{key}: expected λ = {lam:g}, found λ = {trial.lam:g}")
+    return trial
+
+
+def _has_epochs(key: str, lam: float, epochs: int, data: bytes) -> bool:
+    """Whether `data` is the trial of λ after so many epochs or more."""
+    try:
+        return len(_decode_trial(key, lam, data, "the store").rows) >= epochs
+    except StoreError:
+        return False
 
 
 def nothing_to_tune(fixes: Corrections, reviewed: Images | None) -> bool:
@@ -228,6 +278,12 @@ def collect_sweep(
     if failures and not trials:
         kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
         raise kind(f"correct: every trial failed; λ = {failed[0].lam:g}: {failed[0].cause}")
+    for trial in trials:
+        if not trial.done:
+            raise ComputeError(
+                f"correct: expected a finished trial with λ = {trial.lam:g}, found {len(trial.rows)} of "
+                f"{spec.correct.epochs} epochs; run again to continue it"
+            )
     ordered = sorted(trials, key=lambda trial: trial.lam)
     rows = tuple(row for trial in ordered for row in trial.rows)
     if not ordered:

@@ -27,10 +27,9 @@ from defuse_core.artifacts import (
     Scenarios,
     Shard,
 )
-from defuse_core.codec import decode
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.errors import StoreError
-from defuse_core.identify import shard_key
+from defuse_core.identify import load_shard, shard_key
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
 from defuse_core.store import Store
@@ -76,21 +75,22 @@ def sample_failures(spec: RunFile, psi: Psi, store: Store) -> Failures:
     for index, (start, end) in enumerate(itertools.pairwise(starts)):
         rows = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)] - start
         if len(rows):
-            parts.append(_shard(store, index).failures.take(rows))
+            parts.append(_shard(store, psi, index).failures.take(rows))
     return Failures.concatenate(parts)
 
 
-def _shard(store: Store, index: int) -> Shard:
-    """Return a shard of Ψ. Raises StoreError if it is missing or its bytes changed."""
-    key = shard_key(index)
+def _shard(store: Store, psi: Psi, index: int) -> Shard:
+    """Return a shard of Ψ. Raises StoreError where it is gone or damaged."""
+    remedy = f"delete {store.address}/psi.safetensors and run again: only this shard is made again"
     try:
-        return decode(Shard, store.read(key), key)
+        return load_shard(store, index, psi.fingerprint)
     except FileNotFoundError as error:
-        record = key.removesuffix(".safetensors") + ".json"
+        key = shard_key(index)
         raise StoreError(
-            f"{store.address}/{key} is missing, or is stored on a node that does not share this store; delete "
-            f"{record} and psi.safetensors there, then run the command again to compute it again"
+            f"{store.address}/{key}: expected a shard of psi.safetensors, found no such file; {remedy}"
         ) from error
+    except StoreError as error:
+        raise StoreError(f"{error}; {remedy}") from error
 
 
 def fit_all(failures: Failures, section: DistillSection, seed: int) -> Scenarios:

@@ -6,9 +6,11 @@ fixed boundaries, so a block gives the same codes on any worker, in any order.
 
 from __future__ import annotations
 
-import json
+import hashlib
+import logging
+import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,10 +25,11 @@ from defuse_core.artifacts import (
     ReferenceSet,
     Shard,
 )
-from defuse_core.codec import encode
+from defuse_core.codec import decode, encode
 from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads, device
+from defuse_core.errors import StoreError
 from defuse_core.models import (
     Vae,
     decode_codes,
@@ -40,6 +43,7 @@ from defuse_core.reference_models import load_reference_models, mean_probabiliti
 from defuse_core.seeds import generator
 from defuse_core.store import Store
 
+log = logging.getLogger("defuse")
 MAX_SHARDS = 512  # bounds the number of objects in the store, whatever the number of images
 
 
@@ -110,6 +114,7 @@ class Identifier:
             if references is None
             else load_reference_models(spec, spec.review.reference, references, len(models.classes))
         )
+        self.fingerprint = shard_fingerprint(spec, models, references)
 
     def shard(self, index: int) -> Shard:
         """Return Ψ of shard `index`, on one CPU thread or this process's GPU."""
@@ -119,7 +124,8 @@ class Identifier:
         last = -(-len(self.train) // section.block_images)
         with cpu_threads(1):
             found = [self._block(block) for block in range(index * size, min((index + 1) * size, last))]
-        return _merge(found, time.perf_counter() - started)
+        merged = _merge(found, time.perf_counter() - started)
+        return replace(merged, index=index, fingerprint=self.fingerprint)
 
     def _block(self, block: int) -> Shard:
         """Algorithm 1 for every image of one block at once."""
@@ -190,7 +196,7 @@ def _merge(shards: list[Shard], seconds: float) -> Shard:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """The counts of a finished shard. Its presence in the store marks the shard as complete."""
+    """The counts of a finished shard, without its codes."""
 
     index: int
     codes: int
@@ -199,18 +205,34 @@ class ShardRecord:
     images_with_any: int
     zero_noise_flips: int
     seconds: float
-    failing: int = 0
+    failing: int
+    fingerprint: str
+
+
+def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | None = None) -> str:
+    """Return what all shards of a run share and no other run's shards have: models, images, noise and seed."""
+    digest = hashlib.sha256(f"{spec.seed} {spec.identify!r} {models.data_fingerprint}".encode())
+    screen = () if references is None else references.models
+    for weights in (models.classifier, models.vae, *screen):
+        for name in sorted(weights):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(weights[name]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def shard_key(index: int) -> str:
-    """Return the key of a shard in the run's store."""
+    """Return the key of a shard's codes in the run's store."""
     return f"psi/{index:06d}.safetensors"
 
 
 def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
-    """Write a shard, then the record that marks it as complete, and return the record."""
-    store.write(shard_key(index), encode(shard))
-    record = ShardRecord(
+    """Write a shard, which by being there is done, and return its counts."""
+    store.write(shard_key(index), encode(replace(shard, index=index)))
+    return _record(index, shard)
+
+
+def _record(index: int, shard: Shard) -> ShardRecord:
+    return ShardRecord(
         index,
         len(shard.failures),
         shard.images,
@@ -219,16 +241,32 @@ def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
         shard.zero_noise_flips,
         shard.seconds,
         shard.failing,
+        shard.fingerprint,
     )
-    store.write(f"psi/{index:06d}.json", json.dumps(asdict(record)).encode())
-    return record
 
 
-def finished_shards(store: Store) -> dict[int, ShardRecord]:
-    """Return the records of the complete shards."""
-    keys = [key for key in store.list("psi/") if key.endswith(".json")]
-    records = (ShardRecord(**json.loads(store.read(key))) for key in keys)
-    return {record.index: record for record in records}
+def load_shard(store: Store, index: int, fingerprint: str) -> Shard:
+    """Return a shard. Raises FileNotFoundError, or StoreError where its key holds anything else."""
+    key = shard_key(index)
+    shard = decode(Shard, store.read(key), f"{store.address}/{key}")
+    if shard.index != index:
+        raise StoreError(f"{store.address}/{key}: expected shard {index}, found shard {shard.index}")
+    if shard.fingerprint != fingerprint:
+        raise StoreError(f"{store.address}/{key}: expected a shard of this run, found one of another run")
+    return shard
+
+
+def finished_shards(store: Store, fingerprint: str) -> dict[int, ShardRecord]:
+    """Return the counts of the shards that are done, each read once; one that is damaged is logged and made again."""
+    records = {}
+    for key in store.list("psi/"):
+        if match := re.fullmatch(r"psi/(\d{6})\.safetensors", key):
+            index = int(match[1])
+            try:
+                records[index] = _record(index, load_shard(store, index, fingerprint))
+            except StoreError as error:
+                log.warning("identify: shard %d is made again, since it is damaged: %s", index, error)
+    return records
 
 
 def gather_shards(records: dict[int, ShardRecord]) -> Psi:
@@ -242,4 +280,5 @@ def gather_shards(records: dict[int, ShardRecord]) -> Psi:
         zero_noise_flips=sum(record.zero_noise_flips for record in done),
         worker_seconds=sum(record.seconds for record in done),
         failing=sum(record.failing for record in done),
+        fingerprint=done[0].fingerprint if done else "",
     )

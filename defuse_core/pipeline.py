@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -22,17 +23,18 @@ from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
 from defuse_core.data import Images
 from defuse_core.distill import distill
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluate import Findings, evaluate
 from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
 from defuse_core.reference_models import judges, reference_models, references_take_part
-from defuse_core.report import Report, write_report
+from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
 from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images
 from defuse_core.store import Store
 from defuse_core.tighten import tighten
 from defuse_core.train import train
 
+log = logging.getLogger("defuse")
 T = TypeVar("T")
 
 
@@ -168,7 +170,12 @@ def rewrite_report(run: Run) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    return write_report(run, found, _made(run, Evaluation))
+    evaluation = _made(run, Evaluation)
+    try:
+        return write_report(run, found, evaluation)
+    except StoreError as error:
+        log.warning("the page is not written again, since the store cannot be written: %s", error)
+        return build_report(run, found, evaluation)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

@@ -39,7 +39,7 @@ def test_a_mixture_that_did_not_converge_is_said(tmp_path: Path) -> None:
         report = build_report(a_run(tmp_path), dataclasses.replace(found, scenarios=scenarios), evaluation)
         console = terminal()
         print_report(report, console)
-        assert ("had NOT converged" in text_of(console)) is not converged
+        assert ("did NOT converge" in text_of(console)) is not converged
 
 
 def a_run(folder: Path, name: str = "sample", **review: object) -> Run:
@@ -106,7 +106,6 @@ def test_steps_under_way_say_how_much_is_there(tmp_path: Path):
     run = a_run(tmp_path)
     finish(run, "models")
     run.store.write("psi/000000.safetensors", b"")
-    run.store.write("psi/000000.json", b"{}")
     run.store.write("trials/baseline/lam-1.0.safetensors", b"")
     states = {state.step: state for state in step_states(run)}
     assert states["train"].state == "done"
