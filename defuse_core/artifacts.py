@@ -63,7 +63,7 @@ class VaeEpoch:
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with what training measured.
+    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with the figures of their training.
 
     How to build the modules is in the run file; `load_classifier` and `load_vae` of models put both together.
     """
@@ -244,7 +244,7 @@ class Votes:
     when: F64  # (V,) seconds since 1970; 0 where a model answered
     annotators: tuple[str, ...]  # names or stable pseudonyms
     answered_by: str  # "reference models" or "people"
-    notes: dict[str, Any]  # further figures for the report: discarded answers, answers saved, ...
+    notes: dict[str, Any]  # notes for the report: discarded answers, answers saved, ...
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})

@@ -109,12 +109,12 @@ class Identifier:
         self.spec, self.train = spec, reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
         self.classifier = load_classifier(spec, models.classifier, len(models.classes))
         self.vae = load_vae(spec, models.vae)
-        self.fingerprint = shard_fingerprint(spec, models, references)
         self.references = (
             None
             if references is None
             else load_reference_models(spec, spec.review.reference, references, len(models.classes))
         )
+        self.fingerprint = shard_fingerprint(spec, models, references)
 
     def shard(self, index: int) -> Shard:
         """Return Ψ of shard `index`, on one CPU thread or this process's GPU."""
@@ -124,8 +124,8 @@ class Identifier:
         last = -(-len(self.train) // section.block_images)
         with cpu_threads(1):
             found = [self._block(block) for block in range(index * size, min((index + 1) * size, last))]
-        joined = _merge(found, time.perf_counter() - started)
-        return replace(joined, index=index, fingerprint=self.fingerprint)
+        merged = _merge(found, time.perf_counter() - started)
+        return replace(merged, index=index, fingerprint=self.fingerprint)
 
     def _block(self, block: int) -> Shard:
         """Algorithm 1 for every image of one block at once."""
@@ -196,7 +196,7 @@ def _merge(shards: list[Shard], seconds: float) -> Shard:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """The counts of a finished shard. Its presence in the store marks the shard as complete."""
+    """The counts of a finished shard, without its codes."""
 
     index: int
     codes: int
@@ -209,11 +209,11 @@ class ShardRecord:
     fingerprint: str
 
 
-def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | None) -> str:
-    """Return what all shards of a run share and no other run's shards have: models, images, noise, seed."""
+def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | None = None) -> str:
+    """Return what all shards of a run share and no other run's shards have: models, images, noise and seed."""
     digest = hashlib.sha256(f"{spec.seed} {spec.identify!r} {models.data_fingerprint}".encode())
-    screening = () if references is None else references.models
-    for weights in (models.classifier, models.vae, *screening):
+    screen = () if references is None else references.models
+    for weights in (models.classifier, models.vae, *screen):
         for name in sorted(weights):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(weights[name]).tobytes())

@@ -129,7 +129,7 @@ def test_screening_keeps_the_failing_draws_that_still_show_their_class(screening
 def test_the_counts_of_screening_reach_the_record_of_all_shards(screening, tmp_path):
     store = FolderStore(tmp_path)
     records = [save_shard(store, index, screening.shard(index)) for index in range(2)]
-    psi = gather_shards(finished_shards(store))
+    psi = gather_shards(finished_shards(store, screening.fingerprint))
     assert psi.failing == sum(record.failing for record in records) > psi.total
 
 
