@@ -77,7 +77,7 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
         killed: list[int] = []
         killer = threading.Thread(target=kill_a_worker, args=(store, lines, len(there) + kill_after, killed))
         killer.start()
-        records = finished_shards(store, shard_fingerprint(spec, tiny_models, None))
+        records = finished_shards(store, shard_fingerprint(spec, tiny_models))
         with RayCompute(None, spec) as compute:
             pool = compute._pool(spec, tiny_models, store)
             waiting = [index for index in order if index not in records]

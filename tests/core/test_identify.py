@@ -189,7 +189,7 @@ def test_a_shard_of_another_run_is_not_finished(two_shards, tiny_models, caplog)
 
 
 def test_the_fingerprint_depends_on_the_weights_and_not_on_the_resources(tiny_models, identifier):
-    assert shard_fingerprint(tiny(resources={"workers": 7}), tiny_models, None) == identifier.fingerprint
+    assert shard_fingerprint(tiny(resources={"workers": 7}), tiny_models) == identifier.fingerprint
     name, array = next(iter(tiny_models.vae.items()))
     other = replace(tiny_models, vae=tiny_models.vae | {name: array + 1})
-    assert shard_fingerprint(tiny(), other, None) != identifier.fingerprint
+    assert shard_fingerprint(tiny(), other) != identifier.fingerprint
