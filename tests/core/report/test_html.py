@@ -44,9 +44,11 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
     found, evaluation = sample_findings(3, 2, classes=HOSTILE, images=3)
     override = Override(0, 0, author=HOSTILE[0], reason=HOSTILE[1], when=HOSTILE[0])
     found, _ = with_verdicts((found, evaluation), overrides=(override,), reasons=(HOSTILE[0],) * 3)
+    discarded = {"scenario": 0, "image": 1, "annotator": HOSTILE[0], "why": HOSTILE[1]}
+    notes = {HOSTILE[0]: HOSTILE[1], "prelabel": HOSTILE[0], "refused_answers": [discarded]}
     found = dataclasses.replace(
         found,
-        votes=dataclasses.replace(found.votes, notes={HOSTILE[0]: HOSTILE[1]}),
+        votes=dataclasses.replace(found.votes, notes=notes),
         sweep=dataclasses.replace(found.sweep, failed=(FailedTrial(1.0, HOSTILE[0]),)),
     )
     run = sample_run(tmp_path_factory.mktemp("hostile"))
