@@ -39,7 +39,7 @@ from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 
 if TYPE_CHECKING:
-    from defuse_core.pipeline import Compute
+    from defuse_core.protocols import Compute
     from defuse_core.runs import Run
 
 SCORED_IMAGES = 5000  # of validation and test that the accuracy of each model is measured on
