@@ -18,10 +18,20 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
+from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
 from defuse_core.distill import distill
 from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluate import Findings, evaluate
+from defuse_core.evidence import (
+    Controls,
+    Evidence,
+    fold_spec,
+    folds,
+    gather_evidence,
+    plain_spec,
+    without_fold,
+)
 from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.reference_models import judges, reference_models, references_take_part
@@ -75,7 +85,26 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         judges=judges(run, compute),
     )
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
-    return write_report(run, found, evaluation)
+    return write_report(run, found, evaluation, _evidence(run, compute, found))
+
+
+def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
+    """Ask the judges about the correction, beside corrections that serve as controls; None with judges.count 0."""
+    if found.judges is None:
+        return None
+    spec, models, fixes = run.spec, found.models, found.fixes
+
+    def sweep(name: str, changed: RunFile, fixes: Corrections) -> Sweep:
+        trials = run.store.within(f"trials/{name}")
+        return run.once("report", Sweep, lambda: compute.sweep(changed, models, fixes, None, trials), name)
+
+    plain = sweep("plain", plain_spec(spec, found.sweep), fixes)
+    left_out = fold_spec(spec, found.sweep)
+    tuned = tuple(sweep(f"left_out_{fold}", left_out, without_fold(fixes, fold)) for fold in folds(fixes))
+    controls = Controls(plain, tuned)
+    return run.once(
+        "report", Evidence, lambda: compute.task("report", gather_evidence, spec, found, controls)
+    )
 
 
 def _scenarios(
@@ -137,12 +166,12 @@ def rewrite_report(run: Run) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    evaluation = _made(run, Evaluation)
+    evaluation, evidence = _made(run, Evaluation), run.load(Evidence)
     try:
-        return write_report(run, found, evaluation)
+        return write_report(run, found, evaluation, evidence)
     except StoreError as error:
         log.warning("the page is not written again, since the store cannot be written: %s", error)
-        return build_report(run, found, evaluation)
+        return build_report(run, found, evaluation, evidence)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:
