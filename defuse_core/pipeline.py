@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from defuse_core.artifacts import (
     Corrections,
@@ -19,53 +18,22 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
-from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
-from defuse_core.data import Images
 from defuse_core.distill import distill
 from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluate import Findings, evaluate
 from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
-from defuse_core.reference_models import judges, reference_models, references_take_part
+from defuse_core.protocols import Annotators, Compute
+from defuse_core.reference_annotators import judges, reference_models
+from defuse_core.reference_models import references_take_part
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
 from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images
-from defuse_core.store import Store
 from defuse_core.tighten import tighten
 from defuse_core.train import train
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
-
-
-class Compute(Protocol):
-    """Runs the heavy steps: in this process (local.py), or on a Ray cluster (cluster/compute.py)."""
-
-    def task(self, step: str, function: Callable[..., T], *args: object) -> T:
-        """Return function(*args, progress=...), run where the accelerator is. Raises what the function raises."""
-
-    def identify(
-        self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
-    ) -> Psi:
-        """Algorithm 1 on all training images; shards that `store` already holds are not computed again.
-
-        With `references` a failing draw is kept only where these models recognise its source's class.
-        """
-
-    def sweep(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> Sweep:
-        """Fine-tune once per λ (§3.2.3), on the codes of `fixes`, or on `reviewed` in their place (the baseline).
-
-        Trials that `store` already holds resume after their last finished epoch.
-        """
-
-
-class Annotators(Protocol):
-    """Label the gallery: reference models (reference_models.py), or people in Label Studio (services/labeling)."""
-
-    def review(self, gallery: Gallery) -> Votes:
-        """Return all answers. Raises LabelsPending while answers of people are missing."""
 
 
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:

@@ -21,7 +21,7 @@ from services.cli.options import (
 from services.settings import read_settings
 
 if TYPE_CHECKING:
-    from defuse_core.pipeline import Annotators, Compute
+    from defuse_core.protocols import Annotators, Compute
     from defuse_core.runs import Run
     from services.console import ProgressDisplay
 
@@ -134,6 +134,6 @@ def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:
         from services.labeling import LabelStudioAnnotators
 
         return LabelStudioAnnotators(run, read_settings(), compute, wait=wait)
-    from defuse_core.reference_models import ReferenceAnnotators
+    from defuse_core.reference_annotators import ReferenceAnnotators
 
     return ReferenceAnnotators(run, compute)
