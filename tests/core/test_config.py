@@ -113,7 +113,7 @@ def sections() -> list[type[Section]]:
     ]
 
 
-def test_every_field_says_what_it_is():
+def test_every_field_has_a_description():
     undescribed = [
         f"{section.__name__}.{name}"
         for section in sections()
@@ -219,7 +219,7 @@ def test_a_tilde_is_the_users_home():
     assert tiny(data={"root": "~/images"}).data.root == Path.home() / "images"
 
 
-def test_weights_may_lie_elsewhere_but_not_come_or_go():
+def test_the_path_of_weights_may_change_but_not_whether_there_are_any():
     here, there = (tiny(vae={"weights": f"/{place}/vae.safetensors"}) for place in ("here", "there"))
     assert changed_field(here, there) is None
     assert "vae.weights: None in the run" in str(changed_field(tiny(), here))

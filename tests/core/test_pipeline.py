@@ -93,7 +93,7 @@ class StumblingStore(FolderStore):
         self._stumble(key)
         return super().read(key)
 
-    def write(self, key, data):
+    def write(self, key, data, unless=None):
         self._stumble(key)
         super().write(key, data)
 
