@@ -25,8 +25,7 @@ from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluate import Findings, evaluate
 from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
 from defuse_core.protocols import Annotators, Compute
-from defuse_core.reference_annotators import ask_models, judges, reference_models
-from defuse_core.reference_models import references_take_part
+from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
 from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images

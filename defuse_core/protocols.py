@@ -1,4 +1,4 @@
-"""The two parts of a run that have several implementations besides the store: where it computes, and who annotates."""
+"""What the method needs from outside: a place to compute, and annotators. Each has two implementations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Compute(Protocol):
 
 
 class Annotators(Protocol):
-    """Label the gallery: reference models (reference_annotators.py), or people in Label Studio (services/labeling)."""
+    """Label the gallery: reference models (reference_models.py), or people in Label Studio (services/labeling)."""
 
     def review(self, gallery: Gallery) -> Votes:
         """Return all answers. Raises LabelsPending while answers of people are missing."""

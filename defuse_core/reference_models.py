@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, ReferenceSet, Votes, Weights
+from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
 from defuse_core.checkpoint import labels_of, minibatches, train_step
 from defuse_core.config import ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
@@ -37,13 +38,64 @@ from defuse_core.models import (
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 
+if TYPE_CHECKING:
+    from defuse_core.protocols import Compute
+    from defuse_core.runs import Run
+
 SCORED_IMAGES = 5000  # of validation and test that the accuracy of each model is measured on
+
+
+class ReferenceAnnotators:
+    """The protocol `Annotators`, implemented by models, which answer at once."""
+
+    def __init__(self, run: Run, compute: Compute) -> None:
+        self.run, self.compute = run, compute
+
+    def review(self, gallery: Gallery) -> Votes:
+        """Return one answer per model and image; below min_confidence a model answers none-of-the-above."""
+        probabilities = ask_models(self.run, self.compute, gallery)
+        return votes_of_models(probabilities, self.run.spec.review.reference.min_confidence)
+
+
+def reference_models(run: Run, compute: Compute) -> ReferenceSet:
+    """Return the reference models of the run, trained when they are first needed."""
+
+    def make() -> ReferenceSet:
+        return compute.task("train", train_reference_models, run.spec, _fingerprint(run))
+
+    return run.once("train", ReferenceSet, make, "references")
 
 
 def references_take_part(spec: RunFile) -> bool:
     """Return whether the method itself needs the reference models, whoever annotates."""
     parts = (spec.identify.screen, spec.correct.filter)
     return "reference-models" in parts or spec.review.tau == "auto"
+
+
+def judges(run: Run, compute: Compute) -> ReferenceSet | None:
+    """Return the judges of the run, trained when they are first needed; None with judges.count 0."""
+    if run.spec.judges.count == 0:
+        return None
+
+    def make() -> ReferenceSet:
+        return compute.task("report", train_judges, run.spec, _fingerprint(run))
+
+    return run.once("report", ReferenceSet, make, "judges")
+
+
+def _fingerprint(run: Run) -> str | None:
+    """Return the fingerprint of the images that the run's classifier was trained on, if it has one."""
+    models = run.load(Models)
+    return None if models is None else models.data_fingerprint
+
+
+def ask_models(run: Run, compute: Compute, gallery: Gallery) -> F32:
+    """Return the reference models' class probabilities on the gallery, (W, S, R, C)."""
+    if not gallery.predicted.size:
+        section = run.spec.review.reference
+        return np.zeros((section.count, *gallery.predicted.shape, len(gallery.classes)), np.float32)
+    references = reference_models(run, compute)
+    return compute.task("review", gallery_probabilities, run.spec, references, gallery)
 
 
 def votes_of_models(probabilities: F32, min_confidence: float) -> Votes:

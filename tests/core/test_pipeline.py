@@ -8,7 +8,7 @@ from defuse_core.config import STEPS
 from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
-from defuse_core.reference_annotators import ReferenceAnnotators
+from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from tests.conftest import recommended, tiny

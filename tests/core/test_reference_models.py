@@ -8,13 +8,15 @@ from defuse_core.data import open_splits
 from defuse_core.local import LocalCompute
 from defuse_core.models import LeNet, ReferenceCnn, predict_probabilities
 from defuse_core.progress import silent
-from defuse_core.reference_annotators import ask_models, judges, reference_models
 from defuse_core.reference_models import (
+    ask_models,
     augment,
     gallery_probabilities,
+    judges,
     load_reference_models,
     mean_probabilities,
     model_probabilities,
+    reference_models,
     references_take_part,
     train_judges,
     train_reference_models,
