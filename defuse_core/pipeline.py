@@ -19,6 +19,7 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config import RunFile
+from defuse_core.consensus import crowdlab_labels
 from defuse_core.correct import reviewed_failures
 from defuse_core.distill import distill
 from defuse_core.errors import InputError, StoreError
@@ -34,7 +35,7 @@ from defuse_core.evidence import (
 )
 from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
 from defuse_core.protocols import Annotators, Compute
-from defuse_core.reference_models import judges, reference_models, references_take_part
+from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
 from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images
@@ -122,8 +123,10 @@ def _verdicts(
 ) -> Verdicts:
     """Judge every component; where reference models annotate and doubt remains, judge again on more images."""
     review, overrides = run.spec.review, read_overrides(run.store)
-    rate = false_discovery_rate(review)
-    first = judge(gallery, votes, review.rho, overrides, max_false=rate)
+    rate, labels = false_discovery_rate(review), None
+    if review.consensus == "crowdlab":
+        labels = crowdlab_labels(votes, ask_models(run, compute, gallery).mean(axis=0))
+    first = judge(gallery, votes, review.rho, overrides, max_false=rate, image_labels=labels)
     unsure = doubtful(first, review.rho)
     if rate is None or review.annotators != "reference-models" or not review.more_images or not unsure.any():
         return first
@@ -133,7 +136,7 @@ def _verdicts(
         MoreImages,
         lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
     )
-    return judge(gallery, votes, review.rho, overrides, max_false=rate, more=more)
+    return judge(gallery, votes, review.rho, overrides, max_false=rate, more=more, image_labels=labels)
 
 
 def _corrections(
