@@ -74,7 +74,7 @@ def test_bad_input_exits_2_with_one_line_and_makes_nothing(
     code, _, err = call(monkeypatch, capsys, "run", runfile, "--store", store, "--on", "local", *options)
     assert code == 2
     assert message in one_line(err)
-    left = [path for path in store.rglob("*") if path.is_file() and path.name not in {"run.yaml", ".lock"}]
+    left = [path for path in store.rglob("*") if path.is_file() and path.name not in {"run.yaml", ".lock", ".writers"}]
     assert left == []
 
 
