@@ -230,10 +230,11 @@ def run_trial(
 def _read_trial(store: Store, lam: float) -> Trial | None:
     """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
     key = trial_key(lam)
-    try:
-        return _decode_trial(key, lam, store.read(key), store.address)
-    except FileNotFoundError:
+    if not store.exists(key):
         return None
+    data = store.read(key)
+    try:
+        return _decode_trial(key, lam, data, store.address)
     except StoreError as error:
         log.warning("correct: the trial with λ = %g begins again, since it is damaged: %s", lam, error)
         return None

@@ -198,11 +198,15 @@ def _record(index: int, shard: Shard) -> ShardRecord:
 def load_shard(store: Store, index: int, fingerprint: str) -> Shard:
     """Return a shard. Raises FileNotFoundError, or StoreError where its key holds anything else."""
     key = shard_key(index)
-    shard = decode(Shard, store.read(key), f"{store.address}/{key}")
+    return _decode_shard(store.read(key), f"{store.address}/{key}", index, fingerprint)
+
+
+def _decode_shard(data: bytes, where: str, index: int, fingerprint: str) -> Shard:
+    shard = decode(Shard, data, where)
     if shard.index != index:
-        raise StoreError(f"{store.address}/{key}: expected shard {index}, found shard {shard.index}")
+        raise StoreError(f"{where}: expected shard {index}, found shard {shard.index}")
     if shard.fingerprint != fingerprint:
-        raise StoreError(f"{store.address}/{key}: expected a shard of this run, found one of another run")
+        raise StoreError(f"{where}: expected a shard of this run, found one of another run")
     return shard
 
 
@@ -211,9 +215,10 @@ def finished_shards(store: Store, fingerprint: str) -> dict[int, ShardRecord]:
     records = {}
     for key in store.list("psi/"):
         if match := re.fullmatch(r"psi/(\d{6})\.safetensors", key):
-            index = int(match[1])
+            index, data = int(match[1]), store.read(key)
             try:
-                records[index] = _record(index, load_shard(store, index, fingerprint))
+                shard = _decode_shard(data, f"{store.address}/{key}", index, fingerprint)
+                records[index] = _record(index, shard)
             except StoreError as error:
                 log.warning("identify: shard %d is made again, since it is damaged: %s", index, error)
     return records

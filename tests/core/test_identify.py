@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from defuse_core.config import IdentifySection
-from defuse_core.errors import RunMismatchError
+from defuse_core.errors import RunMismatchError, StoreError
 from defuse_core.identify import (
     MAX_SHARDS,
     Identifier,
@@ -149,3 +149,12 @@ def test_the_fingerprint_depends_on_the_weights_and_not_on_the_resources(tiny_mo
     name, array = next(iter(tiny_models.vae.items()))
     other = replace(tiny_models, vae=tiny_models.vae | {name: array + 1})
     assert shard_fingerprint(tiny(), other) != identifier.fingerprint
+
+
+def test_a_store_that_fails_is_not_taken_for_a_damaged_shard(two_shards, identifier, monkeypatch):
+    def fail(self, key):
+        raise StoreError("no answer")
+
+    monkeypatch.setattr(FolderStore, "read", fail)
+    with pytest.raises(StoreError, match="no answer"):
+        finished_shards(two_shards, identifier.fingerprint)

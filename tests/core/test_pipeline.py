@@ -93,9 +93,9 @@ class StumblingStore(FolderStore):
         self._stumble(key)
         return super().read(key)
 
-    def write(self, key, data):
+    def write(self, key, data, unless=None):
         self._stumble(key)
-        super().write(key, data)
+        super().write(key, data, unless)
 
     def list(self, prefix=""):
         self._stumble(prefix)
