@@ -195,18 +195,18 @@ def _record(index: int, shard: Shard) -> ShardRecord:
     )
 
 
-def load_shard(store: Store, index: int, fingerprint: str) -> Shard:
-    """Return a shard. Raises FileNotFoundError, or StoreError where its key holds anything else."""
-    key = shard_key(index)
-    return _decode_shard(store.read(key), f"{store.address}/{key}", index, fingerprint)
+def load_shard(store: Store, index: int, fingerprint: str, remedy: str) -> Shard:
+    """Return a shard. Raises FileNotFoundError, or StoreError with `remedy` where it is damaged or another shard."""
+    where = f"{store.address}/{shard_key(index)}"
+    return _decode_shard(store.read(shard_key(index)), where, (index, fingerprint), remedy)
 
 
-def _decode_shard(data: bytes, where: str, index: int, fingerprint: str) -> Shard:
-    shard = decode(Shard, data, where)
+def _decode_shard(data: bytes, where: str, expected: tuple[int, str], remedy: str) -> Shard:
+    shard, (index, fingerprint) = decode(Shard, data, where, remedy), expected
     if shard.index != index:
-        raise StoreError(f"{where}: expected shard {index}, found shard {shard.index}")
+        raise StoreError(f"{where}: expected shard {index}, found shard {shard.index}; {remedy}")
     if shard.fingerprint != fingerprint:
-        raise StoreError(f"{where}: expected a shard of this run, found one of another run")
+        raise StoreError(f"{where}: expected a shard of this run, found one of another run; {remedy}")
     return shard
 
 
@@ -217,10 +217,10 @@ def finished_shards(store: Store, fingerprint: str) -> dict[int, ShardRecord]:
         if match := re.fullmatch(r"psi/(\d{6})\.safetensors", key):
             index, data = int(match[1]), store.read(key)
             try:
-                shard = _decode_shard(data, f"{store.address}/{key}", index, fingerprint)
-                records[index] = _record(index, shard)
+                where, remedy = f"{store.address}/{key}", "the shard is made again"
+                records[index] = _record(index, _decode_shard(data, where, (index, fingerprint), remedy))
             except StoreError as error:
-                log.warning("identify: shard %d is made again, since it is damaged: %s", index, error)
+                log.warning("identify: %s", error)
     return records
 
 

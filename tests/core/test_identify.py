@@ -112,7 +112,7 @@ def two_shards(tmp_path, identifier):
 
 def test_finished_shards_are_counted_from_what_is_stored(two_shards, identifier):
     psi = gather_shards(finished_shards(two_shards, identifier.fingerprint))
-    shard = load_shard(two_shards, 0, identifier.fingerprint)
+    shard = load_shard(two_shards, 0, identifier.fingerprint, "")
     assert psi.codes[0] == len(shard.failures)
     assert psi.images == 64
     assert psi.fingerprint == identifier.fingerprint
@@ -134,7 +134,8 @@ def test_finished_shards_are_counted_from_what_is_stored(two_shards, identifier)
 def test_a_damaged_shard_is_logged_and_not_finished(damage, found, two_shards, identifier, caplog):
     damage(two_shards)
     assert list(finished_shards(two_shards, identifier.fingerprint)) == [0]
-    assert "shard 1 is made again, since it is damaged" in caplog.text
+    assert "psi/000001.safetensors: " in caplog.text
+    assert "the shard is made again" in caplog.text
     assert found in caplog.text
 
 
