@@ -1,4 +1,4 @@
-"""What the steps hand each other: the dictionary of the system.
+"""The artefacts: what one step stores and another one reads.
 
 Axis letters, used in every shape comment of the project:
 
@@ -61,7 +61,7 @@ class VaeEpoch:
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with what training found out about them.
+    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with the figures of their training.
 
     How to build the modules is in the run file; `load_classifier` and `load_vae` of models put both together.
     """
@@ -77,7 +77,7 @@ class Models:
     reconstruction: float  # mean squared error per pixel of decoding mu, on training images
     reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
-    device: str = "cpu"  # that trained them
+    device: str = "cpu"  # that they were trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class Failures:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What identification of one shard (a run of consecutive blocks of training images) found."""
+    """The result of identification on one shard, which is a range of consecutive blocks of training images."""
 
     failures: Failures
     images: int
@@ -175,13 +175,13 @@ class Gallery:
         return len(self.images)
 
     def number(self, scenario: int) -> int:
-        """Return what people call the component at place `scenario`."""
+        """Return the number under which people see the component at index `scenario`."""
         return self.numbers[scenario] if self.numbers else scenario
 
 
 @dataclass(frozen=True, eq=False)
 class Votes:
-    """One row per answer. An answer for a whole scenario stands here as one row per image of it."""
+    """One row per answer. An answer for a whole scenario is stored as one row per image."""
 
     scenario: I64  # (V,)
     image: I64  # (V,) position within the scenario, 0..R-1
@@ -190,7 +190,7 @@ class Votes:
     when: F64  # (V,) seconds since 1970; 0 where a model answered
     annotators: tuple[str, ...]  # names or stable pseudonyms
     answered_by: str  # "reference models" or "people"
-    notes: dict[str, Any]  # what the annotators want told in the report: refused answers, answers saved, ...
+    notes: dict[str, Any]  # notes for the report: discarded answers, answers saved, ...
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 from sklearn.datasets import load_digits
 
@@ -24,9 +27,13 @@ from defuse_core.artifacts import (
 from defuse_core.config import PAPER_LAMBDAS, RunFile, parse_run_file
 from defuse_core.evaluate import ACCEPTED, FAILURE, REJECTED, TRAINING, Findings
 from defuse_core.judge import judge
+from defuse_core.report import Report, build_report
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 
 DIGITS = tuple("0123456789")
 ANNOTATORS = 5
+Sample = tuple[Findings, Evaluation]
 
 
 def sample_spec(**data: object) -> RunFile:
@@ -45,7 +52,7 @@ def sample_findings(
     side: int = 32,
     answered_by: str = "reference models",
     seed: int = 0,
-) -> tuple[Findings, Evaluation]:
+) -> Sample:
     """Findings with so many components, of which the first `accepted` are failure scenarios."""
     rng = np.random.default_rng(seed)
     gallery = _gallery(rng, scenarios, images, classes, channels, side)
@@ -69,6 +76,21 @@ def sample_findings(
         sweep=_sweep(0.99, 0.995) if count else Sweep((), None, {}, ()),
     )
     return findings, _evaluation(rng, findings)
+
+
+def sample_run(folder: Path) -> Run:
+    """A run without artefacts, to write a report into."""
+    return Run(FolderStore(folder), "sample", sample_spec())
+
+
+def report_of(sample: Sample, folder: Path) -> Report:
+    return build_report(sample_run(folder), *sample)
+
+
+def with_verdicts(sample: Sample, **changes: object) -> Sample:
+    """The findings with other verdicts."""
+    found, evaluation = sample
+    return dataclasses.replace(found, verdicts=dataclasses.replace(found.verdicts, **changes)), evaluation
 
 
 def _gallery(

@@ -39,7 +39,7 @@ def test_a_mixture_that_did_not_converge_is_said(tmp_path: Path) -> None:
         report = build_report(a_run(tmp_path), dataclasses.replace(found, scenarios=scenarios), evaluation)
         console = terminal()
         print_report(report, console)
-        assert ("had NOT converged" in text_of(console)) is not converged
+        assert ("did NOT converge" in text_of(console)) is not converged
 
 
 def a_run(folder: Path, name: str = "sample", **review: object) -> Run:
