@@ -74,7 +74,11 @@ def test_bad_input_exits_2_with_one_line_and_makes_nothing(
     code, _, err = call(monkeypatch, capsys, "run", runfile, "--store", store, "--on", "local", *options)
     assert code == 2
     assert message in one_line(err)
-    left = [path for path in store.rglob("*") if path.is_file() and path.name not in {"run.yaml", ".lock", ".writers"}]
+    left = [
+        path
+        for path in store.rglob("*")
+        if path.is_file() and path.name not in {"run.yaml", ".lock", ".writers"}
+    ]
     assert left == []
 
 
@@ -183,7 +187,7 @@ def test_what_is_damaged_is_named_with_a_remedy_that_works(
     assert call(monkeypatch, capsys, *words)[0] == 0
     reports = [json.loads((folder / "runs/tiny/report.json").read_text()) for folder in (copied, finished)]
     for report in reports:
-        report.pop("making")
+        report.pop("provenance")
     assert reports[0] == reports[1]
 
 
