@@ -135,7 +135,7 @@ def _lines(report: Report) -> list[str]:
         f"of {count_of(psi.images, 'image')}; "
         f"{percent(psi.zero_noise_flip_rate)} of the images are wrong without noise.",
         f"β-VAE: {percent(vae.reconstruction_flips)} of the reconstructions are misclassified; "
-        f"{vae.collapsed} of {len(vae.kl_per_dimension)} dimensions collapsed; "
+        f"{vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
         f"squared error {vae.reconstruction:.4f} per pixel.",
     ]
     if report.chosen is not None:
@@ -194,7 +194,9 @@ def _detail(run: Run, step: str, keys: set[str]) -> str:
         return _epochs(run) if "models.safetensors" not in keys else ""
     if step == "identify":
         done = sum(key.startswith("psi/") for key in keys)
-        return f"{done} of {_shards(run)} shards" if done and "psi.safetensors" not in keys else ""
+        return (
+            f"{done} of {count_of(_shards(run), 'shard')}" if done and "psi.safetensors" not in keys else ""
+        )
     if step == "correct":
         total = len(run.spec.correct.lambdas)
         sweeps = ("baseline", "defuse")
@@ -213,7 +215,7 @@ def _epochs(run: Run) -> str:
         key = f"training/{name}.safetensors"
         if run.store.exists(key):
             done = len(decode(Checkpoint, run.store.read(key), key).history)
-            kept.append(f"{'β-VAE' if name == 'vae' else name} {done} of {epochs} epochs")
+            kept.append(f"{'β-VAE' if name == 'vae' else name} {done} of {count_of(epochs, 'epoch')}")
     return ", ".join(kept)
 
 

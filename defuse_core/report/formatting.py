@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from defuse_core.report.schema import Mean, Report
 
-LOW_PURITY = (
-    0.8  # below this the accuracy on the scenarios says little, because their images show several classes
-)
+# Below this the images of the scenarios show several classes, and accuracy on their one label means little.
+LOW_PURITY = 0.8
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SHORT = 3  # class names with at most so many letters fit on an image; other classes are shown by number
 NONE = "–"
