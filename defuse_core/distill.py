@@ -83,14 +83,12 @@ def _shard(store: Store, psi: Psi, index: int) -> Shard:
     """Return a shard of Ψ. Raises StoreError where it is gone or damaged."""
     remedy = f"delete {store.address}/psi.safetensors and run again: only this shard is made again"
     try:
-        return load_shard(store, index, psi.fingerprint)
+        return load_shard(store, index, psi.fingerprint, remedy)
     except FileNotFoundError as error:
-        key = shard_key(index)
+        where = f"{store.address}/{shard_key(index)}"
         raise StoreError(
-            f"{store.address}/{key}: expected a shard of psi.safetensors, found no such file; {remedy}"
+            f"{where}: expected a shard of psi.safetensors, found no such file; {remedy}"
         ) from error
-    except StoreError as error:
-        raise StoreError(f"{error}; {remedy}") from error
 
 
 def fit_all(failures: Failures, section: DistillSection, seed: int) -> Scenarios:
