@@ -32,15 +32,14 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/services/serving")]
 
 import numpy as np
-from load import Reply, bounded, load, request_bytes
-from planted import nudged, png
+from load_generator import Reply, limited, load, request_bytes
+from synthetic_runs import perturb_weights, png
 
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.runs import FolderStore
-from services.serving.candidate import Candidate, weights_digest
+from services.serving.candidate import Candidate, CorrectionSummary, weights_digest
 from services.serving.registry import Registry
-from services.serving.rollout import roll_back, to_production
 
 CLIENTS = (1, 8, 64)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -60,13 +59,22 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
         classes=tuple("0123456789"),
         classifier=classifier,
         vae=weights_of(build_vae(spec)),
-        facts=dict.fromkeys(("lam", "clean_before", "clean_after", "scenario_before", "scenario_after"), 0.0)
-        | {"clean_split": "test", "annotators": "nobody"},
+        summary=CorrectionSummary(
+            lam=1.0,
+            epoch=1,
+            clean_split="test",
+            clean_before=0.0,
+            clean_after=0.0,
+            scenario_before=0.0,
+            scenario_after=0.0,
+            annotators="nobody",
+            made="",
+        ),
         checks=(),
         digest=weights_digest(classifier),
         scenario=np.arange(count),
         labels=np.arange(count),
-        read_as=np.arange(count) + 1,
+        most_common_error=np.arange(count) + 1,
         means=np.random.default_rng(0).standard_normal((count, dims)),
         covariances=np.stack([np.eye(dims)] * count),
         before=np.zeros(count),
@@ -93,11 +101,11 @@ def measured(port: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     pictures = [png(rng.random((1, 28, 28))) for _ in range(64)]
     requests = [request_bytes(picture, "/v1/predict", "image/png") for picture in pictures]
-    load(port, 8, bounded(requests, 200, 5))
+    load(port, 8, limited(requests, 200, 5))
     rows = []
     for clients in CLIENTS:
         started = time.monotonic()
-        replies = load(port, clients, bounded(requests, args.images, args.seconds))
+        replies = load(port, clients, limited(requests, args.images, args.seconds))
         rows.append({"clients": clients, **summary(replies, time.monotonic() - started)})
     return rows
 
@@ -128,18 +136,23 @@ def plain_server(candidate: Candidate) -> Iterator[int]:
 
 def part(args: argparse.Namespace, store: str) -> None:
     """Measure every setting of Ray Serve behind one kind of proxy, and print one JSON object per row."""
-    from services.serving.start import application, deploy, ray_for, use_fast_proxy
+    from services.serving.launch import deploy, enable_haproxy, ray_connection, running_application
 
     if args.part == "haproxy":
-        use_fast_proxy()
+        enable_haproxy()
+    from services.serving.app import ServeArgs
+
     port = free_port()
-    with ray_for(None, 4), application({"store": store}, "127.0.0.1", port, shared=False):
+    with (
+        ray_connection(None, 4),
+        running_application(ServeArgs(store=store), "127.0.0.1", port, shared=False),
+    ):
         for name, settings in SETTINGS.items():
-            deploy({"store": store, "settings": {"resize": True, **settings}})
+            deploy(ServeArgs(store=store, settings={"resize": True, **settings}))
             for row in measured(port, args):
                 say({"what": f"Ray Serve, {args.part}: {name}", **row})
         two = {"resize": True, "min_replicas": 2, "max_replicas": 2, "poll_s": 0.5}
-        deploy({"store": store, "settings": two})
+        deploy(ServeArgs(store=store, settings=two))
         say({"change": f"Ray Serve, {args.part}, 2 replicas, 8 clients", **change_of_versions(port, store)})
 
 
@@ -155,14 +168,14 @@ def change_of_versions(port: int, store: str) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     requests = [request_bytes(png(rng.random((1, 28, 28))), "/v1/predict", "image/png") for _ in range(64)]
     replies: list[Reply] = []
-    asking = threading.Thread(target=lambda: replies.extend(load(port, 8, bounded(requests, 20_000, 10))))
+    asking = threading.Thread(target=lambda: replies.extend(load(port, 8, limited(requests, 20_000, 10))))
     asking.start()
     time.sleep(3)
     promoted = time.monotonic()
-    to_production(registry, 2, "bench", "")
+    registry.to_production(2, "bench", "")
     time.sleep(3.5)
     rolled_back = time.monotonic()
-    roll_back(registry, "bench", "")
+    registry.roll_back("bench", "")
     asking.join()
     replies.sort(key=lambda reply: reply.at)
     versions = [(reply.at, reply.json()["version"]) for reply in replies if reply.status == 200]
@@ -197,13 +210,13 @@ def main() -> None:
     spec = parse_run_file({"data": {"name": "mnist", "channels": 1, "root": "."}}, "bench")
     with tempfile.TemporaryDirectory() as folder:
         registry, candidate = Registry(FolderStore(folder)), random_candidate(spec)
-        second = nudged(candidate.classifier, 2)
+        second = perturb_weights(candidate.classifier, 2)
         for one in (
             candidate,
             Candidate(**{**vars(candidate), "classifier": second, "digest": weights_digest(second)}),
         ):
             registry.add(one, "bench", "", forced=False)
-        to_production(registry, 1, "bench", "")
+        registry.to_production(1, "bench", "")
         with plain_server(candidate) as port:
             rows = [{"what": "FastAPI, uvicorn, torch: plain", **row} for row in measured(port, args)]
         changes = []

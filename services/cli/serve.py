@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from services.serving.candidate import Candidate
     from services.serving.registry import Registry
 
-by_option = click.option("--by", help="Whose decision it is. [default: the user of this machine]")
-why_option = click.option("--why", default="", help="What for, kept in the registry.")
+by_option = click.option("--by", help="Author of the change. [default: the user of this machine]")
+why_option = click.option("--why", default="", help="Reason for the change, stored in the registry.")
 
 
 @click.command()
@@ -32,42 +33,44 @@ def check(run: str, store: str, as_json: bool) -> None:
     try:
         candidate = _candidate(store, run)
     except NothingCorrected as nothing:
-        page = {"run": run, "passed": True, "annotators": None, "checks": []}
+        page: dict[str, Any] = {"run": run, "passed": True, "annotators": None, "checks": []}
         click.echo(json.dumps(page) if as_json else f"ok     {nothing}")
         return
-    annotators = candidate.facts["annotators"]
+    failed, annotators = candidate.failed_checks(), candidate.summary.annotators
     if as_json:
-        page = {"passed": not candidate.failed(), "annotators": annotators, "checks": list(candidate.checks)}
-        click.echo(json.dumps({"run": run, **page}))
+        checks = [asdict(result) for result in candidate.checks]
+        click.echo(json.dumps({"run": run, "passed": not failed, "annotators": annotators, "checks": checks}))
     else:
-        for row in candidate.checks:
-            click.echo(f"{'ok    ' if row['passed'] else 'FAILED'} {row['line']}")
+        for result in candidate.checks:
+            click.echo(f"{'ok    ' if result.passed else 'FAILED'} {result.line}")
         click.echo(f"       its failure scenarios were labelled by {annotators}")
-    if failed := candidate.failed():
+    if failed:
         raise CheckFailed(f"run {run}: {len(failed)} of {len(candidate.checks)} checks failed")
 
 
 @click.command()
 @click.argument("run", required=False)
 @store_option
-@click.option("--canary", metavar="SHARE", help="Answer only this share of the requests with it: 5%.")
-@click.option("--shadow", is_flag=True, help="Answer with the present version, and compare with this one.")
+@click.option("--canary", metavar="SHARE", help="Let it answer only this share of the requests: 5%.")
+@click.option(
+    "--shadow", is_flag=True, help="Compare it with the version in production, which goes on answering."
+)
 @click.option("--force", metavar="REASON", help="Promote although checks fail, for this reason.")
 @by_option
 @why_option
 def promote(
     run: str | None, store: str, canary: str | None, shadow: bool, force: str | None, by: str | None, why: str
 ) -> None:
-    """Put the corrected classifier of RUN into production if `defuse check` passes. Without RUN, show who answers.
+    """Put the corrected classifier of RUN into production if `defuse check` passes. Without RUN, show all versions.
 
     Running servers follow within seconds; no request is lost.
 
     \b
     defuse promote mnist --canary 5%
-    defuse promote mnist --why "canary went well"
+    defuse promote mnist --why "canary within limits"
     """
-    from services.serving.promotion import How, share_of
-    from services.serving.promotion import promote as promoted
+    from services.serving.registry import PromotionRequest, parse_share
+    from services.serving.registry import promote as promote_candidate
 
     registry = _registry(store)
     if run is None:
@@ -75,9 +78,9 @@ def promote(
         return
     if canary and shadow:
         raise click.UsageError("--canary and --shadow exclude each other")
-    share = share_of(canary) if canary else None
-    how = How(by or getpass.getuser(), why, force or None, share, shadow)
-    click.echo(promoted(registry, _candidate(store, run), how).action)
+    share = parse_share(canary) if canary else None
+    request = PromotionRequest(by or getpass.getuser(), why, force or None, share, shadow)
+    click.echo(promote_candidate(registry, _candidate(store, run), request).action)
 
 
 @click.command()
@@ -85,11 +88,9 @@ def promote(
 @by_option
 @why_option
 def rollback(store: str, by: str | None, why: str) -> None:
-    """End a canary or shadow; without one, put the version before back into production."""
-    from services.serving.rollout import roll_back
-
-    standing = roll_back(_registry(store), by or getpass.getuser(), why)
-    click.echo(f"{standing.action}; version {standing.production} is in production")
+    """End a canary or shadow; without one, put the previous version back into production."""
+    state = _registry(store).roll_back(by or getpass.getuser(), why)
+    click.echo(f"{state.action}; version {state.production} is in production")
 
 
 @click.command()
@@ -105,7 +106,7 @@ def rollback(store: str, by: str | None, why: str) -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set serve.watch=false"
 )
-@click.option("--pin", is_flag=True, help="Stay with RUN, whatever is promoted.")
+@click.option("--pin", is_flag=True, help="Keep RUN, whatever is promoted.")
 @click.option(
     "--haproxy", is_flag=True, help="Several times the throughput; replicas listen on every interface."
 )
@@ -119,49 +120,55 @@ def serve(
     pin: bool,
     haproxy: bool,
 ) -> None:
-    """Serve the corrected classifier of RUN, and every version promoted later. Without RUN, what is in production.
+    """Serve the corrected classifier of RUN, and every later promoted version. Without RUN, the one in production.
 
-    With DEFUSE_SERVE_TOKEN set, every route but /healthz and /readyz asks for it as a bearer token.
+    With DEFUSE_SERVE_TOKEN set, every route but /healthz and /readyz requires it as a bearer token.
 
     \b
     defuse serve mnist
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
-    from services.serving.start import Ending, application, mind_the_replicas, ray_for, use_fast_proxy
+    from services.serving.launch import (
+        ShutdownSignal,
+        enable_haproxy,
+        ray_connection,
+        require_token_for_haproxy,
+        running_application,
+    )
 
     settings = read_settings()
     if haproxy:
         if not settings.serve_token:
-            mind_the_replicas(host)
-        use_fast_proxy()
-    from services.serving.app import cpus_needed, expect_gpus, plan
+            require_token_for_haproxy(host)
+        enable_haproxy()
+    from services.serving.app import ServeArgs, require_gpus, resolve_settings, total_cpus
 
-    args: dict[str, Any] = {
-        "store": store,
-        "run": checked_name(run) if run else None,
-        "pin": pin,
-        "require_token": bool(settings.serve_token),
-        "settings": _serve_fields(overrides),
-    }
-    planned, address = plan(args), address or settings.ray_address
-    with ray_for(address, cpus_needed(planned)):
-        ending = Ending()
+    args = ServeArgs(
+        store=store,
+        run=checked_name(run) if run else None,
+        pin=pin,
+        require_token=bool(settings.serve_token),
+        settings=_serve_fields(overrides),
+    )
+    section, address = resolve_settings(args), address or settings.ray_address
+    with ray_connection(address, total_cpus(section)):
+        shutdown = ShutdownSignal()
         if address is None:
-            expect_gpus(planned)
-        started = application(args, host, port, shared=address is not None)
-        with contextlib.suppress(KeyboardInterrupt), started as served:  # asked to end while it starts
-            click.echo(f"serving on {served} (API page: {served}/docs); Ctrl-C stops it")
-            ending.wait()
+            require_gpus(section)
+        running = running_application(args, host, port, shared=address is not None)
+        with contextlib.suppress(KeyboardInterrupt), running as url:  # a signal may arrive during the start
+            click.echo(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
+            shutdown.wait()
 
 
 def _candidate(store: str, run: str) -> Candidate:
     from defuse_core.runs import Run
     from services.console import ProgressDisplay
-    from services.serving.candidate import prepare
+    from services.serving.candidate import prepare_candidate
     from services.storage import open_store
 
     with ProgressDisplay() as display:
-        return prepare(Run.open(open_store(store), checked_name(run)), display)[1]
+        return prepare_candidate(Run.open(open_store(store), checked_name(run)), display)[1]
 
 
 def _registry(store: str) -> Registry:
@@ -172,15 +179,15 @@ def _registry(store: str) -> Registry:
 
 
 def _show(registry: Registry) -> None:
-    standing = registry.standing()
-    for number, note in standing.versions.items():
-        roles = {standing.production: "production", standing.canary: f"canary {standing.share:.1%}"}
-        role = {**roles, standing.shadow: "shadow"}.get(number, "")
-        forced = " (forced)" if note.forced else ""
-        made = f"run {note.run}{forced}, labelled by {note.annotators}"
-        click.echo(f"{number:>4}  {role:<12} {made}; by {note.by} on {note.when} {note.why}".rstrip())
-    last = f", by {standing.by} on {standing.when} {standing.why}".rstrip() if standing.sequence else ""
-    click.echo(f"last change: {standing.action}{last}")
+    state = registry.state()
+    for number, info in state.versions.items():
+        roles = {state.production: "production", state.canary: f"canary {state.share:.1%}"}
+        role = {**roles, state.shadow: "shadow"}.get(number, "")
+        forced = " (forced)" if info.forced else ""
+        origin = f"run {info.run}{forced}, labelled by {info.annotators}"
+        click.echo(f"{number:>4}  {role:<12} {origin}; by {info.by} on {info.when} {info.why}".rstrip())
+    author = f", by {state.by} on {state.when} {state.why}".rstrip() if state.sequence else ""
+    click.echo(f"last change: {state.action}{author}")
 
 
 def _serve_fields(overrides: tuple[str, ...]) -> dict[str, Any]:
