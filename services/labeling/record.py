@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from defuse_core.artifacts import Gallery
 from defuse_core.errors import InputError
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 KEY = "labeling.json"
 

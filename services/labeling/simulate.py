@@ -18,7 +18,7 @@ import numpy as np
 from defuse_core.artifacts import Gallery
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.pipeline import Compute
-from defuse_core.reference import ReferenceAnnotators
+from defuse_core.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import hush
 from services.labeling.config import LABEL, choice_names

@@ -17,7 +17,7 @@ from PIL import Image
 from defuse_core.artifacts import F32, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.errors import InputError
-from defuse_core.runs import Store
+from defuse_core.store import Store
 from services.labeling.config import LABEL, choice_names
 
 MODEL = "reference models"  # who makes suggestions

@@ -24,15 +24,14 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
     Weights,
-    decode,
-    encode,
 )
+from defuse_core.codec import decode, encode
 from defuse_core.config import CheckSection, RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import InputError
-from defuse_core.judge import read_as
+from defuse_core.judge import most_common_error
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Run
@@ -249,7 +248,7 @@ def _most_common_errors(gallery: Gallery, scenarios: I64, labels: I64) -> I64:
     """Return the most frequent wrong answer in each accepted scenario; the label where there is none."""
     errors = labels.copy()
     for row, (component, label) in enumerate(zip(scenarios, labels, strict=True)):
-        wrong = read_as(gallery.predicted[component], label)
+        wrong = most_common_error(gallery.predicted[component], label)
         errors[row] = label if wrong is None else wrong
     return errors
 

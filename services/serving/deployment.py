@@ -18,7 +18,7 @@ from ray import serve
 from defuse_core.artifacts import F32
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError, StoreError
-from defuse_core.runs import Store
+from defuse_core.store import Store
 from services.serving.canary import CanaryStatistics, Comparison, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
 from services.serving.inputs import InputSpec, RejectedInput, decode_body

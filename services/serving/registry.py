@@ -18,7 +18,7 @@ import tenacity
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from defuse_core.errors import CheckFailed, DefuseError, InputError, StoreError
-from defuse_core.runs import Store
+from defuse_core.store import Store
 from services.serving.candidate import Candidate, decode_candidate, encode_candidate
 
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up

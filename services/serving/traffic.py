@@ -17,9 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defuse_core.artifacts import F32, F64, I64, Gallery, decode, encode
+from defuse_core.artifacts import (
+    F32,
+    F64,
+    I64,
+    Gallery,
+)
+from defuse_core.codec import decode, encode
 from defuse_core.errors import DefuseError, InputError, StoreError
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 MAX_PENDING_WRITES = 64  # inputs above this are dropped: answers have priority over samples

@@ -19,7 +19,8 @@ from defuse_core.artifacts import Models
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Splits, open_splits
 from defuse_core.progress import silent
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from defuse_core.train import train
 from services.serving.candidate import Candidate, prepare_candidate
 

@@ -9,7 +9,8 @@ from synthetic_runs import make_run, perturb_weights
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import StoreError
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ActiveVersions, InitialModel, RegistryWatcher
 from services.serving.registry import PromotionRequest, Registry, promote

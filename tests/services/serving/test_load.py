@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from load_generator import Reply, limited, load, request_bytes
 
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.serving.candidate import prepare_candidate
 from services.serving.registry import PromotionRequest, Registry, promote
 from services.serving.traffic import read_traffic

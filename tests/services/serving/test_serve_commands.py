@@ -7,9 +7,11 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from defuse_core.artifacts import Sweep, encode
+from defuse_core.artifacts import Sweep
+from defuse_core.codec import encode
 from defuse_core.errors import CheckFailed, InputError, RunFileError
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.cli.serve import check, promote, rollback, serve
 from services.serving.registry import Registry
 

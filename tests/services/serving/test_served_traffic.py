@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import encode
+from defuse_core.codec import encode
 from defuse_core.errors import InputError, StoreError
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from services.serving.traffic import Reservoir, read_traffic, sample_now
 
 
