@@ -71,7 +71,7 @@ class ServeSection(Section):
     max_ongoing: int = Field(64, ge=1)
     """Requests a replica works on at once."""
     max_queued: int = Field(64, ge=0)
-    """Requests that wait for a replica, per proxy (behind HAProxy none waits); more are answered 503 at once."""
+    """Requests that wait for a replica to work on them, per replica; more are answered 503 at once."""
     retry_after_s: int = Field(1, ge=0)
     """What a 503 tells the client to wait, in seconds."""
     batch_size: int = Field(64, ge=1)
@@ -80,6 +80,8 @@ class ServeSection(Section):
     """Seconds to wait for a batch to fill. 0 takes what came in during the pass before."""
     max_body_mb: float = Field(8.0, gt=0, le=1024)
     """Largest request body, in MB."""
+    slow_uploads: int = Field(8, ge=1)
+    """Bodies of one client address that may take longer than 0.25 s to arrive at the same time; more are answered 408."""
     max_images: int = Field(64, ge=1)
     """Images in one request at most."""
     max_pixels: int = Field(16_000_000, ge=1)
@@ -105,6 +107,8 @@ class ServeSection(Section):
     """A canary that agrees with production less often, outside the scenarios (99 % interval), is rolled back."""
     min_compared: int = Field(50, ge=1)
     """Images that a canary answers before it is judged."""
+    max_canary_s: float = Field(1.0, gt=0)
+    """Seconds that a canary or shadow may take for a request; later answers count as failures, and production answers."""
 
     @model_validator(mode="after")
     def _replicas_ordered(self) -> Self:

@@ -89,7 +89,9 @@ def promote(
 @why_option
 def rollback(store: str, by: str | None, why: str) -> None:
     """End a canary or shadow; without one, put the previous version back into production."""
-    state = _registry(store).roll_back(by or getpass.getuser(), why)
+    from services.serving.model import verify_candidate
+
+    state = _registry(store).roll_back(by or getpass.getuser(), why, verify_candidate)
     click.echo(f"{state.action}; version {state.production} is in production")
 
 
@@ -108,8 +110,14 @@ def rollback(store: str, by: str | None, why: str) -> None:
 )
 @click.option("--pin", is_flag=True, help="Keep RUN, whatever is promoted.")
 @click.option(
-    "--haproxy", is_flag=True, help="Several times the throughput; replicas listen on every interface."
+    "--proxy",
+    type=click.Choice(["auto", "direct", "haproxy", "ray"]),
+    default="auto",
+    show_default=True,
+    help="Between clients and replicas of the embedded Ray: nothing (direct), HAProxy, or Ray's own proxy. auto is "
+    "direct for one replica on loopback, and HAProxy otherwise.",
 )
+@click.option("--haproxy", is_flag=True, help="The same as --proxy haproxy.")
 def serve(
     run: str | None,
     store: str,
@@ -118,6 +126,7 @@ def serve(
     address: str | None,
     overrides: tuple[str, ...],
     pin: bool,
+    proxy: str,
     haproxy: bool,
 ) -> None:
     """Serve the corrected classifier of RUN, and every later promoted version. Without RUN, the one in production.
@@ -128,21 +137,10 @@ def serve(
     defuse serve mnist
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
-    from services.serving.launch import (
-        ShutdownSignal,
-        enable_haproxy,
-        ray_connection,
-        require_token_for_haproxy,
-        running_application,
-    )
+    from services.serving.arguments import ServeArgs, resolve_settings
+    from services.serving.proxy import Proxy, choose_proxy, proxy_environment
 
     settings = read_settings()
-    if haproxy:
-        if not settings.serve_token:
-            require_token_for_haproxy(host)
-        enable_haproxy()
-    from services.serving.app import ServeArgs, require_gpus, resolve_settings, total_cpus
-
     args = ServeArgs(
         store=store,
         run=checked_name(run) if run else None,
@@ -151,14 +149,31 @@ def serve(
         settings=_serve_fields(overrides),
     )
     section, address = resolve_settings(args), address or settings.ray_address
-    with ray_connection(address, total_cpus(section)):
-        shutdown = ShutdownSignal()
-        if address is None:
-            require_gpus(section)
-        running = running_application(args, host, port, shared=address is not None)
-        with contextlib.suppress(KeyboardInterrupt), running as url:  # a signal may arrive during the start
-            click.echo(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
-            shutdown.wait()
+    if address is None:
+        chosen = choose_proxy("haproxy" if haproxy else proxy, section, host)
+    else:
+        chosen = Proxy.CLUSTER
+    with proxy_environment(chosen, port):
+        from services.serving.app import require_gpus, total_cpus
+        from services.serving.launch import (
+            ShutdownSignal,
+            ray_connection,
+            registry_changes,
+            running_application,
+        )
+
+        with ray_connection(address, total_cpus(section)):
+            shutdown = ShutdownSignal()
+            if address is None:
+                require_gpus(section)
+            running = running_application(args, host, port, shared=address is not None, proxy=chosen)
+            with (
+                contextlib.suppress(KeyboardInterrupt),
+                running as url,
+            ):  # a signal may arrive during the start
+                click.echo(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
+                for line in registry_changes(_registry(store), shutdown, section.poll_s):
+                    click.echo(line)
 
 
 def _candidate(store: str, run: str) -> Candidate:

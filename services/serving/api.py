@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -21,17 +22,16 @@ from services.serving.inputs import (
     FORM_TYPE,
     IMAGE_TYPES,
     JSON_TYPE,
-    InputSpec,
     RejectedInput,
     content_type,
     decode_body,
-    read_body,
     uploaded_files,
 )
 from services.serving.metrics import metrics_page
 from services.serving.model import ModelInfo, PredictionResponse
 
 HEALTH_ROUTES = ("/healthz", "/readyz")
+DOCS_ROUTES = ("/docs", "/redoc", "/openapi.json")
 MAX_INLINE_BYTES, MAX_INLINE_PIXELS = (
     32_768,
     65_536,
@@ -134,21 +134,16 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
     api.add_exception_handler(RejectedInput, _rejection_handler(deployment))
     api.add_exception_handler(HTTPException, _http_error)
     api.add_middleware(BearerAuthMiddleware, token=deployment.token)
-    limit = int(deployment.settings.max_body_mb * 1e6)
 
     async def predict(request: Request) -> Response:
         media_type = content_type(request)
-        body = await read_body(request, limit, deployment.settings.timeout_s)
-        spec = deployment.input_spec()
-        if media_type == FORM_TYPE:
-            files = await uploaded_files(request, body, spec.max_images)
-        else:
-            files = [body]
-        pixels = await _decode(deployment, media_type, files, spec)
-        key = request.headers.get("x-request-key")
-        answer = await deployment.predict(
-            pixels, key.encode() if key is not None else hashlib.sha256(body).digest()
-        )
+        body = await deployment.uploads.receive(request)
+        async with deployment.slots.acquire():
+            pixels = await _decode(deployment, request, media_type, body)
+            key = request.headers.get("x-request-key")
+            answer = await deployment.predict(
+                pixels, key.encode() if key is not None else hashlib.sha256(body).digest()
+            )
         return Response(answer.model_dump_json(by_alias=True), media_type=JSON_TYPE)
 
     async def model() -> ModelInfo:
@@ -181,15 +176,24 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
         responses=_UNAUTHORIZED,
         summary="Metrics for Prometheus",
     )(metrics)
+    if deployment.token:
+        _describe_authentication(api)
     return api
 
 
-async def _decode(
-    deployment: ClassifierDeployment, media_type: str, files: list[bytes], spec: InputSpec
-) -> F32:
+def _describe_authentication(api: FastAPI) -> None:
+    """Add the bearer token to the OpenAPI description, which gives its page a button to enter the token."""
+    schema = api.openapi()
+    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    schema["security"] = [{"token": []}]
+
+
+async def _decode(deployment: ClassifierDeployment, request: Request, media_type: str, body: bytes) -> F32:
     """Return the pixels; small images are decoded here, others in the decoding thread. Raises RejectedInput."""
+    spec = deployment.input_spec()
+    files = await uploaded_files(request, body, spec.max_images) if media_type == FORM_TYPE else [body]
     inline = replace(spec, max_pixels=min(spec.max_pixels, MAX_INLINE_PIXELS))
-    if sum(map(len, files)) <= MAX_INLINE_BYTES:
+    if len(body) <= MAX_INLINE_BYTES:
         try:
             return decode_body(media_type, files, inline)
         except RejectedInput as rejected:
@@ -215,22 +219,47 @@ async def _http_error(_: Request, error: Exception) -> JSONResponse:
 
 
 class BearerAuthMiddleware:
-    """Rejects requests without the bearer token; health routes are open. Without a token, all routes are open."""
+    """Rejects requests without the bearer token; health routes are open. Without a token, all routes are open.
+
+    Browsers cannot send a bearer token, so the pages of DOCS_ROUTES also accept it as the password of HTTP Basic.
+    """
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
         self.app = app
-        self.expected = f"Bearer {token}".encode() if token else None
+        self._digest = _digest(token.encode()) if token else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_allowed(scope):
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or self._is_allowed(path, dict(scope["headers"])):
             await self.app(scope, receive, send)
             return
-        message = "expected the header Authorization: Bearer TOKEN with the token of this server"
-        response = JSONResponse({"error": message}, 401, {"WWW-Authenticate": "Bearer"})
+        if path in DOCS_ROUTES:
+            message, challenge = "expected the token of this server as password", 'Basic realm="Defuse"'
+        else:
+            message = "expected the header Authorization: Bearer TOKEN with the token of this server"
+            challenge = "Bearer"
+        response = JSONResponse({"error": message}, 401, {"WWW-Authenticate": challenge})
         await response(scope, receive, send)
 
-    def _is_allowed(self, scope: Scope) -> bool:
-        if self.expected is None or scope["path"].removeprefix(scope.get("root_path", "")) in HEALTH_ROUTES:
+    def _is_allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        if self._digest is None or path in HEALTH_ROUTES:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(self.expected).digest())
+        scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+        given = credentials.strip()
+        if scheme.lower() == b"basic" and path in DOCS_ROUTES:
+            given = _basic_password(given)
+        elif scheme.lower() != b"bearer":
+            return False
+        return hmac.compare_digest(_digest(given), self._digest)
+
+
+def _basic_password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
+
+
+def _digest(token: bytes) -> bytes:
+    """Return a digest, so that comparing it takes the same time for tokens of any length."""
+    return hashlib.sha256(token).digest()

@@ -7,7 +7,6 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -16,29 +15,14 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from services.serving.api import build_api
-from services.serving.candidate import prepare_candidate, with_settings
+from services.serving.arguments import ServeArgs, resolve_settings
+from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment, InitialModel
+from services.serving.limits import MAX_UPLOADS
 from services.serving.registry import Registry
 from services.storage import open_store
 
 MIN_SHUTDOWN_S = 30.0  # a stopping replica gets at least this time to finish its requests
-
-
-class ServeArgs(BaseModel):
-    """The arguments of the application."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    store: str = "runs"
-    """Folder or s3://bucket/prefix with the runs and the registry; reachable from every node."""
-    run: str | None = None
-    """Serve this run's corrected model until a version is promoted; without it, the version in production."""
-    pin: bool = False
-    """Keep `run`, whatever is promoted."""
-    require_token: bool = False
-    """Do not start a replica without DEFUSE_SERVE_TOKEN in its environment."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Fields of section `serve` that replace those of the run file."""
 
 
 class ClassifierIngress(ClassifierDeployment):
@@ -66,20 +50,6 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     return application
 
 
-def resolve_settings(args: ServeArgs) -> ServeSection:
-    """Return section `serve` of the model that these arguments name, with their changes. Raises InputError."""
-    if args.pin and args.run is None:
-        raise InputError("--pin needs a RUN to keep")
-    store = open_store(args.store)
-    if args.run is not None:
-        section = Run.open(store, args.run).spec.serve
-    else:
-        registry = Registry(store)
-        production = registry.state().production
-        section = ServeSection() if production is None else registry.load(production).run_file().serve
-    return with_settings(section, args.settings)
-
-
 def classifier_deployment(settings: ServeSection) -> Any:
     """Return the deployment with the replicas and resources of the settings."""
     options: dict[str, Any] = {
@@ -87,7 +57,7 @@ def classifier_deployment(settings: ServeSection) -> Any:
             "num_cpus": settings.cpus_per_replica,
             "num_gpus": _gpus_per_replica(settings),
         },
-        "max_ongoing_requests": settings.max_ongoing,
+        "max_ongoing_requests": settings.max_ongoing + settings.max_queued + MAX_UPLOADS,
         "max_queued_requests": settings.max_queued,
         "backpressure_config": BackpressureConfig(retry_after_s=settings.retry_after_s),
         "graceful_shutdown_timeout_s": max(MIN_SHUTDOWN_S, 2 * settings.timeout_s),

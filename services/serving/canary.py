@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binomtest
 
-from defuse_core.artifacts import Bool
+from defuse_core.artifacts import F32, Bool
 from defuse_core.config import ServeSection
-from services.serving.model import ModelOutput
+from services.serving.model import LoadedModel, ModelOutput, PredictionResult
 
 CONFIDENCE = 0.99  # of the interval whose bounds a canary is judged by
+MAX_PENDING_SHADOWS = (
+    4  # requests for the shadow above this are dropped: answers have priority over comparisons
+)
+SHADOW_TIME_SHARE = 0.2  # of the time, at most, in which a shadow computes
 
 
 def is_in_canary(key: bytes, number: int, share: float) -> bool:
@@ -51,7 +62,7 @@ class CanaryStatistics:
     """
 
     answered: int = 0  # images, errors included
-    errors: int = 0
+    errors: int = 0  # images without an answer, or with one after serve.max_canary_s
     compared: int = 0
     agreed: int = 0
 
@@ -69,7 +80,10 @@ class CanaryStatistics:
         if self.answered < limits.min_compared:
             return None
         if self._error_rate_above(limits.max_errors):
-            return f"{self.errors} of {self.answered} images failed, the limit is {limits.max_errors:.1%}"
+            return (
+                f"{self.errors} of {self.answered} images failed or took longer than {limits.max_canary_s:g} s, the "
+                f"limit is {limits.max_errors:.1%}"
+            )
         if self.compared >= limits.min_compared and self._agreement_below(limits.min_agreement):
             return (
                 f"{self.agreed} of {self.compared} answers agreed with production, expected at least "
@@ -87,3 +101,51 @@ class CanaryStatistics:
         return (
             self.agreed < least * self.compared and confidence_interval(self.agreed, self.compared)[1] < least
         )
+
+
+@dataclass(frozen=True, eq=False)
+class ShadowRequest:
+    """One request that production has answered, for a shadow to answer too."""
+
+    shadow: LoadedModel
+    pixels: F32  # (n, channels, H, W)
+    output: ModelOutput  # production's
+    report: Callable[[PredictionResult], None]  # called with the shadow's
+
+
+class ShadowRunner:
+    """Runs a shadow in a thread of its own, with low priority and pauses, so that production keeps its speed."""
+
+    def __init__(self, max_seconds: float) -> None:
+        self._max_seconds = max_seconds
+        self._pending: list[ShadowRequest] = []
+        self._thread = ThreadPoolExecutor(1, "shadow", initializer=_lower_priority)
+
+    async def run(self, request: ShadowRequest) -> None:
+        """Return after this request and those that arrive meanwhile are reported; drop requests above the limit."""
+        if len(self._pending) >= MAX_PENDING_SHADOWS:
+            return
+        self._pending.append(request)
+        if len(self._pending) > 1:
+            return  # another call runs it
+        loop = asyncio.get_running_loop()
+        while self._pending:
+            started = loop.time()
+            current = self._pending[0]
+            current.report(await loop.run_in_executor(self._thread, self._predict, current))
+            await asyncio.sleep((loop.time() - started) * (1 / SHADOW_TIME_SHARE - 1))
+            self._pending.pop(0)
+
+    def _predict(self, request: ShadowRequest) -> PredictionResult:
+        started = time.thread_time()  # of the processor: the time that other threads take is not the shadow's
+        try:
+            output = request.shadow.predict(request.pixels)
+        except Exception as error:
+            return error
+        seconds = time.thread_time() - started
+        return output if seconds <= self._max_seconds else TimeoutError(f"it took {seconds:.2f} s")
+
+
+def _lower_priority() -> None:
+    with contextlib.suppress(AttributeError, OSError):  # on systems without priorities of threads
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ from ray import serve
 
 from defuse_core.artifacts import F32
 from defuse_core.config import ServeSection
-from defuse_core.errors import InputError, StoreError
+from defuse_core.errors import DefuseError, InputError, StoreError
 from defuse_core.store import Store
-from services.serving.canary import CanaryStatistics, Comparison, is_in_canary
+from services.serving.canary import CanaryStatistics, Comparison, ShadowRequest, ShadowRunner, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
 from services.serving.inputs import InputSpec, RejectedInput, decode_body
+from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
 from services.serving.model import (
     LoadedModel,
@@ -31,6 +32,7 @@ from services.serving.model import (
     PredictionResponse,
     PredictionResult,
     predict_batch,
+    select_device,
 )
 from services.serving.registry import EMPTY, Registry, RegistryState
 from services.serving.traffic import Reservoir, sample_now
@@ -39,9 +41,6 @@ from services.storage import open_store
 
 log = logging.getLogger("defuse")
 MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread
-MAX_PENDING_SHADOWS = (
-    4  # requests for the shadow above this are dropped: answers have priority over comparisons
-)
 AUTHOR = "defuse serve"  # of changes that a replica makes in the registry
 
 
@@ -64,6 +63,7 @@ class ActiveVersions:
     shadow: LoadedModel | None = None
     state: RegistryState = EMPTY
     statistics: CanaryStatistics = field(default_factory=CanaryStatistics)  # of the canary or the shadow
+    error: str | None = None  # why the registry's versions could not be loaded
 
     def canary_for(self, key: bytes) -> LoadedModel | None:
         """Return the canary if it answers the request with this key."""
@@ -92,10 +92,19 @@ class RegistryWatcher:
         self.sequence = initial.state.sequence
 
     def load_initial(self) -> ActiveVersions:
-        """Return the versions to start with; without production before the first promotion. Raises DefuseError."""
+        """Return the versions to start with; without production before the first promotion.
+
+        Where the registry's versions cannot be loaded, requests are answered with the reason until they can: a
+        replica that does not start has no way to say it. Raises DefuseError for the model of `initial`.
+        """
+        select_device(self.settings.device)
         key = self.initial.key
         own = ActiveVersions() if key is None else ActiveVersions(self._load_candidate(key))
-        return self.load_changes(own) or own
+        try:
+            return self.load_changes(own) or own
+        except DefuseError as error:
+            log.error("the registry's version cannot be loaded: %s", error)
+            return replace(own, error=f"the version in production cannot be loaded: {error}")
 
     def load_changes(self, current: ActiveVersions) -> ActiveVersions | None:
         """Return the versions after a change of the registry, loaded and warm; None without a change."""
@@ -182,12 +191,14 @@ class ClassifierDeployment:
         self.active = self.watcher.load_initial()
         self.metrics = ServingMetrics()
         self.reservoir = Reservoir(opened, settings.reservoir) if settings.reservoir else None
+        self.uploads, self.slots = UploadLimits(settings), RequestSlots(settings)
         self._forward_thread = ThreadPoolExecutor(1, "forward")
+        self._canary_thread = ThreadPoolExecutor(1, "canary")
         self._decode_thread = ThreadPoolExecutor(1, "decode")
-        self._batched = serve.batch(
-            max_batch_size=settings.batch_size, batch_wait_timeout_s=settings.batch_wait_s
-        )(self._predict_batch)
-        self._pending_shadows = 0
+        batch = serve.batch(max_batch_size=settings.batch_size, batch_wait_timeout_s=settings.batch_wait_s)
+        self._batched = batch(self._predict_batch)
+        self._canary_batched = batch(self._predict_canary_batch)
+        self._shadow = ShadowRunner(settings.max_canary_s)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def input_spec(self) -> InputSpec:
@@ -201,7 +212,8 @@ class ClassifierDeployment:
 
     def _production(self) -> LoadedModel:
         if self.active.production is None:
-            raise RejectedInput(503, "no version is in production yet", self.settings.retry_after_s)
+            message = self.active.error or "no version is in production yet"
+            raise RejectedInput(503, message, self.settings.retry_after_s)
         return self.active.production
 
     async def decode(self, media_type: str, files: list[bytes], spec: InputSpec) -> F32:
@@ -214,23 +226,43 @@ class ClassifierDeployment:
         """Return the answer to one request. `key` selects the requests of a canary. Raises RejectedInput."""
         production, active = self._production(), self.active
         canary = active.canary_for(key)
-        models = (production,) if canary is None else (production, canary)
+        answer = (
+            None
+            if canary is None
+            else asyncio.create_task(self._canary_batched(PredictionRequest(pixels, canary)))
+        )
         async with self._timeout():
-            result: PredictionResult = await self._batched(PredictionRequest(pixels, models))
-        model, output = production, result[production]
-        if canary is not None:
-            self._compare(active, canary, result)
-            if isinstance(result[canary], ModelOutput):
-                model, output = canary, result[canary]
+            output: PredictionResult = await self._batched(PredictionRequest(pixels, production))
+        model = production
+        if canary is not None and answer is not None:
+            theirs = await self._canary_output(answer)
+            self._compare(active, canary, output, theirs)
+            if isinstance(theirs, ModelOutput):
+                model, output = canary, theirs
         if isinstance(output, Exception):
             self.metrics.errors.inc(len(pixels), {"version": model.name})
             log.error("version %s failed: %s", model.name, output)
             raise RejectedInput(500, "the classifier failed on this input")
-        if active.shadow is not None and self._pending_shadows < MAX_PENDING_SHADOWS:
-            request = PredictionRequest(pixels, (active.shadow,))
-            self._start(self._predict_shadow(active, active.shadow, request, output))
+        if active.shadow is not None:
+            self._start(self._shadow.run(self._shadow_request(active, active.shadow, pixels, output)))
         self._count(model, output, pixels)
         return PredictionResponse.model_construct(version=model.name, predictions=model.predictions(output))
+
+    async def _canary_output(self, answer: asyncio.Task[PredictionResult]) -> PredictionResult:
+        """Return what the canary answers within serve.max_canary_s after production, a TimeoutError after that."""
+        done, _ = await asyncio.wait({answer}, timeout=self.settings.max_canary_s)
+        if not done:
+            answer.cancel()
+            return TimeoutError(f"no answer within {self.settings.max_canary_s:g} s")
+        error = answer.exception()
+        return answer.result() if not isinstance(error, Exception) else error
+
+    def _shadow_request(
+        self, active: ActiveVersions, shadow: LoadedModel, pixels: F32, output: ModelOutput
+    ) -> ShadowRequest:
+        return ShadowRequest(
+            shadow, pixels, output, lambda theirs: self._compare(active, shadow, output, theirs)
+        )
 
     @contextlib.asynccontextmanager
     async def _timeout(self) -> AsyncIterator[None]:
@@ -244,13 +276,16 @@ class ClassifierDeployment:
             ) from None
 
     async def _predict_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
-        seconds = sum(
-            model.seconds_per_image * len(request.pixels) for request in requests for model in request.models
-        )
+        seconds = sum(request.model.seconds_per_image * len(request.pixels) for request in requests)
         if seconds <= MAX_INLINE_S:
             return predict_batch(requests)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._forward_thread, predict_batch, requests)
+
+    async def _predict_canary_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
+        """Never in the event loop: a slow canary must not delay production."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._canary_thread, predict_batch, requests)
 
     def _count(self, model: LoadedModel, output: ModelOutput, pixels: F32) -> None:
         self.metrics.images.inc(len(pixels), {"version": model.name})
@@ -264,23 +299,17 @@ class ClassifierDeployment:
                 sampled = sample_now(pixels[row], number, best, model.name, candidate.classes)
                 self.reservoir.offer(candidate.run, sampled)
 
-    async def _predict_shadow(
-        self, active: ActiveVersions, shadow: LoadedModel, request: PredictionRequest, output: ModelOutput
+    def _compare(
+        self,
+        active: ActiveVersions,
+        other: LoadedModel,
+        ours: PredictionResult,
+        theirs: PredictionResult,
     ) -> None:
-        self._pending_shadows += 1
-        try:
-            result: PredictionResult = await self._batched(request)
-        finally:
-            self._pending_shadows -= 1
-        if active.production is not None:
-            self._compare(active, shadow, {active.production: output, **result})
-
-    def _compare(self, active: ActiveVersions, other: LoadedModel, result: PredictionResult) -> None:
         """Compare a canary or shadow with production, and end it if it exceeds its limits."""
-        ours = result[active.production] if active.production else None
-        theirs, statistics = result[other], active.statistics
         if not isinstance(ours, ModelOutput):
             return
+        statistics = active.statistics
         if isinstance(theirs, ModelOutput):
             comparison = Comparison.of(ours, theirs)
             statistics.add_comparison(comparison)

@@ -1,11 +1,7 @@
-"""Request bodies: reading them within their limits, and decoding images and JSON into pixels.
-
-Every check runs before the work that it limits: size before reading, header before decoding.
-"""
+"""Request bodies: decoding images and JSON into pixels. Image headers are checked before pixels are decoded."""
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import warnings
@@ -17,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.types import Message
 
 from defuse_core.artifacts import F32
@@ -71,29 +67,6 @@ class InputSpec:
 
     def __str__(self) -> str:
         return f"{self.size}x{self.size} pixels in {'grey' if self.channels == 1 else 'color'}"
-
-
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
-    """Return the body. Raises RejectedInput at the first sign that it exceeds `limit` bytes or `timeout_s`."""
-    content_length = request.headers.get("content-length", "0")
-    if not content_length.isdecimal() or int(content_length) > limit:
-        raise _body_too_large(limit)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise _body_too_large(limit)
-    except TimeoutError:
-        raise RejectedInput(408, f"the body did not arrive within {timeout_s:g} s") from None
-    except ClientDisconnect:
-        raise RejectedInput(400, "the client disconnected before the body was complete") from None
-    return bytes(body)
-
-
-def _body_too_large(limit: int) -> RejectedInput:
-    return RejectedInput(413, f"the body exceeds the limit of {limit / 1e6:g} MB")
 
 
 def content_type(request: Request) -> str:

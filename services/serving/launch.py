@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from defuse_core.errors import ComputeError, InputError
+from defuse_core.errors import ComputeError, InputError, StoreError
+from services.serving.proxy import Proxy, is_loopback
 
 if TYPE_CHECKING:
-    from services.serving.app import ServeArgs
+    from services.serving.arguments import ServeArgs
+    from services.serving.registry import Registry
 
 log = logging.getLogger("defuse")
 APPLICATION = "defuse"
-
-HAPROXY_ENVIRONMENT = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a prediction is safe to repeat
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # one HAProxy on one machine learns of a change at once
-}
-
-
-def enable_haproxy() -> None:
-    """Put HAProxy before the replicas, in Ray processes that this process starts from now on.
-
-    Call it before ray.serve is imported, which reads these variables once. Every replica then has a port of its own.
-    """
-    os.environ.update(HAPROXY_ENVIRONMENT)
 
 
 @contextlib.contextmanager
@@ -45,6 +32,7 @@ def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
     if address:
         connect(address)
     else:
+        _require_authentication()
         protect_embedded()
         count = max(os.cpu_count() or 1, cpus)
         with _translate_errors("Ray did not start on this machine"):
@@ -61,9 +49,27 @@ def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def _require_authentication() -> None:
+    """Raise InputError where the environment turns Ray's authentication off, unless it also says that this is wanted.
+
+    The processes of Ray listen on every interface, and run the code that they receive.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled":
+        return
+    danger = "EVERYONE WHO REACHES THIS MACHINE CAN RUN CODE ON IT: RAY_AUTH_MODE=disabled"
+    if os.environ.get("DEFUSE_ALLOW_OPEN_RAY") != "1":
+        raise InputError(
+            "RAY_AUTH_MODE=disabled lets everyone who reaches this machine run code on it through the embedded Ray; "
+            "unset RAY_AUTH_MODE, or accept that with DEFUSE_ALLOW_OPEN_RAY=1"
+        )
+    log.warning(danger)
+
+
 @contextlib.contextmanager
-def running_application(args: ServeArgs, host: str, port: int, shared: bool) -> Iterator[str]:
-    """Serve while the block runs; yields the address.
+def running_application(
+    args: ServeArgs, host: str, port: int, *, shared: bool = False, proxy: Proxy = Proxy.RAY
+) -> Iterator[str]:
+    """Serve while the block runs; yields the address. The environment of `proxy` is set before.
 
     On a `shared` cluster other applications are left alone. Raises InputError where one has the name of this.
     """
@@ -71,11 +77,16 @@ def running_application(args: ServeArgs, host: str, port: int, shared: bool) -> 
     from ray.serve.config import HTTPOptions
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if not shared:
+        _require_free_port(host, port)
+    proxy_port = _free_port() if proxy is Proxy.DIRECT else port  # Ray's own proxy runs too
     with _translate_errors("Serve did not start"):
         serve.start(
-            http_options=HTTPOptions(host=host, port=port), logging_config={"enable_access_log": False}
+            http_options=HTTPOptions(host=host, port=proxy_port), logging_config={"enable_access_log": False}
         )
-    actual_host, port = _listening_address(host, port)
+    actual_host, actual_port = _listening_address(host, proxy_port)
+    if proxy is Proxy.DIRECT:
+        actual_port = port
     if not args.require_token:
         _check_exposure(host, actual_host)
     if shared and APPLICATION in serve.status().applications:
@@ -85,12 +96,30 @@ def running_application(args: ServeArgs, host: str, port: int, shared: bool) -> 
         )
     try:
         deploy(args)
-        yield f"http://{'127.0.0.1' if actual_host == '0.0.0.0' else actual_host}:{port}"
+        yield f"http://{'127.0.0.1' if actual_host == '0.0.0.0' else actual_host}:{actual_port}"
     finally:
         if shared:
             serve.delete(APPLICATION)
         else:
             serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _require_free_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as test:
+        test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            test.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+            ) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as test:
+        test.bind(("127.0.0.1", 0))
+        port: int = test.getsockname()[1]
+    return port
 
 
 def _listening_address(host: str, port: int) -> tuple[str, int]:
@@ -103,15 +132,6 @@ def _listening_address(host: str, port: int) -> tuple[str, int]:
         return host, port
     log.warning("Serve is already running on this cluster; --host and --port are those of its start")
     return str(options.host), int(options.port)
-
-
-def require_token_for_haproxy(host: str) -> None:
-    """Raise InputError where replicas behind HAProxy would be open to the network without a request for that."""
-    if is_loopback(host):
-        raise InputError(
-            "--haproxy lets every replica listen on every interface of this machine: set DEFUSE_SERVE_TOKEN, or allow "
-            "requests from everywhere with `--host 0.0.0.0`"
-        )
 
 
 def _check_exposure(requested: str, actual: str) -> None:
@@ -173,18 +193,26 @@ class ShutdownSignal:
             raise KeyboardInterrupt
         self._received.set()
 
-    def wait(self) -> None:
-        """Return when a signal arrives."""
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Return True when a signal arrives, False after `timeout_s`."""
         self._waiting = True
-        self._received.wait()
+        return self._received.wait(timeout_s)
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def registry_changes(registry: Registry, shutdown: ShutdownSignal, poll_s: float) -> Iterator[str]:
+    """Yield a line for each change of the registry, until a signal arrives."""
+    sequence: int | None = None
+    while not shutdown.wait(0 if sequence is None else poll_s):
+        try:
+            if sequence is None:
+                sequence = registry.state().sequence
+            for state in registry.changes_after(sequence):
+                sequence = state.sequence
+                reason = f" ({state.why})" if state.why else ""
+                yield f"{state.when} {state.by}: {state.action}{reason}; version {state.production} is in production"
+        except StoreError as error:
+            log.warning("the registry cannot be read: %s", error)
+            shutdown.wait(poll_s)
 
 
 @contextlib.contextmanager

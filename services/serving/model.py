@@ -140,7 +140,7 @@ class LoadedModel:
         if self.watch is None:
             return None
         matches = [
-            self._match(j, float(output.distances[row, j])) for j in np.flatnonzero(output.inside[row])
+            self._match(int(j), float(output.distances[row, j])) for j in np.flatnonzero(output.inside[row])
         ]
         return sorted(matches, key=lambda match: match.nearer_share)
 
@@ -153,6 +153,12 @@ class LoadedModel:
             distance=round(distance, 4),
             nearer_share=round(float(np.interp(distance, candidate.distances[j], candidate.levels)), 5),
         )
+
+
+def verify_candidate(candidate: Candidate) -> None:
+    """Load the candidate on this machine's processor and predict with it. Raises ModelError if that fails."""
+    settings = candidate.run_file().serve.model_copy(update={"device": "cpu"})
+    LoadedModel(candidate, settings).warm_up(1)
 
 
 def distance_thresholds(candidate: Candidate, share: float) -> F64:
@@ -169,30 +175,29 @@ def select_device(name: str) -> torch.device:
 
 @dataclass(frozen=True, eq=False)
 class PredictionRequest:
-    """The images of one HTTP request, and the versions that predict them."""
+    """The images of one HTTP request, and the version that predicts them."""
 
     pixels: F32  # (n, channels, H, W)
-    models: tuple[LoadedModel, ...]
+    model: LoadedModel
 
 
-PredictionResult = dict[LoadedModel, ModelOutput | Exception]
+PredictionResult = ModelOutput | Exception
 
 
 def predict_batch(requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
-    """Return for each request the output of each of its models. Every model runs once, on all of its images.
+    """Return the result of each request. Every model runs once, on all of its images.
 
     An image that makes a model fail fails alone: the other requests of the batch are answered without it.
     """
-    results: list[PredictionResult] = [{} for _ in requests]
-    for model in dict.fromkeys(model for request in requests for model in request.models):
-        rows = [row for row, request in enumerate(requests) if model in request.models]
-        outputs = _predict_together(model, [requests[row].pixels for row in rows])
-        for row, output in zip(rows, outputs, strict=True):
-            results[row][model] = output
-    return results
+    results: dict[PredictionRequest, PredictionResult] = {}
+    for model in dict.fromkeys(request.model for request in requests):
+        own = [request for request in requests if request.model is model]
+        outputs = _predict_together(model, [request.pixels for request in own])
+        results.update(zip(own, outputs, strict=True))
+    return [results[request] for request in requests]
 
 
-def _predict_together(model: LoadedModel, parts: list[F32]) -> list[ModelOutput | Exception]:
+def _predict_together(model: LoadedModel, parts: list[F32]) -> list[PredictionResult]:
     try:
         together = model.predict(np.concatenate(parts) if len(parts) > 1 else parts[0])
     except Exception as error:

@@ -119,6 +119,13 @@ class Registry:
         """Return the current state if there is a change after `sequence`. Costs one lookup where there is none."""
         return self.state() if self.store.exists(_change_key(sequence + 1)) else None
 
+    def changes_after(self, sequence: int) -> list[RegistryState]:
+        """Return the state after each change since `sequence`, oldest first."""
+        found: list[RegistryState] = []
+        while self.store.exists(_change_key(sequence + len(found) + 1)):
+            found.append(self._read(sequence + len(found) + 1))
+        return found
+
     def load(self, number: int) -> Candidate:
         """Return version `number`. Raises InputError for an unknown one, StoreError for a damaged one."""
         key = _version_key(number)
@@ -228,8 +235,13 @@ class Registry:
         except _AlreadyEnded:
             return None
 
-    def roll_back(self, by: str, why: str) -> RegistryState:
-        """End the canary or shadow; without one, put the previous version back into production."""
+    def roll_back(
+        self, by: str, why: str, verify: Callable[[Candidate], None] | None = None
+    ) -> RegistryState:
+        """End the canary or shadow; without one, put the previous version back into production.
+
+        Raises InputError where the previous version cannot be read, or `verify` raises a DefuseError for it.
+        """
         current = self.state()
         beside = current.canary or current.shadow
         if beside:
@@ -241,6 +253,7 @@ class Registry:
             return ended
         if not current.previous:
             raise InputError("no previous version to roll back to")
+        self._verify_target(current.previous[-1], verify)
 
         def updates(state: RegistryState) -> dict[str, Any]:
             if state.production != current.production or not state.previous:
@@ -248,6 +261,17 @@ class Registry:
             return {"production": state.previous[-1], "previous": state.previous[:-1], **NO_CANARY}
 
         return self.change(f"rolled back from version {current.production}", by, why, updates)
+
+    def _verify_target(self, number: int, verify: Callable[[Candidate], None] | None) -> None:
+        try:
+            candidate = self.load(number)
+            if verify is not None:
+                verify(candidate)
+        except DefuseError as error:
+            raise InputError(
+                f"version {number} cannot go back into production: {error}; promote another run with "
+                "`defuse promote RUN`"
+            ) from error
 
     def _read(self, sequence: int) -> RegistryState:
         key = _change_key(sequence)

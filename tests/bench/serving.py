@@ -140,7 +140,7 @@ def part(args: argparse.Namespace, store: str) -> None:
 
     if args.part == "haproxy":
         enable_haproxy()
-    from services.serving.app import ServeArgs
+    from services.serving.arguments import ServeArgs
 
     port = free_port()
     with (

@@ -116,7 +116,8 @@ def serving(serve_port: int) -> Iterator[Callable[..., ServedApplication]]:
     """Start applications for the tests of one module: serving(store, run="first", batch_size=1, ...)."""
     from ray import serve
 
-    from services.serving.app import ServeArgs, build
+    from services.serving.app import build
+    from services.serving.arguments import ServeArgs
 
     numbers, names = itertools.count(), []
 

@@ -13,7 +13,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
-from services.serving.app import ServeArgs, classifier_deployment, resolve_settings
+from services.serving.app import classifier_deployment
+from services.serving.arguments import ServeArgs, resolve_settings
 
 
 @pytest.mark.parametrize(

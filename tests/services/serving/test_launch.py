@@ -13,12 +13,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from click.testing import CliRunner
 
 from defuse_core.errors import ComputeError, InputError
-from services.cli.serve import serve
-from services.serving.app import ServeArgs
-from services.serving.launch import ShutdownSignal, is_loopback, running_application
+from services.serving.arguments import ServeArgs
+from services.serving.launch import ShutdownSignal, running_application
+from services.serving.proxy import is_loopback
 
 
 @pytest.mark.parametrize(
@@ -36,7 +35,8 @@ def test_defuse_serve_listens_on_loopback_requires_the_token_and_stops_on_a_sign
     command = [sys.executable, "-c", "from services.cli import main; main()", "serve", "first"]
     options = ["--store", own_store.address, "--port", str(port), "--set", "serve.cpus_per_replica=0.5"]
     environment = {**os.environ, "DEFUSE_SERVE_TOKEN": "a long secret", "PYTHONPATH": str(Path.cwd())}
-    environment.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        environment.pop(name, None)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=log)
         try:
@@ -86,17 +86,6 @@ def test_the_error_of_a_replica_that_cannot_start_is_reported(planted, serve_por
     started = running_application(args, "127.0.0.1", serve_port, shared=True)
     with pytest.raises(ComputeError, match=r"did not start: .*serve.device: cuda, but"), started:
         pass
-
-
-def test_haproxy_on_loopback_requires_a_token(planted, monkeypatch):
-    monkeypatch.delenv("DEFUSE_SERVE_TOKEN", raising=False)
-    with pytest.raises(InputError, match="--haproxy lets every replica listen on every interface"):
-        CliRunner().invoke(
-            serve,
-            ["first", "--store", planted.address, "--haproxy"],
-            standalone_mode=False,
-            catch_exceptions=False,
-        )
 
 
 def listening_addresses(port):
