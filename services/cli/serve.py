@@ -149,10 +149,8 @@ def serve(
         settings=_serve_fields(overrides),
     )
     section, address = resolve_settings(args), address or settings.ray_address
-    if address is None:
-        chosen = choose_proxy("haproxy" if haproxy else proxy, section, host)
-    else:
-        chosen = Proxy.CLUSTER
+    requested = "haproxy" if haproxy else proxy
+    chosen = choose_proxy(requested, section, host) if address is None else Proxy.CLUSTER
     with proxy_environment(chosen, port):
         from services.serving.app import require_gpus, total_cpus
         from services.serving.launch import (

@@ -32,7 +32,7 @@ def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
     if address:
         connect(address)
     else:
-        _require_authentication()
+        require_authentication()
         protect_embedded()
         count = max(os.cpu_count() or 1, cpus)
         with _translate_errors("Ray did not start on this machine"):
@@ -49,7 +49,7 @@ def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _require_authentication() -> None:
+def require_authentication() -> None:
     """Raise InputError where the environment turns Ray's authentication off, unless it also says that this is wanted.
 
     The processes of Ray listen on every interface, and run the code that they receive.

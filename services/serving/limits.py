@@ -20,7 +20,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from defuse_core.config import ServeSection
 from services.serving.inputs import RejectedInput
 
-FAST_UPLOAD_S = 0.25  # a body that arrives within this time counts as fast, and is never limited
+FAST_UPLOAD_S = 1.0  # a body that arrives within this time counts as fast, and is never limited
 MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them as ongoing requests
 HEADER_TIMEOUT_S = 10.0
 MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete headers

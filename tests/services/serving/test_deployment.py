@@ -12,7 +12,8 @@ from defuse_core.errors import StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.candidate import prepare_candidate
-from services.serving.deployment import ActiveVersions, InitialModel, RegistryWatcher
+from services.serving.deployment import ActiveVersions, ClassifierDeployment, InitialModel, RegistryWatcher
+from services.serving.inputs import RejectedInput
 from services.serving.registry import PromotionRequest, Registry, promote
 
 ANA = PromotionRequest(by="ana", why="")
@@ -129,3 +130,26 @@ def test_equal_weights_with_other_settings_are_another_version(own_store, good_s
     put(own_store, "first")
     now = replica(own_store, InitialModel())
     assert answering(now) == {"production": "2"} and now.production.input_spec.resize
+
+
+def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_and_recovers(own_store):
+    put(own_store, "first")
+    key = "registry/versions/000001.safetensors"
+    whole = own_store.read(key)
+    own_store.write(key, whole[:-1])
+    replica = ClassifierDeployment(own_store.address, InitialModel(), ServeSection(), {}, require_token=False)
+    with pytest.raises(
+        RejectedInput, match=r"the version in production cannot be loaded: .*000001"
+    ) as rejected:
+        replica.input_spec()
+    assert rejected.value.status == 503
+    own_store.write(key, whole)
+    versions = replica.watcher.load_changes(replica.active)
+    assert versions is not None and answering(versions) == {"production": "1"}
+
+
+def test_a_damaged_version_leaves_a_server_of_a_run_with_that_run(own_store):
+    initial = own_run(own_store)
+    put(own_store, "second")
+    own_store.write("registry/versions/000001.safetensors", b"cut")
+    assert answering(replica(own_store, initial)) == {"production": "first"}

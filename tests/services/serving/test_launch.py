@@ -5,50 +5,84 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
 import pytest
+from serve_process import TOKEN, listening_addresses, serve_process, wait_until
 
 from defuse_core.errors import ComputeError, InputError
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.serving.arguments import ServeArgs
-from services.serving.launch import ShutdownSignal, running_application
-from services.serving.proxy import is_loopback
-
-
-@pytest.mark.parametrize(
-    ("host", "loopback"),
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example.org", False)],
+from services.serving.candidate import prepare_candidate
+from services.serving.launch import (
+    ShutdownSignal,
+    ray_connection,
+    require_authentication,
+    running_application,
 )
-def test_only_loopback_addresses_are_loopback(host, loopback):
-    assert is_loopback(host) is loopback
+from services.serving.registry import PromotionRequest, Registry, promote
 
 
-def test_defuse_serve_listens_on_loopback_requires_the_token_and_stops_on_a_signal(own_store, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from services.cli import main; main()", "serve", "first"]
-    options = ["--store", own_store.address, "--port", str(port), "--set", "serve.cpus_per_replica=0.5"]
-    environment = {**os.environ, "DEFUSE_SERVE_TOKEN": "a long secret", "PYTHONPATH": str(Path.cwd())}
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
-        environment.pop(name, None)
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=log)
-        try:
-            http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
-            _until_ready(http, process)
-            _check_authentication(http)
-            assert listening_addresses(port) == {"0100007F"}
-            _until(lambda: "serving on http://127.0.0.1" in (tmp_path / "log").read_text())
-        finally:
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(30)
-    assert code == 0 and "a long secret" not in (tmp_path / "log").read_text()
+def test_defuse_serve_listens_on_loopback_requires_the_token_and_stops_on_a_signal(own_store, short_folder):
+    options = (
+        "--store",
+        own_store.address,
+        "--set",
+        "serve.cpus_per_replica=0.5",
+        "--set",
+        "serve.poll_s=0.2",
+    )
+    with serve_process(short_folder, "first", *options) as running:
+        _check_authentication(running.http)
+        assert listening_addresses(running.port) == {"0100007F"}
+        _check_reported_changes(running, Registry(own_store))
+        assert running.stop() == 0
+    assert TOKEN not in running.output()
+
+
+def _check_reported_changes(running, registry):
+    """What happens to a canary is of interest to the person who watches the server."""
+    for name in ("second", "swapped"):
+        candidate = prepare_candidate(Run.open(registry_store(registry), name))[1]
+        request = PromotionRequest(
+            "ana", "a drill", force="a drill", canary=0.5 if name == "swapped" else None
+        )
+        promote(registry, candidate, request)
+    registry.end_canary(2, "defuse serve", "60 of 1000 images failed")
+    wait_until(lambda: "ended the canary of version 2 (60 of 1000 images failed)" in running.output())
+    assert "ana: version 2 as canary for 50.0% (a drill; forced: a drill)" in running.output()
+
+
+def registry_store(registry):
+    return FolderStore(Path(registry.store.address).parent)
+
+
+def test_ray_without_authentication_is_refused_unless_it_is_accepted_explicitly(
+    own_store, monkeypatch, caplog
+):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("DEFUSE_ALLOW_OPEN_RAY", raising=False)
+    with (
+        pytest.raises(InputError, match="lets everyone who reaches this machine run code"),
+        ray_connection(None, 1),
+    ):
+        pass
+    monkeypatch.setenv("DEFUSE_ALLOW_OPEN_RAY", "1")
+    require_authentication()
+    assert "EVERYONE WHO REACHES THIS MACHINE CAN RUN CODE ON IT" in caplog.text
+
+
+def test_a_port_in_use_is_an_error_before_anything_starts(planted):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        started = running_application(ServeArgs(store=planted.address), "127.0.0.1", port)
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port}"), started:
+            pass
 
 
 def test_a_signal_interrupts_the_start_and_ends_the_wait():
@@ -88,38 +122,26 @@ def test_the_error_of_a_replica_that_cannot_start_is_reported(planted, serve_por
         pass
 
 
-def listening_addresses(port):
-    """Return the addresses, in the hexadecimal notation of /proc, of the sockets that listen on `port`."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    places = [row[1].split(":") for row in rows if row[3] == "0A"]
-    return {address for address, at in places if int(at, 16) == port}
-
-
-def _until(true):
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.1)
-
-
-def _until_ready(http, process):
-    for _ in range(240):
-        assert process.poll() is None
-        try:
-            if http.get("/readyz").status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.25)
-    raise AssertionError("defuse serve did not get ready within a minute")
-
-
 def _check_authentication(http):
     assert http.get("/healthz").status_code == 200
-    for path in ("/v1/model", "/metrics", "/docs", "/openapi.json", "/nothing"):
+    for path in ("/v1/model", "/metrics", "/nothing"):
         reply = http.get(path)
         assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
         assert set(reply.json()) == {"error"}
     assert http.post("/v1/predict", content=b"?").status_code == 401
     assert http.get("/v1/model", headers={"Authorization": "Bearer another"}).status_code == 401
-    assert http.get("/v1/model", headers={"Authorization": "Bearer a long secret"}).status_code == 200
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        assert http.get("/v1/model", headers={"Authorization": f"{scheme} a long secret"}).status_code == 200
+    _check_browser_login(http)
+
+
+def _check_browser_login(http):
+    """A browser shows its login dialog for a Basic challenge, and sends the password with the next requests."""
+    for path in ("/docs", "/redoc", "/openapi.json"):
+        assert http.get(path).headers["www-authenticate"] == 'Basic realm="Defuse"'
+        assert http.get(path, auth=("anyone", "another")).status_code == 401
+        assert http.get(path, headers={"Authorization": "Basic ???"}).status_code == 401
+        assert http.get(path, auth=("anyone", "a long secret")).status_code == 200
+    assert http.get("/v1/model", auth=("anyone", "a long secret")).status_code == 401
+    described = http.get("/openapi.json", auth=("anyone", "a long secret")).json()
+    assert described["components"]["securitySchemes"]["token"] == {"type": "http", "scheme": "bearer"}

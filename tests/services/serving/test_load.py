@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from load_generator import Reply, limited, load, request_bytes
 
+from defuse_core.models import build_classifier, weights_of
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.candidate import prepare_candidate
@@ -237,3 +238,42 @@ def test_inputs_inside_a_scenario_are_stored_up_to_the_limit(serving, own_store,
     traffic = read_traffic(own_store, "first")
     assert {int(s) for s in traffic.scenario} == {0, 1}
     assert len(traffic) == 6
+
+
+@pytest.fixture
+def slow_app(serving, own_store):
+    """An application with `first` in production, and version 2: a network that is some hundred times as slow."""
+    registry, first = Registry(own_store), candidate(own_store, "first")
+    promote(registry, first, PromotionRequest("ana", ""))
+    spec = first.run_file()
+    wide = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"channels": 384})})
+    weights = weights_of(build_classifier(wide, 10))
+    slow = dataclasses.replace(
+        first, spec=wide.model_dump(mode="json"), classifier=weights, digest="slow", checks=()
+    )
+    registry.add(slow, "ana", "", forced=True)
+    return Live(serving(own_store, run=None, max_canary_s=0.002, min_agreement=0), registry, own_store)
+
+
+def test_a_slow_shadow_leaves_production_its_speed(slow_app, pictures):
+    requests = requests_for(slow_app.app, pictures)
+    rate = request_rate(slow_app.app.port, requests)
+    slow_app.registry.to_shadow(2, "ana", "")
+    wait_until(lambda: slow_app.app.http.get("/v1/model").json()["shadow"] == "2")
+    assert request_rate(slow_app.app.port, requests) > 0.5 * rate
+
+
+def request_rate(port, requests):
+    started = time.monotonic()
+    replies = load(port, 8, limited(requests, 10_000, 4))
+    assert set(statuses(replies)) == {200}
+    return len(replies) / (time.monotonic() - started)
+
+
+def test_a_canary_that_is_too_slow_is_ended_and_production_answers_for_it(slow_app, pictures):
+    slow_app.registry.to_canary(2, 0.5, "ana", "")
+    wait_until(lambda: slow_app.app.http.get("/v1/model").json()["canary"] == "2")
+    replies = load(slow_app.app.port, 8, limited(requests_for(slow_app.app, pictures), 400, 60))
+    assert set(statuses(replies)) == {200}
+    wait_until(lambda: slow_app.registry.state().canary is None)
+    assert "took longer than 0.002 s" in slow_app.registry.state().why

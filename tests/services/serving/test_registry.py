@@ -10,6 +10,7 @@ import pytest
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.runs import Run
 from services.serving.candidate import prepare_candidate
+from services.serving.model import verify_candidate
 from services.serving.registry import PromotionRequest, Registry, parse_share, promote
 
 ANA = PromotionRequest(by="ana", why="for a test")
@@ -162,3 +163,32 @@ def test_a_state_without_its_format_is_an_error_that_names_the_file(registry):
     registry.store.write("changes/000001.json", b'{"sequence": 1, "production": 1}')
     with pytest.raises(StoreError, match=r"changes/000001\.json: expected a registry state of format 2"):
         registry.state()
+
+
+def test_a_rollback_to_a_damaged_version_is_an_error_and_production_stays(registry, candidates):
+    for name in ("first", "second"):
+        promote(registry, candidates[name], ANA)
+    whole = registry.store.read("versions/000001.safetensors")
+    registry.store.write("versions/000001.safetensors", whole[:-1])
+    with pytest.raises(
+        InputError, match=r"version 1 cannot go back into production: .*000001\.safetensors: "
+    ):
+        registry.roll_back("bo", "")
+    assert registry.state().production == 2
+
+
+def test_a_rollback_to_a_version_that_does_not_predict_is_an_error(registry, candidates):
+    unfit = dataclasses.replace(candidates["first"], classifier={}, digest="unfit")
+    promote(registry, unfit, PromotionRequest("ana", "", force="a drill"))
+    promote(registry, candidates["second"], PromotionRequest("ana", "", force="a drill"))
+    with pytest.raises(InputError, match=r"version 1 cannot go back into production: .*the weights lack"):
+        registry.roll_back("bo", "", verify_candidate)
+    assert registry.state().production == 2
+
+
+def test_changes_after_a_number_are_returned_one_by_one(registry, candidates):
+    promote(registry, candidates["first"], ANA)
+    since = registry.state().sequence
+    assert registry.changes_after(since) == []
+    promote(registry, candidates["second"], ANA)
+    assert [s.action for s in registry.changes_after(since)] == ["added version 2", "version 2 to production"]
