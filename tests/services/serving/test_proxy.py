@@ -72,9 +72,11 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
     options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
     with serve_process(short_folder, "first", *options) as running:
         (process,) = (pid for pid in processes_with("haproxy.cfg") if is_haproxy_of(pid, running.port))
-        folder = configuration_of(process).parent
+        folder = configuration_of(process).parent.parent  # Ray adds a folder for the node
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.stat().st_uid == os.getuid()
-        assert stat.S_IMODE((folder / "admin.sock").stat().st_mode) == 0o600
+        (admin,) = folder.rglob("admin.sock")
+        assert stat.S_IMODE(admin.stat().st_mode) == 0o600
+        assert {path.name for path in folder.glob("port-*")} == {"port-8404.sock", "port-9101.sock"}
         assert listening_ports(process) == {(LOOPBACK, running.port)}  # neither 8404 nor 9101
         assert replica_addresses() == {LOOPBACK}
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
