@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,14 @@ from torch.nn import functional as F
 from defuse_core.artifacts import (
     I64,
     Corrections,
+    FailedTrial,
     Gallery,
     Models,
     Sweep,
+    SweepRow,
     Trial,
     Verdicts,
+    Weights,
 )
 from defuse_core.checkpoint import (
     labels_of,
@@ -31,12 +36,14 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ComputeError, DefuseError, ModelError
+from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
 from defuse_core.judge import is_misclassified
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+
+log = logging.getLogger("defuse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +154,7 @@ def _epoch(
     scenario_rows = cycle(
         len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
     )
-    losses = []
+    losses, before = [], weights_of(classifier)
     for rows in minibatches(len(train), size, generator(spec.seed, "correct", epoch)):
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
         images = np.concatenate([train.batch(rows), tune.batch(wrong)])
@@ -155,13 +162,26 @@ def _epoch(
         clean = F.cross_entropy(logits[: len(rows)], labels_of(train, rows))
         scenario = F.cross_entropy(logits[len(rows) :], labels_of(tune, wrong))
         losses.append(train_step(clean + lam * scenario, optimizer, f"with λ = {lam:g}"))
+    _require_progress(before, classifier, optimizer, lam)
     classifier.eval()
     return float(np.mean(losses))
 
 
-def _score(
-    classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float
-) -> dict[str, Any]:
+def _require_progress(
+    before: Weights, classifier: nn.Module, optimizer: torch.optim.Optimizer, lam: float
+) -> None:
+    """Raise ModelError where an epoch overflowed or left every weight as it was: λ is too large for f's numbers."""
+    now = weights_of(classifier)
+    state = optimizer_state(optimizer)
+    finite = all(np.isfinite(array).all() for array in (*now.values(), *state.values()))
+    learned = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    if finite and any(not np.array_equal(before[name], now[name]) for name in learned & set(now)):
+        return
+    what = "changed no weight" if finite else "overflowed"
+    raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}; choose a smaller λ")
+
+
+def _score(classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float) -> SweepRow:
     parts = {
         "train": tuning.train,
         "validation": tuning.validation,
@@ -172,18 +192,17 @@ def _score(
     scores = {
         name: None if images is None else accuracy(classifier, images) for name, images in parts.items()
     }
-    return {"lam": lam, "epoch": epoch, "loss": loss, **scores}
+    return SweepRow(lam, epoch, loss, **scores)  # type: ignore[arg-type]  # train, tune and scenario exist
 
 
-def _rank(spec: RunFile, models: Models, row: dict[str, Any]) -> tuple[float, ...]:
+def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
     """Return what the rule of choice maximises. The held-out scenario and test images play no part."""
     section = spec.correct
     if section.choose_by != "tune":
-        return (row[section.choose_by],)
-    split = "train" if row["validation"] is None else "validation"
-    clean = row[split]
+        return (getattr(row, section.choose_by),)
+    split, clean = ("train", row.train) if row.validation is None else ("validation", row.validation)
     allowed = clean >= models.accuracy[split] - section.max_loss
-    return (1.0, row["tune"], clean) if allowed else (0.0, clean, row["tune"])
+    return (1.0, row.tune, clean) if allowed else (0.0, clean, row.tune)
 
 
 def trial_key(lam: float) -> str:
@@ -194,15 +213,45 @@ def trial_key(lam: float) -> str:
 def run_trial(
     spec: RunFile, models: Models, tuning: FineTuningData, lam: float, store: Store
 ) -> Iterator[Trial]:
-    """Yield the trial of one λ after each epoch, once it lies in `store`; goes on from what lies there already."""
+    """Yield the trial of one λ after each epoch, once `store` holds it; continues the one that is stored there.
+
+    Another process may work on the same trial, one that was given up for lost: fewer epochs never replace more.
+    """
     key = trial_key(lam)
-    stored = decode(Trial, store.read(key), key) if store.exists(key) else None
+    stored = _read_trial(store, lam)
     if stored is not None and stored.done:
         yield stored
         return
     for trial in fine_tune(spec, models, tuning, lam, stored):
-        store.write(key, encode(trial))
+        store.write(key, encode(trial), unless=partial(_has_epochs, key, lam, len(trial.rows)))
         yield trial
+
+
+def _read_trial(store: Store, lam: float) -> Trial | None:
+    """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
+    key = trial_key(lam)
+    try:
+        return _decode_trial(key, lam, store.read(key), store.address)
+    except FileNotFoundError:
+        return None
+    except StoreError as error:
+        log.warning("correct: the trial with λ = %g begins again, since it is damaged: %s", lam, error)
+        return None
+
+
+def _decode_trial(key: str, lam: float, data: bytes, where: str) -> Trial:
+    trial = decode(Trial, data, f"{where}/{key}")
+    if trial.lam != lam:
+        raise StoreError(f"{where}/{key}: expected λ = {lam:g}, found λ = {trial.lam:g}")
+    return trial
+
+
+def _has_epochs(key: str, lam: float, epochs: int, data: bytes) -> bool:
+    """Whether `data` is the trial of λ after so many epochs or more."""
+    try:
+        return len(_decode_trial(key, lam, data, "the store").rows) >= epochs
+    except StoreError:
+        return False
 
 
 def nothing_to_tune(fixes: Corrections, reviewed: Images | None) -> bool:
@@ -225,21 +274,27 @@ def collect_sweep(
 
     `failures` holds what each λ that is left out failed by. Raises ModelError or ComputeError where none is left.
     """
-    failed = [{"lam": lam, "cause": str(error)} for lam, error in sorted((failures or {}).items())]
+    failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
     if failures and not trials:
         kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
-        raise kind(f"correct: every trial failed; λ = {failed[0]['lam']:g}: {failed[0]['cause']}")
+        raise kind(f"correct: every trial failed; λ = {failed[0].lam:g}: {failed[0].cause}")
+    for trial in trials:
+        if not trial.done:
+            raise ComputeError(
+                f"correct: expected a finished trial with λ = {trial.lam:g}, found {len(trial.rows)} of "
+                f"{spec.correct.epochs} epochs; run again to continue it"
+            )
     ordered = sorted(trials, key=lambda trial: trial.lam)
     rows = tuple(row for trial in ordered for row in trial.rows)
     if not ordered:
-        return Sweep(rows, {}, {}, tuple(failed))
+        return Sweep(rows, None, {}, failed)
     best = max(ordered, key=lambda trial: _rank(spec, models, trial.rows[trial.best_epoch - 1]))
-    return Sweep(rows, best.rows[best.best_epoch - 1], best.best, tuple(failed))
+    return Sweep(rows, best.rows[best.best_epoch - 1], best.best, failed)
 
 
-def best_rows(spec: RunFile, models: Models, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def best_rows(spec: RunFile, models: Models, rows: Sequence[SweepRow]) -> list[SweepRow]:
     """Return for each λ, ascending, the row of the epoch that the rule of choice picks; the earlier of equals."""
-    by_lam: dict[float, list[dict[str, Any]]] = {}
+    by_lam: dict[float, list[SweepRow]] = {}
     for row in rows:
-        by_lam.setdefault(row["lam"], []).append(row)
+        by_lam.setdefault(row.lam, []).append(row)
     return [max(by_lam[lam], key=lambda row: _rank(spec, models, row)) for lam in sorted(by_lam)]

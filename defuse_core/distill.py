@@ -19,10 +19,9 @@ from defuse_core.artifacts import (
     Scenarios,
     Shard,
 )
-from defuse_core.codec import decode
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.errors import StoreError
-from defuse_core.identify import shard_key
+from defuse_core.identify import load_shard, shard_key
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
 from defuse_core.store import Store
@@ -56,21 +55,22 @@ def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
     for index, (start, end) in enumerate(itertools.pairwise(starts)):
         rows = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)] - start
         if len(rows):
-            parts.append(_shard(store, index).failures.codes[rows])
+            parts.append(_shard(store, psi, index).failures.codes[rows])
     return np.concatenate(parts)
 
 
-def _shard(store: Store, index: int) -> Shard:
-    """Return a shard of Ψ. Raises StoreError where it is gone, or other bytes than were written."""
-    key = shard_key(index)
+def _shard(store: Store, psi: Psi, index: int) -> Shard:
+    """Return a shard of Ψ. Raises StoreError where it is gone or damaged."""
+    remedy = f"delete {store.address}/psi.safetensors and run again: only this shard is made again"
     try:
-        return decode(Shard, store.read(key), key)
+        return load_shard(store, index, psi.fingerprint)
     except FileNotFoundError as error:
-        record = key.removesuffix(".safetensors") + ".json"
+        key = shard_key(index)
         raise StoreError(
-            f"{store.address}/{key} is gone, or lies on a node that does not share this store; delete {record} "
-            "and psi.safetensors there, and run again to make it again"
+            f"{store.address}/{key}: expected a shard of psi.safetensors, found no such file; {remedy}"
         ) from error
+    except StoreError as error:
+        raise StoreError(f"{error}; {remedy}") from error
 
 
 def fit_mixture(codes: F32, section: DistillSection, seed: int) -> Scenarios:

@@ -6,9 +6,11 @@ at fixed places, so whoever computes a block, whenever and beside whatever else,
 
 from __future__ import annotations
 
-import json
+import hashlib
+import logging
+import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,14 +24,16 @@ from defuse_core.artifacts import (
     Psi,
     Shard,
 )
-from defuse_core.codec import encode
+from defuse_core.codec import decode, encode
 from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads, device
+from defuse_core.errors import StoreError
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, map_batches, predict
 from defuse_core.seeds import generator
 from defuse_core.store import Store
 
+log = logging.getLogger("defuse")
 MAX_SHARDS = 512  # the store then holds so many objects at most, however many images there are
 
 
@@ -71,6 +75,7 @@ class Identifier:
         self.spec, self.train = spec, reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
         self.classifier = load_classifier(spec, models.classifier, len(models.classes))
         self.vae = load_vae(spec, models.vae)
+        self.fingerprint = shard_fingerprint(spec, models)
 
     def shard(self, index: int) -> Shard:
         """Return Ψ of shard `index`, on one CPU thread or this process's GPU."""
@@ -80,7 +85,8 @@ class Identifier:
         last = -(-len(self.train) // section.block_images)
         with cpu_threads(1):
             found = [self._block(block) for block in range(index * size, min((index + 1) * size, last))]
-        return _join(found, time.perf_counter() - started)
+        joined = _join(found, time.perf_counter() - started)
+        return replace(joined, index=index, fingerprint=self.fingerprint)
 
     def _block(self, block: int) -> Shard:
         """Algorithm 1 for every image of one block at once."""
@@ -143,7 +149,7 @@ def _join(shards: list[Shard], seconds: float) -> Shard:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is told of a finished shard; its presence in the store says that the shard is there, whole."""
+    """The counts of a finished shard, without its codes."""
 
     index: int
     codes: int
@@ -152,17 +158,32 @@ class ShardRecord:
     images_with_any: int
     zero_noise_flips: int
     seconds: float
+    fingerprint: str
+
+
+def shard_fingerprint(spec: RunFile, models: Models) -> str:
+    """Return what all shards of a run share and no other run's shards have: models, images, noise and seed."""
+    digest = hashlib.sha256(f"{spec.seed} {spec.identify!r} {models.data_fingerprint}".encode())
+    for weights in (models.classifier, models.vae):
+        for name in sorted(weights):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(weights[name]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def shard_key(index: int) -> str:
-    """Return where the codes of a shard lie in the run's store."""
+    """Return the key of a shard's codes in the run's store."""
     return f"psi/{index:06d}.safetensors"
 
 
 def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
-    """Write a shard, then the record that marks it as done, and return the record."""
-    store.write(shard_key(index), encode(shard))
-    record = ShardRecord(
+    """Write a shard, which by being there is done, and return its counts."""
+    store.write(shard_key(index), encode(replace(shard, index=index)))
+    return _record(index, shard)
+
+
+def _record(index: int, shard: Shard) -> ShardRecord:
+    return ShardRecord(
         index,
         len(shard.failures),
         shard.images,
@@ -170,16 +191,32 @@ def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
         shard.images_with_any,
         shard.zero_noise_flips,
         shard.seconds,
+        shard.fingerprint,
     )
-    store.write(f"psi/{index:06d}.json", json.dumps(asdict(record)).encode())
-    return record
 
 
-def finished_shards(store: Store) -> dict[int, ShardRecord]:
-    """Return the records of the shards that are done."""
-    keys = [key for key in store.list("psi/") if key.endswith(".json")]
-    records = (ShardRecord(**json.loads(store.read(key))) for key in keys)
-    return {record.index: record for record in records}
+def load_shard(store: Store, index: int, fingerprint: str) -> Shard:
+    """Return a shard. Raises FileNotFoundError, or StoreError where its key holds anything else."""
+    key = shard_key(index)
+    shard = decode(Shard, store.read(key), f"{store.address}/{key}")
+    if shard.index != index:
+        raise StoreError(f"{store.address}/{key}: expected shard {index}, found shard {shard.index}")
+    if shard.fingerprint != fingerprint:
+        raise StoreError(f"{store.address}/{key}: expected a shard of this run, found one of another run")
+    return shard
+
+
+def finished_shards(store: Store, fingerprint: str) -> dict[int, ShardRecord]:
+    """Return the counts of the shards that are done, each read once; one that is damaged is logged and made again."""
+    records = {}
+    for key in store.list("psi/"):
+        if match := re.fullmatch(r"psi/(\d{6})\.safetensors", key):
+            index = int(match[1])
+            try:
+                records[index] = _record(index, load_shard(store, index, fingerprint))
+            except StoreError as error:
+                log.warning("identify: shard %d is made again, since it is damaged: %s", index, error)
+    return records
 
 
 def gather_shards(records: dict[int, ShardRecord]) -> Psi:
@@ -192,4 +229,5 @@ def gather_shards(records: dict[int, ShardRecord]) -> Psi:
         images_with_any=sum(record.images_with_any for record in done),
         zero_noise_flips=sum(record.zero_noise_flips for record in done),
         worker_seconds=sum(record.seconds for record in done),
+        fingerprint=done[0].fingerprint if done else "",
     )

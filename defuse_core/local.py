@@ -38,8 +38,8 @@ class LocalCompute:
     def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
         """Algorithm 1, shard after shard."""
         count = shard_count(models.images["train"], spec.identify.block_images)
-        records = finished_shards(store)
         identifier = Identifier(spec, models)
+        records = finished_shards(store, identifier.fingerprint)
         for index in range(count):
             if index not in records:
                 records[index] = save_shard(store, index, identifier.shard(index))

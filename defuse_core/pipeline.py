@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -20,15 +21,16 @@ from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
 from defuse_core.data import Images
 from defuse_core.distill import distill
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluate import Findings, evaluate
 from defuse_core.judge import judge, read_overrides
-from defuse_core.report import Report, write_report
+from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
 from defuse_core.sample import sample_corrections, sample_gallery
 from defuse_core.store import Store
 from defuse_core.train import train
 
+log = logging.getLogger("defuse")
 T = TypeVar("T")
 
 
@@ -97,7 +99,12 @@ def rewrite_report(run: Run) -> Report:
         _made(run, Sweep, "baseline"),
         _made(run, Sweep),
     )
-    return write_report(run, found, _made(run, Evaluation))
+    evaluation = _made(run, Evaluation)
+    try:
+        return write_report(run, found, evaluation)
+    except StoreError as error:
+        log.warning("the page is not written again, since the store cannot be written: %s", error)
+        return build_report(run, found, evaluation)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

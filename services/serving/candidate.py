@@ -232,8 +232,8 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
 def _summary(artifacts: _RunArtifacts, report: CandidateReport) -> CorrectionSummary:
     chosen = artifacts.sweep.chosen
     return CorrectionSummary(
-        lam=chosen.get("lam"),
-        epoch=chosen.get("epoch"),
+        lam=None if chosen is None else chosen.lam,
+        epoch=None if chosen is None else chosen.epoch,
         clean_split=report.split,
         clean_before=float(report.right_before.mean()),
         clean_after=float(report.right_after.mean()),

@@ -27,13 +27,13 @@ def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
     """Connect to the cluster at `address`, or start an embedded Ray with at least `cpus` CPUs, for the block."""
     import ray
 
-    from cluster.session import connect, protect_embedded
+    from cluster.connection import connect, protect_embedded_ray
 
     if address:
         connect(address)
     else:
         require_authentication()
-        protect_embedded()
+        protect_embedded_ray()
         count = max(os.cpu_count() or 1, cpus)
         with _translate_errors("Ray did not start on this machine"):
             ray.init(
@@ -154,7 +154,7 @@ def deploy(args: ServeArgs) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    from cluster.faults import one_line
+    from cluster.errors import one_line
     from services.serving.app import build
 
     with _translate_errors("the application did not start"):

@@ -80,7 +80,7 @@ def test_a_shard_that_is_gone_is_named_with_what_to_delete(tmp_path):
     psi, store = stored_psi(tmp_path)
     store.delete("psi/000002.safetensors")
     with pytest.raises(
-        StoreError, match=r"000002\.safetensors is gone.*delete psi/000002\.json and psi\.saf"
+        StoreError, match=r"000002\.safetensors: .* found no such file; delete .*psi\.safetensors and"
     ):
         sample_codes(tiny(), psi, store)
 

@@ -1,8 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Shard
-from defuse_core.codec import decode, encode
 from defuse_core.config import IdentifySection
 from defuse_core.errors import RunMismatchError
 from defuse_core.identify import (
@@ -12,9 +12,11 @@ from defuse_core.identify import (
     blocks_per_shard,
     finished_shards,
     gather_shards,
+    load_shard,
     nearest_failures,
     save_shard,
     shard_count,
+    shard_fingerprint,
     shard_key,
 )
 from defuse_core.models import decode_codes, encode_images, predict
@@ -99,13 +101,51 @@ def test_images_other_than_those_trained_on_are_refused(tiny_models):
         Identifier(tiny(data={"train_images": 200}), tiny_models)
 
 
-def test_a_shard_is_finished_only_once_its_record_is_written(tmp_path, identifier):
+@pytest.fixture
+def two_shards(tmp_path, identifier):
+    """A store that holds the shards 0 and 1."""
     store = FolderStore(tmp_path)
-    shard = identifier.shard(0)
-    store.write(shard_key(0), encode(shard))
-    assert finished_shards(store) == {}
-    save_shard(store, 0, shard)
-    save_shard(store, 1, identifier.shard(1))
-    psi = gather_shards(finished_shards(store))
-    assert psi.codes[0] == len(shard.failures) == len(decode(Shard, store.read(shard_key(0)), "").failures)
+    for index in (0, 1):
+        save_shard(store, index, identifier.shard(index))
+    return store
+
+
+def test_finished_shards_are_counted_from_what_is_stored(two_shards, identifier):
+    psi = gather_shards(finished_shards(two_shards, identifier.fingerprint))
+    shard = load_shard(two_shards, 0, identifier.fingerprint)
+    assert psi.codes[0] == len(shard.failures)
     assert psi.images == 64
+    assert psi.fingerprint == identifier.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (
+            lambda store: store.write(shard_key(1), store.read(shard_key(0))),
+            "expected shard 1, found shard 0",
+        ),
+        (lambda store: store.write(shard_key(1), store.read(shard_key(1))[:-9]), "unreadable bytes"),
+        (lambda store: store.write(shard_key(1), b""), "unreadable bytes"),
+        (lambda store: store.write(shard_key(1), store.read(shard_key(1))[:-1] + b"!"), "its bytes changed"),
+    ],
+    ids=["another shard copied over it", "truncated", "emptied", "altered"],
+)
+def test_a_damaged_shard_is_logged_and_not_finished(damage, found, two_shards, identifier, caplog):
+    damage(two_shards)
+    assert list(finished_shards(two_shards, identifier.fingerprint)) == [0]
+    assert "shard 1 is made again, since it is damaged" in caplog.text
+    assert found in caplog.text
+
+
+def test_a_shard_of_another_run_is_not_finished(two_shards, tiny_models, caplog):
+    other = Identifier(tiny(identify={"draws": 5}), tiny_models)
+    assert finished_shards(two_shards, other.fingerprint) == {}
+    assert "expected a shard of this run, found one of another run" in caplog.text
+
+
+def test_the_fingerprint_depends_on_the_weights_and_not_on_the_resources(tiny_models, identifier):
+    assert shard_fingerprint(tiny(resources={"workers": 7}), tiny_models) == identifier.fingerprint
+    name, array = next(iter(tiny_models.vae.items()))
+    other = replace(tiny_models, vae=tiny_models.vae | {name: array + 1})
+    assert shard_fingerprint(tiny(), other) != identifier.fingerprint
