@@ -32,7 +32,6 @@ def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
     if address:
         connect(address)
     else:
-        require_authentication()
         protect_embedded_ray()
         count = max(os.cpu_count() or 1, cpus)
         with _translate_errors("Ray did not start on this machine"):
@@ -47,22 +46,6 @@ def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def require_authentication() -> None:
-    """Raise InputError where the environment turns Ray's authentication off, unless it also says that this is wanted.
-
-    The processes of Ray listen on every interface, and run the code that they receive.
-    """
-    if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled":
-        return
-    danger = "EVERYONE WHO REACHES THIS MACHINE CAN RUN CODE ON IT: RAY_AUTH_MODE=disabled"
-    if os.environ.get("DEFUSE_ALLOW_OPEN_RAY") != "1":
-        raise InputError(
-            "RAY_AUTH_MODE=disabled lets everyone who reaches this machine run code on it through the embedded Ray; "
-            "unset RAY_AUTH_MODE, or accept that with DEFUSE_ALLOW_OPEN_RAY=1"
-        )
-    log.warning(danger)
 
 
 @contextlib.contextmanager

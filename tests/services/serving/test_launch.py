@@ -20,7 +20,6 @@ from services.serving.candidate import prepare_candidate
 from services.serving.launch import (
     ShutdownSignal,
     ray_connection,
-    require_authentication,
     running_application,
 )
 from services.serving.registry import PromotionRequest, Registry, promote
@@ -60,19 +59,11 @@ def registry_store(registry):
     return FolderStore(Path(registry.store.address).parent)
 
 
-def test_ray_without_authentication_is_refused_unless_it_is_accepted_explicitly(
-    own_store, monkeypatch, caplog
-):
+def test_defuse_serve_does_not_start_a_ray_without_authentication(own_store, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.delenv("DEFUSE_ALLOW_OPEN_RAY", raising=False)
-    with (
-        pytest.raises(InputError, match="lets everyone who reaches this machine run code"),
-        ray_connection(None, 1),
-    ):
+    monkeypatch.delenv("DEFUSE_UNAUTHENTICATED_RAY", raising=False)
+    with pytest.raises(InputError, match="could run code in its Ray"), ray_connection(None, 1):
         pass
-    monkeypatch.setenv("DEFUSE_ALLOW_OPEN_RAY", "1")
-    require_authentication()
-    assert "EVERYONE WHO REACHES THIS MACHINE CAN RUN CODE ON IT" in caplog.text
 
 
 def test_a_port_in_use_is_an_error_before_anything_starts(planted):
