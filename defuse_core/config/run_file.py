@@ -108,7 +108,7 @@ class ServeSection(Section):
     min_compared: int = Field(50, ge=1)
     """Images that a canary answers before it is judged."""
     max_canary_s: float = Field(1.0, gt=0)
-    """Seconds that a canary or shadow may take for a request. A later answer counts as a failure; production answers."""
+    """Seconds that a canary or shadow may take for a request. A later answer counts as a failure, and is not used."""
 
     @model_validator(mode="after")
     def _replicas_ordered(self) -> Self:

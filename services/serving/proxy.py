@@ -28,14 +28,11 @@ class Proxy(Enum):
 
 
 HEADER_LIMITS = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "services.serving.limits:limit_headers"}
-THROUGHPUT_OPTIMIZED = {
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # on one machine, the proxy learns of a change at once
-}
 HAPROXY_ENVIRONMENT = {
     **HEADER_LIMITS,
-    **THROUGHPUT_OPTIMIZED,
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # on one machine, the proxy learns of a change at once
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a prediction is safe to repeat
 }
 
@@ -82,7 +79,8 @@ def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
 def _direct_environment(port: int) -> dict[str, str]:
     return {
         **HEADER_LIMITS,
-        **THROUGHPUT_OPTIMIZED,
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # nothing before the replica learns of its end
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),  # exclusive
         "RAY_SERVE_PORT_QUARANTINE_S": "0",  # a restarted replica gets the same port

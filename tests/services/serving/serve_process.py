@@ -35,7 +35,7 @@ class ServeProcess:
     def stop(self) -> int:
         """Return the exit code after SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
 
 @contextlib.contextmanager
