@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -114,12 +111,15 @@ class ShadowRequest:
 
 
 class ShadowRunner:
-    """Runs a shadow in a thread of its own, with low priority and pauses, so that production keeps its speed."""
+    """Runs a shadow in a thread of its own, with pauses, so that production keeps its speed.
+
+    A low priority of the thread would not help: it could lose the processor while it holds Python's interpreter lock.
+    """
 
     def __init__(self, max_seconds: float) -> None:
         self._max_seconds = max_seconds
         self._pending: list[ShadowRequest] = []
-        self._thread = ThreadPoolExecutor(1, "shadow", initializer=_lower_priority)
+        self._thread = ThreadPoolExecutor(1, "shadow")
 
     async def run(self, request: ShadowRequest) -> None:
         """Return after this request and those that arrive meanwhile are reported; drop requests above the limit."""
@@ -144,8 +144,3 @@ class ShadowRunner:
             return error
         seconds = time.thread_time() - started
         return output if seconds <= self._max_seconds else TimeoutError(f"it took {seconds:.2f} s")
-
-
-def _lower_priority() -> None:
-    with contextlib.suppress(AttributeError, OSError):  # on systems without priorities of threads
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

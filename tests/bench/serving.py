@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/services/serving")]
 import numpy as np
 from load_generator import Reply, limited, load, request_bytes
 from PIL import Image
-from serve_process import TOKEN, ServeProcess, free_port, processes_with, serve_process, wait_until
+from serve_process import TOKEN, free_port, processes_with, serve_process, wait_until
 from synthetic_runs import perturb_weights, png
 
 from defuse_core.config import RunFile, parse_run_file
@@ -113,65 +114,80 @@ def summary(replies: list[Reply], seconds: float) -> dict[str, float]:
     }
 
 
-def measure(port: int, clients: int, seconds: float) -> dict[str, float]:
-    started = time.monotonic()
-    replies = load(port, clients, limited(random_requests(), 1_000_000, seconds))
-    return summary(replies, time.monotonic() - started)
+@dataclass(frozen=True)
+class Server:
+    """A server under test: its port, and the processes that a request passes."""
+
+    port: int
+    processes: tuple[int, ...]
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of the processes so far."""
+        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.processes]
+        return sum(int(values[11]) + int(values[12]) for values in fields) / os.sysconf("SC_CLK_TCK")
+
+    def measure(self, clients: int, seconds: float) -> dict[str, float]:
+        cpu, started = self.cpu_seconds(), time.monotonic()
+        replies = load(self.port, clients, limited(random_requests(), 1_000_000, seconds))
+        elapsed = time.monotonic() - started
+        return summary(replies, elapsed) | {"cpu_us": (self.cpu_seconds() - cpu) / len(replies) * 1e6}
 
 
 @contextlib.contextmanager
-def plain_server() -> Iterator[int]:
-    """Run plain_server.py beside this file in a process of its own; yields its port."""
+def plain_server() -> Iterator[Server]:
+    """Run plain_server.py beside this file in a process of its own."""
     port = free_port()
     process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("plain_server.py")), str(port)])
     try:
         wait_until(lambda: load(port, 1, limited(random_requests(1), 1, 5))[0].status == 200, 60)
-        yield port
+        yield Server(port, (process.pid,))
     finally:
         process.terminate()
         process.wait()
 
 
-def compare(proxy: str, port: int, plain_port: int, seconds: float) -> list[dict[str, Any]]:
+def compare(proxy: str, server: Server, other: Server, seconds: float) -> list[dict[str, Any]]:
     """Return one row per number of clients: medians over rounds in which both servers are measured in turns."""
     rows = []
     for clients in CLIENTS:
-        for other in (port, plain_port):
-            measure(other, clients, min(1, seconds))  # warm-up
-        rounds = [
-            (measure(port, clients, seconds), measure(plain_port, clients, seconds)) for _ in range(ROUNDS)
-        ]
+        for one in (server, other):
+            one.measure(clients, min(1, seconds))  # warm-up
+        rounds = [(server.measure(clients, seconds), other.measure(clients, seconds)) for _ in range(ROUNDS)]
         ours, plain = (
             {name: float(np.median([one[side][name] for one in rounds])) for name in rounds[0][side]}
             for side in (0, 1)
         )
         ratio = {
             f"{name}_ratio": float(np.median([a[name] / b[name] for a, b in rounds]))
-            for name in ("rate", "p99")
+            for name in ("rate", "p50", "p99", "cpu_us")
         }
         rows.append({"proxy": proxy, "clients": clients, **ours, **ratio})
-        rows[-1] |= {f"plain_{name}": plain[name] for name in ("rate", "p50", "p99")}
+        rows[-1] |= {f"plain_{name}": plain[name] for name in ("rate", "p50", "p99", "cpu_us")}
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
 @contextlib.contextmanager
-def running(folder: Path, proxy: str, *options: str) -> Iterator[ServeProcess]:
-    settings = ("--set", "serve.resize=true", "--set", "serve.poll_s=0.5", *options)
+def running(folder: Path, proxy: str) -> Iterator[Server]:
+    """Run `defuse serve` with one kind of proxy, and its other settings as they are by default."""
+    settings = ("--set", "serve.resize=true", "--set", "serve.poll_s=0.5")
     arguments = ("--store", str(folder), "--proxy", proxy, *settings)
+    names = ("ray::ServeReplica", "ray::ProxyActor", "haproxy.cfg")
+    before = {pid for name in names for pid in processes_with(name)}
     with tempfile.TemporaryDirectory() as logs, serve_process(Path(logs), *arguments) as process:
-        yield process
+        found = {pid for name in names for pid in processes_with(name)} - before
+        yield Server(process.port, tuple(found))
 
 
 def speed(args: argparse.Namespace, folder: Path) -> None:
     registry = make_store(folder)
     rows: list[dict[str, Any]] = []
     changes: dict[str, dict[str, Any]] = {}
-    with plain_server() as plain_port:
+    with plain_server() as plain:
         for proxy in args.proxies:
-            with running(folder, proxy) as process:
-                rows += compare(proxy, process.port, plain_port, args.seconds)
-                changes[proxy] = change_of_versions(process.port, registry)
+            with running(folder, proxy) as server:
+                rows += compare(proxy, server, plain, args.seconds)
+                changes[proxy] = change_of_versions(server.port, registry)
     print_rows(rows)
     for proxy, change in changes.items():
         print(f"\nversion 1 -> 2 -> 1 under 8 clients, {proxy}")
@@ -182,14 +198,15 @@ def speed(args: argparse.Namespace, folder: Path) -> None:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
+    names = ("rate", "p50", "p99", "cpu_us")
     print(
-        f"{'':<10}{'clients':>8}{'req/s':>8}{'p50':>7}{'p99':>7}{'plain':>8}{'p50':>7}{'p99':>7}{'rate':>7}{'p99':>7}"
+        f"{'':>16} | {'requests/s, p50 ms, p99 ms, processor us':^36} | {'plain server':^36} | {'ratios':^28}"
     )
     for row in rows:
-        ours = f"{row['rate']:>8.0f}{row['p50']:>7.1f}{row['p99']:>7.1f}"
-        plain = f"{row['plain_rate']:>8.0f}{row['plain_p50']:>7.1f}{row['plain_p99']:>7.1f}"
-        ratios = f"{row['rate_ratio']:>7.2f}{row['p99_ratio']:>7.2f}"
-        print(f"{row['proxy']:<10}{row['clients']:>8}{ours}{plain}{ratios}")
+        ours = "".join(f"{row[name]:>9.1f}" for name in names)
+        plain = "".join(f"{row[f'plain_{name}']:>9.1f}" for name in names)
+        ratios = "".join(f"{row[f'{name}_ratio']:>7.2f}" for name in names)
+        print(f"{row['proxy']:<8}{row['clients']:>8} | {ours} | {plain} | {ratios}")
 
 
 def change_of_versions(port: int, registry: Registry) -> dict[str, Any]:
@@ -260,16 +277,15 @@ def resident_mb(pid: int) -> float:
 
 def memory(args: argparse.Namespace, folder: Path) -> None:
     make_store(folder)
-    before = set(processes_with("ServeReplica"))
-    with running(folder, args.proxies[0]) as process:
-        (replica,) = set(processes_with("ServeReplica")) - before
+    with running(folder, args.proxies[0]) as server:
+        replica = next(pid for pid in processes_with("ray::ServeReplica") if pid in server.processes)
         found = [resident_mb(replica)]
         statuses: Counter[int] = Counter()
         print(f"requests {0:>6}: {found[0]:.0f} MB", flush=True)
         step = args.requests // 10
         for done in range(step, args.requests + 1, step):
             requests = mixed_requests()
-            replies = load(process.port, 8, limited(requests, step, 3600))
+            replies = load(server.port, 8, limited(requests, step, 3600))
             statuses += Counter(reply.status for reply in replies)
             found.append(resident_mb(replica))
             print(f"requests {done:>6}: {found[-1]:.0f} MB", flush=True)
