@@ -95,15 +95,15 @@ def load(port: int, clients: int, requests: Callable[[], bytes | None]) -> list[
     return asyncio.run(run())
 
 
-def bounded(requests: list[bytes], count: int, seconds: float) -> Callable[[], bytes | None]:
-    """Return a source of at most `count` requests, taken in turn, that dries up after `seconds`."""
+def limited(requests: list[bytes], count: int, seconds: float) -> Callable[[], bytes | None]:
+    """Return a function that cycles through `requests` and returns None after `count` calls or `seconds`."""
     end, sent = time.monotonic() + seconds, 0
 
-    def take() -> bytes | None:
+    def next_request() -> bytes | None:
         nonlocal sent
         if sent >= count or time.monotonic() > end:
             return None
         sent += 1
         return requests[sent % len(requests)]
 
-    return take
+    return next_request

@@ -1,4 +1,4 @@
-"""Runs made by hand: a briefly trained classifier as the corrected one, a damaged copy of it as the one before."""
+"""Finished runs without their steps: a briefly trained classifier as the corrected one, a damaged copy as original."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from defuse_core.sample import sample_codes_from, sample_corrections
 from defuse_core.store import Store
 
 
-def plant_run(
+def make_run(
     store: Store, name: str, spec: RunFile, models: Models, splits: Splits, corrected: Weights
 ) -> Run:
     """Return a finished run whose corrected classifier has the weights `corrected`.
 
-    Its two scenarios lie where the training images of two classes lie, and the classifier before is wrong there.
+    Its two accepted scenarios are Gaussians of the training images of two classes, which the original confuses.
     """
     vae = load_vae(spec, models.vae)
     codes = encode_images(vae, splits.train)
     scenarios = _components(codes, splits.train.labels, (3, 8, 1))
-    before = dataclasses.replace(models, classifier=confused(models.classifier, (3, 8)))
+    before = dataclasses.replace(models, classifier=swap_classes(models.classifier, (3, 8)))
     drawn = np.stack([_drawn(scenarios, component) for component in range(3)])
     images = decode_codes(vae, drawn.reshape(-1, drawn.shape[2]))
     predicted = predict(load_classifier(spec, before.classifier, 10), images).reshape(drawn.shape[:2])
@@ -93,8 +93,8 @@ def _verdicts(labels: np.ndarray, images: int) -> Verdicts:
     )
 
 
-def confused(weights: Weights, pair: tuple[int, int]) -> Weights:
-    """Return the weights of a classifier that takes one class of the pair for the other."""
+def swap_classes(weights: Weights, pair: tuple[int, int]) -> Weights:
+    """Return the weights of a classifier that confuses the two classes of the pair."""
     swapped = {name: array.copy() for name, array in weights.items()}
     last = sorted(name.removesuffix(".bias") for name in weights if name.endswith(".bias"))[-1]
     for kind in ("weight", "bias"):
@@ -102,13 +102,13 @@ def confused(weights: Weights, pair: tuple[int, int]) -> Weights:
     return swapped
 
 
-def nudged(weights: Weights, seed: int) -> Weights:
+def perturb_weights(weights: Weights, seed: int) -> Weights:
     """Return weights that differ, and answer almost always alike."""
     rng = np.random.default_rng(seed)
     return {name: (a + 1e-4 * rng.standard_normal(a.shape)).astype(a.dtype) for name, a in weights.items()}
 
 
-def overflowing(weights: Weights) -> Weights:
+def overflow_weights(weights: Weights) -> Weights:
     """Return finite weights whose answers are finite for a black image only."""
     first = {"0.weight": np.full_like(weights["0.weight"], 1e38), "0.bias": np.zeros_like(weights["0.bias"])}
     return weights | first

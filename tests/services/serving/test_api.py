@@ -9,17 +9,15 @@ import time
 import httpx
 import numpy as np
 import pytest
-from load import Client, bounded, load, request_bytes
-from planted import png
+from load_generator import Client, limited, load, request_bytes
+from synthetic_runs import png
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.models import load_classifier, predict_probabilities
 from defuse_core.runs import Run
-from services.serving.app import deployment
-from services.serving.candidate import prepare
-from services.serving.lineup import Source
-from services.serving.server import Server
+from services.serving.candidate import prepare_candidate
+from services.serving.deployment import ClassifierDeployment, InitialModel
 
 IMAGE = {"Content-Type": "image/png"}
 
@@ -54,11 +52,11 @@ def answers(app, pictures, clients):
     return [found[number].json()["predictions"][0] for number in range(len(pictures))]
 
 
-def test_a_thousand_images_are_answered_as_by_the_plain_model_with_and_without_batches(
+def test_a_thousand_answers_equal_the_plain_model_with_and_without_batches(
     app, unbatched, planted, good_spec, pictures, pixels
 ):
     run = Run.open(planted, "first")
-    classifier = load_classifier(good_spec, prepare(run)[1].classifier, 10)
+    classifier = load_classifier(good_spec, prepare_candidate(run)[1].classifier, 10)
     plain = predict_probabilities(classifier, np.round(pixels * 255).astype(np.float32) / np.float32(255))
     for served, clients in ((app, 16), (unbatched, 4)):
         found = answers(served, pictures, clients)
@@ -81,7 +79,7 @@ def test_files_raw_bytes_and_pixels_give_the_same_answer_one_or_many(app, pictur
     assert len(app.http.post("/v1/predict", json={"pixels": levels[0][0]}).json()["predictions"]) == 1
 
 
-def test_bad_requests_are_refused_in_one_sentence_and_good_ones_among_them_are_answered(
+def test_bad_requests_are_rejected_in_one_sentence_and_good_ones_among_them_answered(
     app, pictures, good_spec
 ):
     good = request_bytes(pictures[0], app.predict, "image/png")
@@ -94,7 +92,7 @@ def test_bad_requests_are_refused_in_one_sentence_and_good_ones_among_them_are_a
         request_bytes(b"text", app.predict, "text/plain"),
         request_bytes(b"nothing", app.predict, "multipart/form-data; boundary=x"),
     ]
-    replies = load(app.port, 8, bounded([good, *bad], 160, 60))
+    replies = load(app.port, 8, limited([good, *bad], 160, 60))
     by_status = {status: [r for r in replies if r.status == status] for status in {r.status for r in replies}}
     assert set(by_status) == {200, 400, 415, 422}
     assert len(by_status[200]) == 20
@@ -107,7 +105,7 @@ def test_bad_requests_are_refused_in_one_sentence_and_good_ones_among_them_are_a
             assert set(reply.json()) == {"error"} and "\n" not in reply.json()["error"]
 
 
-def test_a_body_of_100_mb_is_refused_before_it_is_read(app):
+def test_a_body_of_100_mb_is_rejected_before_it_is_read(app):
     def endless():
         for _ in range(100):
             yield b"\0" * 1_000_000
@@ -127,7 +125,7 @@ def test_a_body_of_100_mb_is_refused_before_it_is_read(app):
 
 @pytest.fixture(scope="module")
 def hurried(serving, planted):
-    """An application whose answers take longer than it allows: it waits a second for each batch."""
+    """An application whose batches wait longer than its timeout."""
     return serving(
         planted, run="first", pin=True, batch_size=4, batch_wait_s=1, timeout_s=0.3, retry_after_s=2
     )
@@ -137,42 +135,32 @@ def test_a_body_that_does_not_arrive_in_time_is_answered_408(hurried):
     head = f"POST {hurried.predict} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", hurried.port), timeout=10) as raw:
         raw.sendall(head.encode() + b"\0" * 10)
-        said = b""
-        while b"}" not in said and (more := raw.recv(4096)):
-            said += more
-    assert b"408" in said.split(b"\r\n")[0] and b"did not arrive within 0.3 s" in said
+        reply = b""
+        while b"}" not in reply and (more := raw.recv(4096)):
+            reply += more
+    assert b"408" in reply.split(b"\r\n")[0] and b"did not arrive within 0.3 s" in reply
 
 
-def test_an_answer_that_is_not_there_in_time_is_503_with_retry_after(hurried, pictures):
+def test_an_answer_that_takes_too_long_is_503_with_retry_after(hurried, pictures):
     reply = hurried.http.post("/v1/predict", content=pictures[0], headers=IMAGE)
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
-    assert reply.json() == {"error": "no answer in time"}
+    assert reply.json() == {"error": "no answer within 0.3 s"}
 
 
-def test_a_replica_without_the_token_that_it_must_have_does_not_start(planted, monkeypatch):
+def test_a_replica_without_its_required_token_does_not_start(planted, monkeypatch):
     monkeypatch.delenv("DEFUSE_SERVE_TOKEN", raising=False)
-    with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN is not set where this replica runs"):
-        Server(planted.address, Source(), ServeSection(), {}, require_token=True)
+    with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN is required, and not set"):
+        ClassifierDeployment(planted.address, InitialModel(), ServeSection(), {}, require_token=True)
 
 
-def test_replicas_follow_the_load_between_their_bounds_and_share_a_gpu():
-    settings = ServeSection(
-        min_replicas=2, max_replicas=5, target_ongoing=3, gpus_per_replica=0.25, max_queued=7
-    )
-    asked = deployment(settings)
-    scaling = asked._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3)
-    assert asked.ray_actor_options["num_gpus"] == 0.25 and asked.max_queued_requests == 7
-
-
-def test_the_model_page_tells_what_answers(app):
+def test_the_model_route_describes_the_model_in_production(app):
     page = app.http.get("/v1/model").json()
     assert (page["version"], page["run"], page["lam"]) == ("first", "first", 1.0)
     assert [s["name"] for s in page["scenarios"]] == ["3 read as 8 (scenario 0)", "8 read as 3 (scenario 1)"]
     assert all(s["fixed"] for s in page["scenarios"])
 
 
-def test_the_watch_tells_of_an_input_that_lies_in_a_failure_scenario_and_counts_it(app, planted, good_spec):
+def test_an_input_inside_a_failure_scenario_is_marked_and_counted(app, planted, good_spec):
 
     from defuse_core.artifacts import Models, Scenarios
     from defuse_core.models import decode_codes, load_vae
@@ -193,7 +181,7 @@ def is_count(line):
     return line.startswith("ray_defuse_scenario_images") and 'scenario="0"' in line and 'fixed="true"' in line
 
 
-def test_without_the_watch_nothing_is_said_about_scenarios(unbatched, serving, planted, pictures):
+def test_without_the_watch_scenarios_are_null(unbatched, serving, planted, pictures):
     blind = serving(planted, run="first", pin=True, watch=False)
     reply = blind.http.post("/v1/predict", content=pictures[0], headers=IMAGE).json()
     seen = unbatched.http.post("/v1/predict", content=pictures[0], headers=IMAGE).json()
@@ -208,7 +196,7 @@ def test_bfloat16_answers_like_float32(serving, planted, pictures, unbatched):
     assert np.abs(found - full).max() < 0.05 and not np.array_equal(found, full)
 
 
-def test_before_the_first_promotion_the_server_lives_but_is_not_ready(serving, own_store, pictures):
+def test_before_the_first_promotion_the_server_is_alive_but_not_ready(serving, own_store, pictures):
     empty = serving(own_store, run=None)
     assert empty.http.get("/healthz").status_code == 200
     for reply in (
