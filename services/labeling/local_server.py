@@ -1,6 +1,6 @@
 """A Label Studio server on this machine, for trying it out and for the tests.
 
-It lives below the user's cache: its own environment (`env`), its data with SQLite in WAL mode (`data`), a
+Its files are below the user's cache: its own environment (`env`), its data with SQLite in WAL mode (`data`), a
 log, and `server.json` with address, login and token, readable by the user alone.
 """
 
@@ -16,11 +16,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from defuse_core.errors import InputError, ServiceError
 
@@ -31,7 +32,7 @@ START_TIMEOUT_S = 300.0  # the first start migrates an empty database: some 30 s
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A server that `up` made: where it is, and how to log in."""
+    """A server that `up` started: its address, and how to log in."""
 
     address: str
     port: int
@@ -40,8 +41,8 @@ class LocalServer:
     password: str = field(repr=False)
     token: str = field(repr=False)
 
-    def answers(self) -> bool:
-        """Whether it is up and healthy."""
+    def is_healthy(self) -> bool:
+        """Whether it runs and reports that it is healthy."""
         with contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=5.0)) as connection:
             try:
                 connection.request("GET", "/health")
@@ -50,8 +51,8 @@ class LocalServer:
                 return False
 
 
-class Home:
-    """Where the local server lies: its environment below the user's cache, its data there or in `folder`."""
+class Installation:
+    """The files of the local server: its environment below the user's cache, its data there or in `folder`."""
 
     def __init__(self, cache: Path, folder: Path | None = None) -> None:
         self.env = cache.expanduser() / "label-studio" / "env"
@@ -60,15 +61,15 @@ class Home:
         self.data = self.folder / "data"
         self.log = self.folder / "server.log"
 
-    def recorded(self) -> LocalServer | None:
+    def read_server(self) -> LocalServer | None:
         """Return the server that was started last, running or not."""
         try:
             return LocalServer(**json.loads((self.folder / "server.json").read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
-    def record(self, server: LocalServer) -> None:
-        """Keep address, login and token where only this user reads them."""
+    def write_server(self, server: LocalServer) -> None:
+        """Store address, login and token so that only this user can read them."""
         target = self.folder / "server.json"
         with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
             json.dump(asdict(server), handle)
@@ -82,70 +83,72 @@ class Home:
             yield
 
 
-def install(cache: Path) -> Home:
+def install(cache: Path) -> Installation:
     """Install the server in its own environment, once: about 1 GB and a minute.
 
     Raises ServiceError if pip fails.
     """
-    home = Home(cache)
-    done = home.env / ".installed"
-    with home.lock():
+    installation = Installation(cache)
+    done = installation.env / ".installed"
+    with installation.lock():
         if not (done.is_file() and done.read_text() == VERSIONS):
-            _call(sys.executable, "-m", "venv", "--clear", str(home.env))
-            _call(
-                str(home.env / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", VERSIONS
+            _run(sys.executable, "-m", "venv", "--clear", str(installation.env))
+            _run(
+                str(installation.env / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", VERSIONS
             )
             done.write_text(VERSIONS)
-    return home
+    return installation
 
 
 def up(cache: Path, port: int = 8080) -> LocalServer:
-    """Return the running local server, installed and started first where it is not.
+    """Return the running local server, installed and started first if necessary.
 
     Raises ServiceError, InputError.
     """
-    home = install(cache)
-    with home.lock():
-        known = home.recorded()
-        if known is not None and known.answers() and _is_ours(known.pid):
+    installation = install(cache)
+    with installation.lock():
+        known = installation.read_server()
+        if known is not None and known.is_healthy() and _is_label_studio(known.pid):
             return known
-        return start(home, port, known)
+        return start(installation, port, known)
 
 
-def start(home: Home, port: int, known: LocalServer | None, **environment: str) -> LocalServer:
+def start(
+    installation: Installation, port: int, known: LocalServer | None, **environment: str
+) -> LocalServer:
     """Start the server on loopback and return it once it is healthy.
 
-    `known` keeps login and token of a former start.
+    It keeps the login and token of `known`, an earlier start.
     """
-    if _taken(port):
-        raise InputError(f"port {port} of this machine is taken; choose another with --port")
-    _prepare_database(home.data)
+    if _port_in_use(port):
+        raise InputError(f"port {port} of this machine is in use; choose another with --port")
+    _prepare_database(installation.data)
     password, token = (
         (known.password, known.token) if known else (secrets.token_urlsafe(12), secrets.token_hex(20))
     )
     address = f"http://127.0.0.1:{port}"
-    with home.log.open("ab") as log:
+    with installation.log.open("ab") as log:
         process = subprocess.Popen(
-            [home.program, "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port)],
-            env=_environment(home, address, password, token) | environment,
-            cwd=home.data,
+            [installation.program, "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port)],
+            env=_environment(installation, address, password, token) | environment,
+            cwd=installation.data,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
     server = LocalServer(address, port, process.pid, USERNAME, password, token)
-    home.record(server)
-    _wait_until_healthy(server, process, home.log)
+    installation.write_server(server)
+    _wait_until_healthy(server, process, installation.log)
     return server
 
 
 def down(cache: Path) -> bool:
     """Stop the local server; False if it was not running. Its projects and answers stay for the next `up`."""
-    home = Home(cache)
-    with home.lock():
-        server = home.recorded()
-        if server is None or not _is_ours(server.pid):
+    installation = Installation(cache)
+    with installation.lock():
+        server = installation.read_server()
+        if server is None or not _is_label_studio(server.pid):
             return False
         stop(server)
         return True
@@ -156,23 +159,22 @@ def stop(server: LocalServer) -> None:
     for end, patience_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, end)
-        limit = time.monotonic() + patience_s
-        while time.monotonic() < limit:
-            if not _is_ours(server.pid) and not _taken(server.port):
-                return
-            time.sleep(0.1)
+        if _wait_until(
+            lambda: not _is_label_studio(server.pid) and not _port_in_use(server.port), patience_s
+        ):
+            return
 
 
-def running(cache: Path) -> LocalServer | None:
-    """Return the local server if it is up."""
-    server = Home(cache).recorded()
-    return server if server is not None and server.answers() and _is_ours(server.pid) else None
+def running_server(cache: Path) -> LocalServer | None:
+    """Return the local server if it runs."""
+    server = Installation(cache).read_server()
+    return server if server is not None and server.is_healthy() and _is_label_studio(server.pid) else None
 
 
-def _environment(home: Home, address: str, password: str, token: str) -> dict[str, str]:
+def _environment(installation: Installation, address: str, password: str, token: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
     return kept | {
-        "LABEL_STUDIO_BASE_DATA_DIR": str(home.data),
+        "LABEL_STUDIO_BASE_DATA_DIR": str(installation.data),
         "LABEL_STUDIO_HOST": address,
         "LABEL_STUDIO_USERNAME": USERNAME,
         "LABEL_STUDIO_PASSWORD": password,
@@ -187,31 +189,37 @@ def _environment(home: Home, address: str, password: str, token: str) -> dict[st
 
 
 def _prepare_database(data: Path) -> None:
-    """Put SQLite in WAL mode, before the server opens it: else it takes but 4-9 answers a second."""
+    """Put SQLite in WAL mode, before the server opens it: otherwise it accepts only 4 to 9 answers a second."""
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.closing(sqlite3.connect(data / "label_studio.sqlite3")) as database:
         database.execute("pragma journal_mode=wal")
 
 
 def _wait_until_healthy(server: LocalServer, process: subprocess.Popen[bytes], log: Path) -> None:
-    limit = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < limit:
-        if server.answers():
-            return
-        if process.poll() is not None:
-            break
-        time.sleep(0.25)
-    stop(server)
-    raise ServiceError(f"Label Studio did not start on {server.address}; its log is {log}")
+    _wait_until(lambda: server.is_healthy() or process.poll() is not None, START_TIMEOUT_S)
+    if process.poll() is not None or not server.is_healthy():
+        stop(server)
+        raise ServiceError(f"Label Studio did not start on {server.address}; its log is {log}")
 
 
-def _taken(port: int) -> bool:
+def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Poll until the condition holds; False if it does not within `timeout_s`."""
+    polling = Retrying(
+        retry=retry_if_result(lambda holds: not holds), stop=stop_after_delay(timeout_s), wait=wait_fixed(0.2)
+    )
+    try:
+        return polling(condition)
+    except RetryError:
+        return False
+
+
+def _port_in_use(port: int) -> bool:
     with contextlib.closing(socket.socket()) as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _is_ours(pid: int) -> bool:
-    """Whether `pid` is a running Label Studio server, not another program that took over the number."""
+def _is_label_studio(pid: int) -> bool:
+    """Whether `pid` is a running Label Studio server, not another program that reuses the number."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     found = subprocess.run(
@@ -220,8 +228,8 @@ def _is_ours(pid: int) -> bool:
     return "label-studio" in found.stdout and not found.stdout.startswith("Z")
 
 
-def _call(*command: str) -> None:
+def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         cause = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
-        raise ServiceError(f"installing Label Studio failed: `{' '.join(command[:3])} ...` said: {cause[0]}")
+        raise ServiceError(f"installing Label Studio failed: `{' '.join(command[:3])} ...` failed with: {cause[0]}")
