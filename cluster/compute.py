@@ -27,11 +27,11 @@ from cluster.session import (
 from cluster.sweep import Sweeping, run_trials
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import collect, is_pointless, load_tuning
+from defuse_core.correct import collect_sweep, load_fine_tuning_data, nothing_to_tune
 from defuse_core.data import Images
-from defuse_core.identify import finished_shards, gather, shard_count
+from defuse_core.identify import finished_shards, gather_shards, shard_count
 from defuse_core.progress import Progress, silent
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -81,16 +81,16 @@ class RayCompute:
         if missing:
             pool = self._pool(spec, models, store)
             records |= ShardQueue(pool, missing, count, self.progress).run()
-        return gather(records)
+        return gather_shards(records)
 
     def sweep(
         self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
     ) -> Sweep:
         """Fine-tune once per λ as Ray Tune trials. Raises ModelError or ComputeError if every trial failed for good."""
-        if is_pointless(fixes, reviewed):
-            return collect(spec, models, [])
+        if nothing_to_tune(fixes, reviewed):
+            return collect_sweep(spec, models, [])
         trials, failures = run_trials(self._sweeping(spec, models, fixes, reviewed, store))
-        return collect(spec, models, trials, failures)
+        return collect_sweep(spec, models, trials, failures)
 
     def _pool(self, spec: RunFile, models: Models, store: Store) -> WorkerPool:
         relay, section = self._ready(), self.spec.resources
@@ -104,7 +104,7 @@ class RayCompute:
     ) -> Sweeping:
         relay, section = self._ready(), self.spec.resources
         held = ray.put(models)
-        loaded, tuning = self._start("correct", load_tuning, spec, held, fixes, reviewed)
+        loaded, tuning = self._start("correct", load_fine_tuning_data, spec, held, fixes, reviewed)
         self._wait("correct", loaded)
         # from here on it lies on the driver's node: were it lost with another one, it would have to be made again
         # while all CPUs are held by trials that wait for it

@@ -29,7 +29,7 @@ from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DefuseError, InputError, StoreError
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
 from defuse_core.progress import Progress
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 IN_FLIGHT = 2  # shards per worker: the next one is there when the last is done

@@ -21,12 +21,13 @@ from cluster import metrics
 from cluster.faults import as_defuse_error, cause_of, one_line
 from cluster.relay import Relay, relayed, this_place
 from cluster.session import SHARE_THE_STORE, Lookout, Share
-from defuse_core.artifacts import Models, Trial, decode
+from defuse_core.artifacts import Models, Trial
+from defuse_core.codec import decode
 from defuse_core.config import RunFile
-from defuse_core.correct import Tuning, is_left_out, run_trial, trial_key
+from defuse_core.correct import FineTuningData, is_trial_failure, run_trial, trial_key
 from defuse_core.errors import ComputeError, DefuseError, InputError
 from defuse_core.progress import Progress
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 STEP = "correct"
@@ -74,7 +75,7 @@ def run_trials(sweeping: Sweeping) -> tuple[list[Trial], dict[float, DefuseError
 def _is_left_out(error: Exception) -> bool:
     cause = cause_of(error)
     lost = isinstance(cause, RayError) and not isinstance(cause, RayTaskError)  # a process, a node, an object
-    return not lost and is_left_out(cause)
+    return not lost and is_trial_failure(cause)
 
 
 def _stored(store: Store, lam: float) -> Trial:
@@ -87,7 +88,12 @@ def _stored(store: Store, lam: float) -> Trial:
 
 
 def _trial(
-    config: dict[str, float], spec: RunFile, models: Models, tuning: Tuning, store: Store, mailbox: Any
+    config: dict[str, float],
+    spec: RunFile,
+    models: Models,
+    tuning: FineTuningData,
+    store: Store,
+    mailbox: Any,
 ) -> None:
     """One λ, in a worker. Reports how many epochs are done."""
     with relayed(mailbox):

@@ -19,23 +19,28 @@ from defuse_core.artifacts import (
     Sweep,
     Trial,
     Verdicts,
-    decode,
-    encode,
 )
+from defuse_core.checkpoint import (
+    labels_of,
+    load_optimizer_state,
+    minibatches,
+    optimizer_state,
+    train_step,
+)
+from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError
-from defuse_core.judge import answered_wrongly
+from defuse_core.judge import is_misclassified
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
 from defuse_core.progress import Progress
-from defuse_core.runs import Store
 from defuse_core.seeds import generator, torch_seed
-from defuse_core.training import descend, labels_of, minibatches, moments_of, set_moments
+from defuse_core.store import Store
 
 
 @dataclass(frozen=True, eq=False)
-class Tuning:
+class FineTuningData:
     """Everything that a trial reads: the data set in memory, D_f, and the scenario images held out."""
 
     train: Images
@@ -47,13 +52,13 @@ class Tuning:
 
 def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
     """Return the reviewed images that f gets wrong, each under its own majority label: the baseline's D_f."""
-    wrong = answered_wrongly(gallery.predicted, verdicts.image_labels)
+    wrong = is_misclassified(gallery.predicted, verdicts.image_labels)
     return Images(gallery.images[wrong], verdicts.image_labels[wrong])
 
 
-def load_tuning(
+def load_fine_tuning_data(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
-) -> Tuning:
+) -> FineTuningData:
     """Return what the trials read. D_f is decoded from `fixes`, or is `reviewed` where that is given."""
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
@@ -64,7 +69,7 @@ def load_tuning(
         )
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
-        return Tuning(
+        return FineTuningData(
             train=train.loaded(),
             validation=splits.validation and splits.validation.loaded(),
             test=splits.test and splits.test.loaded(),
@@ -94,7 +99,7 @@ def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
 
 
 def fine_tune(
-    spec: RunFile, models: Models, tuning: Tuning, lam: float, trial: Trial | None
+    spec: RunFile, models: Models, tuning: FineTuningData, lam: float, trial: Trial | None
 ) -> Iterator[Trial]:
     """Yield the trial of one λ after each epoch, going on from `trial`. On one CPU thread, or this process's GPU."""
     section = spec.correct
@@ -104,7 +109,7 @@ def fine_tune(
     classifier = load_classifier(spec, start, len(models.classes))
     optimizer = torch.optim.Adam(classifier.parameters(), lr=section.learning_rate, fused=True)
     if trial is not None:
-        set_moments(optimizer, trial.moments)
+        load_optimizer_state(optimizer, trial.moments)
     for epoch in range(len(rows) + 1, section.epochs + 1):
         with cpu_threads(1):
             loss = _epoch(spec, classifier, optimizer, tuning, lam, epoch)
@@ -114,7 +119,13 @@ def fine_tune(
             best, best_epoch = weights, epoch
         done = epoch == section.epochs
         yield Trial(
-            lam, rows, {} if done else weights, {} if done else moments_of(optimizer), best, best_epoch, done
+            lam,
+            rows,
+            {} if done else weights,
+            {} if done else optimizer_state(optimizer),
+            best,
+            best_epoch,
+            done,
         )
 
 
@@ -122,7 +133,7 @@ def _epoch(
     spec: RunFile,
     classifier: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tuning: Tuning,
+    tuning: FineTuningData,
     lam: float,
     epoch: int,
 ) -> float:
@@ -143,12 +154,14 @@ def _epoch(
         logits = classifier(to_tensor(images))
         clean = F.cross_entropy(logits[: len(rows)], labels_of(train, rows))
         scenario = F.cross_entropy(logits[len(rows) :], labels_of(tune, wrong))
-        losses.append(descend(clean + lam * scenario, optimizer, f"with λ = {lam:g}"))
+        losses.append(train_step(clean + lam * scenario, optimizer, f"with λ = {lam:g}"))
     classifier.eval()
     return float(np.mean(losses))
 
 
-def _score(classifier: nn.Module, tuning: Tuning, lam: float, epoch: int, loss: float) -> dict[str, Any]:
+def _score(
+    classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float
+) -> dict[str, Any]:
     parts = {
         "train": tuning.train,
         "validation": tuning.validation,
@@ -178,7 +191,9 @@ def trial_key(lam: float) -> str:
     return f"lam-{lam!r}.safetensors"
 
 
-def run_trial(spec: RunFile, models: Models, tuning: Tuning, lam: float, store: Store) -> Iterator[Trial]:
+def run_trial(
+    spec: RunFile, models: Models, tuning: FineTuningData, lam: float, store: Store
+) -> Iterator[Trial]:
     """Yield the trial of one λ after each epoch, once it lies in `store`; goes on from what lies there already."""
     key = trial_key(lam)
     stored = decode(Trial, store.read(key), key) if store.exists(key) else None
@@ -190,17 +205,17 @@ def run_trial(spec: RunFile, models: Models, tuning: Tuning, lam: float, store: 
         yield trial
 
 
-def is_pointless(fixes: Corrections, reviewed: Images | None) -> bool:
+def nothing_to_tune(fixes: Corrections, reviewed: Images | None) -> bool:
     """Whether there is nothing to tune on: no scenario was accepted, or no reviewed image is wrong."""
     return len(fixes.labels) == 0 or (reviewed is not None and len(reviewed) == 0)
 
 
-def is_left_out(error: BaseException) -> bool:
+def is_trial_failure(error: BaseException) -> bool:
     """Whether a trial that failed so is left out, and the others count: not where images, store or machines failed."""
     return isinstance(error, ModelError) or not isinstance(error, DefuseError | OSError)
 
 
-def collect(
+def collect_sweep(
     spec: RunFile,
     models: Models,
     trials: Sequence[Trial],

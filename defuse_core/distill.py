@@ -11,13 +11,21 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
 
-from defuse_core.artifacts import F32, F64, I64, Psi, Scenarios, Shard, decode
+from defuse_core.artifacts import (
+    F32,
+    F64,
+    I64,
+    Psi,
+    Scenarios,
+    Shard,
+)
+from defuse_core.codec import decode
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.errors import StoreError
 from defuse_core.identify import shard_key
 from defuse_core.progress import Progress
-from defuse_core.runs import Store
 from defuse_core.seeds import generator
+from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 

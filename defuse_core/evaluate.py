@@ -34,8 +34,8 @@ from defuse_core.device import cpu_threads
 from defuse_core.distill import sample_codes
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
-from defuse_core.runs import Store
 from defuse_core.seeds import generator, torch_seed
+from defuse_core.store import Store
 
 MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure scenario are left out
 ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower

@@ -13,13 +13,22 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from defuse_core.artifacts import F32, I64, Bool, Failures, Models, Psi, Shard, encode
+from defuse_core.artifacts import (
+    F32,
+    I64,
+    Bool,
+    Failures,
+    Models,
+    Psi,
+    Shard,
+)
+from defuse_core.codec import encode
 from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, map_batches, predict
-from defuse_core.runs import Store
 from defuse_core.seeds import generator
+from defuse_core.store import Store
 
 MAX_SHARDS = 512  # the store then holds so many objects at most, however many images there are
 
@@ -58,7 +67,7 @@ class Identifier:
     """One worker: holds the models and the training set, and identifies shard after shard of it."""
 
     def __init__(self, spec: RunFile, models: Models) -> None:
-        """Open both. Raises DataError, ModelError, or DriftError where the images are not those trained on."""
+        """Open both. Raises DataError, ModelError, or RunMismatchError where the images are not those trained on."""
         self.spec, self.train = spec, reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
         self.classifier = load_classifier(spec, models.classifier, len(models.classes))
         self.vae = load_vae(spec, models.vae)
@@ -173,7 +182,7 @@ def finished_shards(store: Store) -> dict[int, ShardRecord]:
     return {record.index: record for record in records}
 
 
-def gather(records: dict[int, ShardRecord]) -> Psi:
+def gather_shards(records: dict[int, ShardRecord]) -> Psi:
     """Return the record of all shards together. The codes stay where they are."""
     done = [records[index] for index in sorted(records)]
     return Psi(

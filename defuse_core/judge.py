@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Verdicts, Votes
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 OVERRIDES = "overrides/"  # human decisions above the vote, an object each: overrides/0001.json is the first
 
@@ -29,13 +29,13 @@ def majority(counts: I64) -> I64:
     return np.where(unique, counts.argmax(axis=-1), NONE_OF_THE_ABOVE).astype(np.int64)
 
 
-def answered_wrongly(predicted: I64, labels: I64) -> Bool:
+def is_misclassified(predicted: I64, labels: I64) -> Bool:
     """Return whether the classifier's answer is another than the label; False where there is no label."""
     wrong: Bool = (labels != NONE_OF_THE_ABOVE) & (labels != predicted)
     return wrong
 
 
-def read_as(predicted: I64, label: int) -> int | None:
+def most_common_error(predicted: I64, label: int) -> int | None:
     """Return the answer that most of a component's (R,) images were given instead of its label, the lowest of equals.
 
     None where all were answered with the label.
@@ -56,7 +56,7 @@ def judge(gallery: Gallery, votes: Votes, rho: float, overrides: Sequence[dict[s
     counts = tally(votes, (shape[0], shape[1]), classes)
     image_labels = majority(counts)  # (S, R)
     labelled = image_labels != NONE_OF_THE_ABOVE
-    wrong = answered_wrongly(gallery.predicted, image_labels)
+    wrong = is_misclassified(gallery.predicted, image_labels)
     with np.errstate(invalid="ignore", divide="ignore"):
         misclassified = wrong.sum(axis=1) / labelled.sum(axis=1)
         agreement = np.where(labelled, counts.max(axis=-1) / counts.sum(axis=-1), np.nan)

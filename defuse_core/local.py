@@ -8,12 +8,18 @@ from typing import TypeVar
 
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import collect, is_left_out, is_pointless, load_tuning, run_trial
+from defuse_core.correct import (
+    collect_sweep,
+    is_trial_failure,
+    load_fine_tuning_data,
+    nothing_to_tune,
+    run_trial,
+)
 from defuse_core.data import Images
 from defuse_core.errors import ComputeError, DefuseError
-from defuse_core.identify import Identifier, finished_shards, gather, save_shard, shard_count
+from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.progress import Progress, silent
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -38,22 +44,22 @@ class LocalCompute:
             if index not in records:
                 records[index] = save_shard(store, index, identifier.shard(index))
             self.progress("perturbing training images", index + 1, count, "shards")
-        return gather(records)
+        return gather_shards(records)
 
     def sweep(
         self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
     ) -> Sweep:
         """Fine-tune, λ after λ. Raises ModelError or ComputeError if every trial failed."""
-        if is_pointless(fixes, reviewed):
-            return collect(spec, models, [])
-        tuning = load_tuning(spec, models, fixes, reviewed, progress=self.progress)
+        if nothing_to_tune(fixes, reviewed):
+            return collect_sweep(spec, models, [])
+        tuning = load_fine_tuning_data(spec, models, fixes, reviewed, progress=self.progress)
         trials, failures = [], dict[float, DefuseError]()
         for index, lam in enumerate(spec.correct.lambdas):
             try:
                 *_, trial = run_trial(spec, models, tuning, lam, store)
                 trials.append(trial)
             except Exception as error:
-                if not is_left_out(error):
+                if not is_trial_failure(error):
                     raise
                 told = (
                     error
@@ -63,4 +69,4 @@ class LocalCompute:
                 failures[lam] = told
                 log.warning("correct: the trial with λ = %g failed for good: %s", lam, told)
             self.progress("fine-tuning over λ", index + 1, len(spec.correct.lambdas), "trials")
-        return collect(spec, models, trials, failures)
+        return collect_sweep(spec, models, trials, failures)

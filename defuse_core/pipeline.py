@@ -20,12 +20,13 @@ from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
 from defuse_core.data import Images
 from defuse_core.distill import distill
-from defuse_core.draw import draw_corrections, draw_gallery
 from defuse_core.errors import InputError
 from defuse_core.evaluate import Findings, evaluate
 from defuse_core.judge import judge, read_overrides
 from defuse_core.report import Report, write_report
-from defuse_core.runs import Run, Store
+from defuse_core.runs import Run
+from defuse_core.sample import sample_corrections, sample_gallery
+from defuse_core.store import Store
 from defuse_core.train import train
 
 T = TypeVar("T")
@@ -62,12 +63,12 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store))
     scenarios = run.once("distill", Scenarios, lambda: compute.task("distill", distill, spec, psi, store))
-    gallery = run.once("draw", Gallery, lambda: compute.task("draw", draw_gallery, spec, models, scenarios))
+    gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))
     verdicts = run.once(
         "review", Verdicts, lambda: judge(gallery, votes, spec.review.rho, read_overrides(store))
     )
-    fixes = run.once("correct", Corrections, lambda: draw_corrections(spec, scenarios, verdicts))
+    fixes = run.once("correct", Corrections, lambda: sample_corrections(spec, scenarios, verdicts))
     reviewed = reviewed_failures(gallery, verdicts)
     baseline = run.once(
         "correct",

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import F64, Models
+from defuse_core.checkpoint import (
+    Training,
+    labels_of,
+    minibatches,
+    train_step,
+)
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device, device_name
@@ -32,9 +38,8 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.progress import Progress
-from defuse_core.runs import Store
 from defuse_core.seeds import generator, torch_seed
-from defuse_core.training import Training, descend, labels_of, minibatches
+from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 PROBE_IMAGES = 10_000  # training images that the β-VAE's figures are measured on
@@ -142,7 +147,7 @@ def _classifier_epoch(
     done, losses = epoch * len(images), []
     for rows in minibatches(len(images), size, generator(spec.seed, "classifier", epoch)):
         loss = F.cross_entropy(classifier(to_tensor(images.batch(rows))), labels_of(images, rows))
-        losses.append(descend(loss, training.optimizer, "the classifier"))
+        losses.append(train_step(loss, training.optimizer, "the classifier"))
         done += len(rows)
         progress("training the classifier", done, total, "images")
     return float(np.mean(losses))
@@ -188,7 +193,7 @@ def _vae_epoch(
     for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
         beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
         reconstruction, divergence = vae_terms(vae, to_tensor(images.batch(rows)), noise)
-        descend(reconstruction + beta * divergence, training.optimizer, "the β-VAE")
+        train_step(reconstruction + beta * divergence, training.optimizer, "the β-VAE")
         terms.append((reconstruction.item(), divergence.item()))
         done += len(rows)
         progress("training the β-VAE", done, section.epochs * count, "images")

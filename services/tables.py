@@ -14,8 +14,7 @@ from rich.text import Text
 
 from defuse_core.config import STEPS
 from defuse_core.errors import DefuseError
-from defuse_core.runs import Run, Store
-from defuse_core.wording import (
+from defuse_core.report.formatting import (
     LOW_PURITY,
     NONE,
     caveats,
@@ -29,6 +28,8 @@ from defuse_core.wording import (
     spread,
     unbroken,
 )
+from defuse_core.runs import Run
+from defuse_core.store import Store
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
@@ -203,7 +204,8 @@ def _detail(run: Run, step: str, keys: set[str]) -> str:
 
 
 def _epochs(run: Run) -> str:
-    from defuse_core.artifacts import Checkpoint, decode
+    from defuse_core.artifacts import Checkpoint
+    from defuse_core.codec import decode
 
     trainings = {"classifier": run.spec.classifier.epochs, "vae": run.spec.vae.epochs}
     kept = []

@@ -16,10 +16,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from defuse_core.artifacts import Gallery, encode
+from defuse_core.artifacts import Gallery
+from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.errors import DefuseError
-from defuse_core.runs import FolderStore, Run, Store
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore, Store
 from services.labeling.server import Home, LocalServer, install, start, stop
 from services.labeling.simulate import Person, invite_link
 from services.settings import Settings, read_settings

@@ -1,17 +1,16 @@
-"""The run file: YAML that is checked into frozen models, one section per step."""
+"""The run file: YAML, validated into frozen models, one section per step."""
 
-from defuse_core.config.base import Section
-from defuse_core.config.files import (
+from defuse_core.config.loading import (
     apply_override,
-    drift,
+    changed_field,
     dump_run_file,
     first_problem,
     load_run_file,
     parse_run_file,
 )
+from defuse_core.config.run_file import STEPS, CheckSection, ResourcesSection, RunFile, ServeSection
 from defuse_core.config.sections import (
     PAPER_LAMBDAS,
-    STEPS,
     ClassifierSection,
     CorrectSection,
     DataSection,
@@ -19,12 +18,10 @@ from defuse_core.config.sections import (
     IdentifySection,
     ReferenceModels,
     ReportSection,
-    ResourcesSection,
     ReviewSection,
-    RunFile,
+    Section,
     VaeSection,
 )
-from defuse_core.config.serving import CheckSection, ServeSection
 
 __all__ = [
     "PAPER_LAMBDAS",
@@ -44,7 +41,7 @@ __all__ = [
     "ServeSection",
     "VaeSection",
     "apply_override",
-    "drift",
+    "changed_field",
     "dump_run_file",
     "first_problem",
     "load_run_file",

@@ -8,9 +8,13 @@ import numpy as np
 
 from defuse_core.artifacts import U8
 from defuse_core.config import DataSection
-from defuse_core.data.dividing import halves, hold_out, sample, with_validation
-from defuse_core.data.images import Images, Splits, expect_labels, fit_pixels
-from defuse_core.data.sources import data_root, reading
+from defuse_core.data.images import Images, Splits, data_root, expect_labels, fit_pixels, reading
+from defuse_core.data.splits import (
+    halves,
+    hold_out,
+    sample,
+    with_validation,
+)
 from defuse_core.seeds import generator
 
 DIGITS = tuple(str(digit) for digit in range(10))

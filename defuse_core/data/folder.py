@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from defuse_core.config import DataSection
-from defuse_core.data.dividing import sample, with_validation
-from defuse_core.data.images import Images, PictureFiles, Splits
-from defuse_core.data.sources import data_root
+from defuse_core.data.images import Images, PictureFiles, Splits, data_root
+from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from defuse_core.artifacts import F32, I64, U8
+from defuse_core.config import DataSection
 from defuse_core.errors import DataError
 
 MAX_LOADED = 4 * 2**30  # bytes; more pixels than that are read from their files epoch after epoch
+DOWNLOADABLE = ("mnist", "signs", "svhn")
 FINGERPRINT_IMAGES = 128  # per part; so many are read, however large the data set is
 
 
@@ -188,3 +191,29 @@ def expect_labels(labels: I64, classes: int, where: str | Path) -> None:
             f"{where}: expected labels 0 to {classes - 1}, found {labels[wrong[0]]} at index {wrong[0]} "
             f"({wrong.size} such); correct the labels or name all classes"
         )
+
+
+def data_root(data: DataSection) -> Path:
+    """Return data.root, which is there, or may be made for a download. Raises DataError."""
+    if data.root is None:
+        raise DataError(f"data.root: must say where the {data.name} images lie (--set data.root=FOLDER)")
+    if not data.root.exists() and not data.download:
+        remedy = " or set data.download: true" if data.name in DOWNLOADABLE else ""
+        raise DataError(f"data.root: there is no {data.root}; say where the {data.name} images lie{remedy}")
+    return data.root
+
+
+@contextlib.contextmanager
+def reading(where: Path, expected: str, download: bool) -> Iterator[None]:
+    """Turn whatever a reader raises in the block into one DataError that says what was expected."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (
+        Exception
+    ) as error:  # readers and downloads raise a dozen kinds of errors on what is missing or broken
+        todo = (
+            "download failed, so put them there" if download else "put them there or set data.download: true"
+        )
+        raise DataError(f"data.root: expected {expected} under {where}, found {error}; {todo}") from error

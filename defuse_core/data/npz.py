@@ -10,9 +10,8 @@ import numpy.typing as npt
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
-from defuse_core.data.dividing import sample, with_validation
-from defuse_core.data.images import Images, Splits, expect_labels
-from defuse_core.data.sources import data_root
+from defuse_core.data.images import Images, Splits, data_root, expect_labels
+from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
 
 PARTS = ("train", "validation", "test")

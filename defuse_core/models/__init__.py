@@ -7,7 +7,7 @@ from defuse_core.models.architectures import (
     build_classifier,
     build_vae,
 )
-from defuse_core.models.batches import (
+from defuse_core.models.inference import (
     accuracy,
     decode_codes,
     encode_images,

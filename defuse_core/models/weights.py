@@ -13,7 +13,7 @@ from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
 from defuse_core.models.architectures import Vae, build_classifier, build_vae
-from defuse_core.models.batches import to_device
+from defuse_core.models.inference import to_device
 
 
 def weights_of(module: nn.Module) -> Weights:

@@ -23,11 +23,8 @@ __all__ = [
 
 def write_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
     """Return the report, having written `report.json`, `report.html` and `figures/*.png` into the run."""
-    from defuse_core.figures import (  # they in turn need the schema; and matplotlib takes a second
-        draw_figures,
-        png,
-    )
-    from defuse_core.html import page
+    from defuse_core.report.figures import draw_figures, png
+    from defuse_core.report.html import page
 
     report = build_report(run, found, evaluation)
     figures = draw_figures(report, found, evaluation)

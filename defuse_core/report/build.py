@@ -12,7 +12,7 @@ from defuse_core.artifacts import F64, NONE_OF_THE_ABOVE, Evaluation, Models, Sw
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
-from defuse_core.judge import answered_wrongly, read_as
+from defuse_core.judge import is_misclassified, most_common_error
 from defuse_core.report.schema import (
     Accuracies,
     Accuracy,
@@ -21,10 +21,10 @@ from defuse_core.report.schema import (
     Choice,
     ClassAccuracy,
     FailedTrial,
-    Making,
     Mean,
     Mixture,
     OwnLabels,
+    Provenance,
     PsiFigures,
     Report,
     RunFigures,
@@ -135,7 +135,11 @@ def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
 def _scenario(found: Findings, evaluation: Evaluation, number: int, column: int | None) -> Scenario:
     verdicts, classes = found.verdicts, found.models.classes
     held_out = (None, None, None) if column is None else tuple(map(_defined, evaluation.scenario[:, column]))
-    mistaken = None if column is None else read_as(found.gallery.predicted[number], verdicts.labels[number])
+    mistaken = (
+        None
+        if column is None
+        else most_common_error(found.gallery.predicted[number], verdicts.labels[number])
+    )
     return Scenario(
         number=number,
         weight=float(found.scenarios.weights[number]),
@@ -192,7 +196,7 @@ def _votes(found: Findings) -> VoteFigures:
         answers=len(votes.answer),
         images=labels.size,
         labelled=labelled,
-        misclassified=_ratio(int(answered_wrongly(found.gallery.predicted, labels).sum()), labelled),
+        misclassified=_ratio(int(is_misclassified(found.gallery.predicted, labels).sum()), labelled),
         ties=found.verdicts.ties,
         refused=found.verdicts.refused,
         notes=votes.notes,
@@ -215,12 +219,12 @@ def _failed(
     return tuple(FailedTrial(sweep=sweep, lam=trial["lam"], cause=str(trial["cause"])) for trial in trials)
 
 
-def _making(run: Run, found: Findings) -> Making:
+def _making(run: Run, found: Findings) -> Provenance:
     manifest = run.manifest()
     entries = manifest.get("artefacts", {}).items()
     known = set(Artefact.model_fields)
     artefacts = (Artefact(name=key, **{k: v for k, v in e.items() if k in known}) for key, e in entries)
-    return Making(
+    return Provenance(
         device=manifest.get("device"),
         artefacts=tuple(artefacts),
         versions=manifest.get("versions", {}),

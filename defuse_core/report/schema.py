@@ -7,11 +7,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class Part(BaseModel):
+class ReportModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
-class Accuracy(Part):
+class Accuracy(ReportModel):
     """Fractions of 1; null where the data set has no such images, or nothing was tuned."""
 
     validation: float | None
@@ -20,7 +20,7 @@ class Accuracy(Part):
     """On images drawn from the accepted scenarios that no step has trained on or chosen by."""
 
 
-class Accuracies(Part):
+class Accuracies(ReportModel):
     """Figure 4."""
 
     before: Accuracy
@@ -29,7 +29,7 @@ class Accuracies(Part):
     defuse: Accuracy
 
 
-class Scenario(Part):
+class Scenario(ReportModel):
     """One component of the mixture, accepted as a failure scenario or not."""
 
     number: int
@@ -53,7 +53,7 @@ class Scenario(Part):
     """Accuracy on its held-out images; null where rejected."""
 
 
-class OwnLabels(Part):
+class OwnLabels(ReportModel):
     """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label: fit for mixed ones."""
 
     before: float | None
@@ -61,7 +61,7 @@ class OwnLabels(Part):
     images: int
 
 
-class ScenarioSummary(Part):
+class ScenarioSummary(ReportModel):
     components: int
     accepted: int
     purity: float | None
@@ -70,13 +70,13 @@ class ScenarioSummary(Part):
     list: tuple[Scenario, ...]
 
 
-class Mean(Part):
+class Mean(ReportModel):
     mean: float | None
     standard_error: float | None
     images: int
 
 
-class Agreement(Part):
+class Agreement(ReportModel):
     """Figure 6: share of an image's votes for its majority label, none-of-the-above left out; over labelled images."""
 
     scenario: Mean
@@ -84,7 +84,7 @@ class Agreement(Part):
     all: Mean
 
 
-class TradeOff(Part):
+class TradeOff(ReportModel):
     """One λ at the epoch that the rule of choice picked for it (Figure 5)."""
 
     lam: float
@@ -97,12 +97,12 @@ class TradeOff(Part):
     chosen: bool
 
 
-class Choice(Part):
+class Choice(ReportModel):
     lam: float
     epoch: int
 
 
-class PsiFigures(Part):
+class PsiFigures(ReportModel):
     codes: int
     images: int
     decodings: int
@@ -112,7 +112,7 @@ class PsiFigures(Part):
     """Share of the images that the classifier gets wrong when their own code is decoded, without noise."""
 
 
-class VaeFigures(Part):
+class VaeFigures(ReportModel):
     reconstruction: float
     """Mean squared error per pixel."""
     reconstruction_flips: float
@@ -123,7 +123,7 @@ class VaeFigures(Part):
     """Dimensions with less than 0.1 nats."""
 
 
-class Mixture(Part):
+class Mixture(ReportModel):
     converged: bool
     iterations: int
     codes_used: int
@@ -132,7 +132,7 @@ class Mixture(Part):
     """All K weights, heaviest first."""
 
 
-class VoteFigures(Part):
+class VoteFigures(ReportModel):
     annotators: int
     answers: int
     images: int
@@ -144,7 +144,7 @@ class VoteFigures(Part):
     notes: dict[str, Any]
 
 
-class ClassAccuracy(Part):
+class ClassAccuracy(ReportModel):
     name: str = Field(alias="class")
     images: int
     before: float | None
@@ -152,13 +152,13 @@ class ClassAccuracy(Part):
     defuse: float | None
 
 
-class FailedTrial(Part):
+class FailedTrial(ReportModel):
     sweep: Literal["baseline", "defuse"]
     lam: float
     cause: str
 
 
-class RunFigures(Part):
+class RunFigures(ReportModel):
     name: str
     seed: int
     dataset: str
@@ -167,7 +167,7 @@ class RunFigures(Part):
     data_fingerprint: str
 
 
-class Artefact(Part):
+class Artefact(ReportModel):
     name: str
     step: str
     made: str
@@ -175,7 +175,7 @@ class Artefact(Part):
     bytes: int
 
 
-class Making(Part):
+class Provenance(ReportModel):
     """What differs from one making to the next, and nothing else does."""
 
     device: str | None
@@ -188,7 +188,7 @@ class Making(Part):
     """Per worker."""
 
 
-class Report(Part):
+class Report(ReportModel):
     """What `report.json` holds. Shares and accuracies are fractions of 1; null: no such figure."""
 
     run: RunFigures
@@ -209,4 +209,4 @@ class Report(Part):
     per_class: tuple[ClassAccuracy, ...]
     """On the test images; empty where there are none."""
     failed_trials: tuple[FailedTrial, ...]
-    making: Making
+    making: Provenance

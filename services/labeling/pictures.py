@@ -11,7 +11,7 @@ from PIL import Image
 
 from defuse_core.artifacts import F32
 from defuse_core.errors import InputError
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 if TYPE_CHECKING:
     from services.storage.s3 import S3Store

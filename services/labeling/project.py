@@ -19,7 +19,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from defuse_core.artifacts import I64, Bool, Gallery
 from defuse_core.errors import InputError, ServiceError
-from defuse_core.runs import Run, Store
+from defuse_core.runs import Run
+from defuse_core.store import Store
 from services.labeling.client import LabelStudioClient, Project, ProjectSettings, Task
 from services.labeling.interface import difference, instructions, label_config
 from services.labeling.pictures import bucket_storage

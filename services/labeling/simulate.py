@@ -18,7 +18,7 @@ import numpy as np
 from defuse_core.artifacts import I64, Gallery
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.pipeline import Compute
-from defuse_core.reference import ReferenceAnnotators
+from defuse_core.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import silence_http_log, translated_errors
 from services.labeling.interface import LABEL, choice_names

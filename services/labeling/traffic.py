@@ -12,7 +12,8 @@ import re
 from defuse_core.artifacts import Gallery, Verdicts, Votes
 from defuse_core.errors import InputError
 from defuse_core.judge import judge
-from defuse_core.runs import Run, Store
+from defuse_core.runs import Run
+from defuse_core.store import Store
 from services.labeling.project import ProjectState
 from services.labeling.status import ReviewStatus
 

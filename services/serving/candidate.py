@@ -22,13 +22,12 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
     Weights,
-    decode,
-    encode,
 )
+from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.data import reopen_splits
 from defuse_core.errors import InputError
-from defuse_core.judge import read_as
+from defuse_core.judge import most_common_error
 from defuse_core.models import load_vae
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Run
@@ -197,6 +196,6 @@ def _read_as(gallery: Gallery, accepted: I64, labels: I64) -> I64:
     """Return the wrong answer that the classifier gave most often in each accepted scenario; the label if none."""
     answers = labels.copy()
     for row, (component, label) in enumerate(zip(accepted, labels, strict=True)):
-        wrong = read_as(gallery.predicted[component], label)
+        wrong = most_common_error(gallery.predicted[component], label)
         answers[row] = label if wrong is None else wrong
     return answers

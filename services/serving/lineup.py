@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from defuse_core.artifacts import decode
+from defuse_core.codec import decode
 from defuse_core.config import ServeSection
 from defuse_core.errors import StoreError
-from defuse_core.runs import Store
+from defuse_core.store import Store
 from services.serving.candidate import OF_THE_VERSION, Candidate
 from services.serving.predict import Served
 from services.serving.registry import Registry, Standing

@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from defuse_core.artifacts import decode, encode
+from defuse_core.codec import decode, encode
 from defuse_core.errors import InputError, StoreError
-from defuse_core.runs import Store
+from defuse_core.store import Store
 from services.serving.candidate import Candidate
 
 TRIES = 20  # of a change that others keep overtaking

@@ -17,9 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defuse_core.artifacts import F32, F64, I64, Gallery, decode, encode
+from defuse_core.artifacts import (
+    F32,
+    F64,
+    I64,
+    Gallery,
+)
+from defuse_core.codec import decode, encode
 from defuse_core.errors import DefuseError, InputError
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 WAITING = 64  # writes that may wait; more are dropped, since traffic goes before its sample

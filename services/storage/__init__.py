@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from defuse_core.errors import InputError
-from defuse_core.runs import FolderStore, Store
+from defuse_core.store import FolderStore, Store
 
 
 def open_store(address: str) -> Store:

@@ -22,12 +22,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cluster.compute import RayCompute
-from defuse_core.artifacts import Models, decode, encode
+from defuse_core.artifacts import Models
+from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.data import open_splits
 from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from defuse_core.train import train
 
 RUN_FILE = Path(__file__).parents[2] / "deploy" / "runs" / "mnist-laptop.yaml"

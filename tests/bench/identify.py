@@ -31,7 +31,7 @@ from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.identify import Identifier
 from defuse_core.models import build_classifier, build_vae, load_classifier, load_vae, weights_of
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 
 RUN_FILE = Path(__file__).parents[2] / "deploy" / "runs" / "mnist.yaml"
 BATCHES = (64, 128, 256, 512, 1024)

@@ -37,7 +37,7 @@ from planted import nudged, png
 
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.models import build_classifier, build_vae, weights_of
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from services.serving.candidate import Candidate, weights_digest
 from services.serving.registry import Registry
 from services.serving.rollout import roll_back, to_production

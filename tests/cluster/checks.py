@@ -7,9 +7,10 @@ import re
 
 import numpy as np
 
-from defuse_core.artifacts import Shard, decode
+from defuse_core.artifacts import Shard
+from defuse_core.codec import decode
 from defuse_core.identify import shard_key
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 
 class Lines(logging.Handler):

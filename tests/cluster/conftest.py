@@ -14,7 +14,7 @@ import pytest
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
 from defuse_core.local import LocalCompute
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from defuse_core.errors import StoreError
 from defuse_core.progress import Progress
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 
 
 class Tally:

@@ -32,9 +32,10 @@ from ray.cluster_utils import Cluster
 from cluster.compute import RayCompute
 from cluster.identify import FILL_EVERY_S
 from cluster.session import Share, capacity
-from defuse_core.artifacts import Corrections, Models, decode
+from defuse_core.artifacts import Corrections, Models
+from defuse_core.codec import decode
 from defuse_core.config import RunFile
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines
 from tests.cluster.fakes import CountingStore, GatedStore
 from tests.conftest import tiny

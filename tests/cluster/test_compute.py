@@ -22,7 +22,7 @@ from defuse_core.distill import distill
 from defuse_core.errors import ComputeError, DataError, InputError, RunFileError, StoreError
 from defuse_core.identify import shard_key
 from defuse_core.progress import silent
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines, assert_same_psi
 from tests.cluster.fakes import (
     CountingStore,

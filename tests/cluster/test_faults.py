@@ -22,10 +22,10 @@ from defuse_core.artifacts import Models, Psi
 from defuse_core.config import RunFile
 from defuse_core.data import PictureFiles, open_splits
 from defuse_core.errors import DataError
-from defuse_core.identify import finished_shards, gather
+from defuse_core.identify import finished_shards, gather_shards
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.progress import silent
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines, assert_same_psi
 from tests.cluster.fakes import CountingStore
 from tests.conftest import tiny
@@ -74,7 +74,7 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
             records |= ShardQueue(pool, waiting, SHARDS, silent).run()
         killer.join()
         assert len(killed) == 1
-        assert np.array_equal(gather(records).codes, local_psi.codes)
+        assert np.array_equal(gather_shards(records).codes, local_psi.codes)
         assert_same_psi(SHARDS, store, local_store)
 
 

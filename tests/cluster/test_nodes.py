@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from cluster.session import Share, _fitting
-from defuse_core.artifacts import Models, Psi, encode
+from defuse_core.artifacts import Models, Psi
+from defuse_core.codec import encode
 from defuse_core.local import LocalCompute
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_same_psi
 from tests.cluster.nodes import SHORT_SWEEP, made_up
 from tests.conftest import ROOT, tiny

@@ -3,7 +3,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Failures, Models, Psi, Scenarios, Shard, Verdicts, decode, encode
+from defuse_core.artifacts import (
+    Failures,
+    Models,
+    Psi,
+    Scenarios,
+    Shard,
+    Verdicts,
+)
+from defuse_core.codec import decode, encode
 from defuse_core.errors import StoreError
 
 

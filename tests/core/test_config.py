@@ -7,7 +7,7 @@ from defuse_core.config import (
     PAPER_LAMBDAS,
     RunFile,
     Section,
-    drift,
+    changed_field,
     dump_run_file,
     load_run_file,
     parse_run_file,
@@ -175,9 +175,10 @@ def test_run_files_are_frozen(tiny_spec):
 
 
 def test_drift_names_the_field_that_changed():
-    assert drift(tiny(), tiny(identify={"draws": 9})) == "identify.draws: 4 in the run, 9 now"
+    assert changed_field(tiny(), tiny(identify={"draws": 9})) == "identify.draws: 4 in the run, 9 now"
     assert (
-        drift(tiny(), tiny(resources={"train_threads": 2})) == "resources.train_threads: 1 in the run, 2 now"
+        changed_field(tiny(), tiny(resources={"train_threads": 2}))
+        == "resources.train_threads: 1 in the run, 2 now"
     )
 
 
@@ -187,13 +188,13 @@ def test_a_tilde_is_the_users_home():
 
 def test_weights_may_lie_elsewhere_but_not_come_or_go():
     here, there = (tiny(vae={"weights": f"/{place}/vae.safetensors"}) for place in ("here", "there"))
-    assert drift(here, there) is None
-    assert "vae.weights: None in the run" in str(drift(tiny(), here))
+    assert changed_field(here, there) is None
+    assert "vae.weights: None in the run" in str(changed_field(tiny(), here))
 
 
 @pytest.mark.parametrize("change", [{"data": {"root": "/elsewhere"}}, {"resources": {"workers": 7}}])
 def test_what_changes_no_result_is_no_drift(change):
-    assert drift(tiny(), tiny(**change)) is None
+    assert changed_field(tiny(), tiny(**change)) is None
 
 
 def test_numbers_without_a_dot_before_the_exponent_are_numbers():

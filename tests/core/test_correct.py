@@ -7,11 +7,11 @@ from torch.nn import functional
 
 from defuse_core.artifacts import Corrections, Gallery, Models, Trial, Verdicts
 from defuse_core.correct import (
-    collect,
+    collect_sweep,
     cycle,
     fine_tune,
-    is_pointless,
-    load_tuning,
+    load_fine_tuning_data,
+    nothing_to_tune,
     reviewed_failures,
     run_trial,
     trial_key,
@@ -20,7 +20,7 @@ from defuse_core.errors import ComputeError, DataError, ModelError
 from defuse_core.local import LocalCompute
 from defuse_core.models import load_classifier, to_tensor
 from defuse_core.progress import silent
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from tests.conftest import tiny
 
 
@@ -34,7 +34,7 @@ def fixes() -> Corrections:
 
 @pytest.fixture(scope="module")
 def tuning(tiny_spec, tiny_models, fixes):
-    return load_tuning(tiny_spec, tiny_models, fixes, None, progress=silent)
+    return load_fine_tuning_data(tiny_spec, tiny_models, fixes, None, progress=silent)
 
 
 def test_tuning_pairs_every_decoded_code_with_its_scenarios_label(tuning):
@@ -47,7 +47,7 @@ def test_the_baseline_tunes_on_reviewed_failures_and_is_tested_on_the_same_held_
     tiny_spec, tiny_models, fixes, tuning
 ):
     reviewed = tuning.train.take(slice(0, 5))
-    baseline = load_tuning(tiny_spec, tiny_models, fixes, reviewed, progress=silent)
+    baseline = load_fine_tuning_data(tiny_spec, tiny_models, fixes, reviewed, progress=silent)
     assert len(baseline.tune) == 5
     np.testing.assert_array_equal(baseline.held_out.pixels, tuning.held_out.pixels)
 
@@ -180,31 +180,31 @@ def test_the_rule_of_choice_picks_lambda(rule, chosen, tiny_models):
         trial(1.0, (0.975, 0.9, 0.8)),
         trial(0.01, (0.98, 0.3, 1.0)),
     ]
-    sweep = collect(tiny(correct=rule), models_with(0.98, tiny_models), trials)
+    sweep = collect_sweep(tiny(correct=rule), models_with(0.98, tiny_models), trials)
     assert sweep.chosen["lam"] == chosen
     assert sweep.weights["w"][0] == np.float32(chosen)
 
 
 def test_held_out_and_test_accuracy_choose_nothing(tiny_models):
     trials = [trial(1.0, (0.9, 0.5, 0.1)), trial(2.0, (0.9, 0.4, 1.0))]
-    assert collect(tiny(), models_with(0.9, tiny_models), trials).chosen["lam"] == 1.0
+    assert collect_sweep(tiny(), models_with(0.9, tiny_models), trials).chosen["lam"] == 1.0
 
 
 def test_if_every_row_loses_too_much_the_one_that_loses_least_is_chosen(tiny_models):
     trials = [trial(1.0, (0.5, 1.0, 1.0)), trial(2.0, (0.6, 0.9, 0.9))]
     spec = tiny(correct={"max_loss": 0.0})
-    assert collect(spec, models_with(0.9, tiny_models), trials).chosen["lam"] == 2.0
+    assert collect_sweep(spec, models_with(0.9, tiny_models), trials).chosen["lam"] == 2.0
 
 
 def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
-    sweep = collect(tiny_spec, tiny_models, [])
+    sweep = collect_sweep(tiny_spec, tiny_models, [])
     assert (sweep.chosen, sweep.weights, sweep.failed) == ({}, {}, ())
 
 
 def test_a_sweep_that_lost_all_trials_to_different_causes_is_no_fault_of_the_input(tiny_spec, tiny_models):
     failures = {2.0: ComputeError("out of memory"), 1.0: ModelError("it diverged")}
     with pytest.raises(ComputeError, match="every trial failed; λ = 1: it diverged"):
-        collect(tiny_spec, tiny_models, [], failures)
+        collect_sweep(tiny_spec, tiny_models, [], failures)
 
 
 def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wrong():
@@ -220,6 +220,6 @@ def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wron
 
 def test_nothing_accepted_or_nothing_wrong_leaves_nothing_to_tune_on(fixes, tuning):
     none = Corrections(*(part[:0] for part in (fixes.scenario, fixes.labels, fixes.tune, fixes.test)))
-    assert is_pointless(none, None)
-    assert is_pointless(fixes, tuning.tune.take(slice(0, 0)))
-    assert not is_pointless(fixes, None)
+    assert nothing_to_tune(none, None)
+    assert nothing_to_tune(fixes, tuning.tune.take(slice(0, 0)))
+    assert not nothing_to_tune(fixes, None)

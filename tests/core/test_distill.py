@@ -4,10 +4,10 @@ import pytest
 from defuse_core.artifacts import Failures, Psi, Shard
 from defuse_core.config import DistillSection
 from defuse_core.distill import fit_mixture, sample_codes
-from defuse_core.draw import draw_codes
 from defuse_core.errors import StoreError
 from defuse_core.identify import save_shard
-from defuse_core.runs import FolderStore
+from defuse_core.sample import sample_codes_from
+from defuse_core.store import FolderStore
 from tests.conftest import tiny
 
 
@@ -88,6 +88,6 @@ def test_a_shard_that_is_gone_is_named_with_what_to_delete(tmp_path):
 def test_tau_multiplies_the_covariance():
     codes, _ = planted(np.random.default_rng(0), sizes=(1000,))
     found = fit_mixture(codes, DistillSection(max_components=1), seed=0)
-    drawn = draw_codes(found, 0, 20_000, 0.25, np.random.default_rng(0))
+    drawn = sample_codes_from(found, 0, 20_000, 0.25, np.random.default_rng(0))
     np.testing.assert_allclose(np.cov(drawn.T), 0.25 * found.covariances[0], atol=0.02)
     np.testing.assert_allclose(drawn.mean(0), found.means[0], atol=0.02)

@@ -22,9 +22,9 @@ from defuse_core.evaluate import (
     evaluate,
     responsibilities,
 )
-from defuse_core.identify import gather, save_shard
+from defuse_core.identify import gather_shards, save_shard
 from defuse_core.progress import silent
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 
 NOTHING = Sweep((), {}, {}, ())
 
@@ -43,7 +43,7 @@ def planted_psi(store: FolderStore, scenarios: Scenarios) -> Psi:
         zeros = np.zeros(20, np.int64)
         failures = Failures(np.tile(mean, (20, 1)).astype(np.float32), zeros, zeros, zeros + 1)
         records[index] = save_shard(store, index, Shard(failures, 20, 80, 5, 2, 1.0))
-    return gather(records)
+    return gather_shards(records)
 
 
 def findings(models: Models, store: FolderStore, accepted: int, images: int = 4) -> Findings:

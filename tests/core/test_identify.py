@@ -1,24 +1,25 @@
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Shard, decode, encode
+from defuse_core.artifacts import Shard
+from defuse_core.codec import decode, encode
 from defuse_core.config import IdentifySection
-from defuse_core.errors import DriftError
+from defuse_core.errors import RunMismatchError
 from defuse_core.identify import (
     MAX_SHARDS,
     Identifier,
     beta_noise,
     blocks_per_shard,
     finished_shards,
-    gather,
+    gather_shards,
     nearest_failures,
     save_shard,
     shard_count,
     shard_key,
 )
 from defuse_core.models import decode_codes, encode_images, predict
-from defuse_core.runs import FolderStore
 from defuse_core.seeds import generator
+from defuse_core.store import FolderStore
 from tests.conftest import tiny
 
 
@@ -94,7 +95,7 @@ def test_shards_cover_every_block_once_and_stay_few(images):
 
 
 def test_images_other_than_those_trained_on_are_refused(tiny_models):
-    with pytest.raises(DriftError, match="differ from those that the run was trained on"):
+    with pytest.raises(RunMismatchError, match="differ from those that the run was trained on"):
         Identifier(tiny(data={"train_images": 200}), tiny_models)
 
 
@@ -105,6 +106,6 @@ def test_a_shard_is_finished_only_once_its_record_is_written(tmp_path, identifie
     assert finished_shards(store) == {}
     save_shard(store, 0, shard)
     save_shard(store, 1, identifier.shard(1))
-    psi = gather(finished_shards(store))
+    psi = gather_shards(finished_shards(store))
     assert psi.codes[0] == len(shard.failures) == len(decode(Shard, store.read(shard_key(0)), "").failures)
     assert psi.images == 64

@@ -5,7 +5,7 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Verdicts, Votes
 from defuse_core.judge import OVERRIDES, judge, read_overrides
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 
 NO = NONE_OF_THE_ABOVE
 

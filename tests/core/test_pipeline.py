@@ -5,11 +5,12 @@ import pytest
 
 from defuse_core.artifacts import Sweep
 from defuse_core.config import STEPS
-from defuse_core.errors import DriftError, InputError, StoreError
+from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
-from defuse_core.reference import ReferenceAnnotators
-from defuse_core.runs import FolderStore, ReachedStep, Run
+from defuse_core.reference_models import ReferenceAnnotators
+from defuse_core.runs import ReachedStep, Run
+from defuse_core.store import FolderStore
 from tests.conftest import tiny
 
 
@@ -123,7 +124,7 @@ def test_reference_models_are_not_trained_on_other_images_than_the_classifier(tm
         if step == "draw":
             with pytest.raises(ReachedStep):
                 whole_run(tmp_path, spec, until=step)
-    with pytest.raises(DriftError, match="the images differ"):
+    with pytest.raises(RunMismatchError, match="the images differ"):
         whole_run(tmp_path, spec)
     assert not (tmp_path / "a" / "votes.safetensors").exists()
 

@@ -16,12 +16,10 @@ from sample_findings import sample_findings, sample_spec
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Evaluation, Sweep
 from defuse_core.evaluate import Findings
-from defuse_core.figures.style import spread_apart
-from defuse_core.figures.tradeoff import clusters
-from defuse_core.html.markup import picture
 from defuse_core.report import Report, build_report, write_report
-from defuse_core.runs import FolderStore, Run
-from defuse_core.wording import (
+from defuse_core.report.figures.style import spread_apart
+from defuse_core.report.figures.tradeoff import clusters
+from defuse_core.report.formatting import (
     answered_by_models,
     caveats,
     change,
@@ -32,6 +30,9 @@ from defuse_core.wording import (
     runs_text,
     size,
 )
+from defuse_core.report.html.markup import picture
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")
 Sample = tuple[Findings, Evaluation]

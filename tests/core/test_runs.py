@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Psi
-from defuse_core.errors import DriftError, InputError, RunBusyError, StoreError
-from defuse_core.runs import UNFINISHED, FolderStore, ReachedStep, Run
+from defuse_core.errors import InputError, RunBusyError, RunMismatchError, StoreError
+from defuse_core.runs import ReachedStep, Run
+from defuse_core.store import UNFINISHED, FolderStore
 from tests.conftest import tiny
 
 
@@ -78,7 +79,7 @@ def test_steps_after_until_are_not_made(tmp_path):
 
 def test_a_changed_run_file_under_a_used_name_is_refused(tmp_path):
     Run.start(FolderStore(tmp_path), "a", tiny()).once("identify", Psi, psi)
-    with pytest.raises(DriftError, match="run a: identify.draws: 4 in the run, 5 now"):
+    with pytest.raises(RunMismatchError, match="run a: identify.draws: 4 in the run, 5 now"):
         Run.start(FolderStore(tmp_path), "a", tiny(identify={"draws": 5}))
     assert Run.open(FolderStore(tmp_path), "a").spec == tiny()
 
@@ -92,7 +93,7 @@ def test_a_run_that_has_made_nothing_takes_the_mended_run_file(tmp_path):
 def test_a_run_whose_training_is_under_way_takes_no_other_run_file(tmp_path):
     run = Run.start(FolderStore(tmp_path), "a", tiny())
     run.store.write("training/vae.safetensors", b"half-way")
-    with pytest.raises(DriftError, match=r"vae\.beta: 0\.3 in the run, 4\.0 now"):
+    with pytest.raises(RunMismatchError, match=r"vae\.beta: 0\.3 in the run, 4\.0 now"):
         Run.start(FolderStore(tmp_path), "a", tiny(vae={"beta": 4.0}))
 
 
@@ -109,7 +110,9 @@ def test_weights_are_known_by_what_is_in_their_file(tmp_path):
     second.write_bytes(b"first")
     Run.start(store, "a", tiny(vae={"weights": second}))
     second.write_bytes(b"second")
-    with pytest.raises(DriftError, match=r"run a: vae\.weights: its file holds other weights than when"):
+    with pytest.raises(
+        RunMismatchError, match=r"run a: vae\.weights: its file holds other weights than when"
+    ):
         Run.start(store, "a", tiny(vae={"weights": second}))
     second.unlink()
     Run.start(store, "a", tiny(vae={"weights": second}))  # who needs them will say that they are gone
@@ -168,7 +171,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     def no_locks(handle, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("defuse_core.runs.fcntl.flock", no_locks)
+    monkeypatch.setattr("defuse_core.store.fcntl.flock", no_locks)
     with pytest.raises(StoreError, match="this file system cannot lock a file"), FolderStore(tmp_path).lock():
         pass
 

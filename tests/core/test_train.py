@@ -4,15 +4,15 @@ import torch
 from safetensors.torch import save_file
 
 from defuse_core.artifacts import Gallery, Scenarios
-from defuse_core.draw import draw_corrections, draw_gallery
-from defuse_core.errors import DriftError, ModelError, RunFileError
+from defuse_core.checkpoint import minibatches
+from defuse_core.errors import ModelError, RunFileError, RunMismatchError
 from defuse_core.judge import judge
 from defuse_core.models import load_classifier, predict
 from defuse_core.progress import silent
-from defuse_core.reference import augment, reference_probabilities, votes_of_models
-from defuse_core.runs import FolderStore
+from defuse_core.reference_models import augment, reference_probabilities, votes_of_models
+from defuse_core.sample import sample_corrections, sample_gallery
+from defuse_core.store import FolderStore
 from defuse_core.train import kl_to_prior, train
-from defuse_core.training import minibatches
 from tests.conftest import tiny
 
 
@@ -43,7 +43,7 @@ class KilledError(Exception): ...
 def test_a_training_that_was_killed_goes_on_to_the_same_weights_bit_for_bit(
     what, at, tmp_path, monkeypatch, tiny_spec, tiny_models
 ):
-    monkeypatch.setattr("defuse_core.training.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("defuse_core.checkpoint.CHECKPOINT_EVERY_S", 0.0)
     told = []
 
     def kill(doing: str, done: int, total: int, unit: str) -> None:
@@ -122,7 +122,7 @@ def test_a_vae_that_does_not_fit_is_told_before_the_classifier_is_trained(tmp_pa
 def test_a_training_goes_on_with_the_images_that_it_began_with_only(tmp_path):
     short = {"classifier": {"epochs": 1}, "vae": {"epochs": 1}}
     train(tiny(**short), FolderStore(tmp_path), progress=silent)
-    with pytest.raises(DriftError, match="the images changed since this run began to train"):
+    with pytest.raises(RunMismatchError, match="the images changed since this run began to train"):
         train(tiny(data={"train_images": 299}, **short), FolderStore(tmp_path), progress=silent)
 
 
@@ -169,7 +169,7 @@ def scenarios() -> Scenarios:
 
 @pytest.fixture(scope="module")
 def gallery(tiny_spec, tiny_models, scenarios) -> Gallery:
-    return draw_gallery(tiny_spec, tiny_models, scenarios, progress=silent)
+    return sample_gallery(tiny_spec, tiny_models, scenarios, progress=silent)
 
 
 def test_the_gallery_shows_the_classifiers_own_answers(gallery, tiny_spec, tiny_models):
@@ -189,7 +189,7 @@ def test_a_component_is_drawn_alike_whichever_others_there_are(gallery, tiny_spe
             "covariances": scenarios.covariances[:1],
         }
     )
-    alone = draw_gallery(tiny_spec, tiny_models, first, progress=silent)
+    alone = sample_gallery(tiny_spec, tiny_models, first, progress=silent)
     np.testing.assert_array_equal(alone.codes[0], gallery.codes[0])
 
 
@@ -197,7 +197,7 @@ def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, t
     certain = np.full((3, 2, 5, 10), 0.0, np.float32)
     certain[..., 9] = 1.0
     verdicts = judge(gallery, votes_of_models(certain, 0.5), rho=0.0)
-    fixes = draw_corrections(tiny_spec, scenarios, verdicts)
+    fixes = sample_corrections(tiny_spec, scenarios, verdicts)
     assert len(fixes.scenario) == len(verdicts.accepted) > 0
     every = np.concatenate([fixes.tune[0], fixes.test[0], gallery.codes[int(fixes.scenario[0])]])
     assert len(np.unique(every, axis=0)) == len(every)

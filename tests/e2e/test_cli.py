@@ -156,7 +156,7 @@ def test_a_changed_run_file_is_refused_by_field(runfile, tmp_path, monkeypatch, 
 
 
 def test_a_second_driver_exits_4(runfile, tmp_path):
-    from defuse_core.runs import FolderStore
+    from defuse_core.store import FolderStore
 
     with FolderStore(tmp_path / "runs" / "tiny").lock():
         ended = subprocess.run(

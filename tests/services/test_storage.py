@@ -19,7 +19,8 @@ import pytest
 from s3_servers import moto_server, rclone_server
 
 from defuse_core.errors import InputError, RunBusyError, StoreError
-from defuse_core.runs import FolderStore, Run, Store
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore, Store
 from services.storage import lease, open_store, s3
 from tests.conftest import tiny
 

@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 from sample_findings import sample_findings, sample_spec
 
-from defuse_core.artifacts import Checkpoint, encode
+from defuse_core.artifacts import Checkpoint
+from defuse_core.codec import encode
 from defuse_core.report import build_report
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.tables import ARTEFACTS, print_report, print_runs, print_status, step_states
 
 LONG = ("No passing for vehicles over 3.5 metric tons", "Speed limit (30km/h)", "[bold]Stop[/bold]", "Yield")

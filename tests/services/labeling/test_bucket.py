@@ -11,7 +11,8 @@ from label_studio_live import digits_gallery, review_run, settings_for
 from PIL import Image
 from s3_servers import rclone_server
 
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.labeling import LabelStudioAnnotators
 from services.storage import open_store
 

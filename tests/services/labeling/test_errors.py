@@ -14,7 +14,8 @@ from label_studio_live import digits_gallery, free_port, review_run, settings_fo
 from proxy import Reply
 
 from defuse_core.errors import InputError, ServiceError
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.labeling import LabelStudioAnnotators
 from services.labeling.annotators import connect
 from services.labeling.client import Server

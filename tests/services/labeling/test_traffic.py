@@ -10,7 +10,8 @@ from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import Gallery, Verdicts, Votes
 from defuse_core.errors import InputError
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.cli import defuse
 from services.labeling.client import Server
 from services.labeling.record import read_record

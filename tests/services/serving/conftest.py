@@ -19,7 +19,7 @@ from defuse_core.artifacts import Models
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Splits, open_splits
 from defuse_core.progress import silent
-from defuse_core.runs import FolderStore
+from defuse_core.store import FolderStore
 from defuse_core.train import train
 
 LIGHT = {"cpus_per_replica": 0.1, "poll_s": 0.2}  # many replicas on two cores

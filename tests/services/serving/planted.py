@@ -16,13 +16,14 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
     Weights,
-    encode,
 )
+from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import Splits
-from defuse_core.draw import draw_codes, draw_corrections
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
-from defuse_core.runs import Run, Store
+from defuse_core.runs import Run
+from defuse_core.sample import sample_codes_from, sample_corrections
+from defuse_core.store import Store
 
 
 def plant_run(
@@ -48,7 +49,7 @@ def plant_run(
         Gallery(shaped, drawn, predicted, models.classes),
         _votes(),
         verdicts,
-        draw_corrections(spec, scenarios, verdicts),
+        sample_corrections(spec, scenarios, verdicts),
         Sweep(rows=(), chosen={"lam": 1.0, "epoch": 2}, weights=corrected, failed=()),
     ):
         run.store.write(f"{type(artefact).__name__.lower()}.safetensors", encode(artefact))
@@ -65,7 +66,7 @@ def _components(codes: np.ndarray, labels: np.ndarray, classes: tuple[int, ...])
 
 
 def _drawn(scenarios: Scenarios, component: int) -> np.ndarray:
-    return draw_codes(scenarios, component, 5, 0.3, np.random.default_rng(component))
+    return sample_codes_from(scenarios, component, 5, 0.3, np.random.default_rng(component))
 
 
 def _votes() -> Votes:

@@ -9,7 +9,8 @@ from planted import nudged, plant_run
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import StoreError
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.serving.candidate import prepare
 from services.serving.lineup import Follower, Lineup, Source
 from services.serving.promotion import How, promote

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from load import Reply, bounded, load, request_bytes
 
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.serving.candidate import prepare
 from services.serving.promotion import How, promote
 from services.serving.registry import Registry

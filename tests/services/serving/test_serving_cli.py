@@ -18,9 +18,11 @@ import yaml
 from click.testing import CliRunner
 from ray.serve.schema import ServeDeploySchema
 
-from defuse_core.artifacts import Sweep, encode
+from defuse_core.artifacts import Sweep
+from defuse_core.codec import encode
 from defuse_core.errors import CheckFailed, ComputeError, InputError, RunFileError
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.cli.serving import check, promote, rollback, serve
 from services.serving.app import plan
 from services.serving.registry import Registry

@@ -12,7 +12,8 @@ from scipy.spatial.distance import mahalanobis as reference
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.models import load_vae
-from defuse_core.runs import FolderStore, Run
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.serving.candidate import prepare
 from services.serving.metrics import merged
 from services.serving.predict import Job, Served, run_jobs

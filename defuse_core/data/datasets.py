@@ -5,10 +5,10 @@ from __future__ import annotations
 from defuse_core.config import DataSection
 from defuse_core.data.digits import open_digits, open_mnist, open_svhn
 from defuse_core.data.folder import open_folder
+from defuse_core.data.gtsrb import open_signs
 from defuse_core.data.images import Splits
 from defuse_core.data.npz import open_npz
-from defuse_core.data.signs import open_signs
-from defuse_core.errors import DataError, DriftError
+from defuse_core.errors import DataError, RunMismatchError
 
 OPENERS = {
     "digits": open_digits,
@@ -35,10 +35,10 @@ def open_splits(data: DataSection, seed: int) -> Splits:
 
 
 def reopen_splits(data: DataSection, seed: int, fingerprint: str) -> Splits:
-    """Return the Splits that a run was trained on. Raises DriftError if the images are others by now."""
+    """Return the Splits that a run was trained on. Raises RunMismatchError if the images are others by now."""
     splits = open_splits(data, seed)
     if splits.fingerprint() != fingerprint:
-        raise DriftError(
+        raise RunMismatchError(
             f"data.root {data.root}: the images differ from those that the run was trained on; "
             "restore them, or start a new run"
         )

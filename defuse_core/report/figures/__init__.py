@@ -7,12 +7,12 @@ from matplotlib.figure import Figure
 
 from defuse_core.artifacts import Evaluation
 from defuse_core.evaluate import Findings
-from defuse_core.figures.gallery import draw_gallery_rows
-from defuse_core.figures.latent import draw_latent_map
-from defuse_core.figures.style import STYLE, png, svg
-from defuse_core.figures.tradeoff import draw_lambdas, draw_tradeoff
-from defuse_core.figures.training import draw_curves, draw_kl, draw_weights
 from defuse_core.report import Report
+from defuse_core.report.figures.gallery import draw_gallery_rows
+from defuse_core.report.figures.latent import draw_latent_map
+from defuse_core.report.figures.style import STYLE, png, svg
+from defuse_core.report.figures.tradeoff import draw_lambdas, draw_tradeoff
+from defuse_core.report.figures.training import draw_curves, draw_kl, draw_weights
 
 __all__ = ["draw_figures", "png", "svg"]
 

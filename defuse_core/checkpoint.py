@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defuse_core.artifacts import I64, Checkpoint, Weights, decode, encode
+from defuse_core.artifacts import I64, Checkpoint, Weights
+from defuse_core.codec import decode, encode
 from defuse_core.data import Images
 from defuse_core.device import device
-from defuse_core.errors import DriftError, ModelError
+from defuse_core.errors import ModelError, RunMismatchError
 from defuse_core.models import set_weights, weights_of
-from defuse_core.runs import Store
+from defuse_core.store import Store
 
 CHECKPOINT_EVERY_S = 20.0  # at most so much work, and an epoch, is lost with a machine
 
@@ -35,7 +36,7 @@ def labels_of(images: Images, rows: I64) -> Tensor:
     return torch.from_numpy(images.labels[rows]).to(device())
 
 
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, what: str) -> float:
+def train_step(loss: Tensor, optimizer: torch.optim.Optimizer, what: str) -> float:
     """Take one optimisation step and return the loss. Raises ModelError once it is not finite."""
     value = loss.item()
     if not math.isfinite(value):
@@ -48,7 +49,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, what: str) -> float:
     return value
 
 
-def moments_of(optimizer: torch.optim.Optimizer) -> Weights:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Weights:
     """Return the optimiser's state as arrays named `parameter/moment`."""
     states = enumerate(optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"])
     return {
@@ -58,7 +59,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> Weights:
     }
 
 
-def set_moments(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
     """Put back what moments_of took: with the parameter's memory layout and device, which fused kernels rely on."""
     group = optimizer.param_groups[0]
     for key, array in moments.items():
@@ -82,7 +83,7 @@ class Training:
         name: str,
         data_fingerprint: str,
     ) -> None:
-        """Raises DriftError where the training that is kept was one on other images."""
+        """Raises RunMismatchError where the training that is kept was one on other images."""
         self.module, self.optimizer, self.store = module, optimizer, store
         self.data_fingerprint = data_fingerprint
         self.key = f"training/{name}.safetensors"
@@ -94,12 +95,12 @@ class Training:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         if checkpoint.data_fingerprint != self.data_fingerprint:
-            raise DriftError(
+            raise RunMismatchError(
                 "the images changed since this run began to train on them; put them back, or choose another --name"
             )
         self.history, self.best = list(checkpoint.history), checkpoint.best
         set_weights(self.module, checkpoint.weights, self.key)
-        set_moments(self.optimizer, checkpoint.moments)
+        load_optimizer_state(self.optimizer, checkpoint.moments)
 
     def epochs(self, count: int) -> Iterator[int]:
         """Yield the epochs that are still to do; keeps the training after each, but not more often than is worth it."""
@@ -111,6 +112,6 @@ class Training:
     def _keep(self) -> None:
         self.kept = time.monotonic()
         if self.store is not None:
-            weights, moments = weights_of(self.module), moments_of(self.optimizer)
+            weights, moments = weights_of(self.module), optimizer_state(self.optimizer)
             checkpoint = Checkpoint(weights, moments, tuple(self.history), self.best, self.data_fingerprint)
             self.store.write(self.key, encode(checkpoint))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from defuse_core.data import Images
-from defuse_core.data.dividing import halves, mixed_order, sample_tracks
+from defuse_core.data.splits import halves, mixed_order, sample_tracks
 from defuse_core.seeds import generator
 
 

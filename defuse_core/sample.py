@@ -12,7 +12,9 @@ from defuse_core.progress import Progress
 from defuse_core.seeds import generator
 
 
-def draw_codes(scenarios: Scenarios, component: int, count: int, tau: float, rng: np.random.Generator) -> F32:
+def sample_codes_from(
+    scenarios: Scenarios, component: int, count: int, tau: float, rng: np.random.Generator
+) -> F32:
     """Return `count` codes from N(mu_j, τ·Σ_j) of one component, (count, Z). τ multiplies the covariance."""
     root = np.linalg.cholesky(tau * scenarios.covariances[component])
     normal = rng.standard_normal((count, scenarios.means.shape[1]))
@@ -20,14 +22,14 @@ def draw_codes(scenarios: Scenarios, component: int, count: int, tau: float, rng
     return codes
 
 
-def draw_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progress: Progress) -> Gallery:
+def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progress: Progress) -> Gallery:
     """Return R images of every component, decoded, with the classifier's answers."""
     review = spec.review
     progress("drawing images to review", 0, 1, "galleries")
     codes = np.zeros((len(scenarios), review.images, spec.vae.latent_dim), np.float32)
     for component in range(len(scenarios)):
         rng = generator(spec.seed, "gallery", component)
-        codes[component] = draw_codes(scenarios, component, review.images, review.tau, rng)
+        codes[component] = sample_codes_from(scenarios, component, review.images, review.tau, rng)
     with cpu_threads(1):
         flat = decode_codes(load_vae(spec, models.vae), codes.reshape(-1, spec.vae.latent_dim))
         predicted = predict(load_classifier(spec, models.classifier, len(models.classes)), flat)
@@ -35,13 +37,13 @@ def draw_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progres
     return Gallery(flat.reshape(*shape, *flat.shape[1:]), codes, predicted.reshape(shape), models.classes)
 
 
-def draw_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:
+def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:
     """Return D_f: per failure scenario, codes to tune on and others to test on, under the scenario's one label."""
     section, accepted = spec.correct, verdicts.accepted
     count = section.tune_images + section.test_images
     codes = np.zeros((len(accepted), count, spec.vae.latent_dim), np.float32)
     for row, component in enumerate(accepted):
         rng = generator(spec.seed, "corrections", int(component))
-        codes[row] = draw_codes(scenarios, int(component), count, spec.review.tau, rng)
+        codes[row] = sample_codes_from(scenarios, int(component), count, spec.review.tau, rng)
     tune, test = codes[:, : section.tune_images], codes[:, section.tune_images :]
     return Corrections(accepted, verdicts.labels[accepted], tune, test)

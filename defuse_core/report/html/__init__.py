@@ -9,20 +9,9 @@ from matplotlib.figure import Figure
 from defuse_core.artifacts import Evaluation
 from defuse_core.config import RunFile
 from defuse_core.evaluate import Findings
-from defuse_core.figures import svg
-from defuse_core.html.health import latent_section, making_section, vae_section
-from defuse_core.html.markup import Child, Markup, join, tag
-from defuse_core.html.results import (
-    agreement_section,
-    classes_section,
-    exceptions_section,
-    result_section,
-    tradeoff_section,
-)
-from defuse_core.html.scenarios import scenarios_section
-from defuse_core.html.style import CSS
 from defuse_core.report import Report
-from defuse_core.wording import (
+from defuse_core.report.figures import svg
+from defuse_core.report.formatting import (
     LOW_PURITY,
     caveats,
     change,
@@ -30,6 +19,22 @@ from defuse_core.wording import (
     percent,
     unbroken,
 )
+from defuse_core.report.html.health import latent_section, making_section, vae_section
+from defuse_core.report.html.markup import (
+    Child,
+    Markup,
+    join,
+    tag,
+)
+from defuse_core.report.html.results import (
+    agreement_section,
+    classes_section,
+    exceptions_section,
+    result_section,
+    tradeoff_section,
+)
+from defuse_core.report.html.scenarios import scenarios_section
+from defuse_core.report.html.style import CSS
 
 IN_PAGE = ("tradeoff", "lambdas", "latent", "kl", "weights", "curves")
 SECTIONS = {  # key -> title, what stands below it

@@ -10,9 +10,19 @@ from matplotlib.figure import Figure
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.evaluate import Findings
-from defuse_core.figures.style import INK, LINE, MUTED, PAPER, RIGHT, SMALL, WRONG, bare, new_figure
 from defuse_core.report import Report, Scenario
-from defuse_core.wording import percent
+from defuse_core.report.figures.style import (
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    RIGHT,
+    SMALL,
+    WRONG,
+    bare,
+    new_figure,
+)
+from defuse_core.report.formatting import percent
 
 CORNERS = (
     "Corners: the classifier's answer before (left) and after (right); "

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from defuse_core.config.sections import RunFile
+from defuse_core.config.run_file import RunFile
 from defuse_core.errors import RunFileError
 
 
@@ -70,7 +70,7 @@ def dump_run_file(spec: RunFile) -> str:
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def drift(recorded: RunFile, given: RunFile) -> str | None:
+def changed_field(recorded: RunFile, given: RunFile) -> str | None:
     """Return the first field that differs and would change results, as `a.b: 1 in the run, 2 now`, or None."""
     before, now = _flat(recorded.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
     for field in before | now:

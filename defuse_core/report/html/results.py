@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from defuse_core.html.markup import Child, Markup, figures_list, folded, join, table, tag
 from defuse_core.report import Accuracy, ClassAccuracy, Report, TradeOff
-from defuse_core.wording import NONE, change, count_of, lam_text, percent, spread
+from defuse_core.report.formatting import (
+    NONE,
+    change,
+    count_of,
+    lam_text,
+    percent,
+    spread,
+)
+from defuse_core.report.html.markup import (
+    Child,
+    Markup,
+    figures_list,
+    folded,
+    join,
+    table,
+    tag,
+)
 
 SHOWN_CLASSES = 12
 SHOWN_REFUSALS = 50

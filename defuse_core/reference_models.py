@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, Votes
+from defuse_core.checkpoint import labels_of, minibatches, train_step
 from defuse_core.config import RunFile
 from defuse_core.data import Images, open_splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.models import ReferenceCnn, ResNet18, predict_probabilities, to_device, to_tensor
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
-from defuse_core.training import descend, labels_of, minibatches
 
 if TYPE_CHECKING:
     from defuse_core.pipeline import Compute
@@ -70,7 +70,7 @@ def reference_probabilities(
 ) -> F32:
     """Train the reference models and return their class probabilities on the gallery, (W, S, R, C).
 
-    Raises DriftError if the images are not those of `fingerprint`, where one is given.
+    Raises RunMismatchError if the images are not those of `fingerprint`, where one is given.
     """
     splits = (
         reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
@@ -106,7 +106,7 @@ def train_reference(spec: RunFile, train: Images, classes: int, number: int, pro
         rng = generator(spec.seed, "reference", number, epoch)
         for rows in minibatches(len(train), section.batch_size, rng):
             images = augment(to_tensor(train.batch(rows)), rng)
-            descend(F.cross_entropy(model(images), labels_of(train, rows)), optimizer, "a reference model")
+            train_step(F.cross_entropy(model(images), labels_of(train, rows)), optimizer, "a reference model")
             schedule.step()
             done += len(rows)
             progress("training the reference models", done, total, "images")

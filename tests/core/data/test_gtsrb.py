@@ -9,7 +9,7 @@ import pytest
 from data_samples import SIZE, error_of, noise, save_picture, section
 
 from defuse_core.data import PictureFiles, open_splits
-from defuse_core.data.signs import SIGNS
+from defuse_core.data.gtsrb import SIGNS
 
 
 def write_signs(root: Path, tracks: dict[int, int], frames: int = 3, test: int = 7) -> Path:

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from defuse_core.config import DataSection
-from defuse_core.data.dividing import halves, sample_tracks
-from defuse_core.data.images import Images, PictureFiles, Splits, expect_labels
-from defuse_core.data.sources import data_root, reading
+from defuse_core.data.images import Images, PictureFiles, Splits, data_root, expect_labels, reading
+from defuse_core.data.splits import halves, sample_tracks
 from defuse_core.errors import DataError
 
 LAYOUT = "the signs as gtsrb/GTSRB/Training, gtsrb/GTSRB/Final_Test/Images and gtsrb/GT-final_test.csv"

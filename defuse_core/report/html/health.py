@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from defuse_core.config import RunFile, dump_run_file
-from defuse_core.html.markup import Child, Markup, figures_list, folded, join, table, tag
-from defuse_core.html.results import Pictures, picture_card
 from defuse_core.report import Report
-from defuse_core.wording import count_of, duration, percent, size
+from defuse_core.report.formatting import (
+    count_of,
+    duration,
+    percent,
+    size,
+)
+from defuse_core.report.html.markup import (
+    Child,
+    Markup,
+    figures_list,
+    folded,
+    join,
+    table,
+    tag,
+)
+from defuse_core.report.html.results import Pictures, picture_card
 
 
 def latent_section(report: Report, pictures: Pictures) -> Markup:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.evaluate import Findings
-from defuse_core.figures.gallery import answer_text, is_short
-from defuse_core.html.markup import PIXEL_ART, Markup, folded, join, picture, tag
 from defuse_core.report import Report, Scenario
-from defuse_core.wording import LOW_PURITY, count_of, percent
+from defuse_core.report.figures.gallery import answer_text, is_short
+from defuse_core.report.formatting import LOW_PURITY, count_of, percent
+from defuse_core.report.html.markup import (
+    PIXEL_ART,
+    Markup,
+    folded,
+    join,
+    picture,
+    tag,
+)
 
 
 def scenarios_section(report: Report, found: Findings, evaluation: Evaluation) -> Markup:

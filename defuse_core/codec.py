@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from defuse_core.artifacts.types import Failures
+from defuse_core.artifacts import Failures
 from defuse_core.errors import StoreError
 
 T = TypeVar("T")

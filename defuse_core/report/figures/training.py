@@ -10,8 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from defuse_core.artifacts import Models
-from defuse_core.figures.style import ACCENT, INK, LINE, MUTED, SMALL, WRONG, entitle, new_figure
 from defuse_core.report import COLLAPSED_BELOW, Report
+from defuse_core.report.figures.style import (
+    ACCENT,
+    INK,
+    LINE,
+    MUTED,
+    SMALL,
+    WRONG,
+    entitle,
+    new_figure,
+)
 
 WIDE = 10.4  # inches, of a picture as wide as the page
 SERIES = {  # column of a history -> name, colour, unit

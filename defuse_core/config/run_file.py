@@ -1,12 +1,39 @@
-"""The sections of a run file about what comes after the run: `defuse check` and `defuse serve`."""
+"""RunFile: one run of Defuse as a frozen model, with the sections on machines, checks and serving."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from defuse_core.config.base import GpuShare, Section
+from defuse_core.config.sections import (
+    ClassifierSection,
+    CorrectSection,
+    DataSection,
+    DistillSection,
+    GpuShare,
+    IdentifySection,
+    ReportSection,
+    ReviewSection,
+    Section,
+    VaeSection,
+)
+
+STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
+
+
+class ResourcesSection(Section):
+    """Machines. Nothing here changes a result, except train_threads; all else may differ when a run is resumed."""
+
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Identification workers and parallel λ trials; auto is one per GPU, or per cpus_per_worker CPUs where
+    there is no GPU."""
+    gpus_per_worker: GpuShare | Literal["auto"] = "auto"
+    """GPUs per worker; fractions are allowed; auto is 1 where the cluster has any GPU, else 0."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs per worker."""
+    train_threads: int = Field(2, ge=1)
+    """CPU threads of a training task. Another number gives other roundings, so a resumed run must keep it."""
 
 
 class CheckSection(Section):
@@ -83,4 +110,60 @@ class ServeSection(Section):
     def _replicas_ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas = {self.min_replicas} exceeds max_replicas = {self.max_replicas}")
+        return self
+
+
+class RunFile(Section):
+    """One run of Defuse, whole."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Every random choice of the run derives from it."""
+    data: DataSection
+    classifier: ClassifierSection = ClassifierSection()
+    vae: VaeSection = VaeSection()
+    identify: IdentifySection = IdentifySection()
+    distill: DistillSection = DistillSection()
+    review: ReviewSection = ReviewSection()
+    correct: CorrectSection = CorrectSection()
+    report: ReportSection = ReportSection()
+    resources: ResourcesSection = ResourcesSection()
+    check: CheckSection = CheckSection()
+    serve: ServeSection = ServeSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        size = self.data.image_size
+        for field, stages in (
+            ("vae.encoder_stages", self.vae.encoder_stages),
+            ("vae.decoder_stages", self.vae.decoder_stages),
+            ("classifier.stages", self.classifier.stages if self.classifier.architecture == "cnn" else 0),
+        ):
+            if size % 2**stages or size < 2**stages:
+                raise ValueError(
+                    f"{field} = {stages} halves {size} pixels (data.image_size) to a fraction of a pixel"
+                )
+        side = size >> self.vae.decoder_stages
+        if self.vae.hidden % side**2:
+            raise ValueError(
+                f"vae.hidden = {self.vae.hidden} must be a multiple of {side}x{side}, the pixels that the decoder "
+                f"starts from (data.image_size {size} halved vae.decoder_stages = {self.vae.decoder_stages} times)"
+            )
+        if (self.classifier.architecture == "custom") != (self.classifier.import_path is not None):
+            raise ValueError(
+                "classifier.import_path goes with classifier.architecture: custom, and only with it"
+            )
+        if self.classifier.imagenet and self.classifier.architecture != "resnet18":
+            raise ValueError(
+                "classifier.imagenet goes with classifier.architecture: resnet18, and only with it"
+            )
+        if self.classifier.epochs == 0 and self.classifier.weights is None:
+            raise ValueError(
+                "classifier.epochs = 0 brings a trained classifier, so classifier.weights must name its file"
+            )
+        if self.vae.epochs == 0 and self.vae.weights is None:
+            raise ValueError("vae.epochs = 0 brings a trained β-VAE, so vae.weights must name its file")
+        if self.data.name != "digits" and self.data.root is None:
+            raise ValueError(
+                f"data.root must say where the {self.data.name} images lie (--set data.root=FOLDER)"
+            )
         return self

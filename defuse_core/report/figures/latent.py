@@ -12,8 +12,17 @@ from matplotlib.lines import Line2D
 
 from defuse_core.artifacts import F64, I64, Evaluation
 from defuse_core.evaluate import ACCEPTED, FAILURE, TRAINING, Findings
-from defuse_core.figures.style import INK, MUTED, PAPER, SMALL, WRONG, bare, new_figure, spread_apart
 from defuse_core.report import Report
+from defuse_core.report.figures.style import (
+    INK,
+    MUTED,
+    PAPER,
+    SMALL,
+    WRONG,
+    bare,
+    new_figure,
+    spread_apart,
+)
 
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontweight": "bold"}
 NAMED_CLASSES = 12  # with more classes than this their names would cover the picture

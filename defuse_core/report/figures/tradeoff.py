@@ -12,9 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from defuse_core.artifacts import F64
-from defuse_core.figures.style import ACCENT, INK, LINE, MUTED, PAPER, SMALL, entitle, new_figure
 from defuse_core.report import Report, TradeOff
-from defuse_core.wording import lam_text, runs_text
+from defuse_core.report.figures.style import (
+    ACCENT,
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    SMALL,
+    entitle,
+    new_figure,
+)
+from defuse_core.report.formatting import lam_text, runs_text
 
 CLOSE = 0.045  # of the picture's width: points nearer than this share one label
 SPOTS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # where a label may stand
