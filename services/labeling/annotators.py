@@ -148,7 +148,9 @@ class LabelStudioAnnotators:
 
         review = self.run.spec.review
         made = reference_prelabels(self.run, self.compute or LocalCompute(), gallery)
-        return prelabels_by_task(made.probabilities, review.reference.min_confidence, review.form == "scenario")
+        return prelabels_by_task(
+            made.probabilities, review.reference.min_confidence, review.form == "scenario"
+        )
 
 
 def _log_failure(attempt: RetryCallState) -> None:

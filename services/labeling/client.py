@@ -115,8 +115,8 @@ class LabelStudioClient:
     def invitation(self) -> str:
         """Return the address at which people sign up for an account on this server."""
         with translated_errors(self.address):
-            invite = self._sdk.organizations.get_invite(request_options=READ)
-            return f"{self.address}{invite.invite_url}"
+            invited = self._sdk.organizations.invites.get_invite_link(request_options=READ)
+            return f"{self.address}{invited.invite_url}"
 
     def create_project(self, settings: ProjectSettings) -> Project:
         """Create a project. After a lost reply it may exist nonetheless."""

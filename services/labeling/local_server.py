@@ -94,7 +94,11 @@ def install(cache: Path) -> Installation:
         if not (done.is_file() and done.read_text() == VERSIONS):
             _run(sys.executable, "-m", "venv", "--clear", str(installation.env))
             _run(
-                str(installation.env / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", VERSIONS
+                str(installation.env / "bin" / "pip"),
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                VERSIONS,
             )
             done.write_text(VERSIONS)
     return installation
@@ -129,7 +133,15 @@ def start(
     address = f"http://127.0.0.1:{port}"
     with installation.log.open("ab") as log:
         process = subprocess.Popen(
-            [installation.program, "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port)],
+            [
+                installation.program,
+                "start",
+                "--no-browser",
+                "--internal-host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
             env=_environment(installation, address, password, token) | environment,
             cwd=installation.data,
             stdin=subprocess.DEVNULL,
@@ -232,4 +244,6 @@ def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         cause = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
-        raise ServiceError(f"installing Label Studio failed: `{' '.join(command[:3])} ...` failed with: {cause[0]}")
+        raise ServiceError(
+            f"installing Label Studio failed: `{' '.join(command[:3])} ...` failed with: {cause[0]}"
+        )

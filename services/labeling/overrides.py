@@ -77,7 +77,7 @@ def _judged_message(run: Run) -> str:
 
 
 def delete_verdicts(run: Run) -> None:
-    """Delete the verdicts and what follows from them. The verdicts go last, so that an interrupted command can be repeated."""
+    """Delete the verdicts and what follows from them; the verdicts last, so that the command can be repeated."""
     files = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
     for key in (*files, *(f"{key}.safetensors" for key in reversed(FROM_VERDICTS))):
         run.store.delete(key)

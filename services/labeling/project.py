@@ -189,9 +189,7 @@ class ReviewProject:
         if project is not None and state.mark in project.settings.description:
             return project
         if self.repair:
-            log.warning(
-                "project %d is gone from %s; creating another", state.project, self.client.address
-            )
+            log.warning("project %d is gone from %s; creating another", state.project, self.client.address)
             return None
         if project is None:
             raise InputError(
@@ -286,7 +284,8 @@ class ReviewProject:
         config = self._checked_config(project)
         if state.config and config not in (state.config, _sha(wanted.label_config)):
             log.warning(
-                "project %d: the layout of its labelling interface was edited; answers stay readable", project.id
+                "project %d: the layout of its labelling interface was edited; answers stay readable",
+                project.id,
             )
         if state.title and found.title != state.title:
             log.warning(

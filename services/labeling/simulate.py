@@ -1,4 +1,4 @@
-"""Simulated annotators for the local server: they sign up through the invitation link and answer the tasks of the queue.
+"""Simulated annotators for the local server: they sign up through the invitation and answer the tasks of the queue.
 
 They give the answers of the reference models, so that a whole review can be tried without people. The votes are the
 models': use it to see how the parts work together, not to find out what is right.
@@ -65,7 +65,7 @@ class AnnotatorAccount:
         return int(self._checked(reply).json()["id"])
 
     def answer(self, task: int, target: str, choice: str, images: Mapping[int, str] | None = None) -> int:
-        """Answer a task with `choice`; `target` is image or page, `images` are the labels of single images on a page."""
+        """Answer a task with `choice`; `target` is image or page, `images` are labels of single images on a page."""
         result = [choice_result(LABEL, target, choice)]
         result += [choice_result(f"{LABEL}_{n}", f"image_{n}", name) for n, name in (images or {}).items()]
         return self.submit(task, result)

@@ -58,7 +58,7 @@ def test_every_image_is_pinned_and_ours_carries_the_package_version() -> None:
 
 
 def test_the_servers_are_the_versions_that_the_tests_run() -> None:
-    from services.labeling.server import VERSIONS
+    from services.labeling.local_server import VERSIONS
 
     tags = {name: service["image"].split(":")[1] for name, service in services().items()}
     assert tags["label-studio"] in Requirement(VERSIONS).specifier

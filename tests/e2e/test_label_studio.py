@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from label_studio_live import digits_gallery, invite_link, live_server, note_in, review_run, settings_for
+from label_studio_live import (
+    digits_gallery,
+    invitation_to,
+    live_server,
+    review_run,
+    settings_for,
+    write_into_cache,
+)
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -22,8 +29,8 @@ from defuse_core.config import dump_run_file
 from defuse_core.errors import LabelsPending
 from services.cli import defuse
 from services.labeling import LabelStudioAnnotators
-from services.labeling.server import LocalServer
-from services.labeling.simulate import Person
+from services.labeling.local_server import LocalServer
+from services.labeling.simulate import AnnotatorAccount
 from tests.conftest import tiny
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -51,7 +58,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, server: LocalServer, tmp_path: Path) ->
     """The command line beside a local server: the one of the tests."""
     monkeypatch.delenv("LABEL_STUDIO_URL", raising=False)
     monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path / "cache"))
-    note_in(tmp_path / "cache")
+    write_into_cache(tmp_path / "cache")
 
     def call(*words: str) -> Result:
         done = CliRunner().invoke(defuse, [*words, "--store", str(tmp_path / "runs")])
@@ -115,7 +122,7 @@ class Page:
     def __init__(self, browser: webdriver.Chrome, server: LocalServer) -> None:
         self.browser, self.server = browser, server
 
-    def log_in(self, person: Person) -> None:
+    def log_in(self, person: AnnotatorAccount) -> None:
         self.browser.get(f"{self.server.address}/user/login/")
         self.find("input[name=email]").send_keys(person.email)
         self.find("input[name=password]").send_keys(person.password + Keys.RETURN)
@@ -138,7 +145,7 @@ class Page:
     def submit(self) -> None:
         self.find("button[aria-label='Submit current annotation']").click()
 
-    def chosen(self) -> list[str]:
+    def choice_result(self) -> list[str]:
         ticked = self.browser.find_elements(By.CSS_SELECTOR, ".answers input:checked")
         return [str(box.get_attribute("name")) for box in ticked]
 
@@ -156,7 +163,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def page(browser: webdriver.Chrome, server: LocalServer) -> Page:
-    person = Person.sign_up(server.address, invite_link(server), "reader@example.org")
+    person = AnnotatorAccount.sign_up(server.address, invitation_to(server), "reader@example.org")
     page = Page(browser, server)
     page.log_in(person)
     return page
@@ -172,13 +179,13 @@ def test_an_image_is_labelled_in_the_browser_with_one_key(
     page.open(annotators.push(gallery).number)
     page.wait(page.picture_is_painted)
     page.press("8")
-    page.wait(lambda: page.chosen() == ["8"])
+    page.wait(lambda: page.choice_result() == ["8"])
     page.keep("image")
     page.submit()
     assert _first_answers(annotators, gallery, 1) == [(0, 0, 8)]
-    page.wait(lambda: page.picture_is_painted() and not page.chosen())
+    page.wait(lambda: page.picture_is_painted() and not page.choice_result())
     page.press("n")
-    page.wait(lambda: page.chosen() == ["None of the above"])
+    page.wait(lambda: page.choice_result() == ["None of the above"])
     page.submit()
     assert _first_answers(annotators, gallery, 2) == [(0, 0, 8), (0, 1, -1)]
 
@@ -197,7 +204,7 @@ def test_a_scenario_is_labelled_in_the_browser_and_one_image_apart(
     page.find("[role=option][data-value='3'], [role=option]:nth-child(4)").click()
     page.press(Keys.ESCAPE)
     page.find(".answers input[name='8']").find_element(By.XPATH, "./ancestor::label").click()
-    page.wait(lambda: page.chosen() == ["8"])
+    page.wait(lambda: page.choice_result() == ["8"])
     page.keep("scenario")
     page.submit()
     expected = [(0, image, 3 if image == 3 else 8) for image in range(10)]
@@ -208,7 +215,7 @@ def _first_answers(annotators: LabelStudioAnnotators, gallery, count: int) -> li
     """Wait until `count` answers are there, and return them as (scenario, image, answer)."""
     limit = time.monotonic() + 30
     while time.monotonic() < limit:
-        votes = annotators.standing(gallery)[0].votes
+        votes = annotators.status(gallery)[0].votes
         if len(votes.answer) >= count:
             break
         time.sleep(0.2)

@@ -57,7 +57,7 @@ def label_config(form: Form, classes: Sequence[str]) -> str:
     keys = hotkeys(names)
     choices = [Choice(name, keys.get(name)) for name in names]
     return _templates.get_template(f"{form}.xml").render(
-        choices=choices, many=len(names) > MANY, none=NONE
+        choices=choices, many=len(names) > MANY, none_of_the_above=NONE
     )
 
 
@@ -65,7 +65,7 @@ def instructions(form: Form, classes: Sequence[str]) -> str:
     """Return the instructions for annotators as HTML, with an example that uses the classes."""
     names = choice_names(classes)
     return _templates.get_template(f"instructions_{form}.html").render(
-        first=names[0], second=names[min(1, len(names) - 2)], none=NONE
+        first=names[0], second=names[min(1, len(names) - 2)], none_of_the_above=NONE
     )
 
 
@@ -118,7 +118,7 @@ def controls(config: str) -> dict[str, Control]:
 
 
 def difference(pushed: str, found: str) -> str | None:
-    """Return how answers under `found` differ in meaning from those under `pushed`; None where only the layout differs."""
+    """Return how the meaning of answers differs between two configurations; None where only the layout differs."""
     try:
         before, now = controls(pushed), controls(found)
     except ValueError as error:

@@ -31,15 +31,15 @@ def bucket(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["image", "scenario"])
-def test_pictures_over_the_bound_are_shown_from_the_bucket(bucket, server, crowd, form):
+def test_pictures_over_the_bound_are_shown_from_the_bucket(bucket, server, accounts, form):
     gallery = digits_gallery(size=96)
     run = review_run(bucket, gallery, inline_kb=1, form=form)
     annotators = LabelStudioAnnotators(run, settings_for(server))
     number = annotators.push(gallery).number
-    task = crowd[0].next_task(number)
+    task = accounts[0].next_task(number)
     shown = task["data"]["image"] if form == "image" else task["data"]["samples"][0]["image"]
     pictures = [address for address in [shown] if address]
-    reply = crowd[0].http.get(pictures[0], follow_redirects=True)
+    reply = accounts[0].http.get(pictures[0], follow_redirects=True)
     reply.raise_for_status()
     seen = np.asarray(Image.open(io.BytesIO(reply.content)), np.float32) / 255
     assert np.abs(seen - gallery.images[0, 0, 0]).max() < 1 / 254
@@ -55,12 +55,12 @@ def test_a_run_that_was_copied_out_of_the_bucket_goes_on_with_its_project(bucket
         copied.write(key, run.store.read(key))
     run = Run.open(FolderStore(tmp_path / "copy"), run.name)
     assert LabelStudioAnnotators(run, settings_for(server)).push(gallery).number == number
-    assert "the bucket that the run lay in" in caplog.text
+    assert "the bucket that the run was pushed from" in caplog.text
 
 
 def test_pictures_within_the_bound_stay_in_their_task(bucket, server):
     gallery = digits_gallery()
     annotators = LabelStudioAnnotators(review_run(bucket, gallery), settings_for(server))
     number = annotators.push(gallery).number
-    task = next(annotators.server.tasks(number, with_data=True))
+    task = next(annotators.client.tasks(number, with_data=True))
     assert base64.b64decode(task.data["image"].partition(",")[2]).startswith(b"\x89PNG")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +13,8 @@ from PIL import Image
 from proxy import Reply
 
 from defuse_core.errors import InputError, LabelsPending, ServiceError
-from services.labeling import push
-from services.labeling.tasks import Samples
+from services.labeling import tasks
+from services.labeling.tasks import ReviewTasks
 
 
 def picture(uri):
@@ -25,12 +24,12 @@ def picture(uri):
 def test_every_image_becomes_one_task_that_shows_it_and_not_the_prediction(make_review):
     review = make_review()
     review.annotators.push(review.gallery)
-    tasks = review.tasks()
-    assert sorted(tasks) == [f"s{s:03d}-i{i:02d}" for s in range(4) for i in range(3)]
-    shown = tasks["s001-i02"].data
+    found = review.tasks()
+    assert sorted(found) == [f"s{s:03d}-i{i:02d}" for s in range(4) for i in range(3)]
+    shown = found["s001-i02"].data
     assert np.abs(picture(shown["image"]) - review.gallery.images[1, 2, 0]).max() < 1 / 254
     assert set(shown) == {"image", "picture", "sample_key", "scenario"}
-    assert {task.overlap for task in tasks.values()} == {3}
+    assert {task.overlap for task in found.values()} == {3}
 
 
 def test_a_scenario_becomes_one_page_with_the_classifiers_answer_beside_each_image(make_review):
@@ -57,18 +56,18 @@ def test_pushing_again_changes_nothing(make_review):
 def test_a_lost_reply_or_request_leaves_every_image_there_once(
     make_review, proxy, monkeypatch, method, path, deed
 ):
-    monkeypatch.setattr(push, "BATCH_TASKS", 5)
+    monkeypatch.setattr(tasks, "BATCH_TASKS", 5)
     review = make_review()
     getattr(proxy, deed)(method, path)
     review.through(proxy.address).push(review.gallery)
     assert len(review.tasks()) == 12
-    assert len(review.api.find_projects(review.record.mark)) == 1
+    assert len(review.api.find_projects(review.state.mark)) == 1
 
 
 def test_a_push_that_dies_half_way_is_finished_by_the_next(make_review, proxy, monkeypatch):
-    monkeypatch.setattr(push, "BATCH_TASKS", 5)
+    monkeypatch.setattr(tasks, "BATCH_TASKS", 5)
     review = make_review()
-    imports = iter([None, Reply(500, "<html>Server Error</html>", "text/html")])
+    imports = iter([None, Reply(500, "<html>LabelStudioClient Error</html>", "text/html")])
     proxy.rule = lambda method, path: next(imports, Reply(503)) if "/import" in path else None
     with pytest.raises(ServiceError, match=r"failed \(503\)"):
         review.through(proxy.address).push(review.gallery)
@@ -77,13 +76,13 @@ def test_a_push_that_dies_half_way_is_finished_by_the_next(make_review, proxy, m
     assert len(review.tasks()) == 12
 
 
-def test_copies_that_a_late_import_left_are_dropped_but_never_an_answered_one(make_review, crowd):
+def test_copies_that_a_late_import_left_are_dropped_but_never_an_answered_one(make_review, accounts):
     review = make_review()
     record = review.annotators.push(review.gallery)
-    samples = Samples(review.gallery, review.run.spec.review, review.run.store)
-    review.api.import_tasks(record.number, [samples.task(0), samples.task(1)])
+    review_tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    review.api.import_tasks(record.number, [review_tasks.task(0), review_tasks.task(1)])
     copies = [task for task in review.api.tasks(record.number) if task.key in ("s000-i00", "s000-i01")]
-    crowd[0].answer(max(task.id for task in copies if task.key == "s000-i00"), "image", "8")
+    accounts[0].answer(max(task.id for task in copies if task.key == "s000-i00"), "image", "8")
     review.annotators.push(review.gallery)
     kept = review.tasks()
     assert len(kept["s000-i00"].annotations) == 1
@@ -103,8 +102,10 @@ def test_a_deleted_project_is_said_and_made_again_only_when_asked(make_review):
 def test_a_project_deleted_while_waiting_ends_the_wait(make_review, monkeypatch):
     review = make_review()
     review.annotators.wait, review.annotators.first_pause_s = True, 0.01
-    deleting = SimpleNamespace(sleep=lambda _: review.api._sdk.projects.delete(id=review.record.number))
-    monkeypatch.setattr("services.labeling.annotators.time", deleting)
+    monkeypatch.setattr(
+        "services.labeling.annotators.sleep",
+        lambda _: review.api._sdk.projects.delete(id=review.state.number),
+    )
     with pytest.raises(InputError, match="was deleted"):
         review.annotators.review(review.gallery)
 
@@ -112,7 +113,7 @@ def test_a_project_deleted_while_waiting_ends_the_wait(make_review, monkeypatch)
 def test_a_renamed_project_is_said_once_and_gone_on_with(make_review, caplog):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    review.api.update_project(number, {"title": "Our digits"})
+    review.api.update_project(number, title="Our digits")
     caplog.set_level("WARNING", "defuse")
     assert review.annotators.push(review.gallery).number == number
     assert "was renamed from" in caplog.text and "'Our digits'" in caplog.text
@@ -124,20 +125,22 @@ def test_a_renamed_project_is_said_once_and_gone_on_with(make_review, caplog):
 def test_another_class_in_the_interface_is_refused_until_repaired(make_review):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    config = review.api.project(number).config
+    config = review.api.project(number).settings.label_config
     edited = config.replace("</Choices>", '<Choice value="ten"/></Choices>')
-    review.api.update_project(number, {"label_config": edited})
+    review.api.update_project(number, label_config=edited)
     with pytest.raises(InputError, match="a choice 'ten' was added"):
         review.annotators.review(review.gallery)
     review.annotators.push(review.gallery, repair=True)
-    assert 'value="ten"' not in review.api.project(number).config
+    assert 'value="ten"' not in review.api.project(number).settings.label_config
 
 
 def test_another_layout_of_the_interface_is_said_and_read_all_the_same(make_review, caplog):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    config = review.api.project(number).config.replace("What does this picture show?", "Which digit?")
-    review.api.update_project(number, {"label_config": config})
+    config = review.api.project(number).settings.label_config.replace(
+        "What does this picture show?", "Which digit?"
+    )
+    review.api.update_project(number, label_config=config)
     with pytest.raises(LabelsPending):
         review.annotators.review(review.gallery)
     assert "layout of its labelling interface was edited" in caplog.text
@@ -146,7 +149,7 @@ def test_another_layout_of_the_interface_is_said_and_read_all_the_same(make_revi
 def test_another_overlap_is_said_and_put_back(make_review, caplog):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    review.api.update_project(number, {"maximum_annotations": 1})
+    review.api.update_project(number, maximum_annotations=1)
     review.annotators.push(review.gallery)
     assert "put back to 3" in caplog.text
     assert {task.overlap for task in review.tasks().values()} == {3}
@@ -162,25 +165,25 @@ def test_deleted_tasks_are_said_and_put_back_only_when_asked(make_review):
     assert len(review.tasks()) == 12
 
 
-def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, crowd):
+def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, accounts):
     review = make_review()
     review.annotators.push(review.gallery)
-    tasks = review.tasks()
-    swapped = dict(tasks["s000-i00"].data) | {"image": tasks["s001-i00"].data["image"]}
-    crowd[0].http.patch(f"/api/tasks/{tasks['s000-i00'].id}/", json={"data": swapped}).raise_for_status()
+    pushed = review.tasks()
+    swapped = dict(pushed["s000-i00"].data) | {"image": pushed["s001-i00"].data["image"]}
+    accounts[0].http.patch(f"/api/tasks/{pushed['s000-i00'].id}/", json={"data": swapped}).raise_for_status()
     with pytest.raises(InputError, match=r"s000-i00\) was edited"):
         review.annotators.review(review.gallery)
     review.annotators.push(review.gallery, repair=True)
-    assert review.tasks()["s000-i00"].data == tasks["s000-i00"].data
+    assert review.tasks()["s000-i00"].data == pushed["s000-i00"].data
 
 
-def test_tasks_of_somebody_else_are_left_alone(make_review, caplog):
+def test_tasks_that_defuse_did_not_import_are_left_alone(make_review, caplog):
     review = make_review()
     number = review.annotators.push(review.gallery).number
     stranger = {"data": {"image": "data:image/png;base64,AAAA"}}
     review.api.import_tasks(number, [stranger | {"meta": {"sample_key": 5}}])
     review.annotators.push(review.gallery)
-    assert "1 tasks of somebody else" in caplog.text
+    assert "1 tasks that Defuse did not import" in caplog.text
     assert len(review.tasks()) == 13
 
 
@@ -197,24 +200,24 @@ def test_a_project_of_the_same_number_on_another_server_is_not_taken_for_the_run
     record = other.annotators.push(other.gallery)
     text = other.run.store.read("labeling.json").decode()
     other.run.store.write(
-        "labeling.json", re.sub(r'"project": \d+', f'"project": {review.record.number}', text).encode()
+        "labeling.json", re.sub(r'"project": \d+', f'"project": {review.state.number}', text).encode()
     )
     with pytest.raises(InputError, match=f"lacks the mark {record.mark}"):
         other.annotators.push(other.gallery)
 
 
 def test_batches_are_bounded_in_number_and_bytes(monkeypatch):
-    monkeypatch.setattr(push, "BATCH_TASKS", 3)
-    monkeypatch.setattr(push, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(tasks, "BATCH_TASKS", 3)
+    monkeypatch.setattr(tasks, "BATCH_BYTES", 1000)
     sizes = [10, 10, 10, 10, 900, 900, 2000, 10]
-    found = list(push.batches({"x": "a" * size} for size in sizes))
+    found = list(tasks.batches({"x": "a" * size} for size in sizes))
     assert [len(batch) for batch in found] == [3, 2, 1, 1, 1]
 
 
-def test_a_server_that_was_restarted_has_lost_nothing(make_review, server, crowd):
+def test_a_server_that_was_restarted_has_lost_nothing(make_review, server, accounts):
     review = make_review()
     review.annotators.push(review.gallery)
-    crowd[0].answer(review.tasks()["s000-i00"].id, "image", "8")
+    accounts[0].answer(review.tasks()["s000-i00"].id, "image", "8")
     restart(server)
     review.annotators.push(review.gallery)
     assert len(review.tasks()["s000-i00"].annotations) == 1
@@ -222,5 +225,5 @@ def test_a_server_that_was_restarted_has_lost_nothing(make_review, server, crowd
 
 def test_a_large_picture_needs_a_run_in_s3_and_says_so(make_review):
     review = make_review(gallery=digits_gallery(size=96), inline_kb=1)
-    with pytest.raises(InputError, match=r"takes \d+ KB and review.inline_kb is 1"):
+    with pytest.raises(InputError, match=r"has \d+ KB and review.inline_kb is 1"):
         review.annotators.push(review.gallery)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from label_studio_live import note_in
+from label_studio_live import write_into_cache
 
 from defuse_core.errors import InputError
 from services.cli import defuse
@@ -30,16 +30,16 @@ def cli(monkeypatch, server, tmp_path):
     return call
 
 
-def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, crowd, server):
+def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, accounts, server):
     review = make_review(answers_per_task=3, stop_early=True)
     name = review.run.name
     pushed = cli("review", "push", name).output
-    assert pushed.startswith(f"label at {server.address}/projects/{review.record.number}/data")
-    for person in crowd[:2]:
+    assert pushed.startswith(f"label at {server.address}/projects/{review.state.number}/data")
+    for account in accounts[:2]:
         for key, task in review.tasks().items():
             if key < "s001":
-                person.answer(task.id, "image", "8")
-    crowd[2].submit(review.tasks()["s003-i00"].id, [])
+                account.answer(task.id, "image", "8")
+    accounts[2].submit(review.tasks()["s003-i00"].id, [])
     shown = " ".join(cli("review", "status", name).output.split())
     assert "6 of 36 answers are in; 27 are still wanted." in shown
     assert "3 more are not needed" in shown
@@ -50,10 +50,10 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
     assert pushed.strip().removeprefix("label at ") in shown
 
 
-def test_what_annotators_typed_is_shown_as_it_is(cli, make_review, crowd):
+def test_what_annotators_typed_is_shown_as_it_is(cli, make_review, accounts):
     review = make_review()
     cli("review", "push", review.run.name)
-    crowd[0].answer(review.tasks()["s001-i00"].id, "image", "[/bold] [red]")
+    accounts[0].answer(review.tasks()["s001-i00"].id, "image", "[/bold] [red]")
     shown = " ".join(cli("review", "status", review.run.name).output.split())
     assert "'[/bold] [red]' is not one of the classes" in shown
 
@@ -75,7 +75,7 @@ def test_set_records_a_decision_that_status_shows(cli, make_review):
     name = review.run.name
     cli("review", "push", name)
     done = cli("review", "set", name, "2", "--label", "8", "--reason", "seen on paper", "--author", "Ada")
-    assert done.output == "scenario 2 is a failure: 8; `defuse run` goes on with it\n"
+    assert done.output == "scenario 2 is a failure: 8; `defuse run` continues with it\n"
     assert json.loads(review.run.store.read("overrides/0001.json"))["author"] == "Ada"
     assert "2 9 decided above the vote" in " ".join(cli("review", "status", name).output.split())
 
@@ -98,6 +98,6 @@ def test_the_local_server_is_found_without_any_setting(monkeypatch, tmp_path, se
     monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path))
     assert CliRunner().invoke(defuse, ["label-studio", "status"]).output.startswith("not running")
     assert CliRunner().invoke(defuse, ["label-studio", "down"]).output == "it was not running\n"
-    note_in(tmp_path)
+    write_into_cache(tmp_path)
     shown = CliRunner().invoke(defuse, ["label-studio", "status"]).output
     assert server.address in shown and server.username in shown and server.token not in shown

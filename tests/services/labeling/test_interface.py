@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from services.labeling.config import (
+from services.labeling.interface import (
     NONE,
     answers_by_name,
     choice_names,
+    controls,
     difference,
     hotkeys,
     instructions,
     label_config,
-    meaning,
 )
 
 DIGITS = tuple(str(n) for n in range(10))
@@ -25,7 +28,7 @@ SIGNS = ("Speed limit (20km/h)", 'No <entry> & "stop"', "Café", *(f"sign {n}" f
 @pytest.mark.parametrize("classes", [DIGITS, SIGNS, ("cat",)])
 def test_every_class_and_none_of_the_above_can_be_chosen_by_name(form, classes):
     config = label_config(form, classes)
-    assert meaning(config)["label"][1] == (*classes, NONE)
+    assert controls(config)["label"].choices == (*classes, NONE)
     assert ElementTree.fromstring(config).tag == "View"
 
 
@@ -63,3 +66,13 @@ def test_only_edits_that_change_what_answers_mean_are_differences():
     added = '<TextArea name="note" toName="image"/></View>'
     assert difference(pushed, pushed[: -len("</View>")] + added) == "a control note was added"
     assert "not XML" in str(difference(pushed, "<View"))
+
+
+def test_every_template_is_part_of_the_installed_package():
+    root = Path(__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["services.labeling.interface"]
+    files = [path.name for path in (root / "services/labeling/interface").iterdir() if path.is_file()]
+    templates = [name for name in files if not name.endswith(".py")]
+    assert len(templates) == 5
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in templates)
