@@ -44,10 +44,16 @@ def live_home() -> Installation:
 
 
 @functools.cache
+def pictures_address() -> str:
+    """Return the only loopback address at which the server reads a bucket; a test may serve one there."""
+    return f"http://127.0.0.1:{free_port()}"
+
+
+@functools.cache
 def live_server() -> LocalServer:
     """Return the running server; it ends with this process."""
     home = live_home()
-    server = start(home, free_port(), None, SSRF_PROTECTION_ENABLED="false")
+    server = start(home, free_port(), None, LABEL_STUDIO_S3_ENDPOINT=pictures_address())
     atexit.register(lambda: stop(home.read_server() or server))
     return server
 
@@ -55,7 +61,7 @@ def live_server() -> LocalServer:
 def restart(server: LocalServer) -> None:
     """Stop the server and start it again on its data and port."""
     stop(live_home().read_server() or server)
-    start(live_home(), server.port, server, SSRF_PROTECTION_ENABLED="false")
+    start(live_home(), server.port, server, LABEL_STUDIO_S3_ENDPOINT=pictures_address())
 
 
 def write_into_cache(cache: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -16,8 +18,9 @@ if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery
     from defuse_core.runs import Run
     from services.labeling.status import ReviewStatus
+    from services.labeling.tasks import TaskSubject
 
-DISCARDED_SHOWN = 20
+ROWS_SHOWN = 20
 store_option = click.option(
     "--store",
     default="runs",
@@ -61,7 +64,8 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
     with opened.store.lock():
         annotators = LabelStudioAnnotators(opened, read_settings())
         state = annotators.push(gallery, repair)
-    click.echo(f"label at {annotators.client.project_url(state.number)}")
+    click.echo(f"label at {annotators.client.labeling_url(state.number)}")
+    click.echo(f"annotators get an account at {annotators.client.invitation()}")
     if from_traffic:
         click.echo(f"`defuse review status {name}` shows the answers")
 
@@ -71,17 +75,24 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 @store_option
 def status(name: str, store: str) -> None:
     """Show the answers so far of RUN, the missing ones, and the address to label at."""
+    from defuse_core.artifacts import Votes
     from services.labeling import LabelStudioAnnotators
     from services.labeling.traffic import store_traffic_verdicts
 
     opened, gallery = _open(name, store)
     annotators = LabelStudioAnnotators(opened, read_settings())
     found, state = annotators.status(gallery)
-    print_status(found, annotators.client.project_url(state.number))
-    if "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
+    console = Console(markup=False)  # what annotators typed is no markup
+    print_status(found, console)
+    _print_skips(name, found, partial(annotators.client.task_url, state.number), console)
+    votes = opened.load(Votes)
+    if votes is not None:
+        _print_closed(name, found.answers_since(votes), console)
+    else:
+        console.print(f"Label at {annotators.client.labeling_url(state.number)}", soft_wrap=True)
+        console.print(f"Annotators get an account at {annotators.client.invitation()}", soft_wrap=True)
+    if "/" in name and votes is None and not found.outstanding:  # `defuse run` finishes a run's own review
         with opened.store.lock():
-            if not opened.store.exists("votes.safetensors"):
-                annotators.push(gallery)  # raises if the project was edited
             store_traffic_verdicts(opened, found, state)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
 
@@ -124,6 +135,22 @@ def set_(
     click.echo(f"{decision}; `defuse run` continues with it")
 
 
+@review.command()
+@click.argument("name", metavar="RUN")
+@store_option
+def reopen(name: str, store: str) -> None:
+    """Take answers into RUN that people gave after its votes were stored.
+
+    Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers.
+    """
+    from services.labeling.overrides import reopen_vote
+
+    opened, _ = _open(name, store)
+    reopen_vote(opened)
+    following = f"defuse review status {name}" if "/" in name else "defuse run"
+    click.echo(f"the vote of {name} is open again; `{following}` takes in all answers")
+
+
 def _user() -> str:
     """Return the name of this machine's user. Raises InputError if it has none, as in some containers."""
     import getpass
@@ -144,12 +171,16 @@ def label_studio() -> None:
     """
 
 
+def _print_progress(line: str) -> None:
+    click.echo(line, err=True)
+
+
 @label_studio.command()
 def install() -> None:
     """Install the server in an environment of its own below the user's cache (about 1 GB, a minute)."""
     from services.labeling.local_server import install as install_server
 
-    installation = install_server(read_settings().cache)
+    installation = install_server(read_settings().cache, _print_progress)
     click.echo(f"Label Studio is installed in {installation.env}")
 
 
@@ -159,7 +190,7 @@ def up(port: int) -> None:
     """Start the server, installed first if necessary; takes about half a minute the first time."""
     from services.labeling.local_server import up as start_server
 
-    server = start_server(read_settings().cache, port)
+    server = start_server(read_settings().cache, port, _print_progress)
     click.echo(f"Label Studio runs at {server.address}")
     click.echo(f"log in as {server.username} with password {server.password}")
 
@@ -210,8 +241,8 @@ def simulate(name: str, store: str) -> None:
         raise InputError("the local Label Studio is not running; `defuse label-studio up` starts it")
     annotators = LabelStudioAnnotators(opened, settings)
     with ProgressDisplay() as display:
-        total = simulate_annotators(annotators, gallery, server, LocalCompute(display), click.echo)
-    click.echo(f"{total} answers; `defuse run` continues with them")
+        total = simulate_annotators(annotators, gallery, server, LocalCompute(display), display)
+    click.echo(f"{total} tasks were answered; `defuse run` continues with the answers")
 
 
 def _open_traffic_review(name: str, store: str) -> str:
@@ -250,11 +281,10 @@ def _open(name: str, store: str) -> tuple[Run, Gallery]:
     return opened, gallery
 
 
-def print_status(status: ReviewStatus, address: str, console: Console | None = None) -> None:
-    """Print answers, annotators, agreement, scenarios, discarded annotations, and the address to label at."""
+def print_status(status: ReviewStatus, console: Console) -> None:
+    """Print answers, annotators, agreement, scenarios, and discarded annotations."""
     import numpy as np
 
-    console = console or Console(markup=False)  # what annotators typed is no markup
     console.print(
         f"{status.given} of {status.requested} answers are in; {status.outstanding} are still wanted."
     )
@@ -269,7 +299,6 @@ def print_status(status: ReviewStatus, address: str, console: Console | None = N
         )
     console.print(_scenario_table(status))
     _print_discarded(status, console)
-    console.print(f"Label at {address}", soft_wrap=True)
 
 
 def _scenario_table(status: ReviewStatus) -> Table:
@@ -288,13 +317,44 @@ def _scenario_table(status: ReviewStatus) -> Table:
 
 
 def _print_discarded(status: ReviewStatus, console: Console) -> None:
-    for discarded in status.pulled.discarded[:DISCARDED_SHOWN]:
-        subject = discarded.subject
-        place = f"scenario {status.tasks.gallery.number(subject.scenario)}"
-        place += "" if subject.image is None else f", image {subject.image}"
+    for discarded in status.pulled.discarded[:ROWS_SHOWN]:
+        place = _place(status, discarded.subject)
         console.print(
             f"Not counted: {status.name_of(discarded)} on {place}: {discarded.reason}", soft_wrap=True
         )
-    more = len(status.pulled.discarded) - DISCARDED_SHOWN
+    more = len(status.pulled.discarded) - ROWS_SHOWN
     if more > 0:
         console.print(f"... and {more} more that are not counted")
+
+
+def _print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str], console: Console) -> None:
+    """Print the skips that keep a task from its answers, and how to resolve them."""
+    skips = status.blocking_skips()
+    for skip in skips[:ROWS_SHOWN]:
+        place = _place(status, status.tasks.subject(skip.index))
+        console.print(
+            f"Skipped: {status.name_of(skip)} on {place}, {task_url(skip.task)}",
+            soft_wrap=True,
+        )
+    if skips:
+        console.print(
+            f"{len(skips)} skipped, in tasks that lack answers. Label Studio does not hand these out to the same "
+            f"people again: let others answer, or `defuse review push {name} --repair` deletes the "
+            "skips.",
+            soft_wrap=True,
+        )
+
+
+def _print_closed(name: str, later: int, console: Console) -> None:
+    """Print that answers are not taken in any more."""
+    console.print(f"Voting is closed: the votes of {name} are stored.")
+    if later:
+        console.print(
+            f"{later} given or changed since then, not counted; `defuse review reopen {name}` takes all answers in.",
+            soft_wrap=True,
+        )
+
+
+def _place(status: ReviewStatus, subject: TaskSubject) -> str:
+    place = f"scenario {status.tasks.gallery.number(subject.scenario)}"
+    return place if subject.image is None else f"{place}, image {subject.image}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
-from time import sleep
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, wait_exponential
@@ -14,10 +14,11 @@ from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
 from defuse_core.judge import read_overrides
 from defuse_core.runs import Run
-from services.labeling.annotations import PulledAnnotations, read_annotations
+from services.labeling.annotations import PulledAnnotations, read_annotations, read_authors, store_authors
 from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import running_server
-from services.labeling.project import ProjectState, ReviewProject, read_state, update_state
+from services.labeling.project import ReviewProject
+from services.labeling.state import ProjectState, read_state, update_state
 from services.labeling.status import ReviewStatus, review_status, update_queue
 from services.labeling.tasks import Prelabel, ReviewTasks, prelabels_by_task, reference_prelabels
 from services.settings import Settings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from defuse_core.pipeline import Compute
 
 log = logging.getLogger("defuse")
+PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
 def connect(settings: Settings) -> LabelStudioClient:
@@ -42,13 +44,16 @@ def connect(settings: Settings) -> LabelStudioClient:
         raise InputError(
             "LABEL_STUDIO_URL is set, LABEL_STUDIO_API_KEY is not; set it to an administrator's token"
         )
-    return LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
+    return LabelStudioClient(
+        settings.label_studio_url, settings.label_studio_api_key, public_address=settings.label_studio_host
+    )
 
 
 class LabelStudioAnnotators:
     """The protocol `Annotators`, answered by people."""
 
-    first_pause_s, longest_pause_s = 5.0, 60.0  # between two requests while waiting
+    first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
+    pull_s = 0.0  # seconds that the last pull took
 
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
@@ -82,7 +87,15 @@ class LabelStudioAnnotators:
     def push(self, gallery: Gallery, repair: bool = False) -> ProjectState:
         """Create or complete the run's project, and return its state."""
         prelabels = self._prelabels(gallery) if self.run.spec.review.prelabel else None
-        return ReviewProject(self.client, self.run, self._tasks(gallery), prelabels, repair).push()
+        project = ReviewProject(
+            self.client,
+            self.run,
+            self._tasks(gallery),
+            access=self.settings.label_studio_s3,
+            prelabels=prelabels,
+            repair=repair,
+        )
+        return project.push()
 
     def status(self, gallery: Gallery) -> tuple[ReviewStatus, ProjectState]:
         """Return the status of the review; decided scenarios leave the queue. Raises InputError before a push."""
@@ -95,12 +108,14 @@ class LabelStudioAnnotators:
         return status, self._store_annotators(state, status)
 
     def _pull(self, gallery: Gallery, state: ProjectState) -> ReviewStatus:
-        tasks = self._tasks(gallery)
-        ReviewProject(self.client, self.run, tasks).check()
-        pulled = read_annotations(self.client.tasks(state.number), tasks)
+        started = monotonic()
+        tasks, authors = self._tasks(gallery), read_authors(self.run.store)
+        pulled = read_annotations(ReviewProject(self.client, self.run, tasks).pull(), tasks, authors)
+        store_authors(self.run.store, authors, pulled)
         overridden = [int(override["scenario"]) for override in read_overrides(self.run.store)]
         status = review_status(tasks, pulled, self._names(pulled, state), overridden)
         update_queue(self.client, status)
+        self.pull_s = monotonic() - started
         return status
 
     def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> ReviewStatus:
@@ -109,21 +124,23 @@ class LabelStudioAnnotators:
         A server that cannot be reached for a while is waited for.
         """
         sleep(self.first_pause_s)
+        growing = wait_exponential(self.first_pause_s * 1.5, self.longest_pause_s, exp_base=1.5)
         polling = Retrying(
             retry=retry_if_exception_type(ServiceError)
             | retry_if_result(lambda status: status.given == given and status.outstanding),
-            wait=wait_exponential(self.first_pause_s * 1.5, self.longest_pause_s, exp_base=1.5),
+            wait=lambda attempt: max(growing(attempt), self.pull_s * PAUSE_PER_PULL),
             before_sleep=_log_failure,
             sleep=sleep,
         )
         return polling(self._pull, gallery, state)
 
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
-        decided = int(status.decided.sum())
+        decided, skips = int(status.decided.sum()), len(status.blocking_skips())
         return (
             f"waiting for people: {status.given} answers are in and {status.outstanding} are still wanted, "
             f"{decided} of {len(status.decided)} scenarios are decided; "
-            f"label at {self.client.project_url(state.number)}"
+            + (f"{skips} were skipped, see `defuse review status {self.run.name}`; " if skips else "")
+            + f"label at {self.client.labeling_url(state.number)}"
         )
 
     def _store_annotators(self, state: ProjectState, status: ReviewStatus) -> ProjectState:
@@ -134,11 +151,15 @@ class LabelStudioAnnotators:
     def _names(self, pulled: PulledAnnotations, state: ProjectState) -> dict[int, str]:
         """Return the annotators' names in the run, by user id."""
         annotators = pulled.annotators()
-        if self.run.spec.review.real_names:
-            names = self.client.user_names()
-            return {annotator: names.get(annotator, "deleted account") for annotator in annotators}
         numbered = state.with_annotators(annotators)
-        return {annotator: numbered.pseudonym(annotator) for annotator in annotators}
+        pseudonyms = {annotator: numbered.pseudonym(annotator) for annotator in annotators}
+        if not self.run.spec.review.real_names:
+            return pseudonyms
+        names = self.client.user_names()
+        return {
+            annotator: names.get(annotator, f"deleted account ({pseudonym})")
+            for annotator, pseudonym in pseudonyms.items()
+        }
 
     def _tasks(self, gallery: Gallery) -> ReviewTasks:
         return ReviewTasks(gallery, self.run.spec.review, self.run.store)

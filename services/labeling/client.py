@@ -1,7 +1,8 @@
 """The connection to a Label Studio server: the requests that Defuse makes, and their failures as one-line errors.
 
-The SDK repeats reads after lost connections and overload. Writes are never repeated here: a write whose reply is lost
-may have taken effect, so the caller looks at the server before it tries again (see project.py).
+The SDK repeats requests after lost connections and overload where that is safe: reads, updates and deletions. What
+creates something is never repeated here: it may have taken effect although its reply was lost, so the caller looks at
+the server before it tries again (see project.py).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ try:
 except ModuleNotFoundError as error:
     raise InputError("Label Studio needs its client here: pip install 'defuse[label-studio]'") from error
 
-READ: Any = {"max_retries": 2}
-WRITE: Any = {"max_retries": 0}
+REPEAT: Any = {"max_retries": 2}  # for requests that have the same effect twice as once
+ONCE: Any = {"max_retries": 0}
 TASK_FIELDS = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelled,created_at,updated_at"
 PAGE_SIZE = 250  # tasks
 # A reply of httpx refers to itself, and Python counts objects, not bytes: without a collection, bodies pile up.
@@ -70,6 +71,7 @@ class ProjectSettings:
     label_config: str
     expert_instruction: str
     show_instruction: bool
+    show_skip_button: bool
     maximum_annotations: int
     sampling: str
     show_collab_predictions: bool
@@ -82,14 +84,22 @@ class Project:
     settings: ProjectSettings
 
 
+class BlockedAddressError(InputError):
+    """Label Studio does not connect to private or loopback addresses that a user names."""
+
+
 class LabelStudioClient:
     """A Label Studio server.
 
     Every method raises ServiceError or InputError, in one line that says what to do.
     """
 
-    def __init__(self, address: str, token: str, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, address: str, token: str, *, public_address: str | None = None, timeout_s: float = 60.0
+    ) -> None:
+        """`public_address` is the one that annotators open, if it is another than `address`."""
         self.address = checked_address(address)
+        self.public_address = checked_address(public_address) if public_address else self.address
         silence_http_log()
         if not re.fullmatch(r"[\x21-\x7e]+", token):
             raise InputError(
@@ -106,28 +116,32 @@ class LabelStudioClient:
     def check_access(self) -> None:
         """Request the account of the token: the cheapest request that needs the right address and a valid token."""
         with translated_errors(self.address):
-            self._sdk.users.whoami(request_options=READ)
+            self._sdk.users.whoami(request_options=REPEAT)
 
-    def project_url(self, project: int) -> str:
-        """Return the address of the project's page."""
-        return f"{self.address}/projects/{project}/data"
+    def labeling_url(self, project: int) -> str:
+        """Return the address at which the project's tasks are handed out one after the other."""
+        return f"{self.public_address}/projects/{project}/data?labeling=1"
+
+    def task_url(self, project: int, task: int) -> str:
+        """Return the address of one task."""
+        return f"{self.public_address}/projects/{project}/data?task={task}"
 
     def invitation(self) -> str:
         """Return the address at which people sign up for an account on this server."""
         with translated_errors(self.address):
-            invited = self._sdk.organizations.invites.get_invite_link(request_options=READ)
-            return f"{self.address}{invited.invite_url}"
+            invited = self._sdk.organizations.invites.get_invite_link(request_options=REPEAT)
+            return f"{self.public_address}{invited.invite_url}"
 
     def create_project(self, settings: ProjectSettings) -> Project:
         """Create a project. After a lost reply it may exist nonetheless."""
         with translated_errors(self.address):
-            return _project(self._sdk.projects.create(**asdict(settings), request_options=WRITE))
+            return _project(self._sdk.projects.create(**asdict(settings), request_options=ONCE))
 
     def project(self, number: int) -> Project | None:
         """Return the project, or None if it does not exist."""
         with translated_errors(self.address):
             try:
-                return _project(self._sdk.projects.get(id=number, request_options=READ))
+                return _project(self._sdk.projects.get(id=number, request_options=REPEAT))
             except ApiError as error:
                 if error.status_code == 404 and _is_json(error.body):
                     return None
@@ -136,19 +150,19 @@ class LabelStudioClient:
     def find_projects(self, mark: str) -> list[Project]:
         """Return the projects whose description contains `mark`, oldest first."""
         with translated_errors(self.address):
-            pages = self._sdk.projects.list(page_size=100, request_options=READ)
+            pages = self._sdk.projects.list(page_size=100, request_options=REPEAT)
             found = [_project(project) for project in pages if mark in (project.description or "")]
         return sorted(found, key=lambda project: project.id)
 
     def update_project(self, number: int, **settings: Any) -> None:
         """Change some ProjectSettings of a project."""
         with translated_errors(self.address):
-            self._sdk.projects.update(id=number, **settings, request_options=WRITE)
+            self._sdk.projects.update(id=number, **settings, request_options=REPEAT)
 
     def import_tasks(self, project: int, tasks: Sequence[Mapping[str, Any]]) -> None:
         """Add tasks, all or none. After a lost reply they may exist nonetheless."""
         with translated_errors(self.address):
-            self._sdk.projects.import_tasks(id=project, request=list(tasks), request_options=WRITE)
+            self._sdk.projects.import_tasks(id=project, request=list(tasks), request_options=ONCE)
 
     def tasks(self, project: int, with_data: bool = False) -> Iterator[Task]:
         """Yield all tasks with all annotations, page by page; with_data adds the data that they show."""
@@ -169,7 +183,7 @@ class LabelStudioClient:
                     fields="all",
                     include=include,
                     resolve_uri=False,
-                    request_options=READ,
+                    request_options=REPEAT,
                 )
             except ApiError as error:
                 if error.status_code == 404 and page > 1 and self.project(project) is not None:
@@ -185,35 +199,50 @@ class LabelStudioClient:
     def delete_task(self, number: int) -> None:
         """Delete a task; one that does not exist any more is no error."""
         with translated_errors(self.address), _missing_allowed():
-            self._sdk.tasks.delete(id=str(number), request_options=WRITE)
+            self._sdk.tasks.delete(id=str(number), request_options=REPEAT)
+
+    def delete_annotation(self, number: int) -> None:
+        """Delete an annotation; one that does not exist any more is no error."""
+        with translated_errors(self.address), _missing_allowed():
+            self._sdk.annotations.delete(id=number, request_options=REPEAT)
 
     def set_overlap(self, task: int, overlap: int, labeled: bool) -> None:
         """Set how many annotators get the task, and whether it leaves the queue now. Safe to repeat."""
         fields = {"overlap": overlap, "is_labeled": labeled}
         with translated_errors(self.address), _missing_allowed():
             self._sdk.tasks.update(
-                id=str(task), request_options=WRITE | {"additional_body_parameters": fields}
+                id=str(task), request_options=REPEAT | {"additional_body_parameters": fields}
             )
 
     def user_names(self) -> dict[int, str]:
         """Return each user's first and last name, or else the e-mail address, by user id."""
         with translated_errors(self.address):
-            users = self._sdk.users.list(request_options=READ)
+            users = self._sdk.users.list(request_options=REPEAT)
         return {
             user.id: f"{user.first_name or ''} {user.last_name or ''}".strip() or str(user.email)
             for user in users
         }
 
-    def connect_bucket(self, project: int, fields: Mapping[str, Any]) -> None:
-        """Let the project show pictures of an S3 bucket, proxied by the server, with the credentials in `fields`."""
+    def connect_bucket(self, project: int, storage: Mapping[str, Any]) -> None:
+        """Let the project show pictures of an S3 bucket, proxied by the server, which first tries to list them.
+
+        Raises BlockedAddressError if the server's protection against forged requests blocks the bucket's address.
+        """
         storages = self._sdk.import_storage.s3
         with translated_errors(self.address):
-            known = storages.list(project=project, request_options=READ)
-            ours = next((storage for storage in known if storage.bucket == fields["bucket"]), None)
-            if ours is None:
-                storages.create(project=project, **fields, request_options=WRITE)
-            else:  # its credentials may have expired
-                storages.update(ours.id, project=project, **fields, request_options=WRITE)
+            known = storages.list(project=project, request_options=REPEAT)
+            ours = next((found for found in known if found.bucket == storage["bucket"]), None)
+            try:
+                if ours is None:
+                    storages.create(project=project, **storage, request_options=ONCE)
+                else:  # its credentials may have expired
+                    storages.update(ours.id, project=project, **storage, request_options=REPEAT)
+            except ApiError as error:
+                if error.status_code == 403 and "URL" in str(
+                    error.body
+                ):  # "URL resolves to a reserved network ..."
+                    raise BlockedAddressError(f"Label Studio at {self.address} blocks the bucket") from None
+                raise
 
 
 def silence_http_log() -> None:
@@ -321,6 +350,7 @@ def _project(found: Any) -> Project:
         label_config=str(found.label_config or ""),
         expert_instruction=str(found.expert_instruction or ""),
         show_instruction=bool(found.show_instruction),
+        show_skip_button=bool(found.show_skip_button),
         maximum_annotations=int(found.maximum_annotations or 0),
         sampling=str(found.sampling or ""),
         show_collab_predictions=bool(found.show_collab_predictions),

@@ -27,7 +27,8 @@ from defuse_core.errors import InputError, ServiceError
 
 VERSIONS = "label-studio>=1.23,<1.24"
 USERNAME = "admin@defuse.local"
-START_TIMEOUT_S = 300.0  # the first start migrates an empty database: some 30 s on two idle cores
+REPORT_EVERY_S = 10
+START_TIMEOUT_S = 300  # the first start migrates an empty database: some 30 s on two idle cores
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ class Installation:
             yield
 
 
-def install(cache: Path) -> Installation:
+def _silent(line: str) -> None:
+    """Report no progress."""
+
+
+def install(cache: Path, report: Callable[[str], None] = _silent) -> Installation:
     """Install the server in its own environment, once: about 1 GB and a minute.
 
     Raises ServiceError if pip fails.
@@ -92,6 +97,7 @@ def install(cache: Path) -> Installation:
     done = installation.env / ".installed"
     with installation.lock():
         if not (done.is_file() and done.read_text() == VERSIONS):
+            report(f"installing Label Studio in {installation.env}: about 1 GB, a minute")
             _run(sys.executable, "-m", "venv", "--clear", str(installation.env))
             _run(
                 str(installation.env / "bin" / "pip"),
@@ -104,21 +110,26 @@ def install(cache: Path) -> Installation:
     return installation
 
 
-def up(cache: Path, port: int = 8080) -> LocalServer:
+def up(cache: Path, port: int = 8080, report: Callable[[str], None] = _silent) -> LocalServer:
     """Return the running local server, installed and started first if necessary.
 
     Raises ServiceError, InputError.
     """
-    installation = install(cache)
+    installation = install(cache, report)
     with installation.lock():
         known = installation.read_server()
         if known is not None and known.is_healthy() and _is_label_studio(known.pid):
             return known
-        return start(installation, port, known)
+        report("starting Label Studio: some seconds, or about half a minute the first time")
+        return start(installation, port, known, report)
 
 
 def start(
-    installation: Installation, port: int, known: LocalServer | None, **environment: str
+    installation: Installation,
+    port: int,
+    known: LocalServer | None,
+    report: Callable[[str], None] = _silent,
+    **environment: str,
 ) -> LocalServer:
     """Start the server on loopback and return it once it is healthy.
 
@@ -151,7 +162,7 @@ def start(
         )
     server = LocalServer(address, port, process.pid, USERNAME, password, token)
     installation.write_server(server)
-    _wait_until_healthy(server, process, installation.log)
+    _wait_until_healthy(server, process, installation.log, report)
     return server
 
 
@@ -185,7 +196,10 @@ def running_server(cache: Path) -> LocalServer | None:
 
 def _environment(installation: Installation, address: str, password: str, token: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
-    return kept | {
+    endpoint = os.environ.get(
+        "AWS_ENDPOINT_URL"
+    )  # Label Studio blocks private addresses that only users name
+    return (kept | {"LABEL_STUDIO_S3_ENDPOINT": endpoint} if endpoint else kept) | {
         "LABEL_STUDIO_BASE_DATA_DIR": str(installation.data),
         "LABEL_STUDIO_HOST": address,
         "LABEL_STUDIO_USERNAME": USERNAME,
@@ -207,8 +221,13 @@ def _prepare_database(data: Path) -> None:
         database.execute("pragma journal_mode=wal")
 
 
-def _wait_until_healthy(server: LocalServer, process: subprocess.Popen[bytes], log: Path) -> None:
-    _wait_until(lambda: server.is_healthy() or process.poll() is not None, START_TIMEOUT_S)
+def _wait_until_healthy(
+    server: LocalServer, process: subprocess.Popen[bytes], log: Path, report: Callable[[str], None]
+) -> None:
+    for waited_s in range(0, START_TIMEOUT_S, REPORT_EVERY_S):
+        if _wait_until(lambda: server.is_healthy() or process.poll() is not None, REPORT_EVERY_S):
+            break
+        report(f"still starting after {waited_s + REPORT_EVERY_S} s; its log is {log}")
     if process.poll() is not None or not server.is_healthy():
         stop(server)
         raise ServiceError(f"Label Studio did not start on {server.address}; its log is {log}")

@@ -1,4 +1,4 @@
-"""A person's decision above the vote: stored with author and reason, and shown in the report."""
+"""A person's decision above the vote, shown in the report with author and reason; and reopening a vote."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from defuse_core.runs import Run
 
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = ("verdicts", "corrections", "baseline", "sweep", "evaluation")
+FROM_VOTES = ("votes", *FROM_VERDICTS)
 FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")
 
 
@@ -44,7 +45,7 @@ def override_verdict(
     elif redo:
         with run.store.lock():
             _store(run, entry)
-            delete_verdicts(run)
+            _delete_artefacts(run, FROM_VERDICTS)
     else:
         raise InputError(_judged_message(run))
     return f"scenario {scenario} is " + (
@@ -76,12 +77,25 @@ def _judged_message(run: Run) -> str:
     )
 
 
-def delete_verdicts(run: Run) -> None:
-    """Delete the verdicts and what follows from them; the verdicts last, so that the command can be repeated."""
+def reopen_vote(run: Run) -> None:
+    """Delete the votes and what follows from them, so that `defuse run` takes in all answers that people have given.
+
+    Raises InputError if the run has no votes yet, or if reference models gave them.
+    """
+    if run.spec.review.annotators != "label-studio":
+        raise InputError(f"run {run.name} asks reference models; only a vote of people can be reopened")
+    if not run.store.exists("votes.safetensors"):
+        raise InputError(f"the vote of run {run.name} is still open; `defuse run` takes in all answers")
+    with run.store.lock():
+        _delete_artefacts(run, FROM_VOTES)
+
+
+def _delete_artefacts(run: Run, names: tuple[str, ...]) -> None:
+    """Delete artefacts and the files that follow from the verdicts; the first one last, to be safe to repeat."""
     files = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
-    for key in (*files, *(f"{key}.safetensors" for key in reversed(FROM_VERDICTS))):
+    for key in (*files, *(f"{name}.safetensors" for name in reversed(names))):
         run.store.delete(key)
     manifest = run.manifest()
-    for key in FROM_VERDICTS:
-        manifest["artefacts"].pop(key, None)
+    for name in names:
+        manifest["artefacts"].pop(name, None)
     run.store.write("manifest.json", json.dumps(manifest, indent=1).encode())

@@ -8,119 +8,32 @@ that nobody has answered.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import secrets
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from defuse_core.artifacts import I64, Bool, Gallery
+from defuse_core.artifacts import I64, Bool
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
-from defuse_core.store import Store
-from services.labeling.client import LabelStudioClient, Project, ProjectSettings, Task
-from services.labeling.interface import difference, instructions, label_config
+from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
+from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.pictures import bucket_storage
+from services.labeling.state import ProjectState, new_mark, read_state, update_state, write_state
 from services.labeling.tasks import PRELABEL_MODEL, Prelabel, ReviewTasks, batches, digest
+from services.settings import BucketAccess
+
+if TYPE_CHECKING:
+    from services.storage.s3 import S3Store
 
 log = logging.getLogger("defuse")
 
-STATE_KEY = "labeling.json"  # in the run's store; holds no secrets and no e-mail addresses
 ATTEMPTS = 4
 PAUSE_S = 1.0
-
-
-@dataclass(frozen=True)
-class ProjectState:
-    """What a run stores about its Label Studio project: which one it is, and the pseudonyms of its annotators."""
-
-    mark: str  # part of the project's description, which identifies it, also after a lost reply
-    gallery: str  # digest of the images that were pushed
-    address: str = ""
-    project: int | None = None  # None until the server has replied
-    title: str = ""
-    config: str = ""  # SHA-256 of the labelling interface as pushed
-    pushed: bool = False  # every task existed once, so one that is missing was deleted
-    people: dict[str, int] = field(default_factory=dict)  # user id -> n of the pseudonym annotator-n
-    simulated: bool = False  # reference models answered through the accounts of simulated annotators
-
-    @property
-    def number(self) -> int:
-        """The project's id in Label Studio. Only for a state whose project exists."""
-        assert self.project is not None
-        return self.project
-
-    def with_annotators(self, seen: Iterable[int]) -> ProjectState:
-        """Return the state with a number for each user id in `seen`, in order of appearance.
-
-        Numbers never change.
-        """
-        people = dict(self.people)
-        for annotator in seen:
-            people.setdefault(str(annotator), len(people) + 1)
-        return replace(self, people=people)
-
-    def pseudonym(self, annotator: int) -> str:
-        return f"annotator-{self.people[str(annotator)]}"
-
-
-def new_mark() -> str:
-    return f"defuse-{secrets.token_hex(8)}"
-
-
-def read_state(store: Store, gallery: Gallery) -> ProjectState:
-    """Return the state of the run's project, or a new one.
-
-    Raises InputError if other images were pushed than those of `gallery`.
-    """
-    digest_now = gallery_digest(gallery)
-    state = _stored_state(store)
-    if state is None:
-        return ProjectState(mark=new_mark(), gallery=digest_now)
-    if state.gallery != digest_now:
-        raise InputError(
-            f"project {state.project} shows other images than this run's gallery now contains; use another "
-            f"--name, or delete {store.address}/{STATE_KEY} to push the new images to a new project"
-        )
-    return state
-
-
-def update_state(
-    store: Store, state: ProjectState, change: Callable[[ProjectState], ProjectState]
-) -> ProjectState:
-    """Apply `change` to the stored state, which other commands may have changed since `state` was read; return it."""
-    known = _stored_state(store)
-    changed = change(known or state)
-    if changed != known:
-        write_state(store, changed)
-    return changed
-
-
-def write_state(store: Store, state: ProjectState) -> None:
-    store.write(STATE_KEY, json.dumps(asdict(state), indent=1).encode())
-
-
-def _stored_state(store: Store) -> ProjectState | None:
-    try:
-        return ProjectState(**json.loads(store.read(STATE_KEY)))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{store.address}/{STATE_KEY}: expected what Defuse wrote there, found something else"
-        ) from error
-
-
-def gallery_digest(gallery: Gallery) -> str:
-    """Return a digest of a gallery: of its images as annotators see them, of its predictions and classes."""
-    sha = hashlib.sha256(repr((gallery.classes, gallery.images.shape)).encode())
-    sha.update(gallery.predicted.tobytes())
-    for scenario in gallery.images:  # one after the other, so that a large gallery is not copied
-        sha.update((scenario * 255).round().astype("uint8").tobytes())
-    return sha.hexdigest()
 
 
 class ReviewProject:
@@ -134,17 +47,23 @@ class ReviewProject:
         client: LabelStudioClient,
         run: Run,
         tasks: ReviewTasks,
+        *,
+        access: BucketAccess | None = None,
         prelabels: Mapping[int, Prelabel] | None = None,
         repair: bool = False,
     ) -> None:
-        """`prelabels` are in the order in which annotators get the tasks; without them that is by scenario."""
+        """`prelabels` are in the order in which annotators get the tasks; without them that is by scenario.
+
+        `access` is needed for a push of pictures in a bucket.
+        """
         self.client, self.run, self.tasks, self.repair = client, run, tasks, repair
-        self.prelabels = prelabels or {}
+        self.access, self.prelabels = access or BucketAccess(), prelabels or {}
         self.state = read_state(run.store, tasks.gallery)
         self.repair_command = f"`defuse review push {run.name} --repair`"
 
     def push(self) -> ProjectState:
         """Create the project if it does not exist, import the tasks that it lacks, and return the new state."""
+        storage = self._bucket_storage()
         write_state(self.run.store, self.state)  # the mark, before a project bears it
         project = self.find()
         if project is None:
@@ -155,15 +74,33 @@ class ReviewProject:
         number = project.id
         self._update_state(lambda known: replace(known, project=number, address=self.client.address))
         self._check_settings(project)
+        if storage is not None:
+            self._connect_bucket(storage)
         self.import_missing()
+        if self.repair:
+            self._delete_skips()
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
-    def check(self) -> None:
-        """Raise InputError if the project was deleted, or edited so that answers could be misread."""
+    def pull(self) -> Iterator[Task]:
+        """Yield the tasks of the project with their annotations.
+
+        Raises InputError if the project was deleted or its labelling interface edited, for a task that was edited, and
+        at the end if tasks are missing: answers could be misread.
+        """
         project = self.find()
         if project is not None:
             self._check_settings(project)
+        missing = np.ones(len(self.tasks), bool)
+        for task in self.client.tasks(self.state.number, with_data=True):
+            index = self.tasks.index_of(task.key)
+            if index is not None:
+                if _is_edited(task):
+                    raise InputError(self._edited(task))
+                missing[index] = False
+            yield task
+        if missing.any():
+            raise InputError(self._deleted(np.flatnonzero(missing).tolist()))
 
     def settings(self) -> ProjectSettings:
         """Return the settings that the project should have."""
@@ -174,6 +111,7 @@ class ReviewProject:
             label_config=label_config(review.form, classes),
             expert_instruction=instructions(review.form, classes),
             show_instruction=True,
+            show_skip_button=False,  # none-of-the-above is the answer to give
             maximum_annotations=review.answers_per_task,
             sampling="Sequential sampling",
             show_collab_predictions=review.prelabel,
@@ -188,6 +126,12 @@ class ReviewProject:
         project = self.client.project(state.project)
         if project is not None and state.mark in project.settings.description:
             return project
+        if project is not None and self.repair and self._holds_our_tasks(project):
+            self.client.update_project(project.id, description=self.settings().description)
+            log.warning(
+                "project %d: put the mark of run %s back into its description", project.id, self.run.name
+            )
+            return project
         if self.repair:
             log.warning("project %d is gone from %s; creating another", state.project, self.client.address)
             return None
@@ -199,7 +143,8 @@ class ReviewProject:
         raise InputError(
             f"project {state.project} at {self.client.address} is not this run's, which was pushed to "
             f"{state.address}: its description lacks the mark {state.mark}; "
-            f"correct LABEL_STUDIO_URL or the description, or let {self.repair_command} create another"
+            f"correct LABEL_STUDIO_URL, or let {self.repair_command} put the mark back if the project has the run's "
+            "tasks, and otherwise create another"
         )
 
     def create(self) -> Project:
@@ -210,7 +155,7 @@ class ReviewProject:
                 if known:
                     return known[0]
                 created = self.client.create_project(self.settings())
-        log.info("review: created project %d at %s", created.id, self.client.project_url(created.id))
+        log.info("review: created project %d at %s", created.id, self.client.labeling_url(created.id))
         return created
 
     def import_missing(self) -> None:
@@ -224,8 +169,6 @@ class ReviewProject:
                     present = self.drop_duplicates()
                 if not present.ids.all():
                     raise ServiceError(f"project {self.state.project} lacks tasks after an import; run again")
-        if present.in_bucket:
-            self._connect_bucket()
 
     def drop_duplicates(self) -> PresentTasks:
         """Return the tasks in the project, after duplicates that nobody answered are deleted."""
@@ -236,13 +179,12 @@ class ReviewProject:
             index = self.tasks.index_of(task.key)
             if index is None:
                 unknown += 1
-            elif task.data is None or digest(task.data) != task.digest:
-                self._expect_repair(task)
+            elif _is_edited(task):
+                if not self.repair:
+                    raise InputError(self._edited(task))
                 dropped[task.id] = str(task.key)
-            else:
-                present.in_bucket = present.in_bucket or "s3://" in str(task.data)
-                if duplicate := present.add(index, task):
-                    dropped[duplicate] = str(task.key)
+            elif duplicate := present.add(index, task):
+                dropped[duplicate] = str(task.key)
         for duplicate, key in dropped.items():
             self.client.delete_task(duplicate)
             log.info("review: deleted task %d, a duplicate or an edited version of %s", duplicate, key)
@@ -260,74 +202,154 @@ class ReviewProject:
 
     def _import(self, missing: list[int]) -> None:
         if self.state.pushed and not self.repair:
-            raise InputError(
-                f"project {self.state.project}: {len(missing)} of {len(self.tasks)} tasks were deleted "
-                f"in Label Studio (first {self.tasks.subject(missing[0]).key}); {self.repair_command} puts them back"
-            )
+            raise InputError(self._deleted(missing))
         imported = 0
         for batch in batches(self.tasks.task(index, self.prelabels.get(index)) for index in missing):
             self.client.import_tasks(self.state.number, batch)
             imported += len(batch)
         log.info("review: pushed %d tasks to project %d", imported, self.state.number)
 
-    def _expect_repair(self, task: Task) -> None:
-        """Raise InputError for an edited task, unless it may be replaced."""
-        if not self.repair:
-            raise InputError(
-                f"project {self.state.number}: task {task.id} ({task.key}) was edited in Label Studio and no longer "
-                f"shows what was pushed; {self.repair_command} replaces it, with its answers"
-            )
+    def _deleted(self, missing: list[int]) -> str:
+        return (
+            f"project {self.state.project}: {len(missing)} of {len(self.tasks)} tasks were deleted in Label Studio "
+            f"(first {self.tasks.subject(missing[0]).key}); {self.repair_command} puts them back"
+        )
+
+    def _edited(self, task: Task) -> str:
+        return (
+            f"project {self.state.number}: task {task.id} ({task.key}) was edited in Label Studio and no longer "
+            f"shows what was pushed; {self.repair_command} replaces it, with its answers"
+        )
+
+    def _holds_our_tasks(self, project: Project) -> bool:
+        """Whether the project bears no other run's mark and has a task of this review."""
+        if re.search(r"defuse-[0-9a-f]{16}", project.settings.description):
+            return False
+        for task in self.client.tasks(project.id):
+            index = self.tasks.index_of(task.key)
+            if index is not None and task.digest == self.tasks.task(index)["meta"]["digest"]:
+                return True
+        return False
+
+    def _delete_skips(self) -> None:
+        """Delete skips, so that Label Studio hands the tasks out again to those who skipped them."""
+        for task in list(self.client.tasks(self.state.number)):
+            for annotation in task.annotations:
+                if annotation.cancelled and self.tasks.index_of(task.key) is not None:
+                    self.client.delete_annotation(annotation.id)
 
     def _check_settings(self, project: Project) -> None:
         """Log once what someone changed in the project. Raises InputError where its answers would be misread."""
         state, found, wanted = self.state, project.settings, self.settings()
-        config = self._checked_config(project)
-        if state.config and config not in (state.config, _sha(wanted.label_config)):
-            log.warning(
-                "project %d: the layout of its labelling interface was edited; answers stay readable",
-                project.id,
-            )
         if state.title and found.title != state.title:
             log.warning(
                 "project %d was renamed from %r to %r; it is still used", project.id, state.title, found.title
             )
-        if found.maximum_annotations != wanted.maximum_annotations:
-            self.client.update_project(project.id, maximum_annotations=wanted.maximum_annotations)
-            log.warning(
-                "project %d requested %d answers per task; put back to %d",
+        self._put_back(project, "maximum_annotations", "show_skip_button", "show_collab_predictions")
+        pushed = (
+            state
+            if state.interface
+            else replace(state, interface=wanted.label_config, instructions=found.expert_instruction)
+        )
+        edits = self._page_edits(pushed, found)
+        if edits and self.repair:
+            self.client.update_project(
                 project.id,
-                found.maximum_annotations,
-                wanted.maximum_annotations,
+                label_config=wanted.label_config,
+                expert_instruction=wanted.expert_instruction,
+                show_instruction=True,
             )
-        self._update_state(lambda known: replace(known, title=found.title, config=config))
+            log.warning("project %d: put the labelling page back (%s)", project.id, "; ".join(edits))
+            renewed = self.client.project(project.id)
+            instructions_now = renewed.settings.expert_instruction if renewed else ""
+            pushed = replace(
+                pushed, interface=wanted.label_config, instructions=instructions_now, reported=""
+            )
+        elif edits:
+            reported = hashlib.sha256(repr((edits, found.label_config)).encode()).hexdigest()
+            if reported != state.reported:
+                log.warning(
+                    "project %d: %s of its labelling page was edited, which does not change what answers mean; %s "
+                    "puts it back",
+                    project.id,
+                    " and ".join(edits),
+                    self.repair_command,
+                )
+            pushed = replace(pushed, reported=reported)
+        self._update_state(
+            lambda known: replace(
+                known,
+                title=found.title,
+                interface=pushed.interface,
+                instructions=pushed.instructions,
+                reported=pushed.reported,
+            )
+        )
 
-    def _checked_config(self, project: Project) -> str:
-        """Return the digest of the labelling interface, once answers under it mean what they did when it was pushed."""
-        wanted, found = self.settings().label_config, project.settings.label_config
-        edit = difference(wanted, found)
-        if edit is None:
-            return _sha(found)
-        if not self.repair:
+    def _page_edits(self, pushed: ProjectState, found: ProjectSettings) -> list[str]:
+        """Return what differs from the labelling page as pushed. Raises InputError if answers could be misread."""
+        edits = []
+        edit = interface_edit(pushed.interface, found.label_config)
+        if edit is not None and edit.changes_answers and not self.repair:
             raise InputError(
-                f"project {project.id}: its labelling interface was edited in Label Studio ({edit}), so that "
-                f"answers could be misread; undo the edit there, or let {self.repair_command} do it"
+                f"project {self.state.project}: its labelling interface was edited in Label Studio "
+                f"({edit.description}), so that answers could be misread; undo the edit there, or let "
+                f"{self.repair_command} do it"
             )
-        self.client.update_project(project.id, label_config=wanted)
-        log.warning("project %d: put the labelling interface back (%s)", project.id, edit)
-        return _sha(wanted)
+        if edit is not None:
+            edits.append(edit.description)
+        if found.expert_instruction != pushed.instructions or not found.show_instruction:
+            edits.append("the instructions")
+        return edits
 
-    def _connect_bucket(self) -> None:
-        """Let Label Studio show the pictures in the run's bucket."""
-        from services.storage.s3 import S3Store
+    def _put_back(self, project: Project, *names: str) -> None:
+        """Set settings again that someone changed and that a review depends on."""
+        wanted, found = asdict(self.settings()), asdict(project.settings)
+        for name in names:
+            if found[name] != wanted[name]:
+                self.client.update_project(project.id, **{name: wanted[name]})
+                log.warning(
+                    "project %d had %s %s; put back to %s", project.id, name, found[name], wanted[name]
+                )
 
+    def _bucket_storage(self) -> dict[str, Any] | None:
+        """Return the storage that shows pictures in the run's bucket; None if all pictures are inline.
+
+        The first picture in the bucket is written and read with Label Studio's credentials, before any task exists.
+        """
+        place = self.tasks.pictures.first_in_bucket(self.tasks.gallery)
+        if place is None:
+            return None
         store = self.run.store
-        if not isinstance(store, S3Store):
+        if not store.address.startswith("s3://") and self.state.pushed:
             log.warning(
                 "project %d shows pictures from the bucket that the run was pushed from", self.state.number
             )
-            return
-        fields = bucket_storage(store, f"Pictures of {self.run.name}")
-        self.client.connect_bucket(self.state.number, fields)
+            return None
+        self.tasks.picture(*place)  # raises InputError for a run that is not in S3
+        return bucket_storage(cast("S3Store", store), f"Pictures of {self.run.name}", self.access)
+
+    def _connect_bucket(self, storage: dict[str, Any]) -> None:
+        """Let Label Studio show the pictures in the run's bucket. Raises InputError if it cannot."""
+        for attempt in _attempts():
+            with attempt:
+                try:
+                    self.client.connect_bucket(self.state.number, storage)
+                except BlockedAddressError:
+                    self._connect_trusted_bucket(storage)
+
+    def _connect_trusted_bucket(self, storage: dict[str, Any]) -> None:
+        """Connect the bucket at the address that Label Studio's operator trusts, which users' addresses are not."""
+        trusted = {name: value for name, value in storage.items() if name != "s3endpoint"}
+        try:
+            self.client.connect_bucket(self.state.number, trusted)
+        except (ServiceError, InputError):
+            endpoint = storage.get("s3endpoint")
+            raise InputError(
+                f"Label Studio at {self.client.address} blocks the bucket's address {endpoint}, which is on a private "
+                "or loopback network (its SSRF protection): start Label Studio with LABEL_STUDIO_S3_ENDPOINT="
+                f"{endpoint} in its environment, or with SSRF_PROTECTION_ENABLED=false; no task was pushed"
+            ) from None
 
     def _update_state(self, change: Callable[[ProjectState], ProjectState]) -> None:
         self.state = update_state(self.run.store, self.state, change)
@@ -339,7 +361,6 @@ class PresentTasks:
 
     ids: I64  # (T,) ids in Label Studio; 0 for a task that is missing
     answered: Bool  # (T,)
-    in_bucket: bool = False  # whether some pictures are in the run's S3 store
 
     @classmethod
     def none(cls, count: int) -> PresentTasks:
@@ -366,5 +387,6 @@ def _attempts() -> Retrying:
     )
 
 
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _is_edited(task: Task) -> bool:
+    """Whether someone edited a task of a review since it was pushed."""
+    return task.data is None or digest(str(task.key), task.data) != task.digest

@@ -10,6 +10,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import httpx
@@ -18,12 +19,14 @@ import numpy as np
 from defuse_core.artifacts import I64, Gallery
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.pipeline import Compute
+from defuse_core.progress import Progress
 from defuse_core.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import silence_http_log, translated_errors
-from services.labeling.interface import LABEL, choice_names
+from services.labeling.interface import LABEL
 from services.labeling.local_server import LocalServer
-from services.labeling.project import read_state, update_state
+from services.labeling.state import read_state, update_state
+from services.labeling.tasks import ReviewTasks
 
 
 class AnnotatorAccount:
@@ -90,7 +93,7 @@ def simulate(
     gallery: Gallery,
     server: LocalServer,
     compute: Compute,
-    report: Callable[[str], None],
+    progress: Progress,
 ) -> int:
     """Let one simulated annotator per reference model answer until the queue is empty; return the number of answers.
 
@@ -108,15 +111,13 @@ def simulate(
     votes = ReferenceAnnotators(run, compute).review(gallery)
     answers = np.zeros((len(votes.annotators), *gallery.predicted.shape), np.int64)  # (W, S, R)
     answers[votes.annotator, votes.scenario, votes.image] = votes.answer
-    names, total = choice_names(gallery.classes), 0
+    tasks, total = ReviewTasks(gallery, run.spec.review, run.store), 0
     invitation = annotators.client.invitation()
     for number, own in enumerate(answers):
         email = f"simulated-{number + 1}-{secrets.token_hex(3)}@defuse.local"
         with translated_errors(server.address):
             account = AnnotatorAccount.sign_up(server.address, invitation, email)
-            answered = _answer_queue(account, state.number, own, names)
-        report(f"{email} answered {answered} tasks")
-        total += answered
+            total += _answer_queue(account, state.number, tasks, own, partial(progress, f"{email} answers"))
         annotators.status(gallery)
     return total
 
@@ -124,24 +125,28 @@ def simulate(
 def _answer_queue(
     account: AnnotatorAccount,
     project: int,
+    tasks: ReviewTasks,
     answers: I64,  # (S, R)
-    names: Sequence[str],
+    progress: Callable[[int, int, str], None],
 ) -> int:
     """Answer tasks until the account's queue is empty; return their number."""
     answered = 0
     while (task := account.next_task(project)) is not None:
-        if "scenario" not in task["data"]:
+        index = tasks.index_of((task["meta"] or {}).get("sample_key"))
+        if index is None:
             raise InputError(
                 f"project {project} also contains tasks that Defuse did not import (task {task['id']}), which "
                 "simulated annotators cannot answer; delete them in Label Studio"
             )
-        own = answers[task["data"]["scenario"]]  # (R,)
-        if "picture" in task["data"]:
-            account.answer(task["id"], "image", names[own[task["data"]["picture"]]])
+        subject = tasks.subject(index)
+        own = answers[subject.scenario]  # (R,)
+        if subject.image is not None:
+            account.answer(task["id"], "image", tasks.names[own[subject.image]])
         else:
             values, counts = np.unique(own, return_counts=True)
             page = int(values[counts.argmax()])
-            exceptions = {int(image): names[own[image]] for image in np.flatnonzero(own != page)}
-            account.answer(task["id"], "page", names[page], exceptions)
+            exceptions = {int(image): tasks.names[own[image]] for image in np.flatnonzero(own != page)}
+            account.answer(task["id"], "page", tasks.names[page], exceptions)
         answered += 1
+        progress(answered, len(tasks), "tasks")
     return answered

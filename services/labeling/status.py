@@ -20,9 +20,9 @@ from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import I64, Bool, Verdicts, Votes
 from defuse_core.judge import judge, tally
-from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask
+from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
-from services.labeling.project import ProjectState
+from services.labeling.state import ProjectState
 from services.labeling.tasks import ReviewTasks
 
 log = logging.getLogger("defuse")
@@ -90,8 +90,22 @@ class ReviewStatus:
             counts[self.names[annotator]] += given[annotator]  # two annotators may have one name
         return dict(counts)
 
-    def name_of(self, discarded: DiscardedAnnotation) -> str:
-        return self.names.get(discarded.annotator, "unknown")
+    def name_of(self, discarded: DiscardedAnnotation | SkippedTask) -> str:
+        return self.names[discarded.annotator]
+
+    def blocking_skips(self) -> list[SkippedTask]:
+        """Return the skips of tasks that still lack answers, which those annotators are not asked for again."""
+        wanted = self.tasks.review.answers_per_task
+        return [
+            skip
+            for skip in self.pulled.skips
+            if self.given_per_task[skip.index] < wanted
+            and not self.decided[self.tasks.subject(skip.index).scenario]
+        ]
+
+    def answers_since(self, votes: Votes) -> int:
+        """Return how many answers were given or changed after those that `votes` holds."""
+        return int((self.pulled.answers["when"] > votes.when.max(initial=0)).sum())
 
     def final_votes(self, state: ProjectState) -> Votes:
         """Return the votes with the notes that the report shows."""
@@ -103,7 +117,7 @@ class ReviewStatus:
             "answers_given": self.given,
             "answers_saved": self.saved,
             "decided_early": np.flatnonzero(self.final & (self.missing.sum(axis=1) > 0)).tolist(),
-            "skips": self.pulled.skips,
+            "skips": len(self.pulled.skips),
             "refused_answers": [self._note(discarded) for discarded in self.pulled.discarded],
         }
         if review.prelabel:

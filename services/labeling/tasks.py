@@ -86,27 +86,29 @@ class ReviewTasks:
         """Return the task as Label Studio imports it, with a preselected answer if there is one."""
         subject = self.subject(index)
         data = self._page(subject) if subject.image is None else self._single(subject.scenario, subject.image)
-        data |= {"sample_key": subject.key, "scenario": subject.scenario}
-        task: dict[str, Any] = {"data": data, "meta": {"sample_key": subject.key, "digest": digest(data)}}
+        # The key is no data: annotators see all data in Label Studio's list of tasks.
+        meta = {"sample_key": subject.key, "digest": digest(subject.key, data)}
+        task: dict[str, Any] = {"data": data, "meta": meta}
         return task if prelabel is None else task | {"predictions": [prelabel.prediction(self.names)]}
 
     def _single(self, scenario: int, image: int) -> dict[str, Any]:
-        return {"image": self._picture(scenario, image), "picture": image}
+        return {"image": self.picture(scenario, image)}
 
     def _page(self, subject: TaskSubject) -> dict[str, Any]:
         samples = [
-            {"image": self._picture(subject.scenario, image), "says": f"classifier: {self.names[answer]}"}
+            {"image": self.picture(subject.scenario, image), "says": f"classifier: {self.names[answer]}"}
             for image, answer in enumerate(self.gallery.predicted[subject.scenario].tolist())
         ]
-        return {"title": f"Scenario {self.gallery.number(subject.scenario)}", "samples": samples}
+        return {"page": "Pictures", "samples": samples}
 
-    def _picture(self, scenario: int, image: int) -> str:
+    def picture(self, scenario: int, image: int) -> str:
+        """Return the address of a picture, which is written to the run's bucket if it is large."""
         return self.pictures.address(self.gallery.images[scenario, image], TaskSubject(scenario, image).key)
 
 
-def digest(data: Mapping[str, Any]) -> str:
-    """Return a digest of a task's data, by which a later edit is recognised."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+def digest(key: str, data: Mapping[str, Any]) -> str:
+    """Return a digest of a task's key and data, by which a later edit is recognised."""
+    return hashlib.sha256(json.dumps([key, data], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def batches(tasks: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:

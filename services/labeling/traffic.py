@@ -14,7 +14,7 @@ from defuse_core.errors import InputError
 from defuse_core.judge import judge
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.labeling.project import ProjectState
+from services.labeling.state import ProjectState
 from services.labeling.status import ReviewStatus
 
 

@@ -145,7 +145,7 @@ class Page:
     def submit(self) -> None:
         self.find("button[aria-label='Submit current annotation']").click()
 
-    def choice_result(self) -> list[str]:
+    def chosen(self) -> list[str]:
         ticked = self.browser.find_elements(By.CSS_SELECTOR, ".answers input:checked")
         return [str(box.get_attribute("name")) for box in ticked]
 
@@ -179,13 +179,13 @@ def test_an_image_is_labelled_in_the_browser_with_one_key(
     page.open(annotators.push(gallery).number)
     page.wait(page.picture_is_painted)
     page.press("8")
-    page.wait(lambda: page.choice_result() == ["8"])
+    page.wait(lambda: page.chosen() == ["8"])
     page.keep("image")
     page.submit()
     assert _first_answers(annotators, gallery, 1) == [(0, 0, 8)]
-    page.wait(lambda: page.picture_is_painted() and not page.choice_result())
+    page.wait(lambda: page.picture_is_painted() and not page.chosen())
     page.press("n")
-    page.wait(lambda: page.choice_result() == ["None of the above"])
+    page.wait(lambda: page.chosen() == ["None of the above"])
     page.submit()
     assert _first_answers(annotators, gallery, 2) == [(0, 0, 8), (0, 1, -1)]
 
@@ -204,7 +204,7 @@ def test_a_scenario_is_labelled_in_the_browser_and_one_image_apart(
     page.find("[role=option][data-value='3'], [role=option]:nth-child(4)").click()
     page.press(Keys.ESCAPE)
     page.find(".answers input[name='8']").find_element(By.XPATH, "./ancestor::label").click()
-    page.wait(lambda: page.choice_result() == ["8"])
+    page.wait(lambda: page.chosen() == ["8"])
     page.keep("scenario")
     page.submit()
     expected = [(0, image, 3 if image == 3 else 8) for image in range(10)]

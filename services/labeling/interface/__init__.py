@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Literal
 from xml.etree import ElementTree
 
@@ -25,6 +26,8 @@ NONE = "None of the above"
 LABEL = "label"  # the control that takes the label of a picture, or of a page
 MANY = 16  # choices from which on they are drawn small
 KEYS = "1234567890qwertyuiopasdfghjklzxcvbm"  # n is for none of the above
+LAYOUT_TAGS = {"View", "Style"}
+LAYOUT_ATTRIBUTES = {"className", "style", "size", "zoom", "showInline"}
 
 _templates = Environment(
     loader=PackageLoader("services.labeling", "interface"),
@@ -44,18 +47,47 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Control:
-    """What an answer through one control of a labelling configuration can be."""
+class Element:
+    """One element of a labelling configuration."""
 
-    target: str  # the control's kind and the object that it labels
-    choices: tuple[str, ...]
+    tag: str
+    attributes: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        attributes = dict(self.attributes)
+        name = attributes.get("name") or attributes.get("value") or ""
+        return f"{self.tag} {name!r}" if name else self.tag
+
+    def is_edit_of(self, other: Element) -> bool:
+        """Whether this can be `other` with some attributes changed."""
+        shared = {
+            name for name in ("name", "value") if (name, dict(self.attributes).get(name)) in other.attributes
+        }
+        return self.tag == other.tag and (bool(shared) or self.tag == "Header")
+
+    def change_to(self, other: Element) -> str:
+        """Return the changed attributes in words."""
+        before, now = dict(self.attributes), dict(other.attributes)
+        names = [name for name in before | now if before.get(name) != now.get(name)]
+        changed = (f"{name} is {now.get(name)!r}, was {before.get(name)!r}" for name in names)
+        return f"{self}: {', '.join(changed)}"
+
+
+@dataclass(frozen=True)
+class InterfaceEdit:
+    """How a labelling interface differs from the one that was pushed."""
+
+    description: str
+    changes_answers: bool  # whether answers can mean something else, or only the layout differs
 
 
 def label_config(form: Form, classes: Sequence[str]) -> str:
     """Return the labelling interface as Label Studio's XML."""
     names = choice_names(classes)
     keys = hotkeys(names)
-    choices = [Choice(name, keys.get(name)) for name in names]
+    # A plain key would also change the label of the page while the list of a single picture is open.
+    prefix = "shift+" if form == "scenario" else ""
+    choices = [Choice(name, prefix + keys[name] if name in keys else None) for name in names]
     return _templates.get_template(f"{form}.xml").render(
         choices=choices, many=len(names) > MANY, none_of_the_above=NONE
     )
@@ -65,7 +97,10 @@ def instructions(form: Form, classes: Sequence[str]) -> str:
     """Return the instructions for annotators as HTML, with an example that uses the classes."""
     names = choice_names(classes)
     return _templates.get_template(f"instructions_{form}.html").render(
-        first=names[0], second=names[min(1, len(names) - 2)], none_of_the_above=NONE
+        keys=_keys_in_words(names),
+        first=names[0],
+        second=names[min(1, len(names) - 2)],
+        none_of_the_above=NONE,
     )
 
 
@@ -98,42 +133,55 @@ def hotkeys(names: Sequence[str]) -> dict[str, str]:
     return keys | {names[-1]: "n"}
 
 
-def controls(config: str) -> dict[str, Control]:
-    """Return the controls of a labelling configuration by name, whatever its layout.
+def _keys_in_words(names: Sequence[str]) -> str:
+    """Return which key chooses which class, for the instructions."""
+    keys = {name: key for name, key in hotkeys(names).items() if name != names[-1]}
+    if all(name == key for name, key in keys.items()):
+        return f"{', '.join(keys.values())} for the digit of that name"
+    if len(keys) > MANY:
+        return "the key that is shown in small letters after the name"
+    return ", ".join(f"{key} for “{name}”" for name, key in keys.items())
 
-    Raises ValueError if `config` is not XML.
-    """
+
+def interface_edit(pushed: str, found: str) -> InterfaceEdit | None:
+    """Return how the configuration `found` differs from the one that was pushed; None if only spaces differ."""
     try:
-        root = ElementTree.fromstring(config)
+        if _canonical(pushed) == _canonical(found):
+            return None
+        before, now = _elements(pushed), _elements(found)
     except ElementTree.ParseError as error:
-        raise ValueError(f"not XML: {error}") from error
-    found = {}
-    for control in root.iter():
-        if control.get("toName"):
-            choices = tuple(
-                choice.get("alias") or choice.get("value") or "" for choice in control.iter("Choice")
-            )
-            found[control.get("name") or ""] = Control(f"{control.tag} of {control.get('toName')}", choices)
+        return InterfaceEdit(f"not XML: {error}", changes_answers=True)
+    changes = _changes(before, now)
+    if not changes:
+        return InterfaceEdit("the layout", changes_answers=False)
+    return InterfaceEdit("; ".join(changes[:3]), changes_answers=True)
+
+
+def _canonical(config: str) -> str:
+    return ElementTree.canonicalize(config, strip_text=True)
+
+
+def _elements(config: str) -> list[Element]:
+    """Return all elements that can change the meaning of an answer, in order, without attributes of layout."""
+    found = []
+    for element in ElementTree.fromstring(config).iter():
+        attributes = {name: value for name, value in element.attrib.items() if name not in LAYOUT_ATTRIBUTES}
+        if element.tag not in LAYOUT_TAGS or attributes:
+            found.append(Element(element.tag, tuple(sorted(attributes.items()))))
     return found
 
 
-def difference(pushed: str, found: str) -> str | None:
-    """Return how the meaning of answers differs between two configurations; None where only the layout differs."""
-    try:
-        before, now = controls(pushed), controls(found)
-    except ValueError as error:
-        return str(error)
-    for name in before | now:
-        if name not in now:
-            return f"the control {name} is gone"
-        if name not in before:
-            return f"a control {name} was added"
-        gone = [choice for choice in before[name].choices if choice not in now[name].choices]
-        added = [choice for choice in now[name].choices if choice not in before[name].choices]
-        if gone or added or before[name].target != now[name].target:
-            return "; ".join(
-                [f"the choice {choice!r} is gone" for choice in gone]
-                + [f"a choice {choice!r} was added" for choice in added]
-                or [f"the control {name} was changed"]
-            )
-    return None
+def _changes(before: list[Element], now: list[Element]) -> list[str]:
+    """Return each change of an element in words; elements of one tag at one place are the same element."""
+    changes = []
+    for kind, i, j, k, m in SequenceMatcher(None, before, now, autojunk=False).get_opcodes():
+        if kind == "equal":
+            continue
+        gone, added = before[i:j], now[k:m]
+        for old in gone:
+            new = next((element for element in added if element.is_edit_of(old)), None)
+            changes.append(f"{old} was removed" if new is None else old.change_to(new))
+            if new is not None:
+                added.remove(new)
+        changes += [f"{new} was added" for new in added]
+    return changes

@@ -15,8 +15,9 @@ from defuse_core.runs import Run
 from services.labeling import LabelStudioAnnotators, project
 from services.labeling.client import LabelStudioClient, Task
 from services.labeling.local_server import LocalServer
-from services.labeling.project import ProjectState, read_state
 from services.labeling.simulate import AnnotatorAccount
+from services.labeling.state import ProjectState, read_state
+from services.labeling.tasks import ReviewTasks, TaskSubject
 
 
 @pytest.fixture(scope="session")
@@ -64,10 +65,21 @@ class Review:
         """The same review through another address of the server."""
         return LabelStudioAnnotators(self.run, settings_for(live_server(), address))
 
-    def everyone_answers(self, accounts: tuple[AnnotatorAccount, ...], choice: Callable[[Task], str]) -> None:
+    def subject(self, task: Task) -> TaskSubject:
+        """The scenario and image of a task."""
+        tasks = ReviewTasks(self.gallery, self.run.spec.review, self.run.store)
+        index = tasks.index_of(task.key)
+        assert index is not None
+        return tasks.subject(index)
+
+    def everyone_answers(
+        self, accounts: tuple[AnnotatorAccount, ...], choice: Callable[[TaskSubject], str]
+    ) -> None:
         for account in accounts:
             for task in self.tasks().values():
-                account.answer(task.id, "page" if "samples" in (task.data or {}) else "image", choice(task))
+                account.answer(
+                    task.id, "page" if "samples" in (task.data or {}) else "image", choice(self.subject(task))
+                )
 
 
 @pytest.fixture

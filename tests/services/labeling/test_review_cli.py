@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import pytest
 from click.testing import CliRunner
 from label_studio_live import write_into_cache
@@ -34,7 +35,10 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
     review = make_review(answers_per_task=3, stop_early=True)
     name = review.run.name
     pushed = cli("review", "push", name).output
-    assert pushed.startswith(f"label at {server.address}/projects/{review.state.number}/data")
+    link, invitation = pushed.splitlines()
+    assert link == f"label at {server.address}/projects/{review.state.number}/data?labeling=1"
+    signup = httpx.get(invitation.removeprefix("annotators get an account at "), trust_env=False)
+    assert signup.status_code == 200 and "password" in signup.text
     for account in accounts[:2]:
         for key, task in review.tasks().items():
             if key < "s001":
@@ -47,7 +51,7 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
     assert "Agreement so far: 100.0%" in shown
     assert "0 3 accepted as 8: 100% of 3 labelled images are misclassified" in shown
     assert "Not counted: annotator-3 on scenario 3, image 0: no label was chosen" in shown
-    assert pushed.strip().removeprefix("label at ") in shown
+    assert link.removeprefix("label at ") in shown and invitation.split(" at ")[1] in shown
 
 
 def test_what_annotators_typed_is_shown_as_it_is(cli, make_review, accounts):

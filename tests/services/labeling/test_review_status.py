@@ -10,7 +10,7 @@ from planted_review import blank_review
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Votes
 from defuse_core.judge import judge, tally
 from services.labeling.annotations import read_annotations
-from services.labeling.project import ProjectState
+from services.labeling.state import ProjectState
 from services.labeling.status import review_status, verdict_is_final
 
 

@@ -14,7 +14,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli import defuse
 from services.labeling.client import LabelStudioClient
-from services.labeling.project import read_state
+from services.labeling.state import read_state
 from services.serving.reservoir import Reservoir, seen_now
 
 
