@@ -195,7 +195,8 @@ def test_every_command_and_option_says_what_it_does(path, child):
 
 
 def documented_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    readmes = (ROOT / "README.md", *sorted(ROOT.glob("services/*/README.md")))
+    text = "\n".join(readme.read_text(encoding="utf-8") for readme in readmes)
     lines = (
         line.strip()
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)

@@ -142,6 +142,12 @@ class Page:
     def press(self, key: str) -> None:
         webdriver.ActionChains(self.browser).send_keys(key).perform()
 
+    def press_with_shift(self, key: str) -> None:
+        webdriver.ActionChains(self.browser).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
+
+    def width_of(self, selector: str) -> int:
+        return int(self.find(selector).size["width"])
+
     def submit(self) -> None:
         self.find("button[aria-label='Submit current annotation']").click()
 
@@ -181,6 +187,7 @@ def test_an_image_is_labelled_in_the_browser_with_one_key(
     page.press("8")
     page.wait(lambda: page.chosen() == ["8"])
     page.keep("image")
+    assert not page.browser.find_elements(By.XPATH, "//button[contains(., 'Skip')]")
     page.submit()
     assert _first_answers(annotators, gallery, 1) == [(0, 0, 8)]
     page.wait(lambda: page.picture_is_painted() and not page.chosen())
@@ -200,15 +207,58 @@ def test_a_scenario_is_labelled_in_the_browser_and_one_image_apart(
     page.wait(page.picture_is_painted)
     captions = [caption.text for caption in page.browser.find_elements(By.CSS_SELECTOR, ".cell h4")]
     assert captions == ["classifier: 3"] * 10
-    page.browser.find_elements(By.CSS_SELECTOR, ".cell button[data-testid=select-trigger]")[3].click()
-    page.find("[role=option][data-value='3'], [role=option]:nth-child(4)").click()
+    lists = page.browser.find_elements(By.CSS_SELECTOR, ".cell button[data-testid=select-trigger]")
+    script = "return getComputedStyle(arguments[0].querySelector('.truncate'), '::before').content"
+    assert page.browser.execute_script(script, lists[3]) == '"same as page"'
+    lists[3].click()
+    page.find("[role=option]")
+    page.press("5")
+    time.sleep(0.5)  # for a key that would change the page
+    assert page.chosen() == []
+    page.browser.find_elements(By.CSS_SELECTOR, "[role=option]")[3].click()
     page.press(Keys.ESCAPE)
-    page.find(".answers input[name='8']").find_element(By.XPATH, "./ancestor::label").click()
+    page.press_with_shift("8")
     page.wait(lambda: page.chosen() == ["8"])
     page.keep("scenario")
     page.submit()
     expected = [(0, image, 3 if image == 3 else 8) for image in range(10)]
     assert _first_answers(annotators, gallery, 10) == expected
+
+
+@pytest.mark.parametrize("form, selector", [("image", ".picture"), ("scenario", ".cell")])
+def test_pictures_grow_with_the_window(
+    page: Page, server: LocalServer, tmp_path: Path, form: str, selector: str
+) -> None:
+    gallery = digits_gallery(images=10, size=32)
+    run = review_run(tmp_path, gallery, answers_per_task=1, form=form, images=10)
+    number = LabelStudioAnnotators(run, settings_for(server)).push(gallery).number
+    widths = []
+    for window in ((1366, 768), (1920, 1080)):
+        page.browser.set_window_size(*window)
+        page.open(number)
+        page.wait(page.picture_is_painted)
+        page.keep(f"{form}-{window[0]}")
+        widths.append(page.width_of(selector))
+        below = page.browser.execute_script(
+            f"return document.querySelector('{selector}').getBoundingClientRect().bottom"
+        )
+        assert below < page.browser.execute_script("return window.innerHeight") - 50  # the bar with Submit
+    page.browser.set_window_size(1280, 860)
+    small, large = {"image": (380, 650), "scenario": (150, 220)}[form]
+    assert small <= widths[0] < widths[1] and widths[1] >= large
+
+
+def test_the_list_of_tasks_does_not_show_what_the_scenario_is(
+    page: Page, server: LocalServer, tmp_path: Path
+) -> None:
+    gallery = digits_gallery(images=2, size=32)
+    run = review_run(tmp_path, gallery, answers_per_task=1)
+    number = LabelStudioAnnotators(run, settings_for(server)).push(gallery).number
+    page.browser.get(f"{server.address}/projects/{number}/data")
+    page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, ".dm-table img, [class*=table] img"))
+    shown = page.browser.find_element(By.TAG_NAME, "body").text.lower()
+    page.keep("list")
+    assert "sample" not in shown and "scenario" not in shown and "s000" not in shown
 
 
 def _first_answers(annotators: LabelStudioAnnotators, gallery, count: int) -> list[tuple[int, int, int]]:  # type: ignore[no-untyped-def]

@@ -16,7 +16,7 @@ from services.cli import defuse
 from services.labeling.client import LabelStudioClient, ProjectSettings
 from services.labeling.local_server import Installation, _run, down, running_server, start, up
 
-SETTINGS = ProjectSettings("kept", "", "<View/>", "", False, 1, "Sequential sampling", False, "")
+SETTINGS = ProjectSettings("kept", "", "<View/>", "", False, False, 1, "Sequential sampling", False, "")
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def test_up_starts_it_in_wal_mode_and_down_keeps_what_is_in_it(cache, monkeypatc
             f"Label Studio runs at http://127.0.0.1:{port}" in first.output
             and "with password" in first.output
         )
+        assert "starting Label Studio: some seconds" in first.output
         local = running_server(cache)
         assert local is not None and up(cache, int(port)) == local
         made = LabelStudioClient(local.address, local.token).create_project(SETTINGS)
@@ -70,6 +71,18 @@ def test_a_server_that_does_not_start_leads_to_its_log(cache):
     home.program = program
     with pytest.raises(ServiceError, match=f"its log is {home.log}"):
         start(home, free_port(), None)
+
+
+def test_a_slow_start_is_reported_while_it_lasts(cache, monkeypatch):
+    monkeypatch.setattr("services.labeling.local_server.REPORT_EVERY_S", 1)
+    program = cache / "slow"
+    program.write_text("#!/bin/sh\nsleep 2.5; exit 1\n")
+    program.chmod(0o755)
+    installation, lines = Installation(cache), []
+    installation.program = program
+    with pytest.raises(ServiceError, match="did not start"):
+        start(installation, free_port(), None, lines.append)
+    assert lines[:2] == [f"still starting after {n} s; its log is {installation.log}" for n in (1, 2)]
 
 
 def test_a_failed_installation_says_what_pip_said():

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,7 +23,11 @@ from services.settings import BucketAccess
 from services.storage import open_store
 
 OWN = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush-hush-hush"}
-PICTURES_ONLY = ("--read-only", "--include", "/*/**/pictures/**")
+PICTURES_ONLY = (
+    "--read-only",
+    "--include=/*/**/pictures/**",
+    "--dir-cache-time=1s",
+)  # as deploy/compose.yaml
 
 
 @pytest.fixture
@@ -68,7 +73,7 @@ def test_annotators_see_pictures_over_the_bound_and_read_nothing_else_of_the_run
     reply.raise_for_status()
     seen = np.asarray(Image.open(io.BytesIO(reply.content)), np.float32) / 255
     assert np.abs(seen - gallery.images[0, 0, 0]).max() < 1 / 254
-    picture = f"{annotators.run.store.address}/pictures/s000-i00.png"
+    picture = f"{annotators.run.store.address}/pictures/s003-i02.png"
     assert read_through_label_studio(accounts[0], task["id"], picture).status_code == 200
     for key in ("run.yaml", "gallery.safetensors", "labeling.json"):
         address = f"{annotators.run.store.address}/{key}"
@@ -149,3 +154,8 @@ def test_pictures_within_the_bound_are_inline(bucket, server):
     number = annotators.push(gallery).number
     task = next(annotators.client.tasks(number, with_data=True))
     assert base64.b64decode(task.data["image"].partition(",")[2]).startswith(b"\x89PNG")
+
+
+def test_compose_serves_label_studio_the_same_way_as_these_tests():
+    compose = (Path(__file__).parents[3] / "deploy" / "compose.yaml").read_text()
+    assert all(f"- {flag}\n" in compose for flag in PICTURES_ONLY)

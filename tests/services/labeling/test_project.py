@@ -122,28 +122,67 @@ def test_a_renamed_project_is_said_once_and_gone_on_with(make_review, caplog):
     assert not caplog.records
 
 
-def test_another_class_in_the_interface_is_refused_until_repaired(make_review):
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("</Choices>", '<Choice value="ten"/></Choices>'),
+        ('value="7"', 'value="7" alias="3"'),
+        ('"single-radio"', '"multiple"'),
+        ("What does this picture show?", "What is wrong here?"),
+    ],
+)
+def test_an_edit_that_changes_what_answers_mean_is_an_error_until_repaired(make_review, old, new):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    config = review.api.project(number).settings.label_config
-    edited = config.replace("</Choices>", '<Choice value="ten"/></Choices>')
-    review.api.update_project(number, label_config=edited)
-    with pytest.raises(InputError, match="a choice 'ten' was added"):
+    pushed = review.api.project(number).settings.label_config
+    review.api.update_project(number, label_config=pushed.replace(old, new))
+    with pytest.raises(InputError, match="labelling interface was edited"):
+        review.annotators.status(review.gallery)
+    with pytest.raises(InputError, match="labelling interface was edited"):
         review.annotators.review(review.gallery)
     review.annotators.push(review.gallery, repair=True)
-    assert 'value="ten"' not in review.api.project(number).settings.label_config
+    assert review.api.project(number).settings.label_config == pushed
+    review.annotators.status(review.gallery)
 
 
-def test_another_layout_of_the_interface_is_said_and_read_all_the_same(make_review, caplog):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda pushed: {"label_config": pushed.label_config.replace(".cell{", ".cell{color:red;")},
+            "the layout",
+        ),
+        (lambda pushed: {"expert_instruction": "<p>Guess.</p>"}, "the instructions"),
+        (lambda pushed: {"show_instruction": False}, "the instructions"),
+    ],
+)
+def test_an_edit_of_layout_or_instructions_is_logged_once_and_put_back_by_a_repair(
+    make_review, caplog, change, words
+):
+    review = make_review(form="scenario")
+    number = review.annotators.push(review.gallery).number
+    pushed = review.api.project(number).settings
+    review.api.update_project(number, **change(pushed))
+    for _ in range(2):
+        with pytest.raises(LabelsPending):
+            review.annotators.review(review.gallery)
+    assert caplog.text.count(f"{words} of its labelling page was edited") == 1
+    review.annotators.push(review.gallery, repair=True)
+    assert review.api.project(number).settings == pushed
+    caplog.clear()
+    review.annotators.push(review.gallery)
+    assert not caplog.records
+
+
+def test_settings_that_a_review_depends_on_are_put_back(make_review, caplog):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    config = review.api.project(number).settings.label_config.replace(
-        "What does this picture show?", "Which digit?"
-    )
-    review.api.update_project(number, label_config=config)
-    with pytest.raises(LabelsPending):
-        review.annotators.review(review.gallery)
-    assert "layout of its labelling interface was edited" in caplog.text
+    pushed = review.api.project(number).settings
+    assert not pushed.show_skip_button
+    review.api.update_project(number, show_skip_button=True, show_collab_predictions=True)
+    review.annotators.status(review.gallery)
+    assert review.api.project(number).settings == pushed
+    assert "had show_skip_button True; put back to False" in caplog.text
 
 
 def test_another_overlap_is_said_and_put_back(make_review, caplog):
@@ -151,7 +190,7 @@ def test_another_overlap_is_said_and_put_back(make_review, caplog):
     number = review.annotators.push(review.gallery).number
     review.api.update_project(number, maximum_annotations=1)
     review.annotators.push(review.gallery)
-    assert "put back to 3" in caplog.text
+    assert "had maximum_annotations 1; put back to 3" in caplog.text
     assert {task.overlap for task in review.tasks().values()} == {3}
 
 
@@ -159,8 +198,9 @@ def test_deleted_tasks_are_said_and_put_back_only_when_asked(make_review):
     review = make_review()
     review.annotators.push(review.gallery)
     review.api.delete_task(review.tasks()["s002-i01"].id)
-    with pytest.raises(InputError, match=r"1 of 12 tasks were deleted .*s002-i01"):
-        review.annotators.review(review.gallery)
+    for look in (review.annotators.status, review.annotators.review):
+        with pytest.raises(InputError, match=r"1 of 12 tasks were deleted .*s002-i01"):
+            look(review.gallery)
     review.annotators.push(review.gallery, repair=True)
     assert len(review.tasks()) == 12
 
@@ -171,8 +211,9 @@ def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, accoun
     pushed = review.tasks()
     swapped = dict(pushed["s000-i00"].data) | {"image": pushed["s001-i00"].data["image"]}
     accounts[0].http.patch(f"/api/tasks/{pushed['s000-i00'].id}/", json={"data": swapped}).raise_for_status()
-    with pytest.raises(InputError, match=r"s000-i00\) was edited"):
-        review.annotators.review(review.gallery)
+    for look in (review.annotators.status, review.annotators.review):
+        with pytest.raises(InputError, match=r"s000-i00\) was edited"):
+            look(review.gallery)
     review.annotators.push(review.gallery, repair=True)
     assert review.tasks()["s000-i00"].data == pushed["s000-i00"].data
 
@@ -227,3 +268,65 @@ def test_a_large_picture_needs_a_run_in_s3_and_says_so(make_review):
     review = make_review(gallery=digits_gallery(size=96), inline_kb=1)
     with pytest.raises(InputError, match=r"has \d+ KB and review.inline_kb is 1"):
         review.annotators.push(review.gallery)
+
+
+@pytest.mark.parametrize("damage", ["delete", "edit"])
+def test_a_task_that_is_deleted_or_edited_while_waiting_ends_the_wait(
+    make_review, accounts, monkeypatch, damage
+):
+    review = make_review()
+    review.annotators.push(review.gallery)
+    review.annotators.wait, review.annotators.first_pause_s = True, 0.01
+    task = review.tasks()["s000-i00"].id
+
+    def damage_task(_: float) -> None:
+        if damage == "delete":
+            review.api.delete_task(task)
+        else:
+            accounts[0].http.patch(
+                f"/api/tasks/{task}/", json={"data": {"image": "https://example.org/x.png"}}
+            )
+
+    monkeypatch.setattr("services.labeling.annotators.sleep", damage_task)
+    with pytest.raises(InputError, match="were deleted" if damage == "delete" else "was edited"):
+        review.annotators.review(review.gallery)
+
+
+def test_a_project_whose_mark_was_lost_is_kept_with_its_answers(make_review, accounts):
+    review = make_review()
+    number = review.annotators.push(review.gallery).number
+    accounts[0].answer(review.tasks()["s000-i00"].id, "image", "8")
+    review.api.update_project(number, description="our digits")
+    with pytest.raises(InputError, match="put the mark back"):
+        review.annotators.status(review.gallery)
+    assert review.annotators.push(review.gallery, repair=True).number == number
+    assert review.state.mark in review.api.project(number).settings.description
+    assert review.annotators.status(review.gallery)[0].given == 1
+
+
+def test_a_project_with_the_tasks_of_another_run_is_not_taken_over_by_a_repair(make_review):
+    review, other = make_review(), make_review(gallery=digits_gallery(labels=(8, 3, 0, 2)))
+    number = review.annotators.push(review.gallery).number
+    other.annotators.push(other.gallery)
+    text = other.run.store.read("labeling.json").decode()
+    other.run.store.write("labeling.json", re.sub(r'"project": \d+', f'"project": {number}', text).encode())
+    assert other.annotators.push(other.gallery, repair=True).number != number
+    assert review.state.mark in review.api.project(number).settings.description
+
+
+@pytest.mark.parametrize("how", ["lose", "cut"])
+def test_a_lost_reply_to_a_deletion_does_not_end_the_push(make_review, proxy, how):
+    review = make_review()
+    number = review.annotators.push(review.gallery).number
+    review_tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    review.api.import_tasks(number, [review_tasks.task(0)])
+    getattr(proxy, how)("DELETE", "/api/tasks")
+    review.through(proxy.address).push(review.gallery)
+    assert len(review.tasks()) == 12
+
+
+def test_a_state_of_another_version_is_an_error_that_says_what_to_do(make_review):
+    review = make_review()
+    review.run.store.write("labeling.json", b'{"mark": "defuse-1", "gallery": "x", "config": "y"}')
+    with pytest.raises(InputError, match="has version 1, this Defuse reads version 2: finish the review"):
+        review.annotators.status(review.gallery)

@@ -9,8 +9,10 @@ import pytest
 from click.testing import CliRunner
 from label_studio_live import write_into_cache
 
+from defuse_core.artifacts import Votes
 from defuse_core.errors import InputError
 from services.cli import defuse
+from services.labeling.simulate import choice_result
 
 TRUTH = (8, 3, 0, 1)
 
@@ -105,3 +107,55 @@ def test_the_local_server_is_found_without_any_setting(monkeypatch, tmp_path, se
     write_into_cache(tmp_path)
     shown = CliRunner().invoke(defuse, ["label-studio", "status"]).output
     assert server.address in shown and server.username in shown and server.token not in shown
+
+
+def answer_all(review, account):
+    for task in review.tasks().values():
+        account.answer(task.id, "image", str(TRUTH[review.subject(task).scenario]))
+
+
+def test_after_the_votes_are_stored_status_says_so_and_reopen_takes_later_answers_in(
+    cli, make_review, accounts
+):
+    review = make_review(answers_per_task=2)
+    name = review.run.name
+    cli("review", "push", name)
+    answer_all(review, accounts[0])
+    with pytest.raises(InputError, match="is still open"):
+        cli("review", "reopen", name)
+    answer_all(review, accounts[1])
+    review.run.once("review", Votes, lambda: review.annotators.review(review.gallery))
+    assert "Voting is closed" in cli("review", "status", name).output
+    tasks = review.tasks()
+    changed = tasks["s000-i00"].annotations[0].id
+    accounts[0].change(changed, [choice_result("label", "image", "3")])
+    shown = " ".join(cli("review", "status", name).output.split())
+    assert "1 given or changed since then, not counted" in shown and "Label at" not in shown
+    assert f"`defuse review reopen {name}`" in shown
+    assert "is open again" in cli("review", "reopen", name).output
+    assert review.run.load(Votes) is None
+    votes = review.annotators.review(review.gallery)
+    here = (votes.scenario == 0) & (votes.image == 0)
+    assert sorted(votes.answer[here].tolist()) == [3, 8]
+
+
+def test_status_shows_skips_with_the_task_and_what_resolves_them(cli, make_review, accounts):
+    review = make_review(answers_per_task=1)
+    name = review.run.name
+    cli("review", "push", name)
+    task = review.tasks()["s001-i02"].id
+    accounts[0].submit(task, [], was_cancelled=True)
+    shown = " ".join(cli("review", "status", name).output.split())
+    assert (
+        f"Skipped: annotator-1 on scenario 1, image 2, {review.api.task_url(review.state.number, task)}"
+        in shown
+    )
+    assert f"`defuse review push {name} --repair` deletes the skips" in shown
+
+
+def test_the_address_for_annotators_can_be_another_than_that_of_the_api(cli, make_review, monkeypatch):
+    monkeypatch.setenv("LABEL_STUDIO_HOST", "https://labels.example.org/")
+    review = make_review()
+    link, invitation = cli("review", "push", review.run.name).output.splitlines()
+    assert link.startswith("label at https://labels.example.org/projects/")
+    assert invitation.startswith("annotators get an account at https://labels.example.org/user/signup/")
