@@ -231,7 +231,7 @@ def test_a_decided_scenario_leaves_the_queue_and_the_answers_saved_are_told(make
     for account in accounts[:2]:
         for key, task in review.tasks().items():
             if key < "s002":
-                account.answer(task.id, "image", truth_of(task))
+                account.answer(task.id, "image", truth_of(review.subject(task)))
     status, _ = review.annotators.status(review.gallery)
     assert status.decided.tolist() == [True, True, False, False]
     assert status.saved == 6
@@ -291,6 +291,7 @@ def test_waiting_goes_on_through_a_restart_and_ends_with_the_last_answer(
             proxy.rule = lambda method, path: None
             review.everyone_answers(accounts[:1], truth_of)
 
+    monkeypatch.setattr("services.labeling.annotators.PAUSE_PER_PULL", 0)
     monkeypatch.setattr("services.labeling.annotators.sleep", sleep)
     monkeypatch.setattr("label_studio_sdk.core.http_client._retry_timeout_from_retries", lambda retries: 0)
     assert len(waiting.review(review.gallery).answer) == 12
@@ -392,3 +393,19 @@ def test_a_skip_of_a_task_that_others_answered_blocks_nothing(make_review, accou
     accounts[1].answer(task, "image", "8")
     status, _ = review.annotators.status(review.gallery)
     assert len(status.pulled.skips) == 1 and status.blocking_skips() == []
+
+
+def test_waiting_takes_the_server_a_tenth_of_its_time_at_most(make_review, accounts, monkeypatch):
+    review = make_review(answers_per_task=1)
+    review.annotators.push(review.gallery)
+    review.annotators.wait, review.annotators.first_pause_s = True, 0.01
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append((seconds, review.annotators.pull_s))
+        if len(pauses) == 3:
+            review.everyone_answers(accounts[:1], truth_of)
+
+    monkeypatch.setattr("services.labeling.annotators.sleep", sleep)
+    review.annotators.review(review.gallery)
+    assert all(pause >= 9 * pull_s > 0 for pause, pull_s in pauses[1:])
