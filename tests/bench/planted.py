@@ -4,7 +4,7 @@
 
 Per seed there is one population of images, one β-VAE and one set of reference models; per plant a classifier that is
 trained on the spoilt images and brought to Defuse as one's own, with clean images. A plant counts only if the
-classifier has learnt it: its accuracy on the slice of the test set is at least 20 points (McNemar: p < 1 %) below that
+classifier has learnt it: its accuracy on the slice of the test set is at least 10 points (McNemar: p < 1 %) below that
 of the same classifier trained on the clean images. tests/bench/plants holds the plants and the rules of comparison.
 """
 
@@ -39,12 +39,14 @@ from tests.bench.plants.populations import Population
 from tests.bench.plants.runs import (
     WAYS,
     Tree,
+    accepted_of,
     bring,
     clean_models,
     codes_of,
     groups_of,
     run_file,
     run_until_verdicts,
+    seen_in_real_data,
     train_shared_vae,
     train_spoilt,
     view,
@@ -89,7 +91,7 @@ SPOTCHECK_RUN: Tree = {
     "review": {"reference": {"count": 3, "channels": 16, "epochs": 6}},
 }  # fmt: skip
 RUNS = {"mnist": MNIST_RUN, "signs": SIGNS_RUN, "spotcheck": SPOTCHECK_RUN}
-LEAST_DROP = 0.2
+LEAST_DROP = 0.1
 VAE_SEED = 1000  # of the images that MNIST's β-VAE is trained on
 
 
@@ -189,8 +191,11 @@ def one_plant(bench: Bench, number: int, plant: Plant, ways: list[str]) -> Row:
         store = FolderStore(bench.folder)
         made[way] = run_until_verdicts(store, f"plant-{number}-{way}", spec, bench.control, *made.values())
         clock.lap(way)
-        for name, accepted in ((way, True), (f"{way}, all components", False)):
-            found = groups_of(made[way], test, population.classes, accepted)
+        for name, chosen in (
+            (way, accepted_of(made[way])),
+            (f"{way}, seen in real data", seen_in_real_data(made[way], validation)),
+        ):
+            found = groups_of(made[way], test, population.classes, chosen)
             row.outcomes[f"Defuse {name}"] = compare(found, inside, test.labels, test.predicted)
         row.funnels[way] = funnel(made[way], population.train.images, trained, bench.control)
         clock.lap(f"{way}: comparison")
@@ -252,12 +257,12 @@ def show(rows: list[Row]) -> None:
         )
         for name, outcome in row.outcomes.items():
             print(
-                f"    {name:28} P@10 {outcome.precision:.1f}  union recall {outcome.union_recall:.2f}  "
+                f"    {name:32} P@10 {outcome.precision:.1f}  union recall {outcome.union_recall:.2f}  "
                 f"groups {outcome.groups:3}  first ten: {outcome.belonging} plant, {outcome.natural} natural, "
                 f"{outcome.false} false"
             )
     print(f"\n{sum(row.slice.learnt for row in rows)} of {len(rows)} plants were learnt\n")
-    print(f"{'':28} {'P@10':>18} {'P@10 >= 0.8':>18} {'union rule':>18} {'not the plant':>18} {'false':>18}")
+    print(f"{'':32} {'P@10':>18} {'P@10 >= 0.8':>18} {'union rule':>18} {'not the plant':>18} {'false':>18}")
     for name, figures in summary(rows).items():
         cells = [
             "{:.2f} ({:.2f}-{:.2f})".format(*figures[key])
@@ -265,7 +270,7 @@ def show(rows: list[Row]) -> None:
                 "precision_at_10", "discovered_by_precision", "discovered_by_union", "not_the_plant", "false",
             )
         ]  # fmt: skip
-        print(f"{name:28} " + " ".join(f"{cell:>18}" for cell in cells))
+        print(f"{name:32} " + " ".join(f"{cell:>18}" for cell in cells))
 
 
 def main() -> None:

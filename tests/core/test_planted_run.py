@@ -11,6 +11,7 @@ from tests.bench.plants.faults import Plant, in_slice, spoil
 from tests.bench.plants.funnel import funnel
 from tests.bench.plants.populations import Population, paint_at_random
 from tests.bench.plants.runs import (
+    accepted_of,
     bring,
     clean_models,
     codes_of,
@@ -94,7 +95,9 @@ def test_the_classifier_learns_the_plant(population, planted):
 def test_defuse_finds_the_plant_that_the_classifier_has_learnt(population, planted):
     _, run, _, seen = planted
     inside = in_slice(population.test, PLANT, population.train)
-    found = compare(groups_of(run, seen, population.classes), inside, seen.labels, seen.predicted)
+    found = compare(
+        groups_of(run, seen, population.classes, accepted_of(run)), inside, seen.labels, seen.predicted
+    )
     assert found.by_precision
     assert found.belonging > found.false
 

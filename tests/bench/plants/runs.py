@@ -39,7 +39,7 @@ from defuse_core.store import Store
 from defuse_core.train import train_classifier, train_vae
 from tests.bench.plants.baselines import EPSILON, View
 from tests.bench.plants.populations import Population
-from tests.bench.plants.scoring import Group
+from tests.bench.plants.scoring import Group, chance
 
 REFERENCES = "references.safetensors"  # they know nothing of the classifier, so one seed trains them once
 Tree = Mapping[str, Mapping[str, Any]]
@@ -176,15 +176,14 @@ def candidates(run: Run) -> list[Candidate]:
     return found
 
 
-def groups_of(run: Run, test: View, names: tuple[str, ...], accepted: bool = True) -> list[Group]:
-    """Return the accepted scenarios (or all components) as groups of test images, heaviest first.
+def groups_of(run: Run, test: View, names: tuple[str, ...], chosen: list[Candidate]) -> list[Group]:
+    """Return components of a run as groups of test images, in the order of `chosen`.
 
     A test image's score is the log density of its code under the component plus the log probability of the scenario's
     answer, and none where the image has another label. Members are the images of that label with that answer that the
     component has the highest density for and that lie within its 99.9 % ellipsoid.
     """
     scenarios = load(run, Scenarios)
-    chosen = [found for found in candidates(run) if found.answer >= 0 and (found.accepted or not accepted)]
     densities = {found.component: log_density(scenarios, found.component, test) for found in chosen}
     groups = []
     for found in chosen:
@@ -200,6 +199,37 @@ def groups_of(run: Run, test: View, names: tuple[str, ...], accepted: bool = Tru
         name = f"{names[found.label]} read as {names[found.answer]}"
         groups.append(Group(name, score, members, nearest))
     return groups
+
+
+def accepted_of(run: Run) -> list[Candidate]:
+    """Return the accepted scenarios, heaviest first."""
+    return [found for found in candidates(run) if found.accepted and found.answer >= 0]
+
+
+def seen_in_real_data(run: Run, validation: View) -> list[Candidate]:
+    """Return the accepted scenarios near which the classifier errs on real validation images, the clearest first.
+
+    Its errors on the ten nearest images of the scenario's label exceed its error rate on that class (binomial test,
+    5 %). This is no part of Defuse: the bench measures what such a rule would be worth.
+    """
+    scenarios = load(run, Scenarios)
+    chances = [
+        (
+            chance(
+                np.where(
+                    validation.labels == found.label,
+                    log_density(scenarios, found.component, validation),
+                    -np.inf,
+                ),
+                validation.labels,
+                validation.wrong,
+            ),
+            found,
+        )
+        for found in accepted_of(run)
+    ]
+    chances.sort(key=lambda pair: pair[0])
+    return [found for value, found in chances if value < 0.05]
 
 
 def log_density(scenarios: Scenarios, component: int, seen: View) -> Any:

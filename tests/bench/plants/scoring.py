@@ -91,13 +91,16 @@ def compare(groups: Sequence[Group], inside: Bool, labels: I64, predicted: I64) 
 
 def is_natural(group: Group, labels: I64, wrong: Bool) -> bool:
     """Return whether the classifier is wrong on more of the group's nearest images than chance allows."""
-    rows = top(group.nearest)
+    return chance(group.nearest, labels, wrong) < SIGNIFICANT
+
+
+def chance(nearest: F64, labels: I64, wrong: Bool) -> float:
+    """Return the p-value of so many errors on the ten nearest images, given the error rate on their class."""
+    rows = top(nearest)
     if not len(rows):
-        return False
+        return 1.0
     usual = float(wrong[labels == np.bincount(labels[rows]).argmax()].mean())
-    return bool(
-        binomtest(int(wrong[rows].sum()), len(rows), max(usual, 1e-9), "greater").pvalue < SIGNIFICANT
-    )
+    return float(binomtest(int(wrong[rows].sum()), len(rows), max(usual, 1e-9), "greater").pvalue)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
