@@ -45,7 +45,7 @@ from tests.bench.plants.runs import (
     codes_of,
     groups_of,
     run_file,
-    run_until_verdicts,
+    run_until,
     seen_in_real_data,
     train_shared_vae,
     train_spoilt,
@@ -149,12 +149,12 @@ def learnt(inside: Bool, clean: View, spoilt: View) -> Learnt:
 
 
 def start(folder: Path, population: Population, base: Tree, seed: int) -> Bench:
-    """Train what all plants of a seed share, as the control run: Defuse on the classifier of the clean images."""
+    """Train what all plants of a seed share: the classifier of the clean images, and the reference models."""
     data = folder / "population.npz"
     if not data.exists():
         population.save(data)
     spec = run_file(base, seed, data)
-    control = run_until_verdicts(FolderStore(folder), "control", spec)
+    control = run_until(FolderStore(folder), "control", spec, until="train")
     models = clean_models(control)
     codes = (
         codes_of(spec, models.vae, population.validation.images),
@@ -189,7 +189,7 @@ def one_plant(bench: Bench, number: int, plant: Plant, ways: list[str]) -> Row:
     for way in ways:
         spec = run_file(bench.base, seed, data, own, WAYS[way])
         store = FolderStore(bench.folder)
-        made[way] = run_until_verdicts(store, f"plant-{number}-{way}", spec, bench.control, *made.values())
+        made[way] = run_until(store, f"plant-{number}-{way}", spec, bench.control, *made.values())
         clock.lap(way)
         for name, chosen in (
             (way, accepted_of(made[way])),

@@ -17,7 +17,7 @@ from tests.bench.plants.runs import (
     codes_of,
     groups_of,
     run_file,
-    run_until_verdicts,
+    run_until,
     train_spoilt,
     view,
     write_weights,
@@ -71,13 +71,13 @@ def planted(population, tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     data, store = folder / "population.npz", FolderStore(folder)
     population.save(data)
-    control = run_until_verdicts(store, "control", run_file(SMALL, 0, data))
+    control = run_until(store, "control", run_file(SMALL, 0, data), until="train")
     models, images = clean_models(control), population.test.images
     write_weights(models.vae, folder / "vae.safetensors")
     weights = train_spoilt(control.spec, population, spoil(population, PLANT, np.random.default_rng(0)))
     write_weights(weights, folder / "own.safetensors")
     brought = {**bring("classifier", folder / "own.safetensors"), **bring("vae", folder / "vae.safetensors")}
-    run = run_until_verdicts(store, "planted", run_file(SMALL, 0, data, brought), control)
+    run = run_until(store, "planted", run_file(SMALL, 0, data, brought), control)
     codes = codes_of(run.spec, models.vae, images)
     return (
         control,

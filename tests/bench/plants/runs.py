@@ -65,13 +65,13 @@ def run_file(base: Tree, seed: int, data: Path, *changes: Tree) -> RunFile:
     return parse_run_file({**tree, "seed": seed}, "the plants' run file")
 
 
-def run_until_verdicts(store: Store, name: str, spec: RunFile, *others: Run) -> Run:
-    """Run Defuse up to the verdicts, with what earlier runs of the same plant and seed have in common with it.
+def run_until(store: Store, name: str, spec: RunFile, *others: Run, until: str = "review") -> Run:
+    """Run Defuse up to the verdicts (or `until`), with what earlier runs of the plant and seed have in common with it.
 
     The first of `others` is the control, whose reference models serve all plants; a later one that identifies with the
     same settings gives its models and Ψ.
     """
-    run = Run.start(store, name, spec, until="review")
+    run = Run.start(store, name, spec, until=until)
     for number, other in enumerate(others):
         if number == 0:
             keys = [REFERENCES]
