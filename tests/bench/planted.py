@@ -44,12 +44,14 @@ from tests.bench.plants.runs import (
     clean_models,
     codes_of,
     groups_of,
+    misclassified,
     run_file,
     run_until,
     seen_in_real_data,
     train_shared_vae,
     train_spoilt,
     view,
+    with_misclassified_sources,
     write_weights,
 )
 from tests.bench.plants.scoring import Group, Outcome, compare, interval
@@ -185,6 +187,7 @@ def one_plant(bench: Bench, number: int, plant: Plant, ways: list[str]) -> Row:
         row.outcomes[name] = compare(groups, inside, test.labels, test.predicted)
     clock.lap("baselines")
     trained = in_slice(population.train, plant, population.train)
+    wrong = misclassified(spec, weights, population.train.images)
     made: dict[str, Run] = {}
     for way in ways:
         spec = run_file(bench.base, seed, data, own, WAYS[way])
@@ -194,6 +197,7 @@ def one_plant(bench: Bench, number: int, plant: Plant, ways: list[str]) -> Row:
         for name, chosen in (
             (way, accepted_of(made[way])),
             (f"{way}, seen in real data", seen_in_real_data(made[way], validation)),
+            (f"{way}, sources wrong", with_misclassified_sources(made[way], wrong)),
         ):
             found = groups_of(made[way], test, population.classes, chosen)
             row.outcomes[f"Defuse {name}"] = compare(found, inside, test.labels, test.predicted)

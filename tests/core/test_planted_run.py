@@ -16,10 +16,12 @@ from tests.bench.plants.runs import (
     clean_models,
     codes_of,
     groups_of,
+    misclassified,
     run_file,
     run_until,
     train_spoilt,
     view,
+    with_misclassified_sources,
     write_weights,
 )
 from tests.bench.plants.scoring import compare
@@ -100,6 +102,17 @@ def test_defuse_finds_the_plant_that_the_classifier_has_learnt(population, plant
     )
     assert found.by_precision
     assert found.belonging > found.false
+
+
+def test_the_classifier_errs_on_the_source_images_of_the_plants_scenarios(population, planted):
+    _, run, _, seen = planted
+    train = population.train
+    wrong = misclassified(run.spec, clean_models(run).classifier, train.images)
+    chosen = with_misclassified_sources(run, wrong)
+    assert {found.component for found in chosen} <= {found.component for found in accepted_of(run)}
+    inside = in_slice(population.test, PLANT, train)
+    groups = groups_of(run, seen, population.classes, chosen)
+    assert compare(groups, inside, seen.labels, seen.predicted).belonging > len(groups) / 2
 
 
 def test_the_funnel_follows_the_plant_into_the_accepted_scenarios(population, planted):

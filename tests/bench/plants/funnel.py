@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.stats import multivariate_normal
 
-from defuse_core.artifacts import Bool, Failures, Models, ReferenceSet, Scenarios, Shard
-from defuse_core.codec import decode
+from defuse_core.artifacts import Bool, Failures, Models, ReferenceSet, Scenarios
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.runs import Run
-from tests.bench.plants.runs import candidates, load
+from tests.bench.plants.runs import all_failures, candidates, load, owners
 
 
 def funnel(run: Run, train: Images, inside: Bool, control: Run) -> dict[str, Any]:
@@ -55,12 +53,6 @@ def _recognised(run: Run, control: Run, decoded: Any, labels: Any, classes: int)
     return float((seen[np.arange(len(labels)), labels] >= 0.5).mean())
 
 
-def all_failures(run: Run) -> Failures:
-    """Return the whole of Ψ."""
-    keys = [key for key in run.store.list("psi/") if key.endswith(".safetensors")]
-    return Failures.concatenate([decode(Shard, run.store.read(key), key).failures for key in keys])
-
-
 def _components(run: Run, psi: Failures, of_plant: Bool) -> dict[str, Any]:
     """Return, per component that holds some of the plant's codes, how many, how purely, and what became of it."""
     scenarios: Scenarios = load(run, Scenarios)
@@ -72,19 +64,7 @@ def _components(run: Run, psi: Failures, of_plant: Bool) -> dict[str, Any]:
     ]
     if not len(scenarios) or not of_plant.any():
         return {"components": [], "dropped": dropped}
-    log_density = np.stack(
-        [
-            multivariate_normal(mean, covariance).logpdf(psi.codes) + np.log(weight)
-            for mean, covariance, weight in zip(
-                scenarios.means, scenarios.covariances, scenarios.weights, strict=True
-            )
-        ]
-    )  # (S, F)
-    cells = scenarios.cells
-    if cells is not None and (cells >= 0).all():  # a component knows the codes of its cell only
-        same = (cells[:, :1] == psi.truth) & (cells[:, 1:] == psi.predicted)
-        log_density = np.where(same, log_density, -np.inf)
-    owner = np.where(np.isfinite(log_density).any(axis=0), log_density.argmax(axis=0), -1)
+    owner = owners(run, psi)
     rows = []
     for candidate in candidates(run):
         held = owner == candidate.component

@@ -13,9 +13,21 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 from scipy.special import softmax
-from scipy.stats import chi2, multivariate_normal
+from scipy.stats import binomtest, chi2, multivariate_normal
 
-from defuse_core.artifacts import F32, Gallery, Models, Scenarios, Verdicts, Weights
+from defuse_core.artifacts import (
+    F32,
+    I64,
+    Bool,
+    Failures,
+    Gallery,
+    Models,
+    Scenarios,
+    Shard,
+    Verdicts,
+    Weights,
+)
+from defuse_core.codec import decode
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads
@@ -27,6 +39,7 @@ from defuse_core.models import (
     load_classifier,
     load_vae,
     map_batches,
+    predict,
     to_tensor,
     weights_of,
 )
@@ -39,7 +52,7 @@ from defuse_core.store import Store
 from defuse_core.train import train_classifier, train_vae
 from tests.bench.plants.baselines import EPSILON, View
 from tests.bench.plants.populations import Population
-from tests.bench.plants.scoring import Group, chance
+from tests.bench.plants.scoring import SIGNIFICANT, Group, chance
 
 REFERENCES = "references.safetensors"  # they know nothing of the classifier, so one seed trains them once
 Tree = Mapping[str, Mapping[str, Any]]
@@ -130,11 +143,22 @@ def codes_of(spec: RunFile, vae: Weights, images: Images) -> F32:
         return encode_images(load_vae(spec, vae), images)
 
 
+def misclassified(spec: RunFile, classifier: Weights, images: Images) -> Bool:
+    """Return which images the classifier gets wrong, (N,)."""
+    with cpu_threads(spec.resources.train_threads):
+        wrong: Bool = predict(_classifier(spec, classifier), images) != images.labels
+    return wrong
+
+
+def _classifier(spec: RunFile, weights: Weights) -> torch.nn.Module:
+    classes = len(list(weights.values())[-1])  # the bias of the last layer
+    return load_classifier(spec, weights, classes)
+
+
 def view(spec: RunFile, classifier: Weights, codes: F32, images: Images) -> View:
     """Return what the methods see of `images`."""
     with cpu_threads(spec.resources.train_threads):
-        classes = len(list(classifier.values())[-1])  # the bias of the last layer
-        module = load_classifier(spec, classifier, classes)
+        module = _classifier(spec, classifier)
         assert isinstance(module, torch.nn.Sequential)
         body, head = module[:-1], module[-1]
         features = map_batches(lambda rows: body(to_tensor(images.batch(rows))), len(images), 256)
@@ -230,6 +254,52 @@ def seen_in_real_data(run: Run, validation: View) -> list[Candidate]:
     ]
     chances.sort(key=lambda pair: pair[0])
     return [found for value, found in chances if value < 0.05]
+
+
+def with_misclassified_sources(run: Run, wrong: Bool) -> list[Candidate]:
+    """Return the accepted scenarios whose source images the classifier itself gets wrong, the clearest first.
+
+    Their codes come from training images of which it gets at least a fifth wrong, `wrong` (N,), and significantly more
+    than of all (binomial test, 1 %): elsewhere it fails on decodings only. No part of Defuse either.
+    """
+    psi = all_failures(run)
+    owner = owners(run, psi)
+    shares = []
+    for found in accepted_of(run):
+        sources = np.unique(psi.source[owner == found.component])
+        hits = int(wrong[sources].sum())
+        if hits >= max(1, len(sources) / 5):
+            value = binomtest(hits, len(sources), float(wrong.mean()), "greater").pvalue
+            if value < SIGNIFICANT:
+                shares.append((-hits / len(sources), value, found.component, found))
+    return [found for *_, found in sorted(shares)]
+
+
+def all_failures(run: Run) -> Failures:
+    """Return the whole of Ψ."""
+    keys = [key for key in run.store.list("psi/") if key.endswith(".safetensors")]
+    return Failures.concatenate([decode(Shard, run.store.read(key), key).failures for key in keys])
+
+
+def owners(run: Run, psi: Failures) -> I64:
+    """Return the component that each code belongs to most, (F,); -1 for a code of a cell without components."""
+    scenarios: Scenarios = load(run, Scenarios)
+    if not len(scenarios):
+        return np.full(len(psi), -1, np.int64)
+    joint = np.stack(
+        [
+            multivariate_normal(mean, covariance).logpdf(psi.codes) + np.log(weight)
+            for mean, covariance, weight in zip(
+                scenarios.means, scenarios.covariances, scenarios.weights, strict=True
+            )
+        ]
+    )  # (S, F)
+    cells = scenarios.cells
+    if cells is not None and (cells >= 0).all():  # a component knows the codes of its cell only
+        same = (cells[:, :1] == psi.truth) & (cells[:, 1:] == psi.predicted)
+        joint = np.where(same, joint, -np.inf)
+    found: I64 = np.where(np.isfinite(joint).any(axis=0), joint.argmax(axis=0), -1)
+    return found
 
 
 def log_density(scenarios: Scenarios, component: int, seen: View) -> Any:
