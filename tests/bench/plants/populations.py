@@ -19,6 +19,7 @@ from defuse_core.data import Images, Splits, open_splits
 from defuse_core.seeds import generator
 
 PAINTED_SHARE = 0.06  # of all images, for each painted trait
+SIGNS_SHARE = 0.12  # the classes of the signs are smaller
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,20 +126,26 @@ def mnist(root: Path, seed: int, counts: tuple[int, int, int]) -> Population:
         name: found.train.take(order[start:end])
         for name, start, end in zip(("train", "validation", "test"), ends[:-1], ends[1:], strict=True)
     }
-    return _painted("mnist", parts, MNIST_PAINTERS, found.classes, seed)
+    return _painted("mnist", parts, MNIST_PAINTERS, found.classes, (seed, PAINTED_SHARE))
 
 
 def signs(root: Path, seed: int) -> Population:
     """Return the German signs, as Defuse divides them with this seed."""
     found = open_splits(DataSection(name="signs", root=root, image_size=32, channels=3), seed).loaded()
-    return _painted("signs", found.parts(), SIGNS_PAINTERS, found.classes, seed)
+    return _painted("signs", found.parts(), SIGNS_PAINTERS, found.classes, (seed, SIGNS_SHARE))
 
 
 def _painted(
-    name: str, parts: dict[str, Images], painters: dict[str, Painter], classes: tuple[str, ...], seed: int
+    name: str,
+    parts: dict[str, Images],
+    painters: dict[str, Painter],
+    classes: tuple[str, ...],
+    drawn: tuple[int, float],
 ) -> Population:
+    """Return the population with each trait painted on a share of the images, by seed: `drawn` holds both."""
+    seed, share = drawn
     made = {
-        part: paint_at_random(images, painters, generator(seed, "plants", "paint", part))
+        part: paint_at_random(images, painters, generator(seed, "plants", "paint", part), share)
         for part, images in parts.items()
     }
     return Population(name, made["train"], made["validation"], made["test"], classes, painters)
