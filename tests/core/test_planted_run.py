@@ -104,7 +104,9 @@ def test_defuse_finds_the_plant_that_the_classifier_has_learnt(population, plant
     assert found.belonging > found.false
 
 
-def test_the_classifier_errs_on_the_source_images_of_the_plants_scenarios(population, planted):
+def test_a_plant_is_still_found_among_the_scenarios_whose_source_images_are_misclassified(
+    population, planted
+):
     _, run, _, seen = planted
     train = population.train
     wrong = misclassified(run.spec, clean_models(run).classifier, train.images)
@@ -112,7 +114,7 @@ def test_the_classifier_errs_on_the_source_images_of_the_plants_scenarios(popula
     assert {found.component for found in chosen} <= {found.component for found in accepted_of(run)}
     inside = in_slice(population.test, PLANT, train)
     groups = groups_of(run, seen, population.classes, chosen)
-    assert compare(groups, inside, seen.labels, seen.predicted).belonging > len(groups) / 2
+    assert compare(groups, inside, seen.labels, seen.predicted).by_precision
 
 
 def test_the_funnel_follows_the_plant_into_the_accepted_scenarios(population, planted):
