@@ -1,15 +1,17 @@
-"""What the steps hand each other: the dictionary of the system.
+"""The artefacts: what one step stores and another one reads.
 
 Axis letters, used in every shape comment of the project:
 
     N images   C classes   H, W height and width   Z latent dimensions   Q draws per image
     F failures (codes in Psi)   K mixture components   S components kept (candidate scenarios)
     R review images per scenario   A accepted scenarios   G shards of the training set   V votes
+    W reference models (or judges)   D components dropped before review
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,9 +42,28 @@ def _expect_shapes(owner: object, axes: dict[str, str]) -> None:
                 )
 
 
+@dataclass(frozen=True)
+class ClassifierEpoch:
+    """One epoch of training the classifier."""
+
+    epoch: int  # from 1
+    loss: float  # mean cross-entropy, nats per image
+    validation: float | None = None  # accuracy; None where the data set has no validation images
+
+
+@dataclass(frozen=True)
+class VaeEpoch:
+    """One epoch of training the β-VAE: the two terms of its loss in nats per image, and β after the epoch."""
+
+    epoch: int  # from 1
+    reconstruction: float
+    kl: float
+    beta: float
+
+
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with what training found out about them.
+    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with the figures of their training.
 
     How to build the modules is in the run file; `load_classifier` and `load_vae` of models put both together.
     """
@@ -53,14 +74,22 @@ class Models:
     images: dict[str, int]  # split -> N
     data_fingerprint: str  # of the data set trained on; later steps refuse to work on another
     accuracy: dict[str, float]  # split -> accuracy; a split that the data set lacks is absent
-    classifier_history: tuple[
-        dict[str, float], ...
-    ]  # one row per epoch; empty where a classifier was brought
-    vae_history: tuple[dict[str, float], ...]
+    classifier_history: tuple[ClassifierEpoch, ...]  # empty where a pretrained classifier is used
+    vae_history: tuple[VaeEpoch, ...]  # likewise
     reconstruction: float  # mean squared error per pixel of decoding mu, on training images
     reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
-    device: str = "cpu"  # that trained them
+    device: str = "cpu"  # that they were trained on
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceSet:
+    """Independent classifiers: the reference models, which take part in the method, or the judges, which do not."""
+
+    models: tuple[Weights, ...]  # (W,)
+    train_images: int  # that each was trained on
+    validation: F64  # (W,) accuracy on validation images; nan without any
+    test: F64  # (W,) accuracy on test images; nan without any
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +98,7 @@ class Checkpoint:
 
     weights: Weights
     moments: Weights  # of the optimiser
-    history: tuple[dict[str, Any], ...]  # one row per finished epoch
+    history: tuple[ClassifierEpoch, ...] | tuple[VaeEpoch, ...]  # one row per finished epoch
     best: Weights  # of the best epoch so far, where one is kept; else empty
     data_fingerprint: str  # of the images that it is trained on
 
@@ -89,10 +118,24 @@ class Failures:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def take(self, rows: I64 | Bool) -> Failures:
+        """Return the failures of `rows`."""
+        return Failures(self.codes[rows], self.source[rows], self.truth[rows], self.predicted[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Failures]) -> Failures:
+        """Return the failures of all parts, in order."""
+        return Failures(
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.source for part in parts]),
+            np.concatenate([part.truth for part in parts]),
+            np.concatenate([part.predicted for part in parts]),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What identification of one shard (a run of consecutive blocks of training images) found."""
+    """The result of identification on one shard, which is a range of consecutive blocks of training images."""
 
     failures: Failures
     images: int
@@ -100,6 +143,9 @@ class Shard:
     images_with_any: int  # images with at least one failing draw
     zero_noise_flips: int  # images that f gets wrong when mu itself is decoded
     seconds: float
+    failing: int = 0  # failing draws before screening; `failures` holds those kept
+    index: int = -1  # which shard of the training set this is
+    fingerprint: str = ""  # of the models, noise and images that it was made with
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +158,23 @@ class Psi:
     images_with_any: int
     zero_noise_flips: int
     worker_seconds: float  # summed over workers
+    failing: int = 0  # failing draws before screening; without it and without a cap the same as total
+    fingerprint: str = ""  # of every shard
 
     @property
     def total(self) -> int:
         return int(self.codes.sum())
+
+
+@dataclass(frozen=True)
+class DroppedComponent:
+    """A component of weight over ε, or a cell too small for one, that reviewers do not see."""
+
+    weight: float  # share of all codes
+    source: int  # class of its source images, NONE_OF_THE_ABOVE for a single mixture
+    answer: int  # of f, likewise
+    support: int  # distinct training images that its codes come from
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +188,28 @@ class Scenarios:
     codes_used: int  # rows of Ψ that the mixture was fitted on
     converged: bool
     iterations: int
-    lower_bound: float
+    lower_bound: float | None  # of the fit's likelihood; None where it is not finite
+    cells: I64 | None = (
+        None  # (S, 2) class of the source images and answer of f; -1 each for a single mixture
+    )
+    support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
+    taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
+    dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def take(self, rows: I64, **changed: Any) -> Scenarios:
+        """Return the components `rows`, with the fields of `changed` replaced."""
+        per_component = {
+            name: value[rows]
+            for name in ("weights", "means", "covariances", "cells", "support", "taus")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **per_component | changed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,13 +229,13 @@ class Gallery:
         return len(self.images)
 
     def number(self, scenario: int) -> int:
-        """Return what people call the component at place `scenario`."""
+        """Return the number under which people see the component at index `scenario`."""
         return self.numbers[scenario] if self.numbers else scenario
 
 
 @dataclass(frozen=True, eq=False)
 class Votes:
-    """One row per answer. An answer for a whole scenario stands here as one row per image of it."""
+    """One row per answer. An answer for a whole scenario is stored as one row per image."""
 
     scenario: I64  # (V,)
     image: I64  # (V,) position within the scenario, 0..R-1
@@ -170,10 +244,33 @@ class Votes:
     when: F64  # (V,) seconds since 1970; 0 where a model answered
     annotators: tuple[str, ...]  # names or stable pseudonyms
     answered_by: str  # "reference models" or "people"
-    notes: dict[str, Any]  # what the annotators want told in the report: refused answers, answers saved, ...
+    notes: dict[str, Any]  # notes for the report: discarded answers, answers saved, ...
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
+
+
+@dataclass(frozen=True)
+class Override:
+    """A person's decision on one component, which replaces the verdict of the vote."""
+
+    scenario: int  # index of the component
+    label: int | None  # class; None rejects the component
+    author: str
+    reason: str
+    when: str  # ISO 8601, UTC
+
+
+@dataclass(frozen=True, eq=False)
+class MoreImages:
+    """Further images of components whose verdict is in doubt, as reference models label them (counts only)."""
+
+    drawn: I64  # (S,) 0 where the gallery settles the verdict
+    labelled: I64  # (S,) of those, the images with a majority label
+    misclassified: I64  # (S,) of those, the images that f gets wrong
+
+    def __post_init__(self) -> None:
+        _expect_shapes(self, {"drawn": "S", "labelled": "S", "misclassified": "S"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,14 +280,17 @@ class Verdicts:
     labels: I64  # (S,) label of an accepted scenario, NONE_OF_THE_ABOVE for a rejected one
     misclassified: F64  # (S,) share of the labelled images that f gets wrong; nan where none has a label
     purity: F64  # (S,) share of the reviewed images whose own label is the scenario's (majority) label
-    image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or only refused
+    image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or no class chosen
     agreement: F64  # (S, R) share of votes, none-of-the-above left out, for the majority label (§4.4); nan where none
     ties: int  # images without a label because their vote was tied
-    refused: int  # images without a label because nobody gave one
+    no_class_chosen: (
+        int  # images without a label because nobody chose a class: none-of-the-above, or no answer
+    )
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
-    overrides: tuple[
-        dict[str, Any], ...
-    ]  # human decisions above the vote: scenario, label, author, reason, when
+    overrides: tuple[Override, ...]  # oldest first
+    labelled: I64 | None = None  # (S,) images that the share rests on, further draws included
+    lower: F64 | None = None  # (S,) lower 95 % bound (Wilson) of the share misclassified
+    false_share: float = 0.0  # expected share of accepted scenarios whose true share is at most rho
 
     def __post_init__(self) -> None:
         _expect_shapes(
@@ -212,17 +312,40 @@ class Corrections:
     labels: I64  # (A,)
     tune: F32  # (A, n_tune, Z)
     test: F32  # (A, n_test, Z)
+    kept: F64 | None = None  # (A,) share of the draws that correct.filter keeps; None without the filter
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
 
 
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """Fine-tuning with one λ after some epochs: enough to go on from, and to choose from."""
+@dataclass(frozen=True)
+class SweepRow:
+    """One epoch of fine-tuning with one λ. Accuracies are None where the data set has no such images."""
 
     lam: float
-    rows: tuple[dict[str, Any], ...]  # as in Sweep, one per finished epoch
+    epoch: int  # from 1
+    loss: float
+    train: float
+    validation: float | None
+    test: float | None
+    tune: float  # accuracy on the scenario images tuned on
+    scenario: float  # accuracy on the held-out scenario images
+
+
+@dataclass(frozen=True)
+class FailedTrial:
+    """A λ that the sweep leaves out, and the error that ended its trial."""
+
+    lam: float
+    cause: str
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Fine-tuning with one λ after some epochs: enough to resume it, and to choose from."""
+
+    lam: float
+    rows: tuple[SweepRow, ...]  # one per finished epoch
     weights: Weights  # after the last finished epoch
     moments: Weights  # of the optimiser, likewise; empty once the trial is done
     best: Weights  # after the epoch that the rule of choice picks
@@ -232,16 +355,12 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """Fine-tuning over λ: one row per λ and epoch, and the weights that the rule of choice picked.
+    """Fine-tuning over λ: one row per λ and epoch, and the weights that the rule of choice picks."""
 
-    Each row holds lam, epoch, loss and the accuracies train, validation, test, tune (the scenario images tuned on)
-    and scenario (those held out); a figure that does not exist for the data set is None.
-    """
-
-    rows: tuple[dict[str, Any], ...]
-    chosen: dict[str, Any]  # the row whose weights these are; empty where nothing was tuned
+    rows: tuple[SweepRow, ...]
+    chosen: SweepRow | None  # the row whose weights these are; None where nothing was tuned
     weights: Weights  # of the classifier; empty where nothing was tuned
-    failed: tuple[dict[str, Any], ...]  # trials that failed for good: lam, cause
+    failed: tuple[FailedTrial, ...]
 
 
 @dataclass(frozen=True, eq=False)

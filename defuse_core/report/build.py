@@ -1,26 +1,37 @@
-"""From what a run found to the figures of its report."""
+"""Compute the figures of a report from the artefacts of its run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 
-from defuse_core.artifacts import F64, NONE_OF_THE_ABOVE, Evaluation, Models, Sweep, Verdicts
+from defuse_core.artifacts import (
+    F64,
+    NONE_OF_THE_ABOVE,
+    Evaluation,
+    FailedTrial,
+    Models,
+    Sweep,
+    SweepRow,
+    Verdicts,
+)
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
+from defuse_core.evidence import Evidence
 from defuse_core.judge import is_misclassified, most_common_error
+from defuse_core.report.evidence_figures import evidence_figures, scenario_evidence
 from defuse_core.report.schema import (
+    VERSION,
     Accuracies,
     Accuracy,
     Agreement,
     Artefact,
     Choice,
     ClassAccuracy,
-    FailedTrial,
     Mean,
     Mixture,
     OwnLabels,
@@ -30,23 +41,27 @@ from defuse_core.report.schema import (
     RunFigures,
     Scenario,
     ScenarioSummary,
+    SweepFailure,
     TradeOff,
     VaeFigures,
     VoteFigures,
 )
 from defuse_core.runs import Run
 
-COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL than this says next to nothing about the image
+COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL carries almost no information about the image
 
 
-def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
-    """Return every figure of the run; nothing is written and no model is run."""
+def build_report(
+    run: Run, found: Findings, evaluation: Evaluation, evidence: Evidence | None = None
+) -> Report:
+    """Return all figures of the run. Writes nothing and runs no model."""
     models, psi, verdicts = found.models, found.psi, found.verdicts
     return Report(
+        version=VERSION,
         run=_run_figures(run.name, run.spec, found),
         annotators=found.votes.answered_by,
         accuracy=_accuracies(evaluation.accuracy),
-        scenarios=_scenarios(found, evaluation),
+        scenarios=_scenarios(found, evaluation, evidence),
         agreement=_agreement(verdicts),
         tradeoff=_tradeoff(run.spec, models, found.sweep),
         chosen=_choice(found.sweep.chosen),
@@ -72,15 +87,16 @@ def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
             weights=tuple(np.sort(found.scenarios.all_weights)[::-1].tolist()),
         ),
         votes=_votes(found),
-        overrides=tuple(verdicts.overrides),
+        overrides=verdicts.overrides,
+        evidence=None if evidence is None else evidence_figures(found, evidence),
         per_class=_per_class(models.classes, evaluation),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
-        making=_making(run, found),
+        provenance=_provenance(run, found),
     )
 
 
 def _defined(value: float | None) -> float | None:
-    """A figure, or None where it is missing, nan or infinite."""
+    """Return the value, or None where it is missing, nan or infinite."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
@@ -109,10 +125,10 @@ def _accuracies(table: F64) -> Accuracies:
     return Accuracies(before=rows[0], baseline=rows[1], defuse=rows[2])
 
 
-def _scenarios(found: Findings, evaluation: Evaluation) -> ScenarioSummary:
+def _scenarios(found: Findings, evaluation: Evaluation, evidence: Evidence | None) -> ScenarioSummary:
     accepted = found.verdicts.accepted
     place = {int(number): column for column, number in enumerate(accepted)}
-    rows = tuple(_scenario(found, evaluation, n, place.get(n)) for n in range(len(found.scenarios)))
+    rows = tuple(_scenario(found, evaluation, evidence, n, place.get(n)) for n in range(len(found.scenarios)))
     purity = _mean(found.verdicts.purity[accepted])
     own = _own_labels(found, evaluation)
     return ScenarioSummary(
@@ -132,7 +148,9 @@ def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
     return OwnLabels(before=before, defuse=after, images=images)
 
 
-def _scenario(found: Findings, evaluation: Evaluation, number: int, column: int | None) -> Scenario:
+def _scenario(
+    found: Findings, evaluation: Evaluation, evidence: Evidence | None, number: int, column: int | None
+) -> Scenario:
     verdicts, classes = found.verdicts, found.models.classes
     held_out = (None, None, None) if column is None else tuple(map(_defined, evaluation.scenario[:, column]))
     mistaken = (
@@ -153,6 +171,7 @@ def _scenario(found: Findings, evaluation: Evaluation, number: int, column: int 
         before=held_out[0],
         baseline=held_out[1],
         defuse=held_out[2],
+        evidence=None if evidence is None or column is None else scenario_evidence(found, evidence, column),
     )
 
 
@@ -171,21 +190,23 @@ def _spread(shares: F64) -> Mean:
 
 
 def _tradeoff(spec: RunFile, models: Models, sweep: Sweep) -> tuple[TradeOff, ...]:
-    chosen = (sweep.chosen.get("lam"), sweep.chosen.get("epoch"))
-    names = ("train", "validation", "test", "tune", "scenario")
     return tuple(
         TradeOff(
-            lam=row["lam"],
-            epoch=row["epoch"],
-            chosen=(row["lam"], row["epoch"]) == chosen,
-            **{name: _defined(row.get(name)) for name in names},
+            lam=row.lam,
+            epoch=row.epoch,
+            train=_defined(row.train),
+            validation=_defined(row.validation),
+            test=_defined(row.test),
+            tune=_defined(row.tune),
+            scenario=_defined(row.scenario),
+            chosen=row == sweep.chosen,
         )
         for row in best_rows(spec, models, sweep.rows)
     )
 
 
-def _choice(chosen: Mapping[str, Any]) -> Choice | None:
-    return Choice(lam=chosen["lam"], epoch=chosen["epoch"]) if chosen else None
+def _choice(chosen: SweepRow | None) -> Choice | None:
+    return None if chosen is None else Choice(lam=chosen.lam, epoch=chosen.epoch)
 
 
 def _votes(found: Findings) -> VoteFigures:
@@ -198,7 +219,7 @@ def _votes(found: Findings) -> VoteFigures:
         labelled=labelled,
         misclassified=_ratio(int(is_misclassified(found.gallery.predicted, labels).sum()), labelled),
         ties=found.verdicts.ties,
-        refused=found.verdicts.refused,
+        no_class_chosen=found.verdicts.no_class_chosen,
         notes=votes.notes,
     )
 
@@ -213,13 +234,11 @@ def _per_class(classes: Iterable[str], evaluation: Evaluation) -> tuple[ClassAcc
     )
 
 
-def _failed(
-    sweep: Literal["baseline", "defuse"], trials: Iterable[Mapping[str, Any]]
-) -> tuple[FailedTrial, ...]:
-    return tuple(FailedTrial(sweep=sweep, lam=trial["lam"], cause=str(trial["cause"])) for trial in trials)
+def _failed(sweep: Literal["baseline", "defuse"], trials: Iterable[FailedTrial]) -> tuple[SweepFailure, ...]:
+    return tuple(SweepFailure(sweep=sweep, lam=trial.lam, cause=trial.cause) for trial in trials)
 
 
-def _making(run: Run, found: Findings) -> Provenance:
+def _provenance(run: Run, found: Findings) -> Provenance:
     manifest = run.manifest()
     entries = manifest.get("artefacts", {}).items()
     known = set(Artefact.model_fields)

@@ -1,10 +1,15 @@
-"""What `report.json` holds, field by field."""
+"""The fields of `report.json`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from defuse_core.artifacts import Override
+from defuse_core.errors import InputError
+
+VERSION: Final = 2  # of report.json; grows when a field is renamed or removed
 
 
 class ReportModel(BaseModel):
@@ -17,7 +22,7 @@ class Accuracy(ReportModel):
     validation: float | None
     test: float | None
     scenario: float | None
-    """On images drawn from the accepted scenarios that no step has trained on or chosen by."""
+    """On images drawn from the accepted scenarios. No step trains on them or chooses by them."""
 
 
 class Accuracies(ReportModel):
@@ -29,6 +34,106 @@ class Accuracies(ReportModel):
     defuse: Accuracy
 
 
+class Share(ReportModel):
+    """A share with its 95 % interval, fractions of 1; null where it could not be measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class FourShares(ReportModel):
+    """One figure for each classifier."""
+
+    before: Share
+    baseline: Share
+    plain: Share
+    """Further training without the scenarios: λ = 0, for as many epochs."""
+    defuse: Share
+
+
+class BeforeAfter(ReportModel):
+    before: Share
+    defuse: Share
+
+
+class WiderDraws(BeforeAfter):
+    factor: float
+    """On τ."""
+
+
+class Judges(ReportModel):
+    """Models that took no part in the run."""
+
+    count: int
+    accuracy: tuple[float | None, ...]
+    """Of each judge, on test images, or on validation images where there are none."""
+    reference_models: tuple[float | None, ...]
+    """Of each reference model, likewise; empty where none took part."""
+    classifier: float | None
+    """Of the classifier before, on images of the same kind."""
+    labelled: float | None
+    """Share of the held-out images on which most judges agree. Only these have an own label."""
+
+
+class McNemar(ReportModel):
+    """Test images that the classifier before got wrong and that are right now, and the reverse; exact p-value."""
+
+    gained: int
+    lost: int
+    p_value: float
+
+
+class EvidenceFigures(ReportModel):
+    """What the judges find. `own` means: by the label that most judges give to each image."""
+
+    judges: Judges
+    purity: Share
+    """Share of held-out images of accepted scenarios that show the scenario's label."""
+    own_label: FourShares
+    """Accuracy on held-out images of accepted scenarios by their own label."""
+    one_label: FourShares
+    """Accuracy on the same images by the scenario's label, the paper's figure."""
+    left_out: BeforeAfter
+    """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
+    wider: tuple[WiderDraws, ...]
+    """Accuracy by own label on draws wider than those tuned on."""
+    real_failures: FourShares
+    """Accuracy on failing draws around test images in which the judges still see the image's class."""
+    real_failure_images: int
+    mcnemar_plain: McNemar | None
+    mcnemar_defuse: McNemar | None
+    krippendorff: float | None
+    """α of the reviewers' answers (nominal)."""
+
+
+class ScenarioEvidence(ReportModel):
+    """What the judges find on the held-out images of one accepted scenario."""
+
+    name: str
+    """What sets its pictures apart from its class: `7 read as 2: thin, slanted to the right`."""
+    purity: float | None
+    before: float | None
+    baseline: float | None
+    plain: float | None
+    defuse: float | None
+    """Accuracy by own label."""
+    left_out: float | None
+    """The same for a classifier that was not tuned on this scenario."""
+    confirmed: bool
+    """Whether the correction is right significantly more often than the classifier before, by own label."""
+    at_fault: Literal["classifier", "β-VAE", "unclear"]
+    """The β-VAE where most held-out images show another class than the label."""
+    support: int | None
+    """Training images that its codes come from."""
+    real_error: float | None
+    """Error of the classifier before on the real images nearest to it."""
+    real_error_of_all: float | None
+    """Its error on all real images."""
+    seen_in_real_data: bool
+    """Whether real_error is significantly larger than on all real images of the same class."""
+
+
 class Scenario(ReportModel):
     """One component of the mixture, accepted as a failure scenario or not."""
 
@@ -37,7 +142,7 @@ class Scenario(ReportModel):
     weight: float
     accepted: bool
     label: str | None
-    """Class that the annotators gave it; null where rejected."""
+    """Class, by the majority of the annotators or an override; null where rejected."""
     reason: str
     misclassified: float | None
     """Share of its labelled review images that the classifier gets wrong."""
@@ -46,15 +151,17 @@ class Scenario(ReportModel):
     agreement: float | None
     """Mean over its labelled review images of the share of votes for the majority; none-of-the-above is left out."""
     mistaken_for: str | None
-    """What the classifier answered most often on its review images instead of `label`; null where rejected."""
+    """Most common wrong answer of the classifier on its review images; null where rejected."""
     before: float | None
     baseline: float | None
     defuse: float | None
     """Accuracy on its held-out images; null where rejected."""
+    evidence: ScenarioEvidence | None
+    """Null where rejected, and without judges."""
 
 
 class OwnLabels(ReportModel):
-    """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label: fit for mixed ones."""
+    """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label. Valid for mixed ones."""
 
     before: float | None
     defuse: float | None
@@ -129,7 +236,7 @@ class Mixture(ReportModel):
     codes_used: int
     lower_bound: float | None
     weights: tuple[float, ...]
-    """All K weights, heaviest first."""
+    """All K weights, largest first."""
 
 
 class VoteFigures(ReportModel):
@@ -138,9 +245,11 @@ class VoteFigures(ReportModel):
     images: int
     labelled: int
     misclassified: float | None
-    """Share of all labelled review images that the classifier gets wrong; others were seen in vain."""
+    """Share of all labelled review images that the classifier gets wrong."""
     ties: int
-    refused: int
+    """Images without a label because several classes have the most votes."""
+    no_class_chosen: int
+    """Images without a label because every answer is none-of-the-above, or because nobody answered."""
     notes: dict[str, Any]
 
 
@@ -152,7 +261,7 @@ class ClassAccuracy(ReportModel):
     defuse: float | None
 
 
-class FailedTrial(ReportModel):
+class SweepFailure(ReportModel):
     sweep: Literal["baseline", "defuse"]
     lam: float
     cause: str
@@ -176,10 +285,10 @@ class Artefact(ReportModel):
 
 
 class Provenance(ReportModel):
-    """What differs from one making to the next, and nothing else does."""
+    """How the run was made. Two equal runs differ in nothing else."""
 
     device: str | None
-    """That the models were trained on."""
+    """The models were trained on it."""
     artefacts: tuple[Artefact, ...]
     versions: dict[str, str]
     worker_seconds: float
@@ -189,11 +298,12 @@ class Provenance(ReportModel):
 
 
 class Report(ReportModel):
-    """What `report.json` holds. Shares and accuracies are fractions of 1; null: no such figure."""
+    """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
+    version: Literal[2]
     run: RunFigures
     annotators: str
-    """Who answered: reference models, or people."""
+    """"reference models" or "people"."""
     accuracy: Accuracies
     scenarios: ScenarioSummary
     agreement: Agreement
@@ -204,9 +314,24 @@ class Report(ReportModel):
     vae: VaeFigures
     mixture: Mixture
     votes: VoteFigures
-    overrides: tuple[dict[str, Any], ...]
-    """People's decisions above the vote."""
+    overrides: tuple[Override, ...]
+    """Decisions of people that replace the verdict of the vote."""
+    evidence: EvidenceFigures | None
+    """Null without judges (judges.count 0)."""
     per_class: tuple[ClassAccuracy, ...]
     """On the test images; empty where there are none."""
-    failed_trials: tuple[FailedTrial, ...]
-    making: Provenance
+    failed_trials: tuple[SweepFailure, ...]
+    provenance: Provenance
+
+
+def parse_report(text: str | bytes, where: str) -> Report:
+    """Return the report in the JSON `text`. Raises InputError, naming `where`, for another version or other text."""
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(
+            f"{where}: expected a report of version {VERSION}, found {field}: {first['msg']}; "
+            "`defuse report RUN` writes the report of a run again"
+        ) from error

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from services.cli.options import checked_name, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     from services.labeling.tasks import TaskSubject
 
 ROWS_SHOWN = 20
-store_option = click.option(
-    "--store",
-    default="runs",
-    show_default=True,
-    help="Folder, or s3://bucket/prefix, that the runs are stored in.",
-)
 
 
 @click.group()
@@ -247,7 +242,6 @@ def simulate(name: str, store: str) -> None:
 
 def _open_traffic_review(name: str, store: str) -> str:
     from defuse_core.runs import Run
-    from services.cli.run import checked_name
     from services.labeling.traffic import open_traffic_review
     from services.storage import open_store
 
@@ -259,7 +253,6 @@ def _open_traffic_review(name: str, store: str) -> str:
 
 def _checked_name(name: str) -> str:
     """Return the name of a run, or of a review of its traffic: mnist/traffic-1. Raises InputError."""
-    from services.cli.run import checked_name
 
     run, slash, review = name.partition("/")
     return checked_name(run) + slash + (checked_name(review) if slash else "")

@@ -24,7 +24,7 @@ from services.labeling.tasks import Prelabel, ReviewTasks, prelabels_by_task, re
 from services.settings import Settings
 
 if TYPE_CHECKING:
-    from defuse_core.pipeline import Compute
+    from defuse_core.protocols import Compute
 
 log = logging.getLogger("defuse")
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
@@ -112,7 +112,7 @@ class LabelStudioAnnotators:
         tasks, authors = self._tasks(gallery), read_authors(self.run.store)
         pulled = read_annotations(ReviewProject(self.client, self.run, tasks).pull(), tasks, authors)
         store_authors(self.run.store, authors, pulled)
-        overridden = [int(override["scenario"]) for override in read_overrides(self.run.store)]
+        overridden = [override.scenario for override in read_overrides(self.run.store)]
         status = review_status(tasks, pulled, self._names(pulled, state), overridden)
         update_queue(self.client, status)
         self.pull_s = monotonic() - started

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from dataclasses import asdict
 
-from defuse_core.artifacts import Gallery, Verdicts
+from defuse_core.artifacts import Gallery, Override, Verdicts
 from defuse_core.errors import InputError
 from defuse_core.judge import OVERRIDES
 from defuse_core.runs import Run
 
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
-FROM_VERDICTS = ("verdicts", "corrections", "baseline", "sweep", "evaluation")
+FROM_VERDICTS = (
+    "moreimages",
+    "verdicts",
+    "corrections",
+    "baseline",
+    "sweep",
+    "evaluation",
+    "plain",
+    "left_out_0",
+    "left_out_1",
+    "evidence",
+)
 FROM_VOTES = ("votes", *FROM_VERDICTS)
 FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")
 
@@ -35,8 +46,8 @@ def override_verdict(
     if not reason.strip():
         raise InputError("--reason: expected a sentence for the readers of the report, found none")
     index = None if label is None else class_index(label, gallery.classes)
-    entry = {"scenario": scenario, "label": index, "author": author, "reason": " ".join(reason.split())}
-    entry["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    entry = Override(scenario, index, author, " ".join(reason.split()), when)
     if run.load(Verdicts) is None:
         _store(run, entry)
         verdicts = run.load(Verdicts)  # a driver may have judged in the meantime
@@ -63,10 +74,10 @@ def class_index(label: str, classes: tuple[str, ...]) -> int:
     raise InputError(f"--label {label}: expected a class or its index, of 0 to {len(classes) - 1} ({shown})")
 
 
-def _store(run: Run, entry: dict[str, Any]) -> None:
+def _store(run: Run, entry: Override) -> None:
     """Store the decision beside all others: of two that are made at once, both count."""
     number = len(run.store.list(OVERRIDES)) + 1
-    while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(entry, indent=1).encode()):
+    while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(asdict(entry), indent=1).encode()):
         number += 1
 
 

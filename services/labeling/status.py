@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import I64, Bool, Verdicts, Votes
-from defuse_core.judge import judge, tally
+from defuse_core.judge import false_discovery_rate, judge, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import ProjectState
@@ -80,7 +80,9 @@ class ReviewStatus:
 
     def verdicts(self) -> Verdicts:
         """Return the verdicts that follow from the votes so far."""
-        return judge(self.tasks.gallery, self.votes, self.tasks.review.rho)
+        review = self.tasks.review
+        rate = false_discovery_rate(review)
+        return judge(self.tasks.gallery, self.votes, review.rho, max_false=rate)
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered, by name."""
@@ -146,7 +148,7 @@ def review_status(
     missing = np.maximum(tasks.review.answers_per_task - given, 0)
     above = np.isin(np.arange(len(tasks.gallery)), list(overridden))
     final: Bool = np.zeros(len(tasks.gallery), bool)
-    if tasks.review.stop_early:
+    if tasks.review.stop_early and tasks.review.accept == "share":
         counts = tally(votes, (shape[0], shape[1]), len(tasks.gallery.classes))
         cases = zip(counts, missing, tasks.gallery.predicted, strict=True)
         final = np.array([verdict_is_final(*case, tasks.review.rho) for case in cases], bool)
