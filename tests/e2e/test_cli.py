@@ -298,7 +298,7 @@ def test_every_command_and_option_says_what_it_does(path, child):
             assert parameter.help, f"{' '.join(path)} {parameter.opts[0]}"
 
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("services/*/README.md"))]
 
 
 def documented_commands() -> list[str]:
