@@ -279,11 +279,11 @@ class ReviewProject:
         )
         log.warning("project %d: put the labelling page back (%s)", project.id, "; ".join(edits))
         restored = self.client.project(project.id)
-        instructions_now = restored.settings.expert_instruction if restored else ""
-        return replace(state, interface=wanted.label_config, instructions=instructions_now, reported="")
+        stored = restored.settings.expert_instruction if restored else ""
+        return replace(state, interface=wanted.label_config, instructions=stored, reported="")
 
     def _log_page_edits(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
-        """Log edits of the page that do not change what answers mean, once, and return the state that says so."""
+        """Log edits of the page that do not change what answers mean, once, and return the state with their digest."""
         reported = hashlib.sha256(repr((edits, project.settings.label_config)).encode()).hexdigest()
         if reported != state.reported:
             log.warning(
@@ -302,8 +302,7 @@ class ReviewProject:
         if edit is not None and edit.changes_answers and not self.repair:
             raise InputError(
                 f"project {self.state.project}: its labelling interface was edited in Label Studio "
-                f"({edit.description}), so that answers could be misread; undo the edit there, or let "
-                f"{self.repair_command} do it"
+                f"({edit.description}), so that answers could be misread; undo it there, or by {self.repair_command}"
             )
         if edit is not None:
             edits.append(edit.description)
