@@ -26,7 +26,7 @@ from cluster.resources import (
     worker_resources,
 )
 from cluster.sweep import SweepContext, run_trials
-from defuse_core.artifacts import Corrections, Models, Psi, Sweep
+from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep, load_fine_tuning_data, nothing_to_tune
 from defuse_core.data import Images
@@ -79,16 +79,18 @@ class RayCompute:
         self._wait(step, done)
         return ray.get(result)  # type: ignore[no-any-return]
 
-    def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
+    def identify(
+        self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
+    ) -> Psi:
         """Algorithm 1, sharded over workers that write their shards to `store` themselves.
 
         The driver holds a few numbers per shard: its memory does not grow with images or failures.
         """
         count = shard_count(models.images["train"], spec.identify.block_images)
-        records = finished_shards(store, shard_fingerprint(spec, models))
+        records = finished_shards(store, shard_fingerprint(spec, models, references))
         missing = [index for index in range(count) if index not in records]
         if missing:
-            pool = self._pool(spec, models, store)
+            pool = self._pool(spec, models, store, references)
             records |= ShardQueue(pool, missing, count, self.progress).run()
         return gather_shards(records)
 
@@ -101,12 +103,14 @@ class RayCompute:
         trials, failures = run_trials(self._sweep_context(spec, models, fixes, reviewed, store))
         return collect_sweep(spec, models, trials, failures)
 
-    def _pool(self, spec: RunFile, models: Models, store: Store) -> WorkerPool:
+    def _pool(
+        self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None
+    ) -> WorkerPool:
         listener, section = self._ready(), self.spec.resources
         resources, first = worker_resources(section), worker_count(section)
         return WorkerPool(
             spec=spec,
-            models=ray.put(models),
+            weights=ray.put((models, references)),
             images=models.images["train"],
             store=store,
             resources=resources,

@@ -26,7 +26,7 @@ from cluster.connection import SHARED_STORE
 from cluster.errors import as_defuse_error, one_line
 from cluster.progress import ProgressListener, reporting
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, current_location
-from defuse_core.artifacts import Models, Shard
+from defuse_core.artifacts import Models, ReferenceSet, Shard
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
@@ -60,14 +60,17 @@ class ShardWorker:
         with reporting(progress_actor):
             return current_location("identify")
 
-    def shard(self, index: int, models: Models, progress_actor: Any) -> ShardRecord:
+    def shard(
+        self, index: int, weights: tuple[Models, ReferenceSet | None], progress_actor: Any
+    ) -> ShardRecord:
         """Identify shard `index`, write it to the store, and return its counts.
 
-        Models and progress actor are arguments of every call: Ray restores only plain values for the constructor of a
+        Weights and progress actor are arguments of every call: Ray restores only plain values for the constructor of a
         restarted actor.
         """
+        models, references = weights
         with reporting(progress_actor), shard_errors(shard_name(self.spec, models.images["train"], index)):
-            self.identifier = self.identifier or Identifier(self.spec, models)
+            self.identifier = self.identifier or Identifier(self.spec, models, references)
             record = self._save(index, self.identifier.shard(index))
         metrics.count_shard(record.images, record.decodings, record.codes)
         return record
@@ -119,7 +122,7 @@ class WorkerPool:
     """Starts workers; knows what each one holds of the cluster and how many are wanted now."""
 
     spec: RunFile
-    models: Any  # ObjectRef of Models
+    weights: Any  # ObjectRef of Models and, for screening, ReferenceSet
     images: int  # N
     store: Store
     resources: WorkerResources
@@ -289,7 +292,7 @@ class ShardQueue:
         if index in self.records:
             return
         worker.shards.append(index)
-        reference = worker.actor.shard.remote(index, self.pool.models, self.pool.listener.actor)
+        reference = worker.actor.shard.remote(index, self.pool.weights, self.pool.listener.actor)
         self.in_flight[reference] = (worker, index)
 
     def _straggler(self) -> int | None:

@@ -1,4 +1,4 @@
-"""§3.2.3: fine-tune f on L(D) + λ·CE(D_f), once per λ, and choose."""
+"""§3.2.3: fine-tune f on L(D) + λ·CE(D_f), once per λ, and choose one of the results."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ log = logging.getLogger("defuse")
 
 @dataclass(frozen=True, eq=False)
 class FineTuningData:
-    """Everything that a trial reads: the data set in memory, D_f, and the scenario images held out."""
+    """Everything that a trial reads: the data set in memory, D_f, and the held-out scenario images."""
 
     train: Images
     validation: Images | None
     test: Images | None
     tune: Images  # D_f
-    held_out: Images  # never chosen by
+    held_out: Images  # plays no part in the choice
 
 
 def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
@@ -66,7 +66,7 @@ def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
 def load_fine_tuning_data(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
 ) -> FineTuningData:
-    """Return what the trials read. D_f is decoded from `fixes`, or is `reviewed` where that is given."""
+    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
@@ -96,7 +96,7 @@ def _decoded(vae: Any, codes: Any, labels: I64) -> Images:
 
 
 def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
-    """Yield `size` of `count` rows again and again, going through a fresh shuffle each pass."""
+    """Yield `size` of `count` rows without end, with a fresh shuffle for each pass."""
     rows: I64 = np.zeros(0, np.int64)
     while True:
         while len(rows) < size:
@@ -108,7 +108,7 @@ def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
 def fine_tune(
     spec: RunFile, models: Models, tuning: FineTuningData, lam: float, trial: Trial | None
 ) -> Iterator[Trial]:
-    """Yield the trial of one λ after each epoch, going on from `trial`. On one CPU thread, or this process's GPU."""
+    """Yield the trial of one λ after each epoch; `trial` resumes one. On one CPU thread, or this process's GPU."""
     section = spec.correct
     start = models.classifier if trial is None else trial.weights
     rows = () if trial is None else trial.rows
@@ -146,9 +146,9 @@ def _epoch(
 ) -> float:
     """One pass over D, with as many images of D_f in every step. Returns the mean loss.
 
-    Both go through the network together, so that batch normalisation sees in training the mixture it is scored with.
+    Both form one batch, so that batch normalisation sees the mixture of both in training.
     """
-    torch.manual_seed(torch_seed(spec.seed, "correct", epoch))  # for dropout, whatever ran here before
+    torch.manual_seed(torch_seed(spec.seed, "correct", epoch))  # for dropout, independent of what ran before
     classifier.train()
     train, tune, size = tuning.train, tuning.tune, spec.correct.batch_size
     scenario_rows = cycle(
@@ -206,7 +206,7 @@ def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
 
 
 def trial_key(lam: float) -> str:
-    """Return where a trial lies in the store of its sweep."""
+    """Return the key of a trial in the store of its sweep."""
     return f"lam-{lam!r}.safetensors"
 
 
@@ -223,44 +223,48 @@ def run_trial(
         yield stored
         return
     for trial in fine_tune(spec, models, tuning, lam, stored):
-        store.write(key, encode(trial), unless=partial(_has_epochs, key, lam, len(trial.rows)))
+        store.write(key, encode(trial), unless=partial(_has_epochs, lam, len(trial.rows)))
         yield trial
 
 
 def _read_trial(store: Store, lam: float) -> Trial | None:
     """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
     key = trial_key(lam)
+    if not store.exists(key):
+        return None
+    data = store.read(key)
     try:
-        return _decode_trial(key, lam, store.read(key), store.address)
-    except FileNotFoundError:
-        return None
+        return _decode_trial(lam, data, f"{store.address}/{key}")
     except StoreError as error:
-        log.warning("correct: the trial with λ = %g begins again, since it is damaged: %s", lam, error)
+        log.warning("correct: %s", error)
         return None
 
 
-def _decode_trial(key: str, lam: float, data: bytes, where: str) -> Trial:
-    trial = decode(Trial, data, f"{where}/{key}")
+def _decode_trial(lam: float, data: bytes, where: str) -> Trial:
+    remedy = "the trial begins again"
+    trial = decode(Trial, data, where, remedy)
     if trial.lam != lam:
-        raise StoreError(f"{where}/{key}: expected λ = {lam:g}, found λ = {trial.lam:g}")
+        raise StoreError(
+            f"{where}: expected the trial of λ = {lam:g}, found that of λ = {trial.lam:g}; {remedy}"
+        )
     return trial
 
 
-def _has_epochs(key: str, lam: float, epochs: int, data: bytes) -> bool:
+def _has_epochs(lam: float, epochs: int, data: bytes) -> bool:
     """Whether `data` is the trial of λ after so many epochs or more."""
     try:
-        return len(_decode_trial(key, lam, data, "the store").rows) >= epochs
+        return len(_decode_trial(lam, data, trial_key(lam)).rows) >= epochs
     except StoreError:
         return False
 
 
 def nothing_to_tune(fixes: Corrections, reviewed: Images | None) -> bool:
-    """Whether there is nothing to tune on: no scenario was accepted, or no reviewed image is wrong."""
+    """Return whether D_f is empty: no scenario was accepted, or no reviewed image is misclassified."""
     return len(fixes.labels) == 0 or (reviewed is not None and len(reviewed) == 0)
 
 
 def is_trial_failure(error: BaseException) -> bool:
-    """Whether a trial that failed so is left out, and the others count: not where images, store or machines failed."""
+    """Return whether the sweep leaves out a trial with this error: not if images, store or machines failed."""
     return isinstance(error, ModelError) or not isinstance(error, DefuseError | OSError)
 
 
@@ -270,9 +274,9 @@ def collect_sweep(
     trials: Sequence[Trial],
     failures: Mapping[float, DefuseError] | None = None,
 ) -> Sweep:
-    """Return the sweep with the weights that the rule of choice picks over all λ; ties go to the smaller λ.
+    """Return the sweep with the weights that the rule of choice picks over all λ; the smaller λ of equals.
 
-    `failures` holds what each λ that is left out failed by. Raises ModelError or ComputeError where none is left.
+    `failures` holds the error of each λ that is left out. Raises ModelError or ComputeError if all failed.
     """
     failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
     if failures and not trials:

@@ -13,6 +13,7 @@ from defuse_core.config.sections import (
     DistillSection,
     GpuShare,
     IdentifySection,
+    JudgesSection,
     ReportSection,
     ReviewSection,
     Section,
@@ -128,6 +129,7 @@ class RunFile(Section):
     identify: IdentifySection = IdentifySection()
     distill: DistillSection = DistillSection()
     review: ReviewSection = ReviewSection()
+    judges: JudgesSection = JudgesSection()
     correct: CorrectSection = CorrectSection()
     report: ReportSection = ReportSection()
     resources: ResourcesSection = ResourcesSection()
@@ -166,7 +168,7 @@ class RunFile(Section):
             )
         if self.vae.epochs == 0 and self.vae.weights is None:
             raise ValueError("vae.epochs = 0 brings a trained β-VAE, so vae.weights must name its file")
-        if self.data.name != "digits" and self.data.root is None:
+        if self.data.name not in {"digits", "mnist-5000"} and self.data.root is None:
             raise ValueError(
                 f"data.root must be the path of the {self.data.name} images (--set data.root=PATH)"
             )

@@ -21,7 +21,7 @@ from services.cli.options import (
 from services.settings import read_settings
 
 if TYPE_CHECKING:
-    from defuse_core.pipeline import Annotators, Compute
+    from defuse_core.protocols import Annotators, Compute
     from defuse_core.runs import Run
     from services.console import ProgressDisplay
 
