@@ -195,8 +195,12 @@ class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
 
     def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._on_timeout)
             self._incomplete[self._address] += 1
+
+    def _on_timeout(self) -> None:
+        self._stop_timer()  # here too: after a change to another protocol, connection_lost is not called
+        self.transport.close()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from load_generator import limited, load, request_bytes
+from serve_process import wait_until
 from starlette.requests import Request
 
 from services.serving.limits import LimitedHttpProtocol, client_address
@@ -112,6 +113,17 @@ def test_an_address_with_too_many_connections_without_headers_gets_no_more(monke
         time.sleep(0.2)
         fourth = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
         assert fourth.recv(100) == b""
+
+
+def test_connections_that_change_the_protocol_are_not_counted_for_ever(monkeypatch):
+    monkeypatch.setattr("services.serving.limits.HEADER_TIMEOUT_S", 0.3)
+    upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with http_server() as port:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+                connection.sendall(upgrade)
+                connection.recv(1000)
+        wait_until(lambda: not LimitedHttpProtocol._incomplete, 5)
 
 
 @pytest.mark.parametrize(
