@@ -22,6 +22,7 @@ from defuse_core.report.formatting import (
     date_time,
     duration,
     headline,
+    interval,
     is_low,
     lam_text,
     percent,
@@ -34,6 +35,7 @@ from defuse_core.store import Store
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
+    from defuse_core.report.schema import EvidenceFigures
 
 FIGURES_WIDTH = 54  # columns of the terminal that the figures in the table of scenarios need
 ARTEFACTS = {  # step -> what it stores in the run
@@ -54,6 +56,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for warning in caveats(report):
         _print_text(console, warning, "yellow")
     console.print(_accuracy_table(report))
+    if report.evidence is not None:
+        console.print(_evidence_table(report.evidence))
     if report.scenarios.accepted:
         console.print(_scenario_table(report, console.width))
     console.print(_agreement_table(report))
@@ -95,6 +99,21 @@ def _accuracy_table(report: Report) -> Table:
             percent(row.scenario),
         )
         _add(table, name, number, *shares)
+    return table
+
+
+def _evidence_table(evidence: EvidenceFigures) -> Table:
+    """Return the accuracies that independent models confirm, each with its 95 % interval."""
+    title = f"Evidence of {count_of(evidence.judges.count, 'judge')}, which took no part in the run"
+    table = _table(title, ("Accuracy on", "Before", "Plain training", "Defuse"))
+    own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
+    rows = (
+        ("scenario images, own label", own.before, own.plain, own.defuse),
+        ("scenarios left out of the tuning", left_out.before, None, left_out.defuse),
+        (f"{evidence.real_failure_images:,} real failures", real.before, real.plain, real.defuse),
+    )
+    for name, *shares in rows:
+        _add(table, name, *(NONE if share is None else interval(share) for share in shares))
     return table
 
 

@@ -236,6 +236,9 @@ class ReviewSection(Section):
     this. Ours."""
     rho: float = Field(0.5, ge=0, lt=1)
     """A component is a failure scenario if more than this share of its labelled images is misclassified. Paper: 0.5."""
+    consensus: Literal["majority", "crowdlab"] = "majority"
+    """How an image's label follows from its votes: crowdlab (`pip install 'defuse[crowdlab]'`) weighs annotators by
+    their agreement with each other and with the reference models; for people's votes. Paper: majority."""
     accept: Literal["lower-bound", "share"] = "lower-bound"
     """share compares the share itself with rho; lower-bound accepts a component only if its share is significantly
     more than rho, at a false discovery rate of max_false (Benjamini and Hochberg). Paper: share."""

@@ -11,7 +11,7 @@ from defuse_core.errors import DefuseError
 from services.cli.jobs import jobs, submit
 from services.cli.review import label_studio, review
 from services.cli.run import report, run, status
-from services.cli.serving import check, promote, rollback, serve
+from services.cli.serve import check, promote, rollback, serve
 from services.settings import read_settings, share_cores
 
 

@@ -111,7 +111,7 @@ def test_steps_under_way_show_their_progress(tmp_path: Path):
     assert states["train"].state == "done"
     assert (states["train"].seconds, states["train"].bytes) == (60.0, 2_000_000)
     assert (states["identify"].state, states["identify"].detail) == ("under way", "1 of 4 shards")
-    assert (states["correct"].state, states["correct"].detail) == ("under way", "baseline 1 of 17 λ begun")
+    assert (states["correct"].state, states["correct"].detail) == ("under way", "baseline 1 of 4 λ begun")
     assert states["distill"].state == "to do"
 
 
