@@ -206,7 +206,7 @@ class ClassifierSet(Section):
 
 
 class ReferenceModels(ClassifierSet):
-    """Models that screen failing draws, filter what is tuned on, and can stand in for annotators."""
+    """Models that screen failing draws, filter what is tuned on, and can replace annotators."""
 
     min_confidence: float = Field(0.5, ge=0, le=1)
     """As annotators: below this probability of its best class a model answers none-of-the-above."""
