@@ -18,17 +18,20 @@ from defuse_core.checkpoint import (
     train_step,
 )
 from defuse_core.config import RunFile
-from defuse_core.data import Images, Splits, open_splits
+from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device, device_name
-from defuse_core.errors import ModelError, RunFileError
+from defuse_core.errors import RunFileError
 from defuse_core.models import (
     ResNet18,
+    SelfContainedClassifier,
     Vae,
     accuracy,
     build_classifier,
     build_vae,
+    check_outputs,
     decode_codes,
     encode_images,
+    log_classifier,
     map_batches,
     predict,
     read_weights,
@@ -53,23 +56,19 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
+    log_parts(spec.data, on_disk)
     vae = _new_vae(spec)  # first: weights that do not fit are told before anything is trained
     splits = (
         on_disk.loaded()
     )  # all of them: a picture that cannot be read is told now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
+        accuracies = _accuracies(classifier, splits)
+        if spec.classifier.epochs == 0:
+            log_classifier(spec, classifier, splits, accuracies)
         vae_history = train_vae(spec, vae, splits, store, progress)
         probe = splits.train.take(slice(0, PROBE_IMAGES))
         reconstruction, flips = _reconstruct(classifier, vae, probe)
-        accuracies = _accuracies(classifier, splits)
-        if spec.classifier.epochs == 0 and accuracies["train"] < 0.5:
-            log.warning(
-                "the classifier that was brought is right on only %.0f %% of the training images; does it number the "
-                "classes in this order? %s",
-                100 * accuracies["train"],
-                ", ".join(splits.classes),
-            )
         return Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
@@ -118,8 +117,8 @@ def train_classifier(
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
     classifier = build_classifier(spec, len(splits.classes))
     _bring(classifier, section.weights, section.epochs > 0)
-    _expect_logits(classifier, splits)
     to_device(classifier)
+    check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     for epoch in training.epochs(section.epochs):
         loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
@@ -222,27 +221,11 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def _bring(module: nn.Module, path: Path | None, trained_on: bool) -> None:
-    if path is not None:
+    if path is not None and not isinstance(module, SelfContainedClassifier):
         weights = read_weights(path)
         if isinstance(module, ResNet18):
             weights = module.renamed(weights, new_head=trained_on)
         set_weights(module, weights, str(path))
-
-
-def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
-    """Refuse a classifier whose output does not fit the classes, before it fails in the middle of an epoch."""
-    sample = torch.from_numpy(splits.train.batch(slice(0, 2)))
-    try:
-        found = tuple(classifier.eval()(sample).shape)
-    except Exception as error:
-        raise ModelError(
-            f"the classifier cannot take images of shape {tuple(sample.shape)}: {error}"
-        ) from error
-    expected = (len(sample), len(splits.classes))
-    if found != expected:
-        raise ModelError(
-            f"the classifier: expected logits of shape {expected} (images, classes), found {found}"
-        )
 
 
 def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:

@@ -17,10 +17,12 @@ from defuse_core.models.inference import (
     to_device,
     to_tensor,
 )
+from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
+from defuse_core.models.programs import SelfContainedClassifier
+from defuse_core.models.state_dicts import read_weights
 from defuse_core.models.weights import (
     load_classifier,
     load_vae,
-    read_weights,
     set_weights,
     weights_of,
 )
@@ -28,17 +30,21 @@ from defuse_core.models.weights import (
 __all__ = [
     "ReferenceCnn",
     "ResNet18",
+    "SelfContainedClassifier",
     "Vae",
     "accuracy",
     "build_classifier",
     "build_vae",
+    "check_outputs",
     "decode_codes",
     "encode_images",
     "load_classifier",
     "load_vae",
+    "log_classifier",
     "map_batches",
     "predict",
     "predict_probabilities",
+    "probe_classifier",
     "read_weights",
     "set_weights",
     "to_device",
