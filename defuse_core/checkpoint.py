@@ -87,7 +87,7 @@ class Training:
         self.module, self.optimizer, self.store = module, optimizer, store
         self.data_fingerprint = data_fingerprint
         self.key = f"training/{name}.safetensors"
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Any] = []  # ClassifierEpoch or VaeEpoch, one per finished epoch
         self.best: Weights = {}
         self.kept = time.monotonic()
         if store is not None and store.exists(self.key):

@@ -137,7 +137,7 @@ class Run:
         return decode(kind, data, f"{self.store.address}/{name}")
 
     def manifest(self) -> dict[str, Any]:
-        """Return how the run was made: versions, seed, device, data, annotators, each artefact's step and digest."""
+        """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size."""
         try:
             manifest: dict[str, Any] = json.loads(self.store.read("manifest.json"))
         except FileNotFoundError:
@@ -148,14 +148,7 @@ class Run:
         manifest = self.manifest() | origin
         seconds = time.time() - started
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started + seconds))
-        sha256 = hashlib.sha256(data).hexdigest()
-        entry = {
-            "step": step,
-            "made": made,
-            "seconds": round(seconds, 3),
-            "bytes": len(data),
-            "sha256": sha256,
-        }
+        entry = {"step": step, "made": made, "seconds": round(seconds, 3), "bytes": len(data)}
         manifest["artefacts"][key] = entry
         manifest["versions"] = versions()
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())

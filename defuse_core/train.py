@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, Models
+from defuse_core.artifacts import F64, ClassifierEpoch, Models, VaeEpoch
 from defuse_core.checkpoint import (
     Training,
     labels_of,
@@ -111,7 +112,7 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
 
 def train_classifier(
     spec: RunFile, splits: Splits, store: Store | None, progress: Progress
-) -> tuple[nn.Module, list[dict[str, float]]]:
+) -> tuple[nn.Module, list[ClassifierEpoch]]:
     """Return the classifier and one row per epoch. Keeps the last epoch or the best on validation, as the run says."""
     section = spec.classifier
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
@@ -122,11 +123,10 @@ def train_classifier(
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     for epoch in training.epochs(section.epochs):
         loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
-        row = {"epoch": epoch + 1.0, "loss": loss}
-        if splits.validation is not None:
-            row["validation"] = accuracy(classifier.eval(), splits.validation)
-        before = max((past.get("validation", 0.0) for past in training.history), default=-1.0)
-        if section.keep == "best_validation" and row["validation"] > before:
+        validation = None if splits.validation is None else accuracy(classifier.eval(), splits.validation)
+        row = ClassifierEpoch(epoch + 1, loss, validation)
+        before = max((past.validation or 0.0 for past in training.history), default=-1.0)
+        if section.keep == "best_validation" and validation is not None and validation > before:
             training.best = weights_of(classifier)
         training.history.append(row)
         log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, _figures(row))
@@ -162,7 +162,7 @@ def _new_vae(spec: RunFile) -> Vae:
 
 def train_vae(
     spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
-) -> list[dict[str, float]]:
+) -> list[VaeEpoch]:
     """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
     section = spec.vae
     to_device(vae)
@@ -184,7 +184,7 @@ def train_vae(
 
 def _vae_epoch(
     vae: Vae, training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
-) -> dict[str, float]:
+) -> VaeEpoch:
     section, count = spec.vae, len(images)
     noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
     batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
@@ -197,7 +197,7 @@ def _vae_epoch(
         done += len(rows)
         progress("training the β-VAE", done, section.epochs * count, "images")
     means = np.mean(terms, axis=0)
-    return {"epoch": epoch + 1.0, "reconstruction": float(means[0]), "kl": float(means[1]), "beta": beta}
+    return VaeEpoch(epoch + 1, float(means[0]), float(means[1]), beta)
 
 
 def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -253,5 +253,6 @@ def _kl_per_dimension(vae: Vae, images: Images) -> F64:
     return per_dimension
 
 
-def _figures(row: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+def _figures(row: ClassifierEpoch | VaeEpoch) -> str:
+    figures = {name: value for name, value in asdict(row).items() if name != "epoch" and value is not None}
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

@@ -20,14 +20,14 @@ class Section(BaseModel):
 
 
 def _whole_above_one(gpus: float) -> float:
-    """Ray shares out fractions of one GPU only."""
+    """Refuse 1.5 GPUs: Ray splits one GPU, not several."""
     if gpus > 1 and not gpus.is_integer():
         raise ValueError(f"{gpus:g} GPUs: expected a fraction of one, or a whole number")
     return gpus
 
 
 def _with_home(path: Path) -> Path:
-    """Nothing else would read a ~ that came through a run file or --set."""
+    """Expand ~, which no shell expands in a run file."""
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -210,7 +210,7 @@ class ReviewSection(Section):
     inline_kb: int = Field(64, ge=1)
     """Label Studio: pictures up to so many kilobytes stand in their task; larger ones need a run in S3. Ours."""
     real_names: bool = False
-    """Label Studio: keep annotators' names in the run in place of pseudonyms. Ours."""
+    """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
 
 
 class CorrectSection(Section):
@@ -244,11 +244,11 @@ class CorrectSection(Section):
 
 
 class ReportSection(Section):
-    """What the report draws."""
+    """The figures of the report."""
 
     tsne_images: int = Field(10_000, ge=10)
-    """Training codes in the t-SNE picture (Figure 2). Paper: 10,000."""
+    """Training codes in the t-SNE figure (Figure 2). Paper: 10,000."""
     tsne_failures: int = Field(516, ge=1)
-    """Codes of Ψ in it. Paper: 516."""
+    """Codes of Ψ in the t-SNE figure. Paper: 516."""
     perplexity: float = Field(30.0, gt=1)
     """Of t-SNE. Paper: 30."""

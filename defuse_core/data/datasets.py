@@ -1,4 +1,4 @@
-"""From the run file's data section to Splits, whichever data set it names."""
+"""Open the data set that a run file names."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ OPENERS = {
 def open_splits(data: DataSection, seed: int) -> Splits:
     """Return the parts of the data set that `data` names. Equal arguments on equal files give equal Splits.
 
-    Validation and test are as the data set has them; where it has no validation part, a data.validation_share
-    of the training images is held out. Of the rest data.train_images are drawn. Raises DataError.
+    Validation and test parts are those of the data set. Where it has no validation part, data.validation_share of the
+    training images is held out; data.train_images of the others are drawn. Raises DataError.
     """
     try:
         return OPENERS[data.name](data, seed)
@@ -35,7 +35,7 @@ def open_splits(data: DataSection, seed: int) -> Splits:
 
 
 def reopen_splits(data: DataSection, seed: int, fingerprint: str) -> Splits:
-    """Return the Splits that a run was trained on. Raises RunMismatchError if the images are others by now."""
+    """Return the Splits that a run was trained on. Raises RunMismatchError if the images have changed since."""
     splits = open_splits(data, seed)
     if splits.fingerprint() != fingerprint:
         raise RunMismatchError(

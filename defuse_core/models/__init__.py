@@ -1,4 +1,4 @@
-"""The models of a run: how they are built, how their weights come and go, how they are applied in batches."""
+"""The models of a run: architectures, weights, and inference in batches."""
 
 from defuse_core.models.architectures import (
     ReferenceCnn,

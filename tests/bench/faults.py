@@ -86,7 +86,7 @@ class Scene:
     def report(self, name: str) -> dict[str, object]:
         """Return the report without what depends on the clock."""
         report: dict[str, object] = json.loads((self.folder / "runs" / name / "report.json").read_text())
-        report.pop("making")
+        report.pop("provenance")
         return report | {"run": report["run"] | {"name": ""}}  # type: ignore[operator]
 
 

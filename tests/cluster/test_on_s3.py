@@ -81,7 +81,7 @@ def wait_for(bucket: Any, key: str, driver: subprocess.Popen[str]) -> None:
 
 def without_clock(report: bytes) -> dict[str, object]:
     found: dict[str, object] = json.loads(report)
-    found.pop("making")
+    found.pop("provenance")
     return found
 
 

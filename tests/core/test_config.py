@@ -97,7 +97,7 @@ def test_every_field_says_what_it_is():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("identify.drawz=5", "identify.drawz: there is no such field"),
+        ("identify.drawz=5", "identify.drawz: unknown field"),
         ("identify.draws=many", "identify.draws: .*integer.*found 'many'"),
         ("identify.draws=0", "identify.draws: .*greater than or equal to 1, found 0"),
         ("identify.a=.nan", "identify.a: .*finite"),
@@ -109,7 +109,7 @@ def test_every_field_says_what_it_is():
         ("classifier.architecture=custom", "classifier.import_path goes with"),
         ("classifier.epochs=0", "classifier.weights must name its file"),
         ("vae.epochs=0", "vae.weights must name its file"),
-        ("data.name=mnist", "data.root must say where the mnist images lie"),
+        ("data.name=mnist", "data.root must be the path of the mnist images"),
         ("data=3", "data: .*found 3"),
         ("resources.workers=0", "resources.workers: .*greater than or equal to 1 or 'auto', found 0$"),
         (

@@ -55,9 +55,9 @@ def test_the_page_stands_alone(finished):
     assert 'src="data:' in page
 
 
-def without_making(report_json: bytes) -> dict:
+def without_provenance(report_json: bytes) -> dict:
     found = json.loads(report_json)
-    found.pop("making")
+    found.pop("provenance")
     return found
 
 
@@ -66,7 +66,7 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_report(until, finished
     with pytest.raises(ReachedStep):
         whole_run(tmp_path, tiny_spec, until=until)
     run, _ = whole_run(tmp_path, tiny_spec)
-    assert without_making(run.store.read("report.json")) == without_making(
+    assert without_provenance(run.store.read("report.json")) == without_provenance(
         finished[0].store.read("report.json")
     )
 
@@ -112,7 +112,7 @@ def test_a_store_that_fails_every_so_often_costs_attempts_and_changes_nothing(fi
             failures += 1
     assert 2 < failures < 40
     made = FolderStore(tmp_path / "a").read("report.json")
-    assert without_making(made) == without_making(finished[0].store.read("report.json"))
+    assert without_provenance(made) == without_provenance(finished[0].store.read("report.json"))
 
 
 def test_reference_models_are_not_trained_on_other_images_than_the_classifier(tmp_path, tiny_spec):

@@ -58,7 +58,7 @@ def npz(path: Path, **changes: object) -> Path:
     ("settings", "message"),
     [
         (["identify.draws=none"], "identify.draws"),
-        (["identify.drawz=1"], "identify.drawz: there is no such field"),
+        (["identify.drawz=1"], "identify.drawz: unknown field"),
         (["data.name=mnist", "data.root=/nowhere"], "/nowhere"),
         (["data.name=npz", "data.root=/nowhere.npz"], "/nowhere.npz"),
         (["classifier.weights=/nowhere.safetensors", "classifier.epochs=0"], "/nowhere.safetensors"),

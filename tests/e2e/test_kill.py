@@ -57,7 +57,7 @@ def kill_once_there(driver: subprocess.Popen[bytes], key: Path) -> bool:
 
 def report_of(store: Path) -> dict[str, object]:
     found = json.loads((store / "tiny" / "report.json").read_text())
-    found.pop("making")
+    found.pop("provenance")
     return found
 
 

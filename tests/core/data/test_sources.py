@@ -12,7 +12,7 @@ from data_samples import error_of, section
 @pytest.mark.parametrize("name", ["mnist", "signs", "svhn", "folder", "npz"])
 def test_a_root_that_is_not_there_is_named_with_what_to_do(tmp_path: Path, name: str):
     message = error_of(section(name, tmp_path / "nowhere"))
-    assert f"data.root: there is no {tmp_path / 'nowhere'}" in message
+    assert f"data.root: {tmp_path / 'nowhere'} does not exist" in message
     assert ("data.download: true" in message) == (name in {"mnist", "signs", "svhn"})
 
 
