@@ -28,6 +28,7 @@ from torch import nn
 from defuse_core.device import device
 from defuse_core.errors import ModelError
 
+SOURCE = "source"  # of a state dict: the bytes that its network is built from
 FILES_OF_PROGRAM = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
     r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)"
@@ -57,7 +58,7 @@ class SelfContainedClassifier(nn.Module):
         super().__init__()
         self.net = net
         self.source: torch.Tensor
-        self.register_buffer("source", torch.frombuffer(bytearray(source), dtype=torch.uint8))
+        self.register_buffer(SOURCE, torch.frombuffer(bytearray(source), dtype=torch.uint8))
 
     def train(self, mode: bool = True) -> SelfContainedClassifier:
         """Set the mode where the network has modes: an exported program has those it was exported with."""
