@@ -14,6 +14,7 @@ from services.cli.jobs import jobs, submit
 from services.cli.review import label_studio, review
 from services.cli.run import report, run, status
 from services.cli.serving import check, promote, rollback, serve
+from services.cli.suite import compare, suite
 from services.settings import read_settings, share_cores
 
 
@@ -40,6 +41,8 @@ for command in (
     submit,
     jobs,
     check,
+    suite,
+    compare,
     promote,
     rollback,
     serve,

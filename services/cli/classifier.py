@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from defuse_core.suggest import ClassifierChoice
 
 
+CLASSIFIER_HELP = (
+    "Your classifier: package.module:factory (with --weights), a file of torch.jit.save or torch.export.save, "
+    "a folder of Hugging Face's, or timm:NAME (with --weights)."
+)
+
+
 def classifier_fields(text: str, weights: Path | None) -> dict[str, Any]:
     """Return section `classifier` of a run file for --classifier and --weights. Raises InputError."""
     path = Path(text).expanduser()

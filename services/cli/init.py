@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import InputError
+from services.cli.classifier import CLASSIFIER_HELP, classifier_choice
 
 if TYPE_CHECKING:
     from defuse_core.suggest import Plan
-
-CLASSIFIER_HELP = (
-    "Your classifier: package.module:factory (with --weights), a file of torch.jit.save or torch.export.save, "
-    "a folder of Hugging Face's, or timm:NAME (with --weights)."
-)
 
 
 @click.command()
@@ -49,7 +45,6 @@ def init(
     """
     from defuse_core.config import load_run_file
     from defuse_core.suggest import inspect_data, plan_run, write_run_file
-    from services.cli.classifier import classifier_choice
     from services.console import ProgressDisplay
 
     path = out or Path(f"{images.absolute().stem}.yaml")

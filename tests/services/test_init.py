@@ -60,7 +60,7 @@ def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, m
 
 def test_more_minutes_give_more_epochs(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    short, out = start(monkeypatch, capsys, pictures, "--minutes", 1)
+    short, _ = start(monkeypatch, capsys, pictures, "--minutes", 1)
     long, _ = start(monkeypatch, capsys, pictures, "--minutes", 60, "--force")
     assert short["vae"]["epochs"] <= long["vae"]["epochs"]
     assert short["identify"]["draws"] <= long["identify"]["draws"]
