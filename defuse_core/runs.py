@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 from defuse_core.artifacts import Models, Votes
 from defuse_core.codec import decode, encode
 from defuse_core.config import STEPS, RunFile, changed_field, dump_run_file, parse_run_file
-from defuse_core.errors import InputError, RunFileError, RunMismatchError
+from defuse_core.errors import InputError, RunFileError, RunMismatchError, StoreError
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
+REWRITE = "delete it and run again with the run file that this run was started with"
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file brought
 
 
@@ -42,6 +43,10 @@ def _digest_of(path: Path) -> str:
         return hashlib.sha256(inside.encode()).hexdigest()
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _damaged(store: Store, name: str) -> str:
+    return f"{store.address}/{name}/run.yaml: expected what Defuse wrote there"
 
 
 class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
@@ -84,7 +89,7 @@ class Run:
 
     def _other_weights(self) -> str | None:
         """Return which weights file is another one than when the run began, or None; one that is gone is not asked."""
-        known = json.loads(self.store.read(WEIGHTS)) if self.store.exists(WEIGHTS) else {}
+        known = self._read_json(WEIGHTS, "the weights are taken as they are now")
         for field, digest in _weights_digests(self.spec).items():
             if known.get(field, digest) != digest:
                 return f"{field}: its file holds other weights than when the run began"
@@ -104,7 +109,9 @@ class Run:
         try:
             tree = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise RunFileError(f"{name}/run.yaml: expected what Defuse wrote there, found no YAML") from error
+            raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REWRITE}") from error
+        if not isinstance(tree, dict):
+            raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REWRITE}")
         return cls(store, name, parse_run_file(tree, f"{name}/run.yaml"))
 
     def once(self, step: str, kind: type[T], make: Callable[[], T], key: str | None = None) -> T:
@@ -138,11 +145,23 @@ class Run:
 
     def manifest(self) -> dict[str, Any]:
         """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size."""
+        manifest = self._read_json("manifest.json", "only the times of the steps so far are lost")
+        return {"name": self.name, "seed": self.spec.seed, "artefacts": {}} | manifest
+
+    def _read_json(self, key: str, consequence: str) -> dict[str, Any]:
+        """Return a file of the run, empty where there is none. Raises StoreError for one that is damaged."""
         try:
-            manifest: dict[str, Any] = json.loads(self.store.read("manifest.json"))
+            found = json.loads(self.store.read(key))
         except FileNotFoundError:
-            return {"name": self.name, "seed": self.spec.seed, "artefacts": {}}
-        return manifest
+            return {}
+        except ValueError:  # no UTF-8, or no JSON
+            found = None
+        if not isinstance(found, dict) or not isinstance(found.get("artefacts", {}), dict):
+            raise StoreError(
+                f"{self.store.address}/{key}: expected what Defuse wrote there, found damaged JSON; delete it and run "
+                f"again: {consequence}"
+            )
+        return found
 
     def _note(self, step: str, key: str, started: float, data: bytes, origin: dict[str, str]) -> None:
         manifest = self.manifest() | origin

@@ -22,6 +22,7 @@ from defuse_core.report.formatting import (
     date_time,
     duration,
     headline,
+    interval,
     is_low,
     lam_text,
     percent,
@@ -34,6 +35,7 @@ from defuse_core.store import Store
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
+    from defuse_core.report.schema import EvidenceFigures
 
 FIGURES_WIDTH = 54  # columns of the terminal that the figures in the table of scenarios need
 WIDE = 110  # columns from which the list of runs also shows when and how long
@@ -55,6 +57,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for warning in caveats(report):
         _print_text(console, warning, "yellow")
     console.print(_accuracy_table(report))
+    if report.evidence is not None:
+        console.print(_evidence_table(report.evidence))
     if report.scenarios.accepted:
         console.print(_scenario_table(report, console.width))
     console.print(_agreement_table(report))
@@ -99,6 +103,21 @@ def _accuracy_table(report: Report) -> Table:
     return table
 
 
+def _evidence_table(evidence: EvidenceFigures) -> Table:
+    """Return the accuracies that independent models confirm, each with its 95 % interval."""
+    title = f"Evidence of {count_of(evidence.judges.count, 'judge')}, which took no part in the run"
+    table = _table(title, ("Accuracy on", "Before", "Plain training", "Defuse"))
+    own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
+    rows = (
+        ("scenario images, own label", own.before, own.plain, own.defuse),
+        ("scenarios left out of the tuning", left_out.before, None, left_out.defuse),
+        (f"{evidence.real_failure_images:,} real failures", real.before, real.plain, real.defuse),
+    )
+    for name, *shares in rows:
+        _add(table, name, *(NONE if share is None else interval(share) for share in shares))
+    return table
+
+
 def _scenario_table(report: Report, width: int) -> Table:
     columns = ("", "Label", "Mistaken for", "Purity", "Agreement", "Before", "Defuse")
     table = _table("Failure scenarios", columns, texts=3)
@@ -136,7 +155,7 @@ def _lines(report: Report) -> list[str]:
         f"of {count_of(psi.images, 'image')}; "
         f"{percent(psi.zero_noise_flip_rate)} of the images are wrong without noise.",
         f"β-VAE: {percent(vae.reconstruction_flips)} of the reconstructions are misclassified; "
-        f"{vae.collapsed} of {len(vae.kl_per_dimension)} dimensions collapsed; "
+        f"{vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
         f"squared error {vae.reconstruction:.4f} per pixel.",
     ]
     if report.chosen is not None:
@@ -194,8 +213,10 @@ def _detail(run: Run, step: str, keys: set[str]) -> str:
     if step == "train":
         return _epochs(run) if "models.safetensors" not in keys else ""
     if step == "identify":
-        done = sum(key.startswith("psi/") and key.endswith(".json") for key in keys)
-        return f"{done} of {_shards(run)} shards" if done and "psi.safetensors" not in keys else ""
+        done = sum(key.startswith("psi/") for key in keys)
+        return (
+            f"{done} of {count_of(_shards(run), 'shard')}" if done and "psi.safetensors" not in keys else ""
+        )
     if step == "correct":
         total = len(run.spec.correct.lambdas)
         sweeps = ("baseline", "defuse")
@@ -214,7 +235,7 @@ def _epochs(run: Run) -> str:
         key = f"training/{name}.safetensors"
         if run.store.exists(key):
             done = len(decode(Checkpoint, run.store.read(key), key).history)
-            kept.append(f"{'β-VAE' if name == 'vae' else name} {done} of {epochs} epochs")
+            kept.append(f"{'β-VAE' if name == 'vae' else name} {done} of {count_of(epochs, 'epoch')}")
     return ", ".join(kept)
 
 

@@ -1,4 +1,4 @@
-"""Findings made by hand, so that a report can be built without training anything."""
+"""Constructed findings, for a report without any training."""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ def _votes(rng: np.random.Generator, gallery: Gallery, accepted: int, answered_b
     answers = np.repeat(gallery.predicted[..., None], ANNOTATORS, axis=2)  # (S, R, W)
     for row in range(accepted):
         label = int(rng.integers(classes))
-        said = np.where(np.arange(images) % 5 < 4, label, (label + 1) % classes)
-        gallery.predicted[row][gallery.predicted[row] == said] += 1
+        named = np.where(np.arange(images) % 5 < 4, label, (label + 1) % classes)
+        gallery.predicted[row][gallery.predicted[row] == named] += 1
         gallery.predicted[row] %= classes
-        answers[row] = said[:, None]
-        answers[row, :, 0] = np.where(rng.random(images) < 0.4, NONE_OF_THE_ABOVE, said)
+        answers[row] = named[:, None]
+        answers[row, :, 0] = np.where(rng.random(images) < 0.4, NONE_OF_THE_ABOVE, named)
     place = np.indices(answers.shape).reshape(3, -1)
     names = tuple(f"model {i + 1}" for i in range(ANNOTATORS))
     return Votes(*place, answers.ravel(), np.zeros(answers.size), names, answered_by, {})

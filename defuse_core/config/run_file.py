@@ -13,6 +13,7 @@ from defuse_core.config.sections import (
     DistillSection,
     GpuShare,
     IdentifySection,
+    JudgesSection,
     ReportSection,
     ReviewSection,
     Section,
@@ -71,7 +72,7 @@ class ServeSection(Section):
     max_ongoing: int = Field(64, ge=1)
     """Requests that a replica works on at once."""
     max_queued: int = Field(64, ge=0)
-    """Requests that wait for a replica, per proxy (behind HAProxy none waits); more are answered 503 at once."""
+    """Requests that wait for a replica to work on them, per replica; more are answered 503 at once."""
     retry_after_s: int = Field(1, ge=0)
     """Seconds in the Retry-After header of a 503."""
     batch_size: int = Field(64, ge=1)
@@ -80,6 +81,8 @@ class ServeSection(Section):
     """Seconds to wait for a batch to fill. 0: requests that arrived during the previous pass form a batch."""
     max_body_mb: float = Field(8.0, gt=0, le=1024)
     """Largest request body, in MB."""
+    slow_uploads: int = Field(8, ge=1)
+    """Bodies of one client address that may take longer than 1 s to arrive at the same time; more are answered 408."""
     max_images: int = Field(64, ge=1)
     """Images in one request at most."""
     max_pixels: int = Field(16_000_000, ge=1)
@@ -105,6 +108,8 @@ class ServeSection(Section):
     """A canary that agrees with production less often, outside the scenarios (99 % interval), is rolled back."""
     min_compared: int = Field(50, ge=1)
     """Images that a canary answers before it is judged."""
+    max_canary_s: float = Field(1.0, gt=0)
+    """Seconds that a canary or shadow may take for a request. A later answer counts as a failure, and is not used."""
 
     @model_validator(mode="after")
     def _replicas_ordered(self) -> Self:
@@ -124,6 +129,7 @@ class RunFile(Section):
     identify: IdentifySection = IdentifySection()
     distill: DistillSection = DistillSection()
     review: ReviewSection = ReviewSection()
+    judges: JudgesSection = JudgesSection()
     correct: CorrectSection = CorrectSection()
     report: ReportSection = ReportSection()
     resources: ResourcesSection = ResourcesSection()
@@ -170,7 +176,7 @@ class RunFile(Section):
             )
         if self.vae.epochs == 0 and self.vae.weights is None:
             raise ValueError("vae.epochs = 0 brings a trained β-VAE, so vae.weights must name its file")
-        if self.data.name != "digits" and self.data.root is None:
+        if self.data.name not in {"digits", "mnist-5000"} and self.data.root is None:
             raise ValueError(
                 f"data.root must be the path of the {self.data.name} images (--set data.root=PATH)"
             )

@@ -7,12 +7,14 @@ from defuse_core.data.digits import open_digits, open_mnist, open_svhn
 from defuse_core.data.folder import open_folder
 from defuse_core.data.gtsrb import open_signs
 from defuse_core.data.images import Splits
+from defuse_core.data.mnist_5000 import open_mnist_5000
 from defuse_core.data.npz import open_npz
 from defuse_core.errors import DataError, RunMismatchError
 
 OPENERS = {
     "digits": open_digits,
     "mnist": open_mnist,
+    "mnist-5000": open_mnist_5000,
     "signs": open_signs,
     "svhn": open_svhn,
     "folder": open_folder,

@@ -47,12 +47,12 @@ def _mnist(root: Path, train: bool, data: DataSection) -> Images:
     with reading(root, "MNIST's four IDX files in MNIST/raw", data.download):
         found = MNIST(root, train=train, download=data.download)
         pixels, labels = found.data.numpy(), found.targets.numpy().astype(np.int64)
-        images = Images(fit_pixels(_padded(pixels, data.image_size), data.channels, data.image_size), labels)
+        images = Images(fit_pixels(padded(pixels, data.image_size), data.channels, data.image_size), labels)
     expect_labels(labels, 10, root / "MNIST")
     return images
 
 
-def _padded(pixels: U8, size: int) -> U8:
+def padded(pixels: U8, size: int) -> U8:
     """Return (N, 1, h, w) from (N, 28, 28): padded to 32x32 if that is `size`, otherwise unchanged."""
     edge = (32 - pixels.shape[1]) // 2 if size == 32 else 0
     return np.pad(pixels[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge)))

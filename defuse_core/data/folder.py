@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from defuse_core.config import DataSection
-from defuse_core.data.images import Images, PictureFiles, Splits, data_root
+from defuse_core.data.images import Images, PictureFiles, Splits, data_root, expect_class_names
 from defuse_core.data.overlooked import BY_THE_SYSTEM
 from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
@@ -37,6 +37,7 @@ def _classes(part: Path) -> tuple[str, ...]:
     names = tuple(
         sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not _hidden(entry.name))
     )
+    expect_class_names(names, part)
     if len(names) < 2:
         raise DataError(
             f"{part}: expected a folder of images per class, two classes or more, found {len(names)}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from defuse_core.errors import DataError
 
 MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
 DOWNLOADABLE = ("mnist", "signs", "svhn")
+CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 FINGERPRINT_IMAGES = 128  # read per part, however large the data set is
 
 
@@ -193,6 +195,15 @@ def expect_labels(labels: I64, classes: int, where: str | Path) -> None:
             f"{where}: expected labels 0 to {classes - 1}, found {labels[wrong[0]]} at index {wrong[0]} "
             f"({wrong.size} such); correct the labels or name all classes"
         )
+
+
+def expect_class_names(names: Iterable[str], where: str | Path) -> None:
+    """Raise DataError for a name that would change the terminal, the page or the log line that shows it."""
+    for name in names:
+        if any(unicodedata.category(letter) in CONTROL for letter in name):
+            raise DataError(
+                f"{where}: expected names of classes without control characters, found {name!a}; rename the class"
+            )
 
 
 def data_root(data: DataSection) -> Path:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
-from defuse_core.data.images import Images, Splits, data_root, expect_labels
+from defuse_core.data.images import Images, Splits, data_root, expect_class_names, expect_labels
 from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
 
@@ -81,6 +81,7 @@ def _names(names: npt.NDArray[Any], file: Path) -> tuple[str, ...]:
             f"{file}: classes: expected two or more different names, as text, "
             f"found {names.dtype} {names.shape}; save numpy.array of a list of names"
         )
+    expect_class_names(names.tolist(), f"{file}: classes")
     return tuple(names.tolist())
 
 

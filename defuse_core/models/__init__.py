@@ -1,11 +1,13 @@
 """The models of a run: architectures, weights, and inference in batches."""
 
 from defuse_core.models.architectures import (
+    LeNet,
     ReferenceCnn,
     ResNet18,
     Vae,
     build_classifier,
     build_vae,
+    import_classifier,
 )
 from defuse_core.models.inference import (
     accuracy,
@@ -28,6 +30,7 @@ from defuse_core.models.weights import (
 )
 
 __all__ = [
+    "LeNet",
     "ReferenceCnn",
     "ResNet18",
     "SelfContainedClassifier",
@@ -38,6 +41,7 @@ __all__ = [
     "check_outputs",
     "decode_codes",
     "encode_images",
+    "import_classifier",
     "load_classifier",
     "load_vae",
     "log_classifier",

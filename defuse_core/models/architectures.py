@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from defuse_core.artifacts import Weights
-from defuse_core.config import ClassifierSection, RunFile
+from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
 from defuse_core.models.adapters import adapt
 from defuse_core.models.hubs import open_timm, open_transformers, transformers_from
@@ -114,6 +115,31 @@ class ReferenceCnn(nn.Module):
         return logits
 
 
+class LeNet(nn.Module):
+    """Two 5x5 convolutions with group normalisation and a hidden layer: another kind of network than ReferenceCnn."""
+
+    def __init__(self, image_size: int, channels_in: int, channels: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (channels, 2 * channels):
+            layers += [
+                nn.Conv2d(channels_in, width, 5, padding=2),
+                nn.GroupNorm(math.gcd(8, width), width),
+                nn.GELU(),
+                nn.MaxPool2d(2),
+            ]
+            channels_in = width
+        flat = channels_in * (image_size // 4) ** 2
+        self.net = nn.Sequential(
+            *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(flat, 128), nn.GELU(), nn.Linear(128, classes)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channels, H, W) -> logits (n, C)."""
+        logits: Tensor = self.net(images)
+        return logits
+
+
 class Vae(nn.Module):
     """β-VAE of Figures 8-13: encoder to mean and log-variance, decoder back to images."""
 
@@ -199,7 +225,7 @@ def _expect_imagenet() -> None:
 def _external_classifier(spec: RunFile, classes: int, stored: Weights | None) -> nn.Module:
     section = spec.classifier
     if section.architecture == "custom":
-        return _import_classifier(section)
+        return import_classifier(section.import_path or "")
     if section.architecture == "timm":
         return open_timm(section.timm_model or "", classes, spec.data.channels)
     if stored is not None:
@@ -212,18 +238,16 @@ def _external_classifier(spec: RunFile, classes: int, stored: Weights | None) ->
     return load_program(read_file(section.weights), str(section.weights))
 
 
-def _import_classifier(section: ClassifierSection) -> nn.Module:
-    path = section.import_path or ""
+def import_classifier(path: str) -> nn.Module:
+    """Return what the factory at `package.module:factory` builds. Raises ModelError, naming the path."""
     module_name, _, factory = path.partition(":")
     try:
         module = getattr(importlib.import_module(module_name), factory)()
     except Exception as error:
         raise ModelError(
-            f"classifier.import_path {path}: calling it failed ({type(error).__name__}: {error}); "
+            f"import_path {path}: calling it failed ({type(error).__name__}: {error}); "
             "expected package.module:factory, importable from here and callable without arguments"
         ) from error
     if not isinstance(module, nn.Module):
-        raise ModelError(
-            f"classifier.import_path {path}: expected an nn.Module, found {type(module).__name__}"
-        )
+        raise ModelError(f"import_path {path}: expected an nn.Module, found {type(module).__name__}")
     return module

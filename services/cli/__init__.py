@@ -13,7 +13,7 @@ from services.cli.init import fields, init
 from services.cli.jobs import jobs, submit
 from services.cli.review import label_studio, review
 from services.cli.run import report, run, status
-from services.cli.serving import check, promote, rollback, serve
+from services.cli.serve import check, promote, rollback, serve
 from services.cli.suite import compare, suite
 from services.settings import read_settings, share_cores
 
@@ -53,7 +53,9 @@ for command in (
 def main() -> None:
     """Run one command. Every failure ends in one line on stderr and the exit code of its error."""
     share_cores()
-    sys.path.append("")  # the working folder, where one's own classifier is imported from, as with python -m
+    sys.path.append(
+        ""
+    )  # the working directory, from which the user's classifier is imported, as with python -m
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         sys.exit(defuse.main(standalone_mode=False))
@@ -63,7 +65,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("stopped; the same command goes on from here", 130)
+        _fail("stopped; the same command continues from here", 130)
     except Exception as error:
         if read_settings().debug:
             raise

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.run import checked_name, store_option
+from services.cli.options import checked_name, store_option
 
 if TYPE_CHECKING:
     from defuse_core.store import Store
@@ -84,9 +84,7 @@ def _expect_unregistered(store: Store, run: str) -> None:
     from defuse_core.errors import InputError
     from services.serving.registry import Registry
 
-    versions = [
-        number for number, version in Registry(store).standing().versions.items() if version.run == run
-    ]
+    versions = [number for number, version in Registry(store).state().versions.items() if version.run == run]
     if versions:
         raise InputError(
             f"run {run}: version {versions[-1]} in the registry was made from it, and it is that version's record; "

@@ -13,7 +13,7 @@ import click
 
 from defuse_core.errors import CheckFailed, InputError
 from services.cli.classifier import CLASSIFIER_HELP
-from services.cli.run import checked_name, store_option
+from services.cli.options import checked_name, store_option
 
 if TYPE_CHECKING:
     from torch import nn

@@ -30,7 +30,7 @@ def open_traffic_review(store: Store, run: Run) -> Run:
 
     Raises InputError where no scenario has as many such inputs as run.spec.review.images.
     """
-    from services.serving.reservoir import read_traffic
+    from services.serving.traffic import read_traffic
 
     known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
     if known and known[-1].load(Votes) is None:

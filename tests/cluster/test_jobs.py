@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster import jobs
+from defuse_core.errors import ComputeError
 from tests.conftest import ROOT, TINY
 from tests.s3_servers import free_port
 
@@ -40,11 +43,16 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def head(short_folder: Path) -> Iterator[str]:
+def gcs_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def head(short_folder: Path, gcs_port: int) -> Iterator[str]:
     """A head of two CPUs, told nothing of Defuse; yields the address of its dashboard."""
     folder, port = short_folder, free_port()
     ports = [
-        f"--port={free_port()}",
+        f"--port={gcs_port}",
         f"--dashboard-port={port}",
         "--min-worker-port=0",
         "--max-worker-port=0",
@@ -231,6 +239,21 @@ def test_without_the_right_token_one_line_says_what_to_set(head: str, changes: d
     assert "wrong" * 8 not in refused.stderr
 
 
+@pytest.mark.usefixtures("head")
+@pytest.mark.parametrize(
+    "changes", [{"RAY_AUTH_TOKEN": "wrong" * 8}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}]
+)
+def test_joining_without_the_right_token_says_so_soon(
+    gcs_port: int, place: Path, changes: dict[str, str]
+) -> None:
+    begun = time.monotonic()
+    refused = defuse("run", "own.yaml", "--address", f"127.0.0.1:{gcs_port}", cwd=place, **changes)
+    assert refused.returncode == 4, refused.stderr
+    assert "requires another token than this process has: set RAY_AUTH_MODE=token and" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert time.monotonic() - begun < 60
+
+
 @pytest.mark.parametrize(
     ("address", "exit_code", "says"),
     [
@@ -243,6 +266,19 @@ def test_an_address_without_a_dashboard_is_one_line(address: str, exit_code: int
     assert refused.returncode == exit_code
     assert refused.stderr.count("\n") == 1
     assert says in refused.stderr
+
+
+def test_an_address_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert jobs.ANSWER_WITHIN_S == 20
+    monkeypatch.setattr(jobs, "ANSWER_WITHIN_S", 2.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        begun = time.monotonic()
+        with pytest.raises(ComputeError, match=rf"no Ray dashboard answers at {address} \(ReadTimeout\)"):
+            jobs.Jobs(address)
+    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize("words", [["logs"], ["logs", "--follow"], ["stop"]])

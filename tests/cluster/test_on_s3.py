@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,14 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 
+from defuse_core.artifacts import Models
+from defuse_core.config import load_run_file
+from defuse_core.local import LocalCompute
+from defuse_core.pipeline import run_defuse
+from defuse_core.reference_models import ReferenceAnnotators
+from defuse_core.runs import ReachedStep, Run
+from defuse_core.store import FolderStore
+from services.storage import open_store
 from tests.conftest import ROOT, TINY
 from tests.s3_servers import moto_server
 
@@ -47,15 +56,22 @@ def bucket(server: str) -> Any:
 
 
 @pytest.fixture
-def runfile(tmp_path: Path) -> Path:
+def runfile(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run file; this process can reach the bucket."""
+    for name, value in (KEYS | {"AWS_ENDPOINT_URL": server}).items():
+        monkeypatch.setenv(name, value)
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
     return path
 
 
-def start(runfile: Path, where: str, store: str, server: str) -> subprocess.Popen[str]:
+PLAIN = "from services.cli import main; main()"
+HASTY = f"from services.storage import lease; lease.BEAT_S, lease.LEASE_S = 0.5, 3.0\n{PLAIN}"
+
+
+def start(runfile: Path, where: str, store: str, server: str, code: str = PLAIN) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "run", str(runfile), "--on", where, "--store", store],
+        [sys.executable, "-c", code, "run", str(runfile), "--on", where, "--store", store],
         cwd=ROOT,
         env=os.environ | KEYS | {"AWS_ENDPOINT_URL": server},
         stdout=subprocess.DEVNULL,
@@ -85,9 +101,22 @@ def without_clock(report: bytes) -> dict[str, object]:
     return found
 
 
+def begin(runfile: Path, folder: Path, models: Models, until: str) -> None:
+    """Begin the run in the bucket, and the same in `folder`, with all that comes before and with `until`."""
+    run = Run.start(FolderStore(folder), "tiny", load_run_file(runfile), until=until)
+    run.once("train", Models, lambda: models)
+    compute = LocalCompute()
+    with pytest.raises(ReachedStep):
+        run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    target = open_store("s3://bucket/runs/tiny")
+    for key in run.store.list():
+        target.write(key, run.store.read(key))
+
+
 def test_a_run_on_ray_in_a_bucket_gives_the_local_report_and_keeps_a_second_driver_out(
-    runfile: Path, bucket: Any, server: str, tmp_path: Path
+    runfile: Path, bucket: Any, server: str, tmp_path: Path, tiny_models: Models
 ) -> None:
+    begin(runfile, tmp_path / "runs", tiny_models, until="train")
     with start(runfile, "ray", "s3://bucket/runs", server) as first:
         wait_for(bucket, "runs/tiny/.lease.json", first)
         with start(runfile, "ray", "s3://bucket/runs", server) as second:
@@ -100,3 +129,29 @@ def test_a_run_on_ray_in_a_bucket_gives_the_local_report_and_keeps_a_second_driv
         assert whole.wait(120) == 0
     report = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
     assert without_clock(report) == without_clock((tmp_path / "runs" / "tiny" / "report.json").read_bytes())
+
+
+def test_a_driver_that_is_paused_while_another_takes_over_changes_nothing_and_ends(
+    runfile: Path, bucket: Any, server: str, tmp_path: Path, tiny_models: Models
+) -> None:
+    """The split brain: the paused driver's trials, in processes of their own, go on all the while."""
+    runfile.write_text(yaml.safe_dump(TINY | {"correct": {**TINY["correct"], "epochs": 30}}))
+    begin(runfile, tmp_path / "runs", tiny_models, until="review")
+    with start(runfile, "ray", "s3://bucket/runs", server, HASTY) as paused:
+        wait_for(bucket, "runs/tiny/trials/baseline/lam-0.001.safetensors", paused)
+        paused.send_signal(signal.SIGSTOP)
+        with start(runfile, "local", "s3://bucket/runs", server, HASTY) as second:
+            said = second.communicate(timeout=120)[1]
+        assert second.returncode == 0, said
+        report = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
+        paused.send_signal(signal.SIGCONT)
+        resumed = time.monotonic()
+        told = paused.communicate(timeout=60)[1]
+    assert paused.returncode == 4, told
+    assert "took the run over" in told.splitlines()[-1]
+    assert time.monotonic() - resumed < 60
+    with start(runfile, "local", str(tmp_path / "runs"), server) as whole:
+        assert whole.wait(120) == 0
+    assert without_clock(report) == without_clock((tmp_path / "runs" / "tiny" / "report.json").read_bytes())
+    again = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
+    assert again == report

@@ -93,7 +93,7 @@ def test_a_figure_that_does_not_exist_is_null(tmp_path: Path):
     assert (tree["tradeoff"], tree["chosen"], tree["per_class"]) == ([], None, [])
 
 
-def test_report_json_has_the_names_that_others_build_on(tmp_path: Path):
+def test_report_json_has_its_documented_fields(tmp_path: Path):
     run = sample_run(tmp_path)
     write_report(run, *sample_findings(3, 2, images=3))
     tree = json.loads(run.store.read("report.json"))

@@ -24,7 +24,7 @@ from defuse_core.report.formatting import (
 )
 
 
-def test_the_headline_tells_what_was_found_and_what_it_cost(tmp_path: Path):
+def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
     found, evaluation = sample_findings(40, 12)
     table = np.array([[np.nan, 0.9897, 0.148], [np.nan, 0.98, 0.5], [np.nan, 0.9905, 0.996]])
     report = report_of((found, dataclasses.replace(evaluation, accuracy=table)), tmp_path)
@@ -34,7 +34,7 @@ def test_the_headline_tells_what_was_found_and_what_it_cost(tmp_path: Path):
     )
 
 
-def test_low_purity_is_warned_of_and_high_purity_is_not(tmp_path: Path):
+def test_only_a_low_purity_gives_a_warning(tmp_path: Path):
     sample = sample_findings(2, 2)
     low = report_of(with_verdicts(sample, purity=np.array([0.7, 0.6])), tmp_path)
     high = report_of(with_verdicts(sample, purity=np.array([1.0, 0.9])), tmp_path)
@@ -42,17 +42,17 @@ def test_low_purity_is_warned_of_and_high_purity_is_not(tmp_path: Path):
     assert purity_warning(high) is None
 
 
-def test_only_models_are_announced_as_not_being_people(tmp_path: Path):
+def test_a_notice_appears_where_models_answered_in_place_of_people(tmp_path: Path):
     assert answered_by_models(report_of(sample_findings(answered_by="people"), tmp_path)) is None
     assert "not people" in (answered_by_models(report_of(sample_findings(), tmp_path)) or "")
 
 
 @pytest.mark.parametrize(
-    ("lam", "said"),
+    ("lam", "text"),
     [(0.0, "0"), (1e-10, "10⁻¹⁰"), (2.5e-7, "2.5·10⁻⁷"), (0.001, "0.001"), (20.0, "20"), (1000.0, "1000")],
 )
-def test_lambda_is_written_as_people_write_it(lam: float, said: str):
-    assert lam_text(lam) == said
+def test_lambda_is_written_as_people_write_it(lam: float, text: str):
+    assert lam_text(lam) == text
 
 
 def test_neighbouring_lambdas_share_one_range():

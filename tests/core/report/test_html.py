@@ -44,9 +44,11 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
     found, evaluation = sample_findings(3, 2, classes=HOSTILE, images=3)
     override = Override(0, 0, author=HOSTILE[0], reason=HOSTILE[1], when=HOSTILE[0])
     found, _ = with_verdicts((found, evaluation), overrides=(override,), reasons=(HOSTILE[0],) * 3)
+    discarded = {"scenario": 0, "image": 1, "annotator": HOSTILE[0], "why": HOSTILE[1]}
+    notes = {HOSTILE[0]: HOSTILE[1], "prelabel": HOSTILE[0], "refused_answers": [discarded]}
     found = dataclasses.replace(
         found,
-        votes=dataclasses.replace(found.votes, notes={HOSTILE[0]: HOSTILE[1]}),
+        votes=dataclasses.replace(found.votes, notes=notes),
         sweep=dataclasses.replace(found.sweep, failed=(FailedTrial(1.0, HOSTILE[0]),)),
     )
     run = sample_run(tmp_path_factory.mktemp("hostile"))
@@ -54,14 +56,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def test_text_from_outside_stays_text(hostile: Run):
+def test_text_from_the_run_is_escaped(hostile: Run):
     page = Page(hostile.store.read("report.html").decode())
     assert not [tag for tag, _ in page.elements if tag == "script"]
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
     assert HOSTILE[0] in page.words
 
 
-def test_the_page_fetches_nothing(hostile: Run):
+def test_the_page_loads_nothing_from_elsewhere(hostile: Run):
     page = Page(hostile.store.read("report.html").decode())
     linked = [
         attrs[key] for _, attrs in page.elements for key in ("src", "href", "xlink:href") if attrs.get(key)
@@ -84,16 +86,16 @@ def test_every_review_image_is_described_for_those_who_cannot_see_it(hostile: Ru
     assert all("annotators: " in text and "before: " in text for text in texts)
 
 
-@pytest.mark.parametrize(("scenarios", "said"), [(2, "None of the 2 components"), (0, "No failure scenario")])
-def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scenarios: int, said: str):
+@pytest.mark.parametrize(("scenarios", "text"), [(2, "None of the 2 components"), (0, "No failure scenario")])
+def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scenarios: int, text: str):
     run = sample_run(tmp_path)
     report = write_report(run, *sample_findings(scenarios, 0))
-    assert headline(report).startswith(said)
-    assert said in run.store.read("report.html").decode()
+    assert headline(report).startswith(text)
+    assert text in run.store.read("report.html").decode()
     assert "figures/scenarios.png" not in run.store.list()
 
 
-def test_what_annotators_want_told_is_told(tmp_path: Path):
+def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
     found, evaluation = sample_findings(2, 1, answered_by="people")
     refused = {
         "scenario": 1,
@@ -107,11 +109,11 @@ def test_what_annotators_want_told_is_told(tmp_path: Path):
     found = dataclasses.replace(found, votes=dataclasses.replace(found.votes, notes=notes))
     run = sample_run(tmp_path)
     report = write_report(run, found, evaluation)
-    said = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
-    assert "answers saved 58 decided early 0, 1" in said
-    assert "1 answer not counted:" in said
-    assert "annotator-7 no label was chosen" in said
-    assert "annotators saw the models' answer" in said
+    text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert "answers saved 58 decided early 0, 1" in text
+    assert "1 answer not counted:" in text
+    assert "annotator-7 no label was chosen" in text
+    assert "annotators saw the models' answer" in text
     assert caveats(report)[0].startswith("Answers were preselected.")
 
 

@@ -15,7 +15,7 @@ from defuse_core.store import FolderStore
 from services.cli import defuse
 from services.labeling.client import Server
 from services.labeling.record import read_record
-from services.serving.reservoir import Reservoir, seen_now
+from services.serving.traffic import Reservoir, sample_now
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def served(tmp_path: Path) -> Run:
 
 def meet(run: Run, folder: Path, scenario: int, count: int, first: int = 0) -> None:
     reservoir = Reservoir(FolderStore(folder), 10)
-    reservoir._met[run.name, scenario] = first
+    reservoir._counts[run.name, scenario] = first
     images = digits_gallery(images=10).images[scenario]
     for image in images[first : first + count]:
-        reservoir.offer(run.name, seen_now(image, scenario, 6, "1", digits_gallery().classes))
+        reservoir.offer(run.name, sample_now(image, scenario, 6, "1", digits_gallery().classes))
     reservoir._thread.shutdown()
 
 
@@ -116,10 +116,10 @@ def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, crowd, 
 def test_an_input_that_came_more_than_once_is_shown_once(cli, served, tmp_path):
     meet(served, tmp_path, 3, 2, first=0)
     again = Reservoir(FolderStore(tmp_path), 10)
-    again._met[served.name, 3] = 2
+    again._counts[served.name, 3] = 2
     image = digits_gallery(images=10).images[3][0]
     for _ in range(3):
-        again.offer(served.name, seen_now(image, 3, 6, "1", digits_gallery().classes))
+        again.offer(served.name, sample_now(image, 3, 6, "1", digits_gallery().classes))
     again._thread.shutdown()
     cli("push", served.name, "--from-traffic")
     gallery = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1").load(Gallery)

@@ -1,0 +1,53 @@
+"""The working directory of a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from defuse_core.config import RunFile, load_run_file
+from defuse_core.errors import ModelError, RunFileError
+from services.job_package import RUN_FILE, build_working_dir
+from tests.conftest import tiny
+
+
+def own_classifier(weights: Path, module: str = "mine") -> RunFile:
+    """A run file with the user's own classifier."""
+    return tiny(
+        classifier={
+            "architecture": "custom",
+            "import_path": f"{module}:build",
+            "weights": str(weights),
+            "epochs": 0,
+        }
+    )
+
+
+def test_weights_and_code_are_copied_and_the_run_file_names_the_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("build = None")
+    (tmp_path / "best.safetensors").write_bytes(b"weights")
+    job = tmp_path / "job"
+    job.mkdir()
+    build_working_dir(own_classifier(tmp_path / "best.safetensors"), job)
+    copied = load_run_file(job / RUN_FILE)
+    assert copied.classifier.weights == Path("weights/classifier.safetensors")
+    assert (job / "weights/classifier.safetensors").read_bytes() == b"weights"
+    assert (job / "mine.py").read_text() == "build = None"
+    assert (job / "defuse_core/pipeline.py").is_file() and not list(job.rglob("*.pyc"))
+
+
+def test_what_the_nodes_could_not_find_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    with pytest.raises(RunFileError, match=r"classifier.weights .*gone\.pt: cannot be read \(No such file"):
+        build_working_dir(own_classifier(tmp_path / "gone.pt"), tmp_path / "a")
+    with pytest.raises(ModelError, match="no module absent in this folder or on PYTHONPATH"):
+        build_working_dir(own_classifier(tmp_path / "gone.pt", "absent"), tmp_path / "b")
+    with pytest.raises(ModelError, match="services is a package of Defuse; rename yours"):
+        build_working_dir(own_classifier(tmp_path / "gone.pt", "services.nets"), tmp_path / "d")
+    with pytest.raises(RunFileError, match=r"data.root images.npz: expected the absolute path"):
+        build_working_dir(tiny(data={"name": "npz", "root": "images.npz"}), tmp_path / "c")
