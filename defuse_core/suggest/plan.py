@@ -133,6 +133,7 @@ def _vae(size: int, channels: int) -> dict[str, Any]:
         "encoder_stages": stages,
         "decoder_stages": stages,
         "channels": 32 if small else 64,
+        "beta": 0.1,
         "hidden": start * round(256 / start) if start <= 256 else start,
     }
     if channels == 3 and "decode" in VaeSection.model_fields:
@@ -265,8 +266,11 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
     batch = _batch(count, 256)
     steps = epochs * max(1, count // batch)
     tree["vae"] |= {"epochs": epochs, "batch_size": batch, "kl_warmup_steps": min(500, steps // 4)}
-    tree["identify"] = {"draws": _clamp(seconds * shares["identify"] * speeds.decode / count, 2, 200)}
-    tree["review"] = {"reference": _reference(count, seconds * shares["references"], speeds)}
+    draws = _clamp(seconds * shares["identify"] * speeds.decode / count, 2, 50)
+    tree["identify"] = {"draws": draws, "scale": 2.0}
+    reference = _reference(count, seconds * shares["references"], speeds)
+    tree["review"] = {"reference": reference}
+    tree["judges"] = dict(reference)
     tree["correct"] = _correct(count, seconds * shares["correct"], speeds)
     warnings = []
     if own and tree["classifier"]["epochs"]:
@@ -283,12 +287,15 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
 
 
 def _reference(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
-    """Return section review.reference: five models, on fewer images where four epochs on all take too long."""
-    visits = seconds * speeds.reference / 5
-    epochs = _clamp(visits / count, 4, 20)
+    """Return the training of the reference models and judges: eight in all, each on half of the images.
+
+    They get fewer images where four epochs on all take too long.
+    """
+    visits = seconds * speeds.reference / 8
+    epochs = _clamp(2 * visits / count, 4, 20)
     section: dict[str, Any] = {"epochs": epochs, "batch_size": _batch(count, 128)}
-    if visits < epochs * count:
-        section["train_images"] = max(min(count, 500), int(visits / epochs))
+    if 2 * visits < epochs * count:
+        section["train_images"] = max(min(count // 2, 500), int(visits / epochs))
     return section
 
 
