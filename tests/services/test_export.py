@@ -25,7 +25,7 @@ from defuse_core.train import train
 from tests.conftest import tiny
 from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import trained
-from tests.services.serving.planted import plant_run
+from tests.services.serving.synthetic_runs import make_run
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_spec: RunFile, tiny_mod
     """A store with one finished run, `digits`."""
     found = FolderStore(tmp_path_factory.mktemp("store"))
     splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    plant_run(found, "digits", tiny_spec, tiny_models, splits, tiny_models.classifier)
+    make_run(found, "digits", tiny_spec, tiny_models, splits, tiny_models.classifier)
     return found
 
 

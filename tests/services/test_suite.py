@@ -23,7 +23,7 @@ from defuse_core.store import FolderStore
 from defuse_core.suite import load_suite, save_suite
 from tests.conftest import tiny
 from tests.e2e.test_cli import call, one_line
-from tests.services.serving.planted import confused, nudged, plant_run
+from tests.services.serving.synthetic_runs import make_run, perturb_weights, swap_classes
 
 NET = "tests.services.test_suite:the_tiny_cnn"
 EASY = {
@@ -43,16 +43,16 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Fold
     """Runs on one data set: first finds 3 and 8, the others come later."""
     found, spec = FolderStore(tmp_path_factory.mktemp("store")), tiny(**EASY)
     splits = open_splits(spec.data, spec.seed)
-    good, swapped = tiny_models.classifier, confused(tiny_models.classifier, (3, 8))
+    good, swapped = tiny_models.classifier, swap_classes(tiny_models.classifier, (3, 8))
 
     def plant(name: str, before: object, spec: RunFile = spec) -> Run:
-        again = confused(before, (3, 8))  # plant_run swaps the classes of the classifier before
-        return plant_run(found, name, spec, dataclasses.replace(tiny_models, classifier=again), splits, good)
+        again = swap_classes(before, (3, 8))  # make_run swaps the classes of the classifier before
+        return make_run(found, name, spec, dataclasses.replace(tiny_models, classifier=again), splits, good)
 
     first = plant("first", swapped)
     plant("same", swapped)
     plant("mended", good)
-    plant("relapsed", nudged(swapped, 1))
+    plant("relapsed", perturb_weights(swapped, 1))
     fixes = first.load(Corrections)
     one = Corrections(fixes.scenario[:1], fixes.labels[:1], fixes.tune[:1], fixes.test[:1])
     plant("only-three", swapped).store.write("corrections.safetensors", encode(one))
@@ -73,7 +73,7 @@ def suite(store: FolderStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Path:
     """Weights of a right and of a wrong classifier, and a program that returns probabilities."""
     folder = tmp_path_factory.mktemp("files")
-    good, bad = tiny_models.classifier, confused(tiny_models.classifier, (3, 8))
+    good, bad = tiny_models.classifier, swap_classes(tiny_models.classifier, (3, 8))
     for name, weights in (("good", good), ("bad", bad)):
         save_file(
             {key: torch.tensor(array) for key, array in weights.items()}, folder / f"{name}.safetensors"
