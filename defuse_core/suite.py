@@ -36,14 +36,12 @@ from defuse_core.data import Images
 from defuse_core.errors import InputError, StoreError
 from defuse_core.judge import most_common_error
 from defuse_core.models import (
-    SelfContainedClassifier,
     build_classifier,
     check_outputs,
     load_classifier,
+    load_pretrained,
     load_vae,
     predict,
-    read_weights,
-    set_weights,
     to_device,
 )
 from defuse_core.runs import Run
@@ -146,9 +144,7 @@ class Suite:
         spec = self._run_file(section)
         classes = len(self.description.classes)
         classifier = build_classifier(spec, classes)
-        path = spec.classifier.weights
-        if path is not None and not isinstance(classifier, SelfContainedClassifier):
-            set_weights(classifier, read_weights(path), str(path))
+        load_pretrained(classifier, spec.classifier.weights, trained_on=False)
         to_device(classifier).eval()
         pixels = self.pictures.pixels.reshape(-1, *self.pictures.pixels.shape[2:])
         images = Images(pixels, np.repeat(self.pictures.labels, self.pictures.pixels.shape[1]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +22,6 @@ from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import RunFileError
 from defuse_core.models import (
-    ResNet18,
-    SelfContainedClassifier,
     Vae,
     accuracy,
     build_classifier,
@@ -32,10 +29,10 @@ from defuse_core.models import (
     check_outputs,
     decode_codes,
     encode_images,
+    load_pretrained,
     log_classifier,
     map_batches,
     predict,
-    read_weights,
     set_weights,
     to_device,
     to_tensor,
@@ -117,7 +114,7 @@ def train_classifier(
     section = spec.classifier
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
     classifier = build_classifier(spec, len(splits.classes))
-    _bring(classifier, section.weights, section.epochs > 0)
+    load_pretrained(classifier, section.weights, section.epochs > 0)
     to_device(classifier)
     check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
@@ -156,7 +153,7 @@ def _new_vae(spec: RunFile) -> Vae:
     """Return the β-VAE before its training: as initialised from the seed, or brought."""
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
-    _bring(vae, spec.vae.weights, spec.vae.epochs > 0)
+    load_pretrained(vae, spec.vae.weights, spec.vae.epochs > 0)
     return vae
 
 
@@ -218,14 +215,6 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     if spec.classifier.optimizer == "adadelta":
         return torch.optim.Adadelta(module.parameters(), lr=spec.classifier.learning_rate)
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
-
-
-def _bring(module: nn.Module, path: Path | None, trained_on: bool) -> None:
-    if path is not None and not isinstance(module, SelfContainedClassifier):
-        weights = read_weights(path)
-        if isinstance(module, ResNet18):
-            weights = module.renamed(weights, new_head=trained_on)
-        set_weights(module, weights, str(path))
 
 
 def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:

@@ -24,6 +24,7 @@ from defuse_core.models.programs import SelfContainedClassifier
 from defuse_core.models.state_dicts import read_weights
 from defuse_core.models.weights import (
     load_classifier,
+    load_pretrained,
     load_vae,
     set_weights,
     weights_of,
@@ -43,6 +44,7 @@ __all__ = [
     "encode_images",
     "import_classifier",
     "load_classifier",
+    "load_pretrained",
     "load_vae",
     "log_classifier",
     "map_batches",

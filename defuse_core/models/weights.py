@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -9,8 +11,10 @@ from torch import nn
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
-from defuse_core.models.architectures import Vae, build_classifier, build_vae
+from defuse_core.models.architectures import ResNet18, Vae, build_classifier, build_vae
 from defuse_core.models.inference import to_device
+from defuse_core.models.programs import SelfContainedClassifier
+from defuse_core.models.state_dicts import read_weights
 
 
 def weights_of(module: nn.Module) -> Weights:
@@ -40,6 +44,18 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
     if extra:
         raise ModelError(f"{where}: unexpected {extra[0]}; are these weights of another architecture?")
     module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+
+
+def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> None:
+    """Load the weights file at `path` into `module`, if one is given; `trained_on` allows a new last layer.
+
+    A self-contained classifier has its weights already.
+    """
+    if path is not None and not isinstance(module, SelfContainedClassifier):
+        weights = read_weights(path)
+        if isinstance(module, ResNet18):
+            weights = module.renamed(weights, new_head=trained_on)
+        set_weights(module, weights, str(path))
 
 
 def load_classifier(

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,22 +19,19 @@ from defuse_core.device import cpu_threads, device
 from defuse_core.errors import ModelError
 from defuse_core.models import (
     ReferenceCnn,
-    SelfContainedClassifier,
     build_classifier,
     build_vae,
     check_outputs,
     decode_codes,
+    load_pretrained,
     predict,
     probe_classifier,
-    read_weights,
-    set_weights,
     to_device,
     to_tensor,
 )
 from defuse_core.models.probe import ClassifierProbe
 from defuse_core.progress import Progress, silent
 from defuse_core.suggest.inspect import DataFacts
-from defuse_core.train import vae_terms
 
 TRIAL_S = 1.0  # each speed is measured for so long
 TRIAL_BATCH = 64
@@ -170,9 +166,7 @@ def _fitting_classifier(
 
 def _built(spec: RunFile, classes: int) -> nn.Module:
     classifier = build_classifier(spec, classes)
-    path: Path | None = spec.classifier.weights
-    if path is not None and not isinstance(classifier, SelfContainedClassifier):
-        set_weights(classifier, read_weights(path), str(path))
+    load_pretrained(classifier, spec.classifier.weights, trained_on=False)
     return to_device(classifier).eval()
 
 
@@ -202,7 +196,6 @@ def _measured(spec: RunFile, classifier: nn.Module, sample: Images, progress: Pr
     vae = build_vae(spec)
     to_device(vae)
     reference = to_device(ReferenceCnn(data.image_size, data.channels, section.channels, 100))
-    noise = torch.Generator(device()).manual_seed(0)
     batch = to_tensor(sample.batch(np.arange(TRIAL_BATCH) % len(sample)))
     codes = np.zeros((TRIAL_BATCH, spec.vae.latent_dim), np.float32)
 
@@ -210,7 +203,7 @@ def _measured(spec: RunFile, classifier: nn.Module, sample: Images, progress: Pr
         predict(classifier.eval(), decode_codes(vae, codes))
 
     works: dict[str, Callable[[], None]] = {
-        "vae": _step(vae, lambda: vae_terms(vae, batch, noise)[0]),
+        "vae": _step(vae, lambda: vae.decode(vae.encode(batch)[0]).sum()),
         "decode": decode,
         "classifier": _step(
             classifier, lambda: F.cross_entropy(classifier.train()(batch), _zeros(len(batch)))
