@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,20 +18,21 @@ from defuse_core.checkpoint import (
     train_step,
 )
 from defuse_core.config import RunFile
-from defuse_core.data import Images, Splits, open_splits
+from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device, device_name
-from defuse_core.errors import ModelError, RunFileError
+from defuse_core.errors import RunFileError
 from defuse_core.models import (
-    ResNet18,
     Vae,
     accuracy,
     build_classifier,
     build_vae,
+    check_outputs,
     decode_codes,
     encode_images,
+    load_pretrained,
+    log_classifier,
     map_batches,
     predict,
-    read_weights,
     set_weights,
     to_device,
     to_tensor,
@@ -54,23 +54,19 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
+    log_parts(spec.data, on_disk)
     vae = _new_vae(spec)  # first: weights that do not fit are told before anything is trained
     splits = (
         on_disk.loaded()
     )  # all of them: a picture that cannot be read is told now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
+        accuracies = _accuracies(classifier, splits)
+        if spec.classifier.epochs == 0:
+            log_classifier(spec, classifier, splits, accuracies)
         vae_history = train_vae(spec, vae, splits, store, progress)
         probe = splits.train.take(slice(0, PROBE_IMAGES))
         reconstruction, flips = _reconstruct(classifier, vae, probe)
-        accuracies = _accuracies(classifier, splits)
-        if spec.classifier.epochs == 0 and accuracies["train"] < 0.5:
-            log.warning(
-                "the classifier that was brought is right on only %.0f %% of the training images; does it number the "
-                "classes in this order? %s",
-                100 * accuracies["train"],
-                ", ".join(splits.classes),
-            )
         return Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
@@ -118,9 +114,9 @@ def train_classifier(
     section = spec.classifier
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
     classifier = build_classifier(spec, len(splits.classes))
-    _bring(classifier, section.weights, section.epochs > 0)
-    _expect_logits(classifier, splits)
+    load_pretrained(classifier, section.weights, section.epochs > 0)
     to_device(classifier)
+    check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     for epoch in training.epochs(section.epochs):
         loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
@@ -157,7 +153,7 @@ def _new_vae(spec: RunFile) -> Vae:
     """Return the β-VAE before its training: as initialised from the seed, or brought."""
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
-    _bring(vae, spec.vae.weights, spec.vae.epochs > 0)
+    load_pretrained(vae, spec.vae.weights, spec.vae.epochs > 0)
     return vae
 
 
@@ -219,30 +215,6 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     if spec.classifier.optimizer == "adadelta":
         return torch.optim.Adadelta(module.parameters(), lr=spec.classifier.learning_rate)
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
-
-
-def _bring(module: nn.Module, path: Path | None, trained_on: bool) -> None:
-    if path is not None:
-        weights = read_weights(path)
-        if isinstance(module, ResNet18):
-            weights = module.renamed(weights, new_head=trained_on)
-        set_weights(module, weights, str(path))
-
-
-def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
-    """Refuse a classifier whose output does not fit the classes, before it fails in the middle of an epoch."""
-    sample = torch.from_numpy(splits.train.batch(slice(0, 2)))
-    try:
-        found = tuple(classifier.eval()(sample).shape)
-    except Exception as error:
-        raise ModelError(
-            f"the classifier cannot take images of shape {tuple(sample.shape)}: {error}"
-        ) from error
-    expected = (len(sample), len(splits.classes))
-    if found != expected:
-        raise ModelError(
-            f"the classifier: expected logits of shape {expected} (images, classes), found {found}"
-        )
 
 
 def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:

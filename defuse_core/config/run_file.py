@@ -158,6 +158,14 @@ class RunFile(Section):
             raise ValueError(
                 "classifier.import_path goes with classifier.architecture: custom, and only with it"
             )
+        if (self.classifier.architecture == "timm") != (self.classifier.timm_model is not None):
+            raise ValueError(
+                "classifier.timm_model goes with classifier.architecture: timm, and only with it"
+            )
+        if self.classifier.architecture in {"program", "transformers"} and self.classifier.weights is None:
+            raise ValueError(
+                f"classifier.architecture: {self.classifier.architecture} needs classifier.weights, its file or folder"
+            )
         if self.classifier.imagenet and self.classifier.architecture != "resnet18":
             raise ValueError(
                 "classifier.imagenet goes with classifier.architecture: resnet18, and only with it"

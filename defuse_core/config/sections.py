@@ -64,13 +64,23 @@ class DataSection(Section):
 class ClassifierSection(Section):
     """The classifier f that is debugged."""
 
-    architecture: Literal["cnn", "resnet18", "custom"] = "cnn"
-    """cnn is Figure 7; resnet18 is torchvision's; custom is import_path. Paper: cnn for MNIST, resnet18 otherwise."""
+    architecture: Literal["cnn", "resnet18", "custom", "program", "transformers", "timm"] = "cnn"
+    """cnn is Figure 7; resnet18 is torchvision's; custom is import_path; program is a TorchScript or torch.export file;
+    transformers is a local folder of Hugging Face's; timm is timm_model. Paper: cnn for MNIST, resnet18 otherwise."""
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: UserPath | None = None
     """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is used unchanged.
     resnet18: torchvision's own file will do, such as resnet18-f37072fd.pth, with a new last layer."""
+    timm_model: str | None = None
+    """timm: the name of the architecture, such as resnet18 or convnext_tiny. Nothing is downloaded."""
+    input_range: Literal["0..1", "-1..1", "imagenet", "0..255"] = "0..1"
+    """What pixels are converted to before the classifier sees them, unless it is cnn or resnet18: imagenet subtracts
+    ImageNet's mean and divides by its standard deviation."""
+    outputs: Literal["logits", "probabilities"] = "logits"
+    """What the classifier returns, unless it is cnn or resnet18; of probabilities the logarithm is used."""
+    class_order: tuple[int, ...] | None = None
+    """For each class of the data set, in order, the index of its logit, where the classifier numbers them otherwise."""
     imagenet: bool = False
     """resnet18: start from torchvision's ImageNet weights (downloaded if data.download), unless `weights` names a file.
     Paper: true."""

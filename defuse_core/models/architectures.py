@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
+from defuse_core.models.adapters import adapt
+from defuse_core.models.hubs import open_timm, open_transformers, transformers_from
+from defuse_core.models.programs import load_program
+from defuse_core.models.state_dicts import read_file
 
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -172,11 +176,14 @@ class Vae(nn.Module):
         return torch.sigmoid(self.decode_logits(codes))
 
 
-def build_classifier(spec: RunFile, classes: int) -> nn.Module:
-    """Return the untrained (or ImageNet) classifier of the run file: images in [0, 1] -> logits (n, C)."""
+def build_classifier(spec: RunFile, classes: int, stored: Weights | None = None) -> nn.Module:
+    """Return the untrained (or ImageNet) classifier of the run file: images in [0, 1] -> logits (n, C).
+
+    A program or a model of transformers is read from classifier.weights, or rebuilt from `stored`, its state dict.
+    """
     section = spec.classifier
-    if section.architecture == "custom":
-        module = import_classifier(section.import_path or "")
+    if section.architecture in {"custom", "program", "transformers", "timm"}:
+        module = adapt(_external_classifier(spec, classes, stored), section, classes)
     elif section.architecture == "resnet18":
         module = _resnet18(spec, classes)
     else:
@@ -213,6 +220,22 @@ def _expect_imagenet() -> None:
             f"classifier.imagenet: torchvision's weights are not in {kept}, and data.download is false; set it to "
             f"true, or classifier.weights to a copy of {kept.name}"
         )
+
+
+def _external_classifier(spec: RunFile, classes: int, stored: Weights | None) -> nn.Module:
+    section = spec.classifier
+    if section.architecture == "custom":
+        return import_classifier(section.import_path or "")
+    if section.architecture == "timm":
+        return open_timm(section.timm_model or "", classes, spec.data.channels)
+    if stored is not None:
+        source = stored["source"].tobytes()
+        program = section.architecture == "program"
+        return load_program(source, "the run's classifier") if program else transformers_from(source)
+    assert section.weights is not None  # RunFile has checked it
+    if section.architecture == "transformers":
+        return open_transformers(section.weights)
+    return load_program(read_file(section.weights), str(section.weights))
 
 
 def import_classifier(path: str) -> nn.Module:
