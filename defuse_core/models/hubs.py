@@ -118,6 +118,7 @@ def _transformers() -> Any:
             "classifier.architecture: transformers needs transformers; "
             "install it with pip install 'defuse[transformers]'"
         ) from error
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
