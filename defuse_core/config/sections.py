@@ -176,7 +176,10 @@ class DistillSection(Section):
     """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
     min_support: int = Field(5, ge=1)
     """Components whose codes come from fewer training images are dropped. Paper: 1, which drops none."""
-    max_iterations: int = Field(100, ge=1)
+    engine: Literal["torch", "scikit-learn"] = "torch"
+    """torch computes the updates of scikit-learn's mixture in blocks, on the GPU if there is one, several times as fast
+    and equal to rounding. Paper: scikit-learn."""
+    max_iterations: int = Field(500, ge=1)
     """Paper: scikit-learn's default, 100."""
     tolerance: float = Field(1e-3, gt=0)
     """Change of the lower bound at which the fit has converged. Paper: scikit-learn's default, 0.001."""
@@ -213,7 +216,7 @@ class ClassifierSet(Section):
 
 
 class ReferenceModels(ClassifierSet):
-    """Models that screen failing draws, filter what is tuned on, and can stand in for annotators."""
+    """Models that screen failing draws, filter what is tuned on, and can replace annotators."""
 
     min_confidence: float = Field(0.5, ge=0, le=1)
     """As annotators: below this probability of its best class a model answers none-of-the-above."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.options import checked_name, store_option
+from services.cli.options import address_option, checked_name, store_option
 from services.cli.suite import SuiteCheck, check_suite, suite_options
 from services.settings import read_settings
 
@@ -121,9 +121,7 @@ def rollback(store: str, by: str | None, why: str) -> None:
 @click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on."
 )
-@click.option(
-    "--address", help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]"
-)
+@address_option
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set serve.watch=false"
 )
@@ -162,7 +160,7 @@ def serve(
     settings = read_settings()
     args = ServeArgs(
         store=store,
-        run=checked_name(run) if run else None,
+        run=None if run is None else checked_name(run),
         pin=pin,
         require_token=bool(settings.serve_token),
         settings=_serve_fields(overrides),

@@ -15,6 +15,7 @@ from typing import ClassVar
 import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from defuse_core.config import ServeSection
@@ -194,8 +195,12 @@ class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
 
     def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._on_timeout)
             self._incomplete[self._address] += 1
+
+    def _on_timeout(self) -> None:
+        self._stop_timer()  # here too: after a change to another protocol, connection_lost is not called
+        self.transport.close()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -206,8 +211,20 @@ class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
                 del self._incomplete[self._address]
 
 
+class NoDisconnectCheck:
+    """Lets Serve complete requests whose clients disconnect: watching for that costs more than it saves."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["headers"] = [*scope["headers"], (b"x-request-disconnect-disabled", b"?1")]
+        await self.app(scope, receive, send)
+
+
 def limit_headers() -> list[Middleware]:
-    """Let the HTTP servers that this process starts from now on use LimitedHttpProtocol. Adds no middleware."""
+    """Let the HTTP servers that this process starts from now on use LimitedHttpProtocol; return their middleware."""
     name = f"{LimitedHttpProtocol.__module__}:{LimitedHttpProtocol.__qualname__}"
     uvicorn.config.HTTP_PROTOCOLS["auto"] = name
-    return []
+    return [Middleware(NoDisconnectCheck)]

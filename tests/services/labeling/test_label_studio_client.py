@@ -1,4 +1,4 @@
-"""Whatever the server does wrong is one line that says what to do, and never holds the token."""
+"""Whatever the server does wrong is one line that says what to do, and never contains the token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.labeling import LabelStudioAnnotators
 from services.labeling.annotators import connect
-from services.labeling.client import Server
+from services.labeling.client import LabelStudioClient
 from services.settings import read_settings
 
 PAGE = "<!doctype html><html><body>Bad Gateway</body></html>"
@@ -41,14 +41,14 @@ def _no_pauses(monkeypatch):
         (Reply(500, PAGE, "text/html"), ServiceError, "see its log"),
         (Reply(502, PAGE, "text/html"), ServiceError, "failed (502)"),
         (Reply(200, PAGE, "text/html"), InputError, "web page (200)"),
-        (Reply(200, '["nothing like a user"]'), ServiceError, "is LABEL_STUDIO_URL right"),
+        (Reply(200, '["nothing like a user"]'), ServiceError, "check LABEL_STUDIO_URL"),
         (Reply(302, ""), InputError, "redirects"),
     ],
 )
 def test_each_failure_is_one_line_that_says_what_to_do(proxy, server, reply, kind, words):
     proxy.answer(reply)
     with pytest.raises(kind) as raised:
-        Server(proxy.address, server.token).check()
+        LabelStudioClient(proxy.address, server.token).check_access()
     line = str(raised.value)
     assert words in line and proxy.address in line
     assert "\n" not in line and "html" not in line and server.token not in line and len(line) < 300
@@ -58,28 +58,28 @@ def test_each_failure_is_one_line_that_says_what_to_do(proxy, server, reply, kin
 def test_overload_is_asked_again_for_reads_and_never_for_writes(proxy, server):
     proxy.answer(Reply(503))
     with pytest.raises(ServiceError):
-        Server(proxy.address, server.token).check()
+        LabelStudioClient(proxy.address, server.token).check_access()
     assert len(proxy.seen) == 3
     with pytest.raises(ServiceError):
-        Server(proxy.address, server.token).import_tasks(1, [{"data": {}}])
+        LabelStudioClient(proxy.address, server.token).import_tasks(1, [{"data": {}}])
     assert len(proxy.seen) == 4
 
 
 def test_a_server_that_is_down_is_named(server):
     with pytest.raises(ServiceError, match=r"cannot be reached; start it"):
-        Server(f"http://127.0.0.1:{free_port()}", server.token).check()
+        LabelStudioClient(f"http://127.0.0.1:{free_port()}", server.token).check_access()
 
 
 def test_a_server_that_is_slow_is_named(proxy, server):
     proxy.rule = lambda method, path: 0.5
     with pytest.raises(ServiceError, match="too slow"):
-        Server(proxy.address, server.token, timeout_s=0.1).check()
+        LabelStudioClient(proxy.address, server.token, timeout_s=0.1).check_access()
 
 
 def test_a_cut_connection_is_named(proxy, server):
     proxy.cut("GET", "/", times=9)
     with pytest.raises(ServiceError, match="cut the connection"):
-        Server(proxy.address, server.token).check()
+        LabelStudioClient(proxy.address, server.token).check_access()
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_a_cut_connection_is_named(proxy, server):
 )
 def test_an_address_that_is_none_is_refused_without_repeating_it(address):
     with pytest.raises(InputError) as raised:
-        Server(address, "token")
+        LabelStudioClient(address, "token")
     assert "pw" not in str(raised.value) and "token=1" not in str(raised.value)
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "ümlaut"])
 def test_a_token_that_cannot_be_one_is_refused_without_repeating_it(token):
     with pytest.raises(InputError, match="LABEL_STUDIO_API_KEY") as raised:
-        Server("http://127.0.0.1:1", token)
+        LabelStudioClient("http://127.0.0.1:1", token)
     assert not token or token not in str(raised.value)
 
 
@@ -110,9 +110,9 @@ def test_the_token_is_in_no_log_no_repr_and_no_file_of_the_run(make_review, serv
     caplog.set_level(logging.DEBUG)
     review = make_review()
     review.annotators.push(review.gallery)
-    review.annotators.standing(review.gallery)
-    shown = caplog.text + repr(review.annotators.server) + repr(settings_for(server)) + repr(server)
-    assert "HTTP Request" not in caplog.text  # which would tell every address
+    review.annotators.status(review.gallery)
+    shown = caplog.text + repr(review.annotators.client) + repr(settings_for(server)) + repr(server)
+    assert "HTTP Request" not in caplog.text  # which would contain every address
     stored = b"".join(review.run.store.read(key) for key in review.run.store.list())
     assert server.token not in shown and server.token.encode() not in stored
 
@@ -132,7 +132,7 @@ def test_a_server_that_is_missing_is_said_before_anything_is_computed(tmp_path):
 def test_a_personal_access_token_does_as_well_as_a_legacy_one(server):
     headers = {"Authorization": f"Token {server.token}"}
     made = httpx.post(f"{server.address}/api/token/", headers=headers, json={}, trust_env=False)
-    Server(server.address, made.json()["token"]).check()
+    LabelStudioClient(server.address, made.json()["token"]).check_access()
 
 
 def test_without_the_client_library_it_is_said_what_to_install(monkeypatch):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import pytest
 from click.testing import CliRunner
-from label_studio_live import note_in
+from label_studio_live import write_into_cache
 
+from defuse_core.artifacts import Votes
 from defuse_core.errors import InputError
 from services.cli import defuse
+from services.labeling.simulate import choice_result
 
 TRUTH = (8, 3, 0, 1)
 
@@ -30,16 +33,19 @@ def cli(monkeypatch, server, tmp_path):
     return call
 
 
-def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, crowd, server):
+def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, accounts, server):
     review = make_review(answers_per_task=3, stop_early=True)
     name = review.run.name
     pushed = cli("review", "push", name).output
-    assert pushed.startswith(f"label at {server.address}/projects/{review.record.number}/data")
-    for person in crowd[:2]:
+    link, invitation = pushed.splitlines()
+    assert link == f"label at {server.address}/projects/{review.state.number}/data?labeling=1"
+    signup = httpx.get(invitation.removeprefix("annotators get an account at "), trust_env=False)
+    assert signup.status_code == 200 and "password" in signup.text
+    for account in accounts[:2]:
         for key, task in review.tasks().items():
             if key < "s001":
-                person.answer(task.id, "image", "8")
-    crowd[2].submit(review.tasks()["s003-i00"].id, [])
+                account.answer(task.id, "image", "8")
+    accounts[2].submit(review.tasks()["s003-i00"].id, [])
     shown = " ".join(cli("review", "status", name).output.split())
     assert "6 of 36 answers are in; 27 are still wanted." in shown
     assert "3 more are not needed" in shown
@@ -47,13 +53,13 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
     assert "Agreement so far: 100.0%" in shown
     assert "0 3 accepted as 8: 100% of 3 labelled images are misclassified" in shown
     assert "Not counted: annotator-3 on scenario 3, image 0: no label was chosen" in shown
-    assert pushed.strip().removeprefix("label at ") in shown
+    assert link.removeprefix("label at ") in shown and invitation.split(" at ")[1] in shown
 
 
-def test_what_annotators_typed_is_shown_as_it_is(cli, make_review, crowd):
+def test_what_annotators_typed_is_shown_as_it_is(cli, make_review, accounts):
     review = make_review()
     cli("review", "push", review.run.name)
-    crowd[0].answer(review.tasks()["s001-i00"].id, "image", "[/bold] [red]")
+    accounts[0].answer(review.tasks()["s001-i00"].id, "image", "[/bold] [red]")
     shown = " ".join(cli("review", "status", review.run.name).output.split())
     assert "'[/bold] [red]' is not one of the classes" in shown
 
@@ -75,7 +81,7 @@ def test_set_records_a_decision_that_status_shows(cli, make_review):
     name = review.run.name
     cli("review", "push", name)
     done = cli("review", "set", name, "2", "--label", "8", "--reason", "seen on paper", "--author", "Ada")
-    assert done.output == "scenario 2 is a failure: 8; `defuse run` goes on with it\n"
+    assert done.output == "scenario 2 is a failure: 8; `defuse run` continues with it\n"
     assert json.loads(review.run.store.read("overrides/0001.json"))["author"] == "Ada"
     assert "2 9 decided above the vote" in " ".join(cli("review", "status", name).output.split())
 
@@ -98,6 +104,58 @@ def test_the_local_server_is_found_without_any_setting(monkeypatch, tmp_path, se
     monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path))
     assert CliRunner().invoke(defuse, ["label-studio", "status"]).output.startswith("not running")
     assert CliRunner().invoke(defuse, ["label-studio", "down"]).output == "it was not running\n"
-    note_in(tmp_path)
+    write_into_cache(tmp_path)
     shown = CliRunner().invoke(defuse, ["label-studio", "status"]).output
     assert server.address in shown and server.username in shown and server.token not in shown
+
+
+def answer_all(review, account):
+    for task in review.tasks().values():
+        account.answer(task.id, "image", str(TRUTH[review.subject(task).scenario]))
+
+
+def test_after_the_votes_are_stored_status_says_so_and_reopen_takes_later_answers_in(
+    cli, make_review, accounts
+):
+    review = make_review(answers_per_task=2)
+    name = review.run.name
+    cli("review", "push", name)
+    answer_all(review, accounts[0])
+    with pytest.raises(InputError, match="is still open"):
+        cli("review", "reopen", name)
+    answer_all(review, accounts[1])
+    review.run.once("review", Votes, lambda: review.annotators.review(review.gallery))
+    assert "Voting is closed" in cli("review", "status", name).output
+    tasks = review.tasks()
+    changed = tasks["s000-i00"].annotations[0].id
+    accounts[0].change(changed, [choice_result("label", "image", "3")])
+    shown = " ".join(cli("review", "status", name).output.split())
+    assert "1 given or changed since then, not counted" in shown and "Label at" not in shown
+    assert f"`defuse review reopen {name}`" in shown
+    assert "is open again" in cli("review", "reopen", name).output
+    assert review.run.load(Votes) is None
+    votes = review.annotators.review(review.gallery)
+    here = (votes.scenario == 0) & (votes.image == 0)
+    assert sorted(votes.answer[here].tolist()) == [3, 8]
+
+
+def test_status_shows_skips_with_the_task_and_what_resolves_them(cli, make_review, accounts):
+    review = make_review(answers_per_task=1)
+    name = review.run.name
+    cli("review", "push", name)
+    task = review.tasks()["s001-i02"].id
+    accounts[0].submit(task, [], was_cancelled=True)
+    shown = " ".join(cli("review", "status", name).output.split())
+    assert (
+        f"Skipped: annotator-1 on scenario 1, image 2, {review.api.task_url(review.state.number, task)}"
+        in shown
+    )
+    assert f"`defuse review push {name} --repair` deletes the skips" in shown
+
+
+def test_the_address_for_annotators_can_be_another_than_that_of_the_api(cli, make_review, monkeypatch):
+    monkeypatch.setenv("LABEL_STUDIO_HOST", "https://labels.example.org/")
+    review = make_review()
+    link, invitation = cli("review", "push", review.run.name).output.splitlines()
+    assert link.startswith("label at https://labels.example.org/projects/")
+    assert invitation.startswith("annotators get an account at https://labels.example.org/user/signup/")

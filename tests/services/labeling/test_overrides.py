@@ -11,7 +11,7 @@ from label_studio_live import digits_gallery, review_run
 from defuse_core.artifacts import Corrections, Override, Verdicts, Votes
 from defuse_core.errors import InputError, RunBusyError
 from defuse_core.judge import judge, read_overrides
-from services.labeling.decide import FROM_VERDICTS, decide
+from services.labeling.overrides import FROM_VERDICTS, override_verdict
 
 
 @pytest.fixture
@@ -33,15 +33,18 @@ def judged(run):
 
 
 def test_a_decision_is_recorded_with_author_reason_and_time(run):
-    assert decide(run, 2, "8", "Ada", "looks like\nan eight") == "scenario 2 is a failure: 8"
-    assert decide(run, 1, None, "Bob", "blurred") == "scenario 1 is rejected"
+    assert (
+        override_verdict(run, 2, "8", author="Ada", reason="looks like\nan eight")
+        == "scenario 2 is a failure: 8"
+    )
+    assert override_verdict(run, 1, None, author="Bob", reason="blurred") == "scenario 1 is rejected"
     first, second = read_overrides(run.store)
     assert first == Override(2, 8, "Ada", "looks like an eight", first.when)
     assert second.label is None and first.when.endswith("Z")
 
 
 def test_the_decision_stands_above_the_vote(run):
-    decide(run, 2, "8", "Ada", "checked")
+    override_verdict(run, 2, "8", author="Ada", reason="checked")
     nobody = np.zeros(0, np.int64)
     votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
     verdicts = judge(digits_gallery(), votes, 0.5, read_overrides(run.store))
@@ -61,19 +64,19 @@ def test_the_decision_stands_above_the_vote(run):
 )
 def test_what_cannot_be_decided_is_said(run, scenario, label, reason, words):
     with pytest.raises(InputError, match=words):
-        decide(run, scenario, label, "Ada", reason)
+        override_verdict(run, scenario, label, author="Ada", reason=reason)
     assert read_overrides(run.store) == ()
 
 
 def test_after_the_verdicts_a_decision_is_refused_and_changes_nothing(judged):
     before = {key: judged.store.read(key) for key in judged.store.list()}
     with pytest.raises(InputError, match="--redo"):
-        decide(judged, 2, "8", "Ada", "checked")
+        override_verdict(judged, 2, "8", author="Ada", reason="checked")
     assert {key: judged.store.read(key) for key in judged.store.list()} == before
 
 
 def test_redo_forgets_the_verdicts_and_what_follows_and_keeps_the_votes(judged):
-    decide(judged, 2, "8", "Ada", "checked", redo=True)
+    override_verdict(judged, 2, "8", author="Ada", reason="checked", redo=True)
     left = judged.store.list()
     assert not [key for key in left if key.startswith(("trials", "report", "figures", *FROM_VERDICTS))]
     assert "votes.safetensors" in left and "gallery.safetensors" in left
@@ -82,9 +85,9 @@ def test_redo_forgets_the_verdicts_and_what_follows_and_keeps_the_votes(judged):
 
 
 def test_two_decisions_at_once_both_count(run, monkeypatch):
-    decide(run, 2, "8", "Ada", "checked")
+    override_verdict(run, 2, "8", author="Ada", reason="checked")
     monkeypatch.setattr(run.store, "list", lambda prefix="": [])  # as it was before the other's
-    decide(run, 1, None, "Bob", "blurred")
+    override_verdict(run, 1, None, author="Bob", reason="blurred")
     monkeypatch.undo()
     assert [decision.author for decision in read_overrides(run.store)] == ["Ada", "Bob"]
 
@@ -94,16 +97,16 @@ def test_a_decision_that_the_verdicts_were_made_without_is_told(judged, monkeypa
     load = judged.load
     monkeypatch.setattr(judged, "load", lambda kind: next(found) if kind is Verdicts else load(kind))
     with pytest.raises(InputError, match="has its verdicts already"):
-        decide(judged, 2, "8", "Ada", "checked")
+        override_verdict(judged, 2, "8", author="Ada", reason="checked")
 
 
 def test_redo_waits_for_no_driver_that_is_writing(judged):
     with judged.store.lock(), pytest.raises(RunBusyError):
-        decide(judged, 2, "8", "Ada", "checked", redo=True)
+        override_verdict(judged, 2, "8", author="Ada", reason="checked", redo=True)
     assert judged.load(Verdicts) is not None
 
 
 def test_a_run_without_scenarios_says_how_far_it_is(run):
     run.store.delete("gallery.safetensors")
     with pytest.raises(InputError, match="no scenarios yet"):
-        decide(run, 0, "8", "Ada", "why")
+        override_verdict(run, 0, "8", author="Ada", reason="why")
