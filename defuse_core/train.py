@@ -47,26 +47,24 @@ PROBE_BATCH = 256
 
 
 def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
-    """Return f and the β-VAE, trained or brought, with their accuracies and the β-VAE's health.
+    """Return f and the β-VAE, trained or loaded from files, with their accuracies and the β-VAE's reconstructions.
 
-    With a store, a training that was killed goes on at its last kept epoch, to the same weights.
+    With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    vae = _new_vae(spec)  # first: weights that do not fit are told before anything is trained
-    splits = (
-        on_disk.loaded()
-    )  # all of them: a picture that cannot be read is told now, not after the training
+    vae = _initial_vae(spec)  # first: weights that do not fit fail before anything is trained
+    splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
         vae_history = train_vae(spec, vae, splits, store, progress)
         probe = splits.train.take(slice(0, PROBE_IMAGES))
-        reconstruction, flips = _reconstruct(classifier, vae, probe)
+        reconstruction, flips = _reconstruction_errors(classifier, vae, probe)
         accuracies = _accuracies(classifier, splits)
         if spec.classifier.epochs == 0 and accuracies["train"] < 0.5:
             log.warning(
-                "the classifier that was brought is right on only %.0f %% of the training images; does it number the "
-                "classes in this order? %s",
+                "the classifier from classifier.weights is right on only %.0f %% of the training images; does it "
+                "number the classes in this order? %s",
                 100 * accuracies["train"],
                 ", ".join(splits.classes),
             )
@@ -87,7 +85,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
 
 
 def _expect_validation(spec: RunFile, splits: Splits) -> None:
-    """Refuse, before any work, a choice that needs the validation set this data set lacks."""
+    """Raise RunFileError for a choice that needs validation images where the data set has none."""
     for field, value in (
         ("classifier.keep", spec.classifier.keep),
         ("correct.choose_by", spec.correct.choose_by),
@@ -105,7 +103,7 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
         and wanted < len(splits.train)
     ):
         raise RunFileError(
-            "correct.train_images: a sample of the training images says too little of the clean accuracy that "
+            "correct.train_images: a sample of the training images is too small to measure the clean accuracy that "
             "correct.max_loss bounds, and this data set has no validation images; set data.validation_share"
         )
 
@@ -113,11 +111,11 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
 def train_classifier(
     spec: RunFile, splits: Splits, store: Store | None, progress: Progress
 ) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Return the classifier and one row per epoch. Keeps the last epoch or the best on validation, as the run says."""
+    """Return the classifier and one row per epoch. Returns the last epoch or the best on validation (keep)."""
     section = spec.classifier
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
     classifier = build_classifier(spec, len(splits.classes))
-    _bring(classifier, section.weights, section.epochs > 0)
+    _load_pretrained(classifier, section.weights, section.epochs > 0)
     _expect_logits(classifier, splits)
     to_device(classifier)
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
@@ -130,7 +128,7 @@ def train_classifier(
         if section.keep == "best_validation" and row["validation"] > before:
             training.best = weights_of(classifier)
         training.history.append(row)
-        log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, _figures(row))
+        log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, _format_row(row))
     if training.best:
         set_weights(classifier, training.best, "the best epoch")
     return classifier.eval(), training.history
@@ -140,9 +138,7 @@ def _classifier_epoch(
     training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
 ) -> float:
     classifier, size = training.module.train(), spec.classifier.batch_size
-    torch.manual_seed(
-        torch_seed(spec.seed, "classifier", epoch)
-    )  # for dropout, in a classifier that was brought
+    torch.manual_seed(torch_seed(spec.seed, "classifier", epoch))  # for the dropout of a custom classifier
     total = spec.classifier.epochs * len(images)
     done, losses = epoch * len(images), []
     for rows in minibatches(len(images), size, generator(spec.seed, "classifier", epoch)):
@@ -153,11 +149,11 @@ def _classifier_epoch(
     return float(np.mean(losses))
 
 
-def _new_vae(spec: RunFile) -> Vae:
-    """Return the β-VAE before its training: as initialised from the seed, or brought."""
+def _initial_vae(spec: RunFile) -> Vae:
+    """Return the β-VAE before its training: initialised from the seed, or with vae.weights."""
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
-    _bring(vae, spec.vae.weights, spec.vae.epochs > 0)
+    _load_pretrained(vae, spec.vae.weights, spec.vae.epochs > 0)
     return vae
 
 
@@ -177,7 +173,7 @@ def train_vae(
             "β-VAE epoch %d of %d: %s",
             epoch + 1,
             section.epochs,
-            _figures(row),
+            _format_row(row),
         )
     vae.eval()
     return training.history
@@ -221,16 +217,16 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
 
 
-def _bring(module: nn.Module, path: Path | None, trained_on: bool) -> None:
+def _load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> None:
     if path is not None:
         weights = read_weights(path)
         if isinstance(module, ResNet18):
-            weights = module.renamed(weights, new_head=trained_on)
+            weights = module.with_own_names(weights, new_head=trained_on)
         set_weights(module, weights, str(path))
 
 
 def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
-    """Refuse a classifier whose output does not fit the classes, before it fails in the middle of an epoch."""
+    """Raise ModelError unless the classifier returns one logit per class for each image."""
     sample = torch.from_numpy(splits.train.batch(slice(0, 2)))
     try:
         found = tuple(classifier.eval()(sample).shape)
@@ -250,7 +246,7 @@ def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
     return {name: accuracy(classifier, images) for name, images in parts.items() if images is not None}
 
 
-def _reconstruct(classifier: nn.Module, vae: Vae, images: Images) -> tuple[float, float]:
+def _reconstruction_errors(classifier: nn.Module, vae: Vae, images: Images) -> tuple[float, float]:
     """Return the mean squared error per pixel of decoding mu, and the share of decodings that f gets wrong."""
     errors, flips = [], []
     for start in range(0, len(images), PROBE_BATCH):  # so that memory does not grow with the images' size
@@ -270,5 +266,5 @@ def _kl_per_dimension(vae: Vae, images: Images) -> F64:
     return per_dimension
 
 
-def _figures(row: dict[str, float]) -> str:
+def _format_row(row: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")

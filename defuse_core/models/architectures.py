@@ -1,4 +1,4 @@
-"""Classifiers and β-VAEs of Appendix B from one parametrised description, ResNet-18, and bringing one's own."""
+"""Classifiers and β-VAEs: those of Appendix B from one parametrised description, ResNet-18, and custom modules."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class ResNet18(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("sd", torch.tensor(IMAGENET_SD).view(1, 3, 1, 1), persistent=False)
 
-    def renamed(self, weights: Weights, new_head: bool) -> Weights:
-        """Return torchvision's own weights of a ResNet-18 as this module's; others as they are.
+    def with_own_names(self, weights: Weights, new_head: bool) -> Weights:
+        """Return torchvision's state dict of a ResNet-18 with this module's names; any other state dict unchanged.
 
-        With `new_head` a last layer for other classes gives way to this module's random one, to be trained.
+        With `new_head`, a last layer for another number of classes is replaced by this module's untrained one.
         """
         if "fc.weight" not in weights:
             return weights
@@ -178,14 +178,14 @@ def _resnet18(spec: RunFile, classes: int) -> ResNet18:
 
 
 def _expect_imagenet() -> None:
-    """Raise ModelError unless torchvision's weights were fetched before."""
+    """Raise ModelError unless torchvision's weights are in its cache."""
     from torchvision.models import ResNet18_Weights
 
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
-    if not kept.is_file():
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    if not cached.is_file():
         raise ModelError(
-            f"classifier.imagenet: torchvision's weights are not in {kept}, and data.download is false; set it to "
-            f"true, or classifier.weights to a copy of {kept.name}"
+            f"classifier.imagenet: torchvision's weights are not in {cached}, and data.download is false; set it to "
+            f"true, or classifier.weights to a copy of {cached.name}"
         )
 
 

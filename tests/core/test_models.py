@@ -81,7 +81,7 @@ def test_every_shipped_models_shapes_fit_each_other(name):
     assert 0 <= float(decoded.detach().min()) <= float(decoded.detach().max()) <= 1
 
 
-def test_weights_go_out_and_come_back(tiny_spec, tiny_models):
+def test_a_loaded_classifier_has_the_weights_that_were_stored(tiny_spec, tiny_models):
     classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
     for name, array in weights_of(classifier).items():
         np.testing.assert_array_equal(array, tiny_models.classifier[name])
@@ -94,17 +94,17 @@ def resnet_spec(**classifier):
     )
 
 
-def test_torchvisions_own_file_brings_all_but_the_last_layer(tmp_path):
+def test_torchvisions_own_file_gives_all_layers_but_the_last(tmp_path):
     theirs = resnet18().state_dict()
     torch.save(theirs, tmp_path / "resnet18-f37072fd.pth")
     module = build_classifier(resnet_spec(), 10)
-    ours = module.renamed(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=True)
+    ours = module.with_own_names(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=True)
     set_weights(module, ours, "here")
     assert torch.equal(module.net.layer4[1].conv2.weight, theirs["layer4.1.conv2.weight"])
     assert module.net.fc.weight.shape == (10, 512)
-    taken_as_it_is = module.renamed(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=False)
+    unchanged = module.with_own_names(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=False)
     with pytest.raises(ModelError, match=r"net.fc.weight: expected shape \(10, 512\), found \(1000, 512\)"):
-        set_weights(module, taken_as_it_is, "here")
+        set_weights(module, unchanged, "here")
 
 
 def test_imagenet_weights_are_fetched_only_where_the_run_file_allows_it(monkeypatch, tmp_path):
@@ -165,7 +165,7 @@ def test_a_broken_weight_file_is_named(tmp_path, content, suffix):
         read_weights(path)
 
 
-def test_a_state_dict_of_parameters_or_without_counts_of_batches_is_taken(tmp_path):
+def test_a_state_dict_of_parameters_or_without_counts_of_batches_is_accepted(tmp_path):
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     older = {name: nn.Parameter(t) for name, t in module.state_dict().items() if "num_batches" not in name}
     torch.save(older, tmp_path / "older.pt")
@@ -187,7 +187,7 @@ def custom_net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
 
 
-def test_ones_own_classifier_comes_by_import_path():
+def test_a_custom_classifier_is_imported_by_its_path():
     spec = tiny(classifier={"architecture": "custom", "import_path": "tests.core.test_models:custom_net"})
     assert build_classifier(spec, 10)(torch.rand(2, 1, 16, 16)).shape == (2, 10)
 
@@ -195,7 +195,7 @@ def test_ones_own_classifier_comes_by_import_path():
 @pytest.mark.parametrize(
     "path", ["no.such:thing", "tests.core.test_models:missing", "json:dumps", "builtins:dict"]
 )
-def test_an_import_path_that_gives_no_module_is_explained(path):
+def test_an_import_path_that_gives_no_module_is_an_error_that_names_it(path):
     with pytest.raises(ModelError, match=path):
         build_classifier(tiny(classifier={"architecture": "custom", "import_path": path}), 10)
 

@@ -40,22 +40,22 @@ class KilledError(Exception): ...
 
 
 @pytest.mark.parametrize(("what", "at"), [("training the classifier", 2000), ("training the β-VAE", 6000)])
-def test_a_training_that_was_killed_goes_on_to_the_same_weights_bit_for_bit(
+def test_an_interrupted_training_resumes_to_the_same_weights_bit_for_bit(
     what, at, tmp_path, monkeypatch, tiny_spec, tiny_models
 ):
     monkeypatch.setattr("defuse_core.checkpoint.CHECKPOINT_EVERY_S", 0.0)
-    told = []
+    calls = []
 
     def kill(doing: str, done: int, total: int, unit: str) -> None:
-        told.append((doing, done))
+        calls.append((doing, done))
         if (doing, done >= at) == (what, True):
             raise KilledError
 
     with pytest.raises(KilledError):
         train(tiny_spec, FolderStore(tmp_path), progress=kill)
-    killed_after = len(told)
-    resumed = train(tiny_spec, FolderStore(tmp_path), progress=lambda *step: told.append(step[:2]))
-    assert min(done for doing, done in told[killed_after:] if doing == what) > at / 2
+    killed_after = len(calls)
+    resumed = train(tiny_spec, FolderStore(tmp_path), progress=lambda *step: calls.append(step[:2]))
+    assert min(done for doing, done in calls[killed_after:] if doing == what) > at / 2
     for ours, theirs in ((resumed.classifier, tiny_models.classifier), (resumed.vae, tiny_models.vae)):
         for name, array in ours.items():
             np.testing.assert_array_equal(array, theirs[name])
@@ -85,7 +85,7 @@ def test_choosing_by_validation_without_validation_images_is_refused_before_trai
         train(tiny(data={"validation_share": 0.0}, **{section: change}), progress=silent)
 
 
-def test_brought_models_are_taken_as_they_are(tmp_path, tiny_models):
+def test_pretrained_models_with_no_epochs_are_used_unchanged(tmp_path, tiny_models):
     for name in ("classifier", "vae"):
         save_file(
             {k: torch.tensor(v) for k, v in getattr(tiny_models, name).items()},
@@ -100,7 +100,7 @@ def test_brought_models_are_taken_as_they_are(tmp_path, tiny_models):
     assert models.classifier_history == models.vae_history == ()
 
 
-def test_a_classifier_that_numbers_the_classes_otherwise_is_told(tmp_path, tiny_models, caplog):
+def test_a_classifier_that_numbers_the_classes_otherwise_gets_a_warning(tmp_path, tiny_models, caplog):
     last = sorted(name.removesuffix(".bias") for name in tiny_models.classifier if name.endswith(".bias"))[-1]
     other = {
         k: torch.tensor(np.roll(v, 3, 0) if k.startswith(last) else v)
@@ -111,7 +111,7 @@ def test_a_classifier_that_numbers_the_classes_otherwise_is_told(tmp_path, tiny_
     assert "does it number the classes in this order? 0, 1, 2" in caplog.text
 
 
-def test_a_vae_that_does_not_fit_is_told_before_the_classifier_is_trained(tmp_path, tiny_models):
+def test_vae_weights_that_do_not_fit_fail_before_the_classifier_is_trained(tmp_path, tiny_models):
     save_file({"nothing": torch.zeros(1)}, tmp_path / "vae.safetensors")
     done = []
     with pytest.raises(ModelError, match=r"vae\.safetensors: the weights lack"):
@@ -119,14 +119,14 @@ def test_a_vae_that_does_not_fit_is_told_before_the_classifier_is_trained(tmp_pa
     assert not done
 
 
-def test_a_training_goes_on_with_the_images_that_it_began_with_only(tmp_path):
+def test_a_training_resumes_only_on_the_images_that_it_started_on(tmp_path):
     short = {"classifier": {"epochs": 1}, "vae": {"epochs": 1}}
     train(tiny(**short), FolderStore(tmp_path), progress=silent)
     with pytest.raises(RunMismatchError, match="the images changed since this run began to train"):
         train(tiny(data={"train_images": 299}, **short), FolderStore(tmp_path), progress=silent)
 
 
-def test_a_learning_rate_that_blows_up_is_said_in_one_line():
+def test_a_diverged_training_is_an_error_of_one_line():
     with pytest.raises(ModelError, match="training the classifier diverged"):
         train(tiny(classifier={"optimizer": "adam", "learning_rate": 1e30, "epochs": 3}), progress=silent)
 
