@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from defuse_core.artifacts import Failures
+from defuse_core.artifacts import Failures, Health
 from defuse_core.errors import StoreError
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def _flatten(artefact: Any, prefix: str, arrays: dict[str, npt.NDArray[Any]]) ->
 
 def _unflatten(kind: type[T], plain: dict[str, Any], prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> T:
     values: dict[str, Any] = {}
-    nested = {"Failures": Failures}
+    nested: dict[str, type[Any]] = {"Failures": Failures, "Health | None": Health}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         name = prefix + field.name
         if name in arrays:
@@ -94,7 +94,7 @@ def _unflatten(kind: type[T], plain: dict[str, Any], prefix: str, arrays: dict[s
         elif field.type == "Weights":
             start = name + "/"
             values[field.name] = {key[len(start) :]: a for key, a in arrays.items() if key.startswith(start)}
-        elif field.type in nested:
+        elif field.type in nested and plain.get(field.name) is not None:
             values[field.name] = _unflatten(nested[str(field.type)], plain[field.name], name + "/", arrays)
         elif field.name in plain or field.default is dataclasses.MISSING:
             value = plain[field.name]

@@ -22,6 +22,7 @@ from defuse_core.data import Images
 from defuse_core.distill import distill
 from defuse_core.errors import InputError
 from defuse_core.evaluate import Findings, evaluate
+from defuse_core.health import expect_healthy
 from defuse_core.judge import judge, read_overrides
 from defuse_core.report import Report, write_report
 from defuse_core.runs import Run
@@ -61,7 +62,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier, and return what was found. Each artefact is made once per run."""
     spec, store = run.spec, run.store
     models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
-    psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store))
+    psi = run.once("identify", Psi, lambda: compute.identify(spec, expect_healthy(spec, models), store))
     scenarios = run.once("distill", Scenarios, lambda: compute.task("distill", distill, spec, psi, store))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, Models
+from defuse_core.artifacts import F64, Health, Models
 from defuse_core.checkpoint import (
     Training,
     labels_of,
     minibatches,
     train_step,
 )
-from defuse_core.config import RunFile
+from defuse_core.config import RunFile, VaeSection
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import ModelError, RunFileError
+from defuse_core.health import (
+    PROBE_IMAGES,
+    STRIP_KEY,
+    log_health,
+    mean_kl,
+    measure_health,
+    reconstruction_errors,
+    reconstruction_strip,
+)
 from defuse_core.models import (
     ResNet18,
     Vae,
     accuracy,
     build_classifier,
     build_vae,
-    decode_codes,
-    encode_images,
-    map_batches,
+    expect_autoencoder,
+    kl_to_prior,
     predict,
     read_weights,
     set_weights,
@@ -42,8 +52,6 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
-PROBE_IMAGES = 10_000  # training images that the β-VAE's figures are measured on
-PROBE_BATCH = 256
 
 
 def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
@@ -53,13 +61,13 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    vae = _initial_vae(spec)  # first: weights that do not fit fail before anything is trained
+    vae = _initial_vae(
+        spec, on_disk.train
+    )  # first: a β-VAE that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
         vae_history = train_vae(spec, vae, splits, store, progress)
-        probe = splits.train.take(slice(0, PROBE_IMAGES))
-        reconstruction, flips = _reconstruction_errors(classifier, vae, probe)
         accuracies = _accuracies(classifier, splits)
         if spec.classifier.epochs == 0 and accuracies["train"] < 0.5:
             log.warning(
@@ -68,7 +76,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
                 100 * accuracies["train"],
                 ", ".join(splits.classes),
             )
-        return Models(
+        models = Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
             classes=splits.classes,
@@ -77,11 +85,35 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
             accuracy=accuracies,
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
-            reconstruction=reconstruction,
-            reconstruction_flips=flips,
-            kl_per_dimension=_kl_per_dimension(vae, probe),
             device=device_name(),
+            **_measure_vae(spec, classifier, vae, splits),
         )
+        if store is not None:
+            store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
+    return models
+
+
+class VaeFigures(TypedDict):
+    """The fields of Models that describe the trained β-VAE."""
+
+    reconstruction: float
+    reconstruction_flips: float
+    kl_per_dimension: F64
+    health: Health
+
+
+def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
+    probe = splits.train.take(slice(0, PROBE_IMAGES))
+    errors, answers = reconstruction_errors(classifier, vae, probe)
+    kl = mean_kl(vae, probe)
+    health = measure_health(spec, probe.labels, predict(classifier, probe), answers, kl)
+    log_health(health, splits.classes)
+    return VaeFigures(
+        reconstruction=float(errors.mean()),
+        reconstruction_flips=1 - health.reconstructions_right,
+        kl_per_dimension=kl,
+        health=health,
+    )
 
 
 def _expect_validation(spec: RunFile, splits: Splits) -> None:
@@ -149,12 +181,13 @@ def _classifier_epoch(
     return float(np.mean(losses))
 
 
-def _initial_vae(spec: RunFile) -> Vae:
-    """Return the β-VAE before its training: initialised from the seed, or with vae.weights."""
+def _initial_vae(spec: RunFile, train: Images) -> Vae:
+    """Return the β-VAE before its training: initialised from the seed, with vae.weights, or custom."""
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
     _load_pretrained(vae, spec.vae.weights, spec.vae.epochs > 0)
-    return vae
+    expect_autoencoder(vae.eval(), torch.from_numpy(train.batch(slice(0, 2))), spec.vae.latent_dim)
+    return vae.train()
 
 
 def train_vae(
@@ -162,11 +195,12 @@ def train_vae(
 ) -> list[dict[str, float]]:
     """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
     section = spec.vae
-    to_device(vae)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=section.learning_rate, fused=True)
-    training = Training(vae, optimizer, store, "vae", splits.fingerprint())
+    head = _class_head(spec, len(splits.classes)) if section.class_weight else None
+    trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
+    optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
+    training = Training(trained, optimizer, store, "vae", splits.fingerprint())
     for epoch in training.epochs(section.epochs):
-        row = _vae_epoch(vae, training, splits.train, spec, epoch, progress)
+        row = _vae_epoch(vae.train(), head, training, splits.train, spec, epoch, progress)
         training.history.append(row)
         log.log(
             logging.INFO if epoch + 1 == section.epochs else logging.DEBUG,
@@ -179,36 +213,69 @@ def train_vae(
     return training.history
 
 
+def _class_head(spec: RunFile, classes: int) -> nn.Module:
+    """Return a linear classifier of latent codes. It shapes the codes during training and is not kept."""
+    torch.manual_seed(torch_seed(spec.seed, "vae", "head"))
+    return nn.Linear(spec.vae.latent_dim, classes)
+
+
 def _vae_epoch(
-    vae: Vae, training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
+    vae: Vae,
+    head: nn.Module | None,
+    training: Training,
+    images: Images,
+    spec: RunFile,
+    epoch: int,
+    progress: Progress,
 ) -> dict[str, float]:
     section, count = spec.vae, len(images)
     noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
     batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
-    done, terms, beta = epoch * count, [], 0.0
+    done, rows_of_terms, beta = epoch * count, [], 0.0
     for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
         beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
-        reconstruction, divergence = vae_terms(vae, to_tensor(images.batch(rows)), noise)
-        train_step(reconstruction + beta * divergence, training.optimizer, "the β-VAE")
-        terms.append((reconstruction.item(), divergence.item()))
+        _set_learning_rate(training.optimizer, section, step, section.epochs * len(batches))
+        terms = vae_terms(vae, to_tensor(images.batch(rows)), noise)
+        loss = terms.reconstruction + beta * terms.divergence
+        figures = {"reconstruction": terms.reconstruction.item(), "kl": terms.divergence.item()}
+        if head is not None:
+            class_loss = F.cross_entropy(head(terms.codes), labels_of(images, rows))
+            loss = loss + section.class_weight * class_loss
+            figures["class"] = class_loss.item()
+        train_step(loss, training.optimizer, "the β-VAE")
+        rows_of_terms.append(figures)
         done += len(rows)
         progress("training the β-VAE", done, section.epochs * count, "images")
-    means = np.mean(terms, axis=0)
-    return {"epoch": epoch + 1.0, "reconstruction": float(means[0]), "kl": float(means[1]), "beta": beta}
+    means = {name: float(np.mean([row[name] for row in rows_of_terms])) for name in rows_of_terms[0]}
+    return {"epoch": epoch + 1.0, **means, "beta": beta}
 
 
-def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the two terms of the β-VAE's loss, in nats per image: -E log p(x|z) (Bernoulli) and KL(q(z|x) || p(z))."""
+def _set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
+    """Set the learning rate of step 1 to `steps`. It depends on nothing else, so a resumed training needs no state."""
+    if section.schedule == "constant":
+        return
+    rising = max(1, steps // 10)
+    falling = max(0, step - rising) / max(1, steps - rising)  # share of the steps after the rise
+    share = min(1.0, step / rising) * 0.5 * (1 + math.cos(math.pi * falling))
+    for group in optimizer.param_groups:
+        group["lr"] = section.learning_rate * share
+
+
+class VaeTerms(NamedTuple):
+    """The terms of the β-VAE's loss, in nats per image, and the codes that they were computed with."""
+
+    reconstruction: Tensor  # -E log p(x|z), Bernoulli
+    divergence: Tensor  # KL(q(z|x) || p(z))
+    codes: Tensor  # (n, Z) drawn from q(z|x)
+
+
+def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> VaeTerms:
+    """Return the terms of the loss on (n, channels, H, W) images."""
     mu, log_variance = vae.encode(images)
     codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
     logits = vae.decode_logits(codes)
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
-    return reconstruction, kl_to_prior(mu, log_variance).sum() / len(images)
-
-
-def kl_to_prior(mu: Tensor, log_variance: Tensor) -> Tensor:
-    """Return KL(q || N(0, 1)) per image and latent dimension, (n, Z), in nats."""
-    return 0.5 * (mu.square() + log_variance.exp() - log_variance - 1)
+    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
 
 
 def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
@@ -244,26 +311,6 @@ def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
 def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return {name: accuracy(classifier, images) for name, images in parts.items() if images is not None}
-
-
-def _reconstruction_errors(classifier: nn.Module, vae: Vae, images: Images) -> tuple[float, float]:
-    """Return the mean squared error per pixel of decoding mu, and the share of decodings that f gets wrong."""
-    errors, flips = [], []
-    for start in range(0, len(images), PROBE_BATCH):  # so that memory does not grow with the images' size
-        shown = images.take(slice(start, start + PROBE_BATCH))
-        decoded = decode_codes(vae, encode_images(vae, shown))
-        squares = (decoded - shown.batch(slice(0, len(shown)))) ** 2
-        errors.append(squares.mean(axis=(1, 2, 3), dtype=np.float64))
-        flips.append(predict(classifier, decoded) != shown.labels)
-    return float(np.concatenate(errors).mean()), float(np.concatenate(flips).mean())
-
-
-def _kl_per_dimension(vae: Vae, images: Images) -> F64:
-    per_image = map_batches(
-        lambda rows: kl_to_prior(*vae.encode(to_tensor(images.batch(rows)))), len(images), 256
-    )
-    per_dimension: F64 = per_image.mean(axis=0, dtype=np.float64)
-    return per_dimension
 
 
 def _format_row(row: dict[str, float]) -> str:

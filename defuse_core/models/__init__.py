@@ -3,9 +3,7 @@
 from defuse_core.models.architectures import (
     ReferenceCnn,
     ResNet18,
-    Vae,
     build_classifier,
-    build_vae,
 )
 from defuse_core.models.inference import (
     accuracy,
@@ -17,6 +15,7 @@ from defuse_core.models.inference import (
     to_device,
     to_tensor,
 )
+from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
     load_vae,
@@ -26,6 +25,7 @@ from defuse_core.models.weights import (
 )
 
 __all__ = [
+    "CustomVae",
     "ReferenceCnn",
     "ResNet18",
     "Vae",
@@ -34,6 +34,8 @@ __all__ = [
     "build_vae",
     "decode_codes",
     "encode_images",
+    "expect_autoencoder",
+    "kl_to_prior",
     "load_classifier",
     "load_vae",
     "map_batches",

@@ -1,33 +1,18 @@
-"""Classifiers and β-VAEs: those of Appendix B from one parametrised description, ResNet-18, and custom modules."""
+"""Classifiers: the CNN of Appendix B, ResNet-18, the reference network, and custom modules."""
 
 from __future__ import annotations
 
-import importlib
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from defuse_core.artifacts import Weights
-from defuse_core.config import ClassifierSection, RunFile
+from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
+from defuse_core.models.layers import dense_layers, halving_convolutions, import_module
 
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def _halving_convolutions(channels_in: int, channels: int, stages: int) -> Iterator[nn.Module]:
-    """4x4 convolutions of stride 2, each halving height and width (Figures 7, 8, 10, 12)."""
-    for stage in range(stages):
-        yield nn.Conv2d(channels if stage else channels_in, channels, 4, stride=2, padding=1)
-        yield nn.ReLU()
-
-
-def _dense(*widths: int) -> Iterator[nn.Module]:
-    for width_in, width_out in itertools.pairwise(widths):
-        yield nn.Linear(width_in, width_out)
-        yield nn.ReLU()
 
 
 def _cnn(spec: RunFile, classes: int) -> nn.Module:
@@ -35,9 +20,9 @@ def _cnn(spec: RunFile, classes: int) -> nn.Module:
     section, data = spec.classifier, spec.data
     flat = section.channels * (data.image_size >> section.stages) ** 2
     return nn.Sequential(
-        *_halving_convolutions(data.channels, section.channels, section.stages),
+        *halving_convolutions(data.channels, section.channels, section.stages),
         nn.Flatten(),
-        *_dense(flat, section.hidden, section.hidden),
+        *dense_layers(flat, section.hidden, section.hidden),
         nn.Linear(section.hidden, classes),
     )
 
@@ -110,57 +95,16 @@ class ReferenceCnn(nn.Module):
         return logits
 
 
-class Vae(nn.Module):
-    """β-VAE of Figures 8-13: encoder to mean and log-variance, decoder back to images."""
-
-    def __init__(self, spec: RunFile) -> None:
-        super().__init__()
-        section, data = spec.vae, spec.data
-        width, channels = section.hidden, section.channels
-        flat = channels * (data.image_size >> section.encoder_stages) ** 2
-        self.encoder = nn.Sequential(
-            *_halving_convolutions(data.channels, channels, section.encoder_stages),
-            nn.Flatten(),
-            *_dense(flat, width, width),
-            nn.Linear(width, 2 * section.latent_dim),
-        )
-        side = data.image_size >> section.decoder_stages
-        widths = [width // side**2] + [channels] * (section.decoder_stages - 1) + [data.channels]
-        layers = [*_dense(section.latent_dim, width, width, width), nn.Unflatten(1, (widths[0], side, side))]
-        for channels_in, channels_out in itertools.pairwise(widths):
-            layers += [nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers[:-1])  # gives logits; decode() applies the sigmoid
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, channels, H, W) -> mean and log-variance of q(z|x), each (n, Z)."""
-        mu, log_variance = self.encoder(images).chunk(2, dim=1)
-        return mu, log_variance
-
-    def decode_logits(self, codes: Tensor) -> Tensor:
-        """(n, Z) -> (n, channels, H, W) before the sigmoid."""
-        logits: Tensor = self.decoder(codes)
-        return logits
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """(n, Z) -> images (n, channels, H, W) in [0, 1]."""
-        return torch.sigmoid(self.decode_logits(codes))
-
-
 def build_classifier(spec: RunFile, classes: int) -> nn.Module:
     """Return the untrained (or ImageNet) classifier of the run file: images in [0, 1] -> logits (n, C)."""
     section = spec.classifier
     if section.architecture == "custom":
-        module = _import_classifier(section)
+        module = import_module("classifier.import_path", section.import_path or "")
     elif section.architecture == "resnet18":
         module = _resnet18(spec, classes)
     else:
         module = _cnn(spec, classes)
     return module
-
-
-def build_vae(spec: RunFile) -> Vae:
-    """Return the untrained β-VAE of the run file."""
-    return Vae(spec)
 
 
 def _resnet18(spec: RunFile, classes: int) -> ResNet18:
@@ -187,20 +131,3 @@ def _expect_imagenet() -> None:
             f"classifier.imagenet: torchvision's weights are not in {cached}, and data.download is false; set it to "
             f"true, or classifier.weights to a copy of {cached.name}"
         )
-
-
-def _import_classifier(section: ClassifierSection) -> nn.Module:
-    path = section.import_path or ""
-    module_name, _, factory = path.partition(":")
-    try:
-        module = getattr(importlib.import_module(module_name), factory)()
-    except Exception as error:
-        raise ModelError(
-            f"classifier.import_path {path}: calling it failed ({type(error).__name__}: {error}); "
-            "expected package.module:factory, importable from here and callable without arguments"
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise ModelError(
-            f"classifier.import_path {path}: expected an nn.Module, found {type(module).__name__}"
-        )
-    return module

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from defuse_core.artifacts import F32, I64
 from defuse_core.data import Images
 from defuse_core.device import device
-from defuse_core.models.architectures import Vae
+from defuse_core.models.vae import Vae
 
 
 def to_device(module: nn.Module) -> nn.Module:

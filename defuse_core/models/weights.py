@@ -12,8 +12,9 @@ from torch import nn
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
-from defuse_core.models.architectures import Vae, build_classifier, build_vae
+from defuse_core.models.architectures import build_classifier
 from defuse_core.models.inference import to_device
+from defuse_core.models.vae import Vae, build_vae
 
 
 def weights_of(module: nn.Module) -> Weights:

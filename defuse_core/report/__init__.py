@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from defuse_core.artifacts import Evaluation
 from defuse_core.evaluate import Findings
-from defuse_core.report.build import COLLAPSED_BELOW, build_report
+from defuse_core.health import COLLAPSED_BELOW
+from defuse_core.report.build import build_report
 from defuse_core.report.schema import Accuracy, ClassAccuracy, Mean, Report, Scenario, TradeOff
 from defuse_core.runs import Run
 

@@ -12,6 +12,7 @@ from defuse_core.artifacts import F64, NONE_OF_THE_ABOVE, Evaluation, Models, Sw
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
+from defuse_core.health import COLLAPSED_BELOW
 from defuse_core.judge import is_misclassified, most_common_error
 from defuse_core.report.schema import (
     Accuracies,
@@ -35,8 +36,6 @@ from defuse_core.report.schema import (
     VoteFigures,
 )
 from defuse_core.runs import Run
-
-COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL than this says next to nothing about the image
 
 
 def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:

@@ -7,12 +7,12 @@ from defuse_core.artifacts import Gallery, Scenarios
 from defuse_core.checkpoint import minibatches
 from defuse_core.errors import ModelError, RunFileError, RunMismatchError
 from defuse_core.judge import judge
-from defuse_core.models import load_classifier, predict
+from defuse_core.models import kl_to_prior, load_classifier, predict
 from defuse_core.progress import silent
 from defuse_core.reference_models import augment, reference_probabilities, votes_of_models
 from defuse_core.sample import sample_corrections, sample_gallery
 from defuse_core.store import FolderStore
-from defuse_core.train import kl_to_prior, train
+from defuse_core.train import train
 from tests.conftest import tiny
 
 
