@@ -55,6 +55,26 @@ class Health:
     verdict: str  # fit, poor or blind
 
 
+@dataclass(frozen=True)
+class ClassifierEpoch:
+    """One epoch of training the classifier."""
+
+    epoch: int  # from 1
+    loss: float  # mean cross-entropy, nats per image
+    validation: float | None = None  # accuracy; None where the data set has no validation images
+
+
+@dataclass(frozen=True)
+class VaeEpoch:
+    """One epoch of training the β-VAE: the two terms of its loss in nats per image, and β after the epoch."""
+
+    epoch: int  # from 1
+    reconstruction: float
+    kl: float
+    beta: float
+    class_loss: float | None = None  # cross-entropy of the class head on the codes; None without one
+
+
 @dataclass(frozen=True, eq=False)
 class Models:
     """The classifier f and the β-VAE (encoder q, decoder p) as weights, with what training found out about them.
@@ -68,10 +88,8 @@ class Models:
     images: dict[str, int]  # split -> N
     data_fingerprint: str  # of the data set trained on; later steps refuse to work on another
     accuracy: dict[str, float]  # split -> accuracy; a split that the data set lacks is absent
-    classifier_history: tuple[
-        dict[str, float], ...
-    ]  # one row per epoch; empty where a classifier was brought
-    vae_history: tuple[dict[str, float], ...]
+    classifier_history: tuple[ClassifierEpoch, ...]  # empty where a pretrained classifier is used
+    vae_history: tuple[VaeEpoch, ...]  # likewise
     reconstruction: float  # mean squared error per pixel of decoding mu, on training images
     reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
@@ -85,7 +103,7 @@ class Checkpoint:
 
     weights: Weights
     moments: Weights  # of the optimiser
-    history: tuple[dict[str, Any], ...]  # one row per finished epoch
+    history: tuple[ClassifierEpoch, ...] | tuple[VaeEpoch, ...]  # one row per finished epoch
     best: Weights  # of the best epoch so far, where one is kept; else empty
     data_fingerprint: str  # of the images that it is trained on
 
@@ -145,7 +163,7 @@ class Scenarios:
     codes_used: int  # rows of Ψ that the mixture was fitted on
     converged: bool
     iterations: int
-    lower_bound: float
+    lower_bound: float | None  # of the fit's likelihood; None where it is not finite
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
@@ -192,6 +210,17 @@ class Votes:
         _expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
 
 
+@dataclass(frozen=True)
+class Override:
+    """A person's decision on one component, which replaces the verdict of the vote."""
+
+    scenario: int  # index of the component
+    label: int | None  # class; None rejects the component
+    author: str
+    reason: str
+    when: str  # ISO 8601, UTC
+
+
 @dataclass(frozen=True, eq=False)
 class Verdicts:
     """Per component: is it a failure scenario, and which label is right there (§4.1)."""
@@ -199,14 +228,14 @@ class Verdicts:
     labels: I64  # (S,) label of an accepted scenario, NONE_OF_THE_ABOVE for a rejected one
     misclassified: F64  # (S,) share of the labelled images that f gets wrong; nan where none has a label
     purity: F64  # (S,) share of the reviewed images whose own label is the scenario's (majority) label
-    image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or only refused
+    image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or no class chosen
     agreement: F64  # (S, R) share of votes, none-of-the-above left out, for the majority label (§4.4); nan where none
     ties: int  # images without a label because their vote was tied
-    refused: int  # images without a label because nobody gave one
+    no_class_chosen: (
+        int  # images without a label because nobody chose a class: none-of-the-above, or no answer
+    )
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
-    overrides: tuple[
-        dict[str, Any], ...
-    ]  # human decisions above the vote: scenario, label, author, reason, when
+    overrides: tuple[Override, ...]  # oldest first
 
     def __post_init__(self) -> None:
         _expect_shapes(
@@ -233,12 +262,34 @@ class Corrections:
         _expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
 
 
+@dataclass(frozen=True)
+class SweepRow:
+    """One epoch of fine-tuning with one λ. Accuracies are None where the data set has no such images."""
+
+    lam: float
+    epoch: int  # from 1
+    loss: float
+    train: float
+    validation: float | None
+    test: float | None
+    tune: float  # accuracy on the scenario images tuned on
+    scenario: float  # accuracy on the held-out scenario images
+
+
+@dataclass(frozen=True)
+class FailedTrial:
+    """A λ that the sweep leaves out, and the error that ended its trial."""
+
+    lam: float
+    cause: str
+
+
 @dataclass(frozen=True, eq=False)
 class Trial:
     """Fine-tuning with one λ after some epochs: enough to go on from, and to choose from."""
 
     lam: float
-    rows: tuple[dict[str, Any], ...]  # as in Sweep, one per finished epoch
+    rows: tuple[SweepRow, ...]  # one per finished epoch
     weights: Weights  # after the last finished epoch
     moments: Weights  # of the optimiser, likewise; empty once the trial is done
     best: Weights  # after the epoch that the rule of choice picks
@@ -248,16 +299,12 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """Fine-tuning over λ: one row per λ and epoch, and the weights that the rule of choice picked.
+    """Fine-tuning over λ: one row per λ and epoch, and the weights that the rule of choice picks."""
 
-    Each row holds lam, epoch, loss and the accuracies train, validation, test, tune (the scenario images tuned on)
-    and scenario (those held out); a figure that does not exist for the data set is None.
-    """
-
-    rows: tuple[dict[str, Any], ...]
-    chosen: dict[str, Any]  # the row whose weights these are; empty where nothing was tuned
+    rows: tuple[SweepRow, ...]
+    chosen: SweepRow | None  # the row whose weights these are; None where nothing was tuned
     weights: Weights  # of the classifier; empty where nothing was tuned
-    failed: tuple[dict[str, Any], ...]  # trials that failed for good: lam, cause
+    failed: tuple[FailedTrial, ...]
 
 
 @dataclass(frozen=True, eq=False)

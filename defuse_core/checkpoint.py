@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defuse_core.artifacts import I64, Checkpoint, Weights
+from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
 from defuse_core.device import device
@@ -72,6 +73,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, moments: Weights) -> 
         optimizer.state[parameter][name] = moment
 
 
+def format_row(row: ClassifierEpoch | VaeEpoch) -> str:
+    """Return an epoch's figures for the log."""
+    figures = {name: value for name, value in asdict(row).items() if name != "epoch" and value is not None}
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
 class Training:
     """One training with checkpoints in `store`; an interrupted one resumes to the same weights, to the bit."""
 
@@ -87,7 +94,7 @@ class Training:
         self.module, self.optimizer, self.store = module, optimizer, store
         self.data_fingerprint = data_fingerprint
         self.key = f"training/{name}.safetensors"
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Any] = []  # ClassifierEpoch or VaeEpoch, one per finished epoch
         self.best: Weights = {}
         self.saved_at = time.monotonic()
         if store is not None and store.exists(self.key):

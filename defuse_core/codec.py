@@ -1,39 +1,46 @@
 """Artefacts as bytes: safetensors, which holds no code.
 
-Arrays are tensors, everything else is JSON in the header, with a SHA-256 over both that is checked on every read.
+Arrays are tensors. Everything else is JSON in the header, in which `{"tensor": name}` is in the place of an array.
+A SHA-256 over both is checked on every read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-from typing import Any, TypeVar
+from types import GenericAlias
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from defuse_core.artifacts import Failures, Health
 from defuse_core.errors import StoreError
 
 T = TypeVar("T")
+Arrays = dict[str, npt.NDArray[Any]]
+
+FORMAT = 2  # grows with every change of the stored fields
+TENSOR = "tensor"
 
 
 def encode(artefact: object) -> bytes:
-    """Return the artefact as safetensors bytes: arrays as tensors, the rest as JSON, a digest over both."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    plain = _flatten(artefact, "", arrays)
-    body = json.dumps({"kind": type(artefact).__name__, "fields": plain}, sort_keys=True)
+    """Return the artefact as safetensors bytes. Equal artefacts give equal bytes."""
+    arrays: Arrays = {}
+    fields = _split(artefact, "", arrays)
+    body = json.dumps({"format": FORMAT, "kind": type(artefact).__name__, "fields": fields}, sort_keys=True)
     # one header entry: with several, safetensors writes them in an order that changes from call to call
     return save_tensors(arrays, metadata={"defuse": json.dumps([_digest(body, arrays), body])})
 
 
 def decode(kind: type[T], data: bytes, where: str) -> T:
-    """Return the artefact in `data`. Raises StoreError, naming `where`, for other, cut or altered bytes."""
+    """Return the artefact in `data`. Raises StoreError, naming `where`, for other, truncated or altered bytes."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load_tensors(data)
@@ -47,17 +54,36 @@ def decode(kind: type[T], data: bytes, where: str) -> T:
             f"{where}: its bytes changed since they were written; delete it and run again to remake it"
         )
     body = json.loads(text)
+    if body.get("format") != FORMAT:
+        _refuse_format(where, f"artefact format {body.get('format', 1)}")
     if body["kind"] != kind.__name__:
         raise StoreError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}")
     try:
-        return _unflatten(kind, body["fields"], "", arrays)
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"{where}: another version of Defuse wrote it, with other fields ({error}); use that version"
-        ) from error
+        artefact: T = _adapter(kind).validate_python((_join(body["fields"], arrays),))[0]  # type: ignore[arg-type]
+        return artefact
+    except KeyError as error:
+        _refuse_format(where, f"a {kind.__name__} without the array {error}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        _refuse_format(where, f"a {kind.__name__} with other fields ({field}: {first['msg']})")
 
 
-def _digest(body: str, arrays: dict[str, npt.NDArray[Any]]) -> str:
+def _refuse_format(where: str, found: str) -> NoReturn:
+    raise StoreError(
+        f"{where}: expected artefact format {FORMAT}, found {found}; use the version of Defuse that wrote it, "
+        "or start a new run"
+    )
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Return what validates a tuple of one artefact: pydantic accepts no config for a dataclass on its own."""
+    alone: Any = GenericAlias(tuple, (kind,))
+    return TypeAdapter(alone, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
+
+
+def _digest(body: str, arrays: Arrays) -> str:
     sha = hashlib.sha256(body.encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -66,48 +92,29 @@ def _digest(body: str, arrays: dict[str, npt.NDArray[Any]]) -> str:
     return sha.hexdigest()
 
 
-def _flatten(artefact: Any, prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    """Move the arrays of a dataclass into `arrays` and return what is left, ready for JSON."""
-    plain: dict[str, Any] = {}
-    for field in dataclasses.fields(artefact):
-        value, name = getattr(artefact, field.name), prefix + field.name
-        if isinstance(value, np.ndarray):
-            arrays[name] = np.ascontiguousarray(value).reshape(value.shape)
-        elif dataclasses.is_dataclass(value):
-            plain[field.name] = _flatten(value, name + "/", arrays)
-        elif field.type == "Weights":
-            arrays.update(
-                {f"{name}/{key}": np.ascontiguousarray(a).reshape(a.shape) for key, a in value.items()}
-            )
-        else:
-            plain[field.name] = _finite(value)
-    return plain
-
-
-def _unflatten(kind: type[T], plain: dict[str, Any], prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> T:
-    values: dict[str, Any] = {}
-    nested: dict[str, type[Any]] = {"Failures": Failures, "Health | None": Health}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        name = prefix + field.name
-        if name in arrays:
-            values[field.name] = arrays[name]
-        elif field.type == "Weights":
-            start = name + "/"
-            values[field.name] = {key[len(start) :]: a for key, a in arrays.items() if key.startswith(start)}
-        elif field.type in nested and plain.get(field.name) is not None:
-            values[field.name] = _unflatten(nested[str(field.type)], plain[field.name], name + "/", arrays)
-        elif field.name in plain or field.default is dataclasses.MISSING:
-            value = plain[field.name]
-            values[field.name] = tuple(value) if str(field.type).startswith("tuple") else value
-    return kind(**values)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: an undefined figure is null there."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+def _split(value: Any, name: str, arrays: Arrays) -> Any:
+    """Return `value` as JSON, with its arrays moved into `arrays` under the path of their field."""
+    if isinstance(value, np.ndarray):
+        arrays[name] = np.ascontiguousarray(value).reshape(value.shape)
+        return {TENSOR: name}
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {
+            str(key): _split(item, f"{name}/{key}" if name else str(key), arrays)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_split(item, f"{name}/{place}", arrays) for place, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _join(value: Any, arrays: Arrays) -> Any:
+    """Return the JSON `value` with each array back in its place."""
+    if isinstance(value, dict):
+        if value.keys() == {TENSOR}:
+            return arrays[value[TENSOR]]
+        return {key: _join(item, arrays) for key, item in value.items()}
+    return [_join(item, arrays) for item in value] if isinstance(value, list) else value

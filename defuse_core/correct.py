@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from defuse_core.artifacts import (
     I64,
     Corrections,
+    FailedTrial,
     Gallery,
     Models,
     Sweep,
+    SweepRow,
     Trial,
     Verdicts,
 )
@@ -159,9 +161,7 @@ def _epoch(
     return float(np.mean(losses))
 
 
-def _score(
-    classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float
-) -> dict[str, Any]:
+def _score(classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float) -> SweepRow:
     parts = {
         "train": tuning.train,
         "validation": tuning.validation,
@@ -172,18 +172,17 @@ def _score(
     scores = {
         name: None if images is None else accuracy(classifier, images) for name, images in parts.items()
     }
-    return {"lam": lam, "epoch": epoch, "loss": loss, **scores}
+    return SweepRow(lam, epoch, loss, **scores)  # type: ignore[arg-type]  # train, tune and scenario exist
 
 
-def _rank(spec: RunFile, models: Models, row: dict[str, Any]) -> tuple[float, ...]:
+def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
     """Return what the rule of choice maximises. The held-out scenario and test images play no part."""
     section = spec.correct
     if section.choose_by != "tune":
-        return (row[section.choose_by],)
-    split = "train" if row["validation"] is None else "validation"
-    clean = row[split]
+        return (getattr(row, section.choose_by),)
+    split, clean = ("train", row.train) if row.validation is None else ("validation", row.validation)
     allowed = clean >= models.accuracy[split] - section.max_loss
-    return (1.0, row["tune"], clean) if allowed else (0.0, clean, row["tune"])
+    return (1.0, row.tune, clean) if allowed else (0.0, clean, row.tune)
 
 
 def trial_key(lam: float) -> str:
@@ -225,21 +224,21 @@ def collect_sweep(
 
     `failures` holds what each λ that is left out failed by. Raises ModelError or ComputeError where none is left.
     """
-    failed = [{"lam": lam, "cause": str(error)} for lam, error in sorted((failures or {}).items())]
+    failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
     if failures and not trials:
         kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
-        raise kind(f"correct: every trial failed; λ = {failed[0]['lam']:g}: {failed[0]['cause']}")
+        raise kind(f"correct: every trial failed; λ = {failed[0].lam:g}: {failed[0].cause}")
     ordered = sorted(trials, key=lambda trial: trial.lam)
     rows = tuple(row for trial in ordered for row in trial.rows)
     if not ordered:
-        return Sweep(rows, {}, {}, tuple(failed))
+        return Sweep(rows, None, {}, failed)
     best = max(ordered, key=lambda trial: _rank(spec, models, trial.rows[trial.best_epoch - 1]))
-    return Sweep(rows, best.rows[best.best_epoch - 1], best.best, tuple(failed))
+    return Sweep(rows, best.rows[best.best_epoch - 1], best.best, failed)
 
 
-def best_rows(spec: RunFile, models: Models, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def best_rows(spec: RunFile, models: Models, rows: Sequence[SweepRow]) -> list[SweepRow]:
     """Return for each λ, ascending, the row of the epoch that the rule of choice picks; the earlier of equals."""
-    by_lam: dict[float, list[dict[str, Any]]] = {}
+    by_lam: dict[float, list[SweepRow]] = {}
     for row in rows:
-        by_lam.setdefault(row["lam"], []).append(row)
+        by_lam.setdefault(row.lam, []).append(row)
     return [max(by_lam[lam], key=lambda row: _rank(spec, models, row)) for lam in sorted(by_lam)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
-from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Verdicts, Votes
+from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Override, Verdicts, Votes
+from defuse_core.errors import StoreError
 from defuse_core.store import Store
 
 OVERRIDES = "overrides/"  # human decisions above the vote, an object each: overrides/0001.json is the first
@@ -44,7 +44,7 @@ def most_common_error(predicted: I64, label: int) -> int | None:
     return int(np.bincount(wrong).argmax()) if len(wrong) else None
 
 
-def judge(gallery: Gallery, votes: Votes, rho: float, overrides: Sequence[dict[str, Any]] = ()) -> Verdicts:
+def judge(gallery: Gallery, votes: Votes, rho: float, overrides: Sequence[Override] = ()) -> Verdicts:
     """Return the verdict on every component.
 
     An image's label is the majority over its annotators, a tie giving none. A component is a failure scenario if more
@@ -72,7 +72,7 @@ def judge(gallery: Gallery, votes: Votes, rho: float, overrides: Sequence[dict[s
         image_labels=image_labels,
         agreement=agreement,
         ties=int((~labelled & (counts.sum(axis=-1) > 0)).sum()),
-        refused=int((counts.sum(axis=-1) == 0).sum()),
+        no_class_chosen=int((counts.sum(axis=-1) == 0).sum()),
         reasons=tuple(reasons),
         overrides=tuple(overrides),
     )
@@ -106,16 +106,24 @@ def _decide(
     return labels, reasons
 
 
-def _apply(
-    overrides: Sequence[dict[str, Any]], labels: I64, reasons: list[str], classes: tuple[str, ...]
-) -> None:
+def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], classes: tuple[str, ...]) -> None:
     for override in overrides:
-        component, label = int(override["scenario"]), override["label"]
-        labels[component] = NONE_OF_THE_ABOVE if label is None else int(label)
-        decision = "rejected" if label is None else f"accepted as {classes[int(label)]}"
-        reasons[component] = f"{decision} by {override['author']}: {override['reason']}"
+        label = override.label
+        labels[override.scenario] = NONE_OF_THE_ABOVE if label is None else label
+        decision = "rejected" if label is None else f"accepted as {classes[label]}"
+        reasons[override.scenario] = f"{decision} by {override.author}: {override.reason}"
 
 
-def read_overrides(store: Store) -> tuple[dict[str, Any], ...]:
-    """Return the human decisions of a run, oldest first."""
-    return tuple(json.loads(store.read(key)) for key in store.list(OVERRIDES))
+def read_overrides(store: Store) -> tuple[Override, ...]:
+    """Return the human decisions of a run, oldest first. Raises StoreError for a file that is no decision."""
+    return tuple(_read_override(store, key) for key in store.list(OVERRIDES))
+
+
+def _read_override(store: Store, key: str) -> Override:
+    try:
+        return TypeAdapter(Override).validate_json(store.read(key))
+    except ValidationError as error:
+        raise StoreError(
+            f"{store.address}/{key}: expected a decision with scenario, label, author, reason and when, found "
+            f"{error.errors()[0]['msg']}; delete the file and record the decision again with `defuse review set`"
+        ) from error

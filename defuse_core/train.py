@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
-from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, Health, Models
-from defuse_core.checkpoint import (
-    Training,
-    labels_of,
-    minibatches,
-    train_step,
-)
-from defuse_core.config import RunFile, VaeSection
+from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models
+from defuse_core.checkpoint import Training, format_row, labels_of, minibatches, train_step
+from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, open_splits
-from defuse_core.device import cpu_threads, device, device_name
+from defuse_core.device import cpu_threads, device_name
 from defuse_core.errors import ModelError, RunFileError
 from defuse_core.health import (
     PROBE_IMAGES,
@@ -33,15 +26,11 @@ from defuse_core.health import (
     reconstruction_strip,
 )
 from defuse_core.models import (
-    ResNet18,
     Vae,
     accuracy,
     build_classifier,
-    build_vae,
-    expect_autoencoder,
-    kl_to_prior,
+    load_pretrained,
     predict,
-    read_weights,
     set_weights,
     to_device,
     to_tensor,
@@ -50,6 +39,7 @@ from defuse_core.models import (
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+from defuse_core.train_vae import initial_vae, train_vae
 
 log = logging.getLogger("defuse")
 
@@ -61,7 +51,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    vae = _initial_vae(
+    vae = initial_vae(
         spec, on_disk.train
     )  # first: a β-VAE that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
@@ -142,25 +132,24 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
 
 def train_classifier(
     spec: RunFile, splits: Splits, store: Store | None, progress: Progress
-) -> tuple[nn.Module, list[dict[str, float]]]:
+) -> tuple[nn.Module, list[ClassifierEpoch]]:
     """Return the classifier and one row per epoch. Returns the last epoch or the best on validation (keep)."""
     section = spec.classifier
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
     classifier = build_classifier(spec, len(splits.classes))
-    _load_pretrained(classifier, section.weights, section.epochs > 0)
+    load_pretrained(classifier, section.weights, section.epochs > 0)
     _expect_logits(classifier, splits)
     to_device(classifier)
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     for epoch in training.epochs(section.epochs):
         loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
-        row = {"epoch": epoch + 1.0, "loss": loss}
-        if splits.validation is not None:
-            row["validation"] = accuracy(classifier.eval(), splits.validation)
-        before = max((past.get("validation", 0.0) for past in training.history), default=-1.0)
-        if section.keep == "best_validation" and row["validation"] > before:
+        validation = None if splits.validation is None else accuracy(classifier.eval(), splits.validation)
+        row = ClassifierEpoch(epoch + 1, loss, validation)
+        before = max((past.validation or 0.0 for past in training.history), default=-1.0)
+        if section.keep == "best_validation" and validation is not None and validation > before:
             training.best = weights_of(classifier)
         training.history.append(row)
-        log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, _format_row(row))
+        log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, format_row(row))
     if training.best:
         set_weights(classifier, training.best, "the best epoch")
     return classifier.eval(), training.history
@@ -181,115 +170,10 @@ def _classifier_epoch(
     return float(np.mean(losses))
 
 
-def _initial_vae(spec: RunFile, train: Images) -> Vae:
-    """Return the β-VAE before its training: initialised from the seed, with vae.weights, or custom."""
-    torch.manual_seed(torch_seed(spec.seed, "vae"))
-    vae = build_vae(spec)
-    _load_pretrained(vae, spec.vae.weights, spec.vae.epochs > 0)
-    expect_autoencoder(vae.eval(), torch.from_numpy(train.batch(slice(0, 2))), spec.vae.latent_dim)
-    return vae.train()
-
-
-def train_vae(
-    spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
-) -> list[dict[str, float]]:
-    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
-    section = spec.vae
-    head = _class_head(spec, len(splits.classes)) if section.class_weight else None
-    trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
-    optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
-    training = Training(trained, optimizer, store, "vae", splits.fingerprint())
-    for epoch in training.epochs(section.epochs):
-        row = _vae_epoch(vae.train(), head, training, splits.train, spec, epoch, progress)
-        training.history.append(row)
-        log.log(
-            logging.INFO if epoch + 1 == section.epochs else logging.DEBUG,
-            "β-VAE epoch %d of %d: %s",
-            epoch + 1,
-            section.epochs,
-            _format_row(row),
-        )
-    vae.eval()
-    return training.history
-
-
-def _class_head(spec: RunFile, classes: int) -> nn.Module:
-    """Return a linear classifier of latent codes. It shapes the codes during training and is not kept."""
-    torch.manual_seed(torch_seed(spec.seed, "vae", "head"))
-    return nn.Linear(spec.vae.latent_dim, classes)
-
-
-def _vae_epoch(
-    vae: Vae,
-    head: nn.Module | None,
-    training: Training,
-    images: Images,
-    spec: RunFile,
-    epoch: int,
-    progress: Progress,
-) -> dict[str, float]:
-    section, count = spec.vae, len(images)
-    noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
-    batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
-    done, rows_of_terms, beta = epoch * count, [], 0.0
-    for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
-        beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
-        _set_learning_rate(training.optimizer, section, step, section.epochs * len(batches))
-        terms = vae_terms(vae, to_tensor(images.batch(rows)), noise)
-        loss = terms.reconstruction + beta * terms.divergence
-        figures = {"reconstruction": terms.reconstruction.item(), "kl": terms.divergence.item()}
-        if head is not None:
-            class_loss = F.cross_entropy(head(terms.codes), labels_of(images, rows))
-            loss = loss + section.class_weight * class_loss
-            figures["class"] = class_loss.item()
-        train_step(loss, training.optimizer, "the β-VAE")
-        rows_of_terms.append(figures)
-        done += len(rows)
-        progress("training the β-VAE", done, section.epochs * count, "images")
-    means = {name: float(np.mean([row[name] for row in rows_of_terms])) for name in rows_of_terms[0]}
-    return {"epoch": epoch + 1.0, **means, "beta": beta}
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
-    """Set the learning rate of step 1 to `steps`. It depends on nothing else, so a resumed training needs no state."""
-    if section.schedule == "constant":
-        return
-    rising = max(1, steps // 10)
-    falling = max(0, step - rising) / max(1, steps - rising)  # share of the steps after the rise
-    share = min(1.0, step / rising) * 0.5 * (1 + math.cos(math.pi * falling))
-    for group in optimizer.param_groups:
-        group["lr"] = section.learning_rate * share
-
-
-class VaeTerms(NamedTuple):
-    """The terms of the β-VAE's loss, in nats per image, and the codes that they were computed with."""
-
-    reconstruction: Tensor  # -E log p(x|z), Bernoulli
-    divergence: Tensor  # KL(q(z|x) || p(z))
-    codes: Tensor  # (n, Z) drawn from q(z|x)
-
-
-def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> VaeTerms:
-    """Return the terms of the loss on (n, channels, H, W) images."""
-    mu, log_variance = vae.encode(images)
-    codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
-    logits = vae.decode_logits(codes)
-    reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
-    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
-
-
 def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     if spec.classifier.optimizer == "adadelta":
         return torch.optim.Adadelta(module.parameters(), lr=spec.classifier.learning_rate)
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
-
-
-def _load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> None:
-    if path is not None:
-        weights = read_weights(path)
-        if isinstance(module, ResNet18):
-            weights = module.with_own_names(weights, new_head=trained_on)
-        set_weights(module, weights, str(path))
 
 
 def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
@@ -311,7 +195,3 @@ def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
 def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return {name: accuracy(classifier, images) for name, images in parts.items() if images is not None}
-
-
-def _format_row(row: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")

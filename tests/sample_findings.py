@@ -9,6 +9,7 @@ from defuse_core.artifacts import (
     F32,
     I64,
     NONE_OF_THE_ABOVE,
+    ClassifierEpoch,
     Corrections,
     Evaluation,
     Gallery,
@@ -16,6 +17,8 @@ from defuse_core.artifacts import (
     Psi,
     Scenarios,
     Sweep,
+    SweepRow,
+    VaeEpoch,
     Votes,
 )
 from defuse_core.config import PAPER_LAMBDAS, RunFile, parse_run_file
@@ -62,8 +65,8 @@ def sample_findings(
             np.zeros((count, 4, 3), np.float32),
             np.zeros((count, 4, 3), np.float32),
         ),
-        baseline=_sweep(0.98, 0.62) if count else Sweep((), {}, {}, ()),
-        sweep=_sweep(0.99, 0.995) if count else Sweep((), {}, {}, ()),
+        baseline=_sweep(0.98, 0.62) if count else Sweep((), None, {}, ()),
+        sweep=_sweep(0.99, 0.995) if count else Sweep((), None, {}, ()),
     )
     return findings, _evaluation(rng, findings)
 
@@ -97,7 +100,6 @@ def _votes(rng: np.random.Generator, gallery: Gallery, accepted: int, answered_b
 
 
 def _models(classes: tuple[str, ...], rng: np.random.Generator) -> Models:
-    epochs = np.arange(1, 41)
     return Models(
         classifier={},
         vae={},
@@ -106,10 +108,10 @@ def _models(classes: tuple[str, ...], rng: np.random.Generator) -> Models:
         data_fingerprint="0",
         accuracy={"train": 0.999, "validation": 0.985, "test": 0.983},
         classifier_history=tuple(
-            {"epoch": e, "loss": 1 / e**1.5, "validation": 1 - 0.2 / e} for e in range(1, 6)
+            ClassifierEpoch(e, loss=1 / e**1.5, validation=1 - 0.2 / e) for e in range(1, 6)
         ),
         vae_history=tuple(
-            {"epoch": float(e), "reconstruction": 90 + 60 / e, "kl": 12 - 4 / e, "beta": 0.4} for e in epochs
+            VaeEpoch(e, reconstruction=90 + 60 / e, kl=12 - 4 / e, beta=0.4) for e in range(1, 41)
         ),
         reconstruction=0.012,
         reconstruction_flips=0.07,
@@ -132,9 +134,9 @@ def _sweep(test: float, scenario: float) -> Sweep:
         for epoch in (1, 2):
             reached = 0.35 + (scenario - 0.35) / (1 + np.exp(-2 * (i - 6))) + 0.0004 * ((7 * i) % 5)
             clean = test + 0.0006 * ((5 * i) % 7) - (0.02 if lam > 50 else 0) - (0.03 if lam > 500 else 0)
-            row = {"lam": lam, "epoch": epoch, "loss": 0.1, "train": clean + 0.001 * epoch}
-            rows.append({**row, "validation": clean, "test": clean, "tune": reached, "scenario": reached})
-    chosen = max(rows, key=lambda row: row["train"])
+            train = clean + 0.001 * epoch
+            rows.append(SweepRow(lam, epoch, 0.1, train, clean, clean, tune=reached, scenario=reached))
+    chosen = max(rows, key=lambda row: row.train)
     return Sweep(tuple(rows), chosen, {"bias": np.zeros(1, np.float32)}, ())
 
 

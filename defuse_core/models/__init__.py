@@ -18,6 +18,7 @@ from defuse_core.models.inference import (
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
+    load_pretrained,
     load_vae,
     read_weights,
     set_weights,
@@ -37,6 +38,7 @@ __all__ = [
     "expect_autoencoder",
     "kl_to_prior",
     "load_classifier",
+    "load_pretrained",
     "load_vae",
     "map_batches",
     "predict",

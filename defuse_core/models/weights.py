@@ -12,7 +12,7 @@ from torch import nn
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
-from defuse_core.models.architectures import build_classifier
+from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.inference import to_device
 from defuse_core.models.vae import Vae, build_vae
 
@@ -66,6 +66,15 @@ def read_weights(path: Path) -> Weights:
         raise ModelError(
             f"{path}: expected a state dict of tensors in safetensors or weights-only form"
         ) from error
+
+
+def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> None:
+    """Load the weights file at `path` into `module`, if one is given; `trained_on` allows a new last layer."""
+    if path is not None:
+        weights = read_weights(path)
+        if isinstance(module, ResNet18):
+            weights = module.with_own_names(weights, new_head=trained_on)
+        set_weights(module, weights, str(path))
 
 
 def load_classifier(

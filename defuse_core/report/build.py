@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 
-from defuse_core.artifacts import F64, NONE_OF_THE_ABOVE, Evaluation, Models, Sweep, Verdicts
+from defuse_core.artifacts import (
+    F64,
+    NONE_OF_THE_ABOVE,
+    Evaluation,
+    FailedTrial,
+    Models,
+    Sweep,
+    SweepRow,
+    Verdicts,
+)
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
@@ -21,7 +30,6 @@ from defuse_core.report.schema import (
     Artefact,
     Choice,
     ClassAccuracy,
-    FailedTrial,
     Mean,
     Mixture,
     OwnLabels,
@@ -31,6 +39,7 @@ from defuse_core.report.schema import (
     RunFigures,
     Scenario,
     ScenarioSummary,
+    SweepFailure,
     TradeOff,
     VaeFigures,
     VoteFigures,
@@ -71,7 +80,7 @@ def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
             weights=tuple(np.sort(found.scenarios.all_weights)[::-1].tolist()),
         ),
         votes=_votes(found),
-        overrides=tuple(verdicts.overrides),
+        overrides=verdicts.overrides,
         per_class=_per_class(models.classes, evaluation),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         making=_making(run, found),
@@ -170,21 +179,23 @@ def _spread(shares: F64) -> Mean:
 
 
 def _tradeoff(spec: RunFile, models: Models, sweep: Sweep) -> tuple[TradeOff, ...]:
-    chosen = (sweep.chosen.get("lam"), sweep.chosen.get("epoch"))
-    names = ("train", "validation", "test", "tune", "scenario")
     return tuple(
         TradeOff(
-            lam=row["lam"],
-            epoch=row["epoch"],
-            chosen=(row["lam"], row["epoch"]) == chosen,
-            **{name: _defined(row.get(name)) for name in names},
+            lam=row.lam,
+            epoch=row.epoch,
+            train=_defined(row.train),
+            validation=_defined(row.validation),
+            test=_defined(row.test),
+            tune=_defined(row.tune),
+            scenario=_defined(row.scenario),
+            chosen=row == sweep.chosen,
         )
         for row in best_rows(spec, models, sweep.rows)
     )
 
 
-def _choice(chosen: Mapping[str, Any]) -> Choice | None:
-    return Choice(lam=chosen["lam"], epoch=chosen["epoch"]) if chosen else None
+def _choice(chosen: SweepRow | None) -> Choice | None:
+    return None if chosen is None else Choice(lam=chosen.lam, epoch=chosen.epoch)
 
 
 def _votes(found: Findings) -> VoteFigures:
@@ -197,7 +208,7 @@ def _votes(found: Findings) -> VoteFigures:
         labelled=labelled,
         misclassified=_ratio(int(is_misclassified(found.gallery.predicted, labels).sum()), labelled),
         ties=found.verdicts.ties,
-        refused=found.verdicts.refused,
+        no_class_chosen=found.verdicts.no_class_chosen,
         notes=votes.notes,
     )
 
@@ -212,10 +223,8 @@ def _per_class(classes: Iterable[str], evaluation: Evaluation) -> tuple[ClassAcc
     )
 
 
-def _failed(
-    sweep: Literal["baseline", "defuse"], trials: Iterable[Mapping[str, Any]]
-) -> tuple[FailedTrial, ...]:
-    return tuple(FailedTrial(sweep=sweep, lam=trial["lam"], cause=str(trial["cause"])) for trial in trials)
+def _failed(sweep: Literal["baseline", "defuse"], trials: Iterable[FailedTrial]) -> tuple[SweepFailure, ...]:
+    return tuple(SweepFailure(sweep=sweep, lam=trial.lam, cause=trial.cause) for trial in trials)
 
 
 def _making(run: Run, found: Findings) -> Provenance:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from defuse_core.artifacts import Override
+
 
 class ReportModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -140,7 +142,9 @@ class VoteFigures(ReportModel):
     misclassified: float | None
     """Share of all labelled review images that the classifier gets wrong; others were seen in vain."""
     ties: int
-    refused: int
+    """Images without a label because several classes have the most votes."""
+    no_class_chosen: int
+    """Images without a label because every answer is none-of-the-above, or because there is no answer."""
     notes: dict[str, Any]
 
 
@@ -152,7 +156,7 @@ class ClassAccuracy(ReportModel):
     defuse: float | None
 
 
-class FailedTrial(ReportModel):
+class SweepFailure(ReportModel):
     sweep: Literal["baseline", "defuse"]
     lam: float
     cause: str
@@ -204,9 +208,9 @@ class Report(ReportModel):
     vae: VaeFigures
     mixture: Mixture
     votes: VoteFigures
-    overrides: tuple[dict[str, Any], ...]
+    overrides: tuple[Override, ...]
     """People's decisions above the vote."""
     per_class: tuple[ClassAccuracy, ...]
     """On the test images; empty where there are none."""
-    failed_trials: tuple[FailedTrial, ...]
+    failed_trials: tuple[SweepFailure, ...]
     making: Provenance

@@ -103,7 +103,7 @@ class LabelStudioAnnotators:
         wanted = self._wanted(gallery)
         check_project(self.server, wanted, read_record(self.run.store, gallery))
         pulled = pull(self.server.tasks(record.number), wanted.samples)
-        overridden = [int(override["scenario"]) for override in read_overrides(self.run.store)]
+        overridden = [override.scenario for override in read_overrides(self.run.store)]
         standing = stand(wanted.samples, pulled, self._names(pulled, record), overridden)
         tend_queue(self.server, standing)
         return standing

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from dataclasses import asdict
 
-from defuse_core.artifacts import Gallery, Verdicts
+from defuse_core.artifacts import Gallery, Override, Verdicts
 from defuse_core.errors import InputError
 from defuse_core.judge import OVERRIDES
 from defuse_core.runs import Run
@@ -32,8 +32,8 @@ def decide(run: Run, scenario: int, label: str | None, author: str, reason: str,
     if not reason.strip():
         raise InputError("--reason: say why, for whoever reads the report")
     number = None if label is None else class_number(label, gallery.classes)
-    entry = {"scenario": scenario, "label": number, "author": author, "reason": " ".join(reason.split())}
-    entry["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    entry = Override(scenario, number, author, " ".join(reason.split()), when)
     if run.load(Verdicts) is None:
         _record(run, entry)
         verdicts = run.load(Verdicts)  # a driver may have judged meanwhile
@@ -60,10 +60,10 @@ def class_number(label: str, classes: tuple[str, ...]) -> int:
     raise InputError(f"--label {label}: expected a class or its index, of 0 to {len(classes) - 1} ({shown})")
 
 
-def _record(run: Run, entry: dict[str, Any]) -> None:
+def _record(run: Run, entry: Override) -> None:
     """Write the decision down beside all others: two that are made at once both count."""
     number = len(run.store.list(OVERRIDES)) + 1
-    while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(entry, indent=1).encode()):
+    while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(asdict(entry), indent=1).encode()):
         number += 1
 
 

@@ -180,8 +180,8 @@ def _make(run: Run, found: _Found, progress: Progress) -> Candidate:
 def _facts(found: _Found, examined: Examined) -> dict[str, Any]:
     chosen = found.sweep.chosen
     return {
-        "lam": chosen.get("lam"),
-        "epoch": chosen.get("epoch"),
+        "lam": None if chosen is None else chosen.lam,
+        "epoch": None if chosen is None else chosen.epoch,
         "clean_split": examined.split,
         "clean_before": float(examined.right_before.mean()),
         "clean_after": float(examined.right_after.mean()),

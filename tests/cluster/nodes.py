@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,11 @@ def the_node_of_a_sweep_dies(models: Models, folder: Path) -> dict[str, Any]:
         wait_until(lambda: any("correct: waiting for a node with room" in line for line in lines.lines))
         cluster.add_node(num_cpus=1)
         thread.join(150)
-    return {"finished": not thread.is_alive(), "rows": found[0].rows, "failed": found[0].failed}
+    return {
+        "finished": not thread.is_alive(),
+        "rows": [asdict(row) for row in found[0].rows],
+        "failed": found[0].failed,
+    }
 
 
 def made_up(spec: RunFile) -> Corrections:

@@ -15,7 +15,7 @@ import pytest
 
 from cluster.compute import RayCompute
 from cluster.session import connect
-from defuse_core.artifacts import Corrections, Models, Psi, Sweep
+from defuse_core.artifacts import Corrections, FailedTrial, Models, Psi, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import trial_key
 from defuse_core.distill import distill
@@ -324,8 +324,8 @@ def test_a_trial_that_fails_for_good_is_left_out_and_told(
     store = RefusingStore(tmp_path / "run", trial_key(1.0), with_bug=True)
     with RayCompute(None, tiny_spec) as compute:
         sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, store)
-    assert sweep.failed == ({"lam": 1.0, "cause": "ZeroDivisionError: of a pixel by nothing"},)
-    assert sweep.rows == tuple(row for row in local_sweep.rows if row["lam"] != 1.0)
+    assert sweep.failed == (FailedTrial(1.0, "ZeroDivisionError: of a pixel by nothing"),)
+    assert sweep.rows == tuple(row for row in local_sweep.rows if row.lam != 1.0)
 
 
 def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is_back(

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_a_sweep_waits_for_its_first_node_and_one_that_dies_costs_nothing(
     spec = tiny(correct=SHORT_SWEEP)
     whole = LocalCompute().sweep(spec, tiny_models, made_up(spec), None, FolderStore(tmp_path / "whole"))
     assert played["finished"] and played["failed"] == []
-    assert played["rows"] == list(whole.rows)
+    assert played["rows"] == [asdict(row) for row in whole.rows]
 
 
 def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(

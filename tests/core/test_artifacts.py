@@ -1,14 +1,24 @@
 import dataclasses
+import hashlib
+import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from defuse_core.artifacts import (
+    Checkpoint,
+    ClassifierEpoch,
+    FailedTrial,
     Failures,
     Models,
+    Override,
     Psi,
     Scenarios,
     Shard,
+    Sweep,
+    SweepRow,
+    VaeEpoch,
     Verdicts,
 )
 from defuse_core.codec import decode, encode
@@ -32,14 +42,45 @@ def test_an_artefact_comes_back_as_it_was():
 def test_weights_tuples_and_numbers_come_back_too():
     weights = {"a.weight": np.ones((2, 3), np.float32), "a.count": np.array(4)}
     models = Models(
-        weights, {}, ("x", "y"), {"train": 5}, "f", {"test": 0.5}, ({"loss": 1.0},), (), 0.1, 0.2, np.ones(2)
+        weights,
+        {},
+        ("x", "y"),
+        {"train": 5},
+        "f",
+        {"test": 0.5},
+        (ClassifierEpoch(1, 1.0),),
+        (),
+        0.1,
+        0.2,
+        np.ones(2),
     )
     back = decode(Models, encode(models), "here")
     assert back.classes == ("x", "y")
     assert back.classifier["a.count"] == 4
     assert back.classifier["a.count"].shape == ()
     assert back.vae == {}
-    assert back.classifier_history == ({"loss": 1.0},)
+    assert back.classifier_history == (ClassifierEpoch(1, 1.0, None),)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [(), (ClassifierEpoch(1, 0.5, 0.9),), (VaeEpoch(1, 90.0, 8.0, 0.4), VaeEpoch(2, 80.0, 9.0, 0.4))],
+)
+def test_the_epochs_of_a_checkpoint_come_back_as_the_kind_that_they_were(history):
+    checkpoint = Checkpoint({}, {"0/step": np.ones(1)}, history, {}, "f")
+    back = decode(Checkpoint, encode(checkpoint), "here")
+    assert back.history == history
+    assert list(back.moments) == ["0/step"]
+
+
+def test_a_sweep_comes_back_with_its_rows_its_choice_and_its_failed_trials():
+    row = SweepRow(0.1, 2, 0.03, 0.99, None, 0.97, 1.0, 0.95)
+    for sweep in (
+        Sweep((row, row), row, {"w": np.ones(2)}, (FailedTrial(1e39, "diverged"),)),
+        Sweep((), None, {}, ()),
+    ):
+        back = decode(Sweep, encode(sweep), "here")
+        assert (back.rows, back.chosen, back.failed) == (sweep.rows, sweep.chosen, sweep.failed)
 
 
 def test_empty_arrays_survive():
@@ -58,9 +99,11 @@ def test_undefined_shares_stay_undefined():
         0,
         2,
         ("rejected",),
-        (),
+        (Override(0, None, "Ada", "blurred", "2026-01-01T00:00:00Z"),),
     )
-    assert np.isnan(decode(Verdicts, encode(verdicts), "here").misclassified[0])
+    back = decode(Verdicts, encode(verdicts), "here")
+    assert np.isnan(back.misclassified[0])
+    assert back.overrides == verdicts.overrides
 
 
 def test_equal_artefacts_have_equal_bytes():
@@ -86,10 +129,31 @@ def test_an_artefact_of_another_kind_is_refused():
         decode(Verdicts, encode(some_shard()), "verdicts")
 
 
-def test_an_artefact_of_another_version_of_defuse_is_told():
+def test_an_artefact_with_other_fields_is_refused():
     older = dataclasses.make_dataclass("Psi", [("shard_counts", np.ndarray)])
-    with pytest.raises(StoreError, match=r"b\.safetensors: another version of Defuse wrote it"):
+    with pytest.raises(
+        StoreError, match=r"b\.safetensors: .* found a Psi with other fields \(codes: Field req"
+    ):
         decode(Psi, encode(older(np.zeros(1))), "b.safetensors")
+
+
+def test_an_artefact_of_another_format_version_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr("defuse_core.codec.FORMAT", 1)
+    older = encode(some_shard())
+    monkeypatch.undo()
+    with pytest.raises(
+        StoreError, match=r"psi/0: expected artefact format 2, found artefact format 1; use the ve"
+    ):
+        decode(Shard, older, "psi/0")
+
+
+def test_an_artefact_from_before_format_versions_is_refused():
+    body = json.dumps({"kind": "Shard", "fields": {}})
+    data = save({}, metadata={"defuse": json.dumps([hashlib.sha256(body.encode()).hexdigest(), body])})
+    with pytest.raises(
+        StoreError, match="found artefact format 1; use the version of Defuse that wrote it, or"
+    ):
+        decode(Shard, data, "psi/0")
 
 
 def test_axes_that_disagree_are_refused_where_they_are_made():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from defuse_core.artifacts import Corrections, Gallery, Models, Trial, Verdicts
+from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial, Verdicts
 from defuse_core.correct import (
     collect_sweep,
     cycle,
@@ -54,15 +54,15 @@ def test_the_baseline_tunes_on_reviewed_failures_and_is_tested_on_the_same_held_
 
 def test_fine_tuning_with_a_large_lambda_learns_the_scenarios(tiny_spec, tiny_models, tuning):
     *_, trial = fine_tune(tiny(correct={"epochs": 15}), tiny_models, tuning, 10.0, None)
-    assert trial.rows[-1]["scenario"] > 0.9
-    assert trial.rows[-1]["loss"] < trial.rows[0]["loss"]
+    assert trial.rows[-1].scenario > 0.9
+    assert trial.rows[-1].loss < trial.rows[0].loss
 
 
 def test_a_lambda_that_diverges_is_told_and_left_out(tiny_models, fixes, tmp_path):
     spec = tiny(correct={"lambdas": [1.0, 1e39], "epochs": 1})
     sweep = LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path))
-    assert [row["lam"] for row in sweep.rows] == [1.0]
-    assert sweep.failed[0]["lam"] == 1e39 and "diverged" in sweep.failed[0]["cause"]
+    assert [row.lam for row in sweep.rows] == [1.0]
+    assert sweep.failed[0].lam == 1e39 and "diverged" in sweep.failed[0].cause
     spec = tiny(correct={"lambdas": [1e39], "epochs": 1})
     with pytest.raises(ModelError, match=r"every trial failed; λ = 1e\+39: training .* diverged"):
         LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path / "other"))
@@ -124,7 +124,7 @@ def test_a_trial_resumes_from_what_lies_in_the_store_and_a_finished_one_is_not_r
     killed = next(run_trial(tiny_spec, tiny_models, tuning, 1.0, store))
     assert len(killed.rows) == 1
     *_, done = run_trial(tiny_spec, tiny_models, tuning, 1.0, store)
-    assert [row["epoch"] for row in done.rows] == [1, 2]
+    assert [row.epoch for row in done.rows] == [1, 2]
     before = store.read(trial_key(1.0))
     assert [trial.done for trial in run_trial(tiny_spec, tiny_models, tuning, 1.0, store)] == [True]
     assert store.read(trial_key(1.0)) == before
@@ -151,7 +151,7 @@ def test_scenario_images_are_cycled_through_before_any_comes_twice():
 def trial(lam: float, *rows: tuple[float, float, float], best: int = 1) -> Trial:
     """Rows of (validation, tune, scenario)."""
     made = tuple(
-        {"lam": lam, "epoch": n + 1, "train": v, "validation": v, "test": 0.0, "tune": t, "scenario": s}
+        SweepRow(lam, n + 1, 0.1, train=v, validation=v, test=0.0, tune=t, scenario=s)
         for n, (v, t, s) in enumerate(rows)
     )
     weights = {"w": np.array([lam], np.float32)}
@@ -181,24 +181,24 @@ def test_the_rule_of_choice_picks_lambda(rule, chosen, tiny_models):
         trial(0.01, (0.98, 0.3, 1.0)),
     ]
     sweep = collect_sweep(tiny(correct=rule), models_with(0.98, tiny_models), trials)
-    assert sweep.chosen["lam"] == chosen
+    assert sweep.chosen.lam == chosen
     assert sweep.weights["w"][0] == np.float32(chosen)
 
 
 def test_held_out_and_test_accuracy_choose_nothing(tiny_models):
     trials = [trial(1.0, (0.9, 0.5, 0.1)), trial(2.0, (0.9, 0.4, 1.0))]
-    assert collect_sweep(tiny(), models_with(0.9, tiny_models), trials).chosen["lam"] == 1.0
+    assert collect_sweep(tiny(), models_with(0.9, tiny_models), trials).chosen.lam == 1.0
 
 
 def test_if_every_row_loses_too_much_the_one_that_loses_least_is_chosen(tiny_models):
     trials = [trial(1.0, (0.5, 1.0, 1.0)), trial(2.0, (0.6, 0.9, 0.9))]
     spec = tiny(correct={"max_loss": 0.0})
-    assert collect_sweep(spec, models_with(0.9, tiny_models), trials).chosen["lam"] == 2.0
+    assert collect_sweep(spec, models_with(0.9, tiny_models), trials).chosen.lam == 2.0
 
 
 def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
     sweep = collect_sweep(tiny_spec, tiny_models, [])
-    assert (sweep.chosen, sweep.weights, sweep.failed) == ({}, {}, ())
+    assert (sweep.chosen, sweep.weights, sweep.failed) == (None, {}, ())
 
 
 def test_a_sweep_that_lost_all_trials_to_different_causes_is_no_fault_of_the_input(tiny_spec, tiny_models):

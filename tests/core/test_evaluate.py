@@ -26,7 +26,7 @@ from defuse_core.identify import gather_shards, save_shard
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
 
-NOTHING = Sweep((), {}, {}, ())
+NOTHING = Sweep((), None, {}, ())
 
 
 def two_components(width: int) -> Scenarios:
@@ -107,7 +107,7 @@ def test_the_embedding_is_the_same_each_time(tiny_spec: RunFile):
 
 def test_accuracies_are_those_of_the_models(tiny_spec: RunFile, tiny_models: Models, tmp_path):
     found = findings(tiny_models, FolderStore(tmp_path), accepted=2)
-    tuned = Sweep((), {}, tiny_models.classifier, ())
+    tuned = Sweep((), None, tiny_models.classifier, ())
     found = dataclasses.replace(found, baseline=tuned)
     evaluation = evaluate(tiny_spec, found, FolderStore(tmp_path), progress=silent)
     expected = [tiny_models.accuracy["validation"], tiny_models.accuracy["test"]]

@@ -1,13 +1,16 @@
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Verdicts, Votes
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Override, Verdicts, Votes
+from defuse_core.errors import StoreError
 from defuse_core.judge import OVERRIDES, judge, read_overrides
 from defuse_core.store import FolderStore
 
 NO = NONE_OF_THE_ABOVE
+WHEN = "2026-01-01T00:00:00Z"
 
 
 def verdicts(answers, predicted, rho=0.5, overrides=()) -> Verdicts:
@@ -49,13 +52,13 @@ def test_a_tied_image_has_no_label_and_is_counted():
     assert verdict.labels[0] == 4
 
 
-def test_refusals_are_discarded_before_the_majority_and_the_share():
+def test_none_of_the_above_is_discarded_before_the_majority_and_the_share():
     verdict = verdicts([[NO, NO], [NO, NO], [8, NO]], predicted=[1, 1])
     assert verdict.image_labels.tolist() == [[8, NO]]
     assert verdict.misclassified[0] == 1.0
     assert verdict.agreement[0, 0] == 1.0
     assert np.isnan(verdict.agreement[0, 1])
-    assert (verdict.ties, verdict.refused) == (0, 1)
+    assert (verdict.ties, verdict.no_class_chosen) == (0, 1)
 
 
 def test_a_component_without_any_label_is_rejected():
@@ -81,14 +84,14 @@ def test_purity_counts_unlabelled_images_against_the_scenario():
 
 @pytest.mark.parametrize(("label", "expected"), [(5, 5), (None, NO)])
 def test_a_human_decision_stands_above_the_vote_and_says_who_and_why(label, expected):
-    override = {"scenario": 0, "label": label, "author": "ada", "reason": "a 5 with a broken top"}
+    override = Override(0, label, "ada", "a 5 with a broken top", WHEN)
     verdict = verdicts([[8, 8, 8]] * 5, predicted=[1, 1, 1], overrides=[override])
     assert verdict.labels[0] == expected
     assert "by ada: a 5 with a broken top" in verdict.reasons[0]
 
 
 def test_the_newest_of_several_decisions_counts():
-    decisions = [{"scenario": 0, "label": n, "author": "a", "reason": "r"} for n in (5, 6)]
+    decisions = [Override(0, n, "a", "r", WHEN) for n in (5, 6)]
     assert verdicts([[8]], predicted=[1], overrides=decisions).labels[0] == 6
 
 
@@ -107,7 +110,15 @@ def test_no_components_give_no_verdicts():
 def test_decisions_are_read_from_the_run(tmp_path):
     store = FolderStore(tmp_path)
     assert read_overrides(store) == ()
-    for number, label in ((2, 4), (1, None)):
-        decision = json.dumps({"scenario": 1, "label": label}).encode()
-        store.write(f"{OVERRIDES}{number:04}.json", decision)
-    assert read_overrides(store) == ({"scenario": 1, "label": None}, {"scenario": 1, "label": 4})
+    first, second = Override(1, None, "a", "r", WHEN), Override(1, 4, "b", "s", WHEN)
+    for number, decision in ((2, second), (1, first)):
+        store.write(f"{OVERRIDES}{number:04}.json", json.dumps(asdict(decision)).encode())
+    assert read_overrides(store) == (first, second)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"scenario": "first"}'])
+def test_a_file_that_holds_no_decision_is_refused_with_what_to_do(data, tmp_path):
+    store = FolderStore(tmp_path)
+    store.write(f"{OVERRIDES}0001.json", data)
+    with pytest.raises(StoreError, match=r"overrides/0001\.json: expected a decision .* `defuse review set`"):
+        read_overrides(store)

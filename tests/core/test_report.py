@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from sample_findings import sample_findings, sample_spec
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Evaluation, Sweep
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Evaluation, FailedTrial, Override, Sweep, SweepRow
 from defuse_core.evaluate import Findings
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.report.figures.style import spread_apart
@@ -71,12 +71,12 @@ class Page(HTMLParser):
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A written report in which everything that comes from outside tries to be HTML."""
     found, evaluation = sample_findings(3, 2, classes=HOSTILE, images=3)
-    override = {"scenario": 0, "label": 0, "author": HOSTILE[0], "reason": HOSTILE[1], "when": HOSTILE[0]}
+    override = Override(0, 0, author=HOSTILE[0], reason=HOSTILE[1], when=HOSTILE[0])
     found, _ = with_verdicts((found, evaluation), overrides=(override,), reasons=(HOSTILE[0],) * 3)
     found = dataclasses.replace(
         found,
         votes=dataclasses.replace(found.votes, notes={HOSTILE[0]: HOSTILE[1]}),
-        sweep=dataclasses.replace(found.sweep, failed=({"lam": 1.0, "cause": HOSTILE[0]},)),
+        sweep=dataclasses.replace(found.sweep, failed=(FailedTrial(1.0, HOSTILE[0]),)),
     )
     run = a_run(tmp_path_factory.mktemp("hostile"))
     write_report(run, found, evaluation)
@@ -109,16 +109,7 @@ def test_purity_is_the_mean_over_accepted_scenarios_alone(tmp_path: Path):
 def test_the_trade_off_has_each_lambda_at_its_chosen_epoch(tmp_path: Path):
     found, evaluation = sample_findings(2, 1)
     rows = tuple(
-        {
-            "lam": lam,
-            "epoch": epoch,
-            "loss": 0,
-            "train": train,
-            "validation": None,
-            "test": test,
-            "tune": 1,
-            "scenario": s,
-        }
+        SweepRow(lam, epoch, 0.0, train=train, validation=None, test=test, tune=1.0, scenario=s)
         for lam, epoch, train, test, s in (
             (0.1, 1, 0.90, 0.81, 0.51),
             (0.1, 2, 0.95, 0.82, 0.52),

@@ -18,7 +18,7 @@ from tests.conftest import tiny
 
 def test_training_learns(tiny_models):
     assert tiny_models.accuracy["test"] > 0.6
-    losses = [row["reconstruction"] for row in tiny_models.vae_history]
+    losses = [row.reconstruction for row in tiny_models.vae_history]
     assert losses[-1] < 0.9 * losses[0]
     assert tiny_models.images == {"train": 300, "validation": tiny_models.images["validation"], "test": 539}
 
@@ -26,7 +26,7 @@ def test_training_learns(tiny_models):
 def test_the_weight_of_kl_grows_linearly_and_then_stays():
     spec = tiny(vae={"epochs": 4, "beta": 0.3, "kl_warmup_steps": 40}, classifier={"epochs": 1})
     history = train(spec, progress=silent).vae_history  # 19 steps an epoch
-    assert [row["beta"] for row in history] == pytest.approx([0.3 * 19 / 40, 0.3 * 38 / 40, 0.3, 0.3])
+    assert [row.beta for row in history] == pytest.approx([0.3 * 19 / 40, 0.3 * 38 / 40, 0.3, 0.3])
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(tiny_spec, tiny_models):
@@ -73,7 +73,7 @@ def test_the_best_epoch_on_validation_is_kept_where_the_run_file_says_so():
         vae={"epochs": 1},
     )
     models = train(spec, progress=silent)
-    assert models.accuracy["validation"] == max(row["validation"] for row in models.classifier_history)
+    assert models.accuracy["validation"] == max(row.validation for row in models.classifier_history)
 
 
 @pytest.mark.parametrize(

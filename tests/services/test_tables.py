@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from sample_findings import sample_findings, sample_spec
 
-from defuse_core.artifacts import Checkpoint
+from defuse_core.artifacts import Checkpoint, VaeEpoch
 from defuse_core.codec import encode
 from defuse_core.report import build_report
 from defuse_core.runs import Run
@@ -118,7 +118,9 @@ def test_steps_under_way_say_how_much_is_there(tmp_path: Path):
 
 def test_a_training_under_way_says_which_epochs_are_kept(tmp_path: Path):
     run = a_run(tmp_path)
-    kept = Checkpoint({"w": np.zeros(1)}, {}, ({"loss": 1.0}, {"loss": 0.5}), {}, "")
+    kept = Checkpoint(
+        {"w": np.zeros(1)}, {}, (VaeEpoch(1, 90.0, 8.0, 0.4), VaeEpoch(2, 80.0, 8.0, 0.4)), {}, ""
+    )
     run.store.write("training/vae.safetensors", encode(kept))
     train = step_states(run)[0]
     assert (train.step, train.state, train.detail) == ("train", "under way", "β-VAE 2 of 800 epochs")

@@ -79,14 +79,14 @@ def draw_curves(models: Models) -> Figure | None:
         (title, history, column)
         for title, history in (("classifier", models.classifier_history), ("β-VAE", models.vae_history))
         for column in SERIES
-        if history and column in history[-1]
+        if history and getattr(history[-1], column, None) is not None
     ]
     if not panels:
         return None
     figure, axes = new_figure(WIDE * min(1, len(panels) / 4), 2.2, columns=len(panels))
     for ax, (title, history, column) in zip(axes, panels, strict=True):
         name, colour, unit = SERIES[column]
-        epochs, values = [row["epoch"] for row in history], [row[column] for row in history]
+        epochs, values = [row.epoch for row in history], [getattr(row, column) for row in history]
         ax.plot(
             epochs,
             values,

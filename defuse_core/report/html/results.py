@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from defuse_core.artifacts import Override
 from defuse_core.report import Accuracy, ClassAccuracy, Report, TradeOff
 from defuse_core.report.formatting import (
     NONE,
@@ -127,7 +127,7 @@ def agreement_section(report: Report) -> Markup:
         ("answers", f"{votes.answers:,}"),
         ("images with a label", f"{votes.labelled} of {votes.images}"),
         ("no label, tied", votes.ties),
-        ("no label, none of the above", votes.refused),
+        ("no label, no class chosen", votes.no_class_chosen),
     ]
     told = {name: value for name, value in votes.notes.items() if name not in TOLD_ELSEWHERE}
     figures += [(name.replace("_", " "), _plain(value)) for name, value in told.items()]
@@ -197,8 +197,6 @@ def _said(value: object) -> str:
     return NONE if value is None else str(value)
 
 
-def _override_row(override: Mapping[str, Any], classes: tuple[str, ...]) -> list[Child]:
-    label = override.get("label")
-    decision = "rejected" if label is None else f"accepted as {classes[int(label)]}"
-    said = [str(override.get(key, "")) for key in ("author", "reason", "when")]
-    return [str(override.get("scenario", "")), decision, *said]
+def _override_row(override: Override, classes: tuple[str, ...]) -> list[Child]:
+    decision = "rejected" if override.label is None else f"accepted as {classes[override.label]}"
+    return [override.scenario, decision, override.author, override.reason, override.when]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from label_studio_live import digits_gallery, review_run
 
-from defuse_core.artifacts import Corrections, Verdicts, Votes
+from defuse_core.artifacts import Corrections, Override, Verdicts, Votes
 from defuse_core.errors import InputError, RunBusyError
 from defuse_core.judge import judge, read_overrides
 from services.labeling.decide import FROM_VERDICTS, decide
@@ -36,13 +36,8 @@ def test_a_decision_is_recorded_with_author_reason_and_time(run):
     assert decide(run, 2, "8", "Ada", "looks like\nan eight") == "scenario 2 is a failure: 8"
     assert decide(run, 1, None, "Bob", "blurred") == "scenario 1 is rejected"
     first, second = read_overrides(run.store)
-    assert {k: first[k] for k in ("scenario", "label", "author", "reason")} == {
-        "scenario": 2,
-        "label": 8,
-        "author": "Ada",
-        "reason": "looks like an eight",
-    }
-    assert second["label"] is None and first["when"].endswith("Z")
+    assert first == Override(2, 8, "Ada", "looks like an eight", first.when)
+    assert second.label is None and first.when.endswith("Z")
 
 
 def test_the_decision_stands_above_the_vote(run):
@@ -83,7 +78,7 @@ def test_redo_forgets_the_verdicts_and_what_follows_and_keeps_the_votes(judged):
     assert not [key for key in left if key.startswith(("trials", "report", "figures", *FROM_VERDICTS))]
     assert "votes.safetensors" in left and "gallery.safetensors" in left
     assert set(json.loads(judged.store.read("manifest.json"))["artefacts"]) == {"votes"}
-    assert read_overrides(judged.store)[0]["label"] == 8
+    assert read_overrides(judged.store)[0].label == 8
 
 
 def test_two_decisions_at_once_both_count(run, monkeypatch):
@@ -91,7 +86,7 @@ def test_two_decisions_at_once_both_count(run, monkeypatch):
     monkeypatch.setattr(run.store, "list", lambda prefix="": [])  # as it was before the other's
     decide(run, 1, None, "Bob", "blurred")
     monkeypatch.undo()
-    assert [decision["author"] for decision in read_overrides(run.store)] == ["Ada", "Bob"]
+    assert [decision.author for decision in read_overrides(run.store)] == ["Ada", "Bob"]
 
 
 def test_a_decision_that_the_verdicts_were_made_without_is_told(judged, monkeypatch):

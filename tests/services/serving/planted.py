@@ -13,6 +13,7 @@ from defuse_core.artifacts import (
     Models,
     Scenarios,
     Sweep,
+    SweepRow,
     Verdicts,
     Votes,
     Weights,
@@ -50,7 +51,9 @@ def plant_run(
         _votes(),
         verdicts,
         sample_corrections(spec, scenarios, verdicts),
-        Sweep(rows=(), chosen={"lam": 1.0, "epoch": 2}, weights=corrected, failed=()),
+        Sweep(
+            rows=(), chosen=SweepRow(1.0, 2, 0.1, 0.99, 0.98, 0.98, 1.0, 0.95), weights=corrected, failed=()
+        ),
     ):
         run.store.write(f"{type(artefact).__name__.lower()}.safetensors", encode(artefact))
     return run
@@ -84,7 +87,7 @@ def _verdicts(labels: np.ndarray, images: int) -> Verdicts:
         image_labels=np.repeat(labels[:, None], images, axis=1).astype(np.int64),
         agreement=ones,
         ties=0,
-        refused=0,
+        no_class_chosen=0,
         reasons=("planted",) * count,
         overrides=(),
     )

@@ -55,7 +55,7 @@ def test_check_as_json_is_one_object(planted):
 
 def test_a_classifier_without_failure_scenarios_passes_and_there_is_nothing_to_promote(own_store):
     run_dir = Run.open(own_store, "first")
-    run_dir.store.write("sweep.safetensors", encode(Sweep((), {}, {}, ())))
+    run_dir.store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
     assert run(check, "first", "--store", own_store.address).startswith("ok     run first corrected nothing")
     assert json.loads(run(check, "first", "--store", own_store.address, "--json"))["passed"]
     with pytest.raises(InputError, match="no failure scenario was accepted"):
