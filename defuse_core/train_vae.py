@@ -91,7 +91,7 @@ class _VaeTrainer:
         done, losses, beta = epoch * count, [], 0.0
         for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
-            _set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
+            set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
             losses.append(self._step(rows, beta, noise))
             done += len(rows)
             self.progress("training the β-VAE", done, section.epochs * count, "images")
@@ -111,7 +111,7 @@ class _VaeTrainer:
         return terms.reconstruction.item(), terms.divergence.item(), class_loss
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
     """Set the learning rate of step 1 to `steps`. It depends on nothing else, so a resumed training needs no state."""
     if section.schedule == "constant":
         return

@@ -7,6 +7,7 @@ from defuse_core.models.architectures import (
 )
 from defuse_core.models.inference import (
     accuracy,
+    decode_anchored,
     decode_codes,
     encode_images,
     map_batches,
@@ -33,6 +34,7 @@ __all__ = [
     "accuracy",
     "build_classifier",
     "build_vae",
+    "decode_anchored",
     "decode_codes",
     "encode_images",
     "expect_autoencoder",

@@ -143,24 +143,20 @@ def expect_autoencoder(vae: Vae, images: Tensor, latent_dim: int) -> None:
     a gradient flows from the decodings to the codes and to the encoder's input.
     """
     pixels = images.clone().requires_grad_()
+    codes_shape = (len(images), latent_dim)
     try:
         mu, log_variance = vae.encode(pixels)
+        _expect_tensor("mean", mu, codes_shape)
+        _expect_tensor("log-variance", log_variance, codes_shape)
         decoded = vae.decode(mu)
+        _expect_tensor("decoded images", decoded, tuple(images.shape))
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"the β-VAE cannot encode and decode images of shape {tuple(images.shape)}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    codes_shape = (len(images), latent_dim)
-    for name, tensor, shape in (
-        ("mean", mu, codes_shape),
-        ("log-variance", log_variance, codes_shape),
-        ("decoded images", decoded, tuple(images.shape)),
-    ):
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"the β-VAE's {name}: expected shape {shape}, found {tuple(tensor.shape)}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"the β-VAE's {name}: expected finite numbers, found NaN or infinity")
     low, high = float(decoded.detach().min()), float(decoded.detach().max())
     if low < 0 or high > 1:
         raise ModelError(
@@ -168,6 +164,13 @@ def expect_autoencoder(vae: Vae, images: Tensor, latent_dim: int) -> None:
             "end the decoder with a sigmoid, or rescale its output"
         )
     _expect_gradients(decoded, mu, pixels)
+
+
+def _expect_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ModelError(f"the β-VAE's {name}: expected shape {shape}, found {tuple(tensor.shape)}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError(f"the β-VAE's {name}: expected finite numbers, found NaN or infinity")
 
 
 def _expect_gradients(decoded: Tensor, mu: Tensor, pixels: Tensor) -> None:
