@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make setup   make the environment in $(VENV) and install Defuse there"
-	@echo "make demo    find, show and fix the failures of a digit classifier (some 3 minutes, no GPU, no download)"
+	@echo "make demo    find, show and fix the failures of a classifier of MNIST (some 3 minutes, no GPU, no download)"
 	@echo "make test    lint, types, import contracts and all tests"
 	@echo "make bench   list the measurements"
 
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/defuse run deploy/runs/digits.yaml
+	$(BIN)/defuse run deploy/runs/demo.yaml
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
-"""Identification on the cluster: actors pull shards from the driver's queue, and write them to the store.
+"""Identification on the cluster: the driver sends shards to actors, which write them to the store.
 
-A killed process, a lost node or a failing store costs the shards in flight, which are queued again; a shard
-that raises an error is tried once more. Two things that Ray does need care: a restarted actor without a node
-would hoard shards, and one may land on a node that is dead but not yet known to be. So an actor gets work
-only after it has answered a ping, which may itself be retried for ever.
+A killed process, a lost node or a failing store costs the shards in flight, which are queued again; a shard that
+raises an error is tried once more. Two properties of Ray need care: a restarted actor that waits for a node would
+hoard shards, and one may be placed on a node that is dead but not yet known to be. So an actor gets shards only
+after it has answered a ping, which Ray may retry without limit.
 """
 
 from __future__ import annotations
@@ -19,64 +19,77 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from cluster import metrics
-from cluster.faults import as_defuse_error, one_line
-from cluster.relay import Place, Relay, relayed, this_place
-from cluster.session import SHARE_THE_STORE, Lookout, Share
-from defuse_core.artifacts import Models, Shard
+from cluster.connection import SHARED_STORE
+from cluster.errors import as_defuse_error, one_line
+from cluster.progress import ProgressListener, reporting
+from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, current_location
+from defuse_core.artifacts import Models, ReferenceSet, Shard
 from defuse_core.config import RunFile
-from defuse_core.errors import ComputeError, DefuseError, InputError, StoreError
+from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
 from defuse_core.progress import Progress
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
-IN_FLIGHT = 2  # shards per worker: the next one is there when the last is done
-MAX_TRIES = 4
-STORE_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-LOOK_EVERY_S = 1.0
-FILL_EVERY_S = 3.0
+IN_FLIGHT = 2  # shards per worker: the next one waits at the worker when the last is done
+MAX_LOSSES = 4  # of one shard with its worker; one more is an error
+SAVE_ATTEMPTS = 6  # 15 s in all
+POLL_EVERY_S = 1.0
+SCALE_EVERY_S = 3.0
+
+
+def _warn_not_stored(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    log.warning(
+        "identify: shard %d not stored, trying again in %g s: %s", state.args[1], state.upcoming_sleep, error
+    )
 
 
 class ShardWorker:
-    """The actor. It opens data and models with its first shard, and answers with counts."""
+    """The actor. It opens data and models with its first shard, and returns counts."""
 
     def __init__(self, spec: RunFile, store: Store) -> None:
         self.spec, self.store = spec, store
         self.identifier: Identifier | None = None
 
-    def ping(self, mailbox: Any) -> Place:
-        """Return where this actor lives."""
-        with relayed(mailbox):
-            return this_place("identify")
+    def ping(self, progress_actor: Any) -> WorkerLocation:
+        """Return where this actor runs."""
+        with reporting(progress_actor):
+            return current_location("identify")
 
-    def shard(self, index: int, models: Models, mailbox: Any) -> ShardRecord:
+    def shard(
+        self, index: int, weights: tuple[Models, ReferenceSet | None], progress_actor: Any
+    ) -> ShardRecord:
         """Identify shard `index`, write it to the store, and return its counts.
 
-        Models and mailbox come with every call: Ray promises the constructor of a restarted actor only plain
-        values.
+        Weights and progress actor are arguments of every call: Ray restores only plain values for the constructor of a
+        restarted actor.
         """
-        with relayed(mailbox), named(shard_name(self.spec, models.images["train"], index)):
-            self.identifier = self.identifier or Identifier(self.spec, models)
+        models, references = weights
+        with reporting(progress_actor), shard_errors(shard_name(self.spec, models.images["train"], index)):
+            self.identifier = self.identifier or Identifier(self.spec, models, references)
             record = self._save(index, self.identifier.shard(index))
-        metrics.identified(record.images, record.decodings, record.codes)
+        metrics.count_shard(record.images, record.decodings, record.codes)
         return record
 
+    @retry(
+        retry=retry_if_exception_type(StoreError),
+        wait=wait_exponential(multiplier=0.5),
+        stop=stop_after_attempt(SAVE_ATTEMPTS),
+        before_sleep=_warn_not_stored,
+        reraise=True,
+    )
     def _save(self, index: int, shard: Shard) -> ShardRecord:
-        """Write the shard; what was found is not thrown away because the store fails for a while."""
-        for pause in STORE_PAUSES_S:
-            try:
-                return save_shard(self.store, index, shard)
-            except StoreError as error:
-                log.warning("identify: shard %d not stored, trying again in %g s: %s", index, pause, error)
-                time.sleep(pause)
+        """Write the shard. A store that fails for a while does not cost what was found."""
         return save_shard(self.store, index, shard)
 
 
 @contextlib.contextmanager
-def named(shard: str) -> Iterator[None]:
-    """Add the shard to whatever is raised inside, as an error of the tree."""
+def shard_errors(shard: str) -> Iterator[None]:
+    """Prefix any exception with the name of the shard, and raise it as an error of the tree."""
     try:
         yield
     except DefuseError as error:
@@ -86,119 +99,122 @@ def named(shard: str) -> Iterator[None]:
 
 
 def shard_name(spec: RunFile, images: int, index: int) -> str:
-    """Return a shard as a person may look for it, with the rows of the training set that it holds."""
+    """Return the shard's number and its rows of the training set, for messages."""
     size = blocks_per_shard(images, spec.identify.block_images) * spec.identify.block_images
     count = shard_count(images, spec.identify.block_images)
-    return (
-        f"shard {index} of {count} (training images {index * size} to {min((index + 1) * size, images) - 1})"
-    )
+    last = min((index + 1) * size, images) - 1
+    return f"shard {index} of {count} (training images {index * size} to {last})"
 
 
 @dataclass(eq=False)
 class Worker:
-    """One worker, as the driver sees it."""
+    """The driver's record of one worker."""
 
     number: int
     actor: Any
-    place: Place | None = None  # where it was when it last answered a ping
-    present: bool = False  # whether it has answered since it was last lost
+    location: WorkerLocation | None = None  # from its latest ping
+    ready: bool = False  # has answered a ping since it was last lost
     shards: list[int] = field(default_factory=list)  # in flight
 
 
 @dataclass(eq=False)
 class WorkerPool:
-    """How workers are made, what each has of the cluster, and how many to have now."""
+    """Starts workers; knows what each one holds of the cluster and how many are wanted now."""
 
     spec: RunFile
-    models: Any  # ObjectRef of Models
+    weights: Any  # ObjectRef of Models and, for screening, ReferenceSet
     images: int  # N
     store: Store
-    share: Share
+    resources: WorkerResources
     wanted: Callable[[], int]
-    relay: Relay
+    listener: ProgressListener
     name: str  # prefix of the actors' names
 
     def start(self, number: int) -> Any:
-        """Return a new actor. It survives its process and its node."""
+        """Return a new actor, which Ray restarts when its process or node dies."""
         remote = ray.remote(ShardWorker).options(
-            name=f"{self.name}-{number}", max_restarts=-1, max_task_retries=0, **self.share.options()
+            name=f"{self.name}-{number}", max_restarts=-1, max_task_retries=0, **self.resources.options()
         )
         return remote.remote(self.spec, self.store)
 
 
 class ShardQueue:
-    """The driver's side: which shards wait, which are with whom, and what was found."""
+    """The driver's side: the shards that wait, those in flight, and the records of those that are done."""
 
     def __init__(self, pool: WorkerPool, waiting: Iterable[int], total: int, progress: Progress) -> None:
         self.pool, self.total, self.progress = pool, total, progress
         self.waiting = deque(waiting)
         self.asked = len(self.waiting)
         self.records: dict[int, ShardRecord] = {}
-        self.lost: Counter[int] = Counter()  # shard -> how often its worker died under it
+        self.losses: Counter[int] = Counter()  # shard -> how often its worker was lost
         self.failed: set[int] = set()  # shards that raised an error once
         self.workers: list[Worker] = []
-        self.pings: dict[Any, Worker] = {}  # ObjectRef -> who is asked
-        self.flights: dict[Any, tuple[Worker, int]] = {}  # ObjectRef -> worker and shard
-        self.filled_at = -math.inf
-        self.trusted: set[Place | None] = set()  # whose shards are in the store as the driver sees it
-        self.lookout = Lookout("identify", pool.share)
+        self.pings: dict[Any, Worker] = {}  # ObjectRef -> worker
+        self.in_flight: dict[Any, tuple[Worker, int]] = {}  # ObjectRef -> worker and shard
+        self.scaled_at = -math.inf
+        self.shared: set[WorkerLocation | None] = (
+            set()
+        )  # locations whose shards the driver finds in the store
+        self.monitor = CapacityMonitor("identify", pool.resources)
 
     def run(self) -> dict[int, ShardRecord]:
         """Return the records of all shards that waited.
 
         Raises the error of a shard that fails a second time, or at once where the user's input is at fault;
-        ComputeError for a shard lost again and again.
+        ComputeError for a shard whose worker is lost again and again; RunBusyError where another driver took the run
+        over. Whatever ends it also ends the workers.
         """
         try:
             while len(self.records) < self.asked:
-                self.lookout.look()
-                self._fill()
-                for reference in self._arrived():
-                    self._land(reference)
-                self.pool.relay.pass_on()
+                self.pool.store.require_lock()
+                self.monitor.check()
+                self._scale()
+                for reference in self._ready():
+                    self._handle_result(reference)
+                self.pool.listener.poll()
             return self.records
         finally:
             for worker in self.workers:
                 ray.kill(worker.actor)
 
-    def _fill(self) -> None:
-        """Have as many workers as wanted; nodes that joined since the last look are used from now on."""
+    def _scale(self) -> None:
+        """Start as many workers as are wanted; nodes that joined since the last call get workers, too."""
         now = time.monotonic()
-        if now - self.filled_at < FILL_EVERY_S:
+        if now - self.scaled_at < SCALE_EVERY_S:
             return
-        self.filled_at, wanted = now, self.pool.wanted()
+        self.scaled_at, wanted = now, self.pool.wanted()
         for _ in range(min(wanted, self.asked) - len(self.workers)):
             worker = Worker(len(self.workers), self.pool.start(len(self.workers)))
             self.workers.append(worker)
             self._ping(worker)
 
-    def _arrived(self) -> list[Any]:
-        """Return the answers that are there, after a moment at most."""
-        if not self.pings and not self.flights:  # ray.wait does not wait for nothing
-            time.sleep(LOOK_EVERY_S)
+    def _ready(self) -> list[Any]:
+        """Return the references whose results have arrived, after POLL_EVERY_S at most."""
+        if not self.pings and not self.in_flight:  # ray.wait returns at once for an empty list
+            time.sleep(POLL_EVERY_S)
             return []
-        ready, _ = ray.wait([*self.pings, *self.flights], timeout=LOOK_EVERY_S)
+        ready, _ = ray.wait([*self.pings, *self.in_flight], timeout=POLL_EVERY_S)
         return ready
 
     def _ping(self, worker: Worker) -> None:
-        worker.present = False
-        reference = worker.actor.ping.options(max_task_retries=-1).remote(self.pool.relay.mailbox)
+        worker.ready = False
+        reference = worker.actor.ping.options(max_task_retries=-1).remote(self.pool.listener.actor)
         self.pings[reference] = worker
 
-    def _land(self, reference: Any) -> None:
-        """Take one answer, and give work to whoever is free."""
+    def _handle_result(self, reference: Any) -> None:
+        """Handle one result, then dispatch shards to the workers that are free."""
         if reference in self.pings:
-            self._land_ping(reference, self.pings.pop(reference))
+            self._handle_ping(reference, self.pings.pop(reference))
         else:
-            self._land_shard(reference, *self.flights.pop(reference))
-        for free in self.workers:
-            self._feed(free)
+            self._handle_shard(reference, *self.in_flight.pop(reference))
+        for worker in self.workers:
+            self._dispatch(worker)
 
-    def _land_ping(self, reference: Any, worker: Worker) -> None:
-        """A worker is there; or it is away, and asked again; or it cannot work."""
+    def _handle_ping(self, reference: Any, worker: Worker) -> None:
+        """The worker is ready, or was lost and is pinged again, or cannot start."""
         try:
-            worker.place, worker.present = ray.get(reference), True
-            log.info("identify: worker %d is %s", worker.number, worker.place)
+            worker.location, worker.ready = ray.get(reference), True
+            log.info("identify: worker %d is %s", worker.number, worker.location)
         except RayTaskError as error:
             raise as_defuse_error(error, "identify") from error
         except ActorDiedError as error:
@@ -208,79 +224,79 @@ class ShardQueue:
         except RayError:
             self._ping(worker)
 
-    def _land_shard(self, reference: Any, worker: Worker, index: int) -> None:
-        """A shard is finished, or has failed, or its worker is gone: then wait until the worker is back."""
+    def _handle_shard(self, reference: Any, worker: Worker, index: int) -> None:
+        """The shard is finished, or has failed, or its worker was lost and is pinged until it is back."""
         worker.shards.remove(index)
         try:
-            self._finished(worker, index, ray.get(reference))
+            self._on_shard_done(worker, index, ray.get(reference))
         except RayTaskError as error:
-            self._failed(index, error)
+            self._on_shard_failed(index, error)
         except RayError as error:
-            self._vanished(worker, index, error)
+            self._on_worker_lost(worker, index, error)
             if worker not in self.pings.values():
                 self._ping(worker)
 
-    def _finished(self, worker: Worker, index: int, record: ShardRecord) -> None:
-        """Take a shard's counts. Raises InputError where what the worker wrote is not in the driver's store."""
+    def _on_shard_done(self, worker: Worker, index: int, record: ShardRecord) -> None:
+        """Record the counts. Raises InputError where what the worker wrote is not in the driver's store."""
         store = self.pool.store
-        if worker.place not in self.trusted:
+        if worker.location not in self.shared:
             if not store.exists(shard_key(index)):
                 raise InputError(
-                    f"identify: what worker {worker.number} ({worker.place}) wrote to {store.address} is not there for "
-                    f"this process; {SHARE_THE_STORE}"
+                    f"identify: worker {worker.number} ({worker.location}) wrote to {store.address}, and this process "
+                    f"does not find it there; {SHARED_STORE}"
                 )
-            self.trusted.add(worker.place)
+            self.shared.add(worker.location)
         self.records.setdefault(index, record)
         done = self.total - self.asked + len(self.records)
         self.progress("perturbing training images", done, self.total, "shards")
 
-    def _failed(self, index: int, error: RayTaskError) -> None:
-        """The shard raised an error: a hiccup, if it goes well the second time."""
-        if index in self.records:  # another worker finished it meanwhile
+    def _on_shard_failed(self, index: int, error: RayTaskError) -> None:
+        """Queue the shard again after its first error, raise the second."""
+        if index in self.records:  # another worker has finished it
             return
-        fault = as_defuse_error(error, "identify")
-        if isinstance(fault, InputError) or index in self.failed:
-            raise fault from error
-        log.warning("identify: shard %d again, since it failed once: %s", index, fault)
+        cause = as_defuse_error(error, "identify")
+        if isinstance(cause, InputError | RunBusyError) or index in self.failed:
+            raise cause from error
+        log.warning("identify: shard %d again, since it failed once: %s", index, cause)
         self.failed.add(index)
         self._requeue(index)
 
-    def _vanished(self, worker: Worker, index: int, error: RayError) -> None:
+    def _on_worker_lost(self, worker: Worker, index: int, error: RayError) -> None:
         """The worker's process or node is gone: queue its shard again."""
         if index in self.records:
             return
-        if self.lost[index] >= MAX_TRIES:
+        if self.losses[index] >= MAX_LOSSES:
             name = shard_name(self.pool.spec, self.pool.images, index)
             raise ComputeError(
-                f"identify: {name} was lost {MAX_TRIES + 1} times with its worker: {one_line(error)}; "
-                "does it fit in memory? run again to go on"
+                f"identify: {name} was lost {MAX_LOSSES + 1} times with its worker: {one_line(error)}; "
+                "check that it fits in memory, then run again to continue"
             ) from error
         log.warning(
-            "identify: shard %d again, since worker %d was lost (%s)", index, worker.number, worker.place
+            "identify: shard %d again, since worker %d was lost (%s)", index, worker.number, worker.location
         )
-        self.lost[index] += 1
+        self.losses[index] += 1
         self._requeue(index)
 
     def _requeue(self, index: int) -> None:
-        metrics.redone(1)
+        metrics.count_redone_shard()
         self.waiting.appendleft(index)
 
-    def _feed(self, worker: Worker) -> None:
-        """Keep the worker busy. Near the end an idle one also takes a shard that a slow one has not begun."""
-        while worker.present and len(worker.shards) < IN_FLIGHT and self.waiting:
+    def _dispatch(self, worker: Worker) -> None:
+        """Keep the worker busy. Near the end an idle worker also gets the shard of a straggler."""
+        while worker.ready and len(worker.shards) < IN_FLIGHT and self.waiting:
             self._send(worker, self.waiting.popleft())
-        if worker.present and not worker.shards and (index := self._slow()) is not None:
+        if worker.ready and not worker.shards and (index := self._straggler()) is not None:
             self._send(worker, index)
 
     def _send(self, worker: Worker, index: int) -> None:
         if index in self.records:
             return
         worker.shards.append(index)
-        reference = worker.actor.shard.remote(index, self.pool.models, self.pool.relay.mailbox)
-        self.flights[reference] = (worker, index)
+        reference = worker.actor.shard.remote(index, self.pool.weights, self.pool.listener.actor)
+        self.in_flight[reference] = (worker, index)
 
-    def _slow(self) -> int | None:
-        """Return the shard sent last that is still with one worker only, or None."""
-        holders = Counter(index for _, index in self.flights.values())
-        lonely = (index for _, index in reversed(self.flights.values()) if holders[index] == 1)
-        return next((index for index in lonely if index not in self.records), None)
+    def _straggler(self) -> int | None:
+        """Return the shard that was sent last among those that only one worker has, or None."""
+        holders = Counter(index for _, index in self.in_flight.values())
+        alone = (index for _, index in reversed(self.in_flight.values()) if holders[index] == 1)
+        return next((index for index in alone if index not in self.records), None)

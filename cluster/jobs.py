@@ -1,12 +1,9 @@
-"""Jobs on a Ray cluster, through the HTTP address of its head: submit, follow, list, stop."""
+"""Jobs on a Ray cluster, through the HTTP address of its dashboard: submit, follow, list, stop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +13,15 @@ import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
+from tenacity import Retrying, retry_if_exception_type, retry_if_result, wait_fixed
 
+from cluster.ray_compat import quiet_job_client
 from defuse_core.errors import ComputeError, InputError
 
 RUN = "defuse_run"  # metadata of our jobs: the run's name
-TALKATIVE = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
-DISCONNECTS = 5
+MAX_DISCONNECTS = 5  # in a row, without a new character of the log
 PAUSE_S = 2.0
+DISCONNECTED = (ComputeError, RuntimeError, OSError, aiohttp.ClientError)
 
 
 @dataclass(frozen=True)
@@ -43,15 +38,27 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether it will not go on."""
+        """Whether it has ended."""
         return JobStatus(self.status).is_terminal()
 
 
 @dataclass
-class Seen:
-    """How much of a job's log was shown."""
+class FollowedLog:
+    """How much of a job's log was shown, and how often the connection was lost since."""
 
-    characters: int = 0
+    shown: int = 0  # characters
+    disconnects: int = 0
+
+    @contextlib.contextmanager
+    def counting_disconnects(self) -> Iterator[None]:
+        """Count a lost connection; one that showed something begins the count again."""
+        before = self.shown
+        try:
+            yield
+        except DISCONNECTED:
+            self.disconnects = 1 if self.shown > before else self.disconnects + 1
+            raise
+        self.disconnects = 0
 
 
 class Jobs:
@@ -64,79 +71,84 @@ class Jobs:
                 f"--address {address}: expected the address of Ray's dashboard, http://HEAD:8265"
             )
         self.address = address
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would win over what was asked for
-        for talkative in TALKATIVE:
-            logging.getLogger(talkative).setLevel(logging.WARNING)
-        with self._explained():
+        quiet_job_client(address)
+        with self._errors_translated():
             self.client = JobSubmissionClient(address)
 
     def submit(self, command: str, folder: Path, run: str, variables: dict[str, str]) -> str:
         """Run `command` in a copy of `folder` on the cluster, and return the job's id."""
         environment = {"working_dir": str(folder), "env_vars": variables}
-        with self._explained():
+        with self._errors_translated():
             return self.client.submit_job(entrypoint=command, runtime_env=environment, metadata={RUN: run})
 
     def list(self) -> list[Job]:
         """Return all submitted jobs, the oldest first."""
-        with self._explained():
+        with self._errors_translated():
             found = [_job(details) for details in self.client.list_jobs() if details.submission_id]
         return sorted(found, key=lambda job: job.started or 0)
 
     def get(self, job_id: str) -> Job:
         """Return the job. Raises InputError if there is none of that id."""
-        with self._explained(job_id):
+        with self._errors_translated(job_id):
             return _job(self.client.get_job_info(job_id))
 
     def logs(self, job_id: str) -> str:
         """Return what the job has written so far."""
-        with self._explained(job_id):
+        with self._errors_translated(job_id):
             return self.client.get_job_logs(job_id)
 
     def stop(self, job_id: str) -> bool:
-        """Ask the job to end; False if it had ended before. One that is not yet there cannot be asked, so wait."""
-        while not self.get(job_id).is_over:
-            with self._explained(job_id):
-                if self.client.stop_job(job_id):
-                    return True
-            time.sleep(PAUSE_S)
-        return False
+        """Ask the job to end; False if it had ended before. A job that Ray has not started yet is asked again."""
+
+        def ask() -> bool | None:
+            if self.get(job_id).is_over:
+                return False
+            with self._errors_translated(job_id):
+                return self.client.stop_job(job_id) or None
+
+        return bool(
+            Retrying(retry=retry_if_result(lambda asked: asked is None), wait=wait_fixed(PAUSE_S))(ask)
+        )
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
         """Show what the job writes until it ends, across lost connections, and return it as it ended."""
-        self.get(job_id)  # says at once that there is none, or no way there
-        seen, lost = Seen(), 0
-        while True:
-            before = seen.characters
-            try:
-                asyncio.run(self._tail(job_id, show, seen))
-                job = self.get(job_id)
-            except (ComputeError, RuntimeError, OSError, aiohttp.ClientError) as error:
-                lost = 1 if seen.characters > before else lost + 1
-                if lost > DISCONNECTS:
-                    raise ComputeError(f"job {job_id}: lost the way to {self.address} ({error})") from error
-            else:
-                if job.is_over:
-                    return job
-            time.sleep(PAUSE_S)
+        self.get(job_id)  # raises at once for an unknown job or an address without a dashboard
+        log = FollowedLog()
 
-    async def _tail(self, job_id: str, show: Callable[[str], None], seen: Seen) -> None:
-        """Show what was not shown before: the log begins anew with each connection."""
+        def tail() -> Job:
+            with log.counting_disconnects():
+                asyncio.run(self._tail(job_id, show, log))
+                return self.get(job_id)
+
+        retry = Retrying(
+            retry=retry_if_exception_type(DISCONNECTED) | retry_if_result(lambda job: not job.is_over),
+            stop=lambda state: log.disconnects > MAX_DISCONNECTS,
+            wait=wait_fixed(PAUSE_S),
+            reraise=True,
+        )
+        try:
+            return retry(tail)
+        except DISCONNECTED as error:
+            raise ComputeError(f"job {job_id}: lost the connection to {self.address} ({error})") from error
+
+    async def _tail(self, job_id: str, show: Callable[[str], None], log: FollowedLog) -> None:
+        """Show what was not shown before: each connection sends the log from its beginning."""
         position = 0
         async for text in self.client.tail_job_logs(job_id):
-            fresh = text[max(0, seen.characters - position) :]
+            fresh = text[max(0, log.shown - position) :]
             position += len(text)
             if fresh:
                 show(fresh)
-            seen.characters = max(seen.characters, position)
+            log.shown = max(log.shown, position)
 
     @contextlib.contextmanager
-    def _explained(self, job_id: str = "") -> Iterator[None]:
+    def _errors_translated(self, job_id: str = "") -> Iterator[None]:
         try:
             yield
         except AuthenticationError as error:
             raise ComputeError(
-                f"{self.address} asks for a token, or for another one: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
-                "to the cluster's (`ray get-auth-token` on its head shows it)"
+                f"{self.address} requires another token than this process has: set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN to the cluster's (`ray get-auth-token` on its head shows it)"
             ) from error
         except (ConnectionError, requests.RequestException) as error:
             raise ComputeError(
@@ -145,9 +157,7 @@ class Jobs:
             ) from error
         except RuntimeError as error:
             if "404" in str(error) and job_id:
-                raise InputError(
-                    f"there is no job {job_id} at {self.address}; see `defuse jobs list`"
-                ) from error
+                raise InputError(f"no job {job_id} at {self.address}; see `defuse jobs list`") from error
             raise ComputeError(f"{self.address}: {str(error).splitlines()[0]}") from error
 
 

@@ -1,4 +1,4 @@
-"""What the cluster's dashboard and Prometheus can plot of a run."""
+"""Metrics of a run for Ray's dashboard and Prometheus."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ def _counter(name: str, description: str) -> Counter:
 
 
 def _count(name: str, description: str, amount: int) -> None:
-    if amount:  # Ray refuses to add nothing
+    if amount:  # Ray raises for an increment of 0
         _counter(name, description).inc(amount)
 
 
-def identified(images: int, decodings: int, failures: int) -> None:
+def count_shard(images: int, decodings: int, failures: int) -> None:
     """Count one finished shard. Called in the worker."""
     _count("images", "Training images perturbed", images)
     _count("decodings", "Codes decoded and classified", decodings)
     _count("failures", "Codes of Psi found", failures)
 
 
-def redone(shards: int) -> None:
-    """Count shards that were lost or failed, and are made again. Called in the driver."""
-    _count(
-        "shards_redone", "Shards made again, since they were lost with their worker or failed once", shards
-    )
+def count_redone_shard() -> None:
+    """Count a shard that is made again, since it failed or its worker was lost. Called in the driver."""
+    _count("shards_redone", "Shards made again, since they failed once or their worker was lost", 1)
 
 
 @functools.cache
@@ -36,6 +34,6 @@ def _running() -> Gauge:
     return Gauge("defuse_trials_running", description="Trials of the sweep over lambda that are running")
 
 
-def trials_running(count: int) -> None:
-    """Say how many trials run now. Called in the driver."""
+def set_running_trials(count: int) -> None:
+    """Set the number of trials that run now. Called in the driver."""
     _running().set(count)

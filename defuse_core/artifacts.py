@@ -1,15 +1,17 @@
-"""What the steps hand each other: the dictionary of the system.
+"""The artefacts: what one step stores and another one reads.
 
 Axis letters, used in every shape comment of the project:
 
     N images   C classes   H, W height and width   Z latent dimensions   Q draws per image
     F failures (codes in Psi)   K mixture components   S components kept (candidate scenarios)
     R review images per scenario   A accepted scenarios   G shards of the training set   V votes
+    W reference models (or judges)   D components dropped before review
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,7 +79,7 @@ class VaeEpoch:
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with what training found out about them.
+    """The classifier f and the β-VAE (encoder q, decoder p) as weights, with the figures of their training.
 
     How to build the modules is in the run file; `load_classifier` and `load_vae` of models put both together.
     """
@@ -93,8 +95,18 @@ class Models:
     reconstruction: float  # mean squared error per pixel of decoding mu, on training images
     reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
-    device: str = "cpu"  # that trained them
+    device: str = "cpu"  # that they were trained on
     health: Health | None = None  # of the β-VAE; None in runs of versions that did not measure it
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceSet:
+    """Independent classifiers: the reference models, which take part in the method, or the judges, which do not."""
+
+    models: tuple[Weights, ...]  # (W,)
+    train_images: int  # that each was trained on
+    validation: F64  # (W,) accuracy on validation images; nan without any
+    test: F64  # (W,) accuracy on test images; nan without any
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,10 +135,24 @@ class Failures:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def take(self, rows: I64 | Bool) -> Failures:
+        """Return the failures of `rows`."""
+        return Failures(self.codes[rows], self.source[rows], self.truth[rows], self.predicted[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Failures]) -> Failures:
+        """Return the failures of all parts, in order."""
+        return Failures(
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.source for part in parts]),
+            np.concatenate([part.truth for part in parts]),
+            np.concatenate([part.predicted for part in parts]),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What identification of one shard (a run of consecutive blocks of training images) found."""
+    """The result of identification on one shard, which is a range of consecutive blocks of training images."""
 
     failures: Failures
     images: int
@@ -134,6 +160,9 @@ class Shard:
     images_with_any: int  # images with at least one failing draw
     zero_noise_flips: int  # images that f gets wrong when mu itself is decoded
     seconds: float
+    failing: int = 0  # failing draws before screening; `failures` holds those kept
+    index: int = -1  # which shard of the training set this is
+    fingerprint: str = ""  # of the models, noise and images that it was made with
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,10 +175,23 @@ class Psi:
     images_with_any: int
     zero_noise_flips: int
     worker_seconds: float  # summed over workers
+    failing: int = 0  # failing draws before screening; without it and without a cap the same as total
+    fingerprint: str = ""  # of every shard
 
     @property
     def total(self) -> int:
         return int(self.codes.sum())
+
+
+@dataclass(frozen=True)
+class DroppedComponent:
+    """A component of weight over ε, or a cell too small for one, that reviewers do not see."""
+
+    weight: float  # share of all codes
+    source: int  # class of its source images, NONE_OF_THE_ABOVE for a single mixture
+    answer: int  # of f, likewise
+    support: int  # distinct training images that its codes come from
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,12 +206,27 @@ class Scenarios:
     converged: bool
     iterations: int
     lower_bound: float | None  # of the fit's likelihood; None where it is not finite
+    cells: I64 | None = (
+        None  # (S, 2) class of the source images and answer of f; -1 each for a single mixture
+    )
+    support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
+    taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
+    dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def take(self, rows: I64, **changed: Any) -> Scenarios:
+        """Return the components `rows`, with the fields of `changed` replaced."""
+        per_component = {
+            name: value[rows]
+            for name in ("weights", "means", "covariances", "cells", "support", "taus")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **per_component | changed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,13 +246,13 @@ class Gallery:
         return len(self.images)
 
     def number(self, scenario: int) -> int:
-        """Return what people call the component at place `scenario`."""
+        """Return the number under which people see the component at index `scenario`."""
         return self.numbers[scenario] if self.numbers else scenario
 
 
 @dataclass(frozen=True, eq=False)
 class Votes:
-    """One row per answer. An answer for a whole scenario stands here as one row per image of it."""
+    """One row per answer. An answer for a whole scenario is stored as one row per image."""
 
     scenario: I64  # (V,)
     image: I64  # (V,) position within the scenario, 0..R-1
@@ -204,7 +261,7 @@ class Votes:
     when: F64  # (V,) seconds since 1970; 0 where a model answered
     annotators: tuple[str, ...]  # names or stable pseudonyms
     answered_by: str  # "reference models" or "people"
-    notes: dict[str, Any]  # what the annotators want told in the report: refused answers, answers saved, ...
+    notes: dict[str, Any]  # notes for the report: discarded answers, answers saved, ...
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
@@ -222,6 +279,18 @@ class Override:
 
 
 @dataclass(frozen=True, eq=False)
+class MoreImages:
+    """Further images of components whose verdict is in doubt, as reference models label them (counts only)."""
+
+    drawn: I64  # (S,) 0 where the gallery settles the verdict
+    labelled: I64  # (S,) of those, the images with a majority label
+    misclassified: I64  # (S,) of those, the images that f gets wrong
+
+    def __post_init__(self) -> None:
+        _expect_shapes(self, {"drawn": "S", "labelled": "S", "misclassified": "S"})
+
+
+@dataclass(frozen=True, eq=False)
 class Verdicts:
     """Per component: is it a failure scenario, and which label is right there (§4.1)."""
 
@@ -236,6 +305,9 @@ class Verdicts:
     )
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
     overrides: tuple[Override, ...]  # oldest first
+    labelled: I64 | None = None  # (S,) images that the share rests on, further draws included
+    lower: F64 | None = None  # (S,) lower 95 % bound (Wilson) of the share misclassified
+    false_share: float = 0.0  # expected share of accepted scenarios whose true share is at most rho
 
     def __post_init__(self) -> None:
         _expect_shapes(
@@ -257,6 +329,7 @@ class Corrections:
     labels: I64  # (A,)
     tune: F32  # (A, n_tune, Z)
     test: F32  # (A, n_test, Z)
+    kept: F64 | None = None  # (A,) share of the draws that correct.filter keeps; None without the filter
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
@@ -286,7 +359,7 @@ class FailedTrial:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """Fine-tuning with one λ after some epochs: enough to go on from, and to choose from."""
+    """Fine-tuning with one λ after some epochs: enough to resume it, and to choose from."""
 
     lam: float
     rows: tuple[SweepRow, ...]  # one per finished epoch

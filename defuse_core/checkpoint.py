@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, We
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
 from defuse_core.device import device
-from defuse_core.errors import ModelError, RunMismatchError
+from defuse_core.errors import ModelError, RunMismatchError, StoreError
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import Store
 
+log = logging.getLogger("defuse")
 CHECKPOINT_EVERY_S = 20.0  # a killed training repeats at most this much work and one epoch
 
 
@@ -98,9 +100,14 @@ class Training:
         self.best: Weights = {}
         self.saved_at = time.monotonic()
         if store is not None and store.exists(self.key):
-            self._resume(decode(Checkpoint, store.read(self.key), self.key))
+            self._resume(store, store.read(self.key))
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
+    def _resume(self, store: Store, data: bytes) -> None:
+        try:
+            checkpoint = decode(Checkpoint, data, f"{store.address}/{self.key}")
+        except StoreError as error:
+            log.warning("train: the training begins again, since its checkpoint is damaged: %s", error)
+            return
         if checkpoint.data_fingerprint != self.data_fingerprint:
             raise RunMismatchError(
                 "the images changed since this run began to train on them; put them back, or choose another --name"
@@ -121,4 +128,12 @@ class Training:
         if self.store is not None:
             weights, moments = weights_of(self.module), optimizer_state(self.optimizer)
             checkpoint = Checkpoint(weights, moments, tuple(self.history), self.best, self.data_fingerprint)
-            self.store.write(self.key, encode(checkpoint))
+            self.store.write(self.key, encode(checkpoint), unless=self._is_ahead)
+
+    def _is_ahead(self, data: bytes) -> bool:
+        """Whether `data` is a later checkpoint: of a retry of this task, which was given up for lost."""
+        try:
+            stored = decode(Checkpoint, data, self.key)
+        except StoreError:
+            return False
+        return stored.data_fingerprint == self.data_fingerprint and len(stored.history) > len(self.history)

@@ -41,23 +41,22 @@ def encode(artefact: object) -> bytes:
 
 def decode(kind: type[T], data: bytes, where: str) -> T:
     """Return the artefact in `data`. Raises StoreError, naming `where`, for other, truncated or altered bytes."""
+    remedy = "delete it and run again: it is made again"
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load_tensors(data)
         digest, text = json.loads(header["defuse"])
-    except (SafetensorError, ValueError, KeyError, OverflowError, MemoryError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise StoreError(
-            f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error})"
+            f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error}); {remedy}"
         ) from error
     if digest != _digest(text, arrays):
-        raise StoreError(
-            f"{where}: its bytes changed since they were written; delete it and run again to remake it"
-        )
+        raise StoreError(f"{where}: its bytes changed since they were written; {remedy}")
     body = json.loads(text)
     if body.get("format") != FORMAT:
         _refuse_format(where, f"artefact format {body.get('format', 1)}")
     if body["kind"] != kind.__name__:
-        raise StoreError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}")
+        raise StoreError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}; {remedy}")
     try:
         artefact: T = _adapter(kind).validate_python((_join(body["fields"], arrays),))[0]  # type: ignore[arg-type]
         return artefact

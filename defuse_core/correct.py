@@ -1,9 +1,11 @@
-"""§3.2.3: fine-tune f on L(D) + λ·CE(D_f), once per λ, and choose."""
+"""§3.2.3: fine-tune f on L(D) + λ·CE(D_f), once per λ, and choose one of the results."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from defuse_core.artifacts import (
     SweepRow,
     Trial,
     Verdicts,
+    Weights,
 )
 from defuse_core.checkpoint import (
     labels_of,
@@ -33,23 +36,25 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ComputeError, DefuseError, ModelError
+from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
 from defuse_core.judge import is_misclassified
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 
+log = logging.getLogger("defuse")
+
 
 @dataclass(frozen=True, eq=False)
 class FineTuningData:
-    """Everything that a trial reads: the data set in memory, D_f, and the scenario images held out."""
+    """Everything that a trial reads: the data set in memory, D_f, and the held-out scenario images."""
 
     train: Images
     validation: Images | None
     test: Images | None
     tune: Images  # D_f
-    held_out: Images  # never chosen by
+    held_out: Images  # plays no part in the choice
 
 
 def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
@@ -61,7 +66,7 @@ def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
 def load_fine_tuning_data(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
 ) -> FineTuningData:
-    """Return what the trials read. D_f is decoded from `fixes`, or is `reviewed` where that is given."""
+    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
@@ -91,7 +96,7 @@ def _decoded(vae: Any, codes: Any, labels: I64) -> Images:
 
 
 def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
-    """Yield `size` of `count` rows again and again, going through a fresh shuffle each pass."""
+    """Yield `size` of `count` rows without end, with a fresh shuffle for each pass."""
     rows: I64 = np.zeros(0, np.int64)
     while True:
         while len(rows) < size:
@@ -103,7 +108,7 @@ def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
 def fine_tune(
     spec: RunFile, models: Models, tuning: FineTuningData, lam: float, trial: Trial | None
 ) -> Iterator[Trial]:
-    """Yield the trial of one λ after each epoch, going on from `trial`. On one CPU thread, or this process's GPU."""
+    """Yield the trial of one λ after each epoch; `trial` resumes one. On one CPU thread, or this process's GPU."""
     section = spec.correct
     start = models.classifier if trial is None else trial.weights
     rows = () if trial is None else trial.rows
@@ -141,15 +146,15 @@ def _epoch(
 ) -> float:
     """One pass over D, with as many images of D_f in every step. Returns the mean loss.
 
-    Both go through the network together, so that batch normalisation sees in training the mixture it is scored with.
+    Both form one batch, so that batch normalisation sees the mixture of both in training.
     """
-    torch.manual_seed(torch_seed(spec.seed, "correct", epoch))  # for dropout, whatever ran here before
+    torch.manual_seed(torch_seed(spec.seed, "correct", epoch))  # for dropout, independent of what ran before
     classifier.train()
     train, tune, size = tuning.train, tuning.tune, spec.correct.batch_size
     scenario_rows = cycle(
         len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
     )
-    losses = []
+    losses, before = [], weights_of(classifier)
     for rows in minibatches(len(train), size, generator(spec.seed, "correct", epoch)):
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
         images = np.concatenate([train.batch(rows), tune.batch(wrong)])
@@ -157,8 +162,23 @@ def _epoch(
         clean = F.cross_entropy(logits[: len(rows)], labels_of(train, rows))
         scenario = F.cross_entropy(logits[len(rows) :], labels_of(tune, wrong))
         losses.append(train_step(clean + lam * scenario, optimizer, f"with λ = {lam:g}"))
+    _require_progress(before, classifier, optimizer, lam)
     classifier.eval()
     return float(np.mean(losses))
+
+
+def _require_progress(
+    before: Weights, classifier: nn.Module, optimizer: torch.optim.Optimizer, lam: float
+) -> None:
+    """Raise ModelError where an epoch overflowed or left every weight as it was: λ is too large for f's numbers."""
+    now = weights_of(classifier)
+    state = optimizer_state(optimizer)
+    finite = all(np.isfinite(array).all() for array in (*now.values(), *state.values()))
+    learned = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    if finite and any(not np.array_equal(before[name], now[name]) for name in learned & set(now)):
+        return
+    what = "changed no weight" if finite else "overflowed"
+    raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}; choose a smaller λ")
 
 
 def _score(classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float) -> SweepRow:
@@ -186,31 +206,61 @@ def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
 
 
 def trial_key(lam: float) -> str:
-    """Return where a trial lies in the store of its sweep."""
+    """Return the key of a trial in the store of its sweep."""
     return f"lam-{lam!r}.safetensors"
 
 
 def run_trial(
     spec: RunFile, models: Models, tuning: FineTuningData, lam: float, store: Store
 ) -> Iterator[Trial]:
-    """Yield the trial of one λ after each epoch, once it lies in `store`; goes on from what lies there already."""
+    """Yield the trial of one λ after each epoch, once `store` holds it; continues the one that is stored there.
+
+    Another process may work on the same trial, one that was given up for lost: fewer epochs never replace more.
+    """
     key = trial_key(lam)
-    stored = decode(Trial, store.read(key), key) if store.exists(key) else None
+    stored = _read_trial(store, lam)
     if stored is not None and stored.done:
         yield stored
         return
     for trial in fine_tune(spec, models, tuning, lam, stored):
-        store.write(key, encode(trial))
+        store.write(key, encode(trial), unless=partial(_has_epochs, key, lam, len(trial.rows)))
         yield trial
 
 
+def _read_trial(store: Store, lam: float) -> Trial | None:
+    """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
+    key = trial_key(lam)
+    try:
+        return _decode_trial(key, lam, store.read(key), store.address)
+    except FileNotFoundError:
+        return None
+    except StoreError as error:
+        log.warning("correct: the trial with λ = %g begins again, since it is damaged: %s", lam, error)
+        return None
+
+
+def _decode_trial(key: str, lam: float, data: bytes, where: str) -> Trial:
+    trial = decode(Trial, data, f"{where}/{key}")
+    if trial.lam != lam:
+        raise StoreError(f"{where}/{key}: expected λ = {lam:g}, found λ = {trial.lam:g}")
+    return trial
+
+
+def _has_epochs(key: str, lam: float, epochs: int, data: bytes) -> bool:
+    """Whether `data` is the trial of λ after so many epochs or more."""
+    try:
+        return len(_decode_trial(key, lam, data, "the store").rows) >= epochs
+    except StoreError:
+        return False
+
+
 def nothing_to_tune(fixes: Corrections, reviewed: Images | None) -> bool:
-    """Whether there is nothing to tune on: no scenario was accepted, or no reviewed image is wrong."""
+    """Return whether D_f is empty: no scenario was accepted, or no reviewed image is misclassified."""
     return len(fixes.labels) == 0 or (reviewed is not None and len(reviewed) == 0)
 
 
 def is_trial_failure(error: BaseException) -> bool:
-    """Whether a trial that failed so is left out, and the others count: not where images, store or machines failed."""
+    """Return whether the sweep leaves out a trial with this error: not if images, store or machines failed."""
     return isinstance(error, ModelError) or not isinstance(error, DefuseError | OSError)
 
 
@@ -220,14 +270,20 @@ def collect_sweep(
     trials: Sequence[Trial],
     failures: Mapping[float, DefuseError] | None = None,
 ) -> Sweep:
-    """Return the sweep with the weights that the rule of choice picks over all λ; ties go to the smaller λ.
+    """Return the sweep with the weights that the rule of choice picks over all λ; the smaller λ of equals.
 
-    `failures` holds what each λ that is left out failed by. Raises ModelError or ComputeError where none is left.
+    `failures` holds the error of each λ that is left out. Raises ModelError or ComputeError if all failed.
     """
     failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
     if failures and not trials:
         kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
         raise kind(f"correct: every trial failed; λ = {failed[0].lam:g}: {failed[0].cause}")
+    for trial in trials:
+        if not trial.done:
+            raise ComputeError(
+                f"correct: expected a finished trial with λ = {trial.lam:g}, found {len(trial.rows)} of "
+                f"{spec.correct.epochs} epochs; run again to continue it"
+            )
     ordered = sorted(trials, key=lambda trial: trial.lam)
     rows = tuple(row for trial in ordered for row in trial.rows)
     if not ordered:

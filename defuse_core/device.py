@@ -16,7 +16,7 @@ def device() -> torch.device:
 
 
 def device_name() -> str:
-    """Return what the device is called, for the record: results are equal, bit for bit, on devices of one kind."""
+    """Return the name of the device, for the manifest: results are equal, bit for bit, on devices of one kind."""
     return (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -28,8 +28,8 @@ def device_name() -> str:
 def cpu_threads(count: int) -> Iterator[None]:
     """Compute with `count` CPU threads inside the block, and reproducibly.
 
-    Another number of threads adds in another order and so rounds otherwise: a step names its own number, and never
-    takes what the machine happens to have.
+    Another number of threads adds in another order and so rounds differently. Each step therefore fixes its number,
+    whatever the machine has.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -44,7 +44,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep the memory of freed tensors: giving it back and zeroing it anew costs a fifth of the time."""
+    """Make glibc keep the memory of freed tensors: returning it and zeroing it again costs a fifth of the time."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap

@@ -7,7 +7,7 @@ DefuseError
 │   ├── DataError               images or labels
 │   ├── ModelError              a model that was brought: its code or its weights
 │   ├── VaeHealthError          the β-VAE draws images that are of no use (vae.accept)
-│   └── RunMismatchError              the run file no longer matches the run it names
+│   └── RunMismatchError        the run file no longer matches the run it names
 ├── LabelsPending            3  people have not answered yet; the same command later goes on
 └── MachineryError           4  the machinery failed: try again, nothing is lost
     ├── StoreError              the run's folder or bucket

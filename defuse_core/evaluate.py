@@ -21,6 +21,7 @@ from defuse_core.artifacts import (
     Gallery,
     Models,
     Psi,
+    ReferenceSet,
     Scenarios,
     Sweep,
     Verdicts,
@@ -55,6 +56,8 @@ class Findings:
     fixes: Corrections
     baseline: Sweep
     sweep: Sweep
+    references: ReferenceSet | None = None  # the reference models, where any step used them
+    judges: ReferenceSet | None = None  # None with judges.count 0
 
 
 @dataclass(frozen=True, eq=False)

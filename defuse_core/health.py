@@ -105,11 +105,11 @@ def log_health(health: Health, classes: tuple[str, ...]) -> None:
     )
 
 
-def expect_healthy(spec: RunFile, models: Models) -> Models:
-    """Return `models`. Raises VaeHealthError where the verdict on its β-VAE is worse than vae.accept."""
+def expect_healthy(spec: RunFile, models: Models) -> None:
+    """Raise VaeHealthError where the verdict on its β-VAE is worse than vae.accept."""
     health = models.health
     if health is None or VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
-        return models
+        return
     raise VaeHealthError(
         f"the β-VAE is {health.verdict}: the classifier gets {health.originals_right:.1%} of the training images "
         f"right but {health.reconstructions_right:.1%} of their reconstructions, and {health.collapsed} of "

@@ -1,14 +1,16 @@
 """Algorithm 1: perturb training images in latent space and keep the codes whose decoding the classifier gets wrong.
 
-The unit of work is a block of consecutive training images. Its noise is seeded by (seed, block) and its batches are cut
-at fixed places, so whoever computes a block, whenever and beside whatever else, finds the same codes.
+The unit of work is a block of consecutive training images. Its noise is seeded by (seed, block) and its batches have
+fixed boundaries, so a block gives the same codes on any worker, in any order.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import logging
+import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,17 +22,29 @@ from defuse_core.artifacts import (
     Failures,
     Models,
     Psi,
+    ReferenceSet,
     Shard,
 )
-from defuse_core.codec import encode
+from defuse_core.codec import decode, encode
 from defuse_core.config import IdentifySection, RunFile
-from defuse_core.data import reopen_splits
+from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads, device
-from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, map_batches, predict
+from defuse_core.errors import StoreError
+from defuse_core.models import (
+    Vae,
+    decode_codes,
+    load_classifier,
+    load_vae,
+    map_batches,
+    predict,
+    to_tensor,
+)
+from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.seeds import generator
 from defuse_core.store import Store
 
-MAX_SHARDS = 512  # the store then holds so many objects at most, however many images there are
+log = logging.getLogger("defuse")
+MAX_SHARDS = 512  # bounds the number of objects in the store, whatever the number of images
 
 
 def blocks_per_shard(images: int, block_images: int) -> int:
@@ -45,8 +59,29 @@ def shard_count(images: int, block_images: int) -> int:
     return -(-blocks // blocks_per_shard(images, block_images))
 
 
+def encode_posterior(vae: Vae, images: Images, batch_size: int) -> tuple[F32, F32]:
+    """Return the means and standard deviations of q(z|x), each (n, Z)."""
+
+    def moments(rows: slice) -> torch.Tensor:
+        mu, log_variance = vae.encode(to_tensor(images.batch(rows)))
+        return torch.cat([mu, torch.exp(0.5 * log_variance)], dim=1)
+
+    both = map_batches(moments, len(images), batch_size)
+    mu, sigma = np.split(both, 2, axis=1)
+    return np.ascontiguousarray(mu), sigma
+
+
+def draw_noise(section: IdentifySection, sigma: F32, rng: np.random.Generator) -> F32:
+    """Return the noise of `draws` draws around each image, (n, Q, Z), for (n, Z) posterior standard deviations."""
+    shape = (len(sigma), section.draws, sigma.shape[1])
+    if section.noise == "beta":
+        return beta_noise(section, shape, rng)
+    noise: F32 = (section.scale * sigma[:, None, :] * rng.standard_normal(shape)).astype(np.float32)
+    return noise
+
+
 def beta_noise(section: IdentifySection, shape: tuple[int, ...], rng: np.random.Generator) -> F32:
-    """Return ε of Algorithm 1, line 5, scaled and, if the run file says so, centred at 0."""
+    """Return ε of Algorithm 1, line 5, scaled and, with identify.center, centred at 0."""
     noise = rng.beta(section.a, section.b, size=shape)
     if section.center:
         noise -= section.a / (section.a + section.b)
@@ -54,7 +89,7 @@ def beta_noise(section: IdentifySection, shape: tuple[int, ...], rng: np.random.
 
 
 def nearest_failures(failed: Bool, distance: F32, cap: int | None) -> Bool:
-    """Return `failed` (n, Q) with at most `cap` draws per image left, those nearest to mu; ties go to the earlier."""
+    """Return `failed` (n, Q) reduced to at most `cap` draws per image, the nearest to mu; the earlier of equals."""
     if cap is None or cap >= failed.shape[1]:
         return failed
     order = np.argsort(np.where(failed, distance, np.inf), axis=1, kind="stable")
@@ -64,13 +99,22 @@ def nearest_failures(failed: Bool, distance: F32, cap: int | None) -> Bool:
 
 
 class Identifier:
-    """One worker: holds the models and the training set, and identifies shard after shard of it."""
+    """One worker: holds the models and the training set, and identifies shard after shard of it.
 
-    def __init__(self, spec: RunFile, models: Models) -> None:
-        """Open both. Raises DataError, ModelError, or RunMismatchError where the images are not those trained on."""
+    With `references` a failing draw is kept only if these models still recognise the class of its source image.
+    """
+
+    def __init__(self, spec: RunFile, models: Models, references: ReferenceSet | None = None) -> None:
+        """Load images and models. Raises DataError, ModelError, or RunMismatchError for other images."""
         self.spec, self.train = spec, reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
         self.classifier = load_classifier(spec, models.classifier, len(models.classes))
         self.vae = load_vae(spec, models.vae)
+        self.references = (
+            None
+            if references is None
+            else load_reference_models(spec, spec.review.reference, references, len(models.classes))
+        )
+        self.fingerprint = shard_fingerprint(spec, models, references)
 
     def shard(self, index: int) -> Shard:
         """Return Ψ of shard `index`, on one CPU thread or this process's GPU."""
@@ -80,7 +124,8 @@ class Identifier:
         last = -(-len(self.train) // section.block_images)
         with cpu_threads(1):
             found = [self._block(block) for block in range(index * size, min((index + 1) * size, last))]
-        return _join(found, time.perf_counter() - started)
+        merged = _merge(found, time.perf_counter() - started)
+        return replace(merged, index=index, fingerprint=self.fingerprint)
 
     def _block(self, block: int) -> Shard:
         """Algorithm 1 for every image of one block at once."""
@@ -88,19 +133,20 @@ class Identifier:
         start = block * section.block_images
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
         truth = self.train.labels[rows]
-        mu = encode_images(self.vae, self.train.batch(rows), section.batch_size)  # (n, Z)
+        images = self.train.take(rows)
+        mu, sigma = encode_posterior(self.vae, images, section.batch_size)  # (n, Z)
         flips = (
             predict(self.classifier, decode_codes(self.vae, mu, section.batch_size), section.batch_size)
             != truth
         )
 
-        shape = (len(rows), section.draws, mu.shape[1])
-        noise = beta_noise(section, shape, generator(self.spec.seed, "identify", block))
+        noise = draw_noise(section, sigma, generator(self.spec.seed, "identify", block))
         codes = mu[:, None, :] + noise  # (n, Q, Z)
-        predicted = self._classify(codes.reshape(-1, shape[2])).reshape(shape[:2])  # (n, Q)
+        predicted = self._classify(codes.reshape(-1, mu.shape[1])).reshape(codes.shape[:2])  # (n, Q)
 
         failed = predicted != truth[:, None]
-        kept = nearest_failures(failed, np.linalg.norm(noise, axis=2), section.max_per_image)
+        screened = self._screen(codes, truth, failed)
+        kept = nearest_failures(screened, np.linalg.norm(noise, axis=2), section.max_per_image)
         image, _ = np.nonzero(kept)
         return Shard(
             failures=Failures(codes[kept], rows[image], truth[image], predicted[kept]),
@@ -109,7 +155,20 @@ class Identifier:
             images_with_any=int(failed.any(axis=1).sum()),
             zero_noise_flips=int(flips.sum()),
             seconds=0.0,
+            failing=int(failed.sum()),
         )
+
+    def _screen(self, codes: F32, truth: I64, failed: Bool) -> Bool:
+        """Return `failed` (n, Q) without the draws whose decoding shows the source's class no more."""
+        if self.references is None or not failed.any():
+            return failed
+        image, _ = np.nonzero(failed)
+        size = self.spec.identify.batch_size
+        decoded = decode_codes(self.vae, codes[failed], size)
+        seen = mean_probabilities(self.references, decoded, size)  # (F, C)
+        kept = failed.copy()
+        kept[failed] = seen[np.arange(len(image)), truth[image]] >= self.spec.identify.min_probability
+        return kept
 
     def _classify(self, codes: F32) -> I64:
         """Decode and classify (n, Z) codes in large batches: f(p(z)), (n,)."""
@@ -123,27 +182,21 @@ class Identifier:
         return map_batches(answers, len(codes), self.spec.identify.batch_size)
 
 
-def _join(shards: list[Shard], seconds: float) -> Shard:
-    parts = [shard.failures for shard in shards]
-    failures = Failures(
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.source for part in parts]),
-        np.concatenate([part.truth for part in parts]),
-        np.concatenate([part.predicted for part in parts]),
-    )
+def _merge(shards: list[Shard], seconds: float) -> Shard:
     return Shard(
-        failures=failures,
+        failures=Failures.concatenate([shard.failures for shard in shards]),
         images=sum(shard.images for shard in shards),
         decodings=sum(shard.decodings for shard in shards),
         images_with_any=sum(shard.images_with_any for shard in shards),
         zero_noise_flips=sum(shard.zero_noise_flips for shard in shards),
         seconds=seconds,
+        failing=sum(shard.failing for shard in shards),
     )
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is told of a finished shard; its presence in the store says that the shard is there, whole."""
+    """The counts of a finished shard, without its codes."""
 
     index: int
     codes: int
@@ -152,17 +205,34 @@ class ShardRecord:
     images_with_any: int
     zero_noise_flips: int
     seconds: float
+    failing: int
+    fingerprint: str
+
+
+def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | None = None) -> str:
+    """Return what all shards of a run share and no other run's shards have: models, images, noise and seed."""
+    digest = hashlib.sha256(f"{spec.seed} {spec.identify!r} {models.data_fingerprint}".encode())
+    screen = () if references is None else references.models
+    for weights in (models.classifier, models.vae, *screen):
+        for name in sorted(weights):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(weights[name]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def shard_key(index: int) -> str:
-    """Return where the codes of a shard lie in the run's store."""
+    """Return the key of a shard's codes in the run's store."""
     return f"psi/{index:06d}.safetensors"
 
 
 def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
-    """Write a shard, then the record that marks it as done, and return the record."""
-    store.write(shard_key(index), encode(shard))
-    record = ShardRecord(
+    """Write a shard, which by being there is done, and return its counts."""
+    store.write(shard_key(index), encode(replace(shard, index=index)))
+    return _record(index, shard)
+
+
+def _record(index: int, shard: Shard) -> ShardRecord:
+    return ShardRecord(
         index,
         len(shard.failures),
         shard.images,
@@ -170,20 +240,37 @@ def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
         shard.images_with_any,
         shard.zero_noise_flips,
         shard.seconds,
+        shard.failing,
+        shard.fingerprint,
     )
-    store.write(f"psi/{index:06d}.json", json.dumps(asdict(record)).encode())
-    return record
 
 
-def finished_shards(store: Store) -> dict[int, ShardRecord]:
-    """Return the records of the shards that are done."""
-    keys = [key for key in store.list("psi/") if key.endswith(".json")]
-    records = (ShardRecord(**json.loads(store.read(key))) for key in keys)
-    return {record.index: record for record in records}
+def load_shard(store: Store, index: int, fingerprint: str) -> Shard:
+    """Return a shard. Raises FileNotFoundError, or StoreError where its key holds anything else."""
+    key = shard_key(index)
+    shard = decode(Shard, store.read(key), f"{store.address}/{key}")
+    if shard.index != index:
+        raise StoreError(f"{store.address}/{key}: expected shard {index}, found shard {shard.index}")
+    if shard.fingerprint != fingerprint:
+        raise StoreError(f"{store.address}/{key}: expected a shard of this run, found one of another run")
+    return shard
+
+
+def finished_shards(store: Store, fingerprint: str) -> dict[int, ShardRecord]:
+    """Return the counts of the shards that are done, each read once; one that is damaged is logged and made again."""
+    records = {}
+    for key in store.list("psi/"):
+        if match := re.fullmatch(r"psi/(\d{6})\.safetensors", key):
+            index = int(match[1])
+            try:
+                records[index] = _record(index, load_shard(store, index, fingerprint))
+            except StoreError as error:
+                log.warning("identify: shard %d is made again, since it is damaged: %s", index, error)
+    return records
 
 
 def gather_shards(records: dict[int, ShardRecord]) -> Psi:
-    """Return the record of all shards together. The codes stay where they are."""
+    """Return the record of all shards together. The codes stay in the store."""
     done = [records[index] for index in sorted(records)]
     return Psi(
         codes=np.array([record.codes for record in done], np.int64),
@@ -192,4 +279,6 @@ def gather_shards(records: dict[int, ShardRecord]) -> Psi:
         images_with_any=sum(record.images_with_any for record in done),
         zero_noise_flips=sum(record.zero_noise_flips for record in done),
         worker_seconds=sum(record.seconds for record in done),
+        failing=sum(record.failing for record in done),
+        fingerprint=done[0].fingerprint if done else "",
     )

@@ -1,4 +1,4 @@
-"""LocalCompute: every step in this process, one after the other. The reference that the cluster must equal."""
+"""LocalCompute: every step in this process, one after the other. The results on a cluster must equal these."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from defuse_core.artifacts import Corrections, Models, Psi, Sweep
+from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import (
     collect_sweep,
@@ -35,11 +35,13 @@ class LocalCompute:
         """Return function(*args, progress=...)."""
         return function(*args, progress=self.progress)
 
-    def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
+    def identify(
+        self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
+    ) -> Psi:
         """Algorithm 1, shard after shard."""
         count = shard_count(models.images["train"], spec.identify.block_images)
-        records = finished_shards(store)
-        identifier = Identifier(spec, models)
+        identifier = Identifier(spec, models, references)
+        records = finished_shards(store, identifier.fingerprint)
         for index in range(count):
             if index not in records:
                 records[index] = save_shard(store, index, identifier.shard(index))
@@ -61,12 +63,12 @@ class LocalCompute:
             except Exception as error:
                 if not is_trial_failure(error):
                     raise
-                told = (
+                cause = (
                     error
                     if isinstance(error, DefuseError)
                     else ComputeError(f"{type(error).__name__}: {error}")
                 )
-                failures[lam] = told
-                log.warning("correct: the trial with λ = %g failed for good: %s", lam, told)
+                failures[lam] = cause
+                log.warning("correct: the trial with λ = %g failed for good: %s", lam, cause)
             self.progress("fine-tuning over λ", index + 1, len(spec.correct.lambdas), "trials")
         return collect_sweep(spec, models, trials, failures)

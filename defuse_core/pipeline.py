@@ -1,75 +1,59 @@
-"""The story: the whole method, one line per step (Figure 1, left to right)."""
+"""The whole method, one line per step (Figure 1, left to right)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+import logging
+from typing import TypeVar
 
 from defuse_core.artifacts import (
     Corrections,
     Evaluation,
     Gallery,
     Models,
+    MoreImages,
     Psi,
+    ReferenceSet,
     Scenarios,
     Sweep,
     Verdicts,
     Votes,
 )
-from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
-from defuse_core.data import Images
 from defuse_core.distill import distill
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluate import Findings, evaluate
 from defuse_core.health import expect_healthy
-from defuse_core.judge import judge, read_overrides
-from defuse_core.report import Report, write_report
+from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
+from defuse_core.protocols import Annotators, Compute
+from defuse_core.reference_models import judges, reference_models, references_take_part
+from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
-from defuse_core.sample import sample_corrections, sample_gallery
-from defuse_core.store import Store
+from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images
+from defuse_core.tighten import tighten
 from defuse_core.train import train
 
+log = logging.getLogger("defuse")
 T = TypeVar("T")
 
 
-class Compute(Protocol):
-    """Where heavy steps run: in this process (local.py), or on a Ray cluster (cluster/compute.py)."""
-
-    def task(self, step: str, function: Callable[..., T], *args: object) -> T:
-        """Return function(*args, progress=...), run where the accelerator is. Errors of the tree come through."""
-
-    def identify(self, spec: RunFile, models: Models, store: Store) -> Psi:
-        """Algorithm 1 on all training images; shards that are in `store` already are not made again."""
-
-    def sweep(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> Sweep:
-        """Fine-tune once per λ (§3.2.3), on the codes of `fixes`, or on `reviewed` in their place (the baseline).
-
-        Trials that are in `store` already go on from their last finished epoch.
-        """
-
-
-class Annotators(Protocol):
-    """Who answers: reference models (reference.py), or people in Label Studio (services/labeling)."""
-
-    def review(self, gallery: Gallery) -> Votes:
-        """Return all answers. Raises LabelsPending while people have not given theirs."""
-
-
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
-    """Debug one classifier, and return what was found. Each artefact is made once per run."""
+    """Debug one classifier and return the report. Each artefact is made once per run."""
     spec, store = run.spec, run.store
     models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
-    psi = run.once("identify", Psi, lambda: compute.identify(spec, expect_healthy(spec, models), store))
-    scenarios = run.once("distill", Scenarios, lambda: compute.task("distill", distill, spec, psi, store))
+    if run.until != "train":
+        expect_healthy(spec, models)
+    references = reference_models(run, compute) if references_take_part(spec) else None
+    screen = references if spec.identify.screen == "reference-models" else None
+    psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
+    scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))
     verdicts = run.once(
-        "review", Verdicts, lambda: judge(gallery, votes, spec.review.rho, read_overrides(store))
+        "review", Verdicts, lambda: _verdicts(run, compute, models, scenarios, gallery, votes)
     )
-    fixes = run.once("correct", Corrections, lambda: sample_corrections(spec, scenarios, verdicts))
+    fixes = run.once(
+        "correct", Corrections, lambda: _corrections(run, compute, models, references, scenarios, verdicts)
+    )
     reviewed = reviewed_failures(gallery, verdicts)
     baseline = run.once(
         "correct",
@@ -80,13 +64,69 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     sweep = run.once(
         "correct", Sweep, lambda: compute.sweep(spec, models, fixes, None, store.within("trials/defuse"))
     )
-    found = Findings(models, psi, scenarios, gallery, votes, verdicts, fixes, baseline, sweep)
+    found = Findings(
+        models,
+        psi,
+        scenarios,
+        gallery,
+        votes,
+        verdicts,
+        fixes,
+        baseline,
+        sweep,
+        references=run.load(ReferenceSet, "references"),
+        judges=judges(run, compute),
+    )
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
     return write_report(run, found, evaluation)
 
 
+def _scenarios(
+    run: Run, compute: Compute, psi: Psi, models: Models, references: ReferenceSet | None
+) -> Scenarios:
+    """Distill Ψ and, with review.tau: auto, give each component its own τ."""
+    scenarios = compute.task("distill", distill, run.spec, psi, run.store)
+    if run.spec.review.tau != "auto":
+        return scenarios
+    return compute.task("distill", tighten, run.spec, models, references, scenarios)
+
+
+def _verdicts(
+    run: Run, compute: Compute, models: Models, scenarios: Scenarios, gallery: Gallery, votes: Votes
+) -> Verdicts:
+    """Judge every component; where reference models annotate and doubt remains, judge again on more images."""
+    review, overrides = run.spec.review, read_overrides(run.store)
+    rate = false_discovery_rate(review)
+    first = judge(gallery, votes, review.rho, overrides, max_false=rate)
+    unsure = doubtful(first, review.rho)
+    if rate is None or review.annotators != "reference-models" or not review.more_images or not unsure.any():
+        return first
+    references = reference_models(run, compute)
+    more = run.once(
+        "review",
+        MoreImages,
+        lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
+    )
+    return judge(gallery, votes, review.rho, overrides, max_false=rate, more=more)
+
+
+def _corrections(
+    run: Run,
+    compute: Compute,
+    models: Models,
+    references: ReferenceSet | None,
+    scenarios: Scenarios,
+    verdicts: Verdicts,
+) -> Corrections:
+    """Sample D_f and, with correct.filter, keep what the reference models agree on."""
+    fixes = sample_corrections(run.spec, scenarios, verdicts)
+    if run.spec.correct.filter == "none":
+        return fixes
+    return compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
+
+
 def rewrite_report(run: Run) -> Report:
-    """Return the report of a finished run, written again from its artefacts. Raises InputError if unfinished."""
+    """Rewrite the report of a finished run from its artefacts and return it. Raises InputError if unfinished."""
     found = Findings(
         _made(run, Models),
         _made(run, Psi),
@@ -97,8 +137,15 @@ def rewrite_report(run: Run) -> Report:
         _made(run, Corrections),
         _made(run, Sweep, "baseline"),
         _made(run, Sweep),
+        references=run.load(ReferenceSet, "references"),
+        judges=run.load(ReferenceSet, "judges"),
     )
-    return write_report(run, found, _made(run, Evaluation))
+    evaluation = _made(run, Evaluation)
+    try:
+        return write_report(run, found, evaluation)
+    except StoreError as error:
+        log.warning("the page is not written again, since the store cannot be written: %s", error)
+        return build_report(run, found, evaluation)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

@@ -1,10 +1,10 @@
-"""How a step tells how far it is. Whoever shows it works out the rate and the time left."""
+"""How a step reports its progress. The display computes the rate and the time left."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """`tell("fitting the β-VAE", 3, 10, "epochs")`: 3 of 10 epochs are done."""
+    """`progress("fitting the β-VAE", 3, 10, "epochs")`: 3 of 10 epochs are done."""
 
     def __call__(self, what: str, done: int, total: int, unit: str) -> None: ...
 

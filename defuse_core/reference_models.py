@@ -1,12 +1,15 @@
-"""Reference models in the place of annotators: independently seeded, stronger classifiers trained with augmentation.
+"""Sets of independent classifiers: the reference models, which take part in the method, and the judges, which do not.
 
-They let the whole method run unattended and its figures be compared. They are models, not people: the votes, the
-report, and a version that comes of them say so.
+Each set is trained once per run, with augmentation, and kept in its store. The reference models screen failing draws,
+tighten components, filter what is tuned on, and can stand in for annotators; votes, report and promoted versions then
+state that models answered, not people. The judges evaluate the result: they are of another architecture, have other
+seeds, and are trained on images that the reference models have not seen (judges.share).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,22 +17,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, Votes
+from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
 from defuse_core.checkpoint import labels_of, minibatches, train_step
-from defuse_core.config import RunFile
-from defuse_core.data import Images, open_splits, reopen_splits
+from defuse_core.config import ClassifierSet, RunFile
+from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.models import ReferenceCnn, ResNet18, predict_probabilities, to_device, to_tensor
+from defuse_core.models import (
+    LeNet,
+    ReferenceCnn,
+    ResNet18,
+    accuracy,
+    import_module,
+    predict_probabilities,
+    read_weights,
+    set_weights,
+    to_device,
+    to_tensor,
+    weights_of,
+)
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 
 if TYPE_CHECKING:
-    from defuse_core.pipeline import Compute
+    from defuse_core.protocols import Compute
     from defuse_core.runs import Run
+
+SCORED_IMAGES = 5000  # of validation and test that the accuracy of each model is measured on
 
 
 class ReferenceAnnotators:
-    """The protocol `Annotators`, answered by models at once."""
+    """The protocol `Annotators`, implemented by models, which answer at once."""
 
     def __init__(self, run: Run, compute: Compute) -> None:
         self.run, self.compute = run, compute
@@ -40,91 +57,202 @@ class ReferenceAnnotators:
         return votes_of_models(probabilities, self.run.spec.review.reference.min_confidence)
 
 
-def ask_models(run: Run, compute: Compute, gallery: Gallery) -> F32:
-    """Return the reference models' class probabilities, (W, S, R, C), trained on the images that the run was."""
+def reference_models(run: Run, compute: Compute) -> ReferenceSet:
+    """Return the reference models of the run, trained when they are first needed."""
+
+    def make() -> ReferenceSet:
+        return compute.task("train", train_reference_models, run.spec, _fingerprint(run))
+
+    return run.once("train", ReferenceSet, make, "references")
+
+
+def references_take_part(spec: RunFile) -> bool:
+    """Return whether the method itself needs the reference models, whoever annotates."""
+    parts = (spec.identify.screen, spec.correct.filter)
+    return "reference-models" in parts or spec.review.tau == "auto"
+
+
+def judges(run: Run, compute: Compute) -> ReferenceSet | None:
+    """Return the judges of the run, trained when they are first needed; None with judges.count 0."""
+    if run.spec.judges.count == 0:
+        return None
+
+    def make() -> ReferenceSet:
+        return compute.task("report", train_judges, run.spec, _fingerprint(run))
+
+    return run.once("report", ReferenceSet, make, "judges")
+
+
+def _fingerprint(run: Run) -> str | None:
+    """Return the fingerprint of the images that the run's classifier was trained on, if it has one."""
     models = run.load(Models)
-    fingerprint = None if models is None else models.data_fingerprint
-    return compute.task("review", reference_probabilities, run.spec, gallery, fingerprint)
+    return None if models is None else models.data_fingerprint
+
+
+def ask_models(run: Run, compute: Compute, gallery: Gallery) -> F32:
+    """Return the reference models' class probabilities on the gallery, (W, S, R, C)."""
+    if not gallery.predicted.size:
+        section = run.spec.review.reference
+        return np.zeros((section.count, *gallery.predicted.shape, len(gallery.classes)), np.float32)
+    references = reference_models(run, compute)
+    return compute.task("review", gallery_probabilities, run.spec, references, gallery)
 
 
 def votes_of_models(probabilities: F32, min_confidence: float) -> Votes:
-    """Return the votes that (W, S, R, C) class probabilities amount to."""
+    """Return the votes of models with (W, S, R, C) class probabilities."""
     annotators, scenarios, images = probabilities.shape[:3]
-    sure = probabilities.max(axis=3) >= min_confidence
-    answer = np.where(sure, probabilities.argmax(axis=3), NONE_OF_THE_ABOVE)
     annotator, scenario, image = (axis.ravel() for axis in np.indices((annotators, scenarios, images)))
     return Votes(
         scenario=scenario,
         image=image,
         annotator=annotator,
-        answer=answer.ravel().astype(np.int64),
-        when=np.zeros(answer.size),
+        answer=answers_of_models(probabilities, min_confidence).ravel(),
+        when=np.zeros(annotator.size),
         annotators=tuple(f"reference model {number + 1}" for number in range(annotators)),
         answered_by="reference models",
         notes={},
     )
 
 
-def reference_probabilities(
-    spec: RunFile, gallery: Gallery, fingerprint: str | None, *, progress: Progress
-) -> F32:
-    """Train the reference models and return their class probabilities on the gallery, (W, S, R, C).
+def answers_of_models(probabilities: F32, min_confidence: float = 0.0) -> np.ndarray:  # type: ignore[type-arg]
+    """Return the answer of each model, (W, ...), from (W, ..., C); below min_confidence none-of-the-above."""
+    sure = probabilities.max(axis=-1) >= min_confidence
+    return np.where(sure, probabilities.argmax(axis=-1), NONE_OF_THE_ABOVE).astype(np.int64)
 
-    Raises RunMismatchError if the images are not those of `fingerprint`, where one is given.
-    """
+
+def gallery_probabilities(
+    spec: RunFile, references: ReferenceSet, gallery: Gallery, *, progress: Progress
+) -> F32:
+    """Return the reference models' class probabilities on the gallery, (W, S, R, C)."""
+    progress("reviewing with the reference models", 0, 1, "galleries")
+    shown = gallery.images.reshape(-1, *gallery.images.shape[2:])
+    with cpu_threads(spec.resources.train_threads):
+        models = load_reference_models(spec, spec.review.reference, references, len(gallery.classes))
+        probabilities = model_probabilities(models, shown)
+    return probabilities.reshape(len(models), *gallery.predicted.shape, -1)
+
+
+def train_reference_models(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
+    """Return the reference models. Raises RunMismatchError if the images are not those of `fingerprint`, if given."""
+    return _train_set(spec, spec.review.reference, "reference", fingerprint, progress)
+
+
+def train_judges(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
+    """Return the judges, likewise."""
+    return _train_set(spec, spec.judges, "judges", fingerprint, progress)
+
+
+def _train_set(
+    spec: RunFile, section: ClassifierSet, name: str, fingerprint: str | None, progress: Progress
+) -> ReferenceSet:
     splits = (
         reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
     )
-    section, train = spec.review.reference, splits.train
-    shown = gallery.images.reshape(-1, *gallery.images.shape[2:])
-    answers = np.zeros((section.count, *gallery.predicted.shape, len(splits.classes)), np.float32)
-    if not len(shown):
-        return answers
-    if section.train_images is not None and section.train_images < len(train):
-        rows = generator(spec.seed, "reference", "sample").choice(
-            len(train), section.train_images, replace=False
-        )
-        train = train.take(np.sort(rows))
-    train = train.loaded()
+    train = _training_images(spec, section, name, splits.train).loaded()
+    weights: list[Weights] = []
+    scores = []
     with cpu_threads(spec.resources.train_threads):
         for number in range(section.count):
-            model = train_reference(spec, train, len(splits.classes), number, progress)
-            answers[number] = predict_probabilities(model, shown).reshape(answers.shape[1:])
-    return answers
+            model = train_reference(spec, section, train, len(splits.classes), name, number, progress)
+            weights.append(weights_of(model))
+            scores.append(_scores(model, splits))
+    columns = np.array(scores, np.float64).reshape(-1, 2)
+    return ReferenceSet(tuple(weights), len(train), columns[:, 0], columns[:, 1])
 
 
-def train_reference(spec: RunFile, train: Images, classes: int, number: int, progress: Progress) -> nn.Module:
-    """Return reference model `number`, trained with Adam under a one-cycle schedule on augmented images."""
-    section = spec.review.reference
-    torch.manual_seed(torch_seed(spec.seed, "reference", number))
-    model = to_device(_build(spec, classes))
+def _training_images(spec: RunFile, section: ClassifierSet, name: str, train: Images) -> Images:
+    """Return the part of the training images that the set `name` is trained on."""
+    if spec.judges.count and spec.judges.share:
+        order = generator(spec.seed, "judges", "split").permutation(len(train))
+        middle = round(spec.judges.share * len(train))
+        train = train.take(np.sort(order[:middle] if name == "judges" else order[middle:]))
+    if section.train_images is not None and section.train_images < len(train):
+        rows = generator(spec.seed, name, "sample").choice(len(train), section.train_images, replace=False)
+        train = train.take(np.sort(rows))
+    return train
+
+
+def _scores(model: nn.Module, splits: Splits) -> tuple[float, float]:
+    parts = (splits.validation, splits.test)
+    scores = [
+        math.nan if part is None else accuracy(model, part.take(slice(0, SCORED_IMAGES))) for part in parts
+    ]
+    return scores[0], scores[1]
+
+
+def train_reference(
+    spec: RunFile,
+    section: ClassifierSet,
+    train: Images,
+    classes: int,
+    name: str,
+    number: int,
+    progress: Progress,
+) -> nn.Module:
+    """Return model `number` of a set, trained with AdamW under a one-cycle schedule on augmented images."""
+    torch.manual_seed(torch_seed(spec.seed, name, number))
+    model = build_reference(spec, section, classes)
+    if section.weights is not None:
+        set_weights(model, read_weights(section.weights), str(section.weights))
+    to_device(model)
+    if section.epochs == 0:
+        return model.eval()
     steps = section.epochs * math.ceil(len(train) / section.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1)
     done, total = number * section.epochs * len(train), section.count * section.epochs * len(train)
+    what = "the judges" if name == "judges" else "the reference models"
     for epoch in range(section.epochs):
-        rng = generator(spec.seed, "reference", number, epoch)
+        rng = generator(spec.seed, name, number, epoch)
         for rows in minibatches(len(train), section.batch_size, rng):
             images = augment(to_tensor(train.batch(rows)), rng)
-            train_step(F.cross_entropy(model(images), labels_of(train, rows)), optimizer, "a reference model")
+            train_step(F.cross_entropy(model(images), labels_of(train, rows)), optimizer, what)
             schedule.step()
             done += len(rows)
-            progress("training the reference models", done, total, "images")
+            progress(f"training {what}", done, total, "images")
     return model.eval()
 
 
-def _build(spec: RunFile, classes: int) -> nn.Module:
-    section = spec.review.reference
+def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.Module:
+    """Return an untrained model of the set that `section` describes."""
+    size, channels = spec.data.image_size, spec.data.channels
+    if section.import_path is not None:
+        return import_module("import_path", section.import_path)
     if section.architecture == "resnet18":
         return ResNet18(classes, imagenet=False, stem="small")
-    return ReferenceCnn(spec.data.image_size, spec.data.channels, section.channels, classes)
+    if section.architecture == "lenet":
+        return LeNet(size, channels, section.channels, classes)
+    return ReferenceCnn(size, channels, section.channels, classes)
+
+
+def load_reference_models(
+    spec: RunFile, section: ClassifierSet, found: ReferenceSet, classes: int
+) -> list[nn.Module]:
+    """Return the models of a set, on this process's device, ready to predict."""
+    models = []
+    for number, weights in enumerate(found.models):
+        model = build_reference(spec, section, classes)
+        set_weights(model, weights, f"model {number + 1} of the set")
+        models.append(to_device(model).eval())
+    return models
+
+
+def model_probabilities(models: Sequence[nn.Module], images: F32, batch_size: int = 256) -> F32:
+    """Return the class probabilities of each model, (W, n, C)."""
+    return np.stack([predict_probabilities(model, images, batch_size) for model in models])
+
+
+def mean_probabilities(models: Sequence[nn.Module], images: F32, batch_size: int = 256) -> F32:
+    """Return the class probabilities averaged over the models, (n, C)."""
+    mean: F32 = model_probabilities(models, images, batch_size).mean(axis=0)
+    return mean
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return each image turned, scaled, shifted and brightened a little of its own, and every second one blurred.
+    """Return each image randomly rotated, scaled, shifted and brightened, and every second one blurred.
 
-    Blur matters: reviewers look at decodings, which are smoother than photographs. Nothing is mirrored, since that
-    changes what digits and signs say.
+    Blur matters: decodings are smoother than photographs. No image is mirrored, since that changes the class of digits
+    and signs.
     """
     count = len(images)
     angle = rng.uniform(-0.2, 0.2, count)  # radians

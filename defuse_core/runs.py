@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 from defuse_core.artifacts import Models, Votes
 from defuse_core.codec import decode, encode
 from defuse_core.config import STEPS, RunFile, changed_field, dump_run_file, parse_run_file
-from defuse_core.errors import InputError, RunFileError, RunMismatchError
+from defuse_core.errors import InputError, RunFileError, RunMismatchError, StoreError
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
+REWRITE = "delete it and run again with the run file that this run was started with"
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file brought
 
 
@@ -33,6 +34,10 @@ def _weights_digests(spec: RunFile) -> dict[str, str]:
                 with path.open("rb") as handle:
                     digests[field] = hashlib.file_digest(handle, "sha256").hexdigest()
     return digests
+
+
+def _damaged(store: Store, name: str) -> str:
+    return f"{store.address}/{name}/run.yaml: expected what Defuse wrote there"
 
 
 class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
@@ -75,7 +80,7 @@ class Run:
 
     def _other_weights(self) -> str | None:
         """Return which weights file is another one than when the run began, or None; one that is gone is not asked."""
-        known = json.loads(self.store.read(WEIGHTS)) if self.store.exists(WEIGHTS) else {}
+        known = self._read_json(WEIGHTS, "the weights are taken as they are now")
         for field, digest in _weights_digests(self.spec).items():
             if known.get(field, digest) != digest:
                 return f"{field}: its file holds other weights than when the run began"
@@ -95,7 +100,9 @@ class Run:
         try:
             tree = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise RunFileError(f"{name}/run.yaml: expected what Defuse wrote there, found no YAML") from error
+            raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REWRITE}") from error
+        if not isinstance(tree, dict):
+            raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REWRITE}")
         return cls(store, name, parse_run_file(tree, f"{name}/run.yaml"))
 
     def once(self, step: str, kind: type[T], make: Callable[[], T], key: str | None = None) -> T:
@@ -128,25 +135,30 @@ class Run:
         return decode(kind, data, f"{self.store.address}/{name}")
 
     def manifest(self) -> dict[str, Any]:
-        """Return how the run was made: versions, seed, device, data, annotators, each artefact's step and digest."""
+        """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size."""
+        manifest = self._read_json("manifest.json", "only the times of the steps so far are lost")
+        return {"name": self.name, "seed": self.spec.seed, "artefacts": {}} | manifest
+
+    def _read_json(self, key: str, consequence: str) -> dict[str, Any]:
+        """Return a file of the run, empty where there is none. Raises StoreError for one that is damaged."""
         try:
-            manifest: dict[str, Any] = json.loads(self.store.read("manifest.json"))
+            found = json.loads(self.store.read(key))
         except FileNotFoundError:
-            return {"name": self.name, "seed": self.spec.seed, "artefacts": {}}
-        return manifest
+            return {}
+        except ValueError:  # no UTF-8, or no JSON
+            found = None
+        if not isinstance(found, dict) or not isinstance(found.get("artefacts", {}), dict):
+            raise StoreError(
+                f"{self.store.address}/{key}: expected what Defuse wrote there, found damaged JSON; delete it and run "
+                f"again: {consequence}"
+            )
+        return found
 
     def _note(self, step: str, key: str, started: float, data: bytes, origin: dict[str, str]) -> None:
         manifest = self.manifest() | origin
         seconds = time.time() - started
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started + seconds))
-        sha256 = hashlib.sha256(data).hexdigest()
-        entry = {
-            "step": step,
-            "made": made,
-            "seconds": round(seconds, 3),
-            "bytes": len(data),
-            "sha256": sha256,
-        }
+        entry = {"step": step, "made": made, "seconds": round(seconds, 3), "bytes": len(data)}
         manifest["artefacts"][key] = entry
         manifest["versions"] = versions()
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())

@@ -1,15 +1,37 @@
-"""Algorithm 2: draw images from the components, for reviewers to see and for the classifier to be corrected on."""
+"""Algorithm 2: sample images from the components, for review and for the correction of the classifier."""
 
 from __future__ import annotations
 
-import numpy as np
+import logging
 
-from defuse_core.artifacts import F32, Corrections, Gallery, Models, Scenarios, Verdicts
+import numpy as np
+from scipy import stats
+
+from defuse_core.artifacts import (
+    F32,
+    F64,
+    I64,
+    NONE_OF_THE_ABOVE,
+    Bool,
+    Corrections,
+    Gallery,
+    Models,
+    MoreImages,
+    ReferenceSet,
+    Scenarios,
+    Verdicts,
+)
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
+from defuse_core.judge import is_misclassified, majority
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
+from defuse_core.reference_models import answers_of_models, load_reference_models, model_probabilities
 from defuse_core.seeds import generator
+
+log = logging.getLogger("defuse")
+COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part nearest to its mean
+MORE_DRAWS = 3  # times as many further draws where correct.filter leaves too few
 
 
 def sample_codes_from(
@@ -22,19 +44,90 @@ def sample_codes_from(
     return codes
 
 
+def truncated_codes(mean: F64, covariance: F64, normal: F64) -> F32:
+    """Return codes of N(mean, covariance) within the ellipsoid that holds COVERAGE of it, (n, Z).
+
+    `normal` holds (n, Z) standard normal draws; each is moved towards 0 along its direction.
+    """
+    width = normal.shape[1]
+    square = (normal**2).sum(axis=1)
+    within = stats.chi2.ppf(COVERAGE * stats.chi2.cdf(square, width), width)
+    shrunk = normal * np.sqrt(within / square)[:, None]
+    codes: F32 = (mean + shrunk @ np.linalg.cholesky(covariance).T).astype(np.float32)
+    return codes
+
+
+def draw_codes(
+    spec: RunFile, scenarios: Scenarios, component: int, count: int, rng: np.random.Generator
+) -> F32:
+    """Return `count` codes of one component, (count, Z): at review.tau, or truncated at the component's own tau."""
+    if scenarios.taus is None:
+        if spec.review.tau == "auto":
+            raise ValueError("review.tau: auto needs components with a tau each")
+        return sample_codes_from(scenarios, component, count, spec.review.tau, rng)
+    normal = rng.standard_normal((count, scenarios.means.shape[1]))
+    covariance = scenarios.taus[component] * scenarios.covariances[component]
+    return truncated_codes(scenarios.means[component], covariance, normal)
+
+
 def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progress: Progress) -> Gallery:
-    """Return R images of every component, decoded, with the classifier's answers."""
+    """Return R decoded images of every component, with the classifier's answers."""
     review = spec.review
     progress("drawing images to review", 0, 1, "galleries")
     codes = np.zeros((len(scenarios), review.images, spec.vae.latent_dim), np.float32)
     for component in range(len(scenarios)):
         rng = generator(spec.seed, "gallery", component)
-        codes[component] = sample_codes_from(scenarios, component, review.images, review.tau, rng)
+        codes[component] = draw_codes(spec, scenarios, component, review.images, rng)
     with cpu_threads(1):
         flat = decode_codes(load_vae(spec, models.vae), codes.reshape(-1, spec.vae.latent_dim))
         predicted = predict(load_classifier(spec, models.classifier, len(models.classes)), flat)
     shape = codes.shape[:2]
     return Gallery(flat.reshape(*shape, *flat.shape[1:]), codes, predicted.reshape(shape), models.classes)
+
+
+class Examiner:
+    """What the classifier and the reference models answer on decoded codes."""
+
+    def __init__(self, spec: RunFile, models: Models, references: ReferenceSet) -> None:
+        self.classes = len(models.classes)
+        self.vae = load_vae(spec, models.vae)
+        self.classifier = load_classifier(spec, models.classifier, self.classes)
+        self.references = load_reference_models(spec, spec.review.reference, references, self.classes)
+        self.min_confidence = spec.review.reference.min_confidence
+
+    def examine(self, codes: F32) -> tuple[I64, I64]:
+        """Return for (n, Z) codes the classifier's answers, and the reference models' majority labels, each (n,).
+
+        A model below min_confidence does not vote; an image whose vote is tied or empty has no label.
+        """
+        images = decode_codes(self.vae, codes)
+        answers = answers_of_models(model_probabilities(self.references, images), self.min_confidence)
+        votes = (answers[..., None] == np.arange(self.classes)).sum(axis=0)  # (n, C)
+        return predict(self.classifier, images), majority(votes)
+
+
+def sample_more_images(
+    spec: RunFile,
+    models: Models,
+    references: ReferenceSet,
+    scenarios: Scenarios,
+    doubtful: Bool,
+    *,
+    progress: Progress,
+) -> MoreImages:
+    """Return review.more_images further draws of each doubtful component, (S,), as the reference models label them."""
+    drawn, labelled, wrong = np.zeros((3, len(scenarios)), np.int64)
+    with cpu_threads(1):
+        examiner = Examiner(spec, models, references)
+        for component in np.flatnonzero(doubtful):
+            progress("drawing more images", int(component), len(scenarios), "components")
+            rng = generator(spec.seed, "gallery", int(component), "more")
+            codes = draw_codes(spec, scenarios, int(component), spec.review.more_images, rng)
+            predicted, labels = examiner.examine(codes)
+            drawn[component] = len(codes)
+            labelled[component] = (labels != NONE_OF_THE_ABOVE).sum()
+            wrong[component] = is_misclassified(predicted, labels).sum()
+    return MoreImages(drawn, labelled, wrong)
 
 
 def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:
@@ -44,6 +137,44 @@ def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) 
     codes = np.zeros((len(accepted), count, spec.vae.latent_dim), np.float32)
     for row, component in enumerate(accepted):
         rng = generator(spec.seed, "corrections", int(component))
-        codes[row] = sample_codes_from(scenarios, int(component), count, spec.review.tau, rng)
+        codes[row] = draw_codes(spec, scenarios, int(component), count, rng)
     tune, test = codes[:, : section.tune_images], codes[:, section.tune_images :]
     return Corrections(accepted, verdicts.labels[accepted], tune, test)
+
+
+def filter_corrections(
+    spec: RunFile,
+    models: Models,
+    references: ReferenceSet,
+    scenarios: Scenarios,
+    fixes: Corrections,
+    *,
+    progress: Progress,
+) -> Corrections:
+    """Return D_f with only those codes to tune on in which the reference models' majority sees the scenario's label.
+
+    Where fewer than tune_images remain, MORE_DRAWS times as many are drawn, and what remains of both is repeated. A
+    scenario whose label the reference models see in no draw keeps them all: its label is the annotators'. The codes
+    to test on are not filtered.
+    """
+    tune, kept = fixes.tune.copy(), np.zeros(len(fixes.labels))
+    with cpu_threads(1):
+        examiner = Examiner(spec, models, references)
+        for row, (component, label) in enumerate(zip(fixes.scenario, fixes.labels, strict=True)):
+            progress("filtering images to tune on", row, len(kept), "scenarios")
+            codes, wanted = tune[row], spec.correct.tune_images
+            agrees = examiner.examine(codes)[1] == label
+            kept[row] = agrees.mean()
+            if not agrees.all():
+                rng = generator(spec.seed, "corrections", int(component), "more")
+                more = draw_codes(spec, scenarios, int(component), MORE_DRAWS * wanted, rng)
+                usable = np.concatenate([codes[agrees], more[examiner.examine(more)[1] == label]])
+                tune[row] = np.resize(usable, codes.shape) if len(usable) else codes
+    for component, share in zip(fixes.scenario, kept, strict=True):
+        if share < spec.review.rho:
+            log.warning(
+                "correct: the reference models see the label of scenario %d in %.0f %% of its draws",
+                component,
+                100 * share,
+            )
+    return Corrections(fixes.scenario, fixes.labels, tune, fixes.test, kept)

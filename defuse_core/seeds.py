@@ -1,4 +1,4 @@
-"""Every random stream of a run, derived from the run's seed and the name of what it is for, never from a worker."""
+"""Every random stream of a run, derived from the run's seed and the name of its purpose, never from a worker."""
 
 import zlib
 

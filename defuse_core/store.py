@@ -6,17 +6,23 @@ import contextlib
 import fcntl
 import os
 import platform
+import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
+
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from defuse_core.errors import RunBusyError, StoreError
 
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 UNFINISHED_S = 600.0
+LOCK = ".lock"
+GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over
+GATE_S = 20.0
 
 
 class Store(Protocol):
@@ -34,11 +40,15 @@ class Store(Protocol):
     def read(self, key: str) -> bytes:
         """The bytes under `key`. Raises FileNotFoundError."""
 
-    def write(self, key: str, data: bytes) -> None:
-        """Put `data` under `key`, replacing what was there, all or nothing."""
+    def write(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None = None) -> None:
+        """Put `data` under `key`, replacing what was there, all or nothing; not where `unless(what was there)`.
+
+        Inside `lock`, here and in workers that this store is sent to: raises RunBusyError once another driver holds the
+        run, and never replaces what that driver wrote.
+        """
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put `data` under `key` only if nothing is there; False where something is."""
+        """Put `data` under `key` only if `key` is absent; False where it exists."""
 
     def list(self, prefix: str = "") -> list[str]:
         """All keys that start with `prefix`, sorted."""
@@ -49,19 +59,29 @@ class Store(Protocol):
     def lock(self) -> AbstractContextManager[None]:
         """Hold this store for one driver. Raises RunBusyError, naming the holder, if another has it."""
 
+    def require_lock(self) -> None:
+        """Raise RunBusyError if this process held the lock and another driver holds it now."""
+
 
 class FolderStore:
-    """A Store in a folder of the file system."""
+    """A Store in a folder of the file system.
+
+    A lock is fenced: `.lock` names the driver that holds the folder, and whoever writes for another one is refused. A
+    driver that is paused keeps its lock, but workers of one that was killed can outlive it.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).absolute()
+        self.holders: dict[Path, str] = {}  # locked folder -> its driver; shared with the stores below
 
     @property
     def address(self) -> str:
         return str(self.folder)
 
     def within(self, prefix: str) -> FolderStore:
-        return FolderStore(self.folder / prefix)
+        below = FolderStore(self.folder / prefix)
+        below.holders = self.holders
+        return below
 
     def exists(self, key: str) -> bool:
         return (self.folder / key).is_file()
@@ -70,14 +90,19 @@ class FolderStore:
         with _explained(self.folder / key):
             return (self.folder / key).read_bytes()
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None = None) -> None:
         target = self.folder / key
-        with _explained(target), _synced_temporary(target, data) as temporary:
-            temporary.replace(target)
+        with (
+            _explained(target),
+            _synced_temporary(target, data) as temporary,
+            self._holding(alone=unless is not None),
+        ):
+            if unless is None or not target.is_file() or not unless(target.read_bytes()):
+                temporary.replace(target)
 
     def create(self, key: str, data: bytes) -> bool:
         target = self.folder / key
-        with _explained(target), _synced_temporary(target, data) as temporary:
+        with _explained(target), _synced_temporary(target, data) as temporary, self._holding():
             try:
                 os.link(temporary, target)
             except FileExistsError:
@@ -90,32 +115,80 @@ class FolderStore:
         return sorted(key for key in keys if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
-        with _explained(self.folder / key):
+        with _explained(self.folder / key), self._holding():
             (self.folder / key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder through the operating system, which lets go by itself when the driver dies."""
+        """Hold the folder through the operating system, which releases it by itself when the driver dies."""
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = (self.folder / ".lock").open("a+")
+            handle = (self.folder / LOCK).open("a+")
         with handle:
+            self._take(handle)
+            self._name_holder(handle, f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(3)})")
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                handle.seek(0)
+                self._sweep()
+                yield
+            finally:
+                with contextlib.suppress(RunBusyError, OSError):
+                    self._name_holder(handle, "")
+
+    def require_lock(self) -> None:
+        with self._holding():
+            pass
+
+    def _take(self, handle: TextIO) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            raise RunBusyError(
+                f"{self.folder}: {handle.read() or 'another driver'} is writing this run"
+            ) from error
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder}: this file system cannot lock a file ({error.strerror}), which keeps a second "
+                "driver out; use a folder elsewhere, or an S3 store"
+            ) from error
+
+    def _name_holder(self, handle: TextIO, holder: str) -> None:
+        """Write down who holds the folder, while nobody is between asking for that and writing."""
+        retry = Retrying(
+            retry=retry_if_result(lambda locked: not locked),
+            stop=stop_after_delay(GATE_S),
+            wait=wait_fixed(0.05),
+        )
+        with (self.folder / GATE).open("a+") as gate:
+            try:
+                retry(_locked_at_once, gate)
+            except RetryError as error:
                 raise RunBusyError(
-                    f"{self.folder}: {handle.read() or 'another driver'} is writing this run"
-                ) from error
-            except OSError as error:
-                raise StoreError(
-                    f"{self.folder}: this file system cannot lock a file ({error.strerror}), which keeps a second "
-                    "driver out; take a folder elsewhere, or an S3 store"
+                    f"{self.folder}: a worker of an earlier driver is in the middle of a write; end it and run again"
                 ) from error
             handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {platform.node()}")
+            handle.write(holder)
             handle.flush()
-            self._sweep()
+            self.holders.pop(self.folder, None)
+            if holder:
+                self.holders[self.folder] = holder
+
+    @contextlib.contextmanager
+    def _holding(self, alone: bool = False) -> Iterator[None]:
+        """Inside, the driver for whom this store writes holds the folder; where nobody locked it, there is no check."""
+        locked = [folder for folder in self.holders if self.folder.is_relative_to(folder)]
+        if not locked:
+            yield
+            return
+        folder = locked[0]
+        with (folder / GATE).open("a+") as gate:  # NFS shares a lock only of readers
+            fcntl.flock(gate, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            found = (folder / LOCK).read_text() if (folder / LOCK).exists() else ""
+            if found != self.holders[folder]:
+                raise RunBusyError(
+                    f"{folder}: {self.holders[folder]} held this run and no longer does; "
+                    f"{found or 'nobody'} does now"
+                )
             yield
 
     def _sweep(self) -> None:
@@ -126,16 +199,24 @@ class FolderStore:
                     path.unlink()
 
 
+def _locked_at_once(handle: TextIO) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn what the file system says into one line; a missing file stays a FileNotFoundError."""
+    """Turn errors of the file system into one line; a missing file stays a FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
         raise StoreError(
-            f"{path}: {error.strerror}; free space or fix access, then run again to go on"
+            f"{path}: {error.strerror}; free space or fix access, then run again to continue"
         ) from error
 
 

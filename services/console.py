@@ -1,4 +1,4 @@
-"""What a long command shows while it works: bars on a terminal, plain lines in a log."""
+"""Progress of a long command: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LINE_EVERY_S = 15.0
 
 
 def _rate(made: int, elapsed: float) -> str:
-    """Return how fast it goes, once that can be told."""
+    """Return the rate, empty before it is meaningful."""
     if elapsed <= 1 or not made:
         return ""
     return f"{made / elapsed:,.0f}/s" if made / elapsed >= 10 else f"{60 * made / elapsed:,.3g}/min"
 
 
 class ProgressDisplay:
-    """The protocol `Progress` for people: one bar per thing under way, with its rate and the time left."""
+    """The protocol `Progress` for people: one bar for the current activity, with its rate and the time left."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -38,8 +38,10 @@ class ProgressDisplay:
             disable=not self.console.is_terminal,
         )
         self.shown: dict[str, TaskID] = {}
-        self.begun: dict[str, tuple[float, int]] = {}  # when each thing was first seen, and how far it was
-        self.last: dict[str, int] = {}  # how far each thing is
+        self.begun: dict[
+            str, tuple[float, int]
+        ] = {}  # activity -> when it was first reported, and how far it was
+        self.last: dict[str, int] = {}  # activity -> how far it is
         self.last_line = 0.0
         self.handlers: list[logging.Handler] = []
 
@@ -67,7 +69,7 @@ class ProgressDisplay:
     def __call__(self, what: str, done: int, total: int, unit: str) -> None:
         """Show that `done` of `total` units of `what` are done."""
         now = time.monotonic()
-        if done < self.last.get(what, done + 1):  # new, or the same thing anew
+        if done < self.last.get(what, done + 1):  # new, or the same activity again
             self.begun[what] = (now, done)
             if not self.console.is_terminal and total > done == 0:
                 log.info("%s", what)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says. Secrets are kept out of `repr`, so that no log shows them."""
+    """The environment variables that Defuse reads. Secrets are kept out of `repr`, so that no log shows them."""
 
     ray_address: str | None  # RAY_ADDRESS
     ray_dashboard: str | None  # RAY_API_SERVER_ADDRESS
@@ -25,7 +25,7 @@ def share_cores() -> None:
     """Let torch's idle threads sleep, here and in the workers that inherit this environment.
 
     By default they spin, which on cores shared with anything else makes small networks train several times slower. It
-    counts only if said before torch is imported.
+    has an effect only before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -45,5 +45,5 @@ def read_settings() -> Settings:
 
 
 def variables(names: Iterable[str]) -> dict[str, str]:
-    """Return those of the named variables that are set, to be passed on to a job."""
+    """Return those of the named variables that are set, for the environment of a job."""
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,4 +1,4 @@
-"""What a run found and how far it is, as tables in the terminal."""
+"""The results and the progress of a run, as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from rich.text import Text
 from defuse_core.config import STEPS
 from defuse_core.errors import DefuseError
 from defuse_core.report.formatting import (
-    LOW_PURITY,
     NONE,
     caveats,
     change,
     count_of,
+    date_time,
     duration,
     headline,
+    is_low,
     lam_text,
     percent,
     size,
@@ -34,8 +35,8 @@ from defuse_core.store import Store
 if TYPE_CHECKING:
     from defuse_core.report import Report
 
-FIGURES_WIDTH = 54  # columns that the figures of the scenarios' table take
-ARTEFACTS = {  # what each step leaves in the run
+FIGURES_WIDTH = 54  # columns of the terminal that the figures in the table of scenarios need
+ARTEFACTS = {  # step -> what it stores in the run
     "train": ("models",),
     "identify": ("psi",),
     "distill": ("scenarios",),
@@ -47,21 +48,21 @@ ARTEFACTS = {  # what each step leaves in the run
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the report's figures: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
+    """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
     console = console or Console()
-    _say(console, headline(report), "bold")
+    _print_text(console, headline(report), "bold")
     for warning in caveats(report):
-        _say(console, warning, "yellow")
+        _print_text(console, warning, "yellow")
     console.print(_accuracy_table(report))
     if report.scenarios.accepted:
         console.print(_scenario_table(report, console.width))
     console.print(_agreement_table(report))
     for line in _lines(report):
-        _say(console, line, "dim")
+        _print_text(console, line, "dim")
 
 
-def _say(console: Console, text: str, style: str) -> None:
-    """Print prose whose lines do not break before a percent sign."""
+def _print_text(console: Console, text: str, style: str) -> None:
+    """Print text in lines that do not break before a percent sign."""
     lines = textwrap.wrap(unbroken(text), console.width)
     console.print(Text("\n".join(lines).replace("\u00a0", " "), style=style), soft_wrap=True)
 
@@ -102,15 +103,14 @@ def _scenario_table(report: Report, width: int) -> Table:
     table = _table("Failure scenarios", columns, texts=3)
     for row in report.scenarios.list:
         if row.accepted:
-            low = row.purity is not None and row.purity < LOW_PURITY
-            purity = Text(percent(row.purity, 0), style="yellow" if low else "")
+            purity = Text(percent(row.purity, 0), style="yellow" if is_low(row.purity) else "")
             names = (str(row.number), *(_cut(name or NONE, width) for name in (row.label, row.mistaken_for)))
             _add(table, *names, purity, percent(row.agreement, 0), percent(row.before), percent(row.defuse))
     return table
 
 
 def _cut(name: str, width: int) -> str:
-    """Return a class name as long as two of them fit beside the figures: shortened in the middle."""
+    """Return a class name, shortened in the middle so that two of them fit beside the figures."""
     limit = max(6, (width - FIGURES_WIDTH) // 2)
     return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[limit // 2 - limit :]}"
 
@@ -134,8 +134,8 @@ def _lines(report: Report) -> list[str]:
         f"Ψ: {count_of(psi.codes, 'code')} from {percent(psi.images_with_any)} "
         f"of {count_of(psi.images, 'image')}; "
         f"{percent(psi.zero_noise_flip_rate)} of the images are wrong without noise.",
-        f"β-VAE: {percent(vae.reconstruction_flips)} of plain reconstructions are wrong; "
-        f"{vae.collapsed} of {len(vae.kl_per_dimension)} dimensions collapsed; "
+        f"β-VAE: {percent(vae.reconstruction_flips)} of the reconstructions are misclassified; "
+        f"{vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
         f"squared error {vae.reconstruction:.4f} per pixel.",
     ]
     if report.chosen is not None:
@@ -143,14 +143,14 @@ def _lines(report: Report) -> list[str]:
         cost = f"; {moved} points on the test set" if moved else ""
         lines.append(f"Chosen: λ = {lam_text(report.chosen.lam)}, epoch {report.chosen.epoch}{cost}.")
     if not mixture.converged:
-        lines.append(f"The mixture had NOT converged after {count_of(mixture.iterations, 'iteration')}.")
+        lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}.")
     lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
     return lines
 
 
 @dataclass(frozen=True)
 class StepState:
-    """How far one step is: "done", "under way", "waits for people" or "to do"."""
+    """The state of one step: "done", "under way", "waits for people" or "to do"."""
 
     step: str
     state: str
@@ -161,7 +161,7 @@ class StepState:
 
 
 def step_states(run: Run) -> list[StepState]:
-    """Return how far each step is, from what lies in the run's store."""
+    """Return the state of each step, from what the run's store holds."""
     keys = set(run.store.list())
     entries = run.manifest().get("artefacts", {})
     return [_step_state(run, step, keys, entries) for step in STEPS]
@@ -189,12 +189,14 @@ def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) ->
 
 
 def _detail(run: Run, step: str, keys: set[str]) -> str:
-    """Return how much of an unfinished step is there already: epochs, shards of Ψ, fine-tunings begun."""
+    """Return the progress of an unfinished step: epochs kept, shards of Ψ, fine-tunings begun."""
     if step == "train":
         return _epochs(run) if "models.safetensors" not in keys else ""
     if step == "identify":
-        done = sum(key.startswith("psi/") and key.endswith(".json") for key in keys)
-        return f"{done} of {_shards(run)} shards" if done and "psi.safetensors" not in keys else ""
+        done = sum(key.startswith("psi/") for key in keys)
+        return (
+            f"{done} of {count_of(_shards(run), 'shard')}" if done and "psi.safetensors" not in keys else ""
+        )
     if step == "correct":
         total = len(run.spec.correct.lambdas)
         sweeps = ("baseline", "defuse")
@@ -213,7 +215,7 @@ def _epochs(run: Run) -> str:
         key = f"training/{name}.safetensors"
         if run.store.exists(key):
             done = len(decode(Checkpoint, run.store.read(key), key).history)
-            kept.append(f"{'β-VAE' if name == 'vae' else name} {done} of {epochs} epochs")
+            kept.append(f"{'β-VAE' if name == 'vae' else name} {done} of {count_of(epochs, 'epoch')}")
     return ", ".join(kept)
 
 
@@ -226,7 +228,7 @@ def _shards(run: Run) -> int:
 
 
 def print_status(run: Run, console: Console | None = None) -> None:
-    """Print each step of a run: done, under way or to do, with its time and size."""
+    """Print the state, the time and the size of each step of a run."""
     console = console or Console()
     states = step_states(run)
     table = Table(box=box.SIMPLE_HEAD)
@@ -235,7 +237,7 @@ def print_status(run: Run, console: Console | None = None) -> None:
     for name in ("Time", "Size"):
         table.add_column(name, justify="right", no_wrap=True)
     for state in states:
-        _add(table, state.step, _state_text(state), _when(state.made), *_cost(state))
+        _add(table, state.step, _state_text(state), date_time(state.made), *_cost(state))
     seconds = sum(state.seconds or 0 for state in states)
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     console.print(table)
@@ -247,10 +249,6 @@ def _state_text(state: StepState) -> Text:
     return Text(f"{state.state}: {state.detail}" if state.detail else state.state, style=style)
 
 
-def _when(made: str) -> str:
-    return made.replace("T", " ")[:16] or NONE
-
-
 def _cost(state: StepState) -> tuple[str, str]:
     return (
         NONE if state.seconds is None else duration(state.seconds),
@@ -259,7 +257,7 @@ def _cost(state: StepState) -> tuple[str, str]:
 
 
 def print_runs(store: Store, console: Console | None = None) -> None:
-    """Print the runs in a store, with the step that each is at."""
+    """Print the runs in a store, with the current step of each."""
     console = console or Console()
     folders = (key.partition("/") for key in store.list())
     names = [name for name, _, rest in folders if rest == "run.yaml"]
@@ -267,7 +265,7 @@ def print_runs(store: Store, console: Console | None = None) -> None:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
         return
     table = _table(None, ("Run", "Data", "At", "Last made (UTC)", "Time"), texts=4)
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # a name is there to be typed
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
     for name in names:
         _add(table, *_run_row(store, name))
     console.print(table)
@@ -282,4 +280,10 @@ def _run_row(store: Store, name: str) -> tuple[str | Text, ...]:
     at = next((state for state in states if state.state != "done"), None)
     shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
     made = max(state.made for state in states)
-    return name, run.spec.data.name, shown, _when(made), duration(sum(state.seconds or 0 for state in states))
+    return (
+        name,
+        run.spec.data.name,
+        shown,
+        date_time(made),
+        duration(sum(state.seconds or 0 for state in states)),
+    )

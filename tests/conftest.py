@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes ~/.ray/auth_token
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 
 import pytest
 
-from defuse_core.artifacts import Models
+from defuse_core.artifacts import Models, ReferenceSet
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.progress import silent
+from defuse_core.reference_models import train_reference_models
 from defuse_core.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -38,15 +41,32 @@ TINY = {
         "learning_rate": 0.003,
         "kl_warmup_steps": 20,
     },
-    "identify": {"draws": 4, "max_per_image": 3, "block_images": 32, "batch_size": 64},
-    "distill": {"max_codes": 400, "max_components": 6, "min_weight": 0.02, "max_iterations": 40},
+    "identify": {
+        "draws": 4,
+        "noise": "beta",
+        "screen": "none",
+        "max_per_image": 3,
+        "block_images": 32,
+        "batch_size": 64,
+    },
+    "distill": {
+        "by": "all",
+        "max_codes": 400,
+        "max_components": 6,
+        "min_weight": 0.02,
+        "min_support": 1,
+        "max_iterations": 40,
+    },
     "review": {
         "images": 5,
         "tau": 0.1,
+        "accept": "share",
         "rho": 0.1,  # so that some scenario is accepted on any CPU
         "reference": {"count": 3, "channels": 8, "epochs": 8, "batch_size": 32, "min_confidence": 0.2},
     },
+    "judges": {"count": 0},
     "correct": {
+        "filter": "none",
         "lambdas": [1e-3, 1.0, 10.0],
         "epochs": 2,
         "batch_size": 64,
@@ -60,10 +80,31 @@ TINY = {
 }
 
 
+RECOMMENDED = {  # what a new run file does, as tiny; with limits that its weak models reach
+    "identify": {
+        "noise": "posterior",
+        "scale": 2.0,
+        "screen": "reference-models",
+        "min_probability": 0.2,
+        "max_per_image": None,
+    },
+    "distill": {"by": "cell", "min_support": 3},
+    "review": {"tau": "auto", "purity": 0.3, "accept": "lower-bound", "max_false": 0.2, "more_images": 20},
+    "judges": {"count": 2, "channels": 8, "epochs": 8, "batch_size": 32, "share": 0.3},
+    "correct": {"filter": "reference-models"},
+}
+
+
 def tiny(**sections: dict[str, object]) -> RunFile:
     """Return the tiny run file with fields of some sections changed."""
     tree = {name: {**section, **sections.get(name, {})} for name, section in TINY.items()}
     return parse_run_file(tree | {n: s for n, s in sections.items() if n not in tree}, "tiny")
+
+
+def recommended(**sections: dict[str, object]) -> RunFile:
+    """Return the tiny run file of the recommended way, with fields of some sections changed."""
+    names = RECOMMENDED.keys() | sections.keys()
+    return tiny(**{name: {**RECOMMENDED.get(name, {}), **sections.get(name, {})} for name in names})
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +115,12 @@ def tiny_spec() -> RunFile:
 @pytest.fixture(scope="session")
 def tiny_models(tiny_spec: RunFile) -> Models:
     return train(tiny_spec, progress=silent)
+
+
+@pytest.fixture(scope="session")
+def references() -> ReferenceSet:
+    """The reference models of the recommended way."""
+    return train_reference_models(recommended(), None, progress=silent)
 
 
 @pytest.fixture(scope="module")

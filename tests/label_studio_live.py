@@ -104,6 +104,7 @@ def review_run(store: Path | Store, gallery: Gallery, **review: object) -> Run:
     """Return a run that has come to its review, under a name of its own."""
     section = {
         "annotators": "label-studio",
+        "accept": "share",
         "answers_per_task": 3,
         "stop_early": False,
         "images": 3,

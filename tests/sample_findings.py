@@ -1,6 +1,9 @@
-"""Findings made by hand, so that a report can be built without training anything."""
+"""Constructed findings, for a report without any training."""
 
 from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -24,9 +27,13 @@ from defuse_core.artifacts import (
 from defuse_core.config import PAPER_LAMBDAS, RunFile, parse_run_file
 from defuse_core.evaluate import ACCEPTED, FAILURE, REJECTED, TRAINING, Findings
 from defuse_core.judge import judge
+from defuse_core.report import Report, build_report
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 
 DIGITS = tuple("0123456789")
 ANNOTATORS = 5
+Sample = tuple[Findings, Evaluation]
 
 
 def sample_spec(**data: object) -> RunFile:
@@ -45,7 +52,7 @@ def sample_findings(
     side: int = 32,
     answered_by: str = "reference models",
     seed: int = 0,
-) -> tuple[Findings, Evaluation]:
+) -> Sample:
     """Findings with so many components, of which the first `accepted` are failure scenarios."""
     rng = np.random.default_rng(seed)
     gallery = _gallery(rng, scenarios, images, classes, channels, side)
@@ -71,6 +78,21 @@ def sample_findings(
     return findings, _evaluation(rng, findings)
 
 
+def sample_run(folder: Path) -> Run:
+    """A run without artefacts, to write a report into."""
+    return Run(FolderStore(folder), "sample", sample_spec())
+
+
+def report_of(sample: Sample, folder: Path) -> Report:
+    return build_report(sample_run(folder), *sample)
+
+
+def with_verdicts(sample: Sample, **changes: object) -> Sample:
+    """The findings with other verdicts."""
+    found, evaluation = sample
+    return dataclasses.replace(found, verdicts=dataclasses.replace(found.verdicts, **changes)), evaluation
+
+
 def _gallery(
     rng: np.random.Generator, scenarios: int, images: int, classes: tuple[str, ...], channels: int, side: int
 ) -> Gallery:
@@ -89,11 +111,11 @@ def _votes(rng: np.random.Generator, gallery: Gallery, accepted: int, answered_b
     answers = np.repeat(gallery.predicted[..., None], ANNOTATORS, axis=2)  # (S, R, W)
     for row in range(accepted):
         label = int(rng.integers(classes))
-        said = np.where(np.arange(images) % 5 < 4, label, (label + 1) % classes)
-        gallery.predicted[row][gallery.predicted[row] == said] += 1
+        named = np.where(np.arange(images) % 5 < 4, label, (label + 1) % classes)
+        gallery.predicted[row][gallery.predicted[row] == named] += 1
         gallery.predicted[row] %= classes
-        answers[row] = said[:, None]
-        answers[row, :, 0] = np.where(rng.random(images) < 0.4, NONE_OF_THE_ABOVE, said)
+        answers[row] = named[:, None]
+        answers[row, :, 0] = np.where(rng.random(images) < 0.4, NONE_OF_THE_ABOVE, named)
     place = np.indices(answers.shape).reshape(3, -1)
     names = tuple(f"model {i + 1}" for i in range(ANNOTATORS))
     return Votes(*place, answers.ravel(), np.zeros(answers.size), names, answered_by, {})

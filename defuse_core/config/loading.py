@@ -29,7 +29,7 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
 
 
 def parse_run_file(tree: dict[str, Any], where: str) -> RunFile:
-    """Return the checked run file. Raises RunFileError naming the first field that is wrong."""
+    """Return the checked run file. Raises RunFileError naming the first invalid field."""
     try:
         return RunFile.model_validate(tree)
     except ValidationError as error:
@@ -37,15 +37,15 @@ def parse_run_file(tree: dict[str, Any], where: str) -> RunFile:
 
 
 def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
-    """Return the first field of `section` that is wrong, what was expected and what was found, as one line."""
+    """Return the first invalid field of `section` with what was expected and found, in one line."""
     problems: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         problems.setdefault(_field_at(detail["loc"], section), []).append(detail)
     field, (first, *others) = next(iter(problems.items()))
     if first["type"] == "extra_forbidden":
-        return f"{field}: there is no such field"
+        return f"{field}: unknown field"
     message = first["msg"].removeprefix("Value error, ")
-    for other in others:  # the field takes one of several types
+    for other in others:  # the field has a union of types
         message += " or " + other["msg"].removeprefix("Input should be ")
     found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -53,7 +53,7 @@ def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
 
 
 def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
-    """Return a place as a dotted name, without pydantic's names for the types that a field may have."""
+    """Return a location as a dotted name, without pydantic's names for the types of a union."""
     names: list[int | str] = []
     for number, part in enumerate(place):
         names.append(part)
@@ -66,7 +66,7 @@ def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
 
 
 def dump_run_file(spec: RunFile) -> str:
-    """Return the resolved run file, every field written out, as YAML that load_run_file reads back to an equal one."""
+    """Return the run file as YAML, with every field; load_run_file reads it back to an equal one."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -78,7 +78,7 @@ def changed_field(recorded: RunFile, given: RunFile) -> str | None:
             ("resources.", "check.", "serve.")
         )
         if field.endswith(".weights") and before.get(field) and now.get(field):
-            continue  # what is in the file counts, not where it lies
+            continue  # the content of the file counts, not its path
         if before.get(field) != now.get(field) and (not free or field == "resources.train_threads"):
             return f"{field}: {before.get(field)!r} in the run, {now.get(field)!r} now"
     return None

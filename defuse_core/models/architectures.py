@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -87,6 +88,31 @@ class ReferenceCnn(nn.Module):
             channels_in = width
         self.net = nn.Sequential(
             *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels_in, classes)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channels, H, W) -> logits (n, C)."""
+        logits: Tensor = self.net(images)
+        return logits
+
+
+class LeNet(nn.Module):
+    """Two 5x5 convolutions with group normalisation and a hidden layer: another kind of network than ReferenceCnn."""
+
+    def __init__(self, image_size: int, channels_in: int, channels: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (channels, 2 * channels):
+            layers += [
+                nn.Conv2d(channels_in, width, 5, padding=2),
+                nn.GroupNorm(math.gcd(8, width), width),
+                nn.GELU(),
+                nn.MaxPool2d(2),
+            ]
+            channels_in = width
+        flat = channels_in * (image_size // 4) ** 2
+        self.net = nn.Sequential(
+            *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(flat, 128), nn.GELU(), nn.Linear(128, classes)
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Applying classifiers and β-VAEs to many images, batch after batch, on this process's device."""
+"""Apply classifiers and β-VAEs to images in batches, on this process's device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from defuse_core.models.vae import Vae
 
 
 def to_device(module: nn.Module) -> nn.Module:
-    """Move `module` to this process's device in the memory layout that its convolutions are fastest in."""
+    """Move `module` to this process's device, in the memory layout in which convolutions are fastest."""
     return module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def to_tensor(images: F32) -> Tensor:
-    """Move (n, channels, H, W) pixels to this process's device, in the layout of to_device."""
+    """Move (n, channels, H, W) pixels to this process's device, in the memory layout of to_device."""
     return torch.from_numpy(images).to(device()).contiguous(memory_format=torch.channels_last)
 
 

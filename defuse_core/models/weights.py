@@ -1,4 +1,4 @@
-"""Weights in and out of modules and files. Nothing is ever unpickled."""
+"""Weights as arrays: from files, from modules and into them. Nothing is unpickled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a run found to the figures of its report."""
+"""Compute the figures of a report from the artefacts of its run."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from defuse_core.evaluate import Findings
 from defuse_core.health import COLLAPSED_BELOW
 from defuse_core.judge import is_misclassified, most_common_error
 from defuse_core.report.schema import (
+    VERSION,
     Accuracies,
     Accuracy,
     Agreement,
@@ -48,9 +49,10 @@ from defuse_core.runs import Run
 
 
 def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
-    """Return every figure of the run; nothing is written and no model is run."""
+    """Return all figures of the run. Writes nothing and runs no model."""
     models, psi, verdicts = found.models, found.psi, found.verdicts
     return Report(
+        version=VERSION,
         run=_run_figures(run.name, run.spec, found),
         annotators=found.votes.answered_by,
         accuracy=_accuracies(evaluation.accuracy),
@@ -83,12 +85,12 @@ def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
         overrides=verdicts.overrides,
         per_class=_per_class(models.classes, evaluation),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
-        making=_making(run, found),
+        provenance=_provenance(run, found),
     )
 
 
 def _defined(value: float | None) -> float | None:
-    """A figure, or None where it is missing, nan or infinite."""
+    """Return the value, or None where it is missing, nan or infinite."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
@@ -227,7 +229,7 @@ def _failed(sweep: Literal["baseline", "defuse"], trials: Iterable[FailedTrial])
     return tuple(SweepFailure(sweep=sweep, lam=trial.lam, cause=trial.cause) for trial in trials)
 
 
-def _making(run: Run, found: Findings) -> Provenance:
+def _provenance(run: Run, found: Findings) -> Provenance:
     manifest = run.manifest()
     entries = manifest.get("artefacts", {}).items()
     known = set(Artefact.model_fields)

@@ -1,21 +1,21 @@
-"""How figures are said to people: in the page, in the pictures and in the terminal."""
+"""Figures and sentences as people read them: in the page, in the pictures and in the terminal."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from defuse_core.report import Mean, Report
+from defuse_core.report.schema import Mean, Report
 
-LOW_PURITY = 0.8  # below this the scenarios' images are so mixed that their accuracy says little
+# Below this the images of the scenarios show several classes, and accuracy on their one label means little.
+LOW_PURITY = 0.8
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+SHORT = 3  # class names with at most so many letters fit on an image; other classes are shown by number
 NONE = "–"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction of 1 as people write it: 98.97 %."""
+    """Return a fraction of 1 as a percentage: 98.97 %."""
     return NONE if value is None else f"{100 * value:.{digits}f} %"
 
 
@@ -26,15 +26,20 @@ def spread(mean: Mean) -> str:
 
 
 def change(before: float | None, after: float | None, digits: int = 2) -> str:
-    """Return the difference of two fractions of 1 in percentage points, signed; nothing where one lacks."""
+    """Return the signed difference of two fractions of 1 in percentage points; empty where either is missing."""
     if before is None or after is None:
         return ""
     points = round(100 * (after - before), digits)
     return f"{'+' if points > 0 else '−' if points < 0 else '±'}{abs(points):.{digits}f}"
 
 
+def is_low(purity: float | None) -> bool:
+    """Whether the images of a scenario are mixed."""
+    return purity is not None and purity < LOW_PURITY
+
+
 def lam_text(lam: float) -> str:
-    """Return λ as people write it: 0.1, 20, 10⁻⁷."""
+    """Return λ as a number or a power of ten: 0.1, 20, 10⁻⁷."""
     if lam == 0 or 1e-3 <= lam < 1e4:
         return f"{lam:g}"
     mantissa, exponent = f"{lam:e}".split("e")
@@ -42,8 +47,8 @@ def lam_text(lam: float) -> str:
     return power if float(mantissa) == 1 else f"{float(mantissa):g}·{power}"
 
 
-def runs_text(lams: Sequence[float], members: Sequence[int]) -> str:
-    """Return the λ at ascending places of `lams`, three or more neighbours joined: `10⁻⁷ – 0.1, 10`."""
+def lam_ranges(lams: Sequence[float], members: Sequence[int]) -> str:
+    """Return the λ at the ascending indices `members`; three or more neighbours form a range: `10⁻⁷ – 0.1, 10`."""
     parts: list[str] = []
     start = 0
     for end in range(1, len(members) + 1):
@@ -56,7 +61,7 @@ def runs_text(lams: Sequence[float], members: Sequence[int]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    """Return a time in the units that fit it: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -68,12 +73,17 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as people say it."""
+    """Return a number of bytes in the unit that fits it: 12 B, 1.5 kB, 12 MB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def date_time(iso: str) -> str:
+    """Return an ISO 8601 time to the minute, without its letters: 2025-01-01 10:00."""
+    return iso.replace("T", " ")[:16] or NONE
 
 
 def unbroken(text: str) -> str:
@@ -82,45 +92,65 @@ def unbroken(text: str) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """Return `1 image`, `2 images`, `12,345 images`."""
+    """Return `1 image`, `2 images`, `12,345 images`. The plural of the noun ends in s."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def text_of(value: object) -> str:
+    """Return a value of the annotators' notes as text."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if value is None:
+        return NONE
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def names_are_short(classes: tuple[str, ...]) -> bool:
+    """Whether class names fit on an image."""
+    return max(map(len, classes)) <= SHORT
+
+
+def answer_text(classes: tuple[str, ...], answer: int) -> str:
+    """Return what an image shows for an answer: the class name, or the class number where names are long."""
+    return classes[answer] if names_are_short(classes) else str(answer)
+
+
 def headline(report: Report) -> str:
-    """Return what the run found, in plain words."""
+    """Return the result of the run in one or two sentences."""
     components, accepted = report.scenarios.components, report.scenarios.accepted
     if not components:
         return "No failure scenario was found: identification and distillation left nothing to review."
     if not accepted:
-        kept = count_of(components, "component")
-        return f"None of the {kept} is a failure scenario, so the classifier was left as it is."
+        none = "The only component is not" if components == 1 else f"None of the {components} components is"
+        return f"{none} a failure scenario, so the classifier was left as it is."
     verb = "is a failure scenario" if accepted == 1 else "are failure scenarios"
-    return f"{accepted} of {count_of(components, 'component')} {verb}. {_corrected(report)}"
+    return f"{accepted} of {count_of(components, 'component')} {verb}. {_effect(report)}"
 
 
-def _corrected(report: Report) -> str:
+def _effect(report: Report) -> str:
     before, after = report.accuracy.before, report.accuracy.defuse
     them = "it" if report.scenarios.accepted == 1 else "them"
     text = f"On {them} the classifier goes from {percent(before.scenario)} to {percent(after.scenario)}"
-    for split in ("test", "validation"):
-        was, now = getattr(before, split), getattr(after, split)
+    clean = (("test", before.test, after.test), ("validation", before.validation, after.validation))
+    for split, was, now in clean:
         if was is not None and now is not None:
             return f"{text}; on the {split} set from {percent(was, 2)} to {percent(now, 2)}."
     return f"{text}."
 
 
 def purity_warning(report: Report) -> str | None:
-    """Return what a low purity means for the figures above it, or None where it is not low."""
+    """Return what a low purity means for the accuracy on the scenarios, or None where purity is not low."""
     purity = report.scenarios.purity
-    if purity is None or purity >= LOW_PURITY:
+    if purity is None or not is_low(purity):
         return None
     own = report.scenarios.own_labels
     return (
         f"Purity is {percent(purity, 0)}. Of the images reviewed in the failure scenarios, "
-        f"{percent(1 - purity, 0)} show another class than their scenario's label, or none that is clear. "
+        f"{percent(1 - purity, 0)} show another class than their scenario's label, or no clear class. "
         "Scenario accuracy counts the scenario's one label as right for all of them, "
-        "so on mixed images it is not yet a fix. Each judged by its own label, "
-        f"{percent(own.before)} of the reviewed images were right before and {percent(own.defuse)} are now."
+        "so on mixed images a high accuracy is not yet a fix. Judged each by its own label, "
+        f"{percent(own.before)} of the reviewed images were classified correctly before, and "
+        f"{percent(own.defuse)} are now."
     )
 
 
@@ -130,20 +160,19 @@ def answered_by_models(report: Report) -> str | None:
         return None
     return (
         "Reference models answered, not people. "
-        f"The labels below come from {report.votes.annotators} classifiers that stand in for annotators; "
-        "treat them as a rehearsal, not as ground truth."
+        f"The labels below come from {count_of(report.votes.annotators, 'classifier')} in place of annotators; "
+        "use them as a rehearsal, not as ground truth."
     )
 
 
 def prelabelled(report: Report) -> str | None:
-    """Return the notice that annotators saw an answer preselected, or None where they did not."""
+    """Return the notice that annotators saw a preselected answer, or None where they did not."""
     if "prelabel" not in report.votes.notes:
         return None
-    return "Answers were preselected. In the review " + str(report.votes.notes["prelabel"]) + "."
+    return f"Answers were preselected. In the review {report.votes.notes['prelabel']}."
 
 
 def caveats(report: Report) -> list[str]:
-    """Return what a reader must know before the figures."""
-    return [
-        text for text in (answered_by_models(report), prelabelled(report), purity_warning(report)) if text
-    ]
+    """Return what a reader must know before the figures. The first sentence of each is its title."""
+    notices = (answered_by_models(report), prelabelled(report), purity_warning(report))
+    return [text for text in notices if text]

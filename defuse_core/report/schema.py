@@ -1,12 +1,15 @@
-"""What `report.json` holds, field by field."""
+"""The fields of `report.json`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from defuse_core.artifacts import Override
+from defuse_core.errors import InputError
+
+VERSION: Final = 2  # of report.json; grows when a field is renamed or removed
 
 
 class ReportModel(BaseModel):
@@ -19,7 +22,7 @@ class Accuracy(ReportModel):
     validation: float | None
     test: float | None
     scenario: float | None
-    """On images drawn from the accepted scenarios that no step has trained on or chosen by."""
+    """On images drawn from the accepted scenarios. No step trains on them or chooses by them."""
 
 
 class Accuracies(ReportModel):
@@ -39,7 +42,7 @@ class Scenario(ReportModel):
     weight: float
     accepted: bool
     label: str | None
-    """Class that the annotators gave it; null where rejected."""
+    """Class, by the majority of the annotators or an override; null where rejected."""
     reason: str
     misclassified: float | None
     """Share of its labelled review images that the classifier gets wrong."""
@@ -48,7 +51,7 @@ class Scenario(ReportModel):
     agreement: float | None
     """Mean over its labelled review images of the share of votes for the majority; none-of-the-above is left out."""
     mistaken_for: str | None
-    """What the classifier answered most often on its review images instead of `label`; null where rejected."""
+    """Most common wrong answer of the classifier on its review images; null where rejected."""
     before: float | None
     baseline: float | None
     defuse: float | None
@@ -56,7 +59,7 @@ class Scenario(ReportModel):
 
 
 class OwnLabels(ReportModel):
-    """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label: fit for mixed ones."""
+    """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label. Valid for mixed ones."""
 
     before: float | None
     defuse: float | None
@@ -131,7 +134,7 @@ class Mixture(ReportModel):
     codes_used: int
     lower_bound: float | None
     weights: tuple[float, ...]
-    """All K weights, heaviest first."""
+    """All K weights, largest first."""
 
 
 class VoteFigures(ReportModel):
@@ -140,11 +143,11 @@ class VoteFigures(ReportModel):
     images: int
     labelled: int
     misclassified: float | None
-    """Share of all labelled review images that the classifier gets wrong; others were seen in vain."""
+    """Share of all labelled review images that the classifier gets wrong."""
     ties: int
     """Images without a label because several classes have the most votes."""
     no_class_chosen: int
-    """Images without a label because every answer is none-of-the-above, or because there is no answer."""
+    """Images without a label because every answer is none-of-the-above, or because nobody answered."""
     notes: dict[str, Any]
 
 
@@ -180,10 +183,10 @@ class Artefact(ReportModel):
 
 
 class Provenance(ReportModel):
-    """What differs from one making to the next, and nothing else does."""
+    """How the run was made. Two equal runs differ in nothing else."""
 
     device: str | None
-    """That the models were trained on."""
+    """The models were trained on it."""
     artefacts: tuple[Artefact, ...]
     versions: dict[str, str]
     worker_seconds: float
@@ -193,11 +196,12 @@ class Provenance(ReportModel):
 
 
 class Report(ReportModel):
-    """What `report.json` holds. Shares and accuracies are fractions of 1; null: no such figure."""
+    """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
+    version: Literal[2]
     run: RunFigures
     annotators: str
-    """Who answered: reference models, or people."""
+    """"reference models" or "people"."""
     accuracy: Accuracies
     scenarios: ScenarioSummary
     agreement: Agreement
@@ -209,8 +213,21 @@ class Report(ReportModel):
     mixture: Mixture
     votes: VoteFigures
     overrides: tuple[Override, ...]
-    """People's decisions above the vote."""
+    """Decisions of people that replace the verdict of the vote."""
     per_class: tuple[ClassAccuracy, ...]
     """On the test images; empty where there are none."""
     failed_trials: tuple[SweepFailure, ...]
-    making: Provenance
+    provenance: Provenance
+
+
+def parse_report(text: str | bytes, where: str) -> Report:
+    """Return the report in the JSON `text`. Raises InputError, naming `where`, for another version or other text."""
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(
+            f"{where}: expected a report of version {VERSION}, found {field}: {first['msg']}; "
+            "`defuse report RUN` writes the report of a run again"
+        ) from error

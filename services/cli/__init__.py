@@ -32,7 +32,9 @@ for command in (run, status, report, review, label_studio, submit, jobs, check, 
 def main() -> None:
     """Run one command. Every failure ends in one line on stderr and the exit code of its error."""
     share_cores()
-    sys.path.append("")  # the working folder, where one's own classifier is imported from, as with python -m
+    sys.path.append(
+        ""
+    )  # the working directory, from which the user's classifier is imported, as with python -m
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         sys.exit(defuse.main(standalone_mode=False))
@@ -42,7 +44,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("stopped; the same command goes on from here", 130)
+        _fail("stopped; the same command continues from here", 130)
     except Exception as error:
         if read_settings().debug:
             raise

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.config import STEPS
 from defuse_core.errors import InputError
+from services.cli.options import given, name_option, run_name, set_option, until_option
 from services.settings import read_settings, variables
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 address_option = click.option(
     "--address",
+    callback=given,
     help=f"Address of Ray's dashboard. [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else {LOCAL_DASHBOARD}]",
 )
 
@@ -29,14 +30,16 @@ address_option = click.option(
 @click.command()
 @click.argument("runfile", type=click.Path(path_type=Path))
 @address_option
-@click.option("--name", help="Name of the run. [default: the run file's name]")
+@name_option
 @click.option(
-    "--store", default="runs", show_default=True, help="s3://bucket/prefix, or a folder that all nodes share."
+    "--store",
+    default="runs",
+    show_default=True,
+    callback=given,
+    help="s3://bucket/prefix, or a folder that all nodes share.",
 )
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set identify.draws=20"
-)
-@click.option("--until", type=click.Choice(STEPS), default=STEPS[-1], help="Stop after this step.")
+@set_option
+@until_option
 @click.option(
     "--env",
     "wanted",
@@ -45,7 +48,7 @@ address_option = click.option(
     help="Pass on this environment variable. Whoever sees the dashboard can read its value.",
 )
 @click.option("--python", default="python", show_default=True, help="Python on the nodes, one with Ray.")
-@click.option("--detach", is_flag=True, help="Print the job's id and leave it to itself.")
+@click.option("--detach", is_flag=True, help="Print the job's id and return at once.")
 def submit(
     runfile: Path,
     address: str | None,
@@ -59,27 +62,26 @@ def submit(
 ) -> None:
     """Run RUNFILE as a job on a Ray cluster, follow its log, and end with its exit code.
 
-    The job takes along the run file, the weights and the classifier's code that it names, and Defuse itself: the
-    nodes need only its dependencies (deploy/Dockerfile is an image with them). Nothing of this environment is taken
-    along but what --env names: nodes have their own AWS_* and LABEL_STUDIO_*. With token authentication set
-    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here.
+    Uploads the run file, the weights and the classifier's code that it names, and Defuse itself: the nodes need only
+    its dependencies (deploy/Dockerfile is an image with them). No environment variable is uploaded but those that --env
+    names: nodes have their own AWS_* and LABEL_STUDIO_*. With token authentication set RAY_AUTH_MODE=token and
+    RAY_AUTH_TOKEN here.
 
     \b
     defuse submit deploy/runs/mnist.yaml --address http://head:8265 --store s3://bucket/runs --set data.root=/data
     """
     from cluster.jobs import Jobs
     from defuse_core.config import load_run_file
-    from services.cli.run import checked_name
-    from services.parcel import RUN_FILE, pack
+    from services.job_package import RUN_FILE, build_working_dir
 
     spec = load_run_file(runfile, overrides)
-    run = checked_name(name or runfile.stem)
+    run = run_name(name, runfile)
     command = [python, "-m", "services.cli", "run", RUN_FILE, "--name", run, "--store", _shared(store)]
     command += ["--until", until]
     jobs = Jobs(_dashboard(address))
     with tempfile.TemporaryDirectory(prefix="defuse-job-") as folder:
-        pack(spec, Path(folder))
-        job_id = jobs.submit(shlex.join(command), Path(folder), run, _passed_on(wanted))
+        build_working_dir(spec, Path(folder))
+        job_id = jobs.submit(shlex.join(command), Path(folder), run, _environment(wanted))
     if detach:
         click.echo(job_id)
         return
@@ -112,7 +114,7 @@ def list_jobs(address: str | None) -> None:
 @jobs.command()
 @click.argument("job_id")
 @address_option
-@click.option("--follow", is_flag=True, help="Go on until the job ends, and end with its exit code.")
+@click.option("--follow", is_flag=True, help="Follow the log until the job ends, and end with its exit code.")
 def logs(job_id: str, address: str | None, follow: bool) -> None:
     """Show what the job JOB_ID has written."""
     from cluster.jobs import Jobs
@@ -128,7 +130,7 @@ def logs(job_id: str, address: str | None, follow: bool) -> None:
 @click.argument("job_id")
 @address_option
 def stop(job_id: str, address: str | None) -> None:
-    """Stop the job JOB_ID. Submitted again, its run goes on where it stopped."""
+    """Stop the job JOB_ID. Submitted again, its run continues where it stopped."""
     from cluster.jobs import Jobs
 
     stopped = Jobs(_dashboard(address)).stop(job_id)
@@ -144,14 +146,14 @@ def _row(job: Job) -> tuple[str, ...]:
 
 
 def _dashboard(address: str | None) -> str:
-    """Return where Ray's dashboard is; RAY_ADDRESS counts only where it names one."""
+    """Return the address of Ray's dashboard; RAY_ADDRESS counts only where it is an http:// address."""
     settings = read_settings()
     joined = settings.ray_address or ""
     return address or settings.ray_dashboard or (joined if joined.startswith("http") else LOCAL_DASHBOARD)
 
 
 def _shared(store: str) -> str:
-    """Return the store as the job finds it; of a folder, say what must hold of it."""
+    """Return the store as the job addresses it; print what must hold for a folder."""
     if "://" in store:
         return store
     folder = Path(store).absolute()
@@ -161,22 +163,22 @@ def _shared(store: str) -> str:
     return str(folder)
 
 
-def _passed_on(names: tuple[str, ...]) -> dict[str, str]:
-    """Return what of this environment the job gets. Raises InputError for a name that is not set."""
+def _environment(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the environment variables that the job gets. Raises InputError for one that is not set."""
     found = variables(names)
     missing = [name for name in names if name not in found]
     if missing:
-        raise InputError(f"--env {missing[0]}: there is no such variable here")
+        raise InputError(f"--env {missing[0]}: expected a variable that is set in this environment")
     return found
 
 
 def _follow(jobs: Jobs, job_id: str) -> None:
-    """Show the job's log until it ends, and end as it did."""
+    """Show the job's log until it ends, and exit with the run's exit code."""
     try:
         job = jobs.follow(job_id, lambda text: click.echo(text, nl=False))
     except KeyboardInterrupt:
         click.echo(
-            f"\njob {job_id} goes on: defuse jobs logs|stop {job_id} --address {jobs.address}", err=True
+            f"\njob {job_id} continues: defuse jobs logs|stop {job_id} --address {jobs.address}", err=True
         )
         sys.exit(130)
     if job.exit_code is None or job.status != "SUCCEEDED":

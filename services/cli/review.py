@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from services.cli.options import checked_name, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery
     from defuse_core.runs import Run
-
-store_option = click.option(
-    "--store", default="runs", show_default=True, help="Folder, or s3://bucket/prefix, that the runs lie in."
-)
 
 
 @click.group()
@@ -209,7 +206,6 @@ def simulate(name: str, store: str) -> None:
 
 def _begin_traffic_review(name: str, store: str) -> str:
     from defuse_core.runs import Run
-    from services.cli.run import checked_name
     from services.labeling.traffic import open_traffic_review
     from services.storage import open_store
 
@@ -221,7 +217,6 @@ def _begin_traffic_review(name: str, store: str) -> str:
 
 def _checked(name: str) -> str:
     """Return the name of a run, or of a review of its traffic: mnist/traffic-1. Raises InputError."""
-    from services.cli.run import checked_name
 
     run, slash, review = name.partition("/")
     return checked_name(run) + slash + (checked_name(review) if slash else "")

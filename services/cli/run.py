@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.config import STEPS
-from defuse_core.errors import InputError
+from services.cli.options import (
+    address_option,
+    checked_name,
+    name_option,
+    run_name,
+    set_option,
+    store_option,
+    until_option,
+)
 from services.settings import read_settings
 
 if TYPE_CHECKING:
-    from defuse_core.pipeline import Annotators, Compute
+    from defuse_core.protocols import Annotators, Compute
     from defuse_core.runs import Run
     from services.console import ProgressDisplay
-
-store_option = click.option(
-    "--store", default="runs", show_default=True, help="Folder, or s3://bucket/prefix, that the runs lie in."
-)
 
 
 @click.command()
 @click.argument("runfile", type=click.Path(path_type=Path))
-@click.option("--name", help="Name of the run. [default: the run file's name]")
+@name_option
 @store_option
 @click.option(
     "--on",
@@ -36,15 +38,13 @@ store_option = click.option(
     show_default=True,
     help="Where to compute: on a Ray cluster, or in this process.",
 )
+@address_option
+@set_option
+@until_option
 @click.option(
-    "--address", help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]"
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set identify.draws=20"
-)
-@click.option("--until", type=click.Choice(STEPS), default=STEPS[-1], help="Stop after this step.")
-@click.option(
-    "--wait", is_flag=True, help="Wait for people's answers, asking now and then, in place of exit code 3."
+    "--wait",
+    is_flag=True,
+    help="Wait for people's answers and check for them every so often, in place of exit code 3.",
 )
 def run(
     runfile: Path,
@@ -56,7 +56,7 @@ def run(
     until: str,
     wait: bool,
 ) -> None:
-    """Debug the classifier that RUNFILE describes. The same command again goes on where the last one stopped.
+    """Debug the classifier that RUNFILE describes. The same command again continues where the last one stopped.
 
     \b
     Exit codes: 0 done, 1 a check failed, 2 bad input, 3 waiting for people, 4 the machinery failed.
@@ -72,14 +72,14 @@ def run(
     from services.tables import print_report
 
     spec = load_run_file(runfile, overrides)
-    opened, name = open_store(store), checked_name(name or runfile.stem)
+    opened, name = open_store(store), run_name(name, runfile)
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)
         try:
             with _compute(where, address, started, display) as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
         except ReachedStep:
-            click.echo(f"{name}: done until {until}; run again without --until to go on")
+            click.echo(f"{name}: done until {until}; run again without --until to continue")
             return
     print_report(found)
     click.echo(f"\nreport: {started.store.address}/report.html")
@@ -116,19 +116,6 @@ def report(name: str, store: str) -> None:
     click.echo(f"\nreport: {opened.store.address}/report.html")
 
 
-def checked_name(name: str) -> str:
-    """Return `name` if it can name a folder everywhere. Raises InputError."""
-    if name in {"registry", "traffic"}:
-        raise InputError(
-            f"run name {name}: the store keeps its versions and traffic under that name; take another"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(
-            f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100"
-        )
-    return name
-
-
 def _compute(
     where: str, address: str | None, run: Run, display: ProgressDisplay
 ) -> AbstractContextManager[Compute]:
@@ -138,7 +125,8 @@ def _compute(
         return contextlib.nullcontext(LocalCompute(display))
     from cluster.compute import RayCompute
 
-    return RayCompute(address or read_settings().ray_address, run.spec, display)
+    found = address or read_settings().ray_address
+    return RayCompute(found, run.spec, display, require_lock=run.store.require_lock)
 
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.run import checked_name, store_option
+from services.cli.options import checked_name, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from services.labeling.tasks import Samples, Suggestion
 from services.settings import Settings
 
 if TYPE_CHECKING:
-    from defuse_core.pipeline import Compute
+    from defuse_core.protocols import Compute
 
 log = logging.getLogger("defuse")
 

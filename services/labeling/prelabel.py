@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
-from defuse_core.pipeline import Compute
+from defuse_core.protocols import Compute
 from defuse_core.reference_models import ask_models
 from defuse_core.runs import Run
 from services.labeling.tasks import Suggestion

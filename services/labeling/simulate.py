@@ -17,7 +17,7 @@ import numpy as np
 
 from defuse_core.artifacts import Gallery
 from defuse_core.errors import InputError, ServiceError
-from defuse_core.pipeline import Compute
+from defuse_core.protocols import Compute
 from defuse_core.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import hush

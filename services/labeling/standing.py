@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from defuse_core.artifacts import I64, Bool, Verdicts, Votes
-from defuse_core.judge import judge, tally
+from defuse_core.judge import false_discovery_rate, judge, tally
 from services.labeling.answers import Pulled, Refusal
 from services.labeling.early import is_decided
 from services.labeling.record import Record
@@ -66,7 +66,9 @@ class Standing:
 
     def verdicts(self) -> Verdicts:
         """Return the verdicts that the votes so far amount to."""
-        return judge(self.samples.gallery, self.votes, self.samples.review.rho)
+        review = self.samples.review
+        rate = false_discovery_rate(review)
+        return judge(self.samples.gallery, self.votes, review.rho, max_false=rate)
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered."""
@@ -108,7 +110,7 @@ def stand(samples: Samples, pulled: Pulled, names: Mapping[int, str], overridden
     missing = np.maximum(samples.review.answers_per_task - given, 0)
     above = np.isin(np.arange(len(samples.gallery)), list(overridden))
     settled: Bool = np.zeros(len(samples.gallery), bool)
-    if samples.review.stop_early:
+    if samples.review.stop_early and samples.review.accept == "share":
         counts = tally(votes, (shape[0], shape[1]), len(samples.gallery.classes))
         cases = zip(counts, missing, samples.gallery.predicted, strict=True)
         settled = np.array([is_decided(*case, samples.review.rho) for case in cases], bool)

@@ -38,12 +38,12 @@ def ray_for(address: str | None, cpus: int) -> Iterator[None]:
     """Hold a connection to the cluster at `address`, or an embedded Ray that has `cpus` CPUs at least."""
     import ray
 
-    from cluster.session import connect, protect_embedded
+    from cluster.connection import connect, protect_embedded_ray
 
     if address:
         connect(address)
     else:
-        protect_embedded()
+        protect_embedded_ray()
         count = max(os.cpu_count() or 1, cpus)
         with _explained("Ray did not start on this machine"):
             ray.init(
@@ -130,7 +130,7 @@ def deploy(args: dict[str, Any]) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    from cluster.faults import one_line
+    from cluster.errors import one_line
     from services.serving.app import ServeArgs, build
 
     with _explained("the application did not start"):

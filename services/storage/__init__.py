@@ -1,4 +1,4 @@
-"""Where runs lie: a folder, or an S3 bucket."""
+"""Stores of runs: a folder, or an S3 bucket."""
 
 from __future__ import annotations
 

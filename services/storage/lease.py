@@ -1,7 +1,8 @@
-"""A lock in a place without locks: an object that says who holds it, kept fresh by a heartbeat.
+"""A lock in a store without locks: an object that names its holder, kept fresh by a heartbeat.
 
-Nobody's clock is trusted. A holder that has died is told from a living one by watching: a living one rewrites
-its lease every BEAT_S. Whoever sees no change for LEASE_S may take it over, if it is then still the same.
+No clock is trusted. Others tell a living holder from a dead one by watching: a living one rewrites its lease every
+BEAT_S. Whoever sees no change for LEASE_S may take the lease over, if it has still not changed by then. Each taking has
+a token of its own: a write for the holder of another token is refused (a fence), whatever that holder believes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from defuse_core.errors import RunBusyError, StoreError
@@ -23,130 +25,163 @@ log = logging.getLogger("defuse")
 BEAT_S = 5.0
 LEASE_S = 30.0
 SETTLE_S = 1.0
+WRITE_ATTEMPTS = 3
 KEY = ".lease.json"
 
 
-class Slot(Protocol):
-    """The one object that the lease is, with writes on condition."""
+@dataclass(frozen=True)
+class LeaseState:
+    """The content of the lease object."""
+
+    holder: str  # for people
+    token: str = ""  # of one taking of the lease; empty in a lease of an older Defuse
+    generation: int = 0  # grows with every taking, so that the order is known
+    beats: int = 0
+    released: bool = False  # its holder ended; the object stays, so that generations go on
+
+    @classmethod
+    def parse(cls, content: bytes) -> LeaseState:
+        """Return the state in `content`; one that nobody holds where it cannot be read."""
+        try:
+            return cls(**json.loads(content))
+        except (ValueError, TypeError):
+            return cls("another driver")
+
+    def dump(self) -> bytes:
+        """Return the content of the object."""
+        return json.dumps(asdict(self)).encode()
+
+
+class LeaseObject(Protocol):
+    """The one object that the lease is, with conditional writes."""
 
     @property
     def address(self) -> str: ...
 
-    def look(self) -> tuple[str, bytes] | None:
+    def read(self) -> tuple[str, bytes] | None:
         """Return version and content, or None where there is no lease."""
 
-    def put(self, data: bytes, version: str | None) -> str | None:
-        """Write if the version is `version` (None: absent). Return the new one, or None if it is not."""
+    def write_if(self, data: bytes, version: str | None) -> str | None:
+        """Write if the version is `version` (None: absent). Return the new version, or None if it is not."""
 
     def is_conditional(self, data: bytes) -> bool:
-        """Whether the server heeds the condition of a write. `data` is what the lease holds now."""
-
-    def clear(self) -> None:
-        """Remove it."""
+        """Whether the server honours the condition of a write. `data` is what the lease holds now."""
 
 
 class Lease:
     """A lease that this process holds."""
 
-    def __init__(self, slot: Slot, holder: str) -> None:
-        self.slot, self.holder = slot, holder
+    def __init__(self, found: LeaseObject, holder: str) -> None:
+        self.object = found
+        self.state = LeaseState(holder, secrets.token_hex(8))
         self.version: str | None = None
         self.lost = False
-        self.beats, self.kept = 0, time.time()
         self.beating = threading.Lock()
         self.ended = threading.Event()
 
-    def check(self) -> None:
-        """Raise RunBusyError if another driver has taken the run over."""
-        if time.time() - self.kept > LEASE_S / 2:  # this process was paused
-            self.beat()
+    @property
+    def token(self) -> str:
+        return self.state.token
+
+    def require(self) -> None:
+        """Raise RunBusyError once a heartbeat has found that another driver took the run over."""
         if self.lost:
             raise RunBusyError(
-                f"{self.slot.address}: this driver was silent for over {LEASE_S:.0f} s and another one took "
+                f"{self.object.address}: this driver was silent for over {LEASE_S:.0f} s and another one took "
                 "the run over; see `defuse status`, and run again when it has ended"
             )
 
     def take(self) -> None:
         """Write the lease. Raises RunBusyError if a living driver holds it."""
-        self.version = self._put(self._content(0), None)
+        self.version = self._write(None)
         if self.version is None:
-            self.version = self._put(self._content(0), self._wait_for_the_dead())
-        if self.version is not None and not self.slot.is_conditional(self._content(0)):
+            self._take_over()
+        if self.version is not None and not self.object.is_conditional(self.state.dump()):
             self._settle()
         if self.version is None:
-            raise RunBusyError(f"{self.slot.address}: another driver has just begun to write this run")
+            raise RunBusyError(f"{self.object.address}: another driver has just begun to write this run")
 
     def keep(self) -> None:
         """Rewrite the lease until it ends or is lost. A store that fails for a while is tried again."""
         while not self.lost and not self.ended.wait(BEAT_S):
-            self.beat()
+            with contextlib.suppress(StoreError):
+                self.beat()
 
     def beat(self) -> None:
-        """Rewrite the lease once, and find out whether it is still this driver's."""
-        with self.beating, contextlib.suppress(StoreError):
-            self.beats += 1
-            version = None if self.lost else self._put(self._content(self.beats), self.version)
+        """Rewrite the lease once, and find out whether this driver still holds it."""
+        with self.beating:
+            self.state = replace(self.state, beats=self.state.beats + 1)
+            version = None if self.lost else self._write(self.version)
             self.lost = version is None
-            self.version, self.kept = version or self.version, time.time()
+            self.version = version or self.version
 
     def release(self) -> None:
-        """Remove the lease, if it is still this driver's."""
-        with contextlib.suppress(StoreError, FileNotFoundError):
-            seen = self.slot.look()
-            if seen is not None and seen[0] == self.version:
-                self.slot.clear()
+        """Mark the lease as released, if this driver still holds it."""
+        with contextlib.suppress(StoreError):
+            self.state = replace(self.state, released=True)
+            self._write(self.version)
 
-    def _put(self, content: bytes, version: str | None) -> str | None:
-        """Write on condition. A refusal may be the echo of a write that went through and was sent twice."""
-        written = self.slot.put(content, version)
-        if written is None and (seen := self.slot.look()) is not None and seen[1] == content:
-            return seen[0]
-        return written
+    def _write(self, version: str | None) -> str | None:
+        """Write on condition; None where another driver's lease is in place.
+
+        A refusal may follow a write of this driver that took effect although its answer was lost: the token shows it.
+        """
+        for _ in range(WRITE_ATTEMPTS):
+            written = self.object.write_if(self.state.dump(), version)
+            if written is not None:
+                return written
+            seen = self.object.read()
+            if seen is None or LeaseState.parse(seen[1]).token != self.token:
+                return None
+            version = seen[0]
+            if seen[1] == self.state.dump():
+                return version
+        return None
+
+    def _take_over(self) -> None:
+        """Take a lease that was released, or whose holder is dead. Raises RunBusyError if its holder lives."""
+        seen = self.object.read()
+        if seen is not None and not LeaseState.parse(seen[1]).released:
+            seen = self._watch(*seen)
+        if seen is not None:
+            self.state = replace(self.state, generation=LeaseState.parse(seen[1]).generation + 1)
+        self.version = self._write(seen and seen[0])
+
+    def _watch(self, version: str, content: bytes) -> tuple[str, bytes] | None:
+        """Return the lease once it is free: unchanged for LEASE_S, released, or None where it was removed.
+
+        Raises RunBusyError if its holder lives.
+        """
+        begun, holder = time.monotonic(), LeaseState.parse(content).holder
+        log.info("%s: held by %s; waiting %.0f s for its heartbeat", self.object.address, holder, LEASE_S)
+        while time.monotonic() - begun < LEASE_S:
+            time.sleep(min(1.0, BEAT_S / 2))
+            seen = self.object.read()
+            if seen is None or LeaseState.parse(seen[1]).released:
+                return seen
+            if seen[0] != version:
+                holder = LeaseState.parse(seen[1]).holder
+                raise RunBusyError(
+                    f"{self.object.address}: {holder} writes this run; stop it, or wait for its end"
+                )
+        return version, content
 
     def _settle(self) -> None:
-        """Without conditional writes two drivers may both have written: the last one has it."""
+        """Without conditional writes two drivers may both have written: the last one has the lease."""
         log.warning(
             "%s: this server ignores conditions on writes; waiting %.0f s in case another driver began too",
-            self.slot.address,
+            self.object.address,
             SETTLE_S,
         )
         time.sleep(SETTLE_S)
-        seen = self.slot.look()
-        self.version = seen[0] if seen is not None and seen[1] == self._content(0) else None
-
-    def _content(self, beats: int) -> bytes:
-        return json.dumps({"holder": self.holder, "beats": beats}).encode()
-
-    def _wait_for_the_dead(self) -> str | None:
-        """Return the version of a lease whose holder is dead, None if it was removed. Raises RunBusyError."""
-        first, begun = self.slot.look(), time.monotonic()
-        if first is None:
-            return None
-        holder = _holder(first[1])
-        log.info("%s: held by %s; waiting %.0f s to see whether it lives", self.slot.address, holder, LEASE_S)
-        while time.monotonic() - begun < LEASE_S:
-            time.sleep(min(1.0, BEAT_S / 2))
-            seen = self.slot.look()
-            if seen is None:
-                return None
-            if seen[0] != first[0]:
-                raise RunBusyError(
-                    f"{self.slot.address}: {_holder(seen[1])} writes this run; stop it, or wait for its end"
-                )
-        return first[0]
-
-
-def _holder(content: bytes) -> str:
-    try:
-        return str(json.loads(content)["holder"])
-    except (ValueError, KeyError, TypeError):
-        return "another driver"
+        seen = self.object.read()
+        self.version = seen[0] if seen is not None and LeaseState.parse(seen[1]).token == self.token else None
 
 
 @contextlib.contextmanager
-def hold(slot: Slot) -> Iterator[Lease]:
+def hold(found: LeaseObject) -> Iterator[Lease]:
     """Hold the lease inside the block. Raises RunBusyError, naming the holder, if another driver has it."""
-    lease = Lease(slot, f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(3)})")
+    lease = Lease(found, f"process {os.getpid()} on {platform.node()}")
     lease.take()
     keeper = threading.Thread(target=lease.keep, name="defuse-lease", daemon=True)
     keeper.start()

@@ -4,38 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import io
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import boto3
-from boto3.s3.transfer import TransferConfig
+from botocore import exceptions as aws
 from botocore.config import Config
-from botocore.exceptions import (
-    ClientError,
-    FlexibleChecksumError,
-    IncompleteReadError,
-    ResponseStreamingError,
+from tenacity import (
+    RetryError,
+    Retrying,
+    retry_if_exception_type,
+    retry_if_result,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
 )
 
-from defuse_core.errors import InputError, StoreError
-from services.storage.explain import code_of, explained, status_of
-from services.storage.lease import KEY, Lease, hold
+from defuse_core.errors import InputError, RunBusyError, StoreError
+from services.storage.lease import KEY, Lease, LeaseState, hold
 
 log = logging.getLogger("defuse")
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
 PART_BYTES = 16 * 2**20
 LIST_PAGE = 1000
-LOOK_AGAIN_S = 0.1
+PARTS_AT_ONCE = 4
+READ_AGAIN_S = 0.1
+READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off or arrived altered
+WRITE_PAUSE_S, WRITE_ATTEMPTS = 0.5, 8  # of an object that others write at the same time
 PATIENCE = 10  # attempts with exponential back-off: about a minute without an answer
-READ_PAUSES_S = (0.2, 0.5, 1.0)  # before a body that broke off or arrived altered is fetched again
 ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(.*))?")
-BROKEN = (ResponseStreamingError, IncompleteReadError, FlexibleChecksumError)
+BROKEN = (aws.ResponseStreamingError, aws.IncompleteReadError, aws.FlexibleChecksumError)
+CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+DENIED = {
+    "403",
+    "AccessDenied",
+    "ExpiredToken",
+    "Forbidden",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "Unauthorized",
+}
+NO_ANSWER = (
+    aws.HTTPClientError,
+    aws.EndpointConnectionError,
+    aws.ConnectionError,
+    aws.ResponseStreamingError,
+)
 
 
 def open_s3(address: str) -> S3Store:
@@ -47,8 +68,10 @@ def open_s3(address: str) -> S3Store:
     if match is None:
         raise InputError(f"--store {address}: expected s3://bucket/prefix")
     prefix = (match[2] or "").strip("/")
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells of credentials at every turn
-    with explained(address, None):
+    logging.getLogger("botocore").setLevel(
+        logging.WARNING
+    )  # at INFO it logs its credentials' origin each time
+    with translated_errors(address, None):
         session = boto3.Session()
         try:
             endpoint = session.client("s3").meta.endpoint_url
@@ -65,72 +88,92 @@ def open_s3(address: str) -> S3Store:
 class S3Store:
     """A Store below s3://bucket/prefix. Holds no secret and no connection, so that it may travel to workers.
 
-    Every object carries the SHA-256 of its bytes, which is checked on every read.
+    A lock is fenced: inside it every write reads the object's version, makes sure that the lease's token is still this
+    driver's, and puts on condition that the version is the same. So a driver or worker that lost the run replaces
+    nothing that the next driver wrote.
     """
 
     def __init__(
-        self, bucket: str, prefix: str, endpoint: str | None = None, region: str | None = None
+        self,
+        bucket: str,
+        prefix: str,
+        endpoint: str | None = None,
+        region: str | None = None,
+        fences: dict[str, Fence] | None = None,
     ) -> None:
         """`prefix` is empty or ends with /; `endpoint` None is AWS."""
         self.bucket, self.prefix, self.endpoint, self.region = bucket, prefix, endpoint, region
-        self.leases: dict[
-            str, Lease
-        ] = {}  # prefix -> what this process holds there; shared with stores below
+        self.fences = (
+            {} if fences is None else fences
+        )  # locked prefix -> its driver; shared with the stores below
+        self.leases: dict[str, Lease] = {}  # likewise, in the driver's process only
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return S3Store, (self.bucket, self.prefix, self.endpoint, self.region)
+        return S3Store, (self.bucket, self.prefix, self.endpoint, self.region, dict(self.fences))
 
     @property
     def address(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def within(self, prefix: str) -> S3Store:
-        below = S3Store(self.bucket, f"{self.prefix}{prefix.strip('/')}/", self.endpoint, self.region)
-        below.leases = self.leases
-        return below
+        below = f"{self.prefix}{prefix.strip('/')}/"
+        store = S3Store(self.bucket, below, self.endpoint, self.region, self.fences)
+        store.leases = self.leases
+        return store
 
     def check(self) -> None:
         """Raise StoreError if the bucket cannot be listed; does not wait long for an answer."""
-        with self._explained():
+        with self._errors():
             _client(self.endpoint, self.region, 2).list_objects_v2(
                 Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1
             )
 
     def exists(self, key: str) -> bool:
-        with contextlib.suppress(FileNotFoundError), self._explained(key):
+        with contextlib.suppress(FileNotFoundError), self._errors(key):
             self._client.head_object(**self._at(key))
             return True
         return False
 
     def read(self, key: str) -> bytes:
-        with self._explained(key):
-            for pause in READ_PAUSES_S:
-                with contextlib.suppress(_AlteredError, *BROKEN):
-                    return self._fetch(key)
-                time.sleep(pause)
-            return self._fetch(key)
+        retry = Retrying(
+            retry=retry_if_exception_type(BROKEN),
+            wait=wait_exponential(multiplier=READ_PAUSE_S),
+            stop=stop_after_attempt(READ_ATTEMPTS),
+            reraise=True,
+        )
 
-    def write(self, key: str, data: bytes) -> None:
-        self._check_lease()
-        with self._explained(key):
-            if len(data) >= LARGE_BYTES:
-                self._write_in_parts(key, data)
-            else:
-                self._client.put_object(**self._at(key), Body=data, Metadata=_digest(data))
+        def fetch() -> bytes:
+            data: bytes = self._client.get_object(**self._at(key))["Body"].read()
+            return data
+
+        with self._errors(key):
+            return retry(fetch)
+
+    def write(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None = None) -> None:
+        if unless is None and self._fence() is None:
+            with self._errors(key):
+                self._put(key, data)
+            return
+        retry = Retrying(
+            retry=retry_if_result(lambda written: not written),
+            wait=wait_random(0, WRITE_PAUSE_S),
+            stop=stop_after_attempt(WRITE_ATTEMPTS),
+        )
+        try:
+            retry(self._replace, key, data, unless)
+        except RetryError as error:
+            raise StoreError(
+                f"{self.address}/{key}: other writers replace it all the time; end them, then run again to continue"
+            ) from error
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put `data` only if nothing is there. Two of these may race where a server ignores conditions.
-
-        A refusal may be the echo of a write that went through, whose answer was lost and that was sent twice.
-        """
-        self._check_lease()
+        """Put `data` only if `key` is absent. Two of these may race where a server ignores conditions."""
         if self.exists(key):
             return False
+        self._require_fence()
         if self._put_if(key, data, IfNoneMatch="*") is not None:
             return True
-        with contextlib.suppress(FileNotFoundError):  # another write was under way, and nothing is there yet
-            return self.read(key) == data
-        return False
+        return self._holds(key, data)
 
     def list(self, prefix: str = "") -> list[str]:
         asked = {
@@ -138,7 +181,7 @@ class S3Store:
             "Prefix": self.prefix + prefix,
             "PaginationConfig": {"PageSize": LIST_PAGE},
         }
-        with self._explained():
+        with self._errors():
             pages = self._client.get_paginator("list_objects_v2").paginate(**asked)
             keys = [
                 found["Key"].removeprefix(self.prefix) for page in pages for found in page.get("Contents", [])
@@ -146,8 +189,8 @@ class S3Store:
         return sorted(key for key in keys if not key.rpartition("/")[2].startswith("."))
 
     def delete(self, key: str) -> None:
-        self._check_lease()
-        with contextlib.suppress(FileNotFoundError), self._explained(key):
+        self._require_fence()
+        with contextlib.suppress(FileNotFoundError), self._errors(key):
             self._client.delete_object(**self._at(key))
 
     @contextlib.contextmanager
@@ -156,12 +199,18 @@ class S3Store:
 
         Raises RunBusyError if another driver holds it; takes LEASE_S to find out that a holder is dead.
         """
-        with hold(_Slot(self)) as lease:
+        with hold(_LeaseInBucket(self)) as lease:
             self.leases[self.prefix] = lease
+            self.fences[self.prefix] = Fence(self.prefix, lease.token, lease.state.holder)
             try:
                 yield
             finally:
-                del self.leases[self.prefix]
+                del self.leases[self.prefix], self.fences[self.prefix]
+
+    def require_lock(self) -> None:
+        for prefix, lease in self.leases.items():
+            if self.prefix.startswith(prefix):
+                lease.require()
 
     @property
     def _client(self) -> Any:
@@ -170,80 +219,128 @@ class S3Store:
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
-    def _explained(self, key: str = "") -> AbstractContextManager[None]:
-        return explained(f"{self.address}/{key}".rstrip("/"), self.endpoint)
+    def _errors(self, key: str = "") -> AbstractContextManager[None]:
+        return translated_errors(f"{self.address}/{key}".rstrip("/"), self.endpoint)
 
-    def _check_lease(self) -> None:
-        for prefix, lease in self.leases.items():
-            if self.prefix.startswith(prefix):
-                lease.check()
+    def _fence(self) -> Fence | None:
+        return next((fence for prefix, fence in self.fences.items() if self.prefix.startswith(prefix)), None)
 
-    def _fetch(self, key: str) -> bytes:
-        answer = self._client.get_object(**self._at(key))
-        data: bytes = answer["Body"].read()
-        expected = answer["Metadata"].get("sha256")
-        if expected not in {None, _digest(data)["sha256"]}:
-            found = f"{self.address}/{key}: its bytes changed since they were written"
-            raise _AlteredError(f"{found}; delete it and run again to remake it")
-        return data
+    def _require_fence(self) -> None:
+        """Raise RunBusyError where another driver than the one for whom this store writes holds the run."""
+        fence = self._fence()
+        if fence is None:
+            return
+        locked = S3Store(self.bucket, fence.prefix, self.endpoint, self.region)
+        seen = _LeaseInBucket(locked).read()
+        state = LeaseState("nobody", released=True) if seen is None else LeaseState.parse(seen[1])
+        if state.token != fence.token or state.released:
+            holder = "nobody" if state.released else state.holder
+            raise RunBusyError(
+                f"{locked.address}: another one took the run over: {fence.holder} held it, {holder} does now; "
+                "see `defuse status`"
+            )
 
-    def _write_in_parts(self, key: str, data: bytes) -> None:
-        parts = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
-        self._client.upload_fileobj(
-            io.BytesIO(data), **self._at(key), ExtraArgs={"Metadata": _digest(data)}, Config=parts
-        )
+    def _replace(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None) -> bool:
+        """Put `data` if nobody else writes `key` meanwhile; True if it is stored, or is not wanted."""
+        version = self._version(key)
+        if unless is not None and version is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if unless(self.read(key)):
+                    return True
+        self._require_fence()
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        return self._put_if(key, data, **condition) is not None or self._holds(key, data)
+
+    def _version(self, key: str) -> str | None:
+        with contextlib.suppress(FileNotFoundError), self._errors(key):
+            return str(self._client.head_object(**self._at(key))["ETag"])
+        return None
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        """Whether `key` holds `data`: a refusal may follow a write that took effect, whose answer was lost."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.read(key) == data
+        return False
 
     def _put_if(self, key: str, data: bytes, **condition: str) -> str | None:
-        """Return the new ETag, or None if the condition did not hold."""
-        asked = {**self._at(key), "Body": data, "Metadata": _digest(data)}
-        with self._explained(key):
+        """Return the new version, or None if the condition did not hold."""
+        with self._errors(key):
             try:
-                return str(self._client.put_object(**asked, **condition)["ETag"])
-            except ClientError as error:
-                if status_of(error) in {409, 412} or code_of(error) == "NoSuchKey":
+                return self._put(key, data, **condition)
+            except aws.ClientError as error:
+                if _status_of(error) in {409, 412} or _code_of(error) == "NoSuchKey":
                     return None
-                if status_of(error) != 501:
+                if _status_of(error) != 501:
                     raise
-            return str(self._client.put_object(**asked)["ETag"])
+            return self._put(key, data)
+
+    def _put(self, key: str, data: bytes, **condition: str) -> str:
+        if len(data) >= LARGE_BYTES:
+            return self._put_parts(key, data, condition)
+        return str(self._client.put_object(**self._at(key), Body=data, **condition)["ETag"])
+
+    def _put_parts(self, key: str, data: bytes, condition: dict[str, str]) -> str:
+        """Send a large object in parts. (boto3's own upload takes no condition.)"""
+        client, at = self._client, self._at(key)
+        at["UploadId"] = client.create_multipart_upload(**at)["UploadId"]
+
+        def send(number: int) -> dict[str, Any]:
+            body = data[(number - 1) * PART_BYTES : number * PART_BYTES]
+            sent = client.upload_part(**at, PartNumber=number, Body=body)
+            checksums = {name: value for name, value in sent.items() if name.startswith("Checksum")}
+            return {"PartNumber": number, "ETag": sent["ETag"]} | checksums
+
+        try:
+            with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+                parts = list(pool.map(send, range(1, -(-len(data) // PART_BYTES) + 1)))
+            done = client.complete_multipart_upload(**at, MultipartUpload={"Parts": parts}, **condition)
+        except BaseException:
+            with contextlib.suppress(aws.ClientError, aws.BotoCoreError):
+                client.abort_multipart_upload(**at)
+            raise
+        return str(done["ETag"])
 
 
-class _AlteredError(StoreError): ...
+@dataclass(frozen=True)
+class Fence:
+    """The driver that locked a prefix, as its workers know it."""
+
+    prefix: str
+    token: str
+    holder: str
 
 
-class _Slot:
+class _LeaseInBucket:
     """The lease of a store as an object."""
 
     def __init__(self, store: S3Store) -> None:
         self.store = store
         self.address = store.address
 
-    def look(self) -> tuple[str, bytes] | None:
-        """Look twice before saying that nothing is there: some servers replace an object in two steps."""
-        seen = self._look()
+    def read(self) -> tuple[str, bytes] | None:
+        """Read twice before returning None: some servers replace an object in two steps."""
+        seen = self._read()
         if seen is None:
-            time.sleep(LOOK_AGAIN_S)
-            seen = self._look()
+            time.sleep(READ_AGAIN_S)
+            seen = self._read()
         return seen
 
-    def _look(self) -> tuple[str, bytes] | None:
-        with contextlib.suppress(FileNotFoundError), self.store._explained(KEY):
+    def _read(self) -> tuple[str, bytes] | None:
+        with contextlib.suppress(FileNotFoundError), self.store._errors(KEY):
             answer = self.store._client.get_object(**self.store._at(KEY))
             return answer["ETag"], answer["Body"].read()
         return None
 
-    def put(self, data: bytes, version: str | None) -> str | None:
-        seen = self.look()
+    def write_if(self, data: bytes, version: str | None) -> str | None:
+        seen = self.read()
         if (seen and seen[0]) != version:  # all that a server without conditional writes can do
             return None
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
         return self.store._put_if(KEY, data, **condition)
 
     def is_conditional(self, data: bytes) -> bool:
-        return self.store._put_if(KEY, data, IfNoneMatch="*") is None
-
-    def clear(self) -> None:
-        with self.store._explained(KEY):
-            self.store._client.delete_object(**self.store._at(KEY))
+        conditions = ({"IfNoneMatch": "*"}, {"IfMatch": '"of no object"'})  # neither holds
+        return all(self.store._put_if(KEY, data, **condition) is None for condition in conditions)
 
 
 @functools.cache
@@ -258,5 +355,47 @@ def _client(endpoint: str | None, region: str | None, attempts: int) -> Any:
     return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
 
 
-def _digest(data: bytes) -> dict[str, str]:
-    return {"sha256": hashlib.sha256(data).hexdigest()}
+@contextlib.contextmanager
+def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
+    """Raise botocore's errors as FileNotFoundError for a missing key, as StoreError in one line for all else."""
+    try:
+        yield
+    except aws.ClientError as error:
+        raise _translated(error, where, endpoint) from error
+    except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
+        raise StoreError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
+    except aws.ProfileNotFound as error:
+        raise StoreError(f"{where}: {error}; check AWS_PROFILE") from error
+    except NO_ANSWER as error:
+        raise StoreError(
+            f"{where}: no answer from {endpoint or 'AWS'} ({type(error).__name__}); check AWS_ENDPOINT_URL "
+            "and the network, then run again to continue"
+        ) from error
+    except aws.BotoCoreError as error:
+        raise StoreError(f"{where}: {error}") from error
+
+
+def _code_of(error: aws.ClientError) -> str:
+    """Return the server's error code: a name such as NoSuchKey, or the HTTP status where it sent no body."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status_of(error: aws.ClientError) -> int:
+    """Return the HTTP status, 0 where unknown."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exception:
+    code, server = _code_of(error), endpoint or "AWS"
+    if code == "NoSuchBucket":
+        return StoreError(f"{where}: {server} has no such bucket; create it, or check --store")
+    if code in {"NoSuchKey", "404", "NotFound"}:
+        return FileNotFoundError(where)
+    if code in DENIED or _status_of(error) == 403:
+        return StoreError(
+            f"{where}: {server} refused the credentials ({code}); check {CREDENTIALS} and their rights"
+        )
+    if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
+        return StoreError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
+    message = error.response.get("Error", {}).get("Message", "")
+    return StoreError(f"{where}: {server} answered {code} {message}; run again to continue")

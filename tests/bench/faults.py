@@ -1,4 +1,4 @@
-"""The table of faults: what was killed, in which step, what was made again, and whether the report was equal.
+"""The table of faults: what was killed, stopped or damaged, what was made again, and whether the report was equal.
 
     python tests/bench/faults.py
 
@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from tests.s3_servers import free_port, rclone_server
 
 KEYS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_EC2_METADATA_DISABLED": "true"}
 OUTAGE_S = 15.0
-SHARD, TRIAL = "psi/000001.json", "trials/defuse/lam-1.0.safetensors"
+SHARD, TRIAL = "psi/000001.safetensors", "trials/defuse/lam-1.0.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,20 @@ FAULTS = (
     Fault("the raylet", "identify", SHARD, "raylet"),
     Fault("the driver", "identify", SHARD, "driver"),
     Fault("the driver", "correct", TRIAL, "driver"),
+)
+
+
+SWEPT = ("sweep.safetensors", "evaluation.safetensors", "report.json")
+DAMAGES: tuple[
+    tuple[str, str | None, tuple[str, ...]], ...
+] = (  # key, what is copied over it, what is made again
+    ("manifest.json", None, ("evaluation.safetensors",)),
+    ("models.safetensors", None, ()),
+    ("psi/000003.safetensors", None, ("psi.safetensors", "scenarios.safetensors")),
+    ("psi/000003.safetensors", "psi/000001.safetensors", ("psi.safetensors", "scenarios.safetensors")),
+    ("psi/000003.safetensors", "psi/000001.safetensors", ("scenarios.safetensors",)),
+    (TRIAL, None, SWEPT),
+    (TRIAL, "trials/defuse/lam-10.0.safetensors", SWEPT),
 )
 
 
@@ -86,7 +101,7 @@ class Scene:
     def report(self, name: str) -> dict[str, object]:
         """Return the report without what depends on the clock."""
         report: dict[str, object] = json.loads((self.folder / "runs" / name / "report.json").read_text())
-        report.pop("making")
+        report.pop("provenance")
         return report | {"run": report["run"] | {"name": ""}}  # type: ignore[operator]
 
 
@@ -167,6 +182,52 @@ def outage(folder: Path, whole: dict[str, object]) -> None:
         row("the driver, on S3", "identify", scene, "s3-driver", whole, scene.finish("s3-driver"))
 
 
+def split_brain(folder: Path, whole: dict[str, object]) -> None:
+    """A driver is stopped in the sweep, with its trials going on; another takes its lease over; then it continues."""
+    port = free_port()
+    scene = Scene(folder, "s3://runs", KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
+    run, name = folder / "runs" / "split", "split"
+    with bucket(folder, port):
+        stopped = scene.start(name)
+        while not (run / TRIAL).exists() and stopped.poll() is None:
+            time.sleep(0.01)
+        stopped.send_signal(signal.SIGSTOP)
+        again = scene.finish(name)
+        stopped.send_signal(signal.SIGCONT)
+        resumed = time.monotonic()
+        code, took = stopped.wait(300), time.monotonic() - resumed
+        said = scene.log(name).splitlines()[-1]
+        row(
+            f"the driver, stopped until another took over: exit {code} after {took:.0f} s",
+            "correct",
+            scene,
+            name,
+            whole,
+            again,
+        )
+        print(f"|   it says: {said} | | | | |", flush=True)
+
+
+def damage(folder: Path, scene: Scene, whole: dict[str, object]) -> None:
+    """A file of a finished run is truncated or copied over another one; the remedy that the error names is applied."""
+    for number, (key, source, forgotten) in enumerate(DAMAGES):
+        name = f"damage{number}"
+        run = folder / "runs" / name
+        shutil.copytree(folder / "runs" / "whole", run)
+        data = (run / (source or key)).read_bytes()
+        (run / key).write_bytes(data if source else data[:-20])
+        for other in forgotten:
+            (run / other).unlink()
+        code = scene.start(name).wait(300)
+        said = scene.log(name).splitlines()[-1]
+        if remedy := re.search(r"delete (\S+) and run again", said):
+            (run / key if remedy[1] == "it" else Path(remedy[1])).unlink()
+            code = scene.start(name).wait(300)
+        equal = "equal" if code == 0 and scene.report(name) == whole else "DIFFERENT"
+        how = f"{source} copied over it" if source else "truncated"
+        print(f"| {key}: {how} | | {said if remedy else 'made again by itself'} | | {equal} |", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as name:
@@ -186,6 +247,8 @@ def main() -> None:
             again = 0 if driver.wait(300) == 0 else scene.finish(f"fault{number}")
             row(fault.killed, fault.step, scene, f"fault{number}", whole, again)
         outage(folder, whole)
+        split_brain(folder, whole)
+        damage(folder, scene, whole)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from defuse_core.artifacts import Shard
+from defuse_core.artifacts import Psi, Shard, Sweep
 from defuse_core.codec import decode
 from defuse_core.identify import shard_key
 from defuse_core.store import Store
@@ -35,3 +42,48 @@ def assert_same_psi(count: int, one: Store, other: Store) -> None:
         a, b = (decode(Shard, store.read(shard_key(index)), "").failures for store in (one, other))
         for field in ("codes", "source", "truth", "predicted"):
             assert np.array_equal(getattr(a, field), getattr(b, field)), (index, field)
+
+
+def assert_equal_psi(psi: Psi, other: Psi) -> None:
+    assert np.array_equal(psi.codes, other.codes)
+    untimed, other_untimed = (vars(replace(p, worker_seconds=0.0)) | {"codes": 0} for p in (psi, other))
+    assert untimed == other_untimed
+
+
+def assert_equal_sweeps(sweep: Sweep, other: Sweep) -> None:
+    assert (sweep.rows, sweep.chosen, sweep.failed) == (other.rows, other.chosen, other.failed)
+    assert all(np.array_equal(sweep.weights[key], other.weights[key]) for key in other.weights)
+
+
+def all_end(processes: set[int], within_s: float) -> bool:
+    """Whether the processes of workers end within so many seconds. Ray gives an idle one back to its pool."""
+    deadline = time.monotonic() + within_s
+    while any(b"ray::IDLE" not in _title(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _title(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes() or b"ray::IDLE"
+    except OSError:
+        return b"ray::IDLE"  # it is gone
+
+
+def kill_soon(lines: Lines, beginning: str, when: Callable[[], bool]) -> threading.Thread:
+    """Kill the newest process told of in lines that begin so, once `when`."""
+
+    def wait_and_kill() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            processes = lines.processes(beginning)
+            if processes and when():
+                os.kill(processes[-1], signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=wait_and_kill)
+    thread.start()
+    return thread

@@ -7,11 +7,14 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from defuse_core.errors import StoreError
+from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.progress import Progress
 from defuse_core.store import FolderStore
+
+Unless = Callable[[bytes], bool] | None
 
 
 class Tally:
@@ -40,10 +43,10 @@ class StumblingStore(FolderStore):
         self.every = every
         self.tally = Tally(folder.with_name(folder.name + "-writes"))
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
         if self.tally.add() % self.every == 0:
             raise StoreError(f"{key}: the bucket is having a bad day")
-        super().write(key, data)
+        super().write(key, data, unless)
 
 
 class OwnDiskStore(FolderStore):
@@ -53,9 +56,9 @@ class OwnDiskStore(FolderStore):
         super().__init__(folder)
         self.driver = os.getpid()
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
         there = self.folder if os.getpid() == self.driver else self.folder.with_name("another-disk")
-        FolderStore(there).write(key, data)
+        FolderStore(there).write(key, data, unless)
 
 
 class GatedStore(FolderStore):
@@ -65,8 +68,8 @@ class GatedStore(FolderStore):
         super().__init__(folder)
         self.gate = folder.with_name(folder.name + "-gate")
 
-    def write(self, key: str, data: bytes) -> None:
-        super().write(key, data)
+    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
+        super().write(key, data, unless)
         deadline = time.monotonic() + 120
         while not self.gate.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -82,10 +85,10 @@ class RefusingStore(FolderStore):
         super().__init__(folder)
         self.part, self.with_bug = part, with_bug
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
         if self.part in key:
             raise ZeroDivisionError("of a pixel\nby nothing") if self.with_bug else StoreError(f"{key}: no")
-        super().write(key, data)
+        super().write(key, data, unless)
 
 
 class HiccupStore(FolderStore):
@@ -96,10 +99,10 @@ class HiccupStore(FolderStore):
         self.part = part
         self.tally = Tally(folder.with_name(folder.name + "-hiccups"))
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
         if self.part in key and self.tally.add() == 1:
             raise RuntimeError("CUDA out of memory")
-        super().write(key, data)
+        super().write(key, data, unless)
 
 
 class DeadlyStore(FolderStore):
@@ -109,10 +112,10 @@ class DeadlyStore(FolderStore):
         super().__init__(folder)
         self.part = part
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
         if self.part in key:
             os.kill(os.getpid(), signal.SIGKILL)
-        super().write(key, data)
+        super().write(key, data, unless)
 
 
 class CountingStore(FolderStore):
@@ -122,8 +125,8 @@ class CountingStore(FolderStore):
         super().__init__(folder)
         self.pause_s = pause_s
 
-    def write(self, key: str, data: bytes) -> None:
-        super().write(key, data)
+    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
+        super().write(key, data, unless)
         self.writes(key).add()
         time.sleep(self.pause_s)
 
@@ -132,6 +135,20 @@ class CountingStore(FolderStore):
         folder = self.folder.with_name(self.folder.name + "-counts")
         folder.mkdir(exist_ok=True)
         return Tally(folder / key.replace("/", "-"))
+
+
+class TakenOverStore(CountingStore):
+    """Another driver takes the run over as soon as a key is written."""
+
+    def require_lock(self) -> None:
+        if self.list():
+            raise RunBusyError("another driver took the run over")
+
+
+def sleeping(pid: Path, *, progress: Progress) -> None:
+    """Write down which process this is, and do nothing for a long time."""
+    pid.write_text(str(os.getpid()))
+    time.sleep(300)
 
 
 def shouting(word: str, *, progress: Progress) -> str:

@@ -40,11 +40,16 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def head(short_folder: Path) -> Iterator[str]:
+def gcs_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def head(short_folder: Path, gcs_port: int) -> Iterator[str]:
     """A head of two CPUs, told nothing of Defuse; yields the address of its dashboard."""
     folder, port = short_folder, free_port()
     ports = [
-        f"--port={free_port()}",
+        f"--port={gcs_port}",
         f"--dashboard-port={port}",
         "--min-worker-port=0",
         "--max-worker-port=0",
@@ -229,6 +234,21 @@ def test_without_the_right_token_one_line_says_what_to_set(head: str, changes: d
     assert refused.stderr.count("\n") == 1
     assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in refused.stderr
     assert "wrong" * 8 not in refused.stderr
+
+
+@pytest.mark.usefixtures("head")
+@pytest.mark.parametrize(
+    "changes", [{"RAY_AUTH_TOKEN": "wrong" * 8}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}]
+)
+def test_joining_without_the_right_token_says_so_soon(
+    gcs_port: int, place: Path, changes: dict[str, str]
+) -> None:
+    begun = time.monotonic()
+    refused = defuse("run", "own.yaml", "--address", f"127.0.0.1:{gcs_port}", cwd=place, **changes)
+    assert refused.returncode == 4, refused.stderr
+    assert "requires another token than this process has: set RAY_AUTH_MODE=token and" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.parametrize(

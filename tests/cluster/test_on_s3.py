@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,14 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 
+from defuse_core.artifacts import Models
+from defuse_core.config import load_run_file
+from defuse_core.local import LocalCompute
+from defuse_core.pipeline import run_defuse
+from defuse_core.reference_models import ReferenceAnnotators
+from defuse_core.runs import ReachedStep, Run
+from defuse_core.store import FolderStore
+from services.storage import open_store
 from tests.conftest import ROOT, TINY
 from tests.s3_servers import moto_server
 
@@ -53,9 +62,13 @@ def runfile(tmp_path: Path) -> Path:
     return path
 
 
-def start(runfile: Path, where: str, store: str, server: str) -> subprocess.Popen[str]:
+PLAIN = "from services.cli import main; main()"
+HASTY = f"from services.storage import lease; lease.BEAT_S, lease.LEASE_S = 0.5, 3.0\n{PLAIN}"
+
+
+def start(runfile: Path, where: str, store: str, server: str, code: str = PLAIN) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "run", str(runfile), "--on", where, "--store", store],
+        [sys.executable, "-c", code, "run", str(runfile), "--on", where, "--store", store],
         cwd=ROOT,
         env=os.environ | KEYS | {"AWS_ENDPOINT_URL": server},
         stdout=subprocess.DEVNULL,
@@ -81,7 +94,7 @@ def wait_for(bucket: Any, key: str, driver: subprocess.Popen[str]) -> None:
 
 def without_clock(report: bytes) -> dict[str, object]:
     found: dict[str, object] = json.loads(report)
-    found.pop("making")
+    found.pop("provenance")
     return found
 
 
@@ -100,3 +113,50 @@ def test_a_run_on_ray_in_a_bucket_gives_the_local_report_and_keeps_a_second_driv
         assert whole.wait(120) == 0
     report = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
     assert without_clock(report) == without_clock((tmp_path / "runs" / "tiny" / "report.json").read_bytes())
+
+
+SWEEP = {**TINY["correct"], "epochs": 30}
+
+
+@pytest.fixture
+def until_the_sweep(
+    tmp_path: Path, bucket: Any, server: str, tiny_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A run in the bucket, and one in a folder, that have everything before the sweep; its run file."""
+    for name, value in (KEYS | {"AWS_ENDPOINT_URL": server}).items():
+        monkeypatch.setenv(name, value)
+    runfile = tmp_path / "tiny.yaml"
+    runfile.write_text(yaml.safe_dump(TINY | {"correct": SWEEP}))
+    run = Run.start(FolderStore(tmp_path / "runs"), "tiny", load_run_file(runfile), until="review")
+    run.once("train", Models, lambda: tiny_models)
+    compute = LocalCompute()
+    with pytest.raises(ReachedStep):
+        run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    target = open_store("s3://bucket/runs/tiny")
+    for key in run.store.list():
+        target.write(key, run.store.read(key))
+    return runfile
+
+
+def test_a_driver_that_is_paused_while_another_takes_over_changes_nothing_and_ends(
+    until_the_sweep: Path, bucket: Any, server: str, tmp_path: Path
+) -> None:
+    """The split brain: the paused driver's trials, in processes of their own, go on all the while."""
+    with start(until_the_sweep, "ray", "s3://bucket/runs", server, HASTY) as paused:
+        wait_for(bucket, "runs/tiny/trials/baseline/lam-0.001.safetensors", paused)
+        paused.send_signal(signal.SIGSTOP)
+        with start(until_the_sweep, "local", "s3://bucket/runs", server, HASTY) as second:
+            said = second.communicate(timeout=120)[1]
+        assert second.returncode == 0, said
+        report = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
+        paused.send_signal(signal.SIGCONT)
+        resumed = time.monotonic()
+        told = paused.communicate(timeout=60)[1]
+    assert paused.returncode == 4, told
+    assert "took the run over" in told.splitlines()[-1]
+    assert time.monotonic() - resumed < 20
+    with start(until_the_sweep, "local", str(tmp_path / "runs"), server) as whole:
+        assert whole.wait(120) == 0
+    assert without_clock(report) == without_clock((tmp_path / "runs" / "tiny" / "report.json").read_bytes())
+    again = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
+    assert again == report

@@ -13,6 +13,7 @@ from defuse_core.config import (
     parse_run_file,
 )
 from defuse_core.errors import RunFileError
+from defuse_core.reference_models import references_take_part
 from tests.conftest import ROOT, TINY, tiny
 
 SHIPPED = sorted((ROOT / "deploy" / "runs").glob("*.yaml"))
@@ -25,8 +26,9 @@ def test_every_shipped_run_file_parses_and_survives_being_written_out(path, tmp_
     assert load_run_file(tmp_path / "resolved.yaml") == spec
 
 
-def test_the_six_promised_run_files_are_shipped():
+def test_the_promised_run_files_are_shipped():
     assert {path.stem for path in SHIPPED} >= {
+        "demo",
         "digits",
         "mnist",
         "signs",
@@ -72,6 +74,34 @@ def test_the_papers_run_files_have_the_papers_numbers(name, expected):
     assert (spec.correct.tune_images, spec.correct.test_images, spec.review.images) == (256, 256, 10)
 
 
+@pytest.mark.parametrize("name", ["mnist", "signs", "svhn", "digits"])
+def test_the_papers_run_files_state_the_papers_method(name):
+    tree = yaml.safe_load((ROOT / "deploy" / "runs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    stated = (
+        tree["identify"]["noise"],
+        tree["identify"]["screen"],
+        tree["distill"]["by"],
+        tree["distill"]["min_support"],
+        tree["review"]["accept"],
+        tree["correct"]["filter"],
+    )
+    assert stated == ("beta", "none", "all", 1, "share", "none")
+    assert isinstance(tree["review"]["tau"], float)
+    assert not references_take_part(load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize("name", ["demo", "mnist-laptop", "signs-laptop"])
+def test_the_laptops_run_files_and_a_new_one_have_the_recommended_method(name):
+    new = parse_run_file({"data": {"name": "digits", "channels": 1}}, "new")
+    for spec in (load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml"), new):
+        assert (spec.identify.noise, spec.identify.screen) == ("posterior", "reference-models")
+        assert (spec.distill.by, spec.review.tau, spec.review.accept) == ("cell", "auto", "lower-bound")
+        assert spec.correct.filter == "reference-models"
+        assert spec.judges.count >= 3
+        assert spec.judges.share > 0
+        assert spec.judges.architecture != spec.review.reference.architecture
+
+
 def sections() -> list[type[Section]]:
     return [
         RunFile,
@@ -83,7 +113,7 @@ def sections() -> list[type[Section]]:
     ]
 
 
-def test_every_field_says_what_it_is():
+def test_every_field_has_a_description():
     undescribed = [
         f"{section.__name__}.{name}"
         for section in sections()
@@ -97,7 +127,7 @@ def test_every_field_says_what_it_is():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("identify.drawz=5", "identify.drawz: there is no such field"),
+        ("identify.drawz=5", "identify.drawz: unknown field"),
         ("identify.draws=many", "identify.draws: .*integer.*found 'many'"),
         ("identify.draws=0", "identify.draws: .*greater than or equal to 1, found 0"),
         ("identify.a=.nan", "identify.a: .*finite"),
@@ -109,7 +139,7 @@ def test_every_field_says_what_it_is():
         ("classifier.architecture=custom", "classifier.import_path goes with"),
         ("classifier.epochs=0", "classifier.weights must name its file"),
         ("vae.epochs=0", "vae.weights must name its file"),
-        ("data.name=mnist", "data.root must say where the mnist images lie"),
+        ("data.name=mnist", "data.root must be the path of the mnist images"),
         ("data=3", "data: .*found 3"),
         ("resources.workers=0", "resources.workers: .*greater than or equal to 1 or 'auto', found 0$"),
         (
@@ -125,10 +155,13 @@ def test_every_field_says_what_it_is():
         ("classifier.imagenet=true", "classifier.imagenet goes with classifier.architecture: resnet18"),
         ("correct.lambdas=[1, x]", "correct.lambdas.1: .*number.*found 'x'$"),
         ("nonsense", "--set nonsense: expected section.field=value"),
+        ("review.tau=wide", "review.tau: .*'auto'"),
+        ("review.reference.epochs=0", "epochs = 0 uses one pretrained model"),
+        ("judges.architecture=custom", "import_path goes with architecture: custom"),
         ("seed.deeper=1", "--set seed.deeper=1: seed is not a section"),
         ("seed=[", "--set seed=\\[: the value is not YAML"),
         ("data.root=2023-02-30", "--set data.root=2023-02-30: the value is not YAML"),
-        ("data.root=~nobody-of-this-name/x", "data.root: .*no such user's home"),
+        ("data.root=~nobody-of-this-name/x", "data.root: .*home of an existing user"),
     ],
 )
 def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_path):
@@ -186,7 +219,7 @@ def test_a_tilde_is_the_users_home():
     assert tiny(data={"root": "~/images"}).data.root == Path.home() / "images"
 
 
-def test_weights_may_lie_elsewhere_but_not_come_or_go():
+def test_the_path_of_weights_may_change_but_not_whether_there_are_any():
     here, there = (tiny(vae={"weights": f"/{place}/vae.safetensors"}) for place in ("here", "there"))
     assert changed_field(here, there) is None
     assert "vae.weights: None in the run" in str(changed_field(tiny(), here))

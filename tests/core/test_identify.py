@@ -1,8 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Shard
-from defuse_core.codec import decode, encode
 from defuse_core.config import IdentifySection
 from defuse_core.errors import RunMismatchError
 from defuse_core.identify import (
@@ -10,17 +10,22 @@ from defuse_core.identify import (
     Identifier,
     beta_noise,
     blocks_per_shard,
+    draw_noise,
+    encode_posterior,
     finished_shards,
     gather_shards,
+    load_shard,
     nearest_failures,
     save_shard,
     shard_count,
+    shard_fingerprint,
     shard_key,
 )
 from defuse_core.models import decode_codes, encode_images, predict
+from defuse_core.reference_models import mean_probabilities
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
-from tests.conftest import tiny
+from tests.conftest import recommended, tiny
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +92,47 @@ def test_noise_is_the_papers_unless_centred(center, mean):
     assert noise.std() == pytest.approx(2 * 0.5 / np.sqrt(101), abs=0.005)  # sd of Beta(50, 50)
 
 
+def test_posterior_noise_is_as_wide_as_the_encoder_is_unsure():
+    sigma = np.array([[0.1, 1.0], [0.5, 0.0]], np.float32)
+    section = IdentifySection(noise="posterior", draws=20_000, scale=2.0)
+    noise = draw_noise(section, sigma, generator(0, "test"))
+    assert noise.shape == (2, 20_000, 2)
+    np.testing.assert_allclose(noise.std(axis=1), 2 * sigma, rtol=0.02)
+    np.testing.assert_allclose(noise.mean(axis=1), 0, atol=0.05)
+
+
+@pytest.fixture(scope="module")
+def screening(tiny_models, references) -> Identifier:
+    return Identifier(recommended(), tiny_models, references)
+
+
+def test_the_encoder_says_how_unsure_it_is(screening):
+    mu, sigma = encode_posterior(screening.vae, screening.train.take(slice(0, 50)), 64)
+    np.testing.assert_array_equal(mu, encode_images(screening.vae, screening.train.take(slice(0, 50)), 64))
+    assert (sigma > 0).all()
+
+
+def test_screening_keeps_the_failing_draws_that_still_show_their_class(screening, tiny_models):
+    unscreened = Identifier(screening.spec, tiny_models).shard(0)
+    shard = screening.shard(0)
+    assert 0 < len(shard.failures) < len(unscreened.failures) == shard.failing == unscreened.failing
+    seen = mean_probabilities(screening.references, decode_codes(screening.vae, shard.failures.codes))
+    least = screening.spec.identify.min_probability
+    assert seen[np.arange(len(seen)), shard.failures.truth].min() >= least - 1e-5
+    kept = {tuple(code) for code in shard.failures.codes.tolist()}
+    others = np.array([code for code in unscreened.failures.codes.tolist() if tuple(code) not in kept])
+    truth = unscreened.failures.truth[[tuple(c) not in kept for c in unscreened.failures.codes.tolist()]]
+    lost = mean_probabilities(screening.references, decode_codes(screening.vae, others.astype(np.float32)))
+    assert lost[np.arange(len(lost)), truth].max() < least + 1e-5
+
+
+def test_the_counts_of_screening_reach_the_record_of_all_shards(screening, tmp_path):
+    store = FolderStore(tmp_path)
+    records = [save_shard(store, index, screening.shard(index)) for index in range(2)]
+    psi = gather_shards(finished_shards(store, screening.fingerprint))
+    assert psi.failing == sum(record.failing for record in records) > psi.total
+
+
 @pytest.mark.parametrize("images", [1, 31, 32, 33, 60_000, 10_000_000])
 def test_shards_cover_every_block_once_and_stay_few(images):
     size, count = blocks_per_shard(images, 32), shard_count(images, 32)
@@ -99,13 +145,51 @@ def test_images_other_than_those_trained_on_are_refused(tiny_models):
         Identifier(tiny(data={"train_images": 200}), tiny_models)
 
 
-def test_a_shard_is_finished_only_once_its_record_is_written(tmp_path, identifier):
+@pytest.fixture
+def two_shards(tmp_path, identifier):
+    """A store that holds the shards 0 and 1."""
     store = FolderStore(tmp_path)
-    shard = identifier.shard(0)
-    store.write(shard_key(0), encode(shard))
-    assert finished_shards(store) == {}
-    save_shard(store, 0, shard)
-    save_shard(store, 1, identifier.shard(1))
-    psi = gather_shards(finished_shards(store))
-    assert psi.codes[0] == len(shard.failures) == len(decode(Shard, store.read(shard_key(0)), "").failures)
+    for index in (0, 1):
+        save_shard(store, index, identifier.shard(index))
+    return store
+
+
+def test_finished_shards_are_counted_from_what_is_stored(two_shards, identifier):
+    psi = gather_shards(finished_shards(two_shards, identifier.fingerprint))
+    shard = load_shard(two_shards, 0, identifier.fingerprint)
+    assert psi.codes[0] == len(shard.failures)
     assert psi.images == 64
+    assert psi.fingerprint == identifier.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (
+            lambda store: store.write(shard_key(1), store.read(shard_key(0))),
+            "expected shard 1, found shard 0",
+        ),
+        (lambda store: store.write(shard_key(1), store.read(shard_key(1))[:-9]), "unreadable bytes"),
+        (lambda store: store.write(shard_key(1), b""), "unreadable bytes"),
+        (lambda store: store.write(shard_key(1), store.read(shard_key(1))[:-1] + b"!"), "its bytes changed"),
+    ],
+    ids=["another shard copied over it", "truncated", "emptied", "altered"],
+)
+def test_a_damaged_shard_is_logged_and_not_finished(damage, found, two_shards, identifier, caplog):
+    damage(two_shards)
+    assert list(finished_shards(two_shards, identifier.fingerprint)) == [0]
+    assert "shard 1 is made again, since it is damaged" in caplog.text
+    assert found in caplog.text
+
+
+def test_a_shard_of_another_run_is_not_finished(two_shards, tiny_models, caplog):
+    other = Identifier(tiny(identify={"draws": 5}), tiny_models)
+    assert finished_shards(two_shards, other.fingerprint) == {}
+    assert "expected a shard of this run, found one of another run" in caplog.text
+
+
+def test_the_fingerprint_depends_on_the_weights_and_not_on_the_resources(tiny_models, identifier):
+    assert shard_fingerprint(tiny(resources={"workers": 7}), tiny_models) == identifier.fingerprint
+    name, array = next(iter(tiny_models.vae.items()))
+    other = replace(tiny_models, vae=tiny_models.vae | {name: array + 1})
+    assert shard_fingerprint(tiny(), other) != identifier.fingerprint

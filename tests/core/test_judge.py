@@ -4,16 +4,16 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Override, Verdicts, Votes
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, MoreImages, Override, Verdicts, Votes
 from defuse_core.errors import StoreError
-from defuse_core.judge import OVERRIDES, judge, read_overrides
+from defuse_core.judge import OVERRIDES, doubtful, judge, most_common, read_overrides
 from defuse_core.store import FolderStore
 
 NO = NONE_OF_THE_ABOVE
 WHEN = "2026-01-01T00:00:00Z"
 
 
-def verdicts(answers, predicted, rho=0.5, overrides=()) -> Verdicts:
+def verdicts(answers, predicted, rho=0.5, overrides=(), **rule) -> Verdicts:
     """Judge one component: answers[annotator][image], predicted[image]."""
     answers, predicted = np.array(answers), np.array([predicted])
     images = predicted.shape[1]
@@ -27,7 +27,7 @@ def verdicts(answers, predicted, rho=0.5, overrides=()) -> Verdicts:
     zeros = np.zeros(answers.size, np.int64)
     names = tuple(f"annotator {n}" for n in range(len(answers)))
     votes = Votes(zeros, image, annotator, answers.ravel(), zeros.astype(float), names, "people", {})
-    return judge(gallery, votes, rho, overrides)
+    return judge(gallery, votes, rho, overrides, **rule)
 
 
 def test_half_wrong_is_not_more_than_half():
@@ -80,6 +80,41 @@ def test_agreement_is_the_share_of_votes_for_the_majority():
 
 def test_purity_counts_unlabelled_images_against_the_scenario():
     assert verdicts([[8, 8, NO, 8]] * 3, predicted=[1, 1, 1, 1]).purity[0] == pytest.approx(3 / 4)
+
+
+def test_six_of_ten_wrong_are_accepted_by_the_paper_and_are_in_doubt_by_the_lower_bound():
+    answers, predicted = [[8] * 10] * 3, [1] * 6 + [8] * 4
+    assert verdicts(answers, predicted).labels[0] == 8
+    careful = verdicts(answers, predicted, max_false=0.05)
+    assert careful.labels[0] == NO
+    assert "60% of 10 labelled images are misclassified, not over 50% with certainty" in careful.reasons[0]
+    assert careful.lower[0] < 0.5
+    assert doubtful(careful, 0.5).tolist() == [True]
+
+
+def test_all_of_ten_wrong_are_beyond_doubt():
+    careful = verdicts([[8] * 10] * 3, [1] * 10, max_false=0.05)
+    assert careful.labels[0] == 8
+    assert careful.false_share < 0.001
+    assert not doubtful(careful, 0.5).any()
+
+
+def test_none_of_ten_wrong_is_rejected_beyond_doubt():
+    assert not doubtful(verdicts([[8] * 10] * 3, [8] * 10, max_false=0.05), 0.5).any()
+
+
+def test_more_images_decide_a_doubtful_verdict():
+    answers, predicted = [[8] * 10] * 3, [1] * 6 + [8] * 4
+    more = MoreImages(np.array([40]), np.array([38]), np.array([30]))
+    verdict = verdicts(answers, predicted, max_false=0.05, more=more)
+    assert verdict.labels[0] == 8
+    assert verdict.labelled[0] == 48
+    assert verdict.misclassified[0] == pytest.approx(36 / 48)
+
+
+def test_the_most_common_label_leaves_out_images_without_one():
+    assert most_common(np.array([NO, NO, 4, 7, 7])) == 7
+    assert most_common(np.array([NO])) is None
 
 
 @pytest.mark.parametrize(("label", "expected"), [(5, 5), (None, NO)])

@@ -90,7 +90,7 @@ def test_every_shipped_models_shapes_fit_each_other(name):
     assert 0 <= float(decoded.detach().min()) <= float(decoded.detach().max()) <= 1
 
 
-def test_a_loaded_classifier_has_the_weights_that_were_stored(tiny_spec, tiny_models):
+def test_weights_survive_a_round_trip(tiny_spec, tiny_models):
     classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
     for name, array in weights_of(classifier).items():
         np.testing.assert_array_equal(array, tiny_models.classifier[name])
@@ -174,7 +174,7 @@ def test_a_broken_weight_file_is_named(tmp_path, content, suffix):
         read_weights(path)
 
 
-def test_a_state_dict_of_parameters_or_without_counts_of_batches_is_accepted(tmp_path):
+def test_a_state_dict_of_parameters_or_without_counts_of_batches_is_loaded(tmp_path):
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     older = {name: nn.Parameter(t) for name, t in module.state_dict().items() if "num_batches" not in name}
     torch.save(older, tmp_path / "older.pt")
@@ -196,7 +196,7 @@ def custom_net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
 
 
-def test_a_custom_classifier_is_imported_by_its_path():
+def test_a_custom_classifier_is_built_by_its_import_path():
     spec = tiny(classifier={"architecture": "custom", "import_path": "tests.core.test_models:custom_net"})
     assert build_classifier(spec, 10)(torch.rand(2, 1, 16, 16)).shape == (2, 10)
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Sweep
+from defuse_core.artifacts import Corrections, Psi, ReferenceSet, Scenarios, Sweep
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
@@ -11,7 +11,7 @@ from defuse_core.pipeline import rewrite_report, run_defuse
 from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
-from tests.conftest import tiny
+from tests.conftest import recommended, tiny
 
 
 def whole_run(folder, spec, name="a", until=STEPS[-1]):
@@ -55,9 +55,9 @@ def test_the_page_stands_alone(finished):
     assert 'src="data:' in page
 
 
-def without_making(report_json: bytes) -> dict:
+def without_provenance(report_json: bytes) -> dict:
     found = json.loads(report_json)
-    found.pop("making")
+    found.pop("provenance")
     return found
 
 
@@ -66,7 +66,7 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_report(until, finished
     with pytest.raises(ReachedStep):
         whole_run(tmp_path, tiny_spec, until=until)
     run, _ = whole_run(tmp_path, tiny_spec)
-    assert without_making(run.store.read("report.json")) == without_making(
+    assert without_provenance(run.store.read("report.json")) == without_provenance(
         finished[0].store.read("report.json")
     )
 
@@ -93,7 +93,7 @@ class StumblingStore(FolderStore):
         self._stumble(key)
         return super().read(key)
 
-    def write(self, key, data):
+    def write(self, key, data, unless=None):
         self._stumble(key)
         super().write(key, data)
 
@@ -112,7 +112,7 @@ def test_a_store_that_fails_every_so_often_costs_attempts_and_changes_nothing(fi
             failures += 1
     assert 2 < failures < 40
     made = FolderStore(tmp_path / "a").read("report.json")
-    assert without_making(made) == without_making(finished[0].store.read("report.json"))
+    assert without_provenance(made) == without_provenance(finished[0].store.read("report.json"))
 
 
 def test_reference_models_are_not_trained_on_other_images_than_the_classifier(tmp_path, tiny_spec):
@@ -127,6 +127,20 @@ def test_reference_models_are_not_trained_on_other_images_than_the_classifier(tm
     with pytest.raises(RunMismatchError, match="the images differ"):
         whole_run(tmp_path, spec)
     assert not (tmp_path / "a" / "votes.safetensors").exists()
+
+
+def test_the_recommended_way_corrects_only_what_reference_models_confirm(tmp_path):
+    run, report = whole_run(tmp_path, recommended())
+    psi, scenarios, fixes = run.load(Psi), run.load(Scenarios), run.load(Corrections)
+    assert 0 < psi.total < psi.failing
+    assert len(scenarios) == len(scenarios.taus) == len(scenarios.cells) > 0
+    assert scenarios.support.min() >= 3
+    assert len(scenarios.dropped) > 0
+    assert report.scenarios.accepted == len(fixes.kept) > 0
+    assert report.accuracy.defuse.scenario > report.accuracy.before.scenario
+    assert run.load(ReferenceSet, "references").train_images == 210
+    assert run.load(ReferenceSet, "judges").train_images == 90
+    assert rewrite_report(run) == report
 
 
 def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path):

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from defuse_core.artifacts import Gallery, Models, Scenarios
+from defuse_core.artifacts import Corrections, Gallery, Models, Scenarios
 from defuse_core.checkpoint import minibatches
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
@@ -12,13 +12,13 @@ from defuse_core.errors import ModelError, RunFileError, RunMismatchError
 from defuse_core.judge import judge
 from defuse_core.models import build_vae, kl_to_prior, load_classifier, predict, to_device, to_tensor
 from defuse_core.progress import silent
-from defuse_core.reference_models import augment, reference_probabilities, votes_of_models
-from defuse_core.sample import sample_corrections, sample_gallery
+from defuse_core.reference_models import votes_of_models
+from defuse_core.sample import Examiner, filter_corrections, sample_corrections, sample_gallery
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.train_vae import set_learning_rate
-from tests.conftest import tiny
+from tests.conftest import TINY, recommended, tiny
 from tests.core.test_models import LinearAutoencoder
 
 
@@ -312,23 +312,34 @@ def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, t
     assert len(np.unique(every, axis=0)) == len(every)
 
 
-def test_reference_models_refuse_below_their_confidence_and_say_they_are_models():
-    probabilities = np.array([[[[0.6, 0.4], [0.5, 0.5]]]], np.float32)
-    votes = votes_of_models(probabilities, min_confidence=0.55)
-    assert votes.answer.tolist() == [0, -1]
-    assert votes.answered_by == "reference models"
+def test_images_to_tune_on_show_the_scenarios_label_to_most_reference_models(
+    tiny_models, scenarios, references
+):
+    spec = recommended(review={"tau": 1.0})
+    examiner = Examiner(spec, tiny_models, references)
+    seen = [examiner.examine(scenarios.means[[j]].astype(np.float32))[1][0] for j in range(2)]
+    labels = np.array(seen, np.int64)
+    rng = np.random.default_rng(0)
+    tune, test = rng.normal(size=(2, 2, 24, 4)).astype(np.float32)
+    drawn = Corrections(np.arange(2), labels, tune, test)
+    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
+    for row, label in enumerate(labels):
+        agrees = examiner.examine(drawn.tune[row])[1] == label
+        assert kept.kept[row] == pytest.approx(agrees.mean())
+        if agrees.any():
+            shown = examiner.examine(kept.tune[row])[1]
+            assert (shown == label).mean() > 0.9  # other batches may round otherwise
+    np.testing.assert_array_equal(kept.test, drawn.test)
 
 
-def test_reference_models_answer_for_every_image_and_differ_from_each_other(gallery, tiny_spec):
-    probabilities = reference_probabilities(tiny_spec, gallery, None, progress=silent)
-    assert probabilities.shape == (3, 2, 5, 10)
-    np.testing.assert_allclose(probabilities.sum(3), 1, atol=1e-5)
-    assert not np.array_equal(probabilities[0], probabilities[1])
-
-
-def test_augmented_images_are_still_images_and_each_is_changed_its_own_way():
-    images = torch.rand(1, 1, 16, 16).repeat(4, 1, 1, 1)
-    out = augment(images, np.random.default_rng(0))
-    assert out.shape == images.shape
-    assert 0 <= float(out.min()) <= float(out.max()) <= 1
-    assert len({tuple(image.flatten().tolist()) for image in out}) == 4
+def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_its_images(
+    tiny_models, scenarios, references
+):
+    spec = recommended(
+        review={"tau": 1.0, "reference": {**TINY["review"]["reference"], "min_confidence": 1.0}}
+    )
+    tune = np.random.default_rng(0).normal(size=(1, 24, 4)).astype(np.float32)
+    drawn = Corrections(np.array([0]), np.array([3]), tune, tune)
+    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
+    assert kept.kept.tolist() == [0.0]
+    np.testing.assert_array_equal(kept.tune, tune)

@@ -85,17 +85,16 @@ def pods() -> list[tuple[str, dict[str, Any]]]:
 
 
 def command_lines(program: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (file, arguments) of each line that calls `program` in deploy/ or in README.md's code blocks."""
+    """Yield (file, arguments) of each line that calls `program` in deploy/ or in a README's code blocks."""
     files = [*sorted(DEPLOY.glob("*.yaml")), *sorted(KUBERNETES.glob("*.yaml")), DEPLOY / "Dockerfile"]
     for file in files:
         lines = [line.lstrip("#").strip() for line in file.read_text(encoding="utf-8").splitlines()]
         yield from _calls(program, file.name, lines)
-    readme = ROOT / "README.md"
-    if readme.exists():
+    for readme in (ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))):
         blocks = re.findall(
             r"```(?:sh|bash|console)\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL
         )
-        yield from _calls(program, readme.name, "\n".join(blocks).splitlines())
+        yield from _calls(program, str(readme.relative_to(ROOT)), "\n".join(blocks).splitlines())
 
 
 def _calls(program: str, where: str, lines: list[str]) -> Iterator[tuple[str, list[str]]]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def npz(path: Path, **changes: object) -> Path:
     ("settings", "message"),
     [
         (["identify.draws=none"], "identify.draws"),
-        (["identify.drawz=1"], "identify.drawz: there is no such field"),
+        (["identify.drawz=1"], "identify.drawz: unknown field"),
         (["data.name=mnist", "data.root=/nowhere"], "/nowhere"),
         (["data.name=npz", "data.root=/nowhere.npz"], "/nowhere.npz"),
         (["classifier.weights=/nowhere.safetensors", "classifier.epochs=0"], "/nowhere.safetensors"),
@@ -83,6 +84,7 @@ def test_bad_input_exits_2_with_one_line_and_makes_nothing(
         ({"train_labels": np.full(40, -1)}, "labels"),
         ({"train_images": np.zeros((40, 8, 8), np.uint8)}, "16"),
         ({"train_images": np.full((40, 16, 16), np.nan, np.float32)}, "NaN"),
+        ({"classes": np.array(["cat", "\x1b[2Jdog", "hen", "cow"])}, r"found '\x1b[2Jdog'; rename the class"),
     ],
 )
 def test_bad_images_exit_2_and_are_named(changes, message, runfile, tmp_path, monkeypatch, capsys):
@@ -108,6 +110,104 @@ def test_names_that_could_leave_the_store_are_refused(name, runfile, monkeypatch
     code, _, err = call(monkeypatch, capsys, "status", "--", name)
     assert code == 2
     assert "run name" in err
+
+
+@pytest.mark.parametrize("command", ["run", "submit"])
+@pytest.mark.parametrize("option", ["--name", "--store", "--address"])
+def test_the_empty_value_of_an_unset_variable_is_refused(command, option, runfile, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, command, runfile, option, "")
+    assert code == 2
+    assert f"'{option}': expected a value, found an empty one" in err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder with a run that is finished; its run file is beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    done = subprocess.run(
+        command("run", folder / "tiny.yaml", "--store", folder / "runs", "--on", "local"),
+        cwd=ROOT, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of it to damage."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def copy_over(path: Path) -> None:
+    path.write_bytes(path.with_name("000001.safetensors").read_bytes())
+
+
+def alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "key", "remade"),
+    [
+        (cut, "manifest.json", ["verdicts"]),
+        (cut, "verdicts.safetensors", []),
+        (alter, "sweep.safetensors", []),
+        (cut, "psi.safetensors", []),
+        (cut, "psi/000003.safetensors", ["scenarios"]),
+        (alter, "psi/000003.safetensors", ["scenarios"]),
+        (copy_over, "psi/000003.safetensors", ["scenarios"]),
+        (Path.unlink, "psi/000003.safetensors", ["scenarios"]),
+    ],
+)
+def test_what_is_damaged_is_named_with_a_remedy_that_works(
+    damage, key, remade, copied, finished, monkeypatch, capsys
+):
+    run = copied / "runs" / "tiny"
+    damage(run / key)
+    for name in remade:  # so that the damaged file is needed again
+        (run / f"{name}.safetensors").unlink()
+    words = ["run", copied / "tiny.yaml", "--store", copied / "runs", "--on", "local"]
+    code, _, err = call(monkeypatch, capsys, *words)
+    line = one_line(err)
+    assert (code, str(run / key) in line) == (4, True), line
+    (named,) = re.findall(r"delete (\S+) and run again", line)
+    (run / key if named == "it" else Path(named)).unlink()
+    assert call(monkeypatch, capsys, *words)[0] == 0
+    reports = [json.loads((folder / "runs/tiny/report.json").read_text()) for folder in (copied, finished)]
+    for report in reports:
+        report.pop("making")
+    assert reports[0] == reports[1]
+
+
+def test_a_damaged_run_file_of_a_run_is_named_with_a_remedy_that_works(copied, monkeypatch, capsys):
+    run = copied / "runs" / "tiny"
+    (run / "run.yaml").write_text("data: [")
+    words = ["run", copied / "tiny.yaml", "--store", copied / "runs", "--on", "local"]
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2
+    assert f"{run}/run.yaml: expected what Defuse wrote there, found no YAML; delete it and run" in one_line(
+        err
+    )
+    (run / "run.yaml").unlink()
+    assert call(monkeypatch, capsys, *words)[0] == 0
+
+
+def test_a_report_is_shown_where_it_cannot_be_written(copied, monkeypatch, capsys):
+    figures = copied / "runs" / "tiny" / "figures"
+    shutil.rmtree(figures)
+    figures.write_text("")  # a folder cannot be made here: as on a read-only disk, for root as well
+    code, out, err = call(monkeypatch, capsys, "report", "tiny", "--store", copied / "runs")
+    assert code == 0
+    assert "Defuse" in out
+    assert "the page is not written again" in err
 
 
 def test_a_run_is_made_resumed_shown_and_reported(runfile, tmp_path, monkeypatch, capsys):
@@ -194,8 +294,11 @@ def test_every_command_and_option_says_what_it_does(path, child):
             assert parameter.help, f"{' '.join(path)} {parameter.opts[0]}"
 
 
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+
+
 def documented_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     lines = (
         line.strip()
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
@@ -215,9 +318,9 @@ def test_every_command_in_the_readme_is_one_that_exists(line):
     group.make_parser(group.context_class(group)).parse_args(list(words))
 
 
-def test_files_named_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\]\(([^)#:]+)\)", text)) | set(
-        re.findall(r"(?<![\w/])deploy/[\w/.-]+\.\w+", text)
-    )
-    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_in_a_readme_exist(page):
+    text = page.read_text(encoding="utf-8")
+    linked = [page.parent / path for path in re.findall(r"\]\(([^)#:]+)\)", text)]
+    named = [ROOT / path for path in re.findall(r"(?<![\w/])(?:deploy|tests)/[\w/.-]+\.\w+", text)]
+    assert [str(path) for path in (*linked, *named) if not path.exists()] == []

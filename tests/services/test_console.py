@@ -1,4 +1,4 @@
-"""Progress as a log shows it: what is left is reckoned from what was made since it was first seen."""
+"""Progress as a log shows it: the time left follows from what was done since the first report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def clock(monkeypatch, caplog):
     return now
 
 
-def test_a_resumed_step_reckons_the_time_left_from_what_this_command_has_done(clock, caplog):
+def test_the_time_left_of_a_resumed_step_follows_from_what_this_command_has_done(clock, caplog):
     display = ProgressDisplay(Console(file=io.StringIO()))
     display("finding failures", 900, 1000, "images")  # 900 were there from before
     clock[0] += 60
@@ -29,7 +29,7 @@ def test_a_resumed_step_reckons_the_time_left_from_what_this_command_has_done(cl
     assert caplog.messages[-1] == "finding failures: 950 of 1000 images, 50/min, 60 s left"
 
 
-def test_a_second_sweep_is_reckoned_by_itself(clock, caplog):
+def test_a_second_sweep_has_a_rate_of_its_own(clock, caplog):
     display = ProgressDisplay(Console(file=io.StringIO()))
     for trial in (1, 2, 3):
         display("fine-tuning over λ", trial, 3, "trials")
@@ -55,6 +55,6 @@ def test_a_terminal_shows_one_bar_with_count_rate_and_time_left(monkeypatch):
     assert "training the β-VAE" in said and "500/1000" in said and "images 250/s" in said
 
 
-def test_a_long_thing_in_one_piece_is_named_when_it_begins(clock, caplog):
+def test_a_long_activity_in_one_piece_is_named_when_it_begins(clock, caplog):
     ProgressDisplay(Console(file=io.StringIO()))("fitting the mixture", 0, 1, "fits")
     assert caplog.messages == ["fitting the mixture"]

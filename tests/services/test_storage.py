@@ -15,9 +15,12 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import boto3
+import numpy as np
 import pytest
 from s3_servers import moto_server, rclone_server
 
+from defuse_core.artifacts import Psi
+from defuse_core.codec import decode, encode
 from defuse_core.errors import InputError, RunBusyError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store
@@ -166,21 +169,23 @@ def test_a_large_object_goes_in_parts(bucket: Store, moto: str, monkeypatch: pyt
     monkeypatch.setattr(s3, "LARGE_BYTES", 5 * 2**20)
     monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
     data = os.urandom(11 * 2**20)
-    bucket.write("large", data)
+    with bucket.lock():
+        bucket.write("large", data[::-1])
+        bucket.write("large", data)
     assert bucket.read("large") == data
     assert isinstance(bucket, s3.S3Store)
     etag = bucket._client.head_object(Bucket="bucket", Key=bucket.prefix + "large")["ETag"]
     assert etag.strip('"').endswith("-3")
 
 
-def test_altered_bytes_are_noticed_on_read(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "READ_PAUSES_S", (0.01,))
-    bucket.write("psi", b"codes")
-    assert isinstance(bucket, s3.S3Store)
-    kept = bucket._client.head_object(Bucket="bucket", Key=bucket.prefix + "psi")["Metadata"]
-    bucket._client.put_object(Bucket="bucket", Key=bucket.prefix + "psi", Body=b"c0des", Metadata=kept)
-    with pytest.raises(StoreError, match="its bytes changed"):
-        bucket.read("psi")
+def test_altered_bytes_are_noticed_by_the_digest_in_the_artefact(bucket: Store) -> None:
+    counts = np.array([3, 4])
+    bucket.write("psi.safetensors", encode(Psi(counts, 10, 40, 3, 1, 0.5)))
+    bucket.write("psi.safetensors", bucket.read("psi.safetensors").replace(counts.tobytes(), bytes(16)))
+    with pytest.raises(
+        StoreError, match="its bytes changed since they were written; delete it and run again"
+    ):
+        decode(Psi, bucket.read("psi.safetensors"), "psi.safetensors")
 
 
 def test_an_object_that_another_tool_wrote_is_read(bucket: Store) -> None:
@@ -203,49 +208,190 @@ def test_the_lease_of_a_dead_driver_is_taken_over(bucket: Store, monkeypatch: py
     assert 1.0 <= time.monotonic() - begun < 10
 
 
-def test_a_driver_that_lost_its_lease_writes_no_more(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+THIEF = b'{"holder": "a thief", "token": "of the thief", "generation": 2}'
+
+
+def steal(bucket: Store, prefix: str = "") -> None:
+    """Put another driver's lease in place, as one does that has waited long enough."""
+    assert isinstance(bucket, s3.S3Store)
+    bucket._client.put_object(Bucket="bucket", Key=f"{bucket.prefix}{prefix}{lease.KEY}", Body=THIEF)
+
+
+def test_a_driver_that_lost_its_lease_writes_no_more_and_is_told_to_end(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.1)
     assert isinstance(bucket, s3.S3Store)
     with bucket.lock():
-        bucket._client.put_object(
-            Bucket="bucket", Key=bucket.prefix + lease.KEY, Body=b'{"holder": "a thief"}'
-        )
+        bucket.require_lock()
+        steal(bucket)
         time.sleep(0.5)
         for write in (bucket.write, bucket.within("trials").write, bucket.create):
             with pytest.raises(RunBusyError, match="took the run over"):
                 write("a", b"1")
-    assert bucket._client.get_object(Bucket="bucket", Key=bucket.prefix + lease.KEY)["Body"].read()
+        with pytest.raises(RunBusyError, match="another one took the run over"):
+            bucket.within("trials").require_lock()
+    assert bucket._client.get_object(Bucket="bucket", Key=bucket.prefix + lease.KEY)["Body"].read() == THIEF
 
 
-def test_a_driver_that_was_paused_asks_for_its_lease_before_it_writes(
+def test_a_driver_that_was_paused_replaces_nothing_whatever_its_clocks_say(
     bucket: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT_S", 1000.0)  # no heartbeat: the process stands still
+    monkeypatch.setattr(lease, "BEAT_S", 1000.0)  # no heartbeat: the process is stopped
     with bucket.lock():
         bucket.write("kept", b"ours")
-        bucket._client.put_object(
-            Bucket="bucket", Key=bucket.prefix + lease.KEY, Body=b'{"holder": "a thief"}'
-        )
-        paused = time.time() + lease.LEASE_S
-        monkeypatch.setattr(lease.time, "time", lambda: paused)
-        with pytest.raises(RunBusyError, match="another one took the run over"):
-            bucket.write("kept", b"theirs")
+        steal(bucket)
+        taken = "another one took the run over: process .* a thief does now"
+        for write, key in ((bucket.write, "kept"), (bucket.within("x").write, "new"), (bucket.create, "new")):
+            with pytest.raises(RunBusyError, match=taken):
+                write(key, b"theirs")
+        with pytest.raises(RunBusyError):
+            bucket.delete("kept")
     assert bucket.read("kept") == b"ours"
+
+
+def test_a_driver_paused_in_the_middle_of_a_write_replaces_nothing(
+    bucket: Store, moto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    require, other = s3.S3Store._require_fence, s3.S3Store("bucket", bucket.prefix, moto, "us-east-1")
+
+    def paused_after_the_check(store: s3.S3Store) -> None:
+        require(store)
+        monkeypatch.setattr(s3.S3Store, "_require_fence", require)
+        steal(bucket)
+        other.write("trial", b"of the next driver")
+
+    with bucket.lock():
+        bucket.write("trial", b"epoch 1")
+        monkeypatch.setattr(s3.S3Store, "_require_fence", paused_after_the_check)
+        with pytest.raises(RunBusyError, match="another one took the run over"):
+            bucket.write("trial", b"epoch 2")
+    assert bucket.read("trial") == b"of the next driver"
+
+
+def test_a_heartbeat_whose_answer_was_lost_is_ones_own(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 1000.0)
+    assert isinstance(bucket, s3.S3Store)
+    put = s3.S3Store._put_if
+
+    def answer_lost(store: s3.S3Store, key: str, data: bytes, **condition: str) -> None:
+        put(store, key, data, **condition)
+        raise StoreError("no answer")
+
+    with bucket.lock():
+        held = bucket.leases[bucket.prefix]
+        monkeypatch.setattr(s3.S3Store, "_put_if", answer_lost)
+        with pytest.raises(StoreError, match="no answer"):
+            held.beat()
+        monkeypatch.setattr(s3.S3Store, "_put_if", put)
+        held.beat()
+        assert not held.lost
+        bucket.write("still", b"mine")
+    assert bucket.read("still") == b"mine"
+
+
+def test_generations_of_the_lease_grow_over_releases_and_deaths(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 0.5)
+    assert isinstance(bucket, s3.S3Store)
+    seen = []
+    for _ in range(2):
+        with bucket.lock():
+            seen.append(bucket.leases[bucket.prefix].state.generation)
+    steal(bucket)  # generation 2, and no heartbeat
+    with bucket.lock():
+        seen.append(bucket.leases[bucket.prefix].state.generation)
+    assert seen == [0, 1, 3]
 
 
 def test_a_run_whose_driver_lost_its_lease_makes_no_more(
     bucket: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    assert isinstance(bucket, s3.S3Store)
     with bucket.within("mnist").lock():  # as `defuse run` does it
         run = Run.start(bucket, "mnist", tiny())
-        key = f"{bucket.prefix}mnist/{lease.KEY}"
-        bucket._client.put_object(Bucket="bucket", Key=key, Body=b'{"holder": "a thief"}')
+        steal(bucket, "mnist/")
         time.sleep(0.5)
         with pytest.raises(RunBusyError, match="took the run over"):
             run.store.within("trials/defuse").write("lam-1.0.safetensors", b"1")
         bucket.within("another").write("a", b"1")
+
+
+# ---- workers that outlive their driver, on both stores
+
+
+@pytest.fixture
+def worker_of_a_dead_driver(store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The store as a worker has it whose driver ended; another driver holds the run now."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    with store.within("run").lock():
+        orphan: Store = pickle.loads(pickle.dumps(store.within("run").within("trials")))
+        orphan.write("lam-1.0", b"epoch 1")
+    return orphan
+
+
+def test_a_worker_is_refused_once_its_driver_has_ended(worker_of_a_dead_driver: Store) -> None:
+    with pytest.raises(RunBusyError, match=f"process {os.getpid()} on .* nobody does now"):
+        worker_of_a_dead_driver.write("lam-1.0", b"epoch 2")
+
+
+def test_a_worker_of_a_driver_before_replaces_creates_and_deletes_nothing(
+    store: Store, worker_of_a_dead_driver: Store
+) -> None:
+    orphan = worker_of_a_dead_driver
+    with store.within("run").lock():
+        for write in (orphan.write, orphan.within("deeper").write, orphan.create):
+            with pytest.raises(RunBusyError):
+                write("lam-2.0", b"of an orphan")
+        with pytest.raises(RunBusyError):
+            orphan.delete("lam-1.0")
+        store.within("run").write("trials/lam-1.0", b"epoch 2")
+        pickle.loads(pickle.dumps(store.within("run"))).write("trials/lam-1.0", b"epoch 3")
+    assert {key: store.read(key) for key in store.list()} == {"run/trials/lam-1.0": b"epoch 3"}
+
+
+def test_a_value_is_kept_where_the_writer_says_so_and_else_replaced(store: Store) -> None:
+    with store.lock():
+        for data in (b"2", b"1", b"3", b"2"):
+            store.write("epochs", data, unless=lambda stored, data=data: stored >= data)  # type: ignore[misc]
+        assert store.read("epochs") == b"3"
+        store.write("epochs", b"1")
+        assert store.read("epochs") == b"1"
+
+
+def test_of_writers_at_the_same_time_the_highest_stays(store: Store) -> None:
+    with store.lock():
+        copies = [pickle.loads(pickle.dumps(store)) for _ in range(4)]
+
+        def count_up(worker: Store) -> None:
+            for number in range(5):
+                data = b"%d" % number
+                worker.write("epochs", data, unless=data.__le__)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(count_up, copies))
+        assert store.read("epochs") == b"4"
+
+
+def test_a_driver_killed_in_a_folder_leaves_workers_that_the_next_driver_shuts_out(tmp_path: Path) -> None:
+    script = (
+        "import os, pickle, sys\n"
+        "from defuse_core.store import FolderStore\n"
+        f"store = FolderStore({str(tmp_path)!r})\n"
+        "with store.lock():\n"
+        "    sys.stdout.buffer.write(pickle.dumps(store)); sys.stdout.flush()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False)
+    orphan: Store = pickle.loads(killed.stdout)
+    orphan.write("before", b"the next driver began")
+    with FolderStore(tmp_path).lock(), pytest.raises(RunBusyError, match=f"process {os.getpid()} on"):
+        orphan.write("after", b"1")
+    assert FolderStore(tmp_path).list() == ["before"]
 
 
 def test_a_server_that_ignores_conditions_is_told_and_settled(
@@ -278,7 +424,7 @@ def test_every_way_to_be_refused_says_what_to_do(tmp_path: Path, aws: pytest.Mon
     with rclone_server(tmp_path, *KEYS.values()) as endpoint:
         aws.setenv("AWS_ENDPOINT_URL", endpoint)
         open_store("s3://bucket/run").write("a", b"1")
-        assert "there is no such bucket" in _refused(aws, "s3://other/run")
+        assert "has no such bucket; create it" in _refused(aws, "s3://other/run")
         aws.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
         assert "refused the credentials (SignatureDoesNotMatch)" in _refused(aws)
         aws.setenv("AWS_ACCESS_KEY_ID", "nobody")

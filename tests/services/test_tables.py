@@ -32,14 +32,14 @@ def text_of(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_a_mixture_that_did_not_converge_is_said(tmp_path: Path) -> None:
+def test_a_mixture_that_did_not_converge_is_reported(tmp_path: Path) -> None:
     found, evaluation = sample_findings()
     for converged in (True, False):
         scenarios = dataclasses.replace(found.scenarios, converged=converged)
         report = build_report(a_run(tmp_path), dataclasses.replace(found, scenarios=scenarios), evaluation)
         console = terminal()
         print_report(report, console)
-        assert ("had NOT converged" in text_of(console)) is not converged
+        assert ("did NOT converge" in text_of(console)) is not converged
 
 
 def a_run(folder: Path, name: str = "sample", **review: object) -> Run:
@@ -70,7 +70,7 @@ def test_a_report_fits_the_terminal_and_cuts_no_figure(tmp_path: Path, width: in
     assert f"{100 * first.defuse:.1f} %" in row
 
 
-def test_a_report_says_what_the_figures_are_worth(tmp_path: Path):
+def test_a_report_starts_with_its_caveats(tmp_path: Path):
     console = terminal(200)
     found, evaluation = sample_findings(5, 2)
     mixed = dataclasses.replace(found.verdicts, purity=found.verdicts.purity * 0.5)
@@ -102,11 +102,10 @@ def test_a_new_run_has_everything_to_do(tmp_path: Path):
     assert {state.state for state in step_states(a_run(tmp_path))} == {"to do"}
 
 
-def test_steps_under_way_say_how_much_is_there(tmp_path: Path):
+def test_steps_under_way_show_their_progress(tmp_path: Path):
     run = a_run(tmp_path)
     finish(run, "models")
     run.store.write("psi/000000.safetensors", b"")
-    run.store.write("psi/000000.json", b"{}")
     run.store.write("trials/baseline/lam-1.0.safetensors", b"")
     states = {state.step: state for state in step_states(run)}
     assert states["train"].state == "done"
@@ -116,7 +115,7 @@ def test_steps_under_way_say_how_much_is_there(tmp_path: Path):
     assert states["distill"].state == "to do"
 
 
-def test_a_training_under_way_says_which_epochs_are_kept(tmp_path: Path):
+def test_a_training_under_way_shows_the_epochs_kept(tmp_path: Path):
     run = a_run(tmp_path)
     kept = Checkpoint(
         {"w": np.zeros(1)}, {}, (VaeEpoch(1, 90.0, 8.0, 0.4), VaeEpoch(2, 80.0, 8.0, 0.4)), {}, ""
@@ -159,7 +158,7 @@ def test_runs_are_listed_with_where_they_are(tmp_path: Path):
     assert "unreadable" in lines["broken"]
 
 
-def test_an_empty_store_says_so(tmp_path: Path):
+def test_an_empty_store_is_reported(tmp_path: Path):
     console = terminal(300)
     print_runs(FolderStore(tmp_path), console)
     assert f"no runs in {tmp_path}" in text_of(console)

@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn with matplotlib's objects and no global state."""
+"""The pictures of a report, drawn with matplotlib objects, without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from matplotlib.figure import Figure
 
 from defuse_core.artifacts import Evaluation
 from defuse_core.evaluate import Findings
-from defuse_core.report import Report
-from defuse_core.report.figures.gallery import draw_gallery_rows
-from defuse_core.report.figures.latent import draw_latent_map
+from defuse_core.report.figures.charts import (
+    draw_curves,
+    draw_kl,
+    draw_lambdas,
+    draw_tradeoff,
+    draw_weights,
+)
+from defuse_core.report.figures.scenarios import draw_gallery_rows, draw_latent_map
 from defuse_core.report.figures.style import STYLE, png, svg
-from defuse_core.report.figures.tradeoff import draw_lambdas, draw_tradeoff
-from defuse_core.report.figures.training import draw_curves, draw_kl, draw_weights
+from defuse_core.report.schema import Report
 
 __all__ = ["draw_figures", "png", "svg"]
 
 
 def draw_figures(report: Report, found: Findings, evaluation: Evaluation) -> dict[str, Figure]:
-    """Return the pictures of a run by name, without those that it has no data for."""
+    """Return the pictures of a run by name; those without data are absent."""
     with mpl.rc_context(STYLE):
         figures = {
             "tradeoff": draw_tradeoff(report),

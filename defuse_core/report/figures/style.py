@@ -1,4 +1,4 @@
-"""One look for all pictures, and how they become bytes."""
+"""The style of all pictures, and their rendering as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPREADING_ROUNDS = 200
 SMALL, NORMAL = 7.5, 9.0  # points
 SCALE = 200  # dots per inch: crisp on a screen of twice the usual density
 
-# In a page the pictures take these colours from its style sheet, and so follow its light and dark mode.
+# In the page these colours are variables of its style sheet, so pictures follow its light and dark mode.
 VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
@@ -37,21 +37,21 @@ STYLE: dict[Any, Any] = {
     "font.size": NORMAL,
     "svg.fonttype": "none",
     "svg.hashsalt": "defuse",
-    "text.parse_math": False,  # a class may be called $x
+    "text.parse_math": False,  # the name of a class may contain $
 }
 
 
 def new_figure(width: float, height: float, columns: int = 1, **options: object) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many inches with axes side by side, in the style of all pictures."""
+    """Return a figure (size in inches) with styled axes side by side."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
     axes = figure.subplots(1, columns, squeeze=False, **options)[0]  # type: ignore[call-overload]
     for ax in axes:
-        dress(ax)
+        style_axes(ax)
     return figure, list(axes)
 
 
-def dress(ax: Axes) -> None:
-    """Leave two thin axis lines, light grid lines and quiet labels."""
+def style_axes(ax: Axes) -> None:
+    """Draw only the left and lower axis lines, light grid lines and grey labels."""
     ax.set_facecolor("none")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -64,19 +64,19 @@ def dress(ax: Axes) -> None:
         text.set(color=MUTED, fontsize=SMALL + 0.5)
 
 
-def entitle(ax: Axes, title: str) -> None:
+def set_title(ax: Axes, title: str) -> None:
     """Write a title above the left end of the axes."""
     ax.set_title(title, loc="left", pad=8, fontsize=SMALL + 0.5, color=INK)
 
 
-def bare(ax: Axes) -> None:
-    """Take everything away but what is drawn."""
+def hide_axes(ax: Axes) -> None:
+    """Hide axis lines, ticks and grid."""
     ax.set_axis_off()
     ax.grid(visible=False)
 
 
 def png(figure: Figure) -> bytes:
-    """Return the picture as PNG. Equal pictures give equal bytes."""
+    """Return the figure as PNG. Equal figures give equal bytes."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE), warnings.catch_warnings():
@@ -86,7 +86,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """Return the picture as an <svg> element; ids are prefixed by `name`, as a page needs them unique."""
+    """Return the figure as an <svg> element. `name` is the prefix of its ids, which are unique in a page."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with mpl.rc_context(STYLE), warnings.catch_warnings():
@@ -105,10 +105,10 @@ def svg(figure: Figure, name: str) -> str:
     return text
 
 
-def spread_apart(points: F64, distance: float) -> F64:
-    """Return (n, 2) points moved as little as it takes for none to be nearer than `distance` to another."""
+def move_apart(points: F64, distance: float) -> F64:
+    """Return (n, 2) points, moved until no two are nearer than `distance`."""
     moved = points.astype(np.float64).copy()
-    moved += 1e-6 * distance * np.arange(len(points))[:, None]  # equal points need a direction to part in
+    moved += 1e-6 * distance * np.arange(len(points))[:, None]  # equal points have no direction to move in
     for _ in range(SPREADING_ROUNDS):
         gap = moved[:, None] - moved[None]  # (n, n, 2)
         length = np.linalg.norm(gap, axis=2) + np.eye(len(points)) * 1e9

@@ -131,3 +131,20 @@ def test_broken_svhn_is_refused_in_one_line(tmp_path: Path, replaced: Arrays):
 def test_a_mat_file_that_is_none_is_refused(tmp_path: Path):
     (write_svhn(tmp_path) / "test_32x32.mat").write_bytes(b"x" * 500)
     assert "test_32x32.mat" in error_of(section("svhn", tmp_path))
+
+
+def test_mnist_5000_is_padded_divided_by_class_and_the_same_for_one_seed():
+    data = section("mnist-5000", image_size=32, channels=1, validation_share=0.1)
+    splits = open_splits(data, 3)
+    assert splits.counts() == {"train": 3600, "validation": 400, "test": 1000}
+    for part in splits.parts().values():
+        assert set(np.bincount(part.labels)) == {len(part) // 10}
+    pixels = splits.train.pixels[:]
+    assert pixels.max() == 255
+    assert pixels[:, :, :2].max() == pixels[:, :, :, -2:].max() == 0  # the frame
+    assert open_splits(data, 3).fingerprint() == splits.fingerprint() != open_splits(data, 4).fingerprint()
+
+
+def test_mnist_5000_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("defuse_core.data.mnist_5000.find_spec", lambda name: None)
+    assert "pip install 'defuse[demo]'" in error_of(section("mnist-5000", channels=1))

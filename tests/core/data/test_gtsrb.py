@@ -109,7 +109,7 @@ def break_signs(root: Path, how: str) -> None:
         ("name", "first.ppm: expected a name such as TRACK_FRAME.ppm"),
         ("folder", "stop: expected a folder named by its class"),
         ("picture", "00000_00000.ppm: expected an image"),
-        ("absent", "00003.ppm: this image has gone"),
+        ("absent", "00003.ppm: this image no longer exists"),
     ],
 )
 def test_broken_signs_are_refused_in_one_line(tmp_path: Path, how: str, expected: str):

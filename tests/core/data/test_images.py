@@ -82,7 +82,7 @@ def test_a_transparent_palette_is_read_as_its_colours(tmp_path: Path):
     assert pixels[0, :, 4, 4].tolist() == [10, 20, 30]
 
 
-def test_pictures_are_brought_to_the_size_and_channels_asked_for(tmp_path: Path):
+def test_pictures_are_converted_to_the_given_size_and_channels(tmp_path: Path):
     path = save_picture(tmp_path / "wide.png", np.full((20, 31, 3), (255, 0, 0), np.uint8))
     grey = PictureFiles([path], 1, SIZE)[:]
     assert grey.shape == (1, 1, SIZE, SIZE)
@@ -93,7 +93,7 @@ def splits_of(images: Images) -> Splits:
     return Splits(images, None, images.take(slice(0, 3)), ("even", "odd"))
 
 
-def test_counts_name_the_parts_that_are_there():
+def test_counts_name_the_parts_that_exist():
     assert splits_of(numbered(9)).counts() == {"train": 9, "test": 3}
 
 

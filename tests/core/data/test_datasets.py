@@ -10,14 +10,14 @@ from data_samples import error_of, section
 
 
 @pytest.mark.parametrize("name", ["mnist", "signs", "svhn", "folder", "npz"])
-def test_a_root_that_is_not_there_is_named_with_what_to_do(tmp_path: Path, name: str):
+def test_a_missing_root_is_named_with_what_to_do(tmp_path: Path, name: str):
     message = error_of(section(name, tmp_path / "nowhere"))
-    assert f"data.root: there is no {tmp_path / 'nowhere'}" in message
+    assert f"data.root: {tmp_path / 'nowhere'} does not exist" in message
     assert ("data.download: true" in message) == (name in {"mnist", "signs", "svhn"})
 
 
 @pytest.mark.parametrize("name", ["mnist", "signs", "svhn"])
-def test_an_absent_data_set_that_may_not_be_downloaded_says_so(tmp_path: Path, name: str):
+def test_a_missing_data_set_names_the_setting_that_downloads_it(tmp_path: Path, name: str):
     assert "set data.download: true" in error_of(section(name, tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Figure 5: accuracy on the test set against accuracy on the failure scenarios, over λ."""
+"""Figure 5, and the charts of training: learning curves, KL per latent dimension, mixture weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from defuse_core.artifacts import F64
-from defuse_core.report import Report, TradeOff
+from defuse_core.artifacts import F64, Models
+from defuse_core.health import COLLAPSED_BELOW
 from defuse_core.report.figures.style import (
     ACCENT,
     INK,
@@ -20,17 +20,35 @@ from defuse_core.report.figures.style import (
     MUTED,
     PAPER,
     SMALL,
-    entitle,
+    WRONG,
     new_figure,
+    set_title,
 )
-from defuse_core.report.formatting import lam_text, runs_text
+from defuse_core.report.formatting import lam_ranges, lam_text
+from defuse_core.report.schema import Report, TradeOff
 
 CLOSE = 0.045  # of the picture's width: points nearer than this share one label
-SPOTS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # where a label may stand
+SPOTS = (
+    (1, 0),
+    (-1, 0),
+    (0, 1),
+    (0, -1),
+    (1, 1),
+    (-1, 1),
+    (1, -1),
+    (-1, -1),
+)  # directions from a point to its label
+WIDE = 10.4  # inches, of a picture as wide as the page
+SERIES = {  # column of a history -> name, colour, unit
+    "loss": ("training loss", ACCENT, "nats per image"),
+    "validation": ("validation accuracy", INK, "share of images"),
+    "reconstruction": ("reconstruction", ACCENT, "nats per image"),
+    "kl": ("KL to the prior", INK, "nats per image"),
+}
 
 
 def draw_tradeoff(report: Report) -> Figure | None:
-    """Return the scatter of Figure 5; points that lie together share one label such as `10⁻⁷ - 0.1`."""
+    """Return Figure 5 as a scatter plot. Neighbouring points share one label, such as `10⁻⁷ – 0.1`."""
     split, rows = clean_split(report)
     if not rows:
         return None
@@ -50,12 +68,12 @@ def draw_tradeoff(report: Report) -> Figure | None:
 
 
 def height(rows: Sequence[TradeOff]) -> float:
-    """Return how high both pictures are, in inches: side by side they look best of one height."""
+    """Return the height in inches of both charts, which the page shows side by side."""
     return max(3.4, 0.2 * len(rows) + 0.8)
 
 
 def clean_split(report: Report) -> tuple[str, list[TradeOff]]:
-    """Return the set that clean accuracy is shown on, test or else what there is, and the rows."""
+    """Return the split that clean accuracy is shown on (test, else validation, else train) and its rows."""
     for split in ("test", "validation", "train"):
         rows = [r for r in report.tradeoff if r.scenario is not None and getattr(r, split) is not None]
         if rows:
@@ -64,7 +82,7 @@ def clean_split(report: Report) -> tuple[str, list[TradeOff]]:
 
 
 def _before(report: Report, split: str) -> F64:
-    """Return where the classifier before stands, (1, 2); (0, 2) where that was not measured."""
+    """Return the point of the classifier before, (1, 2); (0, 2) where it was not measured."""
     before = report.accuracy.before
     clean = {"test": before.test, "validation": before.validation}.get(split)
     known = clean is not None and before.scenario is not None
@@ -96,7 +114,7 @@ def clusters(points: F64, close: float) -> list[list[int]]:
 
 
 def _label(figure: Figure, ax: Axes, rows: Sequence[TradeOff], points: F64, before: F64) -> None:
-    """Write λ beside every cluster, where it covers neither a point nor another label."""
+    """Write λ beside each cluster, where it covers neither a point nor another label."""
     figure.draw_without_rendering()
     pixels, start = ax.transData.transform(points), ax.transData.transform(before)
     frame = ax.get_window_extent()
@@ -106,7 +124,7 @@ def _label(figure: Figure, ax: Axes, rows: Sequence[TradeOff], points: F64, befo
     lams = [row.lam for row in rows]
     notes = [("before", start, False)] if len(start) else []
     for group in sorted(clusters(pixels / frame.width, CLOSE), key=len):
-        notes.append(("λ " + runs_text(lams, group), pixels[group], any(rows[i].chosen for i in group)))
+        notes.append(("λ " + lam_ranges(lams, group), pixels[group], any(rows[i].chosen for i in group)))
     for text, marks, bold in notes:
         size = ((len(text) * 0.6 + 1) * SMALL * unit, SMALL * 1.4 * unit)
         box, at = _free_spot(marks, size, taken, inside, 7 * unit)
@@ -123,7 +141,7 @@ Box = tuple[float, float, float, float]
 def _free_spot(
     group: F64, size: tuple[float, float], taken: list[Box], frame: Box, gap: float
 ) -> tuple[Box, F64]:
-    """Return the first box beside the group that is inside the frame and covers least of what is taken."""
+    """Return the box beside the group, inside the frame, that overlaps least with `taken`; the first of equals."""
     low, high = group.min(axis=0), group.max(axis=0)
     centre, half = (low + high) / 2, np.array(size) / 2
     found: list[tuple[float, int, Box, F64]] = []
@@ -143,7 +161,7 @@ def _overlap(a: Box, b: Box) -> float:
 
 
 def draw_lambdas(report: Report) -> Figure | None:
-    """Return the same figures λ by λ, which stays readable where the points of Figure 5 coincide."""
+    """Return the figures of Figure 5 by λ, readable also where its points coincide."""
     split, rows = clean_split(report)
     if not rows:
         return None
@@ -161,11 +179,83 @@ def draw_lambdas(report: Report) -> Figure | None:
         for place, row in zip(places, rows, strict=True):
             if row.chosen:
                 ax.axhspan(place - 0.5, place + 0.5, color=ACCENT, alpha=0.12, linewidth=0)
-        entitle(ax, title)
+        set_title(ax, title)
         ax.set_yticks(places, [lam_text(row.lam) for row in rows])
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.grid(visible=False, axis="y")
         ax.margins(x=0.1)
         _percent(5, ax.xaxis)
     axes[0].set_ylabel("λ")
+    return figure
+
+
+def draw_kl(report: Report) -> Figure:
+    """Return the KL of each latent dimension, largest first; figures of collapsed dimensions are red."""
+    kl = np.array(report.vae.kl_per_dimension)
+    order = np.argsort(-kl, kind="stable")
+    figure, (ax,) = new_figure(WIDE, 2.2)
+    places = np.arange(len(kl))
+    ax.bar(places, kl[order], color=ACCENT, width=0.7)
+    ax.margins(x=0.02, y=0.14)
+    if len(kl) <= 40:
+        for place, value in enumerate(kl[order]):
+            _write_above(ax, place, value, SMALL if len(kl) <= 24 else SMALL - 1.5)
+    _numbered(ax, [str(i) for i in order])
+    ax.set(xlabel="latent dimension", ylabel="KL to the prior, nats")
+    return figure
+
+
+def _write_above(ax: Axes, place: int, value: float, size: float) -> None:
+    text, colour = f"{value:.2f}", MUTED if value >= COLLAPSED_BELOW else WRONG
+    above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    ax.annotate(text, (place, value), fontsize=size, color=colour, **above)
+
+
+def draw_weights(report: Report) -> Figure:
+    """Return the weights of the mixture, largest first; components kept for review are blue."""
+    weights = np.array(report.mixture.weights)
+    figure, (ax,) = new_figure(WIDE, 2.2)
+    kept = np.arange(len(weights)) < report.scenarios.components
+    ax.bar(np.arange(len(weights)), weights, color=np.where(kept, ACCENT, LINE).tolist(), width=0.8)
+    ax.set(xlabel="components, largest weight first", ylabel="weight")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.grid(visible=False, axis="x")
+    ax.margins(x=0.01)
+    return figure
+
+
+def _numbered(ax: Axes, names: list[str]) -> None:
+    step = -(-len(names) // 32)
+    ax.set_xticks(range(0, len(names), step), names[::step])
+    ax.grid(visible=False, axis="x")
+
+
+def draw_curves(models: Models) -> Figure | None:
+    """Return the learning curves, or None where both models are pretrained."""
+    panels = [
+        (title, history, column)
+        for title, history in (("classifier", models.classifier_history), ("β-VAE", models.vae_history))
+        for column in SERIES
+        if history and getattr(history[-1], column, None) is not None
+    ]
+    if not panels:
+        return None
+    figure, axes = new_figure(WIDE * min(1, len(panels) / 4), 2.2, columns=len(panels))
+    for ax, (title, history, column) in zip(axes, panels, strict=True):
+        name, colour, unit = SERIES[column]
+        epochs, values = [row.epoch for row in history], [getattr(row, column) for row in history]
+        ax.plot(
+            epochs,
+            values,
+            color=colour,
+            linewidth=1.6,
+            marker="o" if len(values) < 12 else "",
+            markersize=3.5,
+        )
+        set_title(ax, f"{title}: {name}")
+        ax.set(xlabel="epoch", ylabel=unit)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if column == "validation":
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     return figure

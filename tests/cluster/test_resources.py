@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.session import Share, _fitting
+from cluster.resources import WorkerResources, fitting
 from defuse_core.artifacts import Models, Psi
 from defuse_core.codec import encode
 from defuse_core.local import LocalCompute
@@ -89,19 +89,21 @@ def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
 
 
 @pytest.mark.parametrize(
-    ("node", "share", "workers"),
+    ("node", "worker", "workers"),
     [
-        (Share(8, 0), Share(1, 0), 8),
-        (Share(8, 4), Share(1, 1), 4),
-        (Share(2, 4), Share(1, 1), 2),
-        (Share(8, 4), Share(1, 2), 2),
-        (Share(8, 3), Share(1, 2), 1),
-        (Share(16, 2), Share(1, 0.5), 4),
-        (Share(16, 2), Share(1, 0.4), 4),
-        (Share(16, 0), Share(1, 0.5), 0),
-        (Share(3, 0), Share(2, 0), 1),
-        (Share(1, 0), Share(0.25, 0), 4),
+        (WorkerResources(8, 0), WorkerResources(1, 0), 8),
+        (WorkerResources(8, 4), WorkerResources(1, 1), 4),
+        (WorkerResources(2, 4), WorkerResources(1, 1), 2),
+        (WorkerResources(8, 4), WorkerResources(1, 2), 2),
+        (WorkerResources(8, 3), WorkerResources(1, 2), 1),
+        (WorkerResources(16, 2), WorkerResources(1, 0.5), 4),
+        (WorkerResources(16, 2), WorkerResources(1, 0.4), 4),
+        (WorkerResources(16, 0), WorkerResources(1, 0.5), 0),
+        (WorkerResources(3, 0), WorkerResources(2, 0), 1),
+        (WorkerResources(1, 0), WorkerResources(0.25, 0), 4),
     ],
 )
-def test_a_gpu_is_shared_in_whole_parts_only(node: Share, share: Share, workers: int) -> None:
-    assert _fitting(node, share) == workers
+def test_a_gpu_is_shared_in_whole_parts_only(
+    node: WorkerResources, worker: WorkerResources, workers: int
+) -> None:
+    assert fitting(node, worker) == workers

@@ -1,4 +1,4 @@
-"""What a job takes along to the cluster: the run file, files that it brings, and the packages themselves."""
+"""The working directory of a job: the run file, the weights and code that it names, and Defuse itself."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ import shutil
 import sys
 from pathlib import Path
 
-from cluster.session import expect_root_of_nodes
+from cluster.connection import require_absolute_root
 from defuse_core.config import RunFile, dump_run_file
 from defuse_core.errors import ModelError, RunFileError
 
 PACKAGES = ("defuse_core", "cluster", "services")
 ROOT = Path(__file__).parents[1]
 RUN_FILE = "run.yaml"
-LEAVE = shutil.ignore_patterns("__pycache__", "*.pyc")
+SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
-def pack(spec: RunFile, folder: Path) -> None:
-    """Put into `folder` all that `defuse run run.yaml` needs there, apart from what the nodes have installed.
+def build_working_dir(spec: RunFile, folder: Path) -> None:
+    """Fill `folder` with all that `defuse run run.yaml` needs, apart from the dependencies that nodes have installed.
 
-    Raises RunFileError for images that the nodes could not find, and for weights that are not here.
+    Raises RunFileError for a relative data.root and for weights that cannot be read, ModelError for missing code.
     """
-    expect_root_of_nodes(spec.data.root)
+    require_absolute_root(spec.data.root)
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=LEAVE)
+        shutil.copytree(ROOT / package, folder / package, ignore=SKIPPED)
     if spec.classifier.import_path:
-        _pack_module(spec.classifier.import_path, folder)
-    (folder / RUN_FILE).write_text(dump_run_file(_with_files(spec, folder)), encoding="utf-8")
+        _copy_module(spec.classifier.import_path, folder)
+    (folder / RUN_FILE).write_text(dump_run_file(_with_weights(spec, folder)), encoding="utf-8")
 
 
-def _with_files(spec: RunFile, folder: Path) -> RunFile:
-    """Copy the weights that the run file brings, and return it with where they lie in the job's folder."""
+def _with_weights(spec: RunFile, folder: Path) -> RunFile:
+    """Copy the weights that the run file names, and return it with their paths in the working directory."""
     sections = {}
     for name in ("classifier", "vae"):
         section = getattr(spec, name)
         if section.weights is not None:
-            packed = Path("weights") / f"{name}{section.weights.suffix}"
-            _copy(section.weights, folder / packed, f"{name}.weights")
-            sections[name] = section.model_copy(update={"weights": packed})
+            copied = Path("weights") / f"{name}{section.weights.suffix}"
+            _copy(section.weights, folder / copied, f"{name}.weights")
+            sections[name] = section.model_copy(update={"weights": copied})
     return spec.model_copy(update=sections)
 
 
@@ -50,15 +50,15 @@ def _copy(source: Path, target: Path, field: str) -> None:
         raise RunFileError(f"{field} {source}: cannot be read ({error.strerror})") from error
 
 
-def _pack_module(import_path: str, folder: Path) -> None:
-    """Copy the top-level package or module of one's own classifier, unless it is installed as a package is."""
+def _copy_module(import_path: str, folder: Path) -> None:
+    """Copy the top-level package or module of the user's classifier, unless it is in site-packages."""
     name = import_path.partition(":")[0].partition(".")[0]
     if name in PACKAGES:
         raise ModelError(f"classifier.import_path {import_path}: {name} is a package of Defuse; rename yours")
     found = importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])
     if found is None:
         raise ModelError(
-            f"classifier.import_path {import_path}: there is no module {name} here or on PYTHONPATH"
+            f"classifier.import_path {import_path}: no module {name} in this folder or on PYTHONPATH"
         )
     if found.submodule_search_locations:
         source = Path(next(iter(found.submodule_search_locations)))
@@ -67,6 +67,6 @@ def _pack_module(import_path: str, folder: Path) -> None:
     if "site-packages" in source.parts:
         return
     if source.is_dir():
-        shutil.copytree(source, folder / source.name, ignore=LEAVE)
+        shutil.copytree(source, folder / source.name, ignore=SKIPPED)
     else:
         shutil.copyfile(source, folder / source.name)

@@ -1,4 +1,4 @@
-"""What went wrong on the cluster, as an error of Defuse in one line."""
+"""Errors of Ray as errors of Defuse, in one line."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from defuse_core.errors import ComputeError, DefuseError
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return what was raised in the worker, where it is an error of a task; else the error itself."""
+    """Return the exception that a task raised, for an error of a task; any other error is its own cause."""
     return error.cause if isinstance(error, RayTaskError) else error
 
 
+def is_worker_lost(error: BaseException) -> bool:
+    """Whether a process, a node or an object was lost, in contrast to an exception that the task raised."""
+    cause = cause_of(error)
+    return isinstance(cause, RayError) and not isinstance(cause, RayTaskError)
+
+
 def as_defuse_error(error: BaseException, where: str) -> DefuseError:
-    """Return the error of the tree that a Ray `error` carries, or a ComputeError that says where and why."""
+    """Return the error of the tree that a Ray `error` carries, else a ComputeError with `where` and the cause."""
     cause = cause_of(error)
     if isinstance(cause, DefuseError):
         return cause
@@ -38,8 +44,8 @@ def one_line(error: BaseException) -> str:
 
 def _of_task(error: RayTaskError, cause: BaseException) -> str:
     if "No module named" in str(cause):
-        return f"{_last_line(cause)}; install it on every node, or use `defuse submit`, which brings it along"
-    if isinstance(cause, RayTaskError):  # its own exception did not survive the trip: only the text is left
+        return f"{_last_line(cause)}; install it on every node, or use `defuse submit`, which uploads it"
+    if isinstance(cause, RayTaskError):  # the exception could not be pickled: only its text arrived
         return _last_line(error)
     return f"{type(cause).__name__}: {_flat(cause)}"
 

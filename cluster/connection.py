@@ -1,0 +1,79 @@
+"""Joining a Ray cluster, or starting Ray inside this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.errors import one_line
+from cluster.ray_compat import connection_error, is_unauthenticated, set_private_token
+from defuse_core.errors import ComputeError, InputError, RunFileError
+
+log = logging.getLogger("defuse")
+CONNECT_WITHIN_S = 20.0
+INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
+SHARED_STORE = "--store must be one that all nodes share: s3://bucket/prefix, or a shared folder"
+
+
+def connect(address: str | None) -> bool:
+    """Join the cluster at `address`, or start an embedded Ray; True if this call made the connection.
+
+    Raises InputError for an address of another kind, ComputeError where no cluster answers.
+    """
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address is None:
+        protect_embedded_ray()
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return True
+    if "://" in address:
+        raise InputError(
+            f"--address {address}: expected HOST:PORT of a cluster that this machine is a node of, or auto; from "
+            "elsewhere `defuse submit` takes the dashboard's http:// address"
+        )
+    if found := connection_error(address, CONNECT_WITHIN_S):
+        raise ComputeError(_unreachable(address, found))
+    try:
+        ray.init(address=address, **quiet)
+    except Exception as error:
+        raise ComputeError(_unreachable(address, one_line(error))) from error
+    return True
+
+
+def protect_embedded_ray() -> None:
+    """Give the embedded Ray a token that only this process knows, since it listens on every interface of the machine.
+
+    Raises InputError where RAY_AUTH_MODE turns authentication off and DEFUSE_UNAUTHENTICATED_RAY does not insist.
+    """
+    if not is_unauthenticated():
+        set_private_token()
+    elif os.environ.get(INSIST) == "1":
+        log.warning(
+            "RAY RUNS WITHOUT AUTHENTICATION: WHOEVER REACHES THIS MACHINE CAN RUN CODE ON IT (%s=1)", INSIST
+        )
+    else:
+        raise InputError(
+            f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: expected `token` or no such variable, since whoever reaches "
+            f"this machine could run code in its Ray; unset it, or set {INSIST}=1 where nobody else reaches it"
+        )
+
+
+def _unreachable(address: str, found: str) -> str:
+    if any(word in found.lower() for word in ("token", "authenticat", "unauthorized")):
+        return (
+            f"Ray at {address} requires another token than this process has: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN to the cluster's (`ray get-auth-token` on its head shows it)"
+        )
+    return f"no Ray cluster answers at {address} ({found}); check --address or RAY_ADDRESS: it is port 6379 of the head"
+
+
+def require_absolute_root(root: Path | None) -> None:
+    """Raise RunFileError for a `data.root` that each node would resolve against a folder of its own."""
+    if root is not None and not root.is_absolute():
+        raise RunFileError(f"data.root {root}: expected the absolute path of the images on the nodes")

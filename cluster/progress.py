@@ -1,0 +1,121 @@
+"""Progress and log lines from workers to the driver, through an actor."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from defuse_core.progress import Progress
+
+log = logging.getLogger("defuse")
+UPDATE_EVERY_S = 0.25
+POLL_EVERY_S = 0.25
+FLUSH_S = 5.0
+Update = tuple[str, int, int, str]  # the arguments of `Progress`
+
+
+class ProgressActor:
+    """The actor: the latest update of each activity, and the log lines since the last fetch."""
+
+    def __init__(self) -> None:
+        self.updates: dict[str, Update] = {}
+        self.lines: list[tuple[int, str]] = []
+
+    def update(self, update: Update) -> None:
+        """Record how far an activity is."""
+        self.updates[update[0]] = update
+
+    def log(self, level: int, line: str) -> None:
+        """Record a log line."""
+        self.lines.append((level, line))
+
+    def flush(self) -> None:
+        """Do nothing: calls are handled in order, so the reply means that all earlier calls of the caller arrived."""
+
+    def fetch(self) -> tuple[list[Update], list[tuple[int, str]]]:
+        """Return the updates and log lines since the last fetch."""
+        updates, lines = list(self.updates.values()), self.lines
+        self.updates, self.lines = {}, []
+        return updates, lines
+
+
+class ProgressListener:
+    """The driver's end: starts the actor and shows what workers report. Losing the actor loses lines, never work."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        remote = ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+        self.actor: Any = remote.remote()
+        self.polled_at = 0.0
+
+    def poll(self) -> bool:
+        """Show what workers reported since the last call, at most a few times a second; True if there was anything."""
+        if time.monotonic() - self.polled_at < POLL_EVERY_S:
+            return False
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Show what has arrived, now; True if there was anything."""
+        self.polled_at = time.monotonic()
+        try:
+            updates, lines = ray.get(self.actor.fetch.remote(), timeout=10)
+        except RayError:
+            return False
+        for level, line in lines:
+            log.log(level, line)
+        for what, done, total, unit in updates:
+            self.progress(what, done, total, unit)
+        return bool(updates or lines)
+
+    def close(self) -> None:
+        """Show the rest, and end the actor."""
+        with contextlib.suppress(RayError):
+            self.flush()
+            ray.kill(self.actor)
+
+
+class ProgressReporter:
+    """A worker's `Progress`: sends updates to the actor, at most a few times a second for each activity."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.sent_at: dict[str, float] = {}
+
+    def __call__(self, what: str, done: int, total: int, unit: str) -> None:
+        """Report that `done` of `total` units of `what` are done."""
+        now = time.monotonic()
+        if done >= total or now - self.sent_at.get(what, 0.0) >= UPDATE_EVERY_S:
+            self.sent_at[what] = now
+            self.actor.update.remote((what, done, total, unit))
+
+
+class _ActorLogHandler(logging.Handler):
+    def __init__(self, actor: Any) -> None:
+        super().__init__(logging.DEBUG)
+        self.actor = actor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.actor.log.remote(record.levelno, record.getMessage())
+
+
+@contextlib.contextmanager
+def reporting(actor: Any) -> Iterator[ProgressReporter]:
+    """In a worker: send Defuse's log lines to the actor, and yield the reporter of progress."""
+    handler, level = _ActorLogHandler(actor), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield ProgressReporter(actor)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        with contextlib.suppress(RayError):
+            ray.get(actor.flush.remote(), timeout=FLUSH_S)

@@ -1,0 +1,118 @@
+"""Every private or undocumented part of Ray that Defuse relies on. tests/cluster/test_ray_compat.py checks each."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ray.tune.execution import class_cache
+from ray.tune.trainable import Trainable, wrap_function
+
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Tune handles Ctrl-C in place of the driver
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a table whatever the verbosity
+}
+TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
+JOB_LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+
+
+@contextlib.contextmanager
+def quiet_tune() -> Iterator[None]:
+    """Keep Tune from writing log files, from printing, and from handling Ctrl-C."""
+    before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
+    loggers = [logging.getLogger(name) for name in TUNE_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    os.environ.update(TUNE_ENVIRONMENT)
+    withhold_credentials()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def withhold_credentials() -> None:
+    """Keep AWS_* variables out of the description of Tune's actors, which Ray logs and its dashboard shows."""
+    propagated = class_cache.ENV_VARS_TO_PROPAGATE
+    propagated.difference_update({name for name in propagated if name.startswith("AWS_")})
+
+
+def named_trainable(function: Callable[..., Any], name: str) -> type[Trainable]:
+    """Return `function` as a trainable whose actors and processes are shown under `name`."""
+    trainable = wrap_function(function, name=name)
+    trainable.__name__ = trainable.__qualname__ = name
+    return trainable
+
+
+PROBE = """
+import sys
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray._raylet import GcsClient
+try:
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    GcsClient(address=canonicalize_bootstrap_address_or_die(sys.argv[1]))
+except Exception as error:
+    sys.exit(" ".join(str(error).split()))
+"""
+
+
+def connection_error(address: str, timeout_s: float) -> str | None:
+    """Return why no cluster can be joined at `address`, None where one can.
+
+    In a process of its own, since ray.init and its client retry for minutes and cannot be interrupted.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, address],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout_s:.0f} s"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def is_unauthenticated() -> bool:
+    """Whether a Ray that this process starts would serve anyone who reaches its ports.
+
+    Ray authenticates by token when RAY_AUTH_MODE is unset; any value but `token` turns that off, also a misspelt one.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE")
+    return mode is not None and mode.lower() != "token"
+
+
+def set_private_token() -> None:
+    """Give a Ray that this process starts a token of its own; then Ray neither needs nor writes ~/.ray/auth_token."""
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def quiet_job_client(address: str) -> None:
+    """Keep Ray's client of jobs from logging, and from using RAY_ADDRESS in place of `address`."""
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    for name in JOB_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)

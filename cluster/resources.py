@@ -1,0 +1,160 @@
+"""CPUs and GPUs of the cluster: how much of them a worker is given, and how many workers fit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from tenacity import RetryCallState, RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
+
+from defuse_core.config import ResourcesSection
+from defuse_core.errors import ComputeError, RunFileError
+
+log = logging.getLogger("defuse")
+CHECK_EVERY_S = 3.0
+NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """CPUs and GPUs that one worker, trial or task holds; also what a node has in all."""
+
+    cpus: float
+    gpus: float
+
+    def options(self) -> dict[str, Any]:
+        """Return them as arguments of ray.remote."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPU and {self.gpus:g} GPU"
+
+
+@dataclass(frozen=True)
+class WorkerLocation:
+    """The process, node and GPUs of a worker."""
+
+    node: str  # its address
+    pid: int
+    gpus: tuple[str, ...]  # ids granted by Ray
+    visible_gpus: str  # CUDA_VISIBLE_DEVICES of its process
+
+    def __str__(self) -> str:
+        if not self.gpus:
+            return f"process {self.pid} on {self.node}, CPU"
+        gpus = f"GPU {', '.join(self.gpus)} (CUDA_VISIBLE_DEVICES={self.visible_gpus})"
+        return f"process {self.pid} on {self.node}, {gpus}"
+
+
+def current_location(step: str) -> WorkerLocation:
+    """Return the location of this process; warn if it holds a GPU that torch cannot use."""
+    import torch
+
+    gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    if gpus and not torch.cuda.is_available():
+        log.warning(
+            "%s: %s was granted, but torch %s cannot use it: working on the CPU. Install a torch for its GPU "
+            "and driver on %s, or set resources.gpus_per_worker=0",
+            step,
+            f"GPU {', '.join(gpus)}",
+            torch.__version__,
+            node,
+        )
+    return WorkerLocation(node, os.getpid(), gpus, visible)
+
+
+def nodes() -> list[WorkerResources]:
+    """Return what each living node has in all."""
+    found = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    return [WorkerResources(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in found]
+
+
+def wait_for_nodes() -> None:
+    """Wait until a living node has a CPU: the nodes of a cluster that was just made, or lost them, join later.
+
+    Raises ComputeError when none joined.
+    """
+
+    def warn(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            log.warning("waiting for a node with a CPU to join the cluster")
+
+    retry = Retrying(
+        retry=retry_if_result(lambda found: not any(node.cpus for node in found)),
+        stop=stop_after_delay(NODES_JOIN_WITHIN_S),
+        wait=wait_fixed(1),
+        before_sleep=warn,
+    )
+    try:
+        retry(nodes)
+    except RetryError as error:
+        minutes = f"{NODES_JOIN_WITHIN_S / 60:.0f} minutes"
+        raise ComputeError(f"no node with a CPU joined the cluster in {minutes}; see `ray status`") from error
+
+
+def worker_resources(section: ResourcesSection) -> WorkerResources:
+    """Return what an identification worker or a trial holds: a GPU where the cluster has any, else CPUs alone."""
+    if section.gpus_per_worker != "auto":
+        return WorkerResources(section.cpus_per_worker, section.gpus_per_worker)
+    return WorkerResources(section.cpus_per_worker, 1 if any(node.gpus for node in nodes()) else 0)
+
+
+def task_resources(section: ResourcesSection) -> WorkerResources:
+    """Return what the only task of a step holds: `train_threads` CPUs, or as many as a node has."""
+    gpus = worker_resources(section).gpus
+    suitable = [node.cpus for node in nodes() if node.gpus >= gpus]
+    return WorkerResources(min(section.train_threads, max(suitable, default=0)), gpus)
+
+
+def capacity(worker: WorkerResources) -> int:
+    """Return how many such workers fit on the nodes when nothing else runs there."""
+    return sum(fitting(node, worker) for node in nodes())
+
+
+def fitting(node: WorkerResources, worker: WorkerResources) -> int:
+    """Return how many such workers fit on an empty node. A fraction of a GPU never spans two GPUs."""
+    by_cpu = int(node.cpus / worker.cpus + 1e-9)
+    if not worker.gpus:
+        return by_cpu
+    if worker.gpus < 1:
+        return min(by_cpu, int(node.gpus) * int(1 / worker.gpus + 1e-9))
+    return min(by_cpu, int(node.gpus / worker.gpus))
+
+
+def worker_count(section: ResourcesSection) -> int:
+    """Return how many workers to start. Raises RunFileError where the cluster has no room for them."""
+    worker = worker_resources(section)
+    room, wanted = capacity(worker), section.workers
+    if room == 0 or (wanted != "auto" and wanted > room):
+        found = nodes()
+        total = WorkerResources(sum(node.cpus for node in found), sum(node.gpus for node in found))
+        asked = "a worker" if wanted == "auto" else f"{wanted} worker{'s' if wanted != 1 else ''}"
+        raise RunFileError(
+            f"resources: {asked} of {worker} each asked for, but the cluster has room for {room} "
+            f"(it has {total} on {len(found)} node{'s' if len(found) != 1 else ''})"
+        )
+    return room if wanted == "auto" else wanted
+
+
+class CapacityMonitor:
+    """Warns each time that a step begins to wait because no node has room for its workers."""
+
+    def __init__(self, step: str, worker: WorkerResources) -> None:
+        self.step, self.worker = step, worker
+        self.waiting, self.checked_at = False, -math.inf
+
+    def check(self) -> None:
+        """Compare the nodes with what a worker holds, every few seconds at most."""
+        if time.monotonic() - self.checked_at < CHECK_EVERY_S:
+            return
+        self.checked_at, room = time.monotonic(), capacity(self.worker)
+        if not room and not self.waiting:
+            log.warning("%s: waiting for a node with room for a worker of %s", self.step, self.worker)
+        self.waiting = not room

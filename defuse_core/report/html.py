@@ -1,0 +1,160 @@
+"""The report as one page that works without a network, `report.html`: what the templates beside this file show."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
+from defuse_core.config import RunFile, dump_run_file
+from defuse_core.evaluate import Findings
+from defuse_core.report import formatting
+from defuse_core.report.figures import svg
+from defuse_core.report.schema import ClassAccuracy, Report, Scenario
+
+IN_PAGE = ("tradeoff", "lambdas", "latent", "kl", "weights", "curves")
+PIXEL_ART = 64  # images of at most so many pixels a side are stored without loss; larger ones are compressed
+SHOWN_CLASSES = 12
+SHOWN_ANSWERS = 50
+DISCARDED = "refused_answers"  # note of the annotators that the page shows as a table
+SHOWN_ELSEWHERE = {"prelabel", DISCARDED}
+
+
+@dataclass(frozen=True)
+class Badge:
+    """The classifier's answer on a review image."""
+
+    text: str
+    kind: str  # "right", "wrong", or "" where the image has no label
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One review image."""
+
+    address: str  # data: address of its pixels
+    description: str
+    pixelated: bool
+    before: Badge
+    after: Badge
+    own_label: str | None  # the annotators' label, where it differs from the scenario's
+
+
+@dataclass(frozen=True)
+class ScenarioCard:
+    """One component with its review images (Figure 3)."""
+
+    row: Scenario
+    shots: tuple[Shot, ...]
+
+
+def render_page(
+    report: Report, spec: RunFile, found: Findings, evaluation: Evaluation, figures: Mapping[str, Figure]
+) -> str:
+    """Return the page: pictures inside it, nothing loaded from elsewhere, all text from the run escaped."""
+    cards = [scenario_card(row, found, evaluation) for row in report.scenarios.list]
+    classes = found.models.classes
+    notes = report.votes.notes
+    page = _environment().get_template("report.html.j2")
+    text = page.render(
+        report=report,
+        headline=formatting.headline(report),
+        caveats=formatting.caveats(report),
+        pictures={name: Markup(svg(figures[name], name)) if name in figures else None for name in IN_PAGE},
+        accepted=[card for card in cards if card.row.accepted],
+        rejected=[card for card in cards if not card.row.accepted],
+        class_names=classes,
+        class_numbers=() if formatting.names_are_short(classes) else tuple(enumerate(classes)),
+        classes=sorted(report.per_class, key=lambda row: (-abs(_change(row)), row.name)),
+        shown_classes=SHOWN_CLASSES,
+        notes={
+            name.replace("_", " "): formatting.text_of(value)
+            for name, value in notes.items()
+            if name not in SHOWN_ELSEWHERE
+        },
+        discarded_answers=notes.get(DISCARDED, []),
+        shown_answers=SHOWN_ANSWERS,
+        image_counts=", ".join(f"{count:,} {split}" for split, count in report.run.images.items()),
+        run_file=dump_run_file(spec),
+    )
+    return formatting.unbroken(text) + "\n"
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("defuse_core.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(
+        change=formatting.change,
+        count_of=formatting.count_of,
+        date_time=formatting.date_time,
+        duration=formatting.duration,
+        is_low=formatting.is_low,
+        lam_text=formatting.lam_text,
+        percent=formatting.percent,
+        size=formatting.size,
+        spread=formatting.spread,
+        text_of=formatting.text_of,
+    )
+    return environment
+
+
+def _change(row: ClassAccuracy) -> float:
+    return 0.0 if row.before is None or row.defuse is None else row.defuse - row.before
+
+
+def scenario_card(row: Scenario, found: Findings, evaluation: Evaluation) -> ScenarioCard:
+    """Return what the page shows of one component."""
+    count = found.gallery.images.shape[1]
+    return ScenarioCard(row, tuple(_shot(row, place, found, evaluation) for place in range(count)))
+
+
+def _shot(row: Scenario, place: int, found: Findings, evaluation: Evaluation) -> Shot:
+    classes, image = found.models.classes, found.gallery.images[row.number, place]
+    label = int(found.verdicts.image_labels[row.number, place])
+    before = int(found.gallery.predicted[row.number, place])
+    after = int(evaluation.gallery_after[row.number, place])
+    unlabelled = label == NONE_OF_THE_ABOVE
+    named = "no label" if unlabelled else classes[label]
+
+    def badge(answer: int) -> Badge:
+        kind = "" if unlabelled else "right" if answer == label else "wrong"
+        return Badge(formatting.answer_text(classes, answer), kind)
+
+    differs = row.label is not None and not unlabelled and classes[label] != row.label
+    return Shot(
+        address=data_address(image),
+        description=f"annotators: {named}; classifier before: {classes[before]}, after: {classes[after]}",
+        pixelated=max(image.shape[1:]) <= PIXEL_ART,
+        before=badge(before),
+        after=badge(after),
+        own_label=formatting.answer_text(classes, label) if differs else None,
+    )
+
+
+def data_address(image: F32) -> str:
+    """Return pixels (channels, H, W) in [0, 1] as a data: address."""
+    pixels = np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    buffer = io.BytesIO()
+    if max(picture.size) <= PIXEL_ART:
+        kind = "png"
+        picture.save(buffer, kind, optimize=True)
+    else:
+        kind = "jpeg"
+        picture.save(buffer, kind, quality=90)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,79 @@
+"""Joining a cluster, or starting Ray in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+
+import pytest
+
+from cluster import connection
+from cluster.connection import INSIST, connect, protect_embedded_ray
+from defuse_core.errors import ComputeError, InputError
+from tests.s3_servers import free_port
+
+
+@pytest.fixture(autouse=True)
+def not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.connection.ray.is_initialized", lambda: False)
+
+
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001"])
+def test_an_address_of_another_kind_is_refused_with_what_to_do(address: str) -> None:
+    with pytest.raises(InputError, match="expected HOST:PORT .* `defuse submit`"):
+        connect(address)
+
+
+def test_it_takes_20_seconds_to_give_an_address_up() -> None:
+    assert connection.CONNECT_WITHIN_S == 20
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["nothing listens", "nothing answers"])
+def test_an_address_without_a_cluster_is_one_line_soon(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "CONNECT_WITHIN_S", 5.0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1] if silent else free_port()}"
+        begun = time.monotonic()
+        with pytest.raises(
+            ComputeError, match=rf"^no Ray cluster answers at {address} \(no answer within 5 s\)"
+        ):
+            connect(address)
+    assert time.monotonic() - begun < 10
+
+
+def test_what_is_no_address_at_all_is_one_line() -> None:
+    with pytest.raises(
+        ComputeError, match=r"no Ray cluster answers at head \(Invalid address format: head\); check"
+    ):
+        connect("head")
+
+
+@pytest.mark.parametrize("mode", ["disabled", "", "tokens"])
+def test_an_embedded_ray_without_authentication_is_refused(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.delenv(INSIST, raising=False)
+    with pytest.raises(InputError, match=f"^RAY_AUTH_MODE={mode}: expected `token` .* could run code"):
+        connect(None)
+
+
+def test_who_insists_on_a_ray_without_authentication_is_warned_in_capitals(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv(INSIST, "1")
+    with caplog.at_level(logging.WARNING):
+        protect_embedded_ray()
+    assert "WHOEVER REACHES THIS MACHINE CAN RUN CODE ON IT" in caplog.text
+
+
+def test_an_embedded_ray_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    protect_embedded_ray()
+    assert len(os.environ.pop("RAY_AUTH_TOKEN")) == 64

@@ -1,0 +1,273 @@
+"""Identification on Ray finds the same Psi, whatever happens to its workers; what cannot be retried is named."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cluster.compute import RayCompute
+from cluster.identify import ShardQueue
+from defuse_core.artifacts import Models, Psi
+from defuse_core.config import RunFile
+from defuse_core.data import PictureFiles, open_splits
+from defuse_core.distill import distill
+from defuse_core.errors import ComputeError, DataError, InputError, RunBusyError
+from defuse_core.identify import finished_shards, gather_shards, shard_fingerprint, shard_key
+from defuse_core.models import build_classifier, build_vae, weights_of
+from defuse_core.progress import silent
+from defuse_core.store import FolderStore
+from tests.cluster.checks import Lines, all_end, assert_equal_psi, assert_same_psi, kill_soon
+from tests.cluster.fakes import (
+    CountingStore,
+    DeadlyStore,
+    HiccupStore,
+    OwnDiskStore,
+    RefusingStore,
+    StumblingStore,
+    TakenOverStore,
+)
+from tests.conftest import tiny
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+SHARDS = 10  # of the tiny run
+
+
+@settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    workers=st.integers(1, 2),
+    order=st.permutations(range(SHARDS)),
+    there=st.sets(st.integers(0, SHARDS - 1), max_size=4),
+    kill_after=st.integers(0, 5),
+)
+def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
+    tiny_models: Models,
+    local_psi: Psi,
+    local_store: FolderStore,
+    lines: Lines,
+    workers: int,
+    order: list[int],
+    there: set[int],
+    kill_after: int,
+) -> None:
+    """A worker is killed after so many shards; some shards are there from an earlier driver."""
+    spec = tiny(resources={"workers": workers})
+    with tempfile.TemporaryDirectory() as name:
+        store = CountingStore(Path(name) / "run", pause_s=0.05)
+        for key in local_store.list("psi/"):
+            if int(Path(key).stem) in there:
+                FolderStore(store.folder).write(key, local_store.read(key))
+        lines.lines.clear()
+        killed: list[int] = []
+        killer = threading.Thread(target=kill_a_worker, args=(store, lines, len(there) + kill_after, killed))
+        killer.start()
+        records = finished_shards(store, shard_fingerprint(spec, tiny_models))
+        with RayCompute(None, spec) as compute:
+            pool = compute._pool(spec, tiny_models, store)
+            waiting = [index for index in order if index not in records]
+            records |= ShardQueue(pool, waiting, SHARDS, silent).run()
+        killer.join()
+        assert len(killed) == 1
+        assert np.array_equal(gather_shards(records).codes, local_psi.codes)
+        assert_same_psi(SHARDS, store, local_store)
+
+
+def kill_a_worker(store: FolderStore, lines: Lines, after: int, killed: list[int]) -> None:
+    """Kill the newest worker once `after` shards are stored, and note it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        processes = lines.processes("identify: worker")
+        if processes and len(store.list("psi/")) >= after:
+            os.kill(processes[-1], signal.SIGKILL)
+            killed.append(processes[-1])
+            return
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> Iterator[tuple[RunFile, Models, str]]:
+    """A folder of 160 pictures, one of which becomes unreadable after training: its name."""
+    rng = np.random.default_rng(0)
+    for index in range(160):
+        folder = tmp_path / "images" / "train" / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (16, 16), dtype=np.uint8)).save(folder / f"{index:03}.png")
+    data = {"name": "folder", "root": str(tmp_path / "images"), "validation_share": 0.0, "train_images": None}
+    spec = tiny(data=data)
+    splits = open_splits(spec.data, spec.seed)
+    models = Models(
+        weights_of(build_classifier(spec, 2)), weights_of(build_vae(spec)), splits.classes, splits.counts(),
+        splits.fingerprint(), {}, (), (), 0.0, 0.0, np.zeros(4),
+    )  # fmt: skip
+    read_at_once = np.linspace(0, 159, 128).astype(int)  # by the fingerprint, when the data set is opened
+    row = next(row for row in range(128, 160) if row not in read_at_once)
+    assert isinstance(splits.train.pixels, PictureFiles)
+    path = Path(splits.train.pixels._paths[row])
+    path.write_bytes(b"not a picture any more")
+    yield spec, models, path.name
+
+
+def test_a_picture_that_cannot_be_read_stops_the_run_at_once_and_is_named_with_its_shard(
+    spoilt: tuple[RunFile, Models, str], tmp_path: Path, lines: Lines
+) -> None:
+    spec, models, name = spoilt
+    with RayCompute(None, spec) as compute, pytest.raises(DataError) as raised:
+        compute.identify(spec, models, FolderStore(tmp_path / "run"))
+    line = str(raised.value)
+    assert "shard 4 of 5 (training images 128 to 159) failed" in line
+    assert name in line
+    assert not any("again" in line for line in lines.lines)
+
+
+@pytest.mark.parametrize("workers", [1, "auto"])
+def test_any_number_of_workers_finds_the_same_psi(
+    workers: object, tiny_models: Models, local_psi: Psi, local_store: FolderStore, tmp_path: Path
+) -> None:
+    spec = tiny(resources={"workers": workers})
+    with RayCompute(None, spec) as compute:
+        psi = compute.identify(spec, tiny_models, FolderStore(tmp_path))
+        scenarios = compute.task("distill", distill, spec, psi, FolderStore(tmp_path))
+    assert_equal_psi(psi, local_psi)
+    assert_same_psi(len(psi.codes), FolderStore(tmp_path), local_store)
+    here = distill(spec, local_psi, local_store, progress=silent)
+    assert np.array_equal(scenarios.means, here.means)
+    assert np.array_equal(scenarios.covariances, here.covariances)
+
+
+def test_shards_that_are_there_are_not_made_again(
+    tiny_spec: RunFile, tiny_models: Models, local_psi: Psi, local_store: FolderStore, tmp_path: Path
+) -> None:
+    store, kept = CountingStore(tmp_path / "run"), [0, 1, 4]
+    for key in local_store.list("psi/"):
+        if int(Path(key).stem) in kept:
+            FolderStore(store.folder).write(key, local_store.read(key))
+    with RayCompute(None, tiny_spec) as compute:
+        assert_equal_psi(compute.identify(tiny_spec, tiny_models, store), local_psi)
+    made = [index for index in range(len(local_psi.codes)) if int(store.writes(shard_key(index)))]
+    assert made == [index for index in range(len(local_psi.codes)) if index not in kept]
+
+
+def test_a_killed_worker_costs_only_what_it_had_in_hand(
+    tiny_spec: RunFile,
+    tiny_models: Models,
+    local_psi: Psi,
+    local_store: FolderStore,
+    tmp_path: Path,
+    lines: Lines,
+) -> None:
+    store = CountingStore(tmp_path / "run", pause_s=0.2)
+    killer = kill_soon(lines, "identify: worker", lambda: bool(store.list("psi/")))
+    with RayCompute(None, tiny_spec) as compute:
+        psi = compute.identify(tiny_spec, tiny_models, store)
+    killer.join()
+    assert_equal_psi(psi, local_psi)
+    assert_same_psi(len(psi.codes), store, local_store)
+    assert any("was lost" in line for line in lines.lines)
+    assert sum(int(store.writes(shard_key(index))) for index in range(len(psi.codes))) <= len(psi.codes) + 3
+
+
+def test_a_store_that_fails_now_and_then_is_borne_with(
+    tiny_spec: RunFile,
+    tiny_models: Models,
+    local_psi: Psi,
+    local_store: FolderStore,
+    tmp_path: Path,
+    lines: Lines,
+) -> None:
+    store = StumblingStore(tmp_path / "run", every=4)
+    with RayCompute(None, tiny_spec) as compute:
+        psi = compute.identify(tiny_spec, tiny_models, store)
+    assert_equal_psi(psi, local_psi)
+    assert_same_psi(len(psi.codes), store, local_store)
+    assert any("not stored, trying again" in line for line in lines.lines)
+
+
+def test_a_shard_that_fails_once_is_made_again(
+    tiny_spec: RunFile,
+    tiny_models: Models,
+    local_psi: Psi,
+    local_store: FolderStore,
+    tmp_path: Path,
+    lines: Lines,
+) -> None:
+    store = HiccupStore(tmp_path / "run", "psi/000003")
+    with RayCompute(None, tiny_spec) as compute:
+        psi = compute.identify(tiny_spec, tiny_models, store)
+    assert_equal_psi(psi, local_psi)
+    assert_same_psi(len(psi.codes), store, local_store)
+    (told,) = [line for line in lines.lines if "shard 3 again" in line]
+    assert told.endswith("shard 3 of 10 (training images 96 to 127) failed: RuntimeError: CUDA out of memory")
+
+
+def test_a_shard_that_fails_twice_stops_the_run_and_is_named(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path, lines: Lines
+) -> None:
+    store = RefusingStore(tmp_path / "run", "psi/000003", with_bug=True)
+    with RayCompute(None, tiny_spec) as compute, pytest.raises(ComputeError) as raised:
+        compute.identify(tiny_spec, tiny_models, store)
+    line = str(raised.value)
+    assert "shard 3 of 10 (training images 96 to 127)" in line
+    assert line.endswith("ZeroDivisionError: of a pixel by nothing")
+    assert len([line for line in lines.lines if "shard 3 again" in line]) == 1
+
+
+def test_a_shard_that_kills_its_worker_each_time_stops_the_run_and_is_named(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path
+) -> None:
+    store = DeadlyStore(tmp_path / "run", "psi/000003")
+    with RayCompute(None, tiny_spec) as compute, pytest.raises(ComputeError) as raised:
+        compute.identify(tiny_spec, tiny_models, store)
+    assert "shard 3 of 10 (training images 96 to 127) was lost 5 times with its worker" in str(raised.value)
+
+
+def test_a_store_that_the_workers_do_not_share_is_said_with_the_first_shard(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path
+) -> None:
+    store = OwnDiskStore(tmp_path / "run")
+    with (
+        RayCompute(None, tiny_spec) as compute,
+        pytest.raises(InputError, match="does not find it there; --store must be one that all nodes share"),
+    ):
+        compute.identify(tiny_spec, tiny_models, store)
+
+
+def test_a_driver_that_lost_its_run_ends_its_workers(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path, lines: Lines
+) -> None:
+    store = TakenOverStore(tmp_path / "run", pause_s=1.0)
+    with RayCompute(None, tiny_spec) as compute:
+        with pytest.raises(RunBusyError, match="another driver took the run over"):
+            compute.identify(tiny_spec, tiny_models, store)
+        assert all_end(set(lines.processes("identify: worker")), within_s=20)
+
+
+def test_a_worker_of_a_driver_that_lost_its_run_is_refused_and_nothing_is_tried_again(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path, lines: Lines
+) -> None:
+    store = FolderStore(tmp_path / "run")
+    with store.lock():
+        lost = pickle.loads(pickle.dumps(store))
+    with (
+        RayCompute(None, tiny_spec) as compute,
+        pytest.raises(RunBusyError, match="held this run and no longer"),
+    ):
+        lost.require_lock = lambda: None  # the driver has not noticed yet
+        compute.identify(tiny_spec, tiny_models, lost)
+    assert store.list() == []
+    assert not any("again" in line for line in lines.lines)

@@ -1,0 +1,102 @@
+"""What Defuse relies on in Ray without a promise of Ray's: a test that fails names the part that moved."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.tune.execution import class_cache
+from ray.tune.experimental.output import get_air_verbosity
+
+from cluster import ray_compat
+from cluster.ray_compat import is_unauthenticated, named_trainable, quiet_job_client, quiet_tune
+
+
+class Trainable:
+    """Stands for a trial."""
+
+
+def source(module: str) -> str:
+    """Return the source of a module of Ray."""
+    file = importlib.import_module(module).__file__
+    assert file is not None
+    return Path(file).read_text(encoding="utf-8")
+
+
+def test_tune_does_not_describe_its_actors_with_the_keys_of_the_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "never-to-be-seen")
+    with quiet_tune():
+        described = class_cache._ActorClassCache().get(Trainable)._default_options["runtime_env"]
+    assert "PL_DISABLE_FORK" in described["env_vars"]  # this is where Tune puts what it passes on
+    assert not [name for name in described["env_vars"] if name.startswith("AWS_")]
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "never-to-be-seen"
+
+
+def test_tune_passes_on_the_variables_in_a_set_that_can_be_changed() -> None:
+    assert isinstance(class_cache.ENV_VARS_TO_PROPAGATE, set)
+
+
+def test_tune_reads_the_variables_that_keep_it_quiet() -> None:
+    code = "".join(map(source, ("ray.tune.tune", "ray.tune.utils.callback", "ray.tune.experimental.output")))
+    assert [name for name in ray_compat.TUNE_ENVIRONMENT if name not in code] == []
+    with quiet_tune():
+        assert get_air_verbosity(0) is None  # the new output, which prints whatever the verbosity, is off
+
+
+def test_the_environment_and_the_loggers_are_put_back() -> None:
+    names, loggers = ray_compat.TUNE_ENVIRONMENT, [logging.getLogger(n) for n in ray_compat.TUNE_LOGGERS]
+    before = [os.environ.get(name) for name in names], [logger.level for logger in loggers]
+    with quiet_tune():
+        assert all(logger.level == logging.CRITICAL for logger in loggers)
+    assert ([os.environ.get(name) for name in names], [logger.level for logger in loggers]) == before
+
+
+def test_a_trainable_is_shown_under_its_name() -> None:
+    trainable = named_trainable(lambda config: None, "correct")
+    assert (trainable.__name__, trainable.__qualname__) == ("correct", "correct")
+
+
+@pytest.mark.parametrize("name", ray_compat.JOB_LOGGERS)
+def test_the_client_of_jobs_logs_through_a_logger_that_is_silenced(name: str) -> None:
+    module = importlib.import_module(name)
+    assert "logger = logging.getLogger(__name__)" in source(name) or hasattr(module, "default_logger")
+
+
+def test_the_client_of_jobs_prefers_its_own_variable_to_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:1")
+    quiet_job_client("http://head:8265")
+    assert get_address_for_submission_client("http://head:8265") == "http://head:8265"
+
+
+def test_the_parts_of_ray_that_the_probe_of_an_address_imports_exist() -> None:
+    imports = "\n".join(line for line in ray_compat.PROBE.splitlines() if "import" in line)
+    done = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mode", [None, "token", "TOKEN", "Token", "disabled", "", "tokens"])
+def test_ray_agrees_on_which_modes_leave_it_without_authentication(
+    mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    asked = (
+        "from ray._private.authentication import authentication_token_setup as setup\n"
+        "from ray._raylet import AuthenticationMode, get_authentication_mode\n"
+        "setup.enable_token_auth_by_default()\n"
+        "print(get_authentication_mode() == AuthenticationMode.DISABLED)"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert is_unauthenticated() == (done.stdout.strip() == "True")

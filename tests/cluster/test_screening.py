@@ -1,0 +1,38 @@
+"""Screening and tightening on workers give what they give in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.compute import RayCompute
+from defuse_core.artifacts import Models, ReferenceSet
+from defuse_core.distill import distill
+from defuse_core.local import LocalCompute
+from defuse_core.progress import silent
+from defuse_core.store import FolderStore
+from defuse_core.tighten import tighten
+from tests.cluster.checks import assert_same_psi
+from tests.conftest import recommended
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def test_screening_and_tightening_on_workers_keep_the_same_codes_and_components(
+    tiny_models: Models, references: ReferenceSet, tmp_path: Path
+) -> None:
+    spec, here, there = recommended(), FolderStore(tmp_path / "here"), FolderStore(tmp_path / "there")
+    local = LocalCompute().identify(spec, tiny_models, here, references)
+    with RayCompute(None, spec) as compute:
+        psi = compute.identify(spec, tiny_models, there, references)
+        found = compute.task("distill", distill, spec, psi, there)
+        found = compute.task("distill", tighten, spec, tiny_models, references, found)
+    assert 0 < psi.total < psi.failing == local.failing
+    assert_same_psi(len(psi.codes), there, here)
+    expected = distill(spec, local, here, progress=silent)
+    expected = tighten(spec, tiny_models, references, expected, progress=silent)
+    assert found.taus is not None
+    np.testing.assert_array_equal(found.taus, expected.taus)
+    assert found.dropped == expected.dropped

@@ -1,0 +1,192 @@
+"""The sweep on Ray equals the local one, whatever happens to its workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.compute import RayCompute
+from defuse_core.artifacts import Corrections, FailedTrial, Models, Sweep, Trial
+from defuse_core.codec import decode, encode
+from defuse_core.config import RunFile
+from defuse_core.correct import collect_sweep, load_fine_tuning_data, run_trial, trial_key
+from defuse_core.errors import ComputeError, InputError, RunBusyError, StoreError
+from defuse_core.local import LocalCompute
+from defuse_core.progress import silent
+from defuse_core.store import FolderStore
+from tests.cluster.checks import Lines, all_end, assert_equal_sweeps, kill_soon
+from tests.cluster.fakes import (
+    CountingStore,
+    OwnDiskStore,
+    RefusingStore,
+    TakenOverStore,
+)
+from tests.conftest import tiny
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def test_the_sweep_equals_the_local_one(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, local_sweep: Sweep, tmp_path: Path
+) -> None:
+    told = []
+    with RayCompute(None, tiny_spec, lambda *args: told.append(args)) as compute:
+        sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, FolderStore(tmp_path))
+    assert_equal_sweeps(sweep, local_sweep)
+    assert ("fine-tuning over λ", 6, 6, "epochs") in told
+
+
+def test_a_trial_is_shown_under_the_name_of_its_step(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+) -> None:
+    titles = set()
+
+    def look(*told: object) -> None:
+        for process in lines.processes("correct: λ")[-1:]:
+            titles.add(Path(f"/proc/{process}/cmdline").read_bytes().split(b".")[0].strip(b"\0"))
+
+    spec = tiny(resources={"workers": 1})
+    with RayCompute(None, spec, look) as compute:
+        compute.sweep(spec, tiny_models, fixes, None, CountingStore(tmp_path / "run", pause_s=0.1))
+    assert titles == {b"ray::correct"}
+
+
+def test_a_sweep_over_nothing_starts_nothing(tiny_spec: RunFile, tiny_models: Models, tmp_path: Path) -> None:
+    none = Corrections(
+        np.zeros(0, int), np.zeros(0, int), np.zeros((0, 24, 4), np.float32), np.zeros((0, 24, 4), np.float32)
+    )
+    with RayCompute(None, tiny_spec) as compute:
+        sweep = compute.sweep(tiny_spec, tiny_models, none, None, FolderStore(tmp_path))
+        assert compute.listener is None
+    assert sweep.weights == {}
+
+
+def test_a_killed_trial_goes_on_at_its_last_finished_epoch(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+) -> None:
+    spec = tiny(correct={"lambdas": [1.0], "epochs": 4})
+    with RayCompute(None, spec) as compute:
+        undisturbed = compute.sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path / "undisturbed"))
+        store = CountingStore(tmp_path / "run", pause_s=0.5)
+        lines.lines.clear()
+        writes = store.writes(trial_key(1.0))
+        killer = kill_soon(lines, "correct: λ = 1", lambda: int(writes) == 2)
+        sweep = compute.sweep(spec, tiny_models, fixes, None, store)
+    killer.join()
+    assert len(set(lines.processes("correct: λ = 1"))) == 2
+    assert int(writes) == 4
+    assert_equal_sweeps(sweep, undisturbed)
+
+
+def test_a_trial_that_fails_for_good_is_left_out_and_told(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, local_sweep: Sweep, tmp_path: Path
+) -> None:
+    store = RefusingStore(tmp_path / "run", trial_key(1.0), with_bug=True)
+    with RayCompute(None, tiny_spec) as compute:
+        sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, store)
+    assert sweep.failed == (FailedTrial(1.0, "ZeroDivisionError: of a pixel by nothing"),)
+    assert sweep.rows == tuple(row for row in local_sweep.rows if row.lam != 1.0)
+
+
+def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is_back(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, local_sweep: Sweep, tmp_path: Path
+) -> None:
+    with RayCompute(None, tiny_spec) as compute:
+        with pytest.raises(StoreError, match=f"{trial_key(1.0)}: no"):
+            compute.sweep(
+                tiny_spec, tiny_models, fixes, None, RefusingStore(tmp_path / "run", trial_key(1.0))
+            )
+        sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, FolderStore(tmp_path / "run"))
+    assert_equal_sweeps(sweep, local_sweep)
+
+
+def test_a_sweep_without_a_trial_left_fails(tiny_models: Models, fixes: Corrections, tmp_path: Path) -> None:
+    spec = tiny(correct={"lambdas": [1.0]})
+    store = RefusingStore(tmp_path / "run", "lam", with_bug=True)
+    with RayCompute(None, spec) as compute, pytest.raises(ComputeError) as raised:
+        compute.sweep(spec, tiny_models, fixes, None, store)
+    assert str(raised.value) == "correct: every trial failed; λ = 1: ZeroDivisionError: of a pixel by nothing"
+
+
+def test_trials_that_another_disk_holds_are_said(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path
+) -> None:
+    spec = tiny(correct={"lambdas": [1.0], "epochs": 1})
+    with (
+        RayCompute(None, spec) as compute,
+        pytest.raises(InputError, match="--store must be one that all nodes"),
+    ):
+        compute.sweep(spec, tiny_models, fixes, None, OwnDiskStore(tmp_path / "run"))
+
+
+def test_a_driver_that_lost_its_run_ends_its_trials(
+    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+) -> None:
+    store = TakenOverStore(tmp_path / "run", pause_s=1.0)
+    with RayCompute(None, tiny_spec) as compute:
+        with pytest.raises(RunBusyError, match="another driver took the run over"):
+            compute.sweep(tiny_spec, tiny_models, fixes, None, store)
+        assert all_end(set(lines.processes("correct: λ")), within_s=20)
+
+
+def test_fewer_epochs_never_replace_more(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path, local_spec: RunFile
+) -> None:
+    """A trial that was given up for lost goes on beside the one that took its place."""
+    data = load_fine_tuning_data(local_spec, tiny_models, fixes, None, progress=silent)
+    store = FolderStore(tmp_path)
+    given_up = run_trial(local_spec, tiny_models, data, 1.0, store)
+    next(given_up)
+    *_, done = run_trial(local_spec, tiny_models, data, 1.0, store)
+    assert done.done
+    next(given_up)
+    stored = decode(Trial, store.read(trial_key(1.0)), "")
+    assert stored.done and stored.rows == done.rows
+
+
+def test_an_unfinished_trial_is_never_read_as_finished(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path, local_spec: RunFile
+) -> None:
+    data = load_fine_tuning_data(local_spec, tiny_models, fixes, None, progress=silent)
+    trial = next(run_trial(local_spec, tiny_models, data, 1.0, FolderStore(tmp_path)))
+    with pytest.raises(ComputeError, match="expected a finished trial with λ = 1, found 1 of 3 epochs; run"):
+        collect_sweep(local_spec, tiny_models, [trial])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another λ"])
+def test_a_damaged_trial_begins_again_and_that_is_logged(
+    damage: str,
+    tiny_models: Models,
+    fixes: Corrections,
+    tmp_path: Path,
+    local_spec: RunFile,
+    lines: Lines,
+) -> None:
+    data = load_fine_tuning_data(local_spec, tiny_models, fixes, None, progress=silent)
+    store = FolderStore(tmp_path)
+    *_, whole = run_trial(local_spec, tiny_models, data, 1.0, store)
+    other = encode(replace(whole, lam=10.0))
+    store.write(trial_key(1.0), other if damage == "of another λ" else store.read(trial_key(1.0))[:-5])
+    *_, again = run_trial(local_spec, tiny_models, data, 1.0, store)
+    assert again.rows == whole.rows
+    assert any("trial with λ = 1 begins again, since it is damaged" in line for line in lines.lines)
+
+
+@pytest.mark.parametrize("lam", [1e30, 1e38])
+def test_a_lambda_that_overflows_is_a_diverged_trial(
+    lam: float, tiny_models: Models, fixes: Corrections, tmp_path: Path
+) -> None:
+    spec = tiny(correct={"lambdas": [1.0, lam], "epochs": 1})
+    sweep = LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path))
+    (failed,) = sweep.failed
+    assert failed.lam == lam
+    assert "diverged" in failed.cause
+    assert {row.lam for row in sweep.rows} == {1.0}
+
+
+@pytest.fixture
+def local_spec() -> RunFile:
+    return tiny(correct={"lambdas": [1.0], "epochs": 3})

@@ -1,0 +1,146 @@
+"""The figures of a report, against numbers computed by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_findings import report_of, sample_findings, sample_run, with_verdicts
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Sweep, SweepRow
+from defuse_core.errors import InputError
+from defuse_core.report import parse_report, write_report
+
+
+def test_agreement_is_the_mean_over_labelled_images_with_its_standard_error(tmp_path: Path):
+    sample = with_verdicts(
+        sample_findings(2, 1, images=2),
+        labels=np.array([3, NONE_OF_THE_ABOVE]),
+        agreement=np.array([[1.0, 0.8], [0.6, np.nan]]),
+    )
+    agreement = report_of(sample, tmp_path).agreement
+    assert agreement.scenario.mean == pytest.approx(0.9)
+    assert agreement.scenario.standard_error == pytest.approx(0.1)  # sd 0.1414 over the root of 2
+    assert (agreement.other.mean, agreement.other.standard_error, agreement.other.images) == (0.6, None, 1)
+    assert agreement.all.mean == pytest.approx(0.8)
+    assert agreement.all.standard_error == pytest.approx(0.2 / np.sqrt(3))
+
+
+def test_purity_is_the_mean_over_accepted_scenarios_alone(tmp_path: Path):
+    sample = with_verdicts(
+        sample_findings(3, 2),
+        labels=np.array([1, 2, NONE_OF_THE_ABOVE]),
+        purity=np.array([0.5, 0.8, 0.1]),
+    )
+    assert report_of(sample, tmp_path).scenarios.purity == pytest.approx(0.65)
+
+
+def test_the_trade_off_has_each_lambda_at_its_chosen_epoch(tmp_path: Path):
+    found, evaluation = sample_findings(2, 1)
+    rows = tuple(
+        SweepRow(lam, epoch, 0.0, train=train, validation=None, test=test, tune=1.0, scenario=s)
+        for lam, epoch, train, test, s in (
+            (0.1, 1, 0.90, 0.81, 0.51),
+            (0.1, 2, 0.95, 0.82, 0.52),
+            (10.0, 1, 0.97, 0.83, 0.53),
+            (10.0, 2, 0.96, 0.84, 0.54),
+        )
+    )
+    found = dataclasses.replace(found, sweep=Sweep(rows, rows[2], {}, ()))
+    tradeoff = report_of((found, evaluation), tmp_path).tradeoff
+    assert [(r.lam, r.epoch, r.test, r.scenario, r.chosen) for r in tradeoff] == [
+        (0.1, 2, 0.82, 0.52, False),
+        (10.0, 1, 0.83, 0.53, True),
+    ]
+    assert tradeoff[0].validation is None
+
+
+def test_a_scenario_is_mistaken_for_the_most_frequent_answer_but_its_label(tmp_path: Path):
+    sample = sample_findings(1, 1, images=6)
+    sample[0].gallery.predicted[:] = [[4, 4, 4, 9, 9, 7]]
+    none = NONE_OF_THE_ABOVE  # three images bear another label than the scenario's and are answered with it
+    sample = with_verdicts(sample, labels=np.array([4]), image_labels=np.array([[3, 3, 3, none, 4, 4]]))
+    report = report_of(sample, tmp_path)
+    assert report.scenarios.list[0].mistaken_for == "9"
+    assert report.votes.misclassified == 1
+
+
+def test_a_rejected_component_is_mistaken_for_nothing(tmp_path: Path):
+    assert report_of(sample_findings(1, 0), tmp_path).scenarios.list[0].mistaken_for is None
+
+
+def test_counts_of_identification_become_shares(tmp_path: Path):
+    psi = report_of(sample_findings(), tmp_path).psi
+    assert (psi.codes, psi.images_with_any, psi.zero_noise_flip_rate) == (516, 0.12, 0.07)
+
+
+def test_collapsed_dimensions_are_counted(tmp_path: Path):
+    vae = report_of(sample_findings(), tmp_path).vae
+    assert vae.collapsed == 2
+    assert len(vae.kl_per_dimension) == 10
+
+
+def test_a_figure_that_does_not_exist_is_null(tmp_path: Path):
+    found, evaluation = sample_findings(2, 0)
+    evaluation = dataclasses.replace(evaluation, per_class_images=np.zeros(10, np.int64))
+    tree = json.loads(report_of((found, evaluation), tmp_path).model_dump_json(by_alias=True))
+    assert tree["accuracy"]["baseline"] == {"validation": None, "test": None, "scenario": None}
+    assert tree["scenarios"]["purity"] is None
+    assert tree["agreement"]["scenario"] == {"mean": None, "standard_error": None, "images": 0}
+    assert (tree["tradeoff"], tree["chosen"], tree["per_class"]) == ([], None, [])
+
+
+def test_report_json_has_its_documented_fields(tmp_path: Path):
+    run = sample_run(tmp_path)
+    write_report(run, *sample_findings(3, 2, images=3))
+    tree = json.loads(run.store.read("report.json"))
+    assert tree["version"] == 2
+    assert tree["annotators"] == "reference models"
+    assert set(tree["accuracy"]["defuse"]) == {"validation", "test", "scenario"}
+    assert {"components", "accepted", "purity", "own_labels", "list"} == set(tree["scenarios"])
+    assert {"lam", "epoch", "test", "scenario"} <= set(tree["tradeoff"][0])
+    assert {"codes", "images_with_any", "zero_noise_flip_rate"} <= set(tree["psi"])
+    assert {"reconstruction", "kl_per_dimension", "reconstruction_flips"} <= set(tree["vae"])
+    assert {"class", "before", "baseline", "defuse"} <= set(tree["per_class"][0])
+    assert {"labelled", "ties", "no_class_chosen"} <= set(tree["votes"])
+    assert {"device", "artefacts", "versions"} <= set(tree["provenance"])
+
+
+@pytest.mark.parametrize("change", [{"version": 1}, {"version": None}, {"making": {}}])
+def test_a_report_of_another_version_is_refused_with_what_to_do(tmp_path: Path, change: dict[str, object]):
+    text = report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True)
+    assert parse_report(text, "report.json").scenarios.accepted == 1
+    words = r"^a/report\.json: expected a report of version 2, .*`defuse report RUN`"
+    with pytest.raises(InputError, match=words):
+        parse_report(json.dumps(json.loads(text) | change), "a/report.json")
+
+
+def test_equal_findings_give_equal_files_except_for_how_they_were_made(tmp_path: Path):
+    first, second = sample_run(tmp_path / "first"), sample_run(tmp_path / "second")
+    entry = {"step": "train", "made": "2025-01-01T00:00:00Z", "seconds": 1.5, "bytes": 10}
+    second.store.write("manifest.json", json.dumps({"artefacts": {"models": entry}}).encode())
+    for run in (first, second):
+        write_report(run, *sample_findings(2, 1, images=2))
+    trees = [json.loads(run.store.read("report.json")) for run in (first, second)]
+    assert trees[0].pop("provenance") != trees[1].pop("provenance")
+    assert trees[0] == trees[1]
+    for key in first.store.list("figures/"):
+        assert first.store.read(key) == second.store.read(key)
+
+
+def test_reviewed_images_are_also_judged_each_by_its_own_label(tmp_path: Path):
+    found, evaluation = sample_findings(2, 1, images=4)
+    none = NONE_OF_THE_ABOVE
+    found.gallery.predicted[:] = [[1, 1, 2, 1], [9, 9, 9, 9]]
+    after = np.array([[4, 4, 4, 4], [9, 9, 9, 9]])
+    own = np.array([[4, 4, 2, none], [9, 9, 9, 9]])
+    sample = with_verdicts(
+        (found, dataclasses.replace(evaluation, gallery_after=after)),
+        labels=np.array([4, none]),
+        image_labels=own,
+    )
+    judged = report_of(sample, tmp_path).scenarios.own_labels
+    assert (judged.images, judged.before, judged.defuse) == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))

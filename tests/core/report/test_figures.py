@@ -1,0 +1,35 @@
+"""The pictures of a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from sample_findings import sample_findings, sample_run
+
+from defuse_core.report import write_report
+from defuse_core.report.figures.charts import clusters
+from defuse_core.report.figures.style import move_apart
+
+
+def test_pictures_are_written_beside_the_page(tmp_path: Path):
+    run = sample_run(tmp_path)
+    write_report(
+        run, *sample_findings(3, 2, classes=("a $\\frac{", "b & c", "[bold]", "long name"), images=3)
+    )
+    names = {"tradeoff", "lambdas", "latent", "scenarios", "rejected", "kl", "weights", "curves"}
+    assert set(run.store.list("figures/")) == {f"figures/{name}.png" for name in names}
+    assert all(run.store.read(key).startswith(b"\x89PNG") for key in run.store.list("figures/"))
+
+
+def test_marks_that_coincide_are_moved_apart():
+    points = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [50.0, 0.0]])
+    moved = move_apart(points, 10)
+    gaps = np.linalg.norm(moved[:, None] - moved[None], axis=2)[np.triu_indices(4, 1)]
+    assert gaps.min() > 9.5
+    assert np.abs(moved[3] - points[3]).max() < 0.01
+
+
+def test_points_linked_by_small_gaps_are_one_cluster():
+    points = np.array([[0.0, 0], [5, 0], [0.9, 0], [1.8, 0]])
+    assert clusters(points, 1.0) == [[0, 2, 3], [1]]

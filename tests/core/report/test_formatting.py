@@ -1,0 +1,79 @@
+"""Figures and sentences as people read them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_findings import report_of, sample_findings, with_verdicts
+
+from defuse_core.report.formatting import (
+    answered_by_models,
+    change,
+    count_of,
+    date_time,
+    duration,
+    headline,
+    lam_ranges,
+    lam_text,
+    purity_warning,
+    size,
+    text_of,
+)
+
+
+def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
+    found, evaluation = sample_findings(40, 12)
+    table = np.array([[np.nan, 0.9897, 0.148], [np.nan, 0.98, 0.5], [np.nan, 0.9905, 0.996]])
+    report = report_of((found, dataclasses.replace(evaluation, accuracy=table)), tmp_path)
+    assert headline(report) == (
+        "12 of 40 components are failure scenarios. On them the classifier goes from 14.8 % to 99.6 %; "
+        "on the test set from 98.97 % to 99.05 %."
+    )
+
+
+def test_only_a_low_purity_gives_a_warning(tmp_path: Path):
+    sample = sample_findings(2, 2)
+    low = report_of(with_verdicts(sample, purity=np.array([0.7, 0.6])), tmp_path)
+    high = report_of(with_verdicts(sample, purity=np.array([1.0, 0.9])), tmp_path)
+    assert "Purity is 65 %" in (purity_warning(low) or "")
+    assert purity_warning(high) is None
+
+
+def test_a_notice_appears_where_models_answered_in_place_of_people(tmp_path: Path):
+    assert answered_by_models(report_of(sample_findings(answered_by="people"), tmp_path)) is None
+    assert "not people" in (answered_by_models(report_of(sample_findings(), tmp_path)) or "")
+
+
+@pytest.mark.parametrize(
+    ("lam", "text"),
+    [(0.0, "0"), (1e-10, "10⁻¹⁰"), (2.5e-7, "2.5·10⁻⁷"), (0.001, "0.001"), (20.0, "20"), (1000.0, "1000")],
+)
+def test_lambda_is_written_as_people_write_it(lam: float, text: str):
+    assert lam_text(lam) == text
+
+
+def test_neighbouring_lambdas_share_one_range():
+    assert lam_ranges([0.1, 1, 2, 5, 10], [0, 1, 2, 4]) == "0.1 – 2, 10"
+    assert lam_ranges([0.1, 1, 2, 5, 10], [0, 1, 3]) == "0.1, 1, 5"
+
+
+def test_quantities_are_written_as_people_write_them():
+    assert [duration(s) for s in (0.42, 59.6, 185, 7800)] == [
+        "0.4 s",
+        "1 min 00 s",
+        "3 min 05 s",
+        "2 h 10 min",
+    ]
+    assert [size(n) for n in (12, 1500, 12_300_000, 4.5e9)] == ["12 B", "1.5 kB", "12 MB", "4.5 GB"]
+    assert [count_of(n, "image") for n in (0, 1, 2, 12345)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "12,345 images",
+    ]
+    assert [date_time(t) for t in ("2025-01-01T10:00:59Z", "")] == ["2025-01-01 10:00", "–"]
+    assert [text_of(v) for v in ([1, 2], [], 0.5, None, "x")] == ["1, 2", "none", "0.5", "–", "x"]
+    assert [change(0.9, x) for x in (0.91, 0.89, 0.9, None)] == ["+1.00", "−1.00", "±0.00", ""]

@@ -1,0 +1,127 @@
+"""The page: complete, loaded from nowhere, and safe with any class name."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sample_findings import sample_findings, sample_run, with_verdicts
+
+from defuse_core.artifacts import FailedTrial, Override
+from defuse_core.report import write_report
+from defuse_core.report.formatting import caveats, headline
+from defuse_core.report.html import data_address
+from defuse_core.runs import Run
+
+HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")
+
+
+class Page(HTMLParser):
+    """Elements and their attributes, as a browser would see them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A written report in which everything that comes from outside tries to be HTML."""
+    found, evaluation = sample_findings(3, 2, classes=HOSTILE, images=3)
+    override = Override(0, 0, author=HOSTILE[0], reason=HOSTILE[1], when=HOSTILE[0])
+    found, _ = with_verdicts((found, evaluation), overrides=(override,), reasons=(HOSTILE[0],) * 3)
+    discarded = {"scenario": 0, "image": 1, "annotator": HOSTILE[0], "why": HOSTILE[1]}
+    notes = {HOSTILE[0]: HOSTILE[1], "prelabel": HOSTILE[0], "refused_answers": [discarded]}
+    found = dataclasses.replace(
+        found,
+        votes=dataclasses.replace(found.votes, notes=notes),
+        sweep=dataclasses.replace(found.sweep, failed=(FailedTrial(1.0, HOSTILE[0]),)),
+    )
+    run = sample_run(tmp_path_factory.mktemp("hostile"))
+    write_report(run, found, evaluation)
+    return run
+
+
+def test_text_from_the_run_is_escaped(hostile: Run):
+    page = Page(hostile.store.read("report.html").decode())
+    assert not [tag for tag, _ in page.elements if tag == "script"]
+    assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
+    assert HOSTILE[0] in page.words
+
+
+def test_the_page_loads_nothing_from_elsewhere(hostile: Run):
+    page = Page(hostile.store.read("report.html").decode())
+    linked = [
+        attrs[key] for _, attrs in page.elements for key in ("src", "href", "xlink:href") if attrs.get(key)
+    ]
+    assert linked
+    assert all(str(address).startswith(("data:image/", "#")) for address in linked)
+
+
+def test_ids_in_the_page_are_unique(hostile: Run):
+    ids = [
+        attrs["id"] for _, attrs in Page(hostile.store.read("report.html").decode()).elements if "id" in attrs
+    ]
+    assert len(ids) == len(set(ids))
+
+
+def test_every_review_image_is_described_for_those_who_cannot_see_it(hostile: Run):
+    page = Page(hostile.store.read("report.html").decode())
+    texts = [attrs.get("alt") or "" for tag, attrs in page.elements if tag == "img"]
+    assert len(texts) == 9
+    assert all("annotators: " in text and "before: " in text for text in texts)
+
+
+@pytest.mark.parametrize(("scenarios", "text"), [(2, "None of the 2 components"), (0, "No failure scenario")])
+def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scenarios: int, text: str):
+    run = sample_run(tmp_path)
+    report = write_report(run, *sample_findings(scenarios, 0))
+    assert headline(report).startswith(text)
+    assert text in run.store.read("report.html").decode()
+    assert "figures/scenarios.png" not in run.store.list()
+
+
+def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
+    found, evaluation = sample_findings(2, 1, answered_by="people")
+    refused = {
+        "scenario": 1,
+        "image": None,
+        "annotator": "annotator-7",
+        "annotation": 9,
+        "why": "no label was chosen",
+    }
+    notes = {"answers_saved": 58, "decided_early": [0, 1], "refused_answers": [refused]}
+    notes["prelabel"] = "annotators saw the models' answer"
+    found = dataclasses.replace(found, votes=dataclasses.replace(found.votes, notes=notes))
+    run = sample_run(tmp_path)
+    report = write_report(run, found, evaluation)
+    text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert "answers saved 58 decided early 0, 1" in text
+    assert "1 answer not counted:" in text
+    assert "annotator-7 no label was chosen" in text
+    assert "annotators saw the models' answer" in text
+    assert caveats(report)[0].startswith("Answers were preselected.")
+
+
+@pytest.mark.parametrize(("side", "kind", "error"), [(32, "png", 0.002), (128, "jpeg", 0.1)])
+def test_small_pictures_are_kept_exactly_and_large_ones_compressed(side: int, kind: str, error: float):
+    ramp = np.linspace(0, 1, side, dtype=np.float32)
+    pixels = np.stack(np.broadcast_arrays(ramp, ramp[:, None], np.float32(0.5)))
+    head, _, data = data_address(pixels).partition(";base64,")
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) / 255
+    assert head == f"data:image/{kind}"
+    assert np.abs(shown.transpose(2, 0, 1) - pixels).max() <= error

@@ -1,0 +1,158 @@
+"""Artefacts as bytes: equal after a round trip, refused when altered or of another format."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from defuse_core.artifacts import (
+    Checkpoint,
+    ClassifierEpoch,
+    FailedTrial,
+    Failures,
+    Models,
+    Override,
+    Psi,
+    Scenarios,
+    Shard,
+    Sweep,
+    SweepRow,
+    VaeEpoch,
+    Verdicts,
+)
+from defuse_core.codec import decode, encode
+from defuse_core.errors import StoreError
+
+
+def some_shard() -> Shard:
+    failures = Failures(
+        np.ones((3, 2), np.float32), np.arange(3), np.zeros(3, np.int64), np.ones(3, np.int64)
+    )
+    return Shard(failures, images=10, decodings=40, images_with_any=3, zero_noise_flips=1, seconds=0.5)
+
+
+def test_an_artefact_is_equal_after_a_round_trip():
+    shard = decode(Shard, encode(some_shard()), "here")
+    assert (shard.images, shard.decodings, shard.seconds) == (10, 40, 0.5)
+    np.testing.assert_array_equal(shard.failures.codes, np.ones((3, 2)))
+    assert shard.failures.source.dtype == np.int64
+
+
+def test_weights_tuples_and_numbers_survive_a_round_trip():
+    weights = {"a.weight": np.ones((2, 3), np.float32), "a.count": np.array(4)}
+    models = Models(
+        weights,
+        {},
+        ("x", "y"),
+        {"train": 5},
+        "f",
+        {"test": 0.5},
+        (ClassifierEpoch(1, 1.0),),
+        (),
+        0.1,
+        0.2,
+        np.ones(2),
+    )
+    back = decode(Models, encode(models), "here")
+    assert back.classes == ("x", "y")
+    assert back.classifier["a.count"] == 4
+    assert back.classifier["a.count"].shape == ()
+    assert back.vae == {}
+    assert back.classifier_history == (ClassifierEpoch(1, 1.0, None),)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [(), (ClassifierEpoch(1, 0.5, 0.9),), (VaeEpoch(1, 90.0, 8.0, 0.4), VaeEpoch(2, 80.0, 9.0, 0.4))],
+)
+def test_the_epochs_of_a_checkpoint_keep_their_type(history):
+    checkpoint = Checkpoint({}, {"0/step": np.ones(1)}, history, {}, "f")
+    back = decode(Checkpoint, encode(checkpoint), "here")
+    assert back.history == history
+    assert list(back.moments) == ["0/step"]
+
+
+def test_a_sweep_keeps_its_rows_its_choice_and_its_failed_trials():
+    row = SweepRow(0.1, 2, 0.03, 0.99, None, 0.97, 1.0, 0.95)
+    for sweep in (
+        Sweep((row, row), row, {"w": np.ones(2)}, (FailedTrial(1e39, "diverged"),)),
+        Sweep((), None, {}, ()),
+    ):
+        back = decode(Sweep, encode(sweep), "here")
+        assert (back.rows, back.chosen, back.failed) == (sweep.rows, sweep.chosen, sweep.failed)
+
+
+def test_empty_arrays_survive():
+    nothing = np.zeros(0)
+    scenarios = Scenarios(nothing, np.zeros((0, 4)), np.zeros((0, 4, 4)), nothing, 0, True, 0, 0.0)
+    assert decode(Scenarios, encode(scenarios), "here").means.shape == (0, 4)
+
+
+def test_undefined_shares_stay_undefined():
+    verdicts = Verdicts(
+        np.array([-1]),
+        np.array([np.nan]),
+        np.zeros(1),
+        np.full((1, 2), -1),
+        np.full((1, 2), np.nan),
+        0,
+        2,
+        ("rejected",),
+        (Override(0, None, "Ada", "blurred", "2026-01-01T00:00:00Z"),),
+    )
+    back = decode(Verdicts, encode(verdicts), "here")
+    assert np.isnan(back.misclassified[0])
+    assert back.overrides == verdicts.overrides
+
+
+def test_equal_artefacts_have_equal_bytes():
+    assert encode(some_shard()) == encode(some_shard())
+
+
+@pytest.mark.parametrize("where", [-1, -40])
+def test_a_changed_byte_is_noticed(where):
+    data = bytearray(encode(some_shard()))
+    data[where] ^= 1
+    with pytest.raises(StoreError, match="psi/0: its bytes changed"):
+        decode(Shard, bytes(data), "psi/0")
+
+
+@pytest.mark.parametrize("data", [b"", b"not safetensors at all", encode(some_shard())[:-5]])
+def test_other_or_cut_bytes_are_refused_in_one_line(data):
+    with pytest.raises(StoreError, match="^psi/0: "):
+        decode(Shard, data, "psi/0")
+
+
+def test_an_artefact_of_another_kind_is_refused():
+    with pytest.raises(StoreError, match="expected a Verdicts artefact, found Shard"):
+        decode(Verdicts, encode(some_shard()), "verdicts")
+
+
+def test_an_artefact_with_other_fields_is_refused():
+    older = dataclasses.make_dataclass("Psi", [("shard_counts", np.ndarray)])
+    with pytest.raises(
+        StoreError, match=r"b\.safetensors: .* found a Psi with other fields \(codes: Field req"
+    ):
+        decode(Psi, encode(older(np.zeros(1))), "b.safetensors")
+
+
+def test_an_artefact_of_another_format_version_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr("defuse_core.codec.FORMAT", 1)
+    older = encode(some_shard())
+    monkeypatch.undo()
+    with pytest.raises(
+        StoreError, match=r"psi/0: expected artefact format 2, found artefact format 1; use the ve"
+    ):
+        decode(Shard, older, "psi/0")
+
+
+def test_an_artefact_from_before_format_versions_is_refused():
+    body = json.dumps({"kind": "Shard", "fields": {}})
+    data = save({}, metadata={"defuse": json.dumps([hashlib.sha256(body.encode()).hexdigest(), body])})
+    with pytest.raises(
+        StoreError, match="found artefact format 1; use the version of Defuse that wrote it, or"
+    ):
+        decode(Shard, data, "psi/0")
