@@ -5,8 +5,6 @@ The verdict, on training images that the classifier gets right:
     fit    it gets at least 90 % of their reconstructions right too, and fewer than half of the dimensions collapsed
     blind  it gets fewer than half of their reconstructions right, or every dimension collapsed
     poor   anything between
-
-Anchored decoding shows every image itself where there is no noise, so with it only the collapsed dimensions count.
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ def mean_kl(vae: Vae, images: Images) -> F64:
     return per_dimension
 
 
-def measure_health(spec: RunFile, labels: I64, original: I64, reconstructed: I64, kl: F64) -> Health:
+def measure_health(labels: I64, original: I64, reconstructed: I64, kl: F64) -> Health:
     """Return the β-VAE's health from f's answers on n images and on their reconstructions, and the KL of (Z,)."""
     right = original == labels
     kept = float((reconstructed[right] == labels[right]).mean()) if right.any() else 0.0
@@ -78,7 +76,7 @@ def measure_health(spec: RunFile, labels: I64, original: I64, reconstructed: I64
         most_common_share=float(counts.max() / len(labels)),
         collapsed=collapsed,
         dimensions=len(kl),
-        verdict=_verdict(1.0 if spec.vae.decode == "anchored" else kept, collapsed / len(kl)),
+        verdict=_verdict(kept, collapsed / len(kl)),
     )
 
 
@@ -121,10 +119,9 @@ def expect_healthy(spec: RunFile, models: Models) -> None:
 def _remedy(spec: RunFile, health: Health) -> str:
     if 2 * health.collapsed >= health.dimensions:
         return f"lower vae.beta (now {spec.vae.beta:g}) and choose another --name"
-    anchored = " or set vae.decode: anchored (natural photographs)" if spec.vae.decode == "plain" else ""
     if spec.vae.architecture == "paper":
-        return f"set vae.architecture: convolutional{anchored}, and choose another --name"
-    return f"raise vae.epochs or vae.latent_dim{anchored}, and choose another --name"
+        return "set vae.architecture: convolutional, and choose another --name"
+    return "raise vae.epochs or vae.latent_dim, and choose another --name"
 
 
 def reconstruction_strip(vae: Vae, images: Images) -> bytes:

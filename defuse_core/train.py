@@ -96,7 +96,7 @@ def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits)
     probe = splits.train.take(slice(0, PROBE_IMAGES))
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
-    health = measure_health(spec, probe.labels, predict(classifier, probe), answers, kl)
+    health = measure_health(probe.labels, predict(classifier, probe), answers, kl)
     log_health(health, splits.classes)
     return VaeFigures(
         reconstruction=float(errors.mean()),

@@ -136,9 +136,6 @@ class VaeSection(Section):
     then dropped: reconstructions keep their class more often. Paper: 0."""
     kl_warmup_steps: int = Field(500, ge=0)
     """Optimisation steps over which the KL term grows linearly from 0. Paper: 500; 5000 for SVHN."""
-    decode: Literal["plain", "anchored"] = "plain"
-    """How a code z near a training image x is shown: plain is p(z); anchored is x + p(z) - p(mu(x)), clipped to [0, 1],
-    which keeps photographs sharp that a small β-VAE cannot draw. Paper: plain."""
     accept: Literal["fit", "poor", "blind"] = "poor"
     """Lowest verdict on the trained β-VAE with which identification starts: poor stops at a blind one, blind never
     stops. May change when a run is resumed. Ours."""

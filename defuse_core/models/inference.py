@@ -73,7 +73,7 @@ def decode_anchored(vae: Vae, codes: F32, images: Images | F32, batch_size: int 
     """Return images moved as their codes are: clip(x + p(z) - p(mu(x))), (n, channels, H, W) in [0, 1].
 
     Row for row, `codes` (n, Z) are near the codes of `images` (n, channels, H, W). A code that is mu(x) itself gives
-    x, so a picture keeps its sharpness whatever the β-VAE can draw (vae.decode: anchored).
+    x, so a picture keeps its sharpness whatever the β-VAE can draw.
     """
     source = _as_images(images)
     if not len(codes):
