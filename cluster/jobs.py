@@ -21,6 +21,7 @@ from defuse_core.errors import ComputeError, InputError
 RUN = "defuse_run"  # metadata of our jobs: the run's name
 MAX_DISCONNECTS = 5  # in a row, without a new character of the log
 PAUSE_S = 2.0
+ANSWER_WITHIN_S = 20.0
 DISCONNECTED = (ComputeError, RuntimeError, OSError, aiohttp.ClientError)
 
 
@@ -73,6 +74,9 @@ class Jobs:
         self.address = address
         quiet_job_client(address)
         with self._errors_translated():
+            requests.get(
+                address, timeout=ANSWER_WITHIN_S, stream=True
+            ).close()  # Ray's client waits without limit
             self.client = JobSubmissionClient(address)
 
     def submit(self, command: str, folder: Path, run: str, variables: dict[str, str]) -> str:

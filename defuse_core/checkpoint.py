@@ -104,9 +104,9 @@ class Training:
 
     def _resume(self, store: Store, data: bytes) -> None:
         try:
-            checkpoint = decode(Checkpoint, data, f"{store.address}/{self.key}")
+            checkpoint = decode(Checkpoint, data, f"{store.address}/{self.key}", "the training begins again")
         except StoreError as error:
-            log.warning("train: the training begins again, since its checkpoint is damaged: %s", error)
+            log.warning("train: %s", error)
             return
         if checkpoint.data_fingerprint != self.data_fingerprint:
             raise RunMismatchError(

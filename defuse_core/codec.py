@@ -39,9 +39,10 @@ def encode(artefact: object) -> bytes:
     return save_tensors(arrays, metadata={"defuse": json.dumps([_digest(body, arrays), body])})
 
 
-def decode(kind: type[T], data: bytes, where: str) -> T:
+def decode(
+    kind: type[T], data: bytes, where: str, remedy: str = "delete it and run again: it is made again"
+) -> T:
     """Return the artefact in `data`. Raises StoreError, naming `where`, for other, truncated or altered bytes."""
-    remedy = "delete it and run again: it is made again"
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load_tensors(data)

@@ -223,33 +223,37 @@ def run_trial(
         yield stored
         return
     for trial in fine_tune(spec, models, tuning, lam, stored):
-        store.write(key, encode(trial), unless=partial(_has_epochs, key, lam, len(trial.rows)))
+        store.write(key, encode(trial), unless=partial(_has_epochs, lam, len(trial.rows)))
         yield trial
 
 
 def _read_trial(store: Store, lam: float) -> Trial | None:
     """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
     key = trial_key(lam)
+    if not store.exists(key):
+        return None
+    data = store.read(key)
     try:
-        return _decode_trial(key, lam, store.read(key), store.address)
-    except FileNotFoundError:
-        return None
+        return _decode_trial(lam, data, f"{store.address}/{key}")
     except StoreError as error:
-        log.warning("correct: the trial with λ = %g begins again, since it is damaged: %s", lam, error)
+        log.warning("correct: %s", error)
         return None
 
 
-def _decode_trial(key: str, lam: float, data: bytes, where: str) -> Trial:
-    trial = decode(Trial, data, f"{where}/{key}")
+def _decode_trial(lam: float, data: bytes, where: str) -> Trial:
+    remedy = "the trial begins again"
+    trial = decode(Trial, data, where, remedy)
     if trial.lam != lam:
-        raise StoreError(f"{where}/{key}: expected λ = {lam:g}, found λ = {trial.lam:g}")
+        raise StoreError(
+            f"{where}: expected the trial of λ = {lam:g}, found that of λ = {trial.lam:g}; {remedy}"
+        )
     return trial
 
 
-def _has_epochs(key: str, lam: float, epochs: int, data: bytes) -> bool:
+def _has_epochs(lam: float, epochs: int, data: bytes) -> bool:
     """Whether `data` is the trial of λ after so many epochs or more."""
     try:
-        return len(_decode_trial(key, lam, data, "the store").rows) >= epochs
+        return len(_decode_trial(lam, data, trial_key(lam)).rows) >= epochs
     except StoreError:
         return False
 

@@ -159,7 +159,7 @@ class Identifier:
         )
 
     def _screen(self, codes: F32, truth: I64, failed: Bool) -> Bool:
-        """Return `failed` (n, Q) without the draws whose decoding shows the source's class no more."""
+        """Return `failed` (n, Q) without the draws whose decoding no longer shows the source's class."""
         if self.references is None or not failed.any():
             return failed
         image, _ = np.nonzero(failed)
@@ -226,7 +226,7 @@ def shard_key(index: int) -> str:
 
 
 def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
-    """Write a shard, which by being there is done, and return its counts."""
+    """Write a shard, whose presence marks it as complete, and return its counts."""
     store.write(shard_key(index), encode(replace(shard, index=index)))
     return _record(index, shard)
 
@@ -245,14 +245,18 @@ def _record(index: int, shard: Shard) -> ShardRecord:
     )
 
 
-def load_shard(store: Store, index: int, fingerprint: str) -> Shard:
-    """Return a shard. Raises FileNotFoundError, or StoreError where its key holds anything else."""
-    key = shard_key(index)
-    shard = decode(Shard, store.read(key), f"{store.address}/{key}")
+def load_shard(store: Store, index: int, fingerprint: str, remedy: str) -> Shard:
+    """Return a shard. Raises FileNotFoundError, or StoreError with `remedy` where it is damaged or another shard."""
+    where = f"{store.address}/{shard_key(index)}"
+    return _decode_shard(store.read(shard_key(index)), where, (index, fingerprint), remedy)
+
+
+def _decode_shard(data: bytes, where: str, expected: tuple[int, str], remedy: str) -> Shard:
+    shard, (index, fingerprint) = decode(Shard, data, where, remedy), expected
     if shard.index != index:
-        raise StoreError(f"{store.address}/{key}: expected shard {index}, found shard {shard.index}")
+        raise StoreError(f"{where}: expected shard {index}, found shard {shard.index}; {remedy}")
     if shard.fingerprint != fingerprint:
-        raise StoreError(f"{store.address}/{key}: expected a shard of this run, found one of another run")
+        raise StoreError(f"{where}: expected a shard of this run, found one of another run; {remedy}")
     return shard
 
 
@@ -261,11 +265,12 @@ def finished_shards(store: Store, fingerprint: str) -> dict[int, ShardRecord]:
     records = {}
     for key in store.list("psi/"):
         if match := re.fullmatch(r"psi/(\d{6})\.safetensors", key):
-            index = int(match[1])
+            index, data = int(match[1]), store.read(key)
             try:
-                records[index] = _record(index, load_shard(store, index, fingerprint))
+                where, remedy = f"{store.address}/{key}", "the shard is made again"
+                records[index] = _record(index, _decode_shard(data, where, (index, fingerprint), remedy))
             except StoreError as error:
-                log.warning("identify: shard %d is made again, since it is damaged: %s", index, error)
+                log.warning("identify: %s", error)
     return records
 
 

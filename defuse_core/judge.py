@@ -72,6 +72,7 @@ def judge(
     *,
     max_false: float | None = None,
     more: MoreImages | None = None,
+    image_labels: I64 | None = None,
 ) -> Verdicts:
     """Return the verdict on every component.
 
@@ -81,11 +82,11 @@ def judge(
     label (§4.4). The newest override of a component, if any, replaces the vote.
 
     With `max_false` the share has to be significantly more than rho, at that false discovery rate over all components,
-    and counts the images of `more` as well.
+    and counts the images of `more` as well. `image_labels` (S, R) replaces the majority over annotators.
     """
     shape, classes = gallery.predicted.shape, len(gallery.classes)
     counts = tally(votes, (shape[0], shape[1]), classes)
-    image_labels = majority(counts)  # (S, R)
+    image_labels = majority(counts) if image_labels is None else image_labels  # (S, R)
     labelled = image_labels != NONE_OF_THE_ABOVE
     wrong = is_misclassified(gallery.predicted, image_labels)
     hits, total = wrong.sum(axis=1), labelled.sum(axis=1)

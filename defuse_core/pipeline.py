@@ -18,14 +18,25 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
+from defuse_core.config import RunFile
+from defuse_core.consensus import crowdlab_labels
 from defuse_core.correct import reviewed_failures
 from defuse_core.distill import distill
 from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluate import Findings, evaluate
+from defuse_core.evidence import (
+    Controls,
+    Evidence,
+    fold_spec,
+    folds,
+    gather_evidence,
+    plain_spec,
+    without_fold,
+)
 from defuse_core.health import expect_healthy
 from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
 from defuse_core.protocols import Annotators, Compute
-from defuse_core.reference_models import judges, reference_models, references_take_part
+from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
 from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images
@@ -78,7 +89,26 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         judges=judges(run, compute),
     )
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
-    return write_report(run, found, evaluation)
+    return write_report(run, found, evaluation, _evidence(run, compute, found))
+
+
+def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
+    """Ask the judges about the correction, beside corrections that serve as controls; None with judges.count 0."""
+    if found.judges is None:
+        return None
+    spec, models, fixes = run.spec, found.models, found.fixes
+
+    def sweep(name: str, changed: RunFile, fixes: Corrections) -> Sweep:
+        trials = run.store.within(f"trials/{name}")
+        return run.once("report", Sweep, lambda: compute.sweep(changed, models, fixes, None, trials), name)
+
+    plain = sweep("plain", plain_spec(spec, found.sweep), fixes)
+    left_out = fold_spec(spec, found.sweep)
+    tuned = tuple(sweep(f"left_out_{fold}", left_out, without_fold(fixes, fold)) for fold in folds(fixes))
+    controls = Controls(plain, tuned)
+    return run.once(
+        "report", Evidence, lambda: compute.task("report", gather_evidence, spec, found, controls)
+    )
 
 
 def _scenarios(
@@ -96,8 +126,10 @@ def _verdicts(
 ) -> Verdicts:
     """Judge every component; where reference models annotate and doubt remains, judge again on more images."""
     review, overrides = run.spec.review, read_overrides(run.store)
-    rate = false_discovery_rate(review)
-    first = judge(gallery, votes, review.rho, overrides, max_false=rate)
+    rate, labels = false_discovery_rate(review), None
+    if review.consensus == "crowdlab":
+        labels = crowdlab_labels(votes, ask_models(run, compute, gallery).mean(axis=0))
+    first = judge(gallery, votes, review.rho, overrides, max_false=rate, image_labels=labels)
     unsure = doubtful(first, review.rho)
     if rate is None or review.annotators != "reference-models" or not review.more_images or not unsure.any():
         return first
@@ -107,7 +139,7 @@ def _verdicts(
         MoreImages,
         lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
     )
-    return judge(gallery, votes, review.rho, overrides, max_false=rate, more=more)
+    return judge(gallery, votes, review.rho, overrides, max_false=rate, more=more, image_labels=labels)
 
 
 def _corrections(
@@ -140,12 +172,12 @@ def rewrite_report(run: Run) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    evaluation = _made(run, Evaluation)
+    evaluation, evidence = _made(run, Evaluation), run.load(Evidence)
     try:
-        return write_report(run, found, evaluation)
+        return write_report(run, found, evaluation, evidence)
     except StoreError as error:
         log.warning("the page is not written again, since the store cannot be written: %s", error)
-        return build_report(run, found, evaluation)
+        return build_report(run, found, evaluation, evidence)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

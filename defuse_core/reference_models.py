@@ -1,7 +1,7 @@
 """Sets of independent classifiers: the reference models, which take part in the method, and the judges, which do not.
 
 Each set is trained once per run, with augmentation, and kept in its store. The reference models screen failing draws,
-tighten components, filter what is tuned on, and can stand in for annotators; votes, report and promoted versions then
+tighten components, filter what is tuned on, and can replace annotators; votes, report and promoted versions then
 state that models answered, not people. The judges evaluate the result: they are of another architecture, have other
 seeds, and are trained on images that the reference models have not seen (judges.share).
 """

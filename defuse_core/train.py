@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models
 from defuse_core.checkpoint import Training, format_row, labels_of, minibatches, train_step
 from defuse_core.config import RunFile
-from defuse_core.data import Images, Splits, open_splits
+from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device_name
-from defuse_core.errors import ModelError, RunFileError
+from defuse_core.errors import RunFileError
 from defuse_core.health import (
     PROBE_IMAGES,
     STRIP_KEY,
@@ -29,7 +29,9 @@ from defuse_core.models import (
     Vae,
     accuracy,
     build_classifier,
+    check_outputs,
     load_pretrained,
+    log_classifier,
     predict,
     set_weights,
     to_device,
@@ -51,21 +53,15 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    vae = initial_vae(
-        spec, on_disk.train
-    )  # first: a β-VAE that does not fit fails before anything is trained
+    log_parts(spec.data, on_disk)
+    vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
-        vae_history = train_vae(spec, vae, splits, store, progress)
         accuracies = _accuracies(classifier, splits)
-        if spec.classifier.epochs == 0 and accuracies["train"] < 0.5:
-            log.warning(
-                "the classifier from classifier.weights is right on only %.0f %% of the training images; does it "
-                "number the classes in this order? %s",
-                100 * accuracies["train"],
-                ", ".join(splits.classes),
-            )
+        if spec.classifier.epochs == 0:
+            log_classifier(spec, classifier, splits, accuracies)
+        vae_history = train_vae(spec, vae, splits, store, progress)
         models = Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
@@ -76,7 +72,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             device=device_name(),
-            **_measure_vae(spec, classifier, vae, splits),
+            **_measure_vae(classifier, vae, splits),
         )
         if store is not None:
             store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
@@ -92,7 +88,7 @@ class VaeFigures(TypedDict):
     health: Health
 
 
-def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
+def _measure_vae(classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
     probe = splits.train.take(slice(0, PROBE_IMAGES))
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
@@ -138,8 +134,8 @@ def train_classifier(
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
     classifier = build_classifier(spec, len(splits.classes))
     load_pretrained(classifier, section.weights, section.epochs > 0)
-    _expect_logits(classifier, splits)
     to_device(classifier)
+    check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     for epoch in training.epochs(section.epochs):
         loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
@@ -174,22 +170,6 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     if spec.classifier.optimizer == "adadelta":
         return torch.optim.Adadelta(module.parameters(), lr=spec.classifier.learning_rate)
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
-
-
-def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
-    """Raise ModelError unless the classifier returns one logit per class for each image."""
-    sample = torch.from_numpy(splits.train.batch(slice(0, 2)))
-    try:
-        found = tuple(classifier.eval()(sample).shape)
-    except Exception as error:
-        raise ModelError(
-            f"the classifier cannot take images of shape {tuple(sample.shape)}: {error}"
-        ) from error
-    expected = (len(sample), len(splits.classes))
-    if found != expected:
-        raise ModelError(
-            f"the classifier: expected logits of shape {expected} (images, classes), found {found}"
-        )
 
 
 def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:

@@ -9,6 +9,19 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class BucketAccess:
+    """Credentials of Label Studio's own for the pictures in the run's bucket, and the bucket's address for it."""
+
+    access_key_id: str | None = None  # LABEL_STUDIO_S3_ACCESS_KEY_ID
+    secret_access_key: str | None = field(default=None, repr=False)  # LABEL_STUDIO_S3_SECRET_ACCESS_KEY
+    session_token: str | None = field(default=None, repr=False)  # LABEL_STUDIO_S3_SESSION_TOKEN
+    endpoint: str | None = (
+        None  # LABEL_STUDIO_S3_ENDPOINT, if Label Studio reaches the bucket at another address
+    )
+    share_own: bool = False  # LABEL_STUDIO_S3_SHARE_CREDENTIALS: give it the credentials of this process
+
+
+@dataclass(frozen=True)
 class Settings:
     """The environment variables that Defuse reads. Secrets are kept out of `repr`, so that no log shows them."""
 
@@ -19,6 +32,10 @@ class Settings:
     serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN
     debug: bool  # DEFUSE_DEBUG: show tracebacks
     cache: Path = Path("~/.cache/defuse")  # DEFUSE_CACHE, else below XDG_CACHE_HOME: the local Label Studio
+    label_studio_host: str | None = (
+        None  # LABEL_STUDIO_HOST: the address that annotators open, if it is another
+    )
+    label_studio_s3: BucketAccess = BucketAccess()  # the credentials with which Label Studio reads pictures
 
 
 def share_cores() -> None:
@@ -39,9 +56,21 @@ def read_settings() -> Settings:
         label_studio_url=get("LABEL_STUDIO_URL") or None,
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
         serve_token=get("DEFUSE_SERVE_TOKEN") or None,
-        debug=(get("DEFUSE_DEBUG") or "0").lower() not in {"0", "false", "no"},
+        debug=_is_true(get("DEFUSE_DEBUG")),
+        label_studio_host=get("LABEL_STUDIO_HOST") or None,
+        label_studio_s3=BucketAccess(
+            access_key_id=get("LABEL_STUDIO_S3_ACCESS_KEY_ID") or None,
+            secret_access_key=get("LABEL_STUDIO_S3_SECRET_ACCESS_KEY") or None,
+            session_token=get("LABEL_STUDIO_S3_SESSION_TOKEN") or None,
+            endpoint=get("LABEL_STUDIO_S3_ENDPOINT") or None,
+            share_own=_is_true(get("LABEL_STUDIO_S3_SHARE_CREDENTIALS")),
+        ),
         cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse").expanduser(),
     )
+
+
+def _is_true(value: str | None) -> bool:
+    return (value or "0").lower() not in {"0", "false", "no"}
 
 
 def variables(names: Iterable[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defuse_core.config import STEPS
-from defuse_core.errors import DefuseError
+from defuse_core.errors import DefuseError, InputError
 from defuse_core.report.formatting import (
     NONE,
     caveats,
@@ -22,6 +22,7 @@ from defuse_core.report.formatting import (
     date_time,
     duration,
     headline,
+    interval,
     is_low,
     lam_text,
     percent,
@@ -34,8 +35,10 @@ from defuse_core.store import Store
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
+    from defuse_core.report.schema import EvidenceFigures
 
 FIGURES_WIDTH = 54  # columns of the terminal that the figures in the table of scenarios need
+WIDE = 110  # columns from which the list of runs also shows when and how long
 ARTEFACTS = {  # step -> what it stores in the run
     "train": ("models",),
     "identify": ("psi",),
@@ -54,6 +57,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for warning in caveats(report):
         _print_text(console, warning, "yellow")
     console.print(_accuracy_table(report))
+    if report.evidence is not None:
+        console.print(_evidence_table(report.evidence))
     if report.scenarios.accepted:
         console.print(_scenario_table(report, console.width))
     console.print(_agreement_table(report))
@@ -95,6 +100,21 @@ def _accuracy_table(report: Report) -> Table:
             percent(row.scenario),
         )
         _add(table, name, number, *shares)
+    return table
+
+
+def _evidence_table(evidence: EvidenceFigures) -> Table:
+    """Return the accuracies that independent models confirm, each with its 95 % interval."""
+    title = f"Evidence of {count_of(evidence.judges.count, 'judge')}, which took no part in the run"
+    table = _table(title, ("Accuracy on", "Before", "Plain training", "Defuse"))
+    own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
+    rows = (
+        ("scenario images, own label", own.before, own.plain, own.defuse),
+        ("scenarios left out of the tuning", left_out.before, None, left_out.defuse),
+        (f"{evidence.real_failure_images:,} real failures", real.before, real.plain, real.defuse),
+    )
+    for name, *shares in rows:
+        _add(table, name, *(NONE if share is None else interval(share) for share in shares))
     return table
 
 
@@ -241,7 +261,20 @@ def print_status(run: Run, console: Console | None = None) -> None:
     seconds = sum(state.seconds or 0 for state in states)
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     console.print(table)
+    if report := _stored_report(run):
+        _print_text(console, headline(report), "bold")
+        console.print(_accuracy_table(report))
     console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
+
+
+def _stored_report(run: Run) -> Report | None:
+    """Return the run's report.json, or None where it is not written yet or another version of Defuse wrote it."""
+    from defuse_core.report import parse_report
+
+    try:
+        return parse_report(run.store.read("report.json"), f"{run.store.address}/report.json")
+    except (FileNotFoundError, InputError):
+        return None
 
 
 def _state_text(state: StepState) -> Text:
@@ -264,10 +297,11 @@ def print_runs(store: Store, console: Console | None = None) -> None:
     if not names:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
         return
-    table = _table(None, ("Run", "Data", "At", "Last made (UTC)", "Time"), texts=4)
+    made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
+    table = _table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
     for name in names:
-        _add(table, *_run_row(store, name))
+        _add(table, *_run_row(store, name)[: len(table.columns)])
     console.print(table)
 
 
@@ -276,7 +310,7 @@ def _run_row(store: Store, name: str) -> tuple[str | Text, ...]:
         run = Run.open(store, name)
         states = step_states(run)
     except DefuseError:
-        return name, NONE, Text("unreadable run.yaml", style="red"), NONE, NONE
+        return name, NONE, Text("unreadable run.yaml", style="red"), NONE, NONE, NONE, NONE
     at = next((state for state in states if state.state != "done"), None)
     shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
     made = max(state.made for state in states)
@@ -284,6 +318,18 @@ def _run_row(store: Store, name: str) -> tuple[str | Text, ...]:
         name,
         run.spec.data.name,
         shown,
+        *_outcome(_stored_report(run)),
         date_time(made),
         duration(sum(state.seconds or 0 for state in states)),
     )
+
+
+def _outcome(report: Report | None) -> tuple[str, str]:
+    """Return the accepted scenarios with the accuracy on them, and the accuracy on the test set: before → after."""
+    if report is None:
+        return NONE, NONE
+    before, after = report.accuracy.before, report.accuracy.defuse
+    scenarios = str(report.scenarios.accepted)
+    if report.scenarios.accepted:
+        scenarios += f": {percent(before.scenario, 0)} → {percent(after.scenario, 0)}"
+    return scenarios, NONE if before.test is None else f"{percent(before.test)} → {percent(after.test)}"

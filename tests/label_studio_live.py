@@ -1,4 +1,4 @@
-"""One real Label Studio for the whole test session, and people on it. Started when the first test asks for it."""
+"""One real Label Studio for the whole test session, started when the first test asks for it, and its accounts."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from defuse_core.config import RunFile
 from defuse_core.errors import DefuseError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store
-from services.labeling.server import Home, LocalServer, install, start, stop
-from services.labeling.simulate import Person, invite_link
+from services.labeling.client import LabelStudioClient
+from services.labeling.local_server import Installation, LocalServer, install, start, stop
+from services.labeling.simulate import AnnotatorAccount
 from services.settings import Settings, read_settings
 
 numbers = itertools.count(1)
 
 
 @functools.cache
-def live_home() -> Home:
+def live_home() -> Installation:
     """Return the installed server with empty data of its own."""
     try:
-        home = Home(
+        home = Installation(
             install(read_settings().cache).env.parents[1], Path(tempfile.mkdtemp(prefix="label-studio-"))
         )
     except DefuseError as error:
@@ -43,25 +44,31 @@ def live_home() -> Home:
 
 
 @functools.cache
+def pictures_address() -> str:
+    """Return the only loopback address at which the server reads a bucket; a test may serve one there."""
+    return f"http://127.0.0.1:{free_port()}"
+
+
+@functools.cache
 def live_server() -> LocalServer:
     """Return the running server; it ends with this process."""
     home = live_home()
-    server = start(home, free_port(), None, SSRF_PROTECTION_ENABLED="false")
-    atexit.register(lambda: stop(home.recorded() or server))
+    server = start(home, free_port(), None, LABEL_STUDIO_S3_ENDPOINT=pictures_address())
+    atexit.register(lambda: stop(home.read_server() or server))
     return server
 
 
 def restart(server: LocalServer) -> None:
     """Stop the server and start it again on its data and port."""
-    stop(live_home().recorded() or server)
-    start(live_home(), server.port, server, SSRF_PROTECTION_ENABLED="false")
+    stop(live_home().read_server() or server)
+    start(live_home(), server.port, server, LABEL_STUDIO_S3_ENDPOINT=pictures_address())
 
 
-def note_in(cache: Path) -> None:
-    """Note the running server in a user's cache, where `defuse` finds the local one. It may have started again."""
-    home = Home(cache)
+def write_into_cache(cache: Path) -> None:
+    """Write the running server into a user's cache, where `defuse` finds the local one. It may have been restarted."""
+    home = Installation(cache)
     home.folder.mkdir(parents=True, exist_ok=True)
-    home.record(live_home().recorded() or live_server())
+    home.write_server(live_home().read_server() or live_server())
 
 
 def free_port() -> int:
@@ -72,13 +79,18 @@ def free_port() -> int:
 
 
 @functools.cache
-def people(count: int = 5) -> tuple[Person, ...]:
-    """Return people who signed up through the invite link. The same ones for all tests."""
+def annotator_accounts(count: int = 5) -> tuple[AnnotatorAccount, ...]:
+    """Return accounts that signed up through the invitation link. The same ones for all tests."""
     server = live_server()
-    invite = invite_link(server)
+    invitation = invitation_to(server)
     return tuple(
-        Person.sign_up(server.address, invite, f"person{n}@example.org") for n in range(1, count + 1)
+        AnnotatorAccount.sign_up(server.address, invitation, f"person{n}@example.org")
+        for n in range(1, count + 1)
     )
+
+
+def invitation_to(server: LocalServer) -> str:
+    return LabelStudioClient(server.address, server.token).invitation()
 
 
 def settings_for(server: LocalServer, address: str | None = None) -> Settings:
@@ -87,7 +99,7 @@ def settings_for(server: LocalServer, address: str | None = None) -> Settings:
 
 
 def digits_gallery(labels: tuple[int, ...] = (8, 3, 0, 1), images: int = 3, size: int = 16) -> Gallery:
-    """Return S scenarios of R real digits each; the classifier says 3 for the first two and the right digit else."""
+    """Return S scenarios of R real digits each; the classifier answers 3 for the first two and the right digit else."""
     data = load_digits()
     pixels = np.stack([data.images[np.flatnonzero(data.target == label)[:images]] for label in labels]) / 16
     pictures = [
@@ -101,7 +113,7 @@ def digits_gallery(labels: tuple[int, ...] = (8, 3, 0, 1), images: int = 3, size
 
 
 def review_run(store: Path | Store, gallery: Gallery, **review: object) -> Run:
-    """Return a run that has come to its review, under a name of its own."""
+    """Return a run that has reached its review, under a name of its own."""
     section = {
         "annotators": "label-studio",
         "accept": "share",

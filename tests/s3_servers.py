@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -30,7 +30,9 @@ def moto_server() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def rclone_server(folder: Path, key: str, secret: str, port: int | None = None) -> Iterator[str]:
+def rclone_server(
+    folder: Path, key: str, secret: str, port: int | None = None, flags: Sequence[str] = ()
+) -> Iterator[str]:
     """Serve `folder` as S3 and yield its address: buckets are its folders. It checks keys and ignores conditions."""
     port = port or free_port()
     command = [
@@ -41,6 +43,7 @@ def rclone_server(folder: Path, key: str, secret: str, port: int | None = None) 
         f"{key},{secret}",
         "--addr",
         f"127.0.0.1:{port}",
+        *flags,
     ]
     with _serving([*command, str(folder)], port):
         yield f"http://127.0.0.1:{port}"

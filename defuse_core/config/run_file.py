@@ -72,7 +72,7 @@ class ServeSection(Section):
     max_ongoing: int = Field(64, ge=1)
     """Requests that a replica works on at once."""
     max_queued: int = Field(64, ge=0)
-    """Requests that wait for a replica, per proxy (behind HAProxy none waits); more are answered 503 at once."""
+    """Requests that wait for a replica to work on them, per replica; more are answered 503 at once."""
     retry_after_s: int = Field(1, ge=0)
     """Seconds in the Retry-After header of a 503."""
     batch_size: int = Field(64, ge=1)
@@ -81,6 +81,8 @@ class ServeSection(Section):
     """Seconds to wait for a batch to fill. 0: requests that arrived during the previous pass form a batch."""
     max_body_mb: float = Field(8.0, gt=0, le=1024)
     """Largest request body, in MB."""
+    slow_uploads: int = Field(8, ge=1)
+    """Bodies of one client address that may take longer than 1 s to arrive at the same time; more are answered 408."""
     max_images: int = Field(64, ge=1)
     """Images in one request at most."""
     max_pixels: int = Field(16_000_000, ge=1)
@@ -106,6 +108,8 @@ class ServeSection(Section):
     """A canary that agrees with production less often, outside the scenarios (99 % interval), is rolled back."""
     min_compared: int = Field(50, ge=1)
     """Images that a canary answers before it is judged."""
+    max_canary_s: float = Field(1.0, gt=0)
+    """Seconds that a canary or shadow may take for a request. A later answer counts as a failure, and is not used."""
 
     @model_validator(mode="after")
     def _replicas_ordered(self) -> Self:
@@ -138,6 +142,14 @@ class RunFile(Section):
         if (self.classifier.architecture == "custom") != (self.classifier.import_path is not None):
             raise ValueError(
                 "classifier.import_path goes with classifier.architecture: custom, and only with it"
+            )
+        if (self.classifier.architecture == "timm") != (self.classifier.timm_model is not None):
+            raise ValueError(
+                "classifier.timm_model goes with classifier.architecture: timm, and only with it"
+            )
+        if self.classifier.architecture in {"program", "transformers"} and self.classifier.weights is None:
+            raise ValueError(
+                f"classifier.architecture: {self.classifier.architecture} needs classifier.weights, its file or folder"
             )
         if self.classifier.imagenet and self.classifier.architecture != "resnet18":
             raise ValueError(

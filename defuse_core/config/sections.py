@@ -64,13 +64,23 @@ class DataSection(Section):
 class ClassifierSection(Section):
     """The classifier f that is debugged."""
 
-    architecture: Literal["cnn", "resnet18", "custom"] = "cnn"
-    """cnn is Figure 7; resnet18 is torchvision's; custom is import_path. Paper: cnn for MNIST, resnet18 otherwise."""
+    architecture: Literal["cnn", "resnet18", "custom", "program", "transformers", "timm"] = "cnn"
+    """cnn is Figure 7; resnet18 is torchvision's; custom is import_path; program is a TorchScript or torch.export file;
+    transformers is a local folder of Hugging Face's; timm is timm_model. Paper: cnn for MNIST, resnet18 otherwise."""
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: UserPath | None = None
     """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is used unchanged.
     resnet18: torchvision's own file will do, such as resnet18-f37072fd.pth, with a new last layer."""
+    timm_model: str | None = None
+    """timm: the name of the architecture, such as resnet18 or convnext_tiny. Nothing is downloaded."""
+    input_range: Literal["0..1", "-1..1", "imagenet", "0..255"] = "0..1"
+    """What pixels are converted to before the classifier sees them, unless it is cnn or resnet18: imagenet subtracts
+    ImageNet's mean and divides by its standard deviation."""
+    outputs: Literal["logits", "probabilities"] = "logits"
+    """What the classifier returns, unless it is cnn or resnet18; of probabilities the logarithm is used."""
+    class_order: tuple[int, ...] | None = None
+    """For each class of the data set, in order, the index of its logit, where the classifier numbers them otherwise."""
     imagenet: bool = False
     """resnet18: start from torchvision's ImageNet weights (downloaded if data.download), unless `weights` names a file.
     Paper: true."""
@@ -184,7 +194,10 @@ class DistillSection(Section):
     """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
     min_support: int = Field(5, ge=1)
     """Components whose codes come from fewer training images are dropped. Paper: 1, which drops none."""
-    max_iterations: int = Field(100, ge=1)
+    engine: Literal["torch", "scikit-learn"] = "torch"
+    """torch computes the updates of scikit-learn's mixture in blocks, on the GPU if there is one, several times as fast
+    and equal to rounding. Paper: scikit-learn."""
+    max_iterations: int = Field(500, ge=1)
     """Paper: scikit-learn's default, 100."""
     tolerance: float = Field(1e-3, gt=0)
     """Change of the lower bound at which the fit has converged. Paper: scikit-learn's default, 0.001."""
@@ -221,7 +234,7 @@ class ClassifierSet(Section):
 
 
 class ReferenceModels(ClassifierSet):
-    """Models that screen failing draws, filter what is tuned on, and can stand in for annotators."""
+    """Models that screen failing draws, filter what is tuned on, and can replace annotators."""
 
     min_confidence: float = Field(0.5, ge=0, le=1)
     """As annotators: below this probability of its best class a model answers none-of-the-above."""
@@ -254,6 +267,9 @@ class ReviewSection(Section):
     this. Ours."""
     rho: float = Field(0.5, ge=0, lt=1)
     """A component is a failure scenario if more than this share of its labelled images is misclassified. Paper: 0.5."""
+    consensus: Literal["majority", "crowdlab"] = "majority"
+    """How an image's label follows from its votes: crowdlab (`pip install 'defuse[crowdlab]'`) weighs annotators by
+    their agreement with each other and with the reference models; for people's votes. Paper: majority."""
     accept: Literal["lower-bound", "share"] = "lower-bound"
     """share compares the share itself with rho; lower-bound accepts a component only if its share is significantly
     more than rho, at a false discovery rate of max_false (Benjamini and Hochberg). Paper: share."""

@@ -18,12 +18,14 @@ from defuse_core.models.inference import (
     to_tensor,
 )
 from defuse_core.models.layers import import_module
+from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
+from defuse_core.models.programs import SelfContainedClassifier
+from defuse_core.models.state_dicts import read_weights
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
     load_pretrained,
     load_vae,
-    read_weights,
     set_weights,
     weights_of,
 )
@@ -33,10 +35,12 @@ __all__ = [
     "LeNet",
     "ReferenceCnn",
     "ResNet18",
+    "SelfContainedClassifier",
     "Vae",
     "accuracy",
     "build_classifier",
     "build_vae",
+    "check_outputs",
     "decode_anchored",
     "decode_codes",
     "encode_images",
@@ -46,9 +50,11 @@ __all__ = [
     "load_classifier",
     "load_pretrained",
     "load_vae",
+    "log_classifier",
     "map_batches",
     "predict",
     "predict_probabilities",
+    "probe_classifier",
     "read_weights",
     "set_weights",
     "to_device",

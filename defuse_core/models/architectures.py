@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
+from defuse_core.models.adapters import adapt
+from defuse_core.models.hubs import open_timm, open_transformers, transformers_from
 from defuse_core.models.layers import dense_layers, halving_convolutions, import_module
+from defuse_core.models.programs import load_program
+from defuse_core.models.state_dicts import read_file
 
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -121,11 +125,14 @@ class LeNet(nn.Module):
         return logits
 
 
-def build_classifier(spec: RunFile, classes: int) -> nn.Module:
-    """Return the untrained (or ImageNet) classifier of the run file: images in [0, 1] -> logits (n, C)."""
+def build_classifier(spec: RunFile, classes: int, stored: Weights | None = None) -> nn.Module:
+    """Return the untrained (or ImageNet) classifier of the run file: images in [0, 1] -> logits (n, C).
+
+    A program or a model of transformers is read from classifier.weights, or rebuilt from `stored`, its state dict.
+    """
     section = spec.classifier
-    if section.architecture == "custom":
-        module = import_module("classifier.import_path", section.import_path or "")
+    if section.architecture in {"custom", "program", "transformers", "timm"}:
+        module = adapt(_external_classifier(spec, classes, stored), section, classes)
     elif section.architecture == "resnet18":
         module = _resnet18(spec, classes)
     else:
@@ -157,3 +164,19 @@ def _expect_imagenet() -> None:
             f"classifier.imagenet: torchvision's weights are not in {cached}, and data.download is false; set it to "
             f"true, or classifier.weights to a copy of {cached.name}"
         )
+
+
+def _external_classifier(spec: RunFile, classes: int, stored: Weights | None) -> nn.Module:
+    section = spec.classifier
+    if section.architecture == "custom":
+        return import_module("classifier.import_path", section.import_path or "")
+    if section.architecture == "timm":
+        return open_timm(section.timm_model or "", classes, spec.data.channels)
+    if stored is not None:
+        source = stored["source"].tobytes()
+        program = section.architecture == "program"
+        return load_program(source, "the run's classifier") if program else transformers_from(source)
+    assert section.weights is not None  # RunFile has checked it
+    if section.architecture == "transformers":
+        return open_transformers(section.weights)
+    return load_program(read_file(section.weights), str(section.weights))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from defuse_core.artifacts import Evaluation
 from defuse_core.evaluate import Findings
+from defuse_core.evidence import Evidence
 from defuse_core.report.build import build_report
 from defuse_core.report.schema import Report, parse_report
 from defuse_core.runs import Run
@@ -16,15 +17,18 @@ __all__ = [
 ]
 
 
-def write_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
+def write_report(
+    run: Run, found: Findings, evaluation: Evaluation, evidence: Evidence | None = None
+) -> Report:
     """Write `report.json`, `report.html` and `figures/*.png` into the run, and return the report."""
     from defuse_core.report.figures import draw_figures, png
     from defuse_core.report.html import render_page
 
-    report = build_report(run, found, evaluation)
+    report = build_report(run, found, evaluation, evidence)
     figures = draw_figures(report, found, evaluation)
     for name, figure in figures.items():
         run.store.write(f"figures/{name}.png", png(figure))
-    run.store.write("report.html", render_page(report, run.spec, found, evaluation, figures).encode())
+    page = render_page(report, run.spec, found, evaluation, figures, evidence)
+    run.store.write("report.html", page.encode())
     run.store.write("report.json", (report.model_dump_json(indent=1, by_alias=True) + "\n").encode())
     return report

@@ -21,8 +21,10 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
+from defuse_core.evidence import Evidence
 from defuse_core.health import COLLAPSED_BELOW
 from defuse_core.judge import is_misclassified, most_common_error
+from defuse_core.report.evidence_figures import evidence_figures, scenario_evidence
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -48,7 +50,9 @@ from defuse_core.report.schema import (
 from defuse_core.runs import Run
 
 
-def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
+def build_report(
+    run: Run, found: Findings, evaluation: Evaluation, evidence: Evidence | None = None
+) -> Report:
     """Return all figures of the run. Writes nothing and runs no model."""
     models, psi, verdicts = found.models, found.psi, found.verdicts
     return Report(
@@ -56,7 +60,7 @@ def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
         run=_run_figures(run.name, run.spec, found),
         annotators=found.votes.answered_by,
         accuracy=_accuracies(evaluation.accuracy),
-        scenarios=_scenarios(found, evaluation),
+        scenarios=_scenarios(found, evaluation, evidence),
         agreement=_agreement(verdicts),
         tradeoff=_tradeoff(run.spec, models, found.sweep),
         chosen=_choice(found.sweep.chosen),
@@ -83,6 +87,7 @@ def build_report(run: Run, found: Findings, evaluation: Evaluation) -> Report:
         ),
         votes=_votes(found),
         overrides=verdicts.overrides,
+        evidence=None if evidence is None else evidence_figures(found, evidence),
         per_class=_per_class(models.classes, evaluation),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),
@@ -119,10 +124,10 @@ def _accuracies(table: F64) -> Accuracies:
     return Accuracies(before=rows[0], baseline=rows[1], defuse=rows[2])
 
 
-def _scenarios(found: Findings, evaluation: Evaluation) -> ScenarioSummary:
+def _scenarios(found: Findings, evaluation: Evaluation, evidence: Evidence | None) -> ScenarioSummary:
     accepted = found.verdicts.accepted
     place = {int(number): column for column, number in enumerate(accepted)}
-    rows = tuple(_scenario(found, evaluation, n, place.get(n)) for n in range(len(found.scenarios)))
+    rows = tuple(_scenario(found, evaluation, evidence, n, place.get(n)) for n in range(len(found.scenarios)))
     purity = _mean(found.verdicts.purity[accepted])
     own = _own_labels(found, evaluation)
     return ScenarioSummary(
@@ -142,7 +147,9 @@ def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
     return OwnLabels(before=before, defuse=after, images=images)
 
 
-def _scenario(found: Findings, evaluation: Evaluation, number: int, column: int | None) -> Scenario:
+def _scenario(
+    found: Findings, evaluation: Evaluation, evidence: Evidence | None, number: int, column: int | None
+) -> Scenario:
     verdicts, classes = found.verdicts, found.models.classes
     held_out = (None, None, None) if column is None else tuple(map(_defined, evaluation.scenario[:, column]))
     mistaken = (
@@ -163,6 +170,7 @@ def _scenario(found: Findings, evaluation: Evaluation, number: int, column: int 
         before=held_out[0],
         baseline=held_out[1],
         defuse=held_out[2],
+        evidence=None if evidence is None or column is None else scenario_evidence(found, evidence, column),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from defuse_core.report.schema import Mean, Report
+from defuse_core.report.schema import Mean, Report, Share
 
 # Below this the images of the scenarios show several classes, and accuracy on their one label means little.
 LOW_PURITY = 0.8
@@ -23,6 +23,13 @@ def spread(mean: Mean) -> str:
     """Return a mean with its standard error: 91.2 ± 2.3 %."""
     error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.1f}"
     return NONE if mean.mean is None else f"{100 * mean.mean:.1f}{error} %"
+
+
+def interval(share: Share, digits: int = 1) -> str:
+    """Return a share with its 95 % interval: 98.5 % (97.2–99.1)."""
+    if share.value is None or share.low is None or share.high is None:
+        return NONE
+    return f"{percent(share.value, digits)} ({100 * share.low:.{digits}f}–{100 * share.high:.{digits}f})"
 
 
 def change(before: float | None, after: float | None, digits: int = 2) -> str:
@@ -154,6 +161,18 @@ def purity_warning(report: Report) -> str | None:
     )
 
 
+def unconfirmed(report: Report) -> str | None:
+    """Return which scenarios the judges do not find corrected, or None where all are."""
+    rows = [row for row in report.scenarios.list if row.evidence is not None and not row.evidence.confirmed]
+    if not rows:
+        return None
+    numbers = ", ".join(str(row.number) for row in rows)
+    return (
+        f"The correction of {count_of(len(rows), 'scenario')} is not confirmed. By the judges' label of each held-out "
+        f"image the classifier is not significantly more often right than before on: {numbers}."
+    )
+
+
 def answered_by_models(report: Report) -> str | None:
     """Return the notice that no person answered, or None where people did."""
     if report.annotators == "people":
@@ -174,5 +193,10 @@ def prelabelled(report: Report) -> str | None:
 
 def caveats(report: Report) -> list[str]:
     """Return what a reader must know before the figures. The first sentence of each is its title."""
-    notices = (answered_by_models(report), prelabelled(report), purity_warning(report))
+    notices = (
+        unconfirmed(report),
+        answered_by_models(report),
+        prelabelled(report),
+        purity_warning(report),
+    )
     return [text for text in notices if text]

@@ -17,6 +17,7 @@ from PIL import Image
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.config import RunFile, dump_run_file
 from defuse_core.evaluate import Findings
+from defuse_core.evidence import Evidence, NearestReal
 from defuse_core.report import formatting
 from defuse_core.report.figures import svg
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
@@ -45,23 +46,29 @@ class Shot:
     description: str
     pixelated: bool
     before: Badge
-    after: Badge
+    after: Badge | None  # None for a real image
     own_label: str | None  # the annotators' label, where it differs from the scenario's
 
 
 @dataclass(frozen=True)
 class ScenarioCard:
-    """One component with its review images (Figure 3)."""
+    """One component with its review images (Figure 3), and the real images nearest to it."""
 
     row: Scenario
     shots: tuple[Shot, ...]
+    real: tuple[Shot, ...]  # empty without judges
 
 
 def render_page(
-    report: Report, spec: RunFile, found: Findings, evaluation: Evaluation, figures: Mapping[str, Figure]
+    report: Report,
+    spec: RunFile,
+    found: Findings,
+    evaluation: Evaluation,
+    figures: Mapping[str, Figure],
+    evidence: Evidence | None = None,
 ) -> str:
     """Return the page: pictures inside it, nothing loaded from elsewhere, all text from the run escaped."""
-    cards = [scenario_card(row, found, evaluation) for row in report.scenarios.list]
+    cards = [scenario_card(row, found, evaluation, evidence) for row in report.scenarios.list]
     classes = found.models.classes
     notes = report.votes.notes
     page = _environment().get_template("report.html.j2")
@@ -98,6 +105,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["percent"] = formatting.percent
     environment.globals.update(
         change=formatting.change,
         count_of=formatting.count_of,
@@ -105,6 +113,7 @@ def _environment() -> Environment:
         duration=formatting.duration,
         is_low=formatting.is_low,
         lam_text=formatting.lam_text,
+        interval=formatting.interval,
         percent=formatting.percent,
         size=formatting.size,
         spread=formatting.spread,
@@ -117,10 +126,36 @@ def _change(row: ClassAccuracy) -> float:
     return 0.0 if row.before is None or row.defuse is None else row.defuse - row.before
 
 
-def scenario_card(row: Scenario, found: Findings, evaluation: Evaluation) -> ScenarioCard:
+def scenario_card(
+    row: Scenario, found: Findings, evaluation: Evaluation, evidence: Evidence | None = None
+) -> ScenarioCard:
     """Return what the page shows of one component."""
     count = found.gallery.images.shape[1]
-    return ScenarioCard(row, tuple(_shot(row, place, found, evaluation) for place in range(count)))
+    shots = tuple(_shot(row, place, found, evaluation) for place in range(count))
+    if evidence is None or row.evidence is None:
+        return ScenarioCard(row, shots, ())
+    column = int(np.flatnonzero(found.fixes.scenario == row.number)[0])
+    return ScenarioCard(row, shots, _real_shots(found.models.classes, evidence.real, column))
+
+
+def _real_shots(classes: tuple[str, ...], real: NearestReal, column: int) -> tuple[Shot, ...]:
+    """Return the real images nearest to the accepted scenario at place `column`, with the answer before."""
+    shots = []
+    for pixels, label, answer in zip(
+        real.images[column], real.labels[column], real.predicted[column], strict=True
+    ):
+        badge = Badge(formatting.answer_text(classes, answer), "right" if answer == label else "wrong")
+        shots.append(
+            Shot(
+                address=data_address(pixels.astype(np.float32) / 255),
+                description=f"real image of {classes[label]}; classifier before: {classes[answer]}",
+                pixelated=max(pixels.shape[1:]) <= PIXEL_ART,
+                before=badge,
+                after=None,
+                own_label=None,
+            )
+        )
+    return tuple(shots)
 
 
 def _shot(row: Scenario, place: int, found: Findings, evaluation: Evaluation) -> Shot:

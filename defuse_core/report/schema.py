@@ -34,6 +34,106 @@ class Accuracies(ReportModel):
     defuse: Accuracy
 
 
+class Share(ReportModel):
+    """A share with its 95 % interval, fractions of 1; null where it could not be measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class FourShares(ReportModel):
+    """One figure for each classifier."""
+
+    before: Share
+    baseline: Share
+    plain: Share
+    """Further training without the scenarios: λ = 0, for as many epochs."""
+    defuse: Share
+
+
+class BeforeAfter(ReportModel):
+    before: Share
+    defuse: Share
+
+
+class WiderDraws(BeforeAfter):
+    factor: float
+    """On τ."""
+
+
+class Judges(ReportModel):
+    """Models that took no part in the run."""
+
+    count: int
+    accuracy: tuple[float | None, ...]
+    """Of each judge, on test images, or on validation images where there are none."""
+    reference_models: tuple[float | None, ...]
+    """Of each reference model, likewise; empty where none took part."""
+    classifier: float | None
+    """Of the classifier before, on images of the same kind."""
+    labelled: float | None
+    """Share of the held-out images on which most judges agree. Only these have an own label."""
+
+
+class McNemar(ReportModel):
+    """Test images that the classifier before got wrong and that are right now, and the reverse; exact p-value."""
+
+    gained: int
+    lost: int
+    p_value: float
+
+
+class EvidenceFigures(ReportModel):
+    """What the judges find. `own` means: by the label that most judges give to each image."""
+
+    judges: Judges
+    purity: Share
+    """Share of held-out images of accepted scenarios that show the scenario's label."""
+    own_label: FourShares
+    """Accuracy on held-out images of accepted scenarios by their own label."""
+    one_label: FourShares
+    """Accuracy on the same images by the scenario's label, the paper's figure."""
+    left_out: BeforeAfter
+    """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
+    wider: tuple[WiderDraws, ...]
+    """Accuracy by own label on draws wider than those tuned on."""
+    real_failures: FourShares
+    """Accuracy on failing draws around test images in which the judges still see the image's class."""
+    real_failure_images: int
+    mcnemar_plain: McNemar | None
+    mcnemar_defuse: McNemar | None
+    krippendorff: float | None
+    """α of the reviewers' answers (nominal)."""
+
+
+class ScenarioEvidence(ReportModel):
+    """What the judges find on the held-out images of one accepted scenario."""
+
+    name: str
+    """What sets its pictures apart from its class: `7 read as 2: thin, slanted to the right`."""
+    purity: float | None
+    before: float | None
+    baseline: float | None
+    plain: float | None
+    defuse: float | None
+    """Accuracy by own label."""
+    left_out: float | None
+    """The same for a classifier that was not tuned on this scenario."""
+    confirmed: bool
+    """Whether the correction is right significantly more often than the classifier before, by own label."""
+    at_fault: Literal["classifier", "β-VAE", "unclear"]
+    """The β-VAE where most held-out images show another class than the label."""
+    support: int | None
+    """Training images that its codes come from."""
+    real_error: float | None
+    """Error of the classifier before on the real images nearest to it."""
+    real_error_of_all: float | None
+    """Its error on all real images."""
+    seen_in_real_data: bool
+    """Whether real_error is significantly larger than on all real images of the same class."""
+
+
 class Scenario(ReportModel):
     """One component of the mixture, accepted as a failure scenario or not."""
 
@@ -56,6 +156,8 @@ class Scenario(ReportModel):
     baseline: float | None
     defuse: float | None
     """Accuracy on its held-out images; null where rejected."""
+    evidence: ScenarioEvidence | None
+    """Null where rejected, and without judges."""
 
 
 class OwnLabels(ReportModel):
@@ -214,6 +316,8 @@ class Report(ReportModel):
     votes: VoteFigures
     overrides: tuple[Override, ...]
     """Decisions of people that replace the verdict of the vote."""
+    evidence: EvidenceFigures | None
+    """Null without judges (judges.count 0)."""
     per_class: tuple[ClassAccuracy, ...]
     """On the test images; empty where there are none."""
     failed_trials: tuple[SweepFailure, ...]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from services.cli.options import checked_name, store_option
 from services.settings import read_settings
@@ -13,11 +18,15 @@ from services.settings import read_settings
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery
     from defuse_core.runs import Run
+    from services.labeling.status import ReviewStatus
+    from services.labeling.tasks import TaskSubject
+
+ROWS_SHOWN = 20
 
 
 @click.group()
 def review() -> None:
-    """See and steer the review of a run's scenarios by people.
+    """Show and control the review of a run's scenarios by people.
 
     \b
     Begin with:  defuse run deploy/runs/digits.yaml --set review.annotators=label-studio
@@ -29,28 +38,29 @@ def review() -> None:
 @store_option
 @click.option("--repair", is_flag=True, help="Put back what someone deleted or edited in Label Studio.")
 @click.option(
-    "--from-traffic", is_flag=True, help="Send inputs that `defuse serve` kept, in place of drawn images."
+    "--from-traffic", is_flag=True, help="Send inputs that `defuse serve` stored, in place of drawn images."
 )
 def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
-    """Send the images of RUN to Label Studio; those that are there already stay as they are.
+    """Send the images of RUN to Label Studio; those that it has already stay as they are.
 
-    Inputs from traffic get a review of their own, called RUN/traffic-1, that every command here takes as RUN.
+    Inputs from traffic get a review of their own, called RUN/traffic-1, which every command here accepts as RUN.
     """
     from defuse_core.errors import InputError
     from services.labeling import LabelStudioAnnotators
 
     if from_traffic:
-        name = _begin_traffic_review(name, store)
+        name = _open_traffic_review(name, store)
     opened, gallery = _open(name, store)
     if opened.spec.review.annotators != "label-studio":
         raise InputError(
-            f"run {name} asks reference models, so nobody would read people's answers; start another one with "
+            f"run {name} asks reference models, so nobody would read people's answers; start another run with "
             "`--set review.annotators=label-studio`"
         )
     with opened.store.lock():
         annotators = LabelStudioAnnotators(opened, read_settings())
-        record = annotators.push(gallery, repair)
-    click.echo(f"label at {annotators.server.page_of(record.number)}")
+        state = annotators.push(gallery, repair)
+    click.echo(f"label at {annotators.client.labeling_url(state.number)}")
+    click.echo(f"annotators get an account at {annotators.client.invitation()}")
     if from_traffic:
         click.echo(f"`defuse review status {name}` shows the answers")
 
@@ -59,20 +69,26 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 @click.argument("name", metavar="RUN")
 @store_option
 def status(name: str, store: str) -> None:
-    """Show the answers so far of RUN, what is missing, and where to label."""
+    """Show the answers so far of RUN, the missing ones, and the address to label at."""
+    from defuse_core.artifacts import Votes
     from services.labeling import LabelStudioAnnotators
-    from services.labeling.show import print_standing
-    from services.labeling.traffic import conclude
+    from services.labeling.traffic import store_traffic_verdicts
 
     opened, gallery = _open(name, store)
     annotators = LabelStudioAnnotators(opened, read_settings())
-    standing, record = annotators.standing(gallery)
-    print_standing(standing, annotators.server.page_of(record.number))
-    if "/" in name and not standing.open:  # a run's own review is concluded by `defuse run`
+    found, state = annotators.status(gallery)
+    console = Console(markup=False)  # what annotators typed is no markup
+    print_status(found, console)
+    _print_skips(name, found, partial(annotators.client.task_url, state.number), console)
+    votes = opened.load(Votes)
+    if votes is not None:
+        _print_closed(name, found.answers_since(votes), console)
+    else:
+        console.print(f"Label at {annotators.client.labeling_url(state.number)}", soft_wrap=True)
+        console.print(f"Annotators get an account at {annotators.client.invitation()}", soft_wrap=True)
+    if "/" in name and votes is None and not found.outstanding:  # `defuse run` finishes a run's own review
         with opened.store.lock():
-            if not opened.store.exists("votes.safetensors"):
-                annotators.push(gallery)  # the answers must still be about what was pushed
-            conclude(opened, standing, record)
+            store_traffic_verdicts(opened, found, state)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
 
 
@@ -84,9 +100,9 @@ def status(name: str, store: str) -> None:
     "--label", metavar="NAME_OR_INDEX", help="Accept the scenario as a failure, with this class as label."
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
-@click.option("--reason", required=True, help="Why; the report shows it.")
-@click.option("--author", help="Who decides. [default: the user of this machine]")
-@click.option("--redo", is_flag=True, help="Forget verdicts and corrections that are made already.")
+@click.option("--reason", required=True, help="The reason, which the report shows.")
+@click.option("--author", help="The person who decides. [default: the user of this machine]")
+@click.option("--redo", is_flag=True, help="Delete the verdicts and corrections that exist already.")
 def set_(
     name: str,
     scenario: int,
@@ -103,19 +119,35 @@ def set_(
     defuse review set digits 3 --label 8 --reason "thick eights, checked on paper"
     defuse review set digits 5 --reject --reason "not digits at all"
     """
-    from services.labeling.decide import decide
+    from services.labeling.overrides import override_verdict
 
     if reject == (label is not None):
         raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
     if "/" in name:
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to decide above")
     opened, _ = _open(name, store)
-    done = decide(opened, scenario, label, author or _user(), reason, redo)
-    click.echo(f"{done}; `defuse run` goes on with it")
+    decision = override_verdict(opened, scenario, label, author=author or _user(), reason=reason, redo=redo)
+    click.echo(f"{decision}; `defuse run` continues with it")
+
+
+@review.command()
+@click.argument("name", metavar="RUN")
+@store_option
+def reopen(name: str, store: str) -> None:
+    """Take answers into RUN that people gave after its votes were stored.
+
+    Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers.
+    """
+    from services.labeling.overrides import reopen_vote
+
+    opened, _ = _open(name, store)
+    reopen_vote(opened)
+    following = f"defuse review status {name}" if "/" in name else "defuse run"
+    click.echo(f"the vote of {name} is open again; `{following}` takes in all answers")
 
 
 def _user() -> str:
-    """Return who is at this machine. Raises InputError where it does not know, as in some containers."""
+    """Return the name of this machine's user. Raises InputError if it has none, as in some containers."""
     import getpass
 
     from defuse_core.errors import InputError
@@ -123,33 +155,37 @@ def _user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError) as error:
-        raise InputError("--author: this machine does not know your name; give it") from error
+        raise InputError("--author: this machine has no name for its user; give yours") from error
 
 
 @click.group(name="label-studio")
 def label_studio() -> None:
     """A Label Studio server on this machine, for trying it out.
 
-    Commands that need a server find this one by themselves where LABEL_STUDIO_URL is not set.
+    Commands that need a server use this one if LABEL_STUDIO_URL is not set.
     """
+
+
+def _print_progress(line: str) -> None:
+    click.echo(line, err=True)
 
 
 @label_studio.command()
 def install() -> None:
     """Install the server in an environment of its own below the user's cache (about 1 GB, a minute)."""
-    from services.labeling.server import install as install_server
+    from services.labeling.local_server import install as install_server
 
-    home = install_server(read_settings().cache)
-    click.echo(f"Label Studio is installed in {home.env}")
+    installation = install_server(read_settings().cache, _print_progress)
+    click.echo(f"Label Studio is installed in {installation.env}")
 
 
 @label_studio.command()
 @click.option("--port", default=8080, show_default=True, help="Port on loopback.")
 def up(port: int) -> None:
-    """Start the server, installed first if need be; about half a minute the first time."""
-    from services.labeling.server import up as start_server
+    """Start the server, installed first if necessary; takes about half a minute the first time."""
+    from services.labeling.local_server import up as start_server
 
-    server = start_server(read_settings().cache, port)
+    server = start_server(read_settings().cache, port, _print_progress)
     click.echo(f"Label Studio runs at {server.address}")
     click.echo(f"log in as {server.username} with password {server.password}")
 
@@ -157,20 +193,20 @@ def up(port: int) -> None:
 @label_studio.command()
 def down() -> None:
     """Stop the server; its projects and answers stay."""
-    from services.labeling.server import down as stop_server
+    from services.labeling.local_server import down as stop_server
 
     stopped = stop_server(read_settings().cache)
     click.echo(
-        "stopped; `defuse label-studio up` brings it back as it was" if stopped else "it was not running"
+        "stopped; `defuse label-studio up` starts it again with its data" if stopped else "it was not running"
     )
 
 
 @label_studio.command(name="status")
 def server_status() -> None:
     """Show whether the server runs, and how to log in."""
-    from services.labeling.server import running
+    from services.labeling.local_server import running_server
 
-    server = running(read_settings().cache)
+    server = running_server(read_settings().cache)
     if server is None:
         click.echo("not running; `defuse label-studio up` starts it")
         return
@@ -182,29 +218,29 @@ def server_status() -> None:
 @click.argument("name", metavar="RUN")
 @store_option
 def simulate(name: str, store: str) -> None:
-    """Have simulated people answer RUN in the local server: one per reference model, each with an account of its own.
+    """Let simulated annotators answer RUN in the local server: one per reference model, each with its own account.
 
-    To try out the whole of a review without asking anyone; their votes are models' votes.
+    Use it to try out a whole review without people; the votes are those of models.
     """
     from defuse_core.errors import InputError
     from defuse_core.local import LocalCompute
     from services.console import ProgressDisplay
     from services.labeling import LabelStudioAnnotators
-    from services.labeling.server import running
-    from services.labeling.simulate import simulate as answer
+    from services.labeling.local_server import running_server
+    from services.labeling.simulate import simulate as simulate_annotators
 
     opened, gallery = _open(name, store)
     settings = replace(read_settings(), label_studio_url=None)  # never a server where people work
-    server = running(settings.cache)
+    server = running_server(settings.cache)
     if server is None:
         raise InputError("the local Label Studio is not running; `defuse label-studio up` starts it")
     annotators = LabelStudioAnnotators(opened, settings)
     with ProgressDisplay() as display:
-        total = answer(annotators, gallery, server, LocalCompute(display), click.echo)
-    click.echo(f"{total} answers; `defuse run` goes on with them")
+        total = simulate_annotators(annotators, gallery, server, LocalCompute(display), display)
+    click.echo(f"{total} tasks were answered; `defuse run` continues with the answers")
 
 
-def _begin_traffic_review(name: str, store: str) -> str:
+def _open_traffic_review(name: str, store: str) -> str:
     from defuse_core.runs import Run
     from services.labeling.traffic import open_traffic_review
     from services.storage import open_store
@@ -215,7 +251,7 @@ def _begin_traffic_review(name: str, store: str) -> str:
         return open_traffic_review(opened, run).name
 
 
-def _checked(name: str) -> str:
+def _checked_name(name: str) -> str:
     """Return the name of a run, or of a review of its traffic: mnist/traffic-1. Raises InputError."""
 
     run, slash, review = name.partition("/")
@@ -223,16 +259,95 @@ def _checked(name: str) -> str:
 
 
 def _open(name: str, store: str) -> tuple[Run, Gallery]:
-    """Return the run and the images that people review. Raises InputError where there are none yet."""
+    """Return the run and the images that people review. Raises InputError if there are none yet."""
     from defuse_core.artifacts import Gallery
     from defuse_core.errors import InputError
     from defuse_core.runs import Run
     from services.storage import open_store
 
-    opened = Run.open(open_store(store), _checked(name))
+    opened = Run.open(open_store(store), _checked_name(name))
     gallery = opened.load(Gallery)
     if gallery is None:
         raise InputError(
             f"run {name} has no images to review yet; `defuse status {name}` shows how far it is"
         )
     return opened, gallery
+
+
+def print_status(status: ReviewStatus, console: Console) -> None:
+    """Print answers, annotators, agreement, scenarios, and discarded annotations."""
+    import numpy as np
+
+    console.print(
+        f"{status.given} of {status.requested} answers are in; {status.outstanding} are still wanted."
+    )
+    if status.saved:
+        console.print(f"{status.saved} more are not needed: their scenarios are decided.")
+    for name, count in status.per_annotator().items():
+        console.print(f"  {name}: {count}", highlight=False)
+    agreement = status.verdicts().agreement
+    if not np.isnan(agreement).all():
+        console.print(
+            f"Agreement so far: {np.nanmean(agreement):.1%} of an image's votes are for its majority label."
+        )
+    console.print(_scenario_table(status))
+    _print_discarded(status, console)
+
+
+def _scenario_table(status: ReviewStatus) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("scenario", "answers missing", "state"):
+        table.add_column(heading, justify="left" if heading == "state" else "right")
+    reasons = status.verdicts().reasons
+    for scenario, decided in enumerate(status.decided):
+        state = "open"
+        if decided:
+            state = "decided above the vote" if status.overridden[scenario] else reasons[scenario]
+        table.add_row(
+            str(status.tasks.gallery.number(scenario)), str(int(status.missing[scenario].sum())), state
+        )
+    return table
+
+
+def _print_discarded(status: ReviewStatus, console: Console) -> None:
+    for discarded in status.pulled.discarded[:ROWS_SHOWN]:
+        place = _place(status, discarded.subject)
+        console.print(
+            f"Not counted: {status.name_of(discarded)} on {place}: {discarded.reason}", soft_wrap=True
+        )
+    more = len(status.pulled.discarded) - ROWS_SHOWN
+    if more > 0:
+        console.print(f"... and {more} more that are not counted")
+
+
+def _print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str], console: Console) -> None:
+    """Print the skips that keep a task from its answers, and how to resolve them."""
+    skips = status.blocking_skips()
+    for skip in skips[:ROWS_SHOWN]:
+        place = _place(status, status.tasks.subject(skip.index))
+        console.print(
+            f"Skipped: {status.name_of(skip)} on {place}, {task_url(skip.task)}",
+            soft_wrap=True,
+        )
+    if skips:
+        console.print(
+            f"{len(skips)} skipped, in tasks that lack answers. Label Studio does not hand these out to the same "
+            f"people again: let others answer, or `defuse review push {name} --repair` deletes the "
+            "skips.",
+            soft_wrap=True,
+        )
+
+
+def _print_closed(name: str, later: int, console: Console) -> None:
+    """Print that answers are not taken in any more."""
+    console.print(f"Voting is closed: the votes of {name} are stored.")
+    if later:
+        console.print(
+            f"{later} given or changed since then, not counted; `defuse review reopen {name}` takes all answers in.",
+            soft_wrap=True,
+        )
+
+
+def _place(status: ReviewStatus, subject: TaskSubject) -> str:
+    place = f"scenario {status.tasks.gallery.number(subject.scenario)}"
+    return place if subject.image is None else f"{place}, image {subject.image}"

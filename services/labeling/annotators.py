@@ -1,158 +1,179 @@
-"""LabelStudioAnnotators: people answer, through a Label Studio project of the run's own."""
+"""LabelStudioAnnotators: people answer, in a Label Studio project of the run's own."""
 
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import replace
 from functools import cached_property
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, wait_exponential
 
 from defuse_core.artifacts import Gallery, Votes
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
 from defuse_core.judge import read_overrides
 from defuse_core.runs import Run
-from services.labeling.answers import Pulled, pull
-from services.labeling.client import Server
-from services.labeling.prelabel import prelabels, suggest
-from services.labeling.push import Wanted, check_project, push
-from services.labeling.queue import tend_queue
-from services.labeling.record import Record, read_record, update_record
-from services.labeling.server import running
-from services.labeling.standing import Standing, stand
-from services.labeling.tasks import Samples, Suggestion
+from services.labeling.annotations import PulledAnnotations, read_annotations, read_authors, store_authors
+from services.labeling.client import LabelStudioClient
+from services.labeling.local_server import running_server
+from services.labeling.project import ReviewProject
+from services.labeling.state import ProjectState, read_state, update_state
+from services.labeling.status import ReviewStatus, review_status, update_queue
+from services.labeling.tasks import Prelabel, ReviewTasks, prelabels_by_task, reference_prelabels
 from services.settings import Settings
 
 if TYPE_CHECKING:
     from defuse_core.protocols import Compute
 
 log = logging.getLogger("defuse")
+PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
-def connect(settings: Settings) -> Server:
-    """Return the server that the environment names, else the local one if it is up. Raises InputError."""
+def connect(settings: Settings) -> LabelStudioClient:
+    """Return a client of the server in LABEL_STUDIO_URL, else of the local server if it runs. Raises InputError."""
     if settings.label_studio_url is None:
-        local = running(settings.cache)
+        local = running_server(settings.cache)
         if local is None:
             raise InputError(
                 "no Label Studio: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY, or start one here with "
                 "`defuse label-studio up`"
             )
-        return Server(local.address, local.token)
+        return LabelStudioClient(local.address, local.token)
     if settings.label_studio_api_key is None:
         raise InputError(
             "LABEL_STUDIO_URL is set, LABEL_STUDIO_API_KEY is not; set it to an administrator's token"
         )
-    return Server(settings.label_studio_url, settings.label_studio_api_key)
+    return LabelStudioClient(
+        settings.label_studio_url, settings.label_studio_api_key, public_address=settings.label_studio_host
+    )
 
 
 class LabelStudioAnnotators:
     """The protocol `Annotators`, answered by people."""
 
-    first_pause_s, longest_pause_s = 5.0, 60.0  # between two looks while waiting
+    first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
+    pull_s = 0.0  # seconds that the last pull took
 
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
     ) -> None:
         self.run, self.settings, self.compute, self.wait = run, settings, compute, wait
         if STEPS.index(run.until) >= STEPS.index("review") and not run.store.exists("votes.safetensors"):
-            self.server.check()  # now, not after an hour of training
+            self.client.check_access()  # now, not after an hour of training
 
     @cached_property
-    def server(self) -> Server:
-        """The server; a run whose votes are in needs none."""
+    def client(self) -> LabelStudioClient:
+        """The connection to the server; a run that has its votes needs none."""
         return connect(self.settings)
 
     def review(self, gallery: Gallery) -> Votes:
-        """Return all answers, once every image has as many as wanted or its scenario is decided.
+        """Return all answers, once each image has as many as requested or its scenario is decided.
 
-        Raises LabelsPending before that; with `wait`, asks again and again instead, less often while nothing
-        happens.
+        Raises LabelsPending before that; with `wait`, polls the server instead, less often while nothing changes.
         """
-        record = self.push(gallery)
-        standing = self._look(gallery, record)
-        while standing.open:
-            record = self._remember(record, standing)
+        state = self.push(gallery)
+        status = self._pull(gallery, state)
+        while status.outstanding:
+            state = self._store_annotators(state, status)
             if not self.wait:
-                raise LabelsPending(f"{self._pending(standing, record)}, then give the same command again")
-            log.info("%s", self._pending(standing, record))
-            standing = self._wait_for_more(gallery, record, standing.given)
-        self.push(gallery)  # the answers must still be about what was pushed
-        log.info("review: all answers are in; %d were not needed any more", standing.saved)
-        return standing.finished(self._remember(record, standing))
+                raise LabelsPending(f"{self._pending(status, state)}, then give the same command again")
+            log.info("%s", self._pending(status, state))
+            status = self._poll(gallery, state, status.given)
+        self.push(gallery)  # raises if the project was edited in the meantime
+        log.info("review: all answers are in; %d were not needed any more", status.saved)
+        return status.final_votes(self._store_annotators(state, status))
 
-    def push(self, gallery: Gallery, repair: bool = False) -> Record:
-        """Bring the run's project up to date, and return what is remembered of it."""
-        wanted = self._wanted(gallery)
-        if self.run.spec.review.prelabel:
-            wanted = replace(wanted, suggestions=self._suggestions(gallery))
-        return push(self.server, wanted, repair)
+    def push(self, gallery: Gallery, repair: bool = False) -> ProjectState:
+        """Create or complete the run's project, and return its state."""
+        prelabels = self._prelabels(gallery) if self.run.spec.review.prelabel else None
+        project = ReviewProject(
+            self.client,
+            self.run,
+            self._tasks(gallery),
+            access=self.settings.label_studio_s3,
+            prelabels=prelabels,
+            repair=repair,
+        )
+        return project.push()
 
-    def standing(self, gallery: Gallery) -> tuple[Standing, Record]:
-        """Return how the review stands; what is decided leaves the queue. Raises InputError before a push."""
-        record = read_record(self.run.store, gallery)
-        if record.project is None:
+    def status(self, gallery: Gallery) -> tuple[ReviewStatus, ProjectState]:
+        """Return the status of the review; decided scenarios leave the queue. Raises InputError before a push."""
+        state = read_state(self.run.store, gallery)
+        if state.project is None:
             raise InputError(
                 f"run {self.run.name} was not pushed yet; `defuse review push {self.run.name}` does"
             )
-        standing = self._look(gallery, record)
-        return standing, self._remember(record, standing)
+        status = self._pull(gallery, state)
+        return status, self._store_annotators(state, status)
 
-    def _look(self, gallery: Gallery, record: Record) -> Standing:
-        wanted = self._wanted(gallery)
-        check_project(self.server, wanted, read_record(self.run.store, gallery))
-        pulled = pull(self.server.tasks(record.number), wanted.samples)
+    def _pull(self, gallery: Gallery, state: ProjectState) -> ReviewStatus:
+        started = monotonic()
+        tasks, authors = self._tasks(gallery), read_authors(self.run.store)
+        pulled = read_annotations(ReviewProject(self.client, self.run, tasks).pull(), tasks, authors)
+        store_authors(self.run.store, authors, pulled)
         overridden = [override.scenario for override in read_overrides(self.run.store)]
-        standing = stand(wanted.samples, pulled, self._names(pulled, record), overridden)
-        tend_queue(self.server, standing)
-        return standing
+        status = review_status(tasks, pulled, self._names(pulled, state), overridden)
+        update_queue(self.client, status)
+        self.pull_s = monotonic() - started
+        return status
 
-    def _wait_for_more(self, gallery: Gallery, record: Record, given: int) -> Standing:
-        """Look again until there are other than `given` answers.
+    def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> ReviewStatus:
+        """Return the next status with another number of answers than `given`.
 
-        A server that is away for a while is waited for.
+        A server that cannot be reached for a while is waited for.
         """
-        pause = self.first_pause_s
-        while True:
-            time.sleep(pause)
-            pause = min(pause * 1.5, self.longest_pause_s)
-            try:
-                standing = self._look(gallery, record)
-            except ServiceError as error:
-                log.warning("review: %s", error)
-                continue
-            if standing.given != given or not standing.open:
-                return standing
+        sleep(self.first_pause_s)
+        growing = wait_exponential(self.first_pause_s * 1.5, self.longest_pause_s, exp_base=1.5)
+        polling = Retrying(
+            retry=retry_if_exception_type(ServiceError)
+            | retry_if_result(lambda status: status.given == given and status.outstanding),
+            wait=lambda attempt: max(growing(attempt), self.pull_s * PAUSE_PER_PULL),
+            before_sleep=_log_failure,
+            sleep=sleep,
+        )
+        return polling(self._pull, gallery, state)
 
-    def _pending(self, standing: Standing, record: Record) -> str:
-        decided = int(standing.decided.sum())
+    def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
+        decided, skips = int(status.decided.sum()), len(status.blocking_skips())
         return (
-            f"waiting for people: {standing.given} answers are in and {standing.open} are still wanted, "
-            f"{decided} of {len(standing.decided)} scenarios are decided; "
-            f"label at {self.server.page_of(record.number)}"
+            f"waiting for people: {status.given} answers are in and {status.outstanding} are still wanted, "
+            f"{decided} of {len(status.decided)} scenarios are decided; "
+            + (f"{skips} were skipped, see `defuse review status {self.run.name}`; " if skips else "")
+            + f"label at {self.client.labeling_url(state.number)}"
         )
 
-    def _remember(self, record: Record, standing: Standing) -> Record:
-        """Keep the numbers of the pseudonyms, beside what other commands have noted meanwhile."""
-        people = standing.pulled.people()
-        return update_record(self.run.store, record, lambda known: known.with_people(people))
+    def _store_annotators(self, state: ProjectState, status: ReviewStatus) -> ProjectState:
+        """Store the numbers of the pseudonyms, in the state that other commands may have changed."""
+        annotators = status.pulled.annotators()
+        return update_state(self.run.store, state, lambda known: known.with_annotators(annotators))
 
-    def _names(self, pulled: Pulled, record: Record) -> dict[int, str]:
-        """Return what the annotators are called in the run."""
-        people = pulled.people()
-        if self.run.spec.review.real_names:
-            names = self.server.people()
-            return {person: names.get(person, "deleted account") for person in people}
-        known = record.with_people(people)
-        return {person: known.pseudonym(person) for person in people}
+    def _names(self, pulled: PulledAnnotations, state: ProjectState) -> dict[int, str]:
+        """Return the annotators' names in the run, by user id."""
+        annotators = pulled.annotators()
+        numbered = state.with_annotators(annotators)
+        pseudonyms = {annotator: numbered.pseudonym(annotator) for annotator in annotators}
+        if not self.run.spec.review.real_names:
+            return pseudonyms
+        names = self.client.user_names()
+        return {
+            annotator: names.get(annotator, f"deleted account ({pseudonym})")
+            for annotator, pseudonym in pseudonyms.items()
+        }
 
-    def _wanted(self, gallery: Gallery) -> Wanted:
-        return Wanted(self.run, gallery, Samples(gallery, self.run.spec.review, self.run.store), {})
+    def _tasks(self, gallery: Gallery) -> ReviewTasks:
+        return ReviewTasks(gallery, self.run.spec.review, self.run.store)
 
-    def _suggestions(self, gallery: Gallery) -> dict[int, Suggestion]:
+    def _prelabels(self, gallery: Gallery) -> dict[int, Prelabel]:
         from defuse_core.local import LocalCompute
 
         review = self.run.spec.review
-        made = prelabels(self.run, self.compute or LocalCompute(), gallery)
-        return suggest(made.probabilities, review.reference.min_confidence, review.form == "scenario")
+        made = reference_prelabels(self.run, self.compute or LocalCompute(), gallery)
+        return prelabels_by_task(
+            made.probabilities, review.reference.min_confidence, review.form == "scenario"
+        )
+
+
+def _log_failure(attempt: RetryCallState) -> None:
+    if attempt.outcome is not None and attempt.outcome.failed:
+        log.warning("review: %s", attempt.outcome.exception())

@@ -1,44 +1,48 @@
-"""The one seam to a Label Studio server: what Defuse asks of it, and its failures in one line.
+"""The connection to a Label Studio server: the requests that Defuse makes, and their failures as one-line errors.
 
-Reads are repeated by the SDK on lost connections and overload. Writes never are: a reply that is lost does
-not mean that nothing happened, so who writes looks first (see push.py).
+The SDK repeats requests after lost connections and overload where that is safe: reads, updates and deletions. What
+creates something is never repeated here: it may have taken effect although its reply was lost, so the caller looks at
+the server before it tries again (see project.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import json
 import logging
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from defuse_core.errors import InputError
+import httpx
+
+from defuse_core.errors import DefuseError, InputError, ServiceError
 
 try:
     from label_studio_sdk import LabelStudio
     from label_studio_sdk.core.api_error import ApiError
-
-    from services.labeling.explain import explained, is_json, unless_gone
+    from label_studio_sdk.core.parse_error import ParsingError
 except ModuleNotFoundError as error:
     raise InputError("Label Studio needs its client here: pip install 'defuse[label-studio]'") from error
 
-READ: Any = {"max_retries": 2}
-WRITE: Any = {"max_retries": 0}
-LIGHT = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelled,created_at,updated_at"
-PAGE = 250  # tasks
+REPEAT: Any = {"max_retries": 2}  # for requests that have the same effect twice as once
+ONCE: Any = {"max_retries": 0}
+TASK_FIELDS = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelled,created_at,updated_at"
+PAGE_SIZE = 250  # tasks
 # A reply of httpx refers to itself, and Python counts objects, not bytes: without a collection, bodies pile up.
-COLLECTED_PAGES = 4
+PAGES_PER_COLLECTION = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One submitted annotation, as the server has it: unchecked."""
+    """One annotation as the server returns it: unchecked."""
 
     id: int
-    person: int | None  # user id; None where the account was deleted
+    annotator: int | None  # user id; None where the account was deleted
     result: Any
     cancelled: bool  # a skip
     created: float  # seconds since 1970
@@ -47,151 +51,201 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Task:
+    """One task with all its annotations."""
+
     id: int
-    key: str | None  # the sample_key that push.py gave it; None for a task of somebody else's
-    digest: str | None  # of what it showed when it was pushed
+    key: str | None  # the sample_key that tasks.py gave it; None for a task that Defuse did not import
+    digest: str | None  # of its data when it was imported
     overlap: int
-    labeled: bool  # Label Studio's own view: out of the queue
+    labeled: bool  # whether Label Studio has taken it out of the queue
     annotations: tuple[Annotation, ...]
     data: Mapping[str, Any] | None  # None unless asked for
 
 
 @dataclass(frozen=True)
-class Project:
-    id: int
+class ProjectSettings:
+    """The settings of a project that Defuse sets, by their names in Label Studio's API."""
+
     title: str
     description: str
-    config: str
-    overlap: int
+    label_config: str
+    expert_instruction: str
+    show_instruction: bool
+    show_skip_button: bool
+    maximum_annotations: int
+    sampling: str
+    show_collab_predictions: bool
+    model_version: str
 
 
-class Server:
+@dataclass(frozen=True)
+class Project:
+    id: int
+    settings: ProjectSettings
+
+
+class BlockedAddressError(InputError):
+    """Label Studio does not connect to private or loopback addresses that a user names."""
+
+
+class LabelStudioClient:
     """A Label Studio server.
 
     Every method raises ServiceError or InputError, in one line that says what to do.
     """
 
-    def __init__(self, address: str, token: str, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, address: str, token: str, *, public_address: str | None = None, timeout_s: float = 60.0
+    ) -> None:
+        """`public_address` is the one that annotators open, if it is another than `address`."""
         self.address = checked_address(address)
-        hush()
+        self.public_address = checked_address(public_address) if public_address else self.address
+        silence_http_log()
         if not re.fullmatch(r"[\x21-\x7e]+", token):
             raise InputError(
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
             )
-        with explained(self.address):
+        with translated_errors(self.address):
             self._sdk: Any = LabelStudio(  # type: ignore[no-untyped-call]
                 base_url=self.address, api_key=token, timeout=timeout_s, max_retries=0, follow_redirects=False
             )
 
     def __repr__(self) -> str:
-        return f"Server({self.address!r})"
+        return f"LabelStudioClient({self.address!r})"
 
-    def check(self) -> None:
-        """Ask who we are: the cheapest question that needs the right address and a valid token."""
-        with explained(self.address):
-            self._sdk.users.whoami(request_options=READ)
+    def check_access(self) -> None:
+        """Request the account of the token: the cheapest request that needs the right address and a valid token."""
+        with translated_errors(self.address):
+            self._sdk.users.whoami(request_options=REPEAT)
 
-    def page_of(self, project: int) -> str:
-        """Return the address to open for the project."""
-        return f"{self.address}/projects/{project}/data"
+    def labeling_url(self, project: int) -> str:
+        """Return the address that opens the queue of the project: one task after the other."""
+        return f"{self.public_address}/projects/{project}/data?labeling=1"
 
-    def create_project(self, fields: Mapping[str, Any]) -> Project:
-        """Make a project. After a lost reply it may be there nonetheless."""
-        with explained(self.address):
-            return _project(self._sdk.projects.create(**fields, request_options=WRITE))
+    def task_url(self, project: int, task: int) -> str:
+        """Return the address of one task."""
+        return f"{self.public_address}/projects/{project}/data?task={task}"
+
+    def invitation(self) -> str:
+        """Return the address at which people sign up for an account on this server."""
+        with translated_errors(self.address):
+            invited = self._sdk.organizations.invites.get_invite_link(request_options=REPEAT)
+            return f"{self.public_address}{invited.invite_url}"
+
+    def create_project(self, settings: ProjectSettings) -> Project:
+        """Create a project. After a lost reply it may exist nonetheless."""
+        with translated_errors(self.address):
+            return _project(self._sdk.projects.create(**asdict(settings), request_options=ONCE))
 
     def project(self, number: int) -> Project | None:
-        """Return the project, or None where there is none of that number."""
-        with explained(self.address):
+        """Return the project, or None if it does not exist."""
+        with translated_errors(self.address):
             try:
-                return _project(self._sdk.projects.get(id=number, request_options=READ))
+                return _project(self._sdk.projects.get(id=number, request_options=REPEAT))
             except ApiError as error:
-                if error.status_code == 404 and is_json(error.body):
+                if error.status_code == 404 and _is_json(error.body):
                     return None
                 raise
 
     def find_projects(self, mark: str) -> list[Project]:
-        """Return the projects whose description holds `mark`, oldest first."""
-        with explained(self.address):
-            pages = self._sdk.projects.list(page_size=100, request_options=READ)
+        """Return the projects whose description contains `mark`, oldest first."""
+        with translated_errors(self.address):
+            pages = self._sdk.projects.list(page_size=100, request_options=REPEAT)
             found = [_project(project) for project in pages if mark in (project.description or "")]
         return sorted(found, key=lambda project: project.id)
 
-    def update_project(self, number: int, fields: Mapping[str, Any]) -> None:
-        with explained(self.address):
-            self._sdk.projects.update(id=number, **fields, request_options=WRITE)
+    def update_project(self, number: int, **settings: Any) -> None:
+        """Change some ProjectSettings of a project."""
+        with translated_errors(self.address):
+            self._sdk.projects.update(id=number, **settings, request_options=REPEAT)
 
     def import_tasks(self, project: int, tasks: Sequence[Mapping[str, Any]]) -> None:
-        """Add tasks, all or none. After a lost reply they may be there nonetheless."""
-        with explained(self.address):
-            self._sdk.projects.import_tasks(id=project, request=list(tasks), request_options=WRITE)
+        """Add tasks, all or none. After a lost reply they may exist nonetheless."""
+        with translated_errors(self.address):
+            self._sdk.projects.import_tasks(id=project, request=list(tasks), request_options=ONCE)
 
     def tasks(self, project: int, with_data: bool = False) -> Iterator[Task]:
-        """Return all tasks with all annotations, page by page. `with_data` brings what they show, too."""
-        include, page = (LIGHT + ",data" if with_data else LIGHT), 1
-        while (yield from self._page(project, include, page)) == PAGE:
+        """Yield all tasks with all annotations, page by page; with_data adds the data that they show."""
+        include, page = (TASK_FIELDS + ",data" if with_data else TASK_FIELDS), 1
+        while (yield from self._page(project, include, page)) == PAGE_SIZE:
             page += 1
-            if page % COLLECTED_PAGES == 0:
+            if page % PAGES_PER_COLLECTION == 0:
                 gc.collect()
 
     def _page(self, project: int, include: str, page: int) -> Generator[Task, None, int]:
-        """Return the tasks of one page, and how many they were; nothing of it outlives it."""
-        with explained(self.address):
+        """Yield the tasks of one page and return their number; no reference to the page remains."""
+        with translated_errors(self.address):
             try:
-                answer = self._sdk.tasks.list(
+                reply = self._sdk.tasks.list(
                     project=project,
                     page=page,
-                    page_size=PAGE,
+                    page_size=PAGE_SIZE,
                     fields="all",
                     include=include,
                     resolve_uri=False,
-                    request_options=READ,
+                    request_options=REPEAT,
                 )
             except ApiError as error:
                 if error.status_code == 404 and page > 1 and self.project(project) is not None:
                     return 0  # the page before was full and the last
                 raise
-            items = answer.items or ()
+            items = reply.items or ()
         for item in items:
-            with explained(self.address):
+            with translated_errors(self.address):
                 task = _task(item)
             yield task
         return len(items)
 
     def delete_task(self, number: int) -> None:
-        with explained(self.address), unless_gone():
-            self._sdk.tasks.delete(id=str(number), request_options=WRITE)
+        """Delete a task; one that does not exist any more is no error."""
+        with translated_errors(self.address), _missing_allowed():
+            self._sdk.tasks.delete(id=str(number), request_options=REPEAT)
+
+    def delete_annotation(self, number: int) -> None:
+        """Delete an annotation; one that does not exist any more is no error."""
+        with translated_errors(self.address), _missing_allowed():
+            self._sdk.annotations.delete(id=number, request_options=REPEAT)
 
     def set_overlap(self, task: int, overlap: int, labeled: bool) -> None:
-        """Say how many people are to see the task, and whether it leaves the queue now. Safe to repeat."""
+        """Set how many annotators get the task, and whether it leaves the queue now. Safe to repeat."""
         fields = {"overlap": overlap, "is_labeled": labeled}
-        with explained(self.address), unless_gone():
+        with translated_errors(self.address), _missing_allowed():
             self._sdk.tasks.update(
-                id=str(task), request_options=WRITE | {"additional_body_parameters": fields}
+                id=str(task), request_options=REPEAT | {"additional_body_parameters": fields}
             )
 
-    def people(self) -> dict[int, str]:
-        """Return the names of the users: first and last name, or else the e-mail address."""
-        with explained(self.address):
-            users = self._sdk.users.list(request_options=READ)
+    def user_names(self) -> dict[int, str]:
+        """Return each user's first and last name, or else the e-mail address, by user id."""
+        with translated_errors(self.address):
+            users = self._sdk.users.list(request_options=REPEAT)
         return {
             user.id: f"{user.first_name or ''} {user.last_name or ''}".strip() or str(user.email)
             for user in users
         }
 
-    def connect_bucket(self, project: int, fields: Mapping[str, Any]) -> None:
-        """Let the project show pictures of an S3 bucket, proxied by the server, with the credentials in `fields`."""
+    def connect_bucket(self, project: int, storage: Mapping[str, Any]) -> None:
+        """Let the project show pictures of an S3 bucket, proxied by the server, which first tries to list them.
+
+        Raises BlockedAddressError if the server's protection against forged requests blocks the bucket's address.
+        """
         storages = self._sdk.import_storage.s3
-        with explained(self.address):
-            known = storages.list(project=project, request_options=READ)
-            ours = next((storage for storage in known if storage.bucket == fields["bucket"]), None)
-            if ours is None:
-                storages.create(project=project, **fields, request_options=WRITE)
-            else:  # those it has may have expired
-                storages.update(ours.id, project=project, **fields, request_options=WRITE)
+        with translated_errors(self.address):
+            known = storages.list(project=project, request_options=REPEAT)
+            ours = next((found for found in known if found.bucket == storage["bucket"]), None)
+            try:
+                if ours is None:
+                    storages.create(project=project, **storage, request_options=ONCE)
+                else:  # its credentials may have expired
+                    storages.update(ours.id, project=project, **storage, request_options=REPEAT)
+            except ApiError as error:
+                if error.status_code == 403 and "URL" in str(
+                    error.body
+                ):  # "URL resolves to a reserved network ..."
+                    raise BlockedAddressError(f"Label Studio at {self.address} blocks the bucket") from None
+                raise
 
 
-def hush() -> None:
+def silence_http_log() -> None:
     """Keep httpx from logging one line per request."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
@@ -209,19 +263,100 @@ def checked_address(address: str) -> str:
         raise InputError("LABEL_STUDIO_URL: expected an address such as https://labels.example.org")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise InputError(
-            "LABEL_STUDIO_URL: expected a plain address; the token belongs into LABEL_STUDIO_API_KEY"
+            "LABEL_STUDIO_URL: expected a plain address; set the token in LABEL_STUDIO_API_KEY instead"
         )
     return address.strip().rstrip("/")
 
 
+@contextlib.contextmanager
+def translated_errors(address: str) -> Iterator[None]:
+    """Raise failures of a request as ServiceError or InputError in one line.
+
+    The SDK's own errors contain headers and whole pages, so they are not chained.
+    """
+    try:
+        yield
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise InputError(f"LABEL_STUDIO_URL: {address} is not a usable address") from error
+    except httpx.ConnectError:
+        raise ServiceError(
+            f"Label Studio at {address} cannot be reached; start it or correct LABEL_STUDIO_URL, then run again"
+        ) from None
+    except httpx.TimeoutException:
+        raise ServiceError(
+            f"Label Studio at {address} is too slow to answer; run again, nothing is lost"
+        ) from None
+    except httpx.HTTPError:
+        raise ServiceError(
+            f"Label Studio at {address} cut the connection; run again, nothing is lost"
+        ) from None
+    except ApiError as error:
+        raise _status_error(address, error.status_code or 0, error.body) from None
+    except (ParsingError, ValueError, TypeError, AttributeError, KeyError):
+        raise ServiceError(
+            f"{address} sent a reply that Label Studio 1.23 does not send; check LABEL_STUDIO_URL"
+        ) from None
+
+
+@contextlib.contextmanager
+def _missing_allowed() -> Iterator[None]:
+    """Ignore that a task does not exist: someone deleted it in the meantime."""
+    try:
+        yield
+    except ApiError as error:
+        if error.status_code != 404:
+            raise
+
+
+def _status_error(address: str, status: int, body: Any) -> DefuseError:
+    if status == 401:
+        problem = "rejects the token (401); set LABEL_STUDIO_API_KEY to a valid one"
+        return InputError(f"Label Studio at {address} {problem}")
+    if status == 403:
+        problem = "forbids this request to the token's account (403); use an administrator's token"
+        return InputError(f"Label Studio at {address} {problem}")
+    if status == 429:
+        problem = "is limiting requests (429); wait a minute and run again"
+    elif status >= 500:
+        problem = f"failed ({status}); see its log, then run again, nothing is lost"
+    elif 300 <= status < 400:
+        return InputError(
+            f"{address} redirects elsewhere ({status}); set LABEL_STUDIO_URL to the final address"
+        )
+    elif not _is_json(body):
+        return InputError(
+            f"{address} answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
+        )
+    else:
+        problem = f"did not accept the request ({status}): {_detail(body)}"
+    return ServiceError(f"Label Studio at {address} {problem}")
+
+
+def _is_json(body: Any) -> bool:
+    return isinstance(body, (dict, list)) or body is None or hasattr(body, "model_dump")
+
+
+def _detail(body: Any) -> str:
+    plain = body.model_dump() if hasattr(body, "model_dump") else body
+    if isinstance(plain, dict):
+        plain = plain.get("validation_errors") or plain.get("detail") or plain
+    return json.dumps(plain, default=str)[:300]
+
+
 def _project(found: Any) -> Project:
-    return Project(
-        id=int(found.id),
+    settings = ProjectSettings(
         title=str(found.title or ""),
         description=str(found.description or ""),
-        config=str(found.label_config or ""),
-        overlap=int(found.maximum_annotations or 0),
+        label_config=str(found.label_config or ""),
+        expert_instruction=str(found.expert_instruction or ""),
+        show_instruction=bool(found.show_instruction),
+        show_skip_button=bool(found.show_skip_button),
+        maximum_annotations=int(found.maximum_annotations or 0),
+        sampling=str(found.sampling or ""),
+        show_collab_predictions=bool(found.show_collab_predictions),
+        model_version=str(found.model_version or ""),
     )
+    return Project(int(found.id), settings)
 
 
 def _task(found: Any) -> Task:
@@ -242,10 +377,10 @@ def _task(found: Any) -> Task:
 
 def _annotation(found: Any) -> Annotation:
     fields = found if isinstance(found, dict) else found.model_dump()
-    person = fields.get("completed_by")
+    annotator = fields.get("completed_by")
     return Annotation(
         id=int(fields["id"]),
-        person=person.get("id") if isinstance(person, dict) else person,
+        annotator=annotator.get("id") if isinstance(annotator, dict) else annotator,
         result=fields.get("result"),
         cancelled=bool(fields.get("was_cancelled")),
         created=_seconds(fields["created_at"]),

@@ -1,31 +1,33 @@
-"""The tasks of a run: what each shows, under a key that says which image or scenario it is."""
+"""The tasks of a review: what each one shows, under a key that names its image or scenario."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from defuse_core.artifacts import F32, Gallery
+from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.config import ReviewSection
-from defuse_core.errors import InputError
+from defuse_core.protocols import Compute
+from defuse_core.reference_models import ask_models
+from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.labeling.config import LABEL, choice_names
+from services.labeling.interface import LABEL, choice_names
+from services.labeling.pictures import Pictures
 
-MODEL = "reference models"  # who makes suggestions
+PRELABEL_MODEL = "reference models"  # the model version of predictions in Label Studio
+BATCH_TASKS = 250
+BATCH_BYTES = 8_000_000  # requests of some 250 MB make the server fail
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a task is about: one image of a scenario, or (image None) the whole page of it."""
+class TaskSubject:
+    """The subject of a task: one image of a scenario, or (image None) the page of the whole scenario."""
 
     scenario: int
     image: int | None
@@ -37,93 +39,127 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Suggestion:
-    """The answer preselected in a task, and how sure the models are of it."""
+class Prelabel:
+    """The answer that is preselected in a task, and the confidence of the reference models in it."""
 
     answer: int  # class, or NONE_OF_THE_ABOVE
     confidence: float  # mean probability of their best class, in [0, 1]
-    shown: str  # the object in the labelling interface: image, or page
+    target: str  # the object in the labelling interface: image, or page
 
     def prediction(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return it as Label Studio's prediction.
-
-        `names` are those of the choices, none-of-the-above last.
-        """
+        """Return it as a prediction of Label Studio. `names` are those of the choices, none-of-the-above last."""
         choice = {"choices": [names[self.answer]]}
-        result = {"from_name": LABEL, "to_name": self.shown, "type": "choices", "value": choice}
-        return {"model_version": MODEL, "score": self.confidence, "result": [result]}
+        result = {"from_name": LABEL, "to_name": self.target, "type": "choices", "value": choice}
+        return {"model_version": PRELABEL_MODEL, "score": self.confidence, "result": [result]}
 
 
-class Samples:
-    """All tasks of a run, numbered scenario by scenario and made one at a time.
+class ReviewTasks:
+    """All T tasks of a review, numbered scenario by scenario and created one at a time.
 
     Memory does not grow with their number.
     """
 
     def __init__(self, gallery: Gallery, review: ReviewSection, store: Store) -> None:
-        self.gallery, self.review, self.store = gallery, review, store
+        self.gallery, self.review = gallery, review
+        self.pictures = Pictures(store, review.inline_kb)
         self.names = choice_names(gallery.classes)
-        self.pages = review.form == "scenario"
-        self.per_scenario = 1 if self.pages else gallery.predicted.shape[1]
+        self.whole_pages = review.form == "scenario"
+        self.per_scenario = 1 if self.whole_pages else gallery.predicted.shape[1]
 
     def __len__(self) -> int:
         return len(self.gallery) * self.per_scenario
 
-    def place(self, number: int) -> Place:
-        """Return what the task of that number is about."""
-        scenario, image = divmod(number, self.per_scenario)
-        return Place(scenario, None if self.pages else image)
+    def subject(self, index: int) -> TaskSubject:
+        """Return the subject of the task with that index."""
+        scenario, image = divmod(index, self.per_scenario)
+        return TaskSubject(scenario, None if self.whole_pages else image)
 
-    def number(self, key: str | None) -> int | None:
-        """Return the number of the task with this sample_key; None for one that is not of this run."""
+    def index_of(self, key: str | None) -> int | None:
+        """Return the index of the task with this sample_key; None if it is not a task of this review."""
         found = re.fullmatch(r"s(\d{3,9})(?:-i(\d{2,9}))?", key or "")
         if found is None:
             return None
-        number = int(found[1]) * self.per_scenario + int(found[2] or 0)
-        return number if number < len(self) and self.place(number).key == key else None
+        index = int(found[1]) * self.per_scenario + int(found[2] or 0)
+        return index if index < len(self) and self.subject(index).key == key else None
 
-    def task(self, number: int, suggestion: Suggestion | None = None) -> dict[str, Any]:
+    def task(self, index: int, prelabel: Prelabel | None = None) -> dict[str, Any]:
         """Return the task as Label Studio imports it, with a preselected answer if there is one."""
-        place = self.place(number)
-        data = self._page(place) if place.image is None else self._single(place.scenario, place.image)
-        data |= {"sample_key": place.key, "scenario": place.scenario}
-        task: dict[str, Any] = {"data": data, "meta": {"sample_key": place.key, "digest": digest(data)}}
-        return task if suggestion is None else task | {"predictions": [suggestion.prediction(self.names)]}
+        subject = self.subject(index)
+        data = self._page(subject) if subject.image is None else self._single(subject.scenario, subject.image)
+        # The key is no data: annotators see all data in Label Studio's list of tasks.
+        meta = {"sample_key": subject.key, "digest": digest(subject.key, data)}
+        task: dict[str, Any] = {"data": data, "meta": meta}
+        return task if prelabel is None else task | {"predictions": [prelabel.prediction(self.names)]}
 
     def _single(self, scenario: int, image: int) -> dict[str, Any]:
-        return {"image": self._picture(scenario, image), "picture": image}
+        return {"image": self.picture(scenario, image)}
 
-    def _page(self, place: Place) -> dict[str, Any]:
+    def _page(self, subject: TaskSubject) -> dict[str, Any]:
         samples = [
-            {"image": self._picture(place.scenario, image), "says": f"classifier: {self.names[answer]}"}
-            for image, answer in enumerate(self.gallery.predicted[place.scenario].tolist())
+            {
+                "image": self.picture(subject.scenario, image),
+                "prediction": f"classifier: {self.names[answer]}",
+            }
+            for image, answer in enumerate(self.gallery.predicted[subject.scenario].tolist())
         ]
-        return {"title": f"Scenario {self.gallery.number(place.scenario)}", "samples": samples}
+        return {"page": "Pictures", "samples": samples}
 
-    def _picture(self, scenario: int, image: int) -> str:
-        """Return a picture as its own address, or, if it is large, its address in the run's S3 store."""
-        data = png(self.gallery.images[scenario, image])
-        if len(data) <= self.review.inline_kb * 1024:
-            return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        if not self.store.address.startswith("s3://"):
-            raise InputError(
-                f"a picture takes {len(data) / 1024:.0f} KB and review.inline_kb is {self.review.inline_kb}: raise "
-                "it, or keep the run in S3 (--store s3://bucket/prefix), from where larger pictures are shown"
-            )
-        key = f"pictures/{Place(scenario, image).key}.png"
-        self.store.write(key, data)
-        return f"{self.store.address}/{key}"
+    def picture(self, scenario: int, image: int) -> str:
+        """Return the address of a picture, which is written to the run's bucket if it is large."""
+        return self.pictures.address(self.gallery.images[scenario, image], TaskSubject(scenario, image).key)
 
 
-def digest(data: Mapping[str, Any]) -> str:
-    """Return what tells whether someone edited a task since it was pushed."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+def digest(key: str, data: Mapping[str, Any]) -> str:
+    """Return a digest of a task's key and data, by which a later edit is recognised."""
+    return hashlib.sha256(json.dumps([key, data], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def png(image: F32) -> bytes:
-    """Return one image, (channels, H, W) in [0, 1], as PNG."""
-    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-    shown = Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))
-    buffer = io.BytesIO()
-    shown.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+def batches(tasks: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Yield the tasks in lists that are bounded in number and bytes."""
+    batch: list[Mapping[str, Any]] = []
+    size = 0
+    for task in tasks:
+        grown = size + len(str(task))
+        if batch and (len(batch) == BATCH_TASKS or grown > BATCH_BYTES):
+            yield batch
+            batch, grown = [], len(str(task))
+        batch.append(task)
+        size = grown
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, eq=False)
+class Prelabels:
+    """The answers of the reference models to the gallery, for model-assisted review (the paper's future work).
+
+    A preselected answer biases a vote, so this is off by default, and the votes of a run state that it was on.
+    """
+
+    probabilities: F32  # (W, S, R, C)
+
+
+def reference_prelabels(run: Run, compute: Compute, gallery: Gallery) -> Prelabels:
+    """Return the models' probabilities, computed once per run."""
+
+    def make() -> Prelabels:
+        return Prelabels(ask_models(run, compute, gallery))
+
+    return run.once("review", Prelabels, make)
+
+
+def prelabels_by_task(probabilities: F32, min_confidence: float, whole_pages: bool) -> dict[int, Prelabel]:
+    """Return a prelabel per task index, the least certain first.
+
+    That is the order in which annotators get the tasks.
+    """
+    mean = probabilities.mean(axis=0)  # (S, R, C)
+    if whole_pages:
+        mean = mean.mean(axis=1, keepdims=True)  # (S, 1, C)
+    best, confidence = mean.argmax(axis=2), mean.max(axis=2)
+    prelabels = {}
+    for index in np.argsort(confidence, axis=None, kind="stable").tolist():
+        certainty = float(confidence.flat[index])
+        answer = int(best.flat[index]) if certainty >= min_confidence else NONE_OF_THE_ABOVE
+        prelabels[index] = Prelabel(answer, certainty, "page" if whole_pages else "image")
+    return prelabels

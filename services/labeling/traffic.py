@@ -1,6 +1,6 @@
-"""Reviews of inputs that came in while a run was served, which lay in one of its failure scenarios.
+"""Reviews of inputs that a server received and that were in a failure scenario of its run.
 
-    <run>/traffic-1/     run.yaml, the Gallery of inputs, what is remembered of the project, votes and verdicts
+    <run>/traffic-1/     run.yaml, the Gallery of inputs, the state of the project, votes and verdicts
 
 Each is a review of its own with a project of its own; the run itself stays as it is.
 """
@@ -14,8 +14,8 @@ from defuse_core.errors import InputError
 from defuse_core.judge import judge
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.labeling.record import Record
-from services.labeling.standing import Standing
+from services.labeling.state import ProjectState
+from services.labeling.status import ReviewStatus
 
 
 def traffic_reviews(store: Store, run: str) -> list[str]:
@@ -26,11 +26,11 @@ def traffic_reviews(store: Store, run: str) -> list[str]:
 
 
 def open_traffic_review(store: Store, run: Run) -> Run:
-    """Return the review of traffic that is under way, or else a new one, of inputs that none has shown yet.
+    """Return the review of traffic that is not finished yet, or a new one of inputs that no review has shown.
 
-    Raises InputError where no scenario has as many such inputs as run.spec.review.images.
+    Raises InputError if no scenario has as many such inputs as run.spec.review.images.
     """
-    from services.serving.reservoir import read_traffic
+    from services.serving.traffic import read_traffic
 
     known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
     if known and known[-1].load(Votes) is None:
@@ -45,19 +45,19 @@ def open_traffic_review(store: Store, run: Run) -> Run:
             f"no scenario of run {run.name} has {wanted} inputs that were not reviewed yet, of {len(traffic)} kept; "
             "serve it with a larger `serve.reservoir`, or wait for more traffic"
         )
-    # Every input is wanted, not only as many as a verdict needs: it is a measurement of the served model.
-    people = {"annotators": "label-studio", "prelabel": False, "stop_early": False}
-    spec = run.spec.model_copy(update={"review": run.spec.review.model_copy(update=people)})
+    # Every input is asked about, not only as many as a verdict needs: it measures the served model.
+    changes = {"annotators": "label-studio", "prelabel": False, "stop_early": False}
+    spec = run.spec.model_copy(update={"review": run.spec.review.model_copy(update=changes)})
     number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
     review = Run.start(store, f"{run.name}/traffic-{number}", spec)
     review.once("draw", Gallery, lambda: gallery)
     return review
 
 
-def conclude(review: Run, standing: Standing, record: Record) -> Verdicts:
-    """Store the votes of a review of traffic and what they amount to, once all are in."""
-    votes = review.once("review", Votes, lambda: standing.finished(record))
-    gallery = standing.samples.gallery
+def store_traffic_verdicts(review: Run, status: ReviewStatus, state: ProjectState) -> Verdicts:
+    """Store the votes of a review of traffic and the verdicts that follow from them, once all answers are in."""
+    votes = review.once("review", Votes, lambda: status.final_votes(state))
+    gallery = status.tasks.gallery
     return review.once("review", Verdicts, lambda: judge(gallery, votes, review.spec.review.rho))
 
 

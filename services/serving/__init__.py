@@ -1,1 +1,1 @@
-"""Serving the corrected classifier: checks, versions, the Ray Serve application and the scenario watch."""
+"""Serving the corrected classifier with Ray Serve: checks, versions, canaries and the scenario watch."""

@@ -1,115 +1,100 @@
-"""The HTTP interface: routes, their OpenAPI page, and the door that every request passes."""
+"""The HTTP interface: routes, their OpenAPI description, and authentication."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import hmac
-import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from defuse_core.artifacts import F32
-from services.serving.body import (
+from services.serving.deployment import ClassifierDeployment
+from services.serving.inputs import (
     FORM_TYPE,
     IMAGE_TYPES,
     JSON_TYPE,
+    RejectedInput,
     content_type,
-    decoded,
-    read_body,
-    uploaded,
+    decode_body,
+    uploaded_files,
 )
-from services.serving.inputs import Expected, Refused
 from services.serving.metrics import metrics_page
-from services.serving.model_page import ModelPage, model_page
+from services.serving.model import ModelInfo, PredictionResponse
 
-if TYPE_CHECKING:
-    from services.serving.server import Server
-
-OPEN_ROUTES = ("/healthz", "/readyz")
-INLINE_BYTES, INLINE_PIXELS = 32_768, 65_536  # up to here decoding costs less than handing it to a thread
-
-
-class ScenarioHit(BaseModel):
-    scenario: int = Field(description="index among the components that the run found")
-    name: str
-    fixed: bool = Field(description="whether this version is right there")
-    distance: float = Field(description="Mahalanobis distance from the codes of the scenario's own pictures")
-    nearer_share: float = Field(description="share of the training images that are nearer still")
+HEALTH_ROUTES = ("/healthz", "/readyz")
+DOCS_ROUTES = ("/docs", "/redoc", "/openapi.json")
+MAX_INLINE_BYTES, MAX_INLINE_PIXELS = (
+    32_768,
+    65_536,
+)  # smaller images are decoded faster here than in a thread
 
 
-class Prediction(BaseModel):
-    label: int = Field(alias="class", description="index of the most probable class")
-    name: str = Field(description="its name")
-    probabilities: list[float] = Field(description="one per class")
-    scenarios: list[ScenarioHit] | None = Field(
-        description="known failure scenarios that the image lies in, deepest first; null without the watch"
-    )
+class ErrorResponse(BaseModel):
+    """The body of every 4xx and 5xx answer of the application."""
 
-
-class Predictions(BaseModel):
-    version: str = Field(description="the model version that answered")
-    predictions: list[Prediction] = Field(description="one per image, in the order sent")
-
-
-class Trouble(BaseModel):
     error: str = Field(description="one sentence: what was expected and what was found")
 
 
-class State(BaseModel):
+class HealthResponse(BaseModel):
+    """The body of /healthz and /readyz."""
+
     status: str
 
 
-_ANSWER: Any = {"schema": {"$ref": "#/components/schemas/Trouble"}}
-_TROUBLE: Any = {"application/json": _ANSWER}
+_ERROR_CONTENT: Any = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
 _BUSY: Any = {
-    "description": "Too busy, or no version in production; Retry-After tells when to come again",
-    "content": {**_TROUBLE, "text/plain": {"schema": {"type": "string"}}},
+    "description": "Overloaded, or no version in production; Retry-After gives the seconds to wait",
+    "content": {**_ERROR_CONTENT, "text/plain": {"schema": {"type": "string"}}},
 }
 
 
-def _refusals(**sentences: str) -> dict[int | str, dict[str, Any]]:
-    return {int(code[1:]): {"model": Trouble, "description": text} for code, text in sentences.items()}
+def _error_responses(descriptions: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": ErrorResponse, "description": text} for code, text in descriptions.items()}
 
 
-_AUTH = _refusals(_401="The bearer token is missing or wrong")
-_BAD = _refusals(
-    _400="The body is broken",
-    _408="The body took too long to arrive",
-    _413="The body, a picture or the number of images is too large",
-    _415="A content type that is not taken",
-    _422="Well-formed, but not an image that the classifier takes",
-    _500="The classifier failed on this input",
+_UNAUTHORIZED = _error_responses({401: "The bearer token is missing or wrong"})
+_REJECTED = _error_responses(
+    {
+        400: "The body is broken",
+        408: "The body did not arrive in time",
+        413: "The body, an image or the number of images is too large",
+        415: "Unsupported content type",
+        422: "Well-formed, but not an image that the classifier accepts",
+        500: "The classifier failed on this input",
+    }
 )
 
 
-def _nested(depth: int) -> dict[str, Any]:
-    """Return the schema of numbers from 0 to 1 in so many lists."""
+def _pixel_schema(depth: int) -> dict[str, Any]:
+    """Return the schema of numbers from 0 to 1 in `depth` nested lists."""
     if not depth:
         return {"type": "number", "minimum": 0, "maximum": 1}
-    return {"type": "array", "minItems": 1, "items": _nested(depth - 1)}
+    return {"type": "array", "minItems": 1, "items": _pixel_schema(depth - 1)}
 
 
-_PIXELS: Any = {
+_JSON_SCHEMA: Any = {
     "type": "object",
     "required": ["pixels"],
     "additionalProperties": False,
     "properties": {
         "pixels": {
-            "anyOf": [_nested(2), _nested(3), _nested(4)],
+            "anyOf": [_pixel_schema(2), _pixel_schema(3), _pixel_schema(4)],
             "description": "a grey image as height x width numbers from 0 to 1, any image as channels x height x "
             "width, or a list of images as the latter",
         }
     },
 }
-_FORM: Any = {
+_FORM_SCHEMA: Any = {
     "type": "object",
     "required": ["image"],
     "additionalProperties": False,
@@ -117,12 +102,12 @@ _FORM: Any = {
         "image": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
     },
 }
-_BODY: Any = {
+_PREDICT_SCHEMA: Any = {
     "requestBody": {
         "required": True,
         "content": {
-            JSON_TYPE: {"schema": _PIXELS},
-            FORM_TYPE: {"schema": _FORM},
+            JSON_TYPE: {"schema": _JSON_SCHEMA},
+            FORM_TYPE: {"schema": _FORM_SCHEMA},
             **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in IMAGE_TYPES},
         },
     },
@@ -138,107 +123,146 @@ _BODY: Any = {
 }
 
 
-def build_api(server: Server) -> FastAPI:
-    """Return the application of one replica."""
+def build_api(deployment: ClassifierDeployment) -> FastAPI:
+    """Return the ASGI application of one replica."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with server.following():
+        async with deployment.following_registry():
             yield
 
     api = FastAPI(title="Defuse", summary="A corrected image classifier.", version="1", lifespan=lifespan)
-    api.add_exception_handler(Refused, _refused_handler(server))
-    api.add_exception_handler(HTTPException, _no_such_route)
-    api.add_middleware(Door, token=server.token)
-    limit = int(server.settings.max_body_mb * 1e6)
+    api.add_exception_handler(RejectedInput, _rejection_handler(deployment))
+    api.add_exception_handler(HTTPException, _http_error)
+    api.add_middleware(BearerAuthMiddleware, token=deployment.token)
 
     async def predict(request: Request) -> Response:
-        kind = content_type(request)
-        body = await read_body(request, limit, server.settings.timeout_s)
-        expected = server.expected()
-        files = await uploaded(request, body, expected.max_images) if kind == FORM_TYPE else [body]
-        pixels = await decoded_soon(server, kind, files, expected)
-        key = request.headers.get("x-request-key")
-        answer = await server.predict(
-            pixels, key.encode() if key is not None else hashlib.sha256(body).digest()
-        )
-        return Response(json.dumps(answer, separators=(",", ":"), ensure_ascii=False), media_type=JSON_TYPE)
+        media_type = content_type(request)
+        body = await deployment.uploads.receive(request)
+        async with deployment.slots.acquire():
+            pixels = await _decode(deployment, request, media_type, body)
+            key = request.headers.get("x-request-key")
+            answer = await deployment.predict(
+                pixels, key.encode() if key is not None else hashlib.sha256(body).digest()
+            )
+        return Response(answer.model_dump_json(by_alias=True), media_type=JSON_TYPE)
 
-    async def model() -> ModelPage:
-        return model_page(server)
+    async def model() -> ModelInfo:
+        return deployment.model_info()
 
-    async def healthz() -> State:
-        return State(status="ok")
+    async def healthz() -> HealthResponse:
+        return HealthResponse(status="ok")
 
-    async def readyz() -> State:
-        server.expected()
-        return State(status="ready")
+    async def readyz() -> HealthResponse:
+        deployment.input_spec()
+        return HealthResponse(status="ready")
 
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(await metrics_page(), media_type="text/plain; version=0.0.4")
 
+    # This route answers, without the cost of FastAPI's validation of arguments; the one below describes it.
+    api.router.routes.insert(0, Route("/v1/predict", predict, methods=["POST"]))
     busy: dict[int | str, dict[str, Any]] = {503: _BUSY}
     api.post(
         "/v1/predict",
-        response_model=Predictions,
-        openapi_extra=_BODY,
-        responses={**_AUTH, **_BAD, **busy},
+        response_model=PredictionResponse,
+        openapi_extra=_PREDICT_SCHEMA,
+        responses={**_UNAUTHORIZED, **_REJECTED, **busy},
         summary="Classify one image or several",
     )(predict)
-    api.get("/v1/model", responses={**_AUTH, **busy}, summary="What answers, and what is known of it")(model)
-    api.get("/healthz", summary="Is this process alive?")(healthz)
-    api.get("/readyz", responses=busy, summary="Is a version loaded and warm?")(readyz)
-    api.get("/metrics", response_class=PlainTextResponse, responses=_AUTH, summary="Metrics for Prometheus")(
-        metrics
-    )
+    api.get("/v1/model", responses={**_UNAUTHORIZED, **busy}, summary="The model in production")(model)
+    api.get("/healthz", summary="Liveness: this process answers")(healthz)
+    api.get("/readyz", responses=busy, summary="Readiness: a version is loaded and warm")(readyz)
+    api.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses=_UNAUTHORIZED,
+        summary="Metrics for Prometheus",
+    )(metrics)
+    if deployment.token:
+        _describe_authentication(api)
     return api
 
 
-async def decoded_soon(server: Server, kind: str, files: list[bytes], expected: Expected) -> F32:
-    """Return the pixels: at once where that is quick, otherwise from the thread that decodes. Raises Refused."""
-    quick = replace(expected, max_pixels=min(expected.max_pixels, INLINE_PIXELS))
-    if sum(map(len, files)) <= INLINE_BYTES:
+def _describe_authentication(api: FastAPI) -> None:
+    """Add the bearer token to the OpenAPI description, which gives its page a button to enter the token."""
+    schema = api.openapi()
+    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    schema["security"] = [{"token": []}]
+
+
+async def _decode(deployment: ClassifierDeployment, request: Request, media_type: str, body: bytes) -> F32:
+    """Return the pixels; small images are decoded here, others in the decoding thread. Raises RejectedInput."""
+    spec = deployment.input_spec()
+    files = await uploaded_files(request, body, spec.max_images) if media_type == FORM_TYPE else [body]
+    inline = replace(spec, max_pixels=min(spec.max_pixels, MAX_INLINE_PIXELS))
+    if len(body) <= MAX_INLINE_BYTES:
         try:
-            return decoded(kind, files, quick)
-        except Refused as refused:
-            if refused.status != 413 or quick == expected:
+            return decode_body(media_type, files, inline)
+        except RejectedInput as rejected:
+            if rejected.status != 413 or inline == spec:
                 raise
-    return await server.decode(kind, files, expected)
+    return await deployment.decode(media_type, files, spec)
 
 
-def _refused_handler(server: Server) -> Any:
-    async def answer(_: Request, refused: Exception) -> JSONResponse:
-        assert isinstance(refused, Refused)
-        server.meters.refused.inc(1, {"status": str(refused.status)})
-        wait = refused.retry_after_s
+def _rejection_handler(deployment: ClassifierDeployment) -> Any:
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RejectedInput)
+        deployment.metrics.rejected.inc(1, {"status": str(error.status)})
+        wait = error.retry_after_s
         headers = {"Retry-After": str(wait)} if wait is not None else None
-        return JSONResponse({"error": refused.sentence}, refused.status, headers)
+        return JSONResponse({"error": error.message}, error.status, headers)
 
-    return answer
+    return handle
 
 
-async def _no_such_route(_: Request, error: Exception) -> JSONResponse:
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-class Door:
-    """Lets nobody in without the token, if there is one, except to ask for health."""
+class BearerAuthMiddleware:
+    """Rejects requests without the bearer token; health routes are open. Without a token, all routes are open.
+
+    Browsers cannot send a bearer token, so the pages of DOCS_ROUTES also accept it as the password of HTTP Basic.
+    """
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
         self.app = app
-        self.expected = f"Bearer {token}".encode() if token else None
+        self._digest = _digest(token.encode()) if token else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._may_enter(scope):
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or self._is_allowed(path, dict(scope["headers"])):
             await self.app(scope, receive, send)
             return
-        sentence = "send the header Authorization: Bearer TOKEN with the token of this server"
-        refusal = JSONResponse({"error": sentence}, 401, {"WWW-Authenticate": "Bearer"})
-        await refusal(scope, receive, send)
+        if path in DOCS_ROUTES:
+            message, challenge = "expected the token of this server as password", 'Basic realm="Defuse"'
+        else:
+            message = "expected the header Authorization: Bearer TOKEN with the token of this server"
+            challenge = "Bearer"
+        response = JSONResponse({"error": message}, 401, {"WWW-Authenticate": challenge})
+        await response(scope, receive, send)
 
-    def _may_enter(self, scope: Scope) -> bool:
-        if self.expected is None or scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_ROUTES:
+    def _is_allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        if self._digest is None or path in HEALTH_ROUTES:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(self.expected).digest())
+        scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+        given = credentials.strip()
+        if scheme.lower() == b"basic" and path in DOCS_ROUTES:
+            given = _basic_password(given)
+        elif scheme.lower() != b"bearer":
+            return False
+        return hmac.compare_digest(_digest(given), self._digest)
+
+
+def _basic_password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
+
+
+def _digest(token: bytes) -> bytes:
+    """Return a digest, so that comparing it takes the same time for tokens of any length."""
+    return hashlib.sha256(token).digest()

@@ -1,7 +1,8 @@
-"""A corrected classifier made ready to be checked, promoted and served: everything a server needs, in one artefact."""
+"""A candidate: a corrected classifier, the checks that decide on its promotion, and all that a server needs of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from defuse_core.artifacts import (
     F64,
     I64,
+    Bool,
     Corrections,
     Gallery,
     Models,
@@ -24,114 +26,164 @@ from defuse_core.artifacts import (
     Weights,
 )
 from defuse_core.codec import decode, encode
-from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
-from defuse_core.data import reopen_splits
+from defuse_core.config import CheckSection, RunFile, ServeSection, first_problem, parse_run_file
+from defuse_core.correct import held_out_images
+from defuse_core.data import Images, Splits, reopen_splits
+from defuse_core.device import cpu_threads
 from defuse_core.errors import InputError
 from defuse_core.judge import most_common_error
-from defuse_core.models import load_vae
+from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Run
-from services.serving.checks import Examined, examine
 from services.serving.watch import calibrate
 
-OF_THE_VERSION = ("resize", "watch", "watch_share", "precision")  # of section serve; the rest is the server's
+FORMAT = (
+    2  # of the stored candidate; part of its key in the run, so a candidate of another format is made again
+)
+VERSION_SETTINGS = (
+    "resize",
+    "watch",
+    "watch_share",
+    "precision",
+)  # the rest of section serve is the server's
+ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
-class NothingCorrected(InputError):  # noqa: N818 - a finding, for `defuse check` a good one
-    """A finished run without a failure scenario: there is no other classifier than the one before."""
+class NothingCorrected(InputError):  # noqa: N818 - an outcome, and a good one for `defuse check`
+    """A finished run without a failure scenario: it has no corrected classifier."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of section `check` and its result."""
+
+    name: str
+    passed: bool
+    line: str  # what was checked, the value found and the limit
+
+
+@dataclass(frozen=True)
+class CorrectionSummary:
+    """The chosen correction, and mean accuracies before and after it."""
+
+    lam: float | None
+    epoch: int | None
+    clean_split: str  # the clean images: test, validation or train
+    clean_before: float
+    clean_after: float
+    scenario_before: float
+    scenario_after: float
+    annotators: str  # people, or reference models
+    made: str  # time of the checks, 2026-01-31T12:00:00Z
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """The corrected classifier of one run, the β-VAE that watches its inputs, and what is known of both."""
+    """The corrected classifier of one run, the β-VAE that encodes its inputs for the watch, and their measurements."""
 
     run: str
     spec: dict[str, Any]  # the run file
     classes: tuple[str, ...]  # (C,)
     classifier: Weights
     vae: Weights
-    facts: dict[str, Any]  # lam, epoch, accuracies before and after, when it was made
-    checks: tuple[dict[str, Any], ...]  # rows of checks.Check
-    digest: str  # of the weights and of what travels with them; equal candidates are one version
+    summary: CorrectionSummary
+    checks: tuple[Check, ...]
+    digest: str  # of the weights and VERSION_SETTINGS; candidates with equal digests are one version
     scenario: I64  # (A,) index of each failure scenario among the run's components
-    labels: I64  # (A,) what is right there
-    read_as: I64  # (A,) what the classifier before said there most often
-    means: F64  # (A, Z) of the codes of its pictures, as in watch.Calibration
+    labels: I64  # (A,) correct class in the scenario
+    most_common_error: I64  # (A,) most frequent wrong answer of the classifier before the correction
+    means: F64  # (A, Z) of the codes of its images, as in watch.Calibration
     covariances: F64  # (A, Z, Z)
     before: F64  # (A,) accuracy on the held-out images before the correction
     after: F64  # (A,) and after it
     levels: F64  # (L,) shares of the training images, 0 to 1
-    distances: F64  # (A, L) Mahalanobis distance that so many training images stay below
-    recall: F64  # (A, L) share of the held-out scenario images that stay below the same distance
+    distances: F64  # (A, L) quantiles of the training images' Mahalanobis distances at those levels
+    recall: F64  # (A, L) share of the held-out scenario images within those distances
 
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")
 
     def serve_section(self, changes: Mapping[str, Any]) -> ServeSection:
-        """Return section `serve` of the run file with `changes`. Raises InputError naming the first that is wrong."""
+        """Return section `serve` of the run file with `changes`. Raises InputError naming the first invalid field."""
         return with_settings(self.run_file().serve, changes)
 
-    def failed(self) -> list[str]:
-        """Return the checks that did not pass, one line each."""
-        return [row["line"] for row in self.checks if not row["passed"]]
+    def failed_checks(self) -> list[str]:
+        """Return one line for each check that failed."""
+        return [check.line for check in self.checks if not check.passed]
 
-    def names(self) -> list[str]:
-        """Return what each failure scenario is called: `8 read as 3 (scenario 12)`."""
-        rows = zip(self.labels, self.read_as, self.scenario, strict=True)
+    def scenario_names(self) -> list[str]:
+        """Return the name of each failure scenario: `8 read as 3 (scenario 12)`."""
+        rows = zip(self.labels, self.most_common_error, self.scenario, strict=True)
         return [
-            f"{self.classes[label]} read as {self.classes[read]} (scenario {s})" for label, read, s in rows
+            f"{self.classes[label]} read as {self.classes[error]} (scenario {number})"
+            for label, error, number in rows
         ]
 
 
-def with_settings(recorded: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
-    """Return the section with `changes`. Raises InputError naming the first field that is wrong."""
+def encode_candidate(candidate: Candidate) -> bytes:
+    """Return the candidate as bytes of an artefact."""
+    plain = [dataclasses.asdict(check) for check in candidate.checks]
+    return encode(dataclasses.replace(candidate, checks=plain))  # type: ignore[arg-type]
+
+
+def decode_candidate(data: bytes, where: str) -> Candidate:
+    """Return the candidate in `data`. Raises StoreError, naming `where`, for other, truncated or altered bytes."""
+    stored = decode(Candidate, data, where)
+    return dataclasses.replace(
+        stored,
+        summary=TypeAdapter(CorrectionSummary).validate_python(stored.summary),
+        checks=TypeAdapter(tuple[Check, ...]).validate_python(stored.checks),
+    )
+
+
+def with_settings(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
+    """Return the section with `changes`. Raises InputError naming the first invalid field."""
     try:
-        return ServeSection.model_validate(recorded.model_dump() | dict(changes))
+        return ServeSection.model_validate(section.model_dump() | dict(changes))
     except ValidationError as error:
         raise InputError(f"serve.{first_problem(error, ServeSection)}") from error
 
 
-def prepare(run: Run, progress: Progress = silent) -> tuple[str, Candidate]:
-    """Return the run's candidate and the key it lies under in the run, made and checked if that was not done yet.
+def prepare_candidate(run: Run, progress: Progress = silent) -> tuple[str, Candidate]:
+    """Return the key of the run's candidate in its store, and the candidate, made and checked at the first call.
 
-    Raises InputError where the run has not got as far as a corrected classifier.
+    Raises InputError where the run has no corrected classifier yet.
     """
-    found = _Found.of(run)
-    key = f"candidates/{_digest(run.spec, found.sweep.weights)[:16]}.safetensors"
+    artifacts = _RunArtifacts.load(run)
+    key = f"candidates/{_digest(run.spec, artifacts.sweep.weights, str(FORMAT))[:16]}.safetensors"
     try:
-        return key, decode(Candidate, run.store.read(key), key)
+        return key, decode_candidate(run.store.read(key), key)
     except FileNotFoundError:
-        candidate = _make(run, found, progress)
-        run.store.write(key, encode(candidate))
+        candidate = _make(run, artifacts, progress)
+        run.store.write(key, encode_candidate(candidate))
         return key, candidate
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _RunArtifacts:
     models: Models
     gallery: Gallery
     votes: Votes
     verdicts: Verdicts
-    fixes: Corrections
+    corrections: Corrections
     sweep: Sweep
 
     @classmethod
-    def of(cls, run: Run) -> _Found:
-        kinds = (Models, Gallery, Votes, Verdicts, Corrections, Sweep)
-        parts: list[Any] = []
-        for kind in kinds:
-            parts.append(run.load(kind))
-            if parts[-1] is None:
+    def load(cls, run: Run) -> _RunArtifacts:
+        loaded: list[Any] = []
+        for kind in (Models, Gallery, Votes, Verdicts, Corrections, Sweep):
+            loaded.append(run.load(kind))
+            if loaded[-1] is None:
                 raise InputError(
                     f"run {run.name} has no corrected classifier yet ({kind.__name__.lower()} is missing); "
                     f"finish it with `defuse run`"
                 )
-        found = cls(*parts)
-        if not found.sweep.weights:
+        artifacts = cls(*loaded)
+        if not artifacts.sweep.weights:
             raise NothingCorrected(
-                f"run {run.name} corrected nothing (no failure scenario was accepted), so there is nothing to serve"
+                f"run {run.name} corrected nothing (no failure scenario was accepted), so it has no model to serve"
             )
-        return found
+        return artifacts
 
 
 def weights_digest(weights: Weights) -> str:
@@ -144,58 +196,151 @@ def weights_digest(weights: Weights) -> str:
     return sha.hexdigest()
 
 
-def _digest(spec: RunFile, weights: Weights) -> str:
-    """Name a candidate by its weights and by the fields of its run file that travel with it."""
-    travels = spec.serve.model_dump(mode="json", include={*OF_THE_VERSION, "watch_images"})
-    settings = f"{spec.check.model_dump_json()}{json.dumps(travels, sort_keys=True)}"
-    return hashlib.sha256((weights_digest(weights) + settings).encode()).hexdigest()
+def _digest(spec: RunFile, weights: Weights, salt: str = "") -> str:
+    """Return the digest of the weights and of the run-file fields that belong to a version."""
+    fields = spec.serve.model_dump(mode="json", include={*VERSION_SETTINGS, "watch_images"})
+    settings = f"{spec.check.model_dump_json()}{json.dumps(fields, sort_keys=True)}"
+    return hashlib.sha256((weights_digest(weights) + settings + salt).encode()).hexdigest()
 
 
-def _make(run: Run, found: _Found, progress: Progress) -> Candidate:
-    spec, accepted = run.spec, found.fixes.scenario
-    splits = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
+def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
+    spec, corrections = run.spec, artifacts.corrections
+    splits = reopen_splits(spec.data, spec.seed, artifacts.models.data_fingerprint)
     progress("checking the corrected classifier", 0, 2, "steps")
-    examined = examine(spec, found.models, found.fixes, found.sweep, splits)
+    report = evaluate_candidate(spec, artifacts.models, corrections, artifacts.sweep, splits)
     progress("checking the corrected classifier", 1, 2, "steps")
-    calibration = calibrate(spec, load_vae(spec, found.models.vae), splits.train, found.fixes)
+    calibration = calibrate(spec, load_vae(spec, artifacts.models.vae), splits.train, corrections)
     progress("checking the corrected classifier", 2, 2, "steps")
     return Candidate(
         run=run.name,
         spec=spec.model_dump(mode="json"),
-        classes=found.models.classes,
-        classifier=found.sweep.weights,
-        vae=found.models.vae,
-        facts=_facts(found, examined),
-        checks=tuple(check.row() for check in examined.checks(spec.check)),
-        digest=_digest(spec, found.sweep.weights),
-        scenario=accepted,
-        labels=found.fixes.labels,
-        read_as=_read_as(found.gallery, accepted, found.fixes.labels),
-        before=examined.scenario_before,
-        after=examined.scenario_after,
+        classes=artifacts.models.classes,
+        classifier=artifacts.sweep.weights,
+        vae=artifacts.models.vae,
+        summary=_summary(artifacts, report),
+        checks=tuple(report.checks(spec.check)),
+        digest=_digest(spec, artifacts.sweep.weights),
+        scenario=corrections.scenario,
+        labels=corrections.labels,
+        most_common_error=_most_common_errors(artifacts.gallery, corrections.scenario, corrections.labels),
+        before=report.scenario_before,
+        after=report.scenario_after,
         **vars(calibration),
     )
 
 
-def _facts(found: _Found, examined: Examined) -> dict[str, Any]:
-    chosen = found.sweep.chosen
-    return {
-        "lam": None if chosen is None else chosen.lam,
-        "epoch": None if chosen is None else chosen.epoch,
-        "clean_split": examined.split,
-        "clean_before": float(examined.right_before.mean()),
-        "clean_after": float(examined.right_after.mean()),
-        "scenario_before": float(examined.scenario_before.mean()),
-        "scenario_after": float(examined.scenario_after.mean()),
-        "annotators": found.votes.answered_by,
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def _summary(artifacts: _RunArtifacts, report: CandidateReport) -> CorrectionSummary:
+    chosen = artifacts.sweep.chosen
+    return CorrectionSummary(
+        lam=None if chosen is None else chosen.lam,
+        epoch=None if chosen is None else chosen.epoch,
+        clean_split=report.split,
+        clean_before=float(report.right_before.mean()),
+        clean_after=float(report.right_after.mean()),
+        scenario_before=float(report.scenario_before.mean()),
+        scenario_after=float(report.scenario_after.mean()),
+        annotators=artifacts.votes.answered_by,
+        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
 
 
-def _read_as(gallery: Gallery, accepted: I64, labels: I64) -> I64:
-    """Return the wrong answer that the classifier gave most often in each accepted scenario; the label if none."""
-    answers = labels.copy()
-    for row, (component, label) in enumerate(zip(accepted, labels, strict=True)):
+def _most_common_errors(gallery: Gallery, scenarios: I64, labels: I64) -> I64:
+    """Return the most frequent wrong answer in each accepted scenario; the label where there is none."""
+    errors = labels.copy()
+    for row, (component, label) in enumerate(zip(scenarios, labels, strict=True)):
         wrong = most_common_error(gallery.predicted[component], label)
-        answers[row] = label if wrong is None else wrong
-    return answers
+        errors[row] = label if wrong is None else wrong
+    return errors
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateReport:
+    """Which answers of both classifiers are right: on clean images, and on held-out images of each scenario."""
+
+    split: str  # the clean images: test, validation or train
+    classes: tuple[str, ...]
+    labels: I64  # (N,)
+    right_before: Bool  # (N,)
+    right_after: Bool  # (N,)
+    scenario_before: F64  # (A,)
+    scenario_after: F64  # (A,)
+    not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
+
+    def checks(self, limits: CheckSection) -> list[Check]:
+        """Return every check of section `check`, in the order in which they are shown."""
+        if self.not_finite:
+            return [Check("finite", False, f"weights: {self.not_finite[0]} has NaN or infinity")]
+        return [
+            Check("finite", True, "weights: all finite"),
+            self._mean_scenario_accuracy(limits.min_scenario_accuracy),
+            self._worst_scenario_accuracy(limits.min_each_scenario),
+            self._improvement(),
+            self._clean_accuracy(limits.max_loss),
+            self._class_accuracy(limits.max_class_loss),
+            self._regressions(limits.max_regressions),
+        ]
+
+    def _mean_scenario_accuracy(self, least: float) -> Check:
+        found = float(self.scenario_after.mean())
+        line = f"scenario accuracy: {found:.2%}, expected at least {least:.2%}"
+        return Check("scenario accuracy", found >= least, line)
+
+    def _worst_scenario_accuracy(self, least: float) -> Check:
+        found = float(self.scenario_after.min())
+        line = f"worst scenario: {found:.2%}, expected at least {least:.2%} in each"
+        return Check("worst scenario", found >= least, line)
+
+    def _improvement(self) -> Check:
+        before, after = float(self.scenario_before.mean()), float(self.scenario_after.mean())
+        line = f"improvement: scenario accuracy {before:.2%} -> {after:.2%}"
+        return Check("improvement", after > before, line)
+
+    def _clean_accuracy(self, most: float) -> Check:
+        before, after = float(self.right_before.mean()), float(self.right_after.mean())
+        line = f"clean accuracy: {before:.2%} -> {after:.2%} on {self.split} images, a loss of {most:.2%} is allowed"
+        return Check("clean accuracy", before - after <= most + ROUNDING, line)
+
+    def _class_accuracy(self, most: float) -> Check:
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        lost = self.right_before.astype(np.int64) - self.right_after
+        loss = np.bincount(self.labels, lost, minlength=len(self.classes)) / np.maximum(counts, 1)
+        worst = int(loss.argmax())
+        line = (
+            f"every class: class {self.classes[worst]} lost {loss[worst]:.2%}, at most {most:.2%} is allowed"
+        )
+        return Check("every class", float(loss[worst]) <= most + ROUNDING, line)
+
+    def _regressions(self, most: float) -> Check:
+        found = float((self.right_before & ~self.right_after).mean())
+        line = f"regressions: {found:.2%} of clean images were right and are wrong now, at most {most:.2%} is allowed"
+        return Check("regressions", found <= most + ROUNDING, line)
+
+
+def evaluate_candidate(
+    spec: RunFile, models: Models, corrections: Corrections, sweep: Sweep, splits: Splits
+) -> CandidateReport:
+    """Return which answers are right before and after the correction."""
+    candidates = (("test", splits.test), ("validation", splits.validation), ("train", splits.train))
+    split, clean = next((name, images) for name, images in candidates if images is not None)
+    not_finite = tuple(name for name, array in sweep.weights.items() if not np.isfinite(array).all())
+    corrected = models.classifier if not_finite else sweep.weights
+    with cpu_threads(spec.resources.train_threads):
+        scenario = held_out_images(load_vae(spec, models.vae), corrections)
+        before, after = (
+            _right(spec, w, len(models.classes), (clean, scenario)) for w in (models.classifier, corrected)
+        )
+    return CandidateReport(
+        split=split,
+        classes=models.classes,
+        labels=clean.labels,
+        right_before=before[0],
+        right_after=after[0],
+        scenario_before=before[1].reshape(len(corrections.labels), -1).mean(axis=1),
+        scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
+        not_finite=not_finite,
+    )
+
+
+def _right(spec: RunFile, weights: Weights, classes: int, parts: tuple[Images, ...]) -> list[Bool]:
+    classifier = load_classifier(spec, weights, classes)
+    return [predict(classifier, images) == images.labels for images in parts]

@@ -1,4 +1,4 @@
-"""From the body of a request to pixels. Everything here is refused in one sentence before it can cost much."""
+"""Request bodies: decoding images and JSON into pixels. Image headers are checked before pixels are decoded."""
 
 from __future__ import annotations
 
@@ -10,45 +10,54 @@ from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+from starlette.types import Message
 
 from defuse_core.artifacts import F32
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data.images import fit_picture
 
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-PLAIN_MODES = {1: ("1", "L"), 3: ("RGB", "P")}  # colour modes that need no conversion that loses something
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/webp", "application/octet-stream")
+JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
+LOSSLESS_MODES = {1: ("1", "L"), 3: ("RGB", "P")}  # Pillow modes that convert to grey or RGB without loss
 
 
-class Refused(Exception):  # noqa: N818 - the client's error, answered with its status and sentence
-    """A request that is answered with `status` and one sentence."""
+class RejectedInput(Exception):  # noqa: N818 - the client's error, not a failure of the server
+    """A request that is answered with `status` and a one-sentence `message`."""
 
-    def __init__(self, status: int, sentence: str, retry_after_s: int | None = None) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence, self.retry_after_s = status, sentence, retry_after_s
+    def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.retry_after_s = status, message, retry_after_s
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the images of a request must be like."""
+class InputSpec:
+    """The images that a model version accepts."""
 
     channels: int
     size: int
-    pad_to: tuple[int, int] | None  # pictures of the first size are padded to the second, as MNIST's were
+    pad_to: (
+        tuple[int, int] | None
+    )  # images of the first size are padded to the second, as MNIST's in training
     resize: bool
     max_images: int
     max_pixels: int
 
     @classmethod
-    def of(cls, spec: RunFile, settings: ServeSection) -> Expected:
-        pad = (28, 32) if spec.data.name == "mnist" and spec.data.image_size == 32 else None
+    def of(cls, spec: RunFile, settings: ServeSection) -> InputSpec:
         data = spec.data
+        pad_to = (28, 32) if data.name == "mnist" and data.image_size == 32 else None
         return cls(
-            data.channels, data.image_size, pad, settings.resize, settings.max_images, settings.max_pixels
+            data.channels, data.image_size, pad_to, settings.resize, settings.max_images, settings.max_pixels
         )
 
     @property
     def sizes(self) -> set[tuple[int, int]]:
-        """Width and height of the pictures that are taken without being resized."""
+        """Width and height of the images that are accepted without resizing."""
         edges = {self.size} if self.pad_to is None else {self.size, self.pad_to[0]}
         return {(edge, edge) for edge in edges}
 
@@ -57,131 +66,174 @@ class Expected:
         return self.channels, self.size, self.size
 
     def __str__(self) -> str:
-        return f"{self.size}x{self.size} pixels in {'grey' if self.channels == 1 else 'colour'}"
+        return f"{self.size}x{self.size} pixels in {'grey' if self.channels == 1 else 'color'}"
 
 
-def read_pictures(files: list[bytes], expected: Expected) -> F32:
-    """Return (n, channels, H, W) in [0, 1] from image files. Raises Refused for the first that is not usable."""
-    if not files:
-        raise Refused(422, "the request holds no image")
-    if len(files) > expected.max_images:
-        raise Refused(
-            413, f"the request holds {len(files)} images, at most {expected.max_images} are taken at once"
+def content_type(request: Request) -> str:
+    """Return the media type without its parameters. Raises RejectedInput for an unsupported one."""
+    found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if found not in (*IMAGE_TYPES, JSON_TYPE, FORM_TYPE):
+        supported = ", ".join((FORM_TYPE, JSON_TYPE, *IMAGE_TYPES))
+        raise RejectedInput(
+            415, f"the content type {found[:60] or '(none)'} is not supported; send one of {supported}"
         )
-    pixels = np.empty((len(files), *expected.shape), np.float32)
-    left = expected.max_pixels  # to decode, for all of them together
+    return found
+
+
+async def uploaded_files(request: Request, body: bytes, max_images: int) -> list[bytes]:
+    """Return the files of a multipart body. Raises RejectedInput for a broken one, or one with other fields."""
+
+    async def replay() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    try:
+        form = await Request(request.scope, replay).form(
+            max_files=max_images + 1, max_fields=8, max_part_size=len(body) + 1
+        )
+    except (MultiPartException, HTTPException) as error:
+        if "Too many files" in str(getattr(error, "detail", error)):
+            raise RejectedInput(413, f"the request holds more than {max_images} images") from None
+        raise RejectedInput(400, "the multipart body is broken") from None
+    files = []
+    for name, part in form.multi_items():
+        if name != "image" or not isinstance(part, UploadFile):
+            raise RejectedInput(
+                422, f"unknown field {name[:40]!r}; send every image as a file in the field image"
+            )
+        files.append(await part.read())
+    await form.close()
+    return files
+
+
+def decode_body(media_type: str, parts: list[bytes], spec: InputSpec) -> F32:
+    """Return the pixels (n, channels, H, W) in the parts of a body. Raises RejectedInput."""
+    return decode_json(parts[0], spec) if media_type == JSON_TYPE else decode_images(parts, spec)
+
+
+def decode_images(files: list[bytes], spec: InputSpec) -> F32:
+    """Return (n, channels, H, W) in [0, 1] from image files. Raises RejectedInput for the first unusable one."""
+    if not files:
+        raise RejectedInput(422, "the request holds no image")
+    if len(files) > spec.max_images:
+        raise _too_many_images(len(files), spec)
+    pixels = np.empty((len(files), *spec.shape), np.float32)
+    budget = spec.max_pixels  # pixels that may still be decoded for this request
     for row, data in enumerate(files):
-        pixels[row], decoded = _picture(data, expected, f"image {row + 1}: " if len(files) > 1 else "", left)
-        left -= decoded
+        prefix = f"image {row + 1}: " if len(files) > 1 else ""
+        pixels[row], decoded = _decode_image(data, spec, prefix, budget)
+        budget -= decoded
     return pixels
 
 
-def _picture(data: bytes, expected: Expected, which: str, left: int) -> tuple[F32, int]:
-    """Return the pixels, and how many the file held. Raises Refused."""
+def _too_many_images(count: int, spec: InputSpec) -> RejectedInput:
+    return RejectedInput(413, f"the request holds {count} images, the limit is {spec.max_images}")
+
+
+def _decode_image(data: bytes, spec: InputSpec, prefix: str, budget: int) -> tuple[F32, int]:
+    """Return the pixels, and how many pixels the file holds. Raises RejectedInput."""
     if not data:
-        raise Refused(422, f"{which}the image is empty")
+        raise RejectedInput(422, f"{prefix}the image is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata; broken pixels are errors
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                _expect_size(picture, expected, which, left)
-                _expect_mode(picture, expected, which)
-                return _fitted(picture, expected), picture.width * picture.height
-    except Refused:
+            warnings.simplefilter("ignore")  # warnings concern metadata; broken pixels raise errors
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                _check_size(image, spec, prefix, budget)
+                _check_mode(image, spec, prefix)
+                return _fit(image, spec), image.width * image.height
+    except RejectedInput:
         raise
     except Image.DecompressionBombError:
-        raise Refused(413, f"{which}the picture is too large to decode") from None
+        raise RejectedInput(413, f"{prefix}the image is too large to decode") from None
     except UnidentifiedImageError:
-        raise Refused(400, f"{which}this is not an image in PNG, JPEG, BMP or WebP format") from None
+        raise RejectedInput(
+            400, f"{prefix}expected an image in PNG, JPEG, BMP or WebP format, found other bytes"
+        ) from None
     except Exception:  # decoders raise a dozen kinds of errors on broken files
-        raise Refused(400, f"{which}this image file is broken") from None
+        raise RejectedInput(400, f"{prefix}this image file is broken") from None
 
 
-def _expect_size(picture: Image.Image, expected: Expected, which: str, left: int) -> None:
-    """The size comes from the header: nothing is decoded yet."""
-    width, height = picture.size
-    if width * height > expected.max_pixels:
-        limit = expected.max_pixels
-        raise Refused(
-            413, f"{which}the picture has {width}x{height} pixels, more than {limit} are not decoded"
+def _check_size(image: Image.Image, spec: InputSpec, prefix: str, budget: int) -> None:
+    """Check the size in the header; no pixel is decoded yet."""
+    width, height = image.size
+    if width * height > spec.max_pixels:
+        raise RejectedInput(
+            413, f"{prefix}the image has {width}x{height} pixels, the limit is {spec.max_pixels}"
         )
-    if width * height > left:
-        raise Refused(
-            413, f"{which}with it the request holds more than {expected.max_pixels} pixels to decode"
+    if width * height > budget:
+        raise RejectedInput(
+            413, f"{prefix}the images of this request have more than {spec.max_pixels} pixels together"
         )
-    if not expected.resize and picture.size not in expected.sizes:
-        raise Refused(422, f"{which}the picture has {width}x{height} pixels, expected {expected}")
+    if not spec.resize and image.size not in spec.sizes:
+        raise RejectedInput(422, f"{prefix}the image has {width}x{height} pixels, expected {spec}")
 
 
-def _expect_mode(picture: Image.Image, expected: Expected, which: str) -> None:
-    plain = picture.mode in PLAIN_MODES[expected.channels] and "transparency" not in picture.info
-    if not expected.resize and not plain:
-        raise Refused(422, f"{which}the picture is of colour mode {picture.mode}, expected {expected}")
+def _check_mode(image: Image.Image, spec: InputSpec, prefix: str) -> None:
+    lossless = image.mode in LOSSLESS_MODES[spec.channels] and "transparency" not in image.info
+    if not spec.resize and not lossless:
+        raise RejectedInput(422, f"{prefix}the image has color mode {image.mode}, expected {spec}")
 
 
-def _fitted(picture: Image.Image, expected: Expected) -> F32:
-    fitted = np.zeros(expected.shape, np.float32)
-    edge = 0
-    if expected.pad_to and picture.size == (expected.pad_to[0],) * 2:
-        edge = (expected.pad_to[1] - expected.pad_to[0]) // 2
-    inner = slice(edge, expected.size - edge)
-    fitted[:, inner, inner] = fit_picture(picture, expected.channels, expected.size - 2 * edge)
+def _fit(image: Image.Image, spec: InputSpec) -> F32:
+    fitted = np.zeros(spec.shape, np.float32)
+    border = 0
+    if spec.pad_to and image.size == (spec.pad_to[0],) * 2:
+        border = (spec.pad_to[1] - spec.pad_to[0]) // 2
+    inner = slice(border, spec.size - border)
+    fitted[:, inner, inner] = fit_picture(image, spec.channels, spec.size - 2 * border)
     fitted /= 255
     return fitted
 
 
-def read_json(body: bytes, expected: Expected) -> F32:
-    """Return (n, channels, H, W) from {"pixels": ...}: one image or a list of them, numbers from 0 to 1.
+def decode_json(body: bytes, spec: InputSpec) -> F32:
+    """Return (n, channels, H, W) from {"pixels": ...}: one image or a list of images, numbers from 0 to 1.
 
-    Raises Refused for anything else.
+    Raises RejectedInput for anything else.
     """
-    tree = _parsed(body)
+    tree = _parse_json(body)
     if not isinstance(tree, dict):
-        raise Refused(422, 'expected a JSON object such as {"pixels": [...]}')
+        raise RejectedInput(422, 'expected a JSON object such as {"pixels": [...]}')
     if unknown := sorted(tree.keys() - {"pixels"}):
-        raise Refused(422, f"there is no field {unknown[0][:40]!r}, only pixels")
+        raise RejectedInput(422, f"unknown field {unknown[0][:40]!r}; the only field is pixels")
     if "pixels" not in tree:
-        raise Refused(422, "the field pixels is missing")
-    return _shaped(_numbers(tree["pixels"]), expected)
+        raise RejectedInput(422, "the field pixels is missing")
+    return _to_images(_to_numbers(tree["pixels"]), spec)
 
 
-def _parsed(body: bytes) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise Refused(422, f"pixels: expected numbers from 0 to 1, found {constant}")
+def _parse_json(body: bytes) -> Any:
+    def reject_constant(constant: str) -> NoReturn:
+        raise RejectedInput(422, f"pixels: expected numbers from 0 to 1, found {constant}")
 
     try:
-        return json.loads(body, parse_constant=refuse)
+        return json.loads(body, parse_constant=reject_constant)
     except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON") from None
+        raise RejectedInput(400, "the body is not JSON") from None
 
 
-def _numbers(pixels: Any) -> F32:
+def _to_numbers(pixels: Any) -> F32:
     if not isinstance(pixels, list):
-        raise Refused(422, "pixels: expected a list of rows of numbers")
+        raise RejectedInput(422, "pixels: expected a list of rows of numbers")
     try:
         array = np.array(pixels)
     except (ValueError, OverflowError, RecursionError):
-        raise Refused(422, "pixels: expected rows of equal length") from None
+        raise RejectedInput(422, "pixels: expected rows of equal length") from None
     if array.dtype.kind not in "iuf" or not array.size:
-        raise Refused(422, "pixels: expected numbers from 0 to 1")
-    if not (array.min() >= 0 and array.max() <= 1):  # false for NaN, too
-        raise Refused(422, "pixels: expected numbers from 0 to 1 (divide 8-bit values by 255)")
+        raise RejectedInput(422, "pixels: expected numbers from 0 to 1")
+    if not (array.min() >= 0 and array.max() <= 1):  # also false for NaN
+        raise RejectedInput(422, "pixels: expected numbers from 0 to 1 (divide 8-bit values by 255)")
     return array.astype(np.float32)
 
 
-def _shaped(array: F32, expected: Expected) -> F32:
-    channels, size, _ = expected.shape
+def _to_images(array: F32, spec: InputSpec) -> F32:
+    channels, size, _ = spec.shape
     if array.shape == (size, size) and channels == 1:
         array = array[None, None]
-    elif array.shape == expected.shape:
+    elif array.shape == spec.shape:
         array = array[None]
-    if array.shape[1:] != expected.shape:
+    if array.shape[1:] != spec.shape:
         found = "x".join(str(length) for length in array.shape)
-        raise Refused(
-            422, f"pixels: found {found} numbers, expected {channels}x{size}x{size}, or several such"
+        raise RejectedInput(
+            422, f"pixels: found {found} numbers, expected {channels}x{size}x{size} or a list of such images"
         )
-    if len(array) > expected.max_images:
-        raise Refused(
-            413, f"the request holds {len(array)} images, at most {expected.max_images} are taken at once"
-        )
+    if len(array) > spec.max_images:
+        raise _too_many_images(len(array), spec)
     return array

@@ -1,58 +1,68 @@
-"""Counters of the application, exported by Ray on every node; and the page that gathers them for Prometheus."""
+"""Metrics of a replica, exported by Ray on every node, and one page of all nodes' metrics for Prometheus."""
 
 from __future__ import annotations
 
 import asyncio
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from typing import Any
 
 import ray
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from ray.serve.metrics import Counter, Gauge
 
 PREFIXES = ("ray_defuse_", "ray_serve_")
 SCRAPE_TIMEOUT_S = 5.0
 
 
-def keys(*names: str) -> Any:
-    """Ray's own annotation allows one key alone; its documentation, any number."""
+def tag_keys(*names: str) -> Any:
+    """Return `names`. Ray annotates tag_keys as a tuple of one; its documentation allows any number."""
     return names
 
 
-class Meters:
-    """What one replica counts. Every counter is per version."""
+class ServingMetrics:
+    """The counters and gauges of one replica. All but `rejected` have a tag for the version."""
 
     def __init__(self) -> None:
-        self.images = Counter("defuse_images_answered", "Images answered.", tag_keys=keys("version"))
-        self.errors = Counter("defuse_errors", "Images that a version failed on.", tag_keys=keys("version"))
+        self.images = Counter("defuse_images_answered", "Images answered.", tag_keys=tag_keys("version"))
+        self.errors = Counter(
+            "defuse_errors", "Images that a version failed on.", tag_keys=tag_keys("version")
+        )
         self.compared = Counter(
             "defuse_compared",
-            "Images that a canary or shadow and production both answered.",
-            tag_keys=keys("version", "agreed", "inside"),
+            "Images that both production and a canary or shadow answered.",
+            tag_keys=tag_keys("version", "agreed", "inside"),
         )
         self.scenarios = Counter(
             "defuse_scenario_images",
-            "Images that lie in a failure scenario.",
-            tag_keys=keys("version", "scenario", "fixed"),
+            "Images inside a failure scenario.",
+            tag_keys=tag_keys("version", "scenario", "fixed"),
         )
-        self.refused = Counter(
-            "defuse_refused",
-            "Requests refused, by status.",
-            tag_keys=keys(
-                "status",
-            ),
+        self.rejected = Counter(
+            "defuse_refused", "Requests rejected, by HTTP status.", tag_keys=tag_keys("status")
         )
         self.serving = Gauge(
             "defuse_serving",
-            "1 for each version on this replica, in its role.",
-            tag_keys=keys("version", "role"),
+            "1 for each version that is loaded on this replica, by role.",
+            tag_keys=tag_keys("version", "role"),
         )
+
+    def set_roles(self, before: dict[str, str], now: dict[str, str]) -> None:
+        """Set the gauge `serving`; both arguments map a role to the version that has it."""
+        for role, version in before.items():
+            self.serving.set(0, {"version": version, "role": role})
+        for role, version in now.items():
+            self.serving.set(1, {"version": version, "role": role})
 
 
 async def metrics_page() -> str:
-    """Return the metrics of all nodes, in Prometheus' text format. A node that is away is left out."""
+    """Return the metrics of all nodes in Prometheus' text format. A node that does not answer is left out."""
     pages = await asyncio.gather(*(asyncio.to_thread(_scrape, address) for address in _exporters()))
-    return merged(pages)
+    return merge_pages(pages)
 
 
 def _exporters() -> list[str]:
@@ -72,18 +82,25 @@ def _scrape(address: str) -> str:
         return ""
 
 
-def merged(pages: list[str]) -> str:
-    """Return one page of several: each family's HELP and TYPE once, and the samples of all, of our families alone."""
-    heads: dict[str, dict[str, str]] = {}
-    samples: dict[str, list[str]] = {}
+def merge_pages(pages: Iterable[str]) -> str:
+    """Return one page of several, with the metrics whose names start with PREFIXES only."""
+    families: dict[str, Metric] = {}
     for page in pages:
-        family = ""
-        for line in page.splitlines():
-            if line.startswith("# "):
-                _, kind, family = line.split(" ", 3)[:3]
-                heads.setdefault(family, {}).setdefault(kind, line)
-            elif line:
-                samples.setdefault(family, []).append(line)
-    ours = [family for family in samples if family.startswith(PREFIXES)]
-    lines = [line for family in ours for line in (*heads[family].values(), *samples[family])]
-    return "\n".join(lines) + "\n"
+        for family in text_string_to_metric_families(page):
+            if not family.name.startswith(PREFIXES):
+                continue
+            if family.name in families:
+                families[family.name].samples.extend(family.samples)
+            else:
+                families[family.name] = family
+    return generate_latest(_Families(list(families.values()))).decode()
+
+
+class _Families(Collector):
+    """A collection of metrics as prometheus_client's exposition expects it."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families

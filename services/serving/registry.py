@@ -1,30 +1,32 @@
-"""The registry: immutable versions, and which of them answers in production.
+"""The registry: immutable versions, which of them is in production, and the changes of that.
 
     registry/versions/000002.safetensors   a Candidate, written once
-    registry/standing/000007.json          who answers since the seventh change; the highest number holds
+    registry/changes/000007.json           the RegistryState after the seventh change; the highest number is current
 
-Every change is a new file that only one writer can create, so two people promoting at once cannot lose each other's
-change, and who did what, when and why stays readable.
+Every change is a new file that only one writer can create. So concurrent promotions cannot overwrite each other, and
+the author, time and reason of every change stay on record.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import tenacity
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from defuse_core.codec import decode, encode
-from defuse_core.errors import InputError, StoreError
+from defuse_core.errors import CheckFailed, DefuseError, InputError, StoreError
 from defuse_core.store import Store
-from services.serving.candidate import Candidate
+from services.serving.candidate import Candidate, decode_candidate, encode_candidate
 
-TRIES = 20  # of a change that others keep overtaking
+MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
+NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 
 
-class Note(BaseModel):
-    """Where a version comes from, and who let it in."""
+class VersionInfo(BaseModel):
+    """The origin of a version, and who added it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,12 +35,12 @@ class Note(BaseModel):
     by: str
     when: str
     why: str
-    forced: bool  # in spite of checks that failed
+    forced: bool  # added although checks failed
     annotators: str  # who labelled its scenarios: people, or reference models
 
 
-class Stamp(BaseModel):
-    """The number of a change, by whose hand it was, when and why."""
+class ChangeInfo(BaseModel):
+    """The number, author, time and reason of a change."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,31 +50,47 @@ class Stamp(BaseModel):
     why: str
 
 
-class Standing(BaseModel):
-    """Who answers."""
+class RegistryState(BaseModel):
+    """Which versions exist, and which of them answer requests."""
 
     model_config = ConfigDict(frozen=True)
 
+    format: Literal[2]
+    """Of this file. Format 1 was stored in registry/standing."""
     sequence: int = 0
-    """How many changes there have been."""
+    """The number of changes so far."""
     production: int | None = None
     """The version that answers."""
-    since: Stamp | None = None
-    """How that version came to answer."""
+    since: ChangeInfo | None = None
+    """The change that put this version into production."""
     previous: tuple[int, ...] = ()
-    """Versions that answered before it, oldest first: what rollback returns to."""
+    """Versions in production before it, oldest first: the targets of rollback."""
     canary: int | None = None
     """A version that answers a share of the requests."""
     share: float = 0.0
     """That share, 0 to 1."""
     shadow: int | None = None
-    """A version that is asked too, and whose answers are only compared."""
+    """A version that receives a copy of the requests and whose answers are only compared."""
     action: str = "nothing was promoted yet"
     by: str = ""
     when: str = ""
     why: str = ""
-    versions: dict[int, Note] = {}
-    """All versions there are."""
+    versions: dict[int, VersionInfo] = {}
+    """All versions by number."""
+
+
+EMPTY = RegistryState(format=2)
+
+
+@dataclass(frozen=True)
+class PromotionRequest:
+    """The role that a version gets, with author and reason."""
+
+    by: str
+    why: str
+    force: str | None = None  # the reason to promote although checks failed
+    canary: float | None = None  # its share of the requests, 0 to 1
+    shadow: bool = False
 
 
 class Registry:
@@ -81,92 +99,269 @@ class Registry:
     def __init__(self, store: Store) -> None:
         self.store = store.within("registry")
 
-    def standing(self) -> Standing:
-        """Return who answers now."""
-        keys = self.store.within("standing").list()
-        return self._read(int(keys[-1].removesuffix(".json"))) if keys else Standing()
+    def state(self) -> RegistryState:
+        """Return the current state. Raises StoreError for a registry of another format."""
+        keys = self.store.within("changes").list()
+        if keys:
+            return self._read(int(keys[-1].removesuffix(".json")))
+        if self.store.within("standing").list():
+            raise StoreError(
+                f"{self.store.address}: an older Defuse wrote this registry (format 1), expected format 2; rename the "
+                "folder and promote its runs again with `defuse promote RUN`"
+            )
+        return EMPTY
 
-    def history(self) -> list[Standing]:
-        """Return every change, oldest first."""
-        return [self._read(int(key.removesuffix(".json"))) for key in self.store.within("standing").list()]
+    def history(self) -> list[RegistryState]:
+        """Return the state after every change, oldest first."""
+        return [self._read(int(key.removesuffix(".json"))) for key in self.store.within("changes").list()]
 
-    def newer(self, sequence: int) -> Standing | None:
-        """Return who answers now if that changed after `sequence`. One look at one key where it did not."""
-        return self.standing() if self.store.exists(_standing_key(sequence + 1)) else None
+    def state_after(self, sequence: int) -> RegistryState | None:
+        """Return the current state if there is a change after `sequence`. Costs one lookup where there is none."""
+        return self.state() if self.store.exists(_change_key(sequence + 1)) else None
+
+    def changes_after(self, sequence: int) -> list[RegistryState]:
+        """Return the state after each change since `sequence`, oldest first."""
+        found: list[RegistryState] = []
+        while self.store.exists(_change_key(sequence + len(found) + 1)):
+            found.append(self._read(sequence + len(found) + 1))
+        return found
 
     def load(self, number: int) -> Candidate:
-        """Return version `number`. Raises InputError if there is none."""
+        """Return version `number`. Raises InputError for an unknown one, StoreError for a damaged one."""
+        key = _version_key(number)
         try:
-            return decode(Candidate, self.store.read(_version_key(number)), _version_key(number))
+            return decode_candidate(self.store.read(key), f"{self.store.address}/{key}")
         except FileNotFoundError as error:
-            known = ", ".join(str(n) for n in self.standing().versions) or "none"
+            known = ", ".join(str(n) for n in self.state().versions) or "none"
             raise InputError(
-                f"there is no version {number} in {self.store.address}; there are: {known}"
+                f"unknown version {number} in {self.store.address}; known versions: {known}"
             ) from error
 
     def add(self, candidate: Candidate, by: str, why: str, forced: bool) -> int:
-        """Return the number of this candidate's version, a new one unless an equal one is a version already."""
-        known = [n for n, note in self.standing().versions.items() if note.digest == candidate.digest]
+        """Return the number of this candidate's version, a new one unless an equal one exists."""
+        state = self.state()
+        known = [n for n, info in state.versions.items() if info.digest == candidate.digest]
         if known:
             return known[-1]
-        number = max(self.standing().versions, default=0) + 1
-        data = encode(candidate)
+        number = max(state.versions, default=0) + 1
+        data = encode_candidate(candidate)
         while not self.store.create(_version_key(number), data):
             number += 1
-        note = Note(
+        info = VersionInfo(
             run=candidate.run,
             digest=candidate.digest,
             by=by,
-            when=now(),
+            when=utc_now(),
             why=why,
             forced=forced,
-            annotators=candidate.facts["annotators"],
+            annotators=candidate.summary.annotators,
         )
-
-        def noted(standing: Standing) -> dict[str, Any]:
-            return {"versions": {**standing.versions, number: note}}
-
-        self.change(f"added version {number}", by, why, noted)
+        self.change(f"added version {number}", by, why, lambda s: {"versions": {**s.versions, number: info}})
         return number
 
     def change(
-        self, action: str, by: str, why: str, changed: Callable[[Standing], dict[str, Any]]
-    ) -> Standing:
-        """Put down a new standing: the present one updated with what `changed` returns for it.
+        self, action: str, by: str, why: str, updates: Callable[[RegistryState], dict[str, Any]]
+    ) -> RegistryState:
+        """Store and return a new state: the current one updated with what `updates` returns for it.
 
-        `changed` is called again where somebody else came first. Its errors leave everything as it was.
+        `updates` is called again after a concurrent change. It may replace `action`. An error that it raises leaves
+        the registry unchanged.
         """
-        for _ in range(TRIES):
-            present = self.standing()
-            sequence, when, changes = present.sequence + 1, now(), changed(present)
-            if "production" in changes:
-                changes["since"] = Stamp(change=sequence, by=by, when=when, why=why)
-            changes |= {"sequence": sequence, "action": action, "by": by, "when": when, "why": why}
-            standing = present.model_copy(update=changes)
-            if self.store.create(
-                _standing_key(standing.sequence), standing.model_dump_json(indent=1).encode()
-            ):
-                return standing
-        raise StoreError(f"{self.store.address}: others kept changing the registry; run the command again")
-
-    def _read(self, sequence: int) -> Standing:
-        key = _standing_key(sequence)
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(MAX_CONFLICTS),
+            retry=tenacity.retry_if_result(lambda state: state is None),
+        )
         try:
-            return Standing.model_validate_json(self.store.read(key))
+            state = retrying(self._try_change, action, by, why, updates)
+        except tenacity.RetryError as error:
+            raise StoreError(
+                f"{self.store.address}: {MAX_CONFLICTS} concurrent changes came first; run the command again"
+            ) from error
+        assert state is not None  # None is retried
+        return state
+
+    def _try_change(
+        self, action: str, by: str, why: str, updates: Callable[[RegistryState], dict[str, Any]]
+    ) -> RegistryState | None:
+        """Return the new state, or None where a concurrent change came first."""
+        current = self.state()
+        sequence, when, changes = current.sequence + 1, utc_now(), updates(current)
+        if "production" in changes:
+            changes["since"] = ChangeInfo(change=sequence, by=by, when=when, why=why)
+        changes = {"action": action, **changes, "sequence": sequence, "by": by, "when": when, "why": why}
+        state = current.model_copy(update=changes)
+        created = self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode())
+        return state if created else None
+
+    def to_production(self, number: int, by: str, why: str) -> RegistryState:
+        """Let version `number` answer all requests."""
+
+        def updates(state: RegistryState) -> dict[str, Any]:
+            if state.production in (None, number):
+                return {"production": number, **NO_CANARY}
+            return {"production": number, "previous": (*state.previous, state.production), **NO_CANARY}
+
+        return self.change(f"version {number} to production", by, why, updates)
+
+    def to_canary(self, number: int, share: float, by: str, why: str) -> RegistryState:
+        """Let version `number` answer a share of the requests. Raises InputError without another in production."""
+
+        def updates(state: RegistryState) -> dict[str, Any]:
+            _require_other_in_production(state, number, "--canary")
+            return NO_CANARY | {"canary": number, "share": share}
+
+        return self.change(f"version {number} as canary for {share:.1%}", by, why, updates)
+
+    def to_shadow(self, number: int, by: str, why: str) -> RegistryState:
+        """Compare version `number` with production. Raises InputError without another version in production."""
+
+        def updates(state: RegistryState) -> dict[str, Any]:
+            _require_other_in_production(state, number, "--shadow")
+            return NO_CANARY | {"shadow": number}
+
+        return self.change(f"version {number} as shadow", by, why, updates)
+
+    def end_canary(self, number: int, by: str, why: str) -> RegistryState | None:
+        """End the canary or shadow of version `number`; None if it already ended."""
+
+        def updates(state: RegistryState) -> dict[str, Any]:
+            if number not in (state.canary, state.shadow):
+                raise _AlreadyEnded
+            role = "canary" if number == state.canary else "shadow"
+            return {"action": f"ended the {role} of version {number}", **NO_CANARY}
+
+        try:
+            return self.change(f"ended version {number}", by, why, updates)
+        except _AlreadyEnded:
+            return None
+
+    def roll_back(
+        self, by: str, why: str, verify: Callable[[Candidate], None] | None = None
+    ) -> RegistryState:
+        """End the canary or shadow; without one, put the previous version back into production.
+
+        Raises InputError where the previous version cannot be read, or `verify` raises a DefuseError for it.
+        """
+        current = self.state()
+        beside = current.canary or current.shadow
+        if beside:
+            ended = self.end_canary(beside, by, why)
+            if ended is None:
+                raise InputError(
+                    f"the canary or shadow of version {beside} ended just now; see `defuse promote` for the new state"
+                )
+            return ended
+        if not current.previous:
+            raise InputError("no previous version to roll back to")
+        self._verify_target(current.previous[-1], verify)
+
+        def updates(state: RegistryState) -> dict[str, Any]:
+            if state.production != current.production or not state.previous:
+                raise InputError("production changed just now; see `defuse promote` for the new state")
+            return {"production": state.previous[-1], "previous": state.previous[:-1], **NO_CANARY}
+
+        return self.change(f"rolled back from version {current.production}", by, why, updates)
+
+    def _verify_target(self, number: int, verify: Callable[[Candidate], None] | None) -> None:
+        try:
+            candidate = self.load(number)
+            if verify is not None:
+                verify(candidate)
+        except DefuseError as error:
+            raise InputError(
+                f"version {number} cannot go back into production: {error}; promote another run with "
+                "`defuse promote RUN`"
+            ) from error
+
+    def _read(self, sequence: int) -> RegistryState:
+        key = _change_key(sequence)
+        try:
+            return RegistryState.model_validate_json(self.store.read(key))
         except ValidationError as error:
             raise StoreError(
-                f"{self.store.address}/{key}: expected a standing, found {error.errors()[0]['msg']}"
+                f"{self.store.address}/{key}: expected a registry state of format 2, found "
+                f"{error.errors()[0]['msg']}; use the version of Defuse that wrote it, or restore the file"
             ) from error
+
+
+class _AlreadyEnded(Exception):  # noqa: N818 - not an error: nothing to do
+    """The canary or shadow ended before."""
+
+
+def _require_other_in_production(state: RegistryState, number: int, option: str) -> None:
+    if state.production is None:
+        raise InputError(
+            f"{option} needs another version in production, and there is none; promote without it first"
+        )
+    if state.production == number:
+        raise InputError(f"{option}: version {number} is already in production")
+
+
+def promote(registry: Registry, candidate: Candidate, request: PromotionRequest) -> RegistryState:
+    """Return the state after `candidate` got its role. Raises CheckFailed naming the first reason against it."""
+    failed = promotion_errors(registry, candidate)
+    if failed and request.force is None:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise CheckFailed(f"run {candidate.run} is not promoted: {failed[0]}{more}; --force REASON overrides")
+    why = f"{request.why}; forced: {request.force}".lstrip("; ") if request.force else request.why
+    number = registry.add(candidate, request.by, why, forced=bool(failed))
+    if request.shadow:
+        return registry.to_shadow(number, request.by, why)
+    if request.canary is not None:
+        return registry.to_canary(number, request.canary, request.by, why)
+    return registry.to_production(number, request.by, why)
+
+
+def promotion_errors(registry: Registry, candidate: Candidate) -> list[str]:
+    """Return the reasons against promoting `candidate`, one line each."""
+    failed = candidate.failed_checks()
+    production = registry.state().production
+    if production is None:
+        return failed
+    try:
+        current = _interface(registry.load(production))
+    except DefuseError as error:
+        return [
+            *failed,
+            f"interface: version {production} in production cannot be read to compare it ({error})",
+        ]
+    new = _interface(candidate)
+    if new == current:
+        return failed
+    return [
+        *failed,
+        f"interface: expected {_describe(*current)} as in production, found {_describe(*new)}",
+    ]
+
+
+def _interface(candidate: Candidate) -> tuple[int, int, tuple[str, ...]]:
+    data = candidate.run_file().data
+    return data.channels, data.image_size, tuple(candidate.classes)
+
+
+def _describe(channels: int, size: int, classes: tuple[str, ...]) -> str:
+    return f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
+
+
+def parse_share(text: str) -> float:
+    """Return 0.05 for `5%` or `0.05`. Raises InputError for anything but a share above 0 and below 1."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise InputError(f"--canary {text}: expected a share such as 5%")
+    return share
 
 
 def _version_key(number: int) -> str:
     return f"versions/{number:06d}.safetensors"
 
 
-def _standing_key(sequence: int) -> str:
-    return f"standing/{sequence:06d}.json"
+def _change_key(sequence: int) -> str:
+    return f"changes/{sequence:06d}.json"
 
 
-def now() -> str:
-    """Return the time as it is written down: 2026-01-31T12:00:00Z."""
+def utc_now() -> str:
+    """Return the time in the registry's notation: 2026-01-31T12:00:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

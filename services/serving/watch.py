@@ -1,13 +1,12 @@
-"""The scenario watch: does an input lie in a region where the classifier is known to have failed?
+"""The scenario watch: whether an input is inside a region where the classifier is known to have failed.
 
-A scenario is described as the encoder sees it: by the Gaussian of the codes mu(x) of its own tuning pictures. The
-component of the mixture would not do: it was fitted on perturbed codes, and a picture decoded from one of them encodes
-elsewhere. On two runs on scikit-learn's digits such pictures lay some 24 standard deviations off: described by the
-component a scenario finds 7 % of them, described by its pictures all, both at 1 % of ordinary inputs.
+A scenario is the Gaussian of the codes mu(x) that the encoder gives to the scenario's own tuning images. The mixture
+component would not do: it was fitted on perturbed codes, and an image decoded from one of them encodes elsewhere. On
+two runs on scikit-learn's digits such images were some 24 standard deviations away: at 1 % of ordinary inputs, the
+component finds 7 % of the scenario's images, the Gaussian of its own images all of them.
 
-An input lies in a scenario if its Mahalanobis distance is smaller than that of all but a share of the training images.
-So the watch tells of that share of ordinary inputs by construction; how many of a scenario's held-out pictures it
-tells of is measured beside it.
+An input is inside a scenario if its Mahalanobis distance is smaller than that of all but a share of the training
+images. So that share of ordinary inputs is inside by construction; `recall` measures the scenario's held-out images.
 """
 
 from __future__ import annotations
@@ -27,11 +26,8 @@ from defuse_core.seeds import generator
 
 LEVELS = np.unique(
     np.concatenate([np.linspace(0, 0.1, 201), np.linspace(0.1, 1, 91)])
-)  # finer where it matters
-
-FLOOR = (
-    1e-3  # of the mean variance, added to each: a dimension that the β-VAE gave up varies by almost nothing
-)
+)  # dense at small shares
+VARIANCE_FLOOR = 1e-3  # share of the mean variance that is added to each: unused dimensions have almost none
 
 
 def mahalanobis(codes: F32, means: F64, covariances: F64) -> F64:
@@ -45,41 +41,41 @@ def mahalanobis(codes: F32, means: F64, covariances: F64) -> F64:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Every scenario as the encoder sees it, and how near to it the training images lie."""
+    """The Gaussian of every scenario, and the distances of the training images from it."""
 
     means: F64  # (A, Z)
     covariances: F64  # (A, Z, Z)
     levels: F64  # (L,) shares of the training images, 0 to 1
-    distances: F64  # (A, L) distance that so many training images stay below
-    recall: F64  # (A, L) share of the scenario's held-out pictures that stay below the same distance
+    distances: F64  # (A, L) quantiles of the training images' distances at those levels
+    recall: F64  # (A, L) share of the scenario's held-out images within those distances
 
 
-def calibrate(spec: RunFile, vae: Vae, train: Images, fixes: Corrections) -> Calibration:
+def calibrate(spec: RunFile, vae: Vae, train: Images, corrections: Corrections) -> Calibration:
     """Return the calibration on at most `serve.watch_images` training images, drawn by seed."""
     rng = generator(spec.seed, "watch")
     rows = np.sort(rng.choice(len(train), min(len(train), spec.serve.watch_images), replace=False))
     with cpu_threads(spec.resources.train_threads):
-        means, covariances = _as_seen(vae, fixes.tune)
+        means, covariances = _fit_gaussians(vae, corrections.tune)
         ordinary = mahalanobis(encode_images(vae, train.take(rows)), means, covariances)  # (n, A)
         distances = np.quantile(ordinary, LEVELS, axis=0).T  # (A, L)
         recall = np.zeros_like(distances)
-        for j, codes in enumerate(fixes.test):
+        for j, codes in enumerate(corrections.test):
             held_out = encode_images(vae, decode_codes(vae, codes))
             near = mahalanobis(held_out, means[j : j + 1], covariances[j : j + 1])  # (n, 1)
             recall[j] = (near <= distances[j]).mean(axis=0)
     return Calibration(means, covariances, LEVELS, distances, recall)
 
 
-def _as_seen(vae: Vae, drawn: F32) -> tuple[F64, F64]:
-    """Return mean (A, Z) and covariance (A, Z, Z) of the codes of the pictures of `drawn` codes (A, n, Z)."""
-    seen = [encode_images(vae, decode_codes(vae, codes)).astype(np.float64) for codes in drawn]
-    floor = [FLOOR * codes.var(axis=0).mean() * np.eye(codes.shape[1]) for codes in seen]
-    covariances = [np.cov(codes.T) + least for codes, least in zip(seen, floor, strict=True)]
-    return np.stack([codes.mean(axis=0) for codes in seen]), np.stack(covariances)
+def _fit_gaussians(vae: Vae, drawn: F32) -> tuple[F64, F64]:
+    """Return mean (A, Z) and covariance (A, Z, Z) of the encodings of the images of `drawn` codes (A, n, Z)."""
+    encoded = [encode_images(vae, decode_codes(vae, codes)).astype(np.float64) for codes in drawn]
+    floors = [VARIANCE_FLOOR * codes.var(axis=0).mean() * np.eye(codes.shape[1]) for codes in encoded]
+    covariances = [np.cov(codes.T) + floor for codes, floor in zip(encoded, floors, strict=True)]
+    return np.stack([codes.mean(axis=0) for codes in encoded]), np.stack(covariances)
 
 
 class Watch(nn.Module):
-    """The encoder and the scenarios, ready for batches: images -> distance from every scenario."""
+    """The encoder and the scenarios' Gaussians: images -> distance from every scenario."""
 
     roots: Tensor  # (A, Z, Z) inverse Cholesky factors
     offsets: Tensor  # (A, Z) the same applied to the means

@@ -23,15 +23,15 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from label_studio_live import live_server, people, review_run, settings_for
+from label_studio_live import annotator_accounts, live_server, review_run, settings_for
 from sklearn.datasets import load_digits
 
 from defuse_core.artifacts import Gallery
 from services.labeling import LabelStudioAnnotators
-from services.labeling.push import Wanted, batches
-from services.labeling.record import read_record, write_record
-from services.labeling.simulate import chosen
-from services.labeling.tasks import Samples
+from services.labeling.project import ReviewProject
+from services.labeling.simulate import choice_result
+from services.labeling.state import read_state, write_state
+from services.labeling.tasks import ReviewTasks, batches
 
 SIZES, ANSWERS, IMAGES = (250, 1000, 4000, 16000), 5, 10
 
@@ -72,22 +72,23 @@ def new_review(folder: Path, gallery: Gallery) -> LabelStudioAnnotators:
 
 
 def fill(annotators: LabelStudioAnnotators, gallery: Gallery) -> None:
-    """Make the run's project with tasks that everybody answered already."""
-    samples = Samples(gallery, annotators.run.spec.review, annotators.run.store)
-    wanted = Wanted(annotators.run, gallery, samples, {})
-    record = read_record(annotators.run.store, gallery)
-    project = annotators.server.create_project(wanted.fields(record.mark))
-    whoami = (person.http.get("/api/current-user/whoami").json() for person in people(ANSWERS))
-    label = [chosen("label", "image", "8")]
-    annotations = [{"completed_by": int(user["id"]), "result": label} for user in whoami]
-    for batch in batches(samples.task(n) | {"annotations": annotations} for n in range(len(samples))):
-        annotators.server.import_tasks(project.id, batch)
-    write_record(annotators.run.store, replace(record, project=project.id, pushed=True))
+    """Create the run's project with tasks that every annotator has answered already."""
+    run = annotators.run
+    tasks = ReviewTasks(gallery, run.spec.review, run.store)
+    project = ReviewProject(annotators.client, run, tasks)
+    created = annotators.client.create_project(project.settings())
+    accounts = annotator_accounts(ANSWERS)
+    users = (account.http.get("/api/current-user/whoami").json() for account in accounts)
+    label = [choice_result("label", "image", "8")]
+    annotations = [{"completed_by": int(user["id"]), "result": label} for user in users]
+    for batch in batches(tasks.task(index) | {"annotations": annotations} for index in range(len(tasks))):
+        annotators.client.import_tasks(created.id, batch)
+    write_state(run.store, replace(project.state, project=created.id, pushed=True))
 
 
 def listed(annotators: LabelStudioAnnotators, gallery: Gallery) -> int:
     """Read every task with its answers, keep none, and return how many there were."""
-    return sum(1 for _ in annotators.server.tasks(read_record(annotators.run.store, gallery).number))
+    return sum(1 for _ in annotators.client.tasks(read_state(annotators.run.store, gallery).number))
 
 
 def main() -> None:
@@ -102,10 +103,10 @@ def main() -> None:
         push_mb = peak_mb(partial(new_review(folder, gallery).push, gallery))
         full = new_review(folder, gallery)
         fill(full, gallery)
-        assert full.standing(gallery)[0].given == answers
-        pulled_s = seconds(partial(full.standing, gallery))
+        assert full.status(gallery)[0].given == answers
+        pulled_s = seconds(partial(full.status, gallery))
         list_mb = peak_mb(partial(listed, full, gallery))
-        pull_mb = peak_mb(partial(full.standing, gallery))
+        pull_mb = peak_mb(partial(full.status, gallery))
         pushed = f"{size:>6} {size / pushed_s:>9.0f} {push_mb:>8.1f}"
         print(f"{pushed} {answers:>8} {answers / pulled_s:>9.0f} {list_mb:>9.1f} {pull_mb:>8.1f}", flush=True)
 

@@ -1,21 +1,23 @@
-"""Throughput and latency of serving beside a plain server, and a change of versions under load.
+"""Speed and memory of `defuse serve`, beside a plain server of 30 lines.
 
-    python tests/bench/serving.py [--seconds 4] [--images 2000] [--skip-haproxy]
+    python tests/bench/serving.py speed [--seconds 4] [--proxies direct haproxy ray] [--json FILE]
+    python tests/bench/serving.py memory [--requests 50000] [--proxies direct]
 
-The network is the MNIST CNN at 32x32 with random weights: speed does not depend on them. Every request carries one PNG
-of 28x28 pixels. All servers run on this machine, on loopback, one after the other, and share its cores with the load
-generator; compare the rows of one table with each other and with nothing else. Every measurement ends after --seconds
-or --images requests, whatever comes first.
+The network is the MNIST CNN at 32x32 with random weights: speed does not depend on them. speed sends one PNG of 28x28
+pixels a request to the plain server and to `defuse serve` in turns, several times, and prints the medians and their
+ratios; all of them and the load generator share the machine, so only the ratios mean something elsewhere. It then
+promotes a version and rolls it back under load. memory sends a mixture of requests of all kinds, valid and invalid, and
+prints the resident memory of the replica as it goes; it exits 1 if that still grows in the second half.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,32 +25,30 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/services/serving")]
 
 import numpy as np
-from load import Reply, bounded, load, request_bytes
-from planted import nudged, png
+from load_generator import Reply, limited, load, request_bytes
+from PIL import Image
+from serve_process import TOKEN, free_port, processes_with, serve_process, wait_until
+from synthetic_runs import perturb_weights, png
 
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.store import FolderStore
-from services.serving.candidate import Candidate, weights_digest
+from services.serving.candidate import Candidate, CorrectionSummary, weights_digest
 from services.serving.registry import Registry
-from services.serving.rollout import roll_back, to_production
 
 CLIENTS = (1, 8, 64)
-SETTINGS: dict[str, dict[str, Any]] = {
-    "batches, watch": {},
-    "batches, no watch": {"watch": False},
-    "no batches, watch": {"batch_size": 1},
-    "no batches, no watch": {"batch_size": 1, "watch": False},
-}
+ROUNDS = 3
+GROWTH = 1.05  # of the memory in the second half, at most
+PATH, AUTH = "/v1/predict", {"Authorization": f"Bearer {TOKEN}"}
 
 
 def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
@@ -60,13 +60,22 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
         classes=tuple("0123456789"),
         classifier=classifier,
         vae=weights_of(build_vae(spec)),
-        facts=dict.fromkeys(("lam", "clean_before", "clean_after", "scenario_before", "scenario_after"), 0.0)
-        | {"clean_split": "test", "annotators": "nobody"},
+        summary=CorrectionSummary(
+            lam=1.0,
+            epoch=1,
+            clean_split="test",
+            clean_before=0.0,
+            clean_after=0.0,
+            scenario_before=0.0,
+            scenario_after=0.0,
+            annotators="nobody",
+            made="",
+        ),
         checks=(),
         digest=weights_digest(classifier),
         scenario=np.arange(count),
         labels=np.arange(count),
-        read_as=np.arange(count) + 1,
+        most_common_error=np.arange(count) + 1,
         means=np.random.default_rng(0).standard_normal((count, dims)),
         covariances=np.stack([np.eye(dims)] * count),
         before=np.zeros(count),
@@ -77,92 +86,141 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
     )
 
 
-def summary(replies: list[Reply], seconds: float) -> dict[str, Any]:
-    """Return requests a second, p50 and p99 in milliseconds, and how many were not answered 200."""
-    took = [reply.seconds * 1000 for reply in replies]
+def make_store(folder: Path) -> Registry:
+    """Return a registry with two versions of random weights, the first of them in production."""
+    spec = parse_run_file({"data": {"name": "mnist", "channels": 1, "root": "."}}, "bench")
+    registry, first = Registry(FolderStore(folder)), random_candidate(spec)
+    weights = perturb_weights(first.classifier, 2)
+    second = Candidate(**{**vars(first), "classifier": weights, "digest": weights_digest(weights)})
+    for candidate in (first, second):
+        registry.add(candidate, "bench", "", forced=False)
+    registry.to_production(1, "bench", "")
+    return registry
+
+
+def random_requests(count: int = 64) -> list[bytes]:
+    rng = np.random.default_rng(0)
+    return [request_bytes(png(rng.random((1, 28, 28))), PATH, "image/png", **AUTH) for _ in range(count)]
+
+
+def summary(replies: list[Reply], seconds: float) -> dict[str, float]:
+    """Return requests per second, p50 and p99 in milliseconds, and the number of answers other than 200."""
+    milliseconds = [reply.seconds * 1000 for reply in replies]
     return {
-        "rate": round(len(replies) / seconds),
-        "p50": round(float(np.quantile(took, 0.5)), 1),
-        "p99": round(float(np.quantile(took, 0.99)), 1),
+        "rate": len(replies) / seconds,
+        "p50": float(np.quantile(milliseconds, 0.5)),
+        "p99": float(np.quantile(milliseconds, 0.99)),
         "failed": sum(reply.status != 200 for reply in replies),
     }
 
 
-def measured(port: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return one summary per number of clients, after a warm-up."""
-    rng = np.random.default_rng(0)
-    pictures = [png(rng.random((1, 28, 28))) for _ in range(64)]
-    requests = [request_bytes(picture, "/v1/predict", "image/png") for picture in pictures]
-    load(port, 8, bounded(requests, 200, 5))
-    rows = []
-    for clients in CLIENTS:
-        started = time.monotonic()
-        replies = load(port, clients, bounded(requests, args.images, args.seconds))
-        rows.append({"clients": clients, **summary(replies, time.monotonic() - started)})
-    return rows
+@dataclass(frozen=True)
+class Server:
+    """A server under test: its port, and the processes that a request passes."""
 
+    port: int
+    processes: tuple[int, ...]
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
+    def cpu_seconds(self) -> float:
+        """Return the processor time of the processes so far."""
+        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.processes]
+        return sum(int(values[11]) + int(values[12]) for values in fields) / os.sysconf("SC_CLK_TCK")
+
+    def measure(self, clients: int, seconds: float) -> dict[str, float]:
+        cpu, started = self.cpu_seconds(), time.monotonic()
+        replies = load(self.port, clients, limited(random_requests(), 1_000_000, seconds))
+        elapsed = time.monotonic() - started
+        return summary(replies, elapsed) | {"cpu_us": (self.cpu_seconds() - cpu) / len(replies) * 1e6}
 
 
 @contextlib.contextmanager
-def plain_server(candidate: Candidate) -> Iterator[int]:
-    """Run plain_server.py beside this file in a process of its own; yields its port."""
+def plain_server() -> Iterator[Server]:
+    """Run plain_server.py beside this file in a process of its own."""
     port = free_port()
-    command = [sys.executable, str(Path(__file__).with_name("plain_server.py")), str(port)]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("plain_server.py")), str(port)])
     try:
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.1)
-        yield port
+        wait_until(lambda: load(port, 1, limited(random_requests(1), 1, 5))[0].status == 200, 60)
+        yield Server(port, (process.pid,))
     finally:
         process.terminate()
         process.wait()
 
 
-def part(args: argparse.Namespace, store: str) -> None:
-    """Measure every setting of Ray Serve behind one kind of proxy, and print one JSON object per row."""
-    from services.serving.start import application, deploy, ray_for, use_fast_proxy
-
-    if args.part == "haproxy":
-        use_fast_proxy()
-    port = free_port()
-    with ray_for(None, 4), application({"store": store}, "127.0.0.1", port, shared=False):
-        for name, settings in SETTINGS.items():
-            deploy({"store": store, "settings": {"resize": True, **settings}})
-            for row in measured(port, args):
-                say({"what": f"Ray Serve, {args.part}: {name}", **row})
-        two = {"resize": True, "min_replicas": 2, "max_replicas": 2, "poll_s": 0.5}
-        deploy({"store": store, "settings": two})
-        say({"change": f"Ray Serve, {args.part}, 2 replicas, 8 clients", **change_of_versions(port, store)})
-
-
-def say(row: dict[str, Any]) -> None:
-    """Print a row for the process that gathers them, and for whoever waits."""
-    print(json.dumps(row), flush=True)
-    print(row, file=sys.stderr, flush=True)
+def compare(proxy: str, server: Server, other: Server, seconds: float) -> list[dict[str, Any]]:
+    """Return one row per number of clients: medians over rounds in which both servers are measured in turns."""
+    rows = []
+    for clients in CLIENTS:
+        for one in (server, other):
+            one.measure(clients, min(1, seconds))  # warm-up
+        rounds = [(server.measure(clients, seconds), other.measure(clients, seconds)) for _ in range(ROUNDS)]
+        ours, plain = (
+            {name: float(np.median([one[side][name] for one in rounds])) for name in rounds[0][side]}
+            for side in (0, 1)
+        )
+        ratio = {
+            f"{name}_ratio": float(np.median([a[name] / b[name] for a, b in rounds]))
+            for name in ("rate", "p50", "p99", "cpu_us")
+        }
+        rows.append({"proxy": proxy, "clients": clients, **ours, **ratio})
+        rows[-1] |= {f"plain_{name}": plain[name] for name in ("rate", "p50", "p99", "cpu_us")}
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
 
 
-def change_of_versions(port: int, store: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def running(folder: Path, proxy: str) -> Iterator[Server]:
+    """Run `defuse serve` with one kind of proxy, and its other settings as they are by default."""
+    settings = ("--set", "serve.resize=true", "--set", "serve.poll_s=0.5")
+    arguments = ("--store", str(folder), "--proxy", proxy, *settings)
+    names = ("ray::ServeReplica", "ray::ProxyActor", "haproxy.cfg")
+    before = {pid for name in names for pid in processes_with(name)}
+    with tempfile.TemporaryDirectory() as logs, serve_process(Path(logs), *arguments) as process:
+        found = {pid for name in names for pid in processes_with(name)} - before
+        yield Server(process.port, tuple(found))
+
+
+def speed(args: argparse.Namespace, folder: Path) -> None:
+    registry = make_store(folder)
+    rows: list[dict[str, Any]] = []
+    changes: dict[str, dict[str, Any]] = {}
+    with plain_server() as plain:
+        for proxy in args.proxies:
+            with running(folder, proxy) as server:
+                rows += compare(proxy, server, plain, args.seconds)
+                changes[proxy] = change_of_versions(server.port, registry)
+    print_rows(rows)
+    for proxy, change in changes.items():
+        print(f"\nversion 1 -> 2 -> 1 under 8 clients, {proxy}")
+        for name, value in change.items():
+            print(f"  {name}: {value}")
+    if args.json:
+        args.json.write_text(json.dumps({"rows": rows, "changes": changes}, indent=1))
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    names = ("rate", "p50", "p99", "cpu_us")
+    print(
+        f"{'':>16} | {'requests/s, p50 ms, p99 ms, processor us':^36} | {'plain server':^36} | {'ratios':^28}"
+    )
+    for row in rows:
+        ours = "".join(f"{row[name]:>9.1f}" for name in names)
+        plain = "".join(f"{row[f'plain_{name}']:>9.1f}" for name in names)
+        ratios = "".join(f"{row[f'{name}_ratio']:>7.2f}" for name in names)
+        print(f"{row['proxy']:<8}{row['clients']:>8} | {ours} | {plain} | {ratios}")
+
+
+def change_of_versions(port: int, registry: Registry) -> dict[str, Any]:
     """Promote version 2 and roll back again while 8 clients ask; return what became of their requests."""
-    registry = Registry(FolderStore(store))
-    rng = np.random.default_rng(0)
-    requests = [request_bytes(png(rng.random((1, 28, 28))), "/v1/predict", "image/png") for _ in range(64)]
+    requests = random_requests()
     replies: list[Reply] = []
-    asking = threading.Thread(target=lambda: replies.extend(load(port, 8, bounded(requests, 20_000, 10))))
+    asking = threading.Thread(target=lambda: replies.extend(load(port, 8, limited(requests, 20_000, 10))))
     asking.start()
     time.sleep(3)
     promoted = time.monotonic()
-    to_production(registry, 2, "bench", "")
+    registry.to_production(2, "bench", "")
     time.sleep(3.5)
     rolled_back = time.monotonic()
-    roll_back(registry, "bench", "")
+    registry.roll_back("bench", "")
     asking.join()
     replies.sort(key=lambda reply: reply.at)
     versions = [(reply.at, reply.json()["version"]) for reply in replies if reply.status == 200]
@@ -181,59 +239,73 @@ def change_of_versions(port: int, store: str) -> dict[str, Any]:
     }
 
 
+def mixed_requests() -> list[bytes]:
+    """Return requests of all kinds: small and large images, JSON, several at once, and invalid ones."""
+    rng = np.random.default_rng(0)
+    small = [png(rng.random((1, 28, 28))) for _ in range(16)]
+    requests = [request_bytes(image, PATH, "image/png", **AUTH) for image in small]
+    for edge in (200, 640, 1200):
+        for kind in ("PNG", "JPEG", "BMP", "WEBP"):
+            body = io.BytesIO()
+            Image.effect_noise((edge, edge), 60).convert("RGB").save(body, kind)
+            requests.append(request_bytes(body.getvalue(), PATH, f"image/{kind.lower()}", **AUTH))
+    for count in (1, 7, 32):
+        pixels = json.dumps({"pixels": rng.random((count, 1, 32, 32)).round(3).tolist()}).encode()
+        requests.append(request_bytes(pixels, PATH, "application/json", **AUTH))
+        requests.append(
+            request_bytes(multipart(small[:count]), PATH, "multipart/form-data; boundary=b", **AUTH)
+        )
+    for body, kind in (
+        (b"?", "image/png"),
+        (b"{", "application/json"),
+        (b"", "image/jpeg"),
+        (b"x", "text/plain"),
+    ):
+        requests.append(request_bytes(body, PATH, kind, **AUTH))
+    return requests
+
+
+def multipart(images: list[bytes]) -> bytes:
+    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n'
+    return b"".join(head + image + b"\r\n" for image in images) + b"--b--\r\n"
+
+
+def resident_mb(pid: int) -> float:
+    line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def memory(args: argparse.Namespace, folder: Path) -> None:
+    make_store(folder)
+    with running(folder, args.proxies[0]) as server:
+        replica = next(pid for pid in processes_with("ray::ServeReplica") if pid in server.processes)
+        found = [resident_mb(replica)]
+        statuses: Counter[int] = Counter()
+        print(f"requests {0:>6}: {found[0]:.0f} MB", flush=True)
+        step = args.requests // 10
+        for done in range(step, args.requests + 1, step):
+            requests = mixed_requests()
+            replies = load(server.port, 8, limited(requests, step, 3600))
+            statuses += Counter(reply.status for reply in replies)
+            found.append(resident_mb(replica))
+            print(f"requests {done:>6}: {found[-1]:.0f} MB", flush=True)
+    print(f"answers by status: {dict(statuses)}")
+    if found[-1] > GROWTH * found[len(found) // 2]:
+        raise SystemExit(f"the memory still grows: {found[len(found) // 2]:.0f} -> {found[-1]:.0f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("what", choices=["speed", "memory"])
     parser.add_argument("--seconds", type=float, default=4)
-    parser.add_argument("--images", type=int, default=8000)
-    parser.add_argument("--skip-haproxy", action="store_true")
-    parser.add_argument("--part", choices=["proxy", "haproxy"], help=argparse.SUPPRESS)
-    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--requests", type=int, default=50_000)
+    parser.add_argument("--proxies", nargs="+", default=["direct", "haproxy", "ray"])
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.part:
-        part(args, args.store)
-        return
-    spec = parse_run_file({"data": {"name": "mnist", "channels": 1, "root": "."}}, "bench")
     with tempfile.TemporaryDirectory() as folder:
-        registry, candidate = Registry(FolderStore(folder)), random_candidate(spec)
-        second = nudged(candidate.classifier, 2)
-        for one in (
-            candidate,
-            Candidate(**{**vars(candidate), "classifier": second, "digest": weights_digest(second)}),
-        ):
-            registry.add(one, "bench", "", forced=False)
-        to_production(registry, 1, "bench", "")
-        with plain_server(candidate) as port:
-            rows = [{"what": "FastAPI, uvicorn, torch: plain", **row} for row in measured(port, args)]
-        changes = []
-        for kind in ("proxy",) if args.skip_haproxy else ("proxy", "haproxy"):
-            command = [
-                sys.executable,
-                __file__,
-                "--part",
-                kind,
-                "--store",
-                folder,
-                "--seconds",
-                str(args.seconds),
-            ]
-            output = subprocess.run(
-                [*command, "--images", str(args.images)], stdout=subprocess.PIPE, check=True
-            ).stdout
-            for line in filter(
-                lambda line: line.startswith("{"), output.decode().splitlines()
-            ):  # Ray prints, too
-                found = json.loads(line)
-                (changes if "change" in found else rows).append(found)
-    print(f"{'server':<48}{'clients':>8}{'req/s':>8}{'p50 ms':>9}{'p99 ms':>9}{'failed':>8}")
-    for row in rows:
-        numbers = (row["clients"], row["rate"], row["p50"], row["p99"], row["failed"])
-        print(f"{row['what']:<48}{numbers[0]:>8}{numbers[1]:>8}{numbers[2]:>9}{numbers[3]:>9}{numbers[4]:>8}")
-    for change in changes:
-        print(f"\nversion 1 -> 2 -> 1: {change.pop('change')}")
-        for name, value in change.items():
-            print(f"  {name}: {value}")
+        (speed if args.what == "speed" else memory)(args, Path(folder))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster import jobs
+from defuse_core.errors import ComputeError
 from tests.conftest import ROOT, TINY
 from tests.s3_servers import free_port
 
@@ -265,9 +268,22 @@ def test_an_address_without_a_dashboard_is_one_line(address: str, exit_code: int
     assert says in refused.stderr
 
 
+def test_an_address_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert jobs.ANSWER_WITHIN_S == 20
+    monkeypatch.setattr(jobs, "ANSWER_WITHIN_S", 2.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        begun = time.monotonic()
+        with pytest.raises(ComputeError, match=rf"no Ray dashboard answers at {address} \(ReadTimeout\)"):
+            jobs.Jobs(address)
+    assert time.monotonic() - begun < 10
+
+
 @pytest.mark.parametrize("words", [["logs"], ["logs", "--follow"], ["stop"]])
 def test_an_unknown_job_is_one_line(head: str, words: list[str]) -> None:
     refused = defuse("jobs", *words, "nope", "--address", head)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "there is no job nope" in refused.stderr
+    assert "no job nope at http" in refused.stderr

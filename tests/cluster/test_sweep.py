@@ -172,7 +172,7 @@ def test_a_damaged_trial_begins_again_and_that_is_logged(
     store.write(trial_key(1.0), other if damage == "of another λ" else store.read(trial_key(1.0))[:-5])
     *_, again = run_trial(local_spec, tiny_models, data, 1.0, store)
     assert again.rows == whole.rows
-    assert any("trial with λ = 1 begins again, since it is damaged" in line for line in lines.lines)
+    assert any(f"{trial_key(1.0)}: " in line and "the trial begins again" in line for line in lines.lines)
 
 
 @pytest.mark.parametrize("lam", [1e30, 1e38])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from defuse_core.config import IdentifySection
-from defuse_core.errors import RunMismatchError
+from defuse_core.errors import RunMismatchError, StoreError
 from defuse_core.identify import (
     MAX_SHARDS,
     Identifier,
@@ -156,7 +156,7 @@ def two_shards(tmp_path, identifier):
 
 def test_finished_shards_are_counted_from_what_is_stored(two_shards, identifier):
     psi = gather_shards(finished_shards(two_shards, identifier.fingerprint))
-    shard = load_shard(two_shards, 0, identifier.fingerprint)
+    shard = load_shard(two_shards, 0, identifier.fingerprint, "")
     assert psi.codes[0] == len(shard.failures)
     assert psi.images == 64
     assert psi.fingerprint == identifier.fingerprint
@@ -178,7 +178,8 @@ def test_finished_shards_are_counted_from_what_is_stored(two_shards, identifier)
 def test_a_damaged_shard_is_logged_and_not_finished(damage, found, two_shards, identifier, caplog):
     damage(two_shards)
     assert list(finished_shards(two_shards, identifier.fingerprint)) == [0]
-    assert "shard 1 is made again, since it is damaged" in caplog.text
+    assert "psi/000001.safetensors: " in caplog.text
+    assert "the shard is made again" in caplog.text
     assert found in caplog.text
 
 
@@ -193,3 +194,12 @@ def test_the_fingerprint_depends_on_the_weights_and_not_on_the_resources(tiny_mo
     name, array = next(iter(tiny_models.vae.items()))
     other = replace(tiny_models, vae=tiny_models.vae | {name: array + 1})
     assert shard_fingerprint(tiny(), other) != identifier.fingerprint
+
+
+def test_a_store_that_fails_is_not_taken_for_a_damaged_shard(two_shards, identifier, monkeypatch):
+    def fail(self, key):
+        raise StoreError("no answer")
+
+    monkeypatch.setattr(FolderStore, "read", fail)
+    with pytest.raises(StoreError, match="no answer"):
+        finished_shards(two_shards, identifier.fingerprint)

@@ -95,7 +95,7 @@ class StumblingStore(FolderStore):
 
     def write(self, key, data, unless=None):
         self._stumble(key)
-        super().write(key, data)
+        super().write(key, data, unless)
 
     def list(self, prefix=""):
         self._stumble(prefix)

@@ -127,9 +127,9 @@ def test_each_variable_of_a_node_is_read_by_someone() -> None:
 
 
 def test_serve_has_its_fast_proxy_on_every_cluster() -> None:
-    from services.serving.start import FAST_PROXY
+    from services.serving.proxy import HAPROXY_ENVIRONMENT
 
-    wanted = dict(FAST_PROXY)
+    wanted = dict(HAPROXY_ENVIRONMENT)
     del wanted["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"]  # other nodes' proxies hear of changes later
     options = load(DEPLOY / "ray-cluster.yaml")["docker"]["run_options"]
     given = [pair.partition("=")[::2] for option in options for pair in shlex.split(option)[1:]]

@@ -74,7 +74,11 @@ def test_bad_input_exits_2_with_one_line_and_makes_nothing(
     code, _, err = call(monkeypatch, capsys, "run", runfile, "--store", store, "--on", "local", *options)
     assert code == 2
     assert message in one_line(err)
-    left = [path for path in store.rglob("*") if path.is_file() and path.name not in {"run.yaml", ".lock"}]
+    left = [
+        path
+        for path in store.rglob("*")
+        if path.is_file() and path.name not in {"run.yaml", ".lock", ".writers"}
+    ]
     assert left == []
 
 
@@ -118,6 +122,21 @@ def test_the_empty_value_of_an_unset_variable_is_refused(command, option, runfil
     code, _, err = call(monkeypatch, capsys, command, runfile, option, "")
     assert code == 2
     assert f"'{option}': expected a value, found an empty one" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["serve", ""], "run name '': expected letters"),
+        (["serve", "--address", ""], "expected a value, found an empty one"),
+        (["status", ""], "run name '': expected letters"),
+        (["check", ""], "run name '': expected letters"),
+    ],
+)
+def test_an_empty_run_name_is_not_taken_for_none(words, line, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2
+    assert line in err
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +202,7 @@ def test_what_is_damaged_is_named_with_a_remedy_that_works(
     assert call(monkeypatch, capsys, *words)[0] == 0
     reports = [json.loads((folder / "runs/tiny/report.json").read_text()) for folder in (copied, finished)]
     for report in reports:
-        report.pop("making")
+        report.pop("provenance")
     assert reports[0] == reports[1]
 
 
@@ -200,14 +219,14 @@ def test_a_damaged_run_file_of_a_run_is_named_with_a_remedy_that_works(copied, m
     assert call(monkeypatch, capsys, *words)[0] == 0
 
 
-def test_a_report_is_shown_where_it_cannot_be_written(copied, monkeypatch, capsys):
+def test_a_report_is_shown_where_it_cannot_be_written(copied, monkeypatch, capsys, caplog):
     figures = copied / "runs" / "tiny" / "figures"
     shutil.rmtree(figures)
     figures.write_text("")  # a folder cannot be made here: as on a read-only disk, for root as well
-    code, out, err = call(monkeypatch, capsys, "report", "tiny", "--store", copied / "runs")
+    code, out, _ = call(monkeypatch, capsys, "report", "tiny", "--store", copied / "runs")
     assert code == 0
     assert "Defuse" in out
-    assert "the page is not written again" in err
+    assert "the page is not written again, since the store cannot be written" in caplog.text
 
 
 def test_a_run_is_made_resumed_shown_and_reported(runfile, tmp_path, monkeypatch, capsys):
@@ -294,7 +313,7 @@ def test_every_command_and_option_says_what_it_does(path, child):
             assert parameter.help, f"{' '.join(path)} {parameter.opts[0]}"
 
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("services/*/README.md"))]
 
 
 def documented_commands() -> list[str]:

@@ -68,6 +68,8 @@ def copy_until(whole: Path, run: Path, step: str) -> None:
         shutil.copy(whole / name, run / name)
     if "psi" in made:
         shutil.copytree(whole / "psi", run / "psi")
+    if step != "train":
+        shutil.copy(whole / "references.safetensors", run)
 
 
 def kill_once_there(driver: subprocess.Popen[bytes], key: Path) -> bool:

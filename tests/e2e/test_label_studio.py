@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from label_studio_live import digits_gallery, invite_link, live_server, note_in, review_run, settings_for
+from label_studio_live import (
+    digits_gallery,
+    invitation_to,
+    live_server,
+    review_run,
+    settings_for,
+    write_into_cache,
+)
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -22,8 +30,8 @@ from defuse_core.config import dump_run_file
 from defuse_core.errors import LabelsPending
 from services.cli import defuse
 from services.labeling import LabelStudioAnnotators
-from services.labeling.server import LocalServer
-from services.labeling.simulate import Person
+from services.labeling.local_server import LocalServer
+from services.labeling.simulate import AnnotatorAccount
 from tests.conftest import tiny
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -51,7 +59,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, server: LocalServer, tmp_path: Path) ->
     """The command line beside a local server: the one of the tests."""
     monkeypatch.delenv("LABEL_STUDIO_URL", raising=False)
     monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path / "cache"))
-    note_in(tmp_path / "cache")
+    write_into_cache(tmp_path / "cache")
 
     def call(*words: str) -> Result:
         done = CliRunner().invoke(defuse, [*words, "--store", str(tmp_path / "runs")])
@@ -115,10 +123,10 @@ class Page:
     def __init__(self, browser: webdriver.Chrome, server: LocalServer) -> None:
         self.browser, self.server = browser, server
 
-    def log_in(self, person: Person) -> None:
+    def log_in(self, account: AnnotatorAccount) -> None:
         self.browser.get(f"{self.server.address}/user/login/")
-        self.find("input[name=email]").send_keys(person.email)
-        self.find("input[name=password]").send_keys(person.password + Keys.RETURN)
+        self.find("input[name=email]").send_keys(account.email)
+        self.find("input[name=password]").send_keys(account.password + Keys.RETURN)
         self.wait(lambda: "/user/login" not in self.browser.current_url)
 
     def open(self, project: int) -> None:
@@ -134,6 +142,12 @@ class Page:
 
     def press(self, key: str) -> None:
         webdriver.ActionChains(self.browser).send_keys(key).perform()
+
+    def press_with_shift(self, key: str) -> None:
+        webdriver.ActionChains(self.browser).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
+
+    def width_of(self, selector: str) -> int:
+        return int(self.find(selector).size["width"])
 
     def submit(self) -> None:
         self.find("button[aria-label='Submit current annotation']").click()
@@ -156,7 +170,9 @@ class Page:
 
 @pytest.fixture(scope="module")
 def page(browser: webdriver.Chrome, server: LocalServer) -> Page:
-    person = Person.sign_up(server.address, invite_link(server), "reader@example.org")
+    person = AnnotatorAccount.sign_up(
+        server.address, invitation_to(server), f"reader-{secrets.token_hex(3)}@example.org"
+    )
     page = Page(browser, server)
     page.log_in(person)
     return page
@@ -174,6 +190,7 @@ def test_an_image_is_labelled_in_the_browser_with_one_key(
     page.press("8")
     page.wait(lambda: page.chosen() == ["8"])
     page.keep("image")
+    assert not page.browser.find_elements(By.XPATH, "//button[contains(., 'Skip')]")
     page.submit()
     assert _first_answers(annotators, gallery, 1) == [(0, 0, 8)]
     page.wait(lambda: page.picture_is_painted() and not page.chosen())
@@ -193,10 +210,19 @@ def test_a_scenario_is_labelled_in_the_browser_and_one_image_apart(
     page.wait(page.picture_is_painted)
     captions = [caption.text for caption in page.browser.find_elements(By.CSS_SELECTOR, ".cell h4")]
     assert captions == ["classifier: 3"] * 10
-    page.browser.find_elements(By.CSS_SELECTOR, ".cell button[data-testid=select-trigger]")[3].click()
-    page.find("[role=option][data-value='3'], [role=option]:nth-child(4)").click()
+    lists = page.browser.find_elements(By.CSS_SELECTOR, ".cell button[data-testid=select-trigger]")
+    script = "return getComputedStyle(arguments[0].querySelector('.truncate'), '::before').content"
+    assert page.browser.execute_script(script, lists[3]) == '"same as page"'
+    lists[3].click()
+    page.find("[role=option]")
+    for key in "58qwn":
+        page.press(key)
+    time.sleep(0.5)  # for a key that would change the page, or a picture
+    assert page.chosen() == []
+    page.keep("open-list")
+    page.browser.find_elements(By.CSS_SELECTOR, "[role=option]")[3].click()
     page.press(Keys.ESCAPE)
-    page.find(".answers input[name='8']").find_element(By.XPATH, "./ancestor::label").click()
+    page.press_with_shift("8")
     page.wait(lambda: page.chosen() == ["8"])
     page.keep("scenario")
     page.submit()
@@ -204,11 +230,47 @@ def test_a_scenario_is_labelled_in_the_browser_and_one_image_apart(
     assert _first_answers(annotators, gallery, 10) == expected
 
 
+@pytest.mark.parametrize("form, selector", [("image", ".picture"), ("scenario", ".cell")])
+def test_pictures_grow_with_the_window(
+    page: Page, server: LocalServer, tmp_path: Path, form: str, selector: str
+) -> None:
+    gallery = digits_gallery(images=10, size=32)
+    run = review_run(tmp_path, gallery, answers_per_task=1, form=form, images=10)
+    number = LabelStudioAnnotators(run, settings_for(server)).push(gallery).number
+    widths = []
+    for window in ((1366, 768), (1920, 1080)):
+        page.browser.set_window_size(*window)
+        page.open(number)
+        page.wait(page.picture_is_painted)
+        page.keep(f"{form}-{window[0]}")
+        widths.append(page.width_of(selector))
+        below = page.browser.execute_script(
+            f"return document.querySelector('{selector}').getBoundingClientRect().bottom"
+        )
+        assert below < page.browser.execute_script("return window.innerHeight") - 50  # the bar with Submit
+    page.browser.set_window_size(1280, 860)
+    small, large = {"image": (380, 650), "scenario": (150, 220)}[form]
+    assert small <= widths[0] < widths[1] and widths[1] >= large
+
+
+def test_the_list_of_tasks_does_not_show_what_the_scenario_is(
+    page: Page, server: LocalServer, tmp_path: Path
+) -> None:
+    gallery = digits_gallery(images=2, size=32)
+    run = review_run(tmp_path, gallery, answers_per_task=1)
+    number = LabelStudioAnnotators(run, settings_for(server)).push(gallery).number
+    page.browser.get(f"{server.address}/projects/{number}/data")
+    page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, ".dm-table img, [class*=table] img"))
+    shown = page.browser.find_element(By.TAG_NAME, "body").text.lower()
+    page.keep("list")
+    assert "sample" not in shown and "scenario" not in shown and "s000" not in shown
+
+
 def _first_answers(annotators: LabelStudioAnnotators, gallery, count: int) -> list[tuple[int, int, int]]:  # type: ignore[no-untyped-def]
     """Wait until `count` answers are there, and return them as (scenario, image, answer)."""
     limit = time.monotonic() + 30
     while time.monotonic() < limit:
-        votes = annotators.standing(gallery)[0].votes
+        votes = annotators.status(gallery)[0].votes
         if len(votes.answer) >= count:
             break
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The real server and its people for every test here; each test has a run and thereby a project of its own."""
+"""The real server and its accounts for every test here; each test has a run and thereby a project of its own."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from label_studio_live import digits_gallery, live_server, people, review_run, settings_for
+from label_studio_live import annotator_accounts, digits_gallery, live_server, review_run, settings_for
 from proxy import Proxy, proxy_to
 
 from defuse_core.artifacts import Gallery
 from defuse_core.runs import Run
-from services.labeling import LabelStudioAnnotators, push
-from services.labeling.client import Server, Task
-from services.labeling.record import Record, read_record
-from services.labeling.server import LocalServer
-from services.labeling.simulate import Person
+from services.labeling import LabelStudioAnnotators, project
+from services.labeling.client import LabelStudioClient, Task
+from services.labeling.local_server import LocalServer
+from services.labeling.simulate import AnnotatorAccount
+from services.labeling.state import ProjectState, read_state
+from services.labeling.tasks import ReviewTasks, TaskSubject
 
 
 @pytest.fixture(scope="session")
@@ -25,13 +26,13 @@ def server() -> LocalServer:
 
 
 @pytest.fixture(scope="session")
-def crowd(server: LocalServer) -> tuple[Person, ...]:
-    return people()
+def accounts(server: LocalServer) -> tuple[AnnotatorAccount, ...]:
+    return annotator_accounts()
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "PAUSE_S", 0.05)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(project, "PAUSE_S", 0.05)
 
 
 @pytest.fixture
@@ -47,27 +48,38 @@ class Review:
     run: Run
     gallery: Gallery
     annotators: LabelStudioAnnotators
-    api: Server
+    api: LabelStudioClient
 
     @property
-    def record(self) -> Record:
-        return read_record(self.run.store, self.gallery)
+    def state(self) -> ProjectState:
+        return read_state(self.run.store, self.gallery)
 
     def tasks(self) -> dict[str, Task]:
-        """The tasks of the project by key; a key that is there twice fails the test."""
-        tasks = list(self.api.tasks(self.record.number, with_data=True))
+        """The tasks of the project by key; a key that occurs twice fails the test."""
+        tasks = list(self.api.tasks(self.state.number, with_data=True))
         found = {str(task.key): task for task in tasks}
         assert len(found) == len(tasks)
         return found
 
     def through(self, address: str) -> LabelStudioAnnotators:
-        """The same review by another way to the server."""
+        """The same review through another address of the server."""
         return LabelStudioAnnotators(self.run, settings_for(live_server(), address))
 
-    def everyone_says(self, crowd: tuple[Person, ...], choice: Callable[[Task], str]) -> None:
-        for person in crowd:
+    def subject(self, task: Task) -> TaskSubject:
+        """The scenario and image of a task."""
+        tasks = ReviewTasks(self.gallery, self.run.spec.review, self.run.store)
+        index = tasks.index_of(task.key)
+        assert index is not None
+        return tasks.subject(index)
+
+    def everyone_answers(
+        self, accounts: tuple[AnnotatorAccount, ...], choice: Callable[[TaskSubject], str]
+    ) -> None:
+        for account in accounts:
             for task in self.tasks().values():
-                person.answer(task.id, "page" if "samples" in (task.data or {}) else "image", choice(task))
+                account.answer(
+                    task.id, "page" if "samples" in (task.data or {}) else "image", choice(self.subject(task))
+                )
 
 
 @pytest.fixture
@@ -76,6 +88,6 @@ def make_review(tmp_path: Path, server: LocalServer) -> Callable[..., Review]:
         shown = gallery or digits_gallery()
         run = review_run(tmp_path, shown, **review)
         annotators = LabelStudioAnnotators(run, settings_for(server))
-        return Review(run, shown, annotators, annotators.server)
+        return Review(run, shown, annotators, annotators.client)
 
     return make

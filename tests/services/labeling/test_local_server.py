@@ -1,4 +1,4 @@
-"""The local server: one command brings it up as it was, one takes it down."""
+"""The local server: one command starts it with its data, one stops it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from label_studio_live import free_port, live_home
 
 from defuse_core.errors import InputError, ServiceError
 from services.cli import defuse
-from services.labeling.client import Server
-from services.labeling.server import Home, _call, down, running, start, up
+from services.labeling.client import LabelStudioClient, ProjectSettings
+from services.labeling.local_server import Installation, _run, down, running_server, start, up
+
+SETTINGS = ProjectSettings("kept", "", "<View/>", "", False, False, 1, "Sequential sampling", False, "")
 
 
 @pytest.fixture
 def cache(server, tmp_path):
     """A cache of this test's own with a stopped server: installed, and with a copy of the session's data."""
-    home = Home(tmp_path)
+    home = Installation(tmp_path)
     home.data.mkdir(parents=True)
     home.env.symlink_to(live_home().env)
     with (
@@ -28,7 +30,7 @@ def cache(server, tmp_path):
         contextlib.closing(sqlite3.connect(home.data / "label_studio.sqlite3")) as copy,
     ):
         source.backup(copy)
-    home.record(replace(server, port=free_port(), address="http://127.0.0.1:1", pid=2**22 + 1))
+    home.write_server(replace(server, port=free_port(), address="http://127.0.0.1:1", pid=2**22 + 1))
     return tmp_path
 
 
@@ -41,22 +43,23 @@ def test_up_starts_it_in_wal_mode_and_down_keeps_what_is_in_it(cache, monkeypatc
             f"Label Studio runs at http://127.0.0.1:{port}" in first.output
             and "with password" in first.output
         )
-        local = running(cache)
+        assert "starting Label Studio: some seconds" in first.output
+        local = running_server(cache)
         assert local is not None and up(cache, int(port)) == local
-        made = Server(local.address, local.token).create_project({"title": "kept"})
-        assert down(cache) and running(cache) is None and not down(cache)
+        made = LabelStudioClient(local.address, local.token).create_project(SETTINGS)
+        assert down(cache) and running_server(cache) is None and not down(cache)
         again = up(cache, int(port))
         assert again.token == local.token and again.pid != local.pid
-        assert Server(again.address, again.token).project(made.id) == made
+        assert LabelStudioClient(again.address, again.token).project(made.id) == made
     finally:
         CliRunner().invoke(defuse, ["label-studio", "down"])
-    with contextlib.closing(sqlite3.connect(Home(cache).data / "label_studio.sqlite3")) as database:
+    with contextlib.closing(sqlite3.connect(Installation(cache).data / "label_studio.sqlite3")) as database:
         assert database.execute("pragma journal_mode").fetchone() == ("wal",)
-    assert stat.S_IMODE((Home(cache).folder / "server.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE((Installation(cache).folder / "server.json").stat().st_mode) == 0o600
 
 
 def test_a_taken_port_is_named(cache, server):
-    with pytest.raises(InputError, match=f"port {server.port} of this machine is taken"):
+    with pytest.raises(InputError, match=f"port {server.port} of this machine is in use"):
         up(cache, server.port)
 
 
@@ -64,12 +67,24 @@ def test_a_server_that_does_not_start_leads_to_its_log(cache):
     program = cache / "broken"
     program.write_text("#!/bin/sh\necho no >&2; exit 1\n")
     program.chmod(0o755)
-    home = Home(cache)
+    home = Installation(cache)
     home.program = program
     with pytest.raises(ServiceError, match=f"its log is {home.log}"):
         start(home, free_port(), None)
 
 
+def test_a_slow_start_is_reported_while_it_lasts(cache, monkeypatch):
+    monkeypatch.setattr("services.labeling.local_server.REPORT_EVERY_S", 1)
+    program = cache / "slow"
+    program.write_text("#!/bin/sh\nsleep 2.5; exit 1\n")
+    program.chmod(0o755)
+    installation, lines = Installation(cache), []
+    installation.program = program
+    with pytest.raises(ServiceError, match="did not start"):
+        start(installation, free_port(), None, lines.append)
+    assert lines[:2] == [f"still starting after {n} s; its log is {installation.log}" for n in (1, 2)]
+
+
 def test_a_failed_installation_says_what_pip_said():
-    with pytest.raises(ServiceError, match=r"installing Label Studio failed: .* said: no such thing"):
-        _call("sh", "-c", "echo no such thing >&2; exit 1")
+    with pytest.raises(ServiceError, match=r"installing Label Studio failed: .* failed with: no such thing"):
+        _run("sh", "-c", "echo no such thing >&2; exit 1")

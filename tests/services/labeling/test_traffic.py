@@ -13,9 +13,9 @@ from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli import defuse
-from services.labeling.client import Server
-from services.labeling.record import read_record
-from services.serving.reservoir import Reservoir, seen_now
+from services.labeling.client import LabelStudioClient
+from services.labeling.state import read_state
+from services.serving.traffic import Reservoir, sample_now
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def cli(monkeypatch, server, tmp_path):
 
 @pytest.fixture
 def served(tmp_path: Path) -> Run:
-    """A run with scenarios 0 to 3; four inputs lay in its scenario 2, two in its scenario 3."""
+    """A run with scenarios 0 to 3; four inputs were in its scenario 2, two in its scenario 3."""
     run = review_run(tmp_path, digits_gallery(), answers_per_task=1)
     meet(run, tmp_path, 2, 4)
     meet(run, tmp_path, 3, 2)
@@ -43,14 +43,14 @@ def served(tmp_path: Path) -> Run:
 
 def meet(run: Run, folder: Path, scenario: int, count: int, first: int = 0) -> None:
     reservoir = Reservoir(FolderStore(folder), 10)
-    reservoir._met[run.name, scenario] = first
+    reservoir._counts[run.name, scenario] = first
     images = digits_gallery(images=10).images[scenario]
     for image in images[first : first + count]:
-        reservoir.offer(run.name, seen_now(image, scenario, 6, "1", digits_gallery().classes))
+        reservoir.offer(run.name, sample_now(image, scenario, 6, "1", digits_gallery().classes))
     reservoir._thread.shutdown()
 
 
-def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served, crowd, server, tmp_path):
+def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served, accounts, server, tmp_path):
     name = f"{served.name}/traffic-1"
     assert (
         f"`defuse review status {name}` shows the answers"
@@ -59,12 +59,12 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served
     review = Run.open(FolderStore(tmp_path), name)
     gallery = review.load(Gallery)
     assert gallery is not None and gallery.numbers == (2,) and gallery.predicted.tolist() == [[6, 6, 6]]
-    api = Server(server.address, server.token)
-    tasks = list(api.tasks(read_record(review.store, gallery).number))
+    api = LabelStudioClient(server.address, server.token)
+    tasks = list(api.tasks(read_state(review.store, gallery).number))
     assert [task.key for task in tasks] == ["s000-i00", "s000-i01", "s000-i02"]
     assert "2 3 open" in " ".join(cli("status", name).output.split())
     for task in tasks:
-        crowd[0].answer(task.id, "image", "0")
+        accounts[0].answer(task.id, "image", "0")
     shown = " ".join(cli("status", name).output.split())
     assert "2 0 accepted as 0: 100% of 3 labelled images are misclassified" in shown
     assert f"all answers are in, and stored in {review.store.address}" in shown
@@ -74,17 +74,17 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served
     assert served.load(Votes) is None and not served.store.exists("labeling.json")
 
 
-def test_an_input_that_was_swapped_in_label_studio_is_not_concluded(cli, served, crowd, server, tmp_path):
+def test_an_input_that_was_swapped_in_label_studio_is_not_concluded(cli, served, accounts, server, tmp_path):
     cli("push", served.name, "--from-traffic")
     review = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1")
     gallery = review.load(Gallery)
     assert gallery is not None
-    api = Server(server.address, server.token)
-    tasks = list(api.tasks(read_record(review.store, gallery).number, with_data=True))
+    api = LabelStudioClient(server.address, server.token)
+    tasks = list(api.tasks(read_state(review.store, gallery).number, with_data=True))
     for task in tasks:
-        crowd[0].answer(task.id, "image", "0")
+        accounts[0].answer(task.id, "image", "0")
     swapped = dict(tasks[0].data or {}) | {"image": (tasks[1].data or {})["image"] + "AAAA"}
-    crowd[0].http.patch(f"/api/tasks/{tasks[0].id}/", json={"data": swapped}).raise_for_status()
+    accounts[0].http.patch(f"/api/tasks/{tasks[0].id}/", json={"data": swapped}).raise_for_status()
     with pytest.raises(InputError, match="was edited in Label Studio"):
         cli("status", review.name)
     assert review.load(Votes) is None
@@ -97,13 +97,15 @@ def test_the_same_review_goes_on_until_it_is_concluded(cli, served, tmp_path):
     assert cli("push", f"{served.name}/traffic-1").output.splitlines()[0] == first.splitlines()[0]
 
 
-def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, crowd, server, tmp_path):
+def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, accounts, server, tmp_path):
     cli("push", served.name, "--from-traffic")
     review = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1")
     gallery = review.load(Gallery)
     assert gallery is not None
-    for task in Server(server.address, server.token).tasks(read_record(review.store, gallery).number):
-        crowd[0].answer(task.id, "image", "0")
+    for task in LabelStudioClient(server.address, server.token).tasks(
+        read_state(review.store, gallery).number
+    ):
+        accounts[0].answer(task.id, "image", "0")
     cli("status", review.name)
     with pytest.raises(InputError, match="has 3 inputs that were not reviewed yet, of 6 kept"):
         cli("push", served.name, "--from-traffic")
@@ -116,25 +118,29 @@ def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, crowd, 
 def test_an_input_that_came_more_than_once_is_shown_once(cli, served, tmp_path):
     meet(served, tmp_path, 3, 2, first=0)
     again = Reservoir(FolderStore(tmp_path), 10)
-    again._met[served.name, 3] = 2
+    again._counts[served.name, 3] = 2
     image = digits_gallery(images=10).images[3][0]
     for _ in range(3):
-        again.offer(served.name, seen_now(image, 3, 6, "1", digits_gallery().classes))
+        again.offer(served.name, sample_now(image, 3, 6, "1", digits_gallery().classes))
     again._thread.shutdown()
     cli("push", served.name, "--from-traffic")
     gallery = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1").load(Gallery)
     assert gallery is not None and gallery.numbers == (2,)  # scenario 3 has two inputs, not five
 
 
-def test_every_input_is_asked_about_however_early_the_verdict_is_sure(cli, served, crowd, server, tmp_path):
+def test_every_input_is_asked_about_however_early_the_verdict_is_sure(
+    cli, served, accounts, server, tmp_path
+):
     cli("push", served.name, "--from-traffic")
     review = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1")
     assert not review.spec.review.stop_early
     gallery = review.load(Gallery)
     assert gallery is not None
-    tasks = list(Server(server.address, server.token).tasks(read_record(review.store, gallery).number))
+    tasks = list(
+        LabelStudioClient(server.address, server.token).tasks(read_state(review.store, gallery).number)
+    )
     for task in tasks[:2]:
-        crowd[0].answer(task.id, "image", "6")  # two of three are right: no failure, whatever the third is
+        accounts[0].answer(task.id, "image", "6")  # two of three are right: no failure, whatever the third is
     assert "1 are still wanted" in cli("status", review.name).output
 
 

@@ -13,21 +13,23 @@ os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # before Ray st
 import httpx
 import numpy as np
 import pytest
-from planted import confused, nudged, overflowing, plant_run, png
+from synthetic_runs import make_run, overflow_weights, perturb_weights, png, swap_classes
 
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Splits, open_splits
 from defuse_core.progress import silent
+from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train
+from services.serving.candidate import Candidate, prepare_candidate
 
 LIGHT = {"cpus_per_replica": 0.1, "poll_s": 0.2}  # many replicas on two cores
 
 
 @pytest.fixture(scope="session")
 def good_spec(tiny_spec: RunFile) -> RunFile:
-    """A run file whose classifier and β-VAE are worth the name, in seconds."""
+    """A run file whose classifier and β-VAE are trained well, in seconds."""
     tree = tiny_spec.model_dump(mode="json")
     tree["data"]["train_images"] = None
     tree["classifier"] |= {"epochs": 12, "channels": 16, "optimizer": "adam", "learning_rate": 3e-3}
@@ -48,23 +50,32 @@ def splits(good_spec: RunFile) -> Splits:
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: Any, good_spec: RunFile, good_models: Models, splits: Splits) -> FolderStore:
-    """A store of finished runs. second answers like first; swapped takes 0 for 1; broken gives no finite answer."""
+    """A store of finished runs.
+
+    `second` answers like `first`, `swapped` confuses 0 and 1, and the output of `broken` is not finite.
+    """
     store = FolderStore(Path(tmp_path_factory.mktemp("planted")))
     good = good_models.classifier
     corrected = {
         "first": good,
-        "second": nudged(good, 2),
-        "swapped": confused(good, (0, 1)),
-        "broken": overflowing(good),
+        "second": perturb_weights(good, 2),
+        "swapped": swap_classes(good, (0, 1)),
+        "broken": overflow_weights(good),
     }
     for name, weights in corrected.items():
-        plant_run(store, name, good_spec, good_models, splits, weights)
+        make_run(store, name, good_spec, good_models, splits, weights)
     return store
+
+
+@pytest.fixture(scope="session")
+def candidate(planted: FolderStore) -> Candidate:
+    """The candidate of run `first`."""
+    return prepare_candidate(Run.open(planted, "first"))[1]
 
 
 @pytest.fixture
 def own_store(planted: FolderStore, tmp_path: Path) -> FolderStore:
-    """A copy of `planted`, for a registry of one's own."""
+    """A copy of `planted` for one test, without a registry."""
     for key in planted.list():
         FolderStore(tmp_path).write(key, planted.read(key))
     return FolderStore(tmp_path)
@@ -84,7 +95,7 @@ def serve_port(ray_session: None) -> Iterator[int]:
     serve.shutdown()
 
 
-class Served:
+class ServedApplication:
     """One application under test."""
 
     def __init__(self, port: int, name: str) -> None:
@@ -101,15 +112,18 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def serving(serve_port: int) -> Iterator[Callable[..., Served]]:
+def serving(serve_port: int) -> Iterator[Callable[..., ServedApplication]]:
     """Start applications for the tests of one module: serving(store, run="first", batch_size=1, ...)."""
     from ray import serve
 
-    from services.serving.app import ServeArgs, build
+    from services.serving.app import build
+    from services.serving.arguments import ServeArgs
 
     numbers, names = itertools.count(), []
 
-    def start(store: FolderStore, run: str | None = "first", pin: bool = False, **settings: Any) -> Served:
+    def start(
+        store: FolderStore, run: str | None = "first", pin: bool = False, **settings: Any
+    ) -> ServedApplication:
         name = f"app{next(numbers)}"
         token = settings.pop("require_token", False)
         args = ServeArgs(
@@ -117,7 +131,7 @@ def serving(serve_port: int) -> Iterator[Callable[..., Served]]:
         )
         serve.run(build(args), name=name, route_prefix=f"/{name}")
         names.append(name)
-        return Served(serve_port, name)
+        return ServedApplication(serve_port, name)
 
     yield start
     for name in names:

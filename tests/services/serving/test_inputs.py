@@ -1,4 +1,4 @@
-"""Bodies of requests: what is taken, and what is refused with which status and sentence."""
+"""Request bodies: which are accepted, and which are rejected with which status and message."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from services.serving.inputs import Expected, Refused, read_json, read_pictures
+from services.serving.inputs import InputSpec, RejectedInput, decode_images, decode_json
 
-GREY = Expected(channels=1, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
-COLOUR = Expected(channels=3, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
-FITTING = Expected(channels=1, size=16, pad_to=None, resize=True, max_images=3, max_pixels=10_000)
+GREY = InputSpec(channels=1, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
+COLOUR = InputSpec(channels=3, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
+FITTING = InputSpec(channels=1, size=16, pad_to=None, resize=True, max_images=3, max_pixels=10_000)
 
 
 def file(mode: str = "L", size: tuple[int, int] = (16, 16), kind: str = "PNG", **options: object) -> bytes:
@@ -26,7 +26,7 @@ def file(mode: str = "L", size: tuple[int, int] = (16, 16), kind: str = "PNG", *
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header announces width x height grey pixels, all zero and well compressed."""
+    """A PNG with width x height grey pixels in its header, all zero and highly compressed."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -42,7 +42,7 @@ def test_an_image_file_gives_its_pixels_between_0_and_1(kind):
     mode = "RGB" if kind == "WEBP" else "L"  # WebP has no grey
     expected = COLOUR if kind == "WEBP" else GREY
     data = file(mode, kind=kind, **options)
-    pixels = read_pictures([data], expected)
+    pixels = decode_images([data], expected)
     levels = np.asarray(Image.open(io.BytesIO(data))).reshape(16, 16, -1).transpose(2, 0, 1)
     np.testing.assert_array_equal(pixels[0], levels.astype(np.float32) / np.float32(255))
 
@@ -52,44 +52,44 @@ def test_an_image_file_gives_its_pixels_between_0_and_1(kind):
     [
         ([], 422, "no image"),
         ([b""], 422, "empty"),
-        ([b"GIF89a not taken"], 400, "not an image in PNG, JPEG, BMP or WebP"),
-        ([file(kind="GIF")], 400, "not an image in PNG, JPEG, BMP or WebP"),
+        ([b"GIF89a"], 400, "expected an image in PNG, JPEG, BMP or WebP"),
+        ([file(kind="GIF")], 400, "expected an image in PNG, JPEG, BMP or WebP"),
         ([file()[:-40]], 400, "broken"),
         ([file(size=(28, 16))], 422, "28x16 pixels, expected 16x16 pixels in grey"),
-        ([file("RGB")], 422, "colour mode RGB, expected 16x16 pixels in grey"),
-        ([file("I;16")], 422, "colour mode I;16"),
+        ([file("RGB")], 422, "color mode RGB, expected 16x16 pixels in grey"),
+        ([file("I;16")], 422, "color mode I;16"),
         ([file(), b"?"], 400, "image 2: "),
-        ([file()] * 4, 413, "4 images, at most 3"),
+        ([file()] * 4, 413, "4 images, the limit is 3"),
         ([bomb(100_000, 100_000)], 413, "too large|pixels"),
-        ([bomb(4000, 4000)], 413, "4000x4000 pixels, more than 10000"),
+        ([bomb(4000, 4000)], 413, "4000x4000 pixels, the limit is 10000"),
     ],
 )
-def test_a_file_that_is_not_usable_is_refused_in_one_sentence(files, status, words):
-    with pytest.raises(Refused, match=words) as refused:
-        read_pictures(files, GREY)
-    assert refused.value.status == status and "\n" not in refused.value.sentence
+def test_an_unusable_file_is_rejected_in_one_sentence(files, status, words):
+    with pytest.raises(RejectedInput, match=words) as refused:
+        decode_images(files, GREY)
+    assert refused.value.status == status and "\n" not in refused.value.message
 
 
-def test_a_decompression_bomb_is_refused_before_its_pixels_are_decoded(monkeypatch):
+def test_a_decompression_bomb_is_rejected_before_its_pixels_are_decoded(monkeypatch):
     decoded = []
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: decoded.append(picture.size))
-    with pytest.raises(Refused):
-        read_pictures([bomb(7000, 7000)], FITTING)
+    with pytest.raises(RejectedInput):
+        decode_images([bomb(7000, 7000)], FITTING)
     assert decoded == []
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "RGBA", "P", "I;16", "CMYK"])
-def test_other_sizes_and_colours_are_fitted_where_the_run_file_allows_it(mode):
+def test_other_sizes_and_colors_are_converted_with_serve_resize(mode):
     data = file(mode, (28, 20), "JPEG" if mode == "CMYK" else "PNG")
-    assert read_pictures([data], FITTING).shape == (1, 1, 16, 16)
+    assert decode_images([data], FITTING).shape == (1, 1, 16, 16)
 
 
 @pytest.mark.parametrize("resize", [False, True])
 def test_mnist_pictures_of_28_pixels_are_padded_as_they_were_in_training(resize):
-    expected = Expected(channels=1, size=32, pad_to=(28, 32), resize=resize, max_images=1, max_pixels=10_000)
+    expected = InputSpec(channels=1, size=32, pad_to=(28, 32), resize=resize, max_images=1, max_pixels=10_000)
     data = file(size=(28, 28))
     levels = np.asarray(Image.open(io.BytesIO(data)))
-    pixels = read_pictures([data], expected)[0, 0]
+    pixels = decode_images([data], expected)[0, 0]
     np.testing.assert_array_equal(pixels[2:30, 2:30], levels.astype(np.float32) / np.float32(255))
     assert pixels[:2].max() == pixels[30:].max() == pixels[:, :2].max() == pixels[:, 30:].max() == 0
 
@@ -103,7 +103,7 @@ ONE = np.linspace(0, 1, 256).reshape(16, 16)
 
 @pytest.mark.parametrize("value", [ONE, ONE[None], ONE[None, None], np.stack([ONE, ONE])[:, None]])
 def test_pixels_in_json_are_one_image_or_several(value):
-    pixels = read_json(pixels_of(value.tolist()), GREY)
+    pixels = decode_json(pixels_of(value.tolist()), GREY)
     np.testing.assert_array_equal(pixels, value.astype(np.float32).reshape(-1, 1, 16, 16))
 
 
@@ -116,7 +116,7 @@ def test_pixels_in_json_are_one_image_or_several(value):
         (b'{"pixels": ' + b"9" * 5000 + b"}", 400, "not JSON"),
         (b"[]", 422, "object"),
         (b"{}", 422, "missing"),
-        (b'{"pixels": [], "image": 1}', 422, "no field 'image'"),
+        (b'{"pixels": [], "image": 1}', 422, "unknown field 'image'"),
         (b'{"pixels": [NaN]}', 422, "found NaN"),
         (b'{"pixels": [[1e999]]}', 422, "0 to 1"),
         (b'{"pixels": []}', 422, "numbers"),
@@ -130,10 +130,10 @@ def test_pixels_in_json_are_one_image_or_several(value):
         (pixels_of((ONE - 0.1).tolist()), 422, "0 to 1"),
         (pixels_of(ONE[:8].tolist()), 422, "found 8x16 numbers, expected 1x16x16"),
         (pixels_of(np.stack([ONE] * 3).tolist()), 422, "found 3x16x16"),
-        (pixels_of(np.stack([ONE] * 4)[:, None].tolist()), 413, "4 images, at most 3"),
+        (pixels_of(np.stack([ONE] * 4)[:, None].tolist()), 413, "4 images, the limit is 3"),
     ],
 )
-def test_json_that_is_not_usable_is_refused_in_one_sentence(body, status, words):
-    with pytest.raises(Refused, match=words) as refused:
-        read_json(body, GREY)
-    assert refused.value.status == status and "\n" not in refused.value.sentence
+def test_unusable_json_is_rejected_in_one_sentence(body, status, words):
+    with pytest.raises(RejectedInput, match=words) as refused:
+        decode_json(body, GREY)
+    assert refused.value.status == status and "\n" not in refused.value.message

@@ -12,15 +12,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from load import Reply, bounded, load, request_bytes
+from load_generator import Reply, limited, load, request_bytes
 
+from defuse_core.models import build_classifier, weights_of
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.serving.candidate import prepare
-from services.serving.promotion import How, promote
-from services.serving.registry import Registry
-from services.serving.reservoir import read_traffic
-from services.serving.rollout import roll_back, to_canary, to_production, to_shadow
+from services.serving.candidate import prepare_candidate
+from services.serving.registry import PromotionRequest, Registry, promote
+from services.serving.traffic import read_traffic
 
 
 def requests_for(app, pictures, count=100):
@@ -31,7 +30,7 @@ def requests_for(app, pictures, count=100):
 
 
 def candidate(store, name):
-    return prepare(Run.open(store, name))[1]
+    return prepare_candidate(Run.open(store, name))[1]
 
 
 def statuses(replies: list[Reply]) -> Counter[int]:
@@ -39,13 +38,13 @@ def statuses(replies: list[Reply]) -> Counter[int]:
 
 
 class Load(threading.Thread):
-    """Load in the background until `stop` is called, and no longer than a minute or 20,000 requests."""
+    """Load in the background until `stop` is called, for at most a minute or 20,000 requests."""
 
     def __init__(self, port, clients, requests):
         super().__init__(daemon=True)
-        take = bounded(requests, 20_000, 60)
+        next_request = limited(requests, 20_000, 60)
         self.ended = threading.Event()
-        self.work = lambda: load(port, clients, lambda: None if self.ended.is_set() else take())
+        self.work = lambda: load(port, clients, lambda: None if self.ended.is_set() else next_request())
         self.replies: list[Reply] = []
 
     def run(self):
@@ -57,29 +56,29 @@ class Load(threading.Thread):
         return self.replies
 
 
-def test_a_load_of_32_clients_is_answered_whole_and_stays_bounded(serving, planted, pictures):
+def test_32_clients_are_all_answered_in_bounded_time(serving, planted, pictures):
     app = serving(planted, run="first", pin=True)
     started = time.monotonic()
-    replies = load(app.port, 32, bounded(requests_for(app, pictures), 1500, 60))
+    replies = load(app.port, 32, limited(requests_for(app, pictures), 1500, 60))
     assert statuses(replies) == {200: 1500}
     assert time.monotonic() - started < 60
     assert np.quantile([reply.seconds for reply in replies], 0.99) < 5
 
 
-def test_overload_is_answered_503_with_retry_after_at_once_and_passes(serving, planted, pictures):
+def test_overload_is_answered_503_with_retry_after_at_once(serving, planted, pictures):
     busy = serving(
         planted, run="first", pin=True, max_ongoing=2, max_queued=2, batch_wait_s=0.5, retry_after_s=3
     )
-    replies = load(busy.port, 24, bounded(requests_for(busy, pictures), 200, 60))
+    replies = load(busy.port, 24, limited(requests_for(busy, pictures), 200, 60))
     assert set(statuses(replies)) == {200, 503}
     refused = [reply for reply in replies if reply.status == 503]
     assert len(refused) > 100
     assert {reply.headers.get("retry-after") for reply in refused} == {"3"}
     assert np.median([reply.seconds for reply in refused]) < 0.5
-    assert statuses(load(busy.port, 1, bounded(requests_for(busy, pictures), 3, 60))) == {200: 3}
+    assert statuses(load(busy.port, 1, limited(requests_for(busy, pictures), 3, 60))) == {200: 3}
 
 
-def test_a_killed_replica_costs_no_more_than_what_it_was_working_on(serving, planted, pictures):
+def test_a_killed_replica_loses_only_its_requests_in_flight(serving, planted, pictures):
     app = serving(planted, run="first", pin=True, min_replicas=2, max_replicas=2)
     clients = 8
     running = Load(app.port, clients, requests_for(app, pictures))
@@ -129,26 +128,26 @@ def live_app(serving, planted, tmp_path_factory):
 
 @pytest.fixture
 def live(live_app):
-    """The same with `first` in production and nothing beside it."""
-    to_production(live_app.registry, live_app.number["first"], "ana", "")
+    """The same with `first` in production and no canary or shadow."""
+    live_app.registry.to_production(live_app.number["first"], "ana", "")
     end = time.monotonic() + 15
     while live_app.app.http.get("/readyz").status_code != 200:
         assert time.monotonic() < end
         time.sleep(0.1)
     live_app.app.wait_for(live_app.version("first"))
-    time.sleep(0.5)  # a trial of the test before is over too
+    time.sleep(0.5)  # a canary of the previous test has ended too
     return live_app
 
 
-def test_a_new_version_and_a_rollback_take_over_under_load_with_no_request_lost(live, pictures):
+def test_a_promotion_and_a_rollback_under_load_lose_no_request(live, pictures):
     old, new = live.version("first"), live.version("second")
     running = Load(live.app.port, 8, requests_for(live.app, pictures))
     running.start()
     time.sleep(1)
-    to_production(live.registry, int(new), "ana", "")
+    live.registry.to_production(int(new), "ana", "")
     live.app.wait_for(new)
     time.sleep(1)
-    roll_back(live.registry, "bo", "to see it work")
+    live.registry.roll_back("bo", "to see it work")
     live.app.wait_for(old)
     time.sleep(1)
     replies = running.stop()
@@ -163,16 +162,16 @@ def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(live,
     requests = requests_for(live.app, pictures, 100)
     running = Load(live.app.port, 8, requests)
     running.start()
-    to_canary(live.registry, live.number["second"], 0.3, "ana", "")
+    live.registry.to_canary(live.number["second"], 0.3, "ana", "")
     wait_until(lambda: live.app.http.get("/v1/model").json()["canary"] == live.version("second"))
     assert set(statuses(running.stop())) == {200}  # nobody noticed it come
-    replies = load(live.app.port, 8, bounded(requests, 600, 60))
+    replies = load(live.app.port, 8, limited(requests, 600, 60))
     assert set(statuses(replies)) == {200}
     share = np.mean([reply.json()["version"] == live.version("second") for reply in replies])
     assert 0.15 < share < 0.45
-    again = [load(live.app.port, 1, bounded([request], 3, 60)) for request in requests[:10]]
+    again = [load(live.app.port, 1, limited([request], 3, 60)) for request in requests[:10]]
     assert all(len({reply.json()["version"] for reply in same}) == 1 for same in again)
-    assert live.registry.standing().canary == live.number["second"]
+    assert live.registry.state().canary == live.number["second"]
 
 
 @pytest.mark.parametrize(("name", "words"), [("broken", "images failed"), ("swapped", "answers agreed")])
@@ -182,20 +181,20 @@ def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_reques
 ):
     number = live.number[name]
     if shadow:
-        to_shadow(live.registry, number, "ana", "")
+        live.registry.to_shadow(number, "ana", "")
     else:
-        to_canary(live.registry, number, 0.5, "ana", "")
+        live.registry.to_canary(number, 0.5, "ana", "")
     wait_until(
         lambda: (
             str(number) in (page := live.app.http.get("/v1/model").json(), page["canary"], page["shadow"])[1:]
         )
     )
-    replies = load(live.app.port, 8, bounded(requests_for(live.app, pictures, 500), 800, 60))
-    wait_until(lambda: not {live.registry.standing().canary, live.registry.standing().shadow} - {None})
-    standing = live.registry.standing()
+    replies = load(live.app.port, 8, limited(requests_for(live.app, pictures, 500), 800, 60))
+    wait_until(lambda: not {live.registry.state().canary, live.registry.state().shadow} - {None})
+    state = live.registry.state()
     assert set(statuses(replies)) == {200}
-    assert words in standing.why and standing.by == "defuse serve"
-    assert standing.production == live.number["first"]
+    assert words in state.why and state.by == "defuse serve"
+    assert state.production == live.number["first"]
     sides = {"first"} if shadow or name == "broken" else {"first", name}
     assert {reply.json()["version"] for reply in replies} == {live.version(side) for side in sides}
 
@@ -207,33 +206,74 @@ def wait_until(true, seconds=10):
         time.sleep(0.1)
 
 
-def test_a_version_that_cannot_be_loaded_leaves_the_present_one_in_place(serving, own_store, pictures):
+def test_a_version_that_cannot_be_loaded_leaves_the_current_one_active(serving, own_store, pictures):
     registry = Registry(own_store)
-    promote(registry, candidate(own_store, "first"), How("ana", ""))
+    promote(registry, candidate(own_store, "first"), PromotionRequest("ana", ""))
     app = serving(own_store, run=None)
     registry.store.create("versions/000002.safetensors", b"cut")
     registry.change("version 2 to production", "ana", "", lambda _: {"production": 2})
     time.sleep(1)
-    assert set(statuses(load(app.port, 2, bounded(requests_for(app, pictures), 20, 30)))) == {200}
-    promote(registry, candidate(own_store, "second"), How("ana", "", force="version 2 is broken"))
+    assert set(statuses(load(app.port, 2, limited(requests_for(app, pictures), 20, 30)))) == {200}
+    promote(
+        registry, candidate(own_store, "second"), PromotionRequest("ana", "", force="version 2 is broken")
+    )
     app.wait_for("3")
 
 
 def test_a_canary_that_cannot_be_loaded_is_ended_and_the_server_starts(serving, own_store, pictures):
     registry = Registry(own_store)
-    promote(registry, candidate(own_store, "first"), How("ana", ""))
+    promote(registry, candidate(own_store, "first"), PromotionRequest("ana", ""))
     unfit = dataclasses.replace(candidate(own_store, "second"), classifier={}, digest="unfit")
-    promote(registry, unfit, How("ana", "", canary=0.5))
+    promote(registry, unfit, PromotionRequest("ana", "", canary=0.5))
     app = serving(own_store, run=None)
     assert app.http.get("/v1/model").json()["canary"] is None
-    standing = registry.standing()
-    assert standing.canary is None and "the weights lack" in standing.why
+    state = registry.state()
+    assert state.canary is None and "the weights lack" in state.why
 
 
-def test_inputs_that_lie_in_a_scenario_are_kept_within_the_bound(serving, own_store, pictures):
+def test_inputs_inside_a_scenario_are_stored_up_to_the_limit(serving, own_store, pictures):
     app = serving(own_store, run="first", pin=True, reservoir=3, watch_share=0.2)
-    load(app.port, 4, bounded(requests_for(app, pictures, 300), 300, 60))
+    load(app.port, 4, limited(requests_for(app, pictures, 300), 300, 60))
     time.sleep(1)
     traffic = read_traffic(own_store, "first")
     assert {int(s) for s in traffic.scenario} == {0, 1}
     assert len(traffic) == 6
+
+
+@pytest.fixture
+def slow_app(serving, own_store):
+    """An application with `first` in production, and version 2: a network that is some hundred times as slow."""
+    registry, first = Registry(own_store), candidate(own_store, "first")
+    promote(registry, first, PromotionRequest("ana", ""))
+    spec = first.run_file()
+    wide = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"channels": 384})})
+    weights = weights_of(build_classifier(wide, 10))
+    slow = dataclasses.replace(
+        first, spec=wide.model_dump(mode="json"), classifier=weights, digest="slow", checks=()
+    )
+    registry.add(slow, "ana", "", forced=True)
+    return Live(serving(own_store, run=None, max_canary_s=0.002, min_agreement=0), registry, own_store)
+
+
+def test_a_slow_shadow_leaves_production_its_speed(slow_app, pictures):
+    requests = requests_for(slow_app.app, pictures)
+    rate = request_rate(slow_app.app.port, requests)
+    slow_app.registry.to_shadow(2, "ana", "")
+    wait_until(lambda: slow_app.app.http.get("/v1/model").json()["shadow"] == "2")
+    assert request_rate(slow_app.app.port, requests) > 0.5 * rate
+
+
+def request_rate(port, requests):
+    started = time.monotonic()
+    replies = load(port, 8, limited(requests, 10_000, 4))
+    assert set(statuses(replies)) == {200}
+    return len(replies) / (time.monotonic() - started)
+
+
+def test_a_canary_that_is_too_slow_is_ended_and_production_answers_for_it(slow_app, pictures):
+    slow_app.registry.to_canary(2, 0.5, "ana", "")
+    wait_until(lambda: slow_app.app.http.get("/v1/model").json()["canary"] == "2")
+    replies = load(slow_app.app.port, 8, limited(requests_for(slow_app.app, pictures), 400, 60))
+    assert set(statuses(replies)) == {200}
+    wait_until(lambda: slow_app.registry.state().canary is None)
+    assert "took longer than 0.002 s" in slow_app.registry.state().why

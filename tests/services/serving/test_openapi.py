@@ -1,4 +1,4 @@
-"""The OpenAPI page tells the truth: schemathesis sends what it allows and what it forbids."""
+"""The OpenAPI description matches the server: schemathesis sends what it allows and what it forbids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def routes(serving, planted):
     return {route.label.replace(app.prefix, ""): route for route in found}
 
 
-def test_every_route_is_asked(routes):
+def test_every_route_is_tested(routes):
     assert set(routes) == {label for label, _ in CASES}
 
 

@@ -1,4 +1,4 @@
-"""Versions, who answers, and who put them there."""
+"""Versions, roles, promotions and rollbacks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import threading
 
 import pytest
 
-from defuse_core.errors import CheckFailed, InputError
+from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.runs import Run
-from services.serving.candidate import prepare
-from services.serving.promotion import How, promote, share_of
-from services.serving.registry import Registry
-from services.serving.rollout import end_trial, roll_back
+from services.serving.candidate import prepare_candidate
+from services.serving.model import verify_candidate
+from services.serving.registry import PromotionRequest, Registry, parse_share, promote
 
-ANA = How(by="ana", why="for a test")
+ANA = PromotionRequest(by="ana", why="for a test")
 
 
 @pytest.fixture
@@ -24,34 +23,34 @@ def registry(own_store):
 
 @pytest.fixture
 def candidates(own_store):
-    return {name: prepare(Run.open(own_store, name))[1] for name in ("first", "second", "swapped")}
+    return {name: prepare_candidate(Run.open(own_store, name))[1] for name in ("first", "second", "swapped")}
 
 
 def test_a_promoted_candidate_becomes_version_1_with_who_when_and_why(registry, candidates):
-    standing = promote(registry, candidates["first"], ANA)
-    assert (standing.production, standing.by, standing.why, standing.canary) == (1, "ana", "for a test", None)
-    assert registry.standing() == standing and standing.when.endswith("Z")
+    state = promote(registry, candidates["first"], ANA)
+    assert (state.production, state.by, state.why, state.canary) == (1, "ana", "for a test", None)
+    assert registry.state() == state and state.when.endswith("Z")
     assert registry.load(1).digest == candidates["first"].digest
-    assert registry.standing().versions[1].run == "first"
+    assert registry.state().versions[1].run == "first"
 
 
 def test_equal_weights_are_one_version(registry, candidates):
     promote(registry, candidates["first"], ANA)
-    promote(registry, candidates["second"], How("ana", "", canary=0.05))
+    promote(registry, candidates["second"], PromotionRequest("ana", "", canary=0.05))
     assert promote(registry, candidates["second"], ANA).production == 2
-    assert list(registry.standing().versions) == [1, 2]
+    assert list(registry.state().versions) == [1, 2]
 
 
-def test_a_candidate_that_fails_its_checks_comes_in_only_with_a_reason(registry, candidates):
+def test_a_candidate_that_fails_its_checks_is_promoted_only_with_a_reason(registry, candidates):
     with pytest.raises(CheckFailed, match=r"swapped is not promoted: clean accuracy.*more"):
         promote(registry, candidates["swapped"], ANA)
-    assert registry.standing().sequence == 0
-    standing = promote(registry, candidates["swapped"], How("ana", "", force="to see it fail"))
-    note = standing.versions[1]
+    assert registry.state().sequence == 0
+    state = promote(registry, candidates["swapped"], PromotionRequest("ana", "", force="to see it fail"))
+    note = state.versions[1]
     assert note.forced and "to see it fail" in note.why
 
 
-def test_two_classes_that_changed_places_are_another_interface(registry, candidates):
+def test_swapped_class_names_are_another_interface(registry, candidates):
     promote(registry, candidates["first"], ANA)
     names = list(candidates["second"].classes)
     names[6], names[7] = names[7], names[6]
@@ -63,71 +62,73 @@ def test_two_classes_that_changed_places_are_another_interface(registry, candida
 def test_roll_back_returns_to_the_version_before_step_by_step(registry, candidates):
     for name in ("first", "second"):
         promote(registry, candidates[name], ANA)
-    assert roll_back(registry, "bo", "slow").production == 1
-    with pytest.raises(InputError, match="no version before"):
-        roll_back(registry, "bo", "")
+    assert registry.roll_back("bo", "slow").production == 1
+    with pytest.raises(InputError, match="no previous version"):
+        registry.roll_back("bo", "")
     assert promote(registry, candidates["second"], ANA).production == 2
     assert [s.production for s in registry.history()] == [None, 1, 1, 2, 1, 2]
 
 
-@pytest.mark.parametrize("how", [How("ana", "", canary=0.05), How("ana", "", shadow=True)])
+@pytest.mark.parametrize(
+    "how", [PromotionRequest("ana", "", canary=0.05), PromotionRequest("ana", "", shadow=True)]
+)
 def test_roll_back_ends_a_canary_or_shadow_first_and_leaves_production(registry, candidates, how):
     promote(registry, candidates["first"], ANA)
     during = promote(registry, candidates["second"], how)
     assert 2 in (during.canary, during.shadow) and during.production == 1
-    after = roll_back(registry, "bo", "")
+    after = registry.roll_back("bo", "")
     assert (after.canary, after.shadow, after.production) == (None, None, 1)
-    assert end_trial(registry, 2, "server", "again") is None
-    assert registry.standing() == after
+    assert registry.end_canary(2, "server", "again") is None
+    assert registry.state() == after
 
 
-def test_how_production_came_to_answer_stays_known_whatever_comes_beside_it(registry, candidates):
+def test_the_change_that_set_production_is_kept_during_canaries(registry, candidates):
     promote(registry, candidates["first"], ANA)
-    since = registry.standing().since
+    since = registry.state().since
     assert since is not None and (since.by, since.why) == ("ana", "for a test")
-    promote(registry, candidates["second"], How("bo", "a try", canary=0.05))
-    assert (registry.standing().by, registry.standing().since) == ("bo", since)
-    roll_back(registry, "cy", "enough")
-    assert registry.standing().since == since
-    assert promote(registry, candidates["second"], How("bo", "at last")).since.by == "bo"
+    promote(registry, candidates["second"], PromotionRequest("bo", "a try", canary=0.05))
+    assert (registry.state().by, registry.state().since) == ("bo", since)
+    registry.roll_back("cy", "enough")
+    assert registry.state().since == since
+    assert promote(registry, candidates["second"], PromotionRequest("bo", "at last")).since.by == "bo"
 
 
-def test_a_rollback_of_a_trial_that_ended_by_itself_leaves_production(registry, candidates, monkeypatch):
-    """It fails, rather than take production away from a person who meant the canary."""
+def test_a_rollback_of_a_canary_that_has_just_ended_leaves_production(registry, candidates, monkeypatch):
+    """It fails: the user wanted to end the canary, not to change production."""
     promote(registry, candidates["first"], ANA)
     promote(registry, candidates["second"], ANA)
-    promote(registry, candidates["swapped"], How("ana", "", force="a drill", canary=0.05))
-    during = registry.standing()
-    end_trial(registry, 3, "defuse serve", "it failed")
-    monkeypatch.setattr(registry, "standing", iter([during, registry.standing()]).__next__)
-    with pytest.raises(InputError, match="the trial of version 3 ended just now"):
-        roll_back(registry, "bo", "")
+    promote(registry, candidates["swapped"], PromotionRequest("ana", "", force="a drill", canary=0.05))
+    during = registry.state()
+    registry.end_canary(3, "defuse serve", "it failed")
+    monkeypatch.setattr(registry, "state", iter([during, registry.state()]).__next__)
+    with pytest.raises(InputError, match="the canary or shadow of version 3 ended just now"):
+        registry.roll_back("bo", "")
     monkeypatch.undo()
-    assert registry.standing().production == 2
+    assert registry.state().production == 2
 
 
 def test_a_canary_needs_another_version_in_production(registry, candidates):
     with pytest.raises(InputError, match="none; promote without it first"):
-        promote(registry, candidates["first"], How("ana", "", canary=0.05))
+        promote(registry, candidates["first"], PromotionRequest("ana", "", canary=0.05))
     promote(registry, candidates["first"], ANA)
-    with pytest.raises(InputError, match="in production already"):
-        promote(registry, candidates["first"], How("ana", "", shadow=True))
+    with pytest.raises(InputError, match="already in production"):
+        promote(registry, candidates["first"], PromotionRequest("ana", "", shadow=True))
 
 
-def test_changes_made_at_once_are_all_kept_one_after_the_other(registry):
+def test_concurrent_changes_are_all_kept_in_sequence(registry):
     def change(who):
-        registry.change(f"by {who}", str(who), "", lambda standing: {"previous": (*standing.previous, who)})
+        registry.change(f"by {who}", str(who), "", lambda state: {"previous": (*state.previous, who)})
 
     threads = [threading.Thread(target=change, args=(who,)) for who in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(registry.standing().previous) == list(range(12))
+    assert sorted(registry.state().previous) == list(range(12))
     assert [s.sequence for s in registry.history()] == list(range(1, 13))
 
 
-def test_a_version_is_never_written_over(registry, candidates):
+def test_a_version_is_never_overwritten(registry, candidates):
     promote(registry, candidates["first"], ANA)
     before = registry.store.read("versions/000001.safetensors")
     registry.store.create("versions/000002.safetensors", b"left by a promotion that died")
@@ -135,18 +136,59 @@ def test_a_version_is_never_written_over(registry, candidates):
     assert registry.store.read("versions/000001.safetensors") == before
 
 
-def test_an_unknown_version_is_an_error_that_names_those_there_are(registry, candidates):
+def test_the_error_for_an_unknown_version_names_the_known_ones(registry, candidates):
     promote(registry, candidates["first"], ANA)
-    with pytest.raises(InputError, match=r"no version 7 .* there are: 1"):
+    with pytest.raises(InputError, match=r"unknown version 7 .* known versions: 1"):
         registry.load(7)
 
 
 @pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.2", 0.2), ("12.5%", 0.125)])
 def test_a_share_is_a_percentage_or_a_fraction(text, share):
-    assert share_of(text) == pytest.approx(share)
+    assert parse_share(text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["0", "100%", "-5%", "five", "%", "nan"])
 def test_anything_else_is_no_share(text):
     with pytest.raises(InputError, match="such as 5%"):
-        share_of(text)
+        parse_share(text)
+
+
+def test_a_registry_of_an_older_format_is_an_error_that_says_what_to_do(registry):
+    registry.store.write("standing/000001.json", b'{"sequence": 1, "production": 1}')
+    with pytest.raises(StoreError, match=r"\(format 1\), expected format 2; rename the folder and promote"):
+        registry.state()
+
+
+def test_a_state_without_its_format_is_an_error_that_names_the_file(registry):
+    registry.store.write("changes/000001.json", b'{"sequence": 1, "production": 1}')
+    with pytest.raises(StoreError, match=r"changes/000001\.json: expected a registry state of format 2"):
+        registry.state()
+
+
+def test_a_rollback_to_a_damaged_version_is_an_error_and_production_stays(registry, candidates):
+    for name in ("first", "second"):
+        promote(registry, candidates[name], ANA)
+    whole = registry.store.read("versions/000001.safetensors")
+    registry.store.write("versions/000001.safetensors", whole[:-1])
+    with pytest.raises(
+        InputError, match=r"version 1 cannot go back into production: .*000001\.safetensors: "
+    ):
+        registry.roll_back("bo", "")
+    assert registry.state().production == 2
+
+
+def test_a_rollback_to_a_version_that_does_not_predict_is_an_error(registry, candidates):
+    unfit = dataclasses.replace(candidates["first"], classifier={}, digest="unfit")
+    promote(registry, unfit, PromotionRequest("ana", "", force="a drill"))
+    promote(registry, candidates["second"], PromotionRequest("ana", "", force="a drill"))
+    with pytest.raises(InputError, match=r"version 1 cannot go back into production: .*the weights lack"):
+        registry.roll_back("bo", "", verify_candidate)
+    assert registry.state().production == 2
+
+
+def test_changes_after_a_number_are_returned_one_by_one(registry, candidates):
+    promote(registry, candidates["first"], ANA)
+    since = registry.state().sequence
+    assert registry.changes_after(since) == []
+    promote(registry, candidates["second"], ANA)
+    assert [s.action for s in registry.changes_after(since)] == ["added version 2", "version 2 to production"]

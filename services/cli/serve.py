@@ -1,0 +1,234 @@
+"""`defuse check`, `promote`, `rollback` and `serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from services.cli.options import address_option, checked_name, store_option
+from services.cli.suite import SuiteCheck, check_suite, suite_options
+from services.settings import read_settings
+
+if TYPE_CHECKING:
+    from services.serving.candidate import Candidate
+    from services.serving.registry import Registry
+
+by_option = click.option("--by", help="Author of the change. [default: the user of this machine]")
+why_option = click.option("--why", default="", help="Reason for the change, stored in the registry.")
+
+
+@click.command()
+@click.argument("run", required=False)
+@store_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@suite_options
+def check(run: str | None, store: str, as_json: bool, suite: Path | None, **options: Any) -> None:
+    """Check the corrected classifier of RUN against section `check` of its run file. Exits 1 if a check fails.
+
+    With --suite, check RUN, or any other classifier, against a suite that `defuse suite save` wrote.
+
+    \b
+    defuse check digits
+    defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors --junit report.xml
+    """
+    if suite is not None:
+        check_suite(SuiteCheck(suite, run, store, as_json, **options))
+    elif run is None:
+        raise click.UsageError("give RUN, or --suite FOLDER with --classifier")
+    else:
+        _check_run(run, store, as_json)
+
+
+def _check_run(run: str, store: str, as_json: bool) -> None:
+    from defuse_core.errors import CheckFailed
+    from services.serving.candidate import NothingCorrected
+
+    try:
+        candidate = _candidate(store, run)
+    except NothingCorrected as nothing:
+        page: dict[str, Any] = {"run": run, "passed": True, "annotators": None, "checks": []}
+        click.echo(json.dumps(page) if as_json else f"ok     {nothing}")
+        return
+    failed, annotators = candidate.failed_checks(), candidate.summary.annotators
+    if as_json:
+        checks = [asdict(result) for result in candidate.checks]
+        click.echo(json.dumps({"run": run, "passed": not failed, "annotators": annotators, "checks": checks}))
+    else:
+        for result in candidate.checks:
+            click.echo(f"{'ok    ' if result.passed else 'FAILED'} {result.line}")
+        click.echo(f"       its failure scenarios were labelled by {annotators}")
+    if failed:
+        raise CheckFailed(f"run {run}: {len(failed)} of {len(candidate.checks)} checks failed")
+
+
+@click.command()
+@click.argument("run", required=False)
+@store_option
+@click.option("--canary", metavar="SHARE", help="Let it answer only this share of the requests: 5%.")
+@click.option(
+    "--shadow", is_flag=True, help="Compare it with the version in production, which goes on answering."
+)
+@click.option("--force", metavar="REASON", help="Promote although checks fail, for this reason.")
+@by_option
+@why_option
+def promote(
+    run: str | None, store: str, canary: str | None, shadow: bool, force: str | None, by: str | None, why: str
+) -> None:
+    """Put the corrected classifier of RUN into production if `defuse check` passes. Without RUN, show all versions.
+
+    Running servers follow within seconds; no request is lost.
+
+    \b
+    defuse promote mnist --canary 5%
+    defuse promote mnist --why "canary within limits"
+    """
+    from services.serving.registry import PromotionRequest, parse_share
+    from services.serving.registry import promote as promote_candidate
+
+    registry = _registry(store)
+    if run is None:
+        _show(registry)
+        return
+    if canary and shadow:
+        raise click.UsageError("--canary and --shadow exclude each other")
+    share = parse_share(canary) if canary else None
+    request = PromotionRequest(by or getpass.getuser(), why, force or None, share, shadow)
+    click.echo(promote_candidate(registry, _candidate(store, run), request).action)
+
+
+@click.command()
+@store_option
+@by_option
+@why_option
+def rollback(store: str, by: str | None, why: str) -> None:
+    """End a canary or shadow; without one, put the previous version back into production."""
+    from services.serving.model import verify_candidate
+
+    state = _registry(store).roll_back(by or getpass.getuser(), why, verify_candidate)
+    click.echo(f"{state.action}; version {state.production} is in production")
+
+
+@click.command()
+@click.argument("run", required=False)
+@store_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on.")
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on."
+)
+@address_option
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set serve.watch=false"
+)
+@click.option("--pin", is_flag=True, help="Keep RUN, whatever is promoted.")
+@click.option(
+    "--proxy",
+    type=click.Choice(["auto", "direct", "haproxy", "ray"]),
+    default="auto",
+    show_default=True,
+    help="Between clients and replicas of the embedded Ray: nothing (direct), HAProxy, or Ray's own proxy. auto is "
+    "direct for one replica on loopback, and HAProxy otherwise.",
+)
+@click.option("--haproxy", is_flag=True, help="The same as --proxy haproxy.")
+def serve(
+    run: str | None,
+    store: str,
+    host: str,
+    port: int,
+    address: str | None,
+    overrides: tuple[str, ...],
+    pin: bool,
+    proxy: str,
+    haproxy: bool,
+) -> None:
+    """Serve the corrected classifier of RUN, and every later promoted version. Without RUN, the one in production.
+
+    With DEFUSE_SERVE_TOKEN set, every route but /healthz and /readyz requires it as a bearer token.
+
+    \b
+    defuse serve mnist
+    curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
+    """
+    from services.serving.arguments import ServeArgs, resolve_settings
+    from services.serving.proxy import Proxy, choose_proxy, proxy_environment
+
+    settings = read_settings()
+    args = ServeArgs(
+        store=store,
+        run=None if run is None else checked_name(run),
+        pin=pin,
+        require_token=bool(settings.serve_token),
+        settings=_serve_fields(overrides),
+    )
+    section, address = resolve_settings(args), address or settings.ray_address
+    requested = "haproxy" if haproxy else proxy
+    chosen = choose_proxy(requested, section, host) if address is None else Proxy.CLUSTER
+    with proxy_environment(chosen, port):
+        from services.serving.app import require_gpus, total_cpus
+        from services.serving.launch import (
+            ShutdownSignal,
+            ray_connection,
+            registry_changes,
+            running_application,
+        )
+
+        with ray_connection(address, total_cpus(section)):
+            shutdown = ShutdownSignal()
+            if address is None:
+                require_gpus(section)
+            running = running_application(args, host, port, shared=address is not None, proxy=chosen)
+            with (
+                contextlib.suppress(KeyboardInterrupt),
+                running as url,
+            ):  # a signal may arrive during the start
+                click.echo(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
+                for line in registry_changes(_registry(store), shutdown, section.poll_s):
+                    click.echo(line)
+
+
+def _candidate(store: str, run: str) -> Candidate:
+    from defuse_core.runs import Run
+    from services.console import ProgressDisplay
+    from services.serving.candidate import prepare_candidate
+    from services.storage import open_store
+
+    with ProgressDisplay() as display:
+        return prepare_candidate(Run.open(open_store(store), checked_name(run)), display)[1]
+
+
+def _registry(store: str) -> Registry:
+    from services.serving.registry import Registry
+    from services.storage import open_store
+
+    return Registry(open_store(store))
+
+
+def _show(registry: Registry) -> None:
+    state = registry.state()
+    for number, info in state.versions.items():
+        roles = {state.production: "production", state.canary: f"canary {state.share:.1%}"}
+        role = {**roles, state.shadow: "shadow"}.get(number, "")
+        forced = " (forced)" if info.forced else ""
+        origin = f"run {info.run}{forced}, labelled by {info.annotators}"
+        click.echo(f"{number:>4}  {role:<12} {origin}; by {info.by} on {info.when} {info.why}".rstrip())
+    author = f", by {state.by} on {state.when} {state.why}".rstrip() if state.sequence else ""
+    click.echo(f"last change: {state.action}{author}")
+
+
+def _serve_fields(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Return {"watch": False} for ("serve.watch=false",). Raises RunFileError for anything else."""
+    from defuse_core.config import apply_override
+    from defuse_core.errors import RunFileError
+
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        if not override.strip().startswith("serve."):
+            raise RunFileError(f"--set {override}: expected serve.field=value")
+        apply_override(tree, override)
+    fields: dict[str, Any] = tree.get("serve", {})
+    return fields

@@ -1,0 +1,250 @@
+"""From Label Studio's annotations to the answers that count.
+
+The server validates nothing, so each annotation is validated here; those that do not count are listed with the reason.
+It also forgets who gave an annotation when that account is deleted, so the authors are stored in the run at each pull.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from defuse_core.artifacts import I64
+from defuse_core.errors import InputError
+from defuse_core.store import Store
+from services.labeling.client import Annotation, Task
+from services.labeling.interface import LABEL, answers_by_name
+from services.labeling.tasks import ReviewTasks, TaskSubject
+
+AUTHORS_KEY = "annotation_authors.json"  # in the run's store: user id -> ids of annotations
+UNKNOWN = 0  # the user id of annotators whose account was deleted before their answers were first pulled
+
+# One annotator's answer to one task. `task` is its index in ReviewTasks, `labels` is an index into
+# PulledAnnotations.labels; times are seconds since 1970, `when` that of the last change.
+ANSWER_DTYPE = np.dtype(
+    [
+        ("task", "i4"),
+        ("labels", "i4"),
+        ("annotation", "i8"),
+        ("annotator", "i8"),
+        ("created", "f8"),
+        ("when", "f8"),
+    ]
+)
+AnswerTable: TypeAlias = NDArray[np.void]  # of ANSWER_DTYPE
+Authors: TypeAlias = dict[int, int]  # annotation id -> user id
+Labels: TypeAlias = tuple[int, ...]  # a class or none-of-the-above for each image of a task
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardedAnnotation:
+    """An annotation that does not count, and the reason."""
+
+    subject: TaskSubject
+    annotator: int  # user id
+    annotation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedTask:
+    """A task that an annotator skipped, which Label Studio does not offer to that annotator again."""
+
+    index: int  # in ReviewTasks
+    annotator: int  # user id
+    task: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedTask:
+    """The place of a task in Label Studio's queue."""
+
+    index: int  # in ReviewTasks; twice where a late import left a duplicate
+    task: int
+    overlap: int
+    labeled: bool  # out of the queue
+    submitted: int  # annotations without skips
+
+
+@dataclass(frozen=True, eq=False)
+class PulledAnnotations:
+    """All annotations of a project so far, in 40 bytes an answer."""
+
+    answers: AnswerTable  # those that count, by task and then by the time of their annotator's first answer
+    labels: list[Labels]
+    discarded: list[DiscardedAnnotation]
+    skips: list[SkippedTask]
+    queue: list[QueuedTask]
+
+    def annotators(self) -> list[int]:
+        """Return the user ids of all annotators, by the time of their first counted answer."""
+        order = np.lexsort((self.answers["annotator"], self.answers["created"]))
+        first = dict.fromkeys(self.answers["annotator"][order].tolist())
+        others = {discarded.annotator for discarded in self.discarded}
+        others |= {skip.annotator for skip in self.skips}
+        return [*first, *sorted(others - set(first))]
+
+    def authors(self) -> Authors:
+        """Return the annotator of each annotation whose annotator is known."""
+        table = zip(self.answers["annotation"].tolist(), self.answers["annotator"].tolist(), strict=True)
+        listed = ((discarded.annotation, discarded.annotator) for discarded in self.discarded)
+        return {
+            annotation: annotator for annotation, annotator in chain(table, listed) if annotator != UNKNOWN
+        }
+
+
+def read_annotations(
+    tasks: Iterable[Task], review_tasks: ReviewTasks, authors: Authors | None = None
+) -> PulledAnnotations:
+    """Return the answers: per task the newest of each annotator, of the first answers_per_task annotators.
+
+    `authors` are those of earlier pulls, for annotations whose account was deleted since.
+    """
+    reader = AnnotationReader(review_tasks, authors or {})
+    table = np.fromiter(reader.read(tasks), ANSWER_DTYPE)
+    wanted = review_tasks.review.answers_per_task
+    counted, replaced, surplus = select_counted(table, wanted)
+    unknown = table["annotator"][replaced] == UNKNOWN
+    reader.discard(table[replaced[~unknown]], "the same person answered again later")
+    reader.discard(
+        table[replaced[unknown]], "may be of the same person as a later answer: the account was deleted"
+    )
+    reader.discard(table[surplus], f"{wanted} others had answered before, as many as were asked for")
+    reader.discarded.sort(key=lambda discarded: (discarded.subject.key, discarded.annotation))
+    return PulledAnnotations(
+        table[counted], list(reader.labels), reader.discarded, reader.skips, reader.queue
+    )
+
+
+def read_authors(store: Store) -> Authors:
+    """Return the authors of annotations as stored by earlier pulls."""
+    try:
+        stored = json.loads(store.read(AUTHORS_KEY))
+        return {int(annotation): int(user) for user, given in stored.items() for annotation in given}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{store.address}/{AUTHORS_KEY}: expected what Defuse wrote there, found something else; delete it, and "
+            "the next pull writes it again"
+        ) from error
+
+
+def store_authors(store: Store, known: Authors, pulled: PulledAnnotations) -> None:
+    """Store the authors of the pulled annotations beside those that are known already."""
+    authors = known | pulled.authors()
+    if authors != known:
+        by_user: dict[int, list[int]] = {}
+        for annotation, user in sorted(authors.items()):
+            by_user.setdefault(user, []).append(annotation)
+        store.write(AUTHORS_KEY, json.dumps(by_user).encode())
+
+
+def select_counted(table: AnswerTable, wanted: int) -> tuple[I64, I64, I64]:
+    """Return the rows that count, those that their annotator replaced, and those beyond the `wanted` first annotators.
+
+    The first annotators are those whose first answer came first, whatever they changed later. The rows that count are
+    in that order within each task.
+    """
+    rows = np.lexsort([table[name] for name in ("annotation", "when", "annotator", "task")])
+    newest = np.ones(len(rows), bool)  # of its annotator, for its task
+    newest[:-1] = (np.diff(table["task"][rows]) != 0) | (np.diff(table["annotator"][rows]) != 0)
+    replaced, kept = rows[~newest], rows[newest]
+    since = np.minimum.reduceat(table["created"][rows], np.flatnonzero(np.roll(newest, 1)))
+    kept = kept[np.lexsort((table["annotation"][kept], since, table["task"][kept]))]
+    task = table["task"][kept]
+    rank = np.arange(len(kept)) - np.searchsorted(task, task)
+    return kept[rank < wanted], replaced, kept[rank >= wanted]
+
+
+class AnnotationReader:
+    """Reads annotations under the labelling interface that was pushed, and lists those that it cannot read."""
+
+    def __init__(self, tasks: ReviewTasks, authors: Authors) -> None:
+        self.tasks, self.authors = tasks, authors
+        self.images = tasks.gallery.predicted.shape[1]
+        self.answer_of = answers_by_name(tasks.gallery.classes)
+        self.labels: dict[Labels, int] = {}  # each once, since most answers are alike
+        self.discarded: list[DiscardedAnnotation] = []
+        self.queue: list[QueuedTask] = []
+        self.skips: list[SkippedTask] = []
+
+    def read(self, tasks: Iterable[Task]) -> Iterator[tuple[Any, ...]]:
+        """Yield a row of ANSWER_DTYPE for each annotation that answers a task of the review."""
+        for task in tasks:
+            index = self.tasks.index_of(task.key)
+            if index is None:
+                continue
+            submitted = [annotation for annotation in task.annotations if not annotation.cancelled]
+            self.skips += [
+                SkippedTask(index, self._annotator(annotation), task.id)
+                for annotation in task.annotations
+                if annotation.cancelled
+            ]
+            self.queue.append(QueuedTask(index, task.id, task.overlap, task.labeled, len(submitted)))
+            yield from self._rows(index, submitted)
+
+    def discard(self, answers: AnswerTable, reason: str) -> None:
+        """List valid answers that do not count."""
+        for answer in answers:
+            subject = self.tasks.subject(int(answer["task"]))
+            self.discarded.append(
+                DiscardedAnnotation(subject, int(answer["annotator"]), int(answer["annotation"]), reason)
+            )
+
+    def _rows(self, index: int, annotations: Iterable[Annotation]) -> Iterator[tuple[Any, ...]]:
+        subject = self.tasks.subject(index)
+        for annotation in annotations:
+            annotator = self._annotator(annotation)
+            labels = self._labels(subject, annotation)
+            if isinstance(labels, str):
+                self.discarded.append(DiscardedAnnotation(subject, annotator, annotation.id, labels))
+                continue
+            known = self.labels.setdefault(labels, len(self.labels))
+            yield index, known, annotation.id, annotator, annotation.created, annotation.updated
+
+    def _annotator(self, annotation: Annotation) -> int:
+        """Return the user id. All annotations whose deleted account was never seen count as one annotator's."""
+        return annotation.annotator or self.authors.get(annotation.id, UNKNOWN)
+
+    def _labels(self, subject: TaskSubject, annotation: Annotation) -> Labels | str:
+        """Return a label per image of the task, or the reason why there are none."""
+        labels: dict[str, int] = {}
+        results = annotation.result if isinstance(annotation.result, list) else []
+        for result in results:
+            control, label = self._label(subject, result)
+            if isinstance(label, str):
+                return label
+            if control in labels:
+                return f"two answers for {control}"
+            labels[control] = label
+        if LABEL not in labels:
+            return "no label was chosen"
+        if subject.image is not None:
+            return (labels[LABEL],)
+        return tuple(labels.get(f"{LABEL}_{image}", labels[LABEL]) for image in range(self.images))
+
+    def _label(self, subject: TaskSubject, result: Any) -> tuple[str, int | str]:
+        """Return the control and its label, or the reason why it has none."""
+        if not isinstance(result, dict) or not isinstance(result.get("value"), dict):
+            return "", "not an answer of this interface"
+        control, choices = str(result.get("from_name")), result["value"].get("choices")
+        allowed = (
+            [LABEL]
+            if subject.image is not None
+            else [LABEL, *(f"{LABEL}_{image}" for image in range(self.images))]
+        )
+        if control not in allowed:
+            return control, f"an answer for {control!r:.40}, which was not asked"
+        if not isinstance(choices, list) or len(choices) != 1:
+            count = len(choices) if isinstance(choices, list) else "no"
+            return control, f"{count} choices for {control}, not one"
+        if not isinstance(choices[0], str) or choices[0] not in self.answer_of:
+            return control, f"the choice {str(choices[0])!r:.60} is not one of the classes"
+        return control, self.answer_of[choices[0]]

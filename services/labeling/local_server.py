@@ -1,0 +1,268 @@
+"""A Label Studio server on this machine, for trying it out and for the tests.
+
+Its files are below the user's cache: its own environment (`env`), its data with SQLite in WAL mode (`data`), a
+log, and `server.json` with address, login and token, readable by the user alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
+
+from defuse_core.errors import InputError, ServiceError
+
+VERSIONS = "label-studio>=1.23,<1.24"
+USERNAME = "admin@defuse.local"
+REPORT_EVERY_S = 10
+START_TIMEOUT_S = 300  # the first start migrates an empty database: some 30 s on two idle cores
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A server that `up` started: its address, and how to log in."""
+
+    address: str
+    port: int
+    pid: int  # also of its process group
+    username: str
+    password: str = field(repr=False)
+    token: str = field(repr=False)
+
+    def is_healthy(self) -> bool:
+        """Whether it runs and reports that it is healthy."""
+        with contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=5.0)) as connection:
+            try:
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
+            except (OSError, HTTPException):
+                return False
+
+
+class Installation:
+    """The files of the local server: its environment below the user's cache, its data there or in `folder`."""
+
+    def __init__(self, cache: Path, folder: Path | None = None) -> None:
+        self.env = cache.expanduser() / "label-studio" / "env"
+        self.folder = folder or self.env.parent
+        self.program = self.env / "bin" / "label-studio"
+        self.data = self.folder / "data"
+        self.log = self.folder / "server.log"
+
+    def read_server(self) -> LocalServer | None:
+        """Return the server that was started last, running or not."""
+        try:
+            return LocalServer(**json.loads((self.folder / "server.json").read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def write_server(self, server: LocalServer) -> None:
+        """Store address, login and token so that only this user can read them."""
+        target = self.folder / "server.json"
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
+            json.dump(asdict(server), handle)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One install, start or stop at a time."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.folder / ".lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+
+def _silent(line: str) -> None:
+    """Report no progress."""
+
+
+def install(cache: Path, report: Callable[[str], None] = _silent) -> Installation:
+    """Install the server in its own environment, once: about 1 GB and a minute.
+
+    Raises ServiceError if pip fails.
+    """
+    installation = Installation(cache)
+    done = installation.env / ".installed"
+    with installation.lock():
+        if not (done.is_file() and done.read_text() == VERSIONS):
+            report(f"installing Label Studio in {installation.env}: about 1 GB, a minute")
+            _run(sys.executable, "-m", "venv", "--clear", str(installation.env))
+            _run(
+                str(installation.env / "bin" / "pip"),
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                VERSIONS,
+            )
+            done.write_text(VERSIONS)
+    return installation
+
+
+def up(cache: Path, port: int = 8080, report: Callable[[str], None] = _silent) -> LocalServer:
+    """Return the running local server, installed and started first if necessary.
+
+    Raises ServiceError, InputError.
+    """
+    installation = install(cache, report)
+    with installation.lock():
+        known = installation.read_server()
+        if known is not None and known.is_healthy() and _is_label_studio(known.pid):
+            return known
+        report("starting Label Studio: some seconds, or about half a minute the first time")
+        return start(installation, port, known, report)
+
+
+def start(
+    installation: Installation,
+    port: int,
+    known: LocalServer | None,
+    report: Callable[[str], None] = _silent,
+    **environment: str,
+) -> LocalServer:
+    """Start the server on loopback and return it once it is healthy.
+
+    It keeps the login and token of `known`, an earlier start.
+    """
+    if _port_in_use(port):
+        raise InputError(f"port {port} of this machine is in use; choose another with --port")
+    _prepare_database(installation.data)
+    password, token = (
+        (known.password, known.token) if known else (secrets.token_urlsafe(12), secrets.token_hex(20))
+    )
+    address = f"http://127.0.0.1:{port}"
+    with installation.log.open("ab") as log:
+        process = subprocess.Popen(
+            [
+                installation.program,
+                "start",
+                "--no-browser",
+                "--internal-host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
+            env=_environment(installation, address, password, token) | environment,
+            cwd=installation.data,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    server = LocalServer(address, port, process.pid, USERNAME, password, token)
+    installation.write_server(server)
+    _wait_until_healthy(server, process, installation.log, report)
+    return server
+
+
+def down(cache: Path) -> bool:
+    """Stop the local server; False if it was not running. Its projects and answers stay for the next `up`."""
+    installation = Installation(cache)
+    with installation.lock():
+        server = installation.read_server()
+        if server is None or not _is_label_studio(server.pid):
+            return False
+        stop(server)
+        return True
+
+
+def stop(server: LocalServer) -> None:
+    """End the server's process group and wait until it is gone and its port is free."""
+    for end, patience_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, end)
+        if _wait_until(
+            lambda: not _is_label_studio(server.pid) and not _port_in_use(server.port), patience_s
+        ):
+            return
+
+
+def running_server(cache: Path) -> LocalServer | None:
+    """Return the local server if it runs."""
+    server = Installation(cache).read_server()
+    return server if server is not None and server.is_healthy() and _is_label_studio(server.pid) else None
+
+
+def _environment(installation: Installation, address: str, password: str, token: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
+    endpoint = os.environ.get(
+        "AWS_ENDPOINT_URL"
+    )  # Label Studio blocks private addresses that only users name
+    return (kept | {"LABEL_STUDIO_S3_ENDPOINT": endpoint} if endpoint else kept) | {
+        "LABEL_STUDIO_BASE_DATA_DIR": str(installation.data),
+        "LABEL_STUDIO_HOST": address,
+        "LABEL_STUDIO_USERNAME": USERNAME,
+        "LABEL_STUDIO_PASSWORD": password,
+        "LABEL_STUDIO_USER_TOKEN": token,
+        "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
+        "LABEL_STUDIO_DISABLE_SIGNUP_WITHOUT_LINK": "true",
+        "COLLECT_ANALYTICS": "0",
+        "SENTRY_DSN": "",
+        "FRONTEND_SENTRY_DSN": "",
+        "LATEST_VERSION_CHECK": "0",
+    }
+
+
+def _prepare_database(data: Path) -> None:
+    """Put SQLite in WAL mode, before the server opens it: otherwise it accepts only 4 to 9 answers a second."""
+    data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.closing(sqlite3.connect(data / "label_studio.sqlite3")) as database:
+        database.execute("pragma journal_mode=wal")
+
+
+def _wait_until_healthy(
+    server: LocalServer, process: subprocess.Popen[bytes], log: Path, report: Callable[[str], None]
+) -> None:
+    for waited_s in range(0, START_TIMEOUT_S, REPORT_EVERY_S):
+        if _wait_until(lambda: server.is_healthy() or process.poll() is not None, REPORT_EVERY_S):
+            break
+        report(f"still starting after {waited_s + REPORT_EVERY_S} s; its log is {log}")
+    if process.poll() is not None or not server.is_healthy():
+        stop(server)
+        raise ServiceError(f"Label Studio did not start on {server.address}; its log is {log}")
+
+
+def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Poll until the condition holds; False if it does not within `timeout_s`."""
+    polling = Retrying(
+        retry=retry_if_result(lambda holds: not holds), stop=stop_after_delay(timeout_s), wait=wait_fixed(0.2)
+    )
+    try:
+        return polling(condition)
+    except RetryError:
+        return False
+
+
+def _port_in_use(port: int) -> bool:
+    with contextlib.closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _is_label_studio(pid: int) -> bool:
+    """Whether `pid` is a running Label Studio server, not another program that reuses the number."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    found = subprocess.run(
+        ["ps", "-o", "stat=,command=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    return "label-studio" in found.stdout and not found.stdout.startswith("Z")
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        cause = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        raise ServiceError(
+            f"installing Label Studio failed: `{' '.join(command[:3])} ...` failed with: {cause[0]}"
+        )

@@ -1,0 +1,400 @@
+"""The Label Studio project of a run: created once and filled with each task once, wherever a push is interrupted.
+
+A write may have taken effect although its reply was lost. So the project bears a mark that is stored in the run before
+the project exists, and tasks bear keys: a push lists them, imports the missing ones, lists again, and drops duplicates
+that nobody has answered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from defuse_core.artifacts import I64, Bool
+from defuse_core.errors import InputError, ServiceError
+from defuse_core.runs import Run
+from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
+from services.labeling.interface import instructions, interface_edit, label_config
+from services.labeling.pictures import bucket_storage
+from services.labeling.state import ProjectState, new_mark, read_state, update_state, write_state
+from services.labeling.tasks import PRELABEL_MODEL, Prelabel, ReviewTasks, batches, digest
+from services.settings import BucketAccess
+
+if TYPE_CHECKING:
+    from services.storage.s3 import S3Store
+
+log = logging.getLogger("defuse")
+
+ATTEMPTS = 4
+PAUSE_S = 1.0
+
+
+class ReviewProject:
+    """The project of one run on one server, as it should be and as it is.
+
+    Where someone deleted or edited what was pushed, InputError is raised, or with `repair` it is put back.
+    """
+
+    def __init__(
+        self,
+        client: LabelStudioClient,
+        run: Run,
+        tasks: ReviewTasks,
+        *,
+        access: BucketAccess | None = None,
+        prelabels: Mapping[int, Prelabel] | None = None,
+        repair: bool = False,
+    ) -> None:
+        """`prelabels` are in the order in which annotators get the tasks; without them that is by scenario.
+
+        `access` is needed for a push of pictures in a bucket.
+        """
+        self.client, self.run, self.tasks, self.repair = client, run, tasks, repair
+        self.access, self.prelabels = access or BucketAccess(), prelabels or {}
+        self.state = read_state(run.store, tasks.gallery)
+        self.repair_command = f"`defuse review push {run.name} --repair`"
+
+    def push(self) -> ProjectState:
+        """Create the project if it does not exist, import the tasks that it lacks, and return the new state."""
+        storage = self._bucket_storage()
+        write_state(self.run.store, self.state)  # the mark, before a project bears it
+        project = self.find()
+        if project is None:
+            if self.state.project is not None:  # a replacement of a lost project needs a mark of its own
+                self.state = ProjectState(new_mark(), self.state.gallery, people=self.state.people)
+                write_state(self.run.store, self.state)
+            project = self.create()
+        number = project.id
+        self._update_state(lambda known: replace(known, project=number, address=self.client.address))
+        self._check_settings(project)
+        if storage is not None:
+            self._connect_bucket(storage)
+        self.import_missing()
+        if self.repair:
+            self._delete_skips()
+        self._update_state(lambda known: replace(known, pushed=True))
+        return self.state
+
+    def pull(self) -> Iterator[Task]:
+        """Yield the tasks of the project with their annotations.
+
+        Raises InputError if the project was deleted or its labelling interface edited, for a task that was edited, and
+        at the end if tasks are missing: answers could be misread.
+        """
+        project = self.find()
+        if project is not None:
+            self._check_settings(project)
+        missing = np.ones(len(self.tasks), bool)
+        for task in self.client.tasks(self.state.number, with_data=True):
+            index = self.tasks.index_of(task.key)
+            if index is not None:
+                if _is_edited(task):
+                    raise InputError(self._edited(task))
+                missing[index] = False
+            yield task
+        if missing.any():
+            raise InputError(self._deleted(np.flatnonzero(missing).tolist()))
+
+    def settings(self) -> ProjectSettings:
+        """Return the settings that the project should have."""
+        review, classes = self.run.spec.review, self.tasks.gallery.classes
+        return ProjectSettings(
+            title=f"Defuse {self.run.name}"[:50],
+            description=f"Made by Defuse for its run {self.run.name}. Leave this mark: {self.state.mark}",
+            label_config=label_config(review.form, classes),
+            expert_instruction=instructions(review.form, classes),
+            show_instruction=True,
+            show_skip_button=False,  # none-of-the-above is the answer to give
+            maximum_annotations=review.answers_per_task,
+            sampling="Sequential sampling",
+            show_collab_predictions=review.prelabel,
+            model_version=PRELABEL_MODEL if review.prelabel else "",
+        )
+
+    def find(self) -> Project | None:
+        """Return the run's project; None if there is none yet, or if it is lost and to be replaced."""
+        state = self.state
+        if state.project is None:
+            return next(iter(self.client.find_projects(state.mark)), None)
+        project = self.client.project(state.project)
+        if project is not None and state.mark in project.settings.description:
+            return project
+        if project is not None and self.repair and self._holds_our_tasks(project):
+            self.client.update_project(project.id, description=self.settings().description)
+            log.warning(
+                "project %d: put the mark of run %s back into its description", project.id, self.run.name
+            )
+            return project
+        if self.repair:
+            log.warning("project %d is gone from %s; creating another", state.project, self.client.address)
+            return None
+        if project is None:
+            raise InputError(
+                f"project {state.project} was deleted from {self.client.address}, its answers with it; "
+                f"{self.repair_command} creates another"
+            )
+        raise InputError(
+            f"project {state.project} at {self.client.address} is not this run's, which was pushed to "
+            f"{state.address}: its description lacks the mark {state.mark}; "
+            f"correct LABEL_STUDIO_URL, or let {self.repair_command} put the mark back if the project has the run's "
+            "tasks, and otherwise create another"
+        )
+
+    def create(self) -> Project:
+        """Create the project, unless an earlier attempt whose reply was lost did."""
+        for attempt in _attempts():
+            with attempt:
+                known = self.client.find_projects(self.state.mark)
+                if known:
+                    return known[0]
+                created = self.client.create_project(self.settings())
+        log.info("review: created project %d at %s", created.id, self.client.labeling_url(created.id))
+        return created
+
+    def import_missing(self) -> None:
+        """Import the tasks that the project lacks, and drop unanswered duplicates."""
+        for attempt in _attempts():
+            with attempt:
+                present = self.drop_duplicates()
+                missing = [index for index in self._order() if not present.ids[index]]
+                if missing:
+                    self._import(missing)
+                    present = self.drop_duplicates()
+                if not present.ids.all():
+                    raise ServiceError(f"project {self.state.project} lacks tasks after an import; run again")
+
+    def drop_duplicates(self) -> PresentTasks:
+        """Return the tasks in the project, after duplicates that nobody answered are deleted."""
+        present = PresentTasks.none(len(self.tasks))
+        dropped: dict[int, str] = {}  # deleted later: a deletion while listing would shift the pages
+        unknown = 0
+        for task in self.client.tasks(self.state.number, with_data=True):
+            index = self.tasks.index_of(task.key)
+            if index is None:
+                unknown += 1
+            elif _is_edited(task):
+                if not self.repair:
+                    raise InputError(self._edited(task))
+                dropped[task.id] = str(task.key)
+            elif duplicate := present.add(index, task):
+                dropped[duplicate] = str(task.key)
+        for duplicate, key in dropped.items():
+            self.client.delete_task(duplicate)
+            log.info("review: deleted task %d, a duplicate or an edited version of %s", duplicate, key)
+        if unknown:
+            log.warning(
+                "project %d also contains %d tasks that Defuse did not import; they stay as they are",
+                self.state.number,
+                unknown,
+            )
+        return present
+
+    def _order(self) -> Iterable[int]:
+        """The indices of all tasks, in the order in which annotators get them."""
+        return self.prelabels or range(len(self.tasks))
+
+    def _import(self, missing: list[int]) -> None:
+        if self.state.pushed and not self.repair:
+            raise InputError(self._deleted(missing))
+        imported = 0
+        for batch in batches(self.tasks.task(index, self.prelabels.get(index)) for index in missing):
+            self.client.import_tasks(self.state.number, batch)
+            imported += len(batch)
+        log.info("review: pushed %d tasks to project %d", imported, self.state.number)
+
+    def _deleted(self, missing: list[int]) -> str:
+        return (
+            f"project {self.state.project}: {len(missing)} of {len(self.tasks)} tasks were deleted in Label Studio "
+            f"(first {self.tasks.subject(missing[0]).key}); {self.repair_command} puts them back"
+        )
+
+    def _edited(self, task: Task) -> str:
+        return (
+            f"project {self.state.number}: task {task.id} ({task.key}) was edited in Label Studio and no longer "
+            f"shows what was pushed; {self.repair_command} replaces it, with its answers"
+        )
+
+    def _holds_our_tasks(self, project: Project) -> bool:
+        """Whether the project bears no other run's mark and has a task of this review."""
+        if re.search(r"defuse-[0-9a-f]{16}", project.settings.description):
+            return False
+        for task in self.client.tasks(project.id):
+            index = self.tasks.index_of(task.key)
+            if index is not None and task.digest == self.tasks.task(index)["meta"]["digest"]:
+                return True
+        return False
+
+    def _delete_skips(self) -> None:
+        """Delete skips, so that Label Studio hands the tasks out again to those who skipped them."""
+        skips = [
+            annotation.id
+            for task in self.client.tasks(self.state.number)
+            if self.tasks.index_of(task.key) is not None
+            for annotation in task.annotations
+            if annotation.cancelled
+        ]
+        for skip in skips:
+            self.client.delete_annotation(skip)
+
+    def _check_settings(self, project: Project) -> None:
+        """Log once what someone changed in the project. Raises InputError where its answers would be misread."""
+        state, found = self.state, project.settings
+        if state.title and found.title != state.title:
+            log.warning(
+                "project %d was renamed from %r to %r; it is still used", project.id, state.title, found.title
+            )
+        self._put_back(project, "maximum_annotations", "show_skip_button", "show_collab_predictions")
+        if not state.interface:  # just created
+            wanted = self.settings().label_config
+            state = replace(state, interface=wanted, instructions=found.expert_instruction)
+        edits = self._page_edits(state, found)
+        if edits:
+            handle = self._restore_page if self.repair else self._log_page_edits
+            state = handle(project, state, edits)
+        self._update_state(
+            lambda known: replace(
+                known,
+                title=found.title,
+                interface=state.interface,
+                instructions=state.instructions,
+                reported=state.reported,
+            )
+        )
+
+    def _restore_page(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
+        """Put the labelling page and its instructions back, and return the state with what Label Studio stored."""
+        wanted = self.settings()
+        self.client.update_project(
+            project.id,
+            label_config=wanted.label_config,
+            expert_instruction=wanted.expert_instruction,
+            show_instruction=True,
+        )
+        log.warning("project %d: put the labelling page back (%s)", project.id, "; ".join(edits))
+        restored = self.client.project(project.id)
+        stored = restored.settings.expert_instruction if restored else ""
+        return replace(state, interface=wanted.label_config, instructions=stored, reported="")
+
+    def _log_page_edits(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
+        """Log edits of the page that do not change what answers mean, once, and return the state with their digest."""
+        reported = hashlib.sha256(repr((edits, project.settings.label_config)).encode()).hexdigest()
+        if reported != state.reported:
+            log.warning(
+                "project %d: %s of its labelling page was edited, which does not change what answers mean; %s puts it "
+                "back",
+                project.id,
+                " and ".join(edits),
+                self.repair_command,
+            )
+        return replace(state, reported=reported)
+
+    def _page_edits(self, pushed: ProjectState, found: ProjectSettings) -> list[str]:
+        """Return what differs from the labelling page as pushed. Raises InputError if answers could be misread."""
+        edits = []
+        edit = interface_edit(pushed.interface, found.label_config)
+        if edit is not None and edit.changes_answers and not self.repair:
+            raise InputError(
+                f"project {self.state.project}: its labelling interface was edited in Label Studio "
+                f"({edit.description}), so that answers could be misread; undo it there, or by {self.repair_command}"
+            )
+        if edit is not None:
+            edits.append(edit.description)
+        if found.expert_instruction != pushed.instructions or not found.show_instruction:
+            edits.append("the instructions")
+        return edits
+
+    def _put_back(self, project: Project, *names: str) -> None:
+        """Set settings again that someone changed and that a review depends on."""
+        wanted, found = asdict(self.settings()), asdict(project.settings)
+        for name in names:
+            if found[name] != wanted[name]:
+                self.client.update_project(project.id, **{name: wanted[name]})
+                log.warning(
+                    "project %d had %s %s; put back to %s", project.id, name, found[name], wanted[name]
+                )
+
+    def _bucket_storage(self) -> dict[str, Any] | None:
+        """Return the storage that shows pictures in the run's bucket; None if all pictures are inline.
+
+        The first picture in the bucket is written and read with Label Studio's credentials, before any task exists.
+        """
+        place = self.tasks.pictures.first_in_bucket(self.tasks.gallery)
+        if place is None:
+            return None
+        store = self.run.store
+        if not store.address.startswith("s3://") and self.state.pushed:
+            log.warning(
+                "project %d shows pictures from the bucket that the run was pushed from", self.state.number
+            )
+            return None
+        self.tasks.picture(*place)  # raises InputError for a run that is not in S3
+        return bucket_storage(cast("S3Store", store), f"Pictures of {self.run.name}", self.access)
+
+    def _connect_bucket(self, storage: dict[str, Any]) -> None:
+        """Let Label Studio show the pictures in the run's bucket. Raises InputError if it cannot."""
+        for attempt in _attempts():
+            with attempt:
+                try:
+                    self.client.connect_bucket(self.state.number, storage)
+                except BlockedAddressError:
+                    self._connect_trusted_bucket(storage)
+
+    def _connect_trusted_bucket(self, storage: dict[str, Any]) -> None:
+        """Connect the bucket at the address that Label Studio's operator trusts, which users' addresses are not."""
+        trusted = {name: value for name, value in storage.items() if name != "s3endpoint"}
+        try:
+            self.client.connect_bucket(self.state.number, trusted)
+        except (ServiceError, InputError):
+            endpoint = storage.get("s3endpoint")
+            raise InputError(
+                f"Label Studio at {self.client.address} blocks the bucket's address {endpoint}, which is on a private "
+                "or loopback network (its SSRF protection): start Label Studio with LABEL_STUDIO_S3_ENDPOINT="
+                f"{endpoint} in its environment, or with SSRF_PROTECTION_ENABLED=false; no task was pushed"
+            ) from None
+
+    def _update_state(self, change: Callable[[ProjectState], ProjectState]) -> None:
+        self.state = update_state(self.run.store, self.state, change)
+
+
+@dataclass(eq=False)
+class PresentTasks:
+    """The tasks that are in the project already, of T."""
+
+    ids: I64  # (T,) ids in Label Studio; 0 for a task that is missing
+    answered: Bool  # (T,)
+
+    @classmethod
+    def none(cls, count: int) -> PresentTasks:
+        return cls(np.zeros(count, np.int64), np.zeros(count, bool))
+
+    def add(self, index: int, task: Task) -> int:
+        """Add a task. Of two equal ones return the id of the one to delete: never one that somebody answered."""
+        first = int(self.ids[index])
+        if first and not task.annotations:
+            return task.id
+        if first and self.answered[index]:
+            return 0  # annotations.py reads two answered ones as one
+        self.ids[index], self.answered[index] = task.id, bool(task.annotations)
+        return first
+
+
+def _attempts() -> Retrying:
+    """Retry after lost replies and server failures, with growing pauses; the last failure is raised."""
+    return Retrying(
+        retry=retry_if_exception_type(ServiceError),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential(multiplier=PAUSE_S),
+        reraise=True,
+    )
+
+
+def _is_edited(task: Task) -> bool:
+    """Whether someone edited a task of a review since it was pushed."""
+    return task.data is None or digest(str(task.key), task.data) != task.digest

@@ -1,0 +1,117 @@
+"""What a run stores about its Label Studio project: `labeling.json`, without secrets or e-mail addresses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+
+from defuse_core.artifacts import Gallery
+from defuse_core.errors import InputError
+from defuse_core.store import Store
+
+VERSION = 2  # of the stored state
+STATE_KEY = "labeling.json"
+
+
+@dataclass(frozen=True)
+class ProjectState:
+    """What a run stores about its Label Studio project: which one it is, and the pseudonyms of its annotators."""
+
+    mark: str  # part of the project's description, which identifies it, also after a lost reply
+    gallery: str  # digest of the images that were pushed
+    address: str = ""
+    project: int | None = None  # None until the server has replied
+    title: str = ""
+    interface: str = ""  # the labelling interface as pushed
+    instructions: str = ""  # for annotators, as Label Studio stored them
+    reported: str = ""  # digest of an edited layout or edited instructions that were logged
+    pushed: bool = False  # every task existed once, so one that is missing was deleted
+    people: dict[str, int] = field(default_factory=dict)  # user id -> n of the pseudonym annotator-n
+    simulated: bool = False  # reference models answered through the accounts of simulated annotators
+    version: int = VERSION
+
+    @property
+    def number(self) -> int:
+        """The project's id in Label Studio. Only for a state whose project exists."""
+        assert self.project is not None
+        return self.project
+
+    def with_annotators(self, seen: Iterable[int]) -> ProjectState:
+        """Return the state with a number for each user id in `seen`, in order of appearance.
+
+        Numbers never change.
+        """
+        people = dict(self.people)
+        for annotator in seen:
+            people.setdefault(str(annotator), len(people) + 1)
+        return replace(self, people=people)
+
+    def pseudonym(self, annotator: int) -> str:
+        return f"annotator-{self.people[str(annotator)]}"
+
+
+def new_mark() -> str:
+    return f"defuse-{secrets.token_hex(8)}"
+
+
+def read_state(store: Store, gallery: Gallery) -> ProjectState:
+    """Return the state of the run's project, or a new one.
+
+    Raises InputError if other images were pushed than those of `gallery`.
+    """
+    digest_now = gallery_digest(gallery)
+    state = _stored_state(store)
+    if state is None:
+        return ProjectState(mark=new_mark(), gallery=digest_now)
+    if state.gallery != digest_now:
+        raise InputError(
+            f"project {state.project} shows other images than this run's gallery now contains; use another "
+            f"--name, or delete {store.address}/{STATE_KEY} to push the new images to a new project"
+        )
+    return state
+
+
+def update_state(
+    store: Store, state: ProjectState, change: Callable[[ProjectState], ProjectState]
+) -> ProjectState:
+    """Apply `change` to the stored state, which other commands may have changed since `state` was read; return it."""
+    known = _stored_state(store)
+    changed = change(known or state)
+    if changed != known:
+        write_state(store, changed)
+    return changed
+
+
+def write_state(store: Store, state: ProjectState) -> None:
+    store.write(STATE_KEY, json.dumps(asdict(state), indent=1).encode())
+
+
+def _stored_state(store: Store) -> ProjectState | None:
+    try:
+        fields = json.loads(store.read(STATE_KEY))
+        version = fields.get("version", 1)
+        if version == VERSION:
+            return ProjectState(**fields)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{store.address}/{STATE_KEY}: expected what Defuse wrote there, found something else; restore it, or "
+            f"delete it to push the images to a new project"
+        ) from error
+    raise InputError(
+        f"{store.address}/{STATE_KEY} has version {version}, this Defuse reads version {VERSION}: finish the review "
+        f"with the version that began it, or delete the file to push the images to a new project"
+    )
+
+
+def gallery_digest(gallery: Gallery) -> str:
+    """Return a digest of a gallery: of its images as annotators see them, of its predictions and classes."""
+    sha = hashlib.sha256(repr((gallery.classes, gallery.images.shape)).encode())
+    sha.update(gallery.predicted.tobytes())
+    for scenario in gallery.images:  # one after the other, so that a large gallery is not copied
+        sha.update((scenario * 255).round().astype("uint8").tobytes())
+    return sha.hexdigest()

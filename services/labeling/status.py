@@ -1,0 +1,293 @@
+"""The status of a review: what is answered, what is missing, which verdicts are final, and what stays in the queue.
+
+A verdict is final when no missing answer can change it or its label. A missing answer may turn out to be any class,
+none-of-the-above, or never come. The rules are those of `defuse_core.judge`; the tests hold both against each other
+over all completions of small cases.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from defuse_core.artifacts import I64, Bool, Verdicts, Votes
+from defuse_core.judge import false_discovery_rate, judge, tally
+from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
+from services.labeling.client import LabelStudioClient
+from services.labeling.state import ProjectState
+from services.labeling.tasks import ReviewTasks
+
+log = logging.getLogger("defuse")
+
+FORBIDDEN = -(10**9)  # weight of a label that an image cannot end with
+FILL = 10**6  # weight of filling a slot of the class that is to win, over anything else
+
+
+@dataclass(frozen=True, eq=False)
+class ReviewStatus:
+    """The review at one moment."""
+
+    tasks: ReviewTasks
+    pulled: PulledAnnotations
+    names: Mapping[int, str]  # of annotators, by user id
+    votes: Votes  # so far
+    missing: I64  # (S, R) answers that were requested and not given
+    overridden: Bool  # (S,) a person decided above the vote
+    final: Bool  # (S,) stop_early, and no missing answer can change verdict or label
+
+    @property
+    def decided(self) -> Bool:
+        """(S,) whether no more answers are needed."""
+        complete: Bool = self.missing.sum(axis=1) == 0
+        return complete | self.overridden | self.final
+
+    @property
+    def requested(self) -> int:
+        """Number of answers requested in all, one per task and annotator."""
+        return len(self.tasks) * self.tasks.review.answers_per_task
+
+    @property
+    def given(self) -> int:
+        """Number of answers that count."""
+        return len(self.pulled.answers)
+
+    @cached_property
+    def given_per_task(self) -> I64:
+        """(T,) answers to each task."""
+        return np.bincount(self.pulled.answers["task"], minlength=len(self.tasks))
+
+    @property
+    def saved(self) -> int:
+        """Number of answers that were requested and are not needed any more."""
+        return self._missing_in(self.decided)
+
+    @property
+    def outstanding(self) -> int:
+        """Number of answers that annotators still have to give."""
+        return self._missing_in(~self.decided)
+
+    def _missing_in(self, scenarios: Bool) -> int:
+        missing = self.tasks.review.answers_per_task - self.given_per_task
+        return int(missing.reshape(len(scenarios), self.tasks.per_scenario)[scenarios].sum())
+
+    def verdicts(self) -> Verdicts:
+        """Return the verdicts that follow from the votes so far."""
+        review = self.tasks.review
+        rate = false_discovery_rate(review)
+        return judge(self.tasks.gallery, self.votes, review.rho, max_false=rate)
+
+    def per_annotator(self) -> dict[str, int]:
+        """Return how many tasks each annotator answered, by name."""
+        given = Counter(self.pulled.answers["annotator"].tolist())
+        counts: Counter[str] = Counter()
+        for annotator in self.pulled.annotators():
+            counts[self.names[annotator]] += given[annotator]  # two annotators may have one name
+        return dict(counts)
+
+    def name_of(self, discarded: DiscardedAnnotation | SkippedTask) -> str:
+        return self.names[discarded.annotator]
+
+    def blocking_skips(self) -> list[SkippedTask]:
+        """Return the skips of tasks that still lack answers, which those annotators are not asked for again."""
+        wanted = self.tasks.review.answers_per_task
+        return [
+            skip
+            for skip in self.pulled.skips
+            if self.given_per_task[skip.index] < wanted
+            and not self.decided[self.tasks.subject(skip.index).scenario]
+        ]
+
+    def answers_since(self, votes: Votes) -> int:
+        """Return how many answers were given or changed after those that `votes` holds."""
+        return int((self.pulled.answers["when"] > votes.when.max(initial=0)).sum())
+
+    def final_votes(self, state: ProjectState) -> Votes:
+        """Return the votes with the notes that the report shows."""
+        review = self.tasks.review
+        notes: dict[str, Any] = {
+            "project": state.number,
+            "form": review.form,
+            "answers_wanted": self.requested,
+            "answers_given": self.given,
+            "answers_saved": self.saved,
+            "decided_early": np.flatnonzero(self.final & (self.missing.sum(axis=1) > 0)).tolist(),
+            "skips": len(self.pulled.skips),
+            "refused_answers": [self._note(discarded) for discarded in self.pulled.discarded],
+        }
+        if review.prelabel:
+            notes["prelabel"] = "annotators saw the reference models' answer preselected, which biases a vote"
+        answered_by = "reference models" if state.simulated else "people"
+        return replace(self.votes, answered_by=answered_by, notes=notes)
+
+    def _note(self, discarded: DiscardedAnnotation) -> dict[str, Any]:
+        return {
+            "scenario": discarded.subject.scenario,
+            "image": discarded.subject.image,
+            "annotator": self.name_of(discarded),
+            "annotation": discarded.annotation,
+            "why": discarded.reason,
+        }
+
+
+def review_status(
+    tasks: ReviewTasks, pulled: PulledAnnotations, names: Mapping[int, str], overridden: Iterable[int]
+) -> ReviewStatus:
+    """Return the status of the review; `overridden` are the scenarios that a person decided above the vote."""
+    shape = tasks.gallery.predicted.shape
+    votes = _votes(pulled, tasks, names)
+    given = np.zeros(shape, np.int64)
+    np.add.at(given, (votes.scenario, votes.image), 1)
+    missing = np.maximum(tasks.review.answers_per_task - given, 0)
+    above = np.isin(np.arange(len(tasks.gallery)), list(overridden))
+    final: Bool = np.zeros(len(tasks.gallery), bool)
+    if tasks.review.stop_early and tasks.review.accept == "share":
+        counts = tally(votes, (shape[0], shape[1]), len(tasks.gallery.classes))
+        cases = zip(counts, missing, tasks.gallery.predicted, strict=True)
+        final = np.array([verdict_is_final(*case, tasks.review.rho) for case in cases], bool)
+    return ReviewStatus(tasks, pulled, names, votes, missing, above, final)
+
+
+def _votes(pulled: PulledAnnotations, tasks: ReviewTasks, names: Mapping[int, str]) -> Votes:
+    answers, annotators = pulled.answers, pulled.annotators()
+    images = tasks.gallery.predicted.shape[1]
+    per_task = images // tasks.per_scenario
+    labels = np.array(pulled.labels, np.int64).reshape(-1, per_task)[answers["labels"]]  # (answers, per_task)
+    scenario, image = np.divmod(answers["task"][:, None] * per_task + np.arange(per_task), images)
+    by_id = np.argsort(annotators)
+    annotator = by_id[np.searchsorted(annotators, answers["annotator"], sorter=by_id)]
+    return Votes(
+        scenario=scenario.ravel(),
+        image=image.ravel(),
+        annotator=np.repeat(annotator, per_task),
+        answer=labels.ravel(),
+        when=np.repeat(answers["when"], per_task),
+        annotators=tuple(names[annotator] for annotator in annotators),
+        answered_by="people",
+        notes={},
+    )
+
+
+def update_queue(client: LabelStudioClient, status: ReviewStatus) -> None:
+    """Take decided tasks out of Label Studio's queue and put those back that lack answers.
+
+    Label Studio itself knows of no decided scenarios. It calls a task that lacks answers done when one of its
+    annotations was discarded, or when a changed answer opened a scenario again that had been decided.
+    """
+    changed, seen = 0, np.zeros(len(status.tasks), bool)
+    for queued in status.pulled.queue:
+        overlap, labeled = _queue_target(status, queued, duplicate=bool(seen[queued.index]))
+        seen[queued.index] = True
+        if (overlap, labeled) != (queued.overlap, queued.labeled):
+            client.set_overlap(queued.task, overlap, labeled)
+            changed += 1
+    if changed:
+        log.info("review: took tasks out of the queue or put them back, %d in all", changed)
+
+
+def _queue_target(status: ReviewStatus, queued: QueuedTask, duplicate: bool) -> tuple[int, bool]:
+    """Return the overlap that the task should have, and whether it should be out of the queue.
+
+    `duplicate`: another task of the same image came before.
+    """
+    missing = status.tasks.review.answers_per_task - int(status.given_per_task[queued.index])
+    if duplicate or missing <= 0 or status.decided[status.tasks.subject(queued.index).scenario]:
+        return (queued.overlap, True) if queued.labeled else (max(queued.submitted, 1), True)
+    # Label Studio counts annotations that are discarded here, so the overlap grows by them.
+    return queued.submitted + missing, False
+
+
+def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> bool:
+    """Return whether the verdict and label of one scenario are the same under every completion of its votes.
+
+    counts: (R, C) votes per class so far, none-of-the-above left out. missing: (R,) answers that may still
+    come. predicted: (R,). Exact; takes microseconds, except for scenarios that stay rejected only because
+    every majority is bound to be tied, which take a few assignment problems per class.
+    """
+    labels, unlabelled = reachable_labels(counts, missing)
+    misclassified = np.arange(counts.shape[1]) != predicted[:, None]  # (R, C)
+    if _always_accepted(labels, unlabelled, misclassified, rho):
+        return True
+    return not _ever_accepted(labels, unlabelled, misclassified, rho)
+
+
+def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
+    """Return which classes (R, C) each image can still end with, and (R,) whether it can end without one."""
+    ranked = np.sort(
+        np.pad(counts, ((0, 0), (1, 0))), axis=1
+    )  # the padding replaces the second class where C = 1
+    first, second = ranked[:, -1:], ranked[:, -2:-1]
+    others = np.where((counts == first) & ((counts == first).sum(axis=1, keepdims=True) == 1), second, first)
+    labels = counts + missing[:, None] > others
+    gap = np.where(counts.shape[1] == 1, first, first - second)[:, 0]
+    unlabelled = (gap == 0) | ((gap <= missing) & (counts.shape[1] > 1))
+    return labels, unlabelled
+
+
+def _always_accepted(labels: Bool, unlabelled: Bool, misclassified: Bool, rho: float) -> bool:
+    """Whether every completion accepts the scenario, and under one label."""
+    worst = _ratio_over(rho, len(labels))
+    if worst is None:
+        return False
+    right, wrong = -worst.numerator, worst.denominator - worst.numerator
+    share = np.where(misclassified, wrong, right)
+    least = np.minimum(np.where(labels, share, FILL).min(axis=1), np.where(unlabelled, 0, FILL))  # (R,)
+    if unlabelled.all() or least.sum() < 0:
+        return False
+    return any(_always_leads(labels, unlabelled, label) for label in np.flatnonzero(labels.any(axis=0)))
+
+
+def _always_leads(labels: Bool, unlabelled: Bool, label: int) -> bool:
+    """Whether `label` has more images than any other class in every completion."""
+    only = labels[:, label] & ~unlabelled & (labels.sum(axis=1) == 1)
+    margin = only.astype(int)[:, None] - labels  # (R, C) an image for another class counts against
+    margin[:, label] = 1
+    return bool((margin.sum(axis=0) > 0).all())
+
+
+def _ever_accepted(labels: Bool, unlabelled: Bool, misclassified: Bool, rho: float) -> bool:
+    """Whether some completion accepts the scenario, under whichever label."""
+    least = _ratio_over(rho, len(labels))
+    if least is None:
+        return False
+    right, wrong = -least.numerator, least.denominator - least.numerator
+    weights = np.where(labels, np.where(misclassified, wrong, right), FORBIDDEN)  # (R, C)
+    free = np.where(unlabelled, 0, FORBIDDEN)
+    if np.maximum(weights.max(axis=1), free).sum() < 0:
+        return False
+    return any(
+        _can_win(weights, free, label, images)
+        for label in np.flatnonzero(labels.any(axis=0))
+        for images in range(1, int(labels[:, label].sum()) + 1)
+    )
+
+
+def _can_win(weights: I64, free: I64, label: int, images: int) -> bool:
+    """Whether `label` can have so many images, others fewer, and the share misclassified be enough.
+
+    An assignment of images to slots: `images` of them for the label, one fewer for each other class, and one
+    without a label per image.
+    """
+    slots = [np.repeat(weights[:, [label]] + FILL, images, axis=1)]
+    slots += [np.repeat(np.delete(weights, label, axis=1), images - 1, axis=1)]
+    slots += [np.repeat(free[:, None], len(weights), axis=1)]
+    table = np.concatenate(slots, axis=1)
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    total = int(table[rows, columns].sum())
+    return total - FILL * images >= 0
+
+
+def _ratio_over(rho: float, images: int) -> Fraction | None:
+    """Return the least share w/k of at most so many images that is more than rho; None if there is none.
+
+    The shares are compared as the floats that judge() compares.
+    """
+    over = [Fraction(w, k) for k in range(1, images + 1) for w in range(k + 1) if w / k > rho]
+    return min(over, default=None)

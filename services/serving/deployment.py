@@ -1,0 +1,378 @@
+"""The Ray Serve deployment: a replica that batches requests, answers them, and follows the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import tenacity
+import torch
+
+from defuse_core.artifacts import F32
+from defuse_core.config import ServeSection
+from defuse_core.errors import DefuseError, InputError, StoreError
+from defuse_core.store import Store
+from services.serving.canary import CanaryStatistics, Comparison, ShadowRequest, ShadowRunner, is_in_canary
+from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
+from services.serving.inputs import InputSpec, RejectedInput, decode_body
+from services.serving.limits import RequestSlots, UploadLimits
+from services.serving.metrics import ServingMetrics
+from services.serving.model import (
+    Batcher,
+    LoadedModel,
+    ModelInfo,
+    ModelOutput,
+    PredictionRequest,
+    PredictionResponse,
+    PredictionResult,
+    predict_batch,
+    select_device,
+)
+from services.serving.registry import EMPTY, Registry, RegistryState
+from services.serving.traffic import Reservoir, sample_now
+from services.settings import read_settings
+from services.storage import open_store
+
+log = logging.getLogger("defuse")
+MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread
+AUTHOR = "defuse serve"  # of changes that a replica makes in the registry
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """The model that a server starts with: the candidate at `key`, until the registry's production changes."""
+
+    key: str | None = None  # in the store; None: what the registry has in production
+    state: RegistryState = EMPTY  # of the registry when the server was started
+    pin: bool = False  # ignore the registry
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveVersions:
+    """The loaded versions by role. Immutable: a request keeps the versions that it started with."""
+
+    production: LoadedModel | None = None
+    canary: LoadedModel | None = None
+    share: float = 0.0
+    shadow: LoadedModel | None = None
+    state: RegistryState = EMPTY
+    statistics: CanaryStatistics = field(default_factory=CanaryStatistics)  # of the canary or the shadow
+    error: str | None = None  # why the registry's versions could not be loaded
+
+    def canary_for(self, key: bytes) -> LoadedModel | None:
+        """Return the canary if it answers the request with this key."""
+        number = self.state.canary
+        if self.canary is None or number is None or not is_in_canary(key, number, self.share):
+            return None
+        return self.canary
+
+    def by_role(self) -> dict[str, LoadedModel]:
+        roles = {"production": self.production, "canary": self.canary, "shadow": self.shadow}
+        return {role: model for role, model in roles.items() if model is not None}
+
+    def names(self) -> dict[str, str]:
+        return {role: model.name for role, model in self.by_role().items()}
+
+
+class RegistryWatcher:
+    """Loads the versions that the registry names, while the loaded ones go on answering."""
+
+    def __init__(
+        self, store: Store, initial: InitialModel, settings: ServeSection, overrides: Mapping[str, Any]
+    ) -> None:
+        """`overrides` are fields of section `serve` that take precedence over every version's run file."""
+        self.store, self.initial, self.settings, self.overrides = store, initial, settings, overrides
+        self.registry = Registry(store)
+        self.sequence = initial.state.sequence
+
+    def load_initial(self) -> ActiveVersions:
+        """Return the versions to start with; without production before the first promotion.
+
+        Where the registry's versions cannot be loaded, requests are answered with the reason until they can: a
+        replica that does not start has no way to say it. Raises DefuseError for the model of `initial`.
+        """
+        select_device(self.settings.device)
+        key = self.initial.key
+        own = ActiveVersions() if key is None else ActiveVersions(self._load_candidate(key))
+        try:
+            return self.load_changes(own) or own
+        except DefuseError as error:
+            log.error("the registry's version cannot be loaded: %s", error)
+            return replace(own, error=f"the version in production cannot be loaded: {error}")
+
+    def load_changes(self, current: ActiveVersions) -> ActiveVersions | None:
+        """Return the versions after a change of the registry, loaded and warm; None without a change."""
+        if self.initial.pin:
+            return None
+        state = self.registry.state_after(self.sequence)
+        if state is None:
+            return None
+        versions = self._load_state(state, current)
+        self.sequence = state.sequence
+        log.info(
+            "registry change %d: %s; version %s is in production",
+            state.sequence,
+            state.action,
+            state.production,
+        )
+        return versions
+
+    def _load_state(self, state: RegistryState, current: ActiveVersions) -> ActiveVersions:
+        loaded = {model.number: model for model in current.by_role().values()}
+        production = current.production
+        if self.initial.key is None or state.since != self.initial.state.since:
+            production = self._load_version(state.production, loaded) or production
+        same_canary = (state.canary, state.shadow) == (current.state.canary, current.state.shadow)
+        return ActiveVersions(
+            production=production,
+            canary=self._load_canary(state.canary, loaded),
+            share=state.share,
+            shadow=self._load_canary(state.shadow, loaded),
+            state=state,
+            statistics=current.statistics if same_canary else CanaryStatistics(),
+        )
+
+    def _load_canary(
+        self, number: int | None, loaded: Mapping[int | None, LoadedModel]
+    ) -> LoadedModel | None:
+        """Return a canary or shadow. One that cannot be loaded is ended, so that production is not affected."""
+        try:
+            return self._load_version(number, loaded)
+        except StoreError:
+            raise  # the store may answer at the next poll
+        except Exception as error:  # for example out of GPU memory
+            assert number is not None
+            log.error("version %d cannot be loaded: %s", number, error)
+            self.registry.end_canary(number, AUTHOR, str(error))
+            return None
+
+    def _load_version(
+        self, number: int | None, loaded: Mapping[int | None, LoadedModel]
+    ) -> LoadedModel | None:
+        if number is None:
+            return None
+        return loaded.get(number) or self._load_warm(self.registry.load(number), number)
+
+    def _load_candidate(self, key: str) -> LoadedModel:
+        return self._load_warm(decode_candidate(self.store.read(key), f"{self.store.address}/{key}"))
+
+    def _load_warm(self, candidate: Candidate, number: int | None = None) -> LoadedModel:
+        own = candidate.serve_section(self.overrides)
+        settings = self.settings.model_copy(update={field: getattr(own, field) for field in VERSION_SETTINGS})
+        model = LoadedModel(candidate, settings, number)
+        model.warm_up(self.settings.batch_size)
+        return model
+
+
+class ClassifierDeployment:
+    """One replica. Its constructor loads and warms up, so a replica that receives requests can answer them."""
+
+    def __init__(
+        self,
+        store: str,
+        initial: InitialModel,
+        settings: ServeSection,
+        overrides: Mapping[str, Any],
+        require_token: bool,
+    ) -> None:
+        torch.set_num_threads(max(1, round(settings.cpus_per_replica)))
+        self.settings = settings
+        self.token = read_settings().serve_token
+        if require_token and not self.token:
+            raise InputError("DEFUSE_SERVE_TOKEN is required, and not set in the environment of this replica")
+        opened = open_store(store)
+        self.watcher = RegistryWatcher(opened, initial, settings, overrides)
+        self.active = self.watcher.load_initial()
+        self.metrics = ServingMetrics()
+        self.reservoir = Reservoir(opened, settings.reservoir) if settings.reservoir else None
+        self.uploads, self.slots = UploadLimits(settings), RequestSlots(settings)
+        self._forward_thread = ThreadPoolExecutor(1, "forward")
+        self._canary_thread = ThreadPoolExecutor(1, "canary")
+        self._decode_thread = ThreadPoolExecutor(1, "decode")
+        self._batcher = Batcher(self._predict_batch, settings)
+        self._canary_batcher = Batcher(self._predict_canary_batch, settings)
+        self._shadow = ShadowRunner(settings.max_canary_s)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def input_spec(self) -> InputSpec:
+        """Return the images that are accepted now. Raises RejectedInput without a version in production."""
+        return self._production().input_spec
+
+    def model_info(self) -> ModelInfo:
+        """Return what is known of the version in production. Raises RejectedInput without one."""
+        names = self.active.names()
+        return ModelInfo.of(self._production(), self.active.state, names.get("canary"), names.get("shadow"))
+
+    def _production(self) -> LoadedModel:
+        if self.active.production is None:
+            message = self.active.error or "no version is in production yet"
+            raise RejectedInput(503, message, self.settings.retry_after_s)
+        return self.active.production
+
+    async def decode(self, media_type: str, files: list[bytes], spec: InputSpec) -> F32:
+        """Return the pixels. One thread decodes, which bounds the memory of large images."""
+        loop = asyncio.get_running_loop()
+        async with self._timeout():
+            return await loop.run_in_executor(self._decode_thread, decode_body, media_type, files, spec)
+
+    async def predict(self, pixels: F32, key: bytes) -> PredictionResponse:
+        """Return the answer to one request. `key` selects the requests of a canary. Raises RejectedInput."""
+        production, active = self._production(), self.active
+        canary = active.canary_for(key)
+        answer = (
+            None
+            if canary is None
+            else asyncio.create_task(self._canary_batcher.predict(PredictionRequest(pixels, canary)))
+        )
+        async with self._timeout():
+            output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, production))
+        model = production
+        if canary is not None and answer is not None:
+            theirs = await self._canary_output(answer)
+            self._compare(active, canary, output, theirs)
+            if isinstance(theirs, ModelOutput):
+                model, output = canary, theirs
+        if isinstance(output, Exception):
+            self.metrics.errors.inc(len(pixels), {"version": model.name})
+            log.error("version %s failed: %s", model.name, output)
+            raise RejectedInput(500, "the classifier failed on this input")
+        if active.shadow is not None:
+            self._start(self._shadow.run(self._shadow_request(active, active.shadow, pixels, output)))
+        self._count(model, output, pixels)
+        return PredictionResponse.model_construct(version=model.name, predictions=model.predictions(output))
+
+    async def _canary_output(self, answer: asyncio.Task[PredictionResult]) -> PredictionResult:
+        """Return what the canary answers within serve.max_canary_s after production, a TimeoutError after that."""
+        done, _ = await asyncio.wait({answer}, timeout=self.settings.max_canary_s)
+        if not done:
+            answer.cancel()
+            return TimeoutError(f"no answer within {self.settings.max_canary_s:g} s")
+        error = answer.exception()
+        return answer.result() if not isinstance(error, Exception) else error
+
+    def _shadow_request(
+        self, active: ActiveVersions, shadow: LoadedModel, pixels: F32, output: ModelOutput
+    ) -> ShadowRequest:
+        return ShadowRequest(
+            shadow, pixels, output, lambda theirs: self._compare(active, shadow, output, theirs)
+        )
+
+    @contextlib.asynccontextmanager
+    async def _timeout(self) -> AsyncIterator[None]:
+        """Raise RejectedInput where the block takes longer than serve.timeout_s."""
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                yield
+        except TimeoutError:
+            raise RejectedInput(
+                503, f"no answer within {self.settings.timeout_s:g} s", self.settings.retry_after_s
+            ) from None
+
+    async def _predict_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
+        seconds = sum(request.model.seconds_per_image * len(request.pixels) for request in requests)
+        if seconds <= MAX_INLINE_S:
+            return predict_batch(requests)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._forward_thread, predict_batch, requests)
+
+    async def _predict_canary_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
+        """Never in the event loop: a slow canary must not delay production."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._canary_thread, predict_batch, requests)
+
+    def _count(self, model: LoadedModel, output: ModelOutput, pixels: F32) -> None:
+        self.metrics.images.inc(len(pixels), {"version": model.name})
+        for row, j in np.argwhere(output.inside):
+            candidate = model.candidate
+            scenario, fixed = str(candidate.scenario[j]), str(bool(model.fixed[j])).lower()
+            self.metrics.scenarios.inc(1, {"version": model.name, "scenario": scenario, "fixed": fixed})
+            if self.reservoir is not None:
+                best = int(output.probabilities[row].argmax())
+                number = int(candidate.scenario[j])
+                sampled = sample_now(pixels[row], number, best, model.name, candidate.classes)
+                self.reservoir.offer(candidate.run, sampled)
+
+    def _compare(
+        self,
+        active: ActiveVersions,
+        other: LoadedModel,
+        ours: PredictionResult,
+        theirs: PredictionResult,
+    ) -> None:
+        """Compare a canary or shadow with production, and end it if it exceeds its limits."""
+        if not isinstance(ours, ModelOutput):
+            return
+        statistics = active.statistics
+        if isinstance(theirs, ModelOutput):
+            comparison = Comparison.of(ours, theirs)
+            statistics.add_comparison(comparison)
+            self._count_comparison(other, comparison)
+        else:
+            statistics.add_errors(len(ours.probabilities))
+            self.metrics.errors.inc(len(ours.probabilities), {"version": other.name})
+            log.error("version %s failed: %s", other.name, theirs)
+        reason = statistics.reason_to_end(self.settings)
+        if reason and other in self.active.by_role().values():
+            self._activate(ActiveVersions(self.active.production, state=self.active.state))
+            self._start(self._end_canary(other, reason))
+
+    def _count_comparison(self, other: LoadedModel, comparison: Comparison) -> None:
+        rows = zip(comparison.agreed.tolist(), comparison.inside.tolist(), strict=True)
+        for agreed, inside in rows:
+            tags = {"version": other.name, "agreed": str(agreed).lower(), "inside": str(inside).lower()}
+            self.metrics.compared.inc(1, tags)
+
+    async def _end_canary(self, model: LoadedModel, reason: str) -> None:
+        """End the canary or shadow in the registry, however long the store does not answer."""
+        assert model.number is not None  # only versions become canaries
+        log.error("version %s is rolled back: %s", model.name, reason)
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(StoreError),
+            wait=tenacity.wait_fixed(self.settings.poll_s),
+            before_sleep=lambda retry: log.error(
+                "version %s: its end is not stored in the registry yet: %s",
+                model.name,
+                retry.outcome and retry.outcome.exception(),
+            ),
+        )
+        await retrying(asyncio.to_thread, self.watcher.registry.end_canary, model.number, AUTHOR, reason)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            log.error("a background task failed: %s", task.exception())
+
+    @contextlib.asynccontextmanager
+    async def following_registry(self) -> AsyncIterator[None]:
+        """Poll the registry while the block runs."""
+        task = asyncio.get_running_loop().create_task(self._poll_registry())
+        yield
+        task.cancel()
+
+    async def _poll_registry(self) -> None:
+        """Load the versions of each change beside the current ones, then switch. Requests under way keep theirs."""
+        self.metrics.set_roles({}, self.active.names())
+        while True:
+            await asyncio.sleep(self.settings.poll_s)
+            try:
+                versions = await asyncio.to_thread(self.watcher.load_changes, self.active)
+            except Exception as error:  # of any kind: the next poll follows
+                log.error("the registry's version cannot be loaded, the current one stays active: %s", error)
+                continue
+            if versions is not None:
+                self._activate(versions)
+
+    def _activate(self, versions: ActiveVersions) -> None:
+        before, self.active = self.active, versions
+        self.metrics.set_roles(before.names(), versions.names())

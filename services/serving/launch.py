@@ -1,0 +1,211 @@
+"""Starting the application on an embedded Ray, or on a running cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from defuse_core.errors import ComputeError, InputError, StoreError
+from services.serving.proxy import Proxy, is_loopback
+
+if TYPE_CHECKING:
+    from services.serving.arguments import ServeArgs
+    from services.serving.registry import Registry
+
+log = logging.getLogger("defuse")
+APPLICATION = "defuse"
+
+
+@contextlib.contextmanager
+def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
+    """Connect to the cluster at `address`, or start an embedded Ray with at least `cpus` CPUs, for the block."""
+    import ray
+
+    from cluster.connection import connect, protect_embedded_ray
+
+    if address:
+        connect(address)
+    else:
+        protect_embedded_ray()
+        count = max(os.cpu_count() or 1, cpus)
+        with _translate_errors("Ray did not start on this machine"):
+            ray.init(
+                address="local",
+                num_cpus=count,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def running_application(
+    args: ServeArgs, host: str, port: int, *, shared: bool = False, proxy: Proxy = Proxy.RAY
+) -> Iterator[str]:
+    """Serve while the block runs; yields the address. The environment of `proxy` is set before.
+
+    On a `shared` cluster other applications are left alone. Raises InputError where one has the name of this.
+    """
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if not shared:
+        _require_free_port(host, port)
+    proxy_port = _free_port() if proxy is Proxy.DIRECT else port  # Ray's own proxy runs too
+    with _translate_errors("Serve did not start"):
+        serve.start(
+            http_options=HTTPOptions(host=host, port=proxy_port), logging_config={"enable_access_log": False}
+        )
+    actual_host, actual_port = _listening_address(host, proxy_port)
+    if proxy is Proxy.DIRECT:
+        actual_port = port
+    if not args.require_token:
+        _check_exposure(host, actual_host)
+    if shared and APPLICATION in serve.status().applications:
+        raise InputError(
+            f"the cluster already serves an application named {APPLICATION}; change its model with `defuse promote`, "
+            "or stop the command that started it (`serve shutdown` stops all applications)"
+        )
+    try:
+        deploy(args)
+        yield f"http://{'127.0.0.1' if actual_host == '0.0.0.0' else actual_host}:{actual_port}"
+    finally:
+        if shared:
+            serve.delete(APPLICATION)
+        else:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _require_free_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as test:
+        test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            test.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+            ) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as test:
+        test.bind(("127.0.0.1", 0))
+        port: int = test.getsockname()[1]
+    return port
+
+
+def _listening_address(host: str, port: int) -> tuple[str, int]:
+    """Return host and port of Serve: the given ones, unless Serve was already running with others."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    options = client.http_config if client is not None else None
+    if options is None or (options.host, options.port) == (host, port):
+        return host, port
+    log.warning("Serve is already running on this cluster; --host and --port are those of its start")
+    return str(options.host), int(options.port)
+
+
+def _check_exposure(requested: str, actual: str) -> None:
+    """Warn that anyone can send requests. Raises InputError where loopback was requested and is not in effect."""
+    if is_loopback(actual):
+        return
+    if is_loopback(requested):
+        raise InputError(
+            f"Serve is already running on this cluster and listens on {actual}, which other machines can reach: set "
+            f"DEFUSE_SERVE_TOKEN, or allow requests from everywhere with `--host {actual}`"
+        )
+    log.warning(
+        "other machines can reach %s, and DEFUSE_SERVE_TOKEN is not set: anyone can send requests", actual
+    )
+
+
+def deploy(args: ServeArgs) -> None:
+    """Start the application on a running Serve, or update the running application to other arguments."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    from cluster.errors import one_line
+    from services.serving.app import build
+
+    with _translate_errors("the application did not start"):
+        application = build(args)
+        try:
+            serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
+        except (RuntimeError, RayError, RayServeException) as error:
+            raise ComputeError(
+                f"the application did not start: {_replica_error() or one_line(error)}"
+            ) from error
+
+
+def _replica_error() -> str | None:
+    """Return the last line of the status of replicas that do not start."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    deployments = application.deployments.values() if application is not None else ()
+    lines = (line.strip() for deployment in deployments for line in deployment.message.splitlines())
+    return next((line for line in reversed(list(lines)) if line), None)
+
+
+class ShutdownSignal:
+    """Ctrl-C or SIGTERM: raises KeyboardInterrupt during startup, and ends `wait` afterwards.
+
+    Create it after Ray has started: Ray installs handlers for both signals.
+    """
+
+    def __init__(self) -> None:
+        self._received, self._waiting = threading.Event(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, *_: object) -> None:
+        if not self._waiting:
+            raise KeyboardInterrupt
+        self._received.set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Return True when a signal arrives, False after `timeout_s`."""
+        self._waiting = True
+        return self._received.wait(timeout_s)
+
+
+def registry_changes(registry: Registry, shutdown: ShutdownSignal, poll_s: float) -> Iterator[str]:
+    """Yield a line for each change of the registry, until a signal arrives."""
+    sequence: int | None = None
+    while not shutdown.wait(0 if sequence is None else poll_s):
+        try:
+            if sequence is None:
+                sequence = registry.state().sequence
+            for state in registry.changes_after(sequence):
+                sequence = state.sequence
+                reason = f" ({state.why})" if state.why else ""
+                yield f"{state.when} {state.by}: {state.action}{reason}; version {state.production} is in production"
+        except StoreError as error:
+            log.warning("the registry cannot be read: %s", error)
+            shutdown.wait(poll_s)
+
+
+@contextlib.contextmanager
+def _translate_errors(context: str) -> Iterator[None]:
+    """Raise pydantic's errors as InputError, and those of Ray and of the system as ComputeError."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        raise InputError(f"{context}: {error.errors()[0]['msg']}") from error
+    except (RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
+        raise ComputeError(f"{context}: {error}") from error

@@ -1,0 +1,230 @@
+"""Limits that keep slow and many clients from blocking others: request headers, request bodies, requests in progress.
+
+Headers are limited where the HTTP server parses them, so `limit_headers` runs in the process of that server: Serve
+calls it by the name in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Bodies and requests are limited in the application.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import ClassVar
+
+import uvicorn.config
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from defuse_core.config import ServeSection
+from services.serving.inputs import RejectedInput
+
+FAST_UPLOAD_S = 1.0  # a body that arrives within this time counts as fast, and is never limited
+MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them as ongoing requests
+HEADER_TIMEOUT_S = 10.0
+MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete headers
+
+
+class UploadLimits:
+    """Receives request bodies within limits of size, time, memory, and slow uploads per client address."""
+
+    def __init__(self, settings: ServeSection) -> None:
+        self._max_bytes = int(settings.max_body_mb * 1e6)
+        self._timeout_s = settings.timeout_s
+        self._max_slow = settings.slow_uploads
+        self._retry_after_s = settings.retry_after_s
+        self._slow: Counter[str] = Counter()  # slow uploads by address
+        self._budget = self._max_bytes * settings.max_ongoing  # bytes that may still be buffered
+
+    async def receive(self, request: Request) -> bytes:
+        """Return the body of a request. Raises RejectedInput at the first sign that it exceeds a limit."""
+        content_length = request.headers.get("content-length", "0")
+        if not content_length.isdecimal() or int(content_length) > self._max_bytes:
+            raise self._too_large()
+        upload = _Upload(self, request)
+        try:
+            return await upload.receive()
+        finally:
+            upload.close()
+
+    def _too_large(self) -> RejectedInput:
+        return RejectedInput(413, f"the body exceeds the limit of {self._max_bytes / 1e6:g} MB")
+
+
+class _Upload:
+    """One body that is arriving."""
+
+    def __init__(self, limits: UploadLimits, request: Request) -> None:
+        self._limits, self._request = limits, request
+        self._body = bytearray()
+        self._slow_address: str | None = None
+
+    async def receive(self) -> bytes:
+        limits, loop = self._limits, asyncio.get_running_loop()
+        started = loop.time()
+        deadline = started + min(FAST_UPLOAD_S, limits._timeout_s)
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    while await self._receive_chunk():
+                        pass
+                return bytes(self._body)
+            except TimeoutError:
+                if self._slow_address is not None or limits._timeout_s <= FAST_UPLOAD_S:
+                    raise RejectedInput(
+                        408, f"the body did not arrive within {limits._timeout_s:g} s"
+                    ) from None
+            self._become_slow()
+            deadline = started + limits._timeout_s
+
+    async def _receive_chunk(self) -> bool:
+        """Add the next chunk to the body; False after the last one."""
+        message = await self._request.receive()
+        if message["type"] == "http.disconnect":
+            raise RejectedInput(400, "the client disconnected before the body was complete")
+        chunk, limits = message.get("body", b""), self._limits
+        if len(self._body) + len(chunk) > limits._max_bytes:
+            raise limits._too_large()
+        if len(chunk) > limits._budget:
+            raise RejectedInput(503, "too many large bodies at once", limits._retry_after_s)
+        limits._budget -= len(chunk)
+        self._body += chunk
+        return bool(message.get("more_body", False))
+
+    def _become_slow(self) -> None:
+        slow, address = self._limits._slow, client_address(self._request)
+        if slow[address] >= self._limits._max_slow:
+            raise RejectedInput(
+                408,
+                f"the body did not arrive within {FAST_UPLOAD_S:g} s, and {self._limits._max_slow} other slow bodies "
+                "from this address are arriving",
+            )
+        if slow.total() >= MAX_UPLOADS // 2:
+            raise RejectedInput(503, "too many slow bodies at once", self._limits._retry_after_s)
+        slow[address] += 1
+        self._slow_address = address
+
+    def close(self) -> None:
+        """Give the memory and the slow slot back."""
+        self._limits._budget += len(self._body)
+        if self._slow_address is not None:
+            self._limits._slow[self._slow_address] -= 1
+            if not self._limits._slow[self._slow_address]:
+                del self._limits._slow[self._slow_address]
+
+
+def client_address(request: Request) -> str:
+    """Return the address of the client; behind a proxy on this machine, the one that the proxy adds."""
+    peer = request.client.host if request.client is not None else ""
+    if peer in ("127.0.0.1", "::1"):
+        forwarded = request.headers.getlist("x-forwarded-for")
+        if forwarded:
+            return forwarded[-1].rpartition(",")[2].strip()
+    return peer
+
+
+class RequestSlots:
+    """Bounds the requests that a replica decodes and predicts at once, and those that wait for that."""
+
+    def __init__(self, settings: ServeSection) -> None:
+        self._settings = settings
+        self._slots = asyncio.Semaphore(settings.max_ongoing)
+        self._waiting = 0
+
+    @contextlib.asynccontextmanager
+    async def acquire(self) -> AsyncIterator[None]:
+        """Hold a slot while the block runs. Raises RejectedInput at once where too many requests wait."""
+        if self._slots.locked():
+            await self._wait()
+        else:
+            await self._slots.acquire()
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    async def _wait(self) -> None:
+        settings = self._settings
+        if self._waiting >= settings.max_queued:
+            raise RejectedInput(
+                503,
+                f"overloaded: {settings.max_ongoing} requests in progress and {self._waiting} waiting",
+                settings.retry_after_s,
+            )
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(settings.timeout_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise RejectedInput(
+                503, f"no answer within {settings.timeout_s:g} s", settings.retry_after_s
+            ) from None
+        finally:
+            self._waiting -= 1
+
+
+class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
+    """uvicorn's HTTP protocol that closes connections whose request headers do not arrive in time.
+
+    uvicorn itself closes idle connections after a response, but neither new ones nor those with incomplete headers.
+    """
+
+    _incomplete: ClassVar[Counter[str]] = Counter()  # connections without complete headers, by address
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._address = self.client[0] if self.client else ""
+        if self._incomplete[self._address] >= MAX_HEADERS_PER_ADDRESS:
+            transport.close()
+        else:
+            self._start_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._start_timer()
+        else:
+            self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _start_timer(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._on_timeout)
+            self._incomplete[self._address] += 1
+
+    def _on_timeout(self) -> None:
+        self._stop_timer()  # here too: after a change to another protocol, connection_lost is not called
+        self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._incomplete[self._address] -= 1
+            if not self._incomplete[self._address]:
+                del self._incomplete[self._address]
+
+
+class NoDisconnectCheck:
+    """Lets Serve complete requests whose clients disconnect: watching for that costs more than it saves."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["headers"] = [*scope["headers"], (b"x-request-disconnect-disabled", b"?1")]
+        await self.app(scope, receive, send)
+
+
+def limit_headers() -> list[Middleware]:
+    """Let the HTTP servers that this process starts from now on use LimitedHttpProtocol; return their middleware."""
+    name = f"{LimitedHttpProtocol.__module__}:{LimitedHttpProtocol.__qualname__}"
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = name
+    return [Middleware(NoDisconnectCheck)]

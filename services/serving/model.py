@@ -1,0 +1,347 @@
+"""One model version on one device: pixels -> probabilities and the failure scenarios that contain the inputs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from defuse_core.artifacts import F32, F64, Bool
+from defuse_core.config import ServeSection
+from defuse_core.device import device
+from defuse_core.errors import ModelError
+from defuse_core.models import load_classifier, load_vae
+from services.serving.candidate import Candidate
+from services.serving.inputs import InputSpec
+from services.serving.registry import RegistryState
+from services.serving.watch import Watch
+
+MAX_FORWARD_IMAGES = 256  # images in one forward pass, for any batch size
+
+
+class ScenarioMatch(BaseModel):
+    """A failure scenario that contains an input."""
+
+    scenario: int = Field(description="index among the components that the run found")
+    name: str
+    fixed: bool = Field(description="whether this version is right in the scenario")
+    distance: float = Field(description="Mahalanobis distance from the codes of the scenario's own images")
+    nearer_share: float = Field(description="share of the training images at a smaller distance")
+
+
+class Prediction(BaseModel):
+    """The answer for one image."""
+
+    label: int = Field(alias="class", description="index of the most probable class")
+    name: str = Field(description="its name")
+    probabilities: list[float] = Field(description="one per class")
+    scenarios: list[ScenarioMatch] | None = Field(
+        description="known failure scenarios that contain the image, nearest first; null without the watch"
+    )
+
+
+class PredictionResponse(BaseModel):
+    """The answer to POST /v1/predict."""
+
+    version: str = Field(description="the model version that answered")
+    predictions: list[Prediction] = Field(description="one per image, in the order of the request")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOutput:
+    """What a version computes for n images. Without the watch, distances are (n, 0)."""
+
+    probabilities: F32  # (n, C)
+    distances: F32  # (n, A)
+    inside: Bool  # (n, A) inside the scenario
+
+    def rows(self, rows: slice) -> ModelOutput:
+        return ModelOutput(self.probabilities[rows], self.distances[rows], self.inside[rows])
+
+
+class LoadedModel:
+    """A version with its networks in memory."""
+
+    def __init__(self, candidate: Candidate, settings: ServeSection, number: int | None = None) -> None:
+        """Load the networks; `number` is the version's, None for the candidate of a run.
+
+        Raises ModelError for weights that do not fit, or an unavailable device.
+        """
+        self.number, self.name = number, candidate.run if number is None else str(number)
+        self.candidate = candidate
+        self.device = select_device(settings.device)
+        self.settings = settings
+        self.half = settings.precision == "bfloat16"
+        spec = candidate.run_file()
+        self.input_spec = InputSpec.of(spec, settings)
+        where = f"version {self.name}"
+        self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where).to(
+            self.device
+        )
+        self.watch: Watch | None = None
+        if settings.watch and len(candidate.scenario):
+            vae = load_vae(spec, candidate.vae, where)
+            self.watch = Watch(vae, candidate.means, candidate.covariances).to(self.device).eval()
+        self.thresholds = distance_thresholds(candidate, settings.watch_share)
+        self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
+        self.scenario_names = candidate.scenario_names()
+        self.seconds_per_image = 0.0  # in a full batch
+
+    def warm_up(self, batch: int) -> None:
+        """Run the smallest and the largest batch, so that no request pays for the first pass; measure the time."""
+        sizes = (1, min(batch, MAX_FORWARD_IMAGES))
+        for count in (*sizes, sizes[1]):
+            started = time.perf_counter()
+            self.predict(np.zeros((count, *self.input_spec.shape), np.float32))
+            self.seconds_per_image = (time.perf_counter() - started) / count
+
+    def predict(self, pixels: F32) -> ModelOutput:
+        """Return the output for pixels (n, channels, H, W) in [0, 1]. Raises ModelError for one that is not finite."""
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            parts = [
+                self._forward(pixels[start : start + MAX_FORWARD_IMAGES])
+                for start in range(0, len(pixels), MAX_FORWARD_IMAGES)
+            ]
+        probabilities, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+        if not np.isfinite(probabilities).all():
+            raise ModelError(f"version {self.name}: the classifier's output is not finite")
+        return ModelOutput(probabilities, distances, distances <= self.thresholds[: distances.shape[1]])
+
+    def _forward(self, pixels: F32) -> tuple[F32, F32]:
+        images = torch.from_numpy(pixels).to(self.device, memory_format=torch.channels_last)
+        probabilities: Tensor = self.classifier(images).float().softmax(1)
+        if self.watch is None:
+            return probabilities.cpu().numpy(), np.zeros((len(pixels), 0), np.float32)
+        with torch.autocast(self.device.type, enabled=False):  # the distances were calibrated in float32
+            distances: Tensor = self.watch(images)
+        return probabilities.cpu().numpy(), distances.cpu().numpy()
+
+    def predictions(self, output: ModelOutput) -> list[Prediction]:
+        """Return the answers for the client, one per image."""
+        best = output.probabilities.argmax(axis=1)
+        probabilities = np.round(output.probabilities.astype(np.float64), 7).tolist()
+        return [
+            Prediction.model_construct(
+                label=int(label),
+                name=self.candidate.classes[label],
+                probabilities=probabilities[row],
+                scenarios=self._matches(output, row),
+            )
+            for row, label in enumerate(best)
+        ]
+
+    def _matches(self, output: ModelOutput, row: int) -> list[ScenarioMatch] | None:
+        """Return the failure scenarios that contain an image, nearest first; None without the watch."""
+        if self.watch is None:
+            return None
+        matches = [
+            self._match(int(j), float(output.distances[row, j])) for j in np.flatnonzero(output.inside[row])
+        ]
+        return sorted(matches, key=lambda match: match.nearer_share)
+
+    def _match(self, j: int, distance: float) -> ScenarioMatch:
+        candidate = self.candidate
+        return ScenarioMatch(
+            scenario=int(candidate.scenario[j]),
+            name=self.scenario_names[j],
+            fixed=bool(self.fixed[j]),
+            distance=round(distance, 4),
+            nearer_share=round(float(np.interp(distance, candidate.distances[j], candidate.levels)), 5),
+        )
+
+
+def verify_candidate(candidate: Candidate) -> None:
+    """Load the candidate on this machine's processor and predict with it. Raises ModelError if that fails."""
+    settings = candidate.run_file().serve.model_copy(update={"device": "cpu"})
+    LoadedModel(candidate, settings).warm_up(1)
+
+
+def distance_thresholds(candidate: Candidate, share: float) -> F64:
+    """Return per scenario the distance below which `share` of the training images are, (A,)."""
+    return np.array([np.interp(share, candidate.levels, distances) for distances in candidate.distances])
+
+
+def select_device(name: str) -> torch.device:
+    """Return the device of section `serve`. Raises ModelError where cuda is requested and unavailable."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("serve.device: cuda, but torch finds no usable GPU; set it to auto or cpu")
+    return device() if name == "auto" else torch.device(name)
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionRequest:
+    """The images of one HTTP request, and the version that predicts them."""
+
+    pixels: F32  # (n, channels, H, W)
+    model: LoadedModel
+
+
+PredictionResult = ModelOutput | Exception
+
+
+def predict_batch(requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
+    """Return the result of each request. Every model runs once, on all of its images.
+
+    An image that makes a model fail fails alone: the other requests of the batch are answered without it.
+    """
+    results: dict[PredictionRequest, PredictionResult] = {}
+    for model in dict.fromkeys(request.model for request in requests):
+        own = [request for request in requests if request.model is model]
+        outputs = _predict_together(model, [request.pixels for request in own])
+        results.update(zip(own, outputs, strict=True))
+    return [results[request] for request in requests]
+
+
+class Batcher:
+    """Collects requests that arrive while a batch runs into the next batch.
+
+    serve.batch does the same; it spends 0.2 ms on the signature of each call, as much as all else outside the networks.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[PredictionRequest]], Awaitable[list[PredictionResult]]],
+        settings: ServeSection,
+    ) -> None:
+        self._run, self._max_size, self._wait_s = run, settings.batch_size, settings.batch_wait_s
+        self._queue: deque[tuple[PredictionRequest, asyncio.Future[PredictionResult]]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    async def predict(self, request: PredictionRequest) -> PredictionResult:
+        """Return the result of the request, after the batch that it becomes part of."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[PredictionResult] = loop.create_future()
+        self._queue.append((request, future))
+        if self._task is None or self._task.done():
+            self._task = loop.create_task(self._run_batches())
+        return await future
+
+    async def _run_batches(self) -> None:
+        while self._queue:
+            if self._wait_s and len(self._queue) < self._max_size:
+                await asyncio.sleep(self._wait_s)
+            taken = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_size))]
+            batch = [(request, future) for request, future in taken if not future.done()]
+            results = await self._results([request for request, _ in batch])
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+
+    async def _results(self, batch: list[PredictionRequest]) -> list[PredictionResult]:
+        try:
+            return await self._run(batch)
+        except Exception as error:
+            return [error] * len(batch)
+
+
+def _predict_together(model: LoadedModel, parts: list[F32]) -> list[PredictionResult]:
+    try:
+        together = model.predict(np.concatenate(parts) if len(parts) > 1 else parts[0])
+    except Exception as error:
+        return [error] if len(parts) == 1 else [_predict_together(model, [part])[0] for part in parts]
+    ends = np.cumsum([len(part) for part in parts])
+    return [together.rows(slice(end - len(part), end)) for part, end in zip(parts, ends, strict=True)]
+
+
+class ScenarioInfo(BaseModel):
+    """A failure scenario of the run, as GET /v1/model shows it."""
+
+    scenario: int
+    name: str
+    fixed: bool
+    accuracy_before: float = Field(description="on images of the scenario that were not tuned on")
+    accuracy_after: float
+    watched_share: float = Field(
+        description="share of the training images that the watch puts inside the scenario"
+    )
+    watched_recall: float = Field(
+        description="share of the scenario's own held-out images that the watch finds"
+    )
+
+
+class ModelInfo(BaseModel):
+    """The answer to GET /v1/model."""
+
+    version: str
+    run: str
+    by: str = Field(description="who put it into production; empty where it was not promoted")
+    when: str = Field(
+        description="when it went into production; where it was not promoted, when it was checked"
+    )
+    why: str
+    lam: float | None = Field(description="weight of the failure scenarios in the fine-tuning")
+    annotators: str = Field(description="who labelled its scenarios: people, or reference models")
+    clean_split: str = Field(description="the images that clean accuracy was measured on")
+    clean_accuracy_before: float
+    clean_accuracy_after: float
+    scenario_accuracy_before: float
+    scenario_accuracy_after: float
+    classes: list[str]
+    channels: int
+    image_size: int
+    resize: bool = Field(description="whether images of other sizes and colors are converted")
+    watch: bool
+    scenarios: list[ScenarioInfo]
+    failed_checks: list[str] = Field(description="checks that failed before a forced promotion")
+    canary: str | None
+    canary_share: float
+    shadow: str | None
+    device: str
+    precision: str
+
+    @classmethod
+    def of(
+        cls, model: LoadedModel, state: RegistryState, canary: str | None, shadow: str | None
+    ) -> ModelInfo:
+        """Return the page of the version in production, with the names of the versions beside it."""
+        summary, settings = model.candidate.summary, model.settings
+        since = state.since if model.name == str(state.production) else None
+        return cls(
+            version=model.name,
+            run=model.candidate.run,
+            by=since.by if since else "",
+            when=since.when if since else summary.made,
+            why=since.why if since else "",
+            lam=summary.lam,
+            annotators=summary.annotators,
+            clean_split=summary.clean_split,
+            clean_accuracy_before=summary.clean_before,
+            clean_accuracy_after=summary.clean_after,
+            scenario_accuracy_before=summary.scenario_before,
+            scenario_accuracy_after=summary.scenario_after,
+            classes=list(model.candidate.classes),
+            channels=model.input_spec.channels,
+            image_size=model.input_spec.size,
+            resize=model.input_spec.resize,
+            watch=model.watch is not None,
+            scenarios=_scenario_infos(model, settings.watch_share),
+            failed_checks=model.candidate.failed_checks(),
+            canary=canary,
+            canary_share=state.share if canary else 0.0,
+            shadow=shadow,
+            device=model.device.type,
+            precision=settings.precision,
+        )
+
+
+def _scenario_infos(model: LoadedModel, share: float) -> list[ScenarioInfo]:
+    candidate = model.candidate
+    return [
+        ScenarioInfo(
+            scenario=int(candidate.scenario[j]),
+            name=name,
+            fixed=bool(model.fixed[j]),
+            accuracy_before=float(candidate.before[j]),
+            accuracy_after=float(candidate.after[j]),
+            watched_share=share,
+            watched_recall=float(np.interp(share, candidate.levels, candidate.recall[j])),
+        )
+        for j, name in enumerate(model.scenario_names)
+    ]

@@ -1,0 +1,49 @@
+"""Reviews without a server: tasks of blank images, and annotations as pages of the server contain them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from label_studio_live import review_run
+
+from defuse_core.artifacts import Gallery
+from defuse_core.runs import Run
+from services.labeling.client import Annotation, Task
+from services.labeling.simulate import choice_result
+from services.labeling.tasks import ReviewTasks
+
+ANNOTATORS, IMAGES = 5, 10
+
+
+def blank_review(folder: Path, scenarios: int, **review: object) -> tuple[Run, ReviewTasks]:
+    """Return a run with so many scenarios of IMAGES blank images, and its tasks."""
+    shape = (scenarios, IMAGES)
+    gallery = Gallery(
+        np.zeros((*shape, 1, 8, 8), np.float32),
+        np.zeros((*shape, 2), np.float32),
+        np.zeros(shape, np.int64),
+        tuple(str(n) for n in range(10)),
+    )
+    run = review_run(folder, gallery, answers_per_task=ANNOTATORS, images=IMAGES, **review)
+    return run, ReviewTasks(gallery, run.spec.review, run.store)
+
+
+def answered_tasks(tasks: ReviewTasks) -> Iterator[Task]:
+    """Yield every task with five answers and the data that it shows."""
+    for index in range(len(tasks)):
+        task = tasks.task(index)
+        annotations = tuple(
+            Annotation(
+                id=10 * index + n,
+                annotator=1000 + n,
+                result=[choice_result("label", "image", "8")],
+                cancelled=False,
+                created=1.7e9,
+                updated=1.7e9 + n,
+            )
+            for n in range(ANNOTATORS)
+        )
+        meta = task["meta"]
+        yield Task(10**6 + index, meta["sample_key"], meta["digest"], 5, False, annotations, task["data"])

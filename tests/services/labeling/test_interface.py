@@ -1,0 +1,109 @@
+"""The labelling interface: names, keys, and which edits change what answers mean."""
+
+from __future__ import annotations
+
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from services.labeling.interface import (
+    NONE,
+    answers_by_name,
+    choice_names,
+    hotkeys,
+    instructions,
+    interface_edit,
+    label_config,
+)
+
+DIGITS = tuple(str(n) for n in range(10))
+SIGNS = ("Speed limit (20km/h)", 'No <entry> & "stop"', "Café", *(f"sign {n}" for n in range(40)))
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+@pytest.mark.parametrize("classes", [DIGITS, SIGNS, ("cat",)])
+def test_every_class_and_none_of_the_above_can_be_chosen_by_name(form, classes):
+    config = label_config(form, classes)
+    (control,) = (
+        found for found in ElementTree.fromstring(config).iter("Choices") if found.get("name") == "label"
+    )
+    assert tuple(choice.get("value") for choice in control) == (*classes, NONE)
+
+
+def test_digits_answer_to_their_own_keys_and_others_to_the_keyboard_in_order():
+    assert hotkeys(choice_names(DIGITS)) == {name: name for name in DIGITS} | {NONE: "n"}
+    keys = hotkeys(choice_names(SIGNS))
+    assert keys[SIGNS[0]] == "1" and keys[SIGNS[10]] == "q" and keys[NONE] == "n"
+    assert len(set(keys.values())) == len(keys)
+
+
+def test_classes_that_look_alike_or_like_none_of_the_above_are_told_apart():
+    names = ("stop", "stop ", NONE, "", "$image")
+    assert len(set(choice_names(names))) == 6
+    assert not any(name.startswith("$") for name in choice_names(names))
+    assert sorted(answers_by_name(names).values()) == [-1, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_instructions_hold_an_example_with_the_classes(form):
+    shown = instructions(form, ("<cat>", "dog"))
+    assert "Example" in shown and "&lt;cat&gt;" in shown and "dog" in shown and NONE in shown
+
+
+@pytest.mark.parametrize(
+    "old, new, description",
+    [
+        ('<Choice value="7" hotkey="7"/>', "", "Choice '7' was removed"),
+        ("</Choices>", '<Choice value="ten"/></Choices>', "Choice 'ten' was added"),
+        ('value="7"', 'value="7" alias="3"', "Choice '7': alias is '3', was None"),
+        ('hotkey="7"', 'hotkey="x"', "Choice '7': hotkey is 'x', was '7'"),
+        ('"single-radio"', '"multiple"', "Choices 'label': choice is 'multiple', was 'single-radio'"),
+        ('toName="image"', 'toName="other"', "Choices 'label': toName is 'other', was 'image'"),
+        ('value="$image"', 'value="$other"', "Image 'image': value is '$other', was '$image'"),
+        (
+            "What does this picture show?",
+            "What is wrong here?",
+            "Header 'What does this picture show?': value is 'What is wrong here?', was 'What does this picture show?'",
+        ),
+        ('name="label"', 'name="digit"', "Choices 'label' was removed; Choices 'digit' was added"),
+        (
+            '<View className="question">',
+            '<View className="question" whenTagName="x">',
+            "View was added",
+        ),
+        ("</Style>", '</Style><TextArea name="note" toName="image"/>', "TextArea 'note' was added"),
+    ],
+)
+def test_every_edit_that_can_change_what_an_answer_means_is_described(old, new, description):
+    pushed = label_config("image", DIGITS)
+    assert old in pushed
+    edit = interface_edit(pushed, pushed.replace(old, new))
+    assert edit is not None and edit.changes_answers and edit.description == description
+
+
+def test_an_edit_of_the_layout_is_described_as_one_and_spaces_are_no_edit():
+    pushed = label_config("scenario", DIGITS)
+    edit = interface_edit(pushed, pushed.replace(".cell{", ".cell{border:1px solid;"))
+    assert edit is not None and not edit.changes_answers and edit.description == "the layout"
+    assert interface_edit(pushed, pushed.replace(">\n<", ">\n\n  <")) is None
+    broken = interface_edit(pushed, "<View")
+    assert broken is not None and broken.changes_answers and "not XML" in broken.description
+
+
+def test_instructions_name_the_keys_and_point_to_them_where_there_are_many():
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 for the digit of that name" in instructions("image", DIGITS)
+    assert "hold Shift and press 1 for “cat”, 2 for “dog”" in instructions("scenario", ("cat", "dog"))
+    assert "shown in small letters after the name" in instructions("image", SIGNS)
+
+
+def test_every_template_is_part_of_the_installed_package():
+    root = Path(__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["services.labeling.interface"]
+    files = [path.name for path in (root / "services/labeling/interface").iterdir() if path.is_file()]
+    templates = [name for name in files if not name.endswith(".py")]
+    assert len(templates) == 5
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in templates)

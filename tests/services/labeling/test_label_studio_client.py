@@ -1,0 +1,142 @@
+"""Whatever the server does wrong is one line that says what to do, and never contains the token."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pickle
+import sys
+from dataclasses import replace
+
+import httpx
+import pytest
+from label_studio_live import digits_gallery, free_port, review_run, settings_for
+from proxy import Reply
+
+from defuse_core.errors import InputError, ServiceError
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from services.labeling import LabelStudioAnnotators
+from services.labeling.annotators import connect
+from services.labeling.client import LabelStudioClient
+from services.settings import read_settings
+
+PAGE = "<!doctype html><html><body>Bad Gateway</body></html>"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr("label_studio_sdk.core.http_client._retry_timeout", lambda response, retries: 0)
+    monkeypatch.setattr("label_studio_sdk.core.http_client._retry_timeout_from_retries", lambda retries: 0)
+
+
+@pytest.mark.parametrize(
+    "reply, kind, words",
+    [
+        (Reply(401, '{"detail": "Invalid token."}'), InputError, "LABEL_STUDIO_API_KEY"),
+        (Reply(403, '{"detail": "no"}'), InputError, "administrator"),
+        (Reply(404, PAGE, "text/html"), InputError, "web page"),
+        (Reply(404, '{"detail": "Not found."}'), ServiceError, "Not found"),
+        (Reply(429, '{"detail": "slow down"}'), ServiceError, "wait a minute"),
+        (Reply(500, PAGE, "text/html"), ServiceError, "see its log"),
+        (Reply(502, PAGE, "text/html"), ServiceError, "failed (502)"),
+        (Reply(200, PAGE, "text/html"), InputError, "web page (200)"),
+        (Reply(200, '["nothing like a user"]'), ServiceError, "check LABEL_STUDIO_URL"),
+        (Reply(302, ""), InputError, "redirects"),
+    ],
+)
+def test_each_failure_is_one_line_that_says_what_to_do(proxy, server, reply, kind, words):
+    proxy.answer(reply)
+    with pytest.raises(kind) as raised:
+        LabelStudioClient(proxy.address, server.token).check_access()
+    line = str(raised.value)
+    assert words in line and proxy.address in line
+    assert "\n" not in line and "html" not in line and server.token not in line and len(line) < 300
+    assert str(pickle.loads(pickle.dumps(raised.value))) == line
+
+
+def test_overload_is_asked_again_for_reads_and_never_for_writes(proxy, server):
+    proxy.answer(Reply(503))
+    with pytest.raises(ServiceError):
+        LabelStudioClient(proxy.address, server.token).check_access()
+    assert len(proxy.seen) == 3
+    with pytest.raises(ServiceError):
+        LabelStudioClient(proxy.address, server.token).import_tasks(1, [{"data": {}}])
+    assert len(proxy.seen) == 4
+
+
+def test_a_server_that_is_down_is_named(server):
+    with pytest.raises(ServiceError, match=r"cannot be reached; start it"):
+        LabelStudioClient(f"http://127.0.0.1:{free_port()}", server.token).check_access()
+
+
+def test_a_server_that_is_slow_is_named(proxy, server):
+    proxy.rule = lambda method, path: 0.5
+    with pytest.raises(ServiceError, match="too slow"):
+        LabelStudioClient(proxy.address, server.token, timeout_s=0.1).check_access()
+
+
+def test_a_cut_connection_is_named(proxy, server):
+    proxy.cut("GET", "/", times=9)
+    with pytest.raises(ServiceError, match="cut the connection"):
+        LabelStudioClient(proxy.address, server.token).check_access()
+
+
+@pytest.mark.parametrize(
+    "address", ["labels.example.org", "ftp://labels", "http://me:pw@labels", "http://x/?token=1"]
+)
+def test_an_address_that_is_none_is_refused_without_repeating_it(address):
+    with pytest.raises(InputError) as raised:
+        LabelStudioClient(address, "token")
+    assert "pw" not in str(raised.value) and "token=1" not in str(raised.value)
+
+
+@pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "ümlaut"])
+def test_a_token_that_cannot_be_one_is_refused_without_repeating_it(token):
+    with pytest.raises(InputError, match="LABEL_STUDIO_API_KEY") as raised:
+        LabelStudioClient("http://127.0.0.1:1", token)
+    assert not token or token not in str(raised.value)
+
+
+def test_without_any_server_it_is_said_how_to_get_one(tmp_path):
+    nothing = replace(read_settings(), label_studio_url=None, label_studio_api_key=None, cache=tmp_path)
+    with pytest.raises(InputError, match="defuse label-studio up"):
+        connect(nothing)
+    with pytest.raises(InputError, match="LABEL_STUDIO_API_KEY is not"):
+        connect(replace(nothing, label_studio_url="http://127.0.0.1:1"))
+
+
+def test_the_token_is_in_no_log_no_repr_and_no_file_of_the_run(make_review, server, caplog):
+    caplog.set_level(logging.DEBUG)
+    review = make_review()
+    review.annotators.push(review.gallery)
+    review.annotators.status(review.gallery)
+    shown = caplog.text + repr(review.annotators.client) + repr(settings_for(server)) + repr(server)
+    assert "HTTP Request" not in caplog.text  # which would contain every address
+    stored = b"".join(review.run.store.read(key) for key in review.run.store.list())
+    assert server.token not in shown and server.token.encode() not in stored
+
+
+def test_a_server_that_is_missing_is_said_before_anything_is_computed(tmp_path):
+    gone = replace(
+        read_settings(), label_studio_url=f"http://127.0.0.1:{free_port()}", label_studio_api_key="token"
+    )
+    run = review_run(tmp_path, digits_gallery())
+    with pytest.raises(ServiceError, match="cannot be reached"):
+        LabelStudioAnnotators(run, gone)
+    LabelStudioAnnotators(Run(FolderStore(tmp_path), run.name, run.spec, until="draw"), gone)
+    run.store.write("votes.safetensors", b"in already")
+    LabelStudioAnnotators(run, gone)
+
+
+def test_a_personal_access_token_does_as_well_as_a_legacy_one(server):
+    headers = {"Authorization": f"Token {server.token}"}
+    made = httpx.post(f"{server.address}/api/token/", headers=headers, json={}, trust_env=False)
+    LabelStudioClient(server.address, made.json()["token"]).check_access()
+
+
+def test_without_the_client_library_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
+    monkeypatch.delitem(sys.modules, "services.labeling.client")
+    with pytest.raises(InputError, match=r"pip install 'defuse\[label-studio\]'"):
+        importlib.import_module("services.labeling.client")

@@ -1,0 +1,112 @@
+"""A human decision above the vote."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from label_studio_live import digits_gallery, review_run
+
+from defuse_core.artifacts import Corrections, Override, Verdicts, Votes
+from defuse_core.errors import InputError, RunBusyError
+from defuse_core.judge import judge, read_overrides
+from services.labeling.overrides import FROM_VERDICTS, override_verdict
+
+
+@pytest.fixture
+def run(tmp_path):
+    return review_run(tmp_path, digits_gallery())
+
+
+@pytest.fixture
+def judged(run):
+    nobody = np.zeros(0, np.int64)
+    votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
+    run.once("review", Votes, lambda: votes)
+    run.once("review", Verdicts, lambda: judge(digits_gallery(), votes, 0.5))
+    codes = np.zeros((0, 1, 2), np.float32)
+    run.once("correct", Corrections, lambda: Corrections(nobody, nobody, codes, codes))
+    run.store.write("trials/defuse/0.safetensors", b"x")
+    run.store.write("report.json", b"{}")
+    return run
+
+
+def test_a_decision_is_recorded_with_author_reason_and_time(run):
+    assert (
+        override_verdict(run, 2, "8", author="Ada", reason="looks like\nan eight")
+        == "scenario 2 is a failure: 8"
+    )
+    assert override_verdict(run, 1, None, author="Bob", reason="blurred") == "scenario 1 is rejected"
+    first, second = read_overrides(run.store)
+    assert first == Override(2, 8, "Ada", "looks like an eight", first.when)
+    assert second.label is None and first.when.endswith("Z")
+
+
+def test_the_decision_stands_above_the_vote(run):
+    override_verdict(run, 2, "8", author="Ada", reason="checked")
+    nobody = np.zeros(0, np.int64)
+    votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
+    verdicts = judge(digits_gallery(), votes, 0.5, read_overrides(run.store))
+    assert verdicts.labels.tolist() == [-1, -1, 8, -1]
+    assert verdicts.reasons[2] == "accepted as 8 by Ada: checked"
+
+
+@pytest.mark.parametrize(
+    "scenario, label, reason, words",
+    [
+        (9, "8", "why", "scenarios 0 to 3"),
+        (-1, "8", "why", "scenarios 0 to 3"),
+        (0, "eleven", "why", "expected a class or its index"),
+        (0, "10", "why", "expected a class or its index"),
+        (0, "8", "  ", "--reason"),
+    ],
+)
+def test_what_cannot_be_decided_is_said(run, scenario, label, reason, words):
+    with pytest.raises(InputError, match=words):
+        override_verdict(run, scenario, label, author="Ada", reason=reason)
+    assert read_overrides(run.store) == ()
+
+
+def test_after_the_verdicts_a_decision_is_refused_and_changes_nothing(judged):
+    before = {key: judged.store.read(key) for key in judged.store.list()}
+    with pytest.raises(InputError, match="--redo"):
+        override_verdict(judged, 2, "8", author="Ada", reason="checked")
+    assert {key: judged.store.read(key) for key in judged.store.list()} == before
+
+
+def test_redo_forgets_the_verdicts_and_what_follows_and_keeps_the_votes(judged):
+    override_verdict(judged, 2, "8", author="Ada", reason="checked", redo=True)
+    left = judged.store.list()
+    assert not [key for key in left if key.startswith(("trials", "report", "figures", *FROM_VERDICTS))]
+    assert "votes.safetensors" in left and "gallery.safetensors" in left
+    assert set(json.loads(judged.store.read("manifest.json"))["artefacts"]) == {"votes"}
+    assert read_overrides(judged.store)[0].label == 8
+
+
+def test_two_decisions_at_once_both_count(run, monkeypatch):
+    override_verdict(run, 2, "8", author="Ada", reason="checked")
+    monkeypatch.setattr(run.store, "list", lambda prefix="": [])  # as it was before the other's
+    override_verdict(run, 1, None, author="Bob", reason="blurred")
+    monkeypatch.undo()
+    assert [decision.author for decision in read_overrides(run.store)] == ["Ada", "Bob"]
+
+
+def test_a_decision_that_the_verdicts_were_made_without_is_told(judged, monkeypatch):
+    found = iter([None, judged.load(Verdicts)])  # the driver judges between the two looks
+    load = judged.load
+    monkeypatch.setattr(judged, "load", lambda kind: next(found) if kind is Verdicts else load(kind))
+    with pytest.raises(InputError, match="has its verdicts already"):
+        override_verdict(judged, 2, "8", author="Ada", reason="checked")
+
+
+def test_redo_waits_for_no_driver_that_is_writing(judged):
+    with judged.store.lock(), pytest.raises(RunBusyError):
+        override_verdict(judged, 2, "8", author="Ada", reason="checked", redo=True)
+    assert judged.load(Verdicts) is not None
+
+
+def test_a_run_without_scenarios_says_how_far_it_is(run):
+    run.store.delete("gallery.safetensors")
+    with pytest.raises(InputError, match="no scenarios yet"):
+        override_verdict(run, 0, "8", author="Ada", reason="why")

@@ -1,0 +1,161 @@
+"""Large pictures are in the run's bucket; Label Studio shows them, and can read nothing else there."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from label_studio_live import digits_gallery, pictures_address, review_run, settings_for
+from PIL import Image
+from s3_servers import rclone_server
+
+from defuse_core.errors import InputError
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from services.labeling import LabelStudioAnnotators
+from services.settings import BucketAccess
+from services.storage import open_store
+
+OWN = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush-hush-hush"}
+PICTURES_ONLY = (
+    "--read-only",
+    "--include=/*/**/pictures/**",
+    "--dir-cache-time=1s",
+)  # as deploy/compose.yaml
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    for name, value in OWN.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "buckets" / "bucket").mkdir(parents=True)
+    with rclone_server(tmp_path / "buckets", *OWN.values()) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield open_store("s3://bucket/runs")
+
+
+@pytest.fixture
+def access(bucket, tmp_path):
+    """A server of the same bucket that has a key of its own, and serves pictures alone, to be read only."""
+    port = urlsplit(pictures_address()).port
+    with rclone_server(tmp_path / "buckets", "pictures", "pictures-secret", port, PICTURES_ONLY):
+        yield BucketAccess("pictures", "pictures-secret", endpoint=pictures_address())
+
+
+def review_of(store, server, gallery, access, **review):
+    settings = replace(settings_for(server), label_studio_s3=access)
+    return LabelStudioAnnotators(review_run(store, gallery, **review), settings)
+
+
+def read_through_label_studio(account, task, address):
+    """Request any key of the bucket, as a member of Label Studio's organisation can."""
+    wanted = base64.urlsafe_b64encode(address.encode()).decode()
+    return account.http.get(f"/tasks/{task}/resolve/?fileuri={wanted}")
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_annotators_see_pictures_over_the_bound_and_read_nothing_else_of_the_run(
+    access, bucket, server, accounts, form, caplog
+):
+    gallery = digits_gallery(size=96)
+    annotators = review_of(bucket, server, gallery, access, inline_kb=1, form=form)
+    number = annotators.push(gallery).number
+    task = accounts[0].next_task(number)
+    shown = task["data"]["image"] if form == "image" else task["data"]["samples"][0]["image"]
+    reply = accounts[0].http.get(shown, follow_redirects=True)
+    reply.raise_for_status()
+    seen = np.asarray(Image.open(io.BytesIO(reply.content)), np.float32) / 255
+    assert np.abs(seen - gallery.images[0, 0, 0]).max() < 1 / 254
+    picture = f"{annotators.run.store.address}/pictures/s003-i02.png"
+    assert read_through_label_studio(accounts[0], task["id"], picture).status_code == 200
+    for key in ("run.yaml", "gallery.safetensors", "labeling.json"):
+        address = f"{annotators.run.store.address}/{key}"
+        assert read_through_label_studio(accounts[0], task["id"], address).status_code >= 400
+    assert "can read all" not in caplog.text
+    assert annotators.push(gallery).number == number
+
+
+def test_without_credentials_of_its_own_label_studio_gets_none_and_nothing_is_pushed(bucket, server):
+    gallery = digits_gallery(size=96)
+    annotators = review_of(bucket, server, gallery, BucketAccess(), inline_kb=1)
+    with pytest.raises(InputError, match="set LABEL_STUDIO_S3_ACCESS_KEY_ID"):
+        annotators.push(gallery)
+    assert not annotators.run.store.exists("labeling.json")
+
+
+def test_the_credentials_of_this_process_are_not_accepted_under_another_name(bucket, server):
+    gallery = digits_gallery(size=96)
+    annotators = review_of(bucket, server, gallery, BucketAccess(*OWN.values()), inline_kb=1)
+    with pytest.raises(InputError, match="every annotator could read what it can read"):
+        annotators.push(gallery)
+    assert not annotators.run.store.exists("labeling.json")
+
+
+def test_shared_credentials_work_and_the_log_warns_what_annotators_can_read(
+    tmp_path, monkeypatch, server, accounts, caplog
+):
+    for name, value in OWN.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "bucket").mkdir()
+    with rclone_server(tmp_path, *OWN.values(), port=urlsplit(pictures_address()).port) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        store, gallery = open_store("s3://bucket/runs"), digits_gallery(size=96)
+        annotators = review_of(store, server, gallery, BucketAccess(share_own=True), inline_kb=1)
+        task = accounts[0].next_task(annotators.push(gallery).number)
+        address = f"{annotators.run.store.address}/run.yaml"
+        assert read_through_label_studio(accounts[0], task["id"], address).status_code == 200
+    assert f"can read all of {annotators.run.store.address}" in caplog.text
+
+
+def test_wrong_credentials_are_found_before_anything_is_pushed(access, bucket, server):
+    gallery = digits_gallery(size=96)
+    wrong = replace(access, secret_access_key="something-else")
+    annotators = review_of(bucket, server, gallery, wrong, inline_kb=1)
+    with pytest.raises(InputError, match="cannot list and read"):
+        annotators.push(gallery)
+    assert not annotators.run.store.exists("labeling.json")
+
+
+def test_a_bucket_that_label_studio_blocks_is_named_with_the_cause_before_any_task_is_pushed(bucket, server):
+    gallery = digits_gallery(size=96)
+    annotators = review_of(bucket, server, gallery, BucketAccess(share_own=True), inline_kb=1)
+    with pytest.raises(InputError, match=r"blocks the bucket's address .*LABEL_STUDIO_S3_ENDPOINT="):
+        annotators.push(gallery)
+    mark = json.loads(annotators.run.store.read("labeling.json"))["mark"]
+    (project,) = annotators.client.find_projects(mark)
+    assert list(annotators.client.tasks(project.id)) == []
+
+
+def test_a_run_that_was_copied_out_of_the_bucket_continues_with_its_project(
+    access, bucket, server, tmp_path, caplog
+):
+    gallery = digits_gallery(size=96)
+    annotators = review_of(bucket, server, gallery, access, inline_kb=1)
+    number, run = annotators.push(gallery).number, annotators.run
+    copied = FolderStore(tmp_path / "copy").within(run.name)
+    for key in run.store.list():
+        copied.write(key, run.store.read(key))
+    run = Run.open(FolderStore(tmp_path / "copy"), run.name)
+    assert LabelStudioAnnotators(run, settings_for(server)).push(gallery).number == number
+    assert "the bucket that the run was pushed from" in caplog.text
+
+
+def test_pictures_within_the_bound_are_inline(bucket, server):
+    gallery = digits_gallery()
+    annotators = review_of(bucket, server, gallery, BucketAccess())
+    number = annotators.push(gallery).number
+    task = next(annotators.client.tasks(number, with_data=True))
+    assert base64.b64decode(task.data["image"].partition(",")[2]).startswith(b"\x89PNG")
+
+
+def test_compose_serves_label_studio_the_same_way_as_these_tests():
+    compose = (Path(__file__).parents[3] / "deploy" / "compose.yaml").read_text()
+    assert all(f"- {flag}\n" in compose for flag in PICTURES_ONLY)

@@ -1,0 +1,161 @@
+"""`defuse review ...` and `defuse label-studio ...` as typed."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from label_studio_live import write_into_cache
+
+from defuse_core.artifacts import Votes
+from defuse_core.errors import InputError
+from services.cli import defuse
+from services.labeling.simulate import choice_result
+
+TRUTH = (8, 3, 0, 1)
+
+
+@pytest.fixture
+def cli(monkeypatch, server, tmp_path):
+    monkeypatch.setenv("LABEL_STUDIO_URL", server.address)
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", server.token)
+
+    def call(*words, store=tmp_path):
+        done = CliRunner().invoke(
+            defuse, [*words, *(["--store", str(store)] if words[0] == "review" else [])]
+        )
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done
+
+    return call
+
+
+def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, accounts, server):
+    review = make_review(answers_per_task=3, stop_early=True)
+    name = review.run.name
+    pushed = cli("review", "push", name).output
+    link, invitation = pushed.splitlines()
+    assert link == f"label at {server.address}/projects/{review.state.number}/data?labeling=1"
+    signup = httpx.get(invitation.removeprefix("annotators get an account at "), trust_env=False)
+    assert signup.status_code == 200 and "password" in signup.text
+    for account in accounts[:2]:
+        for key, task in review.tasks().items():
+            if key < "s001":
+                account.answer(task.id, "image", "8")
+    accounts[2].submit(review.tasks()["s003-i00"].id, [])
+    shown = " ".join(cli("review", "status", name).output.split())
+    assert "6 of 36 answers are in; 27 are still wanted." in shown
+    assert "3 more are not needed" in shown
+    assert "annotator-1: 3" in shown and "annotator-2: 3" in shown and "annotator-3: 0" in shown
+    assert "Agreement so far: 100.0%" in shown
+    assert "0 3 accepted as 8: 100% of 3 labelled images are misclassified" in shown
+    assert "Not counted: annotator-3 on scenario 3, image 0: no label was chosen" in shown
+    assert link.removeprefix("label at ") in shown and invitation.split(" at ")[1] in shown
+
+
+def test_what_annotators_typed_is_shown_as_it_is(cli, make_review, accounts):
+    review = make_review()
+    cli("review", "push", review.run.name)
+    accounts[0].answer(review.tasks()["s001-i00"].id, "image", "[/bold] [red]")
+    shown = " ".join(cli("review", "status", review.run.name).output.split())
+    assert "'[/bold] [red]' is not one of the classes" in shown
+
+
+def test_a_run_that_asks_models_is_not_pushed(cli, make_review):
+    review = make_review(annotators="reference-models")
+    with pytest.raises(InputError, match="nobody would read people's answers"):
+        cli("review", "push", review.run.name)
+
+
+def test_status_before_a_push_says_what_to_type(cli, make_review):
+    review = make_review()
+    with pytest.raises(InputError, match=f"`defuse review push {review.run.name}`"):
+        cli("review", "status", review.run.name)
+
+
+def test_set_records_a_decision_that_status_shows(cli, make_review):
+    review = make_review()
+    name = review.run.name
+    cli("review", "push", name)
+    done = cli("review", "set", name, "2", "--label", "8", "--reason", "seen on paper", "--author", "Ada")
+    assert done.output == "scenario 2 is a failure: 8; `defuse run` continues with it\n"
+    assert json.loads(review.run.store.read("overrides/0001.json"))["author"] == "Ada"
+    assert "2 9 decided above the vote" in " ".join(cli("review", "status", name).output.split())
+
+
+@pytest.mark.parametrize("choice", [[], ["--label", "8", "--reject"]])
+def test_set_wants_either_a_label_or_a_rejection(cli, make_review, choice):
+    done = cli("review", "set", make_review().run.name, "2", *choice, "--reason", "why")
+    assert done.exit_code == 2 and "either --label NAME_OR_INDEX or --reject" in done.output
+
+
+def test_a_run_without_images_says_how_far_it_is(cli, make_review):
+    review = make_review()
+    review.run.store.delete("gallery.safetensors")
+    with pytest.raises(InputError, match="no images to review yet"):
+        cli("review", "push", review.run.name)
+
+
+def test_the_local_server_is_found_without_any_setting(monkeypatch, tmp_path, server):
+    monkeypatch.delenv("LABEL_STUDIO_URL", raising=False)
+    monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path))
+    assert CliRunner().invoke(defuse, ["label-studio", "status"]).output.startswith("not running")
+    assert CliRunner().invoke(defuse, ["label-studio", "down"]).output == "it was not running\n"
+    write_into_cache(tmp_path)
+    shown = CliRunner().invoke(defuse, ["label-studio", "status"]).output
+    assert server.address in shown and server.username in shown and server.token not in shown
+
+
+def answer_all(review, account):
+    for task in review.tasks().values():
+        account.answer(task.id, "image", str(TRUTH[review.subject(task).scenario]))
+
+
+def test_after_the_votes_are_stored_status_says_so_and_reopen_takes_later_answers_in(
+    cli, make_review, accounts
+):
+    review = make_review(answers_per_task=2)
+    name = review.run.name
+    cli("review", "push", name)
+    answer_all(review, accounts[0])
+    with pytest.raises(InputError, match="is still open"):
+        cli("review", "reopen", name)
+    answer_all(review, accounts[1])
+    review.run.once("review", Votes, lambda: review.annotators.review(review.gallery))
+    assert "Voting is closed" in cli("review", "status", name).output
+    tasks = review.tasks()
+    changed = tasks["s000-i00"].annotations[0].id
+    accounts[0].change(changed, [choice_result("label", "image", "3")])
+    shown = " ".join(cli("review", "status", name).output.split())
+    assert "1 given or changed since then, not counted" in shown and "Label at" not in shown
+    assert f"`defuse review reopen {name}`" in shown
+    assert "is open again" in cli("review", "reopen", name).output
+    assert review.run.load(Votes) is None
+    votes = review.annotators.review(review.gallery)
+    here = (votes.scenario == 0) & (votes.image == 0)
+    assert sorted(votes.answer[here].tolist()) == [3, 8]
+
+
+def test_status_shows_skips_with_the_task_and_what_resolves_them(cli, make_review, accounts):
+    review = make_review(answers_per_task=1)
+    name = review.run.name
+    cli("review", "push", name)
+    task = review.tasks()["s001-i02"].id
+    accounts[0].submit(task, [], was_cancelled=True)
+    shown = " ".join(cli("review", "status", name).output.split())
+    assert (
+        f"Skipped: annotator-1 on scenario 1, image 2, {review.api.task_url(review.state.number, task)}"
+        in shown
+    )
+    assert f"`defuse review push {name} --repair` deletes the skips" in shown
+
+
+def test_the_address_for_annotators_can_be_another_than_that_of_the_api(cli, make_review, monkeypatch):
+    monkeypatch.setenv("LABEL_STUDIO_HOST", "https://labels.example.org/")
+    review = make_review()
+    link, invitation = cli("review", "push", review.run.name).output.splitlines()
+    assert link.startswith("label at https://labels.example.org/projects/")
+    assert invitation.startswith("annotators get an account at https://labels.example.org/user/signup/")

@@ -1,0 +1,91 @@
+"""Model-assisted review: off by default, and stated where it was on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from planted_review import blank_review
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE
+from services.labeling.tasks import Prelabels, prelabels_by_task
+
+TRUTH = (8, 3, 0, 1)
+
+
+def probabilities(confidence):
+    """Two models that agree on the truth of each image with the given (S, R) confidence."""
+    table = np.zeros((2, 4, 3, 10), np.float32)
+    table += ((1 - confidence) / 9)[None, :, :, None]
+    for scenario, label in enumerate(TRUTH):
+        table[:, scenario, :, label] = confidence[scenario]
+    return table
+
+
+CONFIDENCE = np.array([[0.9, 0.8, 0.7], [0.95, 0.2, 0.96], [0.6, 0.99, 0.98], [0.91, 0.92, 0.93]], np.float32)
+
+
+def test_suggestions_come_least_certain_first_and_none_of_the_above_below_the_bound():
+    found = prelabels_by_task(probabilities(CONFIDENCE), 0.5, whole_pages=False)
+    assert list(found)[:3] == [4, 6, 2]  # of three images in a scenario
+    assert found[4].answer == NONE_OF_THE_ABOVE
+    assert found[2].answer == 8 and found[2].confidence == pytest.approx(0.7)
+
+
+def test_a_page_gets_one_suggestion_over_its_images():
+    found = prelabels_by_task(probabilities(CONFIDENCE), 0.5, whole_pages=True)
+    assert list(found) == [1, 0, 2, 3]
+    assert [suggestion.answer for suggestion in found.values()] == [3, 8, 0, 1]
+    assert found[0].confidence == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("form, first", [("image", "s001-i01"), ("scenario", "s001")])
+def test_people_get_the_least_certain_task_first_with_the_models_answer_selected(
+    make_review, accounts, form, first
+):
+    review = make_review(prelabel=True, form=form, answers_per_task=1)
+    review.run.once("review", Prelabels, lambda: Prelabels(probabilities(CONFIDENCE)))
+    number = review.annotators.push(review.gallery).number
+    task = accounts[0].next_task(number)
+    assert task["meta"]["sample_key"] == first
+    (prediction,) = task["predictions"]
+    assert prediction["model_version"] == "reference models"
+    expected = "None of the above" if form == "image" else "3"
+    assert prediction["result"][0]["value"]["choices"] == [expected]
+    assert prediction["score"] == pytest.approx(0.2 if form == "image" else (0.95 + 0.2 + 0.96) / 3, abs=1e-4)
+
+
+def test_votes_say_when_the_models_answer_was_preselected(make_review, accounts):
+    review = make_review(prelabel=True, answers_per_task=1)
+    review.run.once("review", Prelabels, lambda: Prelabels(probabilities(CONFIDENCE)))
+    review.annotators.push(review.gallery)
+    review.everyone_answers(accounts[:1], lambda subject: str(TRUTH[subject.scenario]))
+    assert "biases a vote" in review.annotators.review(review.gallery).notes["prelabel"]
+
+
+def test_by_default_nothing_is_preselected_and_nothing_is_said(make_review, accounts):
+    review = make_review(answers_per_task=1)
+    number = review.annotators.push(review.gallery).number
+    assert accounts[0].next_task(number)["predictions"] == []
+    review.everyone_answers(accounts[:1], lambda subject: str(TRUTH[subject.scenario]))
+    assert "prelabel" not in review.annotators.review(review.gallery).notes
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_every_task_is_found_by_its_key_and_nothing_else_is(tmp_path, form):
+    _, tasks = blank_review(tmp_path, 3, form=form)
+    indices = range(len(tasks))
+    assert [tasks.index_of(tasks.subject(n).key) for n in indices] == list(indices)
+    for unknown in (
+        None,
+        "",
+        "s003",
+        "s003-i00",
+        "s000-i10",
+        "s0000",
+        "s0000-i00",
+        "s001-i1",
+        "s001-i001",
+        "x",
+    ):
+        assert tasks.index_of(unknown) is None
+    assert tasks.index_of("s001" if form == "image" else "s001-i00") is None

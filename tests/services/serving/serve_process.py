@@ -1,0 +1,114 @@
+"""`defuse serve` as a process of its own, and the sockets of processes as /proc shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+TOKEN = "a long secret"
+ROOT = Path(__file__).parents[3]
+
+
+@dataclass(frozen=True)
+class ServeProcess:
+    """A running `defuse serve` that answers."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    http: httpx.Client  # without the token
+    log: Path
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def stop(self) -> int:
+        """Return the exit code after SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(120)
+
+
+@contextlib.contextmanager
+def serve_process(folder: Path, *arguments: str, **environment: str) -> Iterator[ServeProcess]:
+    """Run `defuse serve ARGUMENTS` on a free port of loopback, with a token and Ray's authentication."""
+    port, log = free_port(), folder / "log"
+    command = [sys.executable, "-c", "from services.cli import main; main()", "serve", *arguments]
+    variables = {**os.environ, "DEFUSE_SERVE_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), **environment}
+    for name in {"RAY_ADDRESS", "RAY_AUTH_MODE"} - environment.keys():
+        variables.pop(name, None)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], env=variables, stdout=output, stderr=output
+        )
+    running = ServeProcess(process, port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10), log)
+    try:
+        wait_until(lambda: is_ready(running), 240)
+        yield running
+    finally:
+        if process.poll() is None:
+            running.stop()
+
+
+def is_ready(running: ServeProcess) -> bool:
+    assert running.process.poll() is None, running.output()
+    with contextlib.suppress(httpx.HTTPError):
+        return running.http.get("/readyz").status_code in (200, 503) and "serving on" in running.output()
+    return False
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true"
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def listening_addresses(port: int) -> set[str]:
+    """Return the addresses, in the hexadecimal notation of /proc, of the sockets that listen on `port`."""
+    return {address for address, at, _ in _listening_sockets() if at == port}
+
+
+def listening_ports(pid: int) -> set[tuple[str, int]]:
+    """Return address and port of the TCP sockets that a process listens on."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if found := re.fullmatch(r"socket:\[(\d+)\]", str(descriptor.readlink())):
+                inodes.add(found[1])
+    return {(address, port) for address, port, inode in _listening_sockets() if inode in inodes}
+
+
+def _listening_sockets() -> Iterator[tuple[str, int, str]]:
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            row = line.split()
+            if row[3] == "0A":
+                address, port = row[1].split(":")
+                yield address, int(port, 16), row[9]
+
+
+def processes_with(text: str) -> list[int]:
+    """Return the processes whose command line contains `text`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if text.encode() in (folder / "cmdline").read_bytes().replace(b"\0", b" "):
+                found.append(int(folder.name))
+    return found

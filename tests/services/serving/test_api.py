@@ -1,0 +1,207 @@
+"""A real Serve on loopback: what it answers, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+
+import httpx
+import numpy as np
+import pytest
+from load_generator import Client, limited, load, request_bytes
+from synthetic_runs import png
+
+from defuse_core.config import ServeSection
+from defuse_core.errors import InputError
+from defuse_core.models import load_classifier, predict_probabilities
+from defuse_core.runs import Run
+from services.serving.candidate import prepare_candidate
+from services.serving.deployment import ClassifierDeployment, InitialModel
+
+IMAGE = {"Content-Type": "image/png"}
+
+
+@pytest.fixture(scope="module")
+def app(serving, planted):
+    return serving(planted, run="first", pin=True, max_body_mb=1)
+
+
+@pytest.fixture(scope="module")
+def unbatched(serving, planted):
+    return serving(planted, run="first", pin=True, batch_size=1)
+
+
+def answers(app, pictures, clients):
+    """Return the predictions for all pictures, in their order, asked by several clients at once."""
+    waiting = [(n, request_bytes(p, app.predict, "image/png")) for n, p in enumerate(pictures)]
+    found = {}
+
+    async def client():
+        connection = Client(app.port)
+        while waiting:
+            number, request = waiting.pop()
+            found[number] = await connection.ask(request)
+        connection.close()
+
+    async def all_clients():
+        await asyncio.gather(*(client() for _ in range(clients)))
+
+    asyncio.run(all_clients())
+    assert {reply.status for reply in found.values()} == {200}
+    return [found[number].json()["predictions"][0] for number in range(len(pictures))]
+
+
+def test_a_thousand_answers_equal_the_plain_model_with_and_without_batches(
+    app, unbatched, planted, good_spec, pictures, pixels
+):
+    run = Run.open(planted, "first")
+    classifier = load_classifier(good_spec, prepare_candidate(run)[1].classifier, 10)
+    plain = predict_probabilities(classifier, np.round(pixels * 255).astype(np.float32) / np.float32(255))
+    for served, clients in ((app, 16), (unbatched, 4)):
+        found = answers(served, pictures, clients)
+        shares = np.array([one["probabilities"] for one in found])
+        np.testing.assert_allclose(shares, plain, atol=2e-5)
+        assert [one["class"] for one in found] == plain.argmax(axis=1).tolist()
+
+
+def test_files_raw_bytes_and_pixels_give_the_same_answer_one_or_many(app, pictures, pixels):
+    raw = app.http.post("/v1/predict", content=pictures[0], headers=IMAGE).json()
+    octets = {"Content-Type": "application/octet-stream"}
+    assert app.http.post("/v1/predict", content=pictures[0], headers=octets).json() == raw
+    files = app.http.post("/v1/predict", files=[("image", one) for one in pictures[:3]]).json()
+    lists = app.http.post("/v1/predict", json={"pixels": np.round(pixels[:3] * 255).astype(int).tolist()})
+    assert lists.status_code == 422
+    levels = (np.round(pixels[:3] * 255) / 255).tolist()
+    lists = app.http.post("/v1/predict", json={"pixels": levels}).json()
+    assert [p["class"] for p in files["predictions"]] == [p["class"] for p in lists["predictions"]]
+    assert files["predictions"][0] == raw["predictions"][0]
+    assert len(app.http.post("/v1/predict", json={"pixels": levels[0][0]}).json()["predictions"]) == 1
+
+
+def test_bad_requests_are_rejected_in_one_sentence_and_good_ones_among_them_answered(
+    app, pictures, good_spec
+):
+    good = request_bytes(pictures[0], app.predict, "image/png")
+    bad = [
+        request_bytes(b"no image at all", app.predict, "image/png"),
+        request_bytes(b"", app.predict, "image/png"),
+        request_bytes(b'{"pixels": [[NaN]]}', app.predict, "application/json"),
+        request_bytes(b'{"pixels": [[0.5]], "more": 1}', app.predict, "application/json"),
+        request_bytes(b"{", app.predict, "application/json"),
+        request_bytes(b"text", app.predict, "text/plain"),
+        request_bytes(b"nothing", app.predict, "multipart/form-data; boundary=x"),
+    ]
+    replies = load(app.port, 8, limited([good, *bad], 160, 60))
+    by_status = {status: [r for r in replies if r.status == status] for status in {r.status for r in replies}}
+    assert set(by_status) == {200, 400, 415, 422}
+    assert len(by_status[200]) == 20
+    assert all(
+        reply.json()["predictions"][0]["class"] == by_status[200][0].json()["predictions"][0]["class"]
+        for reply in by_status[200]
+    )
+    for reply in replies:
+        if reply.status != 200:
+            assert set(reply.json()) == {"error"} and "\n" not in reply.json()["error"]
+
+
+def test_a_body_of_100_mb_is_rejected_before_it_is_read(app):
+    def endless():
+        for _ in range(100):
+            yield b"\0" * 1_000_000
+
+    head = f"POST {app.predict} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", app.port), timeout=10) as raw:
+        raw.sendall(head.encode() + b"\0" * 1000)
+        assert b"413" in raw.recv(4096).split(b"\r\n")[0]
+    started = time.monotonic()
+    try:
+        status = app.http.post("/v1/predict", content=endless(), headers=IMAGE).status_code
+    except (httpx.WriteError, httpx.RemoteProtocolError):
+        status = 413  # the server answered and hung up while this was still sending
+    assert status == 413 and time.monotonic() - started < 10
+    assert app.http.get("/readyz").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def hurried(serving, planted):
+    """An application whose batches wait longer than its timeout."""
+    return serving(
+        planted, run="first", pin=True, batch_size=4, batch_wait_s=1, timeout_s=0.3, retry_after_s=2
+    )
+
+
+def test_a_body_that_does_not_arrive_in_time_is_answered_408(hurried):
+    head = f"POST {hurried.predict} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", hurried.port), timeout=10) as raw:
+        raw.sendall(head.encode() + b"\0" * 10)
+        reply = b""
+        while b"}" not in reply and (more := raw.recv(4096)):
+            reply += more
+    assert b"408" in reply.split(b"\r\n")[0] and b"did not arrive within 0.3 s" in reply
+
+
+def test_an_answer_that_takes_too_long_is_503_with_retry_after(hurried, pictures):
+    reply = hurried.http.post("/v1/predict", content=pictures[0], headers=IMAGE)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+    assert reply.json() == {"error": "no answer within 0.3 s"}
+
+
+def test_a_replica_without_its_required_token_does_not_start(planted, monkeypatch):
+    monkeypatch.delenv("DEFUSE_SERVE_TOKEN", raising=False)
+    with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN is required, and not set"):
+        ClassifierDeployment(planted.address, InitialModel(), ServeSection(), {}, require_token=True)
+
+
+def test_the_model_route_describes_the_model_in_production(app):
+    page = app.http.get("/v1/model").json()
+    assert (page["version"], page["run"], page["lam"]) == ("first", "first", 1.0)
+    assert [s["name"] for s in page["scenarios"]] == ["3 read as 8 (scenario 0)", "8 read as 3 (scenario 1)"]
+    assert all(s["fixed"] for s in page["scenarios"])
+
+
+def test_an_input_inside_a_failure_scenario_is_marked_and_counted(app, planted, good_spec):
+
+    from defuse_core.artifacts import Models, Scenarios
+    from defuse_core.models import decode_codes, load_vae
+
+    run = Run.open(planted, "first")
+    vae = load_vae(good_spec, run.load(Models).vae)
+    centre = decode_codes(vae, run.load(Scenarios).means[:1].astype(np.float32))[0]
+    hit = app.http.post("/v1/predict", content=png(centre), headers=IMAGE).json()["predictions"][0]
+    assert hit["scenarios"][0]["name"] == "3 read as 8 (scenario 0)"
+    assert hit["scenarios"][0]["fixed"] and hit["scenarios"][0]["nearer_share"] < 0.01
+    end = time.monotonic() + 30
+    while not [line for line in app.http.get("/metrics").text.splitlines() if is_count(line)]:
+        assert time.monotonic() < end, "no counter of the scenario appeared on the metrics page"
+        time.sleep(0.5)
+
+
+def is_count(line):
+    return line.startswith("ray_defuse_scenario_images") and 'scenario="0"' in line and 'fixed="true"' in line
+
+
+def test_without_the_watch_scenarios_are_null(unbatched, serving, planted, pictures):
+    blind = serving(planted, run="first", pin=True, watch=False)
+    reply = blind.http.post("/v1/predict", content=pictures[0], headers=IMAGE).json()
+    seen = unbatched.http.post("/v1/predict", content=pictures[0], headers=IMAGE).json()
+    assert reply["predictions"][0]["scenarios"] is None
+    assert reply["predictions"][0]["probabilities"] == seen["predictions"][0]["probabilities"]
+
+
+def test_bfloat16_answers_like_float32(serving, planted, pictures, unbatched):
+    half = serving(planted, run="first", pin=True, precision="bfloat16")
+    found = np.array([one["probabilities"] for one in answers(half, pictures[:100], 4)])
+    full = np.array([one["probabilities"] for one in answers(unbatched, pictures[:100], 4)])
+    assert np.abs(found - full).max() < 0.05 and not np.array_equal(found, full)
+
+
+def test_before_the_first_promotion_the_server_is_alive_but_not_ready(serving, own_store, pictures):
+    empty = serving(own_store, run=None)
+    assert empty.http.get("/healthz").status_code == 200
+    for reply in (
+        empty.http.get("/readyz"),
+        empty.http.post("/v1/predict", content=pictures[0], headers=IMAGE),
+    ):
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+        assert reply.json() == {"error": "no version is in production yet"}

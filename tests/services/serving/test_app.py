@@ -1,0 +1,51 @@
+"""The Ray Serve application: its arguments, settings and resources."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from defuse_core.config import ServeSection
+from defuse_core.errors import InputError
+from services.serving.app import classifier_deployment
+from services.serving.arguments import ServeArgs, resolve_settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch": 3}, r"serve\.batch: "),
+        ({"batch_size": 0}, r"serve\.batch_size: "),
+        ({"min_replicas": 3}, "exceeds max_replicas"),
+    ],
+)
+def test_an_invalid_setting_is_named(planted, settings, words):
+    with pytest.raises(InputError, match=words):
+        resolve_settings(ServeArgs(store=planted.address, run="first", settings=settings))
+
+
+def test_serve_build_writes_the_application(planted, tmp_path):
+    module = f"from services.serving.app import ServeArgs, build\napp = build(ServeArgs(store={planted.address!r}))\n"
+    (tmp_path / "built.py").write_text(module)
+    written = tmp_path / "built.yaml"
+    command = [sys.executable, "-m", "ray.serve.scripts", "build", "built:app", "-o", str(written)]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"}
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)
+    found = ServeDeploySchema.model_validate(yaml.safe_load(written.read_text()))
+    assert found.applications[0].deployments[0].name == "classifier"
+
+
+def test_replicas_follow_the_load_between_their_bounds_and_share_a_gpu():
+    settings = ServeSection(
+        min_replicas=2, max_replicas=5, target_ongoing=3, gpus_per_replica=0.25, max_queued=7
+    )
+    asked = classifier_deployment(settings)
+    scaling = asked._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3)
+    assert asked.ray_actor_options["num_gpus"] == 0.25 and asked.max_queued_requests == 7

@@ -1,0 +1,51 @@
+"""Which requests a canary gets, and when it must go."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from defuse_core.config import ServeSection
+from services.serving.canary import CanaryStatistics, confidence_interval, is_in_canary
+
+LIMITS = ServeSection(max_errors=0.02, min_agreement=0.95, min_compared=50)
+
+
+def test_a_key_is_always_on_the_same_side_and_the_share_is_met():
+    keys = [f"user-{n}".encode() for n in range(20_000)]
+    first = [is_in_canary(key, 3, 0.05) for key in keys]
+    assert first == [is_in_canary(key, 3, 0.05) for key in keys]
+    assert np.mean(first) == pytest.approx(0.05, abs=0.005)
+    other = np.mean([a and is_in_canary(key, 4, 0.05) for key, a in zip(keys, first, strict=True)])
+    assert other < 0.005  # another canary meets other users
+
+
+def test_a_larger_share_contains_the_keys_of_a_smaller_one():
+    keys = [f"user-{n}".encode() for n in range(2_000)]
+    assert all(is_in_canary(key, 3, 0.2) for key in keys if is_in_canary(key, 3, 0.05))
+
+
+@pytest.mark.parametrize("total", [30, 200])
+def test_the_interval_contains_the_true_share_at_its_confidence(total):
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.5, 0.95):
+        bounds = [confidence_interval(int(hits), total) for hits in rng.binomial(total, share, 2000)]
+        assert np.mean([low <= share <= high for low, high in bounds]) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("tally", "reason"),
+    [
+        (CanaryStatistics(), None),
+        (CanaryStatistics(answered=49, errors=49), None),
+        (CanaryStatistics(answered=50, errors=50), "50 of 50 images failed"),
+        (CanaryStatistics(answered=1000, errors=21), None),
+        (CanaryStatistics(answered=1000, errors=60), "60 of 1000 images failed"),
+        (CanaryStatistics(answered=1000, compared=1000, agreed=950), None),
+        (CanaryStatistics(answered=1000, compared=1000, agreed=900), "900 of 1000 answers agreed"),
+        (CanaryStatistics(answered=1000, compared=10, agreed=0), None),
+    ],
+)
+def test_a_canary_ends_only_with_99_percent_confidence(tally, reason):
+    found = tally.reason_to_end(LIMITS)
+    assert (found is None) if reason is None else found.startswith(reason)

@@ -1,0 +1,138 @@
+"""Starting and stopping `defuse serve`, on an embedded Ray and on a running cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from serve_process import TOKEN, listening_addresses, serve_process, wait_until
+
+from defuse_core.errors import ComputeError, InputError
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from services.serving.arguments import ServeArgs
+from services.serving.candidate import prepare_candidate
+from services.serving.launch import (
+    ShutdownSignal,
+    ray_connection,
+    running_application,
+)
+from services.serving.registry import PromotionRequest, Registry, promote
+
+
+def test_defuse_serve_listens_on_loopback_requires_the_token_and_stops_on_a_signal(own_store, short_folder):
+    options = (
+        "--store",
+        own_store.address,
+        "--set",
+        "serve.cpus_per_replica=0.5",
+        "--set",
+        "serve.poll_s=0.2",
+    )
+    with serve_process(short_folder, "first", *options) as running:
+        _check_authentication(running.http)
+        assert listening_addresses(running.port) == {"0100007F"}
+        _check_reported_changes(running, Registry(own_store))
+        assert running.stop() == 0
+    assert TOKEN not in running.output()
+
+
+def _check_reported_changes(running, registry):
+    """What happens to a canary is of interest to the person who watches the server."""
+    for name in ("second", "swapped"):
+        candidate = prepare_candidate(Run.open(registry_store(registry), name))[1]
+        request = PromotionRequest(
+            "ana", "a drill", force="a drill", canary=0.5 if name == "swapped" else None
+        )
+        promote(registry, candidate, request)
+    registry.end_canary(2, "defuse serve", "60 of 1000 images failed")
+    wait_until(lambda: "ended the canary of version 2 (60 of 1000 images failed)" in running.output())
+    assert "ana: version 2 as canary for 50.0% (a drill; forced: a drill)" in running.output()
+
+
+def registry_store(registry):
+    return FolderStore(Path(registry.store.address).parent)
+
+
+def test_defuse_serve_does_not_start_a_ray_without_authentication(own_store, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("DEFUSE_UNAUTHENTICATED_RAY", raising=False)
+    with pytest.raises(InputError, match="could run code in its Ray"), ray_connection(None, 1):
+        pass
+
+
+def test_a_port_in_use_is_an_error_before_anything_starts(planted):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        started = running_application(ServeArgs(store=planted.address), "127.0.0.1", port)
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port}"), started:
+            pass
+
+
+def test_a_signal_interrupts_the_start_and_ends_the_wait():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        shutdown = ShutdownSignal()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        later = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        later.start()
+        shutdown.wait()  # and returns
+        later.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_on_a_shared_cluster_a_second_application_is_an_error_and_the_first_goes_on(planted, serve_port):
+    from ray import serve as ray_serve
+
+    args = ServeArgs(store=planted.address, run="first", pin=True, settings={"cpus_per_replica": 0.1})
+    with running_application(args, "127.0.0.1", 1, shared=True) as address:
+        assert address == f"http://127.0.0.1:{serve_port}"  # where Serve listened already
+        again = running_application(
+            args.model_copy(update={"run": "second"}), "127.0.0.1", serve_port, shared=True
+        )
+        with pytest.raises(InputError, match="already serves an application named defuse"), again:
+            pass
+        assert httpx.get(f"{address}/v1/model").json()["run"] == "first"
+    assert "defuse" not in ray_serve.status().applications
+
+
+def test_the_error_of_a_replica_that_cannot_start_is_reported(planted, serve_port):
+    args = ServeArgs(store=planted.address, run="first", settings={"device": "cuda", "gpus_per_replica": 0})
+    started = running_application(args, "127.0.0.1", serve_port, shared=True)
+    with pytest.raises(ComputeError, match=r"did not start: .*serve.device: cuda, but"), started:
+        pass
+
+
+def _check_authentication(http):
+    assert http.get("/healthz").status_code == 200
+    for path in ("/v1/model", "/metrics", "/nothing"):
+        reply = http.get(path)
+        assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
+        assert set(reply.json()) == {"error"}
+    assert http.post("/v1/predict", content=b"?").status_code == 401
+    assert http.get("/v1/model", headers={"Authorization": "Bearer another"}).status_code == 401
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        assert http.get("/v1/model", headers={"Authorization": f"{scheme} a long secret"}).status_code == 200
+    _check_browser_login(http)
+
+
+def _check_browser_login(http):
+    """A browser shows its login dialog for a Basic challenge, and sends the password with the next requests."""
+    for path in ("/docs", "/redoc", "/openapi.json"):
+        assert http.get(path).headers["www-authenticate"] == 'Basic realm="Defuse"'
+        assert http.get(path, auth=("anyone", "another")).status_code == 401
+        assert http.get(path, headers={"Authorization": "Basic ???"}).status_code == 401
+        assert http.get(path, auth=("anyone", "a long secret")).status_code == 200
+    assert http.get("/v1/model", auth=("anyone", "a long secret")).status_code == 401
+    described = http.get("/openapi.json", auth=("anyone", "a long secret")).json()
+    assert described["components"]["securitySchemes"]["token"] == {"type": "http", "scheme": "bearer"}

@@ -1,0 +1,163 @@
+"""Slow clients and overload: valid requests are answered all the same."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import threading
+import time
+
+import pytest
+from load_generator import limited, load, request_bytes
+from serve_process import wait_until
+from starlette.requests import Request
+
+from services.serving.limits import LimitedHttpProtocol, client_address
+
+
+class SlowClients(threading.Thread):
+    """Connections that send `prefix` and then a byte each now and then; a closed one is opened again."""
+
+    def __init__(self, port: int, count: int, prefix: bytes) -> None:
+        super().__init__(daemon=True)
+        self.port, self.count, self.prefix = port, count, prefix
+        self.ended = threading.Event()
+        self.replies: list[bytes] = []
+
+    def run(self) -> None:
+        selector = selectors.DefaultSelector()
+        for _ in range(self.count):
+            self._open(selector)
+        while not self.ended.is_set():
+            for key, _ in selector.select(0.05):
+                with contextlib.suppress(OSError):
+                    self.replies.append(key.fileobj.recv(300))
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+                self._open(selector)
+            for key in list(selector.get_map().values()):
+                with contextlib.suppress(OSError):
+                    key.fileobj.send(b"x")
+        for key in list(selector.get_map().values()):
+            key.fileobj.close()
+
+    def _open(self, selector: selectors.BaseSelector) -> None:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=5)
+        connection.sendall(self.prefix)
+        connection.setblocking(False)
+        selector.register(connection, selectors.EVENT_READ)
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.join()
+
+
+@pytest.fixture(scope="module")
+def app(serving, planted):
+    return serving(planted, run="first", pin=True)
+
+
+def slow_body(path: str) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100000\r\n\r\n"
+    return head.encode()
+
+
+def test_200_bodies_that_arrive_slowly_do_not_block_valid_requests(app, pictures):
+    attack = SlowClients(app.port, 200, slow_body(app.predict))
+    attack.start()
+    time.sleep(2)
+    requests = [request_bytes(picture, app.predict, "image/png") for picture in pictures[:50]]
+    replies = load(app.port, 4, limited(requests, 100, 30))
+    attack.stop()
+    assert [reply.status for reply in replies] == [200] * 100
+    assert max(reply.seconds for reply in replies) < 8  # less than serve.timeout_s
+    assert any(
+        b" 408 " in reply and b"other slow bodies from this address" in reply for reply in attack.replies
+    )
+
+
+def test_a_few_slow_bodies_of_an_address_are_read_to_their_end(app, pictures):
+    whole = request_bytes(pictures[0], app.predict, "image/png")
+    with socket.create_connection(("127.0.0.1", app.port), timeout=20) as connection:
+        connection.sendall(whole[:-20])
+        time.sleep(2)
+        connection.sendall(whole[-20:])
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+def test_a_connection_whose_headers_do_not_arrive_in_time_is_closed(sent, monkeypatch):
+    monkeypatch.setattr("services.serving.limits.HEADER_TIMEOUT_S", 0.3)
+    with http_server() as port, socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(sent)
+        started = time.monotonic()
+        assert connection.recv(100) == b""
+        assert 0.2 < time.monotonic() - started < 3
+
+
+def test_headers_that_stop_after_a_first_request_close_the_connection(monkeypatch):
+    monkeypatch.setattr("services.serving.limits.HEADER_TIMEOUT_S", 0.3)
+    with http_server() as port, socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200" in connection.recv(1000).split(b"\r\n")[0]
+        connection.sendall(b"GET / HTTP/1.1\r\nHost")
+        assert connection.recv(100) == b""
+
+
+def test_an_address_with_too_many_connections_without_headers_gets_no_more(monkeypatch):
+    monkeypatch.setattr("services.serving.limits.MAX_HEADERS_PER_ADDRESS", 3)
+    with http_server() as port, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+        time.sleep(0.2)
+        fourth = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+        assert fourth.recv(100) == b""
+
+
+def test_connections_that_change_the_protocol_are_not_counted_for_ever(monkeypatch):
+    monkeypatch.setattr("services.serving.limits.HEADER_TIMEOUT_S", 0.3)
+    upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with http_server() as port:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+                connection.sendall(upgrade)
+                connection.recv(1000)
+        wait_until(lambda: not LimitedHttpProtocol._incomplete, 5)
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "address"),
+    [
+        ("192.0.2.7", [], "192.0.2.7"),
+        ("127.0.0.1", [], "127.0.0.1"),
+        ("127.0.0.1", ["192.0.2.7"], "192.0.2.7"),
+        ("127.0.0.1", ["forged", "192.0.2.7"], "192.0.2.7"),
+        ("127.0.0.1", ["forged, 192.0.2.7"], "192.0.2.7"),
+        ("192.0.2.7", ["forged"], "192.0.2.7"),
+    ],
+)
+def test_the_address_of_a_client_is_the_one_that_a_proxy_on_this_machine_adds(peer, forwarded, address):
+    headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
+    request = Request({"type": "http", "client": (peer, 1234), "headers": headers})
+    assert client_address(request) == address
+
+
+@contextlib.contextmanager
+def http_server():
+    """Run uvicorn with the limited protocol; yields its port."""
+    import uvicorn
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    config = uvicorn.Config(app, port=0, http=LimitedHttpProtocol, lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join()

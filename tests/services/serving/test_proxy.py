@@ -1,0 +1,119 @@
+"""The ways from a client to a replica: which is chosen, what listens where, and who can reach it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import httpx
+import pytest
+from ray.serve._private import haproxy_templates
+from serve_process import (
+    TOKEN,
+    listening_addresses,
+    listening_ports,
+    processes_with,
+    serve_process,
+    wait_until,
+)
+
+from defuse_core.config import ServeSection
+from defuse_core.errors import InputError
+from services.serving.proxy import Proxy, choose_proxy, is_loopback
+
+LOOPBACK = "0100007F"
+ONE, TWO = ServeSection(), ServeSection(max_replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("requested", "section", "host", "proxy"),
+    [
+        ("auto", ONE, "127.0.0.1", Proxy.DIRECT),
+        ("auto", ONE, "0.0.0.0", Proxy.HAPROXY),
+        ("auto", TWO, "127.0.0.1", Proxy.HAPROXY),
+        ("direct", ONE, "0.0.0.0", Proxy.DIRECT),
+        ("haproxy", ONE, "127.0.0.1", Proxy.HAPROXY),
+        ("ray", TWO, "127.0.0.1", Proxy.RAY),
+    ],
+)
+def test_one_replica_on_loopback_is_reached_directly_and_others_through_haproxy(
+    requested, section, host, proxy
+):
+    assert choose_proxy(requested, section, host) is proxy
+
+
+def test_two_replicas_cannot_share_a_port():
+    with pytest.raises(InputError, match="--proxy direct serves one replica, serve.max_replicas is 2"):
+        choose_proxy("direct", TWO, "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example.org", False)],
+)
+def test_only_loopback_addresses_are_loopback(host, loopback):
+    assert is_loopback(host) is loopback
+
+
+def test_the_lines_that_are_edited_in_haproxys_configuration_are_in_rays_template():
+    """This fails when Ray changes its template: then HAPROXY_PROGRAM must follow."""
+    lines = haproxy_templates.HAPROXY_CONFIG_TEMPLATE.splitlines()
+    assert "    stats socket {{ config.socket_path }} mode 666 level admin expose-fd listeners" in lines
+    assert "    bind :{{ config.metrics_port }}" in lines
+    assert "  bind *:{{ config.stats_port }}" in lines
+    assert lines.count("defaults") == 1
+    assert len([line for line in lines if line.strip().startswith(("bind", "stats socket"))]) == 5
+
+
+def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_the_clients_only(
+    own_store, short_folder, pictures
+):
+    options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
+    with serve_process(short_folder, "first", *options) as running:
+        (process,) = (pid for pid in processes_with("haproxy.cfg") if listens_on(pid, running.port))
+        folder = configuration_of(process).parent.parent  # Ray adds a folder for the node
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.stat().st_uid == os.getuid()
+        (admin,) = folder.rglob("admin.sock")
+        assert stat.S_IMODE(admin.stat().st_mode) == 0o600
+        assert {path.name for path in folder.glob("port-*")} == {"port-8404.sock", "port-9101.sock"}
+        assert listening_ports(process) == {(LOOPBACK, running.port)}  # neither 8404 nor 9101
+        assert replica_addresses() == {LOOPBACK}
+        configuration = configuration_of(process).read_text()
+        assert "timeout http-request 10s" in configuration and "option forwardfor" in configuration
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
+        answer = running.http.post("/v1/predict", content=pictures[0], headers=headers)
+        assert answer.status_code == 200 and running.http.get("/v1/model").status_code == 401
+        assert running.stop() == 0
+    wait_until(lambda: not folder.exists())
+
+
+def configuration_of(pid: int) -> Path:
+    arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return Path(arguments[arguments.index(b"-f") + 1].decode())
+
+
+def listens_on(pid: int, port: int) -> bool:
+    return any(found == port for _, found in listening_ports(pid))
+
+
+def replica_addresses() -> set[str]:
+    """Return the addresses on which ports of replicas listen."""
+    return set().union(*(listening_addresses(port) for port in range(30_000, 30_010)))
+
+
+def test_a_direct_replica_that_is_killed_answers_on_the_same_port_again(own_store, short_folder):
+    options = ("--store", own_store.address, "--set", "serve.cpus_per_replica=0.5")
+    with serve_process(short_folder, "first", *options) as running:
+        replicas = [pid for pid in processes_with("ServeReplica") if listens_on(pid, running.port)]
+        (replica,) = replicas
+        os.kill(replica, 9)
+        wait_until(lambda: answers(running.http), 60)
+        assert [pid for pid in processes_with("ServeReplica") if listens_on(pid, running.port)] != replicas
+
+
+def answers(http: httpx.Client) -> bool:
+    try:
+        return http.get("/healthz").status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,84 @@
+"""The commands check, promote and rollback, and the options of serve."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from defuse_core.artifacts import Sweep
+from defuse_core.codec import encode
+from defuse_core.errors import CheckFailed, InputError, RunFileError
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from services.cli.serve import check, promote, rollback, serve
+from services.serving.registry import Registry
+
+
+def run(command, *args):
+    """Return what the command printed. Raises its errors, as `main` receives them."""
+    result = CliRunner().invoke(command, args, standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def test_check_prints_every_check_and_fails_with_exit_code_1_where_one_failed(planted):
+    lines = run(check, "first", "--store", planted.address).splitlines()
+    assert len(lines) == 8 and all(line.startswith("ok ") for line in lines[:7])
+    assert lines[7].strip() == "its failure scenarios were labelled by reference models"
+    result = CliRunner().invoke(check, ["swapped", "--store", planted.address], standalone_mode=False)
+    failed = [line for line in result.output.splitlines() if line.startswith("FAILED")]
+    assert [line.split()[1] for line in failed] == ["clean", "every", "regressions:"]
+    assert isinstance(result.exception, CheckFailed) and result.exception.exit_code == 1
+    assert "3 of 7 checks failed" in str(result.exception)
+
+
+def test_check_as_json_is_one_object(planted):
+    found = json.loads(run(check, "first", "--store", planted.address, "--json"))
+    assert found["passed"] and len(found["checks"]) == 7
+
+
+def test_a_classifier_without_failure_scenarios_passes_and_there_is_nothing_to_promote(own_store):
+    run_dir = Run.open(own_store, "first")
+    run_dir.store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
+    assert run(check, "first", "--store", own_store.address).startswith("ok     run first corrected nothing")
+    assert json.loads(run(check, "first", "--store", own_store.address, "--json"))["passed"]
+    with pytest.raises(InputError, match="no failure scenario was accepted"):
+        run(promote, "first", "--store", own_store.address)
+
+
+def test_check_of_an_unfinished_run_names_the_missing_step(planted, good_spec, tmp_path):
+    Run.start(FolderStore(tmp_path), "begun", good_spec)
+    with pytest.raises(InputError, match=r"begun has no corrected classifier yet \(models is missing\)"):
+        run(check, "begun", "--store", str(tmp_path))
+
+
+def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
+    store = ("--store", own_store.address, "--by", "ana")
+    assert run(promote, "first", *store, "--why", "first of all") == "version 1 to production\n"
+    assert run(promote, "second", *store, "--canary", "5%") == "version 2 as canary for 5.0%\n"
+    assert run(promote, "second", *store) == "version 2 to production\n"
+    assert run(rollback, *store) == "rolled back from version 2; version 1 is in production\n"
+    shown = run(promote, "--store", own_store.address).splitlines()
+    assert (
+        shown[0].startswith("   1  production   run first, labelled by reference models; by ana")
+        and "first of all" in shown[0]
+    )
+    assert shown[1].startswith("   2               run second") and "rolled back from version 2" in shown[2]
+
+
+def test_promote_of_a_failing_candidate_needs_a_reason(own_store):
+    with pytest.raises(CheckFailed, match="swapped is not promoted"):
+        run(promote, "swapped", "--store", own_store.address)
+    run(promote, "swapped", "--store", own_store.address, "--force", "a drill")
+    assert Registry(own_store).state().versions[1].forced
+
+
+@pytest.mark.parametrize(
+    "options", [("--set", "serve.watch"), ("--set", "vae.beta=1"), ("--set", "serve.x={")]
+)
+def test_serve_rejects_fields_of_other_sections(planted, options):
+    with pytest.raises(RunFileError, match="--set"):
+        run(serve, "first", "--store", planted.address, *options)

@@ -1,0 +1,84 @@
+"""The sample of served inputs that are inside a failure scenario."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from defuse_core.codec import encode
+from defuse_core.errors import InputError, StoreError
+from defuse_core.store import FolderStore
+from services.serving.traffic import Reservoir, read_traffic, sample_now
+
+
+def test_the_reservoir_stays_bounded_and_samples_evenly(tmp_path):
+    store = FolderStore(tmp_path)
+    reservoir = Reservoir(store, 5)
+    for number in range(200):
+        image = np.full((1, 2, 2), number / 200, np.float32)
+        reservoir.offer("mnist", sample_now(image, 3, number % 10, "1", ("a", "b")))
+        while reservoir._pending:
+            time.sleep(0.001)
+    traffic = read_traffic(store, "mnist")
+    assert len(traffic) == 5 and set(traffic.scenario) == {3} and traffic.classes == ("a", "b")
+    assert traffic.images.mean(axis=(1, 2, 3)).max() > 0.1  # not just the first five
+    assert (np.diff(traffic.when) >= 0).all()
+
+
+class RecordingExecutor:
+    """An executor that records the writes in place of making them."""
+
+    def __init__(self, slots):
+        self.slots = slots
+
+    def submit(self, _, key, seen):
+        self.slots[key] = seen.predicted
+
+
+def test_every_input_has_the_same_chance_to_be_stored(tmp_path):
+    reservoir = Reservoir(FolderStore(tmp_path), 4)
+    kept = np.zeros(40)
+    for _ in range(400):
+        slots: dict[str, int] = {}
+        reservoir._counts.clear()
+        reservoir._thread = RecordingExecutor(slots)
+        for number in range(40):
+            reservoir._pending = 0
+            reservoir.offer("r", sample_now(np.zeros((1, 1, 1), np.float32), 0, number, "1", ()))
+        kept[list(slots.values())] += 1
+    assert kept.sum() == 1600 and kept.min() > 15 and kept.max() < 75
+
+
+def test_traffic_gives_a_gallery_of_the_newest_inputs_of_full_scenarios(tmp_path):
+    reservoir = Reservoir(FolderStore(tmp_path), 10)
+    for scenario, count in ((2, 4), (5, 1)):
+        for number in range(count):
+            image = np.full((1, 2, 2), number / 10, np.float32)
+            reservoir.offer("mnist", sample_now(image, scenario, number, "1", ("a",)))
+    reservoir._thread.shutdown()
+    gallery = read_traffic(FolderStore(tmp_path), "mnist").gallery(3)
+    assert gallery.numbers == (2,)
+    assert gallery.predicted.tolist() == [[1, 2, 3]]
+    assert gallery.images.shape == (1, 3, 1, 2, 2)
+
+
+def test_without_traffic_the_error_says_how_to_store_some(tmp_path):
+    with pytest.raises(InputError, match=r"serve\.reservoir"):
+        read_traffic(FolderStore(tmp_path), "mnist")
+
+
+def test_a_sample_that_cannot_be_read_is_an_error_that_says_what_to_delete(tmp_path):
+    store = FolderStore(tmp_path)
+    store.write("traffic/mnist/003/0001.safetensors", encode(ForeignInput(3)))
+    with pytest.raises(StoreError, match=r"found ForeignInput; delete .*traffic/mnist to start a new sample"):
+        read_traffic(store, "mnist")
+
+
+@dataclass
+class ForeignInput:
+    """An artefact of another kind."""
+
+    scenario: int
