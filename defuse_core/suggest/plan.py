@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from defuse_core.config import RunFile, VaeSection, parse_run_file
+from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import ModelError
@@ -40,7 +40,7 @@ THREADS = 2  # resources.train_threads
 RESERVE = 0.85  # of the time, for reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.35, "identify": 0.15, "references": 0.15, "correct": 0.2}
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
-FEW_EPOCHS = 20  # of the β-VAE: fewer are worth a warning
+FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
 OTHER_SIZES = (32, 64, 128, 224, 28, 96, 256)  # tried where a classifier fails on the suggested one
 
 
@@ -122,19 +122,17 @@ def _vae(size: int, channels: int) -> dict[str, Any]:
     stages = 1
     while size % 2 ** (stages + 1) == 0 and size >> (stages + 1) >= 4:
         stages += 1
-    start = (size >> stages) ** 2
     small = size <= 32 and channels == 1
-    section: dict[str, Any] = {
-        "latent_dim": 10 if small else 16 if size <= 32 else 32,
+    return {
+        "architecture": "convolutional",
+        "latent_dim": 16 if size <= 32 else 32,
         "encoder_stages": stages,
-        "decoder_stages": stages,
-        "channels": 32 if small else 64,
-        "beta": 0.1,
-        "hidden": start * round(256 / start) if start <= 256 else start,
+        "channels": 16 if small else 32,
+        "beta": 1.0,
+        "class_weight": 20.0,
+        "learning_rate": 0.003,
+        "schedule": "one_cycle",
     }
-    if channels == 3 and "decode" in VaeSection.model_fields:
-        section["decode"] = "anchored"
-    return section
 
 
 def _fitting_classifier(
@@ -255,7 +253,7 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
     else:
         epochs = _clamp(seconds * shares["classifier"] * speeds.classifier / count, 3, 40)
         tree["classifier"] |= {"epochs": epochs, "batch_size": _batch(count, 128), "keep": "best_validation"}
-    epochs = _clamp(seconds * shares["vae"] * speeds.vae / count, 2, 400)
+    epochs = _clamp(seconds * shares["vae"] * speeds.vae / count, 2, 100)
     batch = _batch(count, 256)
     steps = epochs * max(1, count // batch)
     tree["vae"] |= {"epochs": epochs, "batch_size": batch, "kl_warmup_steps": min(500, steps // 4)}

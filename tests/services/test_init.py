@@ -47,11 +47,8 @@ def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, m
     assert "next: defuse run digits.yaml" in out
     data = tree["data"]
     assert (data["image_size"], data["channels"], data["validation_share"]) == (16, 1, 0.15)
-    assert (tree["vae"]["encoder_stages"], tree["vae"]["decoder_stages"], tree["vae"]["latent_dim"]) == (
-        2,
-        2,
-        10,
-    )
+    vae = tree["vae"]
+    assert (vae["architecture"], vae["encoder_stages"], vae["latent_dim"]) == ("convolutional", 2, 16)
     assert load_run_file(Path("digits.yaml")).classifier.architecture == "cnn"
     text = Path("digits.yaml").read_text()
     assert text.startswith("# Written by `defuse init` for about 5 minutes")
