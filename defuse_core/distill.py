@@ -28,8 +28,10 @@ from defuse_core.artifacts import (
     Shard,
 )
 from defuse_core.config import DistillSection, RunFile
+from defuse_core.device import cpu_threads
 from defuse_core.errors import StoreError
 from defuse_core.identify import load_shard, shard_key
+from defuse_core.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
 from defuse_core.store import Store
@@ -129,7 +131,7 @@ def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: 
 class _Part:
     """A mixture that was fitted to `members`, which are the share `weight` of all codes."""
 
-    fit: BayesianGaussianMixture
+    fit: FittedMixture
     members: Failures
     weight: float
     cell: tuple[int, int]  # class of the source images and answer of f
@@ -137,35 +139,61 @@ class _Part:
     @property
     def weights(self) -> F64:
         """(k,) weights of its components among all codes."""
-        weights: F64 = self.weight * self.fit.weights_
+        weights: F64 = self.weight * self.fit.weights
         return weights
 
     def support(self) -> I64:
         """(k,) distinct training images of the codes that belong most to each component."""
-        owner = self.fit.predict(self.members.codes.astype(np.float64))
+        fit = self.fit
+        owner = responsibilities(self.members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
         sources = [self.members.source[owner == component] for component in range(len(self.weights))]
         return np.array([len(np.unique(source)) for source in sources], np.int64)
 
 
 def _fit(
     codes: F32, components: int, section: DistillSection, seed: int, cell: tuple[int, ...]
-) -> BayesianGaussianMixture:
+) -> FittedMixture:
     """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM) and defaults.
 
-    One BLAS thread, so that sums round alike on every machine. There are at most as many components as codes.
+    One thread, so that sums round alike on every machine. There are at most as many components as codes.
     """
+    components = min(components, len(codes))
+    random_state = int(generator(seed, "distill", "fit", *cell).integers(2**31))
+    if section.engine == "torch":
+        with threadpool_limits(1), cpu_threads(1):
+            return fit_dirichlet_process_mixture(
+                codes.astype(np.float64),
+                components,
+                max_iterations=section.max_iterations,
+                tolerance=section.tolerance,
+                seed=random_state,
+            )
     mixture = BayesianGaussianMixture(
-        n_components=min(components, len(codes)),
+        n_components=components,
         covariance_type="full",
         weight_concentration_prior_type="dirichlet_process",
         max_iter=section.max_iterations,
         tol=section.tolerance,
-        random_state=int(generator(seed, "distill", "fit", *cell).integers(2**31)),
+        random_state=random_state,
     )
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the report states it
         mixture.fit(codes.astype(np.float64))
-    return mixture
+    return FittedMixture(
+        weights=mixture.weights_,
+        means=mixture.means_,
+        covariances=mixture.covariances_,
+        converged=bool(mixture.converged_),
+        iterations=int(mixture.n_iter_),
+        lower_bound=float(mixture.lower_bound_),
+        last_change=_last_change(mixture),
+    )
+
+
+def _last_change(mixture: BayesianGaussianMixture) -> float:
+    """Return by how much the lower bound changed at the last iteration, in nats; nan after a single one."""
+    bounds = mixture.lower_bounds_
+    return float(bounds[-1] - bounds[-2]) if len(bounds) > 1 else float("nan")
 
 
 def _scenarios(
@@ -181,13 +209,13 @@ def _scenarios(
     kept, thin = over[support[over] >= section.min_support], over[support[over] < section.min_support]
     return Scenarios(
         weights=weights[kept],
-        means=np.concatenate([part.fit.means_ for part in parts])[kept],
-        covariances=np.concatenate([part.fit.covariances_ for part in parts])[kept],
+        means=np.concatenate([part.fit.means for part in parts])[kept],
+        covariances=np.concatenate([part.fit.covariances for part in parts])[kept],
         all_weights=weights,
         codes_used=sum(len(part.members) for part in parts),
-        converged=all(bool(part.fit.converged_) for part in parts),
-        iterations=max(int(part.fit.n_iter_) for part in parts),
-        lower_bound=float(sum(part.weight * part.fit.lower_bound_ for part in parts)),
+        converged=all(part.fit.converged for part in parts),
+        iterations=max(part.fit.iterations for part in parts),
+        lower_bound=float(sum(part.weight * part.fit.lower_bound for part in parts)),
         cells=cells[kept],
         support=support[kept],
         dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),

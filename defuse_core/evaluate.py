@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
-from scipy.special import softmax
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -33,6 +32,7 @@ from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill import sample_codes
+from defuse_core.mixture import responsibilities
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
@@ -143,7 +143,7 @@ def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> t
     rows = _some(len(train), spec.report.tsne_images, rng)
     codes = encode_images(load_vae(spec, found.models.vae), train.take(rows))
     failures = sample_codes(spec, found.psi, store)
-    shares = responsibilities(scenarios, failures)  # (n, S)
+    shares = responsibilities(failures, scenarios.weights, scenarios.means, scenarios.covariances)  # (n, S)
     if len(accepted):
         near = (shares[:, accepted] > MIN_RESPONSIBILITY).any(axis=1)
         failures, shares = failures[near], shares[near]
@@ -160,18 +160,6 @@ def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> t
 def _some(count: int, wanted: int, rng: Generator) -> I64:
     """Return at most `wanted` of `count` rows, in order."""
     return np.sort(rng.choice(count, min(count, wanted), replace=False)).astype(np.int64)
-
-
-def responsibilities(scenarios: Scenarios, codes: F32) -> F64:
-    """Return for (n, Z) codes the probability of each kept component, (n, S); rows sum to 1."""
-    logs = np.zeros((len(codes), len(scenarios)))
-    for j, (weight, mean, covariance) in enumerate(
-        zip(scenarios.weights, scenarios.means, scenarios.covariances, strict=True)
-    ):
-        root = np.linalg.cholesky(covariance)
-        whitened = np.linalg.solve(root, (codes - mean).T)  # (Z, n)
-        logs[:, j] = math.log(weight) - 0.5 * (whitened**2).sum(axis=0) - np.log(np.diag(root)).sum()
-    return softmax(logs, axis=1) if len(scenarios) else logs
 
 
 def embed(spec: RunFile, codes: F32) -> F32:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import betaln, digamma, gammaln
+from scipy.special import betaln, digamma, gammaln, softmax
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from defuse_core.artifacts import F64, I64
+from defuse_core.artifacts import F32, F64, I64
 from defuse_core.device import device
 
 BLOCK_ROWS = 512
@@ -251,3 +251,15 @@ def _weights(posterior: _Posterior) -> F64:
     weights = first / (first + second) * np.concatenate([[1.0], np.cumprod(rest[:-1])])
     normalised: F64 = weights / weights.sum()
     return normalised
+
+
+def responsibilities(codes: F32 | F64, weights: F64, means: F64, covariances: F64) -> F64:
+    """Return for (n, Z) codes the probability of each of K components, (n, K); rows sum to 1."""
+    logs = np.zeros((len(codes), len(weights)))
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(weights)  # -inf for a component that holds no code
+    for j, (log_weight, mean, covariance) in enumerate(zip(log_weights, means, covariances, strict=True)):
+        root = np.linalg.cholesky(covariance)
+        whitened = np.linalg.solve(root, (codes - mean).T)  # (Z, n)
+        logs[:, j] = log_weight - 0.5 * (whitened**2).sum(axis=0) - np.log(np.diag(root)).sum()
+    return softmax(logs, axis=1) if len(weights) else logs

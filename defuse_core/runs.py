@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from defuse_core.artifacts import Models, Votes
@@ -31,9 +32,17 @@ def _weights_digests(spec: RunFile) -> dict[str, str]:
     for field, path in brought.items():
         with contextlib.suppress(OSError):  # who reads the weights says it
             if path is not None:
-                with path.open("rb") as handle:
-                    digests[field] = hashlib.file_digest(handle, "sha256").hexdigest()
+                digests[field] = _digest_of(path)
     return digests
+
+
+def _digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, or over the digests of a folder's files (classifier.architecture: transformers)."""
+    if path.is_dir():
+        inside = "".join(_digest_of(file) for file in sorted(path.iterdir()) if file.is_file())
+        return hashlib.sha256(inside.encode()).hexdigest()
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _damaged(store: Store, name: str) -> str:

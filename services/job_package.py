@@ -45,7 +45,10 @@ def _with_weights(spec: RunFile, folder: Path) -> RunFile:
 def _copy(source: Path, target: Path, field: str) -> None:
     target.parent.mkdir(exist_ok=True)
     try:
-        shutil.copyfile(source, target)
+        if source.is_dir():  # of Hugging Face's
+            shutil.copytree(source, target, ignore=SKIPPED)
+        else:
+            shutil.copyfile(source, target)
     except OSError as error:
         raise RunFileError(f"{field} {source}: cannot be read ({error.strerror})") from error
 

@@ -55,6 +55,7 @@ TINY = {
         "max_components": 6,
         "min_weight": 0.02,
         "min_support": 1,
+        "engine": "scikit-learn",
         "max_iterations": 40,
     },
     "review": {
@@ -88,7 +89,7 @@ RECOMMENDED = {  # what a new run file does, as tiny; with limits that its weak 
         "min_probability": 0.2,
         "max_per_image": None,
     },
-    "distill": {"by": "cell", "min_support": 3},
+    "distill": {"by": "cell", "min_support": 3, "engine": "torch"},
     "review": {"tau": "auto", "purity": 0.3, "accept": "lower-bound", "max_false": 0.2, "more_images": 20},
     "judges": {"count": 2, "channels": 8, "epochs": 8, "batch_size": 32, "share": 0.3},
     "correct": {"filter": "reference-models"},

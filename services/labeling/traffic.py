@@ -1,4 +1,4 @@
-"""Reviews of inputs that a server received and that lay in a failure scenario of its run.
+"""Reviews of inputs that a server received and that were in a failure scenario of its run.
 
     <run>/traffic-1/     run.yaml, the Gallery of inputs, the state of the project, votes and verdicts
 

@@ -55,6 +55,19 @@ def test_the_same_codes_and_seed_give_the_same_mixture():
     np.testing.assert_array_equal(first.means, second.means)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_both_engines_give_the_same_components(seed):
+    codes, _ = planted(np.random.default_rng(seed))
+    torch_, oracle = (
+        fit_codes(codes, section(max_components=8, max_iterations=60, engine=engine), seed)
+        for engine in ("torch", "scikit-learn")
+    )
+    assert (torch_.iterations, torch_.converged) == (oracle.iterations, oracle.converged)
+    np.testing.assert_allclose(torch_.means, oracle.means, atol=1e-8)
+    np.testing.assert_allclose(torch_.covariances, oracle.covariances, atol=1e-8)
+    np.testing.assert_array_equal(torch_.support, oracle.support)
+
+
 def test_a_fit_that_did_not_converge_says_so():
     codes, _ = planted(np.random.default_rng(0))
     found = fit_codes(codes, section(max_components=10, max_iterations=1), seed=0)

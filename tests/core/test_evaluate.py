@@ -20,7 +20,6 @@ from defuse_core.evaluate import (
     class_accuracy,
     embed,
     evaluate,
-    responsibilities,
 )
 from defuse_core.identify import gather_shards, save_shard
 from defuse_core.progress import silent
@@ -68,33 +67,6 @@ def test_class_accuracy_is_the_share_within_each_class():
     right = np.array([1.0, 0, 1, 1])
     found = class_accuracy(right, np.array([0, 0, 2, 2]), 4)
     np.testing.assert_array_equal(found, [0.5, np.nan, 1.0, np.nan])
-
-
-def test_responsibilities_equal_the_densities_weighted():
-    from scipy.stats import multivariate_normal
-
-    rng = np.random.default_rng(0)
-    roots = rng.normal(size=(3, 2, 2)) + 2 * np.eye(2)
-    covariances = roots @ roots.transpose(0, 2, 1)
-    weights = np.array([0.2, 0.3, 0.5])
-    scenarios = Scenarios(weights, rng.normal(size=(3, 2)), covariances, weights, 9, True, 1, 0.0)
-    codes = rng.normal(size=(7, 2)).astype(np.float32)
-    densities = [
-        multivariate_normal(m, c).pdf(codes) for m, c in zip(scenarios.means, covariances, strict=True)
-    ]
-    expected = weights * np.stack(densities, axis=1)
-    expected /= expected.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(responsibilities(scenarios, codes), expected, rtol=1e-6)
-
-
-def test_a_code_far_from_every_component_still_has_responsibilities():
-    shares = responsibilities(two_components(4), np.full((1, 4), 1e4, np.float32))
-    assert shares.sum() == pytest.approx(1)
-
-
-def test_no_component_gives_no_responsibilities():
-    none = Scenarios(np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2, 2)), np.zeros(0), 0, True, 0, 0.0)
-    assert responsibilities(none, np.zeros((5, 2), np.float32)).shape == (5, 0)
 
 
 def test_the_embedding_is_the_same_each_time(tiny_spec: RunFile):

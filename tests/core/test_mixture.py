@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
@@ -14,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from defuse_core.artifacts import F64
 from defuse_core.device import cpu_threads
-from defuse_core.mixture import FittedMixture, fit_dirichlet_process_mixture
+from defuse_core.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
 
 TOLERANCE = 1e-3
 
@@ -96,3 +97,33 @@ def test_a_fit_is_the_same_each_time() -> None:
     first, second = fitted(codes, 8, 10), fitted(codes, 8, 10)
     assert first.lower_bound == second.lower_bound
     assert (first.means == second.means).all()
+
+
+def test_responsibilities_equal_the_densities_weighted() -> None:
+    rng = np.random.default_rng(0)
+    roots = rng.normal(size=(3, 2, 2)) + 2 * np.eye(2)
+    covariances, means = roots @ roots.transpose(0, 2, 1), rng.normal(size=(3, 2))
+    weights, codes = np.array([0.2, 0.3, 0.5]), rng.normal(size=(7, 2)).astype(np.float32)
+    densities = [multivariate_normal(m, c).pdf(codes) for m, c in zip(means, covariances, strict=True)]
+    expected = weights * np.stack(densities, axis=1)
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(responsibilities(codes, weights, means, covariances), expected, rtol=1e-6)
+
+
+def test_a_code_far_from_every_component_still_has_responsibilities() -> None:
+    means, covariances = np.stack([np.zeros(4), np.ones(4)]), np.stack([np.eye(4), 2 * np.eye(4)])
+    shares = responsibilities(np.full((1, 4), 1e4, np.float32), np.array([0.5, 0.5]), means, covariances)
+    assert shares.sum() == pytest.approx(1)
+
+
+def test_a_component_without_weight_is_responsible_for_nothing() -> None:
+    means, covariances = np.zeros((2, 2)), np.stack([np.eye(2)] * 2)
+    shares = responsibilities(np.zeros((3, 2), np.float32), np.array([1.0, 0.0]), means, covariances)
+    np.testing.assert_array_equal(shares, [[1.0, 0.0]] * 3)
+
+
+def test_no_component_gives_no_responsibilities() -> None:
+    nothing = responsibilities(
+        np.zeros((5, 2), np.float32), np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2, 2))
+    )
+    assert nothing.shape == (5, 0)
