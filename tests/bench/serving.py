@@ -123,8 +123,12 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Return the processor time of the processes so far."""
-        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.processes]
-        return sum(int(values[11]) + int(values[12]) for values in fields) / os.sysconf("SC_CLK_TCK")
+        ticks = 0
+        for pid in self.processes:
+            with contextlib.suppress(FileNotFoundError):  # HAProxy starts anew when replicas change
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def measure(self, clients: int, seconds: float) -> dict[str, float]:
         cpu, started = self.cpu_seconds(), time.monotonic()

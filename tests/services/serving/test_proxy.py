@@ -107,6 +107,7 @@ def test_a_direct_replica_that_is_killed_answers_on_the_same_port_again(own_stor
     with serve_process(short_folder, "first", *options) as running:
         replicas = [pid for pid in processes_with("ServeReplica") if listens_on(pid, running.port)]
         (replica,) = replicas
+        assert os.getpriority(os.PRIO_PROCESS, replica) == 0  # other processes of the machine do not go first
         os.kill(replica, 9)
         wait_until(lambda: answers(running.http), 60)
         assert [pid for pid in processes_with("ServeReplica") if listens_on(pid, running.port)] != replicas
