@@ -18,8 +18,8 @@ from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.runs import Run
 
 State = Literal["persisting", "fixed", "back again", "new"]
-INSIDE = 0.999  # of a scenario's own pictures lie within the distance that counts as inside
-MATCHING_SHARE = 0.5  # of the pictures of one scenario that lie inside another one that it matches
+INSIDE = 0.999  # of a scenario's own pictures are within the distance that counts as inside
+MATCHING_SHARE = 0.5  # of the pictures of one scenario that are inside another one that it matches
 RIDGE = 1e-3  # of the mean variance, added to each: the β-VAE may not use a dimension
 
 
@@ -65,8 +65,8 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
 
     A scenario of A is fixed if the classifier that run B debugged is right on its pictures (check.min_scenario_accuracy
     of B), back again if the correction of A was right and that classifier, another one, is not, and persisting
-    otherwise. Scenarios match if they have the same label, and if most pictures of A's lie among those of B's as B's
-    encoder sees them. Raises InputError for unfinished runs and for other classes or images.
+    otherwise. Scenarios match if they have the same label, and if most pictures of A's are inside the ellipsoid of B's
+    in the latent space of B. Raises InputError for unfinished runs and for other classes or images.
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
@@ -162,7 +162,7 @@ def _matches(a: _Side, b: _Side) -> dict[int, int]:
 
 
 def share_inside(codes: F32, others: F32) -> float:
-    """Return the share of codes (n, Z) that lie within the ellipsoid of other codes (m, Z)."""
+    """Return the share of codes (n, Z) within the ellipsoid of other codes (m, Z)."""
     mean, covariance = (
         others.mean(axis=0, dtype=np.float64),
         np.cov(others.T.astype(np.float64)).reshape(others.shape[1], others.shape[1]),

@@ -33,6 +33,7 @@ from defuse_core.evidence import (
     plain_spec,
     without_fold,
 )
+from defuse_core.health import expect_healthy
 from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
@@ -50,6 +51,8 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
     spec, store = run.spec, run.store
     models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
+    if run.until != "train":
+        expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))

@@ -27,7 +27,7 @@ from defuse_core.models import (
     ReferenceCnn,
     ResNet18,
     accuracy,
-    import_classifier,
+    import_module,
     predict_probabilities,
     read_weights,
     set_weights,
@@ -217,7 +217,7 @@ def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.M
     """Return an untrained model of the set that `section` describes."""
     size, channels = spec.data.image_size, spec.data.channels
     if section.import_path is not None:
-        return import_classifier(section.import_path)
+        return import_module("import_path", section.import_path)
     if section.architecture == "resnet18":
         return ResNet18(classes, imagenet=False, stem="small")
     if section.architecture == "lenet":

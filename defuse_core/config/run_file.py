@@ -138,22 +138,7 @@ class RunFile(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        size = self.data.image_size
-        for field, stages in (
-            ("vae.encoder_stages", self.vae.encoder_stages),
-            ("vae.decoder_stages", self.vae.decoder_stages),
-            ("classifier.stages", self.classifier.stages if self.classifier.architecture == "cnn" else 0),
-        ):
-            if size % 2**stages or size < 2**stages:
-                raise ValueError(
-                    f"{field} = {stages} halves {size} pixels (data.image_size) to a fraction of a pixel"
-                )
-        side = size >> self.vae.decoder_stages
-        if self.vae.hidden % side**2:
-            raise ValueError(
-                f"vae.hidden = {self.vae.hidden} must be a multiple of {side}x{side}, the pixels that the decoder "
-                f"starts from (data.image_size {size} halved vae.decoder_stages = {self.vae.decoder_stages} times)"
-            )
+        self._expect_stages_that_fit()
         if (self.classifier.architecture == "custom") != (self.classifier.import_path is not None):
             raise ValueError(
                 "classifier.import_path goes with classifier.architecture: custom, and only with it"
@@ -174,10 +159,32 @@ class RunFile(Section):
             raise ValueError(
                 "classifier.epochs = 0 uses a pretrained classifier, so classifier.weights must name its file"
             )
-        if self.vae.epochs == 0 and self.vae.weights is None:
-            raise ValueError("vae.epochs = 0 brings a trained β-VAE, so vae.weights must name its file")
+        if (self.vae.architecture == "custom") != (self.vae.import_path is not None):
+            raise ValueError("vae.import_path goes with vae.architecture: custom, and only with it")
+        if self.vae.epochs == 0 and self.vae.weights is None and self.vae.architecture != "custom":
+            raise ValueError("vae.epochs = 0 uses a pretrained β-VAE, so vae.weights must name its file")
         if self.data.name not in {"digits", "mnist-5000"} and self.data.root is None:
             raise ValueError(
                 f"data.root must be the path of the {self.data.name} images (--set data.root=PATH)"
             )
         return self
+
+    def _expect_stages_that_fit(self) -> None:
+        """Raise ValueError where a stride-2 stage would halve an odd number of pixels."""
+        size, vae = self.data.image_size, self.vae
+        stages = {"classifier.stages": self.classifier.stages if self.classifier.architecture == "cnn" else 0}
+        if vae.architecture != "custom":
+            stages["vae.encoder_stages"] = vae.encoder_stages
+        if vae.architecture == "paper":
+            stages["vae.decoder_stages"] = vae.decoder_stages
+        for field, count in stages.items():
+            if size % 2**count or size < 2**count:
+                raise ValueError(
+                    f"{field} = {count} halves {size} pixels (data.image_size) to a fraction of a pixel"
+                )
+        side = size >> vae.decoder_stages
+        if vae.architecture == "paper" and vae.hidden % side**2:
+            raise ValueError(
+                f"vae.hidden = {vae.hidden} must be a multiple of {side}x{side}, the pixels that the decoder "
+                f"starts from (data.image_size {size} halved vae.decoder_stages = {vae.decoder_stages} times)"
+            )

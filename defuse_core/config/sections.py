@@ -108,29 +108,47 @@ class ClassifierSection(Section):
 class VaeSection(Section):
     """The β-VAE that models the manifold of legitimate images (§2)."""
 
+    architecture: Literal["paper", "convolutional", "custom"] = "paper"
+    """paper is Figures 8-13; convolutional doubles its channels at each stage and has batch normalisation, which needs
+    far fewer epochs; custom is import_path. Paper: paper."""
+    import_path: str | None = None
+    """custom: `package.module:factory`; called without arguments it returns an nn.Module with the methods
+    `encode(images) -> mean, log-variance` and `decode(codes) -> images`, images in [0, 1]."""
     weights: UserPath | None = None
-    """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged."""
+    """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional where the factory
+    loads its own."""
     latent_dim: int = Field(10, ge=1, le=512)
     """Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
     encoder_stages: int = Field(3, ge=1, le=8)
-    """4x4 stride-2 convolutions of the encoder. Paper: 3 for MNIST and SVHN, 4 for signs."""
+    """4x4 stride-2 convolutions of the encoder (convolutional: and of the decoder). Paper: 3 for MNIST and SVHN,
+    4 for signs."""
     decoder_stages: int = Field(4, ge=1, le=8)
-    """4x4 stride-2 transpose convolutions of the decoder; the dense layers feed image_size / 2^stages squared.
+    """paper: 4x4 stride-2 transpose convolutions of the decoder; the dense layers feed image_size / 2^stages squared.
     Paper: 4 for MNIST and SVHN, 5 for signs."""
     channels: int = Field(32, ge=1)
-    """Channels of each convolution. Paper: 32 for MNIST, 64 otherwise."""
+    """Channels of each convolution (convolutional: of the first, doubled at each stage). Paper: 32 for MNIST, 64
+    otherwise."""
     hidden: int = Field(256, ge=1)
     """Width of the fully connected layers. Paper: 256."""
     beta: float = Field(0.4, ge=0)
     """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
     epochs: int = Field(800, ge=0)
-    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 uses `weights` unchanged."""
+    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 uses `weights` (or a custom module) unchanged."""
     batch_size: int = Field(2048, ge=2)
     """Images. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
     """Adam. Paper: 0.001."""
+    schedule: Literal["constant", "one_cycle"] = "constant"
+    """one_cycle: the learning rate grows linearly over the first tenth of the steps, then falls to 0 on a half cosine.
+    Paper: constant."""
+    class_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of a linear classifier of the codes, trained with the β-VAE on the images' labels and
+    then dropped: reconstructions keep their class more often. Paper: 0."""
     kl_warmup_steps: int = Field(500, ge=0)
     """Optimisation steps over which the KL term grows linearly from 0. Paper: 500; 5000 for SVHN."""
+    accept: Literal["fit", "poor", "blind"] = "poor"
+    """Lowest verdict on the trained β-VAE with which identification starts: poor stops at a blind one, blind never
+    stops. May change when a run is resumed. Ours."""
 
 
 class IdentifySection(Section):

@@ -4,13 +4,11 @@ from defuse_core.models.architectures import (
     LeNet,
     ReferenceCnn,
     ResNet18,
-    Vae,
     build_classifier,
-    build_vae,
-    import_classifier,
 )
 from defuse_core.models.inference import (
     accuracy,
+    decode_anchored,
     decode_codes,
     encode_images,
     map_batches,
@@ -19,9 +17,11 @@ from defuse_core.models.inference import (
     to_device,
     to_tensor,
 )
+from defuse_core.models.layers import import_module
 from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
 from defuse_core.models.programs import SelfContainedClassifier
 from defuse_core.models.state_dicts import read_weights
+from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
     load_pretrained,
@@ -31,6 +31,7 @@ from defuse_core.models.weights import (
 )
 
 __all__ = [
+    "CustomVae",
     "LeNet",
     "ReferenceCnn",
     "ResNet18",
@@ -40,9 +41,12 @@ __all__ = [
     "build_classifier",
     "build_vae",
     "check_outputs",
+    "decode_anchored",
     "decode_codes",
     "encode_images",
-    "import_classifier",
+    "expect_autoencoder",
+    "import_module",
+    "kl_to_prior",
     "load_classifier",
     "load_pretrained",
     "load_vae",

@@ -118,7 +118,9 @@ def _transformers() -> Any:
             "classifier.architecture: transformers needs transformers; "
             "install it with pip install 'defuse[transformers]'"
         ) from error
-    return transformers
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
+    return library
 
 
 def _first_line(error: Exception) -> str:

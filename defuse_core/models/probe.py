@@ -56,8 +56,8 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"the classifier cannot take images of shape {tuple(batch.shape)}: {reason}; check data.image_size and "
-            "data.channels, and that the network takes batches of any size"
+            f"the classifier fails on images of shape {tuple(batch.shape)}: {reason}; check data.image_size and "
+            "data.channels, and that the network accepts batches of any size"
         ) from error
     if not isinstance(logits, Tensor):
         raise ModelError(f"the classifier: expected logits as a tensor, found {type(logits).__name__}")
@@ -68,7 +68,7 @@ def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tenso
     """Raise ModelError where probabilities come as logits, or the reverse. Logs where the logits were found."""
     values, where = find_logits(_raw(classifier, batch, section.input_range))
     if where != "a tensor":
-        log.info("the classifier returns more than logits; taken: %s", where)
+        log.info("the classifier returns more than logits; used: %s", where)
     sums = values.sum(dim=1)
     probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
     if probabilities and section.outputs == "logits":

@@ -11,10 +11,11 @@ from torch import nn
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
-from defuse_core.models.architectures import ResNet18, Vae, build_classifier, build_vae
+from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.inference import to_device
 from defuse_core.models.programs import SelfContainedClassifier
 from defuse_core.models.state_dicts import read_weights
+from defuse_core.models.vae import Vae, build_vae
 
 
 def weights_of(module: nn.Module) -> Weights:
@@ -54,7 +55,7 @@ def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> N
     if path is not None and not isinstance(module, SelfContainedClassifier):
         weights = read_weights(path)
         if isinstance(module, ResNet18):
-            weights = module.renamed(weights, new_head=trained_on)
+            weights = module.with_own_names(weights, new_head=trained_on)
         set_weights(module, weights, str(path))
 
 

@@ -22,6 +22,7 @@ from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import Evidence
+from defuse_core.health import COLLAPSED_BELOW
 from defuse_core.judge import is_misclassified, most_common_error
 from defuse_core.report.evidence_figures import evidence_figures, scenario_evidence
 from defuse_core.report.schema import (
@@ -47,8 +48,6 @@ from defuse_core.report.schema import (
     VoteFigures,
 )
 from defuse_core.runs import Run
-
-COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL carries almost no information about the image
 
 
 def build_report(

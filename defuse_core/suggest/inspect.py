@@ -41,7 +41,7 @@ def inspect_data(root: Path) -> DataFacts:
     """Return what is in a folder in ImageFolder layout below `train`, or in an .npz file. Raises DataError."""
     if not root.exists():
         raise DataError(
-            f"init {root}: there is no such folder or file; give a folder of images, or an .npz file"
+            f"init {root}: expected a folder of images, or an .npz file, found neither; check the path"
         )
     if root.is_file():
         name, (height, width, channels) = "npz", _look_at_npz(root)

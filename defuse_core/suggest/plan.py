@@ -41,7 +41,7 @@ RESERVE = 0.85  # of the time, for reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.35, "identify": 0.15, "references": 0.15, "correct": 0.2}
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 FEW_EPOCHS = 20  # of the β-VAE: fewer are worth a warning
-OTHER_SIZES = (32, 64, 128, 224, 28, 96, 256)  # tried where a classifier does not take the suggested one
+OTHER_SIZES = (32, 64, 128, 224, 28, 96, 256)  # tried where a classifier fails on the suggested one
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Plan:
 def plan_run(
     facts: DataFacts, choice: ClassifierChoice | None, minutes: float, progress: Progress = silent
 ) -> Plan:
-    """Return a run file for these images and this classifier that takes about so many minutes on this machine."""
+    """Return a run file for these images and this classifier, whose run needs about so many minutes here."""
     progress("measuring speeds", 0, 5, "trials")
     tree = _sections(facts, choice, facts.image_size)
     classifier, tree = _fitting_classifier(tree, facts, choice)
@@ -140,7 +140,7 @@ def _vae(size: int, channels: int) -> dict[str, Any]:
 def _fitting_classifier(
     tree: dict[str, Any], facts: DataFacts, choice: ClassifierChoice | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the classifier with its weights, and the sections with the first image size that it takes."""
+    """Return the classifier with its weights, and the sections with the first image size that it accepts."""
     sizes = [facts.image_size] if facts.name == "npz" or choice is None else [facts.image_size, *OTHER_SIZES]
     first_error: ModelError | None = None
     for size in dict.fromkeys(sizes):
@@ -282,7 +282,7 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
 def _reference(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
     """Return the training of the reference models and judges: eight in all, each on half of the images.
 
-    They get fewer images where four epochs on all take too long.
+    They get fewer images where four epochs on all would need too long.
     """
     visits = seconds * speeds.reference / 8
     epochs = _clamp(2 * visits / count, 4, 20)

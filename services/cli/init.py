@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(1, 10_000),
     default=30.0,
     show_default=True,
-    help="Time that the run may take here.",
+    help="Time for the run on this machine.",
 )
 @click.option(
     "--out",

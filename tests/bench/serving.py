@@ -173,10 +173,24 @@ def running(folder: Path, proxy: str) -> Iterator[Server]:
     settings = ("--set", "serve.resize=true", "--set", "serve.poll_s=0.5")
     arguments = ("--store", str(folder), "--proxy", proxy, *settings)
     names = ("ray::ServeReplica", "ray::ProxyActor", "haproxy.cfg")
-    before = {pid for name in names for pid in processes_with(name)}
     with tempfile.TemporaryDirectory() as logs, serve_process(Path(logs), *arguments) as process:
-        found = {pid for name in names for pid in processes_with(name)} - before
-        yield Server(process.port, tuple(found))
+        own = descendants(process.process.pid)
+        yield Server(process.port, tuple(pid for name in names for pid in processes_with(name) if pid in own))
+
+
+def descendants(pid: int) -> set[int]:
+    """Return the processes that a process started, and those that they started."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    found, waiting = set(), [pid]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            found.add(child)
+            waiting.append(child)
+    return found
 
 
 def speed(args: argparse.Namespace, folder: Path) -> None:

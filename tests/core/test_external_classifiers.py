@@ -221,7 +221,7 @@ def test_a_folder_of_transformers_answers_as_the_library_does_and_needs_no_file_
         classifier={"architecture": "transformers", "weights": str(folder), "epochs": 0}, vae={"epochs": 1}
     )
     models = train(spec, progress=silent)
-    assert "the classifier returns more than logits; taken: .logits" in caplog.text
+    assert "the classifier returns more than logits; used: .logits" in caplog.text
     original = open_transformers(folder).eval()
     for file in folder.iterdir():
         file.unlink()

@@ -50,7 +50,7 @@ REFUSED = [  # what is wrong, section classifier, the line
     ),
     ("noise in eval mode", own("with_noise"), "found others at the second call; dropout"),
     ("batch statistics", own("with_batch_statistics"), "found others when the batch changes"),
-    ("a fixed batch size", own("for_two_images_only"), "that the network takes batches of any size"),
+    ("a fixed batch size", own("for_two_images_only"), "that the network accepts batches of any size"),
     ("no such file", program("nowhere.pt"), "nowhere.pt: expected a file of weights, found none"),
     ("a folder as a program", program("folder"), "folder: expected a file of weights, found a folder"),
     ("a text as a program", program("notes.pt"), "expected a file of torch.jit.save or torch.export.save"),
@@ -59,7 +59,7 @@ REFUSED = [  # what is wrong, section classifier, the line
     (
         "a program for a fixed batch",
         program("fixed.pt2"),
-        "the classifier cannot take images of shape (8, 1, 16, 16)",
+        "the classifier fails on images of shape (8, 1, 16, 16)",
     ),
     ("a program as a state dict", own("plain", weights="net.pt"), "set classifier.architecture: program"),
     (
@@ -78,9 +78,9 @@ REFUSED = [  # what is wrong, section classifier, the line
     ),
 ]
 TAKEN = [  # what is odd, section classifier, the line in the log
-    ("an object with .logits", own("with_object"), "the classifier returns more than logits; taken: .logits"),
-    ("a tuple", own("with_tuple"), "taken: the first of a tuple of 2"),
-    ("a dict", own("with_dict"), "taken: ['logits']"),
+    ("an object with .logits", own("with_object"), "the classifier returns more than logits; used: .logits"),
+    ("a tuple", own("with_tuple"), "used: the first of a tuple of 2"),
+    ("a dict", own("with_dict"), "used: ['logits']"),
     ("probabilities, as set", own("with_softmax", outputs="probabilities"), "images: 300 train"),
     ("a checkpoint", own("plain", weights="checkpoint.pt", epochs=0), "is read from its entry 'state_dict'"),
     ("DataParallel", own("plain", weights="checkpoint.pt", epochs=0), "without their prefix 'module.'"),

@@ -111,7 +111,7 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["nowhere"], "there is no such folder or file"),
+        (["nowhere"], "expected a folder of images, or an .npz file, found neither"),
         (["flat"], "move them: mkdir flat/train && mv flat/*/ flat/train/"),
         (["empty"], "expected train/ with one folder of images per class"),
         (["notes.npz"], "expected an .npz file with train_images"),

@@ -51,3 +51,16 @@ def test_what_the_nodes_could_not_find_is_an_error(tmp_path: Path, monkeypatch: 
         build_working_dir(own_classifier(tmp_path / "gone.pt", "services.nets"), tmp_path / "d")
     with pytest.raises(RunFileError, match=r"data.root images.npz: expected the absolute path"):
         build_working_dir(tiny(data={"name": "npz", "root": "images.npz"}), tmp_path / "c")
+
+
+def test_a_folder_of_transformers_is_copied_whole(tmp_path: Path) -> None:
+    folder, job = tmp_path / "vit", tmp_path / "job"
+    folder.mkdir()
+    job.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(name)
+    fields = {"architecture": "transformers", "weights": str(folder), "epochs": 0}
+    build_working_dir(tiny(classifier=fields), job)
+    copied = load_run_file(job / RUN_FILE).classifier.weights
+    assert copied is not None
+    assert sorted(path.name for path in (job / copied).iterdir()) == ["config.json", "model.safetensors"]
