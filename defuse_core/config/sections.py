@@ -170,8 +170,9 @@ class IdentifySection(Section):
     screen: Literal["reference-models", "none"] = "reference-models"
     """reference-models keeps a failing draw only if the reference models (review.reference) still recognise the class
     of its source image in it. Paper: none."""
-    min_probability: float = Field(0.5, ge=0, le=1)
-    """screen: least mean probability that the reference models give to the class of the source image. Ours."""
+    min_probability: float = Field(0.7, ge=0, le=1)
+    """Least mean probability that the reference models give to a class that they see: to the class of the source image
+    for screen, and to the label of an image for review.tau: auto and correct.filter. Ours."""
     max_per_image: int | None = Field(100, ge=1)
     """Cap on |ψ| per image; the codes nearest to mu are kept. Paper: 100 for MNIST, 10 for SVHN, none for signs."""
     block_images: int = Field(256, ge=1)
@@ -298,7 +299,7 @@ class CorrectSection(Section):
     """§3.2.3: fine-tune on L(D) + λ·CE(D_f) over a sweep of λ."""
 
     filter: Literal["reference-models", "none"] = "reference-models"
-    """reference-models tunes only on draws in which most reference models see the scenario's label. Paper: none."""
+    """reference-models tunes only on draws in which the reference models see the scenario's label. Paper: none."""
     lambdas: tuple[float, ...] = Field((0.01, 0.1, 1.0, 10.0), min_length=1)
     """λ, one fine-tuning each. Paper: the 17 values from 1e-10 to 1000."""
     epochs: int = Field(3, ge=1)

@@ -18,7 +18,7 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.train_vae import set_learning_rate
-from tests.conftest import TINY, recommended, tiny
+from tests.conftest import recommended, tiny
 from tests.core.test_models import LinearAutoencoder
 
 
@@ -312,9 +312,7 @@ def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, t
     assert len(np.unique(every, axis=0)) == len(every)
 
 
-def test_images_to_tune_on_show_the_scenarios_label_to_most_reference_models(
-    tiny_models, scenarios, references
-):
+def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_models, scenarios, references):
     spec = recommended(review={"tau": 1.0})
     examiner = Examiner(spec, tiny_models, references)
     seen = [examiner.examine(scenarios.means[[j]].astype(np.float32))[1][0] for j in range(2)]
@@ -335,9 +333,7 @@ def test_images_to_tune_on_show_the_scenarios_label_to_most_reference_models(
 def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_its_images(
     tiny_models, scenarios, references
 ):
-    spec = recommended(
-        review={"tau": 1.0, "reference": {**TINY["review"]["reference"], "min_confidence": 1.0}}
-    )
+    spec = recommended(identify={"min_probability": 1.0}, review={"tau": 1.0})
     tune = np.random.default_rng(0).normal(size=(1, 24, 4)).astype(np.float32)
     drawn = Corrections(np.array([0]), np.array([3]), tune, tune)
     kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
