@@ -125,6 +125,12 @@ def answer_text(classes: tuple[str, ...], answer: int) -> str:
 def headline(report: Report) -> str:
     """Return the result of the run in one or two sentences."""
     components, accepted = report.scenarios.components, report.scenarios.accepted
+    health = report.vae.health
+    if not accepted and health is not None and health.verdict != "fit":
+        return (
+            "Could not tell: no component is a failure scenario, but the β-VAE's pictures are too "
+            f"{'poor' if health.verdict == 'poor' else 'bad'} to find one."
+        )
     if not components:
         return "No failure scenario was found: identification and distillation left nothing to review."
     if not accepted:
@@ -173,6 +179,19 @@ def unconfirmed(report: Report) -> str | None:
     )
 
 
+def unfit_vae(report: Report) -> str | None:
+    """Return what a poor or blind β-VAE means for the result, or None where it is fit or was not measured."""
+    health = report.vae.health
+    if health is None or health.verdict == "fit":
+        return None
+    return (
+        f"The β-VAE is {health.verdict}. The classifier gets {percent(health.originals_right)} of the training images "
+        f"right, and {percent(health.reconstructions_right)} of their reconstructions, so many of the failures found "
+        "may be failures of the β-VAE. Compare reconstructions.png, and train it longer, or with "
+        "a smaller vae.beta or vae.architecture: convolutional."
+    )
+
+
 def answered_by_models(report: Report) -> str | None:
     """Return the notice that no person answered, or None where people did."""
     if report.annotators == "people":
@@ -194,6 +213,7 @@ def prelabelled(report: Report) -> str | None:
 def caveats(report: Report) -> list[str]:
     """Return what a reader must know before the figures. The first sentence of each is its title."""
     notices = (
+        unfit_vae(report),
         unconfirmed(report),
         answered_by_models(report),
         prelabelled(report),

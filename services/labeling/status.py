@@ -120,7 +120,7 @@ class ReviewStatus:
             "answers_saved": self.saved,
             "decided_early": np.flatnonzero(self.final & (self.missing.sum(axis=1) > 0)).tolist(),
             "skips": len(self.pulled.skips),
-            "refused_answers": [self._note(discarded) for discarded in self.pulled.discarded],
+            "discarded_answers": [self._note(discarded) for discarded in self.pulled.discarded],
         }
         if review.prelabel:
             notes["prelabel"] = "annotators saw the reference models' answer preselected, which biases a vote"

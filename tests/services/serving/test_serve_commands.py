@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
-from defuse_core.artifacts import Sweep
+from defuse_core.artifacts import Health, Models, Sweep
 from defuse_core.codec import encode
 from defuse_core.errors import CheckFailed, InputError, RunFileError
 from defuse_core.runs import Run
@@ -47,6 +48,17 @@ def test_a_classifier_without_failure_scenarios_passes_and_there_is_nothing_to_p
     assert json.loads(run(check, "first", "--store", own_store.address, "--json"))["passed"]
     with pytest.raises(InputError, match="no failure scenario was accepted"):
         run(promote, "first", "--store", own_store.address)
+
+
+@pytest.mark.parametrize("verdict", ["poor", "blind"])
+def test_a_run_that_could_not_tell_never_passes_a_check(own_store, verdict):
+    run_dir = Run.open(own_store, "first")
+    run_dir.store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
+    health = Health(1000, 0.97, 0.4, 0.41, 3, 0.6, 1, 10, verdict)
+    run_dir.store.write("models.safetensors", encode(replace(run_dir.load(Models), health=health)))
+    for command in (check, promote):
+        with pytest.raises(CheckFailed, match=f"could not tell .* its β-VAE is {verdict}"):
+            run(command, "first", "--store", own_store.address)
 
 
 def test_check_of_an_unfinished_run_names_the_missing_step(planted, good_spec, tmp_path):
