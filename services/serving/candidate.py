@@ -186,6 +186,11 @@ class _RunArtifacts:
                 f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
                 "reconstructions); improve section vae of the run file and run it under another --name"
             )
+        if not artifacts.sweep.weights and len(artifacts.verdicts.accepted):
+            raise CheckFailed(
+                f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
+                "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
+            )
         if not artifacts.sweep.weights:
             raise NothingCorrected(
                 f"run {run.name} corrected nothing (no failure scenario was accepted), so it has no model to serve"
