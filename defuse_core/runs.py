@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from defuse_core.artifacts import Models, Votes
 from defuse_core.codec import decode, encode
-from defuse_core.config import STEPS, RunFile, changed_field, dump_run_file, parse_run_file
+from defuse_core.config import STEPS, RunFile, changed_field, dump_run_file, model_sections, parse_run_file
 from defuse_core.errors import InputError, RunFileError, RunMismatchError, StoreError
 from defuse_core.store import Store
 
@@ -27,12 +27,11 @@ WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file br
 
 def _weights_digests(spec: RunFile) -> dict[str, str]:
     """Return the SHA-256 of the files of weights that the run file brings, of those that are there."""
-    brought = {"classifier.weights": spec.classifier.weights, "vae.weights": spec.vae.weights}
     digests = {}
-    for field, path in brought.items():
-        with contextlib.suppress(OSError):  # who reads the weights says it
-            if path is not None:
-                digests[field] = _digest_of(path)
+    for name, section in model_sections(spec).items():
+        with contextlib.suppress(OSError):  # the code that reads the weights raises it
+            if section.weights is not None:
+                digests[f"{name}.weights"] = _digest_of(section.weights)
     return digests
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from defuse_core.config.sections import (
     ClassifierSection,
+    ClassifierSet,
     CorrectSection,
     DataSection,
     DistillSection,
@@ -189,3 +192,24 @@ class RunFile(Section):
                 f"vae.hidden = {vae.hidden} must be a multiple of {side}x{side}, the pixels that the decoder "
                 f"starts from (data.image_size {size} halved vae.decoder_stages = {vae.decoder_stages} times)"
             )
+
+
+def model_sections(spec: RunFile) -> dict[str, ClassifierSection | VaeSection | ClassifierSet]:
+    """Return the sections whose `weights` and `import_path` name files and code of the user, by their dotted names."""
+    return {
+        "classifier": spec.classifier,
+        "vae": spec.vae,
+        "review.reference": spec.review.reference,
+        "judges": spec.judges,
+    }
+
+
+def with_weights(spec: RunFile, paths: Mapping[str, Path]) -> RunFile:
+    """Return the run file with the weights of some model_sections at other paths."""
+    tree = spec.model_dump()
+    for name, path in paths.items():
+        section = tree
+        for part in name.split("."):
+            section = section[part]
+        section["weights"] = path
+    return RunFile.model_validate(tree)
