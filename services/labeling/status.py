@@ -148,10 +148,11 @@ def review_status(
     missing = np.maximum(tasks.review.answers_per_task - given, 0)
     above = np.isin(np.arange(len(tasks.gallery)), list(overridden))
     final: Bool = np.zeros(len(tasks.gallery), bool)
-    if tasks.review.stop_early and tasks.review.accept == "share":
+    review = tasks.review
+    if review.stop_early and review.accept == "share" and review.consensus == "majority":
         counts = tally(votes, (shape[0], shape[1]), len(tasks.gallery.classes))
         cases = zip(counts, missing, tasks.gallery.predicted, strict=True)
-        final = np.array([verdict_is_final(*case, tasks.review.rho) for case in cases], bool)
+        final = np.array([verdict_is_final(*case, review.rho) for case in cases], bool)
     return ReviewStatus(tasks, pulled, names, votes, missing, above, final)
 
 
