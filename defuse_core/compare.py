@@ -13,9 +13,9 @@ from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Sweep,
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.errors import InputError
-from defuse_core.judge import most_common_error
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.runs import Run
+from defuse_core.verdicts import most_common_error
 
 State = Literal["persisting", "fixed", "back again", "new"]
 INSIDE = 0.999  # of a scenario's own pictures are within the distance that counts as inside

@@ -34,7 +34,6 @@ from defuse_core.evidence import (
     without_fold,
 )
 from defuse_core.health import expect_healthy
-from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
 from defuse_core.report import Report, build_report, write_report
@@ -42,6 +41,12 @@ from defuse_core.runs import Run
 from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images
 from defuse_core.tighten import tighten
 from defuse_core.train import train
+from defuse_core.verdicts import (
+    decide_verdicts,
+    doubtful,
+    false_discovery_rate,
+    read_overrides,
+)
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -124,12 +129,12 @@ def _scenarios(
 def _verdicts(
     run: Run, compute: Compute, models: Models, scenarios: Scenarios, gallery: Gallery, votes: Votes
 ) -> Verdicts:
-    """Judge every component; where reference models annotate and doubt remains, judge again on more images."""
+    """Decide on every component; where reference models annotate and doubt remains, again on more images."""
     review, overrides = run.spec.review, read_overrides(run.store)
     rate, labels = false_discovery_rate(review), None
     if review.consensus == "crowdlab":
         labels = crowdlab_labels(votes, ask_models(run, compute, gallery).mean(axis=0))
-    first = judge(gallery, votes, review.rho, overrides, max_false=rate, image_labels=labels)
+    first = decide_verdicts(gallery, votes, review.rho, overrides, max_false=rate, image_labels=labels)
     unsure = doubtful(first, review.rho)
     if rate is None or review.annotators != "reference-models" or not review.more_images or not unsure.any():
         return first
@@ -139,7 +144,9 @@ def _verdicts(
         MoreImages,
         lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
     )
-    return judge(gallery, votes, review.rho, overrides, max_false=rate, more=more, image_labels=labels)
+    return decide_verdicts(
+        gallery, votes, review.rho, overrides, max_false=rate, more=more, image_labels=labels
+    )
 
 
 def _corrections(

@@ -23,11 +23,11 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
-from defuse_core.judge import is_misclassified
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.seeds import generator
+from defuse_core.verdicts import is_misclassified
 
 log = logging.getLogger("defuse")
 COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part nearest to its mean

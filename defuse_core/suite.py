@@ -34,7 +34,6 @@ from defuse_core.config import RunFile, parse_run_file
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.errors import InputError, StoreError
-from defuse_core.judge import most_common_error
 from defuse_core.models import (
     build_classifier,
     check_outputs,
@@ -45,6 +44,7 @@ from defuse_core.models import (
     to_device,
 )
 from defuse_core.runs import Run
+from defuse_core.verdicts import most_common_error
 
 VERSION: Final = 1
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"

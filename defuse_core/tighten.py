@@ -24,10 +24,10 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.intervals import lower_bound
-from defuse_core.judge import most_common
 from defuse_core.progress import Progress
 from defuse_core.sample import Examiner, truncated_codes
 from defuse_core.seeds import generator
+from defuse_core.verdicts import most_common
 
 log = logging.getLogger("defuse")
 Examine = Callable[[F32], tuple[I64, I64]]

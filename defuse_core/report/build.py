@@ -23,7 +23,6 @@ from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import Evidence
 from defuse_core.health import COLLAPSED_BELOW
-from defuse_core.judge import is_misclassified, most_common_error
 from defuse_core.report.evidence_figures import evidence_figures, scenario_evidence
 from defuse_core.report.schema import (
     VERSION,
@@ -49,6 +48,7 @@ from defuse_core.report.schema import (
     VoteFigures,
 )
 from defuse_core.runs import Run
+from defuse_core.verdicts import is_misclassified, most_common_error
 
 
 def build_report(

@@ -1,7 +1,7 @@
 """The status of a review: what is answered, what is missing, which verdicts are final, and what stays in the queue.
 
 A verdict is final when no missing answer can change it or its label. A missing answer may turn out to be any class,
-none-of-the-above, or never come. The rules are those of `defuse_core.judge`; the tests hold both against each other
+none-of-the-above, or never come. The rules are those of `defuse_core.verdicts`; the tests hold both against each other
 over all completions of small cases.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import I64, Bool, Verdicts, Votes
-from defuse_core.judge import false_discovery_rate, judge, tally
+from defuse_core.verdicts import decide_verdicts, false_discovery_rate, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import ProjectState
@@ -82,7 +82,7 @@ class ReviewStatus:
         """Return the verdicts that follow from the votes so far."""
         review = self.tasks.review
         rate = false_discovery_rate(review)
-        return judge(self.tasks.gallery, self.votes, review.rho, max_false=rate)
+        return decide_verdicts(self.tasks.gallery, self.votes, review.rho, max_false=rate)
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered, by name."""
@@ -288,7 +288,7 @@ def _can_win(weights: I64, free: I64, label: int, images: int) -> bool:
 def _ratio_over(rho: float, images: int) -> Fraction | None:
     """Return the least share w/k of at most so many images that is more than rho; None if there is none.
 
-    The shares are compared as the floats that judge() compares.
+    The shares are compared as the floats that decide_verdicts() compares.
     """
     over = [Fraction(w, k) for k in range(1, images + 1) for w in range(k + 1) if w / k > rho]
     return min(over, default=None)

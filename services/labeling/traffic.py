@@ -11,9 +11,9 @@ import re
 
 from defuse_core.artifacts import Gallery, Verdicts, Votes
 from defuse_core.errors import InputError
-from defuse_core.judge import judge
 from defuse_core.runs import Run
 from defuse_core.store import Store
+from defuse_core.verdicts import decide_verdicts
 from services.labeling.state import ProjectState
 from services.labeling.status import ReviewStatus
 
@@ -64,7 +64,7 @@ def store_traffic_verdicts(review: Run, status: ReviewStatus, state: ProjectStat
     """Store the votes of a review of traffic and the verdicts that follow from them, once all answers are in."""
     votes = review.once("review", Votes, lambda: status.final_votes(state))
     gallery = status.tasks.gallery
-    return review.once("review", Verdicts, lambda: judge(gallery, votes, review.spec.review.rho))
+    return review.once("review", Verdicts, lambda: decide_verdicts(gallery, votes, review.spec.review.rho))
 
 
 def _gallery(review: Run) -> Gallery:

@@ -31,10 +31,10 @@ from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError
-from defuse_core.judge import most_common_error
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Run
+from defuse_core.verdicts import most_common_error
 from services.serving.watch import calibrate
 
 FORMAT = (

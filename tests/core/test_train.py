@@ -9,7 +9,6 @@ from defuse_core.checkpoint import minibatches
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import ModelError, RunFileError, RunMismatchError
-from defuse_core.judge import judge
 from defuse_core.models import build_vae, kl_to_prior, load_classifier, predict, to_device, to_tensor
 from defuse_core.progress import silent
 from defuse_core.reference_models import votes_of_models
@@ -18,6 +17,7 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.train_vae import set_learning_rate
+from defuse_core.verdicts import decide_verdicts
 from tests.conftest import recommended, tiny
 from tests.core.test_models import LinearAutoencoder
 
@@ -305,7 +305,7 @@ def test_a_component_is_drawn_alike_whichever_others_there_are(gallery, tiny_spe
 def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, tiny_spec, scenarios):
     certain = np.full((3, 2, 5, 10), 0.0, np.float32)
     certain[..., 9] = 1.0
-    verdicts = judge(gallery, votes_of_models(certain, 0.5), rho=0.0)
+    verdicts = decide_verdicts(gallery, votes_of_models(certain, 0.5), rho=0.0)
     fixes = sample_corrections(tiny_spec, scenarios, verdicts)
     assert len(fixes.scenario) == len(verdicts.accepted) > 0
     every = np.concatenate([fixes.tune[0], fixes.test[0], gallery.codes[int(fixes.scenario[0])]])

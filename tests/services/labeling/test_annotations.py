@@ -11,8 +11,8 @@ from sample_findings import sample_findings
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.errors import LabelsPending
-from defuse_core.judge import judge
 from defuse_core.report import build_report
+from defuse_core.verdicts import decide_verdicts
 from services.labeling.annotations import ANSWER_DTYPE, select_counted
 from services.labeling.overrides import override_verdict
 from services.labeling.simulate import choice_result
@@ -28,7 +28,7 @@ def test_a_finished_review_holds_every_answer_with_who_and_when(make_review, acc
     assert votes.answered_by == "people"
     assert len(votes.answer) == 36 and (votes.when > 1.7e9).all()
     assert (votes.answer == np.array(TRUTH)[votes.scenario]).all()
-    assert judge(review.gallery, votes, 0.5).labels.tolist() == [8, -1, -1, -1]
+    assert decide_verdicts(review.gallery, votes, 0.5).labels.tolist() == [8, -1, -1, -1]
 
 
 def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by_hand(make_review, accounts):
@@ -48,7 +48,7 @@ def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by
             plan = plans[subject.image][number]
             account.answer(task.id, "image", "None of the above" if plan == "N" else str(choices[plan]))
     votes = review.annotators.review(review.gallery)
-    verdicts = judge(review.gallery, votes, 0.5)
+    verdicts = decide_verdicts(review.gallery, votes, 0.5)
     assert verdicts.labels.tolist() == [8, -1, -1, -1]
     assert np.allclose(verdicts.agreement, [[1.0, 0.6, 0.5]] * 4)
     found, evaluation = sample_findings(4, 1, images=3)
