@@ -43,6 +43,21 @@ def _expect_shapes(owner: object, axes: dict[str, str]) -> None:
 
 
 @dataclass(frozen=True)
+class Health:
+    """How well the β-VAE draws the training images that f is judged on. Shares are fractions of `images`."""
+
+    images: int  # training images measured
+    originals_right: float  # share that f gets right
+    reconstructions_right: float  # share whose plain reconstruction f gets right
+    kept_right: float  # among images that f gets right: share whose reconstruction it gets right too
+    most_common_answer: int  # class that f gives most reconstructions
+    most_common_share: float  # share of reconstructions that get it
+    collapsed: int  # latent dimensions with a KL to the prior near 0
+    dimensions: int  # Z
+    verdict: str  # fit, poor or blind
+
+
+@dataclass(frozen=True)
 class ClassifierEpoch:
     """One epoch of training the classifier."""
 
@@ -59,6 +74,7 @@ class VaeEpoch:
     reconstruction: float
     kl: float
     beta: float
+    class_loss: float | None = None  # cross-entropy of the class head on the codes; None without one
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +96,7 @@ class Models:
     reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
     device: str = "cpu"  # that they were trained on
+    health: Health | None = None  # of the β-VAE; None in runs of versions that did not measure it
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""What every training shares: minibatches, the step downhill, and going on at the last epoch after a kill."""
+"""What every training shares: minibatches, optimisation steps, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defuse_core.artifacts import I64, Checkpoint, Weights
+from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
 from defuse_core.device import device
@@ -21,11 +22,11 @@ from defuse_core.models import set_weights, weights_of
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
-CHECKPOINT_EVERY_S = 20.0  # at most so much work, and an epoch, is lost with a machine
+CHECKPOINT_EVERY_S = 20.0  # a killed training repeats at most this much work and one epoch
 
 
 def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[I64]:
-    """Yield one epoch of row indices in a fresh order. A last batch of one image is left out: it has no variance."""
+    """Yield one epoch of row indices in a fresh order, without a last batch of one (batch normalisation needs two)."""
     order = rng.permutation(count)
     for start in range(0, count, batch_size):
         rows = order[start : start + batch_size]
@@ -62,7 +63,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Weights:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
-    """Put back what moments_of took: with the parameter's memory layout and device, which fused kernels rely on."""
+    """Load what optimizer_state returned, in the memory layout and on the device that fused kernels rely on."""
     group = optimizer.param_groups[0]
     for key, array in moments.items():
         index, name = key.split("/")
@@ -74,8 +75,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, moments: Weights) -> 
         optimizer.state[parameter][name] = moment
 
 
+def format_row(row: ClassifierEpoch | VaeEpoch) -> str:
+    """Return an epoch's figures for the log."""
+    figures = {name: value for name, value in asdict(row).items() if name != "epoch" and value is not None}
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
 class Training:
-    """One training that is kept in `store` while it runs, so that a killed one goes on to the same end bit for bit."""
+    """One training with checkpoints in `store`; an interrupted one resumes to the same weights, to the bit."""
 
     def __init__(
         self,
@@ -85,13 +92,13 @@ class Training:
         name: str,
         data_fingerprint: str,
     ) -> None:
-        """Raises RunMismatchError where the training that is kept was one on other images."""
+        """Resume from the checkpoint if one exists. Raises RunMismatchError if it was trained on other images."""
         self.module, self.optimizer, self.store = module, optimizer, store
         self.data_fingerprint = data_fingerprint
         self.key = f"training/{name}.safetensors"
         self.history: list[Any] = []  # ClassifierEpoch or VaeEpoch, one per finished epoch
         self.best: Weights = {}
-        self.kept = time.monotonic()
+        self.saved_at = time.monotonic()
         if store is not None and store.exists(self.key):
             self._resume(store, store.read(self.key))
 
@@ -110,14 +117,14 @@ class Training:
         load_optimizer_state(self.optimizer, checkpoint.moments)
 
     def epochs(self, count: int) -> Iterator[int]:
-        """Yield the epochs that are still to do; keeps the training after each, but not more often than is worth it."""
+        """Yield the remaining epochs; save a checkpoint every CHECKPOINT_EVERY_S seconds and after the last epoch."""
         for epoch in range(len(self.history), count):
             yield epoch
-            if epoch + 1 == count or time.monotonic() - self.kept > CHECKPOINT_EVERY_S:
-                self._keep()
+            if epoch + 1 == count or time.monotonic() - self.saved_at > CHECKPOINT_EVERY_S:
+                self._save_checkpoint()
 
-    def _keep(self) -> None:
-        self.kept = time.monotonic()
+    def _save_checkpoint(self) -> None:
+        self.saved_at = time.monotonic()
         if self.store is not None:
             weights, moments = weights_of(self.module), optimizer_state(self.optimizer)
             checkpoint = Checkpoint(weights, moments, tuple(self.history), self.best, self.data_fingerprint)

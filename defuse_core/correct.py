@@ -37,11 +37,11 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
-from defuse_core.judge import is_misclassified
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+from defuse_core.verdicts import is_misclassified
 
 log = logging.getLogger("defuse")
 
@@ -197,12 +197,18 @@ def _score(classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int
 
 def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
     """Return what the rule of choice maximises. The held-out scenario and test images play no part."""
-    section = spec.correct
-    if section.choose_by != "tune":
-        return (getattr(row, section.choose_by),)
+    if spec.correct.choose_by != "tune":
+        return (getattr(row, spec.correct.choose_by),)
+    clean = row.train if row.validation is None else row.validation
+    return (1.0, row.tune, clean) if _is_allowed(spec, models, row) else (0.0, clean, row.tune)
+
+
+def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:
+    """Whether the rule of choice may pick the row: choose_by tune needs one that loses at most max_loss."""
+    if spec.correct.choose_by != "tune":
+        return True
     split, clean = ("train", row.train) if row.validation is None else ("validation", row.validation)
-    allowed = clean >= models.accuracy[split] - section.max_loss
-    return (1.0, row.tune, clean) if allowed else (0.0, clean, row.tune)
+    return clean >= models.accuracy[split] - spec.correct.max_loss
 
 
 def trial_key(lam: float) -> str:
@@ -276,6 +282,7 @@ def collect_sweep(
 ) -> Sweep:
     """Return the sweep with the weights that the rule of choice picks over all λ; the smaller λ of equals.
 
+    Nothing is picked where no λ keeps the clean accuracy within correct.max_loss (choose_by tune).
     `failures` holds the error of each λ that is left out. Raises ModelError or ComputeError if all failed.
     """
     failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
@@ -293,7 +300,15 @@ def collect_sweep(
     if not ordered:
         return Sweep(rows, None, {}, failed)
     best = max(ordered, key=lambda trial: _rank(spec, models, trial.rows[trial.best_epoch - 1]))
-    return Sweep(rows, best.rows[best.best_epoch - 1], best.best, failed)
+    chosen = best.rows[best.best_epoch - 1]
+    if not _is_allowed(spec, models, chosen):
+        log.warning(
+            "correct: NOTHING IS CHOSEN, since every λ loses more than correct.max_loss = %g of the clean accuracy; "
+            "try smaller values in correct.lambdas, a smaller correct.learning_rate, or allow a larger loss",
+            spec.correct.max_loss,
+        )
+        return Sweep(rows, None, {}, failed)
+    return Sweep(rows, chosen, best.best, failed)
 
 
 def best_rows(spec: RunFile, models: Models, rows: Sequence[SweepRow]) -> list[SweepRow]:

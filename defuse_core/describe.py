@@ -14,9 +14,9 @@ from defuse_core.artifacts import F32, F64
 from defuse_core.config import RunFile
 from defuse_core.data import Splits
 from defuse_core.evaluate import Findings
-from defuse_core.judge import most_common_error
 from defuse_core.models import decode_codes, encode_images, load_vae
 from defuse_core.seeds import generator
+from defuse_core.verdicts import most_common_error
 
 COMPARED_IMAGES = 2000  # real images whose decodings a scenario is compared with
 LEAST_DEVIATION = 0.7  # standard deviations from which on a measurement is named

@@ -6,6 +6,7 @@ DefuseError
 │   ├── RunFileError            the run file, or a --set
 │   ├── DataError               images or labels
 │   ├── ModelError              a model that was brought: its code or its weights
+│   ├── VaeHealthError          the β-VAE draws images that are of no use (vae.accept)
 │   └── RunMismatchError        the run file no longer matches the run it names
 ├── LabelsPending            3  people have not answered yet; the same command later goes on
 └── MachineryError           4  the machinery failed: try again, nothing is lost
@@ -42,6 +43,9 @@ class DataError(InputError): ...
 
 
 class ModelError(InputError): ...
+
+
+class VaeHealthError(InputError): ...
 
 
 class RunMismatchError(InputError): ...

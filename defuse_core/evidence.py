@@ -41,11 +41,11 @@ from defuse_core.device import cpu_threads
 from defuse_core.evaluate import Findings
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.intervals import wilson
-from defuse_core.judge import majority
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.reference_models import load_reference_models, model_probabilities
 from defuse_core.seeds import generator
+from defuse_core.verdicts import majority
 
 log = logging.getLogger("defuse")
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
@@ -121,7 +121,7 @@ def fold_spec(spec: RunFile, sweep: Sweep) -> RunFile:
 
 def _fine_tuning(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
     epochs = sweep.chosen.epoch if sweep.chosen else spec.correct.epochs
-    section = spec.correct.model_copy(update={"lambdas": (lam,), "epochs": epochs})
+    section = spec.correct.model_copy(update={"lambdas": (lam,), "epochs": epochs, "max_loss": 1.0})
     return spec.model_copy(update={"correct": section})
 
 

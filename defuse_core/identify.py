@@ -159,7 +159,7 @@ class Identifier:
         )
 
     def _screen(self, codes: F32, truth: I64, failed: Bool) -> Bool:
-        """Return `failed` (n, Q) without the draws whose decoding shows the source's class no more."""
+        """Return `failed` (n, Q) without the draws whose decoding no longer shows the source's class."""
         if self.references is None or not failed.any():
             return failed
         image, _ = np.nonzero(failed)
@@ -226,7 +226,7 @@ def shard_key(index: int) -> str:
 
 
 def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
-    """Write a shard, which by being there is done, and return its counts."""
+    """Write a shard, whose presence marks it as complete, and return its counts."""
     store.write(shard_key(index), encode(replace(shard, index=index)))
     return _record(index, shard)
 

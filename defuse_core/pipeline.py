@@ -33,7 +33,7 @@ from defuse_core.evidence import (
     plain_spec,
     without_fold,
 )
-from defuse_core.judge import doubtful, false_discovery_rate, judge, read_overrides
+from defuse_core.health import expect_healthy
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
 from defuse_core.report import Report, build_report, write_report
@@ -41,6 +41,12 @@ from defuse_core.runs import Run
 from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images
 from defuse_core.tighten import tighten
 from defuse_core.train import train
+from defuse_core.verdicts import (
+    decide_verdicts,
+    doubtful,
+    false_discovery_rate,
+    read_overrides,
+)
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -50,6 +56,8 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
     spec, store = run.spec, run.store
     models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
+    if run.until != "train":
+        expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
@@ -121,12 +129,12 @@ def _scenarios(
 def _verdicts(
     run: Run, compute: Compute, models: Models, scenarios: Scenarios, gallery: Gallery, votes: Votes
 ) -> Verdicts:
-    """Judge every component; where reference models annotate and doubt remains, judge again on more images."""
+    """Decide on every component; where reference models annotate and doubt remains, again on more images."""
     review, overrides = run.spec.review, read_overrides(run.store)
     rate, labels = false_discovery_rate(review), None
     if review.consensus == "crowdlab":
         labels = crowdlab_labels(votes, ask_models(run, compute, gallery).mean(axis=0))
-    first = judge(gallery, votes, review.rho, overrides, max_false=rate, image_labels=labels)
+    first = decide_verdicts(gallery, votes, review.rho, overrides, max_false=rate, image_labels=labels)
     unsure = doubtful(first, review.rho)
     if rate is None or review.annotators != "reference-models" or not review.more_images or not unsure.any():
         return first
@@ -136,7 +144,9 @@ def _verdicts(
         MoreImages,
         lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
     )
-    return judge(gallery, votes, review.rho, overrides, max_false=rate, more=more, image_labels=labels)
+    return decide_verdicts(
+        gallery, votes, review.rho, overrides, max_false=rate, more=more, image_labels=labels
+    )
 
 
 def _corrections(

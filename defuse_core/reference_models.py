@@ -1,7 +1,7 @@
 """Sets of independent classifiers: the reference models, which take part in the method, and the judges, which do not.
 
 Each set is trained once per run, with augmentation, and kept in its store. The reference models screen failing draws,
-tighten components, filter what is tuned on, and can stand in for annotators; votes, report and promoted versions then
+tighten components, filter what is tuned on, and can replace annotators; votes, report and promoted versions then
 state that models answered, not people. The judges evaluate the result: they are of another architecture, have other
 seeds, and are trained on images that the reference models have not seen (judges.share).
 """
@@ -27,7 +27,7 @@ from defuse_core.models import (
     ReferenceCnn,
     ResNet18,
     accuracy,
-    import_classifier,
+    import_module,
     predict_probabilities,
     read_weights,
     set_weights,
@@ -217,7 +217,7 @@ def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.M
     """Return an untrained model of the set that `section` describes."""
     size, channels = spec.data.image_size, spec.data.channels
     if section.import_path is not None:
-        return import_classifier(section.import_path)
+        return import_module("import_path", section.import_path)
     if section.architecture == "resnet18":
         return ResNet18(classes, imagenet=False, stem="small")
     if section.architecture == "lenet":

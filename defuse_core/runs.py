@@ -10,11 +10,12 @@ import platform
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from defuse_core.artifacts import Models, Votes
 from defuse_core.codec import decode, encode
-from defuse_core.config import STEPS, RunFile, changed_field, dump_run_file, parse_run_file
+from defuse_core.config import STEPS, RunFile, changed_field, dump_run_file, model_sections, parse_run_file
 from defuse_core.errors import InputError, RunFileError, RunMismatchError, StoreError
 from defuse_core.store import Store
 
@@ -26,14 +27,21 @@ WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file br
 
 def _weights_digests(spec: RunFile) -> dict[str, str]:
     """Return the SHA-256 of the files of weights that the run file brings, of those that are there."""
-    brought = {"classifier.weights": spec.classifier.weights, "vae.weights": spec.vae.weights}
     digests = {}
-    for field, path in brought.items():
-        with contextlib.suppress(OSError):  # who reads the weights says it
-            if path is not None:
-                with path.open("rb") as handle:
-                    digests[field] = hashlib.file_digest(handle, "sha256").hexdigest()
+    for name, section in model_sections(spec).items():
+        with contextlib.suppress(OSError):  # the code that reads the weights raises it
+            if section.weights is not None:
+                digests[f"{name}.weights"] = _digest_of(section.weights)
     return digests
+
+
+def _digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, or over the digests of a folder's files (classifier.architecture: transformers)."""
+    if path.is_dir():
+        inside = "".join(_digest_of(file) for file in sorted(path.iterdir()) if file.is_file())
+        return hashlib.sha256(inside.encode()).hexdigest()
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _damaged(store: Store, name: str) -> str:

@@ -23,11 +23,11 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
-from defuse_core.judge import is_misclassified, majority
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
-from defuse_core.reference_models import answers_of_models, load_reference_models, model_probabilities
+from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.seeds import generator
+from defuse_core.verdicts import is_misclassified
 
 log = logging.getLogger("defuse")
 COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part nearest to its mean
@@ -93,17 +93,18 @@ class Examiner:
         self.vae = load_vae(spec, models.vae)
         self.classifier = load_classifier(spec, models.classifier, self.classes)
         self.references = load_reference_models(spec, spec.review.reference, references, self.classes)
-        self.min_confidence = spec.review.reference.min_confidence
+        self.min_probability = spec.identify.min_probability
 
     def examine(self, codes: F32) -> tuple[I64, I64]:
-        """Return for (n, Z) codes the classifier's answers, and the reference models' majority labels, each (n,).
+        """Return for (n, Z) codes the classifier's answers and the labels that the reference models see, each (n,).
 
-        A model below min_confidence does not vote; an image whose vote is tied or empty has no label.
+        A label has a mean probability of identify.min_probability at least; an image without such a class has none.
         """
         images = decode_codes(self.vae, codes)
-        answers = answers_of_models(model_probabilities(self.references, images), self.min_confidence)
-        votes = (answers[..., None] == np.arange(self.classes)).sum(axis=0)  # (n, C)
-        return predict(self.classifier, images), majority(votes)
+        seen = mean_probabilities(self.references, images)  # (n, C)
+        clear = seen.max(axis=1) >= self.min_probability
+        labels = np.where(clear, seen.argmax(axis=1), NONE_OF_THE_ABOVE).astype(np.int64)
+        return predict(self.classifier, images), labels
 
 
 def sample_more_images(
@@ -151,7 +152,7 @@ def filter_corrections(
     *,
     progress: Progress,
 ) -> Corrections:
-    """Return D_f with only those codes to tune on in which the reference models' majority sees the scenario's label.
+    """Return D_f with only those codes to tune on in which the reference models see the scenario's label.
 
     Where fewer than tune_images remain, MORE_DRAWS times as many are drawn, and what remains of both is repeated. A
     scenario whose label the reference models see in no draw keeps them all: its label is the annotators'. The codes

@@ -24,21 +24,21 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.intervals import lower_bound
-from defuse_core.judge import most_common
 from defuse_core.progress import Progress
 from defuse_core.sample import Examiner, truncated_codes
 from defuse_core.seeds import generator
+from defuse_core.verdicts import most_common
 
 log = logging.getLogger("defuse")
 Examine = Callable[[F32], tuple[I64, I64]]
-TAUS = tuple(2.0 ** (-step / 2) for step in range(13))  # from 1 to 1/64
+TAUS = tuple(2.0**-step for step in range(7))  # the widest first
 DRAWS = 64  # per component and tau
 
 
 def tighten(
     spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios, *, progress: Progress
 ) -> Scenarios:
-    """Return the components with a tau each; those that fail the requirements at the smallest tau are dropped."""
+    """Return the components with a tau each; those that fail the requirements at every tau are dropped."""
     with cpu_threads(1):
         examiner = Examiner(spec, models, references)
         return find_taus(spec, scenarios, examiner.examine, progress)
@@ -54,11 +54,11 @@ def find_taus(spec: RunFile, scenarios: Scenarios, examine: Examine, progress: P
     for component in range(len(scenarios)):
         progress("tightening components", component, len(scenarios), "components")
         search = _Search(spec, examine, scenarios, component)
-        narrowest = search.outcome(len(TAUS) - 1)
-        if narrowest.passes(spec):
-            taus[component] = search.largest_tau()
-        else:
+        tau, narrowest = search.largest_tau()
+        if tau is None:
             dropped.append(_dropped(scenarios, component, narrowest.reason(spec)))
+        else:
+            taus[component] = tau
     kept = np.flatnonzero(taus > 0)
     log.info("%d of %d components are pure and misclassified at some tau", len(kept), len(scenarios))
     return scenarios.take(kept, taus=taus[kept], dropped=tuple(dropped))
@@ -98,26 +98,24 @@ class _Search:
         rng = generator(spec.seed, "tighten", component)
         self.normal: F64 = rng.standard_normal((DRAWS, len(self.mean)))
 
-    def outcome(self, index: int) -> _Outcome:
-        """Return what the draws at TAUS[index] show."""
-        codes: F32 = truncated_codes(self.mean, TAUS[index] * self.covariance, self.normal)
+    def largest_tau(self) -> tuple[float | None, _Outcome]:
+        """Return the largest tau that passes, if any does, and the outcome at the last one tried.
+
+        All are tried, since the share that the classifier gets wrong may fall towards the mean.
+        """
+        for tau in TAUS:
+            outcome = self._outcome(tau)
+            if outcome.passes(self.spec):
+                return tau, outcome
+        return None, outcome
+
+    def _outcome(self, tau: float) -> _Outcome:
+        codes: F32 = truncated_codes(self.mean, tau * self.covariance, self.normal)
         predicted, labels = self.examine(codes)
         label = most_common(labels)
         labelled = labels != NONE_OF_THE_ABOVE
         pure = 0 if label is None else int((labels == label).sum())
         return _Outcome(pure, int(labelled.sum()), int((labelled & (labels != predicted)).sum()))
-
-    def largest_tau(self) -> float:
-        """Return the largest tau that passes, by bisection; the smallest is known to."""
-        passing, failing = len(TAUS) - 1, -1
-        while passing - failing > 1:
-            middle = (passing + failing) // 2
-            if self.outcome(middle).passes(self.spec):
-                passing = middle
-            else:
-                failing = middle
-        tau: float = TAUS[passing]
-        return tau
 
 
 def _dropped(scenarios: Scenarios, component: int, reason: str) -> DroppedComponent:

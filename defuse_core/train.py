@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
-from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, ClassifierEpoch, Models, VaeEpoch
-from defuse_core.checkpoint import (
-    Training,
-    labels_of,
-    minibatches,
-    train_step,
-)
+from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models
+from defuse_core.checkpoint import Training, format_row, labels_of, minibatches, train_step
 from defuse_core.config import RunFile
-from defuse_core.data import Images, Splits, open_splits
-from defuse_core.device import cpu_threads, device, device_name
-from defuse_core.errors import ModelError, RunFileError
+from defuse_core.data import Images, Splits, log_parts, open_splits
+from defuse_core.device import cpu_threads, device_name
+from defuse_core.errors import RunFileError
+from defuse_core.health import (
+    PROBE_IMAGES,
+    STRIP_KEY,
+    log_health,
+    mean_kl,
+    measure_health,
+    reconstruction_errors,
+    reconstruction_strip,
+)
 from defuse_core.models import (
-    ResNet18,
     Vae,
     accuracy,
     build_classifier,
-    build_vae,
-    decode_codes,
-    encode_images,
-    map_batches,
+    check_outputs,
+    load_pretrained,
+    log_classifier,
     predict,
-    read_weights,
     set_weights,
     to_device,
     to_tensor,
@@ -41,37 +41,28 @@ from defuse_core.models import (
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+from defuse_core.train_vae import initial_vae, train_vae
 
 log = logging.getLogger("defuse")
-PROBE_IMAGES = 10_000  # training images that the β-VAE's figures are measured on
-PROBE_BATCH = 256
 
 
 def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
-    """Return f and the β-VAE, trained or brought, with their accuracies and the β-VAE's health.
+    """Return f and the β-VAE, trained or loaded from files, with their accuracies and the β-VAE's reconstructions.
 
-    With a store, a training that was killed goes on at its last kept epoch, to the same weights.
+    With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    vae = _new_vae(spec)  # first: weights that do not fit are told before anything is trained
-    splits = (
-        on_disk.loaded()
-    )  # all of them: a picture that cannot be read is told now, not after the training
+    log_parts(spec.data, on_disk)
+    vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
+    splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
-        vae_history = train_vae(spec, vae, splits, store, progress)
-        probe = splits.train.take(slice(0, PROBE_IMAGES))
-        reconstruction, flips = _reconstruct(classifier, vae, probe)
         accuracies = _accuracies(classifier, splits)
-        if spec.classifier.epochs == 0 and accuracies["train"] < 0.5:
-            log.warning(
-                "the classifier that was brought is right on only %.0f %% of the training images; does it number the "
-                "classes in this order? %s",
-                100 * accuracies["train"],
-                ", ".join(splits.classes),
-            )
-        return Models(
+        if spec.classifier.epochs == 0:
+            log_classifier(spec, classifier, splits, accuracies)
+        vae_history = train_vae(spec, vae, splits, store, progress)
+        models = Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
             classes=splits.classes,
@@ -80,15 +71,39 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
             accuracy=accuracies,
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
-            reconstruction=reconstruction,
-            reconstruction_flips=flips,
-            kl_per_dimension=_kl_per_dimension(vae, probe),
             device=device_name(),
+            **_measure_vae(classifier, vae, splits),
         )
+        if store is not None:
+            store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
+    return models
+
+
+class VaeFigures(TypedDict):
+    """The fields of Models that describe the trained β-VAE."""
+
+    reconstruction: float
+    reconstruction_flips: float
+    kl_per_dimension: F64
+    health: Health
+
+
+def _measure_vae(classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
+    probe = splits.train.take(slice(0, PROBE_IMAGES))
+    errors, answers = reconstruction_errors(classifier, vae, probe)
+    kl = mean_kl(vae, probe)
+    health = measure_health(probe.labels, predict(classifier, probe), answers, kl)
+    log_health(health, splits.classes)
+    return VaeFigures(
+        reconstruction=float(errors.mean()),
+        reconstruction_flips=1 - health.reconstructions_right,
+        kl_per_dimension=kl,
+        health=health,
+    )
 
 
 def _expect_validation(spec: RunFile, splits: Splits) -> None:
-    """Refuse, before any work, a choice that needs the validation set this data set lacks."""
+    """Raise RunFileError for a choice that needs validation images where the data set has none."""
     for field, value in (
         ("classifier.keep", spec.classifier.keep),
         ("correct.choose_by", spec.correct.choose_by),
@@ -106,7 +121,7 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
         and wanted < len(splits.train)
     ):
         raise RunFileError(
-            "correct.train_images: a sample of the training images says too little of the clean accuracy that "
+            "correct.train_images: a sample of the training images is too small to measure the clean accuracy that "
             "correct.max_loss bounds, and this data set has no validation images; set data.validation_share"
         )
 
@@ -114,13 +129,13 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
 def train_classifier(
     spec: RunFile, splits: Splits, store: Store | None, progress: Progress
 ) -> tuple[nn.Module, list[ClassifierEpoch]]:
-    """Return the classifier and one row per epoch. Keeps the last epoch or the best on validation, as the run says."""
+    """Return the classifier and one row per epoch. Returns the last epoch or the best on validation (keep)."""
     section = spec.classifier
     torch.manual_seed(torch_seed(spec.seed, "classifier"))
     classifier = build_classifier(spec, len(splits.classes))
-    _bring(classifier, section.weights, section.epochs > 0)
-    _expect_logits(classifier, splits)
+    load_pretrained(classifier, section.weights, section.epochs > 0)
     to_device(classifier)
+    check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     for epoch in training.epochs(section.epochs):
         loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
@@ -130,7 +145,7 @@ def train_classifier(
         if section.keep == "best_validation" and validation is not None and validation > before:
             training.best = weights_of(classifier)
         training.history.append(row)
-        log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, _figures(row))
+        log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, format_row(row))
     if training.best:
         set_weights(classifier, training.best, "the best epoch")
     return classifier.eval(), training.history
@@ -140,9 +155,7 @@ def _classifier_epoch(
     training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
 ) -> float:
     classifier, size = training.module.train(), spec.classifier.batch_size
-    torch.manual_seed(
-        torch_seed(spec.seed, "classifier", epoch)
-    )  # for dropout, in a classifier that was brought
+    torch.manual_seed(torch_seed(spec.seed, "classifier", epoch))  # for the dropout of a custom classifier
     total = spec.classifier.epochs * len(images)
     done, losses = epoch * len(images), []
     for rows in minibatches(len(images), size, generator(spec.seed, "classifier", epoch)):
@@ -153,123 +166,12 @@ def _classifier_epoch(
     return float(np.mean(losses))
 
 
-def _new_vae(spec: RunFile) -> Vae:
-    """Return the β-VAE before its training: as initialised from the seed, or brought."""
-    torch.manual_seed(torch_seed(spec.seed, "vae"))
-    vae = build_vae(spec)
-    _bring(vae, spec.vae.weights, spec.vae.epochs > 0)
-    return vae
-
-
-def train_vae(
-    spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
-) -> list[VaeEpoch]:
-    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
-    section = spec.vae
-    to_device(vae)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=section.learning_rate, fused=True)
-    training = Training(vae, optimizer, store, "vae", splits.fingerprint())
-    for epoch in training.epochs(section.epochs):
-        row = _vae_epoch(vae, training, splits.train, spec, epoch, progress)
-        training.history.append(row)
-        log.log(
-            logging.INFO if epoch + 1 == section.epochs else logging.DEBUG,
-            "β-VAE epoch %d of %d: %s",
-            epoch + 1,
-            section.epochs,
-            _figures(row),
-        )
-    vae.eval()
-    return training.history
-
-
-def _vae_epoch(
-    vae: Vae, training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
-) -> VaeEpoch:
-    section, count = spec.vae, len(images)
-    noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
-    batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
-    done, terms, beta = epoch * count, [], 0.0
-    for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
-        beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
-        reconstruction, divergence = vae_terms(vae, to_tensor(images.batch(rows)), noise)
-        train_step(reconstruction + beta * divergence, training.optimizer, "the β-VAE")
-        terms.append((reconstruction.item(), divergence.item()))
-        done += len(rows)
-        progress("training the β-VAE", done, section.epochs * count, "images")
-    means = np.mean(terms, axis=0)
-    return VaeEpoch(epoch + 1, float(means[0]), float(means[1]), beta)
-
-
-def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the two terms of the β-VAE's loss, in nats per image: -E log p(x|z) (Bernoulli) and KL(q(z|x) || p(z))."""
-    mu, log_variance = vae.encode(images)
-    codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
-    logits = vae.decode_logits(codes)
-    reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
-    return reconstruction, kl_to_prior(mu, log_variance).sum() / len(images)
-
-
-def kl_to_prior(mu: Tensor, log_variance: Tensor) -> Tensor:
-    """Return KL(q || N(0, 1)) per image and latent dimension, (n, Z), in nats."""
-    return 0.5 * (mu.square() + log_variance.exp() - log_variance - 1)
-
-
 def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     if spec.classifier.optimizer == "adadelta":
         return torch.optim.Adadelta(module.parameters(), lr=spec.classifier.learning_rate)
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
 
 
-def _bring(module: nn.Module, path: Path | None, trained_on: bool) -> None:
-    if path is not None:
-        weights = read_weights(path)
-        if isinstance(module, ResNet18):
-            weights = module.renamed(weights, new_head=trained_on)
-        set_weights(module, weights, str(path))
-
-
-def _expect_logits(classifier: nn.Module, splits: Splits) -> None:
-    """Refuse a classifier whose output does not fit the classes, before it fails in the middle of an epoch."""
-    sample = torch.from_numpy(splits.train.batch(slice(0, 2)))
-    try:
-        found = tuple(classifier.eval()(sample).shape)
-    except Exception as error:
-        raise ModelError(
-            f"the classifier cannot take images of shape {tuple(sample.shape)}: {error}"
-        ) from error
-    expected = (len(sample), len(splits.classes))
-    if found != expected:
-        raise ModelError(
-            f"the classifier: expected logits of shape {expected} (images, classes), found {found}"
-        )
-
-
 def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return {name: accuracy(classifier, images) for name, images in parts.items() if images is not None}
-
-
-def _reconstruct(classifier: nn.Module, vae: Vae, images: Images) -> tuple[float, float]:
-    """Return the mean squared error per pixel of decoding mu, and the share of decodings that f gets wrong."""
-    errors, flips = [], []
-    for start in range(0, len(images), PROBE_BATCH):  # so that memory does not grow with the images' size
-        shown = images.take(slice(start, start + PROBE_BATCH))
-        decoded = decode_codes(vae, encode_images(vae, shown))
-        squares = (decoded - shown.batch(slice(0, len(shown)))) ** 2
-        errors.append(squares.mean(axis=(1, 2, 3), dtype=np.float64))
-        flips.append(predict(classifier, decoded) != shown.labels)
-    return float(np.concatenate(errors).mean()), float(np.concatenate(flips).mean())
-
-
-def _kl_per_dimension(vae: Vae, images: Images) -> F64:
-    per_image = map_batches(
-        lambda rows: kl_to_prior(*vae.encode(to_tensor(images.batch(rows)))), len(images), 256
-    )
-    per_dimension: F64 = per_image.mean(axis=0, dtype=np.float64)
-    return per_dimension
-
-
-def _figures(row: ClassifierEpoch | VaeEpoch) -> str:
-    figures = {name: value for name, value in asdict(row).items() if name != "epoch" and value is not None}
-    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

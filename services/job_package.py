@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from cluster.connection import require_absolute_root
-from defuse_core.config import RunFile, dump_run_file
+from defuse_core.config import RunFile, dump_run_file, model_sections, with_weights
 from defuse_core.errors import ModelError, RunFileError
 
 PACKAGES = ("defuse_core", "cluster", "services")
@@ -25,46 +25,46 @@ def build_working_dir(spec: RunFile, folder: Path) -> None:
     require_absolute_root(spec.data.root)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package, ignore=SKIPPED)
-    if spec.classifier.import_path:
-        _copy_module(spec.classifier.import_path, folder)
+    for name, section in model_sections(spec).items():
+        if section.import_path:
+            _copy_module(f"{name}.import_path", section.import_path, folder)
     (folder / RUN_FILE).write_text(dump_run_file(_with_weights(spec, folder)), encoding="utf-8")
 
 
 def _with_weights(spec: RunFile, folder: Path) -> RunFile:
     """Copy the weights that the run file names, and return it with their paths in the working directory."""
-    sections = {}
-    for name in ("classifier", "vae"):
-        section = getattr(spec, name)
+    copies = {}
+    for name, section in model_sections(spec).items():
         if section.weights is not None:
-            copied = Path("weights") / f"{name}{section.weights.suffix}"
-            _copy(section.weights, folder / copied, f"{name}.weights")
-            sections[name] = section.model_copy(update={"weights": copied})
-    return spec.model_copy(update=sections)
+            copies[name] = Path("weights") / f"{name}{section.weights.suffix}"
+            _copy(section.weights, folder / copies[name], f"{name}.weights")
+    return with_weights(spec, copies)
 
 
 def _copy(source: Path, target: Path, field: str) -> None:
     target.parent.mkdir(exist_ok=True)
     try:
-        shutil.copyfile(source, target)
+        if source.is_dir():  # of Hugging Face's
+            shutil.copytree(source, target, ignore=SKIPPED)
+        else:
+            shutil.copyfile(source, target)
     except OSError as error:
         raise RunFileError(f"{field} {source}: cannot be read ({error.strerror})") from error
 
 
-def _copy_module(import_path: str, folder: Path) -> None:
-    """Copy the top-level package or module of the user's classifier, unless it is in site-packages."""
+def _copy_module(field: str, import_path: str, folder: Path) -> None:
+    """Copy the top-level package or module of a user's model, unless it is in site-packages or copied already."""
     name = import_path.partition(":")[0].partition(".")[0]
     if name in PACKAGES:
-        raise ModelError(f"classifier.import_path {import_path}: {name} is a package of Defuse; rename yours")
+        raise ModelError(f"{field} {import_path}: {name} is a package of Defuse; rename yours")
     found = importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])
     if found is None:
-        raise ModelError(
-            f"classifier.import_path {import_path}: no module {name} in this folder or on PYTHONPATH"
-        )
+        raise ModelError(f"{field} {import_path}: no module {name} in this folder or on PYTHONPATH")
     if found.submodule_search_locations:
         source = Path(next(iter(found.submodule_search_locations)))
     else:
         source = Path(str(found.origin))
-    if "site-packages" in source.parts:
+    if "site-packages" in source.parts or (folder / source.name).exists():
         return
     if source.is_dir():
         shutil.copytree(source, folder / source.name, ignore=SKIPPED)

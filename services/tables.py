@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defuse_core.config import STEPS
-from defuse_core.errors import DefuseError
+from defuse_core.errors import DefuseError, InputError
 from defuse_core.report.formatting import (
     NONE,
     caveats,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from defuse_core.report.schema import EvidenceFigures
 
 FIGURES_WIDTH = 54  # columns of the terminal that the figures in the table of scenarios need
+WIDE = 110  # columns from which the list of runs also shows when and how long
 ARTEFACTS = {  # step -> what it stores in the run
     "train": ("models",),
     "identify": ("psi",),
@@ -260,7 +261,20 @@ def print_status(run: Run, console: Console | None = None) -> None:
     seconds = sum(state.seconds or 0 for state in states)
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     console.print(table)
+    if report := _stored_report(run):
+        _print_text(console, headline(report), "bold")
+        console.print(_accuracy_table(report))
     console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
+
+
+def _stored_report(run: Run) -> Report | None:
+    """Return the run's report.json, or None where it is not written yet or another version of Defuse wrote it."""
+    from defuse_core.report import parse_report
+
+    try:
+        return parse_report(run.store.read("report.json"), f"{run.store.address}/report.json")
+    except (FileNotFoundError, InputError):
+        return None
 
 
 def _state_text(state: StepState) -> Text:
@@ -283,10 +297,11 @@ def print_runs(store: Store, console: Console | None = None) -> None:
     if not names:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
         return
-    table = _table(None, ("Run", "Data", "At", "Last made (UTC)", "Time"), texts=4)
+    made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
+    table = _table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
     for name in names:
-        _add(table, *_run_row(store, name))
+        _add(table, *_run_row(store, name)[: len(table.columns)])
     console.print(table)
 
 
@@ -295,7 +310,7 @@ def _run_row(store: Store, name: str) -> tuple[str | Text, ...]:
         run = Run.open(store, name)
         states = step_states(run)
     except DefuseError:
-        return name, NONE, Text("unreadable run.yaml", style="red"), NONE, NONE
+        return name, NONE, Text("unreadable run.yaml", style="red"), NONE, NONE, NONE, NONE
     at = next((state for state in states if state.state != "done"), None)
     shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
     made = max(state.made for state in states)
@@ -303,6 +318,18 @@ def _run_row(store: Store, name: str) -> tuple[str | Text, ...]:
         name,
         run.spec.data.name,
         shown,
+        *_outcome(_stored_report(run)),
         date_time(made),
         duration(sum(state.seconds or 0 for state in states)),
     )
+
+
+def _outcome(report: Report | None) -> tuple[str, str]:
+    """Return the accepted scenarios with the accuracy on them, and the accuracy on the test set: before → after."""
+    if report is None:
+        return NONE, NONE
+    before, after = report.accuracy.before, report.accuracy.defuse
+    scenarios = str(report.scenarios.accepted)
+    if report.scenarios.accepted:
+        scenarios += f": {percent(before.scenario, 0)} → {percent(after.scenario, 0)}"
+    return scenarios, NONE if before.test is None else f"{percent(before.test)} → {percent(after.test)}"

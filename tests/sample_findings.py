@@ -26,10 +26,10 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import PAPER_LAMBDAS, RunFile, parse_run_file
 from defuse_core.evaluate import ACCEPTED, FAILURE, REJECTED, TRAINING, Findings
-from defuse_core.judge import judge
 from defuse_core.report import Report, build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from defuse_core.verdicts import decide_verdicts
 
 DIGITS = tuple("0123456789")
 ANNOTATORS = 5
@@ -57,7 +57,7 @@ def sample_findings(
     rng = np.random.default_rng(seed)
     gallery = _gallery(rng, scenarios, images, classes, channels, side)
     votes = _votes(rng, gallery, accepted, answered_by)
-    verdicts = judge(gallery, votes, 0.5)
+    verdicts = decide_verdicts(gallery, votes, 0.5)
     count = len(verdicts.accepted)
     findings = Findings(
         models=_models(classes, rng),

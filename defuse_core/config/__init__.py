@@ -8,7 +8,15 @@ from defuse_core.config.loading import (
     load_run_file,
     parse_run_file,
 )
-from defuse_core.config.run_file import STEPS, CheckSection, ResourcesSection, RunFile, ServeSection
+from defuse_core.config.run_file import (
+    STEPS,
+    CheckSection,
+    ResourcesSection,
+    RunFile,
+    ServeSection,
+    model_sections,
+    with_weights,
+)
 from defuse_core.config.sections import (
     PAPER_LAMBDAS,
     ClassifierSection,
@@ -49,5 +57,7 @@ __all__ = [
     "dump_run_file",
     "first_problem",
     "load_run_file",
+    "model_sections",
     "parse_run_file",
+    "with_weights",
 ]

@@ -74,7 +74,9 @@ def changed_field(recorded: RunFile, given: RunFile) -> str | None:
     """Return the first field that differs and would change results, as `a.b: 1 in the run, 2 now`, or None."""
     before, now = _flat(recorded.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
     for field in before | now:
-        free = field in {"data.root", "data.download"} or field.startswith(("resources.", "check.", "serve."))
+        free = field in {"data.root", "data.download", "vae.accept"} or field.startswith(
+            ("resources.", "check.", "serve.")
+        )
         if field.endswith(".weights") and before.get(field) and now.get(field):
             continue  # the content of the file counts, not its path
         if before.get(field) != now.get(field) and (not free or field == "resources.train_threads"):

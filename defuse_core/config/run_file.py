@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from defuse_core.config.sections import (
     ClassifierSection,
+    ClassifierSet,
     CorrectSection,
     DataSection,
     DistillSection,
@@ -82,7 +85,8 @@ class ServeSection(Section):
     max_body_mb: float = Field(8.0, gt=0, le=1024)
     """Largest request body, in MB."""
     slow_uploads: int = Field(8, ge=1)
-    """Bodies of one client address that may take longer than 1 s to arrive at the same time; more are answered 408."""
+    """Bodies of one client address that may take longer than 1 s to arrive while 128 such bodies are arriving; more are
+    answered 408."""
     max_images: int = Field(64, ge=1)
     """Images in one request at most."""
     max_pixels: int = Field(16_000_000, ge=1)
@@ -138,25 +142,18 @@ class RunFile(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        size = self.data.image_size
-        for field, stages in (
-            ("vae.encoder_stages", self.vae.encoder_stages),
-            ("vae.decoder_stages", self.vae.decoder_stages),
-            ("classifier.stages", self.classifier.stages if self.classifier.architecture == "cnn" else 0),
-        ):
-            if size % 2**stages or size < 2**stages:
-                raise ValueError(
-                    f"{field} = {stages} halves {size} pixels (data.image_size) to a fraction of a pixel"
-                )
-        side = size >> self.vae.decoder_stages
-        if self.vae.hidden % side**2:
-            raise ValueError(
-                f"vae.hidden = {self.vae.hidden} must be a multiple of {side}x{side}, the pixels that the decoder "
-                f"starts from (data.image_size {size} halved vae.decoder_stages = {self.vae.decoder_stages} times)"
-            )
+        self._expect_stages_that_fit()
         if (self.classifier.architecture == "custom") != (self.classifier.import_path is not None):
             raise ValueError(
                 "classifier.import_path goes with classifier.architecture: custom, and only with it"
+            )
+        if (self.classifier.architecture == "timm") != (self.classifier.timm_model is not None):
+            raise ValueError(
+                "classifier.timm_model goes with classifier.architecture: timm, and only with it"
+            )
+        if self.classifier.architecture in {"program", "transformers"} and self.classifier.weights is None:
+            raise ValueError(
+                f"classifier.architecture: {self.classifier.architecture} needs classifier.weights, its file or folder"
             )
         if self.classifier.imagenet and self.classifier.architecture != "resnet18":
             raise ValueError(
@@ -166,10 +163,53 @@ class RunFile(Section):
             raise ValueError(
                 "classifier.epochs = 0 uses a pretrained classifier, so classifier.weights must name its file"
             )
-        if self.vae.epochs == 0 and self.vae.weights is None:
-            raise ValueError("vae.epochs = 0 brings a trained β-VAE, so vae.weights must name its file")
+        if (self.vae.architecture == "custom") != (self.vae.import_path is not None):
+            raise ValueError("vae.import_path goes with vae.architecture: custom, and only with it")
+        if self.vae.epochs == 0 and self.vae.weights is None and self.vae.architecture != "custom":
+            raise ValueError("vae.epochs = 0 uses a pretrained β-VAE, so vae.weights must name its file")
         if self.data.name not in {"digits", "mnist-5000"} and self.data.root is None:
             raise ValueError(
                 f"data.root must be the path of the {self.data.name} images (--set data.root=PATH)"
             )
         return self
+
+    def _expect_stages_that_fit(self) -> None:
+        """Raise ValueError where a stride-2 stage would halve an odd number of pixels."""
+        size, vae = self.data.image_size, self.vae
+        stages = {"classifier.stages": self.classifier.stages if self.classifier.architecture == "cnn" else 0}
+        if vae.architecture != "custom":
+            stages["vae.encoder_stages"] = vae.encoder_stages
+        if vae.architecture == "paper":
+            stages["vae.decoder_stages"] = vae.decoder_stages
+        for field, count in stages.items():
+            if size % 2**count or size < 2**count:
+                raise ValueError(
+                    f"{field} = {count} halves {size} pixels (data.image_size) to a fraction of a pixel"
+                )
+        side = size >> vae.decoder_stages
+        if vae.architecture == "paper" and vae.hidden % side**2:
+            raise ValueError(
+                f"vae.hidden = {vae.hidden} must be a multiple of {side}x{side}, the pixels that the decoder "
+                f"starts from (data.image_size {size} halved vae.decoder_stages = {vae.decoder_stages} times)"
+            )
+
+
+def model_sections(spec: RunFile) -> dict[str, ClassifierSection | VaeSection | ClassifierSet]:
+    """Return the sections whose `weights` and `import_path` name files and code of the user, by their dotted names."""
+    return {
+        "classifier": spec.classifier,
+        "vae": spec.vae,
+        "review.reference": spec.review.reference,
+        "judges": spec.judges,
+    }
+
+
+def with_weights(spec: RunFile, paths: Mapping[str, Path]) -> RunFile:
+    """Return the run file with the weights of some model_sections at other paths."""
+    tree = spec.model_dump()
+    for name, path in paths.items():
+        section = tree
+        for part in name.split("."):
+            section = section[part]
+        section["weights"] = path
+    return RunFile.model_validate(tree)

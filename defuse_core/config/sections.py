@@ -64,13 +64,23 @@ class DataSection(Section):
 class ClassifierSection(Section):
     """The classifier f that is debugged."""
 
-    architecture: Literal["cnn", "resnet18", "custom"] = "cnn"
-    """cnn is Figure 7; resnet18 is torchvision's; custom is import_path. Paper: cnn for MNIST, resnet18 otherwise."""
+    architecture: Literal["cnn", "resnet18", "custom", "program", "transformers", "timm"] = "cnn"
+    """cnn is Figure 7; resnet18 is torchvision's; custom is import_path; program is a TorchScript or torch.export file;
+    transformers is a local folder of Hugging Face's; timm is timm_model. Paper: cnn for MNIST, resnet18 otherwise."""
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: UserPath | None = None
     """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is used unchanged.
     resnet18: torchvision's own file will do, such as resnet18-f37072fd.pth, with a new last layer."""
+    timm_model: str | None = None
+    """timm: the name of the architecture, such as resnet18 or convnext_tiny. Nothing is downloaded."""
+    input_range: Literal["0..1", "-1..1", "imagenet", "0..255"] = "0..1"
+    """What pixels are converted to before the classifier sees them, unless it is cnn or resnet18: imagenet subtracts
+    ImageNet's mean and divides by its standard deviation."""
+    outputs: Literal["logits", "probabilities"] = "logits"
+    """What the classifier returns, unless it is cnn or resnet18; of probabilities the logarithm is used."""
+    class_order: tuple[int, ...] | None = None
+    """For each class of the data set, in order, the index of its logit, where the classifier numbers them otherwise."""
     imagenet: bool = False
     """resnet18: start from torchvision's ImageNet weights (downloaded if data.download), unless `weights` names a file.
     Paper: true."""
@@ -98,29 +108,47 @@ class ClassifierSection(Section):
 class VaeSection(Section):
     """The β-VAE that models the manifold of legitimate images (§2)."""
 
+    architecture: Literal["paper", "convolutional", "custom"] = "paper"
+    """paper is Figures 8-13; convolutional doubles its channels at each stage and has batch normalisation, which needs
+    far fewer epochs; custom is import_path. Paper: paper."""
+    import_path: str | None = None
+    """custom: `package.module:factory`; called without arguments it returns an nn.Module with the methods
+    `encode(images) -> mean, log-variance` and `decode(codes) -> images`, images in [0, 1]."""
     weights: UserPath | None = None
-    """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged."""
+    """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional where the factory
+    loads its own."""
     latent_dim: int = Field(10, ge=1, le=512)
     """Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
     encoder_stages: int = Field(3, ge=1, le=8)
-    """4x4 stride-2 convolutions of the encoder. Paper: 3 for MNIST and SVHN, 4 for signs."""
+    """4x4 stride-2 convolutions of the encoder (convolutional: and of the decoder). Paper: 3 for MNIST and SVHN,
+    4 for signs."""
     decoder_stages: int = Field(4, ge=1, le=8)
-    """4x4 stride-2 transpose convolutions of the decoder; the dense layers feed image_size / 2^stages squared.
+    """paper: 4x4 stride-2 transpose convolutions of the decoder; the dense layers feed image_size / 2^stages squared.
     Paper: 4 for MNIST and SVHN, 5 for signs."""
     channels: int = Field(32, ge=1)
-    """Channels of each convolution. Paper: 32 for MNIST, 64 otherwise."""
+    """Channels of each convolution (convolutional: of the first, doubled at each stage). Paper: 32 for MNIST, 64
+    otherwise."""
     hidden: int = Field(256, ge=1)
     """Width of the fully connected layers. Paper: 256."""
     beta: float = Field(0.4, ge=0)
     """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
     epochs: int = Field(800, ge=0)
-    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 uses `weights` unchanged."""
+    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 uses `weights` (or a custom module) unchanged."""
     batch_size: int = Field(2048, ge=2)
     """Images. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
     """Adam. Paper: 0.001."""
+    schedule: Literal["constant", "one_cycle"] = "constant"
+    """one_cycle: the learning rate grows linearly over the first tenth of the steps, then falls to 0 on a half cosine.
+    Paper: constant."""
+    class_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of a linear classifier of the codes, trained with the β-VAE on the images' labels and
+    then dropped: reconstructions keep their class more often. Paper: 0."""
     kl_warmup_steps: int = Field(500, ge=0)
     """Optimisation steps over which the KL term grows linearly from 0. Paper: 500; 5000 for SVHN."""
+    accept: Literal["fit", "poor", "blind"] = "poor"
+    """Lowest verdict on the trained β-VAE with which identification starts: poor stops at a blind one, blind never
+    stops. May change when a run is resumed. Ours."""
 
 
 class IdentifySection(Section):
@@ -142,8 +170,9 @@ class IdentifySection(Section):
     screen: Literal["reference-models", "none"] = "reference-models"
     """reference-models keeps a failing draw only if the reference models (review.reference) still recognise the class
     of its source image in it. Paper: none."""
-    min_probability: float = Field(0.5, ge=0, le=1)
-    """screen: least mean probability that the reference models give to the class of the source image. Ours."""
+    min_probability: float = Field(0.7, ge=0, le=1)
+    """Least mean probability that the reference models give to a class that they see: to the class of the source image
+    for screen, and to the label of an image for review.tau: auto and correct.filter. Ours."""
     max_per_image: int | None = Field(100, ge=1)
     """Cap on |ψ| per image; the codes nearest to mu are kept. Paper: 100 for MNIST, 10 for SVHN, none for signs."""
     block_images: int = Field(256, ge=1)
@@ -206,7 +235,7 @@ class ClassifierSet(Section):
 
 
 class ReferenceModels(ClassifierSet):
-    """Models that screen failing draws, filter what is tuned on, and can stand in for annotators."""
+    """Models that screen failing draws, filter what is tuned on, and can replace annotators."""
 
     min_confidence: float = Field(0.5, ge=0, le=1)
     """As annotators: below this probability of its best class a model answers none-of-the-above."""
@@ -270,7 +299,7 @@ class CorrectSection(Section):
     """§3.2.3: fine-tune on L(D) + λ·CE(D_f) over a sweep of λ."""
 
     filter: Literal["reference-models", "none"] = "reference-models"
-    """reference-models tunes only on draws in which most reference models see the scenario's label. Paper: none."""
+    """reference-models tunes only on draws in which the reference models see the scenario's label. Paper: none."""
     lambdas: tuple[float, ...] = Field((0.01, 0.1, 1.0, 10.0), min_length=1)
     """λ, one fine-tuning each. Paper: the 17 values from 1e-10 to 1000."""
     epochs: int = Field(3, ge=1)

@@ -2,5 +2,14 @@
 
 from defuse_core.data.datasets import open_splits, reopen_splits
 from defuse_core.data.images import Images, PictureFiles, Splits
+from defuse_core.data.overlooked import log_parts, overlooked
 
-__all__ = ["Images", "PictureFiles", "Splits", "open_splits", "reopen_splits"]
+__all__ = [
+    "Images",
+    "PictureFiles",
+    "Splits",
+    "log_parts",
+    "open_splits",
+    "overlooked",
+    "reopen_splits",
+]

@@ -9,6 +9,7 @@ import numpy as np
 
 from defuse_core.config import DataSection
 from defuse_core.data.images import Images, PictureFiles, Splits, data_root, expect_class_names
+from defuse_core.data.overlooked import BY_THE_SYSTEM
 from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
 
@@ -84,7 +85,7 @@ def _image_files(folder: Path) -> list[str]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".")
+    return name.startswith(".") or name.lower() in BY_THE_SYSTEM
 
 
 def _raise(error: OSError) -> None:

@@ -4,13 +4,11 @@ from defuse_core.models.architectures import (
     LeNet,
     ReferenceCnn,
     ResNet18,
-    Vae,
     build_classifier,
-    build_vae,
-    import_classifier,
 )
 from defuse_core.models.inference import (
     accuracy,
+    decode_anchored,
     decode_codes,
     encode_images,
     map_batches,
@@ -19,30 +17,44 @@ from defuse_core.models.inference import (
     to_device,
     to_tensor,
 )
+from defuse_core.models.layers import import_module
+from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
+from defuse_core.models.programs import SelfContainedClassifier
+from defuse_core.models.state_dicts import read_weights
+from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
+    load_pretrained,
     load_vae,
-    read_weights,
     set_weights,
     weights_of,
 )
 
 __all__ = [
+    "CustomVae",
     "LeNet",
     "ReferenceCnn",
     "ResNet18",
+    "SelfContainedClassifier",
     "Vae",
     "accuracy",
     "build_classifier",
     "build_vae",
+    "check_outputs",
+    "decode_anchored",
     "decode_codes",
     "encode_images",
-    "import_classifier",
+    "expect_autoencoder",
+    "import_module",
+    "kl_to_prior",
     "load_classifier",
+    "load_pretrained",
     "load_vae",
+    "log_classifier",
     "map_batches",
     "predict",
     "predict_probabilities",
+    "probe_classifier",
     "read_weights",
     "set_weights",
     "to_device",

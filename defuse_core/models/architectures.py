@@ -1,11 +1,8 @@
-"""Classifiers and β-VAEs of Appendix B from one parametrised description, ResNet-18, and bringing one's own."""
+"""Classifiers: the CNN of Appendix B, ResNet-18, the reference network, and custom modules."""
 
 from __future__ import annotations
 
-import importlib
-import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,21 +11,13 @@ from torch import Tensor, nn
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
+from defuse_core.models.adapters import adapt
+from defuse_core.models.hubs import open_timm, open_transformers, transformers_from
+from defuse_core.models.layers import dense_layers, halving_convolutions, import_module
+from defuse_core.models.programs import load_program
+from defuse_core.models.state_dicts import read_file
 
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def _halving_convolutions(channels_in: int, channels: int, stages: int) -> Iterator[nn.Module]:
-    """4x4 convolutions of stride 2, each halving height and width (Figures 7, 8, 10, 12)."""
-    for stage in range(stages):
-        yield nn.Conv2d(channels if stage else channels_in, channels, 4, stride=2, padding=1)
-        yield nn.ReLU()
-
-
-def _dense(*widths: int) -> Iterator[nn.Module]:
-    for width_in, width_out in itertools.pairwise(widths):
-        yield nn.Linear(width_in, width_out)
-        yield nn.ReLU()
 
 
 def _cnn(spec: RunFile, classes: int) -> nn.Module:
@@ -36,9 +25,9 @@ def _cnn(spec: RunFile, classes: int) -> nn.Module:
     section, data = spec.classifier, spec.data
     flat = section.channels * (data.image_size >> section.stages) ** 2
     return nn.Sequential(
-        *_halving_convolutions(data.channels, section.channels, section.stages),
+        *halving_convolutions(data.channels, section.channels, section.stages),
         nn.Flatten(),
-        *_dense(flat, section.hidden, section.hidden),
+        *dense_layers(flat, section.hidden, section.hidden),
         nn.Linear(section.hidden, classes),
     )
 
@@ -60,10 +49,10 @@ class ResNet18(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("sd", torch.tensor(IMAGENET_SD).view(1, 3, 1, 1), persistent=False)
 
-    def renamed(self, weights: Weights, new_head: bool) -> Weights:
-        """Return torchvision's own weights of a ResNet-18 as this module's; others as they are.
+    def with_own_names(self, weights: Weights, new_head: bool) -> Weights:
+        """Return torchvision's state dict of a ResNet-18 with this module's names; any other state dict unchanged.
 
-        With `new_head` a last layer for other classes gives way to this module's random one, to be trained.
+        With `new_head`, a last layer for another number of classes is replaced by this module's untrained one.
         """
         if "fc.weight" not in weights:
             return weights
@@ -136,57 +125,19 @@ class LeNet(nn.Module):
         return logits
 
 
-class Vae(nn.Module):
-    """β-VAE of Figures 8-13: encoder to mean and log-variance, decoder back to images."""
+def build_classifier(spec: RunFile, classes: int, stored: Weights | None = None) -> nn.Module:
+    """Return the untrained (or ImageNet) classifier of the run file: images in [0, 1] -> logits (n, C).
 
-    def __init__(self, spec: RunFile) -> None:
-        super().__init__()
-        section, data = spec.vae, spec.data
-        width, channels = section.hidden, section.channels
-        flat = channels * (data.image_size >> section.encoder_stages) ** 2
-        self.encoder = nn.Sequential(
-            *_halving_convolutions(data.channels, channels, section.encoder_stages),
-            nn.Flatten(),
-            *_dense(flat, width, width),
-            nn.Linear(width, 2 * section.latent_dim),
-        )
-        side = data.image_size >> section.decoder_stages
-        widths = [width // side**2] + [channels] * (section.decoder_stages - 1) + [data.channels]
-        layers = [*_dense(section.latent_dim, width, width, width), nn.Unflatten(1, (widths[0], side, side))]
-        for channels_in, channels_out in itertools.pairwise(widths):
-            layers += [nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers[:-1])  # gives logits; decode() applies the sigmoid
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, channels, H, W) -> mean and log-variance of q(z|x), each (n, Z)."""
-        mu, log_variance = self.encoder(images).chunk(2, dim=1)
-        return mu, log_variance
-
-    def decode_logits(self, codes: Tensor) -> Tensor:
-        """(n, Z) -> (n, channels, H, W) before the sigmoid."""
-        logits: Tensor = self.decoder(codes)
-        return logits
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """(n, Z) -> images (n, channels, H, W) in [0, 1]."""
-        return torch.sigmoid(self.decode_logits(codes))
-
-
-def build_classifier(spec: RunFile, classes: int) -> nn.Module:
-    """Return the untrained (or ImageNet) classifier of the run file: images in [0, 1] -> logits (n, C)."""
+    A program or a model of transformers is read from classifier.weights, or rebuilt from `stored`, its state dict.
+    """
     section = spec.classifier
-    if section.architecture == "custom":
-        module = import_classifier(section.import_path or "")
+    if section.architecture in {"custom", "program", "transformers", "timm"}:
+        module = adapt(_external_classifier(spec, classes, stored), section, classes)
     elif section.architecture == "resnet18":
         module = _resnet18(spec, classes)
     else:
         module = _cnn(spec, classes)
     return module
-
-
-def build_vae(spec: RunFile) -> Vae:
-    """Return the untrained β-VAE of the run file."""
-    return Vae(spec)
 
 
 def _resnet18(spec: RunFile, classes: int) -> ResNet18:
@@ -204,27 +155,28 @@ def _resnet18(spec: RunFile, classes: int) -> ResNet18:
 
 
 def _expect_imagenet() -> None:
-    """Raise ModelError unless torchvision's weights were fetched before."""
+    """Raise ModelError unless torchvision's weights are in its cache."""
     from torchvision.models import ResNet18_Weights
 
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
-    if not kept.is_file():
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    if not cached.is_file():
         raise ModelError(
-            f"classifier.imagenet: torchvision's weights are not in {kept}, and data.download is false; set it to "
-            f"true, or classifier.weights to a copy of {kept.name}"
+            f"classifier.imagenet: torchvision's weights are not in {cached}, and data.download is false; set it to "
+            f"true, or classifier.weights to a copy of {cached.name}"
         )
 
 
-def import_classifier(path: str) -> nn.Module:
-    """Return what the factory at `package.module:factory` builds. Raises ModelError, naming the path."""
-    module_name, _, factory = path.partition(":")
-    try:
-        module = getattr(importlib.import_module(module_name), factory)()
-    except Exception as error:
-        raise ModelError(
-            f"import_path {path}: calling it failed ({type(error).__name__}: {error}); "
-            "expected package.module:factory, importable from here and callable without arguments"
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"import_path {path}: expected an nn.Module, found {type(module).__name__}")
-    return module
+def _external_classifier(spec: RunFile, classes: int, stored: Weights | None) -> nn.Module:
+    section = spec.classifier
+    if section.architecture == "custom":
+        return import_module("classifier.import_path", section.import_path or "")
+    if section.architecture == "timm":
+        return open_timm(section.timm_model or "", classes, spec.data.channels)
+    if stored is not None:
+        source = stored["source"].tobytes()
+        program = section.architecture == "program"
+        return load_program(source, "the run's classifier") if program else transformers_from(source)
+    assert section.weights is not None  # RunFile has checked it
+    if section.architecture == "transformers":
+        return open_transformers(section.weights)
+    return load_program(read_file(section.weights), str(section.weights))

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
-from defuse_core.models.architectures import Vae, build_classifier, build_vae
+from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.inference import to_device
+from defuse_core.models.programs import SelfContainedClassifier
+from defuse_core.models.state_dicts import read_weights
+from defuse_core.models.vae import Vae, build_vae
 
 
 def weights_of(module: nn.Module) -> Weights:
@@ -45,26 +47,16 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
     module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
 
 
-def read_weights(path: Path) -> Weights:
-    """Return the state dict in a .safetensors file, or in a .pt file read with torch's weights-only loader."""
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        plain = {name: tensor.detach() for name, tensor in tensors.items()}
-        return {
-            name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-            for name, tensor in plain.items()
-        }
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: expected a file of weights, found none") from error
-    except PermissionError as error:
-        raise ModelError(f"{path}: may not be read; fix access") from error
-    except Exception as error:  # on what is no such file, torch's loader raises a dozen kinds of errors
-        raise ModelError(
-            f"{path}: expected a state dict of tensors in safetensors or weights-only form"
-        ) from error
+def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> None:
+    """Load the weights file at `path` into `module`, if one is given; `trained_on` allows a new last layer.
+
+    A self-contained classifier has its weights already.
+    """
+    if path is not None and not isinstance(module, SelfContainedClassifier):
+        weights = read_weights(path)
+        if isinstance(module, ResNet18):
+            weights = module.with_own_names(weights, new_head=trained_on)
+        set_weights(module, weights, str(path))
 
 
 def load_classifier(
@@ -72,7 +64,7 @@ def load_classifier(
 ) -> nn.Module:
     """Return the classifier with `weights`, on this process's device, ready to predict."""
     plain = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"imagenet": False})})
-    return _ready(build_classifier(plain, classes), weights, where)
+    return _ready(build_classifier(plain, classes, weights), weights, where)
 
 
 def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -> Vae:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import Evidence
-from defuse_core.judge import is_misclassified, most_common_error
+from defuse_core.health import COLLAPSED_BELOW
 from defuse_core.report.evidence_figures import evidence_figures, scenario_evidence
 from defuse_core.report.schema import (
     VERSION,
@@ -32,6 +32,7 @@ from defuse_core.report.schema import (
     Artefact,
     Choice,
     ClassAccuracy,
+    HealthFigures,
     Mean,
     Mixture,
     OwnLabels,
@@ -47,8 +48,7 @@ from defuse_core.report.schema import (
     VoteFigures,
 )
 from defuse_core.runs import Run
-
-COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL carries almost no information about the image
+from defuse_core.verdicts import is_misclassified, most_common_error
 
 
 def build_report(
@@ -78,6 +78,7 @@ def build_report(
             reconstruction_flips=models.reconstruction_flips,
             kl_per_dimension=tuple(models.kl_per_dimension.tolist()),
             collapsed=int((models.kl_per_dimension < COLLAPSED_BELOW).sum()),
+            health=_health(models),
         ),
         mixture=Mixture(
             converged=found.scenarios.converged,
@@ -92,6 +93,18 @@ def build_report(
         per_class=_per_class(models.classes, evaluation),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),
+    )
+
+
+def _health(models: Models) -> HealthFigures | None:
+    found = models.health
+    if found is None:
+        return None
+    return HealthFigures(
+        verdict=cast(Literal["fit", "poor", "blind"], found.verdict),
+        originals_right=found.originals_right,
+        reconstructions_right=found.reconstructions_right,
+        kept_right=found.kept_right,
     )
 
 

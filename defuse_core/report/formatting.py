@@ -125,11 +125,22 @@ def answer_text(classes: tuple[str, ...], answer: int) -> str:
 def headline(report: Report) -> str:
     """Return the result of the run in one or two sentences."""
     components, accepted = report.scenarios.components, report.scenarios.accepted
+    health = report.vae.health
+    if not accepted and health is not None and health.verdict != "fit":
+        return (
+            "Could not tell: no component is a failure scenario, but the β-VAE's pictures are too "
+            f"{'poor' if health.verdict == 'poor' else 'bad'} to find one."
+        )
     if not components:
         return "No failure scenario was found: identification and distillation left nothing to review."
     if not accepted:
         none = "The only component is not" if components == 1 else f"None of the {components} components is"
         return f"{none} a failure scenario, so the classifier was left as it is."
+    if report.chosen is None:
+        return (
+            f"{accepted} of {count_of(components, 'component')} are failure scenarios. Nothing was corrected: "
+            "every λ costs more clean accuracy than correct.max_loss allows."
+        )
     verb = "is a failure scenario" if accepted == 1 else "are failure scenarios"
     return f"{accepted} of {count_of(components, 'component')} {verb}. {_effect(report)}"
 
@@ -173,6 +184,19 @@ def unconfirmed(report: Report) -> str | None:
     )
 
 
+def unfit_vae(report: Report) -> str | None:
+    """Return what a poor or blind β-VAE means for the result, or None where it is fit or was not measured."""
+    health = report.vae.health
+    if health is None or health.verdict == "fit":
+        return None
+    return (
+        f"The β-VAE is {health.verdict}. The classifier gets {percent(health.originals_right)} of the training images "
+        f"right, and {percent(health.reconstructions_right)} of their reconstructions, so many of the failures found "
+        "may be failures of the β-VAE. Compare reconstructions.png, and train it longer, or with "
+        "a smaller vae.beta or vae.architecture: convolutional."
+    )
+
+
 def answered_by_models(report: Report) -> str | None:
     """Return the notice that no person answered, or None where people did."""
     if report.annotators == "people":
@@ -194,6 +218,7 @@ def prelabelled(report: Report) -> str | None:
 def caveats(report: Report) -> list[str]:
     """Return what a reader must know before the figures. The first sentence of each is its title."""
     notices = (
+        unfit_vae(report),
         unconfirmed(report),
         answered_by_models(report),
         prelabelled(report),

@@ -26,7 +26,7 @@ IN_PAGE = ("tradeoff", "lambdas", "latent", "kl", "weights", "curves")
 PIXEL_ART = 64  # images of at most so many pixels a side are stored without loss; larger ones are compressed
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
-DISCARDED = "refused_answers"  # note of the annotators that the page shows as a table
+DISCARDED = "discarded_answers"  # note of the annotators that the page shows as a table
 SHOWN_ELSEWHERE = {"prelabel", DISCARDED}
 
 

@@ -219,6 +219,18 @@ class PsiFigures(ReportModel):
     """Share of the images that the classifier gets wrong when their own code is decoded, without noise."""
 
 
+class HealthFigures(ReportModel):
+    """Whether the β-VAE's pictures can say anything about the classifier (thresholds in health.py)."""
+
+    verdict: Literal["fit", "poor", "blind"]
+    originals_right: float
+    """Share of training images that the classifier gets right."""
+    reconstructions_right: float
+    """Share whose plain reconstruction it gets right."""
+    kept_right: float
+    """Among images that it gets right: share whose reconstruction it gets right too."""
+
+
 class VaeFigures(ReportModel):
     reconstruction: float
     """Mean squared error per pixel."""
@@ -228,6 +240,8 @@ class VaeFigures(ReportModel):
     """Nats."""
     collapsed: int
     """Dimensions with less than 0.1 nats."""
+    health: HealthFigures | None
+    """Null for a run of an earlier version."""
 
 
 class Mixture(ReportModel):

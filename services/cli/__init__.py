@@ -8,10 +8,13 @@ import sys
 import click
 
 from defuse_core.errors import DefuseError
+from services.cli.export import delete, export
+from services.cli.init import fields, init
 from services.cli.jobs import jobs, submit
 from services.cli.review import label_studio, review
 from services.cli.run import report, run, status
 from services.cli.serve import check, promote, rollback, serve
+from services.cli.suite import compare, suite
 from services.settings import read_settings, share_cores
 
 
@@ -25,7 +28,25 @@ def defuse() -> None:
     """
 
 
-for command in (run, status, report, review, label_studio, submit, jobs, check, promote, rollback, serve):
+for command in (
+    init,
+    fields,
+    run,
+    status,
+    report,
+    export,
+    delete,
+    review,
+    label_studio,
+    submit,
+    jobs,
+    check,
+    suite,
+    compare,
+    promote,
+    rollback,
+    serve,
+):
     defuse.add_command(command)
 
 

@@ -6,11 +6,13 @@ import contextlib
 import getpass
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.options import checked_name, store_option
+from services.cli.options import address_option, checked_name, store_option
+from services.cli.suite import SuiteCheck, check_suite, suite_options
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -22,11 +24,28 @@ why_option = click.option("--why", default="", help="Reason for the change, stor
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", required=False)
 @store_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def check(run: str, store: str, as_json: bool) -> None:
-    """Check the corrected classifier of RUN against section `check` of its run file. Exits 1 if a check fails."""
+@suite_options
+def check(run: str | None, store: str, as_json: bool, suite: Path | None, **options: Any) -> None:
+    """Check the corrected classifier of RUN against section `check` of its run file. Exits 1 if a check fails.
+
+    With --suite, check RUN, or any other classifier, against a suite that `defuse suite save` wrote.
+
+    \b
+    defuse check digits
+    defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors --junit report.xml
+    """
+    if suite is not None:
+        check_suite(SuiteCheck(suite, run, store, as_json, **options))
+    elif run is None:
+        raise click.UsageError("give RUN, or --suite FOLDER with --classifier")
+    else:
+        _check_run(run, store, as_json)
+
+
+def _check_run(run: str, store: str, as_json: bool) -> None:
     from defuse_core.errors import CheckFailed
     from services.serving.candidate import NothingCorrected
 
@@ -102,9 +121,7 @@ def rollback(store: str, by: str | None, why: str) -> None:
 @click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on."
 )
-@click.option(
-    "--address", help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]"
-)
+@address_option
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set serve.watch=false"
 )
@@ -143,7 +160,7 @@ def serve(
     settings = read_settings()
     args = ServeArgs(
         store=store,
-        run=checked_name(run) if run else None,
+        run=None if run is None else checked_name(run),
         pin=pin,
         require_token=bool(settings.serve_token),
         settings=_serve_fields(overrides),

@@ -54,7 +54,7 @@ class DiscardedAnnotation:
 
 @dataclass(frozen=True, slots=True)
 class SkippedTask:
-    """A task that an annotator skipped, which Label Studio does not hand out to that annotator again."""
+    """A task that an annotator skipped, which Label Studio does not offer to that annotator again."""
 
     index: int  # in ReviewTasks
     annotator: int  # user id

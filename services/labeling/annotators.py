@@ -12,8 +12,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if
 from defuse_core.artifacts import Gallery, Votes
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
-from defuse_core.judge import read_overrides
 from defuse_core.runs import Run
+from defuse_core.verdicts import read_overrides
 from services.labeling.annotations import PulledAnnotations, read_annotations, read_authors, store_authors
 from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import running_server

@@ -119,7 +119,7 @@ class LabelStudioClient:
             self._sdk.users.whoami(request_options=REPEAT)
 
     def labeling_url(self, project: int) -> str:
-        """Return the address at which the project's tasks are handed out one after the other."""
+        """Return the address that opens the queue of the project: one task after the other."""
         return f"{self.public_address}/projects/{project}/data?labeling=1"
 
     def task_url(self, project: int, task: int) -> str:

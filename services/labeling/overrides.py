@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 from defuse_core.artifacts import Gallery, Override, Verdicts
 from defuse_core.errors import InputError
-from defuse_core.judge import OVERRIDES
 from defuse_core.runs import Run
+from defuse_core.verdicts import OVERRIDES
 
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = (

@@ -233,58 +233,67 @@ class ReviewProject:
 
     def _delete_skips(self) -> None:
         """Delete skips, so that Label Studio hands the tasks out again to those who skipped them."""
-        for task in list(self.client.tasks(self.state.number)):
-            for annotation in task.annotations:
-                if annotation.cancelled and self.tasks.index_of(task.key) is not None:
-                    self.client.delete_annotation(annotation.id)
+        skips = [
+            annotation.id
+            for task in self.client.tasks(self.state.number)
+            if self.tasks.index_of(task.key) is not None
+            for annotation in task.annotations
+            if annotation.cancelled
+        ]
+        for skip in skips:
+            self.client.delete_annotation(skip)
 
     def _check_settings(self, project: Project) -> None:
         """Log once what someone changed in the project. Raises InputError where its answers would be misread."""
-        state, found, wanted = self.state, project.settings, self.settings()
+        state, found = self.state, project.settings
         if state.title and found.title != state.title:
             log.warning(
                 "project %d was renamed from %r to %r; it is still used", project.id, state.title, found.title
             )
         self._put_back(project, "maximum_annotations", "show_skip_button", "show_collab_predictions")
-        pushed = (
-            state
-            if state.interface
-            else replace(state, interface=wanted.label_config, instructions=found.expert_instruction)
-        )
-        edits = self._page_edits(pushed, found)
-        if edits and self.repair:
-            self.client.update_project(
-                project.id,
-                label_config=wanted.label_config,
-                expert_instruction=wanted.expert_instruction,
-                show_instruction=True,
-            )
-            log.warning("project %d: put the labelling page back (%s)", project.id, "; ".join(edits))
-            renewed = self.client.project(project.id)
-            instructions_now = renewed.settings.expert_instruction if renewed else ""
-            pushed = replace(
-                pushed, interface=wanted.label_config, instructions=instructions_now, reported=""
-            )
-        elif edits:
-            reported = hashlib.sha256(repr((edits, found.label_config)).encode()).hexdigest()
-            if reported != state.reported:
-                log.warning(
-                    "project %d: %s of its labelling page was edited, which does not change what answers mean; %s "
-                    "puts it back",
-                    project.id,
-                    " and ".join(edits),
-                    self.repair_command,
-                )
-            pushed = replace(pushed, reported=reported)
+        if not state.interface:  # just created
+            wanted = self.settings().label_config
+            state = replace(state, interface=wanted, instructions=found.expert_instruction)
+        edits = self._page_edits(state, found)
+        if edits:
+            handle = self._restore_page if self.repair else self._log_page_edits
+            state = handle(project, state, edits)
         self._update_state(
             lambda known: replace(
                 known,
                 title=found.title,
-                interface=pushed.interface,
-                instructions=pushed.instructions,
-                reported=pushed.reported,
+                interface=state.interface,
+                instructions=state.instructions,
+                reported=state.reported,
             )
         )
+
+    def _restore_page(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
+        """Put the labelling page and its instructions back, and return the state with what Label Studio stored."""
+        wanted = self.settings()
+        self.client.update_project(
+            project.id,
+            label_config=wanted.label_config,
+            expert_instruction=wanted.expert_instruction,
+            show_instruction=True,
+        )
+        log.warning("project %d: put the labelling page back (%s)", project.id, "; ".join(edits))
+        restored = self.client.project(project.id)
+        stored = restored.settings.expert_instruction if restored else ""
+        return replace(state, interface=wanted.label_config, instructions=stored, reported="")
+
+    def _log_page_edits(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
+        """Log edits of the page that do not change what answers mean, once, and return the state with their digest."""
+        reported = hashlib.sha256(repr((edits, project.settings.label_config)).encode()).hexdigest()
+        if reported != state.reported:
+            log.warning(
+                "project %d: %s of its labelling page was edited, which does not change what answers mean; %s puts it "
+                "back",
+                project.id,
+                " and ".join(edits),
+                self.repair_command,
+            )
+        return replace(state, reported=reported)
 
     def _page_edits(self, pushed: ProjectState, found: ProjectSettings) -> list[str]:
         """Return what differs from the labelling page as pushed. Raises InputError if answers could be misread."""
@@ -293,8 +302,7 @@ class ReviewProject:
         if edit is not None and edit.changes_answers and not self.repair:
             raise InputError(
                 f"project {self.state.project}: its labelling interface was edited in Label Studio "
-                f"({edit.description}), so that answers could be misread; undo the edit there, or let "
-                f"{self.repair_command} do it"
+                f"({edit.description}), so that answers could be misread; undo it there, or by {self.repair_command}"
             )
         if edit is not None:
             edits.append(edit.description)

@@ -1,7 +1,7 @@
 """The status of a review: what is answered, what is missing, which verdicts are final, and what stays in the queue.
 
 A verdict is final when no missing answer can change it or its label. A missing answer may turn out to be any class,
-none-of-the-above, or never come. The rules are those of `defuse_core.judge`; the tests hold both against each other
+none-of-the-above, or never come. The rules are those of `defuse_core.verdicts`; the tests hold both against each other
 over all completions of small cases.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import I64, Bool, Verdicts, Votes
-from defuse_core.judge import false_discovery_rate, judge, tally
+from defuse_core.verdicts import decide_verdicts, false_discovery_rate, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import ProjectState
@@ -82,7 +82,7 @@ class ReviewStatus:
         """Return the verdicts that follow from the votes so far."""
         review = self.tasks.review
         rate = false_discovery_rate(review)
-        return judge(self.tasks.gallery, self.votes, review.rho, max_false=rate)
+        return decide_verdicts(self.tasks.gallery, self.votes, review.rho, max_false=rate)
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered, by name."""
@@ -120,7 +120,7 @@ class ReviewStatus:
             "answers_saved": self.saved,
             "decided_early": np.flatnonzero(self.final & (self.missing.sum(axis=1) > 0)).tolist(),
             "skips": len(self.pulled.skips),
-            "refused_answers": [self._note(discarded) for discarded in self.pulled.discarded],
+            "discarded_answers": [self._note(discarded) for discarded in self.pulled.discarded],
         }
         if review.prelabel:
             notes["prelabel"] = "annotators saw the reference models' answer preselected, which biases a vote"
@@ -148,10 +148,11 @@ def review_status(
     missing = np.maximum(tasks.review.answers_per_task - given, 0)
     above = np.isin(np.arange(len(tasks.gallery)), list(overridden))
     final: Bool = np.zeros(len(tasks.gallery), bool)
-    if tasks.review.stop_early and tasks.review.accept == "share":
+    review = tasks.review
+    if review.stop_early and review.accept == "share" and review.consensus == "majority":
         counts = tally(votes, (shape[0], shape[1]), len(tasks.gallery.classes))
         cases = zip(counts, missing, tasks.gallery.predicted, strict=True)
-        final = np.array([verdict_is_final(*case, tasks.review.rho) for case in cases], bool)
+        final = np.array([verdict_is_final(*case, review.rho) for case in cases], bool)
     return ReviewStatus(tasks, pulled, names, votes, missing, above, final)
 
 
@@ -222,7 +223,7 @@ def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
     """Return which classes (R, C) each image can still end with, and (R,) whether it can end without one."""
     ranked = np.sort(
         np.pad(counts, ((0, 0), (1, 0))), axis=1
-    )  # the pad stands in for a second class where C = 1
+    )  # the padding replaces the second class where C = 1
     first, second = ranked[:, -1:], ranked[:, -2:-1]
     others = np.where((counts == first) & ((counts == first).sum(axis=1, keepdims=True) == 1), second, first)
     labels = counts + missing[:, None] > others
@@ -287,7 +288,7 @@ def _can_win(weights: I64, free: I64, label: int, images: int) -> bool:
 def _ratio_over(rho: float, images: int) -> Fraction | None:
     """Return the least share w/k of at most so many images that is more than rho; None if there is none.
 
-    The shares are compared as the floats that judge() compares.
+    The shares are compared as the floats that decide_verdicts() compares.
     """
     over = [Fraction(w, k) for k in range(1, images + 1) for w in range(k + 1) if w / k > rho]
     return min(over, default=None)

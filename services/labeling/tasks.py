@@ -96,7 +96,10 @@ class ReviewTasks:
 
     def _page(self, subject: TaskSubject) -> dict[str, Any]:
         samples = [
-            {"image": self.picture(subject.scenario, image), "says": f"classifier: {self.names[answer]}"}
+            {
+                "image": self.picture(subject.scenario, image),
+                "prediction": f"classifier: {self.names[answer]}",
+            }
             for image, answer in enumerate(self.gallery.predicted[subject.scenario].tolist())
         ]
         return {"page": "Pictures", "samples": samples}

@@ -1,4 +1,4 @@
-"""Reviews of inputs that a server received and that lay in a failure scenario of its run.
+"""Reviews of inputs that a server received and that were in a failure scenario of its run.
 
     <run>/traffic-1/     run.yaml, the Gallery of inputs, the state of the project, votes and verdicts
 
@@ -11,9 +11,9 @@ import re
 
 from defuse_core.artifacts import Gallery, Verdicts, Votes
 from defuse_core.errors import InputError
-from defuse_core.judge import judge
 from defuse_core.runs import Run
 from defuse_core.store import Store
+from defuse_core.verdicts import decide_verdicts
 from services.labeling.state import ProjectState
 from services.labeling.status import ReviewStatus
 
@@ -46,7 +46,13 @@ def open_traffic_review(store: Store, run: Run) -> Run:
             "serve it with a larger `serve.reservoir`, or wait for more traffic"
         )
     # Every input is asked about, not only as many as a verdict needs: it measures the served model.
-    changes = {"annotators": "label-studio", "prelabel": False, "stop_early": False}
+    changes = {
+        "annotators": "label-studio",
+        "prelabel": False,
+        "stop_early": False,
+        "accept": "share",  # a report on the served model, not a decision about a scenario
+        "consensus": "majority",
+    }
     spec = run.spec.model_copy(update={"review": run.spec.review.model_copy(update=changes)})
     number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
     review = Run.start(store, f"{run.name}/traffic-{number}", spec)
@@ -58,7 +64,7 @@ def store_traffic_verdicts(review: Run, status: ReviewStatus, state: ProjectStat
     """Store the votes of a review of traffic and the verdicts that follow from them, once all answers are in."""
     votes = review.once("review", Votes, lambda: status.final_votes(state))
     gallery = status.tasks.gallery
-    return review.once("review", Verdicts, lambda: judge(gallery, votes, review.spec.review.rho))
+    return review.once("review", Verdicts, lambda: decide_verdicts(gallery, votes, review.spec.review.rho))
 
 
 def _gallery(review: Run) -> Gallery:

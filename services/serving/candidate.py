@@ -30,11 +30,11 @@ from defuse_core.config import CheckSection, RunFile, ServeSection, first_proble
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import InputError
-from defuse_core.judge import most_common_error
+from defuse_core.errors import CheckFailed, InputError
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Run
+from defuse_core.verdicts import most_common_error
 from services.serving.watch import calibrate
 
 FORMAT = (
@@ -179,6 +179,18 @@ class _RunArtifacts:
                     f"finish it with `defuse run`"
                 )
         artifacts = cls(*loaded)
+        health = artifacts.models.health
+        if not artifacts.sweep.weights and health is not None and health.verdict != "fit":
+            raise CheckFailed(
+                f"run {run.name}: could not tell whether the classifier has failure scenarios: none was accepted, and "
+                f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
+                "reconstructions); improve section vae of the run file and run it under another --name"
+            )
+        if not artifacts.sweep.weights and len(artifacts.verdicts.accepted):
+            raise CheckFailed(
+                f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
+                "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
+            )
         if not artifacts.sweep.weights:
             raise NothingCorrected(
                 f"run {run.name} corrected nothing (no failure scenario was accepted), so it has no model to serve"

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import tenacity
 import torch
-from ray import serve
 
 from defuse_core.artifacts import F32
 from defuse_core.config import ServeSection
@@ -25,6 +24,7 @@ from services.serving.inputs import InputSpec, RejectedInput, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
 from services.serving.model import (
+    Batcher,
     LoadedModel,
     ModelInfo,
     ModelOutput,
@@ -195,9 +195,8 @@ class ClassifierDeployment:
         self._forward_thread = ThreadPoolExecutor(1, "forward")
         self._canary_thread = ThreadPoolExecutor(1, "canary")
         self._decode_thread = ThreadPoolExecutor(1, "decode")
-        batch = serve.batch(max_batch_size=settings.batch_size, batch_wait_timeout_s=settings.batch_wait_s)
-        self._batched = batch(self._predict_batch)
-        self._canary_batched = batch(self._predict_canary_batch)
+        self._batcher = Batcher(self._predict_batch, settings)
+        self._canary_batcher = Batcher(self._predict_canary_batch, settings)
         self._shadow = ShadowRunner(settings.max_canary_s)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -229,10 +228,10 @@ class ClassifierDeployment:
         answer = (
             None
             if canary is None
-            else asyncio.create_task(self._canary_batched(PredictionRequest(pixels, canary)))
+            else asyncio.create_task(self._canary_batcher.predict(PredictionRequest(pixels, canary)))
         )
         async with self._timeout():
-            output: PredictionResult = await self._batched(PredictionRequest(pixels, production))
+            output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, production))
         model = production
         if canary is not None and answer is not None:
             theirs = await self._canary_output(answer)

@@ -15,6 +15,7 @@ from typing import ClassVar
 import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from defuse_core.config import ServeSection
@@ -22,6 +23,8 @@ from services.serving.inputs import RejectedInput
 
 FAST_UPLOAD_S = 1.0  # a body that arrives within this time counts as fast, and is never limited
 MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them as ongoing requests
+# The limit by address applies from here on: fewer slow bodies harm nobody, and on a busy machine every body is slow.
+MANY_SLOW_UPLOADS = 128
 HEADER_TIMEOUT_S = 10.0
 MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete headers
 
@@ -94,11 +97,11 @@ class _Upload:
 
     def _become_slow(self) -> None:
         slow, address = self._limits._slow, client_address(self._request)
-        if slow[address] >= self._limits._max_slow:
+        if slow[address] >= self._limits._max_slow and slow.total() >= MANY_SLOW_UPLOADS:
             raise RejectedInput(
                 408,
-                f"the body did not arrive within {FAST_UPLOAD_S:g} s, and {self._limits._max_slow} other slow bodies "
-                "from this address are arriving",
+                f"the body did not arrive within {FAST_UPLOAD_S:g} s, and {slow[address]} other slow bodies from this "
+                "address are arriving",
             )
         if slow.total() >= MAX_UPLOADS // 2:
             raise RejectedInput(503, "too many slow bodies at once", self._limits._retry_after_s)
@@ -194,8 +197,12 @@ class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
 
     def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._on_timeout)
             self._incomplete[self._address] += 1
+
+    def _on_timeout(self) -> None:
+        self._stop_timer()  # here too: after a change to another protocol, connection_lost is not called
+        self.transport.close()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -206,8 +213,20 @@ class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
                 del self._incomplete[self._address]
 
 
+class NoDisconnectCheck:
+    """Lets Serve complete requests whose clients disconnect: watching for that costs more than it saves."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["headers"] = [*scope["headers"], (b"x-request-disconnect-disabled", b"?1")]
+        await self.app(scope, receive, send)
+
+
 def limit_headers() -> list[Middleware]:
-    """Let the HTTP servers that this process starts from now on use LimitedHttpProtocol. Adds no middleware."""
+    """Let the HTTP servers that this process starts from now on use LimitedHttpProtocol; return their middleware."""
     name = f"{LimitedHttpProtocol.__module__}:{LimitedHttpProtocol.__qualname__}"
     uvicorn.config.HTTP_PROTOCOLS["auto"] = name
-    return []
+    return [Middleware(NoDisconnectCheck)]

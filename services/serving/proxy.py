@@ -36,6 +36,10 @@ HAPROXY_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a prediction is safe to repeat
 }
 
+FULL_PRIORITY = {
+    "RAY_worker_niceness": "0"
+}  # by default, Ray's workers run at nice 15: any other process goes first
+
 # Ray's template of HAProxy's configuration lets every user of the machine change its servers, and shows statistics on
 # every interface. There is no setting for that, so the program that Ray starts as HAProxy edits the file first.
 HAPROXY_PROGRAM = """#!/bin/sh
@@ -67,6 +71,8 @@ def choose_proxy(requested: str, section: ServeSection, host: str) -> Proxy:
 def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
     """Set the environment of the proxy for Ray processes that start in the block. `port` is the one of the clients."""
     with tempfile.TemporaryDirectory(prefix="defuse-", ignore_cleanup_errors=True) as folder:  # mode 700
+        if proxy is not Proxy.CLUSTER:
+            os.environ.update(FULL_PRIORITY)
         if proxy is Proxy.DIRECT:
             os.environ.update(_direct_environment(port))
         elif proxy is Proxy.HAPROXY:

@@ -123,8 +123,12 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Return the processor time of the processes so far."""
-        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.processes]
-        return sum(int(values[11]) + int(values[12]) for values in fields) / os.sysconf("SC_CLK_TCK")
+        ticks = 0
+        for pid in self.processes:
+            with contextlib.suppress(FileNotFoundError):  # HAProxy starts anew when replicas change
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def measure(self, clients: int, seconds: float) -> dict[str, float]:
         cpu, started = self.cpu_seconds(), time.monotonic()
@@ -173,10 +177,24 @@ def running(folder: Path, proxy: str) -> Iterator[Server]:
     settings = ("--set", "serve.resize=true", "--set", "serve.poll_s=0.5")
     arguments = ("--store", str(folder), "--proxy", proxy, *settings)
     names = ("ray::ServeReplica", "ray::ProxyActor", "haproxy.cfg")
-    before = {pid for name in names for pid in processes_with(name)}
     with tempfile.TemporaryDirectory() as logs, serve_process(Path(logs), *arguments) as process:
-        found = {pid for name in names for pid in processes_with(name)} - before
-        yield Server(process.port, tuple(found))
+        own = descendants(process.process.pid)
+        yield Server(process.port, tuple(pid for name in names for pid in processes_with(name) if pid in own))
+
+
+def descendants(pid: int) -> set[int]:
+    """Return the processes that a process started, and those that they started."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    found, waiting = set(), [pid]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            found.add(child)
+            waiting.append(child)
+    return found
 
 
 def speed(args: argparse.Namespace, folder: Path) -> None:

@@ -79,7 +79,7 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
         killer.start()
         records = finished_shards(store, shard_fingerprint(spec, tiny_models))
         with RayCompute(None, spec) as compute:
-            pool = compute._pool(spec, tiny_models, store)
+            pool = compute._pool(spec, tiny_models, store, None)
             waiting = [index for index in order if index not in records]
             records |= ShardQueue(pool, waiting, SHARDS, silent).run()
         killer.join()

@@ -286,4 +286,4 @@ def test_an_unknown_job_is_one_line(head: str, words: list[str]) -> None:
     refused = defuse("jobs", *words, "nope", "--address", head)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "there is no job nope" in refused.stderr
+    assert "no job nope at http" in refused.stderr

@@ -190,10 +190,11 @@ def test_held_out_and_test_accuracy_choose_nothing(tiny_models):
     assert collect_sweep(tiny(), models_with(0.9, tiny_models), trials).chosen.lam == 1.0
 
 
-def test_if_every_row_loses_too_much_the_one_that_loses_least_is_chosen(tiny_models):
+def test_if_every_row_loses_too_much_nothing_is_chosen_and_the_log_says_so(tiny_models, caplog):
     trials = [trial(1.0, (0.5, 1.0, 1.0)), trial(2.0, (0.6, 0.9, 0.9))]
-    spec = tiny(correct={"max_loss": 0.0})
-    assert collect_sweep(spec, models_with(0.9, tiny_models), trials).chosen.lam == 2.0
+    sweep = collect_sweep(tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials)
+    assert (sweep.chosen, sweep.weights, len(sweep.rows)) == (None, {}, 2)
+    assert "NOTHING IS CHOSEN, since every λ loses more than correct.max_loss = 0" in caplog.text
 
 
 def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):

@@ -14,8 +14,10 @@ from defuse_core.models import (
     accuracy,
     build_classifier,
     build_vae,
+    decode_anchored,
     decode_codes,
     encode_images,
+    expect_autoencoder,
     load_classifier,
     load_vae,
     predict,
@@ -66,7 +68,14 @@ def test_the_vaes_are_the_papers(name, encoder, decoder):
     assert layers(vae.decoder) == decoder
 
 
-@pytest.mark.parametrize("name", ["mnist", "svhn", "signs", "signs-laptop", "digits"])
+def test_the_convolutional_vae_mirrors_its_encoder_with_channels_doubled_at_each_stage():
+    vae = build_vae(tiny(vae={"architecture": "convolutional", "encoder_stages": 3}, data={"image_size": 32}))
+    down = [(1, 8, 4, 2), (8, 16, 4, 2), (16, 32, 4, 2)]
+    assert layers(vae.encoder) == [*down, (512, 64), (64, 8)]
+    assert layers(vae.decoder) == [(4, 64), (64, 512), (32, 16, 4, 2), (16, 8, 4, 2), (8, 1, 4, 2)]
+
+
+@pytest.mark.parametrize("name", ["mnist", "mnist-laptop", "svhn", "signs", "signs-laptop", "digits"])
 def test_every_shipped_models_shapes_fit_each_other(name):
     spec = paper(name)
     data = spec.data
@@ -94,17 +103,17 @@ def resnet_spec(**classifier):
     )
 
 
-def test_torchvisions_own_file_brings_all_but_the_last_layer(tmp_path):
+def test_torchvisions_own_file_gives_all_layers_but_the_last(tmp_path):
     theirs = resnet18().state_dict()
     torch.save(theirs, tmp_path / "resnet18-f37072fd.pth")
     module = build_classifier(resnet_spec(), 10)
-    ours = module.renamed(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=True)
+    ours = module.with_own_names(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=True)
     set_weights(module, ours, "here")
     assert torch.equal(module.net.layer4[1].conv2.weight, theirs["layer4.1.conv2.weight"])
     assert module.net.fc.weight.shape == (10, 512)
-    taken_as_it_is = module.renamed(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=False)
+    unchanged = module.with_own_names(read_weights(tmp_path / "resnet18-f37072fd.pth"), new_head=False)
     with pytest.raises(ModelError, match=r"net.fc.weight: expected shape \(10, 512\), found \(1000, 512\)"):
-        set_weights(module, taken_as_it_is, "here")
+        set_weights(module, unchanged, "here")
 
 
 def test_imagenet_weights_are_fetched_only_where_the_run_file_allows_it(monkeypatch, tmp_path):
@@ -195,9 +204,102 @@ def test_a_custom_classifier_is_built_by_its_import_path():
 @pytest.mark.parametrize(
     "path", ["no.such:thing", "tests.core.test_models:missing", "json:dumps", "builtins:dict"]
 )
-def test_an_import_path_that_gives_no_module_is_explained(path):
+def test_an_import_path_that_gives_no_module_is_an_error_that_names_it(path):
     with pytest.raises(ModelError, match=path):
         build_classifier(tiny(classifier={"architecture": "custom", "import_path": path}), 10)
+
+
+class LinearAutoencoder(nn.Module):
+    """A custom β-VAE for images of 1x16x16 and 4 latent dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(256, 8), nn.Linear(4, 256)
+
+    def encode(self, images):
+        return self.down(images.flatten(1)).chunk(2, dim=1)
+
+    def decode(self, codes):
+        return torch.sigmoid(self.up(codes)).view(-1, 1, 16, 16)
+
+
+class Flat(LinearAutoencoder):
+    def decode(self, codes):
+        return super().decode(codes).flatten(1)
+
+
+class FiveDimensions(LinearAutoencoder):
+    def encode(self, images):
+        return torch.zeros(len(images), 5), torch.zeros(len(images), 5)
+
+
+class Unbounded(LinearAutoencoder):
+    def decode(self, codes):
+        return super().decode(codes) * 255
+
+
+class Detached(LinearAutoencoder):
+    def decode(self, codes):
+        return super().decode(codes).detach()
+
+
+class NotANumber(LinearAutoencoder):
+    def decode(self, codes):
+        return super().decode(codes) / 0 * 0
+
+
+def custom_vae(factory: str, **vae):
+    path = f"tests.core.test_models:{factory}"
+    return tiny(vae={"architecture": "custom", "import_path": path, **vae})
+
+
+def test_a_custom_vae_is_imported_by_its_path():
+    spec = custom_vae("LinearAutoencoder")
+    vae = build_vae(spec)
+    images = torch.rand(3, 1, 16, 16)
+    expect_autoencoder(vae, images, spec.vae.latent_dim)
+    mu, log_variance = vae.encode(images)
+    assert mu.shape == log_variance.shape == (3, 4)
+    torch.testing.assert_close(torch.sigmoid(vae.decode_logits(mu)), vae.decode(mu))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("Flat", r"decoded images: expected shape \(2, 1, 16, 16\), found \(2, 256\)"),
+        ("FiveDimensions", r"mean: expected shape \(2, 4\), found \(2, 5\)"),
+        ("Unbounded", r"expected pixels in \[0, 1\], found .* end the decoder with a sigmoid"),
+        ("Detached", "expected gradients from the decoded images to the codes"),
+        ("NotANumber", "decoded images: expected finite numbers, found NaN"),
+    ],
+)
+def test_a_custom_vae_that_does_not_fit_is_an_error_of_one_line(factory, message):
+    with pytest.raises(ModelError, match=message):
+        expect_autoencoder(build_vae(custom_vae(factory)), torch.rand(2, 1, 16, 16), 4)
+
+
+def test_a_custom_vae_without_its_methods_is_an_error_that_names_the_missing_one():
+    with pytest.raises(ModelError, match="custom_net: .* found none called encode"):
+        build_vae(custom_vae("custom_net"))
+
+
+def test_an_anchored_decoding_without_noise_is_the_image_itself(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    images = np.random.default_rng(0).random((9, 1, 16, 16), np.float32)
+    shown = decode_anchored(vae, encode_images(vae, images), images, batch_size=4)
+    np.testing.assert_allclose(shown, images, atol=1e-5)
+
+
+def test_an_anchored_decoding_moves_the_image_as_its_plain_decoding_moves(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    rng = np.random.default_rng(0)
+    images = rng.random((9, 1, 16, 16), np.float32)
+    mu = encode_images(vae, images)
+    codes = mu + rng.normal(size=mu.shape).astype(np.float32)
+    moved = decode_codes(vae, codes) - decode_codes(vae, mu)
+    shown = decode_anchored(vae, codes, images)
+    assert np.abs(moved).max() > 0.1
+    np.testing.assert_allclose(shown, np.clip(images + moved, 0, 1), atol=1e-5)
 
 
 def test_batches_do_not_change_answers(tiny_spec, tiny_models):

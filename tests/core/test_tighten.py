@@ -61,6 +61,14 @@ def test_a_component_that_the_classifier_gets_right_is_dropped():
     assert "f is wrong on 0 of 64 draws" in found.dropped[0].reason
 
 
+def test_a_component_that_fails_around_its_mean_and_not_at_it_is_kept():
+    def ring(codes):
+        outside = np.linalg.norm(codes, axis=1) > 0.3
+        return np.where(outside, 3, 8), np.full(len(codes), 8)
+
+    assert find_taus(SPEC, one_component(), ring, silent).taus[0] == 1
+
+
 def test_draws_without_a_label_count_against_purity():
     found = find_taus(
         SPEC,

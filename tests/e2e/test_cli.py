@@ -124,6 +124,21 @@ def test_the_empty_value_of_an_unset_variable_is_refused(command, option, runfil
     assert f"'{option}': expected a value, found an empty one" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["serve", ""], "run name '': expected letters"),
+        (["serve", "--address", ""], "expected a value, found an empty one"),
+        (["status", ""], "run name '': expected letters"),
+        (["check", ""], "run name '': expected letters"),
+    ],
+)
+def test_an_empty_run_name_is_not_taken_for_none(words, line, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2
+    assert line in err
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A folder with a run that is finished; its run file is beside it."""
@@ -298,7 +313,7 @@ def test_every_command_and_option_says_what_it_does(path, child):
             assert parameter.help, f"{' '.join(path)} {parameter.opts[0]}"
 
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("services/*/README.md"))]
 
 
 def documented_commands() -> list[str]:

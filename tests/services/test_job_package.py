@@ -40,6 +40,21 @@ def test_weights_and_code_are_copied_and_the_run_file_names_the_copies(
     assert (job / "defuse_core/pipeline.py").is_file() and not list(job.rglob("*.pyc"))
 
 
+def test_models_that_screen_and_judge_are_copied_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "screening.py").write_text("build = None")
+    (tmp_path / "large.safetensors").write_bytes(b"of the screening model")
+    one = {"architecture": "custom", "import_path": "screening:build", "count": 1, "epochs": 0}
+    own = one | {"weights": str(tmp_path / "large.safetensors")}
+    job = tmp_path / "job"
+    job.mkdir()
+    build_working_dir(tiny(review={"reference": own}, judges=own), job)
+    copied = load_run_file(job / RUN_FILE)
+    assert copied.review.reference.weights == Path("weights/review.reference.safetensors")
+    assert (job / "weights/judges.safetensors").read_bytes() == b"of the screening model"
+    assert (job / "screening.py").is_file()
+
+
 def test_what_the_nodes_could_not_find_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("")
@@ -51,3 +66,16 @@ def test_what_the_nodes_could_not_find_is_an_error(tmp_path: Path, monkeypatch: 
         build_working_dir(own_classifier(tmp_path / "gone.pt", "services.nets"), tmp_path / "d")
     with pytest.raises(RunFileError, match=r"data.root images.npz: expected the absolute path"):
         build_working_dir(tiny(data={"name": "npz", "root": "images.npz"}), tmp_path / "c")
+
+
+def test_a_folder_of_transformers_is_copied_whole(tmp_path: Path) -> None:
+    folder, job = tmp_path / "vit", tmp_path / "job"
+    folder.mkdir()
+    job.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(name)
+    fields = {"architecture": "transformers", "weights": str(folder), "epochs": 0}
+    build_working_dir(tiny(classifier=fields), job)
+    copied = load_run_file(job / RUN_FILE).classifier.weights
+    assert copied is not None
+    assert sorted(path.name for path in (job / copied).iterdir()) == ["config.json", "model.safetensors"]

@@ -15,6 +15,7 @@ from sample_findings import sample_findings, sample_spec
 from defuse_core.artifacts import Checkpoint, VaeEpoch
 from defuse_core.codec import encode
 from defuse_core.report import build_report
+from defuse_core.report.formatting import percent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.tables import ARTEFACTS, print_report, print_runs, print_status, step_states
@@ -162,3 +163,18 @@ def test_an_empty_store_is_reported(tmp_path: Path):
     console = terminal(300)
     print_runs(FolderStore(tmp_path), console)
     assert f"no runs in {tmp_path}" in text_of(console)
+
+
+def test_a_finished_run_shows_its_scenarios_and_accuracies_before_and_after(tmp_path: Path):
+    run = a_run(tmp_path, "finished")
+    finish(run, *ALL)
+    report = build_report(run, *sample_findings())
+    run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
+    console = terminal()
+    print_status(run, console)
+    assert "2 of 4 components are failure scenarios." in text_of(console)
+    before, after = report.accuracy.before, report.accuracy.defuse
+    listed = terminal(120)
+    print_runs(FolderStore(tmp_path), listed)
+    assert f"2: {percent(before.scenario, 0)} → {percent(after.scenario, 0)}" in text_of(listed)
+    assert f"{percent(before.test)} → {percent(after.test)}" in text_of(listed)

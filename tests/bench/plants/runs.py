@@ -31,7 +31,6 @@ from defuse_core.codec import decode
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads
-from defuse_core.judge import most_common_error
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
     build_vae,
@@ -50,6 +49,7 @@ from defuse_core.runs import ReachedStep, Run
 from defuse_core.seeds import torch_seed
 from defuse_core.store import Store
 from defuse_core.train import train_classifier, train_vae
+from defuse_core.verdicts import most_common_error
 from tests.bench.plants.baselines import EPSILON, View
 from tests.bench.plants.populations import Population
 from tests.bench.plants.scoring import SIGNIFICANT, Group, chance

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from sample_findings import report_of, sample_findings, with_verdicts
 
+from defuse_core.artifacts import Health
 from defuse_core.report.formatting import (
     answered_by_models,
+    caveats,
     change,
     count_of,
     date_time,
@@ -32,6 +34,27 @@ def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
         "12 of 40 components are failure scenarios. On them the classifier goes from 14.8 % to 99.6 %; "
         "on the test set from 98.97 % to 99.05 %."
     )
+
+
+def with_health(sample, verdict: str):
+    found, evaluation = sample
+    health = Health(1000, 0.97, 0.4, 0.41, 3, 0.6, 1, 10, verdict)
+    return dataclasses.replace(found, models=dataclasses.replace(found.models, health=health)), evaluation
+
+
+@pytest.mark.parametrize("verdict", ["poor", "blind"])
+def test_a_beta_vae_that_is_not_fit_gives_a_warning_and_never_the_answer_that_nothing_fails(
+    tmp_path: Path, verdict: str
+):
+    report = report_of(with_health(sample_findings(4, 0), verdict), tmp_path)
+    assert headline(report).startswith("Could not tell")
+    assert f"The β-VAE is {verdict}." in " ".join(caveats(report))
+
+
+def test_a_fit_beta_vae_gives_no_warning_and_a_plain_answer(tmp_path: Path):
+    report = report_of(with_health(sample_findings(4, 0), "fit"), tmp_path)
+    assert headline(report).startswith("None of the 4 components")
+    assert "β-VAE" not in " ".join(caveats(report))
 
 
 def test_only_a_low_purity_gives_a_warning(tmp_path: Path):

@@ -45,7 +45,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
     override = Override(0, 0, author=HOSTILE[0], reason=HOSTILE[1], when=HOSTILE[0])
     found, _ = with_verdicts((found, evaluation), overrides=(override,), reasons=(HOSTILE[0],) * 3)
     discarded = {"scenario": 0, "image": 1, "annotator": HOSTILE[0], "why": HOSTILE[1]}
-    notes = {HOSTILE[0]: HOSTILE[1], "prelabel": HOSTILE[0], "refused_answers": [discarded]}
+    notes = {HOSTILE[0]: HOSTILE[1], "prelabel": HOSTILE[0], "discarded_answers": [discarded]}
     found = dataclasses.replace(
         found,
         votes=dataclasses.replace(found.votes, notes=notes),
@@ -104,7 +104,7 @@ def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
         "annotation": 9,
         "why": "no label was chosen",
     }
-    notes = {"answers_saved": 58, "decided_early": [0, 1], "refused_answers": [refused]}
+    notes = {"answers_saved": 58, "decided_early": [0, 1], "discarded_answers": [refused]}
     notes["prelabel"] = "annotators saw the models' answer"
     found = dataclasses.replace(found, votes=dataclasses.replace(found.votes, notes=notes))
     run = sample_run(tmp_path)

@@ -1,4 +1,4 @@
-"""Reviews without a server: tasks of blank images, and annotations as pages of the server would bring them."""
+"""Reviews without a server: tasks of blank images, and annotations as pages of the server contain them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A proxy in front of the server that loses replies, refuses, delays, or answers something else, as a test asks."""
+"""A proxy in front of the server that loses or delays replies, cuts connections, or sends other replies, as asked."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def proxy_to(server: str) -> Iterator[Proxy]:
             self.wfile.write(body)
 
         def log_message(self, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listener.daemon_threads = True

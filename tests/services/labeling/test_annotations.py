@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import replace
 
-import httpx
 import numpy as np
 import pytest
-from label_studio_live import invitation_to
+from digits_review import TRUTH, answers_of, truth_of
 from sample_findings import sample_findings
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.errors import LabelsPending
-from defuse_core.judge import judge
 from defuse_core.report import build_report
+from defuse_core.verdicts import decide_verdicts
 from services.labeling.annotations import ANSWER_DTYPE, select_counted
 from services.labeling.overrides import override_verdict
-from services.labeling.simulate import AnnotatorAccount, choice_result
+from services.labeling.simulate import choice_result
 from services.labeling.tasks import ReviewTasks
-
-TRUTH = (8, 3, 0, 1)
-
-
-def truth_of(subject):
-    return str(TRUTH[subject.scenario])
-
-
-def answers_of(votes, scenario, image):
-    rows = (votes.scenario == scenario) & (votes.image == image)
-    return dict(
-        zip((votes.annotators[a] for a in votes.annotator[rows]), votes.answer[rows].tolist(), strict=True)
-    )
 
 
 def test_a_finished_review_holds_every_answer_with_who_and_when(make_review, accounts):
@@ -43,7 +28,7 @@ def test_a_finished_review_holds_every_answer_with_who_and_when(make_review, acc
     assert votes.answered_by == "people"
     assert len(votes.answer) == 36 and (votes.when > 1.7e9).all()
     assert (votes.answer == np.array(TRUTH)[votes.scenario]).all()
-    assert judge(review.gallery, votes, 0.5).labels.tolist() == [8, -1, -1, -1]
+    assert decide_verdicts(review.gallery, votes, 0.5).labels.tolist() == [8, -1, -1, -1]
 
 
 def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by_hand(make_review, accounts):
@@ -59,11 +44,11 @@ def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by
         for task in review.tasks().values():
             subject = review.subject(task)
             truth = TRUTH[subject.scenario]
-            says = {"T": truth, "X": (truth + 4) % 10, "Y": (truth + 6) % 10}
+            choices = {"T": truth, "X": (truth + 4) % 10, "Y": (truth + 6) % 10}
             plan = plans[subject.image][number]
-            account.answer(task.id, "image", "None of the above" if plan == "N" else str(says[plan]))
+            account.answer(task.id, "image", "None of the above" if plan == "N" else str(choices[plan]))
     votes = review.annotators.review(review.gallery)
-    verdicts = judge(review.gallery, votes, 0.5)
+    verdicts = decide_verdicts(review.gallery, votes, 0.5)
     assert verdicts.labels.tolist() == [8, -1, -1, -1]
     assert np.allclose(verdicts.agreement, [[1.0, 0.6, 0.5]] * 4)
     found, evaluation = sample_findings(4, 1, images=3)
@@ -315,84 +300,6 @@ def test_of_two_answers_of_one_annotator_the_newest_counts_and_of_the_annotators
         shuffled = table[order]
         found = [shuffled["annotation"][rows].tolist() for rows in select_counted(shuffled, 2)]
         assert found == [[3, 2, 5, 9, 7], [1, 6], [4, 8]]
-
-
-def delete_account(review, server, account):
-    user = account.http.get("/api/current-user/whoami").json()["id"]
-    token = {"Authorization": f"Token {server.token}"}
-    httpx.delete(f"{server.address}/api/users/{user}", headers=token, trust_env=False).raise_for_status()
-
-
-def temporary_account(server, name):
-    email = f"{name}-{secrets.token_hex(4)}@example.org"
-    return AnnotatorAccount.sign_up(server.address, invitation_to(server), email)
-
-
-def test_answers_of_a_deleted_account_stay_those_of_one_annotator(make_review, server, accounts):
-    review = make_review(answers_per_task=2)
-    review.annotators.push(review.gallery)
-    leaving = temporary_account(server, "leaving")
-    tasks = review.tasks()
-    for task in tasks.values():
-        leaving.answer(task.id, "image", truth_of(review.subject(task)))
-    second = leaving.answer(tasks["s000-i00"].id, "image", "3")  # replaces the first answer
-    before, _ = review.annotators.status(review.gallery)
-    delete_account(review, server, leaving)
-    accounts[0].answer(tasks["s000-i00"].id, "image", "8")
-    after, _ = review.annotators.status(review.gallery)
-    assert second not in [discarded.annotation for discarded in after.pulled.discarded]
-    assert before.per_annotator() == {"annotator-1": 12}
-    assert after.per_annotator() == {"annotator-1": 12, "annotator-2": 1}
-    assert answers_of(after.votes, 0, 0) == {"annotator-1": 3, "annotator-2": 8}
-
-
-def test_a_deleted_account_that_was_never_seen_counts_as_one_annotator_and_drives_out_nobody(
-    make_review, server, accounts
-):
-    review = make_review(answers_per_task=2)
-    review.annotators.push(review.gallery)
-    leaving = temporary_account(server, "unseen")
-    task = review.tasks()["s000-i00"].id
-    for choice in "333":
-        leaving.answer(task, "image", choice)
-    delete_account(review, server, leaving)
-    accounts[0].answer(task, "image", "8")
-    status, _ = review.annotators.status(review.gallery)
-    assert answers_of(status.votes, 0, 0) == {"annotator-1": 3, "annotator-2": 8}
-    assert {discarded.reason for discarded in status.pulled.discarded} == {
-        "may be of the same person as a later answer: the account was deleted"
-    }
-
-
-def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_task_out_again(
-    make_review, accounts
-):
-    review = make_review(answers_per_task=1)
-    number = review.annotators.push(review.gallery).number
-    for key, task in review.tasks().items():
-        if key != "s003-i02":
-            accounts[0].answer(task.id, "image", truth_of(review.subject(task)))
-    last = review.tasks()["s003-i02"].id
-    accounts[0].submit(last, [], was_cancelled=True)
-    status, _ = review.annotators.status(review.gallery)
-    assert [(skip.task, status.name_of(skip)) for skip in status.blocking_skips()] == [(last, "annotator-1")]
-    assert accounts[0].next_task(number) is None
-    with pytest.raises(LabelsPending, match="1 were skipped, see `defuse review status"):
-        review.annotators.review(review.gallery)
-    review.annotators.push(review.gallery, repair=True)
-    assert accounts[0].next_task(number)["id"] == last
-    accounts[0].answer(last, "image", "1")
-    assert review.annotators.status(review.gallery)[0].outstanding == 0
-
-
-def test_a_skip_of_a_task_that_others_answered_blocks_nothing(make_review, accounts):
-    review = make_review(answers_per_task=1)
-    review.annotators.push(review.gallery)
-    task = review.tasks()["s000-i00"].id
-    accounts[0].submit(task, [], was_cancelled=True)
-    accounts[1].answer(task, "image", "8")
-    status, _ = review.annotators.status(review.gallery)
-    assert len(status.pulled.skips) == 1 and status.blocking_skips() == []
 
 
 def test_waiting_takes_the_server_a_tenth_of_its_time_at_most(make_review, accounts, monkeypatch):

@@ -1,4 +1,4 @@
-"""Whatever the server does wrong is one line that says what to do, and never holds the token."""
+"""Whatever the server does wrong is one line that says what to do, and never contains the token."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_token_is_in_no_log_no_repr_and_no_file_of_the_run(make_review, serv
     review.annotators.push(review.gallery)
     review.annotators.status(review.gallery)
     shown = caplog.text + repr(review.annotators.client) + repr(settings_for(server)) + repr(server)
-    assert "HTTP Request" not in caplog.text  # which would tell every address
+    assert "HTTP Request" not in caplog.text  # which would contain every address
     stored = b"".join(review.run.store.read(key) for key in review.run.store.list())
     assert server.token not in shown and server.token.encode() not in stored
 

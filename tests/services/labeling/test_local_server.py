@@ -1,4 +1,4 @@
-"""The local server: one command brings it up as it was, one takes it down."""
+"""The local server: one command starts it with its data, one stops it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import Corrections, Override, Verdicts, Votes
 from defuse_core.errors import InputError, RunBusyError
-from defuse_core.judge import judge, read_overrides
+from defuse_core.verdicts import decide_verdicts, read_overrides
 from services.labeling.overrides import FROM_VERDICTS, override_verdict
 
 
@@ -24,7 +24,7 @@ def judged(run):
     nobody = np.zeros(0, np.int64)
     votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
     run.once("review", Votes, lambda: votes)
-    run.once("review", Verdicts, lambda: judge(digits_gallery(), votes, 0.5))
+    run.once("review", Verdicts, lambda: decide_verdicts(digits_gallery(), votes, 0.5))
     codes = np.zeros((0, 1, 2), np.float32)
     run.once("correct", Corrections, lambda: Corrections(nobody, nobody, codes, codes))
     run.store.write("trials/defuse/0.safetensors", b"x")
@@ -47,7 +47,7 @@ def test_the_decision_stands_above_the_vote(run):
     override_verdict(run, 2, "8", author="Ada", reason="checked")
     nobody = np.zeros(0, np.int64)
     votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
-    verdicts = judge(digits_gallery(), votes, 0.5, read_overrides(run.store))
+    verdicts = decide_verdicts(digits_gallery(), votes, 0.5, read_overrides(run.store))
     assert verdicts.labels.tolist() == [-1, -1, 8, -1]
     assert verdicts.reasons[2] == "accepted as 8 by Ada: checked"
 

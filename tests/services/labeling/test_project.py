@@ -36,7 +36,7 @@ def test_a_scenario_becomes_one_page_with_the_classifiers_answer_beside_each_ima
     review = make_review(form="scenario")
     review.annotators.push(review.gallery)
     page = review.tasks()["s000"].data
-    assert [sample["says"] for sample in page["samples"]] == ["classifier: 3"] * 3
+    assert [sample["prediction"] for sample in page["samples"]] == ["classifier: 3"] * 3
     assert np.abs(picture(page["samples"][1]["image"]) - review.gallery.images[0, 1, 0]).max() < 1 / 254
 
 

@@ -1,4 +1,4 @@
-"""Stopping early is held against judge() itself, over every way in which the missing answers can come."""
+"""Stopping early is held against decide_verdicts() itself, over every way in which the missing answers can come."""
 
 import time
 from itertools import combinations_with_replacement, product
@@ -8,14 +8,14 @@ import pytest
 from planted_review import blank_review
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Votes
-from defuse_core.judge import judge, tally
+from defuse_core.verdicts import decide_verdicts, tally
 from services.labeling.annotations import read_annotations
 from services.labeling.state import ProjectState
 from services.labeling.status import review_status, verdict_is_final
 
 
 def outcomes(given, missing, predicted, rho, classes):
-    """The verdicts that judge() gives over all completions.
+    """The verdicts that decide_verdicts() gives over all completions.
 
     Each completion is one scenario of one gallery.
     """
@@ -32,7 +32,7 @@ def outcomes(given, missing, predicted, rho, classes):
         for annotator, answer in enumerate(answers)
     ]
     gallery = _gallery(np.tile(predicted, (len(completions), 1)), classes)
-    return set(judge(gallery, _votes(rows), rho).labels.tolist())
+    return set(decide_verdicts(gallery, _votes(rows), rho).labels.tolist())
 
 
 def _gallery(predicted, classes):

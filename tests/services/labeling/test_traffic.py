@@ -34,7 +34,7 @@ def cli(monkeypatch, server, tmp_path):
 
 @pytest.fixture
 def served(tmp_path: Path) -> Run:
-    """A run with scenarios 0 to 3; four inputs lay in its scenario 2, two in its scenario 3."""
+    """A run with scenarios 0 to 3; four inputs were in its scenario 2, two in its scenario 3."""
     run = review_run(tmp_path, digits_gallery(), answers_per_task=1)
     meet(run, tmp_path, 2, 4)
     meet(run, tmp_path, 3, 2)

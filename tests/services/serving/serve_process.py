@@ -52,7 +52,7 @@ def serve_process(folder: Path, *arguments: str, **environment: str) -> Iterator
         )
     running = ServeProcess(process, port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10), log)
     try:
-        wait_until(lambda: is_ready(running), 120)
+        wait_until(lambda: is_ready(running), 240)
         yield running
     finally:
         if process.poll() is None:

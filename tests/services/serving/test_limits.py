@@ -10,8 +10,10 @@ import time
 
 import pytest
 from load_generator import limited, load, request_bytes
+from serve_process import wait_until
+from starlette.requests import Request
 
-from services.serving.limits import LimitedHttpProtocol
+from services.serving.limits import LimitedHttpProtocol, client_address
 
 
 class SlowClients(threading.Thread):
@@ -65,7 +67,8 @@ def test_200_bodies_that_arrive_slowly_do_not_block_valid_requests(app, pictures
     attack = SlowClients(app.port, 200, slow_body(app.predict))
     attack.start()
     time.sleep(2)
-    requests = [request_bytes(picture, app.predict, "image/png") for picture in pictures[:50]]
+    other = {"X-Forwarded-For": "192.0.2.1"}  # valid requests come from another address
+    requests = [request_bytes(picture, app.predict, "image/png", **other) for picture in pictures[:50]]
     replies = load(app.port, 4, limited(requests, 100, 30))
     attack.stop()
     assert [reply.status for reply in replies] == [200] * 100
@@ -111,6 +114,34 @@ def test_an_address_with_too_many_connections_without_headers_gets_no_more(monke
         time.sleep(0.2)
         fourth = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
         assert fourth.recv(100) == b""
+
+
+def test_connections_that_change_the_protocol_are_not_counted_for_ever(monkeypatch):
+    monkeypatch.setattr("services.serving.limits.HEADER_TIMEOUT_S", 0.3)
+    upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with http_server() as port:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+                connection.sendall(upgrade)
+                connection.recv(1000)
+        wait_until(lambda: not LimitedHttpProtocol._incomplete, 5)
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "address"),
+    [
+        ("192.0.2.7", [], "192.0.2.7"),
+        ("127.0.0.1", [], "127.0.0.1"),
+        ("127.0.0.1", ["192.0.2.7"], "192.0.2.7"),
+        ("127.0.0.1", ["forged", "192.0.2.7"], "192.0.2.7"),
+        ("127.0.0.1", ["forged, 192.0.2.7"], "192.0.2.7"),
+        ("192.0.2.7", ["forged"], "192.0.2.7"),
+    ],
+)
+def test_the_address_of_a_client_is_the_one_that_a_proxy_on_this_machine_adds(peer, forwarded, address):
+    headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
+    request = Request({"type": "http", "client": (peer, 1234), "headers": headers})
+    assert client_address(request) == address
 
 
 @contextlib.contextmanager

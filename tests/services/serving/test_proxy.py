@@ -71,7 +71,7 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
 ):
     options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
     with serve_process(short_folder, "first", *options) as running:
-        (process,) = (pid for pid in processes_with("haproxy.cfg") if is_haproxy_of(pid, running.port))
+        (process,) = (pid for pid in processes_with("haproxy.cfg") if listens_on(pid, running.port))
         folder = configuration_of(process).parent.parent  # Ray adds a folder for the node
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.stat().st_uid == os.getuid()
         (admin,) = folder.rglob("admin.sock")
@@ -79,6 +79,8 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
         assert {path.name for path in folder.glob("port-*")} == {"port-8404.sock", "port-9101.sock"}
         assert listening_ports(process) == {(LOOPBACK, running.port)}  # neither 8404 nor 9101
         assert replica_addresses() == {LOOPBACK}
+        configuration = configuration_of(process).read_text()
+        assert "timeout http-request 10s" in configuration and "option forwardfor" in configuration
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
         answer = running.http.post("/v1/predict", content=pictures[0], headers=headers)
         assert answer.status_code == 200 and running.http.get("/v1/model").status_code == 401
@@ -91,7 +93,7 @@ def configuration_of(pid: int) -> Path:
     return Path(arguments[arguments.index(b"-f") + 1].decode())
 
 
-def is_haproxy_of(pid: int, port: int) -> bool:
+def listens_on(pid: int, port: int) -> bool:
     return any(found == port for _, found in listening_ports(pid))
 
 
@@ -103,11 +105,12 @@ def replica_addresses() -> set[str]:
 def test_a_direct_replica_that_is_killed_answers_on_the_same_port_again(own_store, short_folder):
     options = ("--store", own_store.address, "--set", "serve.cpus_per_replica=0.5")
     with serve_process(short_folder, "first", *options) as running:
-        replicas = [pid for pid in processes_with("ServeReplica") if is_haproxy_of(pid, running.port)]
+        replicas = [pid for pid in processes_with("ServeReplica") if listens_on(pid, running.port)]
         (replica,) = replicas
+        assert os.getpriority(os.PRIO_PROCESS, replica) == 0  # other processes of the machine do not go first
         os.kill(replica, 9)
         wait_until(lambda: answers(running.http), 60)
-        assert [pid for pid in processes_with("ServeReplica") if is_haproxy_of(pid, running.port)] != replicas
+        assert [pid for pid in processes_with("ServeReplica") if listens_on(pid, running.port)] != replicas
 
 
 def answers(http: httpx.Client) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from defuse_core.artifacts import Sweep
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Health, Models, Sweep, Verdicts
 from defuse_core.codec import encode
 from defuse_core.errors import CheckFailed, InputError, RunFileError
 from defuse_core.runs import Run
@@ -40,13 +42,39 @@ def test_check_as_json_is_one_object(planted):
     assert found["passed"] and len(found["checks"]) == 7
 
 
-def test_a_classifier_without_failure_scenarios_passes_and_there_is_nothing_to_promote(own_store):
-    run_dir = Run.open(own_store, "first")
+def without_correction(run_dir: Run, accepted: bool) -> None:
+    """Rewrite a run as one that chose no λ, or that accepted no scenario either."""
     run_dir.store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
+    if not accepted:
+        verdicts = run_dir.load(Verdicts)
+        labels = np.full_like(verdicts.labels, NONE_OF_THE_ABOVE)
+        run_dir.store.write("verdicts.safetensors", encode(replace(verdicts, labels=labels)))
+
+
+def test_a_run_in_which_every_lambda_costs_too_much_never_passes_a_check(own_store):
+    without_correction(Run.open(own_store, "first"), accepted=True)
+    for command in (check, promote):
+        with pytest.raises(CheckFailed, match="every λ costs more clean accuracy"):
+            run(command, "first", "--store", own_store.address)
+
+
+def test_a_classifier_without_failure_scenarios_passes_and_there_is_nothing_to_promote(own_store):
+    without_correction(Run.open(own_store, "first"), accepted=False)
     assert run(check, "first", "--store", own_store.address).startswith("ok     run first corrected nothing")
     assert json.loads(run(check, "first", "--store", own_store.address, "--json"))["passed"]
     with pytest.raises(InputError, match="no failure scenario was accepted"):
         run(promote, "first", "--store", own_store.address)
+
+
+@pytest.mark.parametrize("verdict", ["poor", "blind"])
+def test_a_run_that_could_not_tell_never_passes_a_check(own_store, verdict):
+    run_dir = Run.open(own_store, "first")
+    without_correction(run_dir, accepted=False)
+    health = Health(1000, 0.97, 0.4, 0.41, 3, 0.6, 1, 10, verdict)
+    run_dir.store.write("models.safetensors", encode(replace(run_dir.load(Models), health=health)))
+    for command in (check, promote):
+        with pytest.raises(CheckFailed, match=f"could not tell .* its β-VAE is {verdict}"):
+            run(command, "first", "--store", own_store.address)
 
 
 def test_check_of_an_unfinished_run_names_the_missing_step(planted, good_spec, tmp_path):

@@ -64,7 +64,7 @@ def false_discovery_rate(review: ReviewSection) -> float | None:
     return review.max_false if review.accept == "lower-bound" else None
 
 
-def judge(
+def decide_verdicts(
     gallery: Gallery,
     votes: Votes,
     rho: float,

@@ -6,8 +6,14 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, MoreImages, Override, Verdicts, Votes
 from defuse_core.errors import StoreError
-from defuse_core.judge import OVERRIDES, doubtful, judge, most_common, read_overrides
 from defuse_core.store import FolderStore
+from defuse_core.verdicts import (
+    OVERRIDES,
+    decide_verdicts,
+    doubtful,
+    most_common,
+    read_overrides,
+)
 
 NO = NONE_OF_THE_ABOVE
 WHEN = "2026-01-01T00:00:00Z"
@@ -27,7 +33,7 @@ def verdicts(answers, predicted, rho=0.5, overrides=(), **rule) -> Verdicts:
     zeros = np.zeros(answers.size, np.int64)
     names = tuple(f"annotator {n}" for n in range(len(answers)))
     votes = Votes(zeros, image, annotator, answers.ravel(), zeros.astype(float), names, "people", {})
-    return judge(gallery, votes, rho, overrides, **rule)
+    return decide_verdicts(gallery, votes, rho, overrides, **rule)
 
 
 def test_half_wrong_is_not_more_than_half():
@@ -138,7 +144,9 @@ def test_no_components_give_no_verdicts():
         ("a", "b"),
     )
     none = np.zeros(0, np.int64)
-    verdict = judge(gallery, Votes(none, none, none, none, none.astype(float), (), "people", {}), 0.5)
+    verdict = decide_verdicts(
+        gallery, Votes(none, none, none, none, none.astype(float), (), "people", {}), 0.5
+    )
     assert len(verdict.labels) == len(verdict.accepted) == 0
 
 

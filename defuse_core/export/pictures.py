@@ -1,0 +1,135 @@
+"""The pictures of the failure scenarios as a folder that torchvision's ImageFolder and FiftyOne read."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from defuse_core.artifacts import (
+    F32,
+    I64,
+    NONE_OF_THE_ABOVE,
+    Corrections,
+    Gallery,
+    Models,
+    Sweep,
+    Verdicts,
+)
+from defuse_core.correct import held_out_images
+from defuse_core.errors import InputError
+from defuse_core.models import load_classifier, load_vae, predict
+from defuse_core.runs import Run
+
+TABLE = "labels.csv"
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One picture: a row of labels.csv."""
+
+    filepath: str  # below the folder
+    label: str
+    label_from: str  # votes: the majority on this very picture; scenario: the one label of its scenario
+    scenario: int
+    origin: str  # reviewed by the annotators, or held-out: drawn to measure the correction
+    before: str  # answer of the classifier before the correction
+    after: str  # and after it
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledPictures:
+    """Pictures of the scenarios with their labels, for one origin."""
+
+    origin: str
+    label_from: str
+    images: F32  # (n, channels, H, W)
+    labels: I64  # (n,)
+    scenario: I64  # (n,)
+
+
+def export_scenarios(run: Run, folder: Path) -> int:
+    """Write FOLDER/CLASS/*.png and labels.csv for the accepted scenarios; return how many pictures.
+
+    Raises InputError where the run accepted no scenario, or the folder is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"--scenarios {folder}: expected an empty or new folder, found files; choose another one"
+        )
+    models, parts = _load(run)
+    rows: list[PictureRow] = []
+    for pictures, before, after in parts:
+        rows += _write(pictures, (before, after), models.classes, folder)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(PictureRow)])
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    (folder / TABLE).write_text(text.getvalue(), encoding="utf-8")
+    return len(rows)
+
+
+def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64]]]:
+    models, gallery, verdicts = run.load(Models), run.load(Gallery), run.load(Verdicts)
+    fixes, sweep = run.load(Corrections), run.load(Sweep)
+    if models is None or gallery is None or verdicts is None or fixes is None or sweep is None:
+        raise InputError(f"run {run.name} is not finished; finish it with `defuse run`")
+    if not len(verdicts.accepted):
+        raise InputError(f"run {run.name} accepted no failure scenario, so there are no pictures to export")
+    classes = len(models.classes)
+    before = load_classifier(run.spec, models.classifier, classes)
+    after = load_classifier(run.spec, sweep.weights or models.classifier, classes)
+    held_out = held_out_images(load_vae(run.spec, models.vae), fixes)
+    drawn = LabelledPictures(
+        "held-out",
+        "scenario",
+        held_out.batch(slice(0, len(held_out))),
+        held_out.labels,
+        np.repeat(fixes.scenario, fixes.test.shape[1]),
+    )
+    found = [_reviewed(gallery, verdicts), drawn]
+    return models, [(p, predict(before, p.images), predict(after, p.images)) for p in found]
+
+
+def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:
+    accepted = verdicts.accepted
+    labels = verdicts.image_labels[accepted]  # (A, R)
+    labelled = labels != NONE_OF_THE_ABOVE
+    scenario = np.repeat(accepted[:, None], labels.shape[1], axis=1)
+    return LabelledPictures(
+        "reviewed", "votes", gallery.images[accepted][labelled], labels[labelled], scenario[labelled]
+    )
+
+
+def _write(
+    pictures: LabelledPictures, answers: tuple[I64, I64], classes: tuple[str, ...], folder: Path
+) -> Iterator[PictureRow]:
+    counts: dict[int, int] = {}
+    for index, (pixels, label, scenario) in enumerate(
+        zip(pictures.images, pictures.labels, pictures.scenario, strict=True)
+    ):
+        number = counts[int(scenario)] = counts.get(int(scenario), -1) + 1
+        name = f"scenario-{scenario:03d}-{pictures.origin}-{number:03d}.png"
+        place = Path(classes[label].replace("/", "_").lstrip(".") or "_") / name
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        to_picture(pixels).save(folder / place)
+        yield PictureRow(
+            filepath=place.as_posix(),
+            label=classes[label],
+            label_from=pictures.label_from,
+            scenario=int(scenario),
+            origin=pictures.origin,
+            before=classes[answers[0][index]],
+            after=classes[answers[1][index]],
+        )
+
+
+def to_picture(pixels: F32) -> Image.Image:
+    """Return (1 or 3, H, W) in [0, 1] as a picture."""
+    levels = np.round(pixels * 255).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0)))

@@ -1,0 +1,144 @@
+"""Whether the β-VAE's images are of use: measured after training, and checked before identification.
+
+The verdict, on training images that the classifier gets right:
+
+    fit    it gets at least 90 % of their reconstructions right too, and fewer than half of the dimensions collapsed
+    blind  it gets fewer than half of their reconstructions right, or every dimension collapsed
+    poor   anything between
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from defuse_core.artifacts import F32, F64, I64, U8, Health, Models
+from defuse_core.config import RunFile
+from defuse_core.data import Images
+from defuse_core.errors import VaeHealthError
+from defuse_core.models import (
+    Vae,
+    decode_codes,
+    encode_images,
+    kl_to_prior,
+    map_batches,
+    predict,
+    to_tensor,
+)
+
+log = logging.getLogger("defuse")
+PROBE_IMAGES = 10_000  # training images that the β-VAE is measured on
+PROBE_BATCH = 256
+COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL than this says next to nothing about the image
+FIT_FROM, BLIND_BELOW = 0.9, 0.5  # share of reconstructions that the classifier still gets right
+VERDICTS = ("blind", "poor", "fit")  # from the worst to the best
+STRIP_KEY = "reconstructions.png"
+STRIP_IMAGES, STRIP_SIDE = 16, 64  # columns; least width of each image in pixels
+
+
+def reconstruction_errors(classifier: nn.Module, vae: Vae, images: Images) -> tuple[F64, I64]:
+    """Return per image the mean squared error of its reconstruction p(mu(x)), and f's answer on it, each (n,)."""
+    errors, answers = [], []
+    for start in range(0, len(images), PROBE_BATCH):  # so that memory does not grow with the images' size
+        shown = images.take(slice(start, start + PROBE_BATCH))
+        decoded = decode_codes(vae, encode_images(vae, shown))
+        squares = (decoded - shown.batch(slice(0, len(shown)))) ** 2
+        errors.append(squares.mean(axis=(1, 2, 3), dtype=np.float64))
+        answers.append(predict(classifier, decoded))
+    return np.concatenate(errors), np.concatenate(answers)
+
+
+def mean_kl(vae: Vae, images: Images) -> F64:
+    """Return the mean KL to the prior of each latent dimension, (Z,), in nats."""
+    per_image = map_batches(
+        lambda rows: kl_to_prior(*vae.encode(to_tensor(images.batch(rows)))), len(images), PROBE_BATCH
+    )
+    per_dimension: F64 = per_image.mean(axis=0, dtype=np.float64)
+    return per_dimension
+
+
+def measure_health(labels: I64, original: I64, reconstructed: I64, kl: F64) -> Health:
+    """Return the β-VAE's health from f's answers on n images and on their reconstructions, and the KL of (Z,)."""
+    right = original == labels
+    kept = float((reconstructed[right] == labels[right]).mean()) if right.any() else 0.0
+    collapsed = int((kl < COLLAPSED_BELOW).sum())
+    answers, counts = np.unique(reconstructed, return_counts=True)
+    return Health(
+        images=len(labels),
+        originals_right=float(right.mean()),
+        reconstructions_right=float((reconstructed == labels).mean()),
+        kept_right=kept,
+        most_common_answer=int(answers[counts.argmax()]),
+        most_common_share=float(counts.max() / len(labels)),
+        collapsed=collapsed,
+        dimensions=len(kl),
+        verdict=_verdict(kept, collapsed / len(kl)),
+    )
+
+
+def _verdict(kept: float, collapsed: float) -> str:
+    if kept < BLIND_BELOW or collapsed == 1:
+        return "blind"
+    return "fit" if kept >= FIT_FROM and collapsed < 0.5 else "poor"
+
+
+def log_health(health: Health, classes: tuple[str, ...]) -> None:
+    """Log the verdict with its figures in one line: a warning unless the β-VAE is fit."""
+    log.log(
+        logging.INFO if health.verdict == "fit" else logging.WARNING,
+        "the β-VAE is %s: the classifier gets %.1f %% of %d training images right and %.1f %% of their reconstructions "
+        "(its most frequent answer on them: %s, %.0f %%); %d of %d latent dimensions collapsed",
+        health.verdict,
+        100 * health.originals_right,
+        health.images,
+        100 * health.reconstructions_right,
+        classes[health.most_common_answer],
+        100 * health.most_common_share,
+        health.collapsed,
+        health.dimensions,
+    )
+
+
+def expect_healthy(spec: RunFile, models: Models) -> None:
+    """Raise VaeHealthError where the verdict on its β-VAE is worse than vae.accept."""
+    health = models.health
+    if health is None or VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
+        return
+    raise VaeHealthError(
+        f"the β-VAE is {health.verdict}: the classifier gets {health.originals_right:.1%} of the training images "
+        f"right but {health.reconstructions_right:.1%} of their reconstructions, and {health.collapsed} of "
+        f"{health.dimensions} latent dimensions collapsed ({STRIP_KEY} in the run shows both); "
+        f"{_remedy(spec, health)}; vae.accept: {health.verdict} goes on all the same"
+    )
+
+
+def _remedy(spec: RunFile, health: Health) -> str:
+    if 2 * health.collapsed >= health.dimensions:
+        return f"lower vae.beta (now {spec.vae.beta:g}) and choose another --name"
+    if spec.vae.architecture == "paper":
+        return "set vae.architecture: convolutional, and choose another --name"
+    return "raise vae.epochs or vae.latent_dim, and choose another --name"
+
+
+def reconstruction_strip(vae: Vae, images: Images) -> bytes:
+    """Return a PNG with originals in its upper row and their reconstructions in its lower row."""
+    rows = np.unique(np.linspace(0, len(images) - 1, STRIP_IMAGES).astype(np.int64))
+    originals = images.batch(rows)
+    grid = np.stack([originals, decode_codes(vae, encode_images(vae, originals))])  # (2, n, channels, H, W)
+    scale = max(1, STRIP_SIDE // originals.shape[3])
+    pixels = _tile(grid).repeat(scale, axis=0).repeat(scale, axis=1)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def _tile(grid: F32) -> U8:
+    """(rows, columns, channels, H, W) in [0, 1] -> (rows * H, columns * W, 3) as uint8."""
+    rows, columns, channels, height, width = grid.shape
+    pixels = (grid * 255).round().astype(np.uint8).transpose(0, 3, 1, 4, 2)
+    tiled: U8 = pixels.reshape(rows * height, columns * width, channels)
+    return np.broadcast_to(tiled, (*tiled.shape[:2], 3)) if channels == 1 else tiled

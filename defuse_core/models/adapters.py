@@ -1,0 +1,89 @@
+"""What a user's classifier expects and returns, translated: pixel range, outputs, order of the classes.
+
+Translations are hooks of the module, so its state dict keeps its own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from defuse_core.config import ClassifierSection
+from defuse_core.errors import ModelError
+
+INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # (x - shift) / factor, per channel
+    "0..1": ((0.0,), (1.0,)),
+    "-1..1": ((0.5,), (0.5,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "0..255": ((0.0,), (1 / 255,)),
+}
+
+
+def adapt(module: nn.Module, section: ClassifierSection, classes: int) -> nn.Module:
+    """Return `module` itself, from now on called with pixels in [0, 1] and returning logits (n, C)."""
+    order = section.class_order
+    if order is not None and sorted(order) != list(range(classes)):
+        raise ModelError(
+            f"classifier.class_order: expected each of the logits 0 to {classes - 1} once, found {list(order)}"
+        )
+    if section.input_range != "0..1":
+        module.register_forward_pre_hook(partial(_before, section.input_range))
+    module.register_forward_hook(partial(_after, section.outputs, order))
+    return module
+
+
+def _before(name: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (to_range(arguments[0], name), *arguments[1:])
+
+
+def _after(
+    outputs: str, order: tuple[int, ...] | None, _module: nn.Module, _arguments: Any, returned: Any
+) -> Tensor:
+    return as_logits(returned, outputs, order)
+
+
+def to_range(images: Tensor, name: str) -> Tensor:
+    """Return images in [0, 1] in another of INPUT_RANGES; grey images are normalised by ImageNet's mean colour."""
+    if name == "0..1":
+        return images
+    shift, factor = (images.new_tensor(values).view(1, -1, 1, 1) for values in INPUT_RANGES[name])
+    if images.shape[1] == 1:
+        shift, factor = shift.mean(dim=1, keepdim=True), factor.mean(dim=1, keepdim=True)
+    return (images - shift) / factor
+
+
+def as_logits(returned: Any, outputs: str, order: Sequence[int] | None) -> Tensor:
+    """Return logits (n, C), in the order of the data set's classes, of whatever a classifier returned."""
+    logits = find_logits(returned)[0]
+    if outputs == "probabilities":
+        logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
+    return logits if order is None else logits[:, list(order)]
+
+
+def find_logits(returned: Any) -> tuple[Tensor, str]:
+    """Return the logits in an output, and where they are: a tensor, .logits, ["logits"], or the first of a tuple.
+
+    Raises ModelError for anything else.
+    """
+    if isinstance(returned, Tensor):
+        return returned, "a tensor"
+    if isinstance(getattr(returned, "logits", None), Tensor):
+        return returned.logits, ".logits"
+    if isinstance(returned, Mapping):
+        tensors = [key for key, value in returned.items() if isinstance(value, Tensor)]
+        key = "logits" if "logits" in tensors else tensors[0] if len(tensors) == 1 else None
+        if key is not None:
+            return returned[key], f"[{key!r}]"
+        found = f"a dict with {', '.join(map(str, returned)) or 'nothing'}"
+    elif isinstance(returned, tuple | list) and returned and isinstance(returned[0], Tensor):
+        return returned[0], f"the first of a {type(returned).__name__} of {len(returned)}"
+    else:
+        found = type(returned).__name__
+    raise ModelError(
+        f"the classifier: expected logits as a tensor, as .logits, ['logits'] or the first of a tuple, found {found}; "
+        "wrap it in a module that returns them"
+    )

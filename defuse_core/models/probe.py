@@ -1,0 +1,239 @@
+"""Checks of a classifier before anything is trained: its outputs, the inputs it expects, the order of its classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from defuse_core.artifacts import F64, I64
+from defuse_core.config import ClassifierSection, RunFile
+from defuse_core.data import Images, Splits
+from defuse_core.errors import ModelError
+from defuse_core.models.adapters import INPUT_RANGES, as_logits, find_logits, to_range
+from defuse_core.models.hubs import class_names_of
+from defuse_core.models.inference import map_batches, to_tensor
+
+log = logging.getLogger("defuse")
+BATCH = 8  # images of the check of outputs
+SAMPLE = 512  # training images, evenly spaced, of the accuracies by input range
+CLEARLY_BETTER = 0.05  # in accuracy
+EXTERNAL = ("custom", "program", "transformers", "timm")  # architectures whose code is not Defuse's
+
+
+def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Images, classes: int) -> None:
+    """Raise ModelError unless the classifier returns one finite logit per class, whatever else is in the batch.
+
+    Of an architecture that is not Defuse's own, also: that the outputs are what classifier.outputs says.
+    """
+    batch = to_tensor(images.take(_evenly(len(images), BATCH)).batch(slice(0, BATCH)))
+    classifier.eval()
+    with torch.inference_mode():
+        logits = _call(classifier, batch[:2])
+        expected = (len(batch[:2]), classes)
+        if tuple(logits.shape) != expected:
+            raise ModelError(
+                f"the classifier: expected logits of shape {expected} (images, classes), found {tuple(logits.shape)}"
+            )
+        whole = _call(classifier, batch)
+        _expect_finite(whole)
+        if section.architecture in EXTERNAL:
+            _expect_kind(classifier, section, batch)
+        _expect_batch_independence(classifier, batch, whole)
+
+
+def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
+    """Return the logits of a batch. Raises ModelError, with the reason that the classifier gave, where it fails."""
+    try:
+        logits: Tensor = classifier(batch)
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the classifier fails on images of shape {tuple(batch.shape)}: {reason}; check data.image_size and "
+            "data.channels, and that the network accepts batches of any size"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"the classifier: expected logits as a tensor, found {type(logits).__name__}")
+    return logits
+
+
+def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tensor) -> None:
+    """Raise ModelError where probabilities come as logits, or the reverse. Logs where the logits were found."""
+    values, where = find_logits(_raw(classifier, batch, section.input_range))
+    if where != "a tensor":
+        log.info("the classifier returns more than logits; used: %s", where)
+    sums = values.sum(dim=1)
+    probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
+    if probabilities and section.outputs == "logits":
+        raise ModelError(
+            "the classifier: expected logits, found probabilities (each row sums to 1); set classifier.outputs: "
+            "probabilities, or return what its softmax is given"
+        )
+    if not probabilities and section.outputs == "probabilities":
+        raise ModelError(
+            f"classifier.outputs: probabilities: expected rows that sum to 1, found sums from {sums.min():.4g} to "
+            f"{sums.max():.4g}; set classifier.outputs: logits"
+        )
+
+
+def _expect_finite(logits: Tensor) -> None:
+    bad = ~torch.isfinite(logits).all(dim=1)
+    if bad.any():
+        raise ModelError(
+            f"the classifier: expected finite logits, found NaN or infinity for {int(bad.sum())} of {len(logits)} "
+            "training images; check its weights and classifier.input_range"
+        )
+
+
+def _expect_batch_independence(classifier: nn.Module, batch: Tensor, whole: Tensor) -> None:
+    """Raise ModelError where a logit depends on the call, or on the other images of the batch."""
+    tolerance = 1e-3 * float(whole.abs().max()) + 1e-4
+    if (_call(classifier, batch) - whole).abs().max() > tolerance:
+        raise ModelError(
+            "the classifier: expected equal logits for equal images, found others at the second call; dropout or other "
+            "noise stays on in eval mode, so switch it off there"
+        )
+    parts = torch.cat([_call(classifier, batch[:1]), _call(classifier, batch[1:])])
+    if (parts - whole).abs().max() > tolerance:
+        raise ModelError(
+            "the classifier: expected logits that depend on the image alone, found others when the batch changes; "
+            "batch statistics are used in eval mode, so export or return it in eval mode"
+        )
+
+
+def _raw(classifier: nn.Module, batch: Tensor, input_range: str) -> object:
+    """Return what the network itself returns: `forward` does not run the hooks of adapters.adapt."""
+    returned: object = classifier.forward(to_range(batch, input_range))
+    return returned
+
+
+@dataclass(frozen=True)
+class ClassifierProbe:
+    """What a sample of the training images shows about a classifier that is used as it is."""
+
+    images: int
+    by_range: dict[str, float]  # input range -> accuracy
+    class_order: (
+        tuple[int, ...] | None
+    )  # index of each class's logit, where another order fits clearly better
+    reordered: float  # accuracy in that order
+    names: tuple[str, ...] | None  # class names of the model's own configuration, in the order of its logits
+    answers: int  # different classes among its answers
+
+    def best_range(self, given: str) -> str:
+        """Return the input range that is clearly better than the given one, or the given one."""
+        best = max(self.by_range, key=lambda name: self.by_range[name])
+        return best if self.by_range[best] > self.by_range[given] + CLEARLY_BETTER else given
+
+
+def probe_classifier(
+    classifier: nn.Module, section: ClassifierSection, images: Images, classes: Sequence[str]
+) -> ClassifierProbe:
+    """Return what at most 512 training images show: accuracy by input range, and the order of the classes."""
+    sample = images.take(_evenly(len(images), SAMPLE))
+    external = section.architecture in EXTERNAL
+    ranges = list(INPUT_RANGES) if external else [section.input_range]
+    logits = {name: _logits(classifier, section, sample, name) for name in ranges}
+    by_range = {name: float((found.argmax(axis=1) == sample.labels).mean()) for name, found in logits.items()}
+    best = max(by_range, key=lambda name: (by_range[name], name == section.input_range))
+    answers = logits[best].argmax(axis=1)
+    order, reordered = fitting_order(answers, sample.labels, len(classes))
+    names = class_names_of(classifier)
+    if names is not None and set(names) == set(classes):
+        order = np.array([names.index(name) for name in classes])
+        reordered = float((order[sample.labels] == answers).mean())
+    if section.class_order is not None:  # the logits were reordered already
+        order = np.array(section.class_order)[order]
+    is_other = tuple(order) != (section.class_order or tuple(range(len(classes))))
+    clearly = is_other and reordered > by_range[best] + CLEARLY_BETTER
+    return ClassifierProbe(
+        images=len(sample),
+        by_range=by_range,
+        class_order=tuple(int(index) for index in order) if clearly else None,
+        reordered=reordered,
+        names=names,
+        answers=len(np.unique(answers)),
+    )
+
+
+def fitting_order(answers: I64, labels: I64, classes: int) -> tuple[I64, float]:
+    """Return for each class the answer that fits it in the best one-to-one assignment, and the accuracy under it."""
+    table = np.zeros((classes, classes))
+    np.add.at(table, (labels, answers), 1)
+    _, order = linear_sum_assignment(table, maximize=True)
+    return order, float(table[np.arange(classes), order].sum() / max(1, len(labels)))
+
+
+def _logits(classifier: nn.Module, section: ClassifierSection, images: Images, input_range: str) -> F64:
+    def compute(rows: slice) -> Tensor:
+        batch = to_tensor(images.batch(rows))
+        if section.architecture not in EXTERNAL:
+            logits: Tensor = classifier(batch)
+            return logits
+        return as_logits(_raw(classifier, batch, input_range), section.outputs, section.class_order)
+
+    return map_batches(compute, len(images), 64)
+
+
+def _evenly(count: int, wanted: int) -> I64:
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(np.int64))
+
+
+def log_classifier(
+    spec: RunFile, classifier: nn.Module, splits: Splits, accuracies: dict[str, float]
+) -> ClassifierProbe:
+    """Log what a classifier is that is used as it is, and warn of what looks wrong. Returns what was found."""
+    section = spec.classifier
+    probe = probe_classifier(classifier, section, splits.train, splits.classes)
+    right = ", ".join(
+        f"{share:.1%} of {len(splits.parts()[part]):,} {part}" for part, share in accuracies.items()
+    )
+    log.info("classifier: right on %s images", right)
+    log.info("classes, in the order of the logits: %s", _listed(splits.classes))
+    if section.architecture in EXTERNAL:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in probe.by_range.items())
+        log.info("classifier: accuracy by input range on %d training images: %s", probe.images, shares)
+    for warning in warnings_of(probe, section, splits.classes, accuracies["train"]):
+        log.warning("classifier: %s", warning)
+    return probe
+
+
+def warnings_of(
+    probe: ClassifierProbe, section: ClassifierSection, classes: Sequence[str], accuracy: float
+) -> list[str]:
+    """Return one line for each thing that looks wrong with the classifier, with what to set."""
+    lines = []
+    best = probe.best_range(section.input_range)
+    if best != section.input_range:
+        lines.append(
+            f"it seems to expect pixels in the range {best} ({probe.by_range[best]:.1%} right, "
+            f"{probe.by_range[section.input_range]:.1%} with {section.input_range}); "
+            f"set classifier.input_range: {best}"
+        )
+    if probe.class_order is not None:
+        lines.append(
+            f"it seems to number the classes otherwise ({probe.reordered:.1%} right in another order); set "
+            f"classifier.class_order: {list(probe.class_order)}"
+        )
+    elif probe.names is not None and set(probe.names) != set(classes):
+        lines.append(f"its configuration names other classes than the data set: {_listed(probe.names)}")
+    if probe.answers == 1:
+        lines.append(f"it gives one answer for all of {probe.images} training images")
+    if accuracy < 0.5:
+        lines.append(
+            f"it is right on only {accuracy:.0%} of the training images; does it number the classes in this order? "
+            f"{', '.join(classes)}"
+        )
+    return lines
+
+
+def _listed(names: Sequence[str], limit: int = 20) -> str:
+    shown = [f"{index} {name}" for index, name in enumerate(names[:limit])]
+    return ", ".join(shown + ([f"and {len(names) - limit} more"] if len(names) > limit else []))

@@ -1,0 +1,135 @@
+"""What a folder of images, or an .npz file, holds: sizes, colours, classes and parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from defuse_core.config import DataSection
+from defuse_core.data import open_splits, overlooked
+from defuse_core.data.folder import SUFFIXES
+from defuse_core.errors import DataError
+
+SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve to 4
+LARGEST = 64  # suggested, unless the classifier asks for more: costs grow with the square
+SAMPLE = 200  # pictures that are looked at
+COLOUR = (
+    6  # difference of two channels, of 255, from which a pixel counts as coloured (JPEG blurs grey by less)
+)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What was found in the images."""
+
+    name: str  # folder or npz, as data.name
+    root: Path
+    height: int  # median over the pictures looked at
+    width: int
+    image_size: int  # suggested
+    channels: int  # 1 where all pictures looked at are grey, else 3
+    classes: tuple[str, ...]
+    counts: dict[str, int]  # part -> images
+    warnings: tuple[str, ...]
+
+
+def inspect_data(root: Path) -> DataFacts:
+    """Return what is in a folder in ImageFolder layout below `train`, or in an .npz file. Raises DataError."""
+    if not root.exists():
+        raise DataError(
+            f"init {root}: expected a folder of images, or an .npz file, found neither; check the path"
+        )
+    if root.is_file():
+        name, (height, width, channels) = "npz", _look_at_npz(root)
+        image_size, lines = height, list[str]()
+    else:
+        _expect_train(root)
+        name, (height, width, channels) = "folder", _look_at_pictures(root / "train")
+        image_size, lines = _suggested_size(min(height, width)), overlooked(root)
+    section = DataSection.model_validate(
+        {"name": name, "root": root, "image_size": image_size, "channels": channels}
+    )
+    splits = open_splits(section, 0)
+    return DataFacts(
+        name, root, height, width, image_size, channels, splits.classes, splits.counts(), tuple(lines)
+    )
+
+
+def _expect_train(root: Path) -> None:
+    """Raise DataError, with the command that mends it, for a folder of class folders without `train`."""
+    if (root / "train").is_dir():
+        return
+    holding = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and _pictures(entry, 1)]
+    if holding:
+        raise DataError(
+            f"{root}: expected train/ with a folder per class, found class folders such as {holding[0].name}/; "
+            f"move them: mkdir {root}/train && mv {root}/*/ {root}/train/"
+        )
+    raise DataError(f"{root}: expected train/ with one folder of images per class, found no train/; make it")
+
+
+def _pictures(folder: Path, limit: int) -> list[Path]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            found.append(path)
+            if len(found) == limit:
+                break
+    return found
+
+
+def _look_at_pictures(train: Path) -> tuple[int, int, int]:
+    """Return median height, median width, and 1 or 3 channels of pictures of every class."""
+    folders = [entry for entry in sorted(train.iterdir()) if entry.is_dir()]
+    each = max(1, SAMPLE // max(1, len(folders)))
+    sizes, coloured = [], False
+    for path in [path for folder in folders for path in _pictures(folder, each)]:
+        try:
+            with Image.open(path) as picture:
+                sizes.append((picture.height, picture.width))
+                coloured = coloured or _is_coloured(picture)
+        except Exception as error:  # decoders raise a dozen kinds of errors on broken files
+            raise DataError(
+                f"{path}: expected an image, found {error}; repair or remove this file"
+            ) from error
+    if not sizes:
+        raise DataError(f"{train}: expected one folder of images per class, found no images")
+    height, width = (int(side) for side in np.median(np.array(sizes), axis=0))
+    return height, width, 3 if coloured else 1
+
+
+def _is_coloured(picture: Image.Image) -> bool:
+    if picture.mode in {"L", "1", "LA"} or picture.mode.startswith("I"):
+        return False
+    pixels = np.asarray(picture.convert("RGB").resize((32, 32))).astype(np.int64)
+    return bool((np.ptp(pixels, axis=2) > COLOUR).mean() > 0.01)
+
+
+def _look_at_npz(file: Path) -> tuple[int, int, int]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            images: npt.NDArray[np.generic] = archive["train_images"]
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds of errors
+        raise DataError(
+            f"{file}: expected an .npz file with train_images, found {error}; write it anew"
+        ) from error
+    shape = images.shape
+    if len(shape) == 3:
+        return int(shape[1]), int(shape[2]), 1
+    if len(shape) == 4 and shape[3] in (1, 3):
+        return int(shape[1]), int(shape[2]), int(shape[3])
+    if len(shape) == 4 and shape[1] in (1, 3):
+        return int(shape[2]), int(shape[3]), int(shape[1])
+    raise DataError(
+        f"{file}: train_images: expected shape (N, H, W), (N, H, W, c) or (N, c, H, W), found {shape}; reshape them"
+    )
+
+
+def _suggested_size(side: int) -> int:
+    """Return the size that pictures whose shorter side has `side` pixels are resized to."""
+    fitting = [size for size in SIZES if size <= LARGEST and size >= 0.8 * side]
+    return fitting[0] if fitting else LARGEST

@@ -1,0 +1,316 @@
+"""How the time of a run is divided among its steps, from speeds measured in a few seconds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from defuse_core.config import RunFile, parse_run_file
+from defuse_core.data import Images, Splits, open_splits
+from defuse_core.device import cpu_threads, device
+from defuse_core.errors import ModelError
+from defuse_core.models import (
+    ReferenceCnn,
+    build_classifier,
+    build_vae,
+    check_outputs,
+    decode_codes,
+    load_pretrained,
+    predict,
+    probe_classifier,
+    to_device,
+    to_tensor,
+)
+from defuse_core.models.probe import ClassifierProbe
+from defuse_core.progress import Progress, silent
+from defuse_core.suggest.inspect import DataFacts
+
+TRIAL_S = 1.0  # each speed is measured for so long
+TRIAL_BATCH = 64
+VALIDATION_SHARE = 0.15  # held out where the data set has no validation part
+THREADS = 2  # resources.train_threads
+RESERVE = 0.85  # of the time, for reading images, the mixture and the report
+SHARES = {"classifier": 0.15, "vae": 0.35, "identify": 0.15, "references": 0.15, "correct": 0.2}
+LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
+FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
+OTHER_SIZES = (32, 64, 128, 224, 28, 96, 256)  # tried where a classifier fails on the suggested one
+
+
+@dataclass(frozen=True)
+class ClassifierChoice:
+    """Section `classifier` for a classifier of the user, without what the probe finds."""
+
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Images per second of each kind of work, on this machine."""
+
+    vae: float  # training the β-VAE
+    decode: float  # decoding a code and classifying the decoding
+    classifier: float  # training the classifier
+    reference: float  # training one reference model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run file as a tree, what was found, and what a person should know."""
+
+    tree: dict[str, Any]
+    facts: DataFacts
+    speeds: Speeds
+    probe: ClassifierProbe | None
+    warnings: tuple[str, ...]
+
+
+def plan_run(
+    facts: DataFacts, choice: ClassifierChoice | None, minutes: float, progress: Progress = silent
+) -> Plan:
+    """Return a run file for these images and this classifier, whose run needs about so many minutes here."""
+    progress("measuring speeds", 0, 5, "trials")
+    tree = _sections(facts, choice, facts.image_size)
+    classifier, tree = _fitting_classifier(tree, facts, choice)
+    spec = parse_run_file(tree, "the suggested run file")
+    splits = open_splits(spec.data, spec.seed)
+    sample = splits.train.take(slice(0, None, max(1, len(splits.train) // 512))).loaded()
+    with cpu_threads(THREADS):
+        probe = None
+        if choice is not None:
+            probe = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
+            _set_probed(tree["classifier"], probe)
+        speeds = _measured(spec, classifier, sample, progress)
+    warnings = _set_sizes(tree, splits, speeds, minutes, own=choice is not None)
+    parse_run_file(tree, "the suggested run file")
+    return Plan(tree, facts, speeds, probe, (*facts.warnings, *warnings, *_probe_warnings(probe)))
+
+
+def _sections(facts: DataFacts, choice: ClassifierChoice | None, size: int) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": facts.name,
+        "root": str(facts.root),
+        "image_size": size,
+        "channels": facts.channels,
+    }
+    if "validation" not in facts.counts:
+        data["validation_share"] = VALIDATION_SHARE
+    return {
+        "data": data,
+        "classifier": dict(choice.fields) if choice else _own_classifier(facts, size),
+        "vae": _vae(size, facts.channels),
+    }
+
+
+def _own_classifier(facts: DataFacts, size: int) -> dict[str, Any]:
+    """Return section `classifier` where the user has none: Figure 7 for small grey images, else a ResNet-18."""
+    optimizer: dict[str, Any] = {"optimizer": "adam", "learning_rate": 0.001}
+    if facts.channels == 1 and size <= 32:
+        return {"architecture": "cnn", "stages": int(math.log2(size)) - 1, **optimizer}
+    return {"architecture": "resnet18", "stem": "small" if size <= 64 else "imagenet", **optimizer}
+
+
+def _vae(size: int, channels: int) -> dict[str, Any]:
+    """Return the β-VAE for images of a size: stages down to 4 pixels or so, width and codes by size and colour."""
+    stages = 1
+    while size % 2 ** (stages + 1) == 0 and size >> (stages + 1) >= 4:
+        stages += 1
+    small = size <= 32 and channels == 1
+    return {
+        "architecture": "convolutional",
+        "latent_dim": 16 if size <= 32 else 32,
+        "encoder_stages": stages,
+        "channels": 16 if small else 32,
+        "beta": 1.0,
+        "class_weight": 20.0,
+        "learning_rate": 0.003,
+        "schedule": "one_cycle",
+    }
+
+
+def _fitting_classifier(
+    tree: dict[str, Any], facts: DataFacts, choice: ClassifierChoice | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the classifier with its weights, and the sections with the first image size that it accepts."""
+    sizes = [facts.image_size] if facts.name == "npz" or choice is None else [facts.image_size, *OTHER_SIZES]
+    first_error: ModelError | None = None
+    for size in dict.fromkeys(sizes):
+        tried = _sections(facts, choice, size)
+        spec = parse_run_file(tried, "the suggested run file")
+        images = open_splits(spec.data, spec.seed).train
+        for outputs in ("logits", "probabilities"):
+            if choice is not None and outputs == "probabilities":
+                tried["classifier"]["outputs"] = outputs
+            spec = parse_run_file(tried, "the suggested run file")
+            try:
+                classifier = _built(spec, len(facts.classes))
+                check_outputs(classifier, spec.classifier, images, len(facts.classes))
+                return classifier, tried
+            except ModelError as error:
+                first_error = first_error or error
+                if "found probabilities" not in str(error):
+                    break
+                first_error = None
+    assert first_error is not None
+    raise first_error
+
+
+def _built(spec: RunFile, classes: int) -> nn.Module:
+    classifier = build_classifier(spec, classes)
+    load_pretrained(classifier, spec.classifier.weights, trained_on=False)
+    return to_device(classifier).eval()
+
+
+def _set_probed(section: dict[str, Any], probe: ClassifierProbe) -> None:
+    """Write what the probe found into section `classifier`."""
+    best = probe.best_range(section.get("input_range", "0..1"))
+    if best != "0..1":
+        section["input_range"] = best
+    if probe.class_order is not None:
+        section["class_order"] = list(probe.class_order)
+
+
+def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:
+    if probe is None:
+        return []
+    right = max([*probe.by_range.values(), probe.reordered if probe.class_order else 0.0])
+    if right >= 0.5:
+        return []
+    return [
+        f"the classifier is right on only {right:.0%} of {probe.images} training images, in every input range and "
+        "order of the classes; check its weights and what it expects"
+    ]
+
+
+def _measured(spec: RunFile, classifier: nn.Module, sample: Images, progress: Progress) -> Speeds:
+    data, section = spec.data, spec.review.reference
+    vae = build_vae(spec)
+    to_device(vae)
+    reference = to_device(ReferenceCnn(data.image_size, data.channels, section.channels, 100))
+    batch = to_tensor(sample.batch(np.arange(TRIAL_BATCH) % len(sample)))
+    codes = np.zeros((TRIAL_BATCH, spec.vae.latent_dim), np.float32)
+
+    def decode() -> None:
+        predict(classifier.eval(), decode_codes(vae, codes))
+
+    works: dict[str, Callable[[], None]] = {
+        "vae": _step(vae, lambda: vae.decode(vae.encode(batch)[0]).sum()),
+        "decode": decode,
+        "classifier": _step(
+            classifier, lambda: F.cross_entropy(classifier.train()(batch), _zeros(len(batch)))
+        ),
+        "reference": _step(reference, lambda: F.cross_entropy(reference(batch), _zeros(len(batch)))),
+    }
+    rates = {}
+    for done, (name, work) in enumerate(works.items(), start=1):
+        progress("measuring speeds", done, 5, "trials")
+        rates[name] = _rate(work)
+    return Speeds(**rates)
+
+
+def _step(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """Return one training step with a learning rate of 0, which changes no weight."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def _zeros(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.long, device=device())
+
+
+def _rate(work: Callable[[], None]) -> float:
+    """Return images per second of work on batches of TRIAL_BATCH; the first batch does not count."""
+    work()
+    started, batches = time.monotonic(), 0
+    while time.monotonic() - started < TRIAL_S:
+        work()
+        batches += 1
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return batches * TRIAL_BATCH / (time.monotonic() - started)
+
+
+def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: float, own: bool) -> list[str]:
+    """Divide the time: epochs, draws, λ and samples of every step. Returns warnings."""
+    count, seconds = len(splits.train), 60 * minutes * RESERVE
+    shares = {**SHARES, "classifier": 0.0, "vae": 0.5} if own else SHARES
+    if own:
+        trained = {"epochs": 5, "optimizer": "adam", "learning_rate": 0.001}
+        tree["classifier"] |= {"epochs": 0} if tree["classifier"].get("weights") else trained
+    else:
+        epochs = _clamp(seconds * shares["classifier"] * speeds.classifier / count, 3, 40)
+        tree["classifier"] |= {"epochs": epochs, "batch_size": _batch(count, 128), "keep": "best_validation"}
+    epochs = _clamp(seconds * shares["vae"] * speeds.vae / count, 2, 100)
+    batch = _batch(count, 256)
+    steps = epochs * max(1, count // batch)
+    tree["vae"] |= {"epochs": epochs, "batch_size": batch, "kl_warmup_steps": min(500, steps // 4)}
+    draws = _clamp(seconds * shares["identify"] * speeds.decode / count, 2, 50)
+    tree["identify"] = {"draws": draws, "scale": 2.0}
+    reference = _reference(count, seconds * shares["references"], speeds)
+    tree["review"] = {"reference": reference}
+    tree["judges"] = dict(reference)
+    tree["correct"] = _correct(count, seconds * shares["correct"], speeds)
+    warnings = []
+    if own and tree["classifier"]["epochs"]:
+        warnings.append(
+            "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
+            "--weights to use it as it is"
+        )
+    if epochs < FEW_EPOCHS:
+        warnings.append(
+            f"{minutes:g} minutes leave {epochs} epochs for the β-VAE, which are few; give --minutes more, or set "
+            "data.train_images or a smaller data.image_size"
+        )
+    return warnings
+
+
+def _reference(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
+    """Return the training of the reference models and judges: eight in all, each on half of the images.
+
+    They get fewer images where four epochs on all would need too long.
+    """
+    visits = seconds * speeds.reference / 8
+    epochs = _clamp(2 * visits / count, 4, 20)
+    section: dict[str, Any] = {"epochs": epochs, "batch_size": _batch(count, 128)}
+    if 2 * visits < epochs * count:
+        section["train_images"] = max(min(count // 2, 500), int(visits / epochs))
+    return section
+
+
+def _correct(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
+    """Return section correct. Two sweeps; an epoch visits every image of D, and as many of D_f, and scores both."""
+    epochs, visits = 3, seconds * speeds.classifier
+    per_lambda = 2 * epochs * 3.0 * count
+    lambdas = _clamp(visits / per_lambda, 2, 4)
+    section: dict[str, Any] = {
+        "lambdas": LAMBDAS[lambdas],
+        "epochs": epochs,
+        "batch_size": _batch(count, 128),
+        "choose_by": "tune",
+        "max_loss": 0.005,
+    }
+    if visits < lambdas * per_lambda:
+        section["train_images"] = max(min(count, 500), int(count * visits / (lambdas * per_lambda)))
+    return section
+
+
+def _clamp(value: float, least: int, most: int) -> int:
+    return max(least, min(most, int(value)))
+
+
+def _batch(count: int, most: int) -> int:
+    """Return a power of two: at least some 20 steps an epoch, where there are so many images."""
+    return max(16, min(most, 1 << int(math.log2(max(16, count / 20)))))

@@ -1,0 +1,80 @@
+"""A plan as YAML with a comment beside every field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from defuse_core.config.fields import describe_fields
+from defuse_core.suggest.plan import Plan
+
+COMMENT_COLUMN = 40
+COMMENT_WIDTH = 78
+
+
+def write_run_file(plan: Plan, minutes: float) -> str:
+    """Return the run file as text: what was found at its top, and each field with its meaning."""
+    meanings = {field.name: field.meaning for field in describe_fields()}
+    lines = [f"# {line}".rstrip() for line in _header(plan, minutes)]
+    for section, fields in plan.tree.items():
+        lines += ["", f"{section}:", *_fields(fields, section, meanings, 1)]
+    lines += ["", "# All other fields have their defaults: `defuse fields` lists them.", ""]
+    return "\n".join(lines)
+
+
+def _header(plan: Plan, minutes: float) -> list[str]:
+    facts, speeds = plan.facts, plan.speeds
+    counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
+    lines = [
+        f"Written by `defuse init` for about {minutes:g} minutes on a machine like the one where it ran.",
+        f"Images: {counts}; {facts.width}x{facts.height} pixels (median), {_colours(facts.channels)}.",
+        f"Classes: {_listed(facts.classes)}.",
+        f"Measured, images/s: β-VAE {speeds.vae:,.0f}, decoding and classifying {speeds.decode:,.0f}, "
+        f"training the classifier {speeds.classifier:,.0f}.",
+    ]
+    if plan.probe is not None:
+        ranges = ", ".join(f"{name} {share:.1%}" for name, share in plan.probe.by_range.items())
+        lines.append(f"Classifier: right on {plan.probe.images} training images, by input range: {ranges}.")
+    return lines + [f"Note: {warning}." for warning in plan.warnings]
+
+
+def _colours(channels: int) -> str:
+    return "grey" if channels == 1 else "colour"
+
+
+def _listed(names: tuple[str, ...], limit: int = 12) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _fields(fields: dict[str, Any], prefix: str, meanings: dict[str, str], depth: int) -> list[str]:
+    lines = []
+    for name, value in fields.items():
+        indent = "  " * depth
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", *_fields(value, f"{prefix}.{name}", meanings, depth + 1)]
+            continue
+        text = f"{indent}{name}: {_as_yaml(value)}"
+        comment = _short(meanings.get(f"{prefix}.{name}", ""))
+        lines.append(f"{text:<{COMMENT_COLUMN}}  # {comment}" if comment else text)
+    return lines
+
+
+def _as_yaml(value: Any) -> str:
+    return (
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+        .removesuffix("\n...\n")
+        .strip()
+    )
+
+
+def _short(meaning: str) -> str:
+    """Return a meaning without what the paper has, cut at the end of a sentence or a word."""
+    text = meaning.partition(" Paper:")[0].removesuffix(" Ours.").rstrip(".")
+    if text.startswith(("Paper:", "Ours")):
+        return ""
+    for part in (text, text.partition(". ")[0], text.partition("; ")[0]):
+        if len(part) <= COMMENT_WIDTH:
+            return part
+    return text[: COMMENT_WIDTH - 4].rpartition(" ")[0] + " ..."

@@ -1,0 +1,95 @@
+"""`defuse init` and `defuse fields`: from a folder of images to a run file."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from defuse_core.errors import InputError
+from services.cli.classifier import CLASSIFIER_HELP, classifier_choice
+
+if TYPE_CHECKING:
+    from defuse_core.suggest import Plan
+
+
+@click.command()
+@click.argument("images", type=click.Path(path_type=Path))
+@click.option("--classifier", help=f"{CLASSIFIER_HELP} [default: train one]")
+@click.option("--weights", type=click.Path(path_type=Path), help="State dict of the classifier.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(1, 10_000),
+    default=30.0,
+    show_default=True,
+    help="Time for the run on this machine.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Run file to write. [default: the name of IMAGES, with .yaml]",
+)
+@click.option("--force", is_flag=True, help="Replace the run file if it exists.")
+def init(
+    images: Path, classifier: str | None, weights: Path | None, minutes: float, out: Path | None, force: bool
+) -> None:
+    """Look at IMAGES and a classifier, measure for some seconds, and write a commented run file.
+
+    IMAGES is a folder with train/CLASS/*.png (and validation/ and test/ likewise), or an .npz file.
+
+    \b
+    defuse init parts/ --classifier my_nets:build --weights parts.safetensors
+    defuse init parts/ --classifier parts.pt2 --minutes 60
+    """
+    from defuse_core.config import load_run_file
+    from defuse_core.suggest import inspect_data, plan_run, write_run_file
+    from services.console import ProgressDisplay
+
+    path = out or Path(f"{images.absolute().stem}.yaml")
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; choose another file with --out, or replace it with --force")
+    choice = classifier_choice(classifier, weights)
+    with ProgressDisplay() as display:
+        plan = plan_run(inspect_data(images.absolute()), choice, minutes, display)
+    path.write_text(write_run_file(plan, minutes), encoding="utf-8")
+    load_run_file(path)
+    _print_plan(plan, path, minutes)
+
+
+def _print_plan(plan: Plan, path: Path, minutes: float) -> None:
+    facts, vae = plan.facts, plan.tree["vae"]
+    counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
+    data = plan.tree["data"]
+    click.echo(f"images      {counts}; {len(facts.classes)} classes; {facts.width}x{facts.height} pixels")
+    click.echo(
+        f"used as     {data['image_size']}x{data['image_size']}, {'grey' if facts.channels == 1 else 'colour'}"
+    )
+    if plan.probe is not None:
+        ranges = ", ".join(f"{name} {share:.1%}" for name, share in plan.probe.by_range.items())
+        click.echo(f"classifier  right on {plan.probe.images} training images, by input range: {ranges}")
+    click.echo(
+        f"β-VAE       {vae['latent_dim']} dimensions, {vae['epochs']} epochs at {plan.speeds.vae:,.0f} images/s"
+    )
+    for warning in plan.warnings:
+        click.echo(f"note        {warning}")
+    click.echo(f"wrote {path}, for about {minutes:g} minutes; next: defuse run {shlex.quote(str(path))}")
+
+
+@click.command()
+@click.argument("section", required=False)
+def fields(section: str | None) -> None:
+    """List every field of the run file, or of SECTION, with its values, its default and its meaning.
+
+    \b
+    defuse fields vae
+    defuse fields review.reference
+    """
+    import textwrap
+
+    from defuse_core.config.fields import describe_fields
+
+    for field in describe_fields(section):
+        click.echo(f"{field.name}: {field.values} [{field.default}]")
+        click.echo(textwrap.indent("\n".join(textwrap.wrap(field.meaning, 100)), "    "))

@@ -1,0 +1,288 @@
+"""Classifiers that come as files of other tools: TorchScript, torch.export, transformers, timm, checkpoints."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from defuse_core.config import RunFile
+from defuse_core.errors import ModelError, RunFileError
+from defuse_core.local import LocalCompute
+from defuse_core.models import load_classifier, predict, read_weights, weights_of
+from defuse_core.models.hubs import open_transformers, range_of_folder
+from defuse_core.models.programs import load_program
+from defuse_core.pipeline import run_defuse
+from defuse_core.progress import silent
+from defuse_core.reference_models import ReferenceAnnotators
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from defuse_core.train import train
+from tests.conftest import tiny
+from tests.own_classifiers import digits, trained
+
+
+def save_script(path: Path) -> Path:
+    torch.jit.script(trained()).save(path)
+    return path
+
+
+def save_exported(path: Path, module: nn.Module | None = None, batch: object = None) -> Path:
+    shapes = ({0: torch.export.Dim("n")},) if batch is None else None
+    program = torch.export.export(module or trained(), (torch.rand(2, 1, 16, 16),), dynamic_shapes=shapes)
+    torch.export.save(program, path)
+    return path
+
+
+SAVERS = {"net.pt": save_script, "net.pt2": save_exported}
+
+
+def program_spec(path: Path, **sections: dict[str, object]) -> RunFile:
+    classifier = {"architecture": "program", "weights": str(path), "epochs": 0}
+    return tiny(classifier=classifier, vae={"epochs": 1}, **sections)
+
+
+@pytest.mark.parametrize("name", SAVERS)
+def test_a_program_answers_as_the_network_does_and_needs_no_file_afterwards(name, tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = SAVERS[name](tmp_path / name)
+    spec = program_spec(path)
+    models = train(spec, progress=silent)
+    assert models.accuracy["train"] > 0.95
+    path.unlink()
+    images = digits()
+    again = predict(load_classifier(spec, models.classifier, 10), images)
+    np.testing.assert_array_equal(again, predict(trained(), images))
+    assert "classifier: right on" in caplog.text
+    assert "accuracy by input range on 300 training images: 0..1" in caplog.text
+
+
+@pytest.mark.parametrize("name", SAVERS)
+def test_a_program_is_corrected_like_any_other_classifier(name, tmp_path):
+    spec = program_spec(SAVERS[name](tmp_path / name), review={"rho": 0.0, "tau": 1.0})
+    run = Run.start(FolderStore(tmp_path / "runs"), "own", spec)
+    compute = LocalCompute()
+    report = run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    assert report.accuracy.before.test is not None
+    if report.scenarios.accepted:
+        assert report.chosen is not None
+
+
+def repacked(path: Path, changes: dict[str, bytes], target: Path) -> bytes:
+    """Return the archive with some of its entries replaced or added."""
+    source = zipfile.ZipFile(path)
+    root = source.namelist()[0].partition("/")[0]
+    with zipfile.ZipFile(target, "w") as archive:
+        kept = [name for name in source.namelist() if name.partition("/")[2] not in changes]
+        for name in kept:
+            archive.writestr(name, source.read(name))
+        for name, data in changes.items():
+            archive.writestr(f"{root}/{name}", data)
+    return target.read_bytes()
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def saved(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def edited(path: Path, old: str, new: str) -> bytes:
+    text = next(
+        zipfile.ZipFile(path).read(n) for n in zipfile.ZipFile(path).namelist() if n.endswith("model.json")
+    )
+    assert old in text.decode()
+    return text.decode().replace(old, new, 1).encode()
+
+
+@pytest.mark.parametrize(
+    ("entry", "make", "line"),
+    [
+        ("data/sample_inputs/model.pt", lambda path: saved(Bomb()), "sample inputs would be unpickled"),
+        ("data/constants/opaque_obj_0", lambda path: pickle.dumps(Bomb()), "holds data/constants/opaque_obj_0"),
+        ("data/aotinductor/model/a.so", lambda path: b"", "holds data/aotinductor/model/a.so"),
+        ("data/weights/model.pt", lambda path: saved(Bomb()), "holds data/weights/model.pt"),
+        (
+            "data/weights/model_weights_config.json",
+            lambda path: b'{"config": {"w": {"path_name": "weight_0", "use_pickle": true}}}',
+            "w is pickled",
+        ),
+        ("models/model.json", lambda p: edited(p, "torch.ops.aten.relu.default", "torch.os.system"), "calls torch.os"),
+        ("models/model.json", lambda p: edited(p, "torch.ops.aten.relu.default", "torch.load"), "calls torch.load"),
+        (
+            "models/model.json",
+            lambda p: edited(p, '"guards_code": []', '"guards_code": ["__import__(\'os\').system(\'x\')"]'),
+            "holds the expression",
+        ),
+        (
+            "models/model.json",
+            lambda p: edited(p, '"expr_str": "Symbol', '"expr_str": "exec(1) + Symbol'),
+            "holds the expression",
+        ),
+    ],
+)  # fmt: skip
+def test_a_program_that_would_unpickle_or_evaluate_anything_is_refused_unread(
+    entry, make, line, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.export, "load", lambda *_: pytest.fail("torch read it"))
+    path = save_exported(tmp_path / "net.pt2")
+    data = repacked(path, {entry: make(path)}, tmp_path / "bad.pt2")
+    with pytest.raises(ModelError, match=line):
+        load_program(data, "bad.pt2")
+    assert not Path("exploded").exists()
+
+
+class Writes(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch.save(images, "stolen.pt")
+        return images.flatten(1)[:, :10]
+
+
+def test_torchscript_that_writes_files_is_refused_unread(tmp_path, monkeypatch):
+    torch.jit.script(Writes()).save(tmp_path / "net.pt")
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("torch read it"))
+    with pytest.raises(ModelError, match=r"its code uses torch\.save, which can touch files"):
+        load_program((tmp_path / "net.pt").read_bytes(), "net.pt")
+
+
+def test_torchscript_is_read_without_pythons_unpickler(tmp_path, monkeypatch):
+    data = save_script(tmp_path / "net.pt").read_bytes()
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, lambda *_, **__: pytest.fail("unpickled"))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    assert load_program(data, "net.pt").eval()(torch.rand(3, 1, 16, 16)).shape == (3, 10)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", ""])
+def test_checkpoints_of_training_scripts_are_read_and_logged(key, prefix, tmp_path, caplog):
+    caplog.set_level("INFO")
+    state = {f"{prefix}{name}": tensor for name, tensor in trained().state_dict().items()}
+    torch.save({"epoch": 3, key: state}, tmp_path / "checkpoint.pt")
+    found = read_weights(tmp_path / "checkpoint.pt")
+    assert found.keys() == trained().state_dict().keys()
+    assert f"is read from its entry '{key}'" in caplog.text
+    assert ("without their prefix" in caplog.text) == bool(prefix)
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        (trained, "found pickled Python objects, which are never loaded"),
+        (lambda: {"epoch": 3}, "expected a state dict of tensors"),
+        (lambda: [torch.zeros(1)], "expected a state dict of tensors"),
+    ],
+)
+def test_a_file_without_a_state_dict_is_refused(value, line, tmp_path):
+    torch.save(value(), tmp_path / "odd.pt")
+    with pytest.raises(ModelError, match=line):
+        read_weights(tmp_path / "odd.pt")
+
+
+def test_a_program_in_place_of_a_state_dict_names_the_setting(tmp_path):
+    with pytest.raises(ModelError, match="set classifier.architecture: program"):
+        read_weights(save_script(tmp_path / "net.pt"))
+
+
+@pytest.mark.parametrize("architecture", ["program", "transformers"])
+def test_programs_and_folders_need_their_file(architecture):
+    with pytest.raises(RunFileError, match=f"{architecture} needs classifier.weights"):
+        tiny(classifier={"architecture": architecture})
+
+
+def save_vit(folder: Path, names: dict[int, str] | None = None) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
+        num_channels=1, num_labels=10, **({"id2label": names} if names else {}),
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_of_transformers_answers_as_the_library_does_and_needs_no_file_afterwards(tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = save_vit(tmp_path / "vit", {i: str(9 - i) for i in range(10)})
+    spec = tiny(
+        classifier={"architecture": "transformers", "weights": str(folder), "epochs": 0}, vae={"epochs": 1}
+    )
+    models = train(spec, progress=silent)
+    assert "the classifier returns more than logits; used: .logits" in caplog.text
+    original = open_transformers(folder).eval()
+    for file in folder.iterdir():
+        file.unlink()
+    images = digits()
+    batch = torch.from_numpy(images.batch(slice(0, 50)))
+    ours = load_classifier(spec, models.classifier, 10)(batch)
+    torch.testing.assert_close(ours, original(batch).logits)
+
+
+def test_a_folder_of_transformers_never_runs_code_or_unpickles(tmp_path):
+    folder = save_vit(tmp_path / "vit")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "own.Config"}}))
+    with pytest.raises(ModelError, match="asks to run Python files"):
+        open_transformers(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"expected weights in \.safetensors files, found none"):
+        open_transformers(folder)
+    with pytest.raises(ModelError, match=r"with a readable config\.json"):
+        open_transformers(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "-1..1"),
+        ({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, "imagenet"),
+        ({"do_normalize": False}, "0..1"),
+        ({"do_normalize": False, "do_rescale": False}, "0..255"),
+        ({"image_mean": [0.1] * 3, "image_std": [0.9] * 3}, None),
+    ],
+)
+def test_the_input_range_of_a_preprocessor_is_recognised(config, found, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    assert range_of_folder(tmp_path) == found
+
+
+def test_a_model_of_timm_is_made_by_name_with_local_weights(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model("resnet10t", pretrained=False, num_classes=10, in_chans=1).eval()
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "net.pth")
+    fields = {
+        "architecture": "timm",
+        "timm_model": "resnet10t",
+        "weights": str(tmp_path / "net.pth"),
+        "epochs": 0,
+    }
+    spec = tiny(classifier=fields, vae={"epochs": 1}, data={"image_size": 32})
+    models = train(spec, progress=silent)
+    batch = torch.rand(4, 1, 32, 32)
+    torch.testing.assert_close(load_classifier(spec, models.classifier, 10)(batch), net(batch))
+    assert set(models.classifier) == set(weights_of(net))
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("hf-hub:timm/resnet18", "would be downloaded"), ("resnet1800", "timm cannot make resnet1800")],
+)
+def test_a_model_of_timm_that_is_unknown_or_remote_is_refused(name, line):
+    pytest.importorskip("timm")
+    with pytest.raises(ModelError, match=line):
+        train(tiny(classifier={"architecture": "timm", "timm_model": name}), progress=silent)

@@ -1,0 +1,125 @@
+"""What a user's classifier returns and expects is found before anything is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from defuse_core.config import ClassifierSection
+from defuse_core.data import Splits, open_splits
+from defuse_core.errors import ModelError
+from defuse_core.models import accuracy, check_outputs, log_classifier, probe_classifier
+from defuse_core.models.adapters import adapt, as_logits, find_logits, to_range
+from defuse_core.models.probe import fitting_order
+from tests.conftest import tiny
+from tests.own_classifiers import IMAGENET, digits, trained
+
+CUSTOM = {"architecture": "custom", "import_path": "tests.own_classifiers:plain"}
+
+
+def section(**fields: object) -> ClassifierSection:
+    return ClassifierSection.model_validate({**CUSTOM, **fields})
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return open_splits(tiny().data, 0)
+
+
+def test_every_input_range_maps_black_and_white_to_its_ends():
+    images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    assert to_range(images, "0..1") is images
+    assert to_range(images, "-1..1")[:, 0, 0, 0].tolist() == [-1, 1]
+    assert to_range(images, "0..255")[:, 0, 0, 0].tolist() == pytest.approx([0, 255])
+    torch.testing.assert_close(
+        to_range(images, "imagenet")[1, :, 0, 0], torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225])
+    )
+    assert to_range(images[:, :1], "imagenet").shape == (2, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shift", "factor"), [("-1..1", 0.5, 0.5), ("imagenet", *IMAGENET), ("0..255", 0.0, 1 / 255)]
+)
+def test_the_input_range_that_a_classifier_was_trained_on_is_found_and_then_given(
+    wanted, shift, factor, splits
+):
+    net = adapt(trained(shift, factor), section(), 10)
+    probe = probe_classifier(net, section(), splits.train, splits.classes)
+    found = probe.best_range("0..1")
+    assert probe.by_range[wanted] > 0.9
+    assert probe.by_range[found] >= probe.by_range[wanted] - 0.05  # batch normalisation makes ranges alike
+    net._forward_hooks.clear()
+    adapted = adapt(net, section(input_range=wanted), 10)
+    assert accuracy(adapted, splits.train) == pytest.approx(probe.by_range[wanted])
+    again = probe_classifier(adapted, section(input_range=wanted), splits.train, splits.classes)
+    assert again.by_range == probe.by_range
+    net._forward_hooks.clear()
+    net._forward_pre_hooks.clear()
+
+
+def test_another_order_of_the_classes_is_found_and_then_set_right(splits, caplog):
+    order = tuple(np.roll(np.arange(10), 3).tolist())  # of logits: class 0 is the logit order[0]
+    net = nn.Sequential(trained(), Permuted(torch.argsort(torch.tensor(order))))
+    probe = log_classifier(tiny(classifier={**CUSTOM}), adapt(net, section(), 10), splits, {"train": 0.1})
+    assert probe.class_order == order
+    assert f"set classifier.class_order: {list(order)}" in caplog.text
+    assert "does it number the classes in this order? 0, 1, 2" in caplog.text
+    right = nn.Sequential(trained(), Permuted(torch.argsort(torch.tensor(order))))
+    chosen = section(class_order=order)
+    assert accuracy(adapt(right, chosen, 10), splits.train) > 0.9
+    assert probe_classifier(right, chosen, splits.train, splits.classes).class_order is None
+
+
+class Permuted(nn.Module):
+    def __init__(self, order: torch.Tensor) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, self.order]
+
+
+def test_a_good_classifier_gives_no_warning(splits, caplog):
+    net = adapt(trained(), section(), 10)
+    log_classifier(tiny(classifier={**CUSTOM}), net, splits, {"train": accuracy(net, splits.train)})
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    net._forward_hooks.clear()
+
+
+def test_probabilities_become_logits_that_give_the_same_probabilities_back():
+    probabilities = torch.tensor([[0.7, 0.3, 0.0]])
+    logits = as_logits(probabilities, "probabilities", None)
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits.softmax(1), probabilities)
+
+
+def test_logits_are_found_wherever_classifiers_put_them():
+    logits = torch.rand(2, 3)
+    assert find_logits((logits, None))[1] == "the first of a tuple of 2"
+    assert find_logits({"out": logits})[1] == "['out']"
+    with pytest.raises(ModelError, match="found a dict with a, b; wrap it"):
+        find_logits({"a": logits, "b": logits})
+
+
+def test_the_best_order_is_a_one_to_one_assignment():
+    order, share = fitting_order(np.array([1, 1, 2, 0]), np.array([0, 0, 1, 2]), 3)
+    assert order.tolist() == [1, 2, 0]
+    assert share == 1.0
+
+
+def test_a_class_order_that_is_no_permutation_is_refused():
+    with pytest.raises(ModelError, match="expected each of the logits 0 to 9 once, found"):
+        adapt(trained(), section(class_order=(0, 0)), 10)
+
+
+def test_a_single_answer_for_everything_is_warned_of(splits, caplog):
+    class Constant(nn.Module):
+        def forward(self, images):
+            return torch.nn.functional.one_hot(torch.zeros(len(images), dtype=torch.long), 10) * 5.0
+
+    net = adapt(Constant(), section(), 10)
+    check_outputs(net, section(), digits(), 10)
+    log_classifier(tiny(classifier={**CUSTOM}), net, splits, {"train": 0.1})
+    assert "gives one answer for all of 300 training images" in caplog.text

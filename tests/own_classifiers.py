@@ -1,0 +1,130 @@
+"""Classifiers as users have them: good ones, and the odd ones that must be refused or taken with a line."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from defuse_core.data import open_splits
+from defuse_core.data.images import Images
+from tests.conftest import tiny
+
+IMAGENET = (0.449, 0.226)  # of grey images: the mean over the three channels
+
+
+class Net(nn.Module):
+    """A classifier of the tiny digits (1, 16, 16) with batch normalisation and dropout; any other size fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 4, stride=2, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+            nn.Linear(16 * 64, 10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.body(images)
+        return logits
+
+
+def digits() -> Images:
+    """The training images of the tiny run file."""
+    return open_splits(tiny().data, 0).train
+
+
+@functools.cache
+def trained(shift: float = 0.0, factor: float = 1.0) -> Net:
+    """A Net that was trained on pixels (x - shift) / factor; some 95 % of the digits are right."""
+    assert len(load_digits().target) > 0
+    torch.manual_seed(0)
+    images = digits()
+    pixels = (torch.from_numpy(images.batch(slice(0, len(images)))) - shift) / factor
+    labels = torch.from_numpy(images.labels)
+    net = Net().train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(30):
+        for rows in torch.randperm(len(labels)).split(50):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(pixels[rows]), labels[rows]).backward()
+            optimizer.step()
+    return net.eval()
+
+
+class Returning(nn.Module):
+    """A Net whose output is wrapped or spoilt."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.net, self.change = Net(), change
+
+    def forward(self, images: Tensor) -> Any:
+        return self.change(self.net(images))
+
+
+class Output:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+def plain() -> nn.Module:
+    return Net()
+
+
+def with_object() -> nn.Module:
+    return Returning(Output)
+
+
+def with_tuple() -> nn.Module:
+    return Returning(lambda logits: (logits, torch.zeros(1)))
+
+
+def with_dict() -> nn.Module:
+    return Returning(lambda logits: {"features": torch.zeros(1), "logits": logits})
+
+
+def with_odd_dict() -> nn.Module:
+    return Returning(lambda logits: {"a": logits, "b": logits})
+
+
+def with_text() -> nn.Module:
+    return Returning(lambda logits: "seven")
+
+
+def with_nan() -> nn.Module:
+    return Returning(lambda logits: logits * float("nan"))
+
+
+def with_softmax() -> nn.Module:
+    return Returning(lambda logits: logits.softmax(1))
+
+
+def with_seven_classes() -> nn.Module:
+    return Returning(lambda logits: logits[:, :7])
+
+
+def with_noise() -> nn.Module:
+    return Returning(lambda logits: logits + torch.randn_like(logits))
+
+
+def with_batch_statistics() -> nn.Module:
+    return Returning(lambda logits: logits - logits.mean(dim=0))
+
+
+def for_two_images_only() -> nn.Module:
+    return Returning(lambda logits: logits.reshape(2, 10))
+
+
+def not_a_module() -> Any:
+    return 7
+
+
+def with_arguments(size: int) -> nn.Module:
+    return nn.Linear(size, size)

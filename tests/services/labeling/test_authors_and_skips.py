@@ -1,0 +1,91 @@
+"""Annotators whose accounts are deleted, and tasks that annotators skip."""
+
+from __future__ import annotations
+
+import secrets
+
+import httpx
+import pytest
+from digits_review import answers_of, truth_of
+from label_studio_live import invitation_to
+
+from defuse_core.errors import LabelsPending
+from services.labeling.simulate import AnnotatorAccount
+
+
+def delete_account(review, server, account):
+    user = account.http.get("/api/current-user/whoami").json()["id"]
+    token = {"Authorization": f"Token {server.token}"}
+    httpx.delete(f"{server.address}/api/users/{user}", headers=token, trust_env=False).raise_for_status()
+
+
+def temporary_account(server, name):
+    email = f"{name}-{secrets.token_hex(4)}@example.org"
+    return AnnotatorAccount.sign_up(server.address, invitation_to(server), email)
+
+
+def test_answers_of_a_deleted_account_stay_those_of_one_annotator(make_review, server, accounts):
+    review = make_review(answers_per_task=2)
+    review.annotators.push(review.gallery)
+    leaving = temporary_account(server, "leaving")
+    tasks = review.tasks()
+    for task in tasks.values():
+        leaving.answer(task.id, "image", truth_of(review.subject(task)))
+    second = leaving.answer(tasks["s000-i00"].id, "image", "3")  # replaces the first answer
+    before, _ = review.annotators.status(review.gallery)
+    delete_account(review, server, leaving)
+    accounts[0].answer(tasks["s000-i00"].id, "image", "8")
+    after, _ = review.annotators.status(review.gallery)
+    assert second not in [discarded.annotation for discarded in after.pulled.discarded]
+    assert before.per_annotator() == {"annotator-1": 12}
+    assert after.per_annotator() == {"annotator-1": 12, "annotator-2": 1}
+    assert answers_of(after.votes, 0, 0) == {"annotator-1": 3, "annotator-2": 8}
+
+
+def test_a_deleted_account_that_was_never_seen_counts_as_one_annotator_and_drives_out_nobody(
+    make_review, server, accounts
+):
+    review = make_review(answers_per_task=2)
+    review.annotators.push(review.gallery)
+    leaving = temporary_account(server, "unseen")
+    task = review.tasks()["s000-i00"].id
+    for choice in "333":
+        leaving.answer(task, "image", choice)
+    delete_account(review, server, leaving)
+    accounts[0].answer(task, "image", "8")
+    status, _ = review.annotators.status(review.gallery)
+    assert answers_of(status.votes, 0, 0) == {"annotator-1": 3, "annotator-2": 8}
+    assert {discarded.reason for discarded in status.pulled.discarded} == {
+        "may be of the same person as a later answer: the account was deleted"
+    }
+
+
+def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_task_out_again(
+    make_review, accounts
+):
+    review = make_review(answers_per_task=1)
+    number = review.annotators.push(review.gallery).number
+    for key, task in review.tasks().items():
+        if key != "s003-i02":
+            accounts[0].answer(task.id, "image", truth_of(review.subject(task)))
+    last = review.tasks()["s003-i02"].id
+    accounts[0].submit(last, [], was_cancelled=True)
+    status, _ = review.annotators.status(review.gallery)
+    assert [(skip.task, status.name_of(skip)) for skip in status.blocking_skips()] == [(last, "annotator-1")]
+    assert accounts[0].next_task(number) is None
+    with pytest.raises(LabelsPending, match="1 were skipped, see `defuse review status"):
+        review.annotators.review(review.gallery)
+    review.annotators.push(review.gallery, repair=True)
+    assert accounts[0].next_task(number)["id"] == last
+    accounts[0].answer(last, "image", "1")
+    assert review.annotators.status(review.gallery)[0].outstanding == 0
+
+
+def test_a_skip_of_a_task_that_others_answered_blocks_nothing(make_review, accounts):
+    review = make_review(answers_per_task=1)
+    review.annotators.push(review.gallery)
+    task = review.tasks()["s000-i00"].id
+    accounts[0].submit(task, [], was_cancelled=True)
+    accounts[1].answer(task, "image", "8")
+    status, _ = review.annotators.status(review.gallery)
+    assert len(status.pulled.skips) == 1 and status.blocking_skips() == []

@@ -1,0 +1,211 @@
+"""What leaves a run: its classifier, its pictures, and the run itself."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from defuse_core.artifacts import Models, Sweep
+from defuse_core.codec import encode
+from defuse_core.config import RunFile
+from defuse_core.data import open_splits
+from defuse_core.export import export_model, export_scenarios
+from defuse_core.export.models import corrected_classifier, plain_weights
+from defuse_core.progress import silent
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from defuse_core.train import train
+from tests.conftest import tiny
+from tests.e2e.test_cli import call, one_line
+from tests.own_classifiers import trained
+from tests.services.serving.synthetic_runs import make_run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_spec: RunFile, tiny_models: Models) -> FolderStore:
+    """A store with one finished run, `digits`."""
+    found = FolderStore(tmp_path_factory.mktemp("store"))
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    make_run(found, "digits", tiny_spec, tiny_models, splits, tiny_models.classifier)
+    return found
+
+
+def opened(store: FolderStore) -> Run:
+    return Run.open(store, "digits")
+
+
+def images_of(run: Run) -> torch.Tensor:
+    splits = open_splits(run.spec.data, run.spec.seed)
+    return torch.from_numpy(np.concatenate([part.batch(slice(0, 400)) for part in splits.parts().values()]))
+
+
+def test_the_weights_have_plain_names_and_are_the_runs_own(store, tmp_path):
+    done = export_model(opened(store), tmp_path / "model.safetensors")
+    assert (done.same_answers, done.difference) == (done.images, 0.0)
+    assert (done.images, done.source) == (1000, "test and validation and train")
+    sweep = opened(store).load(Sweep)
+    for name, array in load_file(tmp_path / "model.safetensors").items():
+        np.testing.assert_array_equal(array, sweep.weights[name])
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_the_network_answers_alike_for_batches_of_any_size(suffix, store, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    run, path = opened(store), tmp_path / f"model{suffix}"
+    done = export_model(run, path)
+    assert done.same_answers == done.images > 800
+    assert done.difference < 1e-4
+    images = images_of(run)[:7]
+    with torch.inference_mode():
+        expected = corrected_classifier(run)[1](images).numpy()
+    if suffix == ".pt2":
+        found = torch.export.load(path).module()(images).detach().numpy()
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (found,) = session.run(["logits"], {"images": images.numpy()})
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_program_in_another_range_is_exported_for_images_from_0_to_1(store, tmp_path):
+    path = tmp_path / "own.pt2"
+    net = trained(0.0, 1 / 255)
+    program = torch.export.export(
+        net, (torch.rand(2, 1, 16, 16),), dynamic_shapes=({0: torch.export.Dim("n")},)
+    )
+    torch.export.save(program, path)
+    fields = {"architecture": "program", "weights": str(path), "epochs": 0, "input_range": "0..255"}
+    spec = tiny(classifier=fields, vae={"epochs": 1})
+    models = train(spec, progress=silent)
+    run = Run.start(FolderStore(tmp_path / "runs"), "own", spec)
+    run.store.write("models.safetensors", encode(models))
+    run.store.write("sweep.safetensors", encode(Sweep((), None, models.classifier, ())))
+    for suffix in (".pt2", ".safetensors"):
+        done = export_model(run, tmp_path / f"model{suffix}")
+        assert done.same_answers == done.images
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    images = images_of(run)[:50]
+    torch.testing.assert_close(again(images), net(images * 255), atol=1e-3, rtol=1e-3)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(net.state_dict())
+
+
+def test_resnet_weights_have_torchvisions_names(tmp_path):
+    from torchvision.models import resnet18
+
+    spec = tiny(classifier={"architecture": "resnet18", "stem": "imagenet"})
+    from defuse_core.models import build_classifier
+
+    assert set(plain_weights(build_classifier(spec, 10))) == set(resnet18(num_classes=10).state_dict())
+
+
+def test_the_pictures_are_a_folder_per_class_with_a_table(store, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    count = export_scenarios(opened(store), tmp_path / "pictures")
+    folder = ImageFolder(str(tmp_path / "pictures"))
+    assert folder.classes == ["3", "8"]
+    assert len(folder) == count == 2 * (5 + 24)
+    rows = list(csv.DictReader((tmp_path / "pictures/labels.csv").open()))
+    assert len(rows) == count
+    for row in rows:
+        with Image.open(tmp_path / "pictures" / row["filepath"]) as picture:
+            assert picture.size == (16, 16)
+        assert row["filepath"].startswith(
+            f"{row['label']}/scenario-{int(row['scenario']):03d}-{row['origin']}"
+        )
+    assert {(row["origin"], row["label_from"]) for row in rows} == {
+        ("reviewed", "votes"),
+        ("held-out", "scenario"),
+    }
+    before = np.mean([row["before"] == row["label"] for row in rows])
+    after = np.mean([row["after"] == row["label"] for row in rows])
+    assert before < after  # the planted classifier before takes 3 for 8
+
+
+def test_the_command_writes_both_and_names_the_comparison(store, tmp_path, monkeypatch, capsys):
+    where = ["--store", store.address]
+    paths = ["--to", tmp_path / "model.safetensors", "--scenarios", tmp_path / "pictures"]
+    code, out, _ = call(monkeypatch, capsys, "export", "digits", *where, *paths)
+    assert code == 0
+    assert "the same answer as the run's classifier on" in out
+    assert "58 pictures, with labels.csv" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--to", "model.bin"], "expected a file that ends in .safetensors, .pt2, .onnx"),
+        (["--scenarios", "."], "expected an empty or new folder, found files"),
+        ([], "give --to FILE, --scenarios FOLDER, or both"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused(options, line, store, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    code, _, err = call(monkeypatch, capsys, "export", "digits", "--store", store.address, *options)
+    assert code == 2
+    assert line in err
+
+
+def test_a_run_without_a_correction_has_nothing_to_export(store, tmp_path, monkeypatch, capsys):
+    Run.start(FolderStore(tmp_path), "begun", tiny())
+    code, _, err = call(
+        monkeypatch, capsys, "export", "begun", "--store", tmp_path, "--to", tmp_path / "m.pt2"
+    )
+    assert code == 2
+    assert "run begun has no corrected classifier yet" in one_line(err)
+
+
+@pytest.fixture
+def own_store(store: FolderStore, tmp_path: Path) -> FolderStore:
+    for key in store.list():
+        FolderStore(tmp_path).write(key, store.read(key))
+    return FolderStore(tmp_path)
+
+
+def test_a_deleted_run_leaves_nothing(own_store, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
+    assert code == 0
+    assert out.startswith("deleted digits: ")
+    assert os.listdir(own_store.folder) == []  # noqa: PTH208 - hidden files too
+    assert call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")[0] == 2
+
+
+def test_deleting_asks_first(own_store, monkeypatch, capsys):
+    monkeypatch.setattr("click.confirm", lambda text, abort: asked.append(text) or _no())
+    asked: list[str] = []
+    assert call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)[0] == 130
+    assert "files in" in asked[0]
+    assert own_store.exists("digits/run.yaml")
+
+
+def _no() -> None:
+    import click
+
+    raise click.Abort
+
+
+def test_a_run_that_a_driver_writes_is_not_deleted(own_store, monkeypatch, capsys):
+    with own_store.within("digits").lock():
+        code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
+    assert code == 4
+    assert "is writing this run" in one_line(err)
+    assert own_store.exists("digits/run.yaml")
+
+
+def test_a_run_in_the_registry_is_not_deleted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    code, _, err = call(monkeypatch, capsys, "delete", "digits", *where, "--yes")
+    assert code == 2
+    assert "version 1 in the registry was made from it" in one_line(err)
+    assert own_store.exists("digits/run.yaml")

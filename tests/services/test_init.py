@@ -1,0 +1,153 @@
+"""`defuse init` and `defuse fields`: a run file from a folder, a classifier and a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from defuse_core.config import RunFile, load_run_file
+from defuse_core.config.fields import describe_fields
+from defuse_core.suggest import inspect_data
+from tests.e2e.test_cli import call, one_line
+from tests.own_classifiers import digits, trained
+
+
+@pytest.fixture(autouse=True)
+def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("defuse_core.suggest.plan.TRIAL_S", 0.05)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny digits as a folder of grey PNG files; saved as RGB, as many tools do."""
+    root, images = tmp_path_factory.mktemp("pictures") / "digits", digits()
+    for number in range(len(images)):
+        folder = root / ("train" if number % 5 else "test") / str(images.labels[number])
+        folder.mkdir(parents=True, exist_ok=True)
+        levels = images.pixels[number : number + 1][0, 0]
+        Image.fromarray(np.repeat(levels[..., None], 3, axis=2)).save(folder / f"{number}.png")
+    return root
+
+
+def start(monkeypatch, capsys, *options: object) -> tuple[dict, str]:
+    code, out, err = call(monkeypatch, capsys, "init", *options)
+    assert code == 0, err
+    return yaml.safe_load(Path("digits.yaml").read_text()), out
+
+
+def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tree, out = start(monkeypatch, capsys, pictures, "--minutes", 5)
+    assert "240 train, 60 test; 10 classes; 16x16 pixels" in out
+    assert "next: defuse run digits.yaml" in out
+    data = tree["data"]
+    assert (data["image_size"], data["channels"], data["validation_share"]) == (16, 1, 0.15)
+    vae = tree["vae"]
+    assert (vae["architecture"], vae["encoder_stages"], vae["latent_dim"]) == ("convolutional", 2, 16)
+    assert load_run_file(Path("digits.yaml")).classifier.architecture == "cnn"
+    text = Path("digits.yaml").read_text()
+    assert text.startswith("# Written by `defuse init` for about 5 minutes")
+    assert "# Q, draws per image" in text
+
+
+def test_more_minutes_give_more_epochs(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short, _ = start(monkeypatch, capsys, pictures, "--minutes", 1)
+    long, _ = start(monkeypatch, capsys, pictures, "--minutes", 60, "--force")
+    assert short["vae"]["epochs"] <= long["vae"]["epochs"]
+    assert short["identify"]["draws"] <= long["identify"]["draws"]
+
+
+def test_the_range_that_a_program_expects_and_its_probabilities_are_written(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    net = torch.nn.Sequential(trained(0.0, 1 / 255), torch.nn.Softmax(1))
+    torch.jit.script(net).save("own.pt")
+    tree, out = start(monkeypatch, capsys, pictures, "--classifier", "own.pt")
+    section = tree["classifier"]
+    assert section["architecture"] == "program"
+    assert (section["epochs"], section["outputs"]) == (0, "probabilities")
+    assert section.get("input_range") == "0..255"
+    assert "0..255 " in out
+    load_run_file(Path("digits.yaml"))
+
+
+def test_a_state_dict_with_its_factory_is_taken(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(trained().state_dict(), "own.pth")
+    tree, _ = start(
+        monkeypatch, capsys, pictures, "--classifier", "tests.own_classifiers:plain", "--weights", "own.pth"
+    )
+    assert tree["classifier"]["import_path"] == "tests.own_classifiers:plain"
+    assert tree["classifier"]["epochs"] == 0
+    assert "class_order" not in tree["classifier"]
+
+
+def colour_picture(path: Path, width: int, height: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(12, 40, 16), (33, 40, 32), (60, 48, 64), (900, 700, 64)]
+)
+def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, height, size, tmp_path):
+    for name in ("cat", "dog"):
+        colour_picture(tmp_path / "train" / name / "0.png", width, height)
+    facts = inspect_data(tmp_path)
+    assert (facts.image_size, facts.channels, facts.width, facts.height) == (size, 3, width, height)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["nowhere"], "expected a folder of images, or an .npz file, found neither"),
+        (["flat"], "move them: mkdir flat/train && mv flat/*/ flat/train/"),
+        (["empty"], "expected train/ with one folder of images per class"),
+        (["notes.npz"], "expected an .npz file with train_images"),
+        (["flat", "--out", "notes.npz"], "notes.npz exists; choose another file with --out"),
+        (["flat", "--classifier", "nothing"], "expected package.module:factory, a file, a folder"),
+        (
+            ["flat", "--classifier", "timm:resnet18"],
+            "needs --weights with a file, since nothing is downloaded",
+        ),
+        (["flat", "--weights", "notes.npz"], "give --classifier too"),
+        (["flat", "--classifier", "notes.npz", "--weights", "notes.npz"], "the file holds its own"),
+        (["flat", "--classifier", "a.b:c", "--weights", "gone.pt"], "expected a file of weights, found none"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(options, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("notes.npz").write_text("notes")
+    colour_picture(tmp_path / "flat/cat/0.png", 16, 16)
+    code, _, err = call(monkeypatch, capsys, "init", *options)
+    assert line in one_line(err).replace(str(tmp_path) + "/", "")
+    assert code == 2
+
+
+def test_every_field_is_described_with_a_meaning():
+    described = describe_fields()
+    assert all(field.meaning for field in described)
+    names = {field.name for field in described}
+    for section, info in RunFile.model_fields.items():
+        fields = getattr(info.annotation, "model_fields", None)
+        assert {f"{section}.{name}" for name in fields or () if name != "reference"} <= names
+
+
+def test_fields_shows_values_bounds_and_defaults(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "fields", "vae")
+    assert code == 0
+    assert "vae.latent_dim: integer ≥ 1, ≤ 512 [10]" in out
+    assert "identify" not in out
+    assert "data.train_images: integer ≥ 1 | null [null]" in call(monkeypatch, capsys, "fields")[1]
+    code, _, err = call(monkeypatch, capsys, "fields", "vea")
+    assert code == 2
+    assert "no such section or field; it has seed, data, classifier" in one_line(err)

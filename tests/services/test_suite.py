@@ -1,0 +1,240 @@
+"""Failure scenarios over time: a suite that any classifier is checked against, and two runs side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from junitparser import Failure, JUnitXml
+from safetensors.torch import save_file
+
+from defuse_core.artifacts import Corrections, Models
+from defuse_core.codec import encode
+from defuse_core.compare import compare_runs, share_inside
+from defuse_core.config import RunFile
+from defuse_core.data import open_splits
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from defuse_core.suite import load_suite, save_suite
+from tests.conftest import tiny
+from tests.e2e.test_cli import call, one_line
+from tests.services.serving.synthetic_runs import make_run, perturb_weights, swap_classes
+
+NET = "tests.services.test_suite:the_tiny_cnn"
+EASY = {
+    "check": {"min_scenario_accuracy": 0.5, "min_each_scenario": 0.5}
+}  # the tiny classifier is not very good
+
+
+def the_tiny_cnn() -> torch.nn.Module:
+    """The classifier of the tiny run file as users have it: a factory in a module of theirs."""
+    from defuse_core.models import build_classifier
+
+    return build_classifier(tiny(), 10)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> FolderStore:
+    """Runs on one data set: first finds 3 and 8, the others come later."""
+    found, spec = FolderStore(tmp_path_factory.mktemp("store")), tiny(**EASY)
+    splits = open_splits(spec.data, spec.seed)
+    good, swapped = tiny_models.classifier, swap_classes(tiny_models.classifier, (3, 8))
+
+    def plant(name: str, before: object, spec: RunFile = spec) -> Run:
+        again = swap_classes(before, (3, 8))  # make_run swaps the classes of the classifier before
+        return make_run(found, name, spec, dataclasses.replace(tiny_models, classifier=again), splits, good)
+
+    first = plant("first", swapped)
+    plant("same", swapped)
+    plant("mended", good)
+    plant("relapsed", perturb_weights(swapped, 1))
+    fixes = first.load(Corrections)
+    one = Corrections(fixes.scenario[:1], fixes.labels[:1], fixes.tune[:1], fixes.test[:1])
+    plant("only-three", swapped).store.write("corrections.safetensors", encode(one))
+    none = Corrections(fixes.scenario[:0], fixes.labels[:0], fixes.tune[:0], fixes.test[:0])
+    plant("nothing", swapped).store.write("corrections.safetensors", encode(none))
+    Run.start(found, "begun", spec)
+    return found
+
+
+@pytest.fixture(scope="module")
+def suite(store: FolderStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("suite") / "suite"
+    save_suite(Run.open(store, "first"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Path:
+    """Weights of a right and of a wrong classifier, and a program that returns probabilities."""
+    folder = tmp_path_factory.mktemp("files")
+    good, bad = tiny_models.classifier, swap_classes(tiny_models.classifier, (3, 8))
+    for name, weights in (("good", good), ("bad", bad)):
+        save_file(
+            {key: torch.tensor(array) for key, array in weights.items()}, folder / f"{name}.safetensors"
+        )
+    net = the_tiny_cnn()
+    net._forward_hooks.clear()
+    net.load_state_dict({key: torch.tensor(array) for key, array in good.items()})
+    torch.jit.script(torch.nn.Sequential(net, torch.nn.Softmax(1))).save(folder / "good.pt")
+    return folder
+
+
+def test_a_suite_holds_all_it_needs_and_nothing_of_the_machine(suite, store):
+    files = sorted(path.relative_to(suite).as_posix() for path in suite.rglob("*") if path.is_file())
+    assert files == [
+        "pictures/scenario-000.png",
+        "pictures/scenario-001.png",
+        "suite.json",
+        "suite.safetensors",
+    ]
+    text = (suite / "suite.json").read_text()
+    assert store.address not in text
+    loaded = load_suite(suite)
+    assert [scenario.label for scenario in loaded.description.scenarios] == ["3", "8"]
+    assert [scenario.mistaken_for for scenario in loaded.description.scenarios] == ["8", "3"]
+    assert loaded.pictures.pixels.shape == (2, 24, 1, 16, 16)
+    for scenario in loaded.description.scenarios:
+        assert scenario.before < 0.5 <= scenario.least <= scenario.after
+
+
+def test_a_right_classifier_passes_and_a_wrong_one_fails_with_junit(
+    suite, files, tmp_path, monkeypatch, capsys
+):
+    options = [
+        "check",
+        "--suite",
+        suite,
+        "--classifier",
+        NET,
+        "--junit",
+        tmp_path / "report.xml",
+        "--weights",
+    ]
+    code, out, _ = call(monkeypatch, capsys, *options, files / "good.safetensors")
+    assert code == 0
+    assert out.count("ok     ") == 2
+    assert "3 read as 8 (scenario 0): " in out
+    (tests,) = JUnitXml.fromfile(str(tmp_path / "report.xml"))
+    assert (tests.tests, tests.failures) == (2, 0)
+    code, out, err = call(monkeypatch, capsys, *options, files / "bad.safetensors")
+    assert code == 1
+    assert out.count("FAILED ") == 2
+    assert f"{NET} fails 2 of 2 scenarios" in one_line(err)
+    (tests,) = JUnitXml.fromfile(str(tmp_path / "report.xml"))
+    assert (tests.tests, tests.failures) == (2, 2)
+    case = next(iter(tests))
+    assert case.name == "3 read as 8 (scenario 0)"
+    assert isinstance(case.result[0], Failure)
+
+
+def test_a_program_and_a_run_are_checked_too(suite, files, store, monkeypatch, capsys):
+    options = ["--suite", suite, "--classifier", files / "good.pt"]
+    code, _, err = call(monkeypatch, capsys, "check", *options)
+    assert code == 2
+    assert "set classifier.outputs: probabilities" in one_line(err)
+    chosen = ["--set", "classifier.outputs=probabilities", "--json"]
+    code, out, _ = call(monkeypatch, capsys, "check", *options, *chosen)
+    page = json.loads(out)
+    assert (code, page["passed"], len(page["scenarios"])) == (0, True, 2)
+    assert call(monkeypatch, capsys, "check", "first", "--store", store.address, "--suite", suite)[0] == 0
+
+
+def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
+    shutil.copytree(suite, tmp_path / "suite")
+    page = json.loads((suite / "suite.json").read_text())
+    page["scenarios"][0]["least"] = 1.0
+    page["scenarios"][1]["least"] = 0.0
+    (tmp_path / "suite/suite.json").write_text(json.dumps(page))
+    options = ["--suite", tmp_path / "suite", "--classifier", NET, "--weights", files / "bad.safetensors"]
+    code, out, _ = call(monkeypatch, capsys, "check", *options)
+    assert code == 1
+    assert (out.count("ok     "), out.count("FAILED ")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["check"], "give RUN, or --suite FOLDER with --classifier"),
+        (["check", "--suite", "suite"], "with --suite, give either RUN or --classifier"),
+        (["check", "--suite", "gone", "--classifier", NET], "found no suite.json"),
+        (["check", "--suite", "edited", "--classifier", NET], "scenarios.0.least: Input should be less than"),
+        (["check", "--suite", "cut", "--classifier", NET], "suite.safetensors"),
+        (["check", "--suite", "suite", "--classifier", "nothing"], "expected package.module:factory, a file"),
+        (
+            ["check", "--suite", "suite", "--classifier", "tests.own_classifiers:with_nan"],
+            "found NaN or infinity",
+        ),
+        (
+            ["check", "--suite", "suite", "--classifier", NET, "--set", "vae.epochs=1"],
+            "expected classifier.field",
+        ),
+        (["suite", "save", "first", "--out", "suite"], "expected an empty or new folder, found files"),
+        (["suite", "save", "nothing", "--out", "new"], "accepted no failure scenario"),
+        (["suite", "save", "begun", "--out", "new"], "run begun is not finished"),
+        (["compare", "first", "begun"], "run begun is not finished"),
+        (["compare", "first", "gone"], "no run called gone"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(options, line, suite, store, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("suite", "edited", "cut"):
+        shutil.copytree(suite, tmp_path / name)
+    page = json.loads((suite / "suite.json").read_text())
+    page["scenarios"][0]["least"] = 2
+    Path("edited/suite.json").write_text(json.dumps(page))
+    Path("cut/suite.safetensors").write_bytes(Path("suite/suite.safetensors").read_bytes()[:1000])
+    where = ["--store", store.address] if options[0] != "check" else []
+    code, _, err = call(monkeypatch, capsys, *options, *where)
+    assert line in err
+    assert code == 2
+
+
+def test_scenarios_persist_are_fixed_or_come_back(store):
+    def states(later: str) -> dict[str, str]:
+        rows = compare_runs(Run.open(store, "first"), Run.open(store, later))
+        return {row.label: row.state for row in rows}
+
+    assert states("same") == {"3": "persisting", "8": "persisting"}
+    assert states("mended") == {"3": "fixed", "8": "fixed"}
+    assert states("relapsed") == {"3": "back again", "8": "back again"}
+
+
+def test_a_scenario_without_a_match_is_new_and_matches_have_both_numbers(store):
+    rows = compare_runs(Run.open(store, "only-three"), Run.open(store, "same"))
+    assert [(row.label, row.state, row.number_a, row.number_b) for row in rows] == [
+        ("3", "persisting", 0, 0),
+        ("8", "new", None, 1),
+    ]
+    assert rows[0].before_a < 0.5 < rows[0].after_a
+
+
+def test_the_comparison_is_printed_with_accuracies_side_by_side(store, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = call(monkeypatch, capsys, "compare", "first", "relapsed", "--store", store.address)
+    assert code == 0
+    assert "0 persisting, 0 fixed, 2 back again, 0 new" in out
+    assert "Mistaken for" in out
+    code, out, _ = call(monkeypatch, capsys, "compare", "first", "mended", "--store", store.address, "--json")
+    assert {row["state"] for row in json.loads(out)["scenarios"]} == {"fixed"}
+    code, out, _ = call(monkeypatch, capsys, "compare", "nothing", "nothing", "--store", store.address)
+    assert "neither nothing nor nothing accepted" in out
+
+
+def test_runs_on_other_images_cannot_be_compared(store, monkeypatch, capsys):
+    Run.start(store, "larger", tiny(data={"image_size": 32}))
+    code, _, err = call(monkeypatch, capsys, "compare", "first", "larger", "--store", store.address)
+    assert code == 2
+    assert "cannot be compared: data.image_size is 16 in one, 32 in the other" in one_line(err)
+
+
+def test_codes_of_one_cloud_lie_inside_it_and_not_inside_another():
+    rng = np.random.default_rng(0)
+    cloud, same = rng.normal(size=(200, 3)), rng.normal(size=(100, 3))
+    assert share_inside(same.astype(np.float32), cloud.astype(np.float32)) > 0.97
+    assert share_inside((same + 9).astype(np.float32), cloud.astype(np.float32)) == 0
