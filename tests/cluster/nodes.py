@@ -36,7 +36,6 @@ from cluster.resources import WorkerResources, capacity
 from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
-from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines
 from tests.cluster.fakes import CountingStore, GatedStore
 from tests.conftest import tiny
@@ -180,8 +179,12 @@ def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
     )
     spec = tiny(correct={"lambdas": [1e-3, 1.0, 10.0, 100.0]})
     with RayCompute(None, spec) as compute:
-        compute.identify(spec, models, FolderStore(folder))
-        store, lines = GatedStore(folder / "trials"), log_lines()
+        shards, lines = GatedStore(folder), log_lines()
+        thread = in_background(lambda: compute.identify(spec, models, shards))
+        wait_until(lambda: len(set(lines.processes("identify: worker"))) == 4)  # before any of them is done
+        shards.open()
+        thread.join(120)
+        store = GatedStore(folder / "trials")
         thread = in_background(lambda: compute.sweep(spec, models, made_up(spec), None, store))
         wait_until(lambda: len(set(lines.processes("correct: λ"))) == 4)  # all run at once
         store.open()

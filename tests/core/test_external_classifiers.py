@@ -46,7 +46,7 @@ SAVERS = {"net.pt": save_script, "net.pt2": save_exported}
 
 def program_spec(path: Path, **sections: dict[str, object]) -> RunFile:
     classifier = {"architecture": "program", "weights": str(path), "epochs": 0}
-    return tiny(classifier=classifier, vae={"epochs": 1}, **sections)
+    return tiny(classifier=classifier, vae={"epochs": 1, "accept": "blind"}, **sections)
 
 
 @pytest.mark.parametrize("name", SAVERS)

@@ -116,9 +116,11 @@ def test_what_is_copied_is_enough_to_build_the_package_with_all_its_files(tmp_pa
 
 
 def tracked() -> set[str]:
-    """Return the packages' files but for compiled ones, relative to the repository."""
+    """Return the packages' files but for compiled ones and pages for readers, relative to the repository."""
     files = (file for name in PACKAGES for file in (ROOT / name).rglob("*") if file.is_file())
-    return {str(file.relative_to(ROOT)) for file in files if "__pycache__" not in file.parts}
+    return {
+        str(file.relative_to(ROOT)) for file in files if not {"__pycache__", "README.md"} & set(file.parts)
+    }
 
 
 @pytest.mark.parametrize("sources", [sources for sources, _ in copies()], ids=" ".join)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -74,6 +75,7 @@ def test_annotators_see_pictures_over_the_bound_and_read_nothing_else_of_the_run
     seen = np.asarray(Image.open(io.BytesIO(reply.content)), np.float32) / 255
     assert np.abs(seen - gallery.images[0, 0, 0]).max() < 1 / 254
     picture = f"{annotators.run.store.address}/pictures/s003-i02.png"
+    time.sleep(1.5)  # the server of pictures lists a folder anew after a second (--dir-cache-time)
     assert read_through_label_studio(accounts[0], task["id"], picture).status_code == 200
     for key in ("run.yaml", "gallery.safetensors", "labeling.json"):
         address = f"{annotators.run.store.address}/{key}"
