@@ -114,7 +114,7 @@ def _evidence_table(evidence: EvidenceFigures) -> Table:
         (f"{evidence.real_failure_images:,} real failures", real.before, real.plain, real.defuse),
     )
     for name, *shares in rows:
-        _add(table, name, *(NONE if share is None else interval(share) for share in shares))
+        _add(table, name, *(NONE if share is None else interval(share, 0) for share in shares))
     return table
 
 
