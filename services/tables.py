@@ -105,12 +105,12 @@ def _accuracy_table(report: Report) -> Table:
 
 def _evidence_table(evidence: EvidenceFigures) -> Table:
     """Return the accuracies that independent models confirm, each with its 95 % interval."""
-    title = f"Evidence of {count_of(evidence.judges.count, 'judge')}, which took no part in the run"
-    table = _table(title, ("Accuracy on", "Before", "Plain training", "Defuse"))
+    title = f"Evidence of {count_of(evidence.judges.count, 'judge')} (plain: further training with λ = 0)"
+    table = _table(title, ("By own label", "Before", "Plain", "Defuse"))
     own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
     rows = (
-        ("scenario images, own label", own.before, own.plain, own.defuse),
-        ("scenarios left out of the tuning", left_out.before, None, left_out.defuse),
+        ("scenario images", own.before, own.plain, own.defuse),
+        ("left-out scenarios", left_out.before, None, left_out.defuse),
         (f"{evidence.real_failure_images:,} real failures", real.before, real.plain, real.defuse),
     )
     for name, *shares in rows:

@@ -149,6 +149,10 @@ def _effect(report: Report) -> str:
     before, after = report.accuracy.before, report.accuracy.defuse
     them = "it" if report.scenarios.accepted == 1 else "them"
     text = f"On {them} the classifier goes from {percent(before.scenario)} to {percent(after.scenario)}"
+    own = None if report.evidence is None else report.evidence.own_label
+    if own is not None and own.before.value is not None:
+        text = f"Judged image by image, the classifier goes on {them} from {percent(own.before.value)} to "
+        text += percent(own.defuse.value)
     clean = (("test", before.test, after.test), ("validation", before.validation, after.validation))
     for split, was, now in clean:
         if was is not None and now is not None:
