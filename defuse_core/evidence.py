@@ -1,9 +1,8 @@
 """What judges say of a finished correction: models that took no part in making it (judges of the run file).
 
-The paper scores a correction by the one label of each scenario. That figure rises even where the classifier only
-learns to give every picture of a scenario the same answer. Here every generated image has its own label, the majority
-of the judges, and every figure has an interval. Beside the corrected classifier stand the baseline and *plain further
-training*: the same fine-tuning with λ = 0.
+The paper scores a correction by the one label of each scenario. That figure rises even where the classifier only learns
+to give every picture of a scenario the same answer. Here every generated image has its own label, the majority of the
+judges. Controls are the baseline and *plain further training*: the same fine-tuning with λ = 0.
 
 Axes, beside those of artifacts.py: B = 4 classifiers (before, baseline, plain, defuse), M nearest real images,
 J = 3 numbers of a share (share, low, high).
@@ -11,7 +10,6 @@ J = 3 numbers of a share (share, low, high).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -47,7 +45,6 @@ from defuse_core.reference_models import load_reference_models, model_probabilit
 from defuse_core.seeds import generator
 from defuse_core.verdicts import majority
 
-log = logging.getLogger("defuse")
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
 WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those tuned on
 WIDER_IMAGES = 64  # per scenario and factor
@@ -199,8 +196,8 @@ class _Evidence:
         self.progress("asking the judges", 3, 4, "figures")
         real = self._nearest_real()
         by_scenario = right.reshape(len(CLASSIFIERS), accepted, -1)
-        assert found.judges is not None
         has_test = self.splits.test is not None
+        assert found.judges is not None
         return Evidence(
             judges=found.judges.test if has_test else found.judges.validation,
             before_test=found.models.accuracy.get("test" if has_test else "validation", float("nan")),
