@@ -42,6 +42,7 @@ from defuse_core.intervals import wilson
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.reference_models import load_reference_models, model_probabilities
+from defuse_core.sample import sample_codes_from
 from defuse_core.seeds import generator
 from defuse_core.verdicts import majority
 
@@ -269,10 +270,7 @@ class _Evidence:
     def _wide_codes(self, scenarios: Scenarios, number: int, factor: float) -> F32:
         tau = self.spec.review.tau if scenarios.taus is None else float(scenarios.taus[number])
         rng = generator(self.spec.seed, "evidence", "wider", number)
-        root = np.linalg.cholesky(factor * float(tau) * scenarios.covariances[number])
-        normal = rng.standard_normal((WIDER_IMAGES, len(root)))
-        codes: F32 = (scenarios.means[number] + normal @ root.T).astype(np.float32)
-        return codes
+        return sample_codes_from(scenarios, number, WIDER_IMAGES, factor * float(tau), rng)
 
     def _real_failures(self) -> tuple[F32, I64]:
         """Return failing draws around test images in which the judges still see the image's class, and the classes.

@@ -23,7 +23,7 @@ from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import Evidence
 from defuse_core.health import COLLAPSED_BELOW
-from defuse_core.report.evidence_figures import evidence_figures, scenario_evidence
+from defuse_core.report.evidence_figures import defined, evidence_figures, scenario_evidence
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -84,7 +84,7 @@ def build_report(
             converged=found.scenarios.converged,
             iterations=found.scenarios.iterations,
             codes_used=found.scenarios.codes_used,
-            lower_bound=_defined(found.scenarios.lower_bound),
+            lower_bound=defined(found.scenarios.lower_bound),
             weights=tuple(np.sort(found.scenarios.all_weights)[::-1].tolist()),
         ),
         votes=_votes(found),
@@ -108,11 +108,6 @@ def _health(models: Models) -> HealthFigures | None:
     )
 
 
-def _defined(value: float | None) -> float | None:
-    """Return the value, or None where it is missing, nan or infinite."""
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
@@ -134,7 +129,7 @@ def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:
 
 
 def _accuracies(table: F64) -> Accuracies:
-    rows = [Accuracy(validation=_defined(v), test=_defined(t), scenario=_defined(s)) for v, t, s in table]
+    rows = [Accuracy(validation=defined(v), test=defined(t), scenario=defined(s)) for v, t, s in table]
     return Accuracies(before=rows[0], baseline=rows[1], defuse=rows[2])
 
 
@@ -165,7 +160,7 @@ def _scenario(
     found: Findings, evaluation: Evaluation, evidence: Evidence | None, number: int, column: int | None
 ) -> Scenario:
     verdicts, classes = found.verdicts, found.models.classes
-    held_out = (None, None, None) if column is None else tuple(map(_defined, evaluation.scenario[:, column]))
+    held_out = (None, None, None) if column is None else tuple(map(defined, evaluation.scenario[:, column]))
     mistaken = (
         None
         if column is None
@@ -177,8 +172,8 @@ def _scenario(
         accepted=column is not None,
         label=None if column is None else classes[verdicts.labels[number]],
         reason=verdicts.reasons[number],
-        misclassified=_defined(verdicts.misclassified[number]),
-        purity=_defined(verdicts.purity[number]),
+        misclassified=defined(verdicts.misclassified[number]),
+        purity=defined(verdicts.purity[number]),
         agreement=_mean(verdicts.agreement[number]),
         mistaken_for=None if mistaken is None else classes[mistaken],
         before=held_out[0],
@@ -207,11 +202,11 @@ def _tradeoff(spec: RunFile, models: Models, sweep: Sweep) -> tuple[TradeOff, ..
         TradeOff(
             lam=row.lam,
             epoch=row.epoch,
-            train=_defined(row.train),
-            validation=_defined(row.validation),
-            test=_defined(row.test),
-            tune=_defined(row.tune),
-            scenario=_defined(row.scenario),
+            train=defined(row.train),
+            validation=defined(row.validation),
+            test=defined(row.test),
+            tune=defined(row.tune),
+            scenario=defined(row.scenario),
             chosen=row == sweep.chosen,
         )
         for row in best_rows(spec, models, sweep.rows)
@@ -242,7 +237,7 @@ def _per_class(classes: Iterable[str], evaluation: Evaluation) -> tuple[ClassAcc
         return ()
     columns = zip(classes, evaluation.per_class_images.tolist(), evaluation.per_class.T, strict=True)
     return tuple(
-        ClassAccuracy(name=name, images=n, before=_defined(b), baseline=_defined(u), defuse=_defined(d))
+        ClassAccuracy(name=name, images=n, before=defined(b), baseline=defined(u), defuse=defined(d))
         for name, n, (b, u, d) in columns
     )
 

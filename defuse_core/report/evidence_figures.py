@@ -30,8 +30,8 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
             count=len(evidence.judges),
             accuracy=_values(evidence.judges),
             reference_models=() if references is None else _values(references),
-            classifier=_defined(evidence.before_test),
-            labelled=_defined(evidence.labelled),
+            classifier=defined(evidence.before_test),
+            labelled=defined(evidence.labelled),
         ),
         purity=_share(evidence.purity),
         own_label=_four(evidence.own_label),
@@ -45,7 +45,7 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
         real_failure_images=evidence.real_failure_images,
         mcnemar_plain=_mcnemar(evidence.mcnemar[0]),
         mcnemar_defuse=_mcnemar(evidence.mcnemar[1]),
-        krippendorff=_defined(evidence.krippendorff),
+        krippendorff=defined(evidence.krippendorff),
     )
 
 
@@ -53,34 +53,35 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
     """Return the figures of the accepted scenario at place `column` of the accepted ones."""
     support = found.scenarios.support
     number = int(found.fixes.scenario[column])
-    right = dict(zip(CLASSIFIERS, map(_defined, evidence.scenario_own_label[column]), strict=True))
+    right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
     return ScenarioEvidence(
         name=evidence.names[column],
-        purity=_defined(evidence.scenario_purity[column]),
+        purity=defined(evidence.scenario_purity[column]),
         before=right["before"],
         baseline=right["baseline"],
         plain=right["plain"],
         defuse=right["defuse"],
-        left_out=_defined(evidence.scenario_left_out[column]),
+        left_out=defined(evidence.scenario_left_out[column]),
         confirmed=bool(evidence.confirmed[column]),
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
         support=None if support is None else int(support[number]),
-        real_error=_defined(evidence.real.error[column]),
-        real_error_of_all=_defined(evidence.real.error_of_all),
+        real_error=defined(evidence.real.error[column]),
+        real_error_of_all=defined(evidence.real.error_of_all),
         seen_in_real_data=bool(evidence.real.seen[column]),
     )
 
 
-def _defined(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def defined(value: float | None) -> float | None:
+    """Return the value, or None where it is missing, nan or infinite."""
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _values(values: F64) -> tuple[float | None, ...]:
-    return tuple(_defined(value) for value in values.tolist())
+    return tuple(defined(value) for value in values.tolist())
 
 
 def _share(row: F64) -> Share:
-    value, low, high = map(_defined, row.tolist())
+    value, low, high = map(defined, row.tolist())
     return Share(value=value, low=low, high=high)
 
 
