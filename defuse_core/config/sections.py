@@ -8,15 +8,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from defuse_core.errors import has_control_characters
 
 PAPER_LAMBDAS = (
     1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0, 1000.0
 )  # fmt: skip
 
 
+def expect_printable(text: str) -> str:
+    """Refuse text that would change the terminal or the page that shows it."""
+    if has_control_characters(text):
+        raise ValueError(f"expected text without control characters, found {text!a}")
+    return text
+
+
+PrintableText = Annotated[str, AfterValidator(expect_printable)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: object) -> object:
+        if isinstance(value, str | Path):
+            expect_printable(str(value))
+        return value
 
 
 def _whole_above_one(gpus: float) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +16,10 @@ from PIL import Image
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
-from defuse_core.errors import DataError
+from defuse_core.errors import DataError, has_control_characters
 
 MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
 DOWNLOADABLE = ("mnist", "signs", "svhn")
-CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 FINGERPRINT_IMAGES = 128  # read per part, however large the data set is
 
 
@@ -200,7 +198,7 @@ def expect_labels(labels: I64, classes: int, where: str | Path) -> None:
 def expect_class_names(names: Iterable[str], where: str | Path) -> None:
     """Raise DataError for a name that would change the terminal, the page or the log line that shows it."""
     for name in names:
-        if any(unicodedata.category(letter) in CONTROL for letter in name):
+        if has_control_characters(name):
             raise DataError(
                 f"{where}: expected names of classes without control characters, found {name!a}; rename the class"
             )

@@ -65,6 +65,7 @@ def run(
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
     """
     from defuse_core.config import load_run_file
+    from defuse_core.data import check_class_names
     from defuse_core.pipeline import run_defuse
     from defuse_core.runs import ReachedStep, Run
     from services.console import ProgressDisplay
@@ -72,6 +73,7 @@ def run(
     from services.tables import print_report
 
     spec = load_run_file(runfile, overrides)
+    check_class_names(spec.data)
     opened, name = open_store(store), run_name(name, runfile)
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)

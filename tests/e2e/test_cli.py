@@ -88,7 +88,6 @@ def test_bad_input_exits_2_with_one_line_and_makes_nothing(
         ({"train_labels": np.full(40, -1)}, "labels"),
         ({"train_images": np.zeros((40, 8, 8), np.uint8)}, "16"),
         ({"train_images": np.full((40, 16, 16), np.nan, np.float32)}, "NaN"),
-        ({"classes": np.array(["cat", "\x1b[2Jdog", "hen", "cow"])}, r"found '\x1b[2Jdog'; rename the class"),
     ],
 )
 def test_bad_images_exit_2_and_are_named(changes, message, runfile, tmp_path, monkeypatch, capsys):
@@ -100,6 +99,24 @@ def test_bad_images_exit_2_and_are_named(changes, message, runfile, tmp_path, mo
     assert code == 2
     assert message in one_line(err)
     assert "mine.npz" in err
+
+
+@pytest.mark.parametrize("command", [("run", "--on", "local"), ("submit", "--address", "http://127.0.0.1:9")])
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_class_names_with_control_characters_are_refused_before_anything_begins(
+    kind, command, runfile, tmp_path, monkeypatch, capsys
+):
+    name = "\x1b[2Jdog"
+    if kind == "npz":
+        root = npz(tmp_path / "mine.npz", classes=np.array(["cat", name, "hen", "cow"]))
+    else:
+        root = tmp_path / "parts"
+        (root / "train" / name).mkdir(parents=True)
+    options = ["--set", f"data.name={kind}", "--set", f"data.root={root}", "--store", tmp_path / "runs"]
+    code, _, err = call(monkeypatch, capsys, command[0], runfile, *options, *command[1:])
+    assert code == 2
+    assert r"found '\x1b[2Jdog'; rename the class" in one_line(err)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_mended_run_file_goes_on_under_the_same_name(runfile, tmp_path, monkeypatch, capsys):
