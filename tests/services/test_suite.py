@@ -164,7 +164,10 @@ def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
         (["check", "--suite", "suite"], "with --suite, give either RUN or --classifier"),
         (["check", "--suite", "gone", "--classifier", NET], "found no suite.json"),
         (["check", "--suite", "edited", "--classifier", NET], "scenarios.0.least: Input should be less than"),
-        (["check", "--suite", "odd", "--classifier", NET], r"text without control characters, found '\x1b[2J'"),
+        (
+            ["check", "--suite", "odd", "--classifier", NET],
+            r"text without control characters, found '\x1b[2J'",
+        ),
         (["check", "--suite", "cut", "--classifier", NET], "suite.safetensors"),
         (["check", "--suite", "suite", "--classifier", "nothing"], "expected package.module:factory, a file"),
         (
