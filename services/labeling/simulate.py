@@ -132,22 +132,21 @@ def _answer_queue(
     """Answer tasks until the account's queue is empty; return their number."""
     answered = 0
     while (task := account.next_task(project)) is not None:
-        key = (task["meta"] or {}).get("sample_key")
-        index = tasks.index_of(key if isinstance(key, str) else None)
+        index = tasks.index_of(task.key)
         if index is None:
             raise InputError(
-                f"project {project} also contains tasks that Defuse did not import (task {task['id']}), which "
+                f"project {project} also contains tasks that Defuse did not import (task {task.id}), which "
                 "simulated annotators cannot answer; delete them in Label Studio"
             )
         subject = tasks.subject(index)
         own = answers[subject.scenario]  # (R,)
         if subject.image is not None:
-            account.answer(task["id"], "image", tasks.names[own[subject.image]])
+            account.answer(task.id, "image", tasks.names[own[subject.image]])
         else:
             values, counts = np.unique(own, return_counts=True)
             page = int(values[counts.argmax()])
             exceptions = {int(image): tasks.names[own[image]] for image in np.flatnonzero(own != page)}
-            account.answer(task["id"], "page", tasks.names[page], exceptions)
+            account.answer(task.id, "page", tasks.names[page], exceptions)
         answered += 1
         progress(answered, len(tasks), "tasks")
     return answered
