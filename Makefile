@@ -32,7 +32,7 @@ lint: setup
 
 test: lint
 	$(BIN)/defuse label-studio install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 bench: setup
 	@grep -h '^    python tests/bench' tests/bench/*.py
