@@ -24,6 +24,7 @@ U8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Weights = dict[str, npt.NDArray[Any]]  # a torch state dict as arrays
 
+NO_SCENARIO = -1  # in place of the number of a component
 NONE_OF_THE_ABOVE = -1  # an answer, and also "no label" wherever a label is expected
 
 
@@ -237,7 +238,10 @@ class Gallery:
     codes: F32  # (S, R, Z)
     predicted: I64  # (S, R)
     classes: tuple[str, ...]  # (C,)
-    numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are; empty: all of them
+    numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are, or NO_SCENARIO; empty: all
+    failure: F64 | None = (
+        None  # (S, R) failure probability (nan: none) of inputs from traffic; None for drawn images
+    )
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})

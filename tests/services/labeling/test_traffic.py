@@ -43,11 +43,16 @@ def served(tmp_path: Path) -> Run:
 
 def meet(run: Run, folder: Path, scenario: int, count: int, first: int = 0) -> None:
     reservoir = Reservoir(FolderStore(folder), 10)
-    reservoir._counts[run.name, scenario] = first
+    reservoir._kept[run.name, scenario] = taken(first)
     images = digits_gallery(images=10).images[scenario]
     for image in images[first : first + count]:
         reservoir.offer(run.name, sample_now(image, scenario, 6, "1", digits_gallery().classes))
     reservoir._thread.shutdown()
+
+
+def taken(slots: int) -> list[tuple[float, int]]:
+    """The state of a reservoir whose first slots are in use."""
+    return [(0.0, slot) for slot in range(slots)]
 
 
 def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served, accounts, server, tmp_path):
@@ -118,7 +123,7 @@ def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, account
 def test_an_input_that_came_more_than_once_is_shown_once(cli, served, tmp_path):
     meet(served, tmp_path, 3, 2, first=0)
     again = Reservoir(FolderStore(tmp_path), 10)
-    again._counts[served.name, 3] = 2
+    again._kept[served.name, 3] = taken(2)
     image = digits_gallery(images=10).images[3][0]
     for _ in range(3):
         again.offer(served.name, sample_now(image, 3, 6, "1", digits_gallery().classes))

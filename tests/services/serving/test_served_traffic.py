@@ -43,7 +43,7 @@ def test_every_input_has_the_same_chance_to_be_stored(tmp_path):
     kept = np.zeros(40)
     for _ in range(400):
         slots: dict[str, int] = {}
-        reservoir._counts.clear()
+        reservoir._kept.clear()
         reservoir._thread = RecordingExecutor(slots)
         for number in range(40):
             reservoir._pending = 0

@@ -9,8 +9,9 @@ from scipy.spatial.distance import mahalanobis as reference
 
 from defuse_core.config import ServeSection
 from defuse_core.models import load_vae
+from defuse_core.scenario_regions import mahalanobis
 from services.serving.model import LoadedModel
-from services.serving.watch import Watch, mahalanobis
+from services.serving.watch import Watch
 
 
 def test_distances_are_mahalanobis_distances_from_each_component(candidate, good_spec, pixels):
