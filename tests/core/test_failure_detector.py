@@ -119,7 +119,10 @@ def without(answers: Answers, wrong: int) -> Answers:
     ("validation", "reason"),
     [
         (answers(0, 0), "has no validation images to calibrate on"),
-        (without(answers(1000, 0), 4), "4 of .* answers on validation images are wrong, and at least 10 wrong"),
+        (
+            without(answers(1000, 0), 4),
+            "4 of .* answers on validation images are wrong, and at least 10 wrong",
+        ),
         (
             dataclasses.replace(answers(1000, 0), logits=np.full((1000, CLASSES), np.inf)),
             "outputs are not finite",
