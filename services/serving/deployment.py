@@ -18,20 +18,17 @@ from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
 from defuse_core.errors import DefuseError, InputError, StoreError
 from defuse_core.store import Store
+from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.canary import CanaryStatistics, Comparison, ShadowRequest, ShadowRunner, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
 from services.serving.inputs import InputSpec, RejectedInput, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
 from services.serving.model import (
-    Batcher,
     LoadedModel,
     ModelInfo,
     ModelOutput,
-    PredictionRequest,
     PredictionResponse,
-    PredictionResult,
-    predict_batch,
     select_device,
 )
 from services.serving.registry import EMPTY, Registry, RegistryState
