@@ -92,7 +92,10 @@ def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
     assert run(rollback, *store) == "rolled back from version 2; version 1 is in production\n"
     shown = run(promote, "--store", own_store.address).splitlines()
     assert (
-        shown[0].startswith("   1  production   run first, labelled by reference models; by ana")
+        shown[0].startswith(
+            "   1  production   run first, labelled by reference models, finds failing inputs"
+        )
+        and "; by ana" in shown[0]
         and "first of all" in shown[0]
     )
     assert shown[1].startswith("   2               run second") and "rolled back from version 2" in shown[2]
