@@ -32,6 +32,7 @@ from defuse_core.evidence import (
     plain_spec,
     without_fold,
 )
+from defuse_core.failure_detector import FailureWatch, watch_run
 from defuse_core.health import expect_healthy
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
@@ -99,7 +100,13 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         judges=judges(run, compute),
     )
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
-    return write_report(run, found, evaluation, _evidence(run, compute, found))
+    evidence = _evidence(run, compute, found)
+    watch = run.once(
+        "report",
+        FailureWatch,
+        lambda: compute.task("report", watch_run, spec, models, fixes, sweep.weights),
+    )
+    return write_report(run, found, evaluation, evidence, watch)
 
 
 def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
@@ -184,12 +191,12 @@ def rewrite_report(run: Run) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    evaluation, evidence = _made(run, Evaluation), run.load(Evidence)
+    evaluation, evidence, watch = _made(run, Evaluation), run.load(Evidence), run.load(FailureWatch)
     try:
-        return write_report(run, found, evaluation, evidence)
+        return write_report(run, found, evaluation, evidence, watch)
     except StoreError as error:
         log.warning("the page is not written again, since the store cannot be written: %s", error)
-        return build_report(run, found, evaluation, evidence)
+        return build_report(run, found, evaluation, evidence, watch)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

@@ -115,6 +115,7 @@ def _environment() -> Environment:
         lam_text=formatting.lam_text,
         interval=formatting.interval,
         percent=formatting.percent,
+        score=formatting.score,
         size=formatting.size,
         spread=formatting.spread,
         text_of=formatting.text_of,
