@@ -171,6 +171,19 @@ def _corrections(
 
 def rewrite_report(run: Run) -> Report:
     """Rewrite the report of a finished run from its artefacts and return it. Raises InputError if unfinished."""
+    found, evaluation, evidence = load_findings(run)
+    try:
+        return write_report(run, found, evaluation, evidence)
+    except StoreError as error:
+        log.warning("the page is not written again, since the store cannot be written: %s", error)
+        return build_report(run, found, evaluation, evidence)
+
+
+def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None]:
+    """Return all that a finished run found, its evaluation, and its evidence (None with judges.count 0).
+
+    Raises InputError where the run is not finished.
+    """
     found = Findings(
         _made(run, Models),
         _made(run, Psi),
@@ -184,12 +197,7 @@ def rewrite_report(run: Run) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    evaluation, evidence = _made(run, Evaluation), run.load(Evidence)
-    try:
-        return write_report(run, found, evaluation, evidence)
-    except StoreError as error:
-        log.warning("the page is not written again, since the store cannot be written: %s", error)
-        return build_report(run, found, evaluation, evidence)
+    return found, _made(run, Evaluation), run.load(Evidence)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

@@ -19,7 +19,7 @@ from defuse_core.models.inference import (
     to_tensor,
 )
 from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
-from defuse_core.models.programs import SelfContainedClassifier
+from defuse_core.models.programs import SelfContainedClassifier, load_program, program_of
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
@@ -49,12 +49,14 @@ __all__ = [
     "kl_to_prior",
     "load_classifier",
     "load_pretrained",
+    "load_program",
     "load_vae",
     "log_classifier",
     "map_batches",
     "predict",
     "predict_probabilities",
     "probe_classifier",
+    "program_of",
     "read_weights",
     "set_weights",
     "to_device",

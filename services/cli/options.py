@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,10 @@ import click
 
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError
+from defuse_core.store import checked_name
 
 if TYPE_CHECKING:
     from defuse_core.suggest import ClassifierChoice
-
-
-RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions and kept inputs
 
 
 def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -46,19 +43,6 @@ set_option = click.option(
 until_option = click.option(
     "--until", type=click.Choice(STEPS), default=STEPS[-1], help="Stop after this step."
 )
-
-
-def checked_name(name: str) -> str:
-    """Return `name` if it can name a folder everywhere. Raises InputError."""
-    if name in RESERVED:
-        raise InputError(
-            f"run name {name}: expected another name, since the store keeps versions and traffic under it"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(
-            f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100"
-        )
-    return name
 
 
 def run_name(name: str | None, runfile: Path) -> str:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
-    checked_name,
     name_option,
     run_name,
     set_option,
