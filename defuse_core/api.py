@@ -192,6 +192,8 @@ class _Given:
 
     def run_file(self, recorded: RunFile | None, minutes: float, progress: Progress) -> RunFile:
         """Return the run file, once the images and the classifier that it names are in place."""
+        if not self.arrays and "data" not in self.settings:
+            raise DataError("debug: expected train=(images, labels), or settings with data; found neither")
         sections: dict[str, Any] = {}
         if self.arrays:
             sections["data"], images = self._data()

@@ -50,6 +50,13 @@ def run_name(name: str | None, runfile: Path) -> str:
     return checked_name(runfile.stem if name is None else name)
 
 
+track_option = click.option(
+    "--track",
+    type=click.Choice(["mlflow"]),
+    help="Send settings, figures, report and model to the server in MLFLOW_TRACKING_URI.",
+)
+
+
 CLASSIFIER_HELP = (
     "Your classifier: package.module:factory (with --weights), a file of torch.jit.save or torch.export.save, "
     "a folder of Hugging Face's, or timm:NAME (with --weights)."
