@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -104,12 +105,12 @@ class RunResult:
         return adapt(net, self.run.spec.classifier, len(models.classes)).eval()
 
     def __repr__(self) -> str:
-        return f"<run {self.run.name} in {self.run.store.address}: {self._summary()}>"
+        return f"<run {_shown(self.run.store.address)}: {self._summary()}>"
 
     def _repr_html_(self) -> str:
         if not self.run.store.exists("report.json"):
-            return render_run(None, self._summary(), self.page)
-        return render_run(self.report, headline(self.report), self.page)
+            return render_run(None, self._summary(), _shown(self.page))
+        return render_run(self.report, headline(self.report), _shown(self.page))
 
     def _summary(self) -> str:
         return headline(self.report) if self.run.store.exists("report.json") else "not finished"
@@ -174,6 +175,12 @@ class RunResult:
         return render_scenarios(cards, self._models.classes)
 
 
+def _shown(address: str) -> str:
+    """Return an address as it is shown: below the working directory without the way there."""
+    path = Path(address)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else address
+
+
 @dataclass(frozen=True, eq=False)
 class RealImages:
     """Real images near to a scenario, the nearest first."""
@@ -195,6 +202,9 @@ class RealImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} {self.part} images, the nearest first, of {', '.join(self.labels)}>"
 
     def _repr_html_(self) -> str:
         return render_real(self.images, self.labels, self.answers, f"Nearest {self.part} images")
