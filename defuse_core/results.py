@@ -36,6 +36,7 @@ from defuse_core.runs import Run
 if TYPE_CHECKING:
     import pandas as pd
 
+PART_NAMES = {"train": "training", "validation": "validation"}
 COLUMNS = (
     "accepted",
     "label",
@@ -204,10 +205,10 @@ class RealImages:
         return len(self.labels)
 
     def __repr__(self) -> str:
-        return f"<{len(self)} {self.part} images, the nearest first, of {', '.join(self.labels)}>"
+        return f"<{len(self)} {PART_NAMES[self.part]} images, the nearest first, of {', '.join(self.labels)}>"
 
     def _repr_html_(self) -> str:
-        return render_real(self.images, self.labels, self.answers, f"Nearest {self.part} images")
+        return render_real(self.images, self.labels, self.answers, f"Nearest {PART_NAMES[self.part]} images")
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "identify": {"draws": 4, "screen": "none"},
     "distill": {"by": "all", "max_components": 6, "min_support": 1, "max_iterations": 40},
     "review": {
-        "images": 5,
+        "images": 5,  # as in defuse_core/README.md
         "tau": 0.1,
         "accept": "share",
         "rho": 0.1,
@@ -404,7 +404,8 @@ def test_the_python_of_the_readme_runs_as_it_is_written(finished, store, monkeyp
         "test_images": images[400:],
         "test_labels": labels[400:],
     }
-    blocks = python_blocks(ROOT / "README.md")
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    for page in ("README.md", "defuse_core/README.md"):
+        blocks = python_blocks(ROOT / page)
+        assert blocks
+        for block in blocks:
+            exec(compile(block, page, "exec"), names)
