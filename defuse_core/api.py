@@ -27,7 +27,7 @@ from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, splits_of
 from defuse_core.errors import DataError, InputError, RunFileError, RunMismatchError
 from defuse_core.local import LocalCompute
-from defuse_core.models import load_program, program_of
+from defuse_core.models import copy_for_inference, load_program, program_of
 from defuse_core.models.adapters import find_logits
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import Progress, silent
@@ -306,7 +306,7 @@ def _npz(arrays: Arrays) -> bytes:
 
 def _is_same_classifier(classifier: nn.Module, stored: bytes, images: Tensor) -> bool:
     """Whether the stored program has the classifier's weights, and gives its answers."""
-    own = copy.deepcopy(classifier).cpu().eval()
+    own = copy_for_inference(classifier)
     program = load_program(stored, CLASSIFIER).net
     states = own.state_dict(), program.state_dict()
     if any(not torch.equal(states[0][name], states[1][name]) for name in states[0].keys() & states[1].keys()):

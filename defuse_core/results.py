@@ -5,7 +5,6 @@ Everything is read from the run when it is first asked for. In a notebook all of
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +22,14 @@ from defuse_core.errors import InputError
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import Evidence
 from defuse_core.export import corrected_classifier, plain_weights
-from defuse_core.models import encode_images, load_classifier, load_vae, predict, set_weights
+from defuse_core.models import (
+    copy_for_inference,
+    encode_images,
+    load_classifier,
+    load_vae,
+    predict,
+    set_weights,
+)
 from defuse_core.models.adapters import adapt
 from defuse_core.pipeline import load_findings
 from defuse_core.report import Report, parse_report
@@ -101,9 +107,9 @@ class RunResult:
         like = self._classifier if like is None else like
         if like is None:
             return stored
-        net = copy.deepcopy(like).cpu()
+        net = copy_for_inference(like)
         set_weights(net, plain_weights(stored), "corrected")
-        return adapt(net, self.run.spec.classifier, len(models.classes)).eval()
+        return adapt(net, self.run.spec.classifier, len(models.classes))
 
     def __repr__(self) -> str:
         return f"<run {_shown(self.run.store.address)}: {self._summary()}>"

@@ -19,7 +19,7 @@ from defuse_core.models.inference import (
     to_tensor,
 )
 from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
-from defuse_core.models.programs import SelfContainedClassifier, load_program, program_of
+from defuse_core.models.programs import SelfContainedClassifier, copy_for_inference, load_program, program_of
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
@@ -41,6 +41,7 @@ __all__ = [
     "build_classifier",
     "build_vae",
     "check_outputs",
+    "copy_for_inference",
     "decode_anchored",
     "decode_codes",
     "encode_images",

@@ -119,13 +119,22 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
     return SelfContainedClassifier(net, data)
 
 
+def copy_for_inference(module: nn.Module) -> nn.Module:
+    """Return a copy of the module on the CPU in eval mode."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return copy.deepcopy(module).cpu().eval()
+    out = io.BytesIO()
+    torch.jit.save(module, out)
+    return _load_script(out.getvalue()).eval()
+
+
 def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
     """Return the bytes from which load_program builds the module as it is in eval mode; the module stays unchanged.
 
     `images` (n, channels, H, W), two or more, is what it is traced with. Raises ModelError where the module fails on
     them, and where torch.export cannot follow its code.
     """
-    net = copy.deepcopy(module).cpu().eval()
+    net = copy_for_inference(module)
     try:
         with torch.inference_mode():
             net(images)

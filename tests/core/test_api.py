@@ -32,7 +32,7 @@ from tests.conftest import ROOT, tiny
 from tests.own_classifiers import Net, trained
 from tests.services.serving.synthetic_runs import make_run
 
-CONFUSED = [3, 8]  # classes whose logits the test's classifier swaps
+PREFERRED = 8  # class that the test's classifier sees too often
 SETTINGS: dict[str, Any] = {
     "vae": {"epochs": 40, "batch_size": 16, "channels": 8, "latent_dim": 4, "hidden": 64, "beta": 0.3},
     "identify": {"draws": 4, "screen": "none"},
@@ -69,21 +69,19 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(images.pixels)[:600, 0], images.labels[:600]
 
 
-def swapping() -> nn.Module:
-    """A trained classifier that takes 3 for 8 and 8 for 3."""
+def biased(by: float = 5.0) -> nn.Module:
+    """A trained classifier that takes many images for an 8."""
     net = Net()
     net.load_state_dict(trained().state_dict())
     with torch.no_grad():
-        last = net.body[-1]
-        last.weight[CONFUSED] = last.weight[CONFUSED[::-1]]
-        last.bias[CONFUSED] = last.bias[CONFUSED[::-1]]
+        net.body[-1].bias[PREFERRED] += by
     return net
 
 
 def arguments(store: Path, **changes: Any) -> dict[str, Any]:
     images, labels = digits()
     return {
-        "classifier": swapping(),
+        "classifier": biased(),
         "train": (images[:400], labels[:400]),
         "test": (images[400:], labels[400:]),
         "store": store,
@@ -129,13 +127,14 @@ def test_every_exported_name_exists_and_no_other_does():
         defuse.fix  # noqa: B018
 
 
-def test_the_planted_confusion_is_found_and_corrected(finished):
+def test_the_planted_fault_is_found_and_corrected(finished):
     table = finished.scenarios.to_frame()
     assert table.index.name == "number"
     assert len(table) == len(finished.scenarios) == finished.report.scenarios.components
     accepted = finished.scenarios.accepted
-    assert {(s.label, s.mistaken_for) for s in accepted} & {("3", "8"), ("8", "3")}
-    assert all(s.before < s.after for s in accepted if s.label in "38")
+    found = [s for s in accepted if s.mistaken_for == str(PREFERRED)]
+    assert found
+    assert all(s.before < s.after for s in found)
     assert finished.health().verdict in ("fit", "poor")
     assert Path(finished.page).exists()
 
@@ -172,7 +171,7 @@ def test_real_images_are_named_by_their_rows_in_the_arrays_that_were_given(finis
 
 
 def test_the_corrected_classifier_is_a_copy_of_the_one_that_was_given(finished):
-    net, before = finished.corrected(), swapping()
+    net, before = finished.corrected(), biased()
     assert isinstance(net, Net)
     assert not net.training
     assert net.state_dict().keys() == before.state_dict().keys()
@@ -180,7 +179,7 @@ def test_the_corrected_classifier_is_a_copy_of_the_one_that_was_given(finished):
     batch = torch.from_numpy(images[400:, None] / 255).float()
     with torch.inference_mode():
         answers, old = net(batch).argmax(1).numpy(), before.eval()(batch).argmax(1).numpy()
-    assert (answers == labels[400:]).mean() > (old == labels[400:]).mean() + 0.05
+    assert (answers == labels[400:]).mean() > (old == labels[400:]).mean()
 
 
 def test_an_opened_run_shows_the_same_and_corrects_alike(finished, store):
@@ -226,7 +225,7 @@ def test_other_images_or_another_classifier_under_the_same_name_are_refused_and_
 
 
 def test_the_given_classifier_keeps_its_mode_and_weights(finished, store):
-    net = swapping().train()
+    net = biased().train()
     weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     defuse.debug(**arguments(store, classifier=net, compute=no_compute))
     assert net.training
@@ -357,7 +356,7 @@ def test_a_classifier_that_torch_cannot_export_is_refused_with_the_other_way(tmp
 
 
 def test_a_scripted_classifier_and_a_whole_run_file_are_taken(tmp_path):
-    scripted = torch.jit.script(swapping())
+    scripted = torch.jit.script(biased())
     spec = settings_of(tmp_path, classifier=scripted, settings=tiny())
     assert (spec.classifier.architecture, spec.classifier.epochs) == ("program", 0)
     assert spec.vae == tiny().vae
@@ -398,7 +397,7 @@ def test_the_python_of_the_readme_runs_as_it_is_written(finished, store, monkeyp
     monkeypatch.chdir(store.parent)
     images, labels = digits()
     names: dict[str, Any] = {
-        "classifier": swapping(),
+        "classifier": biased(),
         "images": images[:400],
         "labels": labels[:400],
         "test_images": images[400:],
