@@ -178,6 +178,19 @@ def _corrections(
 
 def rewrite_report(run: Run) -> Report:
     """Rewrite the report of a finished run from its artefacts and return it. Raises InputError if unfinished."""
+    found, evaluation, evidence, watch = load_findings(run)
+    try:
+        return write_report(run, found, evaluation, evidence, watch)
+    except StoreError as error:
+        log.warning("the page is not written again, since the store cannot be written: %s", error)
+        return build_report(run, found, evaluation, evidence, watch)
+
+
+def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:
+    """Return all that a finished run found, its evaluation, its evidence (None with judges.count 0), and its watch.
+
+    Raises InputError where the run is not finished.
+    """
     found = Findings(
         _made(run, Models),
         _made(run, Psi),
@@ -191,12 +204,7 @@ def rewrite_report(run: Run) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    evaluation, evidence, watch = _made(run, Evaluation), run.load(Evidence), run.load(FailureWatch)
-    try:
-        return write_report(run, found, evaluation, evidence, watch)
-    except StoreError as error:
-        log.warning("the page is not written again, since the store cannot be written: %s", error)
-        return build_report(run, found, evaluation, evidence, watch)
+    return found, _made(run, Evaluation), run.load(Evidence), run.load(FailureWatch)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

@@ -42,6 +42,10 @@ class PictureFiles:
     def shape(self) -> tuple[int, ...]:
         return (len(self._paths), self._channels, self._size, self._size)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self._paths)
+
     def __len__(self) -> int:
         return len(self._paths)
 
