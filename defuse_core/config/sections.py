@@ -250,7 +250,7 @@ class JudgesSection(ClassifierSet):
     """As of review.reference, and best another one."""
     share: float = Field(0.5, ge=0, lt=1)
     """Share of the training images that only the judges are trained on; the reference models are trained on the rest.
-    0 trains both on all."""
+    Signs are divided in whole tracks. 0 trains both on all."""
 
 
 class ReviewSection(Section):
