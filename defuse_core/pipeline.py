@@ -61,7 +61,8 @@ T = TypeVar("T")
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
     spec, store = run.spec, run.store
-    models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
+    guide = reference_models(run, compute) if spec.vae.guide_weight else None
+    models = run.once("train", Models, lambda: compute.task("train", train, spec, store, guide))
     if run.until != "train":
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
