@@ -22,6 +22,7 @@ from defuse_core.errors import InputError
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import Evidence
 from defuse_core.export import corrected_classifier, plain_weights
+from defuse_core.failure_detector import FailureWatch
 from defuse_core.models import (
     copy_for_inference,
     encode_images,
@@ -130,7 +131,7 @@ class RunResult:
         return models
 
     @cached_property
-    def _findings(self) -> tuple[Findings, Evaluation, Evidence | None]:
+    def _findings(self) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:
         return load_findings(self.run)
 
     @cached_property
@@ -178,7 +179,7 @@ class RunResult:
         )
 
     def _show(self, scenarios: Sequence[ScenarioView]) -> str:
-        cards = [scenario_card(scenario.row, *self._findings) for scenario in scenarios]
+        cards = [scenario_card(scenario.row, *self._findings[:3]) for scenario in scenarios]
         return render_scenarios(cards, self._models.classes)
 
 

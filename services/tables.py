@@ -165,6 +165,8 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"Chosen: λ = {lam_text(report.chosen.lam)}, epoch {report.chosen.epoch}{cost}.")
     if not mixture.converged:
         lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}.")
+    if report.watch is not None:
+        lines.append(f"Watch: {report.watch.verdict}")
     lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
     return lines
 

@@ -49,6 +49,12 @@ def splits_of(arrays: Arrays, data: DataSection, seed: int, where: str) -> Split
     return Splits(sample(train, data.train_images, seed), validation, test, classes)
 
 
+def npz_classes(file: Path) -> tuple[str, ...] | None:
+    """Return the class names in the file, None where it has none. Reads no image. Raises DataError."""
+    found = _read(file, {"classes"})
+    return _names(found["classes"], file) if found else None
+
+
 def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
     """Return for parts train and validation, as open_npz gives them, the row of each image in the file's own arrays.
 
@@ -73,14 +79,14 @@ def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
     }
 
 
-def _read(file: Path) -> Arrays:
-    """Return the arrays with known names. Nothing is unpickled."""
+def _read(file: Path, wanted: set[str] = NAMES) -> Arrays:
+    """Return those of the wanted arrays that are in the file. Nothing is unpickled."""
     try:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with archive:
-            return {name: archive[name] for name in archive.files if name in NAMES}
+            return {name: archive[name] for name in archive.files if name in wanted}
     except (PermissionError, IsADirectoryError) as error:
         raise DataError(
             f"{file}: expected a readable .npz file ({error.strerror}); check data.root"

@@ -116,6 +116,7 @@ def environment() -> Environment:
         lam_text=formatting.lam_text,
         interval=formatting.interval,
         percent=formatting.percent,
+        score=formatting.score,
         size=formatting.size,
         spread=formatting.spread,
         text_of=formatting.text_of,

@@ -74,9 +74,11 @@ def submit(
     """
     from cluster.jobs import Jobs
     from defuse_core.config import load_run_file
+    from defuse_core.data import check_class_names
     from services.job_package import RUN_FILE, build_working_dir
 
     spec = load_run_file(runfile, overrides)
+    check_class_names(spec.data)
     run = run_name(name, runfile)
     command = [python, "-m", "services.cli", "run", RUN_FILE, "--name", run, "--store", _shared(store)]
     command += ["--until", until]

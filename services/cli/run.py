@@ -68,6 +68,7 @@ def run(
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
     """
     from defuse_core.config import load_run_file
+    from defuse_core.data import check_class_names
     from defuse_core.pipeline import run_defuse
     from defuse_core.runs import ReachedStep, Run
     from services.console import ProgressDisplay
@@ -76,6 +77,7 @@ def run(
     from services.tracking import MlflowTracking, expect_mlflow
 
     spec = load_run_file(runfile, overrides)
+    check_class_names(spec.data)
     opened, name = open_store(store), run_name(name, runfile)
     if track is not None:
         expect_mlflow(read_settings())
