@@ -6,7 +6,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -32,6 +32,7 @@ from defuse_core.correct import collect_sweep, load_fine_tuning_data, nothing_to
 from defuse_core.data import Images
 from defuse_core.identify import finished_shards, gather_shards, shard_count, shard_fingerprint
 from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Call
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -78,6 +79,19 @@ class RayCompute:
         done, result = self._start(step, function, *args)
         self._wait(step, done)
         return ray.get(result)  # type: ignore[no-any-return]
+
+    def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Return the results of the calls, each run as `task` runs one, as many at a time as fit on the cluster."""
+        started = [self._start(step, call.function, *call.args) for call in calls]
+        try:
+            for done, _ in started:
+                self._wait(step, done)
+        except BaseException:
+            for done, _ in started:
+                with contextlib.suppress(RayError):
+                    ray.cancel(done, force=True)
+            raise
+        return ray.get([result for _, result in started])  # type: ignore[no-any-return]
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
@@ -19,6 +19,7 @@ from defuse_core.data import Images
 from defuse_core.errors import ComputeError, DefuseError
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Call
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -34,6 +35,10 @@ class LocalCompute:
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...)."""
         return function(*args, progress=self.progress)
+
+    def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Return the results of the calls, made one after the other."""
+        return [self.task(step, call.function, *call.args) for call in calls]
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from defuse_core.artifacts import Corrections, Gallery, Models, Psi, ReferenceSet, Sweep, Votes
 from defuse_core.config import RunFile
@@ -13,11 +13,21 @@ from defuse_core.store import Store
 T = TypeVar("T")
 
 
+class Call(Generic[T]):
+    """A call of function(*args, progress=...) that is yet to be made."""
+
+    def __init__(self, function: Callable[..., T], *args: object) -> None:
+        self.function, self.args = function, args
+
+
 class Compute(Protocol):
     """Runs the heavy steps: in this process (local.py), or on a Ray cluster (cluster/compute.py)."""
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...), run where the accelerator is. Raises what the function raises."""
+
+    def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Return the results of independent calls, in their order: each is a task, as many at a time as fit."""
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None

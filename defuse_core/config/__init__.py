@@ -10,7 +10,9 @@ from defuse_core.config.loading import (
 )
 from defuse_core.config.run_file import (
     STEPS,
+    Arithmetic,
     CheckSection,
+    PrecisionSection,
     ResourcesSection,
     RunFile,
     ServeSection,
@@ -36,6 +38,7 @@ from defuse_core.config.sections import (
 __all__ = [
     "PAPER_LAMBDAS",
     "STEPS",
+    "Arithmetic",
     "CheckSection",
     "ClassifierSection",
     "ClassifierSet",
@@ -44,6 +47,7 @@ __all__ = [
     "DistillSection",
     "IdentifySection",
     "JudgesSection",
+    "PrecisionSection",
     "ReferenceModels",
     "ReportSection",
     "ResourcesSection",

@@ -85,7 +85,8 @@ def changed_field(recorded: RunFile, given: RunFile) -> str | None:
         )
         if field.endswith(".weights") and before.get(field) and now.get(field):
             continue  # the content of the file counts, not its path
-        if before.get(field) != now.get(field) and (not free or field == "resources.train_threads"):
+        numerics = field.startswith(("resources.train_threads", "resources.precision"))
+        if before.get(field) != now.get(field) and (not free or numerics):
             return f"{field}: {before.get(field)!r} in the run, {now.get(field)!r} now"
     return None
 
