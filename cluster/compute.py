@@ -25,14 +25,13 @@ from cluster.resources import (
     worker_count,
     worker_resources,
 )
-from cluster.sweep import SweepContext, run_trials
-from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
+from cluster.sweep import Outcome, SweepContext, run_trials
+from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import collect_sweep, load_fine_tuning_data, nothing_to_tune
-from defuse_core.data import Images
+from defuse_core.correct import collect_sweep, finished_trials, load_fine_tuning_data, nothing_to_tune
 from defuse_core.identify import finished_shards, gather_shards, shard_count, shard_fingerprint
 from defuse_core.progress import Progress, silent
-from defuse_core.protocols import Call
+from defuse_core.protocols import Call, SweepRequest
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -108,14 +107,23 @@ class RayCompute:
             records |= ShardQueue(pool, missing, count, self.progress).run()
         return gather_shards(records)
 
-    def sweep(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> Sweep:
-        """Fine-tune once per λ as Ray Tune trials. Raises ModelError or ComputeError if every trial failed for good."""
-        if nothing_to_tune(fixes, reviewed):
-            return collect_sweep(spec, models, [])
-        trials, failures = run_trials(self._sweep_context(spec, models, fixes, reviewed, store))
-        return collect_sweep(spec, models, trials, failures)
+    def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
+        """Fine-tune once per request and λ, all as trials of one Ray Tune run.
+
+        Raises ModelError or ComputeError if every trial of a request failed for good.
+        """
+        tuned = [each for each in requests if not nothing_to_tune(each.fixes, each.reviewed)]
+        outcomes = dict(zip(map(id, tuned), self._run_trials(models, tuned), strict=True))
+        return [collect_sweep(each.spec, models, *outcomes.get(id(each), ([], {}))) for each in requests]
+
+    def _run_trials(self, models: Models, requests: Sequence[SweepRequest]) -> list[Outcome]:
+        """Return the outcome of each request. Without a trial to run, nothing is started."""
+        if all(
+            finished_trials(each.spec, each.store).keys() >= set(each.spec.correct.lambdas)
+            for each in requests
+        ):
+            return [([*finished_trials(each.spec, each.store).values()], {}) for each in requests]
+        return run_trials(self._sweep_context(models, requests))
 
     def _pool(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None
@@ -133,27 +141,29 @@ class RayCompute:
             name=f"identify-{self.tag}",
         )
 
-    def _sweep_context(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> SweepContext:
+    def _sweep_context(self, models: Models, requests: Sequence[SweepRequest]) -> SweepContext:
         listener, section = self._ready(), self.spec.resources
         models_reference = ray.put(models)
-        done, data = self._start("correct", load_fine_tuning_data, spec, models_reference, fixes, reviewed)
-        self._wait("correct", done)
-        # put again, so that the driver's node owns it: lost with another node, it would have to be made again while
-        # trials that wait for it hold all CPUs
-        data = ray.put(ray.get(data))
         return SweepContext(
-            spec=spec,
+            requests=requests,
             models=models_reference,
-            data=data,
-            store=store,
+            data=[self._fine_tuning_data(models_reference, each) for each in requests],
             resources=worker_resources(section),
             max_concurrent=None if section.workers == "auto" else section.workers,
             listener=listener,
             progress=self.progress,
             name=f"correct-{self.tag}",
         )
+
+    def _fine_tuning_data(self, models: Any, request: SweepRequest) -> Any:
+        """Return a reference to the images of a sweep, made in a task."""
+        done, data = self._start(
+            "correct", load_fine_tuning_data, request.spec, models, request.fixes, request.reviewed
+        )
+        self._wait("correct", done)
+        # put again, so that the driver's node owns it: lost with another node, it would have to be made again while
+        # trials that wait for it hold all CPUs
+        return ray.put(ray.get(data))
 
     def _ready(self) -> ProgressListener:
         """Connect where needed, and return the listener. Raises RunFileError for missing resources or images."""

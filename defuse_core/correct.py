@@ -245,6 +245,12 @@ def run_trial(
         yield trial
 
 
+def finished_trials(spec: RunFile, store: Store) -> dict[float, Trial]:
+    """Return the trials in `store` that are done, by λ."""
+    stored = {lam: _read_trial(store, lam) for lam in spec.correct.lambdas}
+    return {lam: trial for lam, trial in stored.items() if trial is not None and trial.done}
+
+
 def _read_trial(store: Store, lam: float) -> Trial | None:
     """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
     key = trial_key(lam)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
+from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import (
     collect_sweep,
@@ -15,11 +15,10 @@ from defuse_core.correct import (
     nothing_to_tune,
     run_trial,
 )
-from defuse_core.data import Images
 from defuse_core.errors import ComputeError, DefuseError
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.progress import Progress, silent
-from defuse_core.protocols import Call
+from defuse_core.protocols import Call, SweepRequest
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -53,17 +52,19 @@ class LocalCompute:
             self.progress("perturbing training images", index + 1, count, "shards")
         return gather_shards(records)
 
-    def sweep(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> Sweep:
-        """Fine-tune, λ after λ. Raises ModelError or ComputeError if every trial failed."""
-        if nothing_to_tune(fixes, reviewed):
+    def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
+        """Fine-tune, λ after λ. Raises ModelError or ComputeError if every trial of a request failed."""
+        return [self._sweep(models, request) for request in requests]
+
+    def _sweep(self, models: Models, request: SweepRequest) -> Sweep:
+        spec = request.spec
+        if nothing_to_tune(request.fixes, request.reviewed):
             return collect_sweep(spec, models, [])
-        tuning = load_fine_tuning_data(spec, models, fixes, reviewed, progress=self.progress)
+        tuning = load_fine_tuning_data(spec, models, request.fixes, request.reviewed, progress=self.progress)
         trials, failures = [], dict[float, DefuseError]()
         for index, lam in enumerate(spec.correct.lambdas):
             try:
-                *_, trial = run_trial(spec, models, tuning, lam, store)
+                *_, trial = run_trial(spec, models, tuning, lam, request.store)
                 trials.append(trial)
             except Exception as error:
                 if not is_trial_failure(error):

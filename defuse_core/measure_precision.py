@@ -18,13 +18,27 @@ from defuse_core.device import cpu_threads, device
 from defuse_core.models import build_classifier, build_vae, kl_to_prior, to_device, to_tensor
 from defuse_core.precision import autocast
 from defuse_core.progress import Progress
+from defuse_core.protocols import Compute
 from defuse_core.reference_models import build_reference
+from defuse_core.runs import Run
 from defuse_core.seeds import torch_seed
 
 log = logging.getLogger("defuse")
 STEP_IMAGES = 32  # of a measured step
 STEPS = 3  # measured, of which the fastest counts
 MIN_GAIN = 1.1  # bf16 is chosen from this ratio of times on: it costs some accuracy of the weights
+
+
+def settle_precision(run: Run, compute: Compute) -> None:
+    """Put what is measured in the place of resources.precision: auto in the run's settings.
+
+    The choice is stored with the run, so that a run which is resumed on another machine keeps it.
+    """
+    if run.spec.resources.precision == "auto":
+        measured = run.once(
+            "train", MeasuredPrecision, lambda: compute.task("train", measure_precision, run.spec)
+        )
+        run.spec = with_precision(run.spec, measured)
 
 
 def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision:

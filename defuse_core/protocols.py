@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from defuse_core.artifacts import Corrections, Gallery, Models, Psi, ReferenceSet, Sweep, Votes
@@ -18,6 +19,16 @@ class Call(Generic[T]):
 
     def __init__(self, function: Callable[..., T], *args: object) -> None:
         self.function, self.args = function, args
+
+
+@dataclass(frozen=True, eq=False)
+class SweepRequest:
+    """A sweep over λ that is yet to be made."""
+
+    spec: RunFile  # correct.lambdas and the rest of its section
+    fixes: Corrections  # D_f, and the held-out images
+    reviewed: Images | None  # tuned on in the place of D_f: the baseline
+    store: Store  # of its trials; those that it holds already resume after their last finished epoch
 
 
 class Compute(Protocol):
@@ -37,13 +48,8 @@ class Compute(Protocol):
         With `references` a failing draw is kept only where these models recognise its source's class.
         """
 
-    def sweep(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> Sweep:
-        """Fine-tune once per λ (§3.2.3), on the codes of `fixes`, or on `reviewed` in their place (the baseline).
-
-        Trials that `store` already holds resume after their last finished epoch.
-        """
+    def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
+        """Fine-tune once per request and λ (§3.2.3); the trials of all requests are run together."""
 
 
 class Annotators(Protocol):

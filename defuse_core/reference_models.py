@@ -8,6 +8,7 @@ seeds, and are trained on images that the reference models have not seen (judges
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from torch.nn import functional as F
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
 from defuse_core.batches import DeviceImages
 from defuse_core.checkpoint import Losses, minibatches, train_step
+from defuse_core.codec import decode, encode
 from defuse_core.config import ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.device import cpu_threads
+from defuse_core.errors import StoreError
 from defuse_core.models import (
     LeNet,
     ReferenceCnn,
@@ -37,14 +40,16 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.precision import autocast
-from defuse_core.progress import Progress, silent
+from defuse_core.progress import Progress
 from defuse_core.protocols import Call
 from defuse_core.seeds import generator, torch_seed
+from defuse_core.store import Store
 
 if TYPE_CHECKING:
     from defuse_core.protocols import Compute
     from defuse_core.runs import Run
 
+log = logging.getLogger("defuse")
 SetName = Literal["reference", "judges"]
 SCORED_IMAGES = 5000  # of validation and test that the accuracy of each model is measured on
 
@@ -65,7 +70,8 @@ def reference_models(run: Run, compute: Compute) -> ReferenceSet:
     """Return the reference models of the run, trained when they are first needed."""
 
     def make() -> ReferenceSet:
-        return train_reference_models(run.spec, _fingerprint(run), compute)
+        calls = _calls(run.spec, "reference", _fingerprint(run), run.store)
+        return _merge(compute.tasks("train", calls))
 
     return run.once("train", ReferenceSet, make, "references")
 
@@ -82,7 +88,7 @@ def judges(run: Run, compute: Compute) -> ReferenceSet | None:
         return None
 
     def make() -> ReferenceSet:
-        return train_judges(run.spec, _fingerprint(run), compute)
+        return _merge(compute.tasks("report", _calls(run.spec, "judges", _fingerprint(run), run.store)))
 
     return run.once("report", ReferenceSet, make, "judges")
 
@@ -136,37 +142,43 @@ def gallery_probabilities(
     return probabilities.reshape(len(models), *gallery.predicted.shape, -1)
 
 
-def train_reference_models(
-    spec: RunFile, fingerprint: str | None, compute: Compute | None = None, *, progress: Progress = silent
-) -> ReferenceSet:
-    """Return the reference models, trained side by side on the workers of `compute`, or one by one in this process.
+def train_reference_models(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
+    """Return the reference models, trained in this process.
 
     Raises RunMismatchError if the images are not those of `fingerprint`, if given.
     """
-    return _train_set(spec, "reference", fingerprint, compute, progress)
+    return _merge(
+        [call.function(*call.args, progress=progress) for call in _calls(spec, "reference", fingerprint)]
+    )
 
 
-def train_judges(
-    spec: RunFile, fingerprint: str | None, compute: Compute | None = None, *, progress: Progress = silent
-) -> ReferenceSet:
+def train_judges(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
     """Return the judges, likewise."""
-    return _train_set(spec, "judges", fingerprint, compute, progress)
+    return _merge(
+        [call.function(*call.args, progress=progress) for call in _calls(spec, "judges", fingerprint)]
+    )
 
 
-def _train_set(
-    spec: RunFile, name: SetName, fingerprint: str | None, compute: Compute | None, progress: Progress
-) -> ReferenceSet:
-    calls = [
-        Call(train_one, spec, name, number, fingerprint) for number in range(set_section(spec, name).count)
-    ]
-    if compute is None:
-        trained = [call.function(*call.args, progress=progress) for call in calls]
-    else:
-        trained = compute.tasks("train" if name == "reference" else "report", calls)
+def reference_calls(run: Run) -> list[Call[TrainedClassifier]]:
+    """Return the trainings of the reference models that are yet to be made, if the method needs them."""
+    if not references_take_part(run.spec) or run.load(ReferenceSet, "references") is not None:
+        return []
+    return _calls(run.spec, "reference", None, run.store)
+
+
+def _calls(
+    spec: RunFile, name: SetName, fingerprint: str | None, store: Store | None = None
+) -> list[Call[TrainedClassifier]]:
+    """Return the trainings of a set: independent, one call each. With a store each is made once."""
+    count = set_section(spec, name).count
+    return [Call(train_one, spec, name, number, fingerprint, store) for number in range(count)]
+
+
+def _merge(trained: Sequence[TrainedClassifier]) -> ReferenceSet:
     return ReferenceSet(
         tuple(model.weights for model in trained),
         trained[0].train_images,
-        np.array([model.validation for model in trained], np.float64),
+        np.array([model.validation for model in trained], np.float64),  # None becomes nan
         np.array([model.test for model in trained], np.float64),
     )
 
@@ -182,23 +194,53 @@ class TrainedClassifier:
 
     weights: Weights
     train_images: int
-    validation: float  # accuracy; nan without validation images
-    test: float
+    validation: float | None  # accuracy; None without validation images
+    test: float | None
+    data_fingerprint: str  # of the images trained on
 
 
 def train_one(
-    spec: RunFile, name: SetName, number: int, fingerprint: str | None, *, progress: Progress
+    spec: RunFile,
+    name: SetName,
+    number: int,
+    fingerprint: str | None,
+    store: Store | None,
+    *,
+    progress: Progress,
 ) -> TrainedClassifier:
-    """Return model `number` of a set. It depends on no other model of the set."""
+    """Return model `number` of a set, which depends on no other model of it; the one in `store` if it is there."""
     splits = (
         reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
     )
-    section = set_section(spec, name)
-    train = _training_images(spec, section, name, splits.train).loaded()
+    key = f"training/{name}-{number}.safetensors"
+    found = None if store is None else _stored(store, key, splits.fingerprint())
+    if found is None:
+        found = _train_one(spec, name, number, splits, progress)
+        if store is not None:
+            store.write(key, encode(found))
+    return found
+
+
+def _stored(store: Store, key: str, fingerprint: str) -> TrainedClassifier | None:
+    """Return the model under `key`; None where there is none, and where it is damaged or of other images."""
+    if not store.exists(key):
+        return None
+    try:
+        found = decode(TrainedClassifier, store.read(key), f"{store.address}/{key}", "it is trained again")
+    except StoreError as error:
+        log.warning("train: %s", error)
+        return None
+    return found if found.data_fingerprint == fingerprint else None
+
+
+def _train_one(
+    spec: RunFile, name: SetName, number: int, splits: Splits, progress: Progress
+) -> TrainedClassifier:
+    train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
     with cpu_threads(spec.resources.train_threads):
         model = train_reference(spec, name, train, len(splits.classes), number, progress)
         validation, test = _scores(model, splits)
-    return TrainedClassifier(weights_of(model), len(train), validation, test)
+    return TrainedClassifier(weights_of(model), len(train), validation, test, splits.fingerprint())
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
@@ -213,11 +255,9 @@ def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train
     return train
 
 
-def _scores(model: nn.Module, splits: Splits) -> tuple[float, float]:
+def _scores(model: nn.Module, splits: Splits) -> tuple[float | None, float | None]:
     parts = (splits.validation, splits.test)
-    scores = [
-        math.nan if part is None else accuracy(model, part.take(slice(0, SCORED_IMAGES))) for part in parts
-    ]
+    scores = [None if part is None else accuracy(model, part.take(slice(0, SCORED_IMAGES))) for part in parts]
     return scores[0], scores[1]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ from defuse_core.models import (
 )
 from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
+from defuse_core.protocols import Call, Compute
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 
@@ -171,7 +173,8 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    log_parts(spec.data, on_disk)
+    if store is None or not _trains_both(spec):
+        log_parts(spec.data, on_disk)
     vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
@@ -195,6 +198,39 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
         if store is not None:
             store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
     return models
+
+
+def train_side_by_side(
+    spec: RunFile, store: Store, compute: Compute, others: Sequence[Call[Any]] = ()
+) -> Models:
+    """Return what `train` does. Classifier, β-VAE and `others` are tasks that run at the same time where they fit.
+
+    Each leaves its last checkpoint in `store`, from which `train` goes on. Where one training uses all CPUs
+    (resources.train_threads), they follow one another.
+    """
+    if _trains_both(spec):
+        parts = [Call(train_part, spec, store, part) for part in ("vae", "classifier")]  # the longest first
+        compute.tasks("train", [*parts, *others])
+    return compute.task("train", train, spec, store)
+
+
+def _trains_both(spec: RunFile) -> bool:
+    return spec.classifier.epochs > 0 and spec.vae.epochs > 0
+
+
+def train_part(
+    spec: RunFile, store: Store, part: Literal["classifier", "vae"], *, progress: Progress
+) -> None:
+    """Train the classifier or the β-VAE up to its last checkpoint in `store`."""
+    on_disk = open_splits(spec.data, spec.seed)
+    _expect_validation(spec, on_disk)
+    vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
+    with cpu_threads(spec.resources.train_threads):
+        if part == "vae":
+            train_vae(spec, vae, on_disk.loaded("train"), store, progress)
+            return
+        log_parts(spec.data, on_disk)
+        train_classifier(spec, on_disk.loaded(), store, progress)
 
 
 class VaeFigures(TypedDict):

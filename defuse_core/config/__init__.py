@@ -1,12 +1,14 @@
 """The run file: YAML, validated into frozen models, one section per step."""
 
 from defuse_core.config.loading import (
+    added_lambdas,
     apply_override,
     changed_field,
     dump_run_file,
     first_problem,
     load_run_file,
     parse_run_file,
+    with_lambdas,
 )
 from defuse_core.config.run_file import (
     STEPS,
@@ -56,6 +58,7 @@ __all__ = [
     "Section",
     "ServeSection",
     "VaeSection",
+    "added_lambdas",
     "apply_override",
     "changed_field",
     "dump_run_file",
@@ -63,5 +66,6 @@ __all__ = [
     "load_run_file",
     "model_sections",
     "parse_run_file",
+    "with_lambdas",
     "with_weights",
 ]
