@@ -90,7 +90,7 @@ class RayCompute:
                 with contextlib.suppress(RayError):
                     ray.cancel(done, force=True)
             raise
-        return ray.get([result for _, result in started])  # type: ignore[no-any-return]
+        return ray.get([result for _, result in started])
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None

@@ -35,7 +35,7 @@ def test_the_sweep_equals_the_local_one(
 ) -> None:
     told = []
     with RayCompute(None, tiny_spec, lambda *args: told.append(args)) as compute:
-        sweep = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])[0]
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
     assert_equal_sweeps(sweep, local_sweep)
     assert ("fine-tuning over λ", 6, 6, "epochs") in told
 
@@ -62,7 +62,7 @@ def test_a_sweep_over_nothing_starts_nothing(tiny_spec: RunFile, tiny_models: Mo
         np.zeros(0, int), np.zeros(0, int), np.zeros((0, 24, 4), np.float32), np.zeros((0, 24, 4), np.float32)
     )
     with RayCompute(None, tiny_spec) as compute:
-        sweep = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, none, None, FolderStore(tmp_path))])[0]
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, none, None, FolderStore(tmp_path))])
         assert compute.listener is None
     assert sweep.weights == {}
 
@@ -79,7 +79,7 @@ def test_a_killed_trial_goes_on_at_its_last_finished_epoch(
         lines.lines.clear()
         writes = store.writes(trial_key(1.0))
         killer = kill_soon(lines, "correct: λ = 1", lambda: int(writes) == 2)
-        sweep = compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])[0]
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
     killer.join()
     assert len(set(lines.processes("correct: λ = 1"))) == 2
     assert int(writes) == 4
@@ -91,7 +91,7 @@ def test_a_trial_that_fails_for_good_is_left_out_and_told(
 ) -> None:
     store = RefusingStore(tmp_path / "run", trial_key(1.0), with_bug=True)
     with RayCompute(None, tiny_spec) as compute:
-        sweep = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])[0]
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])
     assert sweep.failed == (FailedTrial(1.0, "ZeroDivisionError: of a pixel by nothing"),)
     assert sweep.rows == tuple(row for row in local_sweep.rows if row.lam != 1.0)
 
@@ -115,7 +115,7 @@ def test_a_sweep_without_a_trial_left_fails(tiny_models: Models, fixes: Correcti
     spec = tiny(correct={"lambdas": [1.0]})
     store = RefusingStore(tmp_path / "run", "lam", with_bug=True)
     with RayCompute(None, spec) as compute, pytest.raises(ComputeError) as raised:
-        compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])[0]
+        compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
     assert str(raised.value) == "correct: every trial failed; λ = 1: ZeroDivisionError: of a pixel by nothing"
 
 
@@ -127,7 +127,7 @@ def test_trials_that_another_disk_holds_are_said(
         RayCompute(None, spec) as compute,
         pytest.raises(InputError, match="--store must be one that all nodes"),
     ):
-        compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, OwnDiskStore(tmp_path / "run"))])[0]
+        compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, OwnDiskStore(tmp_path / "run"))])
 
 
 def test_a_driver_that_lost_its_run_ends_its_trials(
@@ -136,7 +136,7 @@ def test_a_driver_that_lost_its_run_ends_its_trials(
     store = TakenOverStore(tmp_path / "run", pause_s=1.0)
     with RayCompute(None, tiny_spec) as compute:
         with pytest.raises(RunBusyError, match="another driver took the run over"):
-            compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])[0]
+            compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])
         assert all_end(set(lines.processes("correct: λ")), within_s=20)
 
 
@@ -188,7 +188,7 @@ def test_a_lambda_that_overflows_is_a_diverged_trial(
     lam: float, tiny_models: Models, fixes: Corrections, tmp_path: Path
 ) -> None:
     spec = tiny(correct={"lambdas": [1.0, lam], "epochs": 1})
-    sweep = LocalCompute().sweeps(tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])[0]
+    (sweep,) = LocalCompute().sweeps(tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])
     (failed,) = sweep.failed
     assert failed.lam == lam
     assert "diverged" in failed.cause

@@ -61,7 +61,7 @@ def test_fine_tuning_with_a_large_lambda_learns_the_scenarios(tiny_spec, tiny_mo
 
 def test_a_lambda_that_diverges_is_told_and_left_out(tiny_models, fixes, tmp_path):
     spec = tiny(correct={"lambdas": [1.0, 1e39], "epochs": 1})
-    sweep = LocalCompute().sweeps(tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])[0]
+    (sweep,) = LocalCompute().sweeps(tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])
     assert [row.lam for row in sweep.rows] == [1.0]
     assert sweep.failed[0].lam == 1e39 and "diverged" in sweep.failed[0].cause
     spec = tiny(correct={"lambdas": [1e39], "epochs": 1})
@@ -79,7 +79,7 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
 
     monkeypatch.setattr("defuse_core.local.run_trial", gone)
     with pytest.raises(DataError, match=r"a\.png"):
-        LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])[0]
+        LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
 def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(tiny_models, tuning):
