@@ -30,6 +30,7 @@ from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep, finished_trials, load_fine_tuning_data, nothing_to_tune
 from defuse_core.identify import finished_shards, gather_shards, shard_count, shard_fingerprint
+from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Call, SweepRequest
 from defuse_core.store import Store
@@ -53,9 +54,11 @@ class RayCompute:
         progress: Progress = silent,
         *,
         require_lock: Callable[[], None] = lambda: None,
+        profile: Profile = UNTRACED,
     ) -> None:
         """`require_lock` raises RunBusyError once another driver has the run; a task that runs then is ended."""
         self.address, self.spec, self.progress, self.require_lock = address, spec, progress, require_lock
+        self.profile = profile
         self.listener: ProgressListener | None = None
         self.connected_here = False
         self.tag = secrets.token_hex(2)  # so that the names of two drivers' actors differ
@@ -75,21 +78,12 @@ class RayCompute:
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...), run as one task with a GPU where the cluster has one."""
-        done, result = self._start(step, function, *args)
-        self._wait(step, done)
-        return ray.get(result)  # type: ignore[no-any-return]
+        return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         """Return the results of the calls, each run as `task` runs one, as many at a time as fit on the cluster."""
         started = [self._start(step, call.function, *call.args) for call in calls]
-        try:
-            for done, _ in started:
-                self._wait(step, done)
-        except BaseException:
-            for done, _ in started:
-                with contextlib.suppress(RayError):
-                    ray.cancel(done, force=True)
-            raise
+        self._wait(step, *(done for done, _ in started))
         return ray.get([result for _, result in started])
 
     def identify(
@@ -139,6 +133,7 @@ class RayCompute:
             wanted=(lambda: capacity(resources)) if section.workers == "auto" else (lambda: first),
             listener=listener,
             name=f"identify-{self.tag}",
+            profile=self.profile,
         )
 
     def _sweep_context(self, models: Models, requests: Sequence[SweepRequest]) -> SweepContext:
@@ -153,6 +148,7 @@ class RayCompute:
             listener=listener,
             progress=self.progress,
             name=f"correct-{self.tag}",
+            profile=self.profile,
         )
 
     def _fine_tuning_data(self, models: Any, request: SweepRequest) -> Any:
@@ -181,25 +177,28 @@ class RayCompute:
         """Start a task; return one reference that is ready when the task has ended, and one to its result."""
         listener, resources = self._ready(), task_resources(self.spec.resources)
         remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options())
-        done, result = remote.remote(step, function, listener.actor, *args)
+        done, result = remote.remote(step, function, self.profile, listener.actor, *args)
         return done, result
 
-    def _wait(self, step: str, done: Any) -> None:
-        """Show a task's progress until it ends; its result stays on its node. Raises its error."""
+    def _wait(self, step: str, *tasks: Any) -> None:
+        """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
+        waiting = list(tasks)
         try:
-            self._show_until(step, done)
-        except BaseException:
-            with contextlib.suppress(RayError):
-                ray.cancel(done, force=True)
+            while waiting:
+                ready, waiting = self._show_until_one_ends(step, waiting)
+                ray.get(ready)
+        except BaseException as error:
+            for task in waiting:
+                with contextlib.suppress(RayError):
+                    ray.cancel(task, force=True)
+            if isinstance(error, RayError):
+                raise as_defuse_error(error, step) from error
             raise
-        try:
-            ray.get(done)
-        except RayError as error:
-            raise as_defuse_error(error, step) from error
 
-    def _show_until(self, step: str, done: Any) -> None:
+    def _show_until_one_ends(self, step: str, waiting: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the tasks that ended, and the others."""
         listener, started, reported = self._ready(), time.monotonic(), False
-        while not ray.wait([done], timeout=POLL_EVERY_S)[0]:
+        while not (ended := ray.wait(waiting, timeout=POLL_EVERY_S))[0]:
             self.require_lock()
             reported |= listener.poll()
             if not reported and time.monotonic() - started > WARN_AFTER_S:
@@ -207,9 +206,12 @@ class RayCompute:
                 resources = task_resources(self.spec.resources)
                 log.warning("%s: waiting for %s to be free on the cluster", step, resources)
         listener.flush()
+        return ended
 
 
-def _in_worker(step: str, function: Callable[..., T], progress_actor: Any, *args: object) -> tuple[None, T]:
+def _in_worker(
+    step: str, function: Callable[..., T], profile: Profile, progress_actor: Any, *args: object
+) -> tuple[None, T]:
     with reporting(progress_actor) as progress:
         log.debug("%s: in %s", step, current_location(step))
-        return None, function(*args, progress=progress)
+        return None, profile.call(step, function, *args, progress=progress)

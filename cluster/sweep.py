@@ -23,6 +23,7 @@ from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
 from defuse_core.correct import finished_trials, is_trial_failure, run_trial, trial_key
 from defuse_core.errors import ComputeError, DefuseError, InputError
+from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import Store
@@ -51,6 +52,7 @@ class SweepContext:
     listener: ProgressListener
     progress: Progress
     name: str
+    profile: Profile = UNTRACED
 
     def unfinished(self) -> list[Name]:
         """Return the trials that are yet to be run, request after request."""
@@ -110,6 +112,7 @@ def _trial(
     models: Models,
     data: list[Any],
     progress_actor: Any,
+    profile: Profile,
 ) -> None:
     """One λ of one request, in a worker. Reports how many epochs are done."""
     number, lam = config["trial"]
@@ -117,7 +120,8 @@ def _trial(
     with reporting(progress_actor):
         location = current_location(STEP)
         log.debug("correct: λ = %g in %s", lam, location)
-        for trial in run_trial(request.spec, models, ray.get(data[number]), lam, request.store):
+        trials = run_trial(request.spec, models, ray.get(data[number]), lam, request.store)
+        for trial in profile.first(STEP, f"lambda-{lam:g}-{number}", trials):
             tune.report({"epochs": len(trial.rows), "visible_gpus": location.visible_gpus})
 
 
@@ -130,6 +134,7 @@ def _trainable(sweep: SweepContext) -> type[Trainable]:
         models=sweep.models,
         data=sweep.data,
         progress_actor=sweep.listener.actor,
+        profile=sweep.profile,
     )
     return named_trainable(function, STEP)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
@@ -17,6 +18,7 @@ from defuse_core.correct import (
 )
 from defuse_core.errors import ComputeError, DefuseError
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
+from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Call, SweepRequest
 from defuse_core.store import Store
@@ -28,12 +30,12 @@ T = TypeVar("T")
 class LocalCompute:
     """The protocol `Compute`, without a cluster."""
 
-    def __init__(self, progress: Progress = silent) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress = silent, profile: Profile = UNTRACED) -> None:
+        self.progress, self.profile = progress, profile
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...)."""
-        return function(*args, progress=self.progress)
+        return self.profile.call(step, function, *args, progress=self.progress)
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         """Return the results of the calls, made one after the other."""
@@ -48,7 +50,9 @@ class LocalCompute:
         records = finished_shards(store, identifier.fingerprint)
         for index in range(count):
             if index not in records:
-                records[index] = save_shard(store, index, identifier.shard(index))
+                with self.profile.trace("identify", "shard", silent) if not records else nullcontext():
+                    shard = identifier.shard(index)
+                records[index] = save_shard(store, index, shard)
             self.progress("perturbing training images", index + 1, count, "shards")
         return gather_shards(records)
 
@@ -64,7 +68,8 @@ class LocalCompute:
         trials, failures = [], dict[float, DefuseError]()
         for index, lam in enumerate(spec.correct.lambdas):
             try:
-                *_, trial = run_trial(spec, models, tuning, lam, request.store)
+                made = run_trial(spec, models, tuning, lam, request.store)
+                *_, trial = self.profile.first("correct", f"lambda-{lam:g}", made)
                 trials.append(trial)
             except Exception as error:
                 if not is_trial_failure(error):
