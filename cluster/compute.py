@@ -142,7 +142,7 @@ class RayCompute:
         return SweepContext(
             requests=requests,
             models=models_reference,
-            data=[self._fine_tuning_data(models_reference, each) for each in requests],
+            data=self._fine_tuning_data(models_reference, requests),
             resources=worker_resources(section),
             max_concurrent=None if section.workers == "auto" else section.workers,
             listener=listener,
@@ -151,15 +151,16 @@ class RayCompute:
             profile=self.profile,
         )
 
-    def _fine_tuning_data(self, models: Any, request: SweepRequest) -> Any:
-        """Return a reference to the images of a sweep, made in a task."""
-        done, data = self._start(
-            "correct", load_fine_tuning_data, request.spec, models, request.fixes, request.reviewed
-        )
-        self._wait("correct", done)
+    def _fine_tuning_data(self, models: Any, requests: Sequence[SweepRequest]) -> list[Any]:
+        """Return a reference to the images of each sweep, made in tasks."""
+        started = [
+            self._start("correct", load_fine_tuning_data, each.spec, models, each.fixes, each.reviewed)
+            for each in requests
+        ]
+        self._wait("correct", *(done for done, _ in started))
         # put again, so that the driver's node owns it: lost with another node, it would have to be made again while
         # trials that wait for it hold all CPUs
-        return ray.put(ray.get(data))
+        return [ray.put(ray.get(data)) for _, data in started]
 
     def _ready(self) -> ProgressListener:
         """Connect where needed, and return the listener. Raises RunFileError for missing resources or images."""
