@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -150,7 +151,7 @@ class _VaeTrainer:
         guide: nn.Module | None,
         views: np.random.Generator,
     ) -> tuple[Tensor, ...]:
-        """Take one step; return loss, reconstruction, KL, and the cross-entropies of class head and guide (0 without)."""
+        """Take one step; return loss, reconstruction, KL, cross-entropies of class head and guide (0 without)."""
         section = self.spec.vae
         terms = vae_terms(self.vae, images, noise, self.spec.resources.arithmetic("vae"))
         loss = terms.reconstruction + beta * terms.divergence
