@@ -7,6 +7,7 @@ import fcntl
 import glob
 import os
 import platform
+import re
 import secrets
 import shutil
 import tempfile
@@ -18,14 +19,28 @@ from typing import Protocol, TextIO
 
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
-from defuse_core.errors import RunBusyError, StoreError
+from defuse_core.errors import InputError, RunBusyError, StoreError
 
+RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions and kept inputs
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 UNFINISHED_S = 600.0
 LOCK = ".lock"
 GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over
 GATE_S = 20.0
 DELETED = ".deleted"  # suffix of a folder that is being deleted
+
+
+def checked_name(name: str) -> str:
+    """Return the name of a run if it can name a folder everywhere. Raises InputError."""
+    if name in RESERVED:
+        raise InputError(
+            f"run name {name}: expected another name, since the store keeps versions and traffic under it"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(
+            f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100"
+        )
+    return name
 
 
 class Store(Protocol):

@@ -163,6 +163,9 @@ class VaeSection(Section):
     class_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of a linear classifier of the codes, trained with the β-VAE on the images' labels and
     then dropped: reconstructions keep their class more often. Paper: 0."""
+    guide_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of the reference models on the decodings, moved and blurred at random, under the
+    images' labels: decodings show their class where class_weight is not enough. f takes no part in it. Paper: 0."""
     kl_warmup_steps: int = Field(500, ge=0)
     """Optimisation steps over which the KL term grows linearly from 0. Paper: 500; 5000 for SVHN."""
     accept: Literal["fit", "poor", "blind"] = "poor"
@@ -269,7 +272,7 @@ class JudgesSection(ClassifierSet):
     """As of review.reference, and best another one."""
     share: float = Field(0.5, ge=0, lt=1)
     """Share of the training images that only the judges are trained on; the reference models are trained on the rest.
-    0 trains both on all."""
+    Signs are divided in whole tracks. 0 trains both on all."""
 
 
 class ReviewSection(Section):

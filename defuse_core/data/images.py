@@ -42,6 +42,10 @@ class PictureFiles:
     def shape(self) -> tuple[int, ...]:
         return (len(self._paths), self._channels, self._size, self._size)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self._paths)
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -108,6 +112,7 @@ class Images:
 
     pixels: U8 | F32 | PictureFiles  # (N, channels, H, W); uint8 0 to 255, or float32 in [0, 1]
     labels: I64  # (N,)
+    tracks: I64 | None = None  # (N,) images of one track show the same object; None where none do
 
     def __post_init__(self) -> None:
         shape, dtype = self.pixels.shape, self.pixels.dtype
@@ -119,6 +124,8 @@ class Images:
             raise ValueError(
                 f"Images.labels: expected int64 ({shape[0]},), found {self.labels.dtype} {self.labels.shape}"
             )
+        if self.tracks is not None and self.tracks.shape != self.labels.shape:
+            raise ValueError(f"Images.tracks: expected {self.labels.shape}, found {self.tracks.shape}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -133,14 +140,14 @@ class Images:
 
     def take(self, rows: slice | I64) -> Images:
         """Return the images of `rows`, in that order. Files are not read."""
-        files = isinstance(self.pixels, PictureFiles)
-        return Images(self.pixels.at(rows) if files else self.pixels[rows], self.labels[rows])  # type: ignore[union-attr]
+        pixels = self.pixels.at(rows) if isinstance(self.pixels, PictureFiles) else self.pixels[rows]
+        return Images(pixels, self.labels[rows], None if self.tracks is None else self.tracks[rows])
 
     def loaded(self) -> Images:
         """Return the images with their pixels in memory, as uint8; more than MAX_LOADED bytes stay in their files."""
         if not isinstance(self.pixels, PictureFiles) or math.prod(self.pixels.shape) > MAX_LOADED:
             return self
-        return Images(self.pixels[:], self.labels)
+        return replace(self, pixels=self.pixels[:])
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from defuse_core.errors import CheckFailed, InputError
-from services.cli.options import CLASSIFIER_HELP, checked_name, store_option
+from defuse_core.store import checked_name
+from services.cli.options import CLASSIFIER_HELP, store_option
 
 if TYPE_CHECKING:
     from torch import nn
