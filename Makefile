@@ -33,7 +33,7 @@ lint: setup
 test: setup  # Label Studio is installed while lint runs
 	$(BIN)/defuse label-studio install & installed=$$!; \
 	$(MAKE) lint && wait $$installed && \
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python tests/bench/all.py
