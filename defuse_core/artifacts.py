@@ -76,6 +76,7 @@ class VaeEpoch:
     kl: float
     beta: float
     class_loss: float | None = None  # cross-entropy of the class head on the codes; None without one
+    guide_loss: float | None = None  # the same of the reference models on decodings; None without
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +99,15 @@ class Models:
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
     device: str = "cpu"  # that they were trained on
     health: Health | None = None  # of the β-VAE; None in runs of versions that did not measure it
+
+
+@dataclass(frozen=True)
+class MeasuredPrecision:
+    """What `resources.precision: auto` measured, once per run: seconds of a step of each kind, and the choice."""
+
+    chosen: dict[str, str]  # kind of computation (a field of PrecisionSection) -> "f32" or "bf16"
+    f32_seconds: dict[str, float]
+    bf16_seconds: dict[str, float]  # inf where bf16 is not possible
 
 
 @dataclass(frozen=True, eq=False)

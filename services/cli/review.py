@@ -13,7 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.options import checked_name, store_option
+from defuse_core.store import checked_name
+from services.cli.options import store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from defuse_core.store import checked_name
 from services.cli.export import SuiteCheck, check_suite, suite_options
-from services.cli.options import address_option, checked_name, store_option
+from services.cli.options import address_option, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:

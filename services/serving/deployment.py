@@ -21,7 +21,8 @@ from defuse_core.store import Store
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.canary import CanaryStatistics, Comparison, ShadowRequest, ShadowRunner, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
-from services.serving.inputs import InputSpec, RejectedInput, decode_body
+from services.serving.errors import PredictionFailed, Unavailable
+from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
 from services.serving.model import (
@@ -198,18 +199,18 @@ class ClassifierDeployment:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def input_spec(self) -> InputSpec:
-        """Return the images that are accepted now. Raises RejectedInput without a version in production."""
+        """Return the images that are accepted now. Raises Unavailable without a version in production."""
         return self._production().input_spec
 
     def model_info(self) -> ModelInfo:
-        """Return what is known of the version in production. Raises RejectedInput without one."""
+        """Return what is known of the version in production. Raises Unavailable without one."""
         names = self.active.names()
         return ModelInfo.of(self._production(), self.active.state, names.get("canary"), names.get("shadow"))
 
     def _production(self) -> LoadedModel:
         if self.active.production is None:
             message = self.active.error or "no version is in production yet"
-            raise RejectedInput(503, message, self.settings.retry_after_s)
+            raise Unavailable(message, self.settings.retry_after_s)
         return self.active.production
 
     async def decode(self, media_type: str, files: list[bytes], spec: InputSpec) -> F32:
@@ -219,7 +220,7 @@ class ClassifierDeployment:
             return await loop.run_in_executor(self._decode_thread, decode_body, media_type, files, spec)
 
     async def predict(self, pixels: F32, key: bytes) -> PredictionResponse:
-        """Return the answer to one request. `key` selects the requests of a canary. Raises RejectedInput."""
+        """Return the answer to one request. `key` selects the requests of a canary. Raises RequestError."""
         production, active = self._production(), self.active
         canary = active.canary_for(key)
         answer = (
@@ -238,7 +239,7 @@ class ClassifierDeployment:
         if isinstance(output, Exception):
             self.metrics.errors.inc(len(pixels), {"version": model.name})
             log.error("version %s failed: %s", model.name, output)
-            raise RejectedInput(500, "the classifier failed on this input")
+            raise PredictionFailed("the classifier failed on this input")
         if active.shadow is not None:
             self._start(self._shadow.run(self._shadow_request(active, active.shadow, pixels, output)))
         self._count(model, output, pixels)
@@ -262,13 +263,13 @@ class ClassifierDeployment:
 
     @contextlib.asynccontextmanager
     async def _timeout(self) -> AsyncIterator[None]:
-        """Raise RejectedInput where the block takes longer than serve.timeout_s."""
+        """Raise Unavailable where the block takes longer than serve.timeout_s."""
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 yield
         except TimeoutError:
-            raise RejectedInput(
-                503, f"no answer within {self.settings.timeout_s:g} s", self.settings.retry_after_s
+            raise Unavailable(
+                f"no answer within {self.settings.timeout_s:g} s", self.settings.retry_after_s
             ) from None
 
     async def _predict_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
