@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import (
+    F32,
     I64,
     Corrections,
     FailedTrial,
@@ -37,7 +37,15 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
-from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
+from defuse_core.models import (
+    Vae,
+    accuracy,
+    decoder_of,
+    load_classifier,
+    load_vae,
+    to_tensor,
+    weights_of,
+)
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -80,19 +88,25 @@ def load_fine_tuning_data(
             train=train.loaded(),
             validation=splits.validation and splits.validation.loaded(),
             test=splits.test and splits.test.loaded(),
-            tune=reviewed if reviewed is not None else _decoded(vae, fixes.tune, fixes.labels),
-            held_out=_decoded(vae, fixes.test, fixes.labels),
+            tune=reviewed if reviewed is not None else tuning_images(vae, fixes),
+            held_out=held_out_images(vae, fixes),
         )
 
 
-def held_out_images(vae: nn.Module, fixes: Corrections) -> Images:
+def tuning_images(vae: Vae, fixes: Corrections) -> Images:
+    """Return the images of D_f, scenario after scenario."""
+    return _decoded(vae, fixes, fixes.tune, fixes.tune_anchor)
+
+
+def held_out_images(vae: Vae, fixes: Corrections) -> Images:
     """Return the scenario images that accuracy on failure scenarios is measured on, scenario after scenario."""
-    return _decoded(vae, fixes.test, fixes.labels)
+    return _decoded(vae, fixes, fixes.test, fixes.test_anchor)
 
 
-def _decoded(vae: Any, codes: Any, labels: I64) -> Images:
-    """(A, n, Z) codes and (A,) labels -> A·n images with labels."""
-    return Images(decode_codes(vae, codes.reshape(-1, codes.shape[2])), np.repeat(labels, codes.shape[1]))
+def _decoded(vae: Vae, fixes: Corrections, codes: F32, anchor: I64 | None) -> Images:
+    """Return the A·n images of (A, n, Z) codes, under the labels of their scenarios."""
+    decoder = decoder_of(vae, fixes.anchors)
+    return Images(decoder.decode(codes, anchor), np.repeat(fixes.labels, codes.shape[1]))
 
 
 def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:

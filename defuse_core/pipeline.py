@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from defuse_core.artifacts import (
     Corrections,
     Evaluation,
     Gallery,
+    Health,
     Models,
     MoreImages,
     Psi,
@@ -32,7 +35,7 @@ from defuse_core.evidence import (
     plain_spec,
     without_fold,
 )
-from defuse_core.health import expect_healthy
+from defuse_core.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
 from defuse_core.report import Report, build_report, write_report
@@ -61,9 +64,15 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
     spec, store = run.spec, run.store
     models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
-    if run.until != "train":
+    anchored = spec.vae.decode == "anchored"
+    if run.until != "train" and not anchored:
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
+    if anchored and references is not None:
+        measure = partial(compute.task, "train", measure_moved, spec, models, references)
+        models = replace(models, health=run.once("train", Health, measure))
+    if run.until != "train" and anchored:
+        expect_healthy(spec, models)
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
@@ -125,7 +134,7 @@ def _scenarios(
     run: Run, compute: Compute, psi: Psi, models: Models, references: ReferenceSet | None
 ) -> Scenarios:
     """Distill Ψ and, with review.tau: auto, give each component its own τ."""
-    scenarios = compute.task("distill", distill, run.spec, psi, run.store)
+    scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
     if run.spec.review.tau != "auto":
         return scenarios
     return compute.task("distill", tighten, run.spec, models, references, scenarios)
@@ -172,7 +181,7 @@ def _corrections(
 def rewrite_report(run: Run) -> Report:
     """Rewrite the report of a finished run from its artefacts and return it. Raises InputError if unfinished."""
     found = Findings(
-        _made(run, Models),
+        with_measured_health(run, _made(run, Models)),
         _made(run, Psi),
         _made(run, Scenarios),
         _made(run, Gallery),

@@ -21,6 +21,7 @@ from defuse_core.errors import RunFileError
 from defuse_core.health import (
     PROBE_IMAGES,
     STRIP_KEY,
+    health_of_moved,
     log_health,
     mean_kl,
     measure_health,
@@ -182,10 +183,10 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             device=device_name(),
-            **_measure_vae(classifier, vae, splits),
+            **_measure_vae(spec, classifier, vae, splits),
         )
         if store is not None:
-            store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
+            store.write(STRIP_KEY, reconstruction_strip(spec, vae, splits.train))
     return models
 
 
@@ -198,15 +199,18 @@ class VaeFigures(TypedDict):
     health: Health
 
 
-def _measure_vae(classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
+def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
     probe = splits.train.take(slice(0, PROBE_IMAGES))
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
-    health = measure_health(probe.labels, predict(classifier, probe), answers, kl)
+    if spec.vae.decode == "anchored":
+        health = health_of_moved(spec, classifier, vae, probe, kl)
+    else:
+        health = measure_health(probe.labels, predict(classifier, probe), answers, kl)
     log_health(health, splits.classes)
     return VaeFigures(
         reconstruction=float(errors.mean()),
-        reconstruction_flips=1 - health.reconstructions_right,
+        reconstruction_flips=1 - float((answers == probe.labels).mean()),
         kl_per_dimension=kl,
         health=health,
     )

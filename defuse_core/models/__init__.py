@@ -7,9 +7,9 @@ from defuse_core.models.architectures import (
     build_classifier,
     import_module,
 )
+from defuse_core.models.decoder import Decoder, decoder_at, decoder_of
 from defuse_core.models.inference import (
     accuracy,
-    decode_anchored,
     decode_codes,
     encode_images,
     map_batches,
@@ -32,6 +32,7 @@ from defuse_core.models.weights import (
 
 __all__ = [
     "CustomVae",
+    "Decoder",
     "LeNet",
     "ReferenceCnn",
     "ResNet18",
@@ -41,8 +42,9 @@ __all__ = [
     "build_classifier",
     "build_vae",
     "check_outputs",
-    "decode_anchored",
     "decode_codes",
+    "decoder_at",
+    "decoder_of",
     "encode_images",
     "expect_autoencoder",
     "import_module",

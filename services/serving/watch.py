@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defuse_core.artifacts import F32, F64, Corrections
+from defuse_core.artifacts import F32, F64, I64, Corrections
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads
-from defuse_core.models import Vae, decode_codes, encode_images
+from defuse_core.models import Decoder, Vae, decoder_of, encode_images
 from defuse_core.seeds import generator
 
 LEVELS = np.unique(
@@ -55,20 +55,28 @@ def calibrate(spec: RunFile, vae: Vae, train: Images, corrections: Corrections) 
     rng = generator(spec.seed, "watch")
     rows = np.sort(rng.choice(len(train), min(len(train), spec.serve.watch_images), replace=False))
     with cpu_threads(spec.resources.train_threads):
-        means, covariances = _fit_gaussians(vae, corrections.tune)
+        decoder = decoder_of(vae, corrections.anchors)
+        means, covariances = _fit_gaussians(decoder, corrections)
         ordinary = mahalanobis(encode_images(vae, train.take(rows)), means, covariances)  # (n, A)
         distances = np.quantile(ordinary, LEVELS, axis=0).T  # (A, L)
         recall = np.zeros_like(distances)
         for j, codes in enumerate(corrections.test):
-            held_out = encode_images(vae, decode_codes(vae, codes))
+            held_out = encode_images(vae, decoder.decode(codes, _row(corrections.test_anchor, j)))
             near = mahalanobis(held_out, means[j : j + 1], covariances[j : j + 1])  # (n, 1)
             recall[j] = (near <= distances[j]).mean(axis=0)
     return Calibration(means, covariances, LEVELS, distances, recall)
 
 
-def _fit_gaussians(vae: Vae, drawn: F32) -> tuple[F64, F64]:
-    """Return mean (A, Z) and covariance (A, Z, Z) of the encodings of the images of `drawn` codes (A, n, Z)."""
-    encoded = [encode_images(vae, decode_codes(vae, codes)).astype(np.float64) for codes in drawn]
+def _row(anchors: I64 | None, scenario: int) -> I64 | None:
+    return None if anchors is None else anchors[scenario]
+
+
+def _fit_gaussians(decoder: Decoder, corrections: Corrections) -> tuple[F64, F64]:
+    """Return mean (A, Z) and covariance (A, Z, Z) of the encodings of the scenarios' images to tune on."""
+    encoded = [
+        encode_images(decoder.vae, decoder.decode(codes, _row(corrections.tune_anchor, j))).astype(np.float64)
+        for j, codes in enumerate(corrections.tune)
+    ]
     floors = [VARIANCE_FLOOR * codes.var(axis=0).mean() * np.eye(codes.shape[1]) for codes in encoded]
     covariances = [np.cov(codes.T) + floor for codes, floor in zip(encoded, floors, strict=True)]
     return np.stack([codes.mean(axis=0) for codes in encoded]), np.stack(covariances)
@@ -82,7 +90,7 @@ class Watch(nn.Module):
 
     def __init__(self, vae: Vae, means: F64, covariances: F64) -> None:
         super().__init__()
-        self.encoder = vae.encoder
+        self.vae = vae
         roots = np.linalg.inv(np.linalg.cholesky(covariances)) if len(means) else covariances
         self.register_buffer("roots", torch.tensor(roots, dtype=torch.float32))
         self.register_buffer(
@@ -91,7 +99,7 @@ class Watch(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, H, W) -> Mahalanobis distances (n, A)."""
-        mu = self.encoder(images).chunk(2, dim=1)[0].float()  # (n, Z)
+        mu = self.vae.encode(images)[0].float()  # (n, Z)
         whitened = torch.einsum("aij,nj->nai", self.roots, mu) - self.offsets
         distances: Tensor = whitened.norm(dim=2)
         return distances

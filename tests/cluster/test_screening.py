@@ -27,11 +27,11 @@ def test_screening_and_tightening_on_workers_keep_the_same_codes_and_components(
     local = LocalCompute().identify(spec, tiny_models, here, references)
     with RayCompute(None, spec) as compute:
         psi = compute.identify(spec, tiny_models, there, references)
-        found = compute.task("distill", distill, spec, psi, there)
+        found = compute.task("distill", distill, spec, psi, there, tiny_models.data_fingerprint)
         found = compute.task("distill", tighten, spec, tiny_models, references, found)
     assert 0 < psi.total < psi.failing == local.failing
     assert_same_psi(len(psi.codes), there, here)
-    expected = distill(spec, local, here, progress=silent)
+    expected = distill(spec, local, here, tiny_models.data_fingerprint, progress=silent)
     expected = tighten(spec, tiny_models, references, expected, progress=silent)
     assert found.taus is not None
     np.testing.assert_array_equal(found.taus, expected.taus)
