@@ -74,14 +74,20 @@ def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
 def load_fine_tuning_data(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
 ) -> FineTuningData:
-    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
+    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given.
+
+    D has no training image that only held-out scenario images are anchored at.
+    """
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
+    rows = np.arange(len(train))
     if wanted is not None and wanted < len(train):
-        train = train.take(
-            np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False))
-        )
+        rng = generator(spec.seed, "correct", "sample")
+        rows = np.sort(rng.choice(len(train), wanted, replace=False))
+    rows = rows[~np.isin(rows, held_out_sources(fixes))]
+    if len(rows) < len(train):
+        train = train.take(rows)
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
         return FineTuningData(
@@ -91,6 +97,17 @@ def load_fine_tuning_data(
             tune=reviewed if reviewed is not None else tuning_images(vae, fixes),
             held_out=held_out_images(vae, fixes),
         )
+
+
+def held_out_sources(fixes: Corrections) -> I64:
+    """Return the training images at which only held-out scenario images are anchored; none with plain decoding.
+
+    Nothing is fine-tuned on them: the classifier would learn the pictures that it is measured on.
+    """
+    if fixes.anchors is None:
+        return np.zeros(0, np.int64)
+    used = np.isin(np.arange(len(fixes.anchors.source)), fixes.tune_anchor)
+    return fixes.anchors.source[~used]
 
 
 def tuning_images(vae: Vae, fixes: Corrections) -> Images:

@@ -46,6 +46,7 @@ from defuse_core.sample import (
     sample_gallery,
     sample_more_images,
     tighten,
+    with_used_anchors,
 )
 from defuse_core.train import train
 from defuse_core.verdicts import (
@@ -174,8 +175,10 @@ def _corrections(
     """Sample D_f and, with correct.filter, keep what the reference models agree on."""
     fixes = sample_corrections(run.spec, scenarios, verdicts)
     if run.spec.correct.filter == "none":
-        return fixes
-    return compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
+        return with_used_anchors(fixes)
+    return with_used_anchors(
+        compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
+    )
 
 
 def rewrite_report(run: Run) -> Report:

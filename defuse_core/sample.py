@@ -12,6 +12,7 @@ from defuse_core.artifacts import (
     F64,
     I64,
     NONE_OF_THE_ABOVE,
+    Anchors,
     Bool,
     Corrections,
     DroppedComponent,
@@ -140,6 +141,21 @@ def _anchored_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdict
         anchors=anchors_of(scenarios),
         tune_anchor=tune_anchor,
         test_anchor=test_anchor,
+    )
+
+
+def with_used_anchors(fixes: Corrections) -> Corrections:
+    """Return D_f with only the images that its codes are anchored at, of those of all components."""
+    if fixes.anchors is None or fixes.tune_anchor is None or fixes.test_anchor is None:
+        return fixes
+    both = np.concatenate([fixes.tune_anchor, fixes.test_anchor], axis=1)
+    used, anchor = np.unique(both, return_inverse=True)
+    anchor = anchor.reshape(both.shape).astype(np.int64)
+    return replace(
+        fixes,
+        anchors=Anchors(fixes.anchors.pixels[used], fixes.anchors.source[used]),
+        tune_anchor=anchor[:, : fixes.tune.shape[1]],
+        test_anchor=anchor[:, fixes.tune.shape[1] :],
     )
 
 

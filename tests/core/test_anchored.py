@@ -16,7 +16,12 @@ from defuse_core.artifacts import (
 )
 from defuse_core.codec import decode, encode
 from defuse_core.config import changed_field
-from defuse_core.correct import held_out_images, tuning_images
+from defuse_core.correct import (
+    held_out_images,
+    held_out_sources,
+    load_fine_tuning_data,
+    tuning_images,
+)
 from defuse_core.data import Images, open_splits
 from defuse_core.distill import FAILURES_KEPT, IMAGES_KEPT, component_failures
 from defuse_core.draws import draw_codes, near_failures, wide_draws
@@ -190,6 +195,22 @@ def test_corrections_hold_what_their_pictures_need(finished, tiny_models):
     np.testing.assert_array_equal(
         tuning_images(vae, half).pixels, tuning_images(vae, fixes).pixels[: fixes.tune.shape[1]]
     )
+
+
+def test_nothing_is_fine_tuned_on_the_images_of_held_out_pictures(finished, tiny_models):
+    fixes, train = finished.load(Corrections), open_splits(SPEC.data, SPEC.seed).train
+    sources = fixes.anchors.source
+    assert set(np.unique([*fixes.tune_anchor.ravel(), *fixes.test_anchor.ravel()])) == set(
+        range(len(sources))
+    )
+    tuned, tested = set(sources[fixes.tune_anchor.ravel()]), set(sources[fixes.test_anchor.ravel()])
+    for used, without in ((fixes, tested - tuned), (fixes.take(np.array([0])), None)):
+        data = load_fine_tuning_data(SPEC, tiny_models, used, None, progress=silent)
+        left_out = set(held_out_sources(used).tolist())
+        assert len(data.train) == len(train) - len(left_out)
+        if without is not None:
+            assert without <= left_out and not left_out & tuned
+        assert not left_out & set(sources[used.tune_anchor.ravel()])
 
 
 def test_a_suite_holds_the_images_that_its_codes_are_decoded_at(finished, tiny_models, tmp_path: Path):
