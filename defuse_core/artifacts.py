@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from defuse_core.anchors import Anchors, ComponentFailures
-from defuse_core.arrays import F32, F64, I64, NONE_OF_THE_ABOVE, U8, Bool, Weights, expect_shapes
+from defuse_core.arrays import F32, F64, I64, NO_SCENARIO, NONE_OF_THE_ABOVE, U8, Bool, Weights, expect_shapes
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ class Health:
     collapsed: int  # latent dimensions with a KL to the prior near 0
     dimensions: int  # Z
     verdict: str  # fit, poor or blind
-    anchored: bool = (
-        False  # of vae.decode: anchored, where reconstructions are the images as the noise moves them
-    )
+    anchored: bool = False  # vae.decode: anchored, where a reconstruction is the image as the noise moves it
     judged_by: str = "classifier"  # who is right above: the classifier, or the reference models
 
 
@@ -58,6 +56,7 @@ class VaeEpoch:
     kl: float
     beta: float
     class_loss: float | None = None  # cross-entropy of the class head on the codes; None without one
+    guide_loss: float | None = None  # the same of the reference models on decodings; None without
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +79,15 @@ class Models:
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
     device: str = "cpu"  # that they were trained on
     health: Health | None = None  # of the β-VAE; None in runs of versions that did not measure it
+
+
+@dataclass(frozen=True)
+class MeasuredPrecision:
+    """What `resources.precision: auto` measured, once per run: seconds of a step of each kind, and the choice."""
+
+    chosen: dict[str, str]  # kind of computation (a field of PrecisionSection) -> "f32" or "bf16"
+    f32_seconds: dict[str, float]
+    bf16_seconds: dict[str, float]  # inf where bf16 is not possible
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,9 +201,7 @@ class Scenarios:
     support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
-    failures: ComponentFailures | None = (
-        None  # with vae.decode: anchored; None where codes are decoded plainly
-    )
+    failures: ComponentFailures | None = None  # with vae.decode: anchored; None where decoded plainly
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
@@ -222,7 +228,8 @@ class Gallery:
     codes: F32  # (S, R, Z)
     predicted: I64  # (S, R)
     classes: tuple[str, ...]  # (C,)
-    numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are; empty: all of them
+    numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are, or NO_SCENARIO; empty: all
+    failure: F64 | None = None  # (S, R) failure probability, nan for none; None unless inputs from traffic
     source: I64 | None = None  # (S, R) training image that each is anchored at; None where decoded plainly
 
     def __post_init__(self) -> None:
@@ -286,7 +293,7 @@ class Verdicts:
     image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or no class chosen
     agreement: F64  # (S, R) share of votes, none-of-the-above left out, for the majority label (§4.4); nan where none
     ties: int  # images without a label because their vote was tied
-    no_class_chosen: int  # images without a label because nobody chose a class (or nobody answered)
+    no_class_chosen: int  # images without a label since nobody chose a class: none-of-the-above, or no answer
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
     overrides: tuple[Override, ...]  # oldest first
     labelled: I64 | None = None  # (S,) images that the share rests on, further draws included
@@ -307,11 +314,7 @@ class Verdicts:
 
 @dataclass(frozen=True, eq=False)
 class Corrections:
-    """D_f as latent codes: per accepted scenario, codes to tune on and others to test on (§3.2.3).
-
-    With vae.decode: anchored the codes to test on are anchored at other images than those to tune on, where a
-    scenario has more than one.
-    """
+    """D_f as latent codes: per accepted scenario, codes to tune on and others to test on (§3.2.3)."""
 
     scenario: I64  # (A,) index into Scenarios
     labels: I64  # (A,)
@@ -320,7 +323,7 @@ class Corrections:
     kept: F64 | None = None  # (A,) share of the draws that correct.filter keeps; None without the filter
     anchors: Anchors | None = None  # with vae.decode: anchored; None where codes are decoded plainly
     tune_anchor: I64 | None = None  # (A, n_tune) index into anchors
-    test_anchor: I64 | None = None  # (A, n_test) likewise
+    test_anchor: I64 | None = None  # (A, n_test) likewise; other images, where a scenario has several
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})

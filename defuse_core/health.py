@@ -116,11 +116,16 @@ def measure_moved(spec: RunFile, models: Models, references: ReferenceSet, *, pr
     return health
 
 
-def health_of_moved(spec: RunFile, classifier: nn.Module, vae: Vae, images: Images, kl: F64) -> Health:
-    """Return the health of an anchored β-VAE by the classifier's answers, before reference models are trained.
+def health_after_training(
+    spec: RunFile, classifier: nn.Module, vae: Vae, images: Images, answers: I64, kl: F64
+) -> Health:
+    """Return the β-VAE's health by the classifier's answers, of which `answers` (n,) are those on reconstructions.
 
-    It is never blind for them: that the classifier fails on moved images is what is looked for.
+    An anchored one is measured on moved images, and never blind for their answers: that the classifier fails on them
+    is what is looked for. Reference models decide on that later (`measure_moved`).
     """
+    if spec.vae.decode == "plain":
+        return measure_health(images.labels, predict(classifier, images), answers, kl)
     still, moved = moved_answers(spec, vae, images, lambda batch: predict(classifier, batch))
     health = measure_health(images.labels, still, moved, kl, anchored=True)
     blind = health.verdict == "blind" and health.collapsed < health.dimensions

@@ -21,7 +21,6 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
-from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
 from defuse_core.distill import distill
 from defuse_core.errors import InputError, StoreError
@@ -35,9 +34,17 @@ from defuse_core.evidence import (
     plain_spec,
     without_fold,
 )
+from defuse_core.failure_detector import FailureWatch, watch_run
 from defuse_core.health import expect_healthy, measure_moved, with_measured_health
-from defuse_core.protocols import Annotators, Compute
-from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
+from defuse_core.measure_precision import settle_precision
+from defuse_core.protocols import Annotators, Compute, SweepRequest
+from defuse_core.reference_models import (
+    ask_models,
+    judges,
+    reference_calls,
+    reference_models,
+    references_take_part,
+)
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
 from defuse_core.sample import (
@@ -48,7 +55,7 @@ from defuse_core.sample import (
     tighten,
     with_used_anchors,
 )
-from defuse_core.train import train
+from defuse_core.train import train_side_by_side
 from defuse_core.verdicts import (
     crowdlab_labels,
     decide_verdicts,
@@ -63,8 +70,12 @@ T = TypeVar("T")
 
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
+    settle_precision(run, compute)
     spec, store = run.spec, run.store
-    models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
+    guide = reference_models(run, compute) if spec.vae.guide_weight else None
+    models = run.once(
+        "train", Models, lambda: train_side_by_side(spec, store, compute, guide, reference_calls(run))
+    )
     anchored = spec.vae.decode == "anchored"
     if run.until != "train" and not anchored:
         expect_healthy(spec, models)
@@ -86,14 +97,13 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         "correct", Corrections, lambda: _corrections(run, compute, models, references, scenarios, verdicts)
     )
     reviewed = reviewed_failures(gallery, verdicts)
-    baseline = run.once(
+    sweeps = _sweeps(
+        run,
+        compute,
         "correct",
-        Sweep,
-        lambda: compute.sweep(spec, models, fixes, reviewed, store.within("trials/baseline")),
-        "baseline",
-    )
-    sweep = run.once(
-        "correct", Sweep, lambda: compute.sweep(spec, models, fixes, None, store.within("trials/defuse"))
+        models,
+        baseline=SweepRequest(spec, fixes, reviewed, store.within("trials/baseline")),
+        sweep=SweepRequest(spec, fixes, None, store.within("trials/defuse")),
     )
     found = Findings(
         models,
@@ -103,13 +113,18 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         votes,
         verdicts,
         fixes,
-        baseline,
-        sweep,
+        **sweeps,
         references=run.load(ReferenceSet, "references"),
         judges=judges(run, compute),
     )
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
-    return write_report(run, found, evaluation, _evidence(run, compute, found))
+    evidence = _evidence(run, compute, found)
+    watch = run.once(
+        "report",
+        FailureWatch,
+        lambda: compute.task("report", watch_run, spec, models, fixes, found.sweep.weights),
+    )
+    return write_report(run, found, evaluation, evidence, watch)
 
 
 def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
@@ -118,17 +133,39 @@ def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
         return None
     spec, models, fixes = run.spec, found.models, found.fixes
 
-    def sweep(name: str, changed: RunFile, fixes: Corrections) -> Sweep:
-        trials = run.store.within(f"trials/{name}")
-        return run.once("report", Sweep, lambda: compute.sweep(changed, models, fixes, None, trials), name)
-
-    plain = sweep("plain", plain_spec(spec, found.sweep), fixes)
     left_out = fold_spec(spec, found.sweep)
-    tuned = tuple(sweep(f"left_out_{fold}", left_out, without_fold(fixes, fold)) for fold in folds(fixes))
-    controls = Controls(plain, tuned)
+    requests = {"plain": (plain_spec(spec, found.sweep), fixes)}
+    requests |= {f"left_out_{fold}": (left_out, without_fold(fixes, fold)) for fold in folds(fixes)}
+    plain, *tuned = _sweeps(
+        run,
+        compute,
+        "report",
+        models,
+        **{
+            name: SweepRequest(changed, kept, None, run.store.within(f"trials/{name}"))
+            for name, (changed, kept) in requests.items()
+        },
+    ).values()
+    controls = Controls(plain, tuple(tuned))
     return run.once(
         "report", Evidence, lambda: compute.task("report", gather_evidence, spec, found, controls)
     )
+
+
+def _sweeps(
+    run: Run, compute: Compute, step: str, models: Models, **requests: SweepRequest
+) -> dict[str, Sweep]:
+    """Return sweeps by their names in the run. Those that are not stored are made together."""
+    made: dict[str, Sweep] = {}
+
+    def make(name: str) -> Sweep:
+        if not made:
+            missing = [each for each in requests if run.load(Sweep, each) is None]
+            found = compute.sweeps(models, [requests[each] for each in missing])
+            made.update(zip(missing, found, strict=True))
+        return made[name]
+
+    return {name: run.once(step, Sweep, partial(make, name), name) for name in requests}
 
 
 def _scenarios(
@@ -183,6 +220,19 @@ def _corrections(
 
 def rewrite_report(run: Run) -> Report:
     """Rewrite the report of a finished run from its artefacts and return it. Raises InputError if unfinished."""
+    found, evaluation, evidence, watch = load_findings(run)
+    try:
+        return write_report(run, found, evaluation, evidence, watch)
+    except StoreError as error:
+        log.warning("the page is not written again, since the store cannot be written: %s", error)
+        return build_report(run, found, evaluation, evidence, watch)
+
+
+def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:
+    """Return all that a finished run found, its evaluation, its evidence (None with judges.count 0), and its watch.
+
+    Raises InputError where the run is not finished.
+    """
     found = Findings(
         with_measured_health(run, _made(run, Models)),
         _made(run, Psi),
@@ -196,12 +246,7 @@ def rewrite_report(run: Run) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    evaluation, evidence = _made(run, Evaluation), run.load(Evidence)
-    try:
-        return write_report(run, found, evaluation, evidence)
-    except StoreError as error:
-        log.warning("the page is not written again, since the store cannot be written: %s", error)
-        return build_report(run, found, evaluation, evidence)
+    return found, _made(run, Evaluation), run.load(Evidence), run.load(FailureWatch)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

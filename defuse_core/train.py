@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, I64, ClassifierEpoch, Health, Models, VaeEpoch
-from defuse_core.checkpoint import Training, format_row, labels_of, minibatches, train_step
-from defuse_core.config import RunFile, VaeSection
+from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, ReferenceSet, VaeEpoch
+from defuse_core.batches import DeviceImages
+from defuse_core.checkpoint import Losses, Training, format_row, minibatches, train_step
+from defuse_core.config import Arithmetic, RunFile, VaeSection
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import RunFileError
 from defuse_core.health import (
     PROBE_IMAGES,
     STRIP_KEY,
-    health_of_moved,
+    health_after_training,
     log_health,
     mean_kl,
-    measure_health,
     reconstruction_errors,
     reconstruction_strip,
 )
 from defuse_core.models import (
     Vae,
-    accuracy,
     build_classifier,
     build_vae,
     check_outputs,
@@ -38,13 +38,14 @@ from defuse_core.models import (
     kl_to_prior,
     load_pretrained,
     log_classifier,
-    predict,
     set_weights,
     to_device,
-    to_tensor,
     weights_of,
 )
+from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
+from defuse_core.protocols import Call, Compute
+from defuse_core.reference_models import augment, load_reference_models
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 
@@ -61,15 +62,27 @@ def initial_vae(spec: RunFile, train: Images) -> Vae:
 
 
 def train_vae(
-    spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
+    spec: RunFile,
+    vae: Vae,
+    splits: Splits,
+    store: Store | None,
+    progress: Progress,
+    guides: Sequence[nn.Module] = (),
 ) -> list[VaeEpoch]:
-    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
+    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image).
+
+    `guides` are the classifiers that vae.guide_weight asks about the decodings. They are not trained.
+    """
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None
     trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
     optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
-    trainer = _VaeTrainer(spec, vae.train(), head, optimizer, splits.train, progress)
+    for guide in guides:
+        guide.requires_grad_(False)
+    trainer = _VaeTrainer(
+        spec, vae.train(), head, tuple(guides), optimizer, DeviceImages(splits.train), progress
+    )
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
         training.history.append(row)
@@ -97,36 +110,59 @@ class _VaeTrainer:
     spec: RunFile
     vae: Vae
     head: nn.Module | None
+    guides: tuple[nn.Module, ...]  # each step asks one of them, in turn
     optimizer: torch.optim.Optimizer
-    images: Images
+    images: DeviceImages
     progress: Progress
 
     def epoch(self, epoch: int) -> VaeEpoch:
         """Train for one epoch, counted from 0, and return its figures."""
         spec, section, count = self.spec, self.spec.vae, len(self.images)
         noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
+        views = generator(spec.seed, "vae", "guide", epoch)
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
-        done, losses, beta = epoch * count, [], 0.0
-        for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
+        done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
+        for step, (rows, images, labels) in enumerate(
+            self.images.batches(batches), start=epoch * len(batches) + 1
+        ):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            losses.append(self._step(rows, beta, noise))
+            guide = self.guides[step % len(self.guides)] if self.guides else None
+            losses.add(*self._step(images, labels, beta, noise, guide, views))
             done += len(rows)
             self.progress("training the β-VAE", done, section.epochs * count, "images")
-        reconstruction, divergence, class_loss = np.mean(losses, axis=0).tolist()
+        reconstruction, divergence, class_loss, guide_loss = losses.mean()[1]
         return VaeEpoch(
-            epoch + 1, reconstruction, divergence, beta, None if self.head is None else class_loss
+            epoch + 1,
+            reconstruction,
+            divergence,
+            beta,
+            None if self.head is None else class_loss,
+            guide_loss if self.guides else None,
         )
 
-    def _step(self, rows: I64, beta: float, noise: torch.Generator) -> tuple[float, float, float]:
-        """Take one step; return reconstruction, KL and the class head's cross-entropy (0 without one)."""
-        terms = vae_terms(self.vae, to_tensor(self.images.batch(rows)), noise)
-        loss, class_loss = terms.reconstruction + beta * terms.divergence, 0.0
+    def _step(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        beta: float,
+        noise: torch.Generator,
+        guide: nn.Module | None,
+        views: np.random.Generator,
+    ) -> tuple[Tensor, ...]:
+        """Take one step; return loss, reconstruction, KL, and the cross-entropies of head and guide (0 without)."""
+        section = self.spec.vae
+        terms = vae_terms(self.vae, images, noise, self.spec.resources.arithmetic("vae"))
+        loss = terms.reconstruction + beta * terms.divergence
+        class_loss = guide_loss = torch.zeros_like(loss)
         if self.head is not None:
-            cross_entropy = F.cross_entropy(self.head(terms.codes), labels_of(self.images, rows))
-            loss, class_loss = loss + self.spec.vae.class_weight * cross_entropy, cross_entropy.item()
-        train_step(loss, self.optimizer, "the β-VAE")
-        return terms.reconstruction.item(), terms.divergence.item(), class_loss
+            class_loss = F.cross_entropy(self.head(terms.codes), labels)
+            loss = loss + section.class_weight * class_loss
+        if guide is not None:
+            guide_loss = F.cross_entropy(guide(augment(torch.sigmoid(terms.logits), views)), labels)
+            loss = loss + section.guide_weight * guide_loss
+        train_step(loss, self.optimizer)
+        return loss, terms.reconstruction, terms.divergence, class_loss, guide_loss
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
@@ -146,33 +182,46 @@ class VaeTerms(NamedTuple):
     reconstruction: Tensor  # -E log p(x|z), Bernoulli
     divergence: Tensor  # KL(q(z|x) || p(z))
     codes: Tensor  # (n, Z) drawn from q(z|x)
+    logits: Tensor  # (n, channels, H, W) decoded from the codes
 
 
-def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> VaeTerms:
-    """Return the terms of the loss on (n, channels, H, W) images."""
-    mu, log_variance = vae.encode(images)
+def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator, arithmetic: Arithmetic = "f32") -> VaeTerms:
+    """Return the terms of the loss on (n, channels, H, W) images. The networks alone are computed in bf16."""
+    with autocast(arithmetic):
+        moments = vae.encode(images)
+    mu, log_variance = (moment.float() for moment in moments)
     codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
-    logits = vae.decode_logits(codes)
+    with autocast(arithmetic):
+        logits = vae.decode_logits(codes)
+    logits = logits.float()
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
-    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
+    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes, logits)
 
 
-def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
+def train(
+    spec: RunFile,
+    store: Store | None = None,
+    references: ReferenceSet | None = None,
+    *,
+    progress: Progress,
+) -> Models:
     """Return f and the β-VAE, trained or loaded from files, with their accuracies and the β-VAE's reconstructions.
 
-    With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
+    `references` are the reference models, which vae.guide_weight asks. With a store, an interrupted training resumes
+    from its last checkpoint and reaches the same weights.
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    log_parts(spec.data, on_disk)
+    if store is None or not _trains_both(spec):
+        log_parts(spec.data, on_disk)
     vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
-        accuracies = _accuracies(classifier, splits)
+        accuracies = _accuracies(spec, classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
-        vae_history = train_vae(spec, vae, splits, store, progress)
+        vae_history = train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
         models = Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
@@ -190,6 +239,59 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     return models
 
 
+def _guides(spec: RunFile, splits: Splits, references: ReferenceSet | None) -> list[nn.Module]:
+    if not spec.vae.guide_weight:
+        return []
+    if references is None:
+        raise ValueError("vae.guide_weight needs the reference models")
+    return load_reference_models(spec, spec.review.reference, references, len(splits.classes))
+
+
+def train_side_by_side(
+    spec: RunFile,
+    store: Store,
+    compute: Compute,
+    references: ReferenceSet | None,
+    others: Sequence[Call[Any]] = (),
+) -> Models:
+    """Return what `train` does. Classifier, β-VAE and `others` are tasks that run at the same time where they fit.
+
+    Each leaves its last checkpoint in `store`, from which `train` goes on. Where one training uses all CPUs
+    (resources.train_threads), they follow one another.
+    """
+    if _trains_both(spec):
+        parts = [
+            Call(train_part, spec, store, part, references) for part in ("vae", "classifier")
+        ]  # the longest first
+        compute.tasks("train", [*parts, *others])
+    return compute.task("train", train, spec, store, references)
+
+
+def _trains_both(spec: RunFile) -> bool:
+    return spec.classifier.epochs > 0 and spec.vae.epochs > 0
+
+
+def train_part(
+    spec: RunFile,
+    store: Store,
+    part: Literal["classifier", "vae"],
+    references: ReferenceSet | None = None,
+    *,
+    progress: Progress,
+) -> None:
+    """Train the classifier or the β-VAE up to its last checkpoint in `store`."""
+    on_disk = open_splits(spec.data, spec.seed)
+    _expect_validation(spec, on_disk)
+    vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
+    with cpu_threads(spec.resources.train_threads):
+        if part == "vae":
+            splits = on_disk.loaded("train")
+            train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
+            return
+        log_parts(spec.data, on_disk)
+        train_classifier(spec, on_disk.loaded(), store, progress)
+
+
 class VaeFigures(TypedDict):
     """The fields of Models that describe the trained β-VAE."""
 
@@ -203,10 +305,7 @@ def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits)
     probe = splits.train.take(slice(0, PROBE_IMAGES))
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
-    if spec.vae.decode == "anchored":
-        health = health_of_moved(spec, classifier, vae, probe, kl)
-    else:
-        health = measure_health(probe.labels, predict(classifier, probe), answers, kl)
+    health = health_after_training(spec, classifier, vae, probe, answers, kl)
     log_health(health, splits.classes)
     return VaeFigures(
         reconstruction=float(errors.mean()),
@@ -251,9 +350,14 @@ def train_classifier(
     to_device(classifier)
     check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
+    images = DeviceImages(splits.train)
     for epoch in training.epochs(section.epochs):
-        loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
-        validation = None if splits.validation is None else accuracy(classifier.eval(), splits.validation)
+        loss = _classifier_epoch(training, images, spec, epoch, progress)
+        validation = None
+        if splits.validation is not None:
+            validation = accuracy_as_in_f32(
+                classifier.eval(), splits.validation, spec.resources.arithmetic("answers")
+            )
         row = ClassifierEpoch(epoch + 1, loss, validation)
         before = max((past.validation or 0.0 for past in training.history), default=-1.0)
         if section.keep == "best_validation" and validation is not None and validation > before:
@@ -266,18 +370,22 @@ def train_classifier(
 
 
 def _classifier_epoch(
-    training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
+    training: Training, images: DeviceImages, spec: RunFile, epoch: int, progress: Progress
 ) -> float:
     classifier, size = training.module.train(), spec.classifier.batch_size
     torch.manual_seed(torch_seed(spec.seed, "classifier", epoch))  # for the dropout of a custom classifier
     total = spec.classifier.epochs * len(images)
-    done, losses = epoch * len(images), []
-    for rows in minibatches(len(images), size, generator(spec.seed, "classifier", epoch)):
-        loss = F.cross_entropy(classifier(to_tensor(images.batch(rows))), labels_of(images, rows))
-        losses.append(train_step(loss, training.optimizer, "the classifier"))
+    done, losses = epoch * len(images), Losses("the classifier")
+    order = minibatches(len(images), size, generator(spec.seed, "classifier", epoch))
+    for rows, batch, labels in images.batches(order):
+        with autocast(spec.resources.arithmetic("classifier")):
+            logits = classifier(batch)
+        loss = F.cross_entropy(logits.float(), labels)
+        train_step(loss, training.optimizer)
+        losses.add(loss)
         done += len(rows)
         progress("training the classifier", done, total, "images")
-    return float(np.mean(losses))
+    return losses.mean()[0]
 
 
 def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
@@ -286,6 +394,8 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
 
 
-def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    return {name: accuracy(classifier, images) for name, images in parts.items() if images is not None}
+def _accuracies(spec: RunFile, classifier: nn.Module, splits: Splits) -> dict[str, float]:
+    arithmetic = spec.resources.arithmetic("answers")
+    return {
+        name: accuracy_as_in_f32(classifier, images, arithmetic) for name, images in splits.parts().items()
+    }

@@ -26,8 +26,27 @@ from defuse_core.config.sections import (
 STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
 
 
+Arithmetic = Literal["f32", "bf16"]
+
+
+class PrecisionSection(Section):
+    """The number format of each kind of computation. `resources.precision: auto` is replaced by what it measured."""
+
+    classifier: Arithmetic = "f32"
+    """Training and fine-tuning of the classifier."""
+    vae: Arithmetic = "f32"
+    """Training of the β-VAE."""
+    reference: Arithmetic = "f32"
+    """Training of the reference models."""
+    judges: Arithmetic = "f32"
+    """Training of the judges."""
+    answers: Arithmetic = "f32"
+    """Decoding and classifying, in identification and for accuracies. Answers whose margin is small are computed again
+    in f32, so that they equal those of f32."""
+
+
 class ResourcesSection(Section):
-    """Machines. Only train_threads changes results; all other fields may differ when a run is resumed."""
+    """Machines. Only train_threads and precision change results; the other fields may differ when a run is resumed."""
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Identification workers and parallel λ trials; auto is one per GPU, or per cpus_per_worker CPUs where
@@ -37,7 +56,18 @@ class ResourcesSection(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs per worker."""
     train_threads: int = Field(2, ge=1)
-    """CPU threads of a training task. Another number changes rounding errors, so a resumed run must keep it."""
+    """CPU threads of a training task; with 1, models are trained side by side on the CPUs of one machine. Another
+    number changes rounding errors, so a resumed run must keep it."""
+    precision: Literal["auto", "f32", "bf16"] | PrecisionSection = "f32"
+    """bf16 computes under torch's autocast; auto measures, once per run, where bf16 is faster; a section sets it for
+    each kind of computation. A resumed run must keep it. Paper: f32."""
+
+    def arithmetic(self, kind: str) -> Arithmetic:
+        """Return the number format of a kind of computation, a field of PrecisionSection; f32 before auto measured."""
+        if isinstance(self.precision, PrecisionSection):
+            found: Arithmetic = getattr(self.precision, kind)
+            return found
+        return "bf16" if self.precision == "bf16" else "f32"
 
 
 class CheckSection(Section):
@@ -56,7 +86,8 @@ class CheckSection(Section):
 
 
 class ServeSection(Section):
-    """How a corrected classifier is served (`defuse serve`). Nothing here changes a result of the run. Ours."""
+    """How a corrected classifier is served (`defuse serve`). Nothing here changes a result of the run but what its
+    report says of the watch. Ours."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses the GPU of the replica if torch supports it."""
@@ -97,13 +128,20 @@ class ServeSection(Section):
     resize: bool = False
     """Convert images of other sizes and colours to those of the classifier; false refuses them."""
     watch: bool = True
-    """Report for each input whether it belongs to a known failure scenario."""
+    """Report for each input whether it belongs to a known failure scenario. Without it the failure probability follows
+    from the classifier's outputs alone."""
     watch_share: float = Field(0.001, gt=0, le=0.5)
     """An input belongs to a scenario if it is nearer to it than all but this share of the training images."""
     watch_images: int = Field(10_000, ge=100)
-    """Training images, drawn by seed, that the distances are calibrated on."""
+    """Training images, drawn by seed, that the distances of the watch are calibrated on."""
+    failure_threshold: float | None = Field(None, gt=0, lt=1)
+    """Failure probability from which on an input is flagged. null: the largest at which failure_recall of the wrong
+    answers on validation images are flagged."""
+    failure_recall: float = Field(0.8, gt=0, le=1)
+    """Share of the wrong answers on validation images to flag, where failure_threshold is null."""
     reservoir: int = Field(0, ge=0, le=1000)
-    """Inputs stored per scenario: a random sample of those that replicas assigned to it since their start. 0: none."""
+    """Inputs stored per scenario, and of flagged ones outside all: a random sample of those that replicas received
+    since their start, in which an input is the more likely the higher its failure probability. 0: none."""
     poll_s: float = Field(2.0, gt=0)
     """Seconds between two reads of the version in production."""
     max_errors: float = Field(0.02, ge=0, le=1)

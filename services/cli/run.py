@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from defuse_core.config import STEPS
+from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
-    checked_name,
     name_option,
     run_name,
     set_option,
     store_option,
+    track_option,
     until_option,
 )
 from services.settings import read_settings
@@ -41,10 +43,16 @@ if TYPE_CHECKING:
 @address_option
 @set_option
 @until_option
+@track_option
 @click.option(
     "--wait",
     is_flag=True,
     help="Wait for people's answers and check for them every so often, in place of exit code 3.",
+)
+@click.option(
+    "--profile",
+    type=click.Choice(STEPS),
+    help="Store traces of torch's operations in this step under profile/ in the run, for Perfetto.",
 )
 def run(
     runfile: Path,
@@ -54,7 +62,9 @@ def run(
     address: str | None,
     overrides: tuple[str, ...],
     until: str,
+    track: str | None,
     wait: bool,
+    profile: str | None,
 ) -> None:
     """Debug the classifier that RUNFILE describes. The same command again continues where the last one stopped.
 
@@ -65,18 +75,24 @@ def run(
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
     """
     from defuse_core.config import load_run_file
+    from defuse_core.data import check_class_names
     from defuse_core.pipeline import run_defuse
     from defuse_core.runs import ReachedStep, Run
     from services.console import ProgressDisplay
     from services.storage import open_store
     from services.tables import print_report
+    from services.tracking import MlflowTracking, expect_mlflow
 
     spec = load_run_file(runfile, overrides)
+    check_class_names(spec.data)
     opened, name = open_store(store), run_name(name, runfile)
+    if track is not None:
+        expect_mlflow(read_settings())
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)
         try:
-            with _compute(where, address, started, display) as compute:
+            tracking = MlflowTracking(started, read_settings()) if track else contextlib.nullcontext()
+            with tracking, _compute(where, address, started, display, profile) as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
         except ReachedStep:
             click.echo(f"{name}: done until {until}; run again without --until to continue")
@@ -117,16 +133,19 @@ def report(name: str, store: str) -> None:
 
 
 def _compute(
-    where: str, address: str | None, run: Run, display: ProgressDisplay
+    where: str, address: str | None, run: Run, display: ProgressDisplay, profile: str | None
 ) -> AbstractContextManager[Compute]:
+    from defuse_core.profiling import Profile
+
+    traced = Profile(profile, run.store)
     if where == "local":
         from defuse_core.local import LocalCompute
 
-        return contextlib.nullcontext(LocalCompute(display))
+        return contextlib.nullcontext(LocalCompute(display, traced))
     from cluster.compute import RayCompute
 
     found = address or read_settings().ray_address
-    return RayCompute(found, run.spec, display, require_lock=run.store.require_lock)
+    return RayCompute(found, run.spec, display, require_lock=run.store.require_lock, profile=traced)
 
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:
