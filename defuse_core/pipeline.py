@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from defuse_core.artifacts import (
     Corrections,
     Evaluation,
     Gallery,
+    Health,
     Models,
     MoreImages,
     Psi,
@@ -33,7 +35,7 @@ from defuse_core.evidence import (
     without_fold,
 )
 from defuse_core.failure_detector import FailureWatch, watch_run
-from defuse_core.health import expect_healthy
+from defuse_core.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.measure_precision import settle_precision
 from defuse_core.protocols import Annotators, Compute, SweepRequest
 from defuse_core.reference_models import (
@@ -51,6 +53,7 @@ from defuse_core.sample import (
     sample_gallery,
     sample_more_images,
     tighten,
+    with_used_anchors,
 )
 from defuse_core.train import train_side_by_side
 from defuse_core.verdicts import (
@@ -73,9 +76,15 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     models = run.once(
         "train", Models, lambda: train_side_by_side(spec, store, compute, guide, reference_calls(run))
     )
-    if run.until != "train":
+    anchored = spec.vae.decode == "anchored"
+    if run.until != "train" and not anchored:
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
+    if anchored and references is not None:
+        measure = partial(compute.task, "train", measure_moved, spec, models, references)
+        models = replace(models, health=run.once("train", Health, measure))
+    if run.until != "train" and anchored:
+        expect_healthy(spec, models)
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
@@ -163,7 +172,7 @@ def _scenarios(
     run: Run, compute: Compute, psi: Psi, models: Models, references: ReferenceSet | None
 ) -> Scenarios:
     """Distill Ψ and, with review.tau: auto, give each component its own τ."""
-    scenarios = compute.task("distill", distill, run.spec, psi, run.store)
+    scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
     if run.spec.review.tau != "auto":
         return scenarios
     return compute.task("distill", tighten, run.spec, models, references, scenarios)
@@ -203,8 +212,10 @@ def _corrections(
     """Sample D_f and, with correct.filter, keep what the reference models agree on."""
     fixes = sample_corrections(run.spec, scenarios, verdicts)
     if run.spec.correct.filter == "none":
-        return fixes
-    return compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
+        return with_used_anchors(fixes)
+    return with_used_anchors(
+        compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
+    )
 
 
 def rewrite_report(run: Run) -> Report:
@@ -223,7 +234,7 @@ def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, Fail
     Raises InputError where the run is not finished.
     """
     found = Findings(
-        _made(run, Models),
+        with_measured_health(run, _made(run, Models)),
         _made(run, Psi),
         _made(run, Scenarios),
         _made(run, Gallery),

@@ -23,9 +23,9 @@ from defuse_core.errors import RunFileError
 from defuse_core.health import (
     PROBE_IMAGES,
     STRIP_KEY,
+    health_after_training,
     log_health,
     mean_kl,
-    measure_health,
     reconstruction_errors,
     reconstruction_strip,
 )
@@ -38,7 +38,6 @@ from defuse_core.models import (
     kl_to_prior,
     load_pretrained,
     log_classifier,
-    predict,
     set_weights,
     to_device,
     weights_of,
@@ -233,10 +232,10 @@ def train(
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             device=device_name(),
-            **_measure_vae(classifier, vae, splits),
+            **_measure_vae(spec, classifier, vae, splits),
         )
         if store is not None:
-            store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
+            store.write(STRIP_KEY, reconstruction_strip(spec, vae, splits.train))
     return models
 
 
@@ -302,15 +301,15 @@ class VaeFigures(TypedDict):
     health: Health
 
 
-def _measure_vae(classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
+def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
     probe = splits.train.take(slice(0, PROBE_IMAGES))
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
-    health = measure_health(probe.labels, predict(classifier, probe), answers, kl)
+    health = health_after_training(spec, classifier, vae, probe, answers, kl)
     log_health(health, splits.classes)
     return VaeFigures(
         reconstruction=float(errors.mean()),
-        reconstruction_flips=1 - health.reconstructions_right,
+        reconstruction_flips=1 - float((answers == probe.labels).mean()),
         kl_per_dimension=kl,
         health=health,
     )
