@@ -128,6 +128,7 @@ class Failures:
     source: I64  # (F,) index into the training set
     truth: I64  # (F,) label of the source image
     predicted: I64  # (F,) never equal to truth
+    source_wrong: Bool | None = None  # (F,) whether f gets the source image itself wrong; None where unknown
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
@@ -137,16 +138,19 @@ class Failures:
 
     def take(self, rows: I64 | Bool) -> Failures:
         """Return the failures of `rows`."""
-        return Failures(self.codes[rows], self.source[rows], self.truth[rows], self.predicted[rows])
+        wrong = None if self.source_wrong is None else self.source_wrong[rows]
+        return Failures(self.codes[rows], self.source[rows], self.truth[rows], self.predicted[rows], wrong)
 
     @staticmethod
     def concatenate(parts: Sequence[Failures]) -> Failures:
         """Return the failures of all parts, in order."""
+        wrong = [part.source_wrong for part in parts if part.source_wrong is not None]
         return Failures(
             np.concatenate([part.codes for part in parts]),
             np.concatenate([part.source for part in parts]),
             np.concatenate([part.truth for part in parts]),
             np.concatenate([part.predicted for part in parts]),
+            np.concatenate(wrong) if len(wrong) == len(parts) else None,
         )
 
 
@@ -210,6 +214,7 @@ class Scenarios:
         None  # (S, 2) class of the source images and answer of f; -1 each for a single mixture
     )
     support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
+    source_error: F64 | None = None  # (S,) share of these that f gets wrong in the image itself
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
 
@@ -223,7 +228,7 @@ class Scenarios:
         """Return the components `rows`, with the fields of `changed` replaced."""
         per_component = {
             name: value[rows]
-            for name in ("weights", "means", "covariances", "cells", "support", "taus")
+            for name in ("weights", "means", "covariances", "cells", "support", "source_error", "taus")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **per_component | changed)

@@ -142,12 +142,21 @@ class _Part:
         weights: F64 = self.weight * self.fit.weights
         return weights
 
-    def support(self) -> I64:
-        """(k,) distinct training images of the codes that belong most to each component."""
-        fit = self.fit
-        owner = responsibilities(self.members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
-        sources = [self.members.source[owner == component] for component in range(len(self.weights))]
-        return np.array([len(np.unique(source)) for source in sources], np.int64)
+    def sources(self) -> tuple[I64, F64]:
+        """Return the distinct training images of the codes that belong most to each component, and their error.
+
+        Counts are (k,), and so is the share of these images that f itself gets wrong: nan where it is not known.
+        """
+        fit, members = self.fit, self.members
+        owner = responsibilities(members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
+        support, error = np.zeros(len(self.weights), np.int64), np.full(len(self.weights), np.nan)
+        for component in range(len(self.weights)):
+            rows = np.flatnonzero(owner == component)
+            images, first = np.unique(members.source[rows], return_index=True)
+            support[component] = len(images)
+            if len(images) and members.source_wrong is not None:
+                error[component] = members.source_wrong[rows[first]].mean()
+        return support, error
 
 
 def _fit(

@@ -134,6 +134,7 @@ class Identifier:
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
         truth = self.train.labels[rows]
         images = self.train.take(rows)
+        wrong = predict(self.classifier, images, section.batch_size) != truth  # (n,)
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)  # (n, Z)
         flips = (
             predict(self.classifier, decode_codes(self.vae, mu, section.batch_size), section.batch_size)
@@ -149,7 +150,7 @@ class Identifier:
         kept = nearest_failures(screened, np.linalg.norm(noise, axis=2), section.max_per_image)
         image, _ = np.nonzero(kept)
         return Shard(
-            failures=Failures(codes[kept], rows[image], truth[image], predicted[kept]),
+            failures=Failures(codes[kept], rows[image], truth[image], predicted[kept], wrong[image]),
             images=len(rows),
             decodings=predicted.size,
             images_with_any=int(failed.any(axis=1).sum()),
