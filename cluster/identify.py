@@ -21,10 +21,9 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from cluster import metrics
 from cluster.connection import SHARED_STORE
 from cluster.errors import as_defuse_error, one_line
-from cluster.progress import ProgressListener, reporting
+from cluster.progress import ProgressListener, count_redone_shard, count_shard, reporting
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, current_location
 from defuse_core.artifacts import Models, ReferenceSet, Shard
 from defuse_core.config import RunFile
@@ -72,7 +71,7 @@ class ShardWorker:
         with reporting(progress_actor), shard_errors(shard_name(self.spec, models.images["train"], index)):
             self.identifier = self.identifier or Identifier(self.spec, models, references)
             record = self._save(index, self.identifier.shard(index))
-        metrics.count_shard(record.images, record.decodings, record.codes)
+        count_shard(record.images, record.decodings, record.codes)
         return record
 
     @retry(
@@ -278,7 +277,7 @@ class ShardQueue:
         self._requeue(index)
 
     def _requeue(self, index: int) -> None:
-        metrics.count_redone_shard()
+        count_redone_shard()
         self.waiting.appendleft(index)
 
     def _dispatch(self, worker: Worker) -> None:

@@ -1,8 +1,9 @@
-"""Progress and log lines from workers to the driver, through an actor."""
+"""Progress and log lines from workers to the driver, through an actor; metrics for Ray's dashboard and Prometheus."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from defuse_core.progress import Progress
@@ -119,3 +121,35 @@ def reporting(actor: Any) -> Iterator[ProgressReporter]:
         log.setLevel(level)
         with contextlib.suppress(RayError):
             ray.get(actor.flush.remote(), timeout=FLUSH_S)
+
+
+@functools.cache
+def _counter(name: str, description: str) -> Counter:
+    return Counter(f"defuse_{name}", description=description)
+
+
+def _count(name: str, description: str, amount: int) -> None:
+    if amount:  # Ray raises for an increment of 0
+        _counter(name, description).inc(amount)
+
+
+def count_shard(images: int, decodings: int, failures: int) -> None:
+    """Count one finished shard. Called in the worker."""
+    _count("images", "Training images perturbed", images)
+    _count("decodings", "Codes decoded and classified", decodings)
+    _count("failures", "Codes of Psi found", failures)
+
+
+def count_redone_shard() -> None:
+    """Count a shard that is made again, since it failed or its worker was lost. Called in the driver."""
+    _count("shards_redone", "Shards made again, since they failed once or their worker was lost", 1)
+
+
+@functools.cache
+def _running() -> Gauge:
+    return Gauge("defuse_trials_running", description="Trials of the sweep over lambda that are running")
+
+
+def set_running_trials(count: int) -> None:
+    """Set the number of trials that run now. Called in the driver."""
+    _running().set(count)

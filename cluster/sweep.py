@@ -13,10 +13,9 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.trainable import Trainable
 
-from cluster import metrics
 from cluster.connection import SHARED_STORE
 from cluster.errors import as_defuse_error, cause_of, is_worker_lost, one_line
-from cluster.progress import ProgressListener, reporting
+from cluster.progress import ProgressListener, reporting, set_running_trials
 from cluster.ray_compat import named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, current_location
 from defuse_core.artifacts import Models, Trial
@@ -149,7 +148,7 @@ class _SweepProgress(tune.Callback):
     def on_step_end(self, iteration: int, trials: Sequence[TuneTrial], **info: Any) -> None:
         """Show the workers' log lines; warn where all trials wait; end the sweep if the run was taken over."""
         self.sweep.store.require_lock()
-        metrics.set_running_trials(sum(trial.status == TuneTrial.RUNNING for trial in trials))
+        set_running_trials(sum(trial.status == TuneTrial.RUNNING for trial in trials))
         self.sweep.listener.poll()
         self.monitor.check()
 

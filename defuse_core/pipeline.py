@@ -19,7 +19,6 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config import RunFile
-from defuse_core.consensus import crowdlab_labels
 from defuse_core.correct import reviewed_failures
 from defuse_core.distill import distill
 from defuse_core.errors import InputError, StoreError
@@ -38,10 +37,16 @@ from defuse_core.protocols import Annotators, Compute
 from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
-from defuse_core.sample import filter_corrections, sample_corrections, sample_gallery, sample_more_images
-from defuse_core.tighten import tighten
+from defuse_core.sample import (
+    filter_corrections,
+    sample_corrections,
+    sample_gallery,
+    sample_more_images,
+    tighten,
+)
 from defuse_core.train import train
 from defuse_core.verdicts import (
+    crowdlab_labels,
     decide_verdicts,
     doubtful,
     false_discovery_rate,

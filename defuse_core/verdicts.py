@@ -1,13 +1,18 @@
-"""From votes to verdicts (§4.1): which components are failure scenarios, and with which label."""
+"""From votes to verdicts (§4.1): which components are failure scenarios, with which label, and what people override."""
 
 from __future__ import annotations
 
+import json
+import time
+import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from defuse_core.artifacts import (
+    F32,
     F64,
     I64,
     NONE_OF_THE_ABOVE,
@@ -19,9 +24,45 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config import ReviewSection
-from defuse_core.errors import StoreError
+from defuse_core.errors import InputError, RunFileError, StoreError
 from defuse_core.intervals import lower_bound, probability_not_over, significantly_over, wilson
+from defuse_core.runs import Run
 from defuse_core.store import Store
+
+
+def crowdlab_labels(votes: Votes, probabilities: F32) -> I64:
+    """Return the label of each image, (S, R), for class probabilities (S, R, C) of a model that did not vote.
+
+    Annotators count by how often they agree with the others and with the model. An image for which nobody chose a
+    class has no label. Raises RunFileError without the package cleanlab.
+    """
+    try:
+        from cleanlab.multiannotator import get_label_quality_multiannotator
+    except ImportError as error:
+        raise RunFileError(
+            "review.consensus: crowdlab needs the package cleanlab; pip install 'defuse[crowdlab]'"
+        ) from error
+    scenarios, images, classes = probabilities.shape
+    answers = np.full((scenarios * images, len(votes.annotators)), np.nan)
+    named = votes.answer != NONE_OF_THE_ABOVE
+    row = votes.scenario * images + votes.image
+    answers[row[named], votes.annotator[named]] = votes.answer[named]
+    labels: I64 = np.full(len(answers), NONE_OF_THE_ABOVE, np.int64)
+    voted = ~np.isnan(answers).all(axis=1)
+    used = ~np.isnan(answers).all(axis=0)  # annotators with an answer
+    if voted.any():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on few votes, which the intervals of the report state
+            found = get_label_quality_multiannotator(
+                answers[np.ix_(voted, used)],
+                probabilities.reshape(-1, classes)[voted],
+                verbose=False,
+                return_detailed_quality=False,
+                return_annotator_stats=False,
+            )
+        labels[voted] = found["label_quality"]["consensus_label"].to_numpy().astype(np.int64)
+    return labels.reshape(scenarios, images)
+
 
 OVERRIDES = "overrides/"  # human decisions that replace the vote, one object each, from overrides/0001.json
 
@@ -175,3 +216,104 @@ def _read_override(store: Store, key: str) -> Override:
             f"{store.address}/{key}: expected a decision with scenario, label, author, reason and when, found "
             f"{error.errors()[0]['msg']}; delete the file and record the decision again with `defuse review set`"
         ) from error
+
+
+# Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
+FROM_VERDICTS = (
+    "moreimages",
+    "verdicts",
+    "corrections",
+    "baseline",
+    "sweep",
+    "evaluation",
+    "plain",
+    "left_out_0",
+    "left_out_1",
+    "evidence",
+)
+FROM_VOTES = ("votes", *FROM_VERDICTS)
+FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")
+
+
+def override_verdict(
+    run: Run, scenario: int, label: str | None, *, author: str, reason: str, redo: bool = False
+) -> str:
+    """Store that `scenario` has `label` (a class's name or index), or is rejected (None); return a sentence about it.
+
+    Raises InputError for an unknown scenario or class, and if the run already has verdicts: `redo` deletes them and
+    what follows from them, and `defuse run` makes that again.
+    """
+    gallery = run.load(Gallery)
+    if gallery is None:
+        raise InputError(
+            f"run {run.name} has no scenarios yet; `defuse status {run.name}` shows how far it is"
+        )
+    if not 0 <= scenario < len(gallery):
+        raise InputError(f"scenario {scenario}: run {run.name} has scenarios 0 to {len(gallery) - 1}")
+    if not reason.strip():
+        raise InputError("--reason: expected a sentence for the readers of the report, found none")
+    index = None if label is None else class_index(label, gallery.classes)
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    entry = Override(scenario, index, author, " ".join(reason.split()), when)
+    if run.load(Verdicts) is None:
+        _store(run, entry)
+        verdicts = run.load(Verdicts)  # a driver may have judged in the meantime
+        if verdicts is not None and entry not in verdicts.overrides:
+            raise InputError(_judged_message(run))
+    elif redo:
+        with run.store.lock():
+            _store(run, entry)
+            _delete_artefacts(run, FROM_VERDICTS)
+    else:
+        raise InputError(_judged_message(run))
+    return f"scenario {scenario} is " + (
+        "rejected" if index is None else f"a failure: {gallery.classes[index]}"
+    )
+
+
+def class_index(label: str, classes: tuple[str, ...]) -> int:
+    """Return the class called `label`, or else of that index. Raises InputError."""
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+    raise InputError(f"--label {label}: expected a class or its index, of 0 to {len(classes) - 1} ({shown})")
+
+
+def _store(run: Run, entry: Override) -> None:
+    """Store the decision beside all others: of two that are made at once, both count."""
+    number = len(run.store.list(OVERRIDES)) + 1
+    while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(asdict(entry), indent=1).encode()):
+        number += 1
+
+
+def _judged_message(run: Run) -> str:
+    return (
+        f"run {run.name} has its verdicts already, and maybe a corrected model; --redo deletes these, and "
+        "`defuse run` makes them again with this decision"
+    )
+
+
+def reopen_vote(run: Run) -> None:
+    """Delete the votes and what follows from them, so that `defuse run` takes in all answers that people have given.
+
+    Raises InputError if the run has no votes yet, or if reference models gave them.
+    """
+    if run.spec.review.annotators != "label-studio":
+        raise InputError(f"run {run.name} asks reference models; only a vote of people can be reopened")
+    if not run.store.exists("votes.safetensors"):
+        raise InputError(f"the vote of run {run.name} is still open; `defuse run` takes in all answers")
+    with run.store.lock():
+        _delete_artefacts(run, FROM_VOTES)
+
+
+def _delete_artefacts(run: Run, names: tuple[str, ...]) -> None:
+    """Delete artefacts and the files that follow from the verdicts; the first one last, to be safe to repeat."""
+    files = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
+    for key in (*files, *(f"{name}.safetensors" for name in reversed(names))):
+        run.store.delete(key)
+    manifest = run.manifest()
+    for name in names:
+        manifest["artefacts"].pop(name, None)
+    run.store.write("manifest.json", json.dumps(manifest, indent=1).encode())

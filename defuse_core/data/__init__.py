@@ -1,8 +1,8 @@
 """Data sets -> Splits. Pixels stay uint8 (or on disk) and become float32 in [0, 1] one batch at a time."""
 
 from defuse_core.data.datasets import open_splits, reopen_splits
+from defuse_core.data.folder import log_parts, overlooked
 from defuse_core.data.images import Images, PictureFiles, Splits
-from defuse_core.data.overlooked import log_parts, overlooked
 
 __all__ = [
     "Images",

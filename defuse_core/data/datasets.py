@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from defuse_core.config import DataSection
-from defuse_core.data.digits import open_digits, open_mnist, open_svhn
+from defuse_core.data.digits import open_digits, open_mnist, open_mnist_5000, open_svhn
 from defuse_core.data.folder import open_folder
 from defuse_core.data.gtsrb import open_signs
 from defuse_core.data.images import Splits
-from defuse_core.data.mnist_5000 import open_mnist_5000
 from defuse_core.data.npz import open_npz
 from defuse_core.errors import DataError, RunMismatchError
 

@@ -5,6 +5,7 @@ from defuse_core.models.architectures import (
     ReferenceCnn,
     ResNet18,
     build_classifier,
+    import_module,
 )
 from defuse_core.models.inference import (
     accuracy,
@@ -17,15 +18,14 @@ from defuse_core.models.inference import (
     to_device,
     to_tensor,
 )
-from defuse_core.models.layers import import_module
 from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
 from defuse_core.models.programs import SelfContainedClassifier
-from defuse_core.models.state_dicts import read_weights
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
     load_pretrained,
     load_vae,
+    read_weights,
     set_weights,
     weights_of,
 )

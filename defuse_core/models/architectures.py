@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,10 +15,43 @@ from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
 from defuse_core.models.adapters import adapt
-from defuse_core.models.hubs import open_timm, open_transformers, transformers_from
-from defuse_core.models.layers import dense_layers, halving_convolutions, import_module
-from defuse_core.models.programs import load_program
-from defuse_core.models.state_dicts import read_file
+from defuse_core.models.programs import (
+    load_program,
+    open_timm,
+    open_transformers,
+    read_file,
+    transformers_from,
+)
+
+
+def halving_convolutions(channels_in: int, channels: int, stages: int) -> Iterator[nn.Module]:
+    """4x4 convolutions of stride 2, each halving height and width (Figures 7, 8, 10, 12)."""
+    for stage in range(stages):
+        yield nn.Conv2d(channels if stage else channels_in, channels, 4, stride=2, padding=1)
+        yield nn.ReLU()
+
+
+def dense_layers(*widths: int) -> Iterator[nn.Module]:
+    """Fully connected layers from width to width, each followed by a ReLU."""
+    for width_in, width_out in itertools.pairwise(widths):
+        yield nn.Linear(width_in, width_out)
+        yield nn.ReLU()
+
+
+def import_module(field: str, path: str) -> nn.Module:
+    """Return what the factory at `package.module:factory` returns. Raises ModelError, naming the run file's field."""
+    module_name, _, factory = path.partition(":")
+    try:
+        module = getattr(importlib.import_module(module_name), factory)()
+    except Exception as error:
+        raise ModelError(
+            f"{field} {path}: calling it failed ({type(error).__name__}: {error}); "
+            "expected package.module:factory, importable from here and callable without arguments"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{field} {path}: expected an nn.Module, found {type(module).__name__}")
+    return module
+
 
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

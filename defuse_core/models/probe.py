@@ -16,8 +16,8 @@ from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.errors import ModelError
 from defuse_core.models.adapters import INPUT_RANGES, as_logits, find_logits, to_range
-from defuse_core.models.hubs import class_names_of
 from defuse_core.models.inference import map_batches, to_tensor
+from defuse_core.models.programs import class_names_of
 
 log = logging.getLogger("defuse")
 BATCH = 8  # images of the check of outputs

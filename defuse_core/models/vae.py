@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
-from defuse_core.models.layers import dense_layers, halving_convolutions, import_module
+from defuse_core.models.architectures import dense_layers, halving_convolutions, import_module
 
 LOGIT_MARGIN = 1e-6  # keeps the logits of a custom decoder's pixels 0 and 1 finite
 

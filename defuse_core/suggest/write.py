@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from defuse_core.config.fields import describe_fields
+from defuse_core.config.loading import describe_fields
 from defuse_core.suggest.plan import Plan
 
 COMMENT_COLUMN = 40

@@ -8,13 +8,12 @@ import sys
 import click
 
 from defuse_core.errors import DefuseError
-from services.cli.export import delete, export
+from services.cli.export import compare, delete, export, suite
 from services.cli.init import fields, init
 from services.cli.jobs import jobs, submit
 from services.cli.review import label_studio, review
 from services.cli.run import report, run, status
 from services.cli.serve import check, promote, rollback, serve
-from services.cli.suite import compare, suite
 from services.settings import read_settings, share_cores
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import InputError
-from services.cli.classifier import CLASSIFIER_HELP, classifier_choice
+from services.cli.options import CLASSIFIER_HELP, classifier_choice
 
 if TYPE_CHECKING:
     from defuse_core.suggest import Plan
@@ -88,7 +88,7 @@ def fields(section: str | None) -> None:
     """
     import textwrap
 
-    from defuse_core.config.fields import describe_fields
+    from defuse_core.config.loading import describe_fields
 
     for field in describe_fields(section):
         click.echo(f"{field.name}: {field.values} [{field.default}]")

@@ -1,14 +1,19 @@
-"""Options that several commands share, and the check of a run's name."""
+"""Options that several commands share: names of runs, stores, and a classifier of one's own."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError
+
+if TYPE_CHECKING:
+    from defuse_core.suggest import ClassifierChoice
+
 
 RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions and kept inputs
 
@@ -59,3 +64,56 @@ def checked_name(name: str) -> str:
 def run_name(name: str | None, runfile: Path) -> str:
     """Return the name of a run: `name`, else the run file's. Raises InputError for one that cannot name a folder."""
     return checked_name(runfile.stem if name is None else name)
+
+
+CLASSIFIER_HELP = (
+    "Your classifier: package.module:factory (with --weights), a file of torch.jit.save or torch.export.save, "
+    "a folder of Hugging Face's, or timm:NAME (with --weights)."
+)
+
+
+def classifier_fields(text: str, weights: Path | None) -> dict[str, Any]:
+    """Return section `classifier` of a run file for --classifier and --weights. Raises InputError."""
+    path = Path(text).expanduser()
+    if text.startswith("timm:"):
+        if weights is None:
+            raise InputError(f"--classifier {text}: needs --weights with a file, since nothing is downloaded")
+        return {
+            "architecture": "timm",
+            "timm_model": text.removeprefix("timm:"),
+            "weights": _existing(weights),
+        }
+    if path.is_dir():
+        _expect_none(weights, text, "its weights are in the folder")
+        return {"architecture": "transformers", "weights": str(path.absolute())}
+    if path.is_file() or path.suffix in {".pt", ".pt2", ".torchscript", ".pth", ".safetensors"}:
+        _expect_none(weights, text, "the file holds its own")
+        return {"architecture": "program", "weights": _existing(path)}
+    if ":" not in text:
+        raise InputError(
+            f"--classifier {text}: expected package.module:factory, a file, a folder of Hugging Face's, or timm:NAME; "
+            "found no such file"
+        )
+    section: dict[str, Any] = {"architecture": "custom", "import_path": text}
+    return section | ({"weights": _existing(weights)} if weights is not None else {})
+
+
+def classifier_choice(text: str | None, weights: Path | None) -> ClassifierChoice | None:
+    """Return the classifier that `defuse init` looks at, or None. Raises InputError."""
+    from defuse_core.suggest import ClassifierChoice
+
+    if text is None:
+        _expect_none(weights, "(none)", "give --classifier too")
+        return None
+    return ClassifierChoice(classifier_fields(text, weights))
+
+
+def _existing(path: Path) -> str:
+    if not path.exists():
+        raise InputError(f"{path}: expected a file of weights, found none")
+    return str(path.absolute())
+
+
+def _expect_none(weights: Path | None, classifier: str, reason: str) -> None:
+    if weights is not None:
+        raise InputError(f"--weights {weights}: does not go with --classifier {classifier}; {reason}")

@@ -72,7 +72,7 @@ def status(name: str, store: str) -> None:
     """Show the answers so far of RUN, the missing ones, and the address to label at."""
     from defuse_core.artifacts import Votes
     from services.labeling import LabelStudioAnnotators
-    from services.labeling.traffic import store_traffic_verdicts
+    from services.labeling.annotators import store_traffic_verdicts
 
     opened, gallery = _open(name, store)
     annotators = LabelStudioAnnotators(opened, read_settings())
@@ -119,7 +119,7 @@ def set_(
     defuse review set digits 3 --label 8 --reason "thick eights, checked on paper"
     defuse review set digits 5 --reject --reason "not digits at all"
     """
-    from services.labeling.overrides import override_verdict
+    from defuse_core.verdicts import override_verdict
 
     if reject == (label is not None):
         raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
@@ -138,7 +138,7 @@ def reopen(name: str, store: str) -> None:
 
     Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers.
     """
-    from services.labeling.overrides import reopen_vote
+    from defuse_core.verdicts import reopen_vote
 
     opened, _ = _open(name, store)
     reopen_vote(opened)
@@ -242,7 +242,7 @@ def simulate(name: str, store: str) -> None:
 
 def _open_traffic_review(name: str, store: str) -> str:
     from defuse_core.runs import Run
-    from services.labeling.traffic import open_traffic_review
+    from services.labeling.annotators import open_traffic_review
     from services.storage import open_store
 
     opened = open_store(store)

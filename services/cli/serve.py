@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from services.cli.export import SuiteCheck, check_suite, suite_options
 from services.cli.options import address_option, checked_name, store_option
-from services.cli.suite import SuiteCheck, check_suite, suite_options
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def serve(
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
     from services.serving.arguments import ServeArgs, resolve_settings
-    from services.serving.proxy import Proxy, choose_proxy, proxy_environment
+    from services.serving.launch import Proxy, choose_proxy, proxy_environment
 
     settings = read_settings()
     args = ServeArgs(

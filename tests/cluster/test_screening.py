@@ -12,8 +12,8 @@ from defuse_core.artifacts import Models, ReferenceSet
 from defuse_core.distill import distill
 from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
+from defuse_core.sample import tighten
 from defuse_core.store import FolderStore
-from defuse_core.tighten import tighten
 from tests.cluster.checks import assert_same_psi
 from tests.conftest import recommended
 

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Votes
-from defuse_core.consensus import crowdlab_labels
 from defuse_core.errors import RunFileError
-from defuse_core.verdicts import majority, tally
+from defuse_core.verdicts import crowdlab_labels, majority, tally
 
 CLASSES, SHAPE = 4, (5, 20)
 RELIABLE, GUESSING = 0.95, 0.4

@@ -17,8 +17,7 @@ from defuse_core.config import RunFile
 from defuse_core.errors import ModelError, RunFileError
 from defuse_core.local import LocalCompute
 from defuse_core.models import load_classifier, predict, read_weights, weights_of
-from defuse_core.models.hubs import open_transformers, range_of_folder
-from defuse_core.models.programs import load_program
+from defuse_core.models.programs import load_program, open_transformers, range_of_folder
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import silent
 from defuse_core.reference_models import ReferenceAnnotators

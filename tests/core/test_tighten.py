@@ -3,9 +3,8 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.progress import silent
-from defuse_core.sample import draw_codes, truncated_codes
+from defuse_core.sample import TAUS, draw_codes, find_taus, truncated_codes
 from defuse_core.seeds import generator
-from defuse_core.tighten import TAUS, find_taus
 from tests.conftest import tiny
 
 SPEC = tiny(review={"tau": "auto", "purity": 0.9, "rho": 0.5})

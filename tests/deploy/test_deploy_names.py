@@ -128,7 +128,7 @@ def test_each_variable_of_a_node_is_read_by_someone() -> None:
 
 
 def test_serve_has_its_fast_proxy_on_every_cluster() -> None:
-    from services.serving.proxy import HAPROXY_ENVIRONMENT
+    from services.serving.launch import HAPROXY_ENVIRONMENT
 
     wanted = dict(HAPROXY_ENVIRONMENT)
     del wanted["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"]  # other nodes' proxies hear of changes later

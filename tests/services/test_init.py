@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from defuse_core.config import RunFile, load_run_file
-from defuse_core.config.fields import describe_fields
+from defuse_core.config.loading import describe_fields
 from defuse_core.suggest import inspect_data
 from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import digits, trained

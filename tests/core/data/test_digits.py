@@ -146,5 +146,5 @@ def test_mnist_5000_is_padded_divided_by_class_and_the_same_for_one_seed():
 
 
 def test_mnist_5000_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("defuse_core.data.mnist_5000.find_spec", lambda name: None)
+    monkeypatch.setattr("defuse_core.data.digits.find_spec", lambda name: None)
     assert "pip install 'defuse[demo]'" in error_of(section("mnist-5000", channels=1))

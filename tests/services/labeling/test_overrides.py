@@ -10,8 +10,7 @@ from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import Corrections, Override, Verdicts, Votes
 from defuse_core.errors import InputError, RunBusyError
-from defuse_core.verdicts import decide_verdicts, read_overrides
-from services.labeling.overrides import FROM_VERDICTS, override_verdict
+from defuse_core.verdicts import FROM_VERDICTS, decide_verdicts, override_verdict, read_overrides
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from serve_process import (
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
-from services.serving.proxy import Proxy, choose_proxy, is_loopback
+from services.serving.launch import Proxy, choose_proxy, is_loopback
 
 LOOPBACK = "0100007F"
 ONE, TWO = ServeSection(), ServeSection(max_replicas=2)
