@@ -31,6 +31,7 @@ from defuse_core.config import DistillSection, RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.errors import StoreError
 from defuse_core.identify import load_shard, shard_key
+from defuse_core.intervals import lower_bound
 from defuse_core.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
@@ -208,13 +209,15 @@ def _last_change(mixture: BayesianGaussianMixture) -> float:
 def _scenarios(
     parts: list[_Part], section: DistillSection, small: tuple[DroppedComponent, ...] = ()
 ) -> Scenarios:
-    """Return the components of all parts over ε with enough support, the heaviest first."""
+    """Return the components of all parts over ε with enough support, in the order of `section.order`."""
     with threadpool_limits(1):
-        support = np.concatenate([part.support() for part in parts])
+        support, error = (np.concatenate(column) for column in zip(*(part.sources() for part in parts), strict=True))
     weights = np.concatenate([part.weights for part in parts])
     cells = np.concatenate([np.tile(part.cell, (len(part.weights), 1)) for part in parts])
     over = np.flatnonzero(weights > section.min_weight)
     over = over[np.argsort(-weights[over], kind="stable")]
+    if section.order == "source-error":
+        over = over[np.argsort(-certain_error(support[over], error[over]), kind="stable")]
     kept, thin = over[support[over] >= section.min_support], over[support[over] < section.min_support]
     return Scenarios(
         weights=weights[kept],
@@ -227,8 +230,15 @@ def _scenarios(
         lower_bound=float(sum(part.weight * part.fit.lower_bound for part in parts)),
         cells=cells[kept],
         support=support[kept],
+        source_error=error[kept],
         dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),
     )
+
+
+def certain_error(support: I64, error: F64) -> F64:
+    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 where not known."""
+    wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
+    return lower_bound(wrong, support)
 
 
 def _without_support(
@@ -251,5 +261,6 @@ def _no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] 
         0,
         0.0,
         support=np.zeros(0, np.int64),
+        source_error=nothing,
         dropped=dropped,
     )

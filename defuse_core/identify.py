@@ -134,7 +134,8 @@ class Identifier:
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
         truth = self.train.labels[rows]
         images = self.train.take(rows)
-        wrong = predict(self.classifier, images, section.batch_size) != truth  # (n,)
+        answers = predict(self.classifier, images, section.batch_size)
+        wrong = answers != truth  # (n,)
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)  # (n, Z)
         flips = (
             predict(self.classifier, decode_codes(self.vae, mu, section.batch_size), section.batch_size)
@@ -149,8 +150,14 @@ class Identifier:
         screened = self._screen(codes, truth, failed)
         kept = nearest_failures(screened, np.linalg.norm(noise, axis=2), section.max_per_image)
         image, _ = np.nonzero(kept)
+        failures = Failures(codes[kept], rows[image], truth[image], predicted[kept], wrong[image])
+        if section.originals == "misclassified":
+            own = np.flatnonzero(wrong)
+            own = own[self._recognised(images.batch(own), truth[own])]
+            originals = Failures(mu[own], rows[own], truth[own], answers[own], wrong[own])
+            failures = Failures.concatenate([failures, originals])
         return Shard(
-            failures=Failures(codes[kept], rows[image], truth[image], predicted[kept], wrong[image]),
+            failures=failures,
             images=len(rows),
             decodings=predicted.size,
             images_with_any=int(failed.any(axis=1).sum()),
@@ -164,12 +171,18 @@ class Identifier:
         if self.references is None or not failed.any():
             return failed
         image, _ = np.nonzero(failed)
-        size = self.spec.identify.batch_size
-        decoded = decode_codes(self.vae, codes[failed], size)
-        seen = mean_probabilities(self.references, decoded, size)  # (F, C)
+        decoded = decode_codes(self.vae, codes[failed], self.spec.identify.batch_size)
         kept = failed.copy()
-        kept[failed] = seen[np.arange(len(image)), truth[image]] >= self.spec.identify.min_probability
+        kept[failed] = self._recognised(decoded, truth[image])
         return kept
+
+    def _recognised(self, images: F32, truth: I64) -> Bool:
+        """Return in which images (n, channels, H, W) the reference models see `truth`, (n,); all without models."""
+        if self.references is None or not len(images):
+            return np.ones(len(images), np.bool_)
+        seen = mean_probabilities(self.references, images, self.spec.identify.batch_size)  # (n, C)
+        found: Bool = seen[np.arange(len(truth)), truth] >= self.spec.identify.min_probability
+        return found
 
     def _classify(self, codes: F32) -> I64:
         """Decode and classify (n, Z) codes in large batches: f(p(z)), (n,)."""

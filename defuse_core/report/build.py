@@ -166,7 +166,7 @@ def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
 def _scenario(
     found: Findings, evaluation: Evaluation, evidence: Evidence | None, number: int, column: int | None
 ) -> Scenario:
-    verdicts, classes = found.verdicts, found.models.classes
+    verdicts, scenarios, classes = found.verdicts, found.scenarios, found.models.classes
     held_out = (None, None, None) if column is None else tuple(map(defined, evaluation.scenario[:, column]))
     mistaken = (
         None
@@ -175,7 +175,9 @@ def _scenario(
     )
     return Scenario(
         number=number,
-        weight=float(found.scenarios.weights[number]),
+        weight=float(scenarios.weights[number]),
+        source_images=None if scenarios.support is None else int(scenarios.support[number]),
+        source_error=None if scenarios.source_error is None else defined(scenarios.source_error[number]),
         accepted=column is not None,
         label=None if column is None else classes[verdicts.labels[number]],
         reason=verdicts.reasons[number],

@@ -140,6 +140,10 @@ class Scenario(ReportModel):
     number: int
     """Index among the kept components, from 0, as in every artefact."""
     weight: float
+    source_images: int | None = None
+    """Training images that its codes come from; null for a run of an earlier version."""
+    source_error: float | None = None
+    """Share of these that the classifier before gets wrong in the image itself; likewise."""
     accepted: bool
     label: str | None
     """Class, by the majority of the annotators or an override; null where rejected."""
