@@ -133,7 +133,7 @@ class Identifier:
         start = block * section.block_images
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
         truth = self.train.labels[rows]
-        images = self.train.take(rows)
+        images = self.train.take(rows).loaded()  # read once
         answers = predict(self.classifier, images, section.batch_size)
         wrong = answers != truth  # (n,)
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)  # (n, Z)
