@@ -210,9 +210,7 @@ class Scenarios:
     converged: bool
     iterations: int
     lower_bound: float | None  # of the fit's likelihood; None where it is not finite
-    cells: I64 | None = (
-        None  # (S, 2) class of the source images and answer of f; -1 each for a single mixture
-    )
+    cells: I64 | None = None  # (S, 2) class of the source images, answer of f; -1 each for a single mixture
     support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
     source_error: F64 | None = None  # (S,) share of these that f gets wrong in the image itself
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
@@ -305,9 +303,7 @@ class Verdicts:
     image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or no class chosen
     agreement: F64  # (S, R) share of votes, none-of-the-above left out, for the majority label (§4.4); nan where none
     ties: int  # images without a label because their vote was tied
-    no_class_chosen: (
-        int  # images without a label because nobody chose a class: none-of-the-above, or no answer
-    )
+    no_class_chosen: int  # images without a label because of none-of-the-above, or no answer
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
     overrides: tuple[Override, ...]  # oldest first
     labelled: I64 | None = None  # (S,) images that the share rests on, further draws included

@@ -21,6 +21,7 @@ from defuse_core.artifacts import (
     F64,
     I64,
     NONE_OF_THE_ABOVE,
+    Bool,
     DroppedComponent,
     Failures,
     Psi,
@@ -38,6 +39,7 @@ from defuse_core.seeds import generator
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
+LEAST_SOURCE_ERROR = 0.1  # lower bound from which the failures of a component are those of real images
 
 
 def distill(spec: RunFile, psi: Psi, store: Store, *, progress: Progress) -> Scenarios:
@@ -239,6 +241,17 @@ def certain_error(support: I64, error: F64) -> F64:
     """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 where not known."""
     wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
     return lower_bound(wrong, support)
+
+
+def seen_in_training_images(scenarios: Scenarios) -> Bool:
+    """Return the components whose source images f certainly gets wrong itself, (S,): more than LEAST_SOURCE_ERROR.
+
+    f fails on the others in decodings alone, which may be a fault of the β-VAE.
+    """
+    if scenarios.source_error is None or scenarios.support is None:
+        return np.zeros(len(scenarios), np.bool_)
+    seen: Bool = certain_error(scenarios.support, scenarios.source_error) > LEAST_SOURCE_ERROR
+    return seen
 
 
 def _without_support(

@@ -20,6 +20,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
+from defuse_core.distill import seen_in_training_images
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import CLASSIFIERS, WIDER, Evidence
 from defuse_core.health import COLLAPSED_BELOW
@@ -178,6 +179,7 @@ def _scenario(
         weight=float(scenarios.weights[number]),
         source_images=None if scenarios.support is None else int(scenarios.support[number]),
         source_error=None if scenarios.source_error is None else defined(scenarios.source_error[number]),
+        seen_in_training_images=bool(seen_in_training_images(scenarios)[number]),
         accepted=column is not None,
         label=None if column is None else classes[verdicts.labels[number]],
         reason=verdicts.reasons[number],

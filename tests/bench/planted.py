@@ -2,7 +2,7 @@
 
     python tests/bench/planted.py --root DATA [--population mnist] [--seeds 0 1 2] [--ways cell all paper] [--json FILE]
 
-Per seed there is one population of images, one β-VAE and one set of reference models; per plant a classifier that is
+Per seed there is one population of images, with one β-VAE and one set of reference models trained on it; per plant a classifier that is
 trained on the spoilt images and brought to Defuse as one's own, with clean images. A plant counts only if the
 classifier has learnt it: its accuracy on the slice of the test set is at least 10 points (McNemar: p < 1 %) below that
 of the same classifier trained on the clean images. tests/bench/plants holds the plants and the rules of comparison.
@@ -48,7 +48,6 @@ from tests.bench.plants.runs import (
     run_file,
     run_until,
     seen_in_real_data,
-    train_shared_vae,
     train_spoilt,
     view,
     with_misclassified_sources,
@@ -64,11 +63,11 @@ MNIST_RUN: Tree = {
         "optimizer": "adam", "learning_rate": 0.001, "epochs": 5, "batch_size": 64,
     },
     "vae": {
-        "latent_dim": 16, "channels": 32, "hidden": 256, "beta": 0.02, "epochs": 12, "batch_size": 128,
-        "kl_warmup_steps": 500,
+        "architecture": "convolutional", "latent_dim": 16, "encoder_stages": 3, "channels": 16, "beta": 1.0,
+        "class_weight": 20.0, "epochs": 8, "batch_size": 128, "learning_rate": 0.003, "schedule": "one_cycle",
+        "kl_warmup_steps": 250,
     },
-    "identify": {"draws": 10, "scale": 2.0, "max_per_image": 10},
-    "distill": {"max_codes": 10_000, "max_components": 60},
+    "identify": {"draws": 10, "scale": 2.0},
     "review": {"reference": {"count": 3, "channels": 16, "epochs": 5}},
     "judges": {"count": 0},
     "resources": {"train_threads": 1},
@@ -81,7 +80,7 @@ SIGNS_RUN: Tree = {
         "import_path": "tests.bench.plants.classifier:build_signs",
         "epochs": 10,
     },
-    "vae": {**MNIST_RUN["vae"], "latent_dim": 24, "channels": 64, "epochs": 20},
+    "vae": {**MNIST_RUN["vae"], "channels": 32, "epochs": 20},
     "review": {"reference": {"count": 3, "channels": 32, "epochs": 10}},
 }
 SPOTCHECK_RUN: Tree = {
@@ -89,12 +88,10 @@ SPOTCHECK_RUN: Tree = {
     "classifier": {
         **MNIST_RUN["classifier"], "import_path": "tests.bench.plants.classifier:build_spotcheck", "epochs": 8,
     },
-    "vae": {**SIGNS_RUN["vae"], "channels": 32, "epochs": 25},
     "review": {"reference": {"count": 3, "channels": 16, "epochs": 6}},
 }  # fmt: skip
 RUNS = {"mnist": MNIST_RUN, "signs": SIGNS_RUN, "spotcheck": SPOTCHECK_RUN}
 LEAST_DROP = 0.1
-VAE_SEED = 1000  # of the images that MNIST's β-VAE is trained on
 
 
 @dataclass(frozen=True)
@@ -151,13 +148,15 @@ def learnt(inside: Bool, clean: View, spoilt: View) -> Learnt:
 
 
 def start(folder: Path, population: Population, base: Tree, seed: int) -> Bench:
-    """Train what all plants of a seed share: the classifier of the clean images, and the reference models."""
+    """Train what all plants of a seed share, on clean images: the control's classifier, β-VAE and reference models."""
     data = folder / "population.npz"
     if not data.exists():
         population.save(data)
     spec = run_file(base, seed, data)
     control = run_until(FolderStore(folder), "control", spec, until="train")
     models = clean_models(control)
+    write_weights(models.vae, folder / "vae.safetensors")
+    base = {**base, "vae": {**base["vae"], **bring("vae", folder / "vae.safetensors")["vae"]}}
     codes = (
         codes_of(spec, models.vae, population.validation.images),
         codes_of(spec, models.vae, population.test.images),
@@ -308,7 +307,7 @@ def study(given: argparse.Namespace, folder: Path) -> list[Row]:
         population, plants = population_of(given, seed)
         home = folder / f"{given.population}-{seed}"
         home.mkdir(parents=True, exist_ok=True)
-        bench = start(home, population, {**base, **shared_vae(given, base, seed, folder)}, seed)
+        bench = start(home, population, base, seed)
         for number in given.plants or range(len(plants)):
             rows.append(one_plant(bench, number, plants[number], given.ways))
             show(rows[-1:])
@@ -316,23 +315,6 @@ def study(given: argparse.Namespace, folder: Path) -> list[Row]:
                 found = {"rows": [asdict(row) for row in rows], "summary": summary(rows)}
                 given.json.write_text(json.dumps(found, indent=1))
     return rows
-
-
-def shared_vae(given: argparse.Namespace, base: Tree, seed: int, folder: Path) -> Tree:
-    """Return the section of the β-VAE that all plants share, trained if its file is not there yet.
-
-    It is trained without labels, on images of its own (MNIST), on the training images (signs; one for all seeds), or
-    on those of the configuration (SpotCheck).
-    """
-    owner = seed if given.population == "spotcheck" else "shared"
-    path = folder / f"{given.population}-vae-{owner}.safetensors"
-    if not path.exists():
-        if given.population == "mnist":
-            population = populations.mnist(given.root, VAE_SEED, (3 * given.images, 100, 100))
-        else:
-            population, _ = population_of(given, seed)
-        train_shared_vae(run_file(base, seed, path), population, path)
-    return {"vae": {**base["vae"], **bring("vae", path)["vae"]}}
 
 
 def population_of(given: argparse.Namespace, seed: int) -> tuple[Population, tuple[Plant, ...]]:

@@ -117,15 +117,6 @@ def train_spoilt(spec: RunFile, population: Population, spoilt: Images) -> Weigh
     return weights_of(classifier)
 
 
-def train_shared_vae(spec: RunFile, population: Population, path: Path) -> None:
-    """Train the run file's β-VAE on the population's training images and write its weights."""
-    torch.manual_seed(torch_seed(spec.seed, "plants", "vae"))
-    vae = build_vae(spec)
-    with cpu_threads(spec.resources.train_threads):
-        train_vae(spec, vae, population.splits(), None, silent)
-    write_weights(weights_of(vae), path)
-
-
 def write_weights(weights: Weights, path: Path) -> None:
     """Write weights as a file that a run file can name."""
     path.parent.mkdir(parents=True, exist_ok=True)
