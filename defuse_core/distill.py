@@ -213,7 +213,9 @@ def _scenarios(
 ) -> Scenarios:
     """Return the components of all parts over ε with enough support, in the order of `section.order`."""
     with threadpool_limits(1):
-        support, error = (np.concatenate(column) for column in zip(*(part.sources() for part in parts), strict=True))
+        support, error = (
+            np.concatenate(column) for column in zip(*(part.sources() for part in parts), strict=True)
+        )
     weights = np.concatenate([part.weights for part in parts])
     cells = np.concatenate([np.tile(part.cell, (len(part.weights), 1)) for part in parts])
     over = np.flatnonzero(weights > section.min_weight)
