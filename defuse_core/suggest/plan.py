@@ -259,6 +259,7 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
     tree["vae"] |= {"epochs": epochs, "batch_size": batch, "kl_warmup_steps": min(500, steps // 4)}
     draws = _clamp(seconds * shares["identify"] * speeds.decode / count, 2, 50)
     tree["identify"] = {"draws": draws, "scale": 2.0}
+    tree["distill"] = {"order": "source-error"}
     reference = _reference(count, seconds * shares["references"], speeds)
     tree["review"] = {"reference": reference}
     tree["judges"] = dict(reference)
