@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--population", choices=tuple(RUNS), default="mnist")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--plants", type=int, nargs="+", help="numbers of the plants; all of them by default")
-    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["recommended", "by weight"])
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["recommended", "one mixture"])
     parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--images", type=int, default=8000, help="training images (not of the signs)")
     parser.add_argument("--threads", type=int, default=1)
@@ -309,9 +309,7 @@ def study(given: argparse.Namespace, folder: Path) -> list[Row]:
         home.mkdir(parents=True, exist_ok=True)
         bench = start(home, population, base, seed)
         for number in given.plants or range(len(plants)):
-            rows.append(
-                one_plant(bench, number, plants[number], given.ways, with_baselines=given.baselines)
-            )
+            rows.append(one_plant(bench, number, plants[number], given.ways, with_baselines=given.baselines))
             show(rows[-1:])
             if given.json is not None:
                 found = {"rows": [asdict(row) for row in rows], "summary": summary(rows)}

@@ -53,14 +53,14 @@ from tests.bench.plants.scoring import Group
 
 REFERENCES = "references.safetensors"  # they know nothing of the classifier, so one seed trains them once
 Tree = Mapping[str, Mapping[str, Any]]
-RECOMMENDED: Tree = {
-    "identify": {"originals": "misclassified"},
-    "distill": {"by": "cell", "order": "source-error", "min_weight": 0.0, "min_support": 5},
-}
+RECOMMENDED: Tree = {"distill": {"by": "cell", "order": "source-error"}}
 WAYS: dict[str, Tree] = {
     "recommended": RECOMMENDED,
-    "by weight": {"distill": {"by": "cell"}},  # without originals, with ε, heaviest first
-    "one mixture": {**RECOMMENDED, "distill": {**RECOMMENDED["distill"], "by": "all"}},
+    "originals": {  # and every component that enough images support
+        "identify": {"originals": "misclassified"},
+        "distill": {**RECOMMENDED["distill"], "min_weight": 0.0},
+    },
+    "one mixture": {"distill": {"by": "all", "order": "source-error"}},
     "paper": {
         "identify": {"noise": "beta", "screen": "none"},
         "distill": {"by": "all", "min_support": 1},
