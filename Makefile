@@ -30,9 +30,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
-	$(BIN)/defuse label-studio install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: setup  # Label Studio is installed while lint runs
+	$(BIN)/defuse label-studio install & installed=$$!; \
+	$(MAKE) lint && wait $$installed && \
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 bench: setup
 	@grep -h '^    python tests/bench' tests/bench/*.py

@@ -32,6 +32,7 @@ from defuse_core.correct import collect_sweep, load_fine_tuning_data, nothing_to
 from defuse_core.data import Images
 from defuse_core.identify import finished_shards, gather_shards, shard_count, shard_fingerprint
 from defuse_core.progress import Progress, silent
+from defuse_core.runs import Run
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -183,6 +184,11 @@ class RayCompute:
                 resources = task_resources(self.spec.resources)
                 log.warning("%s: waiting for %s to be free on the cluster", step, resources)
         listener.flush()
+
+
+def on_ray(address: str | None = None, progress: Progress = silent) -> Callable[[Run], RayCompute]:
+    """Return `compute` of `defuse_core.debug`: Ray at `address`, or without one an embedded Ray."""
+    return lambda run: RayCompute(address, run.spec, progress, require_lock=run.store.require_lock)
 
 
 def _in_worker(step: str, function: Callable[..., T], progress_actor: Any, *args: object) -> tuple[None, T]:

@@ -24,6 +24,7 @@ U8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Weights = dict[str, npt.NDArray[Any]]  # a torch state dict as arrays
 
+NO_SCENARIO = -1  # in place of the number of a component
 NONE_OF_THE_ABOVE = -1  # an answer, and also "no label" wherever a label is expected
 
 
@@ -75,6 +76,7 @@ class VaeEpoch:
     kl: float
     beta: float
     class_loss: float | None = None  # cross-entropy of the class head on the codes; None without one
+    guide_loss: float | None = None  # the same of the reference models on decodings; None without
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +242,8 @@ class Gallery:
     codes: F32  # (S, R, Z)
     predicted: I64  # (S, R)
     classes: tuple[str, ...]  # (C,)
-    numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are; empty: all of them
+    numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are, or NO_SCENARIO; empty: all
+    failure: F64 | None = None  # (S, R) failure probability, nan for none; None unless inputs from traffic
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})
@@ -303,7 +306,7 @@ class Verdicts:
     image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or no class chosen
     agreement: F64  # (S, R) share of votes, none-of-the-above left out, for the majority label (§4.4); nan where none
     ties: int  # images without a label because their vote was tied
-    no_class_chosen: int  # images without a label because of none-of-the-above, or no answer
+    no_class_chosen: int  # images without a label since nobody chose a class: none-of-the-above, or no answer
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
     overrides: tuple[Override, ...]  # oldest first
     labelled: I64 | None = None  # (S,) images that the share rests on, further draws included

@@ -32,6 +32,7 @@ from defuse_core.evidence import (
     plain_spec,
     without_fold,
 )
+from defuse_core.failure_detector import FailureWatch, watch_run
 from defuse_core.health import expect_healthy
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
@@ -60,7 +61,8 @@ T = TypeVar("T")
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
     spec, store = run.spec, run.store
-    models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
+    guide = reference_models(run, compute) if spec.vae.guide_weight else None
+    models = run.once("train", Models, lambda: compute.task("train", train, spec, store, guide))
     if run.until != "train":
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
@@ -99,7 +101,13 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         judges=judges(run, compute),
     )
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
-    return write_report(run, found, evaluation, _evidence(run, compute, found))
+    evidence = _evidence(run, compute, found)
+    watch = run.once(
+        "report",
+        FailureWatch,
+        lambda: compute.task("report", watch_run, spec, models, fixes, sweep.weights),
+    )
+    return write_report(run, found, evaluation, evidence, watch)
 
 
 def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
@@ -171,6 +179,19 @@ def _corrections(
 
 def rewrite_report(run: Run) -> Report:
     """Rewrite the report of a finished run from its artefacts and return it. Raises InputError if unfinished."""
+    found, evaluation, evidence, watch = load_findings(run)
+    try:
+        return write_report(run, found, evaluation, evidence, watch)
+    except StoreError as error:
+        log.warning("the page is not written again, since the store cannot be written: %s", error)
+        return build_report(run, found, evaluation, evidence, watch)
+
+
+def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:
+    """Return all that a finished run found, its evaluation, its evidence (None with judges.count 0), and its watch.
+
+    Raises InputError where the run is not finished.
+    """
     found = Findings(
         _made(run, Models),
         _made(run, Psi),
@@ -184,12 +205,7 @@ def rewrite_report(run: Run) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    evaluation, evidence = _made(run, Evaluation), run.load(Evidence)
-    try:
-        return write_report(run, found, evaluation, evidence)
-    except StoreError as error:
-        log.warning("the page is not written again, since the store cannot be written: %s", error)
-        return build_report(run, found, evaluation, evidence)
+    return found, _made(run, Evaluation), run.load(Evidence), run.load(FailureWatch)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

@@ -30,7 +30,7 @@ from defuse_core.artifacts import (
     Weights,
 )
 from defuse_core.codec import decode, encode
-from defuse_core.config import RunFile, parse_run_file
+from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.errors import InputError, StoreError
@@ -58,9 +58,9 @@ class SuiteScenario(BaseModel):
 
     number: int
     """Index among the components of the run."""
-    label: str
+    label: PrintableText
     """The class of all its pictures."""
-    mistaken_for: str
+    mistaken_for: PrintableText
     """What the classifier of the run answered most often in its place."""
     pictures: int
     before: float
@@ -82,13 +82,13 @@ class SuiteDescription(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1]
-    run: str
+    run: PrintableText
     """The run that it was saved from."""
-    annotators: str
+    annotators: PrintableText
     """Who labelled its scenarios: people, or reference models."""
-    saved: str
+    saved: PrintableText
     """When, UTC."""
-    classes: tuple[str, ...]
+    classes: tuple[PrintableText, ...]
     image_size: int
     channels: int
     vae: dict[str, Any]

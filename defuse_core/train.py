@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, I64, ClassifierEpoch, Health, Models, VaeEpoch
+from defuse_core.artifacts import F64, I64, ClassifierEpoch, Health, Models, ReferenceSet, VaeEpoch
 from defuse_core.checkpoint import Training, format_row, labels_of, minibatches, train_step
 from defuse_core.config import RunFile, VaeSection
 from defuse_core.data import Images, Splits, log_parts, open_splits
@@ -44,6 +45,7 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.progress import Progress
+from defuse_core.reference_models import augment, load_reference_models
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 
@@ -60,15 +62,25 @@ def initial_vae(spec: RunFile, train: Images) -> Vae:
 
 
 def train_vae(
-    spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
+    spec: RunFile,
+    vae: Vae,
+    splits: Splits,
+    store: Store | None,
+    progress: Progress,
+    guides: Sequence[nn.Module] = (),
 ) -> list[VaeEpoch]:
-    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
+    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image).
+
+    `guides` are the classifiers that vae.guide_weight asks about the decodings. They are not trained.
+    """
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None
     trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
     optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
-    trainer = _VaeTrainer(spec, vae.train(), head, optimizer, splits.train, progress)
+    for guide in guides:
+        guide.requires_grad_(False)
+    trainer = _VaeTrainer(spec, vae.train(), head, tuple(guides), optimizer, splits.train, progress)
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
         training.history.append(row)
@@ -96,6 +108,7 @@ class _VaeTrainer:
     spec: RunFile
     vae: Vae
     head: nn.Module | None
+    guides: tuple[nn.Module, ...]  # each step asks one of them, in turn
     optimizer: torch.optim.Optimizer
     images: Images
     progress: Progress
@@ -104,28 +117,41 @@ class _VaeTrainer:
         """Train for one epoch, counted from 0, and return its figures."""
         spec, section, count = self.spec, self.spec.vae, len(self.images)
         noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
+        views = generator(spec.seed, "vae", "guide", epoch)
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
         done, losses, beta = epoch * count, [], 0.0
         for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            losses.append(self._step(rows, beta, noise))
+            losses.append(self._step(rows, step, beta, noise, views))
             done += len(rows)
             self.progress("training the β-VAE", done, section.epochs * count, "images")
-        reconstruction, divergence, class_loss = np.mean(losses, axis=0).tolist()
+        reconstruction, divergence, class_loss, guide_loss = np.mean(losses, axis=0).tolist()
         return VaeEpoch(
-            epoch + 1, reconstruction, divergence, beta, None if self.head is None else class_loss
+            epoch + 1,
+            reconstruction,
+            divergence,
+            beta,
+            None if self.head is None else class_loss,
+            guide_loss if self.guides else None,
         )
 
-    def _step(self, rows: I64, beta: float, noise: torch.Generator) -> tuple[float, float, float]:
-        """Take one step; return reconstruction, KL and the class head's cross-entropy (0 without one)."""
+    def _step(
+        self, rows: I64, step: int, beta: float, noise: torch.Generator, views: np.random.Generator
+    ) -> tuple[float, float, float, float]:
+        """Take one step; return reconstruction, KL, and the cross-entropies of class head and guide (0 without)."""
+        section, labels = self.spec.vae, labels_of(self.images, rows)
         terms = vae_terms(self.vae, to_tensor(self.images.batch(rows)), noise)
-        loss, class_loss = terms.reconstruction + beta * terms.divergence, 0.0
+        loss, class_loss, guide_loss = terms.reconstruction + beta * terms.divergence, 0.0, 0.0
         if self.head is not None:
-            cross_entropy = F.cross_entropy(self.head(terms.codes), labels_of(self.images, rows))
-            loss, class_loss = loss + self.spec.vae.class_weight * cross_entropy, cross_entropy.item()
+            cross_entropy = F.cross_entropy(self.head(terms.codes), labels)
+            loss, class_loss = loss + section.class_weight * cross_entropy, cross_entropy.item()
+        if self.guides:
+            decodings = augment(torch.sigmoid(terms.logits), views)
+            cross_entropy = F.cross_entropy(self.guides[step % len(self.guides)](decodings), labels)
+            loss, guide_loss = loss + section.guide_weight * cross_entropy, cross_entropy.item()
         train_step(loss, self.optimizer, "the β-VAE")
-        return terms.reconstruction.item(), terms.divergence.item(), class_loss
+        return terms.reconstruction.item(), terms.divergence.item(), class_loss, guide_loss
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
@@ -145,6 +171,7 @@ class VaeTerms(NamedTuple):
     reconstruction: Tensor  # -E log p(x|z), Bernoulli
     divergence: Tensor  # KL(q(z|x) || p(z))
     codes: Tensor  # (n, Z) drawn from q(z|x)
+    logits: Tensor  # (n, channels, H, W) decoded from the codes
 
 
 def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> VaeTerms:
@@ -153,13 +180,20 @@ def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> VaeTerms:
     codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
     logits = vae.decode_logits(codes)
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
-    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
+    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes, logits)
 
 
-def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
+def train(
+    spec: RunFile,
+    store: Store | None = None,
+    references: ReferenceSet | None = None,
+    *,
+    progress: Progress,
+) -> Models:
     """Return f and the β-VAE, trained or loaded from files, with their accuracies and the β-VAE's reconstructions.
 
-    With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
+    `references` are the reference models, which vae.guide_weight asks. With a store, an interrupted training resumes
+    from its last checkpoint and reaches the same weights.
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
@@ -171,7 +205,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
         accuracies = _accuracies(classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
-        vae_history = train_vae(spec, vae, splits, store, progress)
+        vae_history = train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
         models = Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
@@ -187,6 +221,14 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
         if store is not None:
             store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
     return models
+
+
+def _guides(spec: RunFile, splits: Splits, references: ReferenceSet | None) -> list[nn.Module]:
+    if not spec.vae.guide_weight:
+        return []
+    if references is None:
+        raise ValueError("vae.guide_weight needs the reference models")
+    return load_reference_models(spec, spec.review.reference, references, len(splits.classes))
 
 
 class VaeFigures(TypedDict):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from defuse_core.artifacts import Models
 from defuse_core.config import STEPS
 from defuse_core.errors import DefuseError, InputError
 from defuse_core.report.formatting import (
@@ -164,6 +165,8 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"Chosen: λ = {lam_text(report.chosen.lam)}, epoch {report.chosen.epoch}{cost}.")
     if not mixture.converged:
         lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}.")
+    if report.watch is not None:
+        lines.append(f"Watch: {report.watch.verdict}")
     lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
     return lines
 
@@ -240,7 +243,6 @@ def _epochs(run: Run) -> str:
 
 
 def _shards(run: Run) -> int:
-    from defuse_core.artifacts import Models
     from defuse_core.identify import shard_count
 
     models = run.load(Models)
@@ -248,7 +250,7 @@ def _shards(run: Run) -> int:
 
 
 def print_status(run: Run, console: Console | None = None) -> None:
-    """Print the state, the time and the size of each step of a run."""
+    """Print the state, the time and the size of each step of a run, the β-VAE's health, and the result."""
     console = console or Console()
     states = step_states(run)
     table = Table(box=box.SIMPLE_HEAD)
@@ -261,10 +263,25 @@ def print_status(run: Run, console: Console | None = None) -> None:
     seconds = sum(state.seconds or 0 for state in states)
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     console.print(table)
+    if models := run.load(Models):
+        _print_health(console, models)
     if report := _stored_report(run):
         _print_text(console, headline(report), "bold")
         console.print(_accuracy_table(report))
     console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
+
+
+def _print_health(console: Console, models: Models) -> None:
+    """Print the verdict on the β-VAE with its figures; nothing for a run of a version without one."""
+    health = models.health
+    if health is None:
+        return
+    text = (
+        f"β-VAE: {health.verdict}. The classifier gets {percent(health.originals_right)} of "
+        f"{count_of(health.images, 'training image')} right, and {percent(health.reconstructions_right)} of their "
+        f"reconstructions; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} collapsed."
+    )
+    _print_text(console, text, "" if health.verdict == "fit" else "yellow")
 
 
 def _stored_report(run: Run) -> Report | None:

@@ -14,12 +14,13 @@ from defuse_core.models.inference import (
     encode_images,
     map_batches,
     predict,
+    predict_logits,
     predict_probabilities,
     to_device,
     to_tensor,
 )
 from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
-from defuse_core.models.programs import SelfContainedClassifier
+from defuse_core.models.programs import SelfContainedClassifier, copy_for_inference, load_program, program_of
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
@@ -41,6 +42,7 @@ __all__ = [
     "build_classifier",
     "build_vae",
     "check_outputs",
+    "copy_for_inference",
     "decode_anchored",
     "decode_codes",
     "encode_images",
@@ -49,12 +51,15 @@ __all__ = [
     "kl_to_prior",
     "load_classifier",
     "load_pretrained",
+    "load_program",
     "load_vae",
     "log_classifier",
     "map_batches",
     "predict",
+    "predict_logits",
     "predict_probabilities",
     "probe_classifier",
+    "program_of",
     "read_weights",
     "set_weights",
     "to_device",

@@ -55,6 +55,15 @@ def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_siz
     )
 
 
+def predict_logits(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:
+    """Return the classifier's logits, (n, C), of at least one image."""
+    source = _as_images(images)
+    logits: F32 = map_batches(
+        lambda rows: classifier(to_tensor(source.batch(rows))).float(), len(source), batch_size
+    )
+    return logits
+
+
 def accuracy(classifier: nn.Module, images: Images) -> float:
     """Return the share of images that the classifier gets right; nan for no images."""
     return float((predict(classifier, images) == images.labels).mean()) if len(images) else math.nan

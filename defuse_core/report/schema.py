@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from defuse_core.artifacts import Override
 from defuse_core.errors import InputError
+from defuse_core.watch_figures import Share, WatchFigures
 
 VERSION: Final = 2  # of report.json; grows when a field is renamed or removed
 
@@ -32,14 +33,6 @@ class Accuracies(ReportModel):
     baseline: Accuracy
     """Fine-tuned on the reviewed, misclassified images: the paper's "unrestricted adversarial examples"."""
     defuse: Accuracy
-
-
-class Share(ReportModel):
-    """A share with its 95 % interval, fractions of 1; null where it could not be measured."""
-
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 class FourShares(ReportModel):
@@ -338,6 +331,8 @@ class Report(ReportModel):
     """Decisions of people that replace the verdict of the vote."""
     evidence: EvidenceFigures | None
     """Null without judges (judges.count 0)."""
+    watch: WatchFigures | None = None
+    """How well the corrected classifier's failing inputs are found. Null for a run of an earlier version."""
     per_class: tuple[ClassAccuracy, ...]
     """On the test images; empty where there are none."""
     failed_trials: tuple[SweepFailure, ...]

@@ -292,7 +292,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="where the figures are written, after every plant")
     given = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] - to be read while it runs
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with tempfile.TemporaryDirectory() as temporary:
         rows = study(given, given.folder or Path(temporary))

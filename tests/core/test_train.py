@@ -9,9 +9,19 @@ from defuse_core.checkpoint import minibatches
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import ModelError, RunFileError, RunMismatchError
-from defuse_core.models import build_vae, kl_to_prior, load_classifier, predict, to_device, to_tensor
+from defuse_core.models import (
+    build_vae,
+    decode_codes,
+    encode_images,
+    kl_to_prior,
+    load_classifier,
+    load_vae,
+    predict,
+    to_device,
+    to_tensor,
+)
 from defuse_core.progress import silent
-from defuse_core.reference_models import votes_of_models
+from defuse_core.reference_models import load_reference_models, mean_probabilities, votes_of_models
 from defuse_core.sample import Examiner, filter_corrections, sample_corrections, sample_gallery
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
@@ -113,6 +123,21 @@ def test_an_interrupted_training_resumes_within_its_schedule_and_with_its_class_
     for name, array in resumed.vae.items():
         np.testing.assert_array_equal(array, convolutional.vae[name])
     assert resumed.vae_history == convolutional.vae_history
+
+
+def test_with_a_guide_the_reference_models_see_the_class_in_more_reconstructions(references):
+    without = recommended(vae=RECOMMENDED_VAE, classifier={"epochs": 1})
+    images, seen = open_splits(without.data, without.seed).train, []
+    judging = load_reference_models(without, without.review.reference, references, 10)
+    for weight in (0.0, 20.0):
+        spec = recommended(vae={**RECOMMENDED_VAE, "guide_weight": weight}, classifier={"epochs": 1})
+        models = train(spec, None, references, progress=silent)
+        vae = load_vae(spec, models.vae)
+        probabilities = mean_probabilities(judging, decode_codes(vae, encode_images(vae, images)))
+        seen.append(probabilities[np.arange(len(images)), images.labels].mean())
+    assert seen[1] > seen[0] + 0.1
+    losses = [row.guide_loss for row in models.vae_history]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_one_cycle_schedule_rises_over_a_tenth_of_the_steps_and_falls_to_zero():
