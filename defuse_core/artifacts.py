@@ -398,6 +398,4 @@ class Evaluation:
     gallery_after: I64  # (S, R) answers of the corrected classifier on the reviewed images
     points: F32  # (P, 2) t-SNE of training codes, then codes of Psi, then component means
     point_kind: I64  # (P,) 0 training image, 1 code of Psi, 2 accepted scenario, 3 rejected component
-    point_component: (
-        I64  # (P,) class of a training image; most responsible component of a Psi code; else itself
-    )
+    point_component: I64  # (P,) class of a training image; likeliest component of a Psi code; else itself
