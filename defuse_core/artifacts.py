@@ -119,6 +119,7 @@ class Failures:
     source: I64  # (F,) index into the training set
     truth: I64  # (F,) label of the source image
     predicted: I64  # (F,) never equal to truth
+    source_wrong: Bool | None = None  # (F,) whether f gets the source image itself wrong; None where unknown
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
@@ -128,16 +129,19 @@ class Failures:
 
     def take(self, rows: I64 | Bool) -> Failures:
         """Return the failures of `rows`."""
-        return Failures(self.codes[rows], self.source[rows], self.truth[rows], self.predicted[rows])
+        wrong = None if self.source_wrong is None else self.source_wrong[rows]
+        return Failures(self.codes[rows], self.source[rows], self.truth[rows], self.predicted[rows], wrong)
 
     @staticmethod
     def concatenate(parts: Sequence[Failures]) -> Failures:
         """Return the failures of all parts, in order."""
+        wrong = [part.source_wrong for part in parts if part.source_wrong is not None]
         return Failures(
             np.concatenate([part.codes for part in parts]),
             np.concatenate([part.source for part in parts]),
             np.concatenate([part.truth for part in parts]),
             np.concatenate([part.predicted for part in parts]),
+            np.concatenate(wrong) if len(wrong) == len(parts) else None,
         )
 
 
@@ -199,6 +203,7 @@ class Scenarios:
     lower_bound: float | None  # of the fit's likelihood; None where it is not finite
     cells: I64 | None = None  # (S, 2) class of the source images, answer of f; -1 each for a single mixture
     support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
+    source_error: F64 | None = None  # (S,) share of these that f gets wrong in the image itself
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
     failures: ComponentFailures | None = None  # with vae.decode: anchored; None where decoded plainly
@@ -213,7 +218,7 @@ class Scenarios:
         """Return the components `rows`, with the fields of `changed` replaced."""
         per_component = {
             name: value[rows]
-            for name in ("weights", "means", "covariances", "cells", "support", "taus")
+            for name in ("weights", "means", "covariances", "cells", "support", "source_error", "taus")
             if (value := getattr(self, name)) is not None
         }
         failures = None if self.failures is None else self.failures.take(rows)
@@ -397,4 +402,4 @@ class Evaluation:
     gallery_after: I64  # (S, R) answers of the corrected classifier on the reviewed images
     points: F32  # (P, 2) t-SNE of training codes, then codes of Psi, then component means
     point_kind: I64  # (P,) 0 training image, 1 code of Psi, 2 accepted scenario, 3 rejected component
-    point_component: I64  # (P,) class of a training image, most responsible component of a code, or itself
+    point_component: I64  # (P,) class of a training image; likeliest component of a Psi code; else itself

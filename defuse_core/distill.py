@@ -24,6 +24,7 @@ from defuse_core.artifacts import (
     I64,
     NONE_OF_THE_ABOVE,
     Anchors,
+    Bool,
     ComponentFailures,
     DroppedComponent,
     Failures,
@@ -36,6 +37,7 @@ from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import StoreError
 from defuse_core.identify import load_shard, shard_key
+from defuse_core.intervals import lower_bound
 from defuse_core.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
@@ -44,6 +46,7 @@ from defuse_core.store import Store
 log = logging.getLogger("defuse")
 FAILURES_KEPT = 256  # L, with vae.decode: anchored
 IMAGES_KEPT = 64  # training images that the failures of one component come from at most
+LEAST_SOURCE_ERROR = 0.1  # lower bound from which the failures of a component are those of real images
 
 
 def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, progress: Progress) -> Scenarios:
@@ -233,7 +236,7 @@ class _Fits:
             return [share for part in self.parts for share in part.shares()]
 
     def scenarios(self) -> Scenarios:
-        """Return the components of all parts over ε with enough support, the heaviest first."""
+        """Return the components of all parts over ε with enough support, in the order of `section.order`."""
         parts, section = self.parts, self.section
         if not parts:
             return _no_scenarios(self.failures.codes.shape[1], len(self.failures), self.small)
@@ -252,6 +255,7 @@ class _Fits:
             lower_bound=float(sum(part.weight * part.fit.lower_bound for part in parts)),
             cells=cells[kept],
             support=support[kept],
+            source_error=self._source_error()[kept],
             dropped=self.small + tuple(without_support),
         )
 
@@ -265,13 +269,26 @@ class _Fits:
     def _support(self) -> I64:
         return np.array([len(np.unique(share.source)) for share in self.shares], np.int64)
 
+    def _source_error(self) -> F64:
+        """Return the share of each component's distinct source images that f itself gets wrong; nan where unknown."""
+        return np.array([_source_error(share) for share in self.shares], np.float64)
+
     def _over_min_weight(self) -> tuple[I64, I64]:
-        """Return the components over ε, the heaviest first: those with enough support, and the others."""
+        """Return the components over ε in the order of `section.order`: those with enough support, and the others."""
         weights, support = self._weights(), self._support()
         over = np.flatnonzero(weights > self.section.min_weight)
         over = over[np.argsort(-weights[over], kind="stable")]
+        if self.section.order == "source-error":
+            over = over[np.argsort(-certain_error(support[over], self._source_error()[over]), kind="stable")]
         enough = support[over] >= self.section.min_support
         return over[enough], over[~enough]
+
+
+def _source_error(members: Failures) -> float:
+    if members.source_wrong is None or not len(members):
+        return float("nan")
+    _, first = np.unique(members.source, return_index=True)
+    return float(members.source_wrong[first].mean())
 
 
 def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:
@@ -302,6 +319,23 @@ def _spread(source: I64, rng: np.random.Generator) -> I64:
     return np.resize(rows[np.argsort(turn, kind="stable")], FAILURES_KEPT)
 
 
+def certain_error(support: I64, error: F64) -> F64:
+    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 where not known."""
+    wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
+    return lower_bound(wrong, support)
+
+
+def seen_in_training_images(scenarios: Scenarios) -> Bool:
+    """Return the components whose source images f certainly gets wrong itself, (S,): more than LEAST_SOURCE_ERROR.
+
+    f fails on the others in decodings alone, which may be a fault of the β-VAE.
+    """
+    if scenarios.source_error is None or scenarios.support is None:
+        return np.zeros(len(scenarios), np.bool_)
+    seen: Bool = certain_error(scenarios.support, scenarios.source_error) > LEAST_SOURCE_ERROR
+    return seen
+
+
 def _without_support(
     weights: F64, cells: I64, support: I64, row: int, section: DistillSection
 ) -> DroppedComponent:
@@ -322,5 +356,6 @@ def _no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] 
         0,
         0.0,
         support=np.zeros(0, np.int64),
+        source_error=nothing,
         dropped=dropped,
     )

@@ -136,7 +136,9 @@ class Identifier:
         start = block * section.block_images
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
         truth = self.train.labels[rows]
-        images = self.train.take(rows)
+        images = self.train.take(rows).loaded()  # read once
+        answers = predict(self.classifier, images, section.batch_size)
+        wrong = answers != truth  # (n,)
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)  # (n, Z)
         decoder = decoder_at(self.spec, self.vae, images, section.batch_size)
         shown = decoder.decode(mu, np.arange(len(rows)))
@@ -152,8 +154,14 @@ class Identifier:
         screened = self._screen(decoder, codes, truth, failed)
         kept = nearest_failures(screened, np.linalg.norm(noise, axis=2), section.max_per_image)
         image, _ = np.nonzero(kept)
+        failures = Failures(codes[kept], rows[image], truth[image], predicted[kept], wrong[image])
+        if section.originals == "misclassified":
+            own = np.flatnonzero(wrong)
+            own = own[self._recognised(images.batch(own), truth[own])]
+            originals = Failures(mu[own], rows[own], truth[own], answers[own], wrong[own])
+            failures = Failures.concatenate([failures, originals])
         return Shard(
-            failures=Failures(codes[kept], rows[image], truth[image], predicted[kept]),
+            failures=failures,
             images=len(rows),
             decodings=predicted.size,
             images_with_any=int(failed.any(axis=1).sum()),
@@ -168,10 +176,17 @@ class Identifier:
             return failed
         image, _ = np.nonzero(failed)
         decoded = decoder.decode(codes[failed], image)
-        seen = mean_probabilities(self.references, decoded, self.spec.identify.batch_size)  # (F, C)
         kept = failed.copy()
-        kept[failed] = seen[np.arange(len(image)), truth[image]] >= self.spec.identify.min_probability
+        kept[failed] = self._recognised(decoded, truth[image])
         return kept
+
+    def _recognised(self, images: F32, truth: I64) -> Bool:
+        """Return in which images (n, channels, H, W) the reference models see `truth`, (n,); all without models."""
+        if self.references is None or not len(images):
+            return np.ones(len(images), np.bool_)
+        seen = mean_probabilities(self.references, images, self.spec.identify.batch_size)  # (n, C)
+        found: Bool = seen[np.arange(len(truth)), truth] >= self.spec.identify.min_probability
+        return found
 
     def _classify(self, decoder: Decoder, codes: F32, anchors: I64) -> I64:
         """Decode and classify (n, Z) codes in large batches: f(p(z)), (n,)."""

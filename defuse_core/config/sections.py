@@ -198,6 +198,9 @@ class IdentifySection(Section):
     min_probability: float = Field(0.7, ge=0, le=1)
     """Least mean probability that the reference models give to a class that they see: to the class of the source image
     for screen, and to the label of an image for review.tau: auto and correct.filter. Ours."""
+    originals: Literal["none", "misclassified"] = "none"
+    """misclassified adds to Ψ the code μ of each training image that f gets wrong in the image itself, beside the
+    failing draws and outside max_per_image; screen then asks the reference models about the image. Paper: none."""
     max_per_image: int | None = Field(100, ge=1)
     """Cap on |ψ| per image; the codes nearest to mu are kept. Paper: 100 for MNIST, 10 for SVHN, none for signs."""
     block_images: int = Field(256, ge=1)
@@ -220,6 +223,10 @@ class DistillSection(Section):
     """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
     min_support: int = Field(5, ge=1)
     """Components whose codes come from fewer training images are dropped. Paper: 1, which drops none."""
+    order: Literal["weight", "source-error"] = "weight"
+    """Order of the scenarios. source-error puts first the components whose source images, the training images that
+    their codes come from, f itself gets wrong most certainly (lower 95 % bound): these failures are real. Paper:
+    weight."""
     engine: Literal["torch", "scikit-learn"] = "torch"
     """torch computes the updates of scikit-learn's mixture in blocks, on the GPU if there is one, several times as fast
     and equal to rounding. Paper: scikit-learn."""

@@ -20,6 +20,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
+from defuse_core.distill import seen_in_training_images
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import CLASSIFIERS, WIDER, Evidence
 from defuse_core.failure_detector import FailureWatch
@@ -174,7 +175,7 @@ def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
 def _scenario(
     found: Findings, evaluation: Evaluation, evidence: Evidence | None, number: int, column: int | None
 ) -> Scenario:
-    verdicts, classes = found.verdicts, found.models.classes
+    verdicts, scenarios, classes = found.verdicts, found.scenarios, found.models.classes
     held_out = (None, None, None) if column is None else tuple(map(defined, evaluation.scenario[:, column]))
     mistaken = (
         None
@@ -183,7 +184,10 @@ def _scenario(
     )
     return Scenario(
         number=number,
-        weight=float(found.scenarios.weights[number]),
+        weight=float(scenarios.weights[number]),
+        source_images=None if scenarios.support is None else int(scenarios.support[number]),
+        source_error=None if scenarios.source_error is None else defined(scenarios.source_error[number]),
+        seen_in_training_images=bool(seen_in_training_images(scenarios)[number]),
         accepted=column is not None,
         label=None if column is None else classes[verdicts.labels[number]],
         reason=verdicts.reasons[number],

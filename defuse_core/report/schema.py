@@ -133,6 +133,12 @@ class Scenario(ReportModel):
     number: int
     """Index among the kept components, from 0, as in every artefact."""
     weight: float
+    source_images: int | None = None
+    """Training images that its codes come from; null for a run of an earlier version."""
+    source_error: float | None = None
+    """Share of these that the classifier before gets wrong in the image itself; likewise."""
+    seen_in_training_images: bool = False
+    """Whether source_error is certainly over 10 % (lower 95 % bound), so that the failures are not generated only."""
     accepted: bool
     label: str | None
     """Class, by the majority of the annotators or an override; null where rejected."""

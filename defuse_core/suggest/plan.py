@@ -261,6 +261,7 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
     draws = _clamp(seconds * shares["identify"] * speeds.decode / count, 2, 50)
     anchored = tree["vae"].get("decode") == "anchored"
     tree["identify"] = {"draws": draws, "scale": ANCHORED_SCALE if anchored else SCALE}
+    tree["distill"] = {"order": "source-error"}
     reference = _reference(count, seconds * shares["references"], speeds)
     tree["review"] = {"reference": reference}
     tree["judges"] = dict(reference)

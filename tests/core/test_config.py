@@ -87,7 +87,9 @@ def test_the_papers_run_files_state_the_papers_method(name):
     )
     assert stated == ("beta", "none", "all", 1, "share", "none")
     assert isinstance(tree["review"]["tau"], float)
-    assert not references_take_part(load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml"))
+    spec = load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml")
+    assert not references_take_part(spec)
+    assert (spec.identify.originals, spec.distill.order) == ("none", "weight")
 
 
 @pytest.mark.parametrize("name", ["demo", "mnist-laptop", "signs-laptop"])
@@ -100,6 +102,12 @@ def test_the_laptops_run_files_and_a_new_one_have_the_recommended_method(name):
         assert spec.judges.count >= 3
         assert spec.judges.share > 0 or spec.data.name == "mnist-5000"
         assert spec.judges.architecture != spec.review.reference.architecture
+
+
+@pytest.mark.parametrize("name", ["demo", "mnist-laptop", "signs-laptop"])
+def test_the_laptops_run_files_order_scenarios_by_the_error_of_their_source_images(name):
+    spec = load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml")
+    assert spec.distill.order == "source-error"
 
 
 def sections() -> list[type[Section]]:

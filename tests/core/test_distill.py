@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Psi, Scenarios, Shard
 from defuse_core.config import DistillSection
-from defuse_core.distill import fit_all, fit_cells, sample_codes
+from defuse_core.distill import certain_error, fit_all, fit_cells, sample_codes
 from defuse_core.draws import sample_codes_from
 from defuse_core.errors import StoreError
 from defuse_core.identify import save_shard
@@ -99,6 +101,39 @@ def test_a_component_of_too_few_training_images_is_dropped_and_listed():
     (dropped,) = found.dropped
     assert (dropped.support, dropped.source) == (2, NONE_OF_THE_ABOVE)
     assert "2 training images, fewer than 3" in dropped.reason
+
+
+def with_wrong_sources(found: Failures, wrong: range) -> Failures:
+    """The failures, with the source images of `wrong` misclassified."""
+    return replace(found, source_wrong=np.isin(found.source, wrong))
+
+
+def test_a_component_says_which_share_of_its_source_images_is_misclassified():
+    codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
+    source = np.repeat(np.arange(100), 5)  # 60 images in the first cluster, 40 in the second
+    known = with_wrong_sources(failures(codes, source=source), range(50, 80))
+    found = fit_all(known, section(max_components=5, min_weight=0.05), seed=0)
+    np.testing.assert_allclose(found.source_error, [10 / 60, 20 / 40])
+
+
+def test_without_answers_on_the_source_images_their_error_is_not_known():
+    codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
+    found = fit_all(failures(codes), section(max_components=5, min_weight=0.05, order="source-error"), seed=0)
+    assert np.isnan(found.source_error).all()
+    assert (np.diff(found.weights) <= 0).all()
+
+
+@pytest.mark.parametrize(("order", "first"), [("weight", 0), ("source-error", 1)])
+def test_components_whose_source_images_are_misclassified_come_first_where_asked_for(order, first):
+    codes, centres = planted(np.random.default_rng(0), sizes=(300, 200))
+    known = with_wrong_sources(failures(codes), range(400, 500))
+    found = fit_all(known, section(max_components=5, min_weight=0.05, order=order), seed=0)
+    np.testing.assert_allclose(found.means[0], centres[first], atol=0.5)
+
+
+def test_a_high_error_on_few_source_images_is_less_certain_than_a_lower_one_on_many():
+    certain = certain_error(np.array([2, 40, 0]), np.array([1.0, 0.8, np.nan]))
+    assert certain.argsort().tolist() == [2, 0, 1]
 
 
 def test_one_mixture_per_cell_keeps_overlapping_classes_apart():

@@ -133,6 +133,40 @@ def test_the_counts_of_screening_reach_the_record_of_all_shards(screening, tmp_p
     assert psi.failing == sum(record.failing for record in records) > psi.total
 
 
+def test_every_code_knows_whether_the_classifier_gets_its_source_image_wrong(identifier):
+    found = identifier.shard(0).failures
+    answers = predict(identifier.classifier, identifier.train.take(found.source))
+    np.testing.assert_array_equal(found.source_wrong, answers != found.truth)
+
+
+def misled(models, references=None) -> Identifier:
+    """A worker on training images of which the first ten carry the next class as their label."""
+    worker = Identifier(tiny(identify={"originals": "misclassified"}), models, references)
+    labels = worker.train.labels.copy()
+    labels[:10] = (labels[:10] + 1) % 10
+    worker.train = replace(worker.train, labels=labels)
+    return worker
+
+
+def test_the_codes_of_misclassified_training_images_join_the_failing_draws(tiny_models):
+    worker, plain = misled(tiny_models), Identifier(tiny(), tiny_models)
+    plain.train = worker.train
+    draws, found = plain.shard(0).failures, worker.shard(0).failures
+    np.testing.assert_array_equal(found.codes[: len(draws)], draws.codes)
+    originals = found.take(np.arange(len(draws), len(found)))
+    assert set(range(10)) <= set(originals.source.tolist())
+    images = worker.train.take(originals.source)
+    np.testing.assert_allclose(originals.codes, encode_images(worker.vae, images), atol=1e-5)
+    np.testing.assert_array_equal(originals.predicted, predict(worker.classifier, images))
+    assert originals.source_wrong.all()
+
+
+def test_misclassified_images_in_which_the_reference_models_see_another_class_are_screened(
+    tiny_models, references
+):
+    assert not np.isin(np.arange(10), misled(tiny_models, references).shard(0).failures.source).any()
+
+
 @pytest.mark.parametrize("images", [1, 31, 32, 33, 60_000, 10_000_000])
 def test_shards_cover_every_block_once_and_stay_few(images):
     size, count = blocks_per_shard(images, 32), shard_count(images, 32)

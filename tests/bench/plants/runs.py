@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 from scipy.special import softmax
-from scipy.stats import binomtest, chi2, multivariate_normal
+from scipy.stats import chi2, multivariate_normal
 
 from defuse_core.artifacts import (
     F32,
     I64,
-    Bool,
     Failures,
     Gallery,
     Models,
@@ -31,14 +30,13 @@ from defuse_core.codec import decode
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads
+from defuse_core.distill import seen_in_training_images
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
-    build_vae,
     encode_images,
     load_classifier,
     load_vae,
     map_batches,
-    predict,
     to_tensor,
     weights_of,
 )
@@ -46,19 +44,23 @@ from defuse_core.pipeline import run_defuse
 from defuse_core.progress import silent
 from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.runs import ReachedStep, Run
-from defuse_core.seeds import torch_seed
 from defuse_core.store import Store
-from defuse_core.train import train_classifier, train_vae
+from defuse_core.train import train_classifier
 from defuse_core.verdicts import most_common_error
 from tests.bench.plants.baselines import EPSILON, View
 from tests.bench.plants.populations import Population
-from tests.bench.plants.scoring import SIGNIFICANT, Group, chance
+from tests.bench.plants.scoring import Group
 
 REFERENCES = "references.safetensors"  # they know nothing of the classifier, so one seed trains them once
 Tree = Mapping[str, Mapping[str, Any]]
+RECOMMENDED: Tree = {"distill": {"by": "cell", "order": "source-error"}}
 WAYS: dict[str, Tree] = {
-    "cell": {"distill": {"by": "cell"}},
-    "all": {"distill": {"by": "all"}},
+    "recommended": RECOMMENDED,
+    "originals": {  # and every component that enough images support
+        "identify": {"originals": "misclassified"},
+        "distill": {**RECOMMENDED["distill"], "min_weight": 0.0},
+    },
+    "one mixture": {"distill": {"by": "all", "order": "source-error"}},
     "paper": {
         "identify": {"noise": "beta", "screen": "none"},
         "distill": {"by": "all", "min_support": 1},
@@ -117,15 +119,6 @@ def train_spoilt(spec: RunFile, population: Population, spoilt: Images) -> Weigh
     return weights_of(classifier)
 
 
-def train_shared_vae(spec: RunFile, population: Population, path: Path) -> None:
-    """Train the run file's β-VAE on the population's training images and write its weights."""
-    torch.manual_seed(torch_seed(spec.seed, "plants", "vae"))
-    vae = build_vae(spec)
-    with cpu_threads(spec.resources.train_threads):
-        train_vae(spec, vae, population.splits(), None, silent)
-    write_weights(weights_of(vae), path)
-
-
 def write_weights(weights: Weights, path: Path) -> None:
     """Write weights as a file that a run file can name."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,13 +134,6 @@ def codes_of(spec: RunFile, vae: Weights, images: Images) -> F32:
     """Return the means of the β-VAE's posterior, (N, Z)."""
     with cpu_threads(spec.resources.train_threads):
         return encode_images(load_vae(spec, vae), images)
-
-
-def misclassified(spec: RunFile, classifier: Weights, images: Images) -> Bool:
-    """Return which images the classifier gets wrong, (N,)."""
-    with cpu_threads(spec.resources.train_threads):
-        wrong: Bool = predict(_classifier(spec, classifier), images) != images.labels
-    return wrong
 
 
 def _classifier(spec: RunFile, weights: Weights) -> torch.nn.Module:
@@ -178,7 +164,7 @@ class Candidate:
 
 
 def candidates(run: Run) -> list[Candidate]:
-    """Return all components of a run, heaviest first."""
+    """Return all components of a run, in their order."""
     gallery, verdicts = load(run, Gallery), load(run, Verdicts)
     found = []
     for component in range(len(gallery)):
@@ -226,53 +212,17 @@ def groups_of(run: Run, test: View, names: tuple[str, ...], chosen: list[Candida
 
 
 def accepted_of(run: Run) -> list[Candidate]:
-    """Return the accepted scenarios, heaviest first."""
+    """Return the accepted scenarios, in their order."""
     return [found for found in candidates(run) if found.accepted and found.answer >= 0]
 
 
-def seen_in_real_data(run: Run, validation: View) -> list[Candidate]:
-    """Return the accepted scenarios near which the classifier errs on real validation images, the clearest first.
+def seen_in_real_data(run: Run) -> list[Candidate]:
+    """Return the accepted scenarios whose source images the classifier itself gets wrong, in their order.
 
-    Its errors on the ten nearest images of the scenario's label exceed its error rate on that class (binomial test,
-    5 %). This is no part of Defuse: the bench measures what such a rule would be worth.
+    The report marks the others as generated only.
     """
-    scenarios = load(run, Scenarios)
-    chances = [
-        (
-            chance(
-                np.where(
-                    validation.labels == found.label,
-                    log_density(scenarios, found.component, validation),
-                    -np.inf,
-                ),
-                validation.labels,
-                validation.wrong,
-            ),
-            found,
-        )
-        for found in accepted_of(run)
-    ]
-    chances.sort(key=lambda pair: pair[0])
-    return [found for value, found in chances if value < 0.05]
-
-
-def with_misclassified_sources(run: Run, wrong: Bool) -> list[Candidate]:
-    """Return the accepted scenarios whose source images the classifier itself gets wrong, the clearest first.
-
-    Their codes come from training images of which it gets at least a fifth wrong, `wrong` (N,), and significantly more
-    than of all (binomial test, 1 %): elsewhere it fails on decodings only. No part of Defuse either.
-    """
-    psi = all_failures(run)
-    owner = owners(run, psi)
-    shares = []
-    for found in accepted_of(run):
-        sources = np.unique(psi.source[owner == found.component])
-        hits = int(wrong[sources].sum())
-        if hits >= max(1, len(sources) / 5):
-            value = binomtest(hits, len(sources), float(wrong.mean()), "greater").pvalue
-            if value < SIGNIFICANT:
-                shares.append((-hits / len(sources), value, found.component, found))
-    return [found for *_, found in sorted(shares)]
+    seen = seen_in_training_images(load(run, Scenarios))
+    return [found for found in accepted_of(run) if seen[found.component]]
 
 
 def all_failures(run: Run) -> Failures:

@@ -38,6 +38,37 @@ def test_purity_is_the_mean_over_accepted_scenarios_alone(tmp_path: Path):
     assert report_of(sample, tmp_path).scenarios.purity == pytest.approx(0.65)
 
 
+def with_source_errors(support: list[int], error: list[float]):
+    """Findings whose first scenarios come from so many source images, of which so large a share is misclassified."""
+    found, evaluation = sample_findings(len(support), 1)
+    scenarios = dataclasses.replace(
+        found.scenarios, support=np.array(support), source_error=np.array(error, np.float64)
+    )
+    return dataclasses.replace(found, scenarios=scenarios), evaluation
+
+
+def test_a_scenario_is_seen_in_training_images_if_its_sources_are_misclassified_with_certainty(
+    tmp_path: Path,
+):
+    sample = with_source_errors([30, 30, 5, 9], [0.5, 0.1, 0.2, float("nan")])
+    rows = report_of(sample, tmp_path).scenarios.list
+    assert [row.seen_in_training_images for row in rows] == [True, False, False, False]
+    assert [row.source_error for row in rows] == [0.5, 0.1, 0.2, None]
+    assert [row.source_images for row in rows] == [30, 30, 5, 9]
+
+
+def test_the_page_says_how_many_source_images_of_a_scenario_are_misclassified(tmp_path: Path):
+    run = sample_run(tmp_path)
+    write_report(run, *with_source_errors([30, 12], [0.5, 0.25]))
+    page = run.store.read("report.html").decode().replace("\xa0", " ")
+    assert "from 30 training images, of which the classifier gets <b>50 %</b> wrong" in page
+
+
+def test_a_report_of_findings_without_source_errors_leaves_them_out(tmp_path: Path):
+    rows = report_of(sample_findings(2, 1), tmp_path).scenarios.list
+    assert {(row.source_images, row.source_error) for row in rows} == {(None, None)}
+
+
 def test_the_trade_off_has_each_lambda_at_its_chosen_epoch(tmp_path: Path):
     found, evaluation = sample_findings(2, 1)
     rows = tuple(
