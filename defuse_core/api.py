@@ -71,9 +71,10 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     The same call again continues where the last one stopped, and returns at once where the run is finished.
 
     Args:
-        classifier: Maps images (n, channels, H, W) in [0, 1] to logits (n, C); other input ranges, probabilities and
-            outputs such as `.logits` are recognised. It is used as it is in eval mode, also while it is fine-tuned,
-            and is not changed. None: the run trains one, or uses the one that `settings` name.
+        classifier: Maps images (n, channels, H, W) in [0, 1] to logits (n, C), or to probabilities, or to an output
+            with `.logits`. Other input ranges and orders of the classes are settings (classifier.input_range,
+            classifier.class_order); a warning says where they seem to be needed. It is used as it is in eval mode,
+            also while it is fine-tuned, and is not changed. None: the run trains one, or the one of `settings`.
         train, validation, test: Images with integer labels (N,). Images are uint8, or floats in [0, 1], of shape
             (N, H, W), (N, H, W, c) or (N, c, H, W), with H = W and c of 1 or 3. Without `validation`, 15 % of the
             training images are held out.
@@ -239,7 +240,9 @@ class _Given:
         epochs = 0 if self.is_run_file else section.get("epochs", 0)
         weights = str(Path(self.store.address, CLASSIFIER))
         fixed = {"architecture": "program", "weights": weights, "import_path": None, "timm_model": None}
-        return {**section, **fixed, "epochs": epochs}
+        # not what a probe would suggest: what looks like another input range or order can be the fault that is sought
+        meant = {"input_range": section.get("input_range", "0..1"), "class_order": section.get("class_order")}
+        return {**section, **fixed, **meant, "epochs": epochs}
 
     def _planned(self, sections: dict[str, Any], minutes: float, progress: Progress) -> dict[str, Any]:
         """Return what `defuse init` writes for these images."""

@@ -139,6 +139,12 @@ def test_the_planted_fault_is_found_and_corrected(finished):
     assert Path(finished.page).exists()
 
 
+def test_a_fault_that_looks_like_another_input_range_is_not_mended_in_silence(finished):
+    assert finished.run.spec.classifier.input_range == "0..1"
+    assert finished.run.spec.classifier.class_order is None
+    assert finished.report.accuracy.before.test < 0.95
+
+
 def test_the_index_of_a_scenario_is_its_number(finished):
     scenarios = finished.scenarios
     assert [s.number for s in scenarios] == list(range(len(scenarios)))
