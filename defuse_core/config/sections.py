@@ -168,7 +168,9 @@ class VaeSection(Section):
     then dropped: reconstructions keep their class more often. Paper: 0."""
     guide_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of the reference models on the decodings, moved and blurred at random, under the
-    images' labels: decodings show their class where class_weight is not enough. f takes no part in it. Paper: 0."""
+    images' labels: models recognise them more often. f takes no part in it. Look at
+    reconstructions.png: a large weight can teach the decoder noise that models read, judges included, and people
+    do not. Paper: 0."""
     kl_warmup_steps: int = Field(500, ge=0)
     """Optimisation steps over which the KL term grows linearly from 0. Paper: 500; 5000 for SVHN."""
     accept: Literal["fit", "poor", "blind"] = "poor"
