@@ -98,10 +98,17 @@ def moved_answers(spec: RunFile, vae: Vae, images: Images, answer: Callable[[F32
     return np.concatenate(still), np.concatenate(moved)
 
 
+def probe_images(train: Images) -> Images:
+    """Return PROBE_IMAGES of the training images, evenly spaced: image files are often sorted by class."""
+    if len(train) <= PROBE_IMAGES:
+        return train
+    return train.take(np.linspace(0, len(train) - 1, PROBE_IMAGES).astype(np.int64))
+
+
 def measure_moved(spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress) -> Health:
     """Return the health of an anchored β-VAE by the reference models' answers on moved training images."""
     progress("moving training images", 0, 1, "sets")
-    train = reopen_splits(spec.data, spec.seed, models.data_fingerprint).train.take(slice(0, PROBE_IMAGES))
+    train = probe_images(reopen_splits(spec.data, spec.seed, models.data_fingerprint).train)
     nets = load_reference_models(spec, spec.review.reference, references, len(models.classes))
 
     def answer(images: F32) -> I64:

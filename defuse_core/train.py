@@ -21,11 +21,11 @@ from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import RunFileError
 from defuse_core.health import (
-    PROBE_IMAGES,
     STRIP_KEY,
     health_after_training,
     log_health,
     mean_kl,
+    probe_images,
     reconstruction_errors,
     reconstruction_strip,
 )
@@ -302,7 +302,7 @@ class VaeFigures(TypedDict):
 
 
 def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
-    probe = splits.train.take(slice(0, PROBE_IMAGES))
+    probe = probe_images(splits.train)
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
     health = health_after_training(spec, classifier, vae, probe, answers, kl)
