@@ -6,6 +6,7 @@ Axis letters, used in every shape comment of the project:
     F failures (codes in Psi)   K mixture components   S components kept (candidate scenarios)
     R review images per scenario   A accepted scenarios   G shards of the training set   V votes
     W reference models (or judges)   D components dropped before review
+    M training images that codes are anchored at   L failures kept of each component
 """
 
 from __future__ import annotations
@@ -15,32 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
-U8 = npt.NDArray[np.uint8]
-Bool = npt.NDArray[np.bool_]
-Weights = dict[str, npt.NDArray[Any]]  # a torch state dict as arrays
-
-NO_SCENARIO = -1  # in place of the number of a component
-NONE_OF_THE_ABOVE = -1  # an answer, and also "no label" wherever a label is expected
-
-
-def _expect_shapes(owner: object, axes: dict[str, str]) -> None:
-    """Bind each axis letter to the first length seen and raise ValueError where a later one differs."""
-    bound: dict[str, int] = {}
-    for name, letters in axes.items():
-        shape = getattr(owner, name).shape
-        expected = letters.split()
-        if len(shape) != len(expected):
-            raise ValueError(f"{type(owner).__name__}.{name}: expected axes ({letters}), found shape {shape}")
-        for letter, length in zip(expected, shape, strict=True):
-            if bound.setdefault(letter, length) != length:
-                raise ValueError(
-                    f"{type(owner).__name__}.{name}: axis {letter} has length {length}, elsewhere {bound[letter]}"
-                )
+from defuse_core.anchors import Anchors, ComponentFailures
+from defuse_core.arrays import F32, F64, I64, NO_SCENARIO, NONE_OF_THE_ABOVE, U8, Bool, Weights, expect_shapes
 
 
 @dataclass(frozen=True)
@@ -56,6 +34,8 @@ class Health:
     collapsed: int  # latent dimensions with a KL to the prior near 0
     dimensions: int  # Z
     verdict: str  # fit, poor or blind
+    anchored: bool = False  # vae.decode: anchored, where a reconstruction is the image as the noise moves it
+    judged_by: str = "classifier"  # who is right above: the classifier, or the reference models
 
 
 @dataclass(frozen=True)
@@ -101,6 +81,15 @@ class Models:
     health: Health | None = None  # of the β-VAE; None in runs of versions that did not measure it
 
 
+@dataclass(frozen=True)
+class MeasuredPrecision:
+    """What `resources.precision: auto` measured, once per run: seconds of a step of each kind, and the choice."""
+
+    chosen: dict[str, str]  # kind of computation (a field of PrecisionSection) -> "f32" or "bf16"
+    f32_seconds: dict[str, float]
+    bf16_seconds: dict[str, float]  # inf where bf16 is not possible
+
+
 @dataclass(frozen=True, eq=False)
 class ReferenceSet:
     """Independent classifiers: the reference models, which take part in the method, or the judges, which do not."""
@@ -132,7 +121,7 @@ class Failures:
     predicted: I64  # (F,) never equal to truth
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
+        expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -208,15 +197,14 @@ class Scenarios:
     converged: bool
     iterations: int
     lower_bound: float | None  # of the fit's likelihood; None where it is not finite
-    cells: I64 | None = (
-        None  # (S, 2) class of the source images and answer of f; -1 each for a single mixture
-    )
+    cells: I64 | None = None  # (S, 2) class of the source images, answer of f; -1 each for a single mixture
     support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
+    failures: ComponentFailures | None = None  # with vae.decode: anchored; None where decoded plainly
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
+        expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -228,7 +216,8 @@ class Scenarios:
             for name in ("weights", "means", "covariances", "cells", "support", "taus")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, **per_component | changed)
+        failures = None if self.failures is None else self.failures.take(rows)
+        return replace(self, **per_component | {"failures": failures} | changed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,9 +230,10 @@ class Gallery:
     classes: tuple[str, ...]  # (C,)
     numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are, or NO_SCENARIO; empty: all
     failure: F64 | None = None  # (S, R) failure probability, nan for none; None unless inputs from traffic
+    source: I64 | None = None  # (S, R) training image that each is anchored at; None where decoded plainly
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})
+        expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})
 
     def __len__(self) -> int:
         return len(self.images)
@@ -267,7 +257,7 @@ class Votes:
     notes: dict[str, Any]  # notes for the report: discarded answers, answers saved, ...
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
+        expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
 
 
 @dataclass(frozen=True)
@@ -290,7 +280,7 @@ class MoreImages:
     misclassified: I64  # (S,) of those, the images that f gets wrong
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"drawn": "S", "labelled": "S", "misclassified": "S"})
+        expect_shapes(self, {"drawn": "S", "labelled": "S", "misclassified": "S"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,7 +301,7 @@ class Verdicts:
     false_share: float = 0.0  # expected share of accepted scenarios whose true share is at most rho
 
     def __post_init__(self) -> None:
-        _expect_shapes(
+        expect_shapes(
             self,
             {"labels": "S", "misclassified": "S", "purity": "S", "image_labels": "S R", "agreement": "S R"},
         )
@@ -331,9 +321,21 @@ class Corrections:
     tune: F32  # (A, n_tune, Z)
     test: F32  # (A, n_test, Z)
     kept: F64 | None = None  # (A,) share of the draws that correct.filter keeps; None without the filter
+    anchors: Anchors | None = None  # with vae.decode: anchored; None where codes are decoded plainly
+    tune_anchor: I64 | None = None  # (A, n_tune) index into anchors
+    test_anchor: I64 | None = None  # (A, n_test) likewise; other images, where a scenario has several
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
+        expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
+
+    def take(self, rows: I64) -> Corrections:
+        """Return the corrections of the accepted scenarios `rows`."""
+        per_scenario = {
+            name: value[rows]
+            for name in ("scenario", "labels", "tune", "test", "kept", "tune_anchor", "test_anchor")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **per_scenario)
 
 
 @dataclass(frozen=True)
@@ -395,6 +397,4 @@ class Evaluation:
     gallery_after: I64  # (S, R) answers of the corrected classifier on the reviewed images
     points: F32  # (P, 2) t-SNE of training codes, then codes of Psi, then component means
     point_kind: I64  # (P,) 0 training image, 1 code of Psi, 2 accepted scenario, 3 rejected component
-    point_component: (
-        I64  # (P,) class of a training image; most responsible component of a Psi code; else itself
-    )
+    point_component: I64  # (P,) class of a training image, most responsible component of a code, or itself

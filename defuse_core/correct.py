@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import (
+    F32,
     I64,
     Corrections,
     FailedTrial,
@@ -25,8 +25,9 @@ from defuse_core.artifacts import (
     Verdicts,
     Weights,
 )
+from defuse_core.batches import DeviceImages
 from defuse_core.checkpoint import (
-    labels_of,
+    Losses,
     load_optimizer_state,
     minibatches,
     optimizer_state,
@@ -37,7 +38,8 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
-from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
+from defuse_core.models import Vae, decoder_of, load_classifier, load_vae, weights_of
+from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -66,33 +68,56 @@ def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
 def load_fine_tuning_data(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
 ) -> FineTuningData:
-    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
+    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given.
+
+    D has no training image that only held-out scenario images are anchored at.
+    """
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
+    rows = np.arange(len(train))
     if wanted is not None and wanted < len(train):
-        train = train.take(
-            np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False))
-        )
+        rng = generator(spec.seed, "correct", "sample")
+        rows = np.sort(rng.choice(len(train), wanted, replace=False))
+    rows = rows[~np.isin(rows, held_out_sources(fixes))]
+    if len(rows) < len(train):
+        train = train.take(rows)
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
         return FineTuningData(
             train=train.loaded(),
             validation=splits.validation and splits.validation.loaded(),
             test=splits.test and splits.test.loaded(),
-            tune=reviewed if reviewed is not None else _decoded(vae, fixes.tune, fixes.labels),
-            held_out=_decoded(vae, fixes.test, fixes.labels),
+            tune=reviewed if reviewed is not None else tuning_images(vae, fixes),
+            held_out=held_out_images(vae, fixes),
         )
 
 
-def held_out_images(vae: nn.Module, fixes: Corrections) -> Images:
+def held_out_sources(fixes: Corrections) -> I64:
+    """Return the training images at which only held-out scenario images are anchored; none with plain decoding.
+
+    Nothing is fine-tuned on them: the classifier would learn the pictures that it is measured on.
+    """
+    if fixes.anchors is None:
+        return np.zeros(0, np.int64)
+    used = np.isin(np.arange(len(fixes.anchors.source)), fixes.tune_anchor)
+    return fixes.anchors.source[~used]
+
+
+def tuning_images(vae: Vae, fixes: Corrections) -> Images:
+    """Return the images of D_f, scenario after scenario."""
+    return _decoded(vae, fixes, fixes.tune, fixes.tune_anchor)
+
+
+def held_out_images(vae: Vae, fixes: Corrections) -> Images:
     """Return the scenario images that accuracy on failure scenarios is measured on, scenario after scenario."""
-    return _decoded(vae, fixes.test, fixes.labels)
+    return _decoded(vae, fixes, fixes.test, fixes.test_anchor)
 
 
-def _decoded(vae: Any, codes: Any, labels: I64) -> Images:
-    """(A, n, Z) codes and (A,) labels -> A·n images with labels."""
-    return Images(decode_codes(vae, codes.reshape(-1, codes.shape[2])), np.repeat(labels, codes.shape[1]))
+def _decoded(vae: Vae, fixes: Corrections, codes: F32, anchor: I64 | None) -> Images:
+    """Return the A·n images of (A, n, Z) codes, under the labels of their scenarios."""
+    decoder = decoder_of(vae, fixes.anchors)
+    return Images(decoder.decode(codes, anchor), np.repeat(fixes.labels, codes.shape[1]))
 
 
 def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
@@ -117,10 +142,11 @@ def fine_tune(
     optimizer = torch.optim.Adam(classifier.parameters(), lr=section.learning_rate, fused=True)
     if trial is not None:
         load_optimizer_state(optimizer, trial.moments)
+    images = DeviceImages(tuning.train), DeviceImages(tuning.tune)
     for epoch in range(len(rows) + 1, section.epochs + 1):
         with cpu_threads(1):
-            loss = _epoch(spec, classifier, optimizer, tuning, lam, epoch)
-            rows = (*rows, _score(classifier, tuning, lam, epoch, loss))
+            loss = _epoch(spec, classifier, optimizer, images, lam, epoch)
+            rows = (*rows, _score(spec, classifier, tuning, lam, epoch, loss))
         weights = weights_of(classifier)
         if best_epoch == 0 or _rank(spec, models, rows[-1]) > _rank(spec, models, rows[best_epoch - 1]):
             best, best_epoch = weights, epoch
@@ -140,31 +166,36 @@ def _epoch(
     spec: RunFile,
     classifier: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tuning: FineTuningData,
+    images: tuple[DeviceImages, DeviceImages],
     lam: float,
     epoch: int,
 ) -> float:
-    """One pass over D, with as many images of D_f in every step. Returns the mean loss.
+    """One pass over D, with as many images of D_f in every step; `images` holds both. Returns the mean loss.
 
     Both form one batch, so that batch normalisation sees the mixture of both in training.
     """
     torch.manual_seed(torch_seed(spec.seed, "correct", epoch))  # for dropout, independent of what ran before
     classifier.train()
-    train, tune, size = tuning.train, tuning.tune, spec.correct.batch_size
+    train, tune, size = *images, spec.correct.batch_size
     scenario_rows = cycle(
         len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
     )
-    losses, before = [], weights_of(classifier)
-    for rows in minibatches(len(train), size, generator(spec.seed, "correct", epoch)):
+    losses, before = Losses(f"with λ = {lam:g}"), weights_of(classifier)
+    order = minibatches(len(train), size, generator(spec.seed, "correct", epoch))
+    for rows, batch, labels in train.batches(order):
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
-        images = np.concatenate([train.batch(rows), tune.batch(wrong)])
-        logits = classifier(to_tensor(images))
-        clean = F.cross_entropy(logits[: len(rows)], labels_of(train, rows))
-        scenario = F.cross_entropy(logits[len(rows) :], labels_of(tune, wrong))
-        losses.append(train_step(clean + lam * scenario, optimizer, f"with λ = {lam:g}"))
+        both = torch.cat([batch, tune.batch(wrong)])
+        with autocast(spec.resources.arithmetic("classifier")):
+            logits = classifier(both)
+        logits = logits.float()
+        clean = F.cross_entropy(logits[: len(rows)], labels)
+        scenario = F.cross_entropy(logits[len(rows) :], tune.labels(wrong))
+        loss = clean + lam * scenario
+        train_step(loss, optimizer)
+        losses.add(loss)
     _require_progress(before, classifier, optimizer, lam)
     classifier.eval()
-    return float(np.mean(losses))
+    return losses.mean()[0]
 
 
 def _require_progress(
@@ -181,7 +212,9 @@ def _require_progress(
     raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}; choose a smaller λ")
 
 
-def _score(classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float) -> SweepRow:
+def _score(
+    spec: RunFile, classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float
+) -> SweepRow:
     parts = {
         "train": tuning.train,
         "validation": tuning.validation,
@@ -189,8 +222,10 @@ def _score(classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int
         "tune": tuning.tune,
         "scenario": tuning.held_out,
     }
+    arithmetic = spec.resources.arithmetic("answers")
     scores = {
-        name: None if images is None else accuracy(classifier, images) for name, images in parts.items()
+        name: None if images is None else accuracy_as_in_f32(classifier, images, arithmetic)
+        for name, images in parts.items()
     }
     return SweepRow(lam, epoch, loss, **scores)  # type: ignore[arg-type]  # train, tune and scenario exist
 
@@ -231,6 +266,12 @@ def run_trial(
     for trial in fine_tune(spec, models, tuning, lam, stored):
         store.write(key, encode(trial), unless=partial(_has_epochs, lam, len(trial.rows)))
         yield trial
+
+
+def finished_trials(spec: RunFile, store: Store) -> dict[float, Trial]:
+    """Return the trials in `store` that are done, by λ."""
+    stored = {lam: _read_trial(store, lam) for lam in spec.correct.lambdas}
+    return {lam: trial for lam, trial in stored.items() if trial is not None and trial.done}
 
 
 def _read_trial(store: Store, lam: float) -> Trial | None:

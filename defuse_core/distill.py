@@ -6,10 +6,12 @@ the classifier), so that no component straddles classes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -21,6 +23,8 @@ from defuse_core.artifacts import (
     F64,
     I64,
     NONE_OF_THE_ABOVE,
+    Anchors,
+    ComponentFailures,
     DroppedComponent,
     Failures,
     Psi,
@@ -28,6 +32,7 @@ from defuse_core.artifacts import (
     Shard,
 )
 from defuse_core.config import DistillSection, RunFile
+from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import StoreError
 from defuse_core.identify import load_shard, shard_key
@@ -37,16 +42,26 @@ from defuse_core.seeds import generator
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
+FAILURES_KEPT = 256  # L, with vae.decode: anchored
+IMAGES_KEPT = 64  # training images that the failures of one component come from at most
 
 
-def distill(spec: RunFile, psi: Psi, store: Store, *, progress: Progress) -> Scenarios:
-    """Return Λ: the components over Ψ, down-sampled, whose weight is over ε and whose support suffices."""
+def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, progress: Progress) -> Scenarios:
+    """Return Λ: the components over Ψ, down-sampled, whose weight is over ε and whose support suffices.
+
+    With vae.decode: anchored each component gets failures of its own, with their training images; these must have
+    `data_fingerprint`, else RunMismatchError is raised.
+    """
     failures = sample_failures(spec, psi, store)
     if spec.distill.by == "cell":
-        scenarios = fit_cells(failures, spec.distill, spec.seed, progress)
+        fits = _fit_cells(failures, spec.distill, spec.seed, progress)
     else:
         progress("fitting the mixture", 0, 1, "fits")
-        scenarios = fit_all(failures, spec.distill, spec.seed)
+        fits = _fit_all(failures, spec.distill, spec.seed)
+    scenarios = fits.scenarios()
+    if spec.vae.decode == "anchored" and len(scenarios):
+        train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
+        scenarios = replace(scenarios, failures=component_failures(fits.members(), train, spec.seed))
     log.info(
         "kept %d of %d components with weight over %g; the fit %s after %d iterations",
         len(scenarios),
@@ -95,10 +110,15 @@ def _shard(store: Store, psi: Psi, index: int) -> Shard:
 
 def fit_all(failures: Failures, section: DistillSection, seed: int) -> Scenarios:
     """Return the paper's single mixture over all codes, with the support of each component."""
-    if len(failures) < 2:
-        return _no_scenarios(failures.codes.shape[1], len(failures))
-    fit = _fit(failures.codes, section.max_components, section, seed, ())
-    return _scenarios([_Part(fit, failures, 1.0, (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE))], section)
+    return _fit_all(failures, section, seed).scenarios()
+
+
+def _fit_all(failures: Failures, section: DistillSection, seed: int) -> _Fits:
+    parts = []
+    if len(failures) > 1:
+        fit = _fit(failures.codes, section.max_components, section, seed, ())
+        parts = [_Part(fit, failures, 1.0, (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE))]
+    return _Fits(parts, failures, section)
 
 
 def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Scenarios:
@@ -106,6 +126,10 @@ def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: 
 
     A cell whose weight is at most ε holds no component over ε: it is dropped, with its reason.
     """
+    return _fit_cells(failures, section, seed, progress).scenarios()
+
+
+def _fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> _Fits:
     cells, owner = np.unique(
         np.stack([failures.truth, failures.predicted], axis=1), axis=0, return_inverse=True
     )
@@ -122,9 +146,7 @@ def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: 
         components = max(1, round(section.max_components * weight))
         fit = _fit(members.codes, components, section, seed, (source, answer))
         parts.append(_Part(fit, members, weight, (source, answer)))
-    if not parts:
-        return _no_scenarios(failures.codes.shape[1], len(failures), tuple(small))
-    return _scenarios(parts, section, tuple(small))
+    return _Fits(parts, failures, section, tuple(small))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +164,11 @@ class _Part:
         weights: F64 = self.weight * self.fit.weights
         return weights
 
-    def support(self) -> I64:
-        """(k,) distinct training images of the codes that belong most to each component."""
+    def shares(self) -> list[Failures]:
+        """Return the failures that belong most to each of the k components."""
         fit = self.fit
         owner = responsibilities(self.members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
-        sources = [self.members.source[owner == component] for component in range(len(self.weights))]
-        return np.array([len(np.unique(source)) for source in sources], np.int64)
+        return [self.members.take(owner == component) for component in range(len(self.weights))]
 
 
 def _fit(
@@ -196,30 +217,89 @@ def _last_change(mixture: BayesianGaussianMixture) -> float:
     return float(bounds[-1] - bounds[-2]) if len(bounds) > 1 else float("nan")
 
 
-def _scenarios(
-    parts: list[_Part], section: DistillSection, small: tuple[DroppedComponent, ...] = ()
-) -> Scenarios:
-    """Return the components of all parts over ε with enough support, the heaviest first."""
-    with threadpool_limits(1):
-        support = np.concatenate([part.support() for part in parts])
-    weights = np.concatenate([part.weights for part in parts])
-    cells = np.concatenate([np.tile(part.cell, (len(part.weights), 1)) for part in parts])
-    over = np.flatnonzero(weights > section.min_weight)
-    over = over[np.argsort(-weights[over], kind="stable")]
-    kept, thin = over[support[over] >= section.min_support], over[support[over] < section.min_support]
-    return Scenarios(
-        weights=weights[kept],
-        means=np.concatenate([part.fit.means for part in parts])[kept],
-        covariances=np.concatenate([part.fit.covariances for part in parts])[kept],
-        all_weights=weights,
-        codes_used=sum(len(part.members) for part in parts),
-        converged=all(part.fit.converged for part in parts),
-        iterations=max(part.fit.iterations for part in parts),
-        lower_bound=float(sum(part.weight * part.fit.lower_bound for part in parts)),
-        cells=cells[kept],
-        support=support[kept],
-        dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),
-    )
+@dataclass(frozen=True, eq=False)
+class _Fits:
+    """All mixtures of a run, over `failures`."""
+
+    parts: list[_Part]
+    failures: Failures
+    section: DistillSection
+    small: tuple[DroppedComponent, ...] = ()  # cells without a mixture
+
+    @functools.cached_property
+    def shares(self) -> list[Failures]:
+        """The failures that belong most to each component of all parts."""
+        with threadpool_limits(1):
+            return [share for part in self.parts for share in part.shares()]
+
+    def scenarios(self) -> Scenarios:
+        """Return the components of all parts over ε with enough support, the heaviest first."""
+        parts, section = self.parts, self.section
+        if not parts:
+            return _no_scenarios(self.failures.codes.shape[1], len(self.failures), self.small)
+        weights, support = self._weights(), self._support()
+        cells = np.concatenate([np.tile(part.cell, (len(part.weights), 1)) for part in parts])
+        kept, thin = self._over_min_weight()
+        without_support = (_without_support(weights, cells, support, row, section) for row in thin)
+        return Scenarios(
+            weights=weights[kept],
+            means=np.concatenate([part.fit.means for part in parts])[kept],
+            covariances=np.concatenate([part.fit.covariances for part in parts])[kept],
+            all_weights=weights,
+            codes_used=sum(len(part.members) for part in parts),
+            converged=all(part.fit.converged for part in parts),
+            iterations=max(part.fit.iterations for part in parts),
+            lower_bound=float(sum(part.weight * part.fit.lower_bound for part in parts)),
+            cells=cells[kept],
+            support=support[kept],
+            dropped=self.small + tuple(without_support),
+        )
+
+    def members(self) -> list[Failures]:
+        """Return the failures that belong most to each component of `scenarios`, in their order."""
+        return [self.shares[row] for row in self._over_min_weight()[0]]
+
+    def _weights(self) -> F64:
+        return np.concatenate([part.weights for part in self.parts])
+
+    def _support(self) -> I64:
+        return np.array([len(np.unique(share.source)) for share in self.shares], np.int64)
+
+    def _over_min_weight(self) -> tuple[I64, I64]:
+        """Return the components over ε, the heaviest first: those with enough support, and the others."""
+        weights, support = self._weights(), self._support()
+        over = np.flatnonzero(weights > self.section.min_weight)
+        over = over[np.argsort(-weights[over], kind="stable")]
+        enough = support[over] >= self.section.min_support
+        return over[enough], over[~enough]
+
+
+def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:
+    """Return FAILURES_KEPT of the failures of each component, from as many images as there are, up to IMAGES_KEPT.
+
+    They are drawn by seed, and each image gives as many as the others where it has so many.
+    """
+    chosen = [
+        own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
+        for component, own in enumerate(members)
+    ]
+    sources = np.stack([own.source for own in chosen])  # (S, L)
+    used, anchor = np.unique(sources, return_inverse=True)
+    pixels = train.take(used).pixels[:]
+    codes = np.stack([own.codes for own in chosen])
+    return ComponentFailures(codes, anchor.reshape(sources.shape).astype(np.int64), Anchors(pixels, used))
+
+
+def _spread(source: I64, rng: np.random.Generator) -> I64:
+    """Return FAILURES_KEPT rows of (n,) failures: one of each image, then a second one of each, and so on."""
+    rows = rng.permutation(len(source))
+    images, of_image = np.unique(source[rows], return_inverse=True)
+    rows = rows[np.isin(of_image, rng.permutation(len(images))[:IMAGES_KEPT])]
+    order = np.argsort(source[rows], kind="stable")
+    _, first, counts = np.unique(source[rows][order], return_index=True, return_counts=True)
+    turn = np.empty(len(rows), np.int64)  # how many failures of the same image come before
+    turn[order] = np.arange(len(rows)) - np.repeat(first, counts)
+    return np.resize(rows[np.argsort(turn, kind="stable")], FAILURES_KEPT)
 
 
 def _without_support(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from defuse_core.artifacts import (
     Corrections,
     Evaluation,
     Gallery,
+    Health,
     Models,
     MoreImages,
     Psi,
@@ -18,7 +21,6 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
-from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
 from defuse_core.distill import distill
 from defuse_core.errors import InputError, StoreError
@@ -33,9 +35,16 @@ from defuse_core.evidence import (
     without_fold,
 )
 from defuse_core.failure_detector import FailureWatch, watch_run
-from defuse_core.health import expect_healthy
-from defuse_core.protocols import Annotators, Compute
-from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
+from defuse_core.health import expect_healthy, measure_moved, with_measured_health
+from defuse_core.measure_precision import settle_precision
+from defuse_core.protocols import Annotators, Compute, SweepRequest
+from defuse_core.reference_models import (
+    ask_models,
+    judges,
+    reference_calls,
+    reference_models,
+    references_take_part,
+)
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
 from defuse_core.sample import (
@@ -44,8 +53,9 @@ from defuse_core.sample import (
     sample_gallery,
     sample_more_images,
     tighten,
+    with_used_anchors,
 )
-from defuse_core.train import train
+from defuse_core.train import train_side_by_side
 from defuse_core.verdicts import (
     crowdlab_labels,
     decide_verdicts,
@@ -60,12 +70,21 @@ T = TypeVar("T")
 
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
+    settle_precision(run, compute)
     spec, store = run.spec, run.store
     guide = reference_models(run, compute) if spec.vae.guide_weight else None
-    models = run.once("train", Models, lambda: compute.task("train", train, spec, store, guide))
-    if run.until != "train":
+    models = run.once(
+        "train", Models, lambda: train_side_by_side(spec, store, compute, guide, reference_calls(run))
+    )
+    anchored = spec.vae.decode == "anchored"
+    if run.until != "train" and not anchored:
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
+    if anchored and references is not None:
+        measure = partial(compute.task, "train", measure_moved, spec, models, references)
+        models = replace(models, health=run.once("train", Health, measure))
+    if run.until != "train" and anchored:
+        expect_healthy(spec, models)
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
@@ -78,14 +97,13 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         "correct", Corrections, lambda: _corrections(run, compute, models, references, scenarios, verdicts)
     )
     reviewed = reviewed_failures(gallery, verdicts)
-    baseline = run.once(
+    sweeps = _sweeps(
+        run,
+        compute,
         "correct",
-        Sweep,
-        lambda: compute.sweep(spec, models, fixes, reviewed, store.within("trials/baseline")),
-        "baseline",
-    )
-    sweep = run.once(
-        "correct", Sweep, lambda: compute.sweep(spec, models, fixes, None, store.within("trials/defuse"))
+        models,
+        baseline=SweepRequest(spec, fixes, reviewed, store.within("trials/baseline")),
+        sweep=SweepRequest(spec, fixes, None, store.within("trials/defuse")),
     )
     found = Findings(
         models,
@@ -95,8 +113,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         votes,
         verdicts,
         fixes,
-        baseline,
-        sweep,
+        **sweeps,
         references=run.load(ReferenceSet, "references"),
         judges=judges(run, compute),
     )
@@ -105,7 +122,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     watch = run.once(
         "report",
         FailureWatch,
-        lambda: compute.task("report", watch_run, spec, models, fixes, sweep.weights),
+        lambda: compute.task("report", watch_run, spec, models, fixes, found.sweep.weights),
     )
     return write_report(run, found, evaluation, evidence, watch)
 
@@ -116,24 +133,46 @@ def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
         return None
     spec, models, fixes = run.spec, found.models, found.fixes
 
-    def sweep(name: str, changed: RunFile, fixes: Corrections) -> Sweep:
-        trials = run.store.within(f"trials/{name}")
-        return run.once("report", Sweep, lambda: compute.sweep(changed, models, fixes, None, trials), name)
-
-    plain = sweep("plain", plain_spec(spec, found.sweep), fixes)
     left_out = fold_spec(spec, found.sweep)
-    tuned = tuple(sweep(f"left_out_{fold}", left_out, without_fold(fixes, fold)) for fold in folds(fixes))
-    controls = Controls(plain, tuned)
+    requests = {"plain": (plain_spec(spec, found.sweep), fixes)}
+    requests |= {f"left_out_{fold}": (left_out, without_fold(fixes, fold)) for fold in folds(fixes)}
+    plain, *tuned = _sweeps(
+        run,
+        compute,
+        "report",
+        models,
+        **{
+            name: SweepRequest(changed, kept, None, run.store.within(f"trials/{name}"))
+            for name, (changed, kept) in requests.items()
+        },
+    ).values()
+    controls = Controls(plain, tuple(tuned))
     return run.once(
         "report", Evidence, lambda: compute.task("report", gather_evidence, spec, found, controls)
     )
+
+
+def _sweeps(
+    run: Run, compute: Compute, step: str, models: Models, **requests: SweepRequest
+) -> dict[str, Sweep]:
+    """Return sweeps by their names in the run. Those that are not stored are made together."""
+    made: dict[str, Sweep] = {}
+
+    def make(name: str) -> Sweep:
+        if not made:
+            missing = [each for each in requests if run.load(Sweep, each) is None]
+            found = compute.sweeps(models, [requests[each] for each in missing])
+            made.update(zip(missing, found, strict=True))
+        return made[name]
+
+    return {name: run.once(step, Sweep, partial(make, name), name) for name in requests}
 
 
 def _scenarios(
     run: Run, compute: Compute, psi: Psi, models: Models, references: ReferenceSet | None
 ) -> Scenarios:
     """Distill Ψ and, with review.tau: auto, give each component its own τ."""
-    scenarios = compute.task("distill", distill, run.spec, psi, run.store)
+    scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
     if run.spec.review.tau != "auto":
         return scenarios
     return compute.task("distill", tighten, run.spec, models, references, scenarios)
@@ -173,8 +212,10 @@ def _corrections(
     """Sample D_f and, with correct.filter, keep what the reference models agree on."""
     fixes = sample_corrections(run.spec, scenarios, verdicts)
     if run.spec.correct.filter == "none":
-        return fixes
-    return compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
+        return with_used_anchors(fixes)
+    return with_used_anchors(
+        compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
+    )
 
 
 def rewrite_report(run: Run) -> Report:
@@ -193,7 +234,7 @@ def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, Fail
     Raises InputError where the run is not finished.
     """
     found = Findings(
-        _made(run, Models),
+        with_measured_health(run, _made(run, Models)),
         _made(run, Psi),
         _made(run, Scenarios),
         _made(run, Gallery),

@@ -23,6 +23,7 @@ from defuse_core.evaluate import Findings
 from defuse_core.evidence import Evidence
 from defuse_core.export import corrected_classifier, plain_weights
 from defuse_core.failure_detector import FailureWatch
+from defuse_core.health import with_measured_health
 from defuse_core.models import (
     copy_for_inference,
     encode_images,
@@ -128,7 +129,7 @@ class RunResult:
         models = self.run.load(Models)
         if models is None:
             raise InputError(f"run {self.run.name} has no models yet; the call that started it continues it")
-        return models
+        return with_measured_health(self.run, models)
 
     @cached_property
     def _findings(self) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:

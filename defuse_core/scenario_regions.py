@@ -18,7 +18,7 @@ import numpy as np
 from defuse_core.artifacts import F32, F64, I64, Corrections
 from defuse_core.config import RunFile
 from defuse_core.data import Images
-from defuse_core.models import Vae, decode_codes, encode_images
+from defuse_core.models import Decoder, Vae, decoder_of, encode_images
 from defuse_core.seeds import generator
 
 LEVELS = np.unique(
@@ -64,20 +64,28 @@ class ScenarioRegions:
 
 def fit_regions(vae: Vae, corrections: Corrections, ordinary: F32) -> ScenarioRegions:
     """Return the regions of A scenarios, calibrated on the codes `ordinary` (n, Z) of training images."""
-    means, covariances = _fit_gaussians(vae, corrections.tune)
+    decoder = decoder_of(vae, corrections.anchors)
+    means, covariances = _fit_gaussians(decoder, corrections)
     distances = np.quantile(mahalanobis(ordinary, means, covariances), LEVELS, axis=0).T  # (A, L)
     recall = np.zeros_like(distances)
     for j, codes in enumerate(corrections.test):
-        held_out = encode_images(vae, decode_codes(vae, codes))
+        held_out = encode_images(vae, decoder.decode(codes, _row(corrections.test_anchor, j)))
         near = mahalanobis(held_out, means[j : j + 1], covariances[j : j + 1])  # (n, 1)
         recall[j] = (near <= distances[j]).mean(axis=0)
     return ScenarioRegions(means, covariances, LEVELS, distances, recall)
 
 
-def _fit_gaussians(vae: Vae, drawn: F32) -> tuple[F64, F64]:
-    """Return mean (A, Z) and covariance (A, Z, Z) of the encodings of the images of `drawn` codes (A, n, Z)."""
-    latent = drawn.shape[2]
-    encoded = [encode_images(vae, decode_codes(vae, codes)).astype(np.float64) for codes in drawn]
+def _row(anchors: I64 | None, scenario: int) -> I64 | None:
+    return None if anchors is None else anchors[scenario]
+
+
+def _fit_gaussians(decoder: Decoder, corrections: Corrections) -> tuple[F64, F64]:
+    """Return mean (A, Z) and covariance (A, Z, Z) of the encodings of the scenarios' images to tune on."""
+    latent = corrections.tune.shape[2]
+    encoded = [
+        encode_images(decoder.vae, decoder.decode(codes, _row(corrections.tune_anchor, j))).astype(np.float64)
+        for j, codes in enumerate(corrections.tune)
+    ]
     means = [codes.mean(axis=0) for codes in encoded]
     covariances = [np.cov(codes.T) + _floor(codes.var(axis=0).mean(), latent) for codes in encoded]
     return np.array(means).reshape(-1, latent), np.array(covariances).reshape(-1, latent, latent)

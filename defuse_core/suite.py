@@ -23,6 +23,7 @@ from defuse_core.artifacts import (
     F32,
     I64,
     U8,
+    Anchors,
     Corrections,
     Gallery,
     Models,
@@ -104,6 +105,8 @@ class SuitePictures:
     labels: I64  # (A,)
     codes: F32  # (A, n, Z) that the pictures were decoded from
     vae: Weights
+    anchors: Anchors | None = None  # images that the codes are decoded at, with vae.decode: anchored
+    anchor: I64 | None = None  # (A, n) index into anchors
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def _frozen(run: Run) -> Suite:
     images = held_out_images(load_vae(spec, models.vae), fixes)
     floats = images.batch(slice(0, len(images))).reshape(len(fixes.labels), -1, *images.pixels.shape[1:])
     pixels = np.round(floats * 255).clip(0, 255).astype(np.uint8)
-    pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae)
+    pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor)
     before, after = (
         _accuracies(load_classifier(spec, weights, len(classes)), pictures)
         for weights in (models.classifier, sweep.weights or models.classifier)

@@ -6,31 +6,31 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, I64, ClassifierEpoch, Health, Models, ReferenceSet, VaeEpoch
-from defuse_core.checkpoint import Training, format_row, labels_of, minibatches, train_step
-from defuse_core.config import RunFile, VaeSection
+from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, ReferenceSet, VaeEpoch
+from defuse_core.batches import DeviceImages
+from defuse_core.checkpoint import Losses, Training, format_row, minibatches, train_step
+from defuse_core.config import Arithmetic, RunFile, VaeSection
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import RunFileError
 from defuse_core.health import (
     PROBE_IMAGES,
     STRIP_KEY,
+    health_after_training,
     log_health,
     mean_kl,
-    measure_health,
     reconstruction_errors,
     reconstruction_strip,
 )
 from defuse_core.models import (
     Vae,
-    accuracy,
     build_classifier,
     build_vae,
     check_outputs,
@@ -38,13 +38,13 @@ from defuse_core.models import (
     kl_to_prior,
     load_pretrained,
     log_classifier,
-    predict,
     set_weights,
     to_device,
-    to_tensor,
     weights_of,
 )
+from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
+from defuse_core.protocols import Call, Compute
 from defuse_core.reference_models import augment, load_reference_models
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -80,7 +80,9 @@ def train_vae(
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
     for guide in guides:
         guide.requires_grad_(False)
-    trainer = _VaeTrainer(spec, vae.train(), head, tuple(guides), optimizer, splits.train, progress)
+    trainer = _VaeTrainer(
+        spec, vae.train(), head, tuple(guides), optimizer, DeviceImages(splits.train), progress
+    )
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
         training.history.append(row)
@@ -110,7 +112,7 @@ class _VaeTrainer:
     head: nn.Module | None
     guides: tuple[nn.Module, ...]  # each step asks one of them, in turn
     optimizer: torch.optim.Optimizer
-    images: Images
+    images: DeviceImages
     progress: Progress
 
     def epoch(self, epoch: int) -> VaeEpoch:
@@ -119,14 +121,17 @@ class _VaeTrainer:
         noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
         views = generator(spec.seed, "vae", "guide", epoch)
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
-        done, losses, beta = epoch * count, [], 0.0
-        for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
+        done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
+        for step, (rows, images, labels) in enumerate(
+            self.images.batches(batches), start=epoch * len(batches) + 1
+        ):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            losses.append(self._step(rows, step, beta, noise, views))
+            guide = self.guides[step % len(self.guides)] if self.guides else None
+            losses.add(*self._step(images, labels, beta, noise, guide, views))
             done += len(rows)
             self.progress("training the β-VAE", done, section.epochs * count, "images")
-        reconstruction, divergence, class_loss, guide_loss = np.mean(losses, axis=0).tolist()
+        reconstruction, divergence, class_loss, guide_loss = losses.mean()[1]
         return VaeEpoch(
             epoch + 1,
             reconstruction,
@@ -137,21 +142,27 @@ class _VaeTrainer:
         )
 
     def _step(
-        self, rows: I64, step: int, beta: float, noise: torch.Generator, views: np.random.Generator
-    ) -> tuple[float, float, float, float]:
-        """Take one step; return reconstruction, KL, and the cross-entropies of class head and guide (0 without)."""
-        section, labels = self.spec.vae, labels_of(self.images, rows)
-        terms = vae_terms(self.vae, to_tensor(self.images.batch(rows)), noise)
-        loss, class_loss, guide_loss = terms.reconstruction + beta * terms.divergence, 0.0, 0.0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        beta: float,
+        noise: torch.Generator,
+        guide: nn.Module | None,
+        views: np.random.Generator,
+    ) -> tuple[Tensor, ...]:
+        """Take one step; return loss, reconstruction, KL, cross-entropies of class head and guide (0 without)."""
+        section = self.spec.vae
+        terms = vae_terms(self.vae, images, noise, self.spec.resources.arithmetic("vae"))
+        loss = terms.reconstruction + beta * terms.divergence
+        class_loss = guide_loss = torch.zeros_like(loss)
         if self.head is not None:
-            cross_entropy = F.cross_entropy(self.head(terms.codes), labels)
-            loss, class_loss = loss + section.class_weight * cross_entropy, cross_entropy.item()
-        if self.guides:
-            decodings = augment(torch.sigmoid(terms.logits), views)
-            cross_entropy = F.cross_entropy(self.guides[step % len(self.guides)](decodings), labels)
-            loss, guide_loss = loss + section.guide_weight * cross_entropy, cross_entropy.item()
-        train_step(loss, self.optimizer, "the β-VAE")
-        return terms.reconstruction.item(), terms.divergence.item(), class_loss, guide_loss
+            class_loss = F.cross_entropy(self.head(terms.codes), labels)
+            loss = loss + section.class_weight * class_loss
+        if guide is not None:
+            guide_loss = F.cross_entropy(guide(augment(torch.sigmoid(terms.logits), views)), labels)
+            loss = loss + section.guide_weight * guide_loss
+        train_step(loss, self.optimizer)
+        return loss, terms.reconstruction, terms.divergence, class_loss, guide_loss
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
@@ -174,11 +185,15 @@ class VaeTerms(NamedTuple):
     logits: Tensor  # (n, channels, H, W) decoded from the codes
 
 
-def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> VaeTerms:
-    """Return the terms of the loss on (n, channels, H, W) images."""
-    mu, log_variance = vae.encode(images)
+def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator, arithmetic: Arithmetic = "f32") -> VaeTerms:
+    """Return the terms of the loss on (n, channels, H, W) images. The networks alone are computed in bf16."""
+    with autocast(arithmetic):
+        moments = vae.encode(images)
+    mu, log_variance = (moment.float() for moment in moments)
     codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
-    logits = vae.decode_logits(codes)
+    with autocast(arithmetic):
+        logits = vae.decode_logits(codes)
+    logits = logits.float()
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
     return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes, logits)
 
@@ -197,12 +212,13 @@ def train(
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    log_parts(spec.data, on_disk)
+    if store is None or not _trains_both(spec):
+        log_parts(spec.data, on_disk)
     vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
-        accuracies = _accuracies(classifier, splits)
+        accuracies = _accuracies(spec, classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
         vae_history = train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
@@ -216,10 +232,10 @@ def train(
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             device=device_name(),
-            **_measure_vae(classifier, vae, splits),
+            **_measure_vae(spec, classifier, vae, splits),
         )
         if store is not None:
-            store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
+            store.write(STRIP_KEY, reconstruction_strip(spec, vae, splits.train))
     return models
 
 
@@ -231,6 +247,51 @@ def _guides(spec: RunFile, splits: Splits, references: ReferenceSet | None) -> l
     return load_reference_models(spec, spec.review.reference, references, len(splits.classes))
 
 
+def train_side_by_side(
+    spec: RunFile,
+    store: Store,
+    compute: Compute,
+    references: ReferenceSet | None,
+    others: Sequence[Call[Any]] = (),
+) -> Models:
+    """Return what `train` does. Classifier, β-VAE and `others` are tasks that run at the same time where they fit.
+
+    Each leaves its last checkpoint in `store`, from which `train` goes on. Where one training uses all CPUs
+    (resources.train_threads), they follow one another.
+    """
+    if _trains_both(spec):
+        parts = [
+            Call(train_part, spec, store, part, references) for part in ("vae", "classifier")
+        ]  # the longest first
+        compute.tasks("train", [*parts, *others])
+    return compute.task("train", train, spec, store, references)
+
+
+def _trains_both(spec: RunFile) -> bool:
+    return spec.classifier.epochs > 0 and spec.vae.epochs > 0
+
+
+def train_part(
+    spec: RunFile,
+    store: Store,
+    part: Literal["classifier", "vae"],
+    references: ReferenceSet | None = None,
+    *,
+    progress: Progress,
+) -> None:
+    """Train the classifier or the β-VAE up to its last checkpoint in `store`."""
+    on_disk = open_splits(spec.data, spec.seed)
+    _expect_validation(spec, on_disk)
+    vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
+    with cpu_threads(spec.resources.train_threads):
+        if part == "vae":
+            splits = on_disk.loaded("train")
+            train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
+            return
+        log_parts(spec.data, on_disk)
+        train_classifier(spec, on_disk.loaded(), store, progress)
+
+
 class VaeFigures(TypedDict):
     """The fields of Models that describe the trained β-VAE."""
 
@@ -240,15 +301,15 @@ class VaeFigures(TypedDict):
     health: Health
 
 
-def _measure_vae(classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
+def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
     probe = splits.train.take(slice(0, PROBE_IMAGES))
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
-    health = measure_health(probe.labels, predict(classifier, probe), answers, kl)
+    health = health_after_training(spec, classifier, vae, probe, answers, kl)
     log_health(health, splits.classes)
     return VaeFigures(
         reconstruction=float(errors.mean()),
-        reconstruction_flips=1 - health.reconstructions_right,
+        reconstruction_flips=1 - float((answers == probe.labels).mean()),
         kl_per_dimension=kl,
         health=health,
     )
@@ -289,9 +350,14 @@ def train_classifier(
     to_device(classifier)
     check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
+    images = DeviceImages(splits.train)
     for epoch in training.epochs(section.epochs):
-        loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
-        validation = None if splits.validation is None else accuracy(classifier.eval(), splits.validation)
+        loss = _classifier_epoch(training, images, spec, epoch, progress)
+        validation = None
+        if splits.validation is not None:
+            validation = accuracy_as_in_f32(
+                classifier.eval(), splits.validation, spec.resources.arithmetic("answers")
+            )
         row = ClassifierEpoch(epoch + 1, loss, validation)
         before = max((past.validation or 0.0 for past in training.history), default=-1.0)
         if section.keep == "best_validation" and validation is not None and validation > before:
@@ -304,18 +370,22 @@ def train_classifier(
 
 
 def _classifier_epoch(
-    training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
+    training: Training, images: DeviceImages, spec: RunFile, epoch: int, progress: Progress
 ) -> float:
     classifier, size = training.module.train(), spec.classifier.batch_size
     torch.manual_seed(torch_seed(spec.seed, "classifier", epoch))  # for the dropout of a custom classifier
     total = spec.classifier.epochs * len(images)
-    done, losses = epoch * len(images), []
-    for rows in minibatches(len(images), size, generator(spec.seed, "classifier", epoch)):
-        loss = F.cross_entropy(classifier(to_tensor(images.batch(rows))), labels_of(images, rows))
-        losses.append(train_step(loss, training.optimizer, "the classifier"))
+    done, losses = epoch * len(images), Losses("the classifier")
+    order = minibatches(len(images), size, generator(spec.seed, "classifier", epoch))
+    for rows, batch, labels in images.batches(order):
+        with autocast(spec.resources.arithmetic("classifier")):
+            logits = classifier(batch)
+        loss = F.cross_entropy(logits.float(), labels)
+        train_step(loss, training.optimizer)
+        losses.add(loss)
         done += len(rows)
         progress("training the classifier", done, total, "images")
-    return float(np.mean(losses))
+    return losses.mean()[0]
 
 
 def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
@@ -324,6 +394,8 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
 
 
-def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    return {name: accuracy(classifier, images) for name, images in parts.items() if images is not None}
+def _accuracies(spec: RunFile, classifier: nn.Module, splits: Splits) -> dict[str, float]:
+    arithmetic = spec.resources.arithmetic("answers")
+    return {
+        name: accuracy_as_in_f32(classifier, images, arithmetic) for name, images in splits.parts().items()
+    }

@@ -155,7 +155,7 @@ def _lines(report: Report) -> list[str]:
         f"Ψ: {count_of(psi.codes, 'code')} from {percent(psi.images_with_any)} "
         f"of {count_of(psi.images, 'image')}; "
         f"{percent(psi.zero_noise_flip_rate)} of the images are wrong without noise.",
-        f"β-VAE: {percent(vae.reconstruction_flips)} of the reconstructions are misclassified; "
+        f"β-VAE: {_reconstructions(report)}; "
         f"{vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
         f"squared error {vae.reconstruction:.4f} per pixel.",
     ]
@@ -169,6 +169,14 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"Watch: {report.watch.verdict}")
     lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
     return lines
+
+
+def _reconstructions(report: Report) -> str:
+    health = report.vae.health
+    if health is None or not health.anchored:
+        return f"{percent(report.vae.reconstruction_flips)} of the reconstructions are misclassified"
+    kept = percent(health.kept_right)
+    return f"{kept} of the answers of the {health.judged_by} outlast the noise (anchored decoding)"
 
 
 @dataclass(frozen=True)

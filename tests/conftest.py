@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -127,22 +128,34 @@ TOGETHER = {  # folder or file of tests -> the group that runs in one process; o
 FIRST = ("label-studio", "tests/cluster", "serving", "tests/e2e", "tests/core")
 
 
-def group_of(path: str) -> str:
-    """Return the group of a file of tests."""
-    return next((group for place, group in TOGETHER.items() if path.startswith(place)), path)
+def group_of(nodeid: str) -> str:
+    """Return the group of a test: that of its folder or file, else the file."""
+    groups = (group for place, group in TOGETHER.items() if nodeid.startswith(place))
+    return next(groups, nodeid.partition("::")[0])
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test its group, and put the longest groups first, so that two processes end at the same time."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item.path.relative_to(ROOT).as_posix())))
+    """Put the longest groups first, so that two processes end at the same time."""
 
     def place(item: pytest.Item) -> int:
-        group = group_of(item.path.relative_to(ROOT).as_posix())
+        group = group_of(item.nodeid)
         return next((number for number, first in enumerate(FIRST) if group.startswith(first)), len(FIRST))
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return what hands whole groups to the processes. (xdist's own `loadgroup` does nothing under pytest 9.)"""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
 
 
 MakeOnce = Callable[[str, Callable[[Path], None]], Path]

@@ -133,6 +133,9 @@ class VaeSection(Section):
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module with the methods
     `encode(images) -> mean, log-variance` and `decode(codes) -> images`, images in [0, 1]."""
+    decode: Literal["plain", "anchored"] = "plain"
+    """plain shows a code z as p(z); anchored, for photographs, as the training image x that it is near to, moved as
+    its plain decoding moves: clip(x + p(z) - p(μ(x))). Paper: plain."""
     weights: UserPath | None = None
     """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional where the factory
     loads its own."""

@@ -52,7 +52,7 @@ def splits_of(arrays: Arrays, data: DataSection, seed: int, where: str) -> Split
 def npz_classes(file: Path) -> tuple[str, ...] | None:
     """Return the class names in the file, None where it has none. Reads no image. Raises DataError."""
     found = _read(file, {"classes"})
-    return _names(found["classes"], file) if found else None
+    return _names(found["classes"], str(file)) if found else None
 
 
 def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:

@@ -7,9 +7,9 @@ from defuse_core.models.architectures import (
     build_classifier,
     import_module,
 )
+from defuse_core.models.decoder import Decoder, decoder_at, decoder_of
 from defuse_core.models.inference import (
     accuracy,
-    decode_anchored,
     decode_codes,
     encode_images,
     map_batches,
@@ -33,6 +33,7 @@ from defuse_core.models.weights import (
 
 __all__ = [
     "CustomVae",
+    "Decoder",
     "LeNet",
     "ReferenceCnn",
     "ResNet18",
@@ -43,8 +44,9 @@ __all__ = [
     "build_vae",
     "check_outputs",
     "copy_for_inference",
-    "decode_anchored",
     "decode_codes",
+    "decoder_at",
+    "decoder_of",
     "encode_images",
     "expect_autoencoder",
     "import_module",

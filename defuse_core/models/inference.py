@@ -78,24 +78,6 @@ def decode_codes(vae: Vae, codes: F32, batch_size: int = 256) -> F32:
     )
 
 
-def decode_anchored(vae: Vae, codes: F32, images: Images | F32, batch_size: int = 256) -> F32:
-    """Return images moved as their codes are: clip(x + p(z) - p(mu(x))), (n, channels, H, W) in [0, 1].
-
-    Row for row, `codes` (n, Z) are near the codes of `images` (n, channels, H, W). A code that is mu(x) itself gives
-    x, so a picture keeps its sharpness whatever the β-VAE can draw.
-    """
-    source = _as_images(images)
-    if not len(codes):
-        return decode_codes(vae, codes, batch_size)
-
-    def moved(rows: slice) -> Tensor:
-        shown = to_tensor(source.batch(rows))
-        plain = vae.decode(torch.from_numpy(codes[rows].copy()).to(device()))
-        return (shown + plain - vae.decode(vae.encode(shown)[0])).clamp(0, 1)
-
-    return map_batches(moved, len(codes), batch_size)
-
-
 def encode_images(vae: Vae, images: Images | F32, batch_size: int = 256) -> F32:
     """Return the means of q(z|x), (n, Z)."""
     source = _as_images(images)

@@ -118,6 +118,8 @@ def _health(models: Models) -> HealthFigures | None:
         originals_right=found.originals_right,
         reconstructions_right=found.reconstructions_right,
         kept_right=found.kept_right,
+        anchored=found.anchored,
+        judged_by=found.judged_by,
     )
 
 

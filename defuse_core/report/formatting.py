@@ -201,6 +201,13 @@ def unfit_vae(report: Report) -> str | None:
     health = report.vae.health
     if health is None or health.verdict == "fit":
         return None
+    if health.anchored:
+        judges = "reference models get" if health.judged_by != "classifier" else "classifier gets"
+        return (
+            f"The β-VAE is {health.verdict}. The {judges} {percent(health.originals_right)} of the training images "
+            f"right, and {percent(health.reconstructions_right)} of them once the noise has moved them, so many of the "
+            "failures found may show no class any more. Compare reconstructions.png, and lower identify.scale."
+        )
     return (
         f"The β-VAE is {health.verdict}. The classifier gets {percent(health.originals_right)} of the training images "
         f"right, and {percent(health.reconstructions_right)} of their reconstructions, so many of the failures found "

@@ -222,6 +222,10 @@ class HealthFigures(ReportModel):
     """Share whose plain reconstruction it gets right."""
     kept_right: float
     """Among images that it gets right: share whose reconstruction it gets right too."""
+    anchored: bool = False
+    """Whether vae.decode is anchored: then reconstructions here are the images as the noise moves them."""
+    judged_by: str = "classifier"
+    """Whose answers these are: the classifier's or, with vae.decode: anchored, the reference models'."""
 
 
 class VaeFigures(ReportModel):

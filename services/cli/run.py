@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from defuse_core.config import STEPS
 from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
@@ -48,6 +49,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Wait for people's answers and check for them every so often, in place of exit code 3.",
 )
+@click.option(
+    "--profile",
+    type=click.Choice(STEPS),
+    help="Store traces of torch's operations in this step under profile/ in the run, for Perfetto.",
+)
 def run(
     runfile: Path,
     name: str | None,
@@ -58,6 +64,7 @@ def run(
     until: str,
     track: str | None,
     wait: bool,
+    profile: str | None,
 ) -> None:
     """Debug the classifier that RUNFILE describes. The same command again continues where the last one stopped.
 
@@ -85,7 +92,7 @@ def run(
         started = Run.start(opened, name, spec, until)
         try:
             tracking = MlflowTracking(started, read_settings()) if track else contextlib.nullcontext()
-            with tracking, _compute(where, address, started, display) as compute:
+            with tracking, _compute(where, address, started, display, profile) as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
         except ReachedStep:
             click.echo(f"{name}: done until {until}; run again without --until to continue")
@@ -126,16 +133,19 @@ def report(name: str, store: str) -> None:
 
 
 def _compute(
-    where: str, address: str | None, run: Run, display: ProgressDisplay
+    where: str, address: str | None, run: Run, display: ProgressDisplay, profile: str | None
 ) -> AbstractContextManager[Compute]:
+    from defuse_core.profiling import Profile
+
+    traced = Profile(profile, run.store)
     if where == "local":
         from defuse_core.local import LocalCompute
 
-        return contextlib.nullcontext(LocalCompute(display))
+        return contextlib.nullcontext(LocalCompute(display, traced))
     from cluster.compute import RayCompute
 
     found = address or read_settings().ray_address
-    return RayCompute(found, run.spec, display, require_lock=run.store.require_lock)
+    return RayCompute(found, run.spec, display, require_lock=run.store.require_lock, profile=traced)
 
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:

@@ -32,6 +32,7 @@ from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError
 from defuse_core.failure_detector import FailureWatch, watch_classifier
+from defuse_core.health import with_measured_health
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Run
@@ -189,12 +190,13 @@ class _RunArtifacts:
                     f"finish it with `defuse run`"
                 )
         artifacts = cls(*loaded)
-        health = artifacts.models.health
+        health = with_measured_health(run, artifacts.models).health
         if not artifacts.sweep.weights and health is not None and health.verdict != "fit":
+            pictures = "images moved by the noise" if health.anchored else "reconstructions"
             raise CheckFailed(
                 f"run {run.name}: could not tell whether the classifier has failure scenarios: none was accepted, and "
                 f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
-                "reconstructions); improve section vae of the run file and run it under another --name"
+                f"{pictures}); improve section vae of the run file and run it under another --name"
             )
         if not artifacts.sweep.weights and len(artifacts.verdicts.accepted):
             raise CheckFailed(

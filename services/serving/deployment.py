@@ -374,8 +374,8 @@ class ClassifierDeployment:
 
     async def _poll_registry(self) -> None:
         """Load the versions of each change beside the current ones, then switch. Requests under way keep theirs."""
-        self._activate(self.active, ActiveVersions())
         while True:
+            self._set_gauges(ActiveVersions())  # Ray forgets a gauge that is not set again
             await asyncio.sleep(self.settings.poll_s)
             try:
                 versions = await asyncio.to_thread(self.watcher.load_changes, self.active)
@@ -385,10 +385,13 @@ class ClassifierDeployment:
             if versions is not None:
                 self._activate(versions)
 
-    def _activate(self, versions: ActiveVersions, before: ActiveVersions | None = None) -> None:
-        """Switch to these versions, and show them in the metrics. `before`: the versions shown until now."""
-        before, self.active = before or self.active, versions
-        self.metrics.set_roles(before.names(), versions.names())
-        for model in versions.by_role().values():
+    def _activate(self, versions: ActiveVersions) -> None:
+        before, self.active = self.active, versions
+        self._set_gauges(before)
+
+    def _set_gauges(self, before: ActiveVersions) -> None:
+        """Show the active versions in the metrics, in place of those `before`."""
+        self.metrics.set_roles(before.names(), self.active.names())
+        for model in self.active.by_role().values():
             if model.failures is not None:
                 self.metrics.set_detection(model.name, model.failures)

@@ -18,7 +18,7 @@ class Watch(nn.Module):
 
     def __init__(self, vae: Vae, means: F64, covariances: F64) -> None:
         super().__init__()
-        self.encoder = vae.encoder
+        self.vae = vae
         roots = np.linalg.inv(np.linalg.cholesky(covariances)) if len(means) else covariances
         self.register_buffer("roots", torch.tensor(roots, dtype=torch.float32))
         self.register_buffer(
@@ -27,7 +27,7 @@ class Watch(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, H, W) -> Mahalanobis distances (n, G)."""
-        mu = self.encoder(images).chunk(2, dim=1)[0].float()  # (n, Z)
+        mu = self.vae.encode(images)[0].float()  # (n, Z)
         whitened = torch.einsum("aij,nj->nai", self.roots, mu) - self.offsets
         distances: Tensor = whitened.norm(dim=2)
         return distances

@@ -8,6 +8,7 @@ from defuse_core.artifacts import Corrections, Gallery, Models, Scenarios
 from defuse_core.checkpoint import minibatches
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
+from defuse_core.draws import Draws
 from defuse_core.errors import ModelError, RunFileError, RunMismatchError
 from defuse_core.models import (
     build_vae,
@@ -338,18 +339,18 @@ def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, t
 
 def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_models, scenarios, references):
     spec = recommended(review={"tau": 1.0})
-    examiner = Examiner(spec, tiny_models, references)
-    seen = [examiner.examine(scenarios.means[[j]].astype(np.float32))[1][0] for j in range(2)]
+    examiner = Examiner(spec, tiny_models, references, scenarios)
+    seen = [examiner.examine(Draws(scenarios.means[[j]].astype(np.float32)))[1][0] for j in range(2)]
     labels = np.array(seen, np.int64)
     rng = np.random.default_rng(0)
     tune, test = rng.normal(size=(2, 2, 24, 4)).astype(np.float32)
     drawn = Corrections(np.arange(2), labels, tune, test)
     kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
     for row, label in enumerate(labels):
-        agrees = examiner.examine(drawn.tune[row])[1] == label
+        agrees = examiner.examine(Draws(drawn.tune[row]))[1] == label
         assert kept.kept[row] == pytest.approx(agrees.mean())
         if agrees.any():
-            shown = examiner.examine(kept.tune[row])[1]
+            shown = examiner.examine(Draws(kept.tune[row]))[1]
             assert (shown == label).mean() > 0.9  # other batches may round otherwise
     np.testing.assert_array_equal(kept.test, drawn.test)
 
