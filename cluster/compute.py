@@ -20,6 +20,8 @@ from cluster.progress import ProgressListener, reporting
 from cluster.resources import (
     capacity,
     current_location,
+    on_nodes_with_cpus,
+    on_this_node,
     task_resources,
     wait_for_nodes,
     worker_count,
@@ -28,9 +30,20 @@ from cluster.resources import (
 from cluster.sweep import SweepContext, run_trials
 from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import collect_sweep, load_fine_tuning_data, nothing_to_tune
+from defuse_core.correct import (
+    collect_sweep,
+    decode_scenario_images,
+    load_clean_images,
+    nothing_to_tune,
+)
 from defuse_core.data import Images
-from defuse_core.identify import finished_shards, gather_shards, shard_count, shard_fingerprint
+from defuse_core.identify import (
+    finished_shards,
+    gather_shards,
+    open_training_images,
+    shard_count,
+    shard_fingerprint,
+)
 from defuse_core.progress import Progress, silent
 from defuse_core.store import Store
 
@@ -38,6 +51,7 @@ log = logging.getLogger("defuse")
 T = TypeVar("T")
 POLL_EVERY_S = 0.5
 WARN_AFTER_S = 30.0
+LOST_NODES = 10  # that images are loaded again after, within one step
 
 
 class RayCompute:
@@ -86,7 +100,7 @@ class RayCompute:
 
         The driver holds a few numbers per shard: its memory does not grow with images or failures.
         """
-        count = shard_count(models.images["train"], spec.identify.block_images)
+        count = shard_count(models.images["train"], spec.identify)
         records = finished_shards(store, shard_fingerprint(spec, models, references))
         missing = [index for index in range(count) if index not in records]
         if missing:
@@ -108,9 +122,11 @@ class RayCompute:
     ) -> WorkerPool:
         listener, section = self._ready(), self.spec.resources
         resources, first = worker_resources(section), worker_count(section)
+        train = self._held_images("identify", open_training_images, spec, ray.put(models))
         return WorkerPool(
             spec=spec,
             weights=ray.put((models, references)),
+            train=train,
             images=models.images["train"],
             store=store,
             resources=resources,
@@ -124,15 +140,17 @@ class RayCompute:
     ) -> SweepContext:
         listener, section = self._ready(), self.spec.resources
         models_reference = ray.put(models)
-        done, data = self._start("correct", load_fine_tuning_data, spec, models_reference, fixes, reviewed)
+        clean = self._held_images("correct", load_clean_images, spec, models_reference)
+        done, drawn = self._start("correct", decode_scenario_images, spec, models_reference, fixes, reviewed)
         self._wait("correct", done)
-        # put again, so that the driver's node owns it: lost with another node, it would have to be made again while
-        # trials that wait for it hold all CPUs
-        data = ray.put(ray.get(data))
+        # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
+        # again, on CPUs that the trials that wait for them hold
+        scenario: Any = ray.remote(_copied).options(name="correct", **on_this_node()).remote(drawn)
         return SweepContext(
             spec=spec,
             models=models_reference,
-            data=data,
+            clean=clean,
+            scenario=scenario,
             store=store,
             resources=worker_resources(section),
             max_concurrent=None if section.workers == "auto" else section.workers,
@@ -140,6 +158,17 @@ class RayCompute:
             progress=self.progress,
             name=f"correct-{self.tag}",
         )
+
+    def _held_images(self, step: str, function: Callable[..., Any], *args: object) -> Any:
+        """Return a reference to the images that function(*args) opens, on a node that has images; raises its error.
+
+        All workers of a node share a copy. One that is lost with its node is made again, and as that takes no CPU, it
+        waits for no worker that waits for it.
+        """
+        options = {"num_cpus": 0, "num_gpus": 0, "max_retries": LOST_NODES, **on_nodes_with_cpus()}
+        done, images = self._start(step, function, *args, **options)
+        self._wait(step, done)
+        return images
 
     def _ready(self) -> ProgressListener:
         """Connect where needed, and return the listener. Raises RunFileError for missing resources or images."""
@@ -153,10 +182,12 @@ class RayCompute:
             self.listener = ProgressListener(self.progress)
         return self.listener
 
-    def _start(self, step: str, function: Callable[..., Any], *args: object) -> tuple[Any, Any]:
+    def _start(
+        self, step: str, function: Callable[..., Any], *args: object, **options: Any
+    ) -> tuple[Any, Any]:
         """Start a task; return one reference that is ready when the task has ended, and one to its result."""
         listener, resources = self._ready(), task_resources(self.spec.resources)
-        remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options())
+        remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options() | options)
         done, result = remote.remote(step, function, listener.actor, *args)
         return done, result
 
@@ -183,6 +214,10 @@ class RayCompute:
                 resources = task_resources(self.spec.resources)
                 log.warning("%s: waiting for %s to be free on the cluster", step, resources)
         listener.flush()
+
+
+def _copied(value: T) -> T:
+    return value
 
 
 def _in_worker(step: str, function: Callable[..., T], progress_actor: Any, *args: object) -> tuple[None, T]:

@@ -21,7 +21,8 @@ from cluster.resources import CapacityMonitor, WorkerResources, current_location
 from defuse_core.artifacts import Models, Trial
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
-from defuse_core.correct import FineTuningData, is_trial_failure, run_trial, trial_key
+from defuse_core.correct import ScenarioImages, fine_tuning_data, is_trial_failure, run_trial, trial_key
+from defuse_core.data import Splits
 from defuse_core.errors import ComputeError, DefuseError, InputError
 from defuse_core.progress import Progress
 from defuse_core.store import Store
@@ -38,7 +39,8 @@ class SweepContext:
 
     spec: RunFile
     models: Any  # ObjectRef of Models
-    data: Any  # ObjectRef of FineTuningData: once in the object store of each node, whatever the number of trials
+    clean: Any  # ObjectRef of Splits: once in the object store of each node, whatever the number of trials
+    scenario: Any  # ObjectRef of ScenarioImages, likewise
     store: Store
     resources: WorkerResources
     max_concurrent: int | None  # trials at once; None: as many as fit, on nodes that join later, too
@@ -83,7 +85,8 @@ def _trial(
     config: dict[str, float],
     spec: RunFile,
     models: Models,
-    data: FineTuningData,
+    clean: Splits,
+    scenario: ScenarioImages,
     store: Store,
     progress_actor: Any,
 ) -> None:
@@ -91,6 +94,7 @@ def _trial(
     with reporting(progress_actor):
         location = current_location(STEP)
         log.debug("correct: λ = %g in %s", config["lam"], location)
+        data = fine_tuning_data(clean, scenario)
         for trial in run_trial(spec, models, data, config["lam"], store):
             tune.report({"epochs": len(trial.rows), "visible_gpus": location.visible_gpus})
 
@@ -101,7 +105,8 @@ def _trainable(sweep: SweepContext) -> type[Trainable]:
         _trial,
         spec=sweep.spec,
         models=sweep.models,
-        data=sweep.data,
+        clean=sweep.clean,
+        scenario=sweep.scenario,
         store=sweep.store,
         progress_actor=sweep.listener.actor,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from defuse_core.checkpoint import (
 )
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
-from defuse_core.data import Images, reopen_splits
+from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
 from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
@@ -57,6 +57,14 @@ class FineTuningData:
     held_out: Images  # plays no part in the choice
 
 
+@dataclass(frozen=True, eq=False)
+class ScenarioImages:
+    """The images of the scenarios; as many as there are scenarios, whatever the number of training images."""
+
+    tune: Images  # D_f
+    held_out: Images
+
+
 def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
     """Return the reviewed images that f gets wrong, each under its own majority label: the baseline's D_f."""
     wrong = is_misclassified(gallery.predicted, verdicts.image_labels)
@@ -67,22 +75,38 @@ def load_fine_tuning_data(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
 ) -> FineTuningData:
     """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
+    clean = load_clean_images(spec, models, progress=progress)
+    scenario = decode_scenario_images(spec, models, fixes, reviewed, progress=progress)
+    return fine_tuning_data(clean, scenario)
+
+
+def load_clean_images(spec: RunFile, models: Models, *, progress: Progress) -> Splits:
+    """Return the data set in memory, with the training images that correct.train_images asks for."""
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
     if wanted is not None and wanted < len(train):
-        train = train.take(
-            np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False))
-        )
+        rows = generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False)
+        splits = replace(splits, train=train.take(np.sort(rows)))
+    return splits.loaded()
+
+
+def decode_scenario_images(
+    spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
+) -> ScenarioImages:
+    """Return D_f, decoded from `fixes` or `reviewed` if that is given, and the held-out images of the scenarios."""
+    progress("drawing images to fine-tune on", 0, 1, "sets")
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
-        return FineTuningData(
-            train=train.loaded(),
-            validation=splits.validation and splits.validation.loaded(),
-            test=splits.test and splits.test.loaded(),
+        return ScenarioImages(
             tune=reviewed if reviewed is not None else _decoded(vae, fixes.tune, fixes.labels),
             held_out=_decoded(vae, fixes.test, fixes.labels),
         )
+
+
+def fine_tuning_data(clean: Splits, scenario: ScenarioImages) -> FineTuningData:
+    """Return both together. Copies nothing."""
+    return FineTuningData(clean.train, clean.validation, clean.test, scenario.tune, scenario.held_out)
 
 
 def held_out_images(vae: nn.Module, fixes: Corrections) -> Images:

@@ -6,7 +6,6 @@ the classifier), so that no component straddles classes.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import warnings
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from defuse_core.identify import load_shard, shard_key
 from defuse_core.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
-from defuse_core.store import Store
+from defuse_core.store import Store, map_ahead
 
 log = logging.getLogger("defuse")
 
@@ -66,18 +65,21 @@ def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
 
 
 def sample_failures(spec: RunFile, psi: Psi, store: Store) -> Failures:
-    """Return at most max_codes rows of Ψ, drawn without replacement; reads one shard at a time."""
+    """Return at most max_codes rows of Ψ, drawn without replacement, in order; a few shards are in memory at once."""
     wanted: I64 = np.arange(psi.total)
     if psi.total > spec.distill.max_codes:
         rng = generator(spec.seed, "distill", "sample")
         wanted = np.sort(rng.choice(psi.total, spec.distill.max_codes, replace=False))
     starts = np.concatenate([[0], np.cumsum(psi.codes)])
     nothing: I64 = np.zeros(0, np.int64)
+    first, last = np.searchsorted(wanted, starts[:-1]), np.searchsorted(wanted, starts[1:])
+
+    def drawn_from(shard: int) -> Failures:
+        rows = wanted[first[shard] : last[shard]] - starts[shard]
+        return _shard(store, psi, shard).failures.take(rows)
+
     parts = [Failures(np.zeros((0, spec.vae.latent_dim), np.float32), nothing, nothing, nothing)]
-    for index, (start, end) in enumerate(itertools.pairwise(starts)):
-        rows = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)] - start
-        if len(rows):
-            parts.append(_shard(store, psi, index).failures.take(rows))
+    parts.extend(map_ahead(drawn_from, np.flatnonzero(first < last).tolist()))
     return Failures.concatenate(parts)
 
 

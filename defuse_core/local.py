@@ -39,7 +39,7 @@ class LocalCompute:
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
     ) -> Psi:
         """Algorithm 1, shard after shard."""
-        count = shard_count(models.images["train"], spec.identify.block_images)
+        count = shard_count(models.images["train"], spec.identify)
         identifier = Identifier(spec, models, references)
         records = finished_shards(store, identifier.fingerprint)
         for index in range(count):

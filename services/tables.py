@@ -244,7 +244,7 @@ def _shards(run: Run) -> int:
     from defuse_core.identify import shard_count
 
     models = run.load(Models)
-    return 0 if models is None else shard_count(models.images["train"], run.spec.identify.block_images)
+    return 0 if models is None else shard_count(models.images["train"], run.spec.identify)
 
 
 def print_status(run: Run, console: Console | None = None) -> None:
