@@ -6,7 +6,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from cluster.connection import connect, require_absolute_root
 from cluster.errors import as_defuse_error
 from cluster.identify import ShardQueue, WorkerPool
+from cluster.partitions import RayPartitions
 from cluster.progress import ProgressListener, reporting
 from cluster.resources import (
     capacity,
@@ -92,6 +93,14 @@ class RayCompute:
         done, result = self._start(step, function, *args)
         self._wait(step, done)
         return ray.get(result)  # type: ignore[no-any-return]
+
+    def partitions(
+        self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
+    ) -> RayPartitions:
+        """Return the parts that load(*arguments) returns, in Ray's store on the nodes that load them."""
+        return RayPartitions(self._ready(), self.spec.resources, step, self.require_lock).load(
+            load, arguments
+        )
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None

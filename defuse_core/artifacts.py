@@ -212,6 +212,9 @@ class Scenarios:
     support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
+    last_change: float | None = (
+        None  # of a fit's bound in its last iteration, nats; the largest over the fits
+    )
 
     def __post_init__(self) -> None:
         _expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})

@@ -7,6 +7,7 @@ the classifier), so that no component straddles classes.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ from defuse_core.seeds import generator
 from defuse_core.store import Store, map_ahead
 
 log = logging.getLogger("defuse")
+SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
+WHOLE = (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE)  # the cell of a single mixture over all codes
 
 
 def distill(spec: RunFile, psi: Psi, store: Store, *, progress: Progress) -> Scenarios:
@@ -46,17 +49,29 @@ def distill(spec: RunFile, psi: Psi, store: Store, *, progress: Progress) -> Sce
     else:
         progress("fitting the mixture", 0, 1, "fits")
         scenarios = fit_all(failures, spec.distill, spec.seed)
+    log_scenarios(spec, scenarios)
+    return scenarios
+
+
+def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
+    """Log how many components there are, and how far the fit is from convergence."""
+    state = "converged"
+    if not scenarios.converged:
+        state = "had NOT converged"
+        if scenarios.last_change is not None:
+            change = f"{scenarios.last_change:.3g} nats, tolerance {spec.distill.tolerance:g}"
+            state += f" (its bound changed by {change})"
     log.info(
-        "kept %d of %d components with weight over %g; the fit %s after %d iterations",
+        "kept %d of %d components with weight over %g, from %d codes; the fit %s after %d iterations",
         len(scenarios),
         len(scenarios.all_weights),
         spec.distill.min_weight,
-        "converged" if scenarios.converged else "had NOT converged",
+        scenarios.codes_used,
+        state,
         scenarios.iterations,
     )
     if scenarios.dropped:
         log.info("dropped %d components or cells with too few codes or images", len(scenarios.dropped))
-    return scenarios
 
 
 def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
@@ -65,29 +80,33 @@ def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
 
 
 def sample_failures(spec: RunFile, psi: Psi, store: Store) -> Failures:
-    """Return at most max_codes rows of Ψ, drawn without replacement, in order; a few shards are in memory at once."""
-    wanted: I64 = np.arange(psi.total)
-    if psi.total > spec.distill.max_codes:
-        rng = generator(spec.seed, "distill", "sample")
-        wanted = np.sort(rng.choice(psi.total, spec.distill.max_codes, replace=False))
+    """Return at most max_codes rows of Ψ, drawn without replacement, in order; a few shards are in memory at once.
+
+    SAMPLE_CODES rows at most where max_codes is null.
+    """
+    most = spec.distill.max_codes or SAMPLE_CODES
+    if psi.total > most:
+        wanted = np.sort(generator(spec.seed, "distill", "sample").choice(psi.total, most, replace=False))
+    else:
+        wanted = np.arange(psi.total)
     starts = np.concatenate([[0], np.cumsum(psi.codes)])
     nothing: I64 = np.zeros(0, np.int64)
     first, last = np.searchsorted(wanted, starts[:-1]), np.searchsorted(wanted, starts[1:])
 
     def drawn_from(shard: int) -> Failures:
         rows = wanted[first[shard] : last[shard]] - starts[shard]
-        return _shard(store, psi, shard).failures.take(rows)
+        return shard_of_psi(store, psi.fingerprint, shard).failures.take(rows)
 
     parts = [Failures(np.zeros((0, spec.vae.latent_dim), np.float32), nothing, nothing, nothing)]
     parts.extend(map_ahead(drawn_from, np.flatnonzero(first < last).tolist()))
     return Failures.concatenate(parts)
 
 
-def _shard(store: Store, psi: Psi, index: int) -> Shard:
-    """Return a shard of Ψ. Raises StoreError where it is gone or damaged."""
+def shard_of_psi(store: Store, fingerprint: str, index: int) -> Shard:
+    """Return a shard of the Ψ with this fingerprint. Raises StoreError where it is gone or damaged."""
     remedy = f"delete {store.address}/psi.safetensors and run again: only this shard is made again"
     try:
-        return load_shard(store, index, psi.fingerprint, remedy)
+        return load_shard(store, index, fingerprint, remedy)
     except FileNotFoundError as error:
         where = f"{store.address}/{shard_key(index)}"
         raise StoreError(
@@ -98,9 +117,9 @@ def _shard(store: Store, psi: Psi, index: int) -> Shard:
 def fit_all(failures: Failures, section: DistillSection, seed: int) -> Scenarios:
     """Return the paper's single mixture over all codes, with the support of each component."""
     if len(failures) < 2:
-        return _no_scenarios(failures.codes.shape[1], len(failures))
-    fit = _fit(failures.codes, section.max_components, section, seed, ())
-    return _scenarios([_Part(fit, failures, 1.0, (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE))], section)
+        return no_scenarios(failures.codes.shape[1], len(failures))
+    fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
+    return scenarios_of([_fitted_cell(fit, failures, 1.0, WHOLE)], section)
 
 
 def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Scenarios:
@@ -118,25 +137,37 @@ def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: 
         weight = len(members) / len(failures)
         if len(members) < 2 or not weight > section.min_weight:
             support = len(np.unique(members.source))
-            reason = f"the cell's {len(members)} codes are too few for a weight over {section.min_weight:g}"
-            small.append(DroppedComponent(weight, source, answer, support, reason))
+            small.append(small_cell((source, answer), len(members), weight, support, section))
             continue
-        components = max(1, round(section.max_components * weight))
-        fit = _fit(members.codes, components, section, seed, (source, answer))
-        parts.append(_Part(fit, members, weight, (source, answer)))
+        fit = fit_mixture(members.codes, components_of(weight, section), section, seed, (source, answer))
+        parts.append(_fitted_cell(fit, members, weight, (source, answer)))
     if not parts:
-        return _no_scenarios(failures.codes.shape[1], len(failures), tuple(small))
-    return _scenarios(parts, section, tuple(small))
+        return no_scenarios(failures.codes.shape[1], len(failures), tuple(small))
+    return scenarios_of(parts, section, tuple(small))
+
+
+def components_of(weight: float, section: DistillSection) -> int:
+    """Return how many components a cell gets that holds this share of all codes."""
+    return max(1, round(section.max_components * weight))
+
+
+def small_cell(
+    cell: tuple[int, int], codes: int, weight: float, support: int, section: DistillSection
+) -> DroppedComponent:
+    """Return a cell that is dropped, since it holds no component over ε."""
+    reason = f"the cell's {codes} codes are too few for a weight over {section.min_weight:g}"
+    return DroppedComponent(weight, *cell, support, reason)
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """A mixture that was fitted to `members`, which are the share `weight` of all codes."""
+class FittedCell:
+    """A mixture that was fitted to `codes` codes, which are the share `weight` of all."""
 
     fit: FittedMixture
-    members: Failures
+    cell: tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
+    codes: int
     weight: float
-    cell: tuple[int, int]  # class of the source images and answer of f
+    support: I64  # (k,) distinct training images of the codes that belong most to each component
 
     @property
     def weights(self) -> F64:
@@ -144,15 +175,21 @@ class _Part:
         weights: F64 = self.weight * self.fit.weights
         return weights
 
-    def support(self) -> I64:
-        """(k,) distinct training images of the codes that belong most to each component."""
-        fit = self.fit
-        owner = responsibilities(self.members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
-        sources = [self.members.source[owner == component] for component in range(len(self.weights))]
-        return np.array([len(np.unique(source)) for source in sources], np.int64)
+
+def _fitted_cell(fit: FittedMixture, members: Failures, weight: float, cell: tuple[int, int]) -> FittedCell:
+    support = component_support(fit, members.codes, members.source)
+    return FittedCell(fit, cell, len(members), weight, support)
 
 
-def _fit(
+def component_support(fit: FittedMixture, codes: F32, source: I64) -> I64:
+    """Return the distinct training images of the codes that belong most to each component, (k,)."""
+    with threadpool_limits(1):
+        owner = responsibilities(codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
+    sources = [source[owner == component] for component in range(len(fit.weights))]
+    return np.array([len(np.unique(of_one)) for of_one in sources], np.int64)
+
+
+def fit_mixture(
     codes: F32, components: int, section: DistillSection, seed: int, cell: tuple[int, ...]
 ) -> FittedMixture:
     """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM) and defaults.
@@ -198,12 +235,11 @@ def _last_change(mixture: BayesianGaussianMixture) -> float:
     return float(bounds[-1] - bounds[-2]) if len(bounds) > 1 else float("nan")
 
 
-def _scenarios(
-    parts: list[_Part], section: DistillSection, small: tuple[DroppedComponent, ...] = ()
+def scenarios_of(
+    parts: list[FittedCell], section: DistillSection, small: tuple[DroppedComponent, ...] = ()
 ) -> Scenarios:
     """Return the components of all parts over ε with enough support, the heaviest first."""
-    with threadpool_limits(1):
-        support = np.concatenate([part.support() for part in parts])
+    support = np.concatenate([part.support for part in parts])
     weights = np.concatenate([part.weights for part in parts])
     cells = np.concatenate([np.tile(part.cell, (len(part.weights), 1)) for part in parts])
     over = np.flatnonzero(weights > section.min_weight)
@@ -214,14 +250,21 @@ def _scenarios(
         means=np.concatenate([part.fit.means for part in parts])[kept],
         covariances=np.concatenate([part.fit.covariances for part in parts])[kept],
         all_weights=weights,
-        codes_used=sum(len(part.members) for part in parts),
+        codes_used=sum(part.codes for part in parts),
         converged=all(part.fit.converged for part in parts),
         iterations=max(part.fit.iterations for part in parts),
         lower_bound=float(sum(part.weight * part.fit.lower_bound for part in parts)),
         cells=cells[kept],
         support=support[kept],
+        last_change=_largest_change([part.fit for part in parts]),
         dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),
     )
+
+
+def _largest_change(fits: list[FittedMixture]) -> float | None:
+    """Return the largest change of a bound in the last iteration, in nats; None where no fit had two iterations."""
+    changes = [abs(fit.last_change) for fit in fits if math.isfinite(fit.last_change)]
+    return max(changes, default=None)
 
 
 def _without_support(
@@ -232,7 +275,8 @@ def _without_support(
     return DroppedComponent(float(weights[row]), source, answer, int(support[row]), reason)
 
 
-def _no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:
+def no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:
+    """Return no scenarios over so many codes of `width` dimensions."""
     nothing: F64 = np.zeros(0)
     return Scenarios(
         nothing,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
@@ -25,6 +25,17 @@ log = logging.getLogger("defuse")
 T = TypeVar("T")
 
 
+class LocalPartitions:
+    """The protocol `Partitions`, in this process."""
+
+    def __init__(self, parts: list[object]) -> None:
+        self.parts = parts
+
+    def map(self, function: Callable[..., T], *args: object) -> list[T]:
+        """Return function(part, *args) of every part, in order."""
+        return [function(part, *args) for part in self.parts]
+
+
 class LocalCompute:
     """The protocol `Compute`, without a cluster."""
 
@@ -34,6 +45,12 @@ class LocalCompute:
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...)."""
         return function(*args, progress=self.progress)
+
+    def partitions(
+        self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
+    ) -> LocalPartitions:
+        """Return the parts that load(*arguments) returns, in this process."""
+        return LocalPartitions([load(*each) for each in arguments])
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None

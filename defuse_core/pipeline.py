@@ -20,7 +20,8 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
-from defuse_core.distill import distill
+from defuse_core.distill import SAMPLE_CODES, distill
+from defuse_core.distill_all import distill_all
 from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluate import Findings, evaluate
 from defuse_core.evidence import (
@@ -125,7 +126,10 @@ def _scenarios(
     run: Run, compute: Compute, psi: Psi, models: Models, references: ReferenceSet | None
 ) -> Scenarios:
     """Distill Ψ and, with review.tau: auto, give each component its own τ."""
-    scenarios = compute.task("distill", distill, run.spec, psi, run.store)
+    if run.spec.distill.max_codes is None and psi.total > SAMPLE_CODES:
+        scenarios = distill_all(run.spec, psi, run.store, compute)
+    else:
+        scenarios = compute.task("distill", distill, run.spec, psi, run.store)
     if run.spec.review.tau != "auto":
         return scenarios
     return compute.task("distill", tighten, run.spec, models, references, scenarios)

@@ -2,11 +2,11 @@
 
     python tests/bench/scale.py [--images 100000 1000000 10000000]
 
-The driver, the queue of shards, Ray, the packed paths of the images and the store of the run are real. Images are never
-read, and a shard's codes are random numbers: one for each image, of 10 dimensions. Each number of images is a process of
-its own. The shards are those of Algorithm 1 with 500 draws. Afterwards the process reads all shards again, as a resumed
-run does, and draws the 50,000 codes that the mixture is fitted on. The last row, 10^8 images, is computed: the last two
-rows drawn out as a straight line.
+The driver, the queue of shards, Ray, the packed paths of the images and the store of the run are real. Images are
+never read, and a shard's codes are random numbers: one for each image, of 10 dimensions. Each number of images is a
+process of its own. The shards are those of Algorithm 1 with 500 draws. Afterwards the process reads all shards again,
+as a resumed run does, and draws the 50,000 codes that the mixture is fitted on. The last row, 10^8 images, is computed:
+the last two rows drawn out as a straight line.
 """
 
 from __future__ import annotations
@@ -49,6 +49,20 @@ CLASSES = 100
 LATENT = 10
 WORKERS = 2
 MB = 2**20
+COLUMNS = (
+    "images",
+    "shards",
+    "time",
+    "driver MB",
+    "worker MB",
+    "listing MB, once per node",
+    "MB in Ray's store",
+    "objects there",
+    "requests to the run's store",
+    "MB there",
+    "to resume, to sample",
+    "driver MB then",
+)
 
 
 @dataclass(frozen=True)
@@ -206,14 +220,14 @@ def measure(images: int, folder: Path) -> Measured:
     assert len(sample_failures(spec, psi, store)) == spec.distill.max_codes
     sampled = time.perf_counter()
     watch.ended.set()
-    names = sum(len(f"class-000/{0:010}.jpg") + 10 + 8 for _ in range(1)) * images
+    listing = (len(f"class-000/{0:010}.jpg") + 10 + 8) * images  # names, offsets and lengths, labels
     return Measured(
         images,
         len(psi.codes),
         seconds,
         driver_mb,
         max(float(path.read_text()) for path in (folder / "memory").iterdir()),
-        names / MB,
+        listing / MB,
         watch.bytes / MB,
         watch.objects,
         requests,
@@ -257,9 +271,8 @@ def main() -> None:
     if chosen.one:
         print(json.dumps(asdict(measure(int(chosen.one[0]), Path(chosen.one[1])))))
         return
-    print("| images | shards | time | driver MB | worker MB | listing MB, once per node | MB in Ray's store "
-          "| objects there | requests to the run's store | MB there | to resume, to sample | driver MB then |")  # fmt: skip
-    print("|" + "---|" * 12)
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|" + "---|" * len(COLUMNS))
     rows = []
     for images in chosen.images:
         rows.append(measured_elsewhere(images))
