@@ -92,6 +92,7 @@ def build_report(
             iterations=found.scenarios.iterations,
             codes_used=found.scenarios.codes_used,
             lower_bound=defined(found.scenarios.lower_bound),
+            last_change=defined(found.scenarios.last_change),
             weights=tuple(np.sort(found.scenarios.all_weights)[::-1].tolist()),
         ),
         votes=_votes(found),
