@@ -28,16 +28,16 @@ from cluster.resources import (
     worker_count,
     worker_resources,
 )
-from cluster.sweep import SweepContext, run_trials
-from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
+from cluster.sweep import Outcome, SweepContext, run_trials
+from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import (
     collect_sweep,
     decode_scenario_images,
+    finished_trials,
     load_clean_images,
     nothing_to_tune,
 )
-from defuse_core.data import Images
 from defuse_core.identify import (
     finished_shards,
     gather_shards,
@@ -45,7 +45,9 @@ from defuse_core.identify import (
     shard_count,
     shard_fingerprint,
 )
+from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Call, SweepRequest
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -68,9 +70,11 @@ class RayCompute:
         progress: Progress = silent,
         *,
         require_lock: Callable[[], None] = lambda: None,
+        profile: Profile = UNTRACED,
     ) -> None:
         """`require_lock` raises RunBusyError once another driver has the run; a task that runs then is ended."""
         self.address, self.spec, self.progress, self.require_lock = address, spec, progress, require_lock
+        self.profile = profile
         self.listener: ProgressListener | None = None
         self.connected_here = False
         self.tag = secrets.token_hex(2)  # so that the names of two drivers' actors differ
@@ -90,9 +94,13 @@ class RayCompute:
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...), run as one task with a GPU where the cluster has one."""
-        done, result = self._start(step, function, *args)
-        self._wait(step, done)
-        return ray.get(result)  # type: ignore[no-any-return]
+        return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
+
+    def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Return the results of the calls, each run as `task` runs one, as many at a time as fit on the cluster."""
+        started = [self._start(step, call.function, *call.args) for call in calls]
+        self._wait(step, *(done for done, _ in started))
+        return ray.get([result for _, result in started])
 
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
@@ -117,14 +125,23 @@ class RayCompute:
             records |= ShardQueue(pool, missing, count, self.progress).run()
         return gather_shards(records)
 
-    def sweep(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> Sweep:
-        """Fine-tune once per λ as Ray Tune trials. Raises ModelError or ComputeError if every trial failed for good."""
-        if nothing_to_tune(fixes, reviewed):
-            return collect_sweep(spec, models, [])
-        trials, failures = run_trials(self._sweep_context(spec, models, fixes, reviewed, store))
-        return collect_sweep(spec, models, trials, failures)
+    def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
+        """Fine-tune once per request and λ, all as trials of one Ray Tune run.
+
+        Raises ModelError or ComputeError if every trial of a request failed for good.
+        """
+        tuned = [each for each in requests if not nothing_to_tune(each.fixes, each.reviewed)]
+        outcomes = dict(zip(map(id, tuned), self._run_trials(models, tuned), strict=True))
+        return [collect_sweep(each.spec, models, *outcomes.get(id(each), ([], {}))) for each in requests]
+
+    def _run_trials(self, models: Models, requests: Sequence[SweepRequest]) -> list[Outcome]:
+        """Return the outcome of each request. Without a trial to run, nothing is started."""
+        if all(
+            finished_trials(each.spec, each.store).keys() >= set(each.spec.correct.lambdas)
+            for each in requests
+        ):
+            return [([*finished_trials(each.spec, each.store).values()], {}) for each in requests]
+        return run_trials(self._sweep_context(models, requests))
 
     def _pool(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None
@@ -142,31 +159,41 @@ class RayCompute:
             wanted=(lambda: capacity(resources)) if section.workers == "auto" else (lambda: first),
             listener=listener,
             name=f"identify-{self.tag}",
+            profile=self.profile,
         )
 
-    def _sweep_context(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> SweepContext:
+    def _sweep_context(self, models: Models, requests: Sequence[SweepRequest]) -> SweepContext:
         listener, section = self._ready(), self.spec.resources
         models_reference = ray.put(models)
-        clean = self._held_images("correct", load_clean_images, spec, models_reference)
-        done, drawn = self._start("correct", decode_scenario_images, spec, models_reference, fixes, reviewed)
-        self._wait("correct", done)
-        # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
-        # again, on CPUs that the trials that wait for them hold
-        scenario: Any = ray.remote(_copied).options(name="correct", **on_this_node()).remote(drawn)
         return SweepContext(
-            spec=spec,
+            requests=requests,
             models=models_reference,
-            clean=clean,
-            scenario=scenario,
-            store=store,
+            images=self._fine_tuning_images(models_reference, requests),
             resources=worker_resources(section),
             max_concurrent=None if section.workers == "auto" else section.workers,
             listener=listener,
             progress=self.progress,
             name=f"correct-{self.tag}",
+            profile=self.profile,
         )
+
+    def _fine_tuning_images(self, models: Any, requests: Sequence[SweepRequest]) -> list[tuple[Any, Any]]:
+        """Return for each request references to its Splits, which requests share, and to its ScenarioImages."""
+        clean: dict[int | None, Any] = {}
+        images = []
+        for each in requests:
+            wanted = each.spec.correct.train_images
+            if wanted not in clean:
+                clean[wanted] = self._held_images("correct", load_clean_images, each.spec, models)
+            done, drawn = self._start(
+                "correct", decode_scenario_images, each.spec, models, each.fixes, each.reviewed
+            )
+            self._wait("correct", done)
+            # a copy on the driver's node, by a task there: lost with another node, these images would have to be
+            # drawn again, on CPUs that the trials that wait for them hold
+            scenario: Any = ray.remote(_copied).options(name="correct", **on_this_node()).remote(drawn)
+            images.append((clean[wanted], scenario))
+        return images
 
     def _held_images(self, step: str, function: Callable[..., Any], *args: object) -> Any:
         """Return a reference to the images that function(*args) opens, on a node that has images; raises its error.
@@ -197,25 +224,28 @@ class RayCompute:
         """Start a task; return one reference that is ready when the task has ended, and one to its result."""
         listener, resources = self._ready(), task_resources(self.spec.resources)
         remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options() | options)
-        done, result = remote.remote(step, function, listener.actor, *args)
+        done, result = remote.remote(step, function, self.profile, listener.actor, *args)
         return done, result
 
-    def _wait(self, step: str, done: Any) -> None:
-        """Show a task's progress until it ends; its result stays on its node. Raises its error."""
+    def _wait(self, step: str, *tasks: Any) -> None:
+        """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
+        waiting = list(tasks)
         try:
-            self._show_until(step, done)
-        except BaseException:
-            with contextlib.suppress(RayError):
-                ray.cancel(done, force=True)
+            while waiting:
+                ready, waiting = self._show_until_one_ends(step, waiting)
+                ray.get(ready)
+        except BaseException as error:
+            for task in waiting:
+                with contextlib.suppress(RayError):
+                    ray.cancel(task, force=True)
+            if isinstance(error, RayError):
+                raise as_defuse_error(error, step) from error
             raise
-        try:
-            ray.get(done)
-        except RayError as error:
-            raise as_defuse_error(error, step) from error
 
-    def _show_until(self, step: str, done: Any) -> None:
+    def _show_until_one_ends(self, step: str, waiting: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the tasks that ended, and the others."""
         listener, started, reported = self._ready(), time.monotonic(), False
-        while not ray.wait([done], timeout=POLL_EVERY_S)[0]:
+        while not (ended := ray.wait(waiting, timeout=POLL_EVERY_S))[0]:
             self.require_lock()
             reported |= listener.poll()
             if not reported and time.monotonic() - started > WARN_AFTER_S:
@@ -223,13 +253,16 @@ class RayCompute:
                 resources = task_resources(self.spec.resources)
                 log.warning("%s: waiting for %s to be free on the cluster", step, resources)
         listener.flush()
+        return ended
 
 
 def _copied(value: T) -> T:
     return value
 
 
-def _in_worker(step: str, function: Callable[..., T], progress_actor: Any, *args: object) -> tuple[None, T]:
+def _in_worker(
+    step: str, function: Callable[..., T], profile: Profile, progress_actor: Any, *args: object
+) -> tuple[None, T]:
     with reporting(progress_actor) as progress:
         log.debug("%s: in %s", step, current_location(step))
-        return None, function(*args, progress=progress)
+        return None, profile.call(step, function, *args, progress=progress)

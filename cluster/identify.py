@@ -14,6 +14,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,8 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
-from defuse_core.progress import Progress
+from defuse_core.profiling import UNTRACED, Profile
+from defuse_core.progress import Progress, silent
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -51,8 +53,8 @@ def _warn_not_stored(state: RetryCallState) -> None:
 class ShardWorker:
     """The actor. It opens data and models with its first shard, and returns counts."""
 
-    def __init__(self, spec: RunFile, store: Store) -> None:
-        self.spec, self.store = spec, store
+    def __init__(self, spec: RunFile, store: Store, profile: Profile = UNTRACED) -> None:
+        self.spec, self.store, self.profile = spec, store, profile
         self.identifier: Identifier | None = None
 
     def ping(self, progress_actor: Any) -> WorkerLocation:
@@ -70,8 +72,11 @@ class ShardWorker:
         """
         models, references = weights
         with reporting(progress_actor), shard_errors(shard_name(self.spec, models.images["train"], index)):
+            first = self.identifier is None
             self.identifier = self.identifier or Identifier(self.spec, models, references, train)
-            record = self._save(index, self.identifier.shard(index))
+            with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
+                shard = self.identifier.shard(index)
+            record = self._save(index, shard)
         count_shard(record.images, record.decodings, record.codes)
         return record
 
@@ -130,13 +135,14 @@ class WorkerPool:
     wanted: Callable[[], int]
     listener: ProgressListener
     name: str  # prefix of the actors' names
+    profile: Profile = UNTRACED
 
     def start(self, number: int) -> Any:
         """Return a new actor, which Ray restarts when its process or node dies."""
         remote = ray.remote(ShardWorker).options(
             name=f"{self.name}-{number}", max_restarts=-1, max_task_retries=0, **self.resources.options()
         )
-        return remote.remote(self.spec, self.store)
+        return remote.remote(self.spec, self.store, self.profile)
 
 
 class ShardQueue:

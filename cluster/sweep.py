@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.trainable import Trainable
@@ -18,13 +19,19 @@ from cluster.errors import as_defuse_error, cause_of, is_worker_lost, one_line
 from cluster.progress import ProgressListener, reporting, set_running_trials
 from cluster.ray_compat import named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, current_location
-from defuse_core.artifacts import Models, Trial
+from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
-from defuse_core.config import RunFile
-from defuse_core.correct import ScenarioImages, fine_tuning_data, is_trial_failure, run_trial, trial_key
-from defuse_core.data import Splits
+from defuse_core.correct import (
+    fine_tuning_data,
+    finished_trials,
+    is_trial_failure,
+    run_trial,
+    trial_key,
+)
 from defuse_core.errors import ComputeError, DefuseError, InputError
+from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress
+from defuse_core.protocols import SweepRequest
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -33,42 +40,67 @@ TRIAL = "lam-"
 MAX_FAILURES = 2  # a trial is started again this often; it continues after its last finished epoch
 
 
+Outcome = tuple[
+    list[Trial], dict[float, DefuseError]
+]  # finished trials, and the error of each λ that failed for good
+Name = tuple[int, float]  # a trial: number of the request, and λ
+
+
 @dataclass(eq=False)
 class SweepContext:
-    """What all trials of a sweep over λ share."""
+    """What all trials of some sweeps over λ share. They run together, so that no worker waits at the end of each."""
 
-    spec: RunFile
+    requests: Sequence[SweepRequest]
     models: Any  # ObjectRef of Models
-    clean: Any  # ObjectRef of Splits: once in the object store of each node, whatever the number of trials
-    scenario: Any  # ObjectRef of ScenarioImages, likewise
-    store: Store
+    # per request, ObjectRefs of Splits and ScenarioImages: once in the object store of each node
+    images: list[tuple[Any, Any]]
     resources: WorkerResources
     max_concurrent: int | None  # trials at once; None: as many as fit, on nodes that join later, too
     listener: ProgressListener
     progress: Progress
     name: str
+    profile: Profile = UNTRACED
+
+    def unfinished(self) -> list[Name]:
+        """Return the trials that are yet to be run, request after request."""
+        names: list[Name] = []
+        for number, request in enumerate(self.requests):
+            done = finished_trials(request.spec, request.store)
+            names += [(number, lam) for lam in request.spec.correct.lambdas if lam not in done]
+        return names
 
 
-def run_trials(sweep: SweepContext) -> tuple[list[Trial], dict[float, DefuseError]]:
-    """Return the finished trials, and the error of each λ whose trial failed for good.
+def run_trials(sweep: SweepContext) -> list[Outcome]:
+    """Return for each request the finished trials, and the error of each λ whose trial failed for good.
 
     Raises the error of a trial that the images, the store or the machines failed: the same command continues it.
     """
+    names = sweep.unfinished()
     with quiet_tune(), tempfile.TemporaryDirectory(prefix="defuse-tune-") as folder:
-        results = _tuner(sweep, folder).fit()
-    trials: list[Trial] = []
-    failures: dict[float, DefuseError] = {}
+        results = _tuner(sweep, names, folder).fit()
+    failures: list[dict[float, DefuseError]] = [{} for _ in sweep.requests]
     for result in (results[index] for index in range(len(results))):
-        lam = float(Path(result.path).name.removeprefix(TRIAL))  # the one field that every failure leaves
         if result.error is None:
-            trials.append(_stored(sweep.store, lam))
             continue
+        number, lam = _parse(Path(result.path).name)  # the one field that every failure leaves
         cause = cause_of(result.error)
         if is_worker_lost(result.error) or not is_trial_failure(cause):
             raise as_defuse_error(result.error, f"correct: λ = {lam:g}")
-        failures[lam] = cause if isinstance(cause, DefuseError) else ComputeError(one_line(result.error))
-        log.warning("correct: the trial with λ = %g failed for good: %s", lam, failures[lam])
-    return trials, failures
+        failures[number][lam] = (
+            cause if isinstance(cause, DefuseError) else ComputeError(one_line(result.error))
+        )
+        log.warning("correct: the trial with λ = %g failed for good: %s", lam, failures[number][lam])
+    return [_outcome(request, failed) for request, failed in zip(sweep.requests, failures, strict=True)]
+
+
+def _outcome(request: SweepRequest, failed: dict[float, DefuseError]) -> Outcome:
+    lambdas = request.spec.correct.lambdas
+    return [_stored(request.store, lam) for lam in lambdas if lam not in failed], failed
+
+
+def _parse(name: str) -> Name:
+    number, lam = name.removeprefix(TRIAL).split("-", 1)
+    return int(number), float(lam)
 
 
 def _stored(store: Store, lam: float) -> Trial:
@@ -82,42 +114,49 @@ def _stored(store: Store, lam: float) -> Trial:
 
 
 def _trial(
-    config: dict[str, float],
-    spec: RunFile,
+    config: dict[str, Name],
+    requests: Sequence[SweepRequest],
     models: Models,
-    clean: Splits,
-    scenario: ScenarioImages,
-    store: Store,
+    images: list[tuple[Any, Any]],
     progress_actor: Any,
+    profile: Profile,
 ) -> None:
-    """One λ, in a worker. Reports how many epochs are done."""
+    """One λ of one request, in a worker. Reports how many epochs are done."""
+    number, lam = config["trial"]
+    request = requests[number]
     with reporting(progress_actor):
         location = current_location(STEP)
-        log.debug("correct: λ = %g in %s", config["lam"], location)
-        data = fine_tuning_data(clean, scenario)
-        for trial in run_trial(spec, models, data, config["lam"], store):
+        log.debug("correct: λ = %g in %s", lam, location)
+        data = fine_tuning_data(*ray.get(list(images[number])))
+        trials = run_trial(request.spec, models, data, lam, request.store)
+        for trial in profile.first(STEP, f"lambda-{lam:g}-{number}", trials):
             tune.report({"epochs": len(trial.rows), "visible_gpus": location.visible_gpus})
 
 
 def _trainable(sweep: SweepContext) -> type[Trainable]:
     """Return a trial with its inputs, under the name that Ray shows of its actors and processes."""
+    requests = [SweepRequest(each.spec, _no_codes(each.fixes), None, each.store) for each in sweep.requests]
     function = tune.with_parameters(
         _trial,
-        spec=sweep.spec,
+        requests=requests,
         models=sweep.models,
-        clean=sweep.clean,
-        scenario=sweep.scenario,
-        store=sweep.store,
+        images=sweep.images,
         progress_actor=sweep.listener.actor,
+        profile=sweep.profile,
     )
     return named_trainable(function, STEP)
 
 
-def _tuner(sweep: SweepContext, folder: str) -> tune.Tuner:
+def _no_codes(fixes: Corrections) -> Corrections:
+    """Return the corrections of no scenario: a trial reads its images from the object store."""
+    return Corrections(fixes.scenario[:0], fixes.labels[:0], fixes.tune[:0], fixes.test[:0])
+
+
+def _tuner(sweep: SweepContext, names: list[Name], folder: str) -> tune.Tuner:
     resources = {"cpu": sweep.resources.cpus, "gpu": sweep.resources.gpus}
     return tune.Tuner(
         tune.with_resources(_trainable(sweep), resources),
-        param_space={"lam": tune.grid_search(list(sweep.spec.correct.lambdas))},
+        param_space={"trial": tune.grid_search(names)},
         tune_config=tune.TuneConfig(
             reuse_actors=True,
             max_concurrent_trials=sweep.max_concurrent,
@@ -129,20 +168,22 @@ def _tuner(sweep: SweepContext, folder: str) -> tune.Tuner:
             storage_path=folder,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[_SweepProgress(sweep)],
+            callbacks=[_SweepProgress(sweep, names)],
         ),
     )
 
 
 def _trial_name(trial: TuneTrial) -> str:
-    return f"{TRIAL}{trial.config['lam']!r}"
+    number, lam = trial.config["trial"]
+    return f"{TRIAL}{number}-{lam!r}"
 
 
 class _SweepProgress(tune.Callback):
     """Shows how far the sweep is, from inside Tune's loop in the driver."""
 
-    def __init__(self, sweep: SweepContext) -> None:
+    def __init__(self, sweep: SweepContext, names: list[Name]) -> None:
         self.sweep = sweep
+        self.total = sum(sweep.requests[number].spec.correct.epochs for number, _ in names)
         self.epochs: dict[str, int] = {}
         self.monitor = CapacityMonitor(STEP, sweep.resources)
 
@@ -152,7 +193,8 @@ class _SweepProgress(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: Sequence[TuneTrial], **info: Any) -> None:
         """Show the workers' log lines; warn where all trials wait; end the sweep if the run was taken over."""
-        self.sweep.store.require_lock()
+        for request in self.sweep.requests:
+            request.store.require_lock()
         set_running_trials(sum(trial.status == TuneTrial.RUNNING for trial in trials))
         self.sweep.listener.poll()
         self.monitor.check()
@@ -167,6 +209,4 @@ class _SweepProgress(tune.Callback):
     ) -> None:
         """Count the finished epochs."""
         self.epochs[str(trial)] = result["epochs"]
-        section = self.sweep.spec.correct
-        total = len(section.lambdas) * section.epochs
-        self.sweep.progress("fine-tuning over λ", sum(self.epochs.values()), total, "epochs")
+        self.sweep.progress("fine-tuning over λ", sum(self.epochs.values()), self.total, "epochs")

@@ -99,6 +99,15 @@ class Models:
     health: Health | None = None  # of the β-VAE; None in runs of versions that did not measure it
 
 
+@dataclass(frozen=True)
+class MeasuredPrecision:
+    """What `resources.precision: auto` measured, once per run: seconds of a step of each kind, and the choice."""
+
+    chosen: dict[str, str]  # kind of computation (a field of PrecisionSection) -> "f32" or "bf16"
+    f32_seconds: dict[str, float]
+    bf16_seconds: dict[str, float]  # inf where bf16 is not possible
+
+
 @dataclass(frozen=True, eq=False)
 class ReferenceSet:
     """Independent classifiers: the reference models, which take part in the method, or the judges, which do not."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 
 from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
-from defuse_core.data import Images
-from defuse_core.device import device
 from defuse_core.errors import ModelError, RunMismatchError, StoreError
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 CHECKPOINT_EVERY_S = 20.0  # a killed training repeats at most this much work and one epoch
+CHECK_LOSS_EVERY = 100  # steps after which a training that diverged is noticed at the latest
 
 
 def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[I64]:
@@ -34,22 +32,43 @@ def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterat
             yield rows
 
 
-def labels_of(images: Images, rows: I64) -> Tensor:
-    """Return the labels of `rows` on this process's device."""
-    return torch.from_numpy(images.labels[rows]).to(device())
+class Losses:
+    """The losses of one epoch. They stay on the device, since a step that reads its loss waits for the device."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what  # is trained
+        self._rows: list[Tensor] = []
+        self._checked = 0
+
+    def add(self, *terms: Tensor) -> None:
+        """Add a step's loss, and terms of it that are to be averaged, too. Raises as `mean` does, some steps late."""
+        self._rows.append(torch.stack([term.detach().float() for term in terms]))
+        if len(self._rows) - self._checked >= CHECK_LOSS_EVERY:
+            self._check()
+
+    def mean(self) -> tuple[float, list[float]]:
+        """Return the mean loss, and the mean of each term. Raises ModelError where a loss is not finite."""
+        self._check()
+        table = torch.stack(self._rows).cpu().double().numpy()
+        loss, terms = (np.ascontiguousarray(part) for part in (table[:, 0], table[:, 1:]))
+        return float(loss.mean()), terms.mean(axis=0).tolist()
+
+    def _check(self) -> None:
+        unchecked, self._checked = self._rows[self._checked :], len(self._rows)
+        values = torch.stack(unchecked)[:, 0].cpu().numpy() if unchecked else np.zeros(0)
+        wrong = values[~np.isfinite(values)]
+        if len(wrong):
+            raise ModelError(
+                f"training {self.what} diverged: its loss became {wrong[0]}; "
+                "lower the learning rate or check the images"
+            )
 
 
-def train_step(loss: Tensor, optimizer: torch.optim.Optimizer, what: str) -> float:
-    """Take one optimisation step and return the loss. Raises ModelError once it is not finite."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise ModelError(
-            f"training {what} diverged: its loss became {value}; lower the learning rate or check the images"
-        )
+def train_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take one optimisation step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return value
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Weights:

@@ -25,8 +25,9 @@ from defuse_core.artifacts import (
     Verdicts,
     Weights,
 )
+from defuse_core.batches import DeviceImages
 from defuse_core.checkpoint import (
-    labels_of,
+    Losses,
     load_optimizer_state,
     minibatches,
     optimizer_state,
@@ -37,7 +38,8 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
-from defuse_core.models import accuracy, decode_codes, load_classifier, load_vae, to_tensor, weights_of
+from defuse_core.models import decode_codes, load_classifier, load_vae, weights_of
+from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -141,10 +143,11 @@ def fine_tune(
     optimizer = torch.optim.Adam(classifier.parameters(), lr=section.learning_rate, fused=True)
     if trial is not None:
         load_optimizer_state(optimizer, trial.moments)
+    images = DeviceImages(tuning.train), DeviceImages(tuning.tune)
     for epoch in range(len(rows) + 1, section.epochs + 1):
         with cpu_threads(1):
-            loss = _epoch(spec, classifier, optimizer, tuning, lam, epoch)
-            rows = (*rows, _score(classifier, tuning, lam, epoch, loss))
+            loss = _epoch(spec, classifier, optimizer, images, lam, epoch)
+            rows = (*rows, _score(spec, classifier, tuning, lam, epoch, loss))
         weights = weights_of(classifier)
         if best_epoch == 0 or _rank(spec, models, rows[-1]) > _rank(spec, models, rows[best_epoch - 1]):
             best, best_epoch = weights, epoch
@@ -164,31 +167,36 @@ def _epoch(
     spec: RunFile,
     classifier: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tuning: FineTuningData,
+    images: tuple[DeviceImages, DeviceImages],
     lam: float,
     epoch: int,
 ) -> float:
-    """One pass over D, with as many images of D_f in every step. Returns the mean loss.
+    """One pass over D, with as many images of D_f in every step; `images` holds both. Returns the mean loss.
 
     Both form one batch, so that batch normalisation sees the mixture of both in training.
     """
     torch.manual_seed(torch_seed(spec.seed, "correct", epoch))  # for dropout, independent of what ran before
     classifier.train()
-    train, tune, size = tuning.train, tuning.tune, spec.correct.batch_size
+    train, tune, size = *images, spec.correct.batch_size
     scenario_rows = cycle(
         len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
     )
-    losses, before = [], weights_of(classifier)
-    for rows in minibatches(len(train), size, generator(spec.seed, "correct", epoch)):
+    losses, before = Losses(f"with λ = {lam:g}"), weights_of(classifier)
+    order = minibatches(len(train), size, generator(spec.seed, "correct", epoch))
+    for rows, batch, labels in train.batches(order):
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
-        images = np.concatenate([train.batch(rows), tune.batch(wrong)])
-        logits = classifier(to_tensor(images))
-        clean = F.cross_entropy(logits[: len(rows)], labels_of(train, rows))
-        scenario = F.cross_entropy(logits[len(rows) :], labels_of(tune, wrong))
-        losses.append(train_step(clean + lam * scenario, optimizer, f"with λ = {lam:g}"))
+        both = torch.cat([batch, tune.batch(wrong)])
+        with autocast(spec.resources.arithmetic("classifier")):
+            logits = classifier(both)
+        logits = logits.float()
+        clean = F.cross_entropy(logits[: len(rows)], labels)
+        scenario = F.cross_entropy(logits[len(rows) :], tune.labels(wrong))
+        loss = clean + lam * scenario
+        train_step(loss, optimizer)
+        losses.add(loss)
     _require_progress(before, classifier, optimizer, lam)
     classifier.eval()
-    return float(np.mean(losses))
+    return losses.mean()[0]
 
 
 def _require_progress(
@@ -205,7 +213,9 @@ def _require_progress(
     raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}; choose a smaller λ")
 
 
-def _score(classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float) -> SweepRow:
+def _score(
+    spec: RunFile, classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float
+) -> SweepRow:
     parts = {
         "train": tuning.train,
         "validation": tuning.validation,
@@ -213,8 +223,10 @@ def _score(classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int
         "tune": tuning.tune,
         "scenario": tuning.held_out,
     }
+    arithmetic = spec.resources.arithmetic("answers")
     scores = {
-        name: None if images is None else accuracy(classifier, images) for name, images in parts.items()
+        name: None if images is None else accuracy_as_in_f32(classifier, images, arithmetic)
+        for name, images in parts.items()
     }
     return SweepRow(lam, epoch, loss, **scores)  # type: ignore[arg-type]  # train, tune and scenario exist
 
@@ -255,6 +267,12 @@ def run_trial(
     for trial in fine_tune(spec, models, tuning, lam, stored):
         store.write(key, encode(trial), unless=partial(_has_epochs, lam, len(trial.rows)))
         yield trial
+
+
+def finished_trials(spec: RunFile, store: Store) -> dict[float, Trial]:
+    """Return the trials in `store` that are done, by λ."""
+    stored = {lam: _read_trial(store, lam) for lam in spec.correct.lambdas}
+    return {lam: trial for lam, trial in stored.items() if trial is not None and trial.done}
 
 
 def _read_trial(store: Store, lam: float) -> Trial | None:

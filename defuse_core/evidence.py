@@ -196,7 +196,7 @@ class _Evidence:
         fresh, truth = self._real_failures()
         self.progress("asking the judges", 3, 4, "figures")
         real = self._nearest_real()
-        by_scenario = right.reshape(len(CLASSIFIERS), accepted, -1)
+        by_scenario = right.reshape(len(CLASSIFIERS), accepted, per_scenario)
         has_test = self.splits.test is not None
         assert found.judges is not None
         return Evidence(
@@ -214,12 +214,12 @@ class _Evidence:
             wider=wider,
             real_failures=np.stack([_wilson(self._right(net, fresh, truth)) for net in self.classifiers]),
             real_failure_images=len(truth),
-            scenario_purity=_nanmean(shows.reshape(accepted, -1)),
+            scenario_purity=_nanmean(shows.reshape(accepted, per_scenario)),
             scenario_own_label=_nanmean(by_scenario).T,
-            scenario_left_out=_nanmean(fold_right.reshape(accepted, -1)),
+            scenario_left_out=_nanmean(fold_right.reshape(accepted, per_scenario)),
             confirmed=_better(by_scenario[0], by_scenario[-1]),
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
-            at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, -1)))),
+            at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, per_scenario)))),
             real=real,
             mcnemar=np.stack([self._mcnemar(net) for net in (self.classifiers[2], self.classifiers[3])]),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),

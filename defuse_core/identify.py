@@ -6,6 +6,7 @@ fixed boundaries, so a block gives the same codes on any worker, in any order.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import re
@@ -39,6 +40,7 @@ from defuse_core.models import (
     predict,
     to_tensor,
 )
+from defuse_core.precision import answers_as_in_f32, margin_bound, spaced_rows
 from defuse_core.progress import Progress, silent
 from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.seeds import generator
@@ -190,14 +192,27 @@ class Identifier:
 
     def _classify(self, codes: F32) -> I64:
         """Decode and classify (n, Z) codes in large batches: f(p(z)), (n,)."""
+        size = self.spec.identify.batch_size
+        if self.spec.resources.arithmetic("answers") == "f32":
+            return map_batches(lambda rows: self._logits(codes[rows]).argmax(dim=1), len(codes), size)
+        return answers_as_in_f32(lambda rows: self._logits(codes[rows]), len(codes), size, self._margin_bound)
 
-        def answers(rows: slice) -> torch.Tensor:
-            logits: torch.Tensor = self.classifier(
-                self.vae.decode(torch.from_numpy(codes[rows]).to(device()))
-            )
-            return logits.argmax(dim=1)
+    def _logits(self, codes: F32) -> torch.Tensor:
+        """Return f(p(z)) before its argmax, (n, C)."""
+        logits: torch.Tensor = self.classifier(self.vae.decode(torch.from_numpy(codes).to(device())))
+        return logits
 
-        return map_batches(answers, len(codes), self.spec.identify.batch_size)
+    @functools.cached_property
+    def _margin_bound(self) -> float:
+        """The margin below which an answer in bf16 is computed again: measured on one draw around some images.
+
+        These are the same for every worker.
+        """
+        images = self.train.take(spaced_rows(len(self.train)))
+        mu, sigma = encode_posterior(self.vae, images, self.spec.identify.batch_size)
+        section = self.spec.identify.model_copy(update={"draws": 1})
+        codes = mu + draw_noise(section, sigma, generator(self.spec.seed, "identify", "margin"))[:, 0]
+        return margin_bound(lambda rows: self._logits(codes[rows]), len(codes))
 
 
 def _merge(shards: list[Shard], seconds: float) -> Shard:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
-from defuse_core.artifacts import Corrections, Models, Psi, ReferenceSet, Sweep
+from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import (
     collect_sweep,
@@ -15,10 +16,11 @@ from defuse_core.correct import (
     nothing_to_tune,
     run_trial,
 )
-from defuse_core.data import Images
 from defuse_core.errors import ComputeError, DefuseError
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
+from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Call, SweepRequest
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -39,12 +41,16 @@ class LocalPartitions:
 class LocalCompute:
     """The protocol `Compute`, without a cluster."""
 
-    def __init__(self, progress: Progress = silent) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress = silent, profile: Profile = UNTRACED) -> None:
+        self.progress, self.profile = progress, profile
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...)."""
-        return function(*args, progress=self.progress)
+        return self.profile.call(step, function, *args, progress=self.progress)
+
+    def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Return the results of the calls, made one after the other."""
+        return [self.task(step, call.function, *call.args) for call in calls]
 
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
@@ -61,21 +67,26 @@ class LocalCompute:
         records = finished_shards(store, identifier.fingerprint)
         for index in range(count):
             if index not in records:
-                records[index] = save_shard(store, index, identifier.shard(index))
+                with self.profile.trace("identify", "shard", silent) if not records else nullcontext():
+                    shard = identifier.shard(index)
+                records[index] = save_shard(store, index, shard)
             self.progress("perturbing training images", index + 1, count, "shards")
         return gather_shards(records)
 
-    def sweep(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> Sweep:
-        """Fine-tune, λ after λ. Raises ModelError or ComputeError if every trial failed."""
-        if nothing_to_tune(fixes, reviewed):
+    def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
+        """Fine-tune, λ after λ. Raises ModelError or ComputeError if every trial of a request failed."""
+        return [self._sweep(models, request) for request in requests]
+
+    def _sweep(self, models: Models, request: SweepRequest) -> Sweep:
+        spec = request.spec
+        if nothing_to_tune(request.fixes, request.reviewed):
             return collect_sweep(spec, models, [])
-        tuning = load_fine_tuning_data(spec, models, fixes, reviewed, progress=self.progress)
+        tuning = load_fine_tuning_data(spec, models, request.fixes, request.reviewed, progress=self.progress)
         trials, failures = [], dict[float, DefuseError]()
         for index, lam in enumerate(spec.correct.lambdas):
             try:
-                *_, trial = run_trial(spec, models, tuning, lam, store)
+                made = run_trial(spec, models, tuning, lam, request.store)
+                *_, trial = self.profile.first("correct", f"lambda-{lam:g}", made)
                 trials.append(trial)
             except Exception as error:
                 if not is_trial_failure(error):

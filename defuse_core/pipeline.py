@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TypeVar
 
 from defuse_core.artifacts import (
@@ -18,7 +19,6 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
-from defuse_core.config import RunFile
 from defuse_core.correct import reviewed_failures
 from defuse_core.distill import SAMPLE_CODES, distill
 from defuse_core.distill_all import distill_all
@@ -34,8 +34,15 @@ from defuse_core.evidence import (
     without_fold,
 )
 from defuse_core.health import expect_healthy
-from defuse_core.protocols import Annotators, Compute
-from defuse_core.reference_models import ask_models, judges, reference_models, references_take_part
+from defuse_core.measure_precision import settle_precision
+from defuse_core.protocols import Annotators, Compute, SweepRequest
+from defuse_core.reference_models import (
+    ask_models,
+    judges,
+    reference_calls,
+    reference_models,
+    references_take_part,
+)
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.runs import Run
 from defuse_core.sample import (
@@ -45,7 +52,7 @@ from defuse_core.sample import (
     sample_more_images,
     tighten,
 )
-from defuse_core.train import train
+from defuse_core.train import train_side_by_side
 from defuse_core.verdicts import (
     crowdlab_labels,
     decide_verdicts,
@@ -60,8 +67,9 @@ T = TypeVar("T")
 
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
+    settle_precision(run, compute)
     spec, store = run.spec, run.store
-    models = run.once("train", Models, lambda: compute.task("train", train, spec, store))
+    models = run.once("train", Models, lambda: train_side_by_side(spec, store, compute, reference_calls(run)))
     if run.until != "train":
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
@@ -77,14 +85,13 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         "correct", Corrections, lambda: _corrections(run, compute, models, references, scenarios, verdicts)
     )
     reviewed = reviewed_failures(gallery, verdicts)
-    baseline = run.once(
+    sweeps = _sweeps(
+        run,
+        compute,
         "correct",
-        Sweep,
-        lambda: compute.sweep(spec, models, fixes, reviewed, store.within("trials/baseline")),
-        "baseline",
-    )
-    sweep = run.once(
-        "correct", Sweep, lambda: compute.sweep(spec, models, fixes, None, store.within("trials/defuse"))
+        models,
+        baseline=SweepRequest(spec, fixes, reviewed, store.within("trials/baseline")),
+        sweep=SweepRequest(spec, fixes, None, store.within("trials/defuse")),
     )
     found = Findings(
         models,
@@ -94,8 +101,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         votes,
         verdicts,
         fixes,
-        baseline,
-        sweep,
+        **sweeps,
         references=run.load(ReferenceSet, "references"),
         judges=judges(run, compute),
     )
@@ -109,17 +115,39 @@ def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
         return None
     spec, models, fixes = run.spec, found.models, found.fixes
 
-    def sweep(name: str, changed: RunFile, fixes: Corrections) -> Sweep:
-        trials = run.store.within(f"trials/{name}")
-        return run.once("report", Sweep, lambda: compute.sweep(changed, models, fixes, None, trials), name)
-
-    plain = sweep("plain", plain_spec(spec, found.sweep), fixes)
     left_out = fold_spec(spec, found.sweep)
-    tuned = tuple(sweep(f"left_out_{fold}", left_out, without_fold(fixes, fold)) for fold in folds(fixes))
-    controls = Controls(plain, tuned)
+    requests = {"plain": (plain_spec(spec, found.sweep), fixes)}
+    requests |= {f"left_out_{fold}": (left_out, without_fold(fixes, fold)) for fold in folds(fixes)}
+    plain, *tuned = _sweeps(
+        run,
+        compute,
+        "report",
+        models,
+        **{
+            name: SweepRequest(changed, kept, None, run.store.within(f"trials/{name}"))
+            for name, (changed, kept) in requests.items()
+        },
+    ).values()
+    controls = Controls(plain, tuple(tuned))
     return run.once(
         "report", Evidence, lambda: compute.task("report", gather_evidence, spec, found, controls)
     )
+
+
+def _sweeps(
+    run: Run, compute: Compute, step: str, models: Models, **requests: SweepRequest
+) -> dict[str, Sweep]:
+    """Return sweeps by their names in the run. Those that are not stored are made together."""
+    made: dict[str, Sweep] = {}
+
+    def make(name: str) -> Sweep:
+        if not made:
+            missing = [each for each in requests if run.load(Sweep, each) is None]
+            found = compute.sweeps(models, [requests[each] for each in missing])
+            made.update(zip(missing, found, strict=True))
+        return made[name]
+
+    return {name: run.once(step, Sweep, partial(make, name), name) for name in requests}
 
 
 def _scenarios(

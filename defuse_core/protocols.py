@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from defuse_core.artifacts import Corrections, Gallery, Models, Psi, ReferenceSet, Sweep, Votes
 from defuse_core.config import RunFile
@@ -21,6 +22,23 @@ class Partitions(Protocol):
         """Return function(part, *args) of every part, in order."""
 
 
+class Call(Generic[T]):
+    """A call of function(*args, progress=...) that is yet to be made."""
+
+    def __init__(self, function: Callable[..., T], *args: object) -> None:
+        self.function, self.args = function, args
+
+
+@dataclass(frozen=True, eq=False)
+class SweepRequest:
+    """A sweep over λ that is yet to be made."""
+
+    spec: RunFile  # correct.lambdas and the rest of its section
+    fixes: Corrections  # D_f, and the held-out images
+    reviewed: Images | None  # tuned on in the place of D_f: the baseline
+    store: Store  # of its trials; those that it holds already resume after their last finished epoch
+
+
 class Compute(Protocol):
     """Runs the heavy steps: in this process (local.py), or on a Ray cluster (cluster/compute.py)."""
 
@@ -34,6 +52,9 @@ class Compute(Protocol):
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...), run where the accelerator is. Raises what the function raises."""
 
+    def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Return the results of independent calls, in their order: each is a task, as many at a time as fit."""
+
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
     ) -> Psi:
@@ -42,13 +63,8 @@ class Compute(Protocol):
         With `references` a failing draw is kept only where these models recognise its source's class.
         """
 
-    def sweep(
-        self, spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, store: Store
-    ) -> Sweep:
-        """Fine-tune once per λ (§3.2.3), on the codes of `fixes`, or on `reviewed` in their place (the baseline).
-
-        Trials that `store` already holds resume after their last finished epoch.
-        """
+    def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
+        """Fine-tune once per request and λ (§3.2.3); the trials of all requests are run together."""
 
 
 class Annotators(Protocol):

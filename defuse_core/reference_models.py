@@ -8,9 +8,11 @@ seeds, and are trained on images that the reference models have not seen (judges
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,10 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
-from defuse_core.checkpoint import labels_of, minibatches, train_step
+from defuse_core.batches import DeviceImages
+from defuse_core.checkpoint import Losses, minibatches, train_step
+from defuse_core.codec import decode, encode
 from defuse_core.config import ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.device import cpu_threads
+from defuse_core.errors import StoreError
 from defuse_core.models import (
     LeNet,
     ReferenceCnn,
@@ -32,16 +37,20 @@ from defuse_core.models import (
     read_weights,
     set_weights,
     to_device,
-    to_tensor,
     weights_of,
 )
+from defuse_core.precision import autocast
 from defuse_core.progress import Progress
+from defuse_core.protocols import Call
 from defuse_core.seeds import generator, torch_seed
+from defuse_core.store import Store
 
 if TYPE_CHECKING:
     from defuse_core.protocols import Compute
     from defuse_core.runs import Run
 
+log = logging.getLogger("defuse")
+SetName = Literal["reference", "judges"]
 SCORED_IMAGES = 5000  # of validation and test that the accuracy of each model is measured on
 
 
@@ -61,7 +70,8 @@ def reference_models(run: Run, compute: Compute) -> ReferenceSet:
     """Return the reference models of the run, trained when they are first needed."""
 
     def make() -> ReferenceSet:
-        return compute.task("train", train_reference_models, run.spec, _fingerprint(run))
+        calls = _calls(run.spec, "reference", _fingerprint(run), run.store)
+        return _merge(compute.tasks("train", calls))
 
     return run.once("train", ReferenceSet, make, "references")
 
@@ -78,7 +88,7 @@ def judges(run: Run, compute: Compute) -> ReferenceSet | None:
         return None
 
     def make() -> ReferenceSet:
-        return compute.task("report", train_judges, run.spec, _fingerprint(run))
+        return _merge(compute.tasks("report", _calls(run.spec, "judges", _fingerprint(run), run.store)))
 
     return run.once("report", ReferenceSet, make, "judges")
 
@@ -133,34 +143,107 @@ def gallery_probabilities(
 
 
 def train_reference_models(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
-    """Return the reference models. Raises RunMismatchError if the images are not those of `fingerprint`, if given."""
-    return _train_set(spec, spec.review.reference, "reference", fingerprint, progress)
+    """Return the reference models, trained in this process.
+
+    Raises RunMismatchError if the images are not those of `fingerprint`, if given.
+    """
+    return _merge(
+        [call.function(*call.args, progress=progress) for call in _calls(spec, "reference", fingerprint)]
+    )
 
 
 def train_judges(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
     """Return the judges, likewise."""
-    return _train_set(spec, spec.judges, "judges", fingerprint, progress)
+    return _merge(
+        [call.function(*call.args, progress=progress) for call in _calls(spec, "judges", fingerprint)]
+    )
 
 
-def _train_set(
-    spec: RunFile, section: ClassifierSet, name: str, fingerprint: str | None, progress: Progress
-) -> ReferenceSet:
+def reference_calls(run: Run) -> list[Call[TrainedClassifier]]:
+    """Return the trainings of the reference models that are yet to be made, if the method needs them."""
+    if not references_take_part(run.spec) or run.load(ReferenceSet, "references") is not None:
+        return []
+    return _calls(run.spec, "reference", None, run.store)
+
+
+def _calls(
+    spec: RunFile, name: SetName, fingerprint: str | None, store: Store | None = None
+) -> list[Call[TrainedClassifier]]:
+    """Return the trainings of a set: independent, one call each. With a store each is made once."""
+    count = set_section(spec, name).count
+    return [Call(train_one, spec, name, number, fingerprint, store) for number in range(count)]
+
+
+def _merge(trained: Sequence[TrainedClassifier]) -> ReferenceSet:
+    return ReferenceSet(
+        tuple(model.weights for model in trained),
+        trained[0].train_images,
+        np.array([model.validation for model in trained], np.float64),  # None becomes nan
+        np.array([model.test for model in trained], np.float64),
+    )
+
+
+def set_section(spec: RunFile, name: SetName) -> ClassifierSet:
+    """Return the section of the run file that describes a set."""
+    return spec.review.reference if name == "reference" else spec.judges
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedClassifier:
+    """One model of a set."""
+
+    weights: Weights
+    train_images: int
+    validation: float | None  # accuracy; None without validation images
+    test: float | None
+    data_fingerprint: str  # of the images trained on
+
+
+def train_one(
+    spec: RunFile,
+    name: SetName,
+    number: int,
+    fingerprint: str | None,
+    store: Store | None,
+    *,
+    progress: Progress,
+) -> TrainedClassifier:
+    """Return model `number` of a set, which depends on no other model of it; the one in `store` if it is there."""
     splits = (
         reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
     )
-    train = _training_images(spec, section, name, splits.train).loaded()
-    weights: list[Weights] = []
-    scores = []
+    key = f"training/{name}-{number}.safetensors"
+    found = None if store is None else _stored(store, key, splits.fingerprint())
+    if found is None:
+        found = _train_one(spec, name, number, splits, progress)
+        if store is not None:
+            store.write(key, encode(found))
+    return found
+
+
+def _stored(store: Store, key: str, fingerprint: str) -> TrainedClassifier | None:
+    """Return the model under `key`; None where there is none, and where it is damaged or of other images."""
+    if not store.exists(key):
+        return None
+    try:
+        found = decode(TrainedClassifier, store.read(key), f"{store.address}/{key}", "it is trained again")
+    except StoreError as error:
+        log.warning("train: %s", error)
+        return None
+    return found if found.data_fingerprint == fingerprint else None
+
+
+def _train_one(
+    spec: RunFile, name: SetName, number: int, splits: Splits, progress: Progress
+) -> TrainedClassifier:
+    train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
     with cpu_threads(spec.resources.train_threads):
-        for number in range(section.count):
-            model = train_reference(spec, section, train, len(splits.classes), name, number, progress)
-            weights.append(weights_of(model))
-            scores.append(_scores(model, splits))
-    columns = np.array(scores, np.float64).reshape(-1, 2)
-    return ReferenceSet(tuple(weights), len(train), columns[:, 0], columns[:, 1])
+        model = train_reference(spec, name, train, len(splits.classes), number, progress)
+        validation, test = _scores(model, splits)
+    return TrainedClassifier(weights_of(model), len(train), validation, test, splits.fingerprint())
 
 
-def _training_images(spec: RunFile, section: ClassifierSet, name: str, train: Images) -> Images:
+def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
     """Return the part of the training images that the set `name` is trained on."""
     if spec.judges.count and spec.judges.share:
         order = generator(spec.seed, "judges", "split").permutation(len(train))
@@ -172,24 +255,17 @@ def _training_images(spec: RunFile, section: ClassifierSet, name: str, train: Im
     return train
 
 
-def _scores(model: nn.Module, splits: Splits) -> tuple[float, float]:
+def _scores(model: nn.Module, splits: Splits) -> tuple[float | None, float | None]:
     parts = (splits.validation, splits.test)
-    scores = [
-        math.nan if part is None else accuracy(model, part.take(slice(0, SCORED_IMAGES))) for part in parts
-    ]
+    scores = [None if part is None else accuracy(model, part.take(slice(0, SCORED_IMAGES))) for part in parts]
     return scores[0], scores[1]
 
 
 def train_reference(
-    spec: RunFile,
-    section: ClassifierSet,
-    train: Images,
-    classes: int,
-    name: str,
-    number: int,
-    progress: Progress,
+    spec: RunFile, name: SetName, train: Images, classes: int, number: int, progress: Progress
 ) -> nn.Module:
     """Return model `number` of a set, trained with AdamW under a one-cycle schedule on augmented images."""
+    section, arithmetic = set_section(spec, name), spec.resources.arithmetic(name)
     torch.manual_seed(torch_seed(spec.seed, name, number))
     model = build_reference(spec, section, classes)
     if section.weights is not None:
@@ -200,16 +276,22 @@ def train_reference(
     steps = section.epochs * math.ceil(len(train) / section.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1)
-    done, total = number * section.epochs * len(train), section.count * section.epochs * len(train)
-    what = "the judges" if name == "judges" else "the reference models"
+    done, total = 0, section.epochs * len(train)
+    what = f"{'judge' if name == 'judges' else 'reference model'} {number + 1} of {section.count}"
+    images = DeviceImages(train)
     for epoch in range(section.epochs):
-        rng = generator(spec.seed, name, number, epoch)
-        for rows in minibatches(len(train), section.batch_size, rng):
-            images = augment(to_tensor(train.batch(rows)), rng)
-            train_step(F.cross_entropy(model(images), labels_of(train, rows)), optimizer, what)
+        rng, losses = generator(spec.seed, name, number, epoch), Losses(what)
+        for rows, batch, labels in images.batches(minibatches(len(train), section.batch_size, rng)):
+            augmented = augment(batch, rng)
+            with autocast(arithmetic):
+                logits = model(augmented)
+            loss = F.cross_entropy(logits.float(), labels)
+            train_step(loss, optimizer)
+            losses.add(loss)
             schedule.step()
             done += len(rows)
             progress(f"training {what}", done, total, "images")
+        losses.mean()  # raises where the training diverged
     return model.eval()
 
 

@@ -15,13 +15,35 @@ from typing import Any, TypeVar
 
 from defuse_core.artifacts import Models, Votes
 from defuse_core.codec import decode, encode
-from defuse_core.config import STEPS, RunFile, changed_field, dump_run_file, model_sections, parse_run_file
+from defuse_core.config import (
+    STEPS,
+    RunFile,
+    added_lambdas,
+    changed_field,
+    dump_run_file,
+    model_sections,
+    parse_run_file,
+    with_lambdas,
+)
 from defuse_core.errors import InputError, RunFileError, RunMismatchError, StoreError
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
 REWRITE = "delete it and run again with the run file that this run was started with"
+AFTER_SWEEP = (
+    "report.json",
+    "report.html",
+    "evidence.safetensors",
+    "evaluation.safetensors",
+    "sweep.safetensors",
+)
+CONTROLS = (
+    "plain.",
+    "left_out_",
+    "trials/plain/",
+    "trials/left_out_",
+)  # their λ and epochs follow from the sweep
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file brought
 
 
@@ -72,15 +94,30 @@ class Run:
             run._note_weights()
             return run
         recorded = cls.open(store, name).spec
+        added = added_lambdas(recorded, spec)
+        if added:
+            recorded = with_lambdas(recorded, spec.correct.lambdas)
         if not any(key.endswith(".safetensors") for key in run.store.list()):
             run._note_weights()
         elif changed := changed_field(recorded, spec) or run._other_weights():
             raise RunMismatchError(
                 f"run {name}: {changed}; choose another --name, or undo the change to resume"
             )
-        if recorded != spec:
+        elif added:
+            run._forget_sweep(added)
+        if added or recorded != spec:
             run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
+
+    def _forget_sweep(self, added: tuple[float, ...]) -> None:
+        """Delete what follows from the sweep. Its trials stay, so that only those of the added λ are run.
+
+        The baseline's sweep stays as it is.
+        """
+        log.info("correct: λ = %s added", ", ".join(f"{lam:g}" for lam in added))
+        for key in self.store.list():
+            if key in AFTER_SWEEP or key.startswith(CONTROLS):
+                self.store.delete(key)
 
     def _note_weights(self) -> None:
         if digests := _weights_digests(self.spec):

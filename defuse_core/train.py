@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, I64, ClassifierEpoch, Health, Models, VaeEpoch
-from defuse_core.checkpoint import Training, format_row, labels_of, minibatches, train_step
-from defuse_core.config import RunFile, VaeSection
+from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, VaeEpoch
+from defuse_core.batches import DeviceImages
+from defuse_core.checkpoint import Losses, Training, format_row, minibatches, train_step
+from defuse_core.config import Arithmetic, RunFile, VaeSection
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import RunFileError
@@ -29,7 +30,6 @@ from defuse_core.health import (
 )
 from defuse_core.models import (
     Vae,
-    accuracy,
     build_classifier,
     build_vae,
     check_outputs,
@@ -40,10 +40,11 @@ from defuse_core.models import (
     predict,
     set_weights,
     to_device,
-    to_tensor,
     weights_of,
 )
+from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
+from defuse_core.protocols import Call, Compute
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 
@@ -68,7 +69,7 @@ def train_vae(
     trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
     optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
-    trainer = _VaeTrainer(spec, vae.train(), head, optimizer, splits.train, progress)
+    trainer = _VaeTrainer(spec, vae.train(), head, optimizer, DeviceImages(splits.train), progress)
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
         training.history.append(row)
@@ -97,7 +98,7 @@ class _VaeTrainer:
     vae: Vae
     head: nn.Module | None
     optimizer: torch.optim.Optimizer
-    images: Images
+    images: DeviceImages
     progress: Progress
 
     def epoch(self, epoch: int) -> VaeEpoch:
@@ -105,27 +106,32 @@ class _VaeTrainer:
         spec, section, count = self.spec, self.spec.vae, len(self.images)
         noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
-        done, losses, beta = epoch * count, [], 0.0
-        for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
+        done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
+        for step, (rows, images, labels) in enumerate(
+            self.images.batches(batches), start=epoch * len(batches) + 1
+        ):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            losses.append(self._step(rows, beta, noise))
+            losses.add(*self._step(images, labels, beta, noise))
             done += len(rows)
             self.progress("training the β-VAE", done, section.epochs * count, "images")
-        reconstruction, divergence, class_loss = np.mean(losses, axis=0).tolist()
+        reconstruction, divergence, class_loss = losses.mean()[1]
         return VaeEpoch(
             epoch + 1, reconstruction, divergence, beta, None if self.head is None else class_loss
         )
 
-    def _step(self, rows: I64, beta: float, noise: torch.Generator) -> tuple[float, float, float]:
-        """Take one step; return reconstruction, KL and the class head's cross-entropy (0 without one)."""
-        terms = vae_terms(self.vae, to_tensor(self.images.batch(rows)), noise)
-        loss, class_loss = terms.reconstruction + beta * terms.divergence, 0.0
+    def _step(
+        self, images: Tensor, labels: Tensor, beta: float, noise: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Take one step; return loss, reconstruction, KL and the class head's cross-entropy (0 without one)."""
+        terms = vae_terms(self.vae, images, noise, self.spec.resources.arithmetic("vae"))
+        loss = terms.reconstruction + beta * terms.divergence
+        class_loss = torch.zeros_like(loss)
         if self.head is not None:
-            cross_entropy = F.cross_entropy(self.head(terms.codes), labels_of(self.images, rows))
-            loss, class_loss = loss + self.spec.vae.class_weight * cross_entropy, cross_entropy.item()
-        train_step(loss, self.optimizer, "the β-VAE")
-        return terms.reconstruction.item(), terms.divergence.item(), class_loss
+            class_loss = F.cross_entropy(self.head(terms.codes), labels)
+            loss = loss + self.spec.vae.class_weight * class_loss
+        train_step(loss, self.optimizer)
+        return loss, terms.reconstruction, terms.divergence, class_loss
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
@@ -147,11 +153,15 @@ class VaeTerms(NamedTuple):
     codes: Tensor  # (n, Z) drawn from q(z|x)
 
 
-def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator) -> VaeTerms:
-    """Return the terms of the loss on (n, channels, H, W) images."""
-    mu, log_variance = vae.encode(images)
+def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator, arithmetic: Arithmetic = "f32") -> VaeTerms:
+    """Return the terms of the loss on (n, channels, H, W) images. The networks alone are computed in bf16."""
+    with autocast(arithmetic):
+        moments = vae.encode(images)
+    mu, log_variance = (moment.float() for moment in moments)
     codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
-    logits = vae.decode_logits(codes)
+    with autocast(arithmetic):
+        logits = vae.decode_logits(codes)
+    logits = logits.float()
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
     return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
 
@@ -163,12 +173,13 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    log_parts(spec.data, on_disk)
+    if store is None or not _trains_both(spec):
+        log_parts(spec.data, on_disk)
     vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
-        accuracies = _accuracies(classifier, splits)
+        accuracies = _accuracies(spec, classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
         vae_history = train_vae(spec, vae, splits, store, progress)
@@ -187,6 +198,39 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
         if store is not None:
             store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
     return models
+
+
+def train_side_by_side(
+    spec: RunFile, store: Store, compute: Compute, others: Sequence[Call[Any]] = ()
+) -> Models:
+    """Return what `train` does. Classifier, β-VAE and `others` are tasks that run at the same time where they fit.
+
+    Each leaves its last checkpoint in `store`, from which `train` goes on. Where one training uses all CPUs
+    (resources.train_threads), they follow one another.
+    """
+    if _trains_both(spec):
+        parts = [Call(train_part, spec, store, part) for part in ("vae", "classifier")]  # the longest first
+        compute.tasks("train", [*parts, *others])
+    return compute.task("train", train, spec, store)
+
+
+def _trains_both(spec: RunFile) -> bool:
+    return spec.classifier.epochs > 0 and spec.vae.epochs > 0
+
+
+def train_part(
+    spec: RunFile, store: Store, part: Literal["classifier", "vae"], *, progress: Progress
+) -> None:
+    """Train the classifier or the β-VAE up to its last checkpoint in `store`."""
+    on_disk = open_splits(spec.data, spec.seed)
+    _expect_validation(spec, on_disk)
+    vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
+    with cpu_threads(spec.resources.train_threads):
+        if part == "vae":
+            train_vae(spec, vae, on_disk.loaded("train"), store, progress)
+            return
+        log_parts(spec.data, on_disk)
+        train_classifier(spec, on_disk.loaded(), store, progress)
 
 
 class VaeFigures(TypedDict):
@@ -247,9 +291,14 @@ def train_classifier(
     to_device(classifier)
     check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
+    images = DeviceImages(splits.train)
     for epoch in training.epochs(section.epochs):
-        loss = _classifier_epoch(training, splits.train, spec, epoch, progress)
-        validation = None if splits.validation is None else accuracy(classifier.eval(), splits.validation)
+        loss = _classifier_epoch(training, images, spec, epoch, progress)
+        validation = None
+        if splits.validation is not None:
+            validation = accuracy_as_in_f32(
+                classifier.eval(), splits.validation, spec.resources.arithmetic("answers")
+            )
         row = ClassifierEpoch(epoch + 1, loss, validation)
         before = max((past.validation or 0.0 for past in training.history), default=-1.0)
         if section.keep == "best_validation" and validation is not None and validation > before:
@@ -262,18 +311,22 @@ def train_classifier(
 
 
 def _classifier_epoch(
-    training: Training, images: Images, spec: RunFile, epoch: int, progress: Progress
+    training: Training, images: DeviceImages, spec: RunFile, epoch: int, progress: Progress
 ) -> float:
     classifier, size = training.module.train(), spec.classifier.batch_size
     torch.manual_seed(torch_seed(spec.seed, "classifier", epoch))  # for the dropout of a custom classifier
     total = spec.classifier.epochs * len(images)
-    done, losses = epoch * len(images), []
-    for rows in minibatches(len(images), size, generator(spec.seed, "classifier", epoch)):
-        loss = F.cross_entropy(classifier(to_tensor(images.batch(rows))), labels_of(images, rows))
-        losses.append(train_step(loss, training.optimizer, "the classifier"))
+    done, losses = epoch * len(images), Losses("the classifier")
+    order = minibatches(len(images), size, generator(spec.seed, "classifier", epoch))
+    for rows, batch, labels in images.batches(order):
+        with autocast(spec.resources.arithmetic("classifier")):
+            logits = classifier(batch)
+        loss = F.cross_entropy(logits.float(), labels)
+        train_step(loss, training.optimizer)
+        losses.add(loss)
         done += len(rows)
         progress("training the classifier", done, total, "images")
-    return float(np.mean(losses))
+    return losses.mean()[0]
 
 
 def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
@@ -282,6 +335,8 @@ def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
 
 
-def _accuracies(classifier: nn.Module, splits: Splits) -> dict[str, float]:
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    return {name: accuracy(classifier, images) for name, images in parts.items() if images is not None}
+def _accuracies(spec: RunFile, classifier: nn.Module, splits: Splits) -> dict[str, float]:
+    arithmetic = spec.resources.arithmetic("answers")
+    return {
+        name: accuracy_as_in_f32(classifier, images, arithmetic) for name, images in splits.parts().items()
+    }

@@ -163,7 +163,11 @@ def _lines(report: Report) -> list[str]:
         cost = f"; {moved} points on the test set" if moved else ""
         lines.append(f"Chosen: λ = {lam_text(report.chosen.lam)}, epoch {report.chosen.epoch}{cost}.")
     if not mixture.converged:
-        rest = "" if mixture.last_change is None else f"; its bound still changed by {mixture.last_change:.3g} nats"
+        rest = (
+            ""
+            if mixture.last_change is None
+            else f"; its bound still changed by {mixture.last_change:.3g} nats"
+        )
         lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}{rest}.")
     lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
     return lines

@@ -1,16 +1,20 @@
 """The run file: YAML, validated into frozen models, one section per step."""
 
 from defuse_core.config.loading import (
+    added_lambdas,
     apply_override,
     changed_field,
     dump_run_file,
     first_problem,
     load_run_file,
     parse_run_file,
+    with_lambdas,
 )
 from defuse_core.config.run_file import (
     STEPS,
+    Arithmetic,
     CheckSection,
+    PrecisionSection,
     ResourcesSection,
     RunFile,
     ServeSection,
@@ -36,6 +40,7 @@ from defuse_core.config.sections import (
 __all__ = [
     "PAPER_LAMBDAS",
     "STEPS",
+    "Arithmetic",
     "CheckSection",
     "ClassifierSection",
     "ClassifierSet",
@@ -44,6 +49,7 @@ __all__ = [
     "DistillSection",
     "IdentifySection",
     "JudgesSection",
+    "PrecisionSection",
     "ReferenceModels",
     "ReportSection",
     "ResourcesSection",
@@ -52,6 +58,7 @@ __all__ = [
     "Section",
     "ServeSection",
     "VaeSection",
+    "added_lambdas",
     "apply_override",
     "changed_field",
     "dump_run_file",
@@ -59,5 +66,6 @@ __all__ = [
     "load_run_file",
     "model_sections",
     "parse_run_file",
+    "with_lambdas",
     "with_weights",
 ]

@@ -85,9 +85,21 @@ def changed_field(recorded: RunFile, given: RunFile) -> str | None:
         )
         if field.endswith(".weights") and before.get(field) and now.get(field):
             continue  # the content of the file counts, not its path
-        if before.get(field) != now.get(field) and (not free or field == "resources.train_threads"):
+        numerics = field.startswith(("resources.train_threads", "resources.precision"))
+        if before.get(field) != now.get(field) and (not free or numerics):
             return f"{field}: {before.get(field)!r} in the run, {now.get(field)!r} now"
     return None
+
+
+def added_lambdas(recorded: RunFile, given: RunFile) -> tuple[float, ...]:
+    """Return the values of correct.lambdas that are new; none where one of the recorded values is missing."""
+    before, now = recorded.correct.lambdas, given.correct.lambdas
+    return tuple(lam for lam in now if lam not in before) if set(before) <= set(now) else ()
+
+
+def with_lambdas(spec: RunFile, lambdas: tuple[float, ...]) -> RunFile:
+    """Return the run file with these values of λ."""
+    return spec.model_copy(update={"correct": spec.correct.model_copy(update={"lambdas": lambdas})})
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,8 +26,27 @@ from defuse_core.config.sections import (
 STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
 
 
+Arithmetic = Literal["f32", "bf16"]
+
+
+class PrecisionSection(Section):
+    """The number format of each kind of computation. `resources.precision: auto` is replaced by what it measured."""
+
+    classifier: Arithmetic = "f32"
+    """Training and fine-tuning of the classifier."""
+    vae: Arithmetic = "f32"
+    """Training of the β-VAE."""
+    reference: Arithmetic = "f32"
+    """Training of the reference models."""
+    judges: Arithmetic = "f32"
+    """Training of the judges."""
+    answers: Arithmetic = "f32"
+    """Decoding and classifying, in identification and for accuracies. Answers whose margin is small are computed again
+    in f32, so that they equal those of f32."""
+
+
 class ResourcesSection(Section):
-    """Machines. Only train_threads changes results; all other fields may differ when a run is resumed."""
+    """Machines. Only train_threads and precision change results; the other fields may differ when a run is resumed."""
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Identification workers and parallel λ trials; auto is one per GPU, or per cpus_per_worker CPUs where
@@ -37,7 +56,18 @@ class ResourcesSection(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs per worker."""
     train_threads: int = Field(2, ge=1)
-    """CPU threads of a training task. Another number changes rounding errors, so a resumed run must keep it."""
+    """CPU threads of a training task; with 1, models are trained side by side on the CPUs of one machine. Another
+    number changes rounding errors, so a resumed run must keep it."""
+    precision: Literal["auto", "f32", "bf16"] | PrecisionSection = "f32"
+    """bf16 computes under torch's autocast; auto measures, once per run, where bf16 is faster; a section sets it for
+    each kind of computation. A resumed run must keep it. Paper: f32."""
+
+    def arithmetic(self, kind: str) -> Arithmetic:
+        """Return the number format of a kind of computation, a field of PrecisionSection; f32 before auto measured."""
+        if isinstance(self.precision, PrecisionSection):
+            found: Arithmetic = getattr(self.precision, kind)
+            return found
+        return "bf16" if self.precision == "bf16" else "f32"
 
 
 class CheckSection(Section):

@@ -56,7 +56,7 @@ class CustomVae(Vae):
 
     def decode_logits(self, codes: Tensor) -> Tensor:
         """See Vae."""
-        return torch.logit(self.decode(codes), eps=LOGIT_MARGIN)
+        return torch.logit(self.decode(codes).float(), eps=LOGIT_MARGIN)
 
 
 def kl_to_prior(mu: Tensor, log_variance: Tensor) -> Tensor:

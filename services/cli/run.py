@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from defuse_core.config import STEPS
 from services.cli.options import (
     address_option,
     checked_name,
@@ -46,6 +47,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Wait for people's answers and check for them every so often, in place of exit code 3.",
 )
+@click.option(
+    "--profile",
+    type=click.Choice(STEPS),
+    help="Store traces of torch's operations in this step under profile/ in the run, for Perfetto.",
+)
 def run(
     runfile: Path,
     name: str | None,
@@ -55,6 +61,7 @@ def run(
     overrides: tuple[str, ...],
     until: str,
     wait: bool,
+    profile: str | None,
 ) -> None:
     """Debug the classifier that RUNFILE describes. The same command again continues where the last one stopped.
 
@@ -76,7 +83,7 @@ def run(
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)
         try:
-            with _compute(where, address, started, display) as compute:
+            with _compute(where, address, started, display, profile) as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
         except ReachedStep:
             click.echo(f"{name}: done until {until}; run again without --until to continue")
@@ -117,16 +124,19 @@ def report(name: str, store: str) -> None:
 
 
 def _compute(
-    where: str, address: str | None, run: Run, display: ProgressDisplay
+    where: str, address: str | None, run: Run, display: ProgressDisplay, profile: str | None
 ) -> AbstractContextManager[Compute]:
+    from defuse_core.profiling import Profile
+
+    traced = Profile(profile, run.store)
     if where == "local":
         from defuse_core.local import LocalCompute
 
-        return contextlib.nullcontext(LocalCompute(display))
+        return contextlib.nullcontext(LocalCompute(display, traced))
     from cluster.compute import RayCompute
 
     found = address or read_settings().ray_address
-    return RayCompute(found, run.spec, display, require_lock=run.store.require_lock)
+    return RayCompute(found, run.spec, display, require_lock=run.store.require_lock, profile=traced)
 
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:

@@ -14,6 +14,7 @@ import pytest
 from defuse_core.artifacts import Corrections, Models, Psi, Sweep
 from defuse_core.config import RunFile
 from defuse_core.local import LocalCompute
+from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines
 
@@ -41,7 +42,9 @@ def local_psi(tiny_spec: RunFile, tiny_models: Models, local_store: FolderStore)
 def local_sweep(
     tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, local_store: FolderStore
 ) -> Sweep:
-    return LocalCompute().sweep(tiny_spec, tiny_models, fixes, None, local_store.within("trials"))
+    return LocalCompute().sweeps(
+        tiny_models, [SweepRequest(tiny_spec, fixes, None, local_store.within("trials"))]
+    )[0]
 
 
 @pytest.fixture

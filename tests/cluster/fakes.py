@@ -154,6 +154,17 @@ def sleeping(pid: Path, *, progress: Progress) -> None:
     time.sleep(300)
 
 
+def meeting(folder: Path, name: str, other: str, *, progress: Progress) -> str:
+    """Return `name` once the task called `other` runs, too."""
+    (folder / name).touch()
+    deadline = time.monotonic() + 60
+    while not (folder / other).exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{other} does not run beside {name}")
+        time.sleep(0.05)
+    return name
+
+
 def shouting(word: str, *, progress: Progress) -> str:
     """Say how far it is, log a line, and return the word in capitals."""
     for done in range(1, 4):

@@ -36,6 +36,7 @@ from cluster.resources import WorkerResources, capacity
 from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
+from defuse_core.protocols import SweepRequest
 from tests.cluster.checks import Lines
 from tests.cluster.fakes import CountingStore, GatedStore
 from tests.conftest import tiny
@@ -130,7 +131,9 @@ def a_node_joins_a_sweep(models: Models, folder: Path) -> dict[str, Any]:
     lines = log_lines()
     with headed_cluster() as cluster, RayCompute(None, spec) as compute:
         cluster.add_node(num_cpus=1)
-        thread = in_background(lambda: compute.sweep(spec, models, made_up(spec), None, store))
+        thread = in_background(
+            lambda: compute.sweeps(models, [SweepRequest(spec, made_up(spec), None, store)])[0]
+        )
         wait_until(lambda: bool(store.list()))
         cluster.add_node(num_cpus=1)
         wait_until(lambda: len(set(lines.processes("correct: λ"))) == 2)
@@ -145,7 +148,9 @@ def the_node_of_a_sweep_dies(models: Models, folder: Path) -> dict[str, Any]:
     lines = log_lines()
     found = []
     with headed_cluster() as cluster, RayCompute(None, spec) as compute:
-        thread = in_background(lambda: found.append(compute.sweep(spec, models, made_up(spec), None, store)))
+        thread = in_background(
+            lambda: found.append(compute.sweeps(models, [SweepRequest(spec, made_up(spec), None, store)])[0])
+        )
         wait_until(lambda: any("waiting for a node with a CPU" in line for line in lines.lines))
         doomed = cluster.add_node(num_cpus=1)
         wait_until(lambda: bool(store.list()))
@@ -185,7 +190,9 @@ def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
         shards.open()
         thread.join(120)
         store = GatedStore(folder / "trials")
-        thread = in_background(lambda: compute.sweep(spec, models, made_up(spec), None, store))
+        thread = in_background(
+            lambda: compute.sweeps(models, [SweepRequest(spec, made_up(spec), None, store)])[0]
+        )
         wait_until(lambda: len(set(lines.processes("correct: λ"))) == 4)  # all run at once
         store.open()
         thread.join(120)

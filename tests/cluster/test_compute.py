@@ -10,10 +10,12 @@ import pytest
 from cluster.compute import RayCompute
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
+from defuse_core.protocols import Call
 from tests.cluster.checks import Lines, all_end
 from tests.cluster.fakes import (
     dying_once,
     failing,
+    meeting,
     shouting,
     sleeping,
 )
@@ -48,6 +50,22 @@ def test_another_error_is_a_compute_error_in_one_line(tiny_spec: RunFile) -> Non
     with RayCompute(None, tiny_spec) as compute, pytest.raises(ComputeError) as raised:
         compute.task("train", failing, KeyError("weights"))
     assert str(raised.value) == "train: KeyError: 'weights'"
+
+
+def test_independent_tasks_run_at_the_same_time_and_their_results_keep_the_order(
+    tiny_spec: RunFile, tmp_path: Path
+) -> None:
+    calls = [Call(meeting, tmp_path, name, other) for name, other in (("a", "b"), ("b", "a"))]
+    with RayCompute(None, tiny_spec) as compute:
+        assert compute.tasks("train", calls) == ["a", "b"]
+
+
+def test_an_error_of_one_of_several_tasks_ends_the_others(tiny_spec: RunFile, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    calls: list[Call[object]] = [Call(sleeping, pid), Call(failing, DataError("cat.png: not a cat"))]
+    with RayCompute(None, tiny_spec) as compute, pytest.raises(DataError, match=r"cat\.png"):
+        compute.tasks("train", calls)
+    assert not pid.exists() or all_end({int(pid.read_text())}, within_s=20)
 
 
 def test_a_task_whose_process_is_killed_is_run_again(tiny_spec: RunFile, tmp_path: Path) -> None:

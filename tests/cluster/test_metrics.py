@@ -12,6 +12,7 @@ import ray
 
 from cluster.compute import RayCompute
 from defuse_core.artifacts import Corrections, Models
+from defuse_core.protocols import SweepRequest
 from tests.cluster.fakes import CountingStore, HiccupStore
 from tests.conftest import tiny
 
@@ -57,7 +58,9 @@ def test_prometheus_reads_what_identification_did_and_how_many_trials_run(
     before = scraped()
     with RayCompute(None, spec, look) as compute:
         psi = compute.identify(spec, tiny_models, HiccupStore(tmp_path / "run", "psi/000003"))
-        compute.sweep(spec, tiny_models, fixes, None, CountingStore(tmp_path / "trials", pause_s=1.0))
+        compute.sweeps(
+            tiny_models, [SweepRequest(spec, fixes, None, CountingStore(tmp_path / "trials", pause_s=1.0))]
+        )[0]
     expected = {
         "defuse_images_total": psi.images,
         "defuse_decodings_total": psi.decodings,

@@ -16,6 +16,7 @@ from cluster.resources import WorkerResources, fitting
 from defuse_core.artifacts import Models, Psi
 from defuse_core.codec import encode
 from defuse_core.local import LocalCompute
+from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_same_psi
 from tests.cluster.nodes import SHORT_SWEEP, made_up
@@ -67,7 +68,9 @@ def test_a_sweep_waits_for_its_first_node_and_one_that_dies_costs_nothing(
 ) -> None:
     played = play("lost", tmp_path, tiny_models)
     spec = tiny(correct=SHORT_SWEEP)
-    whole = LocalCompute().sweep(spec, tiny_models, made_up(spec), None, FolderStore(tmp_path / "whole"))
+    whole = LocalCompute().sweeps(
+        tiny_models, [SweepRequest(spec, made_up(spec), None, FolderStore(tmp_path / "whole"))]
+    )[0]
     assert played["finished"] and played["failed"] == []
     assert played["rows"] == [asdict(row) for row in whole.rows]
 

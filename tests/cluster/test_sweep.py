@@ -16,6 +16,7 @@ from defuse_core.correct import collect_sweep, load_fine_tuning_data, run_trial,
 from defuse_core.errors import ComputeError, InputError, RunBusyError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
+from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines, all_end, assert_equal_sweeps, kill_soon
 from tests.cluster.fakes import (
@@ -34,7 +35,7 @@ def test_the_sweep_equals_the_local_one(
 ) -> None:
     told = []
     with RayCompute(None, tiny_spec, lambda *args: told.append(args)) as compute:
-        sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, FolderStore(tmp_path))
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
     assert_equal_sweeps(sweep, local_sweep)
     assert ("fine-tuning over λ", 6, 6, "epochs") in told
 
@@ -50,7 +51,9 @@ def test_a_trial_is_shown_under_the_name_of_its_step(
 
     spec = tiny(resources={"workers": 1})
     with RayCompute(None, spec, look) as compute:
-        compute.sweep(spec, tiny_models, fixes, None, CountingStore(tmp_path / "run", pause_s=0.1))
+        compute.sweeps(
+            tiny_models, [SweepRequest(spec, fixes, None, CountingStore(tmp_path / "run", pause_s=0.1))]
+        )[0]
     assert titles == {b"ray::correct"}
 
 
@@ -59,7 +62,7 @@ def test_a_sweep_over_nothing_starts_nothing(tiny_spec: RunFile, tiny_models: Mo
         np.zeros(0, int), np.zeros(0, int), np.zeros((0, 24, 4), np.float32), np.zeros((0, 24, 4), np.float32)
     )
     with RayCompute(None, tiny_spec) as compute:
-        sweep = compute.sweep(tiny_spec, tiny_models, none, None, FolderStore(tmp_path))
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, none, None, FolderStore(tmp_path))])
         assert compute.listener is None
     assert sweep.weights == {}
 
@@ -69,12 +72,14 @@ def test_a_killed_trial_goes_on_at_its_last_finished_epoch(
 ) -> None:
     spec = tiny(correct={"lambdas": [1.0], "epochs": 4})
     with RayCompute(None, spec) as compute:
-        undisturbed = compute.sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path / "undisturbed"))
+        undisturbed = compute.sweeps(
+            tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path / "undisturbed"))]
+        )[0]
         store = CountingStore(tmp_path / "run", pause_s=0.5)
         lines.lines.clear()
         writes = store.writes(trial_key(1.0))
         killer = kill_soon(lines, "correct: λ = 1", lambda: int(writes) == 2)
-        sweep = compute.sweep(spec, tiny_models, fixes, None, store)
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
     killer.join()
     assert len(set(lines.processes("correct: λ = 1"))) == 2
     assert int(writes) == 4
@@ -86,7 +91,7 @@ def test_a_trial_that_fails_for_good_is_left_out_and_told(
 ) -> None:
     store = RefusingStore(tmp_path / "run", trial_key(1.0), with_bug=True)
     with RayCompute(None, tiny_spec) as compute:
-        sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, store)
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])
     assert sweep.failed == (FailedTrial(1.0, "ZeroDivisionError: of a pixel by nothing"),)
     assert sweep.rows == tuple(row for row in local_sweep.rows if row.lam != 1.0)
 
@@ -96,10 +101,13 @@ def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is
 ) -> None:
     with RayCompute(None, tiny_spec) as compute:
         with pytest.raises(StoreError, match=f"{trial_key(1.0)}: no"):
-            compute.sweep(
-                tiny_spec, tiny_models, fixes, None, RefusingStore(tmp_path / "run", trial_key(1.0))
-            )
-        sweep = compute.sweep(tiny_spec, tiny_models, fixes, None, FolderStore(tmp_path / "run"))
+            compute.sweeps(
+                tiny_models,
+                [SweepRequest(tiny_spec, fixes, None, RefusingStore(tmp_path / "run", trial_key(1.0)))],
+            )[0]
+        sweep = compute.sweeps(
+            tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path / "run"))]
+        )[0]
     assert_equal_sweeps(sweep, local_sweep)
 
 
@@ -107,7 +115,7 @@ def test_a_sweep_without_a_trial_left_fails(tiny_models: Models, fixes: Correcti
     spec = tiny(correct={"lambdas": [1.0]})
     store = RefusingStore(tmp_path / "run", "lam", with_bug=True)
     with RayCompute(None, spec) as compute, pytest.raises(ComputeError) as raised:
-        compute.sweep(spec, tiny_models, fixes, None, store)
+        compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
     assert str(raised.value) == "correct: every trial failed; λ = 1: ZeroDivisionError: of a pixel by nothing"
 
 
@@ -119,7 +127,7 @@ def test_trials_that_another_disk_holds_are_said(
         RayCompute(None, spec) as compute,
         pytest.raises(InputError, match="--store must be one that all nodes"),
     ):
-        compute.sweep(spec, tiny_models, fixes, None, OwnDiskStore(tmp_path / "run"))
+        compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, OwnDiskStore(tmp_path / "run"))])
 
 
 def test_a_driver_that_lost_its_run_ends_its_trials(
@@ -128,7 +136,7 @@ def test_a_driver_that_lost_its_run_ends_its_trials(
     store = TakenOverStore(tmp_path / "run", pause_s=1.0)
     with RayCompute(None, tiny_spec) as compute:
         with pytest.raises(RunBusyError, match="another driver took the run over"):
-            compute.sweep(tiny_spec, tiny_models, fixes, None, store)
+            compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])
         assert all_end(set(lines.processes("correct: λ")), within_s=20)
 
 
@@ -180,7 +188,7 @@ def test_a_lambda_that_overflows_is_a_diverged_trial(
     lam: float, tiny_models: Models, fixes: Corrections, tmp_path: Path
 ) -> None:
     spec = tiny(correct={"lambdas": [1.0, lam], "epochs": 1})
-    sweep = LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path))
+    (sweep,) = LocalCompute().sweeps(tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])
     (failed,) = sweep.failed
     assert failed.lam == lam
     assert "diverged" in failed.cause

@@ -18,8 +18,9 @@ from defuse_core.correct import (
 )
 from defuse_core.errors import ComputeError, DataError, ModelError
 from defuse_core.local import LocalCompute
-from defuse_core.models import load_classifier, to_tensor
+from defuse_core.models import load_classifier
 from defuse_core.progress import silent
+from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
 
@@ -60,12 +61,14 @@ def test_fine_tuning_with_a_large_lambda_learns_the_scenarios(tiny_spec, tiny_mo
 
 def test_a_lambda_that_diverges_is_told_and_left_out(tiny_models, fixes, tmp_path):
     spec = tiny(correct={"lambdas": [1.0, 1e39], "epochs": 1})
-    sweep = LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path))
+    (sweep,) = LocalCompute().sweeps(tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])
     assert [row.lam for row in sweep.rows] == [1.0]
     assert sweep.failed[0].lam == 1e39 and "diverged" in sweep.failed[0].cause
     spec = tiny(correct={"lambdas": [1e39], "epochs": 1})
     with pytest.raises(ModelError, match=r"every trial failed; λ = 1e\+39: training .* diverged"):
-        LocalCompute().sweep(spec, tiny_models, fixes, None, FolderStore(tmp_path / "other"))
+        LocalCompute().sweeps(
+            tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path / "other"))]
+        )[0]
 
 
 def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
@@ -76,7 +79,7 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
 
     monkeypatch.setattr("defuse_core.local.run_trial", gone)
     with pytest.raises(DataError, match=r"a\.png"):
-        LocalCompute().sweep(tiny_spec, tiny_models, fixes, None, FolderStore(tmp_path))
+        LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
 def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(tiny_models, tuning):
@@ -108,11 +111,14 @@ def test_dropout_is_drawn_alike_whatever_ran_in_the_process_before(tiny_models, 
 def test_each_step_has_as_many_scenario_images_as_clean_ones(tiny_spec, tiny_models, tuning, monkeypatch):
     sizes = []
 
-    def counting(images):
-        sizes.append(len(images))
-        return to_tensor(images)
+    def counting(*asked):
+        classifier = load_classifier(*asked)
+        classifier.register_forward_pre_hook(
+            lambda module, given: sizes.append(len(given[0])) if module.training else None
+        )
+        return classifier
 
-    monkeypatch.setattr("defuse_core.correct.to_tensor", counting)
+    monkeypatch.setattr("defuse_core.correct.load_classifier", counting)
     next(fine_tune(tiny_spec, tiny_models, tuning, 1.0, None))
     assert sizes == [128, 128, 128, 128, 88]  # 300 images in batches of 64, and their like of D_f
 

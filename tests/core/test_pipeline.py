@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from defuse_core.artifacts import Corrections, Psi, ReferenceSet, Scenarios, Sweep
 from defuse_core.config import STEPS
+from defuse_core.correct import run_trial, trial_key
 from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
@@ -30,6 +32,31 @@ def test_the_whole_method_corrects_the_classifier_on_its_failure_scenarios(finis
     assert report.scenarios.accepted > 0
     assert report.accuracy.defuse.scenario > report.accuracy.before.scenario
     assert report.annotators == "reference models"
+
+
+def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_the_others(
+    finished, tmp_path, tiny_spec, monkeypatch
+):
+    lambdas = (*tiny_spec.correct.lambdas, 3.0)
+    shutil.copytree(finished[0].store.folder, tmp_path / "a")
+    before = {
+        key: FolderStore(tmp_path / "a").read(key) for key in ("baseline.safetensors", "psi.safetensors")
+    }
+    tuned = []
+
+    def counting(spec, models, tuning, lam, store):
+        tuned.extend([lam] if not store.exists(trial_key(lam)) else [])
+        yield from run_trial(spec, models, tuning, lam, store)
+
+    monkeypatch.setattr("defuse_core.local.run_trial", counting)
+    run, _ = whole_run(tmp_path, tiny(correct={"lambdas": lambdas}))
+    assert tuned == [3.0]
+    assert {row.lam for row in run.load(Sweep).rows} == set(lambdas)
+    assert {row.lam for row in run.load(Sweep, "baseline").rows} == set(tiny_spec.correct.lambdas)
+    assert {key: run.store.read(key) for key in before} == before
+    assert "3.0" in run.store.read("report.json").decode()
+    with pytest.raises(RunMismatchError, match=r"correct\.lambdas"):
+        whole_run(tmp_path, tiny(correct={"lambdas": lambdas[1:]}))
 
 
 def test_report_json_has_the_promised_fields(finished):

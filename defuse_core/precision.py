@@ -1,0 +1,100 @@
+"""Computing in bf16, and answers that equal those of f32 all the same."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from defuse_core.artifacts import I64
+from defuse_core.config import Arithmetic
+from defuse_core.data import Images
+from defuse_core.device import device
+from defuse_core.models import accuracy, map_batches, to_tensor
+
+SAMPLE = 512  # inputs on which the error of bf16 is measured
+SAFETY = 2.0  # factor on the largest error that was seen
+WORTHWHILE = 2048  # inputs from which on measuring the error pays
+
+
+def autocast(arithmetic: Arithmetic) -> AbstractContextManager[object]:
+    """Compute the block's convolutions and matrix products in bf16, or change nothing (f32)."""
+    if arithmetic == "f32":
+        return contextlib.nullcontext()
+    return torch.autocast(device().type, dtype=torch.bfloat16)
+
+
+def spaced_rows(count: int) -> I64:
+    """Return at most SAMPLE of `count` rows, evenly spaced."""
+    rows: I64 = np.unique(np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64))
+    return rows
+
+
+def margin_bound(logits: Callable[[I64], Tensor], count: int) -> float:
+    """Return the margin between the two largest logits below which an answer in bf16 may differ from that in f32.
+
+    It is SAFETY times the largest error of that margin on at most SAMPLE of the `count` inputs, evenly spaced.
+    """
+    rows = spaced_rows(count)
+    with torch.inference_mode():
+        exact = logits(rows).float()
+        with autocast("bf16"):
+            fast = logits(rows).float()
+    if fast.shape[1] < 2:
+        return 0.0
+    first, second = fast.topk(2, dim=1).indices.unbind(1)
+    errors = _difference(fast, first, second) - _difference(exact, first, second)
+    bound = SAFETY * float(errors.abs().max())
+    return bound if math.isfinite(bound) else math.inf
+
+
+def _difference(logits: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return logits[i, first[i]] - logits[i, second[i]], (n,)."""
+    return (logits.gather(1, first[:, None]) - logits.gather(1, second[:, None]))[:, 0]
+
+
+def answers_as_in_f32(logits: Callable[[I64], Tensor], count: int, batch_size: int, bound: float) -> I64:
+    """Return the largest logit's index for each of `count` inputs, (count,): in bf16, and again in f32 where in doubt.
+
+    `logits(rows)` computes (n, C) for rows of the inputs, in f32 where no autocast is on. `bound` is margin_bound's.
+    """
+
+    def fast(rows: slice) -> Tensor:
+        found = logits(np.arange(rows.start, rows.stop)).float()
+        margins = found.sort(dim=1, descending=True).values[:, :2]
+        margin = (
+            margins[:, 0] - margins[:, -1]
+            if margins.shape[1] > 1
+            else torch.full_like(margins[:, 0], math.inf)
+        )
+        return torch.stack([found.argmax(dim=1).float(), margin], dim=1)
+
+    with autocast("bf16"):
+        table = map_batches(fast, count, batch_size)
+    answers: I64 = table[:, 0].astype(np.int64)
+    doubtful = np.flatnonzero(~(table[:, 1] >= bound))
+    if len(doubtful):
+        answers[doubtful] = map_batches(
+            lambda rows: logits(doubtful[rows]).argmax(dim=1), len(doubtful), batch_size
+        )
+    return answers
+
+
+def accuracy_as_in_f32(
+    classifier: nn.Module, images: Images, arithmetic: Arithmetic, batch_size: int = 256
+) -> float:
+    """Return the share of images that the classifier gets right, nan for no images: the figure of f32, in either."""
+    if arithmetic == "f32" or len(images) < WORTHWHILE:
+        return accuracy(classifier, images)
+
+    def logits(rows: I64) -> Tensor:
+        found: Tensor = classifier(to_tensor(images.batch(rows)))
+        return found
+
+    answers = answers_as_in_f32(logits, len(images), batch_size, margin_bound(logits, len(images)))
+    return float((answers == images.labels).mean())
