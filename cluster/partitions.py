@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import ray
@@ -46,14 +47,14 @@ class RayPartitions:
     def load(self, function: Callable[..., object], arguments: Sequence[tuple[object, ...]]) -> Self:
         """Load the parts that function(*arguments) returns, spread over the nodes."""
         remote = ray.remote(function).options(**self.options, scheduling_strategy="SPREAD")
-        self.parts = self._wait([lambda each=each: remote.remote(*each) for each in arguments])  # type: ignore[misc]
+        self.parts = self._wait([partial(remote.remote, *each) for each in arguments])
         return self
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
         """Return function(part, *args) of every part, in order. Raises its error."""
         remote: Any = ray.remote(function).options(**self.options)
         shared = [ray.put(argument) for argument in args]
-        references = self._wait([lambda part=part: remote.remote(part, *shared) for part in self.parts])
+        references = self._wait([partial(remote.remote, part, *shared) for part in self.parts])
         try:
             return ray.get(references)  # type: ignore[no-any-return]
         except RayError as error:

@@ -12,6 +12,7 @@ the last two rows drawn out as a straight line.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -29,7 +30,6 @@ sys.path.insert(0, str(ROOT))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import numpy as np
-import ray
 
 import cluster.compute
 import cluster.identify
@@ -179,7 +179,7 @@ class RayWatch(threading.Thread):
 
         while not self.ended.wait(0.5):
             self.own_mb = max(self.own_mb, status_mb("RssAnon"))
-            if ray.is_initialized():
+            with contextlib.suppress(AssertionError):  # Ray is starting, or ending
                 stats = node_stats(include_memory_info=False).store_stats
                 self.bytes = max(self.bytes, stats.object_store_bytes_used)
                 self.objects = max(self.objects, stats.num_local_objects)
