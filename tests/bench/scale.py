@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import numpy as np
+import ray
 
 import cluster.compute
 import cluster.identify
@@ -179,8 +180,10 @@ class RayWatch(threading.Thread):
 
         while not self.ended.wait(0.5):
             self.own_mb = max(self.own_mb, status_mb("RssAnon"))
-            with contextlib.suppress(AssertionError):  # Ray is starting, or ending
-                stats = node_stats(include_memory_info=False).store_stats
+            with contextlib.suppress(Exception):  # Ray is starting, or ending
+                (node,) = ray.nodes()  # type: ignore[no-untyped-call]
+                address = node["NodeManagerAddress"], node["NodeManagerPort"]
+                stats = node_stats(*address, include_memory_info=False).store_stats
                 self.bytes = max(self.bytes, stats.object_store_bytes_used)
                 self.objects = max(self.objects, stats.num_local_objects)
 
