@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, VaeEpoch
+from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, ReferenceSet, VaeEpoch
 from defuse_core.batches import DeviceImages
 from defuse_core.checkpoint import Losses, Training, format_row, minibatches, train_step
 from defuse_core.config import Arithmetic, RunFile, VaeSection
@@ -22,9 +23,9 @@ from defuse_core.errors import RunFileError
 from defuse_core.health import (
     PROBE_IMAGES,
     STRIP_KEY,
+    health_after_training,
     log_health,
     mean_kl,
-    measure_health,
     reconstruction_errors,
     reconstruction_strip,
 )
@@ -37,7 +38,6 @@ from defuse_core.models import (
     kl_to_prior,
     load_pretrained,
     log_classifier,
-    predict,
     set_weights,
     to_device,
     weights_of,
@@ -45,6 +45,7 @@ from defuse_core.models import (
 from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
 from defuse_core.protocols import Call, Compute
+from defuse_core.reference_models import augment, load_reference_models
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 
@@ -61,15 +62,27 @@ def initial_vae(spec: RunFile, train: Images) -> Vae:
 
 
 def train_vae(
-    spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
+    spec: RunFile,
+    vae: Vae,
+    splits: Splits,
+    store: Store | None,
+    progress: Progress,
+    guides: Sequence[nn.Module] = (),
 ) -> list[VaeEpoch]:
-    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
+    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image).
+
+    `guides` are the classifiers that vae.guide_weight asks about the decodings. They are not trained.
+    """
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None
     trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
     optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
-    trainer = _VaeTrainer(spec, vae.train(), head, optimizer, DeviceImages(splits.train), progress)
+    for guide in guides:
+        guide.requires_grad_(False)
+    trainer = _VaeTrainer(
+        spec, vae.train(), head, tuple(guides), optimizer, DeviceImages(splits.train), progress
+    )
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
         training.history.append(row)
@@ -97,6 +110,7 @@ class _VaeTrainer:
     spec: RunFile
     vae: Vae
     head: nn.Module | None
+    guides: tuple[nn.Module, ...]  # each step asks one of them, in turn
     optimizer: torch.optim.Optimizer
     images: DeviceImages
     progress: Progress
@@ -105,6 +119,7 @@ class _VaeTrainer:
         """Train for one epoch, counted from 0, and return its figures."""
         spec, section, count = self.spec, self.spec.vae, len(self.images)
         noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
+        views = generator(spec.seed, "vae", "guide", epoch)
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
         done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
         for step, (rows, images, labels) in enumerate(
@@ -112,26 +127,42 @@ class _VaeTrainer:
         ):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            losses.add(*self._step(images, labels, beta, noise))
+            guide = self.guides[step % len(self.guides)] if self.guides else None
+            losses.add(*self._step(images, labels, beta, noise, guide, views))
             done += len(rows)
             self.progress("training the β-VAE", done, section.epochs * count, "images")
-        reconstruction, divergence, class_loss = losses.mean()[1]
+        reconstruction, divergence, class_loss, guide_loss = losses.mean()[1]
         return VaeEpoch(
-            epoch + 1, reconstruction, divergence, beta, None if self.head is None else class_loss
+            epoch + 1,
+            reconstruction,
+            divergence,
+            beta,
+            None if self.head is None else class_loss,
+            guide_loss if self.guides else None,
         )
 
     def _step(
-        self, images: Tensor, labels: Tensor, beta: float, noise: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take one step; return loss, reconstruction, KL and the class head's cross-entropy (0 without one)."""
+        self,
+        images: Tensor,
+        labels: Tensor,
+        beta: float,
+        noise: torch.Generator,
+        guide: nn.Module | None,
+        views: np.random.Generator,
+    ) -> tuple[Tensor, ...]:
+        """Take one step; return loss, reconstruction, KL, cross-entropies of class head and guide (0 without)."""
+        section = self.spec.vae
         terms = vae_terms(self.vae, images, noise, self.spec.resources.arithmetic("vae"))
         loss = terms.reconstruction + beta * terms.divergence
-        class_loss = torch.zeros_like(loss)
+        class_loss = guide_loss = torch.zeros_like(loss)
         if self.head is not None:
             class_loss = F.cross_entropy(self.head(terms.codes), labels)
-            loss = loss + self.spec.vae.class_weight * class_loss
+            loss = loss + section.class_weight * class_loss
+        if guide is not None:
+            guide_loss = F.cross_entropy(guide(augment(torch.sigmoid(terms.logits), views)), labels)
+            loss = loss + section.guide_weight * guide_loss
         train_step(loss, self.optimizer)
-        return loss, terms.reconstruction, terms.divergence, class_loss
+        return loss, terms.reconstruction, terms.divergence, class_loss, guide_loss
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
@@ -151,6 +182,7 @@ class VaeTerms(NamedTuple):
     reconstruction: Tensor  # -E log p(x|z), Bernoulli
     divergence: Tensor  # KL(q(z|x) || p(z))
     codes: Tensor  # (n, Z) drawn from q(z|x)
+    logits: Tensor  # (n, channels, H, W) decoded from the codes
 
 
 def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator, arithmetic: Arithmetic = "f32") -> VaeTerms:
@@ -163,13 +195,20 @@ def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator, arithmetic: Arit
         logits = vae.decode_logits(codes)
     logits = logits.float()
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
-    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
+    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes, logits)
 
 
-def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
+def train(
+    spec: RunFile,
+    store: Store | None = None,
+    references: ReferenceSet | None = None,
+    *,
+    progress: Progress,
+) -> Models:
     """Return f and the β-VAE, trained or loaded from files, with their accuracies and the β-VAE's reconstructions.
 
-    With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
+    `references` are the reference models, which vae.guide_weight asks. With a store, an interrupted training resumes
+    from its last checkpoint and reaches the same weights.
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
@@ -182,7 +221,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
         accuracies = _accuracies(spec, classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
-        vae_history = train_vae(spec, vae, splits, store, progress)
+        vae_history = train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
         models = Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
@@ -193,15 +232,27 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             device=device_name(),
-            **_measure_vae(classifier, vae, splits),
+            **_measure_vae(spec, classifier, vae, splits),
         )
         if store is not None:
-            store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
+            store.write(STRIP_KEY, reconstruction_strip(spec, vae, splits.train))
     return models
 
 
+def _guides(spec: RunFile, splits: Splits, references: ReferenceSet | None) -> list[nn.Module]:
+    if not spec.vae.guide_weight:
+        return []
+    if references is None:
+        raise ValueError("vae.guide_weight needs the reference models")
+    return load_reference_models(spec, spec.review.reference, references, len(splits.classes))
+
+
 def train_side_by_side(
-    spec: RunFile, store: Store, compute: Compute, others: Sequence[Call[Any]] = ()
+    spec: RunFile,
+    store: Store,
+    compute: Compute,
+    references: ReferenceSet | None,
+    others: Sequence[Call[Any]] = (),
 ) -> Models:
     """Return what `train` does. Classifier, β-VAE and `others` are tasks that run at the same time where they fit.
 
@@ -209,9 +260,11 @@ def train_side_by_side(
     (resources.train_threads), they follow one another.
     """
     if _trains_both(spec):
-        parts = [Call(train_part, spec, store, part) for part in ("vae", "classifier")]  # the longest first
+        parts = [
+            Call(train_part, spec, store, part, references) for part in ("vae", "classifier")
+        ]  # the longest first
         compute.tasks("train", [*parts, *others])
-    return compute.task("train", train, spec, store)
+    return compute.task("train", train, spec, store, references)
 
 
 def _trains_both(spec: RunFile) -> bool:
@@ -219,7 +272,12 @@ def _trains_both(spec: RunFile) -> bool:
 
 
 def train_part(
-    spec: RunFile, store: Store, part: Literal["classifier", "vae"], *, progress: Progress
+    spec: RunFile,
+    store: Store,
+    part: Literal["classifier", "vae"],
+    references: ReferenceSet | None = None,
+    *,
+    progress: Progress,
 ) -> None:
     """Train the classifier or the β-VAE up to its last checkpoint in `store`."""
     on_disk = open_splits(spec.data, spec.seed)
@@ -227,7 +285,8 @@ def train_part(
     vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
     with cpu_threads(spec.resources.train_threads):
         if part == "vae":
-            train_vae(spec, vae, on_disk.loaded("train"), store, progress)
+            splits = on_disk.loaded("train")
+            train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
             return
         log_parts(spec.data, on_disk)
         train_classifier(spec, on_disk.loaded(), store, progress)
@@ -242,15 +301,15 @@ class VaeFigures(TypedDict):
     health: Health
 
 
-def _measure_vae(classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
+def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
     probe = splits.train.take(slice(0, PROBE_IMAGES))
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
-    health = measure_health(probe.labels, predict(classifier, probe), answers, kl)
+    health = health_after_training(spec, classifier, vae, probe, answers, kl)
     log_health(health, splits.classes)
     return VaeFigures(
         reconstruction=float(errors.mean()),
-        reconstruction_flips=1 - health.reconstructions_right,
+        reconstruction_flips=1 - float((answers == probe.labels).mean()),
         kl_per_dimension=kl,
         health=health,
     )
