@@ -16,10 +16,13 @@ from ray.exceptions import RayError
 from cluster.connection import connect, require_absolute_root
 from cluster.errors import as_defuse_error
 from cluster.identify import ShardQueue, WorkerPool
+from cluster.partitions import RayPartitions
 from cluster.progress import ProgressListener, reporting
 from cluster.resources import (
     capacity,
     current_location,
+    on_nodes_with_cpus,
+    on_this_node,
     task_resources,
     wait_for_nodes,
     worker_count,
@@ -28,8 +31,21 @@ from cluster.resources import (
 from cluster.sweep import Outcome, SweepContext, run_trials
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import collect_sweep, finished_trials, load_fine_tuning_data, nothing_to_tune
-from defuse_core.identify import finished_shards, gather_shards, shard_count, shard_fingerprint
+from defuse_core.correct import (
+    collect_sweep,
+    decode_scenario_images,
+    finished_trials,
+    held_out_sources,
+    load_clean_images,
+    nothing_to_tune,
+)
+from defuse_core.identify import (
+    finished_shards,
+    gather_shards,
+    open_training_images,
+    shard_count,
+    shard_fingerprint,
+)
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Call, SweepRequest
@@ -40,6 +56,7 @@ log = logging.getLogger("defuse")
 T = TypeVar("T")
 POLL_EVERY_S = 0.5
 WARN_AFTER_S = 30.0
+LOST_NODES = 10  # that images are loaded again after, within one step
 
 
 class RayCompute:
@@ -87,6 +104,14 @@ class RayCompute:
         self._wait(step, *(done for done, _ in started))
         return ray.get([result for _, result in started])
 
+    def partitions(
+        self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
+    ) -> RayPartitions:
+        """Return the parts that load(*arguments) returns, in Ray's store on the nodes that load them."""
+        return RayPartitions(self._ready(), self.spec.resources, step, self.require_lock).load(
+            load, arguments
+        )
+
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
     ) -> Psi:
@@ -94,7 +119,7 @@ class RayCompute:
 
         The driver holds a few numbers per shard: its memory does not grow with images or failures.
         """
-        count = shard_count(models.images["train"], spec.identify.block_images)
+        count = shard_count(models.images["train"], spec.identify)
         records = finished_shards(store, shard_fingerprint(spec, models, references))
         missing = [index for index in range(count) if index not in records]
         if missing:
@@ -125,9 +150,11 @@ class RayCompute:
     ) -> WorkerPool:
         listener, section = self._ready(), self.spec.resources
         resources, first = worker_resources(section), worker_count(section)
+        train = self._held_images("identify", open_training_images, spec, ray.put(models))
         return WorkerPool(
             spec=spec,
             weights=ray.put((models, references)),
+            train=train,
             images=models.images["train"],
             store=store,
             resources=resources,
@@ -143,7 +170,7 @@ class RayCompute:
         return SweepContext(
             requests=requests,
             models=models_reference,
-            data=self._fine_tuning_data(models_reference, requests),
+            images=self._fine_tuning_images(models_reference, requests),
             resources=worker_resources(section),
             max_concurrent=None if section.workers == "auto" else section.workers,
             listener=listener,
@@ -152,16 +179,40 @@ class RayCompute:
             profile=self.profile,
         )
 
-    def _fine_tuning_data(self, models: Any, requests: Sequence[SweepRequest]) -> list[Any]:
-        """Return a reference to the images of each sweep, made in tasks."""
-        started = [
-            self._start("correct", load_fine_tuning_data, each.spec, models, each.fixes, each.reviewed)
+    def _fine_tuning_images(self, models: Any, requests: Sequence[SweepRequest]) -> list[tuple[Any, Any]]:
+        """Return for each request references to its Splits, which requests share, and to its ScenarioImages."""
+        drawn = [
+            self._start("correct", decode_scenario_images, each.spec, models, each.fixes, each.reviewed)
             for each in requests
         ]
-        self._wait("correct", *(done for done, _ in started))
-        # put again, so that the driver's node owns it: lost with another node, it would have to be made again while
-        # trials that wait for it hold all CPUs
-        return [ray.put(ray.get(data)) for _, data in started]
+        clean: dict[object, Any] = {}
+        for each in requests:
+            left_out = held_out_sources(each.fixes)
+            key = each.spec.correct.train_images, left_out.tobytes()
+            if key not in clean:
+                clean[key] = self._held_images("correct", load_clean_images, each.spec, models, left_out)
+        self._wait("correct", *(done for done, _ in drawn))
+        # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
+        # again, on CPUs that the trials that wait for them hold
+        copy: Any = ray.remote(_copied).options(name="correct", **on_this_node())
+        return [
+            (
+                clean[each.spec.correct.train_images, held_out_sources(each.fixes).tobytes()],
+                copy.remote(images),
+            )
+            for each, (_, images) in zip(requests, drawn, strict=True)
+        ]
+
+    def _held_images(self, step: str, function: Callable[..., Any], *args: object) -> Any:
+        """Return a reference to the images that function(*args) opens, on a node that has images; raises its error.
+
+        All workers of a node share a copy. One that is lost with its node is made again, and as that takes no CPU, it
+        waits for no worker that waits for it.
+        """
+        options = {"num_cpus": 0, "num_gpus": 0, "max_retries": LOST_NODES, **on_nodes_with_cpus()}
+        done, images = self._start(step, function, *args, **options)
+        self._wait(step, done)
+        return images
 
     def _ready(self) -> ProgressListener:
         """Connect where needed, and return the listener. Raises RunFileError for missing resources or images."""
@@ -175,10 +226,12 @@ class RayCompute:
             self.listener = ProgressListener(self.progress)
         return self.listener
 
-    def _start(self, step: str, function: Callable[..., Any], *args: object) -> tuple[Any, Any]:
+    def _start(
+        self, step: str, function: Callable[..., Any], *args: object, **options: Any
+    ) -> tuple[Any, Any]:
         """Start a task; return one reference that is ready when the task has ended, and one to its result."""
         listener, resources = self._ready(), task_resources(self.spec.resources)
-        remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options())
+        remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options() | options)
         done, result = remote.remote(step, function, self.profile, listener.actor, *args)
         return done, result
 
@@ -214,6 +267,10 @@ class RayCompute:
 def on_ray(address: str | None = None, progress: Progress = silent) -> Callable[[Run], RayCompute]:
     """Return `compute` of `defuse_core.debug`: Ray at `address`, or without one an embedded Ray."""
     return lambda run: RayCompute(address, run.spec, progress, require_lock=run.store.require_lock)
+
+
+def _copied(value: T) -> T:
+    return value
 
 
 def _in_worker(

@@ -28,6 +28,7 @@ from cluster.progress import ProgressListener, count_redone_shard, count_shard, 
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, current_location
 from defuse_core.artifacts import Models, ReferenceSet, Shard
 from defuse_core.config import RunFile
+from defuse_core.data import Images
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
 from defuse_core.profiling import UNTRACED, Profile
@@ -62,17 +63,17 @@ class ShardWorker:
             return current_location("identify")
 
     def shard(
-        self, index: int, weights: tuple[Models, ReferenceSet | None], progress_actor: Any
+        self, index: int, weights: tuple[Models, ReferenceSet | None], train: Images, progress_actor: Any
     ) -> ShardRecord:
         """Identify shard `index`, write it to the store, and return its counts.
 
-        Weights and progress actor are arguments of every call: Ray restores only plain values for the constructor of a
-        restarted actor.
+        Weights, images and progress actor are arguments of every call: Ray restores only plain values for the
+        constructor of a restarted actor. All workers of a node read the same copy of them.
         """
         models, references = weights
         with reporting(progress_actor), shard_errors(shard_name(self.spec, models.images["train"], index)):
             first = self.identifier is None
-            self.identifier = self.identifier or Identifier(self.spec, models, references)
+            self.identifier = self.identifier or Identifier(self.spec, models, references, train)
             with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
                 shard = self.identifier.shard(index)
             record = self._save(index, shard)
@@ -104,8 +105,8 @@ def shard_errors(shard: str) -> Iterator[None]:
 
 def shard_name(spec: RunFile, images: int, index: int) -> str:
     """Return the shard's number and its rows of the training set, for messages."""
-    size = blocks_per_shard(images, spec.identify.block_images) * spec.identify.block_images
-    count = shard_count(images, spec.identify.block_images)
+    size = blocks_per_shard(images, spec.identify) * spec.identify.block_images
+    count = shard_count(images, spec.identify)
     last = min((index + 1) * size, images) - 1
     return f"shard {index} of {count} (training images {index * size} to {last})"
 
@@ -127,6 +128,7 @@ class WorkerPool:
 
     spec: RunFile
     weights: Any  # ObjectRef of Models and, for screening, ReferenceSet
+    train: Any  # ObjectRef of Images
     images: int  # N
     store: Store
     resources: WorkerResources
@@ -297,7 +299,9 @@ class ShardQueue:
         if index in self.records:
             return
         worker.shards.append(index)
-        reference = worker.actor.shard.remote(index, self.pool.weights, self.pool.listener.actor)
+        reference = worker.actor.shard.remote(
+            index, self.pool.weights, self.pool.train, self.pool.listener.actor
+        )
         self.in_flight[reference] = (worker, index)
 
     def _straggler(self) -> int | None:

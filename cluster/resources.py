@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tenacity import RetryCallState, RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from defuse_core.config import ResourcesSection
@@ -74,6 +75,19 @@ def nodes() -> list[WorkerResources]:
     """Return what each living node has in all."""
     found = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
     return [WorkerResources(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in found]
+
+
+def on_nodes_with_cpus() -> dict[str, Any]:
+    """Return options of a task that keep it off nodes without CPUs, such as a head: these may have no images."""
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    others = [node["NodeID"] for node in found if node["Alive"] and not node["Resources"].get("CPU")]
+    return {"label_selector": {"ray.io/node-id": f"!in({','.join(others)})"}} if others else {}
+
+
+def on_this_node() -> dict[str, Any]:
+    """Return options of a task that run it on the node of this process, whatever else runs there."""
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def wait_for_nodes() -> None:

@@ -21,7 +21,13 @@ from cluster.ray_compat import named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, current_location
 from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
-from defuse_core.correct import finished_trials, is_trial_failure, run_trial, trial_key
+from defuse_core.correct import (
+    fine_tuning_data,
+    finished_trials,
+    is_trial_failure,
+    run_trial,
+    trial_key,
+)
 from defuse_core.errors import ComputeError, DefuseError, InputError
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress
@@ -46,7 +52,8 @@ class SweepContext:
 
     requests: Sequence[SweepRequest]
     models: Any  # ObjectRef of Models
-    data: list[Any]  # per request, ObjectRef of FineTuningData: once in the object store of each node
+    # per request, ObjectRefs of Splits and ScenarioImages: once in the object store of each node
+    images: list[tuple[Any, Any]]
     resources: WorkerResources
     max_concurrent: int | None  # trials at once; None: as many as fit, on nodes that join later, too
     listener: ProgressListener
@@ -110,7 +117,7 @@ def _trial(
     config: dict[str, Name],
     requests: Sequence[SweepRequest],
     models: Models,
-    data: list[Any],
+    images: list[tuple[Any, Any]],
     progress_actor: Any,
     profile: Profile,
 ) -> None:
@@ -120,7 +127,8 @@ def _trial(
     with reporting(progress_actor):
         location = current_location(STEP)
         log.debug("correct: λ = %g in %s", lam, location)
-        trials = run_trial(request.spec, models, ray.get(data[number]), lam, request.store)
+        data = fine_tuning_data(*ray.get(list(images[number])))
+        trials = run_trial(request.spec, models, data, lam, request.store)
         for trial in profile.first(STEP, f"lambda-{lam:g}-{number}", trials):
             tune.report({"epochs": len(trial.rows), "visible_gpus": location.visible_gpus})
 
@@ -132,7 +140,7 @@ def _trainable(sweep: SweepContext) -> type[Trainable]:
         _trial,
         requests=requests,
         models=sweep.models,
-        data=sweep.data,
+        images=sweep.images,
         progress_actor=sweep.listener.actor,
         profile=sweep.profile,
     )

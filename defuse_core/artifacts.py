@@ -207,6 +207,7 @@ class Scenarios:
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
     failures: ComponentFailures | None = None  # with vae.decode: anchored; None where decoded plainly
+    last_change: float | None = None  # of a bound in its last iteration, nats; the largest over the fits
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -35,7 +35,7 @@ from defuse_core.checkpoint import (
 )
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
-from defuse_core.data import Images, reopen_splits
+from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
 from defuse_core.models import Vae, decoder_of, load_classifier, load_vae, weights_of
@@ -59,6 +59,14 @@ class FineTuningData:
     held_out: Images  # plays no part in the choice
 
 
+@dataclass(frozen=True, eq=False)
+class ScenarioImages:
+    """The images of the scenarios; as many as there are scenarios, whatever the number of training images."""
+
+    tune: Images  # D_f
+    held_out: Images
+
+
 def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
     """Return the reviewed images that f gets wrong, each under its own majority label: the baseline's D_f."""
     wrong = is_misclassified(gallery.predicted, verdicts.image_labels)
@@ -68,29 +76,44 @@ def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
 def load_fine_tuning_data(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
 ) -> FineTuningData:
-    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given.
+    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
+    clean = load_clean_images(spec, models, held_out_sources(fixes), progress=progress)
+    scenario = decode_scenario_images(spec, models, fixes, reviewed, progress=progress)
+    return fine_tuning_data(clean, scenario)
 
-    D has no training image that only held-out scenario images are anchored at.
+
+def load_clean_images(spec: RunFile, models: Models, left_out: I64, *, progress: Progress) -> Splits:
+    """Return the data set in memory, with the training images that correct.train_images asks for.
+
+    D has no training image of `left_out`, at which only held-out scenario images are anchored.
     """
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
-    rows: I64 = np.arange(len(train))
     if wanted is not None and wanted < len(train):
-        rng = generator(spec.seed, "correct", "sample")
-        rows = np.sort(rng.choice(len(train), wanted, replace=False))
-    rows = rows[~np.isin(rows, held_out_sources(fixes))]
-    if len(rows) < len(train):
-        train = train.take(rows)
+        rows = np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False))
+        train, left_out = train.take(rows), np.flatnonzero(np.isin(rows, left_out)).astype(np.int64)
+    if len(left_out):
+        train = train.take(np.delete(np.arange(len(train)), left_out))
+    return replace(splits, train=train).loaded()
+
+
+def decode_scenario_images(
+    spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
+) -> ScenarioImages:
+    """Return D_f, decoded from `fixes` or `reviewed` if that is given, and the held-out images of the scenarios."""
+    progress("drawing images to fine-tune on", 0, 1, "sets")
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
-        return FineTuningData(
-            train=train.loaded(),
-            validation=splits.validation and splits.validation.loaded(),
-            test=splits.test and splits.test.loaded(),
+        return ScenarioImages(
             tune=reviewed if reviewed is not None else tuning_images(vae, fixes),
             held_out=held_out_images(vae, fixes),
         )
+
+
+def fine_tuning_data(clean: Splits, scenario: ScenarioImages) -> FineTuningData:
+    """Return both together. Copies nothing."""
+    return FineTuningData(clean.train, clean.validation, clean.test, scenario.tune, scenario.held_out)
 
 
 def held_out_sources(fixes: Corrections) -> I64:
@@ -98,9 +121,8 @@ def held_out_sources(fixes: Corrections) -> I64:
 
     Nothing is fine-tuned on them: the classifier would learn the pictures that it is measured on.
     """
-    if fixes.anchors is None:
+    if fixes.anchors is None or fixes.tune_anchor is None:
         return np.zeros(0, np.int64)
-    assert fixes.tune_anchor is not None  # as there are anchors
     used = np.isin(np.arange(len(fixes.anchors.source)), fixes.tune_anchor)
     return fixes.anchors.source[~used]
 

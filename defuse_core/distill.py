@@ -7,8 +7,8 @@ the classifier), so that no component straddles classes.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +23,6 @@ from defuse_core.artifacts import (
     F64,
     I64,
     NONE_OF_THE_ABOVE,
-    Anchors,
-    Bool,
-    ComponentFailures,
     DroppedComponent,
     Failures,
     Psi,
@@ -33,20 +30,20 @@ from defuse_core.artifacts import (
     Shard,
 )
 from defuse_core.config import DistillSection, RunFile
-from defuse_core.data import Images, reopen_splits
+from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
+from defuse_core.draws import component_failures
 from defuse_core.errors import StoreError
 from defuse_core.identify import load_shard, shard_key
 from defuse_core.intervals import lower_bound
 from defuse_core.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
-from defuse_core.store import Store
+from defuse_core.store import Store, map_ahead
 
 log = logging.getLogger("defuse")
-FAILURES_KEPT = 256  # L, with vae.decode: anchored
-IMAGES_KEPT = 64  # training images that the failures of one component come from at most
-LEAST_SOURCE_ERROR = 0.1  # lower bound from which the failures of a component are those of real images
+SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
+WHOLE = (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE)  # the cell of a single mixture over all codes
 
 
 def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, progress: Progress) -> Scenarios:
@@ -65,17 +62,29 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     if spec.vae.decode == "anchored" and len(scenarios):
         train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
         scenarios = replace(scenarios, failures=component_failures(fits.members(), train, spec.seed))
+    log_scenarios(spec, scenarios)
+    return scenarios
+
+
+def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
+    """Log how many components there are, and how far the fit is from convergence."""
+    state = "converged"
+    if not scenarios.converged:
+        state = "had NOT converged"
+        if scenarios.last_change is not None:
+            change = f"{scenarios.last_change:.3g} nats, tolerance {spec.distill.tolerance:g}"
+            state += f" (its bound changed by {change})"
     log.info(
-        "kept %d of %d components with weight over %g; the fit %s after %d iterations",
+        "kept %d of %d components with weight over %g, from %d codes; the fit %s after %d iterations",
         len(scenarios),
         len(scenarios.all_weights),
         spec.distill.min_weight,
-        "converged" if scenarios.converged else "had NOT converged",
+        scenarios.codes_used,
+        state,
         scenarios.iterations,
     )
     if scenarios.dropped:
         log.info("dropped %d components or cells with too few codes or images", len(scenarios.dropped))
-    return scenarios
 
 
 def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
@@ -84,26 +93,33 @@ def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
 
 
 def sample_failures(spec: RunFile, psi: Psi, store: Store) -> Failures:
-    """Return at most max_codes rows of Ψ, drawn without replacement; reads one shard at a time."""
-    wanted: I64 = np.arange(psi.total)
-    if psi.total > spec.distill.max_codes:
-        rng = generator(spec.seed, "distill", "sample")
-        wanted = np.sort(rng.choice(psi.total, spec.distill.max_codes, replace=False))
+    """Return at most max_codes rows of Ψ, drawn without replacement, in order; a few shards are in memory at once.
+
+    SAMPLE_CODES rows at most where max_codes is null.
+    """
+    most = spec.distill.max_codes or SAMPLE_CODES
+    if psi.total > most:
+        wanted = np.sort(generator(spec.seed, "distill", "sample").choice(psi.total, most, replace=False))
+    else:
+        wanted = np.arange(psi.total)
     starts = np.concatenate([[0], np.cumsum(psi.codes)])
     nothing: I64 = np.zeros(0, np.int64)
+    first, last = np.searchsorted(wanted, starts[:-1]), np.searchsorted(wanted, starts[1:])
+
+    def drawn_from(shard: int) -> Failures:
+        rows = wanted[first[shard] : last[shard]] - starts[shard]
+        return shard_of_psi(store, psi.fingerprint, shard).failures.take(rows)
+
     parts = [Failures(np.zeros((0, spec.vae.latent_dim), np.float32), nothing, nothing, nothing)]
-    for index, (start, end) in enumerate(itertools.pairwise(starts)):
-        rows = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)] - start
-        if len(rows):
-            parts.append(_shard(store, psi, index).failures.take(rows))
+    parts.extend(map_ahead(drawn_from, np.flatnonzero(first < last).tolist()))
     return Failures.concatenate(parts)
 
 
-def _shard(store: Store, psi: Psi, index: int) -> Shard:
-    """Return a shard of Ψ. Raises StoreError where it is gone or damaged."""
+def shard_of_psi(store: Store, fingerprint: str, index: int) -> Shard:
+    """Return a shard of the Ψ with this fingerprint. Raises StoreError where it is gone or damaged."""
     remedy = f"delete {store.address}/psi.safetensors and run again: only this shard is made again"
     try:
-        return load_shard(store, index, psi.fingerprint, remedy)
+        return load_shard(store, index, fingerprint, remedy)
     except FileNotFoundError as error:
         where = f"{store.address}/{shard_key(index)}"
         raise StoreError(
@@ -116,12 +132,12 @@ def fit_all(failures: Failures, section: DistillSection, seed: int) -> Scenarios
     return _fit_all(failures, section, seed).scenarios()
 
 
-def _fit_all(failures: Failures, section: DistillSection, seed: int) -> _Fits:
+def _fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
     parts = []
     if len(failures) > 1:
-        fit = _fit(failures.codes, section.max_components, section, seed, ())
-        parts = [_Part(fit, failures, 1.0, (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE))]
-    return _Fits(parts, failures, section)
+        fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
+        parts = [Part(fit, failures, 1.0, WHOLE)]
+    return Fits(parts, failures, section)
 
 
 def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Scenarios:
@@ -132,7 +148,7 @@ def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: 
     return _fit_cells(failures, section, seed, progress).scenarios()
 
 
-def _fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> _Fits:
+def _fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
     cells, owner = np.unique(
         np.stack([failures.truth, failures.predicted], axis=1), axis=0, return_inverse=True
     )
@@ -143,23 +159,36 @@ def _fit_cells(failures: Failures, section: DistillSection, seed: int, progress:
         weight = len(members) / len(failures)
         if len(members) < 2 or not weight > section.min_weight:
             support = len(np.unique(members.source))
-            reason = f"the cell's {len(members)} codes are too few for a weight over {section.min_weight:g}"
-            small.append(DroppedComponent(weight, source, answer, support, reason))
+            small.append(small_cell((source, answer), len(members), weight, support, section))
             continue
-        components = max(1, round(section.max_components * weight))
-        fit = _fit(members.codes, components, section, seed, (source, answer))
-        parts.append(_Part(fit, members, weight, (source, answer)))
-    return _Fits(parts, failures, section, tuple(small))
+        fit = fit_mixture(members.codes, components_of(weight, section), section, seed, (source, answer))
+        parts.append(Part(fit, members, weight, (source, answer)))
+    return Fits(parts, failures, section, tuple(small))
+
+
+def components_of(weight: float, section: DistillSection) -> int:
+    """Return how many components a cell gets that holds this share of all codes."""
+    return max(1, round(section.max_components * weight))
+
+
+def small_cell(
+    cell: tuple[int, int], codes: int, weight: float, support: int, section: DistillSection
+) -> DroppedComponent:
+    """Return a cell that is dropped, since it holds no component over ε."""
+    reason = f"the cell's {codes} codes are too few for a weight over {section.min_weight:g}"
+    return DroppedComponent(weight, *cell, support, reason)
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """A mixture that was fitted to `members`, which are the share `weight` of all codes."""
+class FittedCell:
+    """A mixture that was fitted to `codes` codes, which are the share `weight` of all."""
 
     fit: FittedMixture
-    members: Failures
+    cell: tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
+    codes: int
     weight: float
-    cell: tuple[int, int]  # class of the source images and answer of f
+    support: I64  # (k,) distinct training images of the codes that belong most to each component
+    wrong: F64  # (k,) how many of these images f itself gets wrong; nan where not known
 
     @property
     def weights(self) -> F64:
@@ -167,14 +196,45 @@ class _Part:
         weights: F64 = self.weight * self.fit.weights
         return weights
 
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A mixture that was fitted to `members`, which are the share `weight` of all codes."""
+
+    fit: FittedMixture
+    members: Failures
+    weight: float
+    cell: tuple[int, int]  # class of the source images and answer of f
+
     def shares(self) -> list[Failures]:
         """Return the failures that belong most to each of the k components."""
-        fit = self.fit
-        owner = responsibilities(self.members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
-        return [self.members.take(owner == component) for component in range(len(self.weights))]
+        owner = owners(self.fit, self.members.codes)
+        return [self.members.take(owner == component) for component in range(len(self.fit.weights))]
 
 
-def _fit(
+def owners(fit: FittedMixture, codes: F32) -> I64:
+    """Return the component that each of (n, Z) codes belongs to most, (n,)."""
+    with threadpool_limits(1):
+        shares = responsibilities(codes, fit.weights, fit.means, fit.covariances)
+    owner: I64 = shares.argmax(axis=1)
+    return owner
+
+
+def count_sources(shares: Sequence[Failures]) -> tuple[I64, F64]:
+    """Return the number of distinct training images in each share, (k,), and how many of them f itself gets wrong.
+
+    The second is nan where it is not known.
+    """
+    support, wrong = np.zeros(len(shares), np.int64), np.full(len(shares), np.nan)
+    for row, share in enumerate(shares):
+        images, first = np.unique(share.source, return_index=True)
+        support[row] = len(images)
+        if share.source_wrong is not None:
+            wrong[row] = share.source_wrong[first].sum()
+    return support, wrong
+
+
+def fit_mixture(
     codes: F32, components: int, section: DistillSection, seed: int, cell: tuple[int, ...]
 ) -> FittedMixture:
     """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM) and defaults.
@@ -221,102 +281,57 @@ def _last_change(mixture: BayesianGaussianMixture) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fits:
+class Fits:
     """All mixtures of a run, over `failures`."""
 
-    parts: list[_Part]
+    parts: list[Part]
     failures: Failures
     section: DistillSection
     small: tuple[DroppedComponent, ...] = ()  # cells without a mixture
 
     @functools.cached_property
-    def shares(self) -> list[Failures]:
-        """The failures that belong most to each component of all parts."""
-        with threadpool_limits(1):
-            return [share for part in self.parts for share in part.shares()]
+    def shares(self) -> list[list[Failures]]:
+        """The failures that belong most to each component, part by part."""
+        return [part.shares() for part in self.parts]
+
+    @functools.cached_property
+    def cells(self) -> list[FittedCell]:
+        """The mixtures with the support of their components."""
+        return [
+            FittedCell(part.fit, part.cell, len(part.members), part.weight, *count_sources(shares))
+            for part, shares in zip(self.parts, self.shares, strict=True)
+        ]
 
     def scenarios(self) -> Scenarios:
         """Return the components of all parts over ε with enough support, in the order of `section.order`."""
-        parts, section = self.parts, self.section
-        if not parts:
-            return _no_scenarios(self.failures.codes.shape[1], len(self.failures), self.small)
-        weights, support = self._weights(), self._support()
-        cells = np.concatenate([np.tile(part.cell, (len(part.weights), 1)) for part in parts])
-        kept, thin = self._over_min_weight()
-        without_support = (_without_support(weights, cells, support, row, section) for row in thin)
-        return Scenarios(
-            weights=weights[kept],
-            means=np.concatenate([part.fit.means for part in parts])[kept],
-            covariances=np.concatenate([part.fit.covariances for part in parts])[kept],
-            all_weights=weights,
-            codes_used=sum(len(part.members) for part in parts),
-            converged=all(part.fit.converged for part in parts),
-            iterations=max(part.fit.iterations for part in parts),
-            lower_bound=float(sum(part.weight * part.fit.lower_bound for part in parts)),
-            cells=cells[kept],
-            support=support[kept],
-            source_error=self._source_error()[kept],
-            dropped=self.small + tuple(without_support),
-        )
+        if not self.parts:
+            return no_scenarios(self.failures.codes.shape[1], len(self.failures), self.small)
+        return scenarios_of(self.cells, self.section, self.small)
 
     def members(self) -> list[Failures]:
         """Return the failures that belong most to each component of `scenarios`, in their order."""
-        return [self.shares[row] for row in self._over_min_weight()[0]]
-
-    def _weights(self) -> F64:
-        return np.concatenate([part.weights for part in self.parts])
-
-    def _support(self) -> I64:
-        return np.array([len(np.unique(share.source)) for share in self.shares], np.int64)
-
-    def _source_error(self) -> F64:
-        """Return the share of each component's distinct source images that f itself gets wrong; nan where unknown."""
-        return np.array([_source_error(share) for share in self.shares], np.float64)
-
-    def _over_min_weight(self) -> tuple[I64, I64]:
-        """Return the components over ε in the order of `section.order`: those with enough support, and the others."""
-        weights, support = self._weights(), self._support()
-        over = np.flatnonzero(weights > self.section.min_weight)
-        over = over[np.argsort(-weights[over], kind="stable")]
-        if self.section.order == "source-error":
-            over = over[np.argsort(-certain_error(support[over], self._source_error()[over]), kind="stable")]
-        enough = support[over] >= self.section.min_support
-        return over[enough], over[~enough]
+        shares = [share for of_part in self.shares for share in of_part]
+        return [shares[row] for row in kept_components(self.cells, self.section)[0]]
 
 
-def _source_error(members: Failures) -> float:
-    if members.source_wrong is None or not len(members):
-        return float("nan")
-    _, first = np.unique(members.source, return_index=True)
-    return float(members.source_wrong[first].mean())
+def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tuple[I64, I64]:
+    """Return the components over ε in the order of `section.order`: those with enough support, and the others."""
+    weights = np.concatenate([cell.weights for cell in cells])
+    support = np.concatenate([cell.support for cell in cells])
+    over = np.flatnonzero(weights > section.min_weight)
+    over = over[np.argsort(-weights[over], kind="stable")]
+    if section.order == "source-error":
+        error = _source_error(cells)
+        over = over[np.argsort(-certain_error(support[over], error[over]), kind="stable")]
+    enough = support[over] >= section.min_support
+    return over[enough], over[~enough]
 
 
-def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:
-    """Return FAILURES_KEPT of the failures of each component, from as many images as there are, up to IMAGES_KEPT.
-
-    They are drawn by seed, and each image gives as many as the others where it has so many.
-    """
-    chosen = [
-        own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
-        for component, own in enumerate(members)
-    ]
-    sources = np.stack([own.source for own in chosen])  # (S, L)
-    used, anchor = np.unique(sources, return_inverse=True)
-    pixels = train.take(used).pixels[:]
-    codes = np.stack([own.codes for own in chosen])
-    return ComponentFailures(codes, anchor.reshape(sources.shape).astype(np.int64), Anchors(pixels, used))
-
-
-def _spread(source: I64, rng: np.random.Generator) -> I64:
-    """Return FAILURES_KEPT rows of (n,) failures: one of each image, then a second one of each, and so on."""
-    rows = rng.permutation(len(source))
-    images, of_image = np.unique(source[rows], return_inverse=True)
-    rows = rows[np.isin(of_image, rng.permutation(len(images))[:IMAGES_KEPT])]
-    order = np.argsort(source[rows], kind="stable")
-    _, first, counts = np.unique(source[rows][order], return_index=True, return_counts=True)
-    turn = np.empty(len(rows), np.int64)  # how many failures of the same image come before
-    turn[order] = np.arange(len(rows)) - np.repeat(first, counts)
-    return np.resize(rows[np.argsort(turn, kind="stable")], FAILURES_KEPT)
+def _source_error(cells: Sequence[FittedCell]) -> F64:
+    """Return the share of the source images of each component that f itself gets wrong; nan where not known."""
+    support = np.concatenate([cell.support for cell in cells])
+    error: F64 = np.concatenate([cell.wrong for cell in cells]) / np.maximum(support, 1)
+    return np.where(support > 0, error, np.nan)
 
 
 def certain_error(support: I64, error: F64) -> F64:
@@ -325,15 +340,35 @@ def certain_error(support: I64, error: F64) -> F64:
     return lower_bound(wrong, support)
 
 
-def seen_in_training_images(scenarios: Scenarios) -> Bool:
-    """Return the components whose source images f certainly gets wrong itself, (S,): more than LEAST_SOURCE_ERROR.
+def scenarios_of(
+    fitted: Sequence[FittedCell], section: DistillSection, small: tuple[DroppedComponent, ...] = ()
+) -> Scenarios:
+    """Return the components of all mixtures over ε with enough support, in the order of `section.order`."""
+    weights = np.concatenate([cell.weights for cell in fitted])
+    support = np.concatenate([cell.support for cell in fitted])
+    cells = np.concatenate([np.tile(cell.cell, (len(cell.weights), 1)) for cell in fitted])
+    kept, thin = kept_components(fitted, section)
+    return Scenarios(
+        weights=weights[kept],
+        means=np.concatenate([cell.fit.means for cell in fitted])[kept],
+        covariances=np.concatenate([cell.fit.covariances for cell in fitted])[kept],
+        all_weights=weights,
+        codes_used=sum(cell.codes for cell in fitted),
+        converged=all(cell.fit.converged for cell in fitted),
+        iterations=max(cell.fit.iterations for cell in fitted),
+        lower_bound=float(sum(cell.weight * cell.fit.lower_bound for cell in fitted)),
+        cells=cells[kept],
+        support=support[kept],
+        source_error=_source_error(fitted)[kept],
+        last_change=_largest_change([cell.fit for cell in fitted]),
+        dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),
+    )
 
-    f fails on the others in decodings alone, which may be a fault of the β-VAE.
-    """
-    if scenarios.source_error is None or scenarios.support is None:
-        return np.zeros(len(scenarios), np.bool_)
-    seen: Bool = certain_error(scenarios.support, scenarios.source_error) > LEAST_SOURCE_ERROR
-    return seen
+
+def _largest_change(fits: list[FittedMixture]) -> float | None:
+    """Return the largest change of a bound in the last iteration, in nats; None where no fit had two iterations."""
+    changes = [abs(fit.last_change) for fit in fits if math.isfinite(fit.last_change)]
+    return max(changes, default=None)
 
 
 def _without_support(
@@ -344,7 +379,8 @@ def _without_support(
     return DroppedComponent(float(weights[row]), source, answer, int(support[row]), reason)
 
 
-def _no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:
+def no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:
+    """Return no scenarios over so many codes of `width` dimensions."""
     nothing: F64 = np.zeros(0)
     return Scenarios(
         nothing,

@@ -8,10 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from defuse_core.artifacts import F32, F64, I64, Anchors, ComponentFailures, Scenarios
+from defuse_core.artifacts import F32, F64, I64, Anchors, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
+from defuse_core.data import Images
+from defuse_core.seeds import generator
 
 COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part nearest to its mean
+
+FAILURES_KEPT = 256  # L, with vae.decode: anchored
+IMAGES_KEPT = 64  # training images that the failures of one component come from at most
 
 
 def sample_codes_from(
@@ -141,3 +146,31 @@ def wide_draws(
         return Draws(sample_codes_from(scenarios, component, count, tau, rng))
     rows = failure_rows(scenarios.failures, component, count, rng, held_out=True)
     return near_failures(replace(scenarios, taus=None), component, rows, tau, rng)
+
+
+def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:
+    """Return FAILURES_KEPT of the failures of each component, from as many images as there are, up to IMAGES_KEPT.
+
+    They are drawn by seed, and each image gives as many as the others where it has so many.
+    """
+    chosen = [
+        own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
+        for component, own in enumerate(members)
+    ]
+    sources = np.stack([own.source for own in chosen])  # (S, L)
+    used, anchor = np.unique(sources, return_inverse=True)
+    pixels = train.take(used).pixels[:]
+    codes = np.stack([own.codes for own in chosen])
+    return ComponentFailures(codes, anchor.reshape(sources.shape).astype(np.int64), Anchors(pixels, used))
+
+
+def _spread(source: I64, rng: np.random.Generator) -> I64:
+    """Return FAILURES_KEPT rows of (n,) failures: one of each image, then a second one of each, and so on."""
+    rows = rng.permutation(len(source))
+    images, of_image = np.unique(source[rows], return_inverse=True)
+    rows = rows[np.isin(of_image, rng.permutation(len(images))[:IMAGES_KEPT])]
+    order = np.argsort(source[rows], kind="stable")
+    _, first, counts = np.unique(source[rows][order], return_index=True, return_counts=True)
+    turn = np.empty(len(rows), np.int64)  # how many failures of the same image come before
+    turn[order] = np.arange(len(rows)) - np.repeat(first, counts)
+    return np.resize(rows[np.argsort(turn, kind="stable")], FAILURES_KEPT)

@@ -42,24 +42,29 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.precision import answers_as_in_f32, margin_bound, spaced_rows
+from defuse_core.progress import Progress, silent
 from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.seeds import generator
-from defuse_core.store import Store
+from defuse_core.store import Store, map_ahead
 
 log = logging.getLogger("defuse")
-MAX_SHARDS = 512  # bounds the number of objects in the store, whatever the number of images
+SHARDS = 512  # that a large training set has at least
+SHARD_DECODINGS = 2**19  # of a shard at most: two minutes of a CPU core, about a second of a GPU
 
 
-def blocks_per_shard(images: int, block_images: int) -> int:
-    """Return how many consecutive blocks make a shard: one object in the store."""
-    blocks = -(-images // block_images)
-    return max(1, -(-blocks // MAX_SHARDS))
+def blocks_per_shard(images: int, section: IdentifySection) -> int:
+    """Return how many consecutive blocks make a shard: one object in the store, and what a lost worker costs.
+
+    It depends on the run file alone, never on the workers, and no result depends on it: noise is seeded by block.
+    """
+    blocks = -(-images // section.block_images)
+    return max(1, min(-(-blocks // SHARDS), SHARD_DECODINGS // (section.block_images * section.draws)))
 
 
-def shard_count(images: int, block_images: int) -> int:
+def shard_count(images: int, section: IdentifySection) -> int:
     """Return G, the number of shards of a training set."""
-    blocks = -(-images // block_images)
-    return -(-blocks // blocks_per_shard(images, block_images))
+    blocks = -(-images // section.block_images)
+    return -(-blocks // blocks_per_shard(images, section))
 
 
 def encode_posterior(vae: Vae, images: Images, batch_size: int) -> tuple[F32, F32]:
@@ -101,15 +106,28 @@ def nearest_failures(failed: Bool, distance: F32, cap: int | None) -> Bool:
     return kept & failed
 
 
+def open_training_images(spec: RunFile, models: Models, *, progress: Progress = silent) -> Images:
+    """Return the training images. Raises DataError, or RunMismatchError for images other than those trained on."""
+    progress("opening the training images", 0, 1, "sets")
+    return reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
+
+
 class Identifier:
     """One worker: holds the models and the training set, and identifies shard after shard of it.
 
     With `references` a failing draw is kept only if these models still recognise the class of its source image.
     """
 
-    def __init__(self, spec: RunFile, models: Models, references: ReferenceSet | None = None) -> None:
-        """Load images and models. Raises DataError, ModelError, or RunMismatchError for other images."""
-        self.spec, self.train = spec, reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
+    def __init__(
+        self,
+        spec: RunFile,
+        models: Models,
+        references: ReferenceSet | None = None,
+        train: Images | None = None,
+    ) -> None:
+        """Load the models, and the images where they are not given. Raises ModelError, or as open_training_images."""
+        self.spec = spec
+        self.train = train or open_training_images(spec, models)
         self.classifier = load_classifier(spec, models.classifier, len(models.classes))
         self.vae = load_vae(spec, models.vae)
         self.references = (
@@ -123,7 +141,7 @@ class Identifier:
         """Return Ψ of shard `index`, on one CPU thread or this process's GPU."""
         started = time.perf_counter()
         section = self.spec.identify
-        size = blocks_per_shard(len(self.train), section.block_images)
+        size = blocks_per_shard(len(self.train), section)
         last = -(-len(self.train) // section.block_images)
         with cpu_threads(1):
             found = [self._block(block) for block in range(index * size, min((index + 1) * size, last))]
@@ -250,6 +268,8 @@ def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | 
     """Return what all shards of a run share and no other run's shards have: models, images, noise and seed."""
     decode = "" if spec.vae.decode == "plain" else f" {spec.vae.decode}"
     digest = hashlib.sha256(f"{spec.seed} {spec.identify!r} {models.data_fingerprint}{decode}".encode())
+    if (size := blocks_per_shard(models.images["train"], spec.identify)) > 1:
+        digest.update(f"{size} blocks".encode())  # so that shards of another layout are made again
     screen = () if references is None else references.models
     for weights in (models.classifier, models.vae, *screen):
         for name in sorted(weights):
@@ -300,15 +320,15 @@ def _decode_shard(data: bytes, where: str, expected: tuple[int, str], remedy: st
 
 def finished_shards(store: Store, fingerprint: str) -> dict[int, ShardRecord]:
     """Return the counts of the shards that are done, each read once; one that is damaged is logged and made again."""
-    records = {}
-    for key in store.list("psi/"):
-        if match := re.fullmatch(r"psi/(\d{6})\.safetensors", key):
-            index, data = int(match[1]), store.read(key)
-            try:
-                where, remedy = f"{store.address}/{key}", "the shard is made again"
-                records[index] = _record(index, _decode_shard(data, where, (index, fingerprint), remedy))
-            except StoreError as error:
-                log.warning("identify: %s", error)
+    keys = [key for key in store.list("psi/") if re.fullmatch(r"psi/\d{6}\.safetensors", key)]
+    records, remedy = {}, "the shard is made again"
+    for key, data in zip(keys, map_ahead(store.read, keys), strict=True):
+        index = int(key[4:10])
+        try:
+            shard = _decode_shard(data, f"{store.address}/{key}", (index, fingerprint), remedy)
+            records[index] = _record(index, shard)
+        except StoreError as error:
+            log.warning("identify: %s", error)
     return records
 
 

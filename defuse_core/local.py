@@ -27,6 +27,17 @@ log = logging.getLogger("defuse")
 T = TypeVar("T")
 
 
+class LocalPartitions:
+    """The protocol `Partitions`, in this process."""
+
+    def __init__(self, parts: list[object]) -> None:
+        self.parts = parts
+
+    def map(self, function: Callable[..., T], *args: object) -> list[T]:
+        """Return function(part, *args) of every part, in order."""
+        return [function(part, *args) for part in self.parts]
+
+
 class LocalCompute:
     """The protocol `Compute`, without a cluster."""
 
@@ -41,11 +52,17 @@ class LocalCompute:
         """Return the results of the calls, made one after the other."""
         return [self.task(step, call.function, *call.args) for call in calls]
 
+    def partitions(
+        self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
+    ) -> LocalPartitions:
+        """Return the parts that load(*arguments) returns, in this process."""
+        return LocalPartitions([load(*each) for each in arguments])
+
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
     ) -> Psi:
         """Algorithm 1, shard after shard."""
-        count = shard_count(models.images["train"], spec.identify.block_images)
+        count = shard_count(models.images["train"], spec.identify)
         identifier = Identifier(spec, models, references)
         records = finished_shards(store, identifier.fingerprint)
         for index in range(count):

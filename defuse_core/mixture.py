@@ -11,6 +11,7 @@ Axes: n codes, Z latent dimensions, K components, M monomials of a code up to de
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class FittedMixture:
 
 
 @dataclass(frozen=True, eq=False)
-class _Prior:
+class Prior:
     concentration: float  # of the stick-breaking weights
     mean: F64  # (Z,)
     covariance: F64  # (Z, Z)
@@ -50,7 +51,7 @@ class _Prior:
 
 
 @dataclass(frozen=True, eq=False)
-class _Statistics:
+class Statistics:
     """Sums over all rows under one set of responsibilities; means and covariances follow from them."""
 
     count: F64  # (K,)
@@ -60,7 +61,7 @@ class _Statistics:
 
 
 @dataclass(frozen=True, eq=False)
-class _Posterior:
+class Posterior:
     """Parameters of the variational posterior."""
 
     sticks: tuple[F64, F64]  # (K,) each: parameters of the Beta distributions of the sticks
@@ -69,6 +70,48 @@ class _Posterior:
     degrees_of_freedom: F64  # (K,)
     covariances: F64  # (K, Z, Z)
     precision_roots: F64  # (K, Z, Z) upper triangular; root @ root^T is the precision
+
+
+class VariationalFit:
+    """A fit under way: whoever holds the codes returns their sums under `coefficients`, and `step` takes them."""
+
+    def __init__(self, start: Posterior, prior: Prior, center: F64, *, max_iterations: int, tolerance: float):
+        """`center` (Z,) is subtracted from every code, so that sums of squares keep their digits."""
+        self.posterior, self.prior, self.center = start, prior, center
+        self.max_iterations, self.tolerance = max_iterations, tolerance
+        self.bound, self.change, self.iteration = -math.inf, math.inf, 0
+
+    @property
+    def converged(self) -> bool:
+        """Whether the lower bound changed by less than `tolerance` nats in the last iteration."""
+        return abs(self.change) < self.tolerance
+
+    @property
+    def done(self) -> bool:
+        """Whether it has converged, or used up its iterations."""
+        return self.converged or self.iteration >= self.max_iterations
+
+    def coefficients(self) -> F64:
+        """Return what each monomial contributes to the expected log of weight times density, (M, K)."""
+        return _log_joint_coefficients(self.posterior)
+
+    def step(self, statistics: Statistics) -> None:
+        """Take the M step on the sums over all rows, and note the lower bound."""
+        self.posterior = maximise(self.prior, statistics)
+        before, self.bound = self.bound, _lower_bound(self.posterior, statistics.entropy)
+        self.change, self.iteration = self.bound - before, self.iteration + 1
+
+    def fitted(self) -> FittedMixture:
+        """Return the mixture as it is now."""
+        return FittedMixture(
+            weights=_weights(self.posterior),
+            means=self.posterior.means + self.center,
+            covariances=self.posterior.covariances,
+            converged=self.converged,
+            iterations=self.iteration,
+            lower_bound=self.bound,
+            last_change=self.change,
+        )
 
 
 def fit_dirichlet_process_mixture(
@@ -82,31 +125,23 @@ def fit_dirichlet_process_mixture(
     """
     center = codes.mean(axis=0)  # sums of squares about the mean keep their digits
     monomials = _monomials(torch.from_numpy(codes - center).to(device()))
-    prior = _Prior(
-        concentration=1 / components,
-        mean=np.zeros(codes.shape[1]),
-        covariance=np.atleast_2d(np.cov(codes.T)),
-        mean_precision=1.0,
-        degrees_of_freedom=float(codes.shape[1]),
-    )
+    prior = default_prior(components, np.atleast_2d(np.cov(codes.T)))
     labels = KMeans(n_clusters=components, n_init=1, random_state=seed).fit(codes).labels_
-    posterior = _maximise(prior, _hard_statistics(monomials, labels.astype(np.int64), components))
-    bound, change, iteration = -math.inf, math.inf, 0
-    for iteration in range(1, max_iterations + 1):  # noqa: B007 - its last value is in the result
-        statistics = _expect(monomials, posterior)
-        posterior = _maximise(prior, statistics)
-        before, bound = bound, _lower_bound(posterior, statistics.entropy)
-        change = bound - before
-        if abs(change) < tolerance:
-            break
-    return FittedMixture(
-        weights=_weights(posterior),
-        means=posterior.means + center,
-        covariances=posterior.covariances,
-        converged=abs(change) < tolerance,
-        iterations=iteration,
-        lower_bound=bound,
-        last_change=change,
+    start = maximise(prior, _hard_statistics(monomials, labels.astype(np.int64), components))
+    fit = VariationalFit(start, prior, center, max_iterations=max_iterations, tolerance=tolerance)
+    while not fit.done:
+        fit.step(_expect(monomials, fit.coefficients()))
+    return fit.fitted()
+
+
+def default_prior(components: int, covariance: F64) -> Prior:
+    """Return scikit-learn's default prior for codes of mean 0 and this (Z, Z) covariance."""
+    return Prior(
+        concentration=1 / components,
+        mean=np.zeros(len(covariance)),
+        covariance=covariance,
+        mean_precision=1.0,
+        degrees_of_freedom=float(len(covariance)),
     )
 
 
@@ -120,7 +155,7 @@ def _monomials(rows: Tensor) -> Tensor:
     return torch.cat([ones, rows, rows[:, upper[0]] * rows[:, upper[1]]], dim=1)
 
 
-def _hard_statistics(monomials: Tensor, labels: I64, components: int) -> _Statistics:
+def _hard_statistics(monomials: Tensor, labels: I64, components: int) -> Statistics:
     """Return the statistics of the k-means partition that the fit starts from."""
     sums = monomials.new_zeros(components, monomials.shape[1])
     assigned = torch.from_numpy(labels).to(monomials.device)
@@ -131,46 +166,106 @@ def _hard_statistics(monomials: Tensor, labels: I64, components: int) -> _Statis
     return _unpacked(sums, 0.0)
 
 
-def _expect(monomials: Tensor, posterior: _Posterior) -> _Statistics:
-    """The E step: return the sums over all rows under the responsibilities that `posterior` gives."""
-    coefficients = torch.from_numpy(_log_joint_coefficients(posterior)).to(monomials.device)  # (M, K)
+def _expect(monomials: Tensor, table: F64) -> Statistics:
+    """The E step: return the sums over all rows under the responsibilities that the (M, K) coefficients give."""
+    coefficients = torch.from_numpy(table).to(monomials.device)
     sums = monomials.new_zeros(coefficients.T.shape)
     log_evidence = monomials.new_zeros(())
     for start in range(0, len(monomials), BLOCK_ROWS):
-        block = monomials[start : start + BLOCK_ROWS]
-        log_joint = block @ coefficients  # (n, K)
-        largest = log_joint.amax(dim=1, keepdim=True)
-        share = log_joint.sub_(largest).exp_()
-        total = share.sum(dim=1, keepdim=True)
-        sums += share.div_(total).T @ block
-        log_evidence += (largest + total.log()).sum()
+        log_evidence += _add_block(monomials[start : start + BLOCK_ROWS], coefficients, sums)
+    return soft_statistics(sums, log_evidence, coefficients)
+
+
+def _add_block(block: Tensor, coefficients: Tensor, sums: Tensor) -> Tensor:
+    """Add the sums over a block of rows to the (K, M) `sums`; return its log evidence."""
+    log_joint = block @ coefficients  # (n, K)
+    largest = log_joint.amax(dim=1, keepdim=True)
+    share = log_joint.sub_(largest).exp_()
+    total = share.sum(dim=1, keepdim=True)
+    sums += share.div_(total).T @ block
+    return (largest + total.log()).sum()
+
+
+def soft_statistics(sums: Tensor, log_evidence: Tensor, coefficients: Tensor) -> Statistics:
+    """Return the statistics of (K, M) sums over all rows under the responsibilities of `coefficients`."""
     # log r = log joint - log evidence, and the sum of r log joint is linear in the sums
     entropy = log_evidence - torch.dot(sums.T.reshape(-1), coefficients.reshape(-1))
     return _unpacked(sums, float(entropy))
 
 
-def _unpacked(sums: Tensor, entropy: float) -> _Statistics:
+def partial_sums(codes: F32, center: F64, table: F64) -> tuple[F64, float]:
+    """Return the (K, M) sums and the log evidence of some rows, (n, Z), under the (M, K) coefficients; on the CPU.
+
+    Holds one block of rows in float64 at a time. Partial sums added up in one order give the same bits wherever they
+    are made.
+    """
+    coefficients = torch.from_numpy(table)
+    sums, log_evidence = coefficients.new_zeros(coefficients.T.shape), coefficients.new_zeros(())
+    for start in range(0, len(codes), BLOCK_ROWS):
+        rows = torch.from_numpy(codes[start : start + BLOCK_ROWS].astype(np.float64) - center)
+        log_evidence += _add_block(_monomials(rows), coefficients, sums)
+    return sums.numpy(), float(log_evidence)
+
+
+def summed_statistics(partial: Sequence[tuple[F64, float]], table: F64) -> Statistics:
+    """Return the statistics of all rows from the results of partial_sums, added up in order."""
+    coefficients = torch.from_numpy(table)
+    sums, log_evidence = coefficients.new_zeros(coefficients.T.shape), coefficients.new_zeros(())
+    for part, evidence in partial:
+        sums += torch.from_numpy(np.array(part))
+        log_evidence += evidence
+    return soft_statistics(sums, log_evidence, coefficients)
+
+
+def one_component(width: int) -> F64:
+    """Return (M, 1) coefficients under which every row belongs to one component."""
+    return np.zeros(((width + 1) * (width + 2) // 2, 1))
+
+
+def covariance_of(partial: Sequence[tuple[F64, float]]) -> F64:
+    """Return the (Z, Z) covariance of all rows from their partial sums under one_component, about their mean."""
+    total = _unpacked(torch.from_numpy(np.sum([part for part, _ in partial], axis=0)), 0.0)
+    mean = total.first[0] / total.count[0]
+    covariance: F64 = (total.second[0] - total.count[0] * np.outer(mean, mean)) / (total.count[0] - 1)
+    return covariance
+
+
+def mixture_coefficients(fit: FittedMixture, center: F64) -> F64:
+    """Return what each monomial of a code about `center` contributes to the log of weight times density, (M, K)."""
+    roots = _precision_roots(fit.covariances)
+    log_det = np.log(np.diagonal(roots, axis1=1, axis2=2)).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        log_weights = np.maximum(np.log(fit.weights), np.log(np.finfo(np.float64).tiny))
+    constant = log_weights + log_det - 0.5 * fit.means.shape[1] * math.log(2 * math.pi)
+    return _quadratic_coefficients(roots, fit.means - center, constant)
+
+
+def _unpacked(sums: Tensor, entropy: float) -> Statistics:
     """Return the statistics that (K, M) sums of monomials hold."""
     table: F64 = sums.cpu().numpy()
     width = (math.isqrt(8 * table.shape[1] + 1) - 3) // 2  # of M = (Z + 1) (Z + 2) / 2
     second = np.zeros((len(table), width, width))
     i, j = np.triu_indices(width)
     second[:, i, j] = second[:, j, i] = table[:, 1 + width :]
-    return _Statistics(table[:, 0] + MIN_COUNT, table[:, 1 : 1 + width], second, entropy)
+    return Statistics(table[:, 0] + MIN_COUNT, table[:, 1 : 1 + width], second, entropy)
 
 
-def _log_joint_coefficients(posterior: _Posterior) -> F64:
+def _log_joint_coefficients(posterior: Posterior) -> F64:
     """Return what each monomial contributes to the expected log of weight times density, (M, K)."""
-    width = posterior.means.shape[1]
-    precisions = posterior.precision_roots @ posterior.precision_roots.transpose(0, 2, 1)  # (K, Z, Z)
-    linear = (precisions @ posterior.means[:, :, None])[:, :, 0]  # (K, Z)
-    constant = _log_constants(posterior) - 0.5 * (linear * posterior.means).sum(axis=1)
-    i, j = np.triu_indices(width)
+    return _quadratic_coefficients(posterior.precision_roots, posterior.means, _log_constants(posterior))
+
+
+def _quadratic_coefficients(roots: F64, means: F64, constants: F64) -> F64:
+    """Return constants (K,) minus half the squared Mahalanobis distances as coefficients of monomials, (M, K)."""
+    precisions = roots @ roots.transpose(0, 2, 1)  # (K, Z, Z)
+    linear = (precisions @ means[:, :, None])[:, :, 0]  # (K, Z)
+    constant = constants - 0.5 * (linear * means).sum(axis=1)
+    i, j = np.triu_indices(means.shape[1])
     quadratic = np.where(i == j, -0.5, -1.0) * precisions[:, i, j]
     return np.ascontiguousarray(np.concatenate([constant[:, None], linear, quadratic], axis=1).T)
 
 
-def _maximise(prior: _Prior, statistics: _Statistics) -> _Posterior:
+def maximise(prior: Prior, statistics: Statistics) -> Posterior:
     """The M step: return the posterior that the statistics amount to under `prior`."""
     count = statistics.count
     averages = statistics.first / count[:, None]
@@ -186,7 +281,7 @@ def _maximise(prior: _Prior, statistics: _Statistics) -> _Posterior:
     )
     covariances /= degrees[:, None, None]
     behind = np.append(np.cumsum(count[::-1])[-2::-1], 0.0)  # what all later sticks hold
-    return _Posterior(
+    return Posterior(
         sticks=(1 + count, prior.concentration + behind),
         mean_precision=mean_precision,
         means=means,
@@ -207,7 +302,7 @@ def _precision_roots(covariances: F64) -> F64:
     return np.ascontiguousarray(np.tril(inverse).transpose(0, 2, 1))
 
 
-def _log_constants(posterior: _Posterior) -> F64:
+def _log_constants(posterior: Posterior) -> F64:
     """Return, (K,), what the expected log of weight times density has beside the Mahalanobis term."""
     width = posterior.means.shape[1]
     degrees = posterior.degrees_of_freedom
@@ -219,7 +314,7 @@ def _log_constants(posterior: _Posterior) -> F64:
     return constants
 
 
-def _log_weights(posterior: _Posterior) -> F64:
+def _log_weights(posterior: Posterior) -> F64:
     """Return E[log weight] of every component, (K,)."""
     first, second = posterior.sticks
     whole = digamma(first + second)
@@ -228,12 +323,12 @@ def _log_weights(posterior: _Posterior) -> F64:
     return log_weights
 
 
-def _log_det_roots(posterior: _Posterior) -> F64:
+def _log_det_roots(posterior: Posterior) -> F64:
     log_det: F64 = np.log(np.diagonal(posterior.precision_roots, axis1=1, axis2=2)).sum(axis=1)
     return log_det
 
 
-def _lower_bound(posterior: _Posterior, entropy: float) -> float:
+def _lower_bound(posterior: Posterior, entropy: float) -> float:
     """Return the lower bound of the evidence, up to constants, as scikit-learn computes it."""
     width, degrees = posterior.means.shape[1], posterior.degrees_of_freedom
     log_det = _log_det_roots(posterior) - 0.5 * width * np.log(degrees)
@@ -244,7 +339,7 @@ def _lower_bound(posterior: _Posterior, entropy: float) -> float:
     return float(entropy - log_wishart.sum() - log_weight - log_means)
 
 
-def _weights(posterior: _Posterior) -> F64:
+def _weights(posterior: Posterior) -> F64:
     """Return the expected weights, (K,), which sum to 1."""
     first, second = posterior.sticks
     rest = second / (first + second)

@@ -22,7 +22,8 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.correct import reviewed_failures
-from defuse_core.distill import distill
+from defuse_core.distill import SAMPLE_CODES, distill
+from defuse_core.distill_all import distill_all
 from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluate import Findings, evaluate
 from defuse_core.evidence import (
@@ -172,7 +173,10 @@ def _scenarios(
     run: Run, compute: Compute, psi: Psi, models: Models, references: ReferenceSet | None
 ) -> Scenarios:
     """Distill Ψ and, with review.tau: auto, give each component its own τ."""
-    scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
+    if run.spec.distill.max_codes is None and psi.total > SAMPLE_CODES:
+        scenarios = distill_all(run.spec, psi, run.store, models.data_fingerprint, compute)
+    else:
+        scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
     if run.spec.review.tau != "auto":
         return scenarios
     return compute.task("distill", tighten, run.spec, models, references, scenarios)

@@ -9,9 +9,17 @@ from typing import Any, Generic, Protocol, TypeVar
 from defuse_core.artifacts import Corrections, Gallery, Models, Psi, ReferenceSet, Sweep, Votes
 from defuse_core.config import RunFile
 from defuse_core.data import Images
+from defuse_core.progress import Progress
 from defuse_core.store import Store
 
 T = TypeVar("T")
+
+
+class Partitions(Protocol):
+    """Data in parts, each of which is where it was loaded; one that is lost with its machine is loaded again."""
+
+    def map(self, function: Callable[..., T], *args: object) -> list[T]:
+        """Return function(part, *args) of every part, in order."""
 
 
 class Call(Generic[T]):
@@ -33,6 +41,13 @@ class SweepRequest:
 
 class Compute(Protocol):
     """Runs the heavy steps: in this process (local.py), or on a Ray cluster (cluster/compute.py)."""
+
+    progress: Progress
+
+    def partitions(
+        self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
+    ) -> Partitions:
+        """Return the parts that load(*arguments) returns, each on the machine that loads it."""
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...), run where the accelerator is. Raises what the function raises."""

@@ -174,7 +174,7 @@ class RunResult:
             labels=tuple(classes[label] for label in images.labels),
             answers=tuple(classes[answer] for answer in answers),
             rows=rows if given is None else given[rows],
-            files=images.pixels.paths if isinstance(images.pixels, PictureFiles) else None,
+            files=tuple(images.pixels.paths) if isinstance(images.pixels, PictureFiles) else None,
             distances=distances,
             part=name,
         )

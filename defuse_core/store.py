@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import itertools
 import os
 import platform
 import re
@@ -12,10 +13,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, TypeVar
 
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
@@ -27,6 +30,9 @@ UNFINISHED_S = 600.0
 LOCK = ".lock"
 GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over
 GATE_S = 20.0
+READ_AHEAD = 8  # objects that are read at once
+A = TypeVar("A")
+B = TypeVar("B")
 DELETED = ".deleted"  # suffix of a folder that is being deleted
 
 
@@ -250,6 +256,20 @@ class FolderStore:
 def is_hidden(key: str) -> bool:
     """Whether a key is one that a store keeps for itself, such as its lock."""
     return any(part.startswith(".") for part in key.split("/"))
+
+
+def map_ahead(function: Callable[[A], B], items: Iterable[A], ahead: int = READ_AHEAD) -> Iterator[B]:
+    """Yield function(item) of each item, in order, while threads work on the next `ahead` items: for reads of a store.
+
+    So many results are in memory at most. Raises what the function raises, once its item is due.
+    """
+    left = iter(items)
+    with ThreadPoolExecutor(ahead, "defuse-read") as pool:
+        due = deque(pool.submit(function, item) for item in itertools.islice(left, ahead))
+        while due:
+            result = due.popleft().result()
+            due.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
+            yield result
 
 
 def _locked_at_once(handle: TextIO) -> bool:

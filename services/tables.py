@@ -164,7 +164,10 @@ def _lines(report: Report) -> list[str]:
         cost = f"; {moved} points on the test set" if moved else ""
         lines.append(f"Chosen: λ = {lam_text(report.chosen.lam)}, epoch {report.chosen.epoch}{cost}.")
     if not mixture.converged:
-        lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}.")
+        rest = ""
+        if mixture.last_change is not None:
+            rest = f"; its bound still changed by {mixture.last_change:.3g} nats"
+        lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}{rest}.")
     if report.watch is not None:
         lines.append(f"Watch: {report.watch.verdict}")
     lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
@@ -254,7 +257,7 @@ def _shards(run: Run) -> int:
     from defuse_core.identify import shard_count
 
     models = run.load(Models)
-    return 0 if models is None else shard_count(models.images["train"], run.spec.identify.block_images)
+    return 0 if models is None else shard_count(models.images["train"], run.spec.identify)
 
 
 def print_status(run: Run, console: Console | None = None) -> None:

@@ -217,8 +217,9 @@ class DistillSection(Section):
     by: Literal["cell", "all"] = "cell"
     """cell fits a mixture to each cell (class of the source image, answer of f), which gets its share of
     max_components; all fits one mixture to all codes. Paper: all."""
-    max_codes: int = Field(50_000, ge=2)
-    """Ψ is sampled down to so many codes, without replacement. Paper: 50,000."""
+    max_codes: Annotated[int, Field(ge=2)] | None = 50_000
+    """Ψ is sampled down to so many codes, without replacement. null fits all of Ψ, on all workers, from the fit to a
+    sample of 50,000; with engine torch. Paper: 50,000."""
     max_components: int = Field(100, ge=1)
     """K. Paper: 100."""
     min_weight: float = Field(0.01, ge=0, lt=1)
@@ -236,6 +237,12 @@ class DistillSection(Section):
     """Paper: scikit-learn's default, 100."""
     tolerance: float = Field(1e-3, gt=0)
     """Change of the lower bound at which the fit has converged. Paper: scikit-learn's default, 0.001."""
+
+    @model_validator(mode="after")
+    def _all_codes_on_torch(self) -> Self:
+        if self.max_codes is None and self.engine != "torch":
+            raise ValueError("max_codes: null goes with engine: torch")
+        return self
 
 
 class ClassifierSet(Section):

@@ -10,6 +10,7 @@ import numpy as np
 
 from defuse_core.config import DataSection
 from defuse_core.data.images import Images, PictureFiles, Splits, data_root, expect_class_names
+from defuse_core.data.paths import FilePaths
 from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
 
@@ -54,7 +55,7 @@ def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | N
         raise DataError(
             f"{part}: expected the class folders of train, but {odd[0]} is only in {only}; add or remove it"
         )
-    files = [_image_files(part / name) for name in classes]
+    files = [FilePaths.pack(_image_files(part / name), f"{part}{os.sep}") for name in classes]
     if part.name == "train" and (
         empty := [n for n, images in zip(classes, files, strict=True) if not images]
     ):
@@ -64,9 +65,7 @@ def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | N
     if not any(files):
         raise DataError(f"{part}: expected images, found none; add some or remove the folder")
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(images) for images in files])
-    return Images(
-        PictureFiles([file for images in files for file in images], data.channels, data.image_size), labels
-    )
+    return Images(PictureFiles(FilePaths.concatenate(files), data.channels, data.image_size), labels)
 
 
 def _image_files(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
+from defuse_core.data.paths import FilePaths
 from defuse_core.errors import DataError, has_control_characters
 
 MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
@@ -33,25 +34,21 @@ class PictureFiles:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, paths: Sequence[str] | npt.NDArray[np.object_], channels: int, size: int) -> None:
-        self._paths = np.asarray(paths, dtype=object)
+    def __init__(self, paths: Sequence[str] | FilePaths, channels: int, size: int) -> None:
+        self.paths = paths if isinstance(paths, FilePaths) else FilePaths.pack(paths)
         self._channels = channels
         self._size = size
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self._paths), self._channels, self._size, self._size)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(self._paths)
+        return (len(self.paths), self._channels, self._size, self._size)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, rows: slice | I64) -> U8:
         """Return pixels (n, channels, H, W). Raises DataError naming a file that is no readable image."""
-        paths = self._paths[rows]
+        paths = self.paths.take(rows)
         pixels = np.empty((len(paths), *self.shape[1:]), np.uint8)
         for image, path in zip(pixels, paths, strict=True):
             image[:] = read_picture(path, self._channels, self._size)
@@ -59,7 +56,7 @@ class PictureFiles:
 
     def at(self, rows: slice | I64) -> PictureFiles:
         """Return the files of `rows`. Reads nothing."""
-        return PictureFiles(self._paths[rows], self._channels, self._size)
+        return PictureFiles(self.paths.take(rows), self._channels, self._size)
 
 
 def read_picture(path: str, channels: int, size: int) -> U8:
@@ -182,7 +179,7 @@ class Splits:
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for name, images in self.parts().items():
             digest.update(f"\0{name} {images.pixels.dtype} {images.pixels.shape}\0".encode())
-            digest.update(images.labels.astype("<i8").tobytes())
+            digest.update(np.ascontiguousarray(images.labels, "<i8").data)
             digest.update(_sample(images).tobytes())
         return digest.hexdigest()
 

@@ -11,16 +11,18 @@ import numpy as np
 from defuse_core.artifacts import (
     F64,
     NONE_OF_THE_ABOVE,
+    Bool,
     Evaluation,
     FailedTrial,
     Models,
+    Scenarios,
     Sweep,
     SweepRow,
     Verdicts,
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
-from defuse_core.distill import seen_in_training_images
+from defuse_core.distill import certain_error
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import CLASSIFIERS, WIDER, Evidence
 from defuse_core.failure_detector import FailureWatch
@@ -58,6 +60,8 @@ from defuse_core.report.schema import (
 from defuse_core.runs import Run
 from defuse_core.verdicts import is_misclassified, most_common_error
 from defuse_core.watch_figures import share_of, watch_figures
+
+LEAST_SOURCE_ERROR = 0.1  # lower bound from which the failures of a component are those of real images
 
 
 def build_report(
@@ -98,6 +102,7 @@ def build_report(
             iterations=found.scenarios.iterations,
             codes_used=found.scenarios.codes_used,
             lower_bound=defined(found.scenarios.lower_bound),
+            last_change=defined(found.scenarios.last_change),
             weights=tuple(np.sort(found.scenarios.all_weights)[::-1].tolist()),
         ),
         votes=_votes(found),
@@ -345,3 +350,14 @@ def _mcnemar(row: F64) -> McNemar | None:
     if not np.isfinite(row).all():
         return None
     return McNemar(gained=int(row[0]), lost=int(row[1]), p_value=float(row[2]))
+
+
+def seen_in_training_images(scenarios: Scenarios) -> Bool:
+    """Return the components whose source images f certainly gets wrong itself, (S,): more than LEAST_SOURCE_ERROR.
+
+    f fails on the others in decodings alone, which may be a fault of the β-VAE.
+    """
+    if scenarios.source_error is None or scenarios.support is None:
+        return np.zeros(len(scenarios), np.bool_)
+    seen: Bool = certain_error(scenarios.support, scenarios.source_error) > LEAST_SOURCE_ERROR
+    return seen

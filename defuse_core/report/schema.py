@@ -252,6 +252,9 @@ class Mixture(ReportModel):
     iterations: int
     codes_used: int
     lower_bound: float | None
+    last_change: float | None = None
+    """Nats by which the lower bound changed in the last iteration; the largest over the cells. The fit has converged
+    below distill.tolerance."""
     weights: tuple[float, ...]
     """All K weights, largest first."""
 

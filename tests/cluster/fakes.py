@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
+from defuse_core.artifacts import I64
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.progress import Progress
 from defuse_core.store import FolderStore
@@ -180,3 +183,21 @@ def dying_once(marker: Path, *, progress: Progress) -> str:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
+
+
+def load_numbers(tally: Path, number: int) -> I64:
+    """Count the call, and return a part of five numbers."""
+    Tally(tally).add()
+    return np.full(5, number)
+
+
+def add(part: I64, number: int) -> int:
+    return int(part.sum()) + number
+
+
+def sum_or_die_once(part: I64, marker: Path) -> int:
+    """Be killed once, at the part of twos."""
+    if part[0] == 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return int(part.sum())

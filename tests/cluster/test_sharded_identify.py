@@ -118,7 +118,7 @@ def spoilt(tmp_path: Path) -> Iterator[tuple[RunFile, Models, str]]:
     read_at_once = np.linspace(0, 159, 128).astype(int)  # by the fingerprint, when the data set is opened
     row = next(row for row in range(128, 160) if row not in read_at_once)
     assert isinstance(splits.train.pixels, PictureFiles)
-    path = Path(splits.train.pixels._paths[row])
+    path = Path(splits.train.pixels.paths[row])
     path.write_bytes(b"not a picture any more")
     yield spec, models, path.name
 

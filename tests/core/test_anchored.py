@@ -23,8 +23,14 @@ from defuse_core.correct import (
     tuning_images,
 )
 from defuse_core.data import Images, open_splits
-from defuse_core.distill import FAILURES_KEPT, IMAGES_KEPT, component_failures
-from defuse_core.draws import draw_codes, near_failures, wide_draws
+from defuse_core.draws import (
+    FAILURES_KEPT,
+    IMAGES_KEPT,
+    component_failures,
+    draw_codes,
+    near_failures,
+    wide_draws,
+)
 from defuse_core.errors import VaeHealthError
 from defuse_core.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint

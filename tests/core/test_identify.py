@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from defuse_core.config import IdentifySection
+from defuse_core.distill import sample_failures
 from defuse_core.errors import RunMismatchError, StoreError
 from defuse_core.identify import (
-    MAX_SHARDS,
+    SHARD_DECODINGS,
+    SHARDS,
     Identifier,
     beta_noise,
     blocks_per_shard,
@@ -21,6 +23,7 @@ from defuse_core.identify import (
     shard_fingerprint,
     shard_key,
 )
+from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, predict
 from defuse_core.reference_models import mean_probabilities
 from defuse_core.seeds import generator
@@ -53,7 +56,7 @@ def test_codes_are_the_encoding_of_their_source_plus_beta_noise(identifier, tiny
 
 
 def test_every_image_is_drawn_q_times(identifier, tiny_spec):
-    count = shard_count(len(identifier.train), 32)
+    count = shard_count(len(identifier.train), tiny_spec.identify)
     shards = [identifier.shard(index) for index in range(count)]
     assert sum(shard.images for shard in shards) == len(identifier.train)
     assert sum(shard.decodings for shard in shards) == 4 * len(identifier.train)
@@ -167,11 +170,35 @@ def test_misclassified_images_in_which_the_reference_models_see_another_class_ar
     assert not np.isin(np.arange(10), misled(tiny_models, references).shard(0).failures.source).any()
 
 
+@pytest.mark.parametrize("draws", [1, 500, 100_000])
 @pytest.mark.parametrize("images", [1, 31, 32, 33, 60_000, 10_000_000])
-def test_shards_cover_every_block_once_and_stay_few(images):
-    size, count = blocks_per_shard(images, 32), shard_count(images, 32)
-    assert count <= MAX_SHARDS
-    assert (count - 1) * size < -(-images // 32) <= count * size
+def test_shards_cover_every_block_once_and_cost_minutes_at_most(images, draws):
+    section = IdentifySection(block_images=32, draws=draws)
+    size, count, blocks = blocks_per_shard(images, section), shard_count(images, section), -(-images // 32)
+    assert (count - 1) * size < blocks <= count * size
+    assert size == 1 or size * 32 * draws <= SHARD_DECODINGS
+
+
+def test_a_large_training_set_has_more_shards_than_workers():
+    assert shard_count(10_000_000, IdentifySection(draws=500)) > 4 * SHARDS
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_psi_and_its_sample_are_the_same_however_blocks_are_put_into_shards(
+    shards, tiny_spec, tiny_models, tmp_path, monkeypatch
+):
+    fine, coarse = FolderStore(tmp_path / "fine"), FolderStore(tmp_path / "coarse")
+    before = LocalCompute().identify(tiny_spec, tiny_models, fine)
+    monkeypatch.setattr("defuse_core.identify.SHARDS", shards)
+    psi = LocalCompute().identify(tiny_spec, tiny_models, coarse)
+    assert len(psi.codes) == shards < len(before.codes)
+    assert psi.fingerprint != before.fingerprint  # so that shards of the other layout are not taken for these
+    for cap in (before.total, 50):
+        spec = tiny(distill={"max_codes": cap})
+        one, other = sample_failures(spec, before, fine), sample_failures(spec, psi, coarse)
+        assert len(one) == cap
+        for field in ("codes", "source", "truth", "predicted"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
 
 
 def test_images_other_than_those_trained_on_are_refused(tiny_models):

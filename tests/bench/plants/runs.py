@@ -30,7 +30,6 @@ from defuse_core.codec import decode
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads
-from defuse_core.distill import seen_in_training_images
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
     encode_images,
@@ -43,6 +42,7 @@ from defuse_core.models import (
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import silent
 from defuse_core.reference_models import ReferenceAnnotators
+from defuse_core.report.build import seen_in_training_images
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import Store
 from defuse_core.train import train_classifier
