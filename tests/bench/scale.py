@@ -1,12 +1,12 @@
 """Identification of very many images whose computing is pretended: what grows with N in driver, workers and stores.
 
-    python tests/bench/scale.py [--images 100000 1000000 10000000]
+    python tests/bench/scale.py [--images 100000 1000000 10000000] [--draws 50]
 
 The driver, the queue of shards, Ray, the packed paths of the images and the store of the run are real. Images are
 never read, and a shard's codes are random numbers: one for each image, of 10 dimensions. Each number of images is a
-process of its own. The shards are those of Algorithm 1 with 500 draws. Afterwards the process reads all shards again,
-as a resumed run does, and draws the 50,000 codes that the mixture is fitted on. The last row, 10^8 images, is computed:
-the last two rows drawn out as a straight line.
+process of its own. The shards are those of Algorithm 1 with so many draws. Afterwards the process reads all shards
+again, as a resumed run does, and draws the 50,000 codes that the mixture is fitted on. The last row, 10^8 images, is
+computed: the last two rows drawn out as a straight line.
 """
 
 from __future__ import annotations
@@ -185,25 +185,25 @@ class RayWatch(threading.Thread):
                 self.objects = max(self.objects, stats.num_local_objects)
 
 
-def run_file() -> RunFile:
+def run_file(draws: int) -> RunFile:
     return parse_run_file(
         {
             "data": {"name": "folder", "root": "/data", "image_size": 8, "channels": 1},
             "classifier": {"stages": 1},
             "vae": {"latent_dim": LATENT, "encoder_stages": 1, "decoder_stages": 1},
-            "identify": {"draws": 500, "screen": "none"},
+            "identify": {"draws": draws, "screen": "none"},
             "resources": {"workers": WORKERS, "gpus_per_worker": 0},
         },
         "scale",
     )
 
 
-def measure(images: int, folder: Path) -> Measured:
+def measure(images: int, draws: int, folder: Path) -> Measured:
     """Identify so many pretended images in this process and its Ray."""
     cluster.compute.open_training_images = pretended_images  # type: ignore[attr-defined]
     cluster.identify.ShardWorker = PretendedWorker  # type: ignore[misc]
     (folder / "memory").mkdir()
-    spec, store = run_file(), CountedStore(folder / "run")
+    spec, store = run_file(draws), CountedStore(folder / "run")
     models = Models({}, {}, ("a", "b"), {"train": images}, "", {}, (), (), 0.0, 0.0, np.zeros(LATENT))
     watch = RayWatch()
     watch.start()
@@ -247,10 +247,11 @@ def drawn_out(two: tuple[Measured, Measured], images: int) -> Measured:
     return Measured(**fields | {name: round(fields[name]) for name in whole})
 
 
-def measured_elsewhere(images: int) -> Measured:
+def measured_elsewhere(images: int, draws: int) -> Measured:
     """Return what a process of its own measured."""
-    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-        command = [sys.executable, "-m", "tests.bench.scale", "--one", str(images), folder]
+    memory = Path("/dev/shm")  # so that the disk is not what is measured
+    with tempfile.TemporaryDirectory(prefix="scale-", dir=memory if memory.is_dir() else None) as folder:
+        command = [sys.executable, "-m", "tests.bench.scale", "--one", str(images), str(draws), folder]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -265,17 +266,18 @@ def show(row: Measured, what: str = "") -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[10**5, 10**6, 10**7])
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--draws", type=int, default=50)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     logging.getLogger("defuse").setLevel(logging.WARNING)
     if chosen.one:
-        print(json.dumps(asdict(measure(int(chosen.one[0]), Path(chosen.one[1])))))
+        print(json.dumps(asdict(measure(int(chosen.one[0]), int(chosen.one[1]), Path(chosen.one[2])))))
         return
     print(f"| {' | '.join(COLUMNS)} |")
     print("|" + "---|" * len(COLUMNS))
     rows = []
     for images in chosen.images:
-        rows.append(measured_elsewhere(images))
+        rows.append(measured_elsewhere(images, chosen.draws))
         show(rows[-1])
     if len(rows) > 1:
         show(replace(drawn_out((rows[-2], rows[-1]), 10**8)), ", computed")
