@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -17,6 +18,7 @@ from defuse_core.batches import DeviceImages
 from defuse_core.checkpoint import Losses, Training, format_row, minibatches, train_step
 from defuse_core.config import Arithmetic, RunFile, VaeSection
 from defuse_core.data import Images, Splits, log_parts, open_splits
+from defuse_core.data_parallel import averaged, drawn_normal, parts
 from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import RunFileError
 from defuse_core.health import (
@@ -69,7 +71,9 @@ def train_vae(
     trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
     optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
-    trainer = _VaeTrainer(spec, vae.train(), head, optimizer, DeviceImages(splits.train), progress)
+    images = DeviceImages(splits.train)
+    loss = averaged(trained, partial(vae_loss, spec, vae.train(), head))
+    trainer = _VaeTrainer(spec, loss, head is not None, optimizer, images, progress)
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
         training.history.append(row)
@@ -95,8 +99,8 @@ class _VaeTrainer:
     """What every epoch of the β-VAE's training uses."""
 
     spec: RunFile
-    vae: Vae
-    head: nn.Module | None
+    loss: Callable[[Tensor, Tensor, Tensor, float], VaeLoss]
+    has_head: bool
     optimizer: torch.optim.Optimizer
     images: DeviceImages
     progress: Progress
@@ -107,31 +111,19 @@ class _VaeTrainer:
         noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
         done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
-        for step, (rows, images, labels) in enumerate(
-            self.images.batches(batches), start=epoch * len(batches) + 1
+        for step, (part, images, labels) in enumerate(
+            parts(self.images, batches), start=epoch * len(batches) + 1
         ):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            losses.add(*self._step(images, labels, beta, noise))
-            done += len(rows)
+            drawn = drawn_normal(part, section.latent_dim, noise)
+            terms = self.loss(images, labels, drawn, beta)
+            train_step(part.weighted(terms.total), self.optimizer)
+            losses.add(*(part.weighted(term) for term in terms))
+            done += part.count
             self.progress("training the β-VAE", done, section.epochs * count, "images")
         reconstruction, divergence, class_loss = losses.mean()[1]
-        return VaeEpoch(
-            epoch + 1, reconstruction, divergence, beta, None if self.head is None else class_loss
-        )
-
-    def _step(
-        self, images: Tensor, labels: Tensor, beta: float, noise: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take one step; return loss, reconstruction, KL and the class head's cross-entropy (0 without one)."""
-        terms = vae_terms(self.vae, images, noise, self.spec.resources.arithmetic("vae"))
-        loss = terms.reconstruction + beta * terms.divergence
-        class_loss = torch.zeros_like(loss)
-        if self.head is not None:
-            class_loss = F.cross_entropy(self.head(terms.codes), labels)
-            loss = loss + self.spec.vae.class_weight * class_loss
-        train_step(loss, self.optimizer)
-        return loss, terms.reconstruction, terms.divergence, class_loss
+        return VaeEpoch(epoch + 1, reconstruction, divergence, beta, class_loss if self.has_head else None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
@@ -153,17 +145,48 @@ class VaeTerms(NamedTuple):
     codes: Tensor  # (n, Z) drawn from q(z|x)
 
 
-def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator, arithmetic: Arithmetic = "f32") -> VaeTerms:
-    """Return the terms of the loss on (n, channels, H, W) images. The networks alone are computed in bf16."""
+def vae_terms(vae: Vae, images: Tensor, drawn: Tensor, arithmetic: Arithmetic = "f32") -> VaeTerms:
+    """Return the terms of the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers.
+
+    The networks alone are computed in bf16.
+    """
     with autocast(arithmetic):
         moments = vae.encode(images)
     mu, log_variance = (moment.float() for moment in moments)
-    codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
+    codes = mu + torch.exp(0.5 * log_variance) * drawn
     with autocast(arithmetic):
         logits = vae.decode_logits(codes)
     logits = logits.float()
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
     return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
+
+
+class VaeLoss(NamedTuple):
+    """The β-VAE's loss and what it consists of, in nats per image."""
+
+    total: Tensor
+    reconstruction: Tensor
+    divergence: Tensor
+    class_loss: Tensor  # cross-entropy of the class head, 0 without one
+
+
+def vae_loss(
+    spec: RunFile,
+    vae: Vae,
+    head: nn.Module | None,
+    images: Tensor,
+    labels: Tensor,
+    drawn: Tensor,
+    beta: float,
+) -> VaeLoss:
+    """Return the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers."""
+    terms = vae_terms(vae, images, drawn, spec.resources.arithmetic("vae"))
+    total = terms.reconstruction + beta * terms.divergence
+    class_loss = torch.zeros_like(total)
+    if head is not None:
+        class_loss = F.cross_entropy(head(terms.codes), labels)
+        total = total + spec.vae.class_weight * class_loss
+    return VaeLoss(total, terms.reconstruction, terms.divergence, class_loss)
 
 
 def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
@@ -208,9 +231,15 @@ def train_side_by_side(
     Each leaves its last checkpoint in `store`, from which `train` goes on. Where one training uses all CPUs
     (resources.train_threads), they follow one another.
     """
-    if _trains_both(spec):
-        parts = [Call(train_part, spec, store, part) for part in ("vae", "classifier")]  # the longest first
-        compute.tasks("train", [*parts, *others])
+    if spec.resources.train_workers > 1:
+        for part, section in (("classifier", spec.classifier), ("vae", spec.vae)):
+            if section.epochs > 0:
+                compute.together("train", train_part, spec, store, part)
+    elif _trains_both(spec):
+        trainings = [
+            Call(train_part, spec, store, part) for part in ("vae", "classifier")
+        ]  # the longest first
+        compute.tasks("train", [*trainings, *others])
     return compute.task("train", train, spec, store)
 
 
@@ -292,8 +321,9 @@ def train_classifier(
     check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     images = DeviceImages(splits.train)
+    loss_of = averaged(classifier, partial(classifier_loss, spec, classifier))
     for epoch in training.epochs(section.epochs):
-        loss = _classifier_epoch(training, images, spec, epoch, progress)
+        loss = _classifier_epoch(training, loss_of, images, spec, epoch, progress)
         validation = None
         if splits.validation is not None:
             validation = accuracy_as_in_f32(
@@ -310,21 +340,31 @@ def train_classifier(
     return classifier.eval(), training.history
 
 
+def classifier_loss(spec: RunFile, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy on (n, channels, H, W) images."""
+    with autocast(spec.resources.arithmetic("classifier")):
+        logits = classifier(images)
+    return F.cross_entropy(logits.float(), labels)
+
+
 def _classifier_epoch(
-    training: Training, images: DeviceImages, spec: RunFile, epoch: int, progress: Progress
+    training: Training,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    images: DeviceImages,
+    spec: RunFile,
+    epoch: int,
+    progress: Progress,
 ) -> float:
-    classifier, size = training.module.train(), spec.classifier.batch_size
+    training.module.train()
     torch.manual_seed(torch_seed(spec.seed, "classifier", epoch))  # for the dropout of a custom classifier
     total = spec.classifier.epochs * len(images)
     done, losses = epoch * len(images), Losses("the classifier")
-    order = minibatches(len(images), size, generator(spec.seed, "classifier", epoch))
-    for rows, batch, labels in images.batches(order):
-        with autocast(spec.resources.arithmetic("classifier")):
-            logits = classifier(batch)
-        loss = F.cross_entropy(logits.float(), labels)
+    order = minibatches(len(images), spec.classifier.batch_size, generator(spec.seed, "classifier", epoch))
+    for part, batch, labels in parts(images, order):
+        loss = part.weighted(loss_of(batch, labels))
         train_step(loss, training.optimizer)
         losses.add(loss)
-        done += len(rows)
+        done += part.count
         progress("training the classifier", done, total, "images")
     return losses.mean()[0]
 
