@@ -1,9 +1,8 @@
-"""Training by several workers through Ray Train. Checkpoints are those of the run, in its store; Ray Train keeps none."""
+"""Training by several workers through Ray Train. Checkpoints are the run's, in its store; Ray Train keeps none."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import tempfile
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from typing import Any
 
 from ray import train
 from ray.train import (
-    ControllerError,
     FailureConfig,
     LoggingConfig,
     RunConfig,
@@ -20,7 +18,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.errors import as_defuse_error, one_line
+from cluster.errors import as_defuse_error
 from cluster.progress import reporting
 from cluster.resources import WorkerResources, current_location
 from defuse_core.errors import DefuseError, ModelError
@@ -40,22 +38,17 @@ def run_together(
     *,
     progress: Progress,
 ) -> None:
-    """Run function(*args, progress=...) in `workers` processes that form a torch process group: NCCL on GPUs, else gloo.
+    """Run function(*args, progress=...) in `workers` processes of one torch process group: NCCL on GPUs, else gloo.
 
-    When one of them is lost, all are started again. Raises the error of the function.
+    When one of them is lost, all are started again; lost while they start, ComputeError is raised. Raises the error of
+    the function.
     """
     config = {"function": function, "args": args, "progress_actor": progress_actor}
-    for attempt in itertools.count(1):
-        with tempfile.TemporaryDirectory(prefix="defuse-train-") as folder:
-            try:
-                result = _trainer(config, workers, resources, folder).fit()
-                break
-            except ControllerError as error:  # a worker was lost while the others were starting
-                if attempt > MAX_FAILURES:
-                    raise _cause(error) from error
-                log.warning("train: the workers are started again: %s", one_line(error.controller_failure))
-            except TrainingFailedError as error:
-                raise _cause(error) from error
+    with tempfile.TemporaryDirectory(prefix="defuse-train-") as folder:
+        try:
+            result = _trainer(config, workers, resources, folder).fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
     outcome: ModelError | None = result.return_value  # type: ignore[attr-defined]
     if outcome is not None:
         raise outcome
