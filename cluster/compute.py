@@ -35,6 +35,7 @@ from defuse_core.correct import (
     collect_sweep,
     decode_scenario_images,
     finished_trials,
+    held_out_sources,
     load_clean_images,
     nothing_to_tune,
 )
@@ -49,6 +50,7 @@ from defuse_core.identify import (
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Call, SweepRequest
+from defuse_core.runs import Run
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -196,21 +198,27 @@ class RayCompute:
 
     def _fine_tuning_images(self, models: Any, requests: Sequence[SweepRequest]) -> list[tuple[Any, Any]]:
         """Return for each request references to its Splits, which requests share, and to its ScenarioImages."""
-        clean: dict[int | None, Any] = {}
-        images = []
+        drawn = [
+            self._start("correct", decode_scenario_images, each.spec, models, each.fixes, each.reviewed)
+            for each in requests
+        ]
+        clean: dict[object, Any] = {}
         for each in requests:
-            wanted = each.spec.correct.train_images
-            if wanted not in clean:
-                clean[wanted] = self._held_images("correct", load_clean_images, each.spec, models)
-            done, drawn = self._start(
-                "correct", decode_scenario_images, each.spec, models, each.fixes, each.reviewed
+            left_out = held_out_sources(each.fixes)
+            key = each.spec.correct.train_images, left_out.tobytes()
+            if key not in clean:
+                clean[key] = self._held_images("correct", load_clean_images, each.spec, models, left_out)
+        self._wait("correct", *(done for done, _ in drawn))
+        # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
+        # again, on CPUs that the trials that wait for them hold
+        copy: Any = ray.remote(_copied).options(name="correct", **on_this_node())
+        return [
+            (
+                clean[each.spec.correct.train_images, held_out_sources(each.fixes).tobytes()],
+                copy.remote(images),
             )
-            self._wait("correct", done)
-            # a copy on the driver's node, by a task there: lost with another node, these images would have to be
-            # drawn again, on CPUs that the trials that wait for them hold
-            scenario: Any = ray.remote(_copied).options(name="correct", **on_this_node()).remote(drawn)
-            images.append((clean[wanted], scenario))
-        return images
+            for each, (_, images) in zip(requests, drawn, strict=True)
+        ]
 
     def _held_images(self, step: str, function: Callable[..., Any], *args: object) -> Any:
         """Return a reference to the images that function(*args) opens, on a node that has images; raises its error.
@@ -271,6 +279,11 @@ class RayCompute:
                 log.warning("%s: waiting for %s to be free on the cluster", step, resources)
         listener.flush()
         return ended
+
+
+def on_ray(address: str | None = None, progress: Progress = silent) -> Callable[[Run], RayCompute]:
+    """Return `compute` of `defuse_core.debug`: Ray at `address`, or without one an embedded Ray."""
+    return lambda run: RayCompute(address, run.spec, progress, require_lock=run.store.require_lock)
 
 
 def _copied(value: T) -> T:

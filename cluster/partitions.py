@@ -56,7 +56,7 @@ class RayPartitions:
         shared = [ray.put(argument) for argument in args]
         references = self._wait([partial(remote.remote, part, *shared) for part in self.parts])
         try:
-            return ray.get(references)  # type: ignore[no-any-return]
+            return ray.get(references)
         except RayError as error:
             raise as_defuse_error(error, self.step) from error
 

@@ -6,6 +6,7 @@ Axis letters, used in every shape comment of the project:
     F failures (codes in Psi)   K mixture components   S components kept (candidate scenarios)
     R review images per scenario   A accepted scenarios   G shards of the training set   V votes
     W reference models (or judges)   D components dropped before review
+    M training images that codes are anchored at   L failures kept of each component
 """
 
 from __future__ import annotations
@@ -15,31 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
-U8 = npt.NDArray[np.uint8]
-Bool = npt.NDArray[np.bool_]
-Weights = dict[str, npt.NDArray[Any]]  # a torch state dict as arrays
-
-NONE_OF_THE_ABOVE = -1  # an answer, and also "no label" wherever a label is expected
-
-
-def _expect_shapes(owner: object, axes: dict[str, str]) -> None:
-    """Bind each axis letter to the first length seen and raise ValueError where a later one differs."""
-    bound: dict[str, int] = {}
-    for name, letters in axes.items():
-        shape = getattr(owner, name).shape
-        expected = letters.split()
-        if len(shape) != len(expected):
-            raise ValueError(f"{type(owner).__name__}.{name}: expected axes ({letters}), found shape {shape}")
-        for letter, length in zip(expected, shape, strict=True):
-            if bound.setdefault(letter, length) != length:
-                raise ValueError(
-                    f"{type(owner).__name__}.{name}: axis {letter} has length {length}, elsewhere {bound[letter]}"
-                )
+from defuse_core.anchors import Anchors, ComponentFailures
+from defuse_core.arrays import F32, F64, I64, NO_SCENARIO, NONE_OF_THE_ABOVE, U8, Bool, Weights, expect_shapes
 
 
 @dataclass(frozen=True)
@@ -55,6 +34,8 @@ class Health:
     collapsed: int  # latent dimensions with a KL to the prior near 0
     dimensions: int  # Z
     verdict: str  # fit, poor or blind
+    anchored: bool = False  # vae.decode: anchored, where a reconstruction is the image as the noise moves it
+    judged_by: str = "classifier"  # who is right above: the classifier, or the reference models
 
 
 @dataclass(frozen=True)
@@ -75,6 +56,7 @@ class VaeEpoch:
     kl: float
     beta: float
     class_loss: float | None = None  # cross-entropy of the class head on the codes; None without one
+    guide_loss: float | None = None  # the same of the reference models on decodings; None without
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +121,7 @@ class Failures:
     predicted: I64  # (F,) never equal to truth
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
+        expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -215,18 +197,15 @@ class Scenarios:
     converged: bool
     iterations: int
     lower_bound: float | None  # of the fit's likelihood; None where it is not finite
-    cells: I64 | None = (
-        None  # (S, 2) class of the source images and answer of f; -1 each for a single mixture
-    )
+    cells: I64 | None = None  # (S, 2) class of the source images, answer of f; -1 each for a single mixture
     support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
-    last_change: float | None = (
-        None  # of a fit's bound in its last iteration, nats; the largest over the fits
-    )
+    failures: ComponentFailures | None = None  # with vae.decode: anchored; None where decoded plainly
+    last_change: float | None = None  # of a bound in its last iteration, nats; the largest over the fits
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
+        expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -238,7 +217,8 @@ class Scenarios:
             for name in ("weights", "means", "covariances", "cells", "support", "taus")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, **per_component | changed)
+        failures = None if self.failures is None else self.failures.take(rows)
+        return replace(self, **per_component | {"failures": failures} | changed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,10 +229,12 @@ class Gallery:
     codes: F32  # (S, R, Z)
     predicted: I64  # (S, R)
     classes: tuple[str, ...]  # (C,)
-    numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are; empty: all of them
+    numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are, or NO_SCENARIO; empty: all
+    failure: F64 | None = None  # (S, R) failure probability, nan for none; None unless inputs from traffic
+    source: I64 | None = None  # (S, R) training image that each is anchored at; None where decoded plainly
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})
+        expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})
 
     def __len__(self) -> int:
         return len(self.images)
@@ -276,7 +258,7 @@ class Votes:
     notes: dict[str, Any]  # notes for the report: discarded answers, answers saved, ...
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
+        expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
 
 
 @dataclass(frozen=True)
@@ -299,7 +281,7 @@ class MoreImages:
     misclassified: I64  # (S,) of those, the images that f gets wrong
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"drawn": "S", "labelled": "S", "misclassified": "S"})
+        expect_shapes(self, {"drawn": "S", "labelled": "S", "misclassified": "S"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,9 +294,7 @@ class Verdicts:
     image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or no class chosen
     agreement: F64  # (S, R) share of votes, none-of-the-above left out, for the majority label (§4.4); nan where none
     ties: int  # images without a label because their vote was tied
-    no_class_chosen: (
-        int  # images without a label because nobody chose a class: none-of-the-above, or no answer
-    )
+    no_class_chosen: int  # images without a label since nobody chose a class: none-of-the-above, or no answer
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
     overrides: tuple[Override, ...]  # oldest first
     labelled: I64 | None = None  # (S,) images that the share rests on, further draws included
@@ -322,7 +302,7 @@ class Verdicts:
     false_share: float = 0.0  # expected share of accepted scenarios whose true share is at most rho
 
     def __post_init__(self) -> None:
-        _expect_shapes(
+        expect_shapes(
             self,
             {"labels": "S", "misclassified": "S", "purity": "S", "image_labels": "S R", "agreement": "S R"},
         )
@@ -342,9 +322,21 @@ class Corrections:
     tune: F32  # (A, n_tune, Z)
     test: F32  # (A, n_test, Z)
     kept: F64 | None = None  # (A,) share of the draws that correct.filter keeps; None without the filter
+    anchors: Anchors | None = None  # with vae.decode: anchored; None where codes are decoded plainly
+    tune_anchor: I64 | None = None  # (A, n_tune) index into anchors
+    test_anchor: I64 | None = None  # (A, n_test) likewise; other images, where a scenario has several
 
     def __post_init__(self) -> None:
-        _expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
+        expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
+
+    def take(self, rows: I64) -> Corrections:
+        """Return the corrections of the accepted scenarios `rows`."""
+        per_scenario = {
+            name: value[rows]
+            for name in ("scenario", "labels", "tune", "test", "kept", "tune_anchor", "test_anchor")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **per_scenario)
 
 
 @dataclass(frozen=True)
@@ -406,6 +398,4 @@ class Evaluation:
     gallery_after: I64  # (S, R) answers of the corrected classifier on the reviewed images
     points: F32  # (P, 2) t-SNE of training codes, then codes of Psi, then component means
     point_kind: I64  # (P,) 0 training image, 1 code of Psi, 2 accepted scenario, 3 rejected component
-    point_component: (
-        I64  # (P,) class of a training image; most responsible component of a Psi code; else itself
-    )
+    point_component: I64  # (P,) class of a training image, most responsible component of a code, or itself

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import (
+    F32,
     I64,
     Corrections,
     FailedTrial,
@@ -38,7 +38,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
-from defuse_core.models import decode_codes, load_classifier, load_vae, weights_of
+from defuse_core.models import Vae, decoder_of, load_classifier, load_vae, weights_of
 from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
@@ -77,20 +77,25 @@ def load_fine_tuning_data(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
 ) -> FineTuningData:
     """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
-    clean = load_clean_images(spec, models, progress=progress)
+    clean = load_clean_images(spec, models, held_out_sources(fixes), progress=progress)
     scenario = decode_scenario_images(spec, models, fixes, reviewed, progress=progress)
     return fine_tuning_data(clean, scenario)
 
 
-def load_clean_images(spec: RunFile, models: Models, *, progress: Progress) -> Splits:
-    """Return the data set in memory, with the training images that correct.train_images asks for."""
+def load_clean_images(spec: RunFile, models: Models, left_out: I64, *, progress: Progress) -> Splits:
+    """Return the data set in memory, with the training images that correct.train_images asks for.
+
+    D has no training image of `left_out`, at which only held-out scenario images are anchored.
+    """
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
     if wanted is not None and wanted < len(train):
-        rows = generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False)
-        splits = replace(splits, train=train.take(np.sort(rows)))
-    return splits.loaded()
+        rows = np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False))
+        train, left_out = train.take(rows), np.flatnonzero(np.isin(rows, left_out)).astype(np.int64)
+    if len(left_out):
+        train = train.take(np.delete(np.arange(len(train)), left_out))
+    return replace(splits, train=train).loaded()
 
 
 def decode_scenario_images(
@@ -101,8 +106,8 @@ def decode_scenario_images(
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
         return ScenarioImages(
-            tune=reviewed if reviewed is not None else _decoded(vae, fixes.tune, fixes.labels),
-            held_out=_decoded(vae, fixes.test, fixes.labels),
+            tune=reviewed if reviewed is not None else tuning_images(vae, fixes),
+            held_out=held_out_images(vae, fixes),
         )
 
 
@@ -111,14 +116,31 @@ def fine_tuning_data(clean: Splits, scenario: ScenarioImages) -> FineTuningData:
     return FineTuningData(clean.train, clean.validation, clean.test, scenario.tune, scenario.held_out)
 
 
-def held_out_images(vae: nn.Module, fixes: Corrections) -> Images:
+def held_out_sources(fixes: Corrections) -> I64:
+    """Return the training images at which only held-out scenario images are anchored; none with plain decoding.
+
+    Nothing is fine-tuned on them: the classifier would learn the pictures that it is measured on.
+    """
+    if fixes.anchors is None or fixes.tune_anchor is None:
+        return np.zeros(0, np.int64)
+    used = np.isin(np.arange(len(fixes.anchors.source)), fixes.tune_anchor)
+    return fixes.anchors.source[~used]
+
+
+def tuning_images(vae: Vae, fixes: Corrections) -> Images:
+    """Return the images of D_f, scenario after scenario."""
+    return _decoded(vae, fixes, fixes.tune, fixes.tune_anchor)
+
+
+def held_out_images(vae: Vae, fixes: Corrections) -> Images:
     """Return the scenario images that accuracy on failure scenarios is measured on, scenario after scenario."""
-    return _decoded(vae, fixes.test, fixes.labels)
+    return _decoded(vae, fixes, fixes.test, fixes.test_anchor)
 
 
-def _decoded(vae: Any, codes: Any, labels: I64) -> Images:
-    """(A, n, Z) codes and (A,) labels -> A·n images with labels."""
-    return Images(decode_codes(vae, codes.reshape(-1, codes.shape[2])), np.repeat(labels, codes.shape[1]))
+def _decoded(vae: Vae, fixes: Corrections, codes: F32, anchor: I64 | None) -> Images:
+    """Return the A·n images of (A, n, Z) codes, under the labels of their scenarios."""
+    decoder = decoder_of(vae, fixes.anchors)
+    return Images(decoder.decode(codes, anchor), np.repeat(fixes.labels, codes.shape[1]))
 
 
 def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:

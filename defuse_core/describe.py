@@ -2,7 +2,8 @@
 
 Each picture is described by a few measurements that have a word for either end, such as thin and thick strokes. A
 scenario's name holds the largest deviations from decodings of real images of its label, in standard deviations of
-that class. Decodings are compared with decodings, since both are smoother than photographs.
+that class. Decodings are compared with decodings, since both are smoother than photographs; anchored ones with the
+images themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from defuse_core.artifacts import F32, F64
 from defuse_core.config import RunFile
 from defuse_core.data import Splits
 from defuse_core.evaluate import Findings
-from defuse_core.models import decode_codes, encode_images, load_vae
+from defuse_core.models import decoder_at, encode_images, load_vae
 from defuse_core.seeds import generator
 from defuse_core.verdicts import most_common_error
 
@@ -99,7 +100,7 @@ def describe_scenarios(spec: RunFile, found: Findings, held_out: F32, splits: Sp
     rng = generator(spec.seed, "describe")
     real = real.take(np.sort(rng.choice(len(real), min(COMPARED_IMAGES, len(real)), replace=False)))
     vae = load_vae(spec, found.models.vae)
-    decoded = decode_codes(vae, encode_images(vae, real))
+    decoded = decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real)))
     per_scenario = held_out.reshape(len(fixes.labels), -1, *held_out.shape[1:])
     names = []
     for number, label, images in zip(fixes.scenario, fixes.labels, per_scenario, strict=True):

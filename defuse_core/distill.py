@@ -6,10 +6,12 @@ the classifier), so that no component straddles classes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -21,6 +23,8 @@ from defuse_core.artifacts import (
     F64,
     I64,
     NONE_OF_THE_ABOVE,
+    Anchors,
+    ComponentFailures,
     DroppedComponent,
     Failures,
     Psi,
@@ -28,6 +32,7 @@ from defuse_core.artifacts import (
     Shard,
 )
 from defuse_core.config import DistillSection, RunFile
+from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import StoreError
 from defuse_core.identify import load_shard, shard_key
@@ -39,16 +44,26 @@ from defuse_core.store import Store, map_ahead
 log = logging.getLogger("defuse")
 SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
 WHOLE = (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE)  # the cell of a single mixture over all codes
+FAILURES_KEPT = 256  # L, with vae.decode: anchored
+IMAGES_KEPT = 64  # training images that the failures of one component come from at most
 
 
-def distill(spec: RunFile, psi: Psi, store: Store, *, progress: Progress) -> Scenarios:
-    """Return Λ: the components over Ψ, down-sampled, whose weight is over ε and whose support suffices."""
+def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, progress: Progress) -> Scenarios:
+    """Return Λ: the components over Ψ, down-sampled, whose weight is over ε and whose support suffices.
+
+    With vae.decode: anchored each component gets failures of its own, with their training images; these must have
+    `data_fingerprint`, else RunMismatchError is raised.
+    """
     failures = sample_failures(spec, psi, store)
     if spec.distill.by == "cell":
-        scenarios = fit_cells(failures, spec.distill, spec.seed, progress)
+        fits = _fit_cells(failures, spec.distill, spec.seed, progress)
     else:
         progress("fitting the mixture", 0, 1, "fits")
-        scenarios = fit_all(failures, spec.distill, spec.seed)
+        fits = _fit_all(failures, spec.distill, spec.seed)
+    scenarios = fits.scenarios()
+    if spec.vae.decode == "anchored" and len(scenarios):
+        train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
+        scenarios = replace(scenarios, failures=component_failures(fits.members(), train, spec.seed))
     log_scenarios(spec, scenarios)
     return scenarios
 
@@ -116,10 +131,15 @@ def shard_of_psi(store: Store, fingerprint: str, index: int) -> Shard:
 
 def fit_all(failures: Failures, section: DistillSection, seed: int) -> Scenarios:
     """Return the paper's single mixture over all codes, with the support of each component."""
-    if len(failures) < 2:
-        return no_scenarios(failures.codes.shape[1], len(failures))
-    fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
-    return scenarios_of([_fitted_cell(fit, failures, 1.0, WHOLE)], section)
+    return _fit_all(failures, section, seed).scenarios()
+
+
+def _fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
+    parts = []
+    if len(failures) > 1:
+        fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
+        parts = [Part(fit, failures, 1.0, WHOLE)]
+    return Fits(parts, failures, section)
 
 
 def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Scenarios:
@@ -127,6 +147,10 @@ def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: 
 
     A cell whose weight is at most ε holds no component over ε: it is dropped, with its reason.
     """
+    return _fit_cells(failures, section, seed, progress).scenarios()
+
+
+def _fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
     cells, owner = np.unique(
         np.stack([failures.truth, failures.predicted], axis=1), axis=0, return_inverse=True
     )
@@ -140,10 +164,8 @@ def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: 
             small.append(small_cell((source, answer), len(members), weight, support, section))
             continue
         fit = fit_mixture(members.codes, components_of(weight, section), section, seed, (source, answer))
-        parts.append(_fitted_cell(fit, members, weight, (source, answer)))
-    if not parts:
-        return no_scenarios(failures.codes.shape[1], len(failures), tuple(small))
-    return scenarios_of(parts, section, tuple(small))
+        parts.append(Part(fit, members, weight, (source, answer)))
+    return Fits(parts, failures, section, tuple(small))
 
 
 def components_of(weight: float, section: DistillSection) -> int:
@@ -176,17 +198,32 @@ class FittedCell:
         return weights
 
 
-def _fitted_cell(fit: FittedMixture, members: Failures, weight: float, cell: tuple[int, int]) -> FittedCell:
-    support = component_support(fit, members.codes, members.source)
-    return FittedCell(fit, cell, len(members), weight, support)
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A mixture that was fitted to `members`, which are the share `weight` of all codes."""
+
+    fit: FittedMixture
+    members: Failures
+    weight: float
+    cell: tuple[int, int]  # class of the source images and answer of f
+
+    def shares(self) -> list[Failures]:
+        """Return the failures that belong most to each of the k components."""
+        owner = owners(self.fit, self.members.codes)
+        return [self.members.take(owner == component) for component in range(len(self.fit.weights))]
 
 
-def component_support(fit: FittedMixture, codes: F32, source: I64) -> I64:
-    """Return the distinct training images of the codes that belong most to each component, (k,)."""
+def owners(fit: FittedMixture, codes: F32) -> I64:
+    """Return the component that each of (n, Z) codes belongs to most, (n,)."""
     with threadpool_limits(1):
-        owner = responsibilities(codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
-    sources = [source[owner == component] for component in range(len(fit.weights))]
-    return np.array([len(np.unique(of_one)) for of_one in sources], np.int64)
+        shares = responsibilities(codes, fit.weights, fit.means, fit.covariances)
+    owner: I64 = shares.argmax(axis=1)
+    return owner
+
+
+def distinct_sources(shares: Sequence[I64]) -> I64:
+    """Return the number of distinct training images in each share, (k,)."""
+    return np.array([len(np.unique(share)) for share in shares], np.int64)
 
 
 def fit_mixture(
@@ -235,30 +272,101 @@ def _last_change(mixture: BayesianGaussianMixture) -> float:
     return float(bounds[-1] - bounds[-2]) if len(bounds) > 1 else float("nan")
 
 
-def scenarios_of(
-    parts: list[FittedCell], section: DistillSection, small: tuple[DroppedComponent, ...] = ()
-) -> Scenarios:
-    """Return the components of all parts over ε with enough support, the heaviest first."""
-    support = np.concatenate([part.support for part in parts])
-    weights = np.concatenate([part.weights for part in parts])
-    cells = np.concatenate([np.tile(part.cell, (len(part.weights), 1)) for part in parts])
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """All mixtures of a run, over `failures`."""
+
+    parts: list[Part]
+    failures: Failures
+    section: DistillSection
+    small: tuple[DroppedComponent, ...] = ()  # cells without a mixture
+
+    @functools.cached_property
+    def shares(self) -> list[list[Failures]]:
+        """The failures that belong most to each component, part by part."""
+        return [part.shares() for part in self.parts]
+
+    @functools.cached_property
+    def cells(self) -> list[FittedCell]:
+        """The mixtures with the support of their components."""
+        supports = [distinct_sources([share.source for share in of_part]) for of_part in self.shares]
+        return [
+            FittedCell(part.fit, part.cell, len(part.members), part.weight, support)
+            for part, support in zip(self.parts, supports, strict=True)
+        ]
+
+    def scenarios(self) -> Scenarios:
+        """Return the components of all parts over ε with enough support, the heaviest first."""
+        if not self.parts:
+            return no_scenarios(self.failures.codes.shape[1], len(self.failures), self.small)
+        return scenarios_of(self.cells, self.section, self.small)
+
+    def members(self) -> list[Failures]:
+        """Return the failures that belong most to each component of `scenarios`, in their order."""
+        shares = [share for of_part in self.shares for share in of_part]
+        return [shares[row] for row in kept_components(self.cells, self.section)[0]]
+
+
+def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tuple[I64, I64]:
+    """Return the components over ε, the heaviest first: those with enough support, and the others."""
+    weights = np.concatenate([cell.weights for cell in cells])
+    support = np.concatenate([cell.support for cell in cells])
     over = np.flatnonzero(weights > section.min_weight)
     over = over[np.argsort(-weights[over], kind="stable")]
-    kept, thin = over[support[over] >= section.min_support], over[support[over] < section.min_support]
+    enough = support[over] >= section.min_support
+    return over[enough], over[~enough]
+
+
+def scenarios_of(
+    fitted: Sequence[FittedCell], section: DistillSection, small: tuple[DroppedComponent, ...] = ()
+) -> Scenarios:
+    """Return the components of all mixtures over ε with enough support, the heaviest first."""
+    weights = np.concatenate([cell.weights for cell in fitted])
+    support = np.concatenate([cell.support for cell in fitted])
+    cells = np.concatenate([np.tile(cell.cell, (len(cell.weights), 1)) for cell in fitted])
+    kept, thin = kept_components(fitted, section)
     return Scenarios(
         weights=weights[kept],
-        means=np.concatenate([part.fit.means for part in parts])[kept],
-        covariances=np.concatenate([part.fit.covariances for part in parts])[kept],
+        means=np.concatenate([cell.fit.means for cell in fitted])[kept],
+        covariances=np.concatenate([cell.fit.covariances for cell in fitted])[kept],
         all_weights=weights,
-        codes_used=sum(part.codes for part in parts),
-        converged=all(part.fit.converged for part in parts),
-        iterations=max(part.fit.iterations for part in parts),
-        lower_bound=float(sum(part.weight * part.fit.lower_bound for part in parts)),
+        codes_used=sum(cell.codes for cell in fitted),
+        converged=all(cell.fit.converged for cell in fitted),
+        iterations=max(cell.fit.iterations for cell in fitted),
+        lower_bound=float(sum(cell.weight * cell.fit.lower_bound for cell in fitted)),
         cells=cells[kept],
         support=support[kept],
-        last_change=_largest_change([part.fit for part in parts]),
+        last_change=_largest_change([cell.fit for cell in fitted]),
         dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),
     )
+
+
+def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:
+    """Return FAILURES_KEPT of the failures of each component, from as many images as there are, up to IMAGES_KEPT.
+
+    They are drawn by seed, and each image gives as many as the others where it has so many.
+    """
+    chosen = [
+        own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
+        for component, own in enumerate(members)
+    ]
+    sources = np.stack([own.source for own in chosen])  # (S, L)
+    used, anchor = np.unique(sources, return_inverse=True)
+    pixels = train.take(used).pixels[:]
+    codes = np.stack([own.codes for own in chosen])
+    return ComponentFailures(codes, anchor.reshape(sources.shape).astype(np.int64), Anchors(pixels, used))
+
+
+def _spread(source: I64, rng: np.random.Generator) -> I64:
+    """Return FAILURES_KEPT rows of (n,) failures: one of each image, then a second one of each, and so on."""
+    rows = rng.permutation(len(source))
+    images, of_image = np.unique(source[rows], return_inverse=True)
+    rows = rows[np.isin(of_image, rng.permutation(len(images))[:IMAGES_KEPT])]
+    order = np.argsort(source[rows], kind="stable")
+    _, first, counts = np.unique(source[rows][order], return_index=True, return_counts=True)
+    turn = np.empty(len(rows), np.int64)  # how many failures of the same image come before
+    turn[order] = np.arange(len(rows)) - np.repeat(first, counts)
+    return np.resize(rows[np.argsort(turn, kind="stable")], FAILURES_KEPT)
 
 
 def _largest_change(fits: list[FittedMixture]) -> float | None:

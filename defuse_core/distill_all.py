@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from defuse_core.artifacts import F32, F64, I64, DroppedComponent, Failures, Psi, Scenarios
+from defuse_core.artifacts import F32, F64, I64, ComponentFailures, Failures, Psi, Scenarios
 from defuse_core.config import RunFile
+from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill import (
     WHOLE,
     FittedCell,
-    component_support,
+    component_failures,
     components_of,
+    distinct_sources,
     fit_mixture,
+    kept_components,
     log_scenarios,
     no_scenarios,
+    owners,
     sample_failures,
     scenarios_of,
     shard_of_psi,
@@ -73,8 +77,8 @@ class CellSummary:
     total: F64  # (Z,) sum of the codes
 
 
-def distill_all(spec: RunFile, psi: Psi, store: Store, compute: Compute) -> Scenarios:
-    """Return Λ, fitted to all codes of Ψ."""
+def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, compute: Compute) -> Scenarios:
+    """Return Λ, fitted to all codes of Ψ. With vae.decode: anchored the failures of a component are of the sample."""
     spans = part_spans(psi.codes)
     parts = compute.partitions(
         "distill", load_part, [(store, psi.fingerprint, spec.distill.by, *span) for span in spans]
@@ -93,7 +97,12 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, compute: Compute) -> Scen
     )
     if not sample:
         return no_scenarios(spec.vae.latent_dim, psi.total, small)
-    scenarios = _scenarios(spec, psi, cells, _fit(spec, parts, cells, sample, compute.progress), parts, small)
+    fits = _fit(spec, parts, cells, sample, compute.progress)
+    fitted = _with_support(psi, cells, fits, parts)
+    scenarios = scenarios_of(fitted, spec.distill, small)
+    if spec.vae.decode == "anchored" and len(scenarios):
+        failures = compute.task("distill", sampled_failures, spec, psi, store, data_fingerprint, fitted)
+        scenarios = replace(scenarios, failures=failures)
     log_scenarios(spec, scenarios)
     return scenarios
 
@@ -160,8 +169,7 @@ def fit_samples(
     sample, fits = sample_failures(spec, psi, store), {}
     for number, (cell, summary) in enumerate(cells.items()):
         progress("fitting the mixtures to a sample", number, len(cells), "fits")
-        mine = (sample.truth == cell[0]) & (sample.predicted == cell[1])
-        codes = sample.codes if cell == WHOLE else sample.codes[mine]
+        codes = _of_cell(sample, cell).codes
         if len(codes) < 2:
             continue
         weight, name = (1.0, ()) if cell == WHOLE else (summary.count / psi.total, cell)
@@ -230,24 +238,20 @@ def part_sums(
 
 
 def part_support(part: CellCodes, fits: dict[Cell, FittedMixture]) -> dict[Cell, I64]:
-    """Return the support of each component within a part."""
-    return {
-        cell: component_support(fit, part.of(cell), part.source[part.rows[cell]])
-        for cell, fit in fits.items()
-        if cell in part.rows
-    }
+    """Return the number of training images of each component within a part."""
+    supports = {}
+    for cell, fit in fits.items():
+        if cell in part.rows:
+            owner, source = owners(fit, part.of(cell)), part.source[part.rows[cell]]
+            supports[cell] = distinct_sources([source[owner == row] for row in range(len(fit.weights))])
+    return supports
 
 
-def _scenarios(
-    spec: RunFile,
-    psi: Psi,
-    cells: dict[Cell, CellSummary],
-    fits: dict[Cell, FittedMixture],
-    parts: Partitions,
-    small: tuple[DroppedComponent, ...],
-) -> Scenarios:
+def _with_support(
+    psi: Psi, cells: dict[Cell, CellSummary], fits: dict[Cell, FittedMixture], parts: Partitions
+) -> list[FittedCell]:
     supports = parts.map(part_support, fits)
-    found = [
+    return [
         FittedCell(
             fit,
             cell,
@@ -257,4 +261,33 @@ def _scenarios(
         )
         for cell, fit in fits.items()
     ]
-    return scenarios_of(found, spec.distill, small)
+
+
+def sampled_failures(
+    spec: RunFile,
+    psi: Psi,
+    store: Store,
+    data_fingerprint: str,
+    fitted: list[FittedCell],
+    *,
+    progress: Progress,
+) -> ComponentFailures:
+    """Return failures of each component that is kept, out of the sample of Ψ."""
+    progress("collecting failures of the components", 0, 1, "samples")
+    sample, shares = sample_failures(spec, psi, store), list[Failures]()
+    for cell in fitted:
+        members = _of_cell(sample, cell.cell)
+        owner = owners(cell.fit, members.codes)
+        own = [members.take(owner == row) for row in range(len(cell.weights))]
+        shares.extend(
+            share if len(share) else members for share in own
+        )  # one that no code of the sample belongs to
+    train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
+    kept, _ = kept_components(fitted, spec.distill)
+    return component_failures([shares[row] for row in kept], train, spec.seed)
+
+
+def _of_cell(sample: Failures, cell: Cell) -> Failures:
+    if cell == WHOLE:
+        return sample
+    return sample.take((sample.truth == cell[0]) & (sample.predicted == cell[1]))

@@ -18,6 +18,22 @@ DefuseError
 A message is one line: what was expected, what was found and what to do. All of them pickle, since Ray carries them.
 """
 
+import unicodedata
+
+CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
+
+
+def has_control_characters(text: str) -> bool:
+    """Whether `text` would change the terminal, the page or the log line that shows it."""
+    return any(unicodedata.category(letter) in CONTROL for letter in text)
+
+
+def escape_control_characters(text: str) -> str:
+    """Return `text` with each control character as an escape such as \\x1b."""
+    return "".join(
+        ascii(letter)[1:-1] if unicodedata.category(letter) in CONTROL else letter for letter in text
+    )
+
 
 class DefuseError(Exception):
     """Base of the tree. `str(error)` is the one line to show; `exit_code` is what the command exits with."""
@@ -25,7 +41,7 @@ class DefuseError(Exception):
     exit_code = 4
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(escape_control_characters(" ".join(message.split())))
 
 
 class CheckFailed(DefuseError):  # noqa: N818 - reads as the outcome that it is

@@ -11,7 +11,7 @@ J = 3 numbers of a share (share, low, high).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import krippendorff
 import numpy as np
@@ -27,22 +27,29 @@ from defuse_core.artifacts import (
     U8,
     Bool,
     Corrections,
-    Scenarios,
     Sweep,
     Votes,
     Weights,
 )
 from defuse_core.config import RunFile
+from defuse_core.correct import held_out_images
 from defuse_core.data import Splits, reopen_splits
 from defuse_core.describe import describe_scenarios
 from defuse_core.device import cpu_threads
+from defuse_core.draws import anchors_of, stacked, wide_draws
 from defuse_core.evaluate import Findings
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.intervals import wilson
-from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
+from defuse_core.models import (
+    decoder_at,
+    decoder_of,
+    encode_images,
+    load_classifier,
+    load_vae,
+    predict,
+)
 from defuse_core.progress import Progress
 from defuse_core.reference_models import load_reference_models, model_probabilities
-from defuse_core.sample import sample_codes_from
 from defuse_core.seeds import generator
 from defuse_core.verdicts import majority
 
@@ -131,15 +138,7 @@ def fold_of(fixes: Corrections) -> I64:
 def without_fold(fixes: Corrections, fold: int) -> Corrections:
     """Return the corrections of all scenarios outside `fold`."""
     rows = np.flatnonzero(fold_of(fixes) != fold)
-    kept = None if fixes.kept is None else fixes.kept[rows]
-    return replace(
-        fixes,
-        scenario=fixes.scenario[rows],
-        labels=fixes.labels[rows],
-        tune=fixes.tune[rows],
-        test=fixes.test[rows],
-        kept=kept,
-    )
+    return fixes.take(rows)
 
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:
@@ -164,8 +163,8 @@ class _Evidence:
         self.folds = [self._classifier(fold.weights or before) for fold in controls.folds]
         assert found.judges is not None
         self.judges = load_reference_models(spec, spec.judges, found.judges, self.classes)
-        codes = found.fixes.test  # (A, n, Z)
-        self.held_out = decode_codes(self.vae, codes.reshape(-1, codes.shape[2]))
+        held_out = held_out_images(self.vae, found.fixes)
+        self.held_out = held_out.batch(slice(0, len(held_out)))  # (A·n, channels, H, W)
         self.own = self.labels(self.held_out)  # (A·n,)
 
     def _classifier(self, weights: Weights) -> nn.Module:
@@ -257,20 +256,20 @@ class _Evidence:
         """Return own-label accuracy before and after on draws at WIDER times τ, (2, 2, J)."""
         scenarios, fixes = self.found.scenarios, self.found.fixes
         table = np.full((len(WIDER), 2, 3), np.nan)
+        decoder = decoder_of(self.vae, anchors_of(scenarios))
         for row, factor in enumerate(WIDER):
-            codes = [self._wide_codes(scenarios, int(number), factor) for number in fixes.scenario]
-            if not codes:
+            draws = []
+            for number in fixes.scenario.tolist():
+                rng = generator(self.spec.seed, "evidence", "wider", number)
+                draws.append(wide_draws(self.spec, scenarios, number, WIDER_IMAGES, factor, rng))
+            if not draws:
                 continue
-            images = decode_codes(self.vae, np.concatenate(codes))
+            codes, anchors = stacked(draws, WIDER_IMAGES, scenarios.means.shape[1])
+            images = decoder.decode(codes, anchors)
             labels = self.labels(images)
             for column, classifier in enumerate((self.classifiers[0], self.classifiers[-1])):
                 table[row, column] = self._share(self._right(classifier, images, labels), WIDER_IMAGES)
         return table
-
-    def _wide_codes(self, scenarios: Scenarios, number: int, factor: float) -> F32:
-        tau = self.spec.review.tau if scenarios.taus is None else float(scenarios.taus[number])
-        rng = generator(self.spec.seed, "evidence", "wider", number)
-        return sample_codes_from(scenarios, number, WIDER_IMAGES, factor * float(tau), rng)
 
     def _real_failures(self) -> tuple[F32, I64]:
         """Return failing draws around test images in which the judges still see the image's class, and the classes.
@@ -286,10 +285,11 @@ class _Evidence:
         section = self.spec.identify.model_copy(update={"draws": min(FRESH_DRAWS, self.spec.identify.draws)})
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)
         codes = mu[:, None, :] + draw_noise(section, sigma, rng)  # (n, Q, Z)
+        decoder = decoder_at(self.spec, self.vae, images)
         waiting, found, truth = np.arange(count), [], []
         for draw in range(codes.shape[1]):
             labels = images.labels[waiting]
-            decoded = decode_codes(self.vae, np.ascontiguousarray(codes[waiting, draw]))
+            decoded = decoder.decode(np.ascontiguousarray(codes[waiting, draw]), waiting)
             failing = np.flatnonzero(predict(self.classifiers[0], decoded) != labels)
             real = failing[self.labels(decoded[failing]) == labels[failing]]
             found.append(decoded[real])

@@ -32,8 +32,9 @@ from defuse_core.data import Images, reopen_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import StoreError
 from defuse_core.models import (
+    Decoder,
     Vae,
-    decode_codes,
+    decoder_at,
     load_classifier,
     load_vae,
     map_batches,
@@ -155,17 +156,18 @@ class Identifier:
         truth = self.train.labels[rows]
         images = self.train.take(rows)
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)  # (n, Z)
-        flips = (
-            predict(self.classifier, decode_codes(self.vae, mu, section.batch_size), section.batch_size)
-            != truth
-        )
+        decoder = decoder_at(self.spec, self.vae, images, section.batch_size)
+        shown = decoder.decode(mu, np.arange(len(rows)))
+        flips = predict(self.classifier, shown, section.batch_size) != truth
 
         noise = draw_noise(section, sigma, generator(self.spec.seed, "identify", block))
         codes = mu[:, None, :] + noise  # (n, Q, Z)
-        predicted = self._classify(codes.reshape(-1, mu.shape[1])).reshape(codes.shape[:2])  # (n, Q)
+        anchors = np.repeat(np.arange(len(rows)), section.draws)
+        flat = codes.reshape(-1, mu.shape[1])
+        predicted = self._classify(decoder, flat, anchors).reshape(codes.shape[:2])  # (n, Q)
 
         failed = predicted != truth[:, None]
-        screened = self._screen(codes, truth, failed)
+        screened = self._screen(decoder, codes, truth, failed)
         kept = nearest_failures(screened, np.linalg.norm(noise, axis=2), section.max_per_image)
         image, _ = np.nonzero(kept)
         return Shard(
@@ -178,28 +180,32 @@ class Identifier:
             failing=int(failed.sum()),
         )
 
-    def _screen(self, codes: F32, truth: I64, failed: Bool) -> Bool:
+    def _screen(self, decoder: Decoder, codes: F32, truth: I64, failed: Bool) -> Bool:
         """Return `failed` (n, Q) without the draws whose decoding no longer shows the source's class."""
         if self.references is None or not failed.any():
             return failed
         image, _ = np.nonzero(failed)
-        size = self.spec.identify.batch_size
-        decoded = decode_codes(self.vae, codes[failed], size)
-        seen = mean_probabilities(self.references, decoded, size)  # (F, C)
+        decoded = decoder.decode(codes[failed], image)
+        seen = mean_probabilities(self.references, decoded, self.spec.identify.batch_size)  # (F, C)
         kept = failed.copy()
         kept[failed] = seen[np.arange(len(image)), truth[image]] >= self.spec.identify.min_probability
         return kept
 
-    def _classify(self, codes: F32) -> I64:
+    def _classify(self, decoder: Decoder, codes: F32, anchors: I64) -> I64:
         """Decode and classify (n, Z) codes in large batches: f(p(z)), (n,)."""
         size = self.spec.identify.batch_size
-        if self.spec.resources.arithmetic("answers") == "f32":
-            return map_batches(lambda rows: self._logits(codes[rows]).argmax(dim=1), len(codes), size)
-        return answers_as_in_f32(lambda rows: self._logits(codes[rows]), len(codes), size, self._margin_bound)
 
-    def _logits(self, codes: F32) -> torch.Tensor:
+        def logits(rows: slice | I64) -> torch.Tensor:
+            return self._logits(decoder, codes[rows], anchors[rows])
+
+        if self.spec.resources.arithmetic("answers") == "f32":
+            return map_batches(lambda rows: logits(rows).argmax(dim=1), len(codes), size)
+        return answers_as_in_f32(logits, len(codes), size, self._margin_bound)
+
+    def _logits(self, decoder: Decoder, codes: F32, anchors: I64) -> torch.Tensor:
         """Return f(p(z)) before its argmax, (n, C)."""
-        logits: torch.Tensor = self.classifier(self.vae.decode(torch.from_numpy(codes).to(device())))
+        images = decoder.images(torch.from_numpy(codes).to(device()), anchors)
+        logits: torch.Tensor = self.classifier(images)
         return logits
 
     @functools.cached_property
@@ -212,7 +218,8 @@ class Identifier:
         mu, sigma = encode_posterior(self.vae, images, self.spec.identify.batch_size)
         section = self.spec.identify.model_copy(update={"draws": 1})
         codes = mu + draw_noise(section, sigma, generator(self.spec.seed, "identify", "margin"))[:, 0]
-        return margin_bound(lambda rows: self._logits(codes[rows]), len(codes))
+        decoder = decoder_at(self.spec, self.vae, images, self.spec.identify.batch_size)
+        return margin_bound(lambda rows: self._logits(decoder, codes[rows], rows), len(codes))
 
 
 def _merge(shards: list[Shard], seconds: float) -> Shard:
@@ -244,7 +251,8 @@ class ShardRecord:
 
 def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | None = None) -> str:
     """Return what all shards of a run share and no other run's shards have: models, images, noise and seed."""
-    digest = hashlib.sha256(f"{spec.seed} {spec.identify!r} {models.data_fingerprint}".encode())
+    decode = "" if spec.vae.decode == "plain" else f" {spec.vae.decode}"
+    digest = hashlib.sha256(f"{spec.seed} {spec.identify!r} {models.data_fingerprint}{decode}".encode())
     if (size := blocks_per_shard(models.images["train"], spec.identify)) > 1:
         digest.update(f"{size} blocks".encode())  # so that shards of another layout are made again
     screen = () if references is None else references.models

@@ -1,11 +1,11 @@
-"""Shares with a known error: confidence bounds and tests of proportions."""
+"""Figures with a known error: confidence bounds and tests of proportions, and the area under a ROC curve."""
 
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
-from defuse_core.artifacts import F64, I64
+from defuse_core.artifacts import F64, I64, Bool
 
 
 def wilson(hits: I64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
@@ -38,3 +38,27 @@ def probability_not_over(hits: I64, total: I64, share: float) -> F64:
     """Return the posterior probability, under a uniform prior, that the true shares are at most `share`."""
     probability: F64 = stats.beta.cdf(share, hits + 1, total - hits + 1)
     return probability
+
+
+def auroc(scores: F64, positive: Bool) -> F64:
+    """Return the area under the ROC curve of (n,) scores with its 95 % interval: value, low, high.
+
+    The interval is that of DeLong, DeLong and Clarke-Pearson (1988) on the logit. An area of exactly 1 has the lower
+    bound 1 - 3/n of the rule of three, n the rarer of both kinds. nan three times where one kind is missing.
+    """
+    ones, zeros = scores[positive], scores[~positive]
+    if not len(ones) or not len(zeros) or not np.isfinite(scores).all():
+        return np.full(3, np.nan)
+    ranks = stats.rankdata(scores)
+    above = (ranks[positive] - stats.rankdata(ones)) / len(
+        zeros
+    )  # of each positive: share of negatives below it
+    below = 1 - (ranks[~positive] - stats.rankdata(zeros)) / len(ones)
+    area, rarer = float(above.mean()), min(len(ones), len(zeros))
+    if area in (0.0, 1.0) or rarer < 2:
+        slack = min(1.0, 3 / rarer)
+        return np.array([area, max(0.0, area - slack), min(1.0, area + slack)])
+    error = np.sqrt(above.var(ddof=1) / len(ones) + below.var(ddof=1) / len(zeros))
+    half = stats.norm.ppf(0.975) * error / (area * (1 - area))
+    low, high = special.expit(special.logit(area) + np.array([-half, half]))
+    return np.array([area, low, high])

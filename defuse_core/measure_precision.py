@@ -25,7 +25,9 @@ from defuse_core.seeds import torch_seed
 
 log = logging.getLogger("defuse")
 STEP_IMAGES = 32  # of a measured step
-STEPS = 3  # measured, of which the fastest counts
+MIN_STEPS, MAX_STEPS = 2, 10  # measured in each format, of which the fastest counts
+FORMATS: tuple[Arithmetic, ...] = ("f32", "bf16")
+ENOUGH_S = 0.3  # of measuring one kind
 MIN_GAIN = 1.1  # bf16 is chosen from this ratio of times on: it costs some accuracy of the weights
 
 
@@ -48,7 +50,7 @@ def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision
     with cpu_threads(spec.resources.train_threads), torch.random.fork_rng():
         torch.manual_seed(torch_seed(spec.seed, "precision"))
         steps = _steps(spec, classes)
-        seconds = {kind: (_seconds(step, "f32"), _seconds(step, "bf16")) for kind, step in steps.items()}
+        seconds = {kind: _seconds(step) for kind, step in steps.items()}
     chosen = {kind: "bf16" if f32 > MIN_GAIN * bf16 else "f32" for kind, (f32, bf16) in seconds.items()}
     ratios = ", ".join(f"{kind} {f32 / bf16:.2f}" for kind, (f32, bf16) in seconds.items())
     log.info("precision: bf16 against f32, times as fast: %s", ratios)
@@ -109,20 +111,25 @@ def _backward(model: nn.Module, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _seconds(step: Callable[[Arithmetic], None], arithmetic: Arithmetic) -> float:
-    """Return the least seconds of a step; inf where a model cannot be computed with in this format."""
+def _seconds(step: Callable[[Arithmetic], None]) -> tuple[float, float]:
+    """Return the least seconds of a step in f32 and in bf16; inf where a model cannot be computed with in bf16."""
     # on a CPU the time of this process, whatever else the machine computes
     clock = time.perf_counter if device().type == "cuda" else time.process_time
-    times = []
-    try:
-        for _ in range(1 + STEPS):  # the first one compiles and allocates
-            started = clock()
-            step(arithmetic)
+    least = {"f32": math.inf, "bf16": math.inf}
+    started = time.perf_counter()
+    for number in range(1 + MAX_STEPS):  # in turns; the first one compiles and allocates
+        for arithmetic in FORMATS:
+            begun = clock()
+            try:
+                step(arithmetic)
+            except RuntimeError:
+                if arithmetic == "f32":
+                    raise
+                return least["f32"], math.inf
             if device().type == "cuda":
                 torch.cuda.synchronize()
-            times.append(clock() - started)
-    except RuntimeError:
-        if arithmetic == "f32":
-            raise
-        return math.inf
-    return min(times[1:])
+            if number:
+                least[arithmetic] = min(least[arithmetic], clock() - begun)
+        if number >= MIN_STEPS and time.perf_counter() - started > ENOUGH_S:
+            break
+    return least["f32"], least["bf16"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from defuse_core.artifacts import (
     Corrections,
     Evaluation,
     Gallery,
+    Health,
     Models,
     MoreImages,
     Psi,
@@ -33,7 +35,8 @@ from defuse_core.evidence import (
     plain_spec,
     without_fold,
 )
-from defuse_core.health import expect_healthy
+from defuse_core.failure_detector import FailureWatch, watch_run
+from defuse_core.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.measure_precision import settle_precision
 from defuse_core.protocols import Annotators, Compute, SweepRequest
 from defuse_core.reference_models import (
@@ -51,6 +54,7 @@ from defuse_core.sample import (
     sample_gallery,
     sample_more_images,
     tighten,
+    with_used_anchors,
 )
 from defuse_core.train import train_side_by_side
 from defuse_core.verdicts import (
@@ -69,10 +73,19 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
     settle_precision(run, compute)
     spec, store = run.spec, run.store
-    models = run.once("train", Models, lambda: train_side_by_side(spec, store, compute, reference_calls(run)))
-    if run.until != "train":
+    guide = reference_models(run, compute) if spec.vae.guide_weight else None
+    models = run.once(
+        "train", Models, lambda: train_side_by_side(spec, store, compute, guide, reference_calls(run))
+    )
+    anchored = spec.vae.decode == "anchored"
+    if run.until != "train" and not anchored:
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
+    if anchored and references is not None:
+        measure = partial(compute.task, "train", measure_moved, spec, models, references)
+        models = replace(models, health=run.once("train", Health, measure))
+    if run.until != "train" and anchored:
+        expect_healthy(spec, models)
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
@@ -106,7 +119,13 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         judges=judges(run, compute),
     )
     evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
-    return write_report(run, found, evaluation, _evidence(run, compute, found))
+    evidence = _evidence(run, compute, found)
+    watch = run.once(
+        "report",
+        FailureWatch,
+        lambda: compute.task("report", watch_run, spec, models, fixes, found.sweep.weights),
+    )
+    return write_report(run, found, evaluation, evidence, watch)
 
 
 def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
@@ -155,9 +174,9 @@ def _scenarios(
 ) -> Scenarios:
     """Distill Ψ and, with review.tau: auto, give each component its own τ."""
     if run.spec.distill.max_codes is None and psi.total > SAMPLE_CODES:
-        scenarios = distill_all(run.spec, psi, run.store, compute)
+        scenarios = distill_all(run.spec, psi, run.store, models.data_fingerprint, compute)
     else:
-        scenarios = compute.task("distill", distill, run.spec, psi, run.store)
+        scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
     if run.spec.review.tau != "auto":
         return scenarios
     return compute.task("distill", tighten, run.spec, models, references, scenarios)
@@ -197,14 +216,29 @@ def _corrections(
     """Sample D_f and, with correct.filter, keep what the reference models agree on."""
     fixes = sample_corrections(run.spec, scenarios, verdicts)
     if run.spec.correct.filter == "none":
-        return fixes
-    return compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
+        return with_used_anchors(fixes)
+    return with_used_anchors(
+        compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
+    )
 
 
 def rewrite_report(run: Run) -> Report:
     """Rewrite the report of a finished run from its artefacts and return it. Raises InputError if unfinished."""
+    found, evaluation, evidence, watch = load_findings(run)
+    try:
+        return write_report(run, found, evaluation, evidence, watch)
+    except StoreError as error:
+        log.warning("the page is not written again, since the store cannot be written: %s", error)
+        return build_report(run, found, evaluation, evidence, watch)
+
+
+def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:
+    """Return all that a finished run found, its evaluation, its evidence (None with judges.count 0), and its watch.
+
+    Raises InputError where the run is not finished.
+    """
     found = Findings(
-        _made(run, Models),
+        with_measured_health(run, _made(run, Models)),
         _made(run, Psi),
         _made(run, Scenarios),
         _made(run, Gallery),
@@ -216,12 +250,7 @@ def rewrite_report(run: Run) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    evaluation, evidence = _made(run, Evaluation), run.load(Evidence)
-    try:
-        return write_report(run, found, evaluation, evidence)
-    except StoreError as error:
-        log.warning("the page is not written again, since the store cannot be written: %s", error)
-        return build_report(run, found, evaluation, evidence)
+    return found, _made(run, Evaluation), run.load(Evidence), run.load(FailureWatch)
 
 
 def _made(run: Run, kind: type[T], key: str | None = None) -> T:

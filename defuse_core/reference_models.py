@@ -25,6 +25,7 @@ from defuse_core.checkpoint import Losses, minibatches, train_step
 from defuse_core.codec import decode, encode
 from defuse_core.config import ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
+from defuse_core.data.splits import split_tracks
 from defuse_core.device import cpu_threads
 from defuse_core.errors import StoreError
 from defuse_core.models import (
@@ -246,9 +247,8 @@ def _train_one(
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
     """Return the part of the training images that the set `name` is trained on."""
     if spec.judges.count and spec.judges.share:
-        order = generator(spec.seed, "judges", "split").permutation(len(train))
-        middle = round(spec.judges.share * len(train))
-        train = train.take(np.sort(order[:middle] if name == "judges" else order[middle:]))
+        for_judges, others = split_tracks(train, spec.judges.share, generator(spec.seed, "judges", "split"))
+        train = train.take(for_judges if name == "judges" else others)
     if section.train_images is not None and section.train_images < len(train):
         rows = generator(spec.seed, name, "sample").choice(len(train), section.train_images, replace=False)
         train = train.take(np.sort(rows))

@@ -80,6 +80,7 @@ class Run:
     def __init__(self, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> None:
         self.name, self.spec, self.until = name, spec, until
         self.store = store.within(name)
+        self.listeners: list[Callable[[], None]] = []  # called after each artefact is stored
 
     @classmethod
     def start(cls, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> Run:
@@ -168,6 +169,8 @@ class Run:
         self._note(step, key, started, data, _of_the_whole_run(artefact))
         self.store.write(f"{key}.safetensors", data)
         log.info("%s: %s made in %.1f s", step, key, time.time() - started)
+        for listener in self.listeners:
+            listener()
         return decode(kind, data, key)
 
     def load(self, kind: type[T], key: str | None = None) -> T | None:

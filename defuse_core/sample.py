@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
 from defuse_core.artifacts import (
-    F32,
     F64,
     I64,
     NONE_OF_THE_ABOVE,
+    Anchors,
     Bool,
     Corrections,
     DroppedComponent,
@@ -26,85 +25,58 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
+from defuse_core.draws import Draws, anchors_of, draw_codes, failure_rows, smoothed, stacked, truncated_codes
 from defuse_core.intervals import lower_bound
-from defuse_core.models import decode_codes, load_classifier, load_vae, predict
+from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.seeds import generator
 from defuse_core.verdicts import is_misclassified, most_common
 
 log = logging.getLogger("defuse")
-COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part nearest to its mean
 MORE_DRAWS = 3  # times as many further draws where correct.filter leaves too few
-
-
-def sample_codes_from(
-    scenarios: Scenarios, component: int, count: int, tau: float, rng: np.random.Generator
-) -> F32:
-    """Return `count` codes from N(mu_j, τ·Σ_j) of one component, (count, Z). τ multiplies the covariance."""
-    root = np.linalg.cholesky(tau * scenarios.covariances[component])
-    normal = rng.standard_normal((count, scenarios.means.shape[1]))
-    codes: F32 = (scenarios.means[component] + normal @ root.T).astype(np.float32)
-    return codes
-
-
-def truncated_codes(mean: F64, covariance: F64, normal: F64) -> F32:
-    """Return codes of N(mean, covariance) within the ellipsoid that holds COVERAGE of it, (n, Z).
-
-    `normal` holds (n, Z) standard normal draws; each is moved towards 0 along its direction.
-    """
-    width = normal.shape[1]
-    square = (normal**2).sum(axis=1)
-    within = stats.chi2.ppf(COVERAGE * stats.chi2.cdf(square, width), width)
-    shrunk = normal * np.sqrt(within / square)[:, None]
-    codes: F32 = (mean + shrunk @ np.linalg.cholesky(covariance).T).astype(np.float32)
-    return codes
-
-
-def draw_codes(
-    spec: RunFile, scenarios: Scenarios, component: int, count: int, rng: np.random.Generator
-) -> F32:
-    """Return `count` codes of one component, (count, Z): at review.tau, or truncated at the component's own tau."""
-    if scenarios.taus is None:
-        if spec.review.tau == "auto":
-            raise ValueError("review.tau: auto needs components with a tau each")
-        return sample_codes_from(scenarios, component, count, spec.review.tau, rng)
-    normal = rng.standard_normal((count, scenarios.means.shape[1]))
-    covariance = scenarios.taus[component] * scenarios.covariances[component]
-    return truncated_codes(scenarios.means[component], covariance, normal)
 
 
 def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progress: Progress) -> Gallery:
     """Return R decoded images of every component, with the classifier's answers."""
     review = spec.review
     progress("drawing images to review", 0, 1, "galleries")
-    codes = np.zeros((len(scenarios), review.images, spec.vae.latent_dim), np.float32)
-    for component in range(len(scenarios)):
-        rng = generator(spec.seed, "gallery", component)
-        codes[component] = draw_codes(spec, scenarios, component, review.images, rng)
+    draws = [
+        draw_codes(spec, scenarios, component, review.images, generator(spec.seed, "gallery", component))
+        for component in range(len(scenarios))
+    ]
+    codes, anchors = stacked(draws, review.images, spec.vae.latent_dim)  # (S, R, Z), (S, R)
+    images = anchors_of(scenarios)
     with cpu_threads(1):
-        flat = decode_codes(load_vae(spec, models.vae), codes.reshape(-1, spec.vae.latent_dim))
+        decoder = decoder_of(load_vae(spec, models.vae), images)
+        flat = decoder.decode(codes, anchors)
         predicted = predict(load_classifier(spec, models.classifier, len(models.classes)), flat)
     shape = codes.shape[:2]
-    return Gallery(flat.reshape(*shape, *flat.shape[1:]), codes, predicted.reshape(shape), models.classes)
+    return Gallery(
+        flat.reshape(*shape, *flat.shape[1:]),
+        codes,
+        predicted.reshape(shape),
+        models.classes,
+        source=None if images is None or anchors is None else images.source[anchors],
+    )
 
 
 class Examiner:
     """What the classifier and the reference models answer on decoded codes."""
 
-    def __init__(self, spec: RunFile, models: Models, references: ReferenceSet) -> None:
+    def __init__(self, spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios) -> None:
         self.classes = len(models.classes)
-        self.vae = load_vae(spec, models.vae)
+        self.decoder = decoder_of(load_vae(spec, models.vae), anchors_of(scenarios))
         self.classifier = load_classifier(spec, models.classifier, self.classes)
         self.references = load_reference_models(spec, spec.review.reference, references, self.classes)
         self.min_probability = spec.identify.min_probability
 
-    def examine(self, codes: F32) -> tuple[I64, I64]:
-        """Return for (n, Z) codes the classifier's answers and the labels that the reference models see, each (n,).
+    def examine(self, draws: Draws) -> tuple[I64, I64]:
+        """Return for n draws the classifier's answers and the labels that the reference models see, each (n,).
 
         A label has a mean probability of identify.min_probability at least; an image without such a class has none.
         """
-        images = decode_codes(self.vae, codes)
+        images = self.decoder.decode(draws.codes, draws.anchors)
         seen = mean_probabilities(self.references, images)  # (n, C)
         clear = seen.max(axis=1) >= self.min_probability
         labels = np.where(clear, seen.argmax(axis=1), NONE_OF_THE_ABOVE).astype(np.int64)
@@ -123,28 +95,68 @@ def sample_more_images(
     """Return review.more_images further draws of each doubtful component, (S,), as the reference models label them."""
     drawn, labelled, wrong = np.zeros((3, len(scenarios)), np.int64)
     with cpu_threads(1):
-        examiner = Examiner(spec, models, references)
+        examiner = Examiner(spec, models, references, scenarios)
         for component in np.flatnonzero(doubtful):
             progress("drawing more images", int(component), len(scenarios), "components")
             rng = generator(spec.seed, "gallery", int(component), "more")
-            codes = draw_codes(spec, scenarios, int(component), spec.review.more_images, rng)
-            predicted, labels = examiner.examine(codes)
-            drawn[component] = len(codes)
+            draws = draw_codes(spec, scenarios, int(component), spec.review.more_images, rng)
+            predicted, labels = examiner.examine(draws)
+            drawn[component] = len(labels)
             labelled[component] = (labels != NONE_OF_THE_ABOVE).sum()
             wrong[component] = is_misclassified(predicted, labels).sum()
     return MoreImages(drawn, labelled, wrong)
 
 
 def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:
-    """Return D_f: per failure scenario, codes to tune on and others to test on, under the scenario's one label."""
+    """Return D_f: per failure scenario, codes to tune on and others to test on, under the scenario's one label.
+
+    With vae.decode: anchored both are anchored at other images.
+    """
     section, accepted = spec.correct, verdicts.accepted
+    if scenarios.failures is not None:
+        return _anchored_corrections(spec, scenarios, verdicts)
     count = section.tune_images + section.test_images
     codes = np.zeros((len(accepted), count, spec.vae.latent_dim), np.float32)
     for row, component in enumerate(accepted):
         rng = generator(spec.seed, "corrections", int(component))
-        codes[row] = draw_codes(spec, scenarios, int(component), count, rng)
+        codes[row] = draw_codes(spec, scenarios, int(component), count, rng).codes
     tune, test = codes[:, : section.tune_images], codes[:, section.tune_images :]
     return Corrections(accepted, verdicts.labels[accepted], tune, test)
+
+
+def _anchored_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:
+    section, accepted = spec.correct, verdicts.accepted
+    tune, test = list[Draws](), list[Draws]()
+    for component in accepted.tolist():
+        rng = generator(spec.seed, "corrections", component)
+        tune.append(draw_codes(spec, scenarios, component, section.tune_images, rng))
+        test.append(draw_codes(spec, scenarios, component, section.test_images, rng, held_out=True))
+    tune_codes, tune_anchor = stacked(tune, section.tune_images, spec.vae.latent_dim)
+    test_codes, test_anchor = stacked(test, section.test_images, spec.vae.latent_dim)
+    return Corrections(
+        accepted,
+        verdicts.labels[accepted],
+        tune_codes,
+        test_codes,
+        anchors=anchors_of(scenarios),
+        tune_anchor=tune_anchor,
+        test_anchor=test_anchor,
+    )
+
+
+def with_used_anchors(fixes: Corrections) -> Corrections:
+    """Return D_f with only the images that its codes are anchored at, of those of all components."""
+    if fixes.anchors is None or fixes.tune_anchor is None or fixes.test_anchor is None:
+        return fixes
+    both = np.concatenate([fixes.tune_anchor, fixes.test_anchor], axis=1)
+    used, anchor = np.unique(both, return_inverse=True)
+    anchor = anchor.reshape(both.shape).astype(np.int64)
+    return replace(
+        fixes,
+        anchors=Anchors(fixes.anchors.pixels[used], fixes.anchors.source[used]),
+        tune_anchor=anchor[:, : fixes.tune.shape[1]],
+        test_anchor=anchor[:, fixes.tune.shape[1] :],
+    )
 
 
 def filter_corrections(
@@ -163,18 +175,23 @@ def filter_corrections(
     to test on are not filtered.
     """
     tune, kept = fixes.tune.copy(), np.zeros(len(fixes.labels))
+    anchor = None if fixes.tune_anchor is None else fixes.tune_anchor.copy()
     with cpu_threads(1):
-        examiner = Examiner(spec, models, references)
+        examiner = Examiner(spec, models, references, scenarios)
         for row, (component, label) in enumerate(zip(fixes.scenario, fixes.labels, strict=True)):
             progress("filtering images to tune on", row, len(kept), "scenarios")
-            codes, wanted = tune[row], spec.correct.tune_images
-            agrees = examiner.examine(codes)[1] == label
+            draws = Draws(tune[row], None if anchor is None else anchor[row])
+            agrees = examiner.examine(draws)[1] == label
             kept[row] = agrees.mean()
             if not agrees.all():
                 rng = generator(spec.seed, "corrections", int(component), "more")
-                more = draw_codes(spec, scenarios, int(component), MORE_DRAWS * wanted, rng)
-                usable = np.concatenate([codes[agrees], more[examiner.examine(more)[1] == label]])
-                tune[row] = np.resize(usable, codes.shape) if len(usable) else codes
+                count = MORE_DRAWS * spec.correct.tune_images
+                more = draw_codes(spec, scenarios, int(component), count, rng)
+                usable = np.concatenate([agrees, examiner.examine(more)[1] == label])
+                draws = _repeated(draws, more, usable)
+                tune[row] = draws.codes
+                if anchor is not None:
+                    anchor[row] = np.asarray(draws.anchors)
     for component, share in zip(fixes.scenario, kept, strict=True):
         if share < spec.review.rho:
             log.warning(
@@ -182,10 +199,21 @@ def filter_corrections(
                 component,
                 100 * share,
             )
-    return Corrections(fixes.scenario, fixes.labels, tune, fixes.test, kept)
+    return replace(fixes, tune=tune, tune_anchor=anchor, kept=kept)
 
 
-Examine = Callable[[F32], tuple[I64, I64]]
+def _repeated(draws: Draws, more: Draws, usable: Bool) -> Draws:
+    """Return as many draws as `draws` has, from the usable ones of both; `draws` itself where none is usable."""
+    if not usable.any():
+        return draws
+    rows = np.resize(np.flatnonzero(usable), len(draws.codes))
+    codes = np.concatenate([draws.codes, more.codes])[rows]
+    if draws.anchors is None or more.anchors is None:
+        return Draws(codes)
+    return Draws(codes, np.concatenate([draws.anchors, more.anchors])[rows])
+
+
+Examine = Callable[[Draws], tuple[I64, I64]]
 TAUS = tuple(2.0**-step for step in range(7))  # the widest first
 DRAWS = 64  # per component and tau
 
@@ -195,12 +223,12 @@ def tighten(
 ) -> Scenarios:
     """Return the components with a tau each; those that fail the requirements at every tau are dropped."""
     with cpu_threads(1):
-        examiner = Examiner(spec, models, references)
+        examiner = Examiner(spec, models, references, scenarios)
         return find_taus(spec, scenarios, examiner.examine, progress)
 
 
 def find_taus(spec: RunFile, scenarios: Scenarios, examine: Examine, progress: Progress) -> Scenarios:
-    """Return what `tighten` does, for any `examine`: codes (n, Z) -> answers of f and reference labels, each (n,).
+    """Return what `tighten` does, for any `examine`: n draws -> answers of f and reference labels, each (n,).
 
     Required are lower bounds (95 %): of the share of draws with one label, review.purity; of the share of labelled
     draws that the classifier gets wrong, review.rho.
@@ -248,10 +276,13 @@ class _Search:
     """The search for the largest tau of one component. The same normal draws serve every tau."""
 
     def __init__(self, spec: RunFile, examine: Examine, scenarios: Scenarios, component: int) -> None:
-        self.spec, self.examine = spec, examine
-        self.mean, self.covariance = scenarios.means[component], scenarios.covariances[component]
+        self.spec, self.examine, self.component = spec, examine, component
+        self.scenarios = replace(scenarios, taus=np.ones(len(scenarios)))
         rng = generator(spec.seed, "tighten", component)
-        self.normal: F64 = rng.standard_normal((DRAWS, len(self.mean)))
+        self.normal: F64 = rng.standard_normal((DRAWS, scenarios.means.shape[1]))
+        self.failures: I64 | None = None
+        if scenarios.failures is not None:
+            self.failures = failure_rows(scenarios.failures, component, DRAWS, rng, held_out=False)
 
     def largest_tau(self) -> tuple[float | None, _Outcome]:
         """Return the largest tau that passes, if any does, and the outcome at the last one tried.
@@ -265,12 +296,18 @@ class _Search:
         return None, outcome
 
     def _outcome(self, tau: float) -> _Outcome:
-        codes: F32 = truncated_codes(self.mean, tau * self.covariance, self.normal)
-        predicted, labels = self.examine(codes)
+        predicted, labels = self.examine(self._draws(tau))
         label = most_common(labels)
         labelled = labels != NONE_OF_THE_ABOVE
         pure = 0 if label is None else int((labels == label).sum())
         return _Outcome(pure, int(labelled.sum()), int((labelled & (labels != predicted)).sum()))
+
+    def _draws(self, tau: float) -> Draws:
+        scenarios, component = self.scenarios, self.component
+        if self.failures is not None:
+            return smoothed(scenarios, component, self.failures, tau, self.normal)
+        covariance = tau * scenarios.covariances[component]
+        return Draws(truncated_codes(scenarios.means[component], covariance, self.normal))
 
 
 def _dropped(scenarios: Scenarios, component: int, reason: str) -> DroppedComponent:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import itertools
 import os
 import platform
+import re
 import secrets
+import shutil
 import tempfile
 import time
 from collections import deque
@@ -19,8 +22,9 @@ from typing import Protocol, TextIO, TypeVar
 
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
-from defuse_core.errors import RunBusyError, StoreError
+from defuse_core.errors import InputError, RunBusyError, StoreError
 
+RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions and kept inputs
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 UNFINISHED_S = 600.0
 LOCK = ".lock"
@@ -29,6 +33,20 @@ GATE_S = 20.0
 READ_AHEAD = 8  # objects that are read at once
 A = TypeVar("A")
 B = TypeVar("B")
+DELETED = ".deleted"  # suffix of a folder that is being deleted
+
+
+def checked_name(name: str) -> str:
+    """Return the name of a run if it can name a folder everywhere. Raises InputError."""
+    if name in RESERVED:
+        raise InputError(
+            f"run name {name}: expected another name, since the store keeps versions and traffic under it"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(
+            f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100"
+        )
+    return name
 
 
 class Store(Protocol):
@@ -57,10 +75,16 @@ class Store(Protocol):
         """Put `data` under `key` only if `key` is absent; False where it exists."""
 
     def list(self, prefix: str = "") -> list[str]:
-        """All keys that start with `prefix`, sorted."""
+        """All keys that start with `prefix`, sorted; without hidden ones, which the store keeps for itself."""
 
     def delete(self, key: str) -> None:
         """Forget `key`; nothing happens if it is absent."""
+
+    def delete_all(self) -> None:
+        """Forget every key, hidden ones too. Inside `lock` the lock is held until its end, and then gone as well.
+
+        Killed in between, `run.yaml` is either left, or everything is gone for a reader.
+        """
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold this store for one driver. Raises RunBusyError, naming the holder, if another has it."""
@@ -98,6 +122,7 @@ class FolderStore:
 
     def write(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None = None) -> None:
         target = self.folder / key
+        self._locked_folder()
         with (
             _explained(target),
             _synced_temporary(target, data) as temporary,
@@ -108,6 +133,7 @@ class FolderStore:
 
     def create(self, key: str, data: bytes) -> bool:
         target = self.folder / key
+        self._locked_folder()
         with _explained(target), _synced_temporary(target, data) as temporary, self._holding():
             try:
                 os.link(temporary, target)
@@ -116,13 +142,20 @@ class FolderStore:
         return True
 
     def list(self, prefix: str = "") -> list[str]:
-        found = (path for path in self.folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        found = (path for path in self.folder.rglob("*") if path.is_file())
         keys = (path.relative_to(self.folder).as_posix() for path in found)
-        return sorted(key for key in keys if key.startswith(prefix))
+        return sorted(key for key in keys if key.startswith(prefix) and not is_hidden(key))
 
     def delete(self, key: str) -> None:
         with _explained(self.folder / key), self._holding():
             (self.folder / key).unlink(missing_ok=True)
+
+    def delete_all(self) -> None:
+        """Delete the folder: it is renamed first, so that a driver that begins the run again loses no file."""
+        doomed = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(3)}{DELETED}")
+        with _explained(self.folder), self._holding(alone=True):
+            self.folder.rename(doomed)
+        self._remove_deleted()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -139,6 +172,8 @@ class FolderStore:
             finally:
                 with contextlib.suppress(RunBusyError, OSError):
                     self._name_holder(handle, "")
+                self.holders.pop(self.folder, None)
+        self._remove_deleted()  # NFS keeps a deleted file until it is closed
 
     def require_lock(self) -> None:
         with self._holding():
@@ -182,20 +217,28 @@ class FolderStore:
     @contextlib.contextmanager
     def _holding(self, alone: bool = False) -> Iterator[None]:
         """Inside, the driver for whom this store writes holds the folder; where nobody locked it, there is no check."""
-        locked = [folder for folder in self.holders if self.folder.is_relative_to(folder)]
-        if not locked:
+        folder = self._locked_folder()
+        if folder is None:
             yield
             return
-        folder = locked[0]
         with (folder / GATE).open("a+") as gate:  # NFS shares a lock only of readers
             fcntl.flock(gate, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             found = (folder / LOCK).read_text() if (folder / LOCK).exists() else ""
             if found != self.holders[folder]:
-                raise RunBusyError(
-                    f"{folder}: {self.holders[folder]} held this run and no longer does; "
-                    f"{found or 'nobody'} does now"
-                )
+                raise self._taken_over(folder, found)
             yield
+
+    def _locked_folder(self) -> Path | None:
+        """Return the folder that the driver for whom this store writes locked, if any; RunBusyError if it is gone."""
+        folder = next((folder for folder in self.holders if self.folder.is_relative_to(folder)), None)
+        if folder is not None and not (folder / LOCK).exists():
+            raise self._taken_over(folder, "")
+        return folder
+
+    def _taken_over(self, folder: Path, holder: str) -> RunBusyError:
+        return RunBusyError(
+            f"{folder}: {self.holders[folder]} held this run and no longer does; {holder or 'nobody'} does now"
+        )
 
     def _sweep(self) -> None:
         """Remove what writers that were killed left behind; a living one writes its file in seconds."""
@@ -203,6 +246,16 @@ class FolderStore:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > UNFINISHED_S:
                     path.unlink()
+
+    def _remove_deleted(self) -> None:
+        """Remove the folder that `delete_all` renamed, and those whose deletion was killed."""
+        for doomed in self.folder.parent.glob(f".{glob.escape(self.folder.name)}.??????{DELETED}"):
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def is_hidden(key: str) -> bool:
+    """Whether a key is one that a store keeps for itself, such as its lock."""
+    return any(part.startswith(".") for part in key.split("/"))
 
 
 def map_ahead(function: Callable[[A], B], items: Iterable[A], ahead: int = READ_AHEAD) -> Iterator[B]:

@@ -23,6 +23,7 @@ from defuse_core.artifacts import (
     F32,
     I64,
     U8,
+    Anchors,
     Corrections,
     Gallery,
     Models,
@@ -30,7 +31,7 @@ from defuse_core.artifacts import (
     Weights,
 )
 from defuse_core.codec import decode, encode
-from defuse_core.config import RunFile, parse_run_file
+from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.errors import InputError, StoreError
@@ -58,9 +59,9 @@ class SuiteScenario(BaseModel):
 
     number: int
     """Index among the components of the run."""
-    label: str
+    label: PrintableText
     """The class of all its pictures."""
-    mistaken_for: str
+    mistaken_for: PrintableText
     """What the classifier of the run answered most often in its place."""
     pictures: int
     before: float
@@ -82,13 +83,13 @@ class SuiteDescription(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1]
-    run: str
+    run: PrintableText
     """The run that it was saved from."""
-    annotators: str
+    annotators: PrintableText
     """Who labelled its scenarios: people, or reference models."""
-    saved: str
+    saved: PrintableText
     """When, UTC."""
-    classes: tuple[str, ...]
+    classes: tuple[PrintableText, ...]
     image_size: int
     channels: int
     vae: dict[str, Any]
@@ -104,6 +105,8 @@ class SuitePictures:
     labels: I64  # (A,)
     codes: F32  # (A, n, Z) that the pictures were decoded from
     vae: Weights
+    anchors: Anchors | None = None  # images that the codes are decoded at, with vae.decode: anchored
+    anchor: I64 | None = None  # (A, n) index into anchors
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def _frozen(run: Run) -> Suite:
     images = held_out_images(load_vae(spec, models.vae), fixes)
     floats = images.batch(slice(0, len(images))).reshape(len(fixes.labels), -1, *images.pixels.shape[1:])
     pixels = np.round(floats * 255).clip(0, 255).astype(np.uint8)
-    pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae)
+    pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor)
     before, after = (
         _accuracies(load_classifier(spec, weights, len(classes)), pictures)
         for weights in (models.classifier, sweep.weights or models.classifier)

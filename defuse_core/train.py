@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, VaeEpoch
+from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, ReferenceSet, VaeEpoch
 from defuse_core.batches import DeviceImages
 from defuse_core.checkpoint import Losses, Training, format_row, minibatches, train_step
 from defuse_core.config import Arithmetic, RunFile, VaeSection
@@ -24,9 +25,9 @@ from defuse_core.errors import RunFileError
 from defuse_core.health import (
     PROBE_IMAGES,
     STRIP_KEY,
+    health_after_training,
     log_health,
     mean_kl,
-    measure_health,
     reconstruction_errors,
     reconstruction_strip,
 )
@@ -39,7 +40,6 @@ from defuse_core.models import (
     kl_to_prior,
     load_pretrained,
     log_classifier,
-    predict,
     set_weights,
     to_device,
     weights_of,
@@ -47,6 +47,7 @@ from defuse_core.models import (
 from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
 from defuse_core.protocols import Call, Compute
+from defuse_core.reference_models import augment, load_reference_models
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 
@@ -63,17 +64,27 @@ def initial_vae(spec: RunFile, train: Images) -> Vae:
 
 
 def train_vae(
-    spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
+    spec: RunFile,
+    vae: Vae,
+    splits: Splits,
+    store: Store | None,
+    progress: Progress,
+    guides: Sequence[nn.Module] = (),
 ) -> list[VaeEpoch]:
-    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
+    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image).
+
+    `guides` are the classifiers that vae.guide_weight asks about the decodings. They are not trained.
+    """
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None
     trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
     optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
+    for guide in guides:
+        guide.requires_grad_(False)
+    loss = averaged(trained, VaeObjective(spec, vae.train(), head))
     images = DeviceImages(splits.train)
-    loss = averaged(trained, partial(vae_loss, spec, vae.train(), head))
-    trainer = _VaeTrainer(spec, loss, head is not None, optimizer, images, progress)
+    trainer = _VaeTrainer(spec, loss, head is not None, tuple(guides), optimizer, images, progress)
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
         training.history.append(row)
@@ -99,8 +110,9 @@ class _VaeTrainer:
     """What every epoch of the β-VAE's training uses."""
 
     spec: RunFile
-    loss: Callable[[Tensor, Tensor, Tensor, float], VaeLoss]
+    loss: Callable[..., VaeLoss]
     has_head: bool
+    guides: tuple[nn.Module, ...]  # each step asks one of them, in turn
     optimizer: torch.optim.Optimizer
     images: DeviceImages
     progress: Progress
@@ -109,6 +121,7 @@ class _VaeTrainer:
         """Train for one epoch, counted from 0, and return its figures."""
         spec, section, count = self.spec, self.spec.vae, len(self.images)
         noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
+        views = generator(spec.seed, "vae", "guide", epoch)
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
         done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
         for step, (part, images, labels) in enumerate(
@@ -116,14 +129,22 @@ class _VaeTrainer:
         ):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
+            guide = Guide(self.guides[step % len(self.guides)], views) if self.guides else None
             drawn = drawn_normal(part, section.latent_dim, noise)
-            terms = self.loss(images, labels, drawn, beta)
+            terms = self.loss(images, labels, drawn, beta, guide)
             train_step(part.weighted(terms.total), self.optimizer)
             losses.add(*(part.weighted(term) for term in terms))
             done += part.count
             self.progress("training the β-VAE", done, section.epochs * count, "images")
-        reconstruction, divergence, class_loss = losses.mean()[1]
-        return VaeEpoch(epoch + 1, reconstruction, divergence, beta, class_loss if self.has_head else None)
+        reconstruction, divergence, class_loss, guide_loss = losses.mean()[1]
+        return VaeEpoch(
+            epoch + 1,
+            reconstruction,
+            divergence,
+            beta,
+            class_loss if self.has_head else None,
+            guide_loss if self.guides else None,
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
@@ -143,6 +164,7 @@ class VaeTerms(NamedTuple):
     reconstruction: Tensor  # -E log p(x|z), Bernoulli
     divergence: Tensor  # KL(q(z|x) || p(z))
     codes: Tensor  # (n, Z) drawn from q(z|x)
+    logits: Tensor  # (n, channels, H, W) decoded from the codes
 
 
 def vae_terms(vae: Vae, images: Tensor, drawn: Tensor, arithmetic: Arithmetic = "f32") -> VaeTerms:
@@ -158,7 +180,7 @@ def vae_terms(vae: Vae, images: Tensor, drawn: Tensor, arithmetic: Arithmetic = 
         logits = vae.decode_logits(codes)
     logits = logits.float()
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
-    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
+    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes, logits)
 
 
 class VaeLoss(NamedTuple):
@@ -168,31 +190,53 @@ class VaeLoss(NamedTuple):
     reconstruction: Tensor
     divergence: Tensor
     class_loss: Tensor  # cross-entropy of the class head, 0 without one
+    guide_loss: Tensor  # cross-entropy of the guide on the decodings, 0 without one
 
 
-def vae_loss(
+class Guide(NamedTuple):
+    """A classifier that is asked about the decodings, and what draws the augmentation that it sees them under."""
+
+    module: nn.Module
+    views: np.random.Generator
+
+
+@dataclass(frozen=True)
+class VaeObjective:
+    """The loss of a β-VAE, and of a linear classifier of its codes where there is one."""
+
+    spec: RunFile
+    vae: Vae
+    head: nn.Module | None
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, drawn: Tensor, beta: float, guide: Guide | None
+    ) -> VaeLoss:
+        """Return the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers."""
+        section = self.spec.vae
+        terms = vae_terms(self.vae, images, drawn, self.spec.resources.arithmetic("vae"))
+        total = terms.reconstruction + beta * terms.divergence
+        class_loss = guide_loss = torch.zeros_like(total)
+        if self.head is not None:
+            class_loss = F.cross_entropy(self.head(terms.codes), labels)
+            total = total + section.class_weight * class_loss
+        if guide is not None:
+            seen = augment(torch.sigmoid(terms.logits), guide.views)
+            guide_loss = F.cross_entropy(guide.module(seen), labels)
+            total = total + section.guide_weight * guide_loss
+        return VaeLoss(total, terms.reconstruction, terms.divergence, class_loss, guide_loss)
+
+
+def train(
     spec: RunFile,
-    vae: Vae,
-    head: nn.Module | None,
-    images: Tensor,
-    labels: Tensor,
-    drawn: Tensor,
-    beta: float,
-) -> VaeLoss:
-    """Return the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers."""
-    terms = vae_terms(vae, images, drawn, spec.resources.arithmetic("vae"))
-    total = terms.reconstruction + beta * terms.divergence
-    class_loss = torch.zeros_like(total)
-    if head is not None:
-        class_loss = F.cross_entropy(head(terms.codes), labels)
-        total = total + spec.vae.class_weight * class_loss
-    return VaeLoss(total, terms.reconstruction, terms.divergence, class_loss)
-
-
-def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
+    store: Store | None = None,
+    references: ReferenceSet | None = None,
+    *,
+    progress: Progress,
+) -> Models:
     """Return f and the β-VAE, trained or loaded from files, with their accuracies and the β-VAE's reconstructions.
 
-    With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
+    `references` are the reference models, which vae.guide_weight asks. With a store, an interrupted training resumes
+    from its last checkpoint and reaches the same weights.
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
@@ -205,7 +249,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
         accuracies = _accuracies(spec, classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
-        vae_history = train_vae(spec, vae, splits, store, progress)
+        vae_history = train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
         models = Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
@@ -216,31 +260,41 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             device=device_name(),
-            **_measure_vae(classifier, vae, splits),
+            **_measure_vae(spec, classifier, vae, splits),
         )
         if store is not None:
-            store.write(STRIP_KEY, reconstruction_strip(vae, splits.train))
+            store.write(STRIP_KEY, reconstruction_strip(spec, vae, splits.train))
     return models
 
 
+def _guides(spec: RunFile, splits: Splits, references: ReferenceSet | None) -> list[nn.Module]:
+    if not spec.vae.guide_weight:
+        return []
+    if references is None:
+        raise ValueError("vae.guide_weight needs the reference models")
+    return load_reference_models(spec, spec.review.reference, references, len(splits.classes))
+
+
 def train_side_by_side(
-    spec: RunFile, store: Store, compute: Compute, others: Sequence[Call[Any]] = ()
+    spec: RunFile,
+    store: Store,
+    compute: Compute,
+    references: ReferenceSet | None,
+    others: Sequence[Call[Any]] = (),
 ) -> Models:
     """Return what `train` does. Classifier, β-VAE and `others` are tasks that run at the same time where they fit.
 
     Each leaves its last checkpoint in `store`, from which `train` goes on. Where one training uses all CPUs
     (resources.train_threads), they follow one another.
     """
+    trainings = [(train_part, spec, store, part, references) for part in ("vae", "classifier")]
     if spec.resources.train_workers > 1:
-        for part, section in (("classifier", spec.classifier), ("vae", spec.vae)):
-            if section.epochs > 0:
-                compute.together("train", train_part, spec, store, part)
+        for training, epochs in zip(trainings, (spec.vae.epochs, spec.classifier.epochs), strict=True):
+            if epochs > 0:
+                compute.together("train", *training)
     elif _trains_both(spec):
-        trainings = [
-            Call(train_part, spec, store, part) for part in ("vae", "classifier")
-        ]  # the longest first
-        compute.tasks("train", [*trainings, *others])
-    return compute.task("train", train, spec, store)
+        compute.tasks("train", [*(Call(*training) for training in trainings), *others])  # the longest first
+    return compute.task("train", train, spec, store, references)
 
 
 def _trains_both(spec: RunFile) -> bool:
@@ -248,7 +302,12 @@ def _trains_both(spec: RunFile) -> bool:
 
 
 def train_part(
-    spec: RunFile, store: Store, part: Literal["classifier", "vae"], *, progress: Progress
+    spec: RunFile,
+    store: Store,
+    part: Literal["classifier", "vae"],
+    references: ReferenceSet | None = None,
+    *,
+    progress: Progress,
 ) -> None:
     """Train the classifier or the β-VAE up to its last checkpoint in `store`."""
     on_disk = open_splits(spec.data, spec.seed)
@@ -256,7 +315,8 @@ def train_part(
     vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
     with cpu_threads(spec.resources.train_threads):
         if part == "vae":
-            train_vae(spec, vae, on_disk.loaded("train"), store, progress)
+            splits = on_disk.loaded("train")
+            train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
             return
         log_parts(spec.data, on_disk)
         train_classifier(spec, on_disk.loaded(), store, progress)
@@ -271,15 +331,15 @@ class VaeFigures(TypedDict):
     health: Health
 
 
-def _measure_vae(classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
+def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
     probe = splits.train.take(slice(0, PROBE_IMAGES))
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
-    health = measure_health(probe.labels, predict(classifier, probe), answers, kl)
+    health = health_after_training(spec, classifier, vae, probe, answers, kl)
     log_health(health, splits.classes)
     return VaeFigures(
         reconstruction=float(errors.mean()),
-        reconstruction_flips=1 - health.reconstructions_right,
+        reconstruction_flips=1 - float((answers == probe.labels).mean()),
         kl_per_dimension=kl,
         health=health,
     )

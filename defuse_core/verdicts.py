@@ -230,6 +230,7 @@ FROM_VERDICTS = (
     "left_out_0",
     "left_out_1",
     "evidence",
+    "failurewatch",
 )
 FROM_VOTES = ("votes", *FROM_VERDICTS)
 FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")

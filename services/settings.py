@@ -36,6 +36,8 @@ class Settings:
         None  # LABEL_STUDIO_HOST: the address that annotators open, if it is another
     )
     label_studio_s3: BucketAccess = BucketAccess()  # the credentials with which Label Studio reads pictures
+    mlflow_uri: str | None = None  # MLFLOW_TRACKING_URI
+    mlflow_experiment: str | None = None  # MLFLOW_EXPERIMENT_NAME
 
 
 def share_cores() -> None:
@@ -65,6 +67,8 @@ def read_settings() -> Settings:
             endpoint=get("LABEL_STUDIO_S3_ENDPOINT") or None,
             share_own=_is_true(get("LABEL_STUDIO_S3_SHARE_CREDENTIALS")),
         ),
+        mlflow_uri=get("MLFLOW_TRACKING_URI") or None,
+        mlflow_experiment=get("MLFLOW_EXPERIMENT_NAME") or None,
         cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse").expanduser(),
     )
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from defuse_core.artifacts import Models
 from defuse_core.config import STEPS
 from defuse_core.errors import DefuseError, InputError
 from defuse_core.report.formatting import (
@@ -154,7 +155,7 @@ def _lines(report: Report) -> list[str]:
         f"Ψ: {count_of(psi.codes, 'code')} from {percent(psi.images_with_any)} "
         f"of {count_of(psi.images, 'image')}; "
         f"{percent(psi.zero_noise_flip_rate)} of the images are wrong without noise.",
-        f"β-VAE: {percent(vae.reconstruction_flips)} of the reconstructions are misclassified; "
+        f"β-VAE: {_reconstructions(report)}; "
         f"{vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
         f"squared error {vae.reconstruction:.4f} per pixel.",
     ]
@@ -163,14 +164,22 @@ def _lines(report: Report) -> list[str]:
         cost = f"; {moved} points on the test set" if moved else ""
         lines.append(f"Chosen: λ = {lam_text(report.chosen.lam)}, epoch {report.chosen.epoch}{cost}.")
     if not mixture.converged:
-        rest = (
-            ""
-            if mixture.last_change is None
-            else f"; its bound still changed by {mixture.last_change:.3g} nats"
-        )
+        rest = ""
+        if mixture.last_change is not None:
+            rest = f"; its bound still changed by {mixture.last_change:.3g} nats"
         lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}{rest}.")
+    if report.watch is not None:
+        lines.append(f"Watch: {report.watch.verdict}")
     lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
     return lines
+
+
+def _reconstructions(report: Report) -> str:
+    health = report.vae.health
+    if health is None or not health.anchored:
+        return f"{percent(report.vae.reconstruction_flips)} of the reconstructions are misclassified"
+    kept = percent(health.kept_right)
+    return f"{kept} of the answers of the {health.judged_by} outlast the noise (anchored decoding)"
 
 
 @dataclass(frozen=True)
@@ -245,7 +254,6 @@ def _epochs(run: Run) -> str:
 
 
 def _shards(run: Run) -> int:
-    from defuse_core.artifacts import Models
     from defuse_core.identify import shard_count
 
     models = run.load(Models)
@@ -253,7 +261,7 @@ def _shards(run: Run) -> int:
 
 
 def print_status(run: Run, console: Console | None = None) -> None:
-    """Print the state, the time and the size of each step of a run."""
+    """Print the state, the time and the size of each step of a run, the β-VAE's health, and the result."""
     console = console or Console()
     states = step_states(run)
     table = Table(box=box.SIMPLE_HEAD)
@@ -266,10 +274,25 @@ def print_status(run: Run, console: Console | None = None) -> None:
     seconds = sum(state.seconds or 0 for state in states)
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     console.print(table)
+    if models := run.load(Models):
+        _print_health(console, models)
     if report := _stored_report(run):
         _print_text(console, headline(report), "bold")
         console.print(_accuracy_table(report))
     console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
+
+
+def _print_health(console: Console, models: Models) -> None:
+    """Print the verdict on the β-VAE with its figures; nothing for a run of a version without one."""
+    health = models.health
+    if health is None:
+        return
+    text = (
+        f"β-VAE: {health.verdict}. The classifier gets {percent(health.originals_right)} of "
+        f"{count_of(health.images, 'training image')} right, and {percent(health.reconstructions_right)} of their "
+        f"reconstructions; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} collapsed."
+    )
+    _print_text(console, text, "" if health.verdict == "fit" else "yellow")
 
 
 def _stored_report(run: Run) -> Report | None:

@@ -1,15 +1,20 @@
-"""What all tests share: one tiny run file and its trained models, one Ray, and silence about usage.
+"""What all tests share: one tiny run file, its trained models and finished run, one Ray, and silence about usage.
 
-`make test` runs them by file in two processes, since most wait for servers half of the time; each has a Ray.
+`make test` runs them in two processes, since most wait for servers half of the time; each has a Ray. Tests that share
+a server or models that only they use run in one process, and the longest begin first.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -17,8 +22,10 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray write
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 
 import pytest
+import yaml
 
 from defuse_core.artifacts import Models, ReferenceSet
+from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.progress import silent
 from defuse_core.reference_models import train_reference_models
@@ -113,15 +120,98 @@ def tiny_spec() -> RunFile:
     return tiny()
 
 
-@pytest.fixture(scope="session")
-def tiny_models(tiny_spec: RunFile) -> Models:
-    return train(tiny_spec, progress=silent)
+TOGETHER = {  # folder or file of tests -> the group that runs in one process; other files are groups of their own
+    "tests/services/labeling": "label-studio",  # one server, and its first start takes half a minute
+    "tests/e2e/test_label_studio.py": "label-studio",
+    "tests/services/serving": "serving",  # one Serve, and models that are trained well
+}
+FIRST = ("label-studio", "tests/cluster", "serving", "tests/e2e", "tests/core")
+
+
+def group_of(nodeid: str) -> str:
+    """Return the group of a test: that of its folder or file, else the file."""
+    groups = (group for place, group in TOGETHER.items() if nodeid.startswith(place))
+    return next(groups, nodeid.partition("::")[0])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest groups first, so that two processes end at the same time."""
+
+    def place(item: pytest.Item) -> int:
+        group = group_of(item.nodeid)
+        return next((number for number, first in enumerate(FIRST) if group.startswith(first)), len(FIRST))
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return what hands whole groups to the processes. (xdist's own `loadgroup` does nothing under pytest 9.)"""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
+
+
+MakeOnce = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture(scope="session")
-def references() -> ReferenceSet:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Return make_once(name, make): the path that `make(path)` wrote, once for all processes of this test run."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        path = root / name
+        with (root / f".{name}.lock").open("w") as gate:
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            if not path.exists():
+                make(path.with_name(f"{name}.unfinished"))
+                path.with_name(f"{name}.unfinished").rename(path)
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_spec: RunFile, make_once: MakeOnce) -> Models:
+    def make(path: Path) -> None:
+        path.write_bytes(encode(train(tiny_spec, progress=silent)))
+
+    return decode(Models, make_once("tiny_models", make).read_bytes(), "tiny_models")
+
+
+@pytest.fixture(scope="session")
+def references(make_once: MakeOnce) -> ReferenceSet:
     """The reference models of the recommended way."""
-    return train_reference_models(recommended(), None, progress=silent)
+
+    def make(path: Path) -> None:
+        path.write_bytes(encode(train_reference_models(recommended(), None, progress=silent)))
+
+    return decode(ReferenceSet, make_once("references", make).read_bytes(), "references")
+
+
+@pytest.fixture(scope="session")
+def finished_run(make_once: MakeOnce) -> Path:
+    """A folder with the tiny run `runs/tiny`, finished by one command in one process; its run file is beside it."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+        words = ["run", folder / "tiny.yaml", "--store", folder / "runs", "--on", "local"]
+        done = subprocess.run(
+            [sys.executable, "-m", "services.cli", *words],
+            cwd=ROOT, capture_output=True, text=True, timeout=180, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    return make_once("finished_run", make)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import PAPER_LAMBDAS, RunFile, parse_run_file
 from defuse_core.evaluate import ACCEPTED, FAILURE, REJECTED, TRAINING, Findings
+from defuse_core.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from defuse_core.report import Report, build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -76,6 +77,24 @@ def sample_findings(
         sweep=_sweep(0.99, 0.995) if count else Sweep((), None, {}, ()),
     )
     return findings, _evaluation(rng, findings)
+
+
+def sample_watch(separation: float = 2.0, images: int = 400) -> FailureWatch:
+    """A watch of one method whose probabilities separate wrong answers so far, as multiples of their noise."""
+    rng = np.random.default_rng(0)
+    wrong = rng.random(images) < 0.1
+    given = 1 / (1 + np.exp(2 - separation * wrong - rng.standard_normal(images)))
+    one = np.ones(1)
+    return FailureWatch(
+        methods=(MeasuredDetector(FailureDetector(METHODS[0], 1.0, one, one, one, 0.0), given, given),),
+        problem="",
+        means=np.zeros((10, 3)),
+        covariances=np.stack([np.eye(3)] * 10),
+        validation_wrong=wrong,
+        test_wrong=wrong,
+        validation_region=rng.random(images),
+        test_region=rng.random(images),
+    )
 
 
 def sample_run(folder: Path) -> Run:

@@ -90,7 +90,8 @@ class CheckSection(Section):
 
 
 class ServeSection(Section):
-    """How a corrected classifier is served (`defuse serve`). Nothing here changes a result of the run. Ours."""
+    """How a corrected classifier is served (`defuse serve`). Nothing here changes a result of the run but what its
+    report says of the watch. Ours."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses the GPU of the replica if torch supports it."""
@@ -131,13 +132,20 @@ class ServeSection(Section):
     resize: bool = False
     """Convert images of other sizes and colours to those of the classifier; false refuses them."""
     watch: bool = True
-    """Report for each input whether it belongs to a known failure scenario."""
+    """Report for each input whether it belongs to a known failure scenario. Without it the failure probability follows
+    from the classifier's outputs alone."""
     watch_share: float = Field(0.001, gt=0, le=0.5)
     """An input belongs to a scenario if it is nearer to it than all but this share of the training images."""
     watch_images: int = Field(10_000, ge=100)
-    """Training images, drawn by seed, that the distances are calibrated on."""
+    """Training images, drawn by seed, that the distances of the watch are calibrated on."""
+    failure_threshold: float | None = Field(None, gt=0, lt=1)
+    """Failure probability from which on an input is flagged. null: the largest at which failure_recall of the wrong
+    answers on validation images are flagged."""
+    failure_recall: float = Field(0.8, gt=0, le=1)
+    """Share of the wrong answers on validation images to flag, where failure_threshold is null."""
     reservoir: int = Field(0, ge=0, le=1000)
-    """Inputs stored per scenario: a random sample of those that replicas assigned to it since their start. 0: none."""
+    """Inputs stored per scenario, and of flagged ones outside all: a random sample of those that replicas received
+    since their start, in which an input is the more likely the higher its failure probability. 0: none."""
     poll_s: float = Field(2.0, gt=0)
     """Seconds between two reads of the version in production."""
     max_errors: float = Field(0.02, ge=0, le=1)

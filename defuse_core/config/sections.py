@@ -8,15 +8,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from defuse_core.errors import has_control_characters
 
 PAPER_LAMBDAS = (
     1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0, 1000.0
 )  # fmt: skip
 
 
+def expect_printable(text: str) -> str:
+    """Refuse text that would change the terminal or the page that shows it."""
+    if has_control_characters(text):
+        raise ValueError(f"expected text without control characters, found {text!a}")
+    return text
+
+
+PrintableText = Annotated[str, AfterValidator(expect_printable)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: object) -> object:
+        if isinstance(value, str | Path):
+            expect_printable(str(value))
+        return value
 
 
 def _whole_above_one(gpus: float) -> float:
@@ -114,6 +133,9 @@ class VaeSection(Section):
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module with the methods
     `encode(images) -> mean, log-variance` and `decode(codes) -> images`, images in [0, 1]."""
+    decode: Literal["plain", "anchored"] = "plain"
+    """plain shows a code z as p(z); anchored, for photographs, as the training image x that it is near to, moved as
+    its plain decoding moves: clip(x + p(z) - p(μ(x))). Paper: plain."""
     weights: UserPath | None = None
     """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional where the factory
     loads its own."""
@@ -144,6 +166,9 @@ class VaeSection(Section):
     class_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of a linear classifier of the codes, trained with the β-VAE on the images' labels and
     then dropped: reconstructions keep their class more often. Paper: 0."""
+    guide_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of the reference models on the decodings, moved and blurred at random, under the
+    images' labels: decodings show their class where class_weight is not enough. f takes no part in it. Paper: 0."""
     kl_warmup_steps: int = Field(500, ge=0)
     """Optimisation steps over which the KL term grows linearly from 0. Paper: 500; 5000 for SVHN."""
     accept: Literal["fit", "poor", "blind"] = "poor"
@@ -257,7 +282,7 @@ class JudgesSection(ClassifierSet):
     """As of review.reference, and best another one."""
     share: float = Field(0.5, ge=0, lt=1)
     """Share of the training images that only the judges are trained on; the reference models are trained on the rest.
-    0 trains both on all."""
+    Signs are divided in whole tracks. 0 trains both on all."""
 
 
 class ReviewSection(Section):

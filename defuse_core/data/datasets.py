@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from defuse_core.config import DataSection
 from defuse_core.data.digits import open_digits, open_mnist, open_mnist_5000, open_svhn
-from defuse_core.data.folder import open_folder
+from defuse_core.data.folder import folder_classes, open_folder
 from defuse_core.data.gtsrb import open_signs
 from defuse_core.data.images import Splits
-from defuse_core.data.npz import open_npz
+from defuse_core.data.npz import npz_classes, open_npz
 from defuse_core.errors import DataError, RunMismatchError
 
 OPENERS = {
@@ -33,6 +35,20 @@ def open_splits(data: DataSection, seed: int) -> Splits:
         raise DataError(
             f"data.root: cannot read {error.filename or data.root} ({error.strerror or error})"
         ) from error
+
+
+def check_class_names(data: DataSection) -> None:
+    """Raise DataError for names of classes that are not usable, without reading an image.
+
+    For the moment at which a run file is read: images that are not on this machine are not asked about.
+    """
+    if data.root is None or not data.root.exists():
+        return
+    with contextlib.suppress(OSError):  # open_splits reports it, on the machine that reads the images
+        if data.name == "folder":
+            folder_classes(data.root / "train")
+        elif data.name == "npz":
+            npz_classes(data.root)
 
 
 def reopen_splits(data: DataSection, seed: int, fingerprint: str) -> Splits:

@@ -20,16 +20,16 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 def open_folder(data: DataSection, seed: int) -> Splits:
     """Return the images under ROOT, read on demand; the classes are the names of the folders, sorted."""
     root = data_root(data)
-    classes = _classes(root / "train")
+    classes = folder_classes(root / "train")
     parts = {name: _part(root / name, classes, data) for name in ("train", "validation", "test")}
     train, validation = parts["train"], parts["validation"]
-    assert train is not None  # _classes raises where its folder is missing
+    assert train is not None  # folder_classes raises where its folder is missing
     if validation is None:
         train, validation = with_validation(train, data.validation_share, seed)
     return Splits(sample(train, data.train_images, seed), validation, parts["test"], classes)
 
 
-def _classes(part: Path) -> tuple[str, ...]:
+def folder_classes(part: Path) -> tuple[str, ...]:
     """Return the names of the class folders. Raises DataError if there are fewer than two."""
     if not part.is_dir():
         raise DataError(
@@ -49,7 +49,7 @@ def _classes(part: Path) -> tuple[str, ...]:
 def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | None:
     if not part.exists():
         return None
-    found = _classes(part)
+    found = folder_classes(part)
     if odd := sorted(set(found) ^ set(classes)):
         only = part.name if odd[0] in found else "train"
         raise DataError(

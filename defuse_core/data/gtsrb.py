@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,9 @@ def open_signs(data: DataSection, seed: int) -> Splits:
     base = _base(data)
     files = sorted((base / "GTSRB" / "Training").glob("*/*.ppm"))
     train = _pictures(files, [_class_of(file) for file in files], data, base)
-    train = sample_tracks(train, [track_of(file) for file in files], data.train_images, seed)
+    names, tracks = np.unique([track_of(file) for file in files], return_inverse=True)
+    train = replace(train, tracks=tracks.astype(np.int64))
+    train = sample_tracks(train, names[tracks].tolist(), data.train_images, seed)
     validation, test = halves(_official_test(base, data), seed)
     return Splits(train, validation, test, SIGNS)
 

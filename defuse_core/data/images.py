@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,10 @@ from PIL import Image
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
 from defuse_core.data.paths import FilePaths
-from defuse_core.errors import DataError
+from defuse_core.errors import DataError, has_control_characters
 
 MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
 DOWNLOADABLE = ("mnist", "signs", "svhn")
-CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 FINGERPRINT_IMAGES = 128  # read per part, however large the data set is
 
 
@@ -111,6 +109,7 @@ class Images:
 
     pixels: U8 | F32 | PictureFiles  # (N, channels, H, W); uint8 0 to 255, or float32 in [0, 1]
     labels: I64  # (N,)
+    tracks: I64 | None = None  # (N,) images of one track show the same object; None where none do
 
     def __post_init__(self) -> None:
         shape, dtype = self.pixels.shape, self.pixels.dtype
@@ -122,6 +121,8 @@ class Images:
             raise ValueError(
                 f"Images.labels: expected int64 ({shape[0]},), found {self.labels.dtype} {self.labels.shape}"
             )
+        if self.tracks is not None and self.tracks.shape != self.labels.shape:
+            raise ValueError(f"Images.tracks: expected {self.labels.shape}, found {self.tracks.shape}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,14 +137,14 @@ class Images:
 
     def take(self, rows: slice | I64) -> Images:
         """Return the images of `rows`, in that order. Files are not read."""
-        files = isinstance(self.pixels, PictureFiles)
-        return Images(self.pixels.at(rows) if files else self.pixels[rows], self.labels[rows])  # type: ignore[union-attr]
+        pixels = self.pixels.at(rows) if isinstance(self.pixels, PictureFiles) else self.pixels[rows]
+        return Images(pixels, self.labels[rows], None if self.tracks is None else self.tracks[rows])
 
     def loaded(self) -> Images:
         """Return the images with their pixels in memory, as uint8; more than MAX_LOADED bytes stay in their files."""
         if not isinstance(self.pixels, PictureFiles) or math.prod(self.pixels.shape) > MAX_LOADED:
             return self
-        return Images(self.pixels[:], self.labels)
+        return replace(self, pixels=self.pixels[:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +202,7 @@ def expect_labels(labels: I64, classes: int, where: str | Path) -> None:
 def expect_class_names(names: Iterable[str], where: str | Path) -> None:
     """Raise DataError for a name that would change the terminal, the page or the log line that shows it."""
     for name in names:
-        if any(unicodedata.category(letter) in CONTROL for letter in name):
+        if has_control_characters(name):
             raise DataError(
                 f"{where}: expected names of classes without control characters, found {name!a}; rename the class"
             )

@@ -29,30 +29,64 @@ def open_npz(data: DataSection, seed: int) -> Splits:
     and train_labels must contain each. Raises DataError naming the file and the array.
     """
     file = data_root(data)
-    arrays = _read(file)
-    train = _part(arrays, "train", data, file)
+    return splits_of(_read(file), data, seed, str(file))
+
+
+def splits_of(arrays: Arrays, data: DataSection, seed: int, where: str) -> Splits:
+    """Return the parts in arrays named as in an .npz file. Raises DataError naming `where` and the array."""
+    train = _part(arrays, "train", data, where)
     if train is None:
         raise DataError(
-            f"{file}: expected arrays train_images and train_labels, found {_listed(arrays)}; add them"
+            f"{where}: expected arrays train_images and train_labels, found {_listed(arrays)}; add them"
         )
-    classes = _names(arrays["classes"], file) if "classes" in arrays else _numbers(train.labels, file)
-    validation, test = (_part(arrays, part, data, file) for part in ("validation", "test"))
+    classes = _names(arrays["classes"], where) if "classes" in arrays else _numbers(train.labels, where)
+    validation, test = (_part(arrays, part, data, where) for part in ("validation", "test"))
     splits = Splits(train, validation, test, classes)
     for part, images in splits.parts().items():
-        expect_labels(images.labels, len(classes), f"{file}: {part}_labels")
+        expect_labels(images.labels, len(classes), f"{where}: {part}_labels")
     if validation is None:
         train, validation = with_validation(train, data.validation_share, seed)
     return Splits(sample(train, data.train_images, seed), validation, test, classes)
 
 
-def _read(file: Path) -> Arrays:
-    """Return the arrays with known names. Nothing is unpickled."""
+def npz_classes(file: Path) -> tuple[str, ...] | None:
+    """Return the class names in the file, None where it has none. Reads no image. Raises DataError."""
+    found = _read(file, {"classes"})
+    return _names(found["classes"], str(file)) if found else None
+
+
+def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
+    """Return for parts train and validation, as open_npz gives them, the row of each image in the file's own arrays.
+
+    Held out images have their rows in train_images.
+    """
+    arrays = _read(data_root(data))
+
+    def numbered(part: str) -> Images:
+        labels = arrays[f"{part}_labels"].astype(np.int64)
+        return Images(np.arange(len(labels), dtype=np.float32)[:, None, None, None], labels)
+
+    train, validation = numbered("train"), None
+    if "validation_labels" in arrays:
+        validation = numbered("validation")
+    else:
+        train, validation = with_validation(train, data.validation_share, seed)
+    parts = {"train": sample(train, data.train_images, seed), "validation": validation}
+    return {
+        part: images.pixels[:].reshape(-1).astype(np.int64)
+        for part, images in parts.items()
+        if images is not None
+    }
+
+
+def _read(file: Path, wanted: set[str] = NAMES) -> Arrays:
+    """Return those of the wanted arrays that are in the file. Nothing is unpickled."""
     try:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with archive:
-            return {name: archive[name] for name in archive.files if name in NAMES}
+            return {name: archive[name] for name in archive.files if name in wanted}
     except (PermissionError, IsADirectoryError) as error:
         raise DataError(
             f"{file}: expected a readable .npz file ({error.strerror}); check data.root"
@@ -64,49 +98,49 @@ def _read(file: Path) -> Arrays:
         ) from error
 
 
-def _numbers(labels: I64, file: Path) -> tuple[str, ...]:
+def _numbers(labels: I64, where: str) -> tuple[str, ...]:
     """Return the labels as class names. Raises DataError where they have gaps."""
     found = np.unique(labels)
     if len(found) < 2 or not np.array_equal(found, np.arange(len(found))):
         raise DataError(
-            f"{file}: train_labels: expected two or more classes 0, 1, 2, ... without gaps, "
+            f"{where}: train_labels: expected two or more classes 0, 1, 2, ... without gaps, "
             f"found {len(found)} different labels, {found[0]} to {found[-1]}; correct them or add `classes`"
         )
     return tuple(str(label) for label in found)
 
 
-def _names(names: npt.NDArray[Any], file: Path) -> tuple[str, ...]:
+def _names(names: npt.NDArray[Any], where: str) -> tuple[str, ...]:
     if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2 or len(set(names.tolist())) != len(names):
         raise DataError(
-            f"{file}: classes: expected two or more different names, as text, "
+            f"{where}: classes: expected two or more different names, as text, "
             f"found {names.dtype} {names.shape}; save numpy.array of a list of names"
         )
-    expect_class_names(names.tolist(), f"{file}: classes")
+    expect_class_names(names.tolist(), f"{where}: classes")
     return tuple(names.tolist())
 
 
-def _part(arrays: Arrays, part: str, data: DataSection, file: Path) -> Images | None:
+def _part(arrays: Arrays, part: str, data: DataSection, where: str) -> Images | None:
     if not {f"{part}_images", f"{part}_labels"} & set(arrays):
         return None
     for name in (f"{part}_images", f"{part}_labels"):
         if name not in arrays:
-            raise DataError(f"{file}: expected an array {name}, found {_listed(arrays)}; add it")
-    labels = _labels(arrays, part, file)
-    pixels = _pixels(arrays[f"{part}_images"], data, f"{file}: {part}_images")
+            raise DataError(f"{where}: expected an array {name}, found {_listed(arrays)}; add it")
+    labels = _labels(arrays, part, where)
+    pixels = _pixels(arrays[f"{part}_images"], data, f"{where}: {part}_images")
     if len(pixels) != len(labels):
         raise DataError(
-            f"{file}: expected as many {part}_labels as {part}_images, "
+            f"{where}: expected as many {part}_labels as {part}_images, "
             f"found {len(labels)} and {len(pixels)}; correct them"
         )
     return Images(pixels, labels)
 
 
-def _labels(arrays: Arrays, part: str, file: Path) -> I64:
+def _labels(arrays: Arrays, part: str, where: str) -> I64:
     """Return (N,), N at least 1."""
     labels = arrays[f"{part}_labels"]
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
         raise DataError(
-            f"{file}: {part}_labels: expected integers (N,), one for each image, "
+            f"{where}: {part}_labels: expected integers (N,), one for each image, "
             f"found {labels.dtype} {labels.shape}; correct them"
         )
     return labels.astype(np.int64)

@@ -39,6 +39,22 @@ def with_validation(train: Images, share: float, seed: int) -> tuple[Images, Ima
     return hold_out(train, share, generator(seed, "split", "validation")) if share else (train, None)
 
 
+def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tuple[I64, I64]:
+    """Return the rows of two parts without a track in common, each in order; `share` of the tracks form the first part.
+
+    Tracks are divided class by class, so that a class with few of them is in both. Images without tracks are divided
+    one by one.
+    """
+    if images.tracks is None:
+        order = rng.permutation(len(images))
+        middle = round(share * len(images))
+        return np.sort(order[:middle]), np.sort(order[middle:])
+    _, first, track = np.unique(images.tracks, return_index=True, return_inverse=True)
+    order = mixed_order(images.labels[first], rng)
+    in_first = np.isin(track, order[: round(share * len(order))])
+    return np.flatnonzero(in_first), np.flatnonzero(~in_first)
+
+
 def halves(images: Images, seed: int) -> tuple[Images, Images]:
     """Return two random halves, validation and test of the German signs and SVHN (Appendix B)."""
     if len(images) < 2:

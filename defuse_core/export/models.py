@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from defuse_core.artifacts import F32, Gallery, Models, Sweep, Weights
+from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
 from defuse_core.config import ClassifierSection
 from defuse_core.data import reopen_splits
 from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError
@@ -72,9 +72,17 @@ def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
         raise InputError(f"run {run.name} has no corrected classifier yet; finish it with `defuse run`")
     if not sweep.weights:
         raise InputError(
-            f"run {run.name} corrected nothing (no failure scenario was accepted); nothing to export"
+            f"run {run.name} corrected nothing ({_reason(run)}), so there is no corrected classifier"
         )
     return models, _on_cpu(load_classifier(run.spec, sweep.weights, len(models.classes)))
+
+
+def _reason(run: Run) -> str:
+    """Return why a finished run has no corrected classifier."""
+    verdicts = run.load(Verdicts)
+    if verdicts is not None and len(verdicts.accepted):
+        return "every λ costs more clean accuracy than correct.max_loss allows"
+    return "no failure scenario was accepted"
 
 
 def _on_cpu(module: nn.Module) -> nn.Module:

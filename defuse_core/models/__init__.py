@@ -7,19 +7,20 @@ from defuse_core.models.architectures import (
     build_classifier,
     import_module,
 )
+from defuse_core.models.decoder import Decoder, decoder_at, decoder_of
 from defuse_core.models.inference import (
     accuracy,
-    decode_anchored,
     decode_codes,
     encode_images,
     map_batches,
     predict,
+    predict_logits,
     predict_probabilities,
     to_device,
     to_tensor,
 )
 from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
-from defuse_core.models.programs import SelfContainedClassifier
+from defuse_core.models.programs import SelfContainedClassifier, copy_for_inference, load_program, program_of
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
@@ -32,6 +33,7 @@ from defuse_core.models.weights import (
 
 __all__ = [
     "CustomVae",
+    "Decoder",
     "LeNet",
     "ReferenceCnn",
     "ResNet18",
@@ -41,20 +43,25 @@ __all__ = [
     "build_classifier",
     "build_vae",
     "check_outputs",
-    "decode_anchored",
+    "copy_for_inference",
     "decode_codes",
+    "decoder_at",
+    "decoder_of",
     "encode_images",
     "expect_autoencoder",
     "import_module",
     "kl_to_prior",
     "load_classifier",
     "load_pretrained",
+    "load_program",
     "load_vae",
     "log_classifier",
     "map_batches",
     "predict",
+    "predict_logits",
     "predict_probabilities",
     "probe_classifier",
+    "program_of",
     "read_weights",
     "set_weights",
     "to_device",

@@ -55,6 +55,15 @@ def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_siz
     )
 
 
+def predict_logits(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:
+    """Return the classifier's logits, (n, C), of at least one image."""
+    source = _as_images(images)
+    logits: F32 = map_batches(
+        lambda rows: classifier(to_tensor(source.batch(rows))).float(), len(source), batch_size
+    )
+    return logits
+
+
 def accuracy(classifier: nn.Module, images: Images) -> float:
     """Return the share of images that the classifier gets right; nan for no images."""
     return float((predict(classifier, images) == images.labels).mean()) if len(images) else math.nan
@@ -67,24 +76,6 @@ def decode_codes(vae: Vae, codes: F32, batch_size: int = 256) -> F32:
     return map_batches(
         lambda rows: vae.decode(torch.from_numpy(codes[rows].copy()).to(device())), len(codes), batch_size
     )
-
-
-def decode_anchored(vae: Vae, codes: F32, images: Images | F32, batch_size: int = 256) -> F32:
-    """Return images moved as their codes are: clip(x + p(z) - p(mu(x))), (n, channels, H, W) in [0, 1].
-
-    Row for row, `codes` (n, Z) are near the codes of `images` (n, channels, H, W). A code that is mu(x) itself gives
-    x, so a picture keeps its sharpness whatever the β-VAE can draw.
-    """
-    source = _as_images(images)
-    if not len(codes):
-        return decode_codes(vae, codes, batch_size)
-
-    def moved(rows: slice) -> Tensor:
-        shown = to_tensor(source.batch(rows))
-        plain = vae.decode(torch.from_numpy(codes[rows].copy()).to(device()))
-        return (shown + plain - vae.decode(vae.encode(shown)[0])).clamp(0, 1)
-
-    return map_batches(moved, len(codes), batch_size)
 
 
 def encode_images(vae: Vae, images: Images | F32, batch_size: int = 256) -> F32:

@@ -15,9 +15,11 @@ torch's own operators and plain tensors is found. The checked bytes, not the pat
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +117,47 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
             f"{where}: torch cannot read this {kind} file ({first}); save it again with torch {torch.__version__}"
         ) from error
     return SelfContainedClassifier(net, data)
+
+
+def copy_for_inference(module: nn.Module) -> nn.Module:
+    """Return a copy of the module on the CPU in eval mode."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return copy.deepcopy(module).cpu().eval()
+    out = io.BytesIO()
+    torch.jit.save(module, out)
+    return _load_script(out.getvalue()).eval()
+
+
+def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
+    """Return the bytes from which load_program builds the module as it is in eval mode; the module stays unchanged.
+
+    `images` (n, channels, H, W), two or more, is what it is traced with. Raises ModelError where the module fails on
+    them, and where torch.export cannot follow its code.
+    """
+    net = copy_for_inference(module)
+    try:
+        with torch.inference_mode():
+            net(images)
+    except Exception as error:
+        raise ModelError(
+            f"the classifier fails on images of shape {tuple(images.shape)}: {_first_line(error)}; check the size and "
+            "the channels of the images (settings: data.channels)"
+        ) from error
+    out = io.BytesIO()
+    if isinstance(net, torch.jit.ScriptModule):
+        torch.jit.save(net, out)
+        return out.getvalue()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shapes = ({0: torch.export.Dim("images")},)
+            torch.export.save(torch.export.export(net, (images,), dynamic_shapes=shapes, strict=False), out)
+    except Exception as error:  # torch's exporter raises a dozen kinds of errors
+        raise ModelError(
+            f"torch.export cannot follow the classifier's code ({_first_line(error)}); name its factory and its "
+            "weights in settings instead (classifier.architecture: custom, import_path, weights)"
+        ) from error
+    return out.getvalue()
 
 
 def _load_script(data: bytes) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from defuse_core.artifacts import Evaluation
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import Evidence
+from defuse_core.failure_detector import FailureWatch
 from defuse_core.report.build import build_report
 from defuse_core.report.schema import Report, parse_report
 from defuse_core.runs import Run
@@ -18,13 +19,17 @@ __all__ = [
 
 
 def write_report(
-    run: Run, found: Findings, evaluation: Evaluation, evidence: Evidence | None = None
+    run: Run,
+    found: Findings,
+    evaluation: Evaluation,
+    evidence: Evidence | None = None,
+    watch: FailureWatch | None = None,
 ) -> Report:
     """Write `report.json`, `report.html` and `figures/*.png` into the run, and return the report."""
     from defuse_core.report.figures import draw_figures, png
     from defuse_core.report.html import render_page
 
-    report = build_report(run, found, evaluation, evidence)
+    report = build_report(run, found, evaluation, evidence, watch)
     figures = draw_figures(report, found, evaluation)
     for name, figure in figures.items():
         run.store.write(f"figures/{name}.png", png(figure))

@@ -22,6 +22,7 @@ from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.evaluate import Findings
 from defuse_core.evidence import CLASSIFIERS, WIDER, Evidence
+from defuse_core.failure_detector import FailureWatch
 from defuse_core.health import COLLAPSED_BELOW
 from defuse_core.report.schema import (
     VERSION,
@@ -47,7 +48,6 @@ from defuse_core.report.schema import (
     Scenario,
     ScenarioEvidence,
     ScenarioSummary,
-    Share,
     SweepFailure,
     TradeOff,
     VaeFigures,
@@ -56,10 +56,15 @@ from defuse_core.report.schema import (
 )
 from defuse_core.runs import Run
 from defuse_core.verdicts import is_misclassified, most_common_error
+from defuse_core.watch_figures import share_of, watch_figures
 
 
 def build_report(
-    run: Run, found: Findings, evaluation: Evaluation, evidence: Evidence | None = None
+    run: Run,
+    found: Findings,
+    evaluation: Evaluation,
+    evidence: Evidence | None = None,
+    watch: FailureWatch | None = None,
 ) -> Report:
     """Return all figures of the run. Writes nothing and runs no model."""
     models, psi, verdicts = found.models, found.psi, found.verdicts
@@ -98,6 +103,7 @@ def build_report(
         votes=_votes(found),
         overrides=verdicts.overrides,
         evidence=None if evidence is None else evidence_figures(found, evidence),
+        watch=None if watch is None else watch_figures(watch, run.spec.serve),
         per_class=_per_class(models.classes, evaluation),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),
@@ -113,6 +119,8 @@ def _health(models: Models) -> HealthFigures | None:
         originals_right=found.originals_right,
         reconstructions_right=found.reconstructions_right,
         kept_right=found.kept_right,
+        anchored=found.anchored,
+        judged_by=found.judged_by,
     )
 
 
@@ -279,12 +287,12 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
             classifier=defined(evidence.before_test),
             labelled=defined(evidence.labelled),
         ),
-        purity=_share(evidence.purity),
+        purity=share_of(evidence.purity),
         own_label=_four(evidence.own_label),
         one_label=_four(evidence.one_label),
-        left_out=BeforeAfter(before=_share(evidence.left_out[0]), defuse=_share(evidence.left_out[1])),
+        left_out=BeforeAfter(before=share_of(evidence.left_out[0]), defuse=share_of(evidence.left_out[1])),
         wider=tuple(
-            WiderDraws(factor=factor, before=_share(row[0]), defuse=_share(row[1]))
+            WiderDraws(factor=factor, before=share_of(row[0]), defuse=share_of(row[1]))
             for factor, row in zip(WIDER, evidence.wider, strict=True)
         ),
         real_failures=_four(evidence.real_failures),
@@ -326,13 +334,8 @@ def _values(values: F64) -> tuple[float | None, ...]:
     return tuple(defined(value) for value in values.tolist())
 
 
-def _share(row: F64) -> Share:
-    value, low, high = map(defined, row.tolist())
-    return Share(value=value, low=low, high=high)
-
-
 def _four(table: F64) -> FourShares:
-    return FourShares(**{name: _share(row) for name, row in zip(CLASSIFIERS, table, strict=True)})
+    return FourShares(**{name: share_of(row) for name, row in zip(CLASSIFIERS, table, strict=True)})
 
 
 def _mcnemar(row: F64) -> McNemar | None:

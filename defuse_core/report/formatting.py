@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from defuse_core.report.schema import Mean, Report, Share
+from defuse_core.report.schema import Mean, Report
+from defuse_core.watch_figures import Share
 
 # Below this the images of the scenarios show several classes, and accuracy on their one label means little.
 LOW_PURITY = 0.8
@@ -30,6 +31,13 @@ def interval(share: Share, digits: int = 1) -> str:
     if share.value is None or share.low is None or share.high is None:
         return NONE
     return f"{percent(share.value, digits)} ({100 * share.low:.{digits}f}–{100 * share.high:.{digits}f})"
+
+
+def score(share: Share) -> str:
+    """Return a number between 0 and 1 with its 95 % interval, not as a percentage: 0.97 (0.95–0.98)."""
+    if share.value is None or share.low is None or share.high is None:
+        return NONE
+    return f"{share.value:.3f} ({share.low:.3f}–{share.high:.3f})"
 
 
 def change(before: float | None, after: float | None, digits: int = 2) -> str:
@@ -193,6 +201,13 @@ def unfit_vae(report: Report) -> str | None:
     health = report.vae.health
     if health is None or health.verdict == "fit":
         return None
+    if health.anchored:
+        judges = "reference models get" if health.judged_by != "classifier" else "classifier gets"
+        return (
+            f"The β-VAE is {health.verdict}. The {judges} {percent(health.originals_right)} of the training images "
+            f"right, and {percent(health.reconstructions_right)} of them once the noise has moved them, so many of the "
+            "failures found may show no class any more. Compare reconstructions.png, and lower identify.scale."
+        )
     return (
         f"The β-VAE is {health.verdict}. The classifier gets {percent(health.originals_right)} of the training images "
         f"right, and {percent(health.reconstructions_right)} of their reconstructions, so many of the failures found "

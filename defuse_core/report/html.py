@@ -71,7 +71,7 @@ def render_page(
     cards = [scenario_card(row, found, evaluation, evidence) for row in report.scenarios.list]
     classes = found.models.classes
     notes = report.votes.notes
-    page = _environment().get_template("report.html.j2")
+    page = environment().get_template("report.html.j2")
     text = page.render(
         report=report,
         headline=formatting.headline(report),
@@ -97,16 +97,17 @@ def render_page(
 
 
 @functools.cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return the environment of the templates beside this file: text is escaped, a missing value is an error."""
+    made = Environment(
         loader=PackageLoader("defuse_core.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = formatting.percent
-    environment.globals.update(
+    made.filters["percent"] = formatting.percent
+    made.globals.update(
         change=formatting.change,
         count_of=formatting.count_of,
         date_time=formatting.date_time,
@@ -115,11 +116,12 @@ def _environment() -> Environment:
         lam_text=formatting.lam_text,
         interval=formatting.interval,
         percent=formatting.percent,
+        score=formatting.score,
         size=formatting.size,
         spread=formatting.spread,
         text_of=formatting.text_of,
     )
-    return environment
+    return made
 
 
 def _change(row: ClassAccuracy) -> float:

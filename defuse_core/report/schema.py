@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from defuse_core.artifacts import Override
 from defuse_core.errors import InputError
+from defuse_core.watch_figures import Share, WatchFigures
 
 VERSION: Final = 2  # of report.json; grows when a field is renamed or removed
 
@@ -32,14 +33,6 @@ class Accuracies(ReportModel):
     baseline: Accuracy
     """Fine-tuned on the reviewed, misclassified images: the paper's "unrestricted adversarial examples"."""
     defuse: Accuracy
-
-
-class Share(ReportModel):
-    """A share with its 95 % interval, fractions of 1; null where it could not be measured."""
-
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 class FourShares(ReportModel):
@@ -229,6 +222,10 @@ class HealthFigures(ReportModel):
     """Share whose plain reconstruction it gets right."""
     kept_right: float
     """Among images that it gets right: share whose reconstruction it gets right too."""
+    anchored: bool = False
+    """Whether vae.decode is anchored: then reconstructions here are the images as the noise moves them."""
+    judged_by: str = "classifier"
+    """Whose answers these are: the classifier's or, with vae.decode: anchored, the reference models'."""
 
 
 class VaeFigures(ReportModel):
@@ -335,6 +332,8 @@ class Report(ReportModel):
     """Decisions of people that replace the verdict of the vote."""
     evidence: EvidenceFigures | None
     """Null without judges (judges.count 0)."""
+    watch: WatchFigures | None = None
+    """How well the corrected classifier's failing inputs are found. Null for a run of an earlier version."""
     per_class: tuple[ClassAccuracy, ...]
     """On the test images; empty where there are none."""
     failed_trials: tuple[SweepFailure, ...]

@@ -36,6 +36,12 @@ def _header(plan: Plan, minutes: float) -> list[str]:
     if plan.probe is not None:
         ranges = ", ".join(f"{name} {share:.1%}" for name, share in plan.probe.by_range.items())
         lines.append(f"Classifier: right on {plan.probe.images} training images, by input range: {ranges}.")
+    if plan.tree["vae"].get("decode") == "anchored":
+        lines += [
+            "vae.decode is anchored, since these are colour pictures without a plain ground: a small β-VAE draws "
+            "photographs",
+            "as blobs, which say nothing about a classifier, but it can move photographs, which stay sharp.",
+        ]
     return lines + [f"Note: {warning}." for warning in plan.warnings]
 
 

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from defuse_core.errors import DefuseError
+from defuse_core.errors import DefuseError, escape_control_characters
 from services.cli.export import compare, delete, export, suite
 from services.cli.init import fields, init
 from services.cli.jobs import jobs, submit
@@ -72,5 +72,5 @@ def main() -> None:
 
 
 def _fail(line: str, exit_code: int) -> None:
-    click.echo(f"defuse: {line}", err=True)
+    click.echo(f"defuse: {escape_control_characters(line)}", err=True)
     sys.exit(exit_code)

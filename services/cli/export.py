@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from defuse_core.errors import CheckFailed, InputError
-from services.cli.options import CLASSIFIER_HELP, checked_name, store_option
+from defuse_core.store import checked_name
+from services.cli.options import CLASSIFIER_HELP, store_option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +76,7 @@ def delete(run: str, store: str, yes: bool) -> None:
     Refused while a driver writes the run, and for a run whose classifier is a version in the registry.
     """
     from defuse_core.runs import Run
-    from services.storage import delete_run, open_store
+    from services.storage import open_store
 
     opened = open_store(store)
     found = Run.open(opened, checked_name(run))
@@ -84,7 +85,7 @@ def delete(run: str, store: str, yes: bool) -> None:
         keys = found.store.list()
         if not yes:
             click.confirm(f"delete {len(keys)} files in {found.store.address}?", abort=True)
-        delete_run(found.store)
+        found.store.delete_all()
     click.echo(f"deleted {run}: {len(keys)} files")
 
 

@@ -72,6 +72,8 @@ def _print_plan(plan: Plan, path: Path, minutes: float) -> None:
     click.echo(
         f"β-VAE       {vae['latent_dim']} dimensions, {vae['epochs']} epochs at {plan.speeds.vae:,.0f} images/s"
     )
+    if vae.get("decode") == "anchored":
+        click.echo("decode      anchored: photographs are moved, not redrawn")
     for warning in plan.warnings:
         click.echo(f"note        {warning}")
     click.echo(f"wrote {path}, for about {minutes:g} minutes; next: defuse run {shlex.quote(str(path))}")

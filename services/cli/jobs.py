@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import InputError
-from services.cli.options import given, name_option, run_name, set_option, until_option
+from services.cli.options import given, name_option, run_name, set_option, track_option, until_option
 from services.settings import read_settings, variables
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ address_option = click.option(
 )
 @set_option
 @until_option
+@track_option
 @click.option(
     "--env",
     "wanted",
@@ -56,6 +57,7 @@ def submit(
     store: str,
     overrides: tuple[str, ...],
     until: str,
+    track: str | None,
     wanted: tuple[str, ...],
     python: str,
     detach: bool,
@@ -72,12 +74,16 @@ def submit(
     """
     from cluster.jobs import Jobs
     from defuse_core.config import load_run_file
+    from defuse_core.data import check_class_names
     from services.job_package import RUN_FILE, build_working_dir
 
     spec = load_run_file(runfile, overrides)
+    check_class_names(spec.data)
     run = run_name(name, runfile)
     command = [python, "-m", "services.cli", "run", RUN_FILE, "--name", run, "--store", _shared(store)]
     command += ["--until", until]
+    if track is not None:
+        command += ["--track", track]
     jobs = Jobs(_dashboard(address))
     with tempfile.TemporaryDirectory(prefix="defuse-job-") as folder:
         build_working_dir(spec, Path(folder))

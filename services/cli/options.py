@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,10 @@ import click
 
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError
+from defuse_core.store import checked_name
 
 if TYPE_CHECKING:
     from defuse_core.suggest import ClassifierChoice
-
-
-RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions and kept inputs
 
 
 def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -48,22 +45,16 @@ until_option = click.option(
 )
 
 
-def checked_name(name: str) -> str:
-    """Return `name` if it can name a folder everywhere. Raises InputError."""
-    if name in RESERVED:
-        raise InputError(
-            f"run name {name}: expected another name, since the store keeps versions and traffic under it"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(
-            f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100"
-        )
-    return name
-
-
 def run_name(name: str | None, runfile: Path) -> str:
     """Return the name of a run: `name`, else the run file's. Raises InputError for one that cannot name a folder."""
     return checked_name(runfile.stem if name is None else name)
+
+
+track_option = click.option(
+    "--track",
+    type=click.Choice(["mlflow"]),
+    help="Send settings, figures, report and model to the server in MLFLOW_TRACKING_URI.",
+)
 
 
 CLASSIFIER_HELP = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.options import checked_name, store_option
+from defuse_core.store import checked_name
+from services.cli.options import store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -295,18 +297,30 @@ def print_status(status: ReviewStatus, console: Console) -> None:
 
 
 def _scenario_table(status: ReviewStatus) -> Table:
+    """Return a row per scenario; for inputs from traffic with the share that the server expects to be wrong."""
+    gallery = status.tasks.gallery
+    expected = () if gallery.failure is None else ("expected wrong",)
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("scenario", "answers missing", "state"):
+    for heading in ("scenario", "answers missing", *expected, "state"):
         table.add_column(heading, justify="left" if heading == "state" else "right")
     reasons = status.verdicts().reasons
     for scenario, decided in enumerate(status.decided):
         state = "open"
         if decided:
             state = "decided above the vote" if status.overridden[scenario] else reasons[scenario]
-        table.add_row(
-            str(status.tasks.gallery.number(scenario)), str(int(status.missing[scenario].sum())), state
-        )
+        cells = [_scenario_number(gallery, scenario), str(int(status.missing[scenario].sum()))]
+        if gallery.failure is not None:
+            share = float(gallery.failure[scenario].mean())
+            cells.append("unknown" if math.isnan(share) else f"{share:.0%}")
+        table.add_row(*cells, state)
     return table
+
+
+def _scenario_number(gallery: Gallery, scenario: int) -> str:
+    from defuse_core.artifacts import NO_SCENARIO
+
+    number = gallery.number(scenario)
+    return "none" if number == NO_SCENARIO else str(number)
 
 
 def _print_discarded(status: ReviewStatus, console: Console) -> None:
@@ -349,5 +363,6 @@ def _print_closed(name: str, later: int, console: Console) -> None:
 
 
 def _place(status: ReviewStatus, subject: TaskSubject) -> str:
-    place = f"scenario {status.tasks.gallery.number(subject.scenario)}"
+    number = _scenario_number(status.tasks.gallery, subject.scenario)
+    place = "no scenario" if number == "none" else f"scenario {number}"
     return place if subject.image is None else f"{place}, image {subject.image}"

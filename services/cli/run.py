@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.config import STEPS
+from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
-    checked_name,
     name_option,
     run_name,
     set_option,
     store_option,
+    track_option,
     until_option,
 )
 from services.settings import read_settings
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @address_option
 @set_option
 @until_option
+@track_option
 @click.option(
     "--wait",
     is_flag=True,
@@ -60,6 +62,7 @@ def run(
     address: str | None,
     overrides: tuple[str, ...],
     until: str,
+    track: str | None,
     wait: bool,
     profile: str | None,
 ) -> None:
@@ -72,18 +75,24 @@ def run(
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
     """
     from defuse_core.config import load_run_file
+    from defuse_core.data import check_class_names
     from defuse_core.pipeline import run_defuse
     from defuse_core.runs import ReachedStep, Run
     from services.console import ProgressDisplay
     from services.storage import open_store
     from services.tables import print_report
+    from services.tracking import MlflowTracking, expect_mlflow
 
     spec = load_run_file(runfile, overrides)
+    check_class_names(spec.data)
     opened, name = open_store(store), run_name(name, runfile)
+    if track is not None:
+        expect_mlflow(read_settings())
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)
         try:
-            with _compute(where, address, started, display, profile) as compute:
+            tracking = MlflowTracking(started, read_settings()) if track else contextlib.nullcontext()
+            with tracking, _compute(where, address, started, display, profile) as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
         except ReachedStep:
             click.echo(f"{name}: done until {until}; run again without --until to continue")

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from defuse_core.store import checked_name
 from services.cli.export import SuiteCheck, check_suite, suite_options
-from services.cli.options import address_option, checked_name, store_option
+from services.cli.options import address_option, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:
+    from defuse_core.watch_figures import WatchFigures
     from services.serving.candidate import Candidate
-    from services.serving.registry import Registry
+    from services.serving.registry import Registry, VersionInfo
 
 by_option = click.option("--by", help="Author of the change. [default: the user of this machine]")
 why_option = click.option("--why", default="", help="Reason for the change, stored in the registry.")
@@ -99,7 +101,11 @@ def promote(
         raise click.UsageError("--canary and --shadow exclude each other")
     share = parse_share(canary) if canary else None
     request = PromotionRequest(by or getpass.getuser(), why, force or None, share, shadow)
-    click.echo(promote_candidate(registry, _candidate(store, run), request).action)
+    candidate = _candidate(store, run)
+    click.echo(promote_candidate(registry, candidate, request).action)
+    figures = candidate.watch_figures(candidate.run_file().serve)
+    if figures is not None:
+        _print_watch(figures)
 
 
 @click.command()
@@ -214,10 +220,38 @@ def _show(registry: Registry) -> None:
         roles = {state.production: "production", state.canary: f"canary {state.share:.1%}"}
         role = {**roles, state.shadow: "shadow"}.get(number, "")
         forced = " (forced)" if info.forced else ""
-        origin = f"run {info.run}{forced}, labelled by {info.annotators}"
+        origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
         click.echo(f"{number:>4}  {role:<12} {origin}; by {info.by} on {info.when} {info.why}".rstrip())
     author = f", by {state.by} on {state.when} {state.why}".rstrip() if state.sequence else ""
     click.echo(f"last change: {state.action}{author}")
+
+
+def _watch_in_short(info: VersionInfo) -> str:
+    """Return how well a version's failing inputs are found, in a few words."""
+    if info.watch is None:
+        return ""
+    found = info.watch.test or info.watch.validation
+    if info.watch.method is None or found is None or found.auroc.value is None:
+        return ", does not find failing inputs"
+    return f", finds failing inputs (AUROC {found.auroc.value:.2f})"
+
+
+def _print_watch(figures: WatchFigures) -> None:
+    """Print how well failing inputs are found on real images."""
+    from defuse_core.report.formatting import NONE, interval, score
+
+    click.echo(figures.verdict)
+    for name, found in (("validation", figures.validation), ("test", figures.test)):
+        if found is not None:
+            precision = NONE if found.average_precision is None else f"{found.average_precision:.2f}"
+            line = f"  {name}: {found.errors} of {found.images:,} answers are wrong; AUROC {score(found.auroc)}, "
+            line += f"average precision {precision}"
+            if figures.threshold is not None and found.calibration_error is not None:
+                line += (
+                    f"; at failure probability {figures.threshold:.3f} precision {interval(found.precision)}, "
+                    f"recall {interval(found.recall)}; calibration error {found.calibration_error:.4f}"
+                )
+            click.echo(line)
 
 
 def _serve_fields(overrides: tuple[str, ...]) -> dict[str, Any]:

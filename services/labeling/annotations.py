@@ -14,10 +14,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from defuse_core.artifacts import I64
 from defuse_core.errors import InputError
 from defuse_core.store import Store
+from services.labeling.api_types import RESULT_ROW
 from services.labeling.client import Annotation, Task
 from services.labeling.interface import LABEL, answers_by_name
 from services.labeling.tasks import ReviewTasks, TaskSubject
@@ -39,6 +41,7 @@ ANSWER_DTYPE = np.dtype(
 )
 AnswerTable: TypeAlias = NDArray[np.void]  # of ANSWER_DTYPE
 Authors: TypeAlias = dict[int, int]  # annotation id -> user id
+BY_USER = TypeAdapter(dict[int, list[int]])  # user id -> ids of annotations, as they are stored
 Labels: TypeAlias = tuple[int, ...]  # a class or none-of-the-above for each image of a task
 
 
@@ -125,15 +128,15 @@ def read_annotations(
 def read_authors(store: Store) -> Authors:
     """Return the authors of annotations as stored by earlier pulls."""
     try:
-        stored = json.loads(store.read(AUTHORS_KEY))
-        return {int(annotation): int(user) for user, given in stored.items() for annotation in given}
+        by_user = BY_USER.validate_json(store.read(AUTHORS_KEY))
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValidationError as error:
         raise InputError(
             f"{store.address}/{AUTHORS_KEY}: expected what Defuse wrote there, found something else; delete it, and "
             "the next pull writes it again"
         ) from error
+    return {annotation: user for user, given in by_user.items() for annotation in given}
 
 
 def store_authors(store: Store, known: Authors, pulled: PulledAnnotations) -> None:
@@ -230,11 +233,13 @@ class AnnotationReader:
             return (labels[LABEL],)
         return tuple(labels.get(f"{LABEL}_{image}", labels[LABEL]) for image in range(self.images))
 
-    def _label(self, subject: TaskSubject, result: Any) -> tuple[str, int | str]:
+    def _label(self, subject: TaskSubject, result: object) -> tuple[str, int | str]:
         """Return the control and its label, or the reason why it has none."""
-        if not isinstance(result, dict) or not isinstance(result.get("value"), dict):
+        try:
+            row = RESULT_ROW.validate_python(result)
+        except ValidationError:
             return "", "not an answer of this interface"
-        control, choices = str(result.get("from_name")), result["value"].get("choices")
+        control, choices = row.from_name, row.value.choices
         allowed = (
             [LABEL]
             if subject.image is not None
@@ -242,9 +247,8 @@ class AnnotationReader:
         )
         if control not in allowed:
             return control, f"an answer for {control!r:.40}, which was not asked"
-        if not isinstance(choices, list) or len(choices) != 1:
-            count = len(choices) if isinstance(choices, list) else "no"
-            return control, f"{count} choices for {control}, not one"
+        if choices is None or len(choices) != 1:
+            return control, f"{len(choices or ()) or 'no'} choices for {control}, not one"
         if not isinstance(choices[0], str) or choices[0] not in self.answer_of:
             return control, f"the choice {str(choices[0])!r:.60} is not one of the classes"
         return control, self.answer_of[choices[0]]

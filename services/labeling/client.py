@@ -14,13 +14,13 @@ import logging
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
 from defuse_core.errors import DefuseError, InputError, ServiceError
+from services.labeling.api_types import ANNOTATION_ROW, BucketStorage, TaskImport
 
 try:
     from label_studio_sdk import LabelStudio
@@ -43,7 +43,7 @@ class Annotation:
 
     id: int
     annotator: int | None  # user id; None where the account was deleted
-    result: Any
+    result: object
     cancelled: bool  # a skip
     created: float  # seconds since 1970
     updated: float
@@ -59,7 +59,7 @@ class Task:
     overlap: int
     labeled: bool  # whether Label Studio has taken it out of the queue
     annotations: tuple[Annotation, ...]
-    data: Mapping[str, Any] | None  # None unless asked for
+    data: Mapping[str, object] | None  # None unless asked for
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class LabelStudioClient:
         with translated_errors(self.address):
             self._sdk.projects.update(id=number, **settings, request_options=REPEAT)
 
-    def import_tasks(self, project: int, tasks: Sequence[Mapping[str, Any]]) -> None:
+    def import_tasks(self, project: int, tasks: Sequence[TaskImport]) -> None:
         """Add tasks, all or none. After a lost reply they may exist nonetheless."""
         with translated_errors(self.address):
             self._sdk.projects.import_tasks(id=project, request=list(tasks), request_options=ONCE)
@@ -223,7 +223,7 @@ class LabelStudioClient:
             for user in users
         }
 
-    def connect_bucket(self, project: int, storage: Mapping[str, Any]) -> None:
+    def connect_bucket(self, project: int, storage: BucketStorage) -> None:
         """Let the project show pictures of an S3 bucket, proxied by the server, which first tries to list them.
 
         Raises BlockedAddressError if the server's protection against forged requests blocks the bucket's address.
@@ -231,12 +231,12 @@ class LabelStudioClient:
         storages = self._sdk.import_storage.s3
         with translated_errors(self.address):
             known = storages.list(project=project, request_options=REPEAT)
-            ours = next((found for found in known if found.bucket == storage["bucket"]), None)
+            ours = next((found for found in known if found.bucket == storage.bucket), None)
             try:
                 if ours is None:
-                    storages.create(project=project, **storage, request_options=ONCE)
+                    storages.create(project=project, **storage.fields(), request_options=ONCE)
                 else:  # its credentials may have expired
-                    storages.update(ours.id, project=project, **storage, request_options=REPEAT)
+                    storages.update(ours.id, project=project, **storage.fields(), request_options=REPEAT)
             except ApiError as error:
                 if error.status_code == 403 and "URL" in str(
                     error.body
@@ -376,17 +376,12 @@ def _task(found: Any) -> Task:
 
 
 def _annotation(found: Any) -> Annotation:
-    fields = found if isinstance(found, dict) else found.model_dump()
-    annotator = fields.get("completed_by")
+    row = ANNOTATION_ROW.validate_python(found if isinstance(found, dict) else found.model_dump())
     return Annotation(
-        id=int(fields["id"]),
-        annotator=annotator.get("id") if isinstance(annotator, dict) else annotator,
-        result=fields.get("result"),
-        cancelled=bool(fields.get("was_cancelled")),
-        created=_seconds(fields["created_at"]),
-        updated=_seconds(fields["updated_at"]),
+        id=row.id,
+        annotator=row.annotator,
+        result=row.result,
+        cancelled=bool(row.was_cancelled),
+        created=row.created_at.timestamp(),
+        updated=row.updated_at.timestamp(),
     )
-
-
-def _seconds(moment: str | datetime) -> float:
-    return (datetime.fromisoformat(moment) if isinstance(moment, str) else moment).timestamp()

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from defuse_core.errors import InputError, ServiceError
@@ -65,8 +66,8 @@ class Installation:
     def read_server(self) -> LocalServer | None:
         """Return the server that was started last, running or not."""
         try:
-            return LocalServer(**json.loads((self.folder / "server.json").read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+            return TypeAdapter(LocalServer).validate_json((self.folder / "server.json").read_bytes())
+        except (FileNotFoundError, ValidationError):
             return None
 
     def write_server(self, server: LocalServer) -> None:

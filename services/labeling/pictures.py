@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 from defuse_core.artifacts import F32, Gallery
 from defuse_core.errors import InputError
 from defuse_core.store import Store
+from services.labeling.api_types import BucketStorage
 from services.settings import BucketAccess
 
 if TYPE_CHECKING:
@@ -62,51 +64,58 @@ class Pictures:
         return next((place for place in places if len(png(gallery.images[place])) > limit), None)
 
 
-def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> dict[str, Any]:
-    """Return the fields of the Label Studio storage that shows the run's pictures.
+@dataclass(frozen=True)
+class BucketKey:
+    """Credentials of S3."""
+
+    access_key: str
+    secret_key: str = field(repr=False)
+    token: str | None = field(repr=False)
+
+
+def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketStorage:
+    """Return the Label Studio storage that shows the run's pictures.
 
     Raises InputError if Label Studio has no credentials of its own, or if they cannot read the pictures.
     """
-    fields = {
-        "title": title,
-        "bucket": store.bucket,
-        "prefix": f"{store.prefix}{FOLDER}",
-        "s3endpoint": access.endpoint or store.endpoint,
-        "region_name": store.region,
-        "presign": False,  # Label Studio proxies the pictures, so the bucket needs no CORS
-        "use_blob_urls": True,
-    } | _credentials(store, access)
-    fields = {name: value for name, value in fields.items() if value is not None}
-    _check_access(store, fields)
-    return fields
+    key = _key(store, access)
+    storage = BucketStorage(
+        title=title,
+        bucket=store.bucket,
+        prefix=f"{store.prefix}{FOLDER}",
+        s3endpoint=access.endpoint or store.endpoint,
+        region_name=store.region,
+        aws_access_key_id=key.access_key,
+        aws_secret_access_key=key.secret_key,
+        aws_session_token=key.token or "",
+    )
+    _check_access(store, storage)
+    return storage
 
 
-def _credentials(store: S3Store, access: BucketAccess) -> dict[str, str]:
+def _key(store: S3Store, access: BucketAccess) -> BucketKey:
     import boto3
 
     found = boto3.Session().get_credentials()
     own = None if found is None else found.get_frozen_credentials()
     if access.share_own and own is not None:
-        key, secret, token = own.access_key, own.secret_key, own.token
-    elif access.access_key_id is None or access.secret_access_key is None:
+        return BucketKey(own.access_key, own.secret_key, own.token)
+    if access.access_key_id is None or access.secret_access_key is None:
         raise InputError(
             f"pictures over review.inline_kb are in {store.address}/{FOLDER}, and Label Studio has no credentials to "
             "read them: set LABEL_STUDIO_S3_ACCESS_KEY_ID and LABEL_STUDIO_S3_SECRET_ACCESS_KEY to a key that can "
             "read that prefix only, or raise review.inline_kb"
         )
-    elif own is not None and access.access_key_id == own.access_key:
+    if own is not None and access.access_key_id == own.access_key:
         raise InputError(
             "LABEL_STUDIO_S3_ACCESS_KEY_ID is this process's own key, and every annotator could read what it can "
             f"read: use a key that can read {store.address}/{FOLDER} only (LABEL_STUDIO_S3_SHARE_CREDENTIALS=1 "
             "shares the own one nonetheless)"
         )
-    else:
-        key, secret, token = access.access_key_id, access.secret_access_key, access.session_token
-    # an empty token replaces an old one
-    return {"aws_access_key_id": key, "aws_secret_access_key": secret, "aws_session_token": token or ""}
+    return BucketKey(access.access_key_id, access.secret_access_key, access.session_token)
 
 
-def _check_access(store: S3Store, storage: dict[str, Any]) -> None:
+def _check_access(store: S3Store, storage: BucketStorage) -> None:
     """Raise InputError if the storage's credentials cannot list and read the pictures; warn if they can read more."""
     import boto3
     from botocore.config import Config
@@ -114,15 +123,15 @@ def _check_access(store: S3Store, storage: dict[str, Any]) -> None:
 
     client = boto3.client(
         "s3",
-        endpoint_url=storage.get("s3endpoint"),
+        endpoint_url=storage.s3endpoint,
         region_name=store.region,
-        aws_access_key_id=storage["aws_access_key_id"],
-        aws_secret_access_key=storage["aws_secret_access_key"],
-        aws_session_token=storage["aws_session_token"] or None,
+        aws_access_key_id=storage.aws_access_key_id,
+        aws_secret_access_key=storage.aws_secret_access_key,
+        aws_session_token=storage.aws_session_token or None,
         config=Config(connect_timeout=10, read_timeout=20, retries={"max_attempts": 2}),
     )
     try:
-        listed = client.list_objects_v2(Bucket=store.bucket, Prefix=storage["prefix"], MaxKeys=1)
+        listed = client.list_objects_v2(Bucket=store.bucket, Prefix=storage.prefix, MaxKeys=1)
         client.head_object(Bucket=store.bucket, Key=listed["Contents"][0]["Key"])
     except (ClientError, BotoCoreError, KeyError) as error:
         raise InputError(

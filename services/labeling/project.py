@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
@@ -20,6 +20,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from defuse_core.artifacts import I64, Bool
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
+from services.labeling.api_types import BucketStorage
 from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.pictures import bucket_storage
@@ -320,7 +321,7 @@ class ReviewProject:
                     "project %d had %s %s; put back to %s", project.id, name, found[name], wanted[name]
                 )
 
-    def _bucket_storage(self) -> dict[str, Any] | None:
+    def _bucket_storage(self) -> BucketStorage | None:
         """Return the storage that shows pictures in the run's bucket; None if all pictures are inline.
 
         The first picture in the bucket is written and read with Label Studio's credentials, before any task exists.
@@ -337,7 +338,7 @@ class ReviewProject:
         self.tasks.picture(*place)  # raises InputError for a run that is not in S3
         return bucket_storage(cast("S3Store", store), f"Pictures of {self.run.name}", self.access)
 
-    def _connect_bucket(self, storage: dict[str, Any]) -> None:
+    def _connect_bucket(self, storage: BucketStorage) -> None:
         """Let Label Studio show the pictures in the run's bucket. Raises InputError if it cannot."""
         for attempt in _attempts():
             with attempt:
@@ -346,13 +347,12 @@ class ReviewProject:
                 except BlockedAddressError:
                     self._connect_trusted_bucket(storage)
 
-    def _connect_trusted_bucket(self, storage: dict[str, Any]) -> None:
+    def _connect_trusted_bucket(self, storage: BucketStorage) -> None:
         """Connect the bucket at the address that Label Studio's operator trusts, which users' addresses are not."""
-        trusted = {name: value for name, value in storage.items() if name != "s3endpoint"}
         try:
-            self.client.connect_bucket(self.state.number, trusted)
+            self.client.connect_bucket(self.state.number, replace(storage, s3endpoint=None))
         except (ServiceError, InputError):
-            endpoint = storage.get("s3endpoint")
+            endpoint = storage.s3endpoint
             raise InputError(
                 f"Label Studio at {self.client.address} blocks the bucket's address {endpoint}, which is on a private "
                 "or loopback network (its SSRF protection): start Label Studio with LABEL_STUDIO_S3_ENDPOINT="

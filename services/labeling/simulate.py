@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import httpx
 import numpy as np
@@ -22,6 +22,7 @@ from defuse_core.progress import Progress
 from defuse_core.protocols import Compute
 from defuse_core.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
+from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow
 from services.labeling.client import silence_http_log, translated_errors
 from services.labeling.interface import LABEL
 from services.labeling.local_server import LocalServer
@@ -54,15 +55,14 @@ class AnnotatorAccount:
         )
         return account
 
-    def next_task(self, project: int) -> Mapping[str, Any] | None:
+    def next_task(self, project: int) -> QueuedTaskRow | None:
         """Return the next task of this account's queue, or None if the queue is empty."""
         reply = self.http.get(f"/api/projects/{project}/next")
         if reply.status_code == 404:
             return None
-        task: Mapping[str, Any] = self._checked(reply).json()
-        return task
+        return QUEUED_TASK_ROW.validate_json(self._checked(reply).content)
 
-    def submit(self, task: int, result: Sequence[Mapping[str, Any]], **fields: Any) -> int:
+    def submit(self, task: int, result: Sequence[ChoiceResult], **fields: object) -> int:
         """Submit an annotation, valid or not, and return its id."""
         reply = self.http.post(f"/api/tasks/{task}/annotations/", json={"result": result, **fields})
         return int(self._checked(reply).json()["id"])
@@ -73,7 +73,7 @@ class AnnotatorAccount:
         result += [choice_result(f"{LABEL}_{n}", f"image_{n}", name) for n, name in (images or {}).items()]
         return self.submit(task, result)
 
-    def change(self, annotation: int, result: Sequence[Mapping[str, Any]]) -> None:
+    def change(self, annotation: int, result: Sequence[ChoiceResult]) -> None:
         self._checked(self.http.patch(f"/api/annotations/{annotation}/", json={"result": result}))
 
     @staticmethod
@@ -83,7 +83,7 @@ class AnnotatorAccount:
         return reply
 
 
-def choice_result(control: str, target: str, choice: str) -> dict[str, Any]:
+def choice_result(control: str, target: str, choice: str) -> ChoiceResult:
     """Return one choice in the form in which Label Studio's page submits it."""
     return {"from_name": control, "to_name": target, "type": "choices", "value": {"choices": [choice]}}
 
@@ -132,21 +132,21 @@ def _answer_queue(
     """Answer tasks until the account's queue is empty; return their number."""
     answered = 0
     while (task := account.next_task(project)) is not None:
-        index = tasks.index_of((task["meta"] or {}).get("sample_key"))
+        index = tasks.index_of(task.key)
         if index is None:
             raise InputError(
-                f"project {project} also contains tasks that Defuse did not import (task {task['id']}), which "
+                f"project {project} also contains tasks that Defuse did not import (task {task.id}), which "
                 "simulated annotators cannot answer; delete them in Label Studio"
             )
         subject = tasks.subject(index)
         own = answers[subject.scenario]  # (R,)
         if subject.image is not None:
-            account.answer(task["id"], "image", tasks.names[own[subject.image]])
+            account.answer(task.id, "image", tasks.names[own[subject.image]])
         else:
             values, counts = np.unique(own, return_counts=True)
             page = int(values[counts.argmax()])
             exceptions = {int(image): tasks.names[own[image]] for image in np.flatnonzero(own != page)}
-            account.answer(task["id"], "page", tasks.names[page], exceptions)
+            account.answer(task.id, "page", tasks.names[page], exceptions)
         answered += 1
         progress(answered, len(tasks), "tasks")
     return answered

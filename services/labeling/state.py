@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from defuse_core.artifacts import Gallery
 from defuse_core.errors import InputError
 from defuse_core.store import Store
@@ -19,6 +21,8 @@ STATE_KEY = "labeling.json"
 @dataclass(frozen=True)
 class ProjectState:
     """What a run stores about its Label Studio project: which one it is, and the pseudonyms of its annotators."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     mark: str  # part of the project's description, which identifies it, also after a lost reply
     gallery: str  # digest of the images that were pushed
@@ -51,6 +55,14 @@ class ProjectState:
 
     def pseudonym(self, annotator: int) -> str:
         return f"annotator-{self.people[str(annotator)]}"
+
+
+@dataclass(frozen=True)
+class StoredVersion:
+    version: int = 1
+
+
+STORED_VERSION, STORED_STATE = TypeAdapter(StoredVersion), TypeAdapter(ProjectState)
 
 
 def new_mark() -> str:
@@ -91,13 +103,13 @@ def write_state(store: Store, state: ProjectState) -> None:
 
 def _stored_state(store: Store) -> ProjectState | None:
     try:
-        fields = json.loads(store.read(STATE_KEY))
-        version = fields.get("version", 1)
+        data = store.read(STATE_KEY)
+        version = STORED_VERSION.validate_json(data).version
         if version == VERSION:
-            return ProjectState(**fields)
+            return STORED_STATE.validate_json(data)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValidationError as error:
         raise InputError(
             f"{store.address}/{STATE_KEY}: expected what Defuse wrote there, found something else; restore it, or "
             f"delete it to push the images to a new project"

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,16 @@ from defuse_core.protocols import Compute
 from defuse_core.reference_models import ask_models
 from defuse_core.runs import Run
 from defuse_core.store import Store
+from services.labeling.api_types import (
+    ChoiceResult,
+    ChoiceValue,
+    ImageData,
+    PageData,
+    PageSample,
+    Prediction,
+    TaskImport,
+    TaskMeta,
+)
 from services.labeling.interface import LABEL, choice_names
 from services.labeling.pictures import Pictures
 
@@ -46,10 +55,10 @@ class Prelabel:
     confidence: float  # mean probability of their best class, in [0, 1]
     target: str  # the object in the labelling interface: image, or page
 
-    def prediction(self, names: Sequence[str]) -> dict[str, Any]:
+    def prediction(self, names: Sequence[str]) -> Prediction:
         """Return it as a prediction of Label Studio. `names` are those of the choices, none-of-the-above last."""
-        choice = {"choices": [names[self.answer]]}
-        result = {"from_name": LABEL, "to_name": self.target, "type": "choices", "value": choice}
+        value = ChoiceValue(choices=[names[self.answer]])
+        result = ChoiceResult(from_name=LABEL, to_name=self.target, type="choices", value=value)
         return {"model_version": PRELABEL_MODEL, "score": self.confidence, "result": [result]}
 
 
@@ -82,41 +91,41 @@ class ReviewTasks:
         index = int(found[1]) * self.per_scenario + int(found[2] or 0)
         return index if index < len(self) and self.subject(index).key == key else None
 
-    def task(self, index: int, prelabel: Prelabel | None = None) -> dict[str, Any]:
+    def task(self, index: int, prelabel: Prelabel | None = None) -> TaskImport:
         """Return the task as Label Studio imports it, with a preselected answer if there is one."""
         subject = self.subject(index)
         data = self._page(subject) if subject.image is None else self._single(subject.scenario, subject.image)
         # The key is no data: annotators see all data in Label Studio's list of tasks.
-        meta = {"sample_key": subject.key, "digest": digest(subject.key, data)}
-        task: dict[str, Any] = {"data": data, "meta": meta}
-        return task if prelabel is None else task | {"predictions": [prelabel.prediction(self.names)]}
+        task = TaskImport(data=data, meta=TaskMeta(sample_key=subject.key, digest=digest(subject.key, data)))
+        if prelabel is not None:
+            task["predictions"] = [prelabel.prediction(self.names)]
+        return task
 
-    def _single(self, scenario: int, image: int) -> dict[str, Any]:
-        return {"image": self.picture(scenario, image)}
+    def _single(self, scenario: int, image: int) -> ImageData:
+        return ImageData(image=self.picture(scenario, image))
 
-    def _page(self, subject: TaskSubject) -> dict[str, Any]:
+    def _page(self, subject: TaskSubject) -> PageData:
         samples = [
-            {
-                "image": self.picture(subject.scenario, image),
-                "prediction": f"classifier: {self.names[answer]}",
-            }
+            PageSample(
+                image=self.picture(subject.scenario, image), prediction=f"classifier: {self.names[answer]}"
+            )
             for image, answer in enumerate(self.gallery.predicted[subject.scenario].tolist())
         ]
-        return {"page": "Pictures", "samples": samples}
+        return PageData(page="Pictures", samples=samples)
 
     def picture(self, scenario: int, image: int) -> str:
         """Return the address of a picture, which is written to the run's bucket if it is large."""
         return self.pictures.address(self.gallery.images[scenario, image], TaskSubject(scenario, image).key)
 
 
-def digest(key: str, data: Mapping[str, Any]) -> str:
+def digest(key: str, data: Mapping[str, object]) -> str:
     """Return a digest of a task's key and data, by which a later edit is recognised."""
     return hashlib.sha256(json.dumps([key, data], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def batches(tasks: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+def batches(tasks: Iterable[TaskImport]) -> Iterator[list[TaskImport]]:
     """Yield the tasks in lists that are bounded in number and bytes."""
-    batch: list[Mapping[str, Any]] = []
+    batch: list[TaskImport] = []
     size = 0
     for task in tasks:
         grown = size + len(str(task))

@@ -19,11 +19,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from defuse_core.artifacts import F32
 from services.serving.deployment import ClassifierDeployment
+from services.serving.errors import RejectedInput, RequestError
 from services.serving.inputs import (
     FORM_TYPE,
     IMAGE_TYPES,
     JSON_TYPE,
-    RejectedInput,
     content_type,
     decode_body,
     uploaded_files,
@@ -132,7 +132,7 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
             yield
 
     api = FastAPI(title="Defuse", summary="A corrected image classifier.", version="1", lifespan=lifespan)
-    api.add_exception_handler(RejectedInput, _rejection_handler(deployment))
+    api.add_exception_handler(RequestError, _error_handler(deployment))
     api.add_exception_handler(HTTPException, _http_error)
     api.add_middleware(BearerAuthMiddleware, token=deployment.token)
 
@@ -192,7 +192,7 @@ def _describe_authentication(api: FastAPI) -> None:
 
 
 async def _decode(deployment: ClassifierDeployment, request: Request, media_type: str, body: bytes) -> F32:
-    """Return the pixels; small images are decoded here, others in the decoding thread. Raises RejectedInput."""
+    """Return the pixels; small images are decoded here, others in the decoding thread. Raises RequestError."""
     spec = deployment.input_spec()
     files = await uploaded_files(request, body, spec.max_images) if media_type == FORM_TYPE else [body]
     inline = replace(spec, max_pixels=min(spec.max_pixels, MAX_INLINE_PIXELS))
@@ -205,13 +205,11 @@ async def _decode(deployment: ClassifierDeployment, request: Request, media_type
     return await deployment.decode(media_type, files, spec)
 
 
-def _rejection_handler(deployment: ClassifierDeployment) -> Any:
+def _error_handler(deployment: ClassifierDeployment) -> Any:
     async def handle(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RejectedInput)
+        assert isinstance(error, RequestError)
         deployment.metrics.rejected.inc(1, {"status": str(error.status)})
-        wait = error.retry_after_s
-        headers = {"Retry-After": str(wait)} if wait is not None else None
-        return JSONResponse({"error": error.message}, error.status, headers)
+        return JSONResponse({"error": error.message}, error.status, error.headers)
 
     return handle
 

@@ -14,7 +14,8 @@ from scipy.stats import binomtest
 
 from defuse_core.artifacts import F32, Bool
 from defuse_core.config import ServeSection
-from services.serving.model import LoadedModel, ModelOutput, PredictionResult
+from services.serving.batching import PredictionResult
+from services.serving.model import LoadedModel, ModelOutput
 
 CONFIDENCE = 0.99  # of the interval whose bounds a canary is judged by
 MAX_PENDING_SHADOWS = (

@@ -31,19 +31,23 @@ from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError
+from defuse_core.failure_detector import FailureWatch, watch_classifier
+from defuse_core.health import with_measured_health
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
 from defuse_core.runs import Run
 from defuse_core.verdicts import most_common_error
-from services.serving.watch import calibrate
+from defuse_core.watch_figures import WatchFigures, watch_figures
 
 FORMAT = (
-    2  # of the stored candidate; part of its key in the run, so a candidate of another format is made again
+    3  # of the stored candidate; part of its key in the run, so a candidate of another format is made again
 )
 VERSION_SETTINGS = (
     "resize",
     "watch",
     "watch_share",
+    "failure_threshold",
+    "failure_recall",
     "precision",
 )  # the rest of section serve is the server's
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
@@ -92,13 +96,14 @@ class Candidate:
     scenario: I64  # (A,) index of each failure scenario among the run's components
     labels: I64  # (A,) correct class in the scenario
     most_common_error: I64  # (A,) most frequent wrong answer of the classifier before the correction
-    means: F64  # (A, Z) of the codes of its images, as in watch.Calibration
+    means: F64  # (A, Z) of the codes of its images, as in ScenarioRegions
     covariances: F64  # (A, Z, Z)
     before: F64  # (A,) accuracy on the held-out images before the correction
     after: F64  # (A,) and after it
     levels: F64  # (L,) shares of the training images, 0 to 1
     distances: F64  # (A, L) quantiles of the training images' Mahalanobis distances at those levels
     recall: F64  # (A, L) share of the held-out scenario images within those distances
+    failures: FailureWatch | None = None  # finds failing inputs; None in versions of an earlier Defuse
 
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")
@@ -114,10 +119,16 @@ class Candidate:
     def scenario_names(self) -> list[str]:
         """Return the name of each failure scenario: `8 read as 3 (scenario 12)`."""
         rows = zip(self.labels, self.most_common_error, self.scenario, strict=True)
-        return [
-            f"{self.classes[label]} read as {self.classes[error]} (scenario {number})"
-            for label, error, number in rows
-        ]
+        return [f"{self._confusion(label, error)} (scenario {number})" for label, error, number in rows]
+
+    def _confusion(self, label: int, error: int) -> str:
+        """Return what is mistaken for what in a scenario; `error` is the label where no answer was wrong."""
+        name = self.classes[label]
+        return f"{name} misread" if error == label else f"{name} read as {self.classes[error]}"
+
+    def watch_figures(self, settings: ServeSection) -> WatchFigures | None:
+        """Return how well failing inputs are found with these settings; None in versions of an earlier Defuse."""
+        return None if self.failures is None else watch_figures(self.failures, settings, settings.watch)
 
 
 def encode_candidate(candidate: Candidate) -> bytes:
@@ -179,12 +190,13 @@ class _RunArtifacts:
                     f"finish it with `defuse run`"
                 )
         artifacts = cls(*loaded)
-        health = artifacts.models.health
+        health = with_measured_health(run, artifacts.models).health
         if not artifacts.sweep.weights and health is not None and health.verdict != "fit":
+            pictures = "images moved by the noise" if health.anchored else "reconstructions"
             raise CheckFailed(
                 f"run {run.name}: could not tell whether the classifier has failure scenarios: none was accepted, and "
                 f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
-                "reconstructions); improve section vae of the run file and run it under another --name"
+                f"{pictures}); improve section vae of the run file and run it under another --name"
             )
         if not artifacts.sweep.weights and len(artifacts.verdicts.accepted):
             raise CheckFailed(
@@ -221,7 +233,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
     progress("checking the corrected classifier", 0, 2, "steps")
     report = evaluate_candidate(spec, artifacts.models, corrections, artifacts.sweep, splits)
     progress("checking the corrected classifier", 1, 2, "steps")
-    calibration = calibrate(spec, load_vae(spec, artifacts.models.vae), splits.train, corrections)
+    regions, failures = watch_classifier(spec, artifacts.models, corrections, artifacts.sweep.weights, splits)
     progress("checking the corrected classifier", 2, 2, "steps")
     return Candidate(
         run=run.name,
@@ -237,7 +249,8 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
         most_common_error=_most_common_errors(artifacts.gallery, corrections.scenario, corrections.labels),
         before=report.scenario_before,
         after=report.scenario_after,
-        **vars(calibration),
+        failures=failures,
+        **vars(regions),
     )
 
 

@@ -14,24 +14,22 @@ import numpy as np
 import tenacity
 import torch
 
-from defuse_core.artifacts import F32
+from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
 from defuse_core.errors import DefuseError, InputError, StoreError
 from defuse_core.store import Store
+from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.canary import CanaryStatistics, Comparison, ShadowRequest, ShadowRunner, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
-from services.serving.inputs import InputSpec, RejectedInput, decode_body
+from services.serving.errors import PredictionFailed, Unavailable
+from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
 from services.serving.model import (
-    Batcher,
     LoadedModel,
     ModelInfo,
     ModelOutput,
-    PredictionRequest,
     PredictionResponse,
-    PredictionResult,
-    predict_batch,
     select_device,
 )
 from services.serving.registry import EMPTY, Registry, RegistryState
@@ -201,18 +199,18 @@ class ClassifierDeployment:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def input_spec(self) -> InputSpec:
-        """Return the images that are accepted now. Raises RejectedInput without a version in production."""
+        """Return the images that are accepted now. Raises Unavailable without a version in production."""
         return self._production().input_spec
 
     def model_info(self) -> ModelInfo:
-        """Return what is known of the version in production. Raises RejectedInput without one."""
+        """Return what is known of the version in production. Raises Unavailable without one."""
         names = self.active.names()
         return ModelInfo.of(self._production(), self.active.state, names.get("canary"), names.get("shadow"))
 
     def _production(self) -> LoadedModel:
         if self.active.production is None:
             message = self.active.error or "no version is in production yet"
-            raise RejectedInput(503, message, self.settings.retry_after_s)
+            raise Unavailable(message, self.settings.retry_after_s)
         return self.active.production
 
     async def decode(self, media_type: str, files: list[bytes], spec: InputSpec) -> F32:
@@ -222,7 +220,7 @@ class ClassifierDeployment:
             return await loop.run_in_executor(self._decode_thread, decode_body, media_type, files, spec)
 
     async def predict(self, pixels: F32, key: bytes) -> PredictionResponse:
-        """Return the answer to one request. `key` selects the requests of a canary. Raises RejectedInput."""
+        """Return the answer to one request. `key` selects the requests of a canary. Raises RequestError."""
         production, active = self._production(), self.active
         canary = active.canary_for(key)
         answer = (
@@ -241,7 +239,7 @@ class ClassifierDeployment:
         if isinstance(output, Exception):
             self.metrics.errors.inc(len(pixels), {"version": model.name})
             log.error("version %s failed: %s", model.name, output)
-            raise RejectedInput(500, "the classifier failed on this input")
+            raise PredictionFailed("the classifier failed on this input")
         if active.shadow is not None:
             self._start(self._shadow.run(self._shadow_request(active, active.shadow, pixels, output)))
         self._count(model, output, pixels)
@@ -265,13 +263,13 @@ class ClassifierDeployment:
 
     @contextlib.asynccontextmanager
     async def _timeout(self) -> AsyncIterator[None]:
-        """Raise RejectedInput where the block takes longer than serve.timeout_s."""
+        """Raise Unavailable where the block takes longer than serve.timeout_s."""
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 yield
         except TimeoutError:
-            raise RejectedInput(
-                503, f"no answer within {self.settings.timeout_s:g} s", self.settings.retry_after_s
+            raise Unavailable(
+                f"no answer within {self.settings.timeout_s:g} s", self.settings.retry_after_s
             ) from None
 
     async def _predict_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
@@ -287,16 +285,30 @@ class ClassifierDeployment:
         return await loop.run_in_executor(self._canary_thread, predict_batch, requests)
 
     def _count(self, model: LoadedModel, output: ModelOutput, pixels: F32) -> None:
-        self.metrics.images.inc(len(pixels), {"version": model.name})
-        for row, j in np.argwhere(output.inside):
-            candidate = model.candidate
-            scenario, fixed = str(candidate.scenario[j]), str(bool(model.fixed[j])).lower()
-            self.metrics.scenarios.inc(1, {"version": model.name, "scenario": scenario, "fixed": fixed})
-            if self.reservoir is not None:
-                best = int(output.probabilities[row].argmax())
-                number = int(candidate.scenario[j])
-                sampled = sample_now(pixels[row], number, best, model.name, candidate.classes)
-                self.reservoir.offer(candidate.run, sampled)
+        version = {"version": model.name}
+        self.metrics.images.inc(len(pixels), version)
+        if output.failure is not None:
+            self.metrics.expected_errors.inc(float(output.failure.sum()), version)
+        for row in np.flatnonzero(output.flagged):
+            explained = str(bool(output.inside[row].any())).lower()
+            self.metrics.flagged.inc(1, {**version, "explained": explained})
+        for _, j in np.argwhere(output.inside):
+            scenario, fixed = str(model.candidate.scenario[j]), str(bool(model.fixed[j])).lower()
+            self.metrics.scenarios.inc(1, {**version, "scenario": scenario, "fixed": fixed})
+        if self.reservoir is not None:
+            self._sample(self.reservoir, model, output, pixels)
+
+    @staticmethod
+    def _sample(reservoir: Reservoir, model: LoadedModel, output: ModelOutput, pixels: F32) -> None:
+        """Offer the reservoir every input that is flagged or inside a scenario."""
+        candidate = model.candidate
+        for row in np.flatnonzero(output.flagged | output.inside.any(axis=1)):
+            numbers = candidate.scenario[output.inside[row]].tolist() or [NO_SCENARIO]
+            best = int(output.probabilities[row].argmax())
+            failure = None if output.failure is None else float(output.failure[row])
+            for number in numbers:
+                sampled = sample_now(pixels[row], number, best, model.name, candidate.classes, failure)
+                reservoir.offer(candidate.run, sampled)
 
     def _compare(
         self,
@@ -362,8 +374,8 @@ class ClassifierDeployment:
 
     async def _poll_registry(self) -> None:
         """Load the versions of each change beside the current ones, then switch. Requests under way keep theirs."""
-        self.metrics.set_roles({}, self.active.names())
         while True:
+            self._set_gauges(ActiveVersions())  # Ray forgets a gauge that is not set again
             await asyncio.sleep(self.settings.poll_s)
             try:
                 versions = await asyncio.to_thread(self.watcher.load_changes, self.active)
@@ -375,4 +387,11 @@ class ClassifierDeployment:
 
     def _activate(self, versions: ActiveVersions) -> None:
         before, self.active = self.active, versions
-        self.metrics.set_roles(before.names(), versions.names())
+        self._set_gauges(before)
+
+    def _set_gauges(self, before: ActiveVersions) -> None:
+        """Show the active versions in the metrics, in place of those `before`."""
+        self.metrics.set_roles(before.names(), self.active.names())
+        for model in self.active.by_role().values():
+            if model.failures is not None:
+                self.metrics.set_detection(model.name, model.failures)

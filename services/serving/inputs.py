@@ -19,19 +19,12 @@ from starlette.types import Message
 from defuse_core.artifacts import F32
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data.images import fit_picture
+from services.serving.errors import RejectedInput
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/webp", "application/octet-stream")
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 LOSSLESS_MODES = {1: ("1", "L"), 3: ("RGB", "P")}  # Pillow modes that convert to grey or RGB without loss
-
-
-class RejectedInput(Exception):  # noqa: N818 - the client's error, not a failure of the server
-    """A request that is answered with `status` and a one-sentence `message`."""
-
-    def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.retry_after_s = status, message, retry_after_s
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from defuse_core.config import ServeSection
-from services.serving.inputs import RejectedInput
+from services.serving.errors import RejectedInput, Unavailable
 
 FAST_UPLOAD_S = 1.0  # a body that arrives within this time counts as fast, and is never limited
 MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them as ongoing requests
@@ -41,7 +41,7 @@ class UploadLimits:
         self._budget = self._max_bytes * settings.max_ongoing  # bytes that may still be buffered
 
     async def receive(self, request: Request) -> bytes:
-        """Return the body of a request. Raises RejectedInput at the first sign that it exceeds a limit."""
+        """Return the body of a request. Raises RequestError at the first sign that it exceeds a limit."""
         content_length = request.headers.get("content-length", "0")
         if not content_length.isdecimal() or int(content_length) > self._max_bytes:
             raise self._too_large()
@@ -90,7 +90,7 @@ class _Upload:
         if len(self._body) + len(chunk) > limits._max_bytes:
             raise limits._too_large()
         if len(chunk) > limits._budget:
-            raise RejectedInput(503, "too many large bodies at once", limits._retry_after_s)
+            raise Unavailable("too many large bodies at once", limits._retry_after_s)
         limits._budget -= len(chunk)
         self._body += chunk
         return bool(message.get("more_body", False))
@@ -104,7 +104,7 @@ class _Upload:
                 "address are arriving",
             )
         if slow.total() >= MAX_UPLOADS // 2:
-            raise RejectedInput(503, "too many slow bodies at once", self._limits._retry_after_s)
+            raise Unavailable("too many slow bodies at once", self._limits._retry_after_s)
         slow[address] += 1
         self._slow_address = address
 
@@ -137,7 +137,7 @@ class RequestSlots:
 
     @contextlib.asynccontextmanager
     async def acquire(self) -> AsyncIterator[None]:
-        """Hold a slot while the block runs. Raises RejectedInput at once where too many requests wait."""
+        """Hold a slot while the block runs. Raises Unavailable at once where too many requests wait."""
         if self._slots.locked():
             await self._wait()
         else:
@@ -150,8 +150,7 @@ class RequestSlots:
     async def _wait(self) -> None:
         settings = self._settings
         if self._waiting >= settings.max_queued:
-            raise RejectedInput(
-                503,
+            raise Unavailable(
                 f"overloaded: {settings.max_ongoing} requests in progress and {self._waiting} waiting",
                 settings.retry_after_s,
             )
@@ -160,9 +159,7 @@ class RequestSlots:
             async with asyncio.timeout(settings.timeout_s):
                 await self._slots.acquire()
         except TimeoutError:
-            raise RejectedInput(
-                503, f"no answer within {settings.timeout_s:g} s", settings.retry_after_s
-            ) from None
+            raise Unavailable(f"no answer within {settings.timeout_s:g} s", settings.retry_after_s) from None
         finally:
             self._waiting -= 1
 

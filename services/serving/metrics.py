@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from ray.serve.metrics import Counter, Gauge
 
+from defuse_core.watch_figures import WatchFigures
+
 PREFIXES = ("ray_defuse_", "ray_serve_")
 SCRAPE_TIMEOUT_S = 5.0
 
@@ -42,6 +44,22 @@ class ServingMetrics:
             "Images inside a failure scenario.",
             tag_keys=tag_keys("version", "scenario", "fixed"),
         )
+        self.flagged = Counter(
+            "defuse_flagged_images",
+            "Images whose failure probability reaches the version's threshold.",
+            tag_keys=tag_keys("version", "explained"),
+        )
+        self.expected_errors = Counter(
+            "defuse_expected_errors",
+            "Sum of the failure probabilities of the images answered: how many answers are wrong, expectedly.",
+            tag_keys=tag_keys("version"),
+        )
+        self.detection = Gauge(
+            "defuse_failure_detection",
+            "Measured on real images before the promotion: auroc, average_precision, precision, recall, "
+            "calibration_error; auroc_low is the lower 95 % bound.",
+            tag_keys=tag_keys("version", "images", "figure"),
+        )
         self.rejected = Counter(
             "defuse_refused", "Requests rejected, by HTTP status.", tag_keys=tag_keys("status")
         )
@@ -50,6 +68,23 @@ class ServingMetrics:
             "1 for each version that is loaded on this replica, by role.",
             tag_keys=tag_keys("version", "role"),
         )
+
+    def set_detection(self, version: str, figures: WatchFigures) -> None:
+        """Set the gauge `detection` to what was measured on validation and test images."""
+        for images, found in (("validation", figures.validation), ("test", figures.test)):
+            if found is None:
+                continue
+            values = {
+                "auroc": found.auroc.value,
+                "auroc_low": found.auroc.low,
+                "average_precision": found.average_precision,
+                "precision": found.precision.value,
+                "recall": found.recall.value,
+                "calibration_error": found.calibration_error,
+            }
+            for figure, value in values.items():
+                if value is not None:
+                    self.detection.set(value, {"version": version, "images": images, "figure": figure})
 
     def set_roles(self, before: dict[str, str], now: dict[str, str]) -> None:
         """Set the gauge `serving`; both arguments map a role to the version that has it."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +11,12 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from defuse_core.artifacts import F32, F64, Bool
-from defuse_core.config import ServeSection
+from defuse_core.config import RunFile, ServeSection
 from defuse_core.device import device
 from defuse_core.errors import ModelError
+from defuse_core.failure_detector import FailureDetector
 from defuse_core.models import load_classifier, load_vae
+from defuse_core.watch_figures import WatchFigures
 from services.serving.candidate import Candidate
 from services.serving.inputs import InputSpec
 from services.serving.registry import RegistryState
@@ -30,7 +29,12 @@ class ScenarioMatch(BaseModel):
     """A failure scenario that contains an input."""
 
     scenario: int = Field(description="index among the components that the run found")
-    name: str
+    name: str = Field(
+        description="`2 read as 3 (scenario 4)` where `explains`, else `in the region of scenario 4`"
+    )
+    explains: bool = Field(
+        description="whether the answer is the scenario's label, or what its failures were mistaken for"
+    )
     fixed: bool = Field(description="whether this version is right in the scenario")
     distance: float = Field(description="Mahalanobis distance from the codes of the scenario's own images")
     nearer_share: float = Field(description="share of the training images at a smaller distance")
@@ -42,6 +46,16 @@ class Prediction(BaseModel):
     label: int = Field(alias="class", description="index of the most probable class")
     name: str = Field(description="its name")
     probabilities: list[float] = Field(description="one per class")
+    failure_probability: float | None = Field(
+        description="calibrated probability that this answer is wrong; null where the version's detector cannot tell, "
+        "see `failures` of /v1/model"
+    )
+    flagged: bool | None = Field(
+        description="whether failure_probability reaches the version's threshold; null with it"
+    )
+    explanation: str | None = Field(
+        description="name of the failure scenario that contains the image, where it is flagged; null otherwise"
+    )
     scenarios: list[ScenarioMatch] | None = Field(
         description="known failure scenarios that contain the image, nearest first; null without the watch"
     )
@@ -61,9 +75,17 @@ class ModelOutput:
     probabilities: F32  # (n, C)
     distances: F32  # (n, A)
     inside: Bool  # (n, A) inside the scenario
+    failure: F64 | None  # (n,) probability that the answer is wrong; None where the version cannot tell
+    flagged: Bool  # (n,) failure reaches the threshold
 
     def rows(self, rows: slice) -> ModelOutput:
-        return ModelOutput(self.probabilities[rows], self.distances[rows], self.inside[rows])
+        return ModelOutput(
+            self.probabilities[rows],
+            self.distances[rows],
+            self.inside[rows],
+            None if self.failure is None else self.failure[rows],
+            self.flagged[rows],
+        )
 
 
 class LoadedModel:
@@ -85,14 +107,29 @@ class LoadedModel:
         self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where).to(
             self.device
         )
-        self.watch: Watch | None = None
-        if settings.watch and len(candidate.scenario):
-            vae = load_vae(spec, candidate.vae, where)
-            self.watch = Watch(vae, candidate.means, candidate.covariances).to(self.device).eval()
+        self.failures = candidate.watch_figures(settings)
+        self.detector = _detector(candidate, self.failures)
+        self.watch = self._load_watch(spec, where)
         self.thresholds = distance_thresholds(candidate, settings.watch_share)
         self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
         self.scenario_names = candidate.scenario_names()
+        self.failure_threshold = 1.0  # of no use without a detector
+        if self.failures is not None and self.failures.threshold is not None:
+            self.failure_threshold = self.failures.threshold
         self.seconds_per_image = 0.0  # in a full batch
+
+    def _load_watch(self, spec: RunFile, where: str) -> Watch | None:
+        """Return the distances from the A scenarios, and from the C classes where the detector needs them."""
+        candidate = self.candidate
+        means, covariances = candidate.means, candidate.covariances
+        if self.detector is not None and self.detector.uses_codes:
+            assert candidate.failures is not None
+            means = np.concatenate([means, candidate.failures.means])
+            covariances = np.concatenate([covariances, candidate.failures.covariances])
+        if not self.settings.watch or not len(means):
+            return None
+        vae = load_vae(spec, candidate.vae, where)
+        return Watch(vae, means, covariances).to(self.device).eval()
 
     def warm_up(self, batch: int) -> None:
         """Run the smallest and the largest batch, so that no request pays for the first pass; measure the time."""
@@ -109,52 +146,95 @@ class LoadedModel:
                 self._forward(pixels[start : start + MAX_FORWARD_IMAGES])
                 for start in range(0, len(pixels), MAX_FORWARD_IMAGES)
             ]
-        probabilities, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+        logits, probabilities, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
         if not np.isfinite(probabilities).all():
             raise ModelError(f"version {self.name}: the classifier's output is not finite")
-        return ModelOutput(probabilities, distances, distances <= self.thresholds[: distances.shape[1]])
+        regions = distances[:, : len(self.candidate.scenario)]
+        failure = self._failure_probability(logits, distances)
+        flagged = np.zeros(len(logits), np.bool_) if failure is None else failure >= self.failure_threshold
+        return ModelOutput(
+            probabilities, regions, regions <= self.thresholds[: regions.shape[1]], failure, flagged
+        )
 
-    def _forward(self, pixels: F32) -> tuple[F32, F32]:
+    def _failure_probability(self, logits: F32, distances: F32) -> F64 | None:
+        """Return the probability that each answer is wrong, (n,)."""
+        if self.detector is None:
+            return None
+        if not self.detector.uses_codes:
+            return self.detector.probability(logits)
+        classes = distances[:, len(self.candidate.scenario) :]  # (n, C)
+        return self.detector.probability(logits, classes[np.arange(len(logits)), logits.argmax(axis=1)])
+
+    def _forward(self, pixels: F32) -> tuple[F32, F32, F32]:
+        """Return logits (n, C), their softmax, and the distances of the watch (n, G), without it (n, 0)."""
         images = torch.from_numpy(pixels).to(self.device, memory_format=torch.channels_last)
-        probabilities: Tensor = self.classifier(images).float().softmax(1)
+        logits: Tensor = self.classifier(images).float()
+        answers = logits.cpu().numpy(), logits.softmax(1).cpu().numpy()
         if self.watch is None:
-            return probabilities.cpu().numpy(), np.zeros((len(pixels), 0), np.float32)
+            return *answers, np.zeros((len(pixels), 0), np.float32)
         with torch.autocast(self.device.type, enabled=False):  # the distances were calibrated in float32
             distances: Tensor = self.watch(images)
-        return probabilities.cpu().numpy(), distances.cpu().numpy()
+        return *answers, distances.cpu().numpy()
 
     def predictions(self, output: ModelOutput) -> list[Prediction]:
         """Return the answers for the client, one per image."""
         best = output.probabilities.argmax(axis=1)
         probabilities = np.round(output.probabilities.astype(np.float64), 7).tolist()
-        return [
-            Prediction.model_construct(
-                label=int(label),
-                name=self.candidate.classes[label],
-                probabilities=probabilities[row],
-                scenarios=self._matches(output, row),
+        failure = [None] * len(best) if output.failure is None else np.round(output.failure, 6).tolist()
+        flagged = [None] * len(best) if output.failure is None else output.flagged.tolist()
+        answers = []
+        for row, label in enumerate(best):
+            matches = self._matches(output, row, int(label))
+            answers.append(
+                Prediction.model_construct(
+                    label=int(label),
+                    name=self.candidate.classes[label],
+                    probabilities=probabilities[row],
+                    failure_probability=failure[row],
+                    flagged=flagged[row],
+                    explanation=_explanation(matches) if flagged[row] else None,
+                    scenarios=matches,
+                )
             )
-            for row, label in enumerate(best)
-        ]
+        return answers
 
-    def _matches(self, output: ModelOutput, row: int) -> list[ScenarioMatch] | None:
+    def _matches(self, output: ModelOutput, row: int, answer: int) -> list[ScenarioMatch] | None:
         """Return the failure scenarios that contain an image, nearest first; None without the watch."""
-        if self.watch is None:
+        if not self.settings.watch or not len(self.candidate.scenario):
             return None
         matches = [
-            self._match(int(j), float(output.distances[row, j])) for j in np.flatnonzero(output.inside[row])
+            self._match(int(j), float(output.distances[row, j]), answer)
+            for j in np.flatnonzero(output.inside[row])
         ]
         return sorted(matches, key=lambda match: match.nearer_share)
 
-    def _match(self, j: int, distance: float) -> ScenarioMatch:
+    def _match(self, j: int, distance: float, answer: int) -> ScenarioMatch:
         candidate = self.candidate
+        explains = answer in (candidate.labels[j], candidate.most_common_error[j])
+        number = int(candidate.scenario[j])
         return ScenarioMatch(
-            scenario=int(candidate.scenario[j]),
-            name=self.scenario_names[j],
+            scenario=number,
+            name=self.scenario_names[j] if explains else f"in the region of scenario {number}",
+            explains=explains,
             fixed=bool(self.fixed[j]),
             distance=round(distance, 4),
             nearer_share=round(float(np.interp(distance, candidate.distances[j], candidate.levels)), 5),
         )
+
+
+def _detector(candidate: Candidate, figures: WatchFigures | None) -> FailureDetector | None:
+    """Return the detector that the figures name; None where it cannot tell."""
+    if candidate.failures is None or figures is None or figures.method is None:
+        return None
+    detectors = (one.detector for one in candidate.failures.methods)
+    return next(detector for detector in detectors if detector.method == figures.method)
+
+
+def _explanation(matches: list[ScenarioMatch] | None) -> str | None:
+    """Return the name of the nearest scenario that explains the answer, or else of the nearest that contains it."""
+    if not matches:
+        return None
+    return next((match for match in matches if match.explains), matches[0]).name
 
 
 def verify_candidate(candidate: Candidate) -> None:
@@ -173,81 +253,6 @@ def select_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("serve.device: cuda, but torch finds no usable GPU; set it to auto or cpu")
     return device() if name == "auto" else torch.device(name)
-
-
-@dataclass(frozen=True, eq=False)
-class PredictionRequest:
-    """The images of one HTTP request, and the version that predicts them."""
-
-    pixels: F32  # (n, channels, H, W)
-    model: LoadedModel
-
-
-PredictionResult = ModelOutput | Exception
-
-
-def predict_batch(requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
-    """Return the result of each request. Every model runs once, on all of its images.
-
-    An image that makes a model fail fails alone: the other requests of the batch are answered without it.
-    """
-    results: dict[PredictionRequest, PredictionResult] = {}
-    for model in dict.fromkeys(request.model for request in requests):
-        own = [request for request in requests if request.model is model]
-        outputs = _predict_together(model, [request.pixels for request in own])
-        results.update(zip(own, outputs, strict=True))
-    return [results[request] for request in requests]
-
-
-class Batcher:
-    """Collects requests that arrive while a batch runs into the next batch.
-
-    serve.batch does the same; it spends 0.2 ms on the signature of each call, as much as all else outside the networks.
-    """
-
-    def __init__(
-        self,
-        run: Callable[[list[PredictionRequest]], Awaitable[list[PredictionResult]]],
-        settings: ServeSection,
-    ) -> None:
-        self._run, self._max_size, self._wait_s = run, settings.batch_size, settings.batch_wait_s
-        self._queue: deque[tuple[PredictionRequest, asyncio.Future[PredictionResult]]] = deque()
-        self._task: asyncio.Task[None] | None = None
-
-    async def predict(self, request: PredictionRequest) -> PredictionResult:
-        """Return the result of the request, after the batch that it becomes part of."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[PredictionResult] = loop.create_future()
-        self._queue.append((request, future))
-        if self._task is None or self._task.done():
-            self._task = loop.create_task(self._run_batches())
-        return await future
-
-    async def _run_batches(self) -> None:
-        while self._queue:
-            if self._wait_s and len(self._queue) < self._max_size:
-                await asyncio.sleep(self._wait_s)
-            taken = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_size))]
-            batch = [(request, future) for request, future in taken if not future.done()]
-            results = await self._results([request for request, _ in batch])
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
-
-    async def _results(self, batch: list[PredictionRequest]) -> list[PredictionResult]:
-        try:
-            return await self._run(batch)
-        except Exception as error:
-            return [error] * len(batch)
-
-
-def _predict_together(model: LoadedModel, parts: list[F32]) -> list[PredictionResult]:
-    try:
-        together = model.predict(np.concatenate(parts) if len(parts) > 1 else parts[0])
-    except Exception as error:
-        return [error] if len(parts) == 1 else [_predict_together(model, [part])[0] for part in parts]
-    ends = np.cumsum([len(part) for part in parts])
-    return [together.rows(slice(end - len(part), end)) for part, end in zip(parts, ends, strict=True)]
 
 
 class ScenarioInfo(BaseModel):
@@ -287,7 +292,10 @@ class ModelInfo(BaseModel):
     channels: int
     image_size: int
     resize: bool = Field(description="whether images of other sizes and colors are converted")
-    watch: bool
+    watch: bool = Field(description="whether answers name the failure scenarios that contain an image")
+    failures: WatchFigures | None = Field(
+        description="how well failing inputs are found; null for a version of an earlier Defuse"
+    )
     scenarios: list[ScenarioInfo]
     failed_checks: list[str] = Field(description="checks that failed before a forced promotion")
     canary: str | None
@@ -320,7 +328,8 @@ class ModelInfo(BaseModel):
             channels=model.input_spec.channels,
             image_size=model.input_spec.size,
             resize=model.input_spec.resize,
-            watch=model.watch is not None,
+            watch=model.settings.watch and bool(len(model.candidate.scenario)),
+            failures=model.failures,
             scenarios=_scenario_infos(model, settings.watch_share),
             failed_checks=model.candidate.failed_checks(),
             canary=canary,

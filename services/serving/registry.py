@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from defuse_core.errors import CheckFailed, DefuseError, InputError, StoreError
 from defuse_core.store import Store
+from defuse_core.watch_figures import WatchFigures
 from services.serving.candidate import Candidate, decode_candidate, encode_candidate
 
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
@@ -37,6 +38,7 @@ class VersionInfo(BaseModel):
     why: str
     forced: bool  # added although checks failed
     annotators: str  # who labelled its scenarios: people, or reference models
+    watch: WatchFigures | None = None  # how well its failing inputs are found; None from an earlier Defuse
 
 
 class ChangeInfo(BaseModel):
@@ -155,6 +157,7 @@ class Registry:
             why=why,
             forced=forced,
             annotators=candidate.summary.annotators,
+            watch=candidate.watch_figures(candidate.run_file().serve),
         )
         self.change(f"added version {number}", by, why, lambda s: {"versions": {**s.versions, number: info}})
         return number

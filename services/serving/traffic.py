@@ -1,15 +1,20 @@
-"""A bounded sample, in the store, of served inputs that are inside a failure scenario.
+"""A bounded sample, in the store, of served inputs that probably fail or are inside a failure scenario.
 
     traffic/<run>/003/0007.safetensors     one SampledInput, in slot 7 of scenario 3
+    traffic/<run>/none/0002.safetensors    flagged, and inside no scenario
 
-Every replica samples the inputs that it receives (Vitter's algorithm R) into the same slots. So the store holds at most
-`serve.reservoir` inputs per scenario, for any number of replicas and restarts. The sample is uniform over the inputs of
-one replica since its start; replicas with little and much traffic write with equal weight.
+Every replica samples the inputs that it receives into the same slots. So the store holds at most `serve.reservoir`
+inputs per scenario, for any number of replicas and restarts. Within a scenario, inputs are drawn without replacement
+with weights that are their failure probabilities (Efraimidis and Spirakis, 2006), from those that one replica received
+since its start; without failure probabilities the sample is uniform. Replicas with little and much traffic write with
+equal weight.
 """
 
 from __future__ import annotations
 
+import heapq
 import logging
+import math
 import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +26,7 @@ from defuse_core.artifacts import (
     F32,
     F64,
     I64,
+    NO_SCENARIO,
     Gallery,
 )
 from defuse_core.codec import decode, encode
@@ -29,18 +35,20 @@ from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 MAX_PENDING_WRITES = 64  # inputs above this are dropped: answers have priority over samples
+MIN_WEIGHT = 1e-6  # of an input whose failure probability is about 0
 
 
 @dataclass(frozen=True, eq=False)
 class SampledInput:
-    """One input inside a failure scenario."""
+    """One input that is flagged or inside a failure scenario."""
 
     image: F32  # (channels, H, W) in [0, 1]
-    scenario: int  # index among the run's components
+    scenario: int  # index among the run's components, or NO_SCENARIO
     predicted: int
     version: str
     when: float  # seconds since 1970
     classes: tuple[str, ...]
+    failure: float | None = None  # probability that the answer is wrong; None where the version cannot tell
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +56,10 @@ class Traffic:
     """All sampled inputs of one run, M of them, oldest first."""
 
     images: F32  # (M, channels, H, W) in [0, 1]
-    scenario: I64  # (M,) index among the run's components
+    scenario: I64  # (M,) index among the run's components, or NO_SCENARIO
     predicted: I64  # (M,) answer of the version that received the input
     when: F64  # (M,) seconds since 1970
+    failure: F64  # (M,) probability that this answer is wrong; nan where the version could not tell
     classes: tuple[str, ...]  # (C,)
 
     def __len__(self) -> int:
@@ -65,11 +74,16 @@ class Traffic:
                 known.add(pixels)
                 rows.append(row)
         return Traffic(
-            self.images[rows], self.scenario[rows], self.predicted[rows], self.when[rows], self.classes
+            self.images[rows],
+            self.scenario[rows],
+            self.predicted[rows],
+            self.when[rows],
+            self.failure[rows],
+            self.classes,
         )
 
     def gallery(self, images: int) -> Gallery:
-        """Return the newest `images` inputs of every scenario that has at least so many.
+        """Return the newest `images` inputs of every scenario, and of none, that has at least so many.
 
         The codes of this Gallery are empty, (S, R, 0): its images were not drawn from a component.
         """
@@ -79,7 +93,9 @@ class Traffic:
         )
         codes = np.zeros((*rows.shape, 0), np.float32)
         numbers = tuple(int(scenario) for scenario in full)
-        return Gallery(self.images[rows], codes, self.predicted[rows], self.classes, numbers)
+        return Gallery(
+            self.images[rows], codes, self.predicted[rows], self.classes, numbers, self.failure[rows]
+        )
 
 
 def read_traffic(store: Store, run: str) -> Traffic:
@@ -103,6 +119,7 @@ def read_traffic(store: Store, run: str) -> Traffic:
         scenario=np.array([sampled.scenario for sampled in found], np.int64),
         predicted=np.array([sampled.predicted for sampled in found], np.int64),
         when=np.array([sampled.when for sampled in found]),
+        failure=np.array([math.nan if sampled.failure is None else sampled.failure for sampled in found]),
         classes=found[0].classes,
     )
 
@@ -113,20 +130,25 @@ class Reservoir:
     def __init__(self, store: Store, capacity: int) -> None:
         self.store = store.within("traffic")
         self.capacity = capacity
-        self._counts: dict[tuple[str, int], int] = {}  # (run, scenario) -> inputs so far
+        self._kept: dict[
+            tuple[str, int], list[tuple[float, int]]
+        ] = {}  # (run, scenario) -> heap of (key, slot)
         self._random = np.random.default_rng()
         self._pending = 0
         self._thread = ThreadPoolExecutor(1, "reservoir")
 
     def offer(self, run: str, sampled: SampledInput) -> None:
-        """Store the input, or not: every input so far has the same chance to be in the sample."""
-        scenario = (run, sampled.scenario)
-        self._counts[scenario] = count = self._counts.get(scenario, 0) + 1
-        slot = count - 1 if count <= self.capacity else int(self._random.integers(count))
-        if slot >= self.capacity or self._pending >= MAX_PENDING_WRITES:
+        """Store the input, or not: the higher its failure probability, the likelier it is in the sample."""
+        kept = self._kept.setdefault((run, sampled.scenario), [])
+        weight = 1.0 if sampled.failure is None else max(sampled.failure, MIN_WEIGHT)
+        key = math.log(1 - self._random.random()) / weight  # the largest keys of all inputs are the sample
+        if self._pending >= MAX_PENDING_WRITES or (len(kept) == self.capacity and key <= kept[0][0]):
             return
+        slot = len(kept) if len(kept) < self.capacity else heapq.heappop(kept)[1]
+        heapq.heappush(kept, (key, slot))
+        folder = "none" if sampled.scenario == NO_SCENARIO else f"{sampled.scenario:03d}"
         self._pending += 1
-        self._thread.submit(self._write, f"{run}/{sampled.scenario:03d}/{slot:04d}.safetensors", sampled)
+        self._thread.submit(self._write, f"{run}/{folder}/{slot:04d}.safetensors", sampled)
 
     def _write(self, key: str, sampled: SampledInput) -> None:
         try:
@@ -138,7 +160,12 @@ class Reservoir:
 
 
 def sample_now(
-    image: F32, scenario: int, predicted: int, version: str, classes: tuple[str, ...]
+    image: F32,
+    scenario: int,
+    predicted: int,
+    version: str,
+    classes: tuple[str, ...],
+    failure: float | None = None,
 ) -> SampledInput:
     """Return the record of an input that arrived now."""
-    return SampledInput(np.array(image), scenario, predicted, version, time.time(), classes)
+    return SampledInput(np.array(image), scenario, predicted, version, time.time(), classes, failure)

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-
 from defuse_core.errors import InputError
 from defuse_core.store import FolderStore, Store
-
-
-def delete_run(store: Store) -> None:
-    """Delete every key of the store, and of a folder the folder itself with what a killed writer left behind."""
-    for key in store.list():
-        store.delete(key)
-    if isinstance(store, FolderStore):
-        shutil.rmtree(store.folder, ignore_errors=True)
 
 
 def open_store(address: str) -> Store:

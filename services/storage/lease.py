@@ -37,7 +37,9 @@ class LeaseState:
     token: str = ""  # of one taking of the lease; empty in a lease of an older Defuse
     generation: int = 0  # grows with every taking, so that the order is known
     beats: int = 0
-    released: bool = False  # its holder ended; the object stays, so that generations go on
+    released: bool = (
+        False  # its holder ended; the object stays until the run is deleted, so that generations go on
+    )
 
     @classmethod
     def parse(cls, content: bytes) -> LeaseState:
@@ -64,6 +66,9 @@ class LeaseObject(Protocol):
     def write_if(self, data: bytes, version: str | None) -> str | None:
         """Write if the version is `version` (None: absent). Return the new version, or None if it is not."""
 
+    def delete_if(self, version: str) -> None:
+        """Delete if the version is `version`, as far as the server honours that condition."""
+
     def is_conditional(self, data: bytes) -> bool:
         """Whether the server honours the condition of a write. `data` is what the lease holds now."""
 
@@ -76,6 +81,9 @@ class Lease:
         self.state = LeaseState(holder, secrets.token_hex(8))
         self.version: str | None = None
         self.lost = False
+        self.remove = (
+            False  # at the end, with the run that was deleted, in place of a mark that it was released
+        )
         self.beating = threading.Lock()
         self.ended = threading.Event()
 
@@ -116,8 +124,11 @@ class Lease:
             self.version = version or self.version
 
     def release(self) -> None:
-        """Mark the lease as released, if this driver still holds it."""
+        """Mark the lease as released, or remove it with its run, if this driver still holds it."""
         with contextlib.suppress(StoreError):
+            if self.remove:
+                self._remove()
+                return
             self.state = replace(self.state, released=True)
             self._write(self.version)
 
@@ -137,6 +148,11 @@ class Lease:
             if seen[1] == self.state.dump():
                 return version
         return None
+
+    def _remove(self) -> None:
+        seen = self.object.read()
+        if seen is not None and LeaseState.parse(seen[1]).token == self.token:
+            self.object.delete_if(seen[0])
 
     def _take_over(self) -> None:
         """Take a lease that was released, or whose holder is dead. Raises RunBusyError if its holder lives."""

@@ -7,7 +7,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +27,9 @@ from tenacity import (
 )
 
 from defuse_core.errors import InputError, RunBusyError, StoreError
+from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseState, hold
+from services.storage.s3_errors import BROKEN, code_of, status_of, translated_errors
 
 log = logging.getLogger("defuse")
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
@@ -39,24 +41,6 @@ READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off or arrived alte
 WRITE_PAUSE_S, WRITE_ATTEMPTS = 0.5, 8  # of an object that others write at the same time
 PATIENCE = 10  # attempts with exponential back-off: about a minute without an answer
 ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(.*))?")
-BROKEN = (aws.ResponseStreamingError, aws.IncompleteReadError, aws.FlexibleChecksumError)
-CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-DENIED = {
-    "403",
-    "AccessDenied",
-    "ExpiredToken",
-    "Forbidden",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "Unauthorized",
-}
-NO_ANSWER = (
-    aws.HTTPClientError,
-    aws.EndpointConnectionError,
-    aws.ConnectionError,
-    aws.ResponseStreamingError,
-)
 
 
 def open_s3(address: str) -> S3Store:
@@ -176,6 +160,9 @@ class S3Store:
         return self._holds(key, data)
 
     def list(self, prefix: str = "") -> list[str]:
+        return [key for key in self._all_keys(prefix) if not is_hidden(key)]
+
+    def _all_keys(self, prefix: str = "") -> Sequence[str]:
         asked = {
             "Bucket": self.bucket,
             "Prefix": self.prefix + prefix,
@@ -186,12 +173,32 @@ class S3Store:
             keys = [
                 found["Key"].removeprefix(self.prefix) for page in pages for found in page.get("Contents", [])
             ]
-        return sorted(key for key in keys if not key.rpartition("/")[2].startswith("."))
+        return sorted(keys)
 
     def delete(self, key: str) -> None:
         self._require_fence()
         with contextlib.suppress(FileNotFoundError), self._errors(key):
             self._client.delete_object(**self._at(key))
+
+    def delete_all(self) -> None:
+        """Delete every object and what is left of unfinished uploads; `run.yaml` and then the lease last."""
+        for key in sorted(self._all_keys(), key=lambda key: (key == "run.yaml", key)):
+            if key != KEY:
+                self.delete(key)
+        self._abort_uploads()
+        if self.prefix in self.leases:
+            self.leases[self.prefix].remove = True
+        else:
+            self.delete(KEY)
+
+    def _abort_uploads(self) -> None:
+        """Drop the parts that killed writers left, which no listing shows; some servers do not list them either."""
+        with contextlib.suppress(StoreError, FileNotFoundError), self._errors():
+            found = self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=self.prefix)
+            for upload in found.get("Uploads", []):
+                self._client.abort_multipart_upload(
+                    Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -268,9 +275,9 @@ class S3Store:
             try:
                 return self._put(key, data, **condition)
             except aws.ClientError as error:
-                if _status_of(error) in {409, 412} or _code_of(error) == "NoSuchKey":
+                if status_of(error) in {409, 412} or code_of(error) == "NoSuchKey":
                     return None
-                if _status_of(error) != 501:
+                if status_of(error) != 501:
                     raise
             return self._put(key, data)
 
@@ -338,6 +345,17 @@ class _LeaseInBucket:
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
         return self.store._put_if(KEY, data, **condition)
 
+    def delete_if(self, version: str) -> None:
+        client, at = self.store._client, self.store._at(KEY)
+        with contextlib.suppress(FileNotFoundError), self.store._errors(KEY):
+            try:
+                client.delete_object(**at, IfMatch=version)
+            except aws.ClientError as error:
+                if status_of(error) == 501:
+                    client.delete_object(**at)
+                elif status_of(error) not in {409, 412}:
+                    raise
+
     def is_conditional(self, data: bytes) -> bool:
         conditions = ({"IfNoneMatch": "*"}, {"IfMatch": '"of no object"'})  # neither holds
         return all(self.store._put_if(KEY, data, **condition) is None for condition in conditions)
@@ -353,49 +371,3 @@ def _client(endpoint: str | None, region: str | None, attempts: int) -> Any:
         max_pool_connections=16,
     )
     return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
-
-
-@contextlib.contextmanager
-def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
-    """Raise botocore's errors as FileNotFoundError for a missing key, as StoreError in one line for all else."""
-    try:
-        yield
-    except aws.ClientError as error:
-        raise _translated(error, where, endpoint) from error
-    except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
-        raise StoreError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
-    except aws.ProfileNotFound as error:
-        raise StoreError(f"{where}: {error}; check AWS_PROFILE") from error
-    except NO_ANSWER as error:
-        raise StoreError(
-            f"{where}: no answer from {endpoint or 'AWS'} ({type(error).__name__}); check AWS_ENDPOINT_URL "
-            "and the network, then run again to continue"
-        ) from error
-    except aws.BotoCoreError as error:
-        raise StoreError(f"{where}: {error}") from error
-
-
-def _code_of(error: aws.ClientError) -> str:
-    """Return the server's error code: a name such as NoSuchKey, or the HTTP status where it sent no body."""
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _status_of(error: aws.ClientError) -> int:
-    """Return the HTTP status, 0 where unknown."""
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exception:
-    code, server = _code_of(error), endpoint or "AWS"
-    if code == "NoSuchBucket":
-        return StoreError(f"{where}: {server} has no such bucket; create it, or check --store")
-    if code in {"NoSuchKey", "404", "NotFound"}:
-        return FileNotFoundError(where)
-    if code in DENIED or _status_of(error) == 403:
-        return StoreError(
-            f"{where}: {server} refused the credentials ({code}); check {CREDENTIALS} and their rights"
-        )
-    if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
-        return StoreError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
-    message = error.response.get("Error", {}).get("Message", "")
-    return StoreError(f"{where}: {server} answered {code} {message}; run again to continue")

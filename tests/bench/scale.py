@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import numpy as np
+import ray
 
 import cluster.compute
 import cluster.identify
@@ -40,7 +41,13 @@ from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, PictureFiles
 from defuse_core.data.paths import FilePaths
 from defuse_core.distill import sample_failures
-from defuse_core.identify import blocks_per_shard, finished_shards, gather_shards, shard_fingerprint
+from defuse_core.identify import (
+    blocks_per_shard,
+    finished_shards,
+    gather_shards,
+    shard_count,
+    shard_fingerprint,
+)
 from defuse_core.progress import Progress
 from defuse_core.store import FolderStore
 from tests.cluster.fakes import Tally, Unless
@@ -179,8 +186,10 @@ class RayWatch(threading.Thread):
 
         while not self.ended.wait(0.5):
             self.own_mb = max(self.own_mb, status_mb("RssAnon"))
-            with contextlib.suppress(AssertionError):  # Ray is starting, or ending
-                stats = node_stats(include_memory_info=False).store_stats
+            with contextlib.suppress(Exception):  # Ray is starting, or ending
+                (node,) = ray.nodes()  # type: ignore[no-untyped-call]
+                address = node["NodeManagerAddress"], node["NodeManagerPort"]
+                stats = node_stats(*address, include_memory_info=False).store_stats
                 self.bytes = max(self.bytes, stats.object_store_bytes_used)
                 self.objects = max(self.objects, stats.num_local_objects)
 
@@ -238,13 +247,16 @@ def measure(images: int, draws: int, folder: Path) -> Measured:
     )
 
 
-def drawn_out(two: tuple[Measured, Measured], images: int) -> Measured:
-    """Return the row of more images, on the straight line through two rows."""
+def drawn_out(two: tuple[Measured, Measured], images: int, draws: int) -> Measured:
+    """Return the row of more images, on the straight line through two rows; the number of shards is exact."""
     share = (images - two[1].images) / (two[1].images - two[0].images)
     first, last = asdict(two[0]), asdict(two[1])
     fields = {name: last[name] + share * (last[name] - first[name]) for name in last}
-    whole = ("images", "shards", "ray_objects", "requests")
-    return Measured(**fields | {name: round(fields[name]) for name in whole})
+    shards = shard_count(images, run_file(draws).identify)
+    requests = shards + last["requests"] - last["shards"]
+    objects = round(fields["ray_objects"])
+    exact = {"images": images, "shards": shards, "requests": requests, "ray_objects": objects}
+    return Measured(**fields | exact)
 
 
 def measured_elsewhere(images: int, draws: int) -> Measured:
@@ -280,7 +292,7 @@ def main() -> None:
         rows.append(measured_elsewhere(images, chosen.draws))
         show(rows[-1])
     if len(rows) > 1:
-        show(replace(drawn_out((rows[-2], rows[-1]), 10**8)), ", computed")
+        show(drawn_out((rows[-2], rows[-1]), 10**8, chosen.draws), ", computed")
 
 
 if __name__ == "__main__":

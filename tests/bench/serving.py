@@ -40,6 +40,7 @@ from serve_process import TOKEN, free_port, processes_with, serve_process, wait_
 from synthetic_runs import perturb_weights, png
 
 from defuse_core.config import RunFile, parse_run_file
+from defuse_core.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.store import FolderStore
 from services.serving.candidate import Candidate, CorrectionSummary, weights_digest
@@ -83,6 +84,30 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
         levels=np.array([0.0, 1.0]),
         distances=np.tile([0.0, 10.0], (count, 1)),
         recall=np.ones((count, 2)),
+        failures=random_watch(dims),
+    )
+
+
+def random_watch(dims: int) -> FailureWatch:
+    """Return a watch whose best method needs the classifier and the encoder: the dearest one."""
+    rng = np.random.default_rng(0)
+    wrong = rng.random(1000) < 0.1
+    one = np.ones(1)
+    plain = FailureDetector("max-softmax", 1.0, 0 * one, one, one, -2.0)
+    dear = FailureDetector(METHODS[-1], 1.0, np.zeros(2), np.ones(2), np.ones(2), -2.0)
+    doubt = np.clip(0.1 + 0.05 * rng.standard_normal(1000), 0.01, 0.99)
+    return FailureWatch(
+        methods=(
+            MeasuredDetector(plain, doubt, doubt),
+            MeasuredDetector(dear, np.clip(doubt + 0.3 * wrong, 0.01, 0.99), doubt),
+        ),
+        problem="",
+        means=rng.standard_normal((10, dims)),
+        covariances=np.stack([np.eye(dims)] * 10),
+        validation_wrong=wrong,
+        test_wrong=wrong,
+        validation_region=doubt,
+        test_region=doubt,
     )
 
 

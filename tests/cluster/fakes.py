@@ -161,7 +161,7 @@ def sleeping(pid: Path, *, progress: Progress) -> None:
 def meeting(folder: Path, name: str, other: str, *, progress: Progress) -> str:
     """Return `name` once the task called `other` runs, too."""
     (folder / name).touch()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (folder / other).exists():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{other} does not run beside {name}")

@@ -50,12 +50,12 @@ def test_all_of_psi_gives_the_same_bits_on_any_number_of_workers(
 ) -> None:
     monkeypatch.setattr("defuse_core.distill_all.PART_CODES", 150)  # in the driver, which cuts the parts
     psi, store = stored
-    here = distill_all(tiny(**SPEC), psi, store, LocalCompute())
+    here = distill_all(tiny(**SPEC), psi, store, "", LocalCompute())
     assert len(here) > 1
     for workers in (1, 2):
         spec = tiny(**SPEC | {"resources": {"workers": workers}})
         with RayCompute(None, spec) as compute:
-            found = distill_all(spec, psi, store, compute)
+            found = distill_all(spec, psi, store, "", compute)
         for field in ("weights", "means", "covariances", "support"):
             assert np.array_equal(getattr(found, field), getattr(here, field)), field
         assert found.lower_bound == here.lower_bound
@@ -69,4 +69,4 @@ def test_a_shard_that_is_gone_is_named(stored: tuple[Psi, FolderStore]) -> None:
         RayCompute(None, spec) as compute,
         pytest.raises(StoreError, match=r"000007\.safetensors: .* found no such file"),
     ):
-        distill_all(spec, psi, store, compute)
+        distill_all(spec, psi, store, "", compute)

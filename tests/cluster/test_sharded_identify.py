@@ -140,12 +140,13 @@ def test_any_number_of_workers_finds_the_same_psi(
     workers: object, tiny_models: Models, local_psi: Psi, local_store: FolderStore, tmp_path: Path
 ) -> None:
     spec = tiny(resources={"workers": workers})
+    fingerprint = tiny_models.data_fingerprint
     with RayCompute(None, spec) as compute:
         psi = compute.identify(spec, tiny_models, FolderStore(tmp_path))
-        scenarios = compute.task("distill", distill, spec, psi, FolderStore(tmp_path))
+        scenarios = compute.task("distill", distill, spec, psi, FolderStore(tmp_path), fingerprint)
     assert_equal_psi(psi, local_psi)
     assert_same_psi(len(psi.codes), FolderStore(tmp_path), local_store)
-    here = distill(spec, local_psi, local_store, progress=silent)
+    here = distill(spec, local_psi, local_store, fingerprint, progress=silent)
     assert np.array_equal(scenarios.means, here.means)
     assert np.array_equal(scenarios.covariances, here.covariances)
 

@@ -161,6 +161,9 @@ def test_every_field_has_a_description():
         ("seed.deeper=1", "--set seed.deeper=1: seed is not a section"),
         ("seed=[", "--set seed=\\[: the value is not YAML"),
         ("data.root=2023-02-30", "--set data.root=2023-02-30: the value is not YAML"),
+        ('data.root="/\\e[2J"', r"data.root: expected text without control characters, found '/\\x1b\[2J'$"),
+        ('classifier.timm_model="a\\rb"', "classifier.timm_model: expected text without control characters"),
+        ('"\x1b[2J".a=1', r"'?\\x1b\[2J.*: unknown field"),
         ("data.root=~nobody-of-this-name/x", "data.root: .*home of an existing user"),
     ],
 )

@@ -4,10 +4,10 @@ import pytest
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Psi, Scenarios, Shard
 from defuse_core.config import DistillSection
 from defuse_core.distill import fit_all, fit_cells, sample_codes
+from defuse_core.draws import sample_codes_from
 from defuse_core.errors import StoreError
 from defuse_core.identify import save_shard
 from defuse_core.progress import silent
-from defuse_core.sample import sample_codes_from
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
 

@@ -53,7 +53,7 @@ def test_it_is_the_fixed_point_that_the_fit_in_one_piece_reaches(
     monkeypatch.setattr("defuse_core.distill_all.PART_CODES", 320)
     psi, store = stored
     spec = all_codes(by)
-    found = distill_all(spec, psi, store, LocalCompute())
+    found = distill_all(spec, psi, store, "", LocalCompute())
     failures = sample_failures(spec, psi, store)  # all of them, since they are few
     if by == "all":
         whole = fit_all(failures, spec.distill, spec.seed)
@@ -75,10 +75,10 @@ def test_from_a_sample_it_finds_what_all_codes_say(
     """The sample alone puts the means elsewhere than all codes do."""
     psi, store = stored
     spec = all_codes("all", max_components=3)
-    whole = distill(spec, psi, store, progress=silent)
+    whole = distill(spec, psi, store, "", progress=silent)
     monkeypatch.setattr("defuse_core.distill.SAMPLE_CODES", 60)
-    sample = distill(spec, psi, store, progress=silent)
-    found = distill_all(spec, psi, store, LocalCompute())
+    sample = distill(spec, psi, store, "", progress=silent)
+    found = distill_all(spec, psi, store, "", LocalCompute())
     order, other, short = (np.argsort(fit.means[:, 0]) for fit in (found, whole, sample))
     np.testing.assert_allclose(found.means[order], whole.means[other], atol=1e-3)
     assert np.abs(sample.means[short] - whole.means[other]).max() > 0.05

@@ -71,7 +71,7 @@ def test_training_measures_health_and_stores_originals_beside_reconstructions(tm
 
 def test_the_upper_row_of_the_strip_is_the_originals(tiny_spec, tiny_models):
     images = open_splits(tiny_spec.data, tiny_spec.seed).train.take(slice(0, 16))
-    strip = reconstruction_strip(load_vae(tiny_spec, tiny_models.vae), images)
+    strip = reconstruction_strip(tiny_spec, load_vae(tiny_spec, tiny_models.vae), images)
     pixels = np.asarray(Image.open(io.BytesIO(strip)).convert("L"))[::4, ::4]
     expected = np.concatenate([image[0] for image in images.batch(slice(0, 16))], axis=1)
     np.testing.assert_allclose(pixels[:16] / 255, expected, atol=0.5 / 255 + 1e-6)

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
 
-from defuse_core.intervals import lower_bound, probability_not_over, significantly_over, wilson
+from defuse_core.intervals import auroc, lower_bound, probability_not_over, significantly_over, wilson
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 5), (3, 10), (10, 10), (61, 64)])
@@ -43,3 +45,26 @@ def test_the_chance_that_a_share_is_not_over_falls_with_its_hits():
 def test_no_components_are_no_discoveries():
     none = np.zeros(0, np.int64)
     assert significantly_over(none, none, 0.5, 0.05).shape == (0,)
+
+
+def test_the_area_under_the_curve_is_that_of_scikit_learn_with_ties():
+    rng = np.random.default_rng(0)
+    positive = rng.random(300) < 0.2
+    scores = np.round(rng.standard_normal(300) + positive, 1)
+    assert auroc(scores, positive)[0] == pytest.approx(roc_auc_score(positive, scores))
+
+
+def test_the_interval_of_the_area_contains_the_true_area_at_its_confidence():
+    rng, true = np.random.default_rng(0), stats.norm.cdf(1.5 / np.sqrt(2))
+    hits = []
+    for _ in range(400):
+        scores = np.concatenate([rng.standard_normal(400), rng.standard_normal(25) + 1.5])
+        _, low, high = auroc(scores, np.arange(425) >= 400)
+        hits.append(low <= true <= high)
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.03)
+
+
+def test_a_perfect_order_of_few_is_no_certainty_and_one_kind_alone_has_no_area():
+    area, low, high = auroc(np.arange(20.0), np.arange(20) >= 17)
+    assert (area, high) == (1.0, 1.0) and low < 0.1
+    assert np.isnan(auroc(np.arange(5.0), np.zeros(5, np.bool_))).all()

@@ -14,7 +14,6 @@ from defuse_core.models import (
     accuracy,
     build_classifier,
     build_vae,
-    decode_anchored,
     decode_codes,
     encode_images,
     expect_autoencoder,
@@ -281,25 +280,6 @@ def test_a_custom_vae_that_does_not_fit_is_an_error_of_one_line(factory, message
 def test_a_custom_vae_without_its_methods_is_an_error_that_names_the_missing_one():
     with pytest.raises(ModelError, match="custom_net: .* found none called encode"):
         build_vae(custom_vae("custom_net"))
-
-
-def test_an_anchored_decoding_without_noise_is_the_image_itself(tiny_spec, tiny_models):
-    vae = load_vae(tiny_spec, tiny_models.vae)
-    images = np.random.default_rng(0).random((9, 1, 16, 16), np.float32)
-    shown = decode_anchored(vae, encode_images(vae, images), images, batch_size=4)
-    np.testing.assert_allclose(shown, images, atol=1e-5)
-
-
-def test_an_anchored_decoding_moves_the_image_as_its_plain_decoding_moves(tiny_spec, tiny_models):
-    vae = load_vae(tiny_spec, tiny_models.vae)
-    rng = np.random.default_rng(0)
-    images = rng.random((9, 1, 16, 16), np.float32)
-    mu = encode_images(vae, images)
-    codes = mu + rng.normal(size=mu.shape).astype(np.float32)
-    moved = decode_codes(vae, codes) - decode_codes(vae, mu)
-    shown = decode_anchored(vae, codes, images)
-    assert np.abs(moved).max() > 0.1
-    np.testing.assert_allclose(shown, np.clip(images + moved, 0, 1), atol=1e-5)
 
 
 def test_batches_do_not_change_answers(tiny_spec, tiny_models):

@@ -85,7 +85,7 @@ def test_models_trained_in_bf16_are_other_weights_of_about_the_same_accuracy(tin
 
 def test_a_run_keeps_the_precision_that_it_measured(tmp_path, monkeypatch):
     seconds = {"f32": 2.0, "bf16": 1.0}
-    monkeypatch.setattr(measure_precision, "_seconds", lambda step, arithmetic: seconds[arithmetic])
+    monkeypatch.setattr(measure_precision, "_seconds", lambda step: (seconds["f32"], seconds["bf16"]))
     spec = tiny(resources={"precision": "auto"})
     assert spec.resources.arithmetic("vae") == "f32"
     run = Run.start(FolderStore(tmp_path), "a", spec)

@@ -8,10 +8,21 @@ from defuse_core.artifacts import Corrections, Gallery, Models, Scenarios
 from defuse_core.checkpoint import minibatches
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
+from defuse_core.draws import Draws
 from defuse_core.errors import ModelError, RunFileError, RunMismatchError
-from defuse_core.models import build_vae, kl_to_prior, load_classifier, predict, to_device, to_tensor
+from defuse_core.models import (
+    build_vae,
+    decode_codes,
+    encode_images,
+    kl_to_prior,
+    load_classifier,
+    load_vae,
+    predict,
+    to_device,
+    to_tensor,
+)
 from defuse_core.progress import silent
-from defuse_core.reference_models import votes_of_models
+from defuse_core.reference_models import load_reference_models, mean_probabilities, votes_of_models
 from defuse_core.sample import Examiner, filter_corrections, sample_corrections, sample_gallery
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
@@ -113,6 +124,21 @@ def test_an_interrupted_training_resumes_within_its_schedule_and_with_its_class_
     for name, array in resumed.vae.items():
         np.testing.assert_array_equal(array, convolutional.vae[name])
     assert resumed.vae_history == convolutional.vae_history
+
+
+def test_with_a_guide_the_reference_models_see_the_class_in_more_reconstructions(references):
+    without = recommended(vae=RECOMMENDED_VAE, classifier={"epochs": 1})
+    images, seen = open_splits(without.data, without.seed).train, []
+    judging = load_reference_models(without, without.review.reference, references, 10)
+    for weight in (0.0, 20.0):
+        spec = recommended(vae={**RECOMMENDED_VAE, "guide_weight": weight}, classifier={"epochs": 1})
+        models = train(spec, None, references, progress=silent)
+        vae = load_vae(spec, models.vae)
+        probabilities = mean_probabilities(judging, decode_codes(vae, encode_images(vae, images)))
+        seen.append(probabilities[np.arange(len(images)), images.labels].mean())
+    assert seen[1] > seen[0] + 0.1
+    losses = [row.guide_loss for row in models.vae_history]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_one_cycle_schedule_rises_over_a_tenth_of_the_steps_and_falls_to_zero():
@@ -313,18 +339,18 @@ def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, t
 
 def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_models, scenarios, references):
     spec = recommended(review={"tau": 1.0})
-    examiner = Examiner(spec, tiny_models, references)
-    seen = [examiner.examine(scenarios.means[[j]].astype(np.float32))[1][0] for j in range(2)]
+    examiner = Examiner(spec, tiny_models, references, scenarios)
+    seen = [examiner.examine(Draws(scenarios.means[[j]].astype(np.float32)))[1][0] for j in range(2)]
     labels = np.array(seen, np.int64)
     rng = np.random.default_rng(0)
     tune, test = rng.normal(size=(2, 2, 24, 4)).astype(np.float32)
     drawn = Corrections(np.arange(2), labels, tune, test)
     kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
     for row, label in enumerate(labels):
-        agrees = examiner.examine(drawn.tune[row])[1] == label
+        agrees = examiner.examine(Draws(drawn.tune[row]))[1] == label
         assert kept.kept[row] == pytest.approx(agrees.mean())
         if agrees.any():
-            shown = examiner.examine(kept.tune[row])[1]
+            shown = examiner.examine(Draws(kept.tune[row]))[1]
             assert (shown == label).mean() > 0.9  # other batches may round otherwise
     np.testing.assert_array_equal(kept.test, drawn.test)
 

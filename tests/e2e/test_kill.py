@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from defuse_core.artifacts import Psi
 from defuse_core.codec import decode
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_equal_psi, assert_same_psi
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT
 
 MADE_BY = {  # step -> its artefacts
     "train": ("models",),
@@ -51,13 +50,10 @@ def start(runfile: Path, where: str, store: Path, until: str) -> subprocess.Pope
         )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """The folder of a run that nothing disturbed; its run file is beside it."""
-    folder = tmp_path_factory.mktemp("kill")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    assert start(folder / "tiny.yaml", "local", folder / "whole", "report").wait(WAIT_S) == 0
-    return folder / "whole" / "tiny"
+@pytest.fixture
+def whole(finished_run) -> Path:
+    """The run that nothing disturbed; its run file is `tiny.yaml` two folders above."""
+    return finished_run / "runs" / "tiny"
 
 
 def copy_until(whole: Path, run: Path, step: str) -> None:

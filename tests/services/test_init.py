@@ -49,6 +49,7 @@ def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, m
     assert (data["image_size"], data["channels"], data["validation_share"]) == (16, 1, 0.15)
     vae = tree["vae"]
     assert (vae["architecture"], vae["encoder_stages"], vae["latent_dim"]) == ("convolutional", 2, 16)
+    assert "decode" not in vae  # plain, the default
     assert load_run_file(Path("digits.yaml")).classifier.architecture == "cnn"
     text = Path("digits.yaml").read_text()
     assert text.startswith("# Written by `defuse init` for about 5 minutes")
@@ -93,6 +94,33 @@ def colour_picture(path: Path, width: int, height: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(path)
+
+
+def test_photographs_are_decoded_anchored_and_the_run_file_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in range(30):
+        for part in ("train", "test"):
+            colour_picture(tmp_path / "digits" / part / "cat" / f"{number}.png", 16, 16)
+            colour_picture(tmp_path / "digits" / part / "dog" / f"{number}.png", 16, 16)
+    tree, out = start(monkeypatch, capsys, "digits", "--minutes", 1)
+    assert (tree["vae"]["decode"], tree["identify"]["scale"]) == ("anchored", 4.0)
+    assert "decode      anchored: photographs are moved, not redrawn" in out
+    assert (
+        "vae.decode is anchored, since these are colour pictures without a plain ground"
+        in Path("digits.yaml").read_text()
+    )
+    load_run_file(Path("digits.yaml"))
+
+
+def test_colour_drawings_on_a_plain_ground_are_decoded_plainly(tmp_path):
+    for name in ("cat", "dog"):
+        path = tmp_path / "train" / name / "0.png"
+        path.parent.mkdir(parents=True)
+        pixels = np.full((32, 32, 3), (250, 250, 240), np.uint8)
+        pixels[8:24, 12:20] = (200, 10, 10)
+        Image.fromarray(pixels).save(path)
+    facts = inspect_data(tmp_path)
+    assert (facts.channels, facts.photographs) == (3, False)
 
 
 @pytest.mark.parametrize(

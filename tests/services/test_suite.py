@@ -164,6 +164,10 @@ def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
         (["check", "--suite", "suite"], "with --suite, give either RUN or --classifier"),
         (["check", "--suite", "gone", "--classifier", NET], "found no suite.json"),
         (["check", "--suite", "edited", "--classifier", NET], "scenarios.0.least: Input should be less than"),
+        (
+            ["check", "--suite", "odd", "--classifier", NET],
+            r"text without control characters, found '\x1b[2J'",
+        ),
         (["check", "--suite", "cut", "--classifier", NET], "suite.safetensors"),
         (["check", "--suite", "suite", "--classifier", "nothing"], "expected package.module:factory, a file"),
         (
@@ -183,11 +187,13 @@ def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
 )
 def test_what_cannot_be_is_refused_in_one_line(options, line, suite, store, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("suite", "edited", "cut"):
+    for name in ("suite", "edited", "odd", "cut"):
         shutil.copytree(suite, tmp_path / name)
     page = json.loads((suite / "suite.json").read_text())
     page["scenarios"][0]["least"] = 2
     Path("edited/suite.json").write_text(json.dumps(page))
+    page["scenarios"][0] |= {"least": 1, "label": "\x1b[2J"}
+    Path("odd/suite.json").write_text(json.dumps(page))
     Path("cut/suite.safetensors").write_bytes(Path("suite/suite.safetensors").read_bytes()[:1000])
     where = ["--store", store.address] if options[0] != "check" else []
     code, _, err = call(monkeypatch, capsys, *options, *where)

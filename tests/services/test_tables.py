@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from sample_findings import sample_findings, sample_spec
 
-from defuse_core.artifacts import Checkpoint, VaeEpoch
+from defuse_core.artifacts import Checkpoint, Health, VaeEpoch
 from defuse_core.codec import encode
 from defuse_core.report import build_report
 from defuse_core.report.formatting import percent
@@ -178,3 +178,15 @@ def test_a_finished_run_shows_its_scenarios_and_accuracies_before_and_after(tmp_
     print_runs(FolderStore(tmp_path), listed)
     assert f"2: {percent(before.scenario, 0)} → {percent(after.scenario, 0)}" in text_of(listed)
     assert f"{percent(before.test)} → {percent(after.test)}" in text_of(listed)
+
+
+def test_status_shows_the_health_of_the_vae_as_soon_as_it_is_trained(tmp_path: Path):
+    run = a_run(tmp_path, "trained")
+    found, _ = sample_findings()
+    health = Health(5000, 0.981, 0.402, 0.41, 2, 0.83, 7, 16, "blind")
+    run.store.write("models.safetensors", encode(dataclasses.replace(found.models, health=health)))
+    console = terminal()
+    print_status(run, console)
+    shown = " ".join(text_of(console).split())
+    assert "β-VAE: blind. The classifier gets 98.1 % of 5,000 training images right" in shown
+    assert "40.2 % of their reconstructions; 7 of 16 latent dimensions collapsed." in shown

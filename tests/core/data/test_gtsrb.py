@@ -68,6 +68,15 @@ def test_signs_are_sampled_in_whole_tracks_of_one_class(tmp_path: Path):
     assert sorted(np.bincount(some.labels).tolist()) == [3, 6]  # of each class alike
 
 
+def test_signs_know_their_track_which_no_other_class_shares(tmp_path: Path):
+    train = open_splits(section("signs", write_signs(tmp_path, {0: 2, 4: 1}, frames=2)), 0).train
+    assert train.tracks is not None
+    assert train.tracks.tolist() == [0, 0, 1, 1, 2, 2]
+    some = train.take(slice(1, 3)).loaded()
+    assert some.tracks is not None
+    assert some.tracks.tolist() == [0, 1]
+
+
 def test_signs_stay_on_disk_until_they_are_loaded(tmp_path: Path):
     splits = open_splits(section("signs", write_signs(tmp_path, {0: 1, 1: 1})), 0)
     assert splits.test

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from defuse_core.data import Images
-from defuse_core.data.splits import halves, mixed_order, sample_tracks
+from defuse_core.data.splits import halves, mixed_order, sample_tracks, split_tracks
 from defuse_core.seeds import generator
 
 
@@ -49,3 +49,18 @@ def test_a_track_is_sampled_whole_or_not_at_all(lengths: list[int], limit: int, 
     assert not set(tracks[taken]) & set(tracks[left])
     assert len(taken) <= limit or len(set(tracks[taken])) == 1
     assert taken.tolist() == sorted(taken.tolist())
+
+
+def test_two_parts_have_no_track_in_common_and_every_class_in_both():
+    tracks = np.repeat(np.arange(40), 3)
+    labels = tracks // 4  # four tracks a class
+    images = Images(numbered(120).pixels, labels, tracks)
+    first, second = split_tracks(images, 0.5, generator(0, "test"))
+    assert sorted([*first, *second]) == list(range(120))
+    assert not set(tracks[first]) & set(tracks[second])
+    assert set(labels[first]) == set(labels[second]) == set(range(10))
+
+
+def test_images_without_tracks_are_divided_one_by_one():
+    first, second = split_tracks(numbered(10), 0.3, generator(0, "test"))
+    assert (len(first), sorted([*first, *second])) == (3, list(range(10)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_findings import report_of, sample_findings, sample_run, with_verdicts
+from sample_findings import report_of, sample_findings, sample_run, sample_watch, with_verdicts
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Sweep, SweepRow
 from defuse_core.errors import InputError
@@ -95,7 +95,7 @@ def test_a_figure_that_does_not_exist_is_null(tmp_path: Path):
 
 def test_report_json_has_its_documented_fields(tmp_path: Path):
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings(3, 2, images=3))
+    write_report(run, *sample_findings(3, 2, images=3), watch=sample_watch())
     tree = json.loads(run.store.read("report.json"))
     assert tree["version"] == 2
     assert tree["annotators"] == "reference models"
@@ -107,6 +107,15 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     assert {"class", "before", "baseline", "defuse"} <= set(tree["per_class"][0])
     assert {"labelled", "ties", "no_class_chosen"} <= set(tree["votes"])
     assert {"device", "artefacts", "versions"} <= set(tree["provenance"])
+    assert {"method", "verdict", "threshold", "validation", "test", "methods"} == set(tree["watch"])
+    assert {"auroc", "average_precision", "precision", "recall"} <= set(tree["watch"]["test"])
+    assert [row["method"] for row in tree["watch"]["methods"]] == ["max-softmax", "scenario distance"]
+
+
+def test_a_report_from_before_the_watch_is_still_read(tmp_path: Path):
+    tree = json.loads(report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True))
+    del tree["watch"]
+    assert parse_report(json.dumps(tree), "report.json").watch is None
 
 
 @pytest.mark.parametrize("change", [{"version": 1}, {"version": None}, {"making": {}}])

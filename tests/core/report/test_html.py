@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sample_findings import sample_findings, sample_run, with_verdicts
+from sample_findings import sample_findings, sample_run, sample_watch, with_verdicts
 
 from defuse_core.artifacts import FailedTrial, Override
 from defuse_core.report import write_report
@@ -93,6 +93,19 @@ def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scen
     assert headline(report).startswith(text)
     assert text in run.store.read("report.html").decode()
     assert "figures/scenarios.png" not in run.store.list()
+
+
+@pytest.mark.parametrize(
+    ("separation", "words"),
+    [(3.0, "Finds failing inputs by max-softmax"), (0.0, "No method finds failing inputs: the AUROC")],
+)
+def test_the_page_says_whether_failing_inputs_are_found(tmp_path: Path, separation: float, words: str):
+    run = sample_run(tmp_path)
+    report = write_report(run, *sample_findings(2, 1, images=2), watch=sample_watch(separation))
+    page = Page(run.store.read("report.html").decode())
+    assert report.watch is not None and (report.watch.method is None) == words.startswith("No method")
+    text = " ".join(" ".join(page.words).split())
+    assert "Finding failing inputs" in text and words in text and "scenario distance" in text
 
 
 def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):

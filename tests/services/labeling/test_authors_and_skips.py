@@ -76,7 +76,7 @@ def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_ta
     with pytest.raises(LabelsPending, match="1 were skipped, see `defuse review status"):
         review.annotators.review(review.gallery)
     review.annotators.push(review.gallery, repair=True)
-    assert accounts[0].next_task(number)["id"] == last
+    assert accounts[0].next_task(number).id == last
     accounts[0].answer(last, "image", "1")
     assert review.annotators.status(review.gallery)[0].outstanding == 0
 

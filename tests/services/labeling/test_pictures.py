@@ -69,17 +69,17 @@ def test_annotators_see_pictures_over_the_bound_and_read_nothing_else_of_the_run
     annotators = review_of(bucket, server, gallery, access, inline_kb=1, form=form)
     number = annotators.push(gallery).number
     task = accounts[0].next_task(number)
-    shown = task["data"]["image"] if form == "image" else task["data"]["samples"][0]["image"]
+    shown = task.data["image"] if form == "image" else task.data["samples"][0]["image"]
     reply = accounts[0].http.get(shown, follow_redirects=True)
     reply.raise_for_status()
     seen = np.asarray(Image.open(io.BytesIO(reply.content)), np.float32) / 255
     assert np.abs(seen - gallery.images[0, 0, 0]).max() < 1 / 254
     picture = f"{annotators.run.store.address}/pictures/s003-i02.png"
     time.sleep(1.5)  # the server of pictures lists a folder anew after a second (--dir-cache-time)
-    assert read_through_label_studio(accounts[0], task["id"], picture).status_code == 200
+    assert read_through_label_studio(accounts[0], task.id, picture).status_code == 200
     for key in ("run.yaml", "gallery.safetensors", "labeling.json"):
         address = f"{annotators.run.store.address}/{key}"
-        assert read_through_label_studio(accounts[0], task["id"], address).status_code >= 400
+        assert read_through_label_studio(accounts[0], task.id, address).status_code >= 400
     assert "can read all" not in caplog.text
     assert annotators.push(gallery).number == number
 
@@ -113,7 +113,7 @@ def test_shared_credentials_work_and_the_log_warns_what_annotators_can_read(
         annotators = review_of(store, server, gallery, BucketAccess(share_own=True), inline_kb=1)
         task = accounts[0].next_task(annotators.push(gallery).number)
         address = f"{annotators.run.store.address}/run.yaml"
-        assert read_through_label_studio(accounts[0], task["id"], address).status_code == 200
+        assert read_through_label_studio(accounts[0], task.id, address).status_code == 200
     assert f"can read all of {annotators.run.store.address}" in caplog.text
 
 

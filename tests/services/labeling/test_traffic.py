@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 from label_studio_live import digits_gallery, review_run
 
-from defuse_core.artifacts import Gallery, Verdicts, Votes
+from defuse_core.artifacts import NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -41,13 +41,20 @@ def served(tmp_path: Path) -> Run:
     return run
 
 
-def meet(run: Run, folder: Path, scenario: int, count: int, first: int = 0) -> None:
+def meet(
+    run: Run, folder: Path, scenario: int, count: int, first: int = 0, failure: float | None = None
+) -> None:
     reservoir = Reservoir(FolderStore(folder), 10)
-    reservoir._counts[run.name, scenario] = first
+    reservoir._kept[run.name, scenario] = taken(first)
     images = digits_gallery(images=10).images[scenario]
     for image in images[first : first + count]:
-        reservoir.offer(run.name, sample_now(image, scenario, 6, "1", digits_gallery().classes))
+        reservoir.offer(run.name, sample_now(image, scenario, 6, "1", digits_gallery().classes, failure))
     reservoir._thread.shutdown()
+
+
+def taken(slots: int) -> list[tuple[float, int]]:
+    """The state of a reservoir whose first slots are in use."""
+    return [(0.0, slot) for slot in range(slots)]
 
 
 def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served, accounts, server, tmp_path):
@@ -62,7 +69,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served
     api = LabelStudioClient(server.address, server.token)
     tasks = list(api.tasks(read_state(review.store, gallery).number))
     assert [task.key for task in tasks] == ["s000-i00", "s000-i01", "s000-i02"]
-    assert "2 3 open" in " ".join(cli("status", name).output.split())
+    assert "2 3 unknown open" in " ".join(cli("status", name).output.split())
     for task in tasks:
         accounts[0].answer(task.id, "image", "0")
     shown = " ".join(cli("status", name).output.split())
@@ -88,6 +95,16 @@ def test_an_input_that_was_swapped_in_label_studio_is_not_concluded(cli, served,
     with pytest.raises(InputError, match="was edited in Label Studio"):
         cli("status", review.name)
     assert review.load(Votes) is None
+
+
+def test_status_shows_how_many_inputs_the_server_expects_to_be_wrong(cli, tmp_path):
+    run = review_run(tmp_path, digits_gallery(), answers_per_task=1)
+    meet(run, tmp_path, 2, 3, failure=0.42)
+    meet(run, tmp_path, NO_SCENARIO, 3, failure=0.9)
+    cli("push", run.name, "--from-traffic")
+    shown = " ".join(cli("status", f"{run.name}/traffic-1").output.split())
+    assert "scenario answers missing expected wrong state" in shown
+    assert "2 3 42% open" in shown and "none 3 90% open" in shown
 
 
 def test_the_same_review_goes_on_until_it_is_concluded(cli, served, tmp_path):
@@ -118,7 +135,7 @@ def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, account
 def test_an_input_that_came_more_than_once_is_shown_once(cli, served, tmp_path):
     meet(served, tmp_path, 3, 2, first=0)
     again = Reservoir(FolderStore(tmp_path), 10)
-    again._counts[served.name, 3] = 2
+    again._kept[served.name, 3] = taken(2)
     image = digits_gallery(images=10).images[3][0]
     for _ in range(3):
         again.offer(served.name, sample_now(image, 3, 6, "1", digits_gallery().classes))

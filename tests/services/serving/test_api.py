@@ -158,6 +158,27 @@ def test_the_model_route_describes_the_model_in_production(app):
     assert (page["version"], page["run"], page["lam"]) == ("first", "first", 1.0)
     assert [s["name"] for s in page["scenarios"]] == ["3 read as 8 (scenario 0)", "8 read as 3 (scenario 1)"]
     assert all(s["fixed"] for s in page["scenarios"])
+    failures = page["failures"]
+    assert failures["method"] == "softmax-and-distance" and failures["verdict"].startswith("Finds failing")
+    assert failures["test"]["auroc"]["low"] > 0.6 and 0 < failures["threshold"] < 1
+
+
+def test_doubtful_answers_are_flagged_counted_and_the_detector_is_in_the_metrics(app, pictures):
+    found = answers(app, pictures[:200], 8)
+    threshold = app.http.get("/v1/model").json()["failures"]["threshold"]
+    assert all(one["flagged"] == (one["failure_probability"] >= threshold) for one in found)
+    flagged = [one for one in found if one["flagged"]]
+    assert flagged and len(flagged) < 60
+    assert all(one["explanation"] is None for one in found if not one["flagged"])
+    least = {max(one["probabilities"]) for one in flagged}
+    assert np.median([*least]) < np.median([max(one["probabilities"]) for one in found])
+    missing = ["defuse_flagged_images", "defuse_expected_errors", 'figure="auroc_low"']
+    end = time.monotonic() + 60
+    while missing:
+        assert time.monotonic() < end, f"not on the metrics page: {missing}"
+        page = app.http.get("/metrics").text
+        missing = [name for name in missing if name not in page]
+        time.sleep(0.5)
 
 
 def test_an_input_inside_a_failure_scenario_is_marked_and_counted(app, planted, good_spec):
@@ -186,6 +207,7 @@ def test_without_the_watch_scenarios_are_null(unbatched, serving, planted, pictu
     reply = blind.http.post("/v1/predict", content=pictures[0], headers=IMAGE).json()
     seen = unbatched.http.post("/v1/predict", content=pictures[0], headers=IMAGE).json()
     assert reply["predictions"][0]["scenarios"] is None
+    assert 0 <= reply["predictions"][0]["failure_probability"] <= 1
     assert reply["predictions"][0]["probabilities"] == seen["predictions"][0]["probabilities"]
 
 

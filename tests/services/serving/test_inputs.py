@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from services.serving.inputs import InputSpec, RejectedInput, decode_images, decode_json
+from services.serving.errors import RejectedInput
+from services.serving.inputs import InputSpec, decode_images, decode_json
 
 GREY = InputSpec(channels=1, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
 COLOUR = InputSpec(channels=3, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import selectors
 import socket
@@ -13,7 +14,9 @@ from load_generator import limited, load, request_bytes
 from serve_process import wait_until
 from starlette.requests import Request
 
-from services.serving.limits import LimitedHttpProtocol, client_address
+from defuse_core.config import ServeSection
+from services.serving.errors import RejectedInput, Unavailable
+from services.serving.limits import LimitedHttpProtocol, RequestSlots, client_address
 
 
 class SlowClients(threading.Thread):
@@ -51,6 +54,18 @@ class SlowClients(threading.Thread):
     def stop(self) -> None:
         self.ended.set()
         self.join()
+
+
+def test_an_overloaded_server_is_unavailable_and_rejects_no_input():
+    async def second_request() -> None:
+        slots = RequestSlots(ServeSection(max_ongoing=1, max_queued=0, retry_after_s=3))
+        async with slots.acquire(), slots.acquire():
+            raise AssertionError("both have the only slot")
+
+    with pytest.raises(Unavailable, match="overloaded: 1 requests in progress") as raised:
+        asyncio.run(second_request())
+    assert not isinstance(raised.value, RejectedInput)
+    assert (raised.value.status, raised.value.headers) == (503, {"Retry-After": "3"})
 
 
 @pytest.fixture(scope="module")

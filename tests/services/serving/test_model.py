@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from defuse_core.config import ServeSection
-from services.serving.model import LoadedModel, PredictionRequest, predict_batch
+from services.serving.batching import PredictionRequest, predict_batch
+from services.serving.model import LoadedModel
 
 
 def test_a_request_that_fails_does_not_affect_the_rest_of_its_batch(candidate, pixels):

@@ -85,16 +85,38 @@ def test_check_of_an_unfinished_run_names_the_missing_step(planted, good_spec, t
 
 def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
     store = ("--store", own_store.address, "--by", "ana")
-    assert run(promote, "first", *store, "--why", "first of all") == "version 1 to production\n"
-    assert run(promote, "second", *store, "--canary", "5%") == "version 2 as canary for 5.0%\n"
-    assert run(promote, "second", *store) == "version 2 to production\n"
+    lines = run(promote, "first", *store, "--why", "first of all").splitlines()
+    assert lines[0] == "version 1 to production"
+    assert run(promote, "second", *store, "--canary", "5%").startswith("version 2 as canary for 5.0%\n")
+    assert run(promote, "second", *store).startswith("version 2 to production\n")
     assert run(rollback, *store) == "rolled back from version 2; version 1 is in production\n"
     shown = run(promote, "--store", own_store.address).splitlines()
     assert (
-        shown[0].startswith("   1  production   run first, labelled by reference models; by ana")
+        shown[0].startswith(
+            "   1  production   run first, labelled by reference models, finds failing inputs"
+        )
+        and "; by ana" in shown[0]
         and "first of all" in shown[0]
     )
     assert shown[1].startswith("   2               run second") and "rolled back from version 2" in shown[2]
+
+
+def test_promote_prints_and_records_how_well_failing_inputs_are_found(own_store):
+    lines = run(promote, "first", "--store", own_store.address).splitlines()
+    assert lines[1].startswith("Finds failing inputs by softmax-and-distance; on validation images AUROC 0.9")
+    for line, part in zip(lines[2:], ("validation", "test"), strict=True):
+        assert line.startswith(f"  {part}: ")
+        assert "AUROC 0.9" in line and "average precision 0." in line
+        assert "precision" in line and "recall" in line and "calibration error 0.0" in line
+    recorded = Registry(own_store).state().versions[1].watch
+    assert recorded is not None and recorded.verdict == lines[1] and recorded.test is not None
+    assert "finds failing inputs (AUROC 0.9" in run(promote, "--store", own_store.address)
+
+
+def test_promote_says_where_failing_inputs_are_not_found(own_store):
+    lines = run(promote, "broken", "--store", own_store.address, "--force", "a drill").splitlines()
+    assert lines[1:] == ["Failing inputs cannot be found: some of the classifier's outputs are not finite."]
+    assert "does not find failing inputs" in run(promote, "--store", own_store.address)
 
 
 def test_promote_of_a_failing_candidate_needs_a_reason(own_store):

@@ -1,13 +1,14 @@
-"""The sample of served inputs that are inside a failure scenario."""
+"""The sample of served inputs that probably fail or are inside a failure scenario."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 import numpy as np
 import pytest
 
+from defuse_core.artifacts import NO_SCENARIO
 from defuse_core.codec import encode
 from defuse_core.errors import InputError, StoreError
 from defuse_core.store import FolderStore
@@ -43,13 +44,50 @@ def test_every_input_has_the_same_chance_to_be_stored(tmp_path):
     kept = np.zeros(40)
     for _ in range(400):
         slots: dict[str, int] = {}
-        reservoir._counts.clear()
+        reservoir._kept.clear()
         reservoir._thread = RecordingExecutor(slots)
         for number in range(40):
             reservoir._pending = 0
             reservoir.offer("r", sample_now(np.zeros((1, 1, 1), np.float32), 0, number, "1", ()))
         kept[list(slots.values())] += 1
     assert kept.sum() == 1600 and kept.min() > 15 and kept.max() < 75
+
+
+def test_the_likelier_an_input_fails_the_likelier_it_is_stored(tmp_path):
+    reservoir = Reservoir(FolderStore(tmp_path), 10)
+    kept = np.zeros(2)
+    for _ in range(100):
+        slots: dict[str, int] = {}
+        reservoir._kept.clear()
+        reservoir._thread = RecordingExecutor(slots)
+        for number in range(100):
+            reservoir._pending = 0
+            likely = number % 10 == 0
+            image = np.zeros((1, 1, 1), np.float32)
+            reservoir.offer("r", sample_now(image, 0, int(likely), "1", (), 0.8 if likely else 0.02))
+        kept += np.bincount(list(slots.values()), minlength=2)
+    assert kept.sum() == 1000 and kept[1] > 0.6 * kept.sum() and kept[0] > 50
+
+
+def test_flagged_inputs_outside_all_scenarios_are_a_group_of_their_own(tmp_path):
+    reservoir = Reservoir(FolderStore(tmp_path), 10)
+    for number in range(3):
+        image = np.full((1, 2, 2), number / 10, np.float32)
+        reservoir.offer("mnist", sample_now(image, NO_SCENARIO, number, "1", ("a",), 0.25 * (1 + number)))
+        reservoir.offer("mnist", sample_now(image, 2, number, "1", ("a",)))
+    reservoir._thread.shutdown()
+    gallery = read_traffic(FolderStore(tmp_path), "mnist").gallery(3)
+    assert gallery.numbers == (NO_SCENARIO, 2)
+    np.testing.assert_allclose(gallery.failure, [[0.25, 0.5, 0.75], [np.nan] * 3])
+
+
+def test_inputs_that_an_earlier_defuse_stored_are_still_read(tmp_path):
+    old = dict(vars(sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",))))
+    del old["failure"]
+    store = FolderStore(tmp_path)
+    kind = make_dataclass("SampledInput", old)
+    store.write("traffic/mnist/003/0000.safetensors", encode(kind(**old)))
+    assert np.isnan(read_traffic(store, "mnist").failure).all()
 
 
 def test_traffic_gives_a_gallery_of_the_newest_inputs_of_full_scenarios(tmp_path):

@@ -1,0 +1,319 @@
+"""`defuse_core.debug` and `defuse_core.open`: a run from Python, with a classifier and images in memory.
+
+What is in memory becomes two files of the run, `inputs/classifier.pt2` (torch.export, no pickle) and
+`inputs/images.npz`. So workers of a cluster, a resumed run and every command of `defuse` read the run as any other.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from defuse_core.config import DataSection, RunFile, first_problem, load_run_file, parse_run_file
+from defuse_core.data import Images, open_splits
+from defuse_core.data.npz import Arrays, splits_of
+from defuse_core.errors import DataError, InputError, RunFileError, RunMismatchError
+from defuse_core.local import LocalCompute
+from defuse_core.models import copy_for_inference, load_program, program_of
+from defuse_core.models.adapters import find_logits
+from defuse_core.pipeline import run_defuse
+from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Annotators, Compute
+from defuse_core.reference_models import ReferenceAnnotators
+from defuse_core.results import RunResult
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore, Store, checked_name
+from defuse_core.suggest import ClassifierChoice, inspect_data, plan_run
+
+log = logging.getLogger("defuse")
+CLASSIFIER, IMAGES = "inputs/classifier.pt2", "inputs/images.npz"  # keys within the run
+PROBE_IMAGES = 8  # that two classifiers are compared on
+BROUGHT = ("weights", "import_path", "timm_model")  # fields of a classifier that is not trained by the run
+
+VALIDATION_SHARE = 0.15  # held out where no validation images are given
+
+LabelledImages: TypeAlias = tuple[npt.ArrayLike | Tensor, npt.ArrayLike | Tensor]
+Settings: TypeAlias = Mapping[str, Any] | RunFile | str | os.PathLike[str]
+
+
+def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-learn has
+    classifier: nn.Module | None = None,
+    *,
+    train: LabelledImages | None = None,
+    validation: LabelledImages | None = None,
+    test: LabelledImages | None = None,
+    classes: Sequence[str] | None = None,
+    store: str | os.PathLike[str] | Store = "runs",
+    name: str = "run",
+    settings: Settings | None = None,
+    minutes: float = 30.0,
+    compute: Callable[[Run], AbstractContextManager[Compute]] | None = None,
+    annotators: Callable[[Run, Compute], Annotators] = ReferenceAnnotators,
+    progress: Progress = silent,
+) -> RunResult:
+    """Find the failure scenarios of a classifier, correct it there, and return the finished run.
+
+        run = defuse.debug(net, train=(images, labels), test=(more_images, more_labels), name="parts", minutes=10)
+
+    The same call again continues where the last one stopped, and returns at once where the run is finished.
+
+    Args:
+        classifier: Maps images (n, channels, H, W) in [0, 1] to logits (n, C), or to probabilities, or to an output
+            with `.logits`. Other input ranges and orders of the classes are settings (classifier.input_range,
+            classifier.class_order); a warning says where they seem to be needed. It is used as it is in eval mode,
+            also while it is fine-tuned, and is not changed. None: the run trains one, or the one of `settings`.
+        train, validation, test: Images with integer labels (N,). Images are uint8, or floats in [0, 1], of shape
+            (N, H, W), (N, H, W, c) or (N, c, H, W), with H = W and c of 1 or 3. Without `validation`, 15 % of the
+            training images are held out.
+        classes: The names of the classes; a label is an index into them. Default: the labels themselves.
+        store: Folder of runs, or another Store where `settings` name images and weights in files.
+        name: Name of the run. It becomes a folder in the store.
+        settings: With `train`: the fields that differ from what `defuse init` suggests for these images, such as
+            `{"vae": {"epochs": 20}}`. Or a whole run file: its path, or a RunFile. `defuse fields` lists all fields.
+        minutes: Time that a new run is planned for, on this machine. A run file has its own sizes.
+        compute: Where to compute. Default: in this process. On Ray: `cluster.compute.on_ray("head:6379")`.
+        annotators: Who labels the scenarios. Default: the reference models of the run. People:
+            `lambda run, compute: services.labeling.LabelStudioAnnotators(run, services.settings.read_settings())`,
+            with review.annotators: label-studio in `settings`.
+        progress: Called with what is done so far; see progress.py.
+
+    Raises:
+        DataError: The images or labels are not as described.
+        ModelError: The classifier fails on the images, or torch.export cannot follow its code.
+        RunMismatchError: A run of this name began with other images, another classifier or other settings.
+        LabelsPending: People have not answered yet; the same call continues later.
+    """
+    opened = _folder_store(store) if isinstance(store, str | os.PathLike) else store
+    arrays = _arrays({"train": train, "validation": validation, "test": test}, classes)
+    run_store = opened.within(checked_name(name))
+    with run_store.lock():
+        given = _Given(run_store, classifier, arrays, settings)
+        recorded = Run.open(opened, name).spec if given.begun else None
+        run = Run.start(opened, name, given.run_file(recorded, minutes, progress))
+        _expect_annotators(run, annotators)
+        started = nullcontext(LocalCompute(progress)) if compute is None else compute(run)
+        with started as place:
+            run_defuse(run, place, annotators(run, place))
+    return RunResult(run, classifier)
+
+
+def open(run: str | os.PathLike[str], store: Store | None = None) -> RunResult:
+    """Return a run that exists, finished or not: `defuse.open("runs/parts")`.
+
+    With `store`, `run` is a name in it: `defuse.open("parts", open_store("s3://bucket/runs"))`, where `open_store` is
+    that of `services.storage`. Raises InputError where there is no such run.
+    """
+    name = os.fspath(run)
+    if store is None:
+        store, name = _folder_store(Path(name).parent), Path(name).name
+    found = Run.open(store, checked_name(name))
+    found.spec = _with_moved_images(found)
+    return RunResult(found)
+
+
+def _with_moved_images(run: Run) -> RunFile:
+    """Return the run file with data.root inside the run, where its images came from memory and it was moved."""
+    data = run.spec.data
+    if data.root is None or data.root.exists() or not run.store.exists(IMAGES):
+        return run.spec
+    moved = data.model_copy(update={"root": Path(run.store.address, IMAGES)})
+    return run.spec.model_copy(update={"data": moved})
+
+
+def _folder_store(folder: str | os.PathLike[str]) -> FolderStore:
+    path = os.fspath(folder)
+    if ":/" in path:
+        raise InputError(
+            f"store {path}: expected a folder; for S3 give store=services.storage.open_store('s3://bucket/prefix')"
+        )
+    return FolderStore(path)
+
+
+def _expect_annotators(run: Run, annotators: object) -> None:
+    if run.spec.review.annotators == "label-studio" and annotators is ReferenceAnnotators:
+        raise InputError(
+            "review.annotators: label-studio: give annotators too (services.labeling.LabelStudioAnnotators), or set "
+            "review.annotators: reference-models"
+        )
+
+
+def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] | None) -> Arrays:
+    """Return the images and labels as arrays named as in an .npz file; no arrays without any part."""
+    arrays: Arrays = {}
+    for name, part in parts.items():
+        if part is None:
+            continue
+        if not isinstance(part, tuple | list) or len(part) != 2:
+            raise DataError(f"{name}: expected (images, labels), found {type(part).__name__}")
+        arrays[f"{name}_images"], arrays[f"{name}_labels"] = (_array(values) for values in part)
+    if arrays and "train_images" not in arrays:
+        raise DataError(
+            "train: expected (images, labels), found none; validation and test alone do not suffice"
+        )
+    if arrays and classes is not None:
+        arrays["classes"] = np.array([str(name) for name in classes])
+    return arrays
+
+
+def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    array = np.asarray(values)
+    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
+
+
+class _Given:
+    """What a caller gave: stored in the run's folder where it is in memory, and named there by the run file."""
+
+    def __init__(
+        self, store: Store, classifier: nn.Module | None, arrays: Arrays, settings: Settings | None
+    ) -> None:
+        if (arrays or classifier is not None) and not isinstance(store, FolderStore):
+            raise InputError(
+                f"store {store.address}: expected a folder, since images and a classifier in memory are kept in the "
+                "run; for another store, name files in settings (data.root, classifier.weights)"
+            )
+        self.store, self.classifier, self.arrays = store, classifier, arrays
+        self.settings, self.is_run_file = _tree(settings), not isinstance(settings, Mapping | None)
+        self.begun = any(key.endswith(".safetensors") for key in store.list())
+
+    def run_file(self, recorded: RunFile | None, minutes: float, progress: Progress) -> RunFile:
+        """Return the run file, once the images and the classifier that it names are in place."""
+        if not self.arrays and "data" not in self.settings:
+            raise DataError("debug: expected train=(images, labels), or settings with data; found neither")
+        sections: dict[str, Any] = {}
+        if self.arrays:
+            sections["data"], images = self._data()
+        elif self.classifier is not None:
+            images = open_splits(parse_run_file(self.settings, "settings").data, 0).train
+        if self.classifier is not None:
+            sections["classifier"] = self._classifier(self.classifier, images)
+        base: dict[str, Any] = {}
+        if self.arrays and not self.is_run_file:
+            base = self._planned(sections, minutes, progress) if recorded is None else _tree(recorded)
+        return parse_run_file(_merged(_merged(base, self.settings), sections), "settings")
+
+    def _data(self) -> tuple[dict[str, Any], Images]:
+        """Store the images, once they are checked; return section data and the training images."""
+        section = _shape(self.arrays["train_images"]) | self.settings.get("data", {})
+        section |= {"name": "npz", "root": str(Path(self.store.address, IMAGES))}
+        if not self.is_run_file and "validation_images" not in self.arrays:
+            section.setdefault("validation_share", VALIDATION_SHARE)
+        try:
+            checked = DataSection.model_validate(section)
+        except ValidationError as error:
+            raise RunFileError(f"settings: data.{first_problem(error, DataSection)}") from error
+        train = splits_of(self.arrays, checked, 0, "debug").train
+        self._keep(IMAGES, "images", self._is_same_images, lambda: _npz(self.arrays))
+        return section, train
+
+    def _is_same_images(self, stored: bytes) -> bool:
+        with np.load(io.BytesIO(stored), allow_pickle=False) as found:
+            return set(found) == set(self.arrays) and all(
+                np.array_equal(found[name], array) for name, array in self.arrays.items()
+            )
+
+    def _classifier(self, classifier: nn.Module, images: Images) -> dict[str, Any]:
+        """Store the classifier; return section classifier."""
+        batch = torch.from_numpy(images.batch(slice(0, PROBE_IMAGES)))
+        self._keep(
+            CLASSIFIER,
+            "classifier",
+            lambda stored: _is_same_classifier(classifier, stored, batch),
+            lambda: program_of(classifier, batch),
+        )
+        section = self.settings.get("classifier", {})
+        epochs = 0 if self.is_run_file else section.get("epochs", 0)
+        weights = str(Path(self.store.address, CLASSIFIER))
+        fixed = {"architecture": "program", "weights": weights, "import_path": None, "timm_model": None}
+        # not what a probe would suggest: what looks like another input range or order can be the fault that is sought
+        meant = {"input_range": section.get("input_range", "0..1"), "class_order": section.get("class_order")}
+        return {**section, **fixed, **meant, "epochs": epochs}
+
+    def _planned(self, sections: dict[str, Any], minutes: float, progress: Progress) -> dict[str, Any]:
+        """Return what `defuse init` writes for these images."""
+        section = sections.get("classifier") or self.settings.get("classifier", {})
+        choice = ClassifierChoice(section) if any(section.get(field) for field in BROUGHT) else None
+        facts = inspect_data(Path(sections["data"]["root"]))
+        facts = replace(facts, channels=sections["data"]["channels"])
+        plan = plan_run(facts, choice, minutes, progress)
+        for warning in plan.warnings:
+            log.warning("%s", warning)
+        return plan.tree
+
+    def _keep(self, key: str, what: str, is_same: Callable[[bytes], bool], made: Callable[[], bytes]) -> None:
+        """Store what the caller gave, unless the run has it. Raises RunMismatchError where the run began with other."""
+        if self.store.exists(key):
+            if is_same(self.store.read(key)):
+                return
+            if self.begun:
+                raise RunMismatchError(
+                    f"{self.store.address}: expected the {what} that this run began with, found others; choose "
+                    f"another name, or give the same {what} to continue"
+                )
+        self.store.write(key, made())
+
+
+def _tree(settings: Settings | None) -> dict[str, Any]:
+    """Return settings as a tree of sections."""
+    if isinstance(settings, str | os.PathLike):
+        settings = load_run_file(Path(settings))
+    if isinstance(settings, RunFile):
+        return settings.model_dump(mode="json")
+    return copy.deepcopy(dict(settings or {}))
+
+
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree with the fields of `changes` replaced, at any depth."""
+    merged = dict(tree)
+    for name, value in changes.items():
+        below = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[name] = _merged(cast(Mapping[str, Any], below), value) if both else value
+    return merged
+
+
+def _shape(images: npt.NDArray[Any]) -> dict[str, int]:
+    """Return size and channels as section data has them. Raises DataError where the array cannot hold images."""
+    if images.ndim == 3:
+        return {"image_size": images.shape[1], "channels": 1}
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        return {"image_size": images.shape[1], "channels": images.shape[3]}
+    if images.ndim == 4 and images.shape[1] in (1, 3):
+        return {"image_size": images.shape[2], "channels": images.shape[1]}
+    raise DataError(
+        "train: expected images of shape (N, H, W), (N, H, W, c) or (N, c, H, W) with c of 1 or 3, found "
+        f"{images.shape}"
+    )
+
+
+def _npz(arrays: Arrays) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def _is_same_classifier(classifier: nn.Module, stored: bytes, images: Tensor) -> bool:
+    """Whether the stored program has the classifier's weights, and gives its answers."""
+    own = copy_for_inference(classifier)
+    program = load_program(stored, CLASSIFIER).net
+    states = own.state_dict(), program.state_dict()
+    if any(not torch.equal(states[0][name], states[1][name]) for name in states[0].keys() & states[1].keys()):
+        return False
+    with torch.inference_mode():
+        answer, same = (find_logits(net(images))[0] for net in (own, program))
+    return answer.shape == same.shape and torch.allclose(answer, same, rtol=1e-3, atol=1e-4)

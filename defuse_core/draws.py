@@ -1,0 +1,143 @@
+"""Codes drawn from the components (Algorithm 2, lines 4 and 5), and the image that each is decoded at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from defuse_core.artifacts import F32, F64, I64, Anchors, ComponentFailures, Scenarios
+from defuse_core.config import RunFile
+
+COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part nearest to its mean
+
+
+def sample_codes_from(
+    scenarios: Scenarios, component: int, count: int, tau: float, rng: np.random.Generator
+) -> F32:
+    """Return `count` codes from N(mu_j, τ·Σ_j) of one component, (count, Z). τ multiplies the covariance."""
+    root = np.linalg.cholesky(tau * scenarios.covariances[component])
+    normal = rng.standard_normal((count, scenarios.means.shape[1]))
+    codes: F32 = (scenarios.means[component] + normal @ root.T).astype(np.float32)
+    return codes
+
+
+def truncated_codes(mean: F64, covariance: F64, normal: F64) -> F32:
+    """Return codes of N(mean, covariance) within the ellipsoid that holds COVERAGE of it, (n, Z).
+
+    `normal` holds (n, Z) standard normal draws; each is moved towards 0 along its direction.
+    """
+    width = normal.shape[1]
+    square = (normal**2).sum(axis=1)
+    within = stats.chi2.ppf(COVERAGE * stats.chi2.cdf(square, width), width)
+    shrunk = normal * np.sqrt(within / square)[:, None]
+    codes: F32 = (mean + shrunk @ np.linalg.cholesky(covariance).T).astype(np.float32)
+    return codes
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Codes, and with vae.decode: anchored the image that each is decoded at."""
+
+    codes: F32  # (n, Z)
+    anchors: I64 | None = None  # (n,) index into scenarios.failures.anchors
+
+
+def draw_codes(
+    spec: RunFile,
+    scenarios: Scenarios,
+    component: int,
+    count: int,
+    rng: np.random.Generator,
+    *,
+    held_out: bool = False,
+) -> Draws:
+    """Return `count` codes of one component: at review.tau, or truncated at the component's own tau.
+
+    With vae.decode: anchored they are draws near failures of the component (`near_failures`), from the half of its
+    images that is held out, or from the other half.
+    """
+    if scenarios.failures is not None:
+        rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
+        return near_failures(scenarios, component, rows, tau_of(spec, scenarios, component), rng)
+    if scenarios.taus is None:
+        return Draws(sample_codes_from(scenarios, component, count, tau_of(spec, scenarios, component), rng))
+    normal = rng.standard_normal((count, scenarios.means.shape[1]))
+    covariance = scenarios.taus[component] * scenarios.covariances[component]
+    return Draws(truncated_codes(scenarios.means[component], covariance, normal))
+
+
+def tau_of(spec: RunFile, scenarios: Scenarios, component: int) -> float:
+    """Return the τ that a component is drawn with: its own, or review.tau."""
+    if scenarios.taus is not None:
+        return float(scenarios.taus[component])
+    if spec.review.tau == "auto":
+        raise ValueError("review.tau: auto needs components with a tau each")
+    return spec.review.tau
+
+
+def failure_rows(
+    failures: ComponentFailures, component: int, count: int, rng: np.random.Generator, *, held_out: bool
+) -> I64:
+    """Return `count` random failures of one component, (count,): of every second of its images, or of the others.
+
+    Where all failures come from one image, both halves are that image.
+    """
+    _, image = np.unique(failures.anchor[component], return_inverse=True)
+    half = np.flatnonzero(image % 2 == int(held_out))
+    rows = half if len(half) else np.arange(len(image))
+    return rng.choice(rows, count).astype(np.int64)
+
+
+def near_failures(
+    scenarios: Scenarios, component: int, rows: I64, tau: float, rng: np.random.Generator
+) -> Draws:
+    """Return a draw near each failure z in `rows` of one component, anchored at the image of that failure.
+
+    The draw is mu_j + sqrt(1 - τ)·(z - mu_j) + N(0, τ·Σ_j), a smoothed bootstrap: at any τ up to 1 its mean and
+    covariance are those of the component, and at small τ it is the failure itself. Truncated as `truncated_codes`
+    where the components have a tau each.
+    """
+    normal = rng.standard_normal((len(rows), scenarios.means.shape[1]))
+    return smoothed(scenarios, component, rows, tau, normal)
+
+
+def smoothed(scenarios: Scenarios, component: int, rows: I64, tau: float, normal: F64) -> Draws:
+    """Return what `near_failures` does, for (n, Z) standard normal draws."""
+    failures, mean = scenarios.failures, scenarios.means[component]
+    assert failures is not None
+    covariance = tau * scenarios.covariances[component]
+    if scenarios.taus is None:
+        noise: F64 = normal @ np.linalg.cholesky(covariance).T
+    else:
+        noise = truncated_codes(np.zeros_like(mean), covariance, normal).astype(np.float64)
+    shrink = np.sqrt(max(0.0, 1 - tau))
+    codes = mean + shrink * (failures.codes[component, rows] - mean) + noise
+    return Draws(codes.astype(np.float32), failures.anchor[component, rows])
+
+
+def anchors_of(scenarios: Scenarios) -> Anchors | None:
+    """Return the images that draws of the components are decoded at; None where they are decoded plainly."""
+    return None if scenarios.failures is None else scenarios.failures.anchors
+
+
+def stacked(draws: Sequence[Draws], count: int, width: int) -> tuple[F32, I64 | None]:
+    """Return the codes (n, count, Z) and the anchors (n, count), if they have any, of n components."""
+    codes = np.zeros((len(draws), count, width), np.float32)
+    for row, drawn in enumerate(draws):
+        codes[row] = drawn.codes
+    anchors = [drawn.anchors for drawn in draws if drawn.anchors is not None]
+    return codes, np.stack(anchors) if anchors else None
+
+
+def wide_draws(
+    spec: RunFile, scenarios: Scenarios, component: int, count: int, factor: float, rng: np.random.Generator
+) -> Draws:
+    """Return `count` draws of one component at `factor` times its τ, not truncated, of the images held out."""
+    tau = factor * tau_of(spec, scenarios, component)
+    if scenarios.failures is None:
+        return Draws(sample_codes_from(scenarios, component, count, tau, rng))
+    rows = failure_rows(scenarios.failures, component, count, rng, held_out=True)
+    return near_failures(replace(scenarios, taus=None), component, rows, tau, rng)

@@ -1,0 +1,369 @@
+"""What `defuse_core.debug` and `defuse_core.open` return: a run, its scenarios, and the real images near to them.
+
+Everything is read from the run when it is first asked for. In a notebook all of them show themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+from scipy.spatial.distance import cdist
+from torch import nn
+
+from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
+from defuse_core.data import Images, PictureFiles, Splits, reopen_splits
+from defuse_core.data.npz import rows_in_file
+from defuse_core.errors import InputError
+from defuse_core.evaluate import Findings
+from defuse_core.evidence import Evidence
+from defuse_core.export import corrected_classifier, plain_weights
+from defuse_core.failure_detector import FailureWatch
+from defuse_core.health import with_measured_health
+from defuse_core.models import (
+    copy_for_inference,
+    encode_images,
+    load_classifier,
+    load_vae,
+    predict,
+    set_weights,
+)
+from defuse_core.models.adapters import adapt
+from defuse_core.pipeline import load_findings
+from defuse_core.report import Report, parse_report
+from defuse_core.report.formatting import headline
+from defuse_core.report.html import scenario_card
+from defuse_core.report.notebook import render_real, render_run, render_scenarios
+from defuse_core.report.schema import Scenario
+from defuse_core.runs import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PART_NAMES = {"train": "training", "validation": "validation"}
+COLUMNS = (
+    "accepted",
+    "label",
+    "mistaken_for",
+    "name",
+    "purity",
+    "support",
+    "before",
+    "after",
+    "confirmed",
+)  # of to_frame
+
+
+class RunResult:
+    """A run and what it found.
+
+    run = defuse.open("runs/parts")
+    run.scenarios.to_frame()
+    run.corrected()(images)
+    """
+
+    def __init__(self, run: Run, classifier: nn.Module | None = None) -> None:
+        """`classifier` is the one that was brought, if it is in memory; `corrected` returns a copy of it."""
+        self.run, self._classifier = run, classifier
+
+    @cached_property
+    def report(self) -> Report:
+        """All figures, as in report.json: `run.report.accuracy.before.test`. Raises InputError before the run's end."""
+        try:
+            text = self.run.store.read("report.json")
+        except FileNotFoundError as error:
+            raise InputError(
+                f"run {self.run.name} is not finished; the call or command that started it continues it"
+            ) from error
+        return parse_report(text, f"{self.run.store.address}/report.json")
+
+    @property
+    def page(self) -> str:
+        """Where the report is, as a page for the browser."""
+        return f"{self.run.store.address}/report.html"
+
+    @cached_property
+    def scenarios(self) -> ScenarioList:
+        """All scenarios that were reviewed; the index of each is its number. Raises InputError before the run's end."""
+        return ScenarioList(self, [ScenarioView(self, row) for row in self.report.scenarios.list])
+
+    def health(self) -> Health:
+        """Return whether the β-VAE's images are of use. Raises InputError before the models are trained."""
+        health = self._models.health
+        if health is None:
+            raise InputError(f"run {self.run.name}: its version of Defuse did not measure the β-VAE's health")
+        return health
+
+    def corrected(self, like: nn.Module | None = None) -> nn.Module:
+        """Return the corrected classifier on the CPU, in eval mode: images (n, channels, H, W) in [0, 1] -> logits.
+
+        After `debug` it is a copy of the module that was given. After `open` it is the network as the run stores it,
+        or with `like` a copy of that module, which has to be of the same architecture. Raises InputError where the run
+        corrected nothing, ModelError where the weights do not fit `like`.
+        """
+        models, stored = corrected_classifier(self.run)
+        like = self._classifier if like is None else like
+        if like is None:
+            return stored
+        net = copy_for_inference(like)
+        set_weights(net, plain_weights(stored), "corrected")
+        return adapt(net, self.run.spec.classifier, len(models.classes))
+
+    def __repr__(self) -> str:
+        return f"<run {_shown(self.run.store.address)}: {self._summary()}>"
+
+    def _repr_html_(self) -> str:
+        if not self.run.store.exists("report.json"):
+            return render_run(None, self._summary(), _shown(self.page))
+        return render_run(self.report, headline(self.report), _shown(self.page))
+
+    def _summary(self) -> str:
+        return headline(self.report) if self.run.store.exists("report.json") else "not finished"
+
+    @cached_property
+    def _models(self) -> Models:
+        models = self.run.load(Models)
+        if models is None:
+            raise InputError(f"run {self.run.name} has no models yet; the call that started it continues it")
+        return with_measured_health(self.run, models)
+
+    @cached_property
+    def _findings(self) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:
+        return load_findings(self.run)
+
+    @cached_property
+    def _splits(self) -> Splits:
+        return reopen_splits(self.run.spec.data, self.run.spec.seed, self._models.data_fingerprint)
+
+    def _part(self, name: str) -> Images:
+        part = self._splits.parts().get(name)
+        if part is None:
+            raise InputError(f"run {self.run.name}: its data set has no {name} images")
+        return part
+
+    @cached_property
+    def _codes(self) -> dict[str, F32]:
+        """Codes of the parts, which are filled in when they are first needed."""
+        return {}
+
+    def _codes_of(self, name: str) -> F32:
+        if name not in self._codes:
+            self._codes[name] = encode_images(load_vae(self.run.spec, self._models.vae), self._part(name))
+        return self._codes[name]
+
+    @cached_property
+    def _before(self) -> nn.Module:
+        return load_classifier(self.run.spec, self._models.classifier, len(self._models.classes))
+
+    @cached_property
+    def _rows(self) -> dict[str, I64]:
+        """Rows of the images in the arrays that were given, by part; only for images that came as arrays."""
+        data = self.run.spec.data
+        return rows_in_file(data, self.run.spec.seed) if data.name == "npz" else {}
+
+    def _real_images(self, name: str, rows: I64, distances: F64) -> RealImages:
+        images, classes = self._part(name).take(rows), self._models.classes
+        answers = predict(self._before, images)
+        given = self._rows.get(name)
+        return RealImages(
+            images=images.batch(slice(0, len(images))),
+            labels=tuple(classes[label] for label in images.labels),
+            answers=tuple(classes[answer] for answer in answers),
+            rows=rows if given is None else given[rows],
+            files=tuple(images.pixels.paths) if isinstance(images.pixels, PictureFiles) else None,
+            distances=distances,
+            part=name,
+        )
+
+    def _show(self, scenarios: Sequence[ScenarioView]) -> str:
+        cards = [scenario_card(scenario.row, *self._findings[:3]) for scenario in scenarios]
+        return render_scenarios(cards, self._models.classes)
+
+
+def _shown(address: str) -> str:
+    """Return an address as it is shown: below the working directory without the way there."""
+    path = Path(address)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else address
+
+
+@dataclass(frozen=True, eq=False)
+class RealImages:
+    """Real images near to a scenario, the nearest first."""
+
+    images: F32
+    """(n, channels, H, W) in [0, 1]."""
+    labels: tuple[str, ...]
+    """Their classes in the data set."""
+    answers: tuple[str, ...]
+    """Answers of the classifier before the correction."""
+    rows: I64
+    """(n,) rows in the arrays that were given (`train`; also for images held out of it), else in the part."""
+    files: tuple[str, ...] | None
+    """Files of the images, where the data set is a folder."""
+    distances: F64
+    """(n,) Mahalanobis distances of their codes to the scenario's component."""
+    part: str
+    """train or validation."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} {PART_NAMES[self.part]} images, the nearest first, of {', '.join(self.labels)}>"
+
+    def _repr_html_(self) -> str:
+        return render_real(self.images, self.labels, self.answers, f"Nearest {PART_NAMES[self.part]} images")
+
+
+@dataclass(frozen=True, eq=False)
+class ScenarioView:
+    """One scenario: what it looks like, what is right there, and what the correction did. Shares are fractions of 1."""
+
+    _result: RunResult = field(repr=False)
+    row: Scenario
+    """All figures of the report on it."""
+
+    @property
+    def number(self) -> int:
+        """Its number in the report, from 0."""
+        return self.row.number
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is a failure scenario."""
+        return self.row.accepted
+
+    @property
+    def label(self) -> str | None:
+        """The class that is right there; None where it was rejected."""
+        return self.row.label
+
+    @property
+    def mistaken_for(self) -> str | None:
+        """Most common wrong answer of the classifier before; None where it was rejected."""
+        return self.row.mistaken_for
+
+    @property
+    def name(self) -> str:
+        """What sets it apart, such as `7 read as 2: thin, slanted to the right`; the reason where it was rejected."""
+        if not self.accepted:
+            return self.row.reason
+        if self.row.evidence is not None:
+            return self.row.evidence.name
+        return f"{self.label} read as {self.mistaken_for}" if self.mistaken_for else str(self.label)
+
+    @property
+    def purity(self) -> float | None:
+        """Share of its reviewed images that show its label."""
+        return self.row.purity
+
+    @property
+    def support(self) -> int | None:
+        """Training images that its failing codes come from."""
+        support = self._result._findings[0].scenarios.support
+        return None if support is None else int(support[self.number])
+
+    @property
+    def before(self) -> float | None:
+        """Accuracy of the classifier on its held-out images, by its label; None where it was rejected."""
+        return self.row.before
+
+    @property
+    def after(self) -> float | None:
+        """The same for the corrected classifier."""
+        return self.row.defuse
+
+    @property
+    def confirmed(self) -> bool | None:
+        """Whether the judges confirm the correction, image by image; None without judges, and where it was rejected."""
+        return None if self.row.evidence is None else self.row.evidence.confirmed
+
+    @property
+    def images(self) -> F32:
+        """The reviewed images, (R, channels, H, W) in [0, 1]."""
+        images: F32 = self._result._findings[0].gallery.images[self.number]
+        return images
+
+    @property
+    def codes(self) -> F32:
+        """The latent codes of `images`, (R, Z)."""
+        codes: F32 = self._result._findings[0].gallery.codes[self.number]
+        return codes
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Answers of the classifier before the correction on `images`."""
+        gallery = self._result._findings[0].gallery
+        return tuple(gallery.classes[answer] for answer in gallery.predicted[self.number])
+
+    def nearest_training(self, count: int = 10) -> RealImages:
+        """Return the training images whose codes are nearest to its component. Encodes all of them the first time."""
+        return self._nearest("train", count)
+
+    def nearest_validation(self, count: int = 10) -> RealImages:
+        """Return the nearest validation images. Raises InputError where the data set has none."""
+        return self._nearest("validation", count)
+
+    def _nearest(self, part: str, count: int) -> RealImages:
+        scenarios = self._result._findings[0].scenarios
+        inverse = np.linalg.inv(scenarios.covariances[self.number])
+        codes = self._result._codes_of(part).astype(np.float64)
+        distances = cdist(scenarios.means[self.number][None], codes, "mahalanobis", VI=inverse)[0]
+        rows = np.argsort(distances, kind="stable")[:count]
+        return self._result._real_images(part, rows, distances[rows])
+
+    def __repr__(self) -> str:
+        return f"<scenario {self.number}: {self.name}>"
+
+    def _repr_html_(self) -> str:
+        return self._result._show([self])
+
+
+class ScenarioList(Sequence[ScenarioView]):
+    """Scenarios in the order of their numbers."""
+
+    def __init__(self, result: RunResult, scenarios: Sequence[ScenarioView]) -> None:
+        self._result, self._scenarios = result, list(scenarios)
+
+    @overload
+    def __getitem__(self, index: int) -> ScenarioView: ...
+    @overload
+    def __getitem__(self, index: slice) -> ScenarioList: ...
+    def __getitem__(self, index: int | slice) -> ScenarioView | ScenarioList:
+        if isinstance(index, slice):
+            return ScenarioList(self._result, self._scenarios[index])
+        try:
+            return self._scenarios[index]
+        except IndexError as error:
+            raise IndexError(f"scenario {index}: there are {len(self)}, numbered from 0") from error
+
+    def __len__(self) -> int:
+        return len(self._scenarios)
+
+    def __iter__(self) -> Iterator[ScenarioView]:
+        return iter(self._scenarios)
+
+    @property
+    def accepted(self) -> ScenarioList:
+        """The failure scenarios among them. An index into this list is not the scenario's number."""
+        return ScenarioList(self._result, [scenario for scenario in self if scenario.accepted])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a table with one row per scenario, indexed by number. Raises InputError without pandas."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise InputError("to_frame needs pandas; install it with pip install pandas") from error
+        rows = [{name: getattr(scenario, name) for name in COLUMNS} for scenario in self]
+        index = pd.Index([scenario.number for scenario in self], name="number")
+        return pd.DataFrame(rows, index=index, columns=list(COLUMNS))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} scenarios, {len(self.accepted)} of them failure scenarios>"
+
+    def _repr_html_(self) -> str:
+        return self._result._show(self)

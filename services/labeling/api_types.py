@@ -1,0 +1,150 @@
+"""What Label Studio's API accepts and returns, under its own names of fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Literal, NotRequired, TypedDict
+
+from pydantic import TypeAdapter
+
+# ---- what Defuse sends
+
+
+class ChoiceValue(TypedDict):
+    choices: list[str]
+
+
+class ChoiceResult(TypedDict):
+    """One choice, as the labelling page submits it."""
+
+    from_name: str  # the control
+    to_name: str  # the object that it labels
+    type: Literal["choices"]
+    value: ChoiceValue
+
+
+class Prediction(TypedDict):
+    """A preselected answer."""
+
+    model_version: str
+    score: float
+    result: list[ChoiceResult]
+
+
+class ImageData(TypedDict):
+    """What a task of one image shows."""
+
+    image: str  # address
+
+
+class PageSample(TypedDict):
+    """One image on the page of a scenario."""
+
+    image: str  # address
+    prediction: str  # the classifier's answer, in words
+
+
+class PageData(TypedDict):
+    """What a task of a whole scenario shows."""
+
+    page: str
+    samples: list[PageSample]
+
+
+class TaskMeta(TypedDict):
+    """What Defuse stores with a task, which annotators do not see."""
+
+    sample_key: str
+    digest: str  # of the key and the data
+
+
+class TaskImport(TypedDict):
+    """A task as it is imported."""
+
+    data: ImageData | PageData
+    meta: TaskMeta
+    predictions: NotRequired[list[Prediction]]
+
+
+@dataclass(frozen=True)
+class BucketStorage:
+    """The S3 storage of a project, from which the server shows pictures."""
+
+    title: str
+    bucket: str
+    prefix: str
+    s3endpoint: str | None  # None: AWS, or what the server's operator set
+    region_name: str | None
+    aws_access_key_id: str
+    aws_secret_access_key: str = field(repr=False)
+    aws_session_token: str = field(repr=False)  # an empty one replaces an old one
+    presign: bool = False  # Label Studio proxies the pictures, so the bucket needs no CORS
+    use_blob_urls: bool = True
+
+    def fields(self) -> dict[str, str | bool]:
+        """Return the fields that have a value."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+# ---- what the server returns: it checks nothing that annotators send
+
+
+@dataclass(frozen=True, slots=True)
+class UserRow:
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationRow:
+    """An annotation."""
+
+    id: int
+    created_at: datetime
+    updated_at: datetime
+    completed_by: UserRow | int | None = None  # None where the account was deleted
+    result: object = None
+    was_cancelled: bool | None = None  # a skip
+
+    @property
+    def annotator(self) -> int | None:
+        """The user id."""
+        return self.completed_by.id if isinstance(self.completed_by, UserRow) else self.completed_by
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRow:
+    choices: list[object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRow:
+    """One part of an annotation: what was chosen in one control."""
+
+    value: ValueRow
+    from_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MetaRow:
+    sample_key: str | None = None  # None: a task that Defuse did not import
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedTaskRow:
+    """The next task of an annotator's queue."""
+
+    id: int
+    data: Mapping[str, object]
+    predictions: list[object]
+    meta: MetaRow | None = None
+
+    @property
+    def key(self) -> str | None:
+        return None if self.meta is None else self.meta.sample_key
+
+
+ANNOTATION_ROW = TypeAdapter(AnnotationRow)
+RESULT_ROW = TypeAdapter(ResultRow)
+QUEUED_TASK_ROW = TypeAdapter(QueuedTaskRow)

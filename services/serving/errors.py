@@ -1,0 +1,39 @@
+"""Errors that answer a request, each with its HTTP status and a one-sentence message."""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """A request that is answered with `status` and `message`."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the answer beside its content type."""
+        return {}
+
+
+class RejectedInput(RequestError):  # noqa: N818 - the client's error, not a failure of the server
+    """The request itself is at fault: another one can be answered."""
+
+
+class Unavailable(RequestError):  # noqa: N818 - a state of the server
+    """The server cannot answer now: the same request can be answered after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(503, message)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s)}
+
+
+class PredictionFailed(RequestError):  # noqa: N818 - reads as the outcome that it is
+    """The classifier failed on an input that it should accept."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(500, message)

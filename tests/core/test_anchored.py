@@ -1,0 +1,272 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from defuse_core.anchors import Anchors, ComponentFailures
+from defuse_core.artifacts import (
+    Corrections,
+    Failures,
+    Gallery,
+    Health,
+    Models,
+    ReferenceSet,
+    Scenarios,
+    Verdicts,
+)
+from defuse_core.codec import decode, encode
+from defuse_core.config import changed_field
+from defuse_core.correct import (
+    held_out_images,
+    held_out_sources,
+    load_fine_tuning_data,
+    tuning_images,
+)
+from defuse_core.data import Images, open_splits
+from defuse_core.distill import FAILURES_KEPT, IMAGES_KEPT, component_failures
+from defuse_core.draws import draw_codes, near_failures, wide_draws
+from defuse_core.errors import VaeHealthError
+from defuse_core.health import expect_healthy, measure_moved, with_measured_health
+from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
+from defuse_core.local import LocalCompute
+from defuse_core.models import Decoder, decode_codes, encode_images, load_classifier, load_vae, predict
+from defuse_core.pipeline import run_defuse
+from defuse_core.progress import silent
+from defuse_core.reference_models import ReferenceAnnotators
+from defuse_core.runs import Run
+from defuse_core.seeds import generator
+from defuse_core.store import FolderStore
+from defuse_core.suite import save_suite
+from tests.conftest import recommended, tiny
+
+ANCHORED = {"decode": "anchored"}
+SPEC = recommended(vae=ANCHORED, identify={"scale": 3.0}, judges={"count": 1, "epochs": 3})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models, references: ReferenceSet) -> Run:
+    """A run to its end with anchored decoding; its models are those of the plain one."""
+    run = Run.start(FolderStore(tmp_path_factory.mktemp("anchored")), "run", SPEC)
+    run.once("train", Models, lambda: tiny_models)
+    run.once("train", ReferenceSet, lambda: references, "references")
+    compute = LocalCompute()
+    run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    return run
+
+
+def one_component(images: int = 8, width: int = 3) -> Scenarios:
+    """One component around 5 with 40 failures of `images` images, each of which is grey of its own shade."""
+    rng = generator(0, "test", images)
+    codes = rng.normal(5, 2, (1, 40, width)).astype(np.float32)
+    pixels = np.broadcast_to(np.arange(images, dtype=np.uint8)[:, None, None, None], (images, 1, 4, 4))
+    failures = ComponentFailures(
+        codes, rng.integers(images, size=(1, 40)), Anchors(pixels.copy(), 100 + np.arange(images))
+    )
+    one = np.ones(1)
+    covariance = np.cov(codes[0].T)[None]
+    return Scenarios(
+        one, codes.mean(axis=1).astype(float), covariance, one, 40, True, 1, 0.0, failures=failures
+    )
+
+
+def test_an_anchored_decoding_without_noise_is_the_image_itself(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    images = Images(np.random.default_rng(0).random((9, 1, 16, 16), np.float32), np.zeros(9, np.int64))
+    shown = Decoder(vae, images, batch_size=4).decode(encode_images(vae, images), np.arange(9))
+    np.testing.assert_allclose(shown, images.pixels, atol=1e-5)
+
+
+def test_an_anchored_decoding_moves_its_image_as_the_plain_decoding_moves(tiny_spec, tiny_models):
+    vae, rng = load_vae(tiny_spec, tiny_models.vae), np.random.default_rng(0)
+    images = Images(rng.random((9, 1, 16, 16), np.float32), np.zeros(9, np.int64))
+    mu, anchors = encode_images(vae, images), rng.integers(9, size=20)
+    codes = mu[anchors] + rng.normal(size=(20, 4)).astype(np.float32)
+    moved = decode_codes(vae, codes) - decode_codes(vae, mu)[anchors]
+    assert np.abs(moved).max() > 0.1
+    shown = Decoder(vae, images).decode(codes, anchors)
+    np.testing.assert_allclose(shown, np.clip(images.pixels[anchors] + moved, 0, 1), atol=1e-5)
+
+
+def test_plain_decoding_is_that_of_the_vae_whatever_the_anchors(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    codes = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    np.testing.assert_array_equal(Decoder(vae).decode(codes, np.arange(5)), decode_codes(vae, codes))
+
+
+def test_anchored_decoding_without_an_image_for_each_code_is_an_error(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    decoder = Decoder(vae, Images(np.zeros((2, 1, 16, 16), np.float32), np.zeros(2, np.int64)))
+    with pytest.raises(ValueError, match="needs the image of each code"):
+        decoder.decode(np.zeros((2, 4), np.float32))
+
+
+def test_draws_at_a_small_tau_are_failures_at_their_own_images_and_at_tau_1_they_have_the_components_moments():
+    scenarios = one_component()
+    rows = np.arange(40)
+    near = near_failures(scenarios, 0, rows, 1e-8, generator(0, "test"))
+    np.testing.assert_allclose(near.codes, scenarios.failures.codes[0], atol=1e-2)
+    np.testing.assert_array_equal(near.anchors, scenarios.failures.anchor[0])
+    for tau in (0.3, 1.0):
+        wide = near_failures(scenarios, 0, np.resize(rows, 40_000), tau, generator(0, "test"))
+        np.testing.assert_allclose(wide.codes.mean(axis=0), scenarios.means[0], atol=0.1)
+        np.testing.assert_allclose(np.cov(wide.codes.T), scenarios.covariances[0], atol=0.3)
+
+
+@pytest.mark.parametrize("images", [2, 3, 8])
+def test_held_out_draws_are_anchored_at_other_images(images):
+    spec, scenarios = tiny(), one_component(images)
+    shown = set(draw_codes(spec, scenarios, 0, 500, generator(0, "a")).anchors.tolist())
+    held_out = set(draw_codes(spec, scenarios, 0, 500, generator(0, "b"), held_out=True).anchors.tolist())
+    wide = set(wide_draws(spec, scenarios, 0, 500, 4.0, generator(0, "c")).anchors.tolist())
+    assert shown and held_out and not shown & held_out
+    assert shown | held_out == set(range(images))
+    assert wide == held_out
+
+
+def test_a_component_of_a_single_image_is_drawn_at_that_image_alone():
+    spec, scenarios = tiny(), one_component(images=1)
+    for held_out in (False, True):
+        drawn = draw_codes(spec, scenarios, 0, 50, generator(0, "a"), held_out=held_out)
+        assert drawn.anchors.tolist() == [0] * 50
+
+
+def test_kept_failures_come_from_as_many_images_as_possible_with_their_own_pixels():
+    pixels = np.random.default_rng(0).integers(256, size=(300, 1, 4, 4)).astype(np.uint8)
+    train = Images(pixels, np.zeros(300, np.int64))
+    few = Failures(
+        np.arange(30, dtype=np.float32).reshape(15, 2), *np.repeat([[3, 7, 9], [0] * 3, [1] * 3], 5, axis=1)
+    )
+    source = np.concatenate([np.zeros(5000, np.int64), np.arange(200)])
+    many = Failures(np.zeros((5200, 2), np.float32), source, *np.zeros((2, 5200), np.int64))
+    kept = component_failures([few, many], train, seed=0)
+    own = kept.anchors.source[kept.anchor]  # (2, L)
+    assert own.shape == (2, FAILURES_KEPT)
+    assert set(own[0]) == {3, 7, 9}
+    assert {tuple(code) for code in kept.codes[0]} == {tuple(code) for code in few.codes}
+    assert len(set(own[1])) == IMAGES_KEPT
+    assert (own[1, :IMAGES_KEPT] == 0).sum() <= 1
+    np.testing.assert_array_equal(kept.anchors.pixels, pixels[kept.anchors.source])
+    second = kept.take(np.array([0]))
+    np.testing.assert_array_equal(second.anchors.source[second.anchor[0]], own[0])
+    assert second.anchors.source.tolist() == [3, 7, 9]
+
+
+def test_failures_of_identification_are_failures_of_the_moved_image(tiny_models):
+    spec = recommended(vae=ANCHORED, identify={"screen": "none"})
+    identifier = Identifier(spec, tiny_models)
+    shard = identifier.shard(0)
+    train, failures = identifier.train, shard.failures
+    originals = predict(identifier.classifier, train.take(slice(0, shard.images)))
+    assert shard.zero_noise_flips == (originals != train.labels[: shard.images]).sum()
+    shown = Decoder(identifier.vae, train).decode(failures.codes, failures.source)
+    answers = predict(identifier.classifier, shown)
+    assert (
+        len(failures) and (answers == failures.predicted).mean() > 0.97
+    )  # other batches may round otherwise
+
+
+def test_shards_of_the_other_decoding_are_not_taken(tiny_models):
+    plain = shard_fingerprint(tiny(), tiny_models)
+    assert plain != shard_fingerprint(tiny(vae=ANCHORED), tiny_models)
+    assert "vae.decode: 'plain' in the run, 'anchored' now" in str(changed_field(tiny(), tiny(vae=ANCHORED)))
+
+
+def test_an_anchored_run_reaches_its_report_with_every_picture_at_a_training_image_of_its_class(finished):
+    scenarios, gallery, fixes = (finished.load(kind) for kind in (Scenarios, Gallery, Corrections))
+    verdicts = finished.load(Verdicts)
+    assert len(verdicts.accepted) > 0
+    assert finished.store.exists("report.html")
+    train = open_splits(SPEC.data, SPEC.seed).train
+    truth = train.labels[gallery.source]  # (S, R)
+    np.testing.assert_array_equal(truth, np.broadcast_to(scenarios.cells[:, :1], truth.shape))
+    for rows, codes in ((fixes.tune_anchor, fixes.tune), (fixes.test_anchor, fixes.test)):
+        assert rows.shape == codes.shape[:2]
+    for tuned, tested in zip(fixes.tune_anchor, fixes.test_anchor, strict=True):
+        assert not set(tuned) & set(tested)
+
+
+def test_corrections_hold_what_their_pictures_need(finished, tiny_models):
+    fixes, vae = finished.load(Corrections), load_vae(SPEC, tiny_models.vae)
+    train = open_splits(SPEC.data, SPEC.seed).train
+    source = fixes.anchors.source[fixes.test_anchor].reshape(-1)
+    expected = Decoder(vae, train).decode(fixes.test, source)
+    np.testing.assert_allclose(held_out_images(vae, fixes).pixels, expected, atol=1e-5)
+    half = fixes.take(np.array([0]))
+    np.testing.assert_array_equal(
+        tuning_images(vae, half).pixels, tuning_images(vae, fixes).pixels[: fixes.tune.shape[1]]
+    )
+
+
+def test_nothing_is_fine_tuned_on_the_images_of_held_out_pictures(finished, tiny_models):
+    fixes, train = finished.load(Corrections), open_splits(SPEC.data, SPEC.seed).train
+    sources = fixes.anchors.source
+    assert set(np.unique([*fixes.tune_anchor.ravel(), *fixes.test_anchor.ravel()])) == set(
+        range(len(sources))
+    )
+    tuned, tested = set(sources[fixes.tune_anchor.ravel()]), set(sources[fixes.test_anchor.ravel()])
+    for used, without in ((fixes, tested - tuned), (fixes.take(np.array([0])), None)):
+        data = load_fine_tuning_data(SPEC, tiny_models, used, None, progress=silent)
+        left_out = set(held_out_sources(used).tolist())
+        assert len(data.train) == len(train) - len(left_out)
+        if without is not None:
+            assert without <= left_out and not left_out & tuned
+        assert not left_out & set(sources[used.tune_anchor.ravel()])
+
+
+def test_a_suite_holds_the_images_that_its_codes_are_decoded_at(finished, tiny_models, tmp_path: Path):
+    pictures = save_suite(finished, tmp_path / "suite").pictures
+    vae = load_vae(SPEC, tiny_models.vae)
+    anchors = Images(pictures.anchors.pixels, np.zeros(len(pictures.anchors.source), np.int64))
+    shown = Decoder(vae, anchors).decode(pictures.codes, pictures.anchor)
+    assert np.abs(shown * 255 - pictures.pixels.reshape(shown.shape)).max() <= 0.51
+
+
+def test_the_reference_models_judge_the_health_of_anchored_decoding(finished, tiny_models, references):
+    measured = finished.load(Health)
+    assert (measured.judged_by, measured.anchored) == ("reference models", True)
+    assert with_measured_health(finished, tiny_models).health == measured
+    wild = SPEC.model_copy(update={"identify": SPEC.identify.model_copy(update={"scale": 300.0})})
+    lost = measure_moved(wild, tiny_models, references, progress=silent)
+    assert lost.kept_right < measured.kept_right
+    blind = Models(**{**vars(tiny_models), "health": lost})
+    assert lost.verdict == "blind"
+    with pytest.raises(
+        VaeHealthError, match=r"the reference models get .* moved by the noise.*lower identify.scale"
+    ):
+        expect_healthy(wild, blind)
+
+
+def test_artefacts_of_versions_without_anchored_decoding_are_read(finished):
+    for kind in (Scenarios, Gallery, Corrections):
+        stored = finished.load(kind)
+        names = {"failures", "source", "anchors", "tune_anchor", "test_anchor"}
+        older = type(kind.__name__, (), {})()
+        fields = {name: value for name, value in vars(stored).items() if name not in names}
+        data = encode(_dataclass_like(kind.__name__, fields))
+        back = decode(kind, data, "older")
+        assert all(getattr(back, name) is None for name in names if hasattr(back, name))
+        del older
+
+
+def _dataclass_like(name: str, fields: dict[str, object]) -> object:
+    import dataclasses
+
+    return dataclasses.make_dataclass(name, list(fields))(**fields)
+
+
+def test_an_anchored_run_is_the_same_when_only_some_of_it_is_made_again(finished, tmp_path: Path):
+    store = FolderStore(tmp_path)
+    for key in finished.store.list():
+        if not key.startswith(
+            ("gallery", "votes", "verdicts", "corrections", "sweep", "baseline", "trials", "evidence")
+        ):
+            store.within("run").write(key, finished.store.read(key))
+    run, compute = Run.start(store, "run", SPEC), LocalCompute()
+    run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    assert finished_shards(
+        run.store, shard_fingerprint(SPEC, run.load(Models), run.load(ReferenceSet, "references"))
+    )
+    for kind in (Gallery, Corrections):
+        assert encode(run.load(kind)) == encode(finished.load(kind))
+    weights = [each.load(Models).classifier for each in (run, finished)]
+    assert load_classifier(SPEC, weights[0], 10) is not None

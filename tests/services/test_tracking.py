@@ -1,0 +1,158 @@
+"""`--track mlflow` with a store of files in place of a server: what is sent, once, and what happens without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+
+from defuse_core.artifacts import Models, Sweep, SweepRow
+from defuse_core.codec import encode
+from defuse_core.data import open_splits
+from defuse_core.report import build_report
+from defuse_core.runs import ReachedStep, Run
+from defuse_core.store import FolderStore
+from services.settings import read_settings
+from services.tracking import MlflowTracking
+from tests.conftest import TINY
+from tests.e2e.test_cli import call, one_line
+from tests.sample_findings import sample_findings
+from tests.services.serving.synthetic_runs import make_run
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of an empty tracking store."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    return mlflow.MlflowClient(f"file://{tmp_path}/mlruns")
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_spec, tiny_models: Models) -> Run:
+    """A finished run with two fine-tunings of two epochs."""
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    made = make_run(FolderStore(tmp_path), "digits", tiny_spec, tiny_models, splits, tiny_models.classifier)
+    rows = tuple(
+        SweepRow(lam, epoch, 0.1 * epoch, 0.9, None, 0.8, 0.7, 0.5 + 0.1 * epoch)
+        for lam in (0.1, 1e10)
+        for epoch in (1, 2)
+    )
+    sweep = Sweep(rows, rows[1], tiny_models.classifier, ())
+    made.store.write("sweep.safetensors", encode(sweep))
+    report = build_report(made, *sample_findings())
+    made.store.write("report.json", report.model_dump_json(by_alias=True).encode())
+    made.store.write("report.html", b"<html>")
+    return made
+
+
+def tracked(client: Any) -> list[Any]:
+    experiment = client.get_experiment_by_name("defuse")
+    return [] if experiment is None else client.search_runs([experiment.experiment_id])
+
+
+def test_settings_epochs_figures_files_and_the_model_are_sent(server, run, tiny_models):
+    with MlflowTracking(run, read_settings()):
+        pass
+    (found,) = tracked(server)
+    assert found.info.run_name == "digits"
+    assert found.info.status == "FINISHED"
+    assert found.data.params["vae.latent_dim"] == "4"
+    assert found.data.params["correct.lambdas"] == "[0.001, 1.0, 10.0]"
+    assert found.data.tags["defuse.vae"] == tiny_models.health.verdict
+    history = server.get_metric_history(found.info.run_id, "vae.reconstruction")
+    assert [point.step for point in history] == list(range(1, 51))
+    assert history[-1].value == tiny_models.vae_history[-1].reconstruction
+    by_epoch = server.get_metric_history(found.info.run_id, "sweep.lambda_0.1.scenario")
+    assert [(point.step, point.value) for point in by_epoch] == [(1, 0.6), (2, 0.7)]
+    assert "sweep.lambda_1e10.tune" in found.data.metrics
+    report = json.loads(run.store.read("report.json"))
+    assert found.data.metrics["report.accuracy.defuse.test"] == report["accuracy"]["defuse"]["test"]
+    files = {file.path for file in server.list_artifacts(found.info.run_id)}
+    assert {"report.html", "report.json", "run.yaml", "model"} <= files
+    (model,) = server.list_artifacts(found.info.run_id, "model")
+    assert model.path == "model/model.safetensors"
+
+
+def test_a_continued_run_is_the_same_and_sends_nothing_twice(server, run):
+    report = run.store.read("report.json")
+    run.store.delete("report.json")
+    with pytest.raises(ReachedStep), MlflowTracking(run, read_settings()):
+        raise ReachedStep("correct")
+    (waiting,) = tracked(server)
+    assert waiting.info.status == "SCHEDULED"
+    run.store.write("report.json", report)
+    with MlflowTracking(run, read_settings()):
+        pass
+    (done,) = tracked(server)
+    assert (done.info.run_id, done.info.status) == (waiting.info.run_id, "FINISHED")
+    assert len(server.get_metric_history(done.info.run_id, "vae.reconstruction")) == 50
+
+
+def test_figures_are_sent_as_soon_as_their_step_is_done(server, tmp_path, tiny_spec, tiny_models):
+    begun = Run.start(FolderStore(tmp_path), "new", tiny_spec)
+    with MlflowTracking(begun, read_settings()):
+        assert "vae.reconstruction" not in tracked(server)[0].data.metrics
+        begun.once("train", Models, lambda: tiny_models)
+        assert "vae.reconstruction" in tracked(server)[0].data.metrics
+
+
+def test_a_server_that_is_down_costs_one_line_and_the_run_is_tracked_later(server, run, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with MlflowTracking(run, read_settings()) as tracking:
+        tracking.update()
+    lines = [record.getMessage() for record in caplog.records if "mlflow:" in record.getMessage()]
+    assert len(lines) == 1
+    assert "the same command later sends what is missing" in lines[0]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.tracking_uri)
+    with MlflowTracking(run, read_settings()):
+        pass
+    assert tracked(server)[0].info.status == "FINISHED"
+
+
+def test_a_run_that_another_server_knows_is_begun_anew(server, run, tmp_path, monkeypatch):
+    with MlflowTracking(run, read_settings()):
+        pass
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/other")
+    with MlflowTracking(run, read_settings()):
+        pass
+    (found,) = tracked(mlflow.MlflowClient(f"file://{tmp_path}/other"))
+    assert found.data.params["vae.latent_dim"] == "4"
+
+
+def test_the_command_tracks_and_continues_one_run(server, tmp_path, monkeypatch, capsys):
+    tree = TINY | {"vae": TINY["vae"] | {"epochs": 1, "accept": "blind"}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    command = ["run", tmp_path / "tiny.yaml", "--store", tmp_path / "runs", "--on", "local"]
+    command += ["--track", "mlflow"]
+    for until in ("train", "train"):
+        code, _, err = call(monkeypatch, capsys, *command, "--until", until)
+        assert code == 0, err
+    (found,) = tracked(server)
+    assert found.info.status == "SCHEDULED"
+    assert len(server.get_metric_history(found.info.run_id, "classifier.loss")) == 15
+
+
+def test_a_missing_package_or_address_is_one_line_before_anything_starts(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    command = ["run", tmp_path / "tiny.yaml", "--store", tmp_path / "runs", "--track", "mlflow"]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code, _, err = call(monkeypatch, capsys, *command)
+    assert (code, "set MLFLOW_TRACKING_URI" in one_line(err)) == (2, True)
+    monkeypatch.setattr("services.tracking.find_spec", lambda name: None)
+    code, _, err = call(monkeypatch, capsys, *command)
+    assert (code, "pip install 'defuse[mlflow]'" in one_line(err)) == (2, True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nothing_of_mlflow_is_loaded_without_the_option():
+    code = "import sys, services.cli, services.tracking; print('mlflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
