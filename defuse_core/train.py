@@ -83,7 +83,7 @@ def train_vae(
     for guide in guides:
         guide.requires_grad_(False)
     loss = averaged(trained, VaeObjective(spec, vae.train(), head))
-    images = DeviceImages(splits.train)
+    images = DeviceImages(splits.train, spec.resources.readers)
     trainer = _VaeTrainer(spec, loss, head is not None, tuple(guides), optimizer, images, progress)
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
@@ -380,7 +380,7 @@ def train_classifier(
     to_device(classifier)
     check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
-    images = DeviceImages(splits.train)
+    images = DeviceImages(splits.train, spec.resources.readers)
     loss_of = averaged(classifier, partial(classifier_loss, spec, classifier))
     for epoch in training.epochs(section.epochs):
         loss = _classifier_epoch(training, loss_of, images, spec, epoch, progress)
