@@ -39,6 +39,7 @@ from defuse_core.correct import (
     load_clean_images,
     nothing_to_tune,
 )
+from defuse_core.errors import RunFileError
 from defuse_core.identify import (
     finished_shards,
     gather_shards,
@@ -103,6 +104,22 @@ class RayCompute:
         started = [self._start(step, call.function, *call.args) for call in calls]
         self._wait(step, *(done for done, _ in started))
         return ray.get([result for _, result in started])
+
+    def together(self, step: str, function: Callable[..., None], *args: object) -> None:
+        """Run function(*args, progress=...) in resources.train_workers processes. Raises RunFileError without room."""
+        from cluster.train import run_together  # imports pandas and more
+
+        listener, workers = self._ready(), self.spec.resources.train_workers
+        resources = task_resources(self.spec.resources)
+        if (room := capacity(resources)) < workers:
+            raise RunFileError(
+                f"resources.train_workers: {workers} workers of {resources} each asked for, but the cluster has room "
+                f"for {room}"
+            )
+        done, _ = self._start(
+            step, run_together, function, args, workers, resources, listener.actor, num_cpus=0, num_gpus=0
+        )
+        self._wait(step, done)
 
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
+from defuse_core.data_parallel import is_first_worker, mean_over_workers
 from defuse_core.errors import ModelError, RunMismatchError, StoreError
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import Store
@@ -49,13 +50,14 @@ class Losses:
     def mean(self) -> tuple[float, list[float]]:
         """Return the mean loss, and the mean of each term. Raises ModelError where a loss is not finite."""
         self._check()
-        table = torch.stack(self._rows).cpu().double().numpy()
+        table = mean_over_workers(torch.stack(self._rows)).cpu().double().numpy()
         loss, terms = (np.ascontiguousarray(part) for part in (table[:, 0], table[:, 1:]))
         return float(loss.mean()), terms.mean(axis=0).tolist()
 
     def _check(self) -> None:
         unchecked, self._checked = self._rows[self._checked :], len(self._rows)
-        values = torch.stack(unchecked)[:, 0].cpu().numpy() if unchecked else np.zeros(0)
+        losses = mean_over_workers(torch.stack(unchecked)[:, 0]) if unchecked else torch.zeros(0)
+        values = losses.cpu().numpy()  # of all workers, so that all of them end
         wrong = values[~np.isfinite(values)]
         if len(wrong):
             raise ModelError(
@@ -144,7 +146,7 @@ class Training:
 
     def _save_checkpoint(self) -> None:
         self.saved_at = time.monotonic()
-        if self.store is not None:
+        if self.store is not None and is_first_worker():
             weights, moments = weights_of(self.module), optimizer_state(self.optimizer)
             checkpoint = Checkpoint(weights, moments, tuple(self.history), self.best, self.data_fingerprint)
             self.store.write(self.key, encode(checkpoint), unless=self._is_ahead)

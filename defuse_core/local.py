@@ -52,6 +52,11 @@ class LocalCompute:
         """Return the results of the calls, made one after the other."""
         return [self.task(step, call.function, *call.args) for call in calls]
 
+    def together(self, step: str, function: Callable[..., None], *args: object) -> None:
+        """Run function(*args, progress=...) in this process alone."""
+        log.warning("%s: resources.train_workers needs Ray; one worker does all", step)
+        self.task(step, function, *args)
+
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
     ) -> LocalPartitions:

@@ -44,6 +44,9 @@ class Compute(Protocol):
 
     progress: Progress
 
+    def together(self, step: str, function: Callable[..., None], *args: object) -> None:
+        """Run function(*args, progress=...) in resources.train_workers processes that form a torch process group."""
+
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
     ) -> Partitions:

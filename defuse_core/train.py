@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -18,6 +19,7 @@ from defuse_core.batches import DeviceImages
 from defuse_core.checkpoint import Losses, Training, format_row, minibatches, train_step
 from defuse_core.config import Arithmetic, RunFile, VaeSection
 from defuse_core.data import Images, Splits, log_parts, open_splits
+from defuse_core.data_parallel import averaged, drawn_normal, parts
 from defuse_core.device import cpu_threads, device, device_name
 from defuse_core.errors import RunFileError
 from defuse_core.health import (
@@ -80,9 +82,9 @@ def train_vae(
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
     for guide in guides:
         guide.requires_grad_(False)
-    trainer = _VaeTrainer(
-        spec, vae.train(), head, tuple(guides), optimizer, DeviceImages(splits.train), progress
-    )
+    loss = averaged(trained, VaeObjective(spec, vae.train(), head))
+    images = DeviceImages(splits.train, spec.resources.readers)
+    trainer = _VaeTrainer(spec, loss, head is not None, tuple(guides), optimizer, images, progress)
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
         training.history.append(row)
@@ -108,8 +110,8 @@ class _VaeTrainer:
     """What every epoch of the β-VAE's training uses."""
 
     spec: RunFile
-    vae: Vae
-    head: nn.Module | None
+    loss: Callable[..., VaeLoss]
+    has_head: bool
     guides: tuple[nn.Module, ...]  # each step asks one of them, in turn
     optimizer: torch.optim.Optimizer
     images: DeviceImages
@@ -122,14 +124,17 @@ class _VaeTrainer:
         views = generator(spec.seed, "vae", "guide", epoch)
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
         done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
-        for step, (rows, images, labels) in enumerate(
-            self.images.batches(batches), start=epoch * len(batches) + 1
+        for step, (part, images, labels) in enumerate(
+            parts(self.images, batches), start=epoch * len(batches) + 1
         ):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            guide = self.guides[step % len(self.guides)] if self.guides else None
-            losses.add(*self._step(images, labels, beta, noise, guide, views))
-            done += len(rows)
+            guide = Guide(self.guides[step % len(self.guides)], views) if self.guides else None
+            drawn = drawn_normal(part, section.latent_dim, noise)
+            terms = self.loss(images, labels, drawn, beta, guide)
+            train_step(part.weighted(terms.total), self.optimizer)
+            losses.add(*(part.weighted(term) for term in terms))
+            done += part.count
             self.progress("training the β-VAE", done, section.epochs * count, "images")
         reconstruction, divergence, class_loss, guide_loss = losses.mean()[1]
         return VaeEpoch(
@@ -137,32 +142,9 @@ class _VaeTrainer:
             reconstruction,
             divergence,
             beta,
-            None if self.head is None else class_loss,
+            class_loss if self.has_head else None,
             guide_loss if self.guides else None,
         )
-
-    def _step(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        beta: float,
-        noise: torch.Generator,
-        guide: nn.Module | None,
-        views: np.random.Generator,
-    ) -> tuple[Tensor, ...]:
-        """Take one step; return loss, reconstruction, KL, cross-entropies of class head and guide (0 without)."""
-        section = self.spec.vae
-        terms = vae_terms(self.vae, images, noise, self.spec.resources.arithmetic("vae"))
-        loss = terms.reconstruction + beta * terms.divergence
-        class_loss = guide_loss = torch.zeros_like(loss)
-        if self.head is not None:
-            class_loss = F.cross_entropy(self.head(terms.codes), labels)
-            loss = loss + section.class_weight * class_loss
-        if guide is not None:
-            guide_loss = F.cross_entropy(guide(augment(torch.sigmoid(terms.logits), views)), labels)
-            loss = loss + section.guide_weight * guide_loss
-        train_step(loss, self.optimizer)
-        return loss, terms.reconstruction, terms.divergence, class_loss, guide_loss
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
@@ -185,17 +167,63 @@ class VaeTerms(NamedTuple):
     logits: Tensor  # (n, channels, H, W) decoded from the codes
 
 
-def vae_terms(vae: Vae, images: Tensor, noise: torch.Generator, arithmetic: Arithmetic = "f32") -> VaeTerms:
-    """Return the terms of the loss on (n, channels, H, W) images. The networks alone are computed in bf16."""
+def vae_terms(vae: Vae, images: Tensor, drawn: Tensor, arithmetic: Arithmetic = "f32") -> VaeTerms:
+    """Return the terms of the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers.
+
+    The networks alone are computed in bf16.
+    """
     with autocast(arithmetic):
         moments = vae.encode(images)
     mu, log_variance = (moment.float() for moment in moments)
-    codes = mu + torch.exp(0.5 * log_variance) * torch.randn(mu.shape, generator=noise, device=mu.device)
+    codes = mu + torch.exp(0.5 * log_variance) * drawn
     with autocast(arithmetic):
         logits = vae.decode_logits(codes)
     logits = logits.float()
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
     return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes, logits)
+
+
+class VaeLoss(NamedTuple):
+    """The β-VAE's loss and what it consists of, in nats per image."""
+
+    total: Tensor
+    reconstruction: Tensor
+    divergence: Tensor
+    class_loss: Tensor  # cross-entropy of the class head, 0 without one
+    guide_loss: Tensor  # cross-entropy of the guide on the decodings, 0 without one
+
+
+class Guide(NamedTuple):
+    """A classifier that is asked about the decodings, and what draws the augmentation that it sees them under."""
+
+    module: nn.Module
+    views: np.random.Generator
+
+
+@dataclass(frozen=True)
+class VaeObjective:
+    """The loss of a β-VAE, and of a linear classifier of its codes where there is one."""
+
+    spec: RunFile
+    vae: Vae
+    head: nn.Module | None
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, drawn: Tensor, beta: float, guide: Guide | None
+    ) -> VaeLoss:
+        """Return the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers."""
+        section = self.spec.vae
+        terms = vae_terms(self.vae, images, drawn, self.spec.resources.arithmetic("vae"))
+        total = terms.reconstruction + beta * terms.divergence
+        class_loss = guide_loss = torch.zeros_like(total)
+        if self.head is not None:
+            class_loss = F.cross_entropy(self.head(terms.codes), labels)
+            total = total + section.class_weight * class_loss
+        if guide is not None:
+            seen = augment(torch.sigmoid(terms.logits), guide.views)
+            guide_loss = F.cross_entropy(guide.module(seen), labels)
+            total = total + section.guide_weight * guide_loss
+        return VaeLoss(total, terms.reconstruction, terms.divergence, class_loss, guide_loss)
 
 
 def train(
@@ -259,11 +287,13 @@ def train_side_by_side(
     Each leaves its last checkpoint in `store`, from which `train` goes on. Where one training uses all CPUs
     (resources.train_threads), they follow one another.
     """
-    if _trains_both(spec):
-        parts = [
-            Call(train_part, spec, store, part, references) for part in ("vae", "classifier")
-        ]  # the longest first
-        compute.tasks("train", [*parts, *others])
+    trainings = [(train_part, spec, store, part, references) for part in ("vae", "classifier")]
+    if spec.resources.train_workers > 1:
+        for training, epochs in zip(trainings, (spec.vae.epochs, spec.classifier.epochs), strict=True):
+            if epochs > 0:
+                compute.together("train", *training)
+    elif _trains_both(spec):
+        compute.tasks("train", [*(Call(*training) for training in trainings), *others])  # the longest first
     return compute.task("train", train, spec, store, references)
 
 
@@ -350,9 +380,10 @@ def train_classifier(
     to_device(classifier)
     check_outputs(classifier, section, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
-    images = DeviceImages(splits.train)
+    images = DeviceImages(splits.train, spec.resources.readers)
+    loss_of = averaged(classifier, partial(classifier_loss, spec, classifier))
     for epoch in training.epochs(section.epochs):
-        loss = _classifier_epoch(training, images, spec, epoch, progress)
+        loss = _classifier_epoch(training, loss_of, images, spec, epoch, progress)
         validation = None
         if splits.validation is not None:
             validation = accuracy_as_in_f32(
@@ -369,21 +400,31 @@ def train_classifier(
     return classifier.eval(), training.history
 
 
+def classifier_loss(spec: RunFile, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy on (n, channels, H, W) images."""
+    with autocast(spec.resources.arithmetic("classifier")):
+        logits = classifier(images)
+    return F.cross_entropy(logits.float(), labels)
+
+
 def _classifier_epoch(
-    training: Training, images: DeviceImages, spec: RunFile, epoch: int, progress: Progress
+    training: Training,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    images: DeviceImages,
+    spec: RunFile,
+    epoch: int,
+    progress: Progress,
 ) -> float:
-    classifier, size = training.module.train(), spec.classifier.batch_size
+    training.module.train()
     torch.manual_seed(torch_seed(spec.seed, "classifier", epoch))  # for the dropout of a custom classifier
     total = spec.classifier.epochs * len(images)
     done, losses = epoch * len(images), Losses("the classifier")
-    order = minibatches(len(images), size, generator(spec.seed, "classifier", epoch))
-    for rows, batch, labels in images.batches(order):
-        with autocast(spec.resources.arithmetic("classifier")):
-            logits = classifier(batch)
-        loss = F.cross_entropy(logits.float(), labels)
+    order = minibatches(len(images), spec.classifier.batch_size, generator(spec.seed, "classifier", epoch))
+    for part, batch, labels in parts(images, order):
+        loss = part.weighted(loss_of(batch, labels))
         train_step(loss, training.optimizer)
         losses.add(loss)
-        done += len(rows)
+        done += part.count
         progress("training the classifier", done, total, "images")
     return losses.mean()[0]
 

@@ -85,7 +85,7 @@ def changed_field(recorded: RunFile, given: RunFile) -> str | None:
         )
         if field.endswith(".weights") and before.get(field) and now.get(field):
             continue  # the content of the file counts, not its path
-        numerics = field.startswith(("resources.train_threads", "resources.precision"))
+        numerics = field.startswith(("resources.train_", "resources.precision"))
         if before.get(field) != now.get(field) and (not free or numerics):
             return f"{field}: {before.get(field)!r} in the run, {now.get(field)!r} now"
     return None

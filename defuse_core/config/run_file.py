@@ -46,7 +46,8 @@ class PrecisionSection(Section):
 
 
 class ResourcesSection(Section):
-    """Machines. Only train_threads and precision change results; the other fields may differ when a run is resumed."""
+    """Machines. Only train_threads, train_workers and precision change results; the other fields may differ when a run
+    is resumed."""
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Identification workers and parallel λ trials; auto is one per GPU, or per cpus_per_worker CPUs where
@@ -58,6 +59,12 @@ class ResourcesSection(Section):
     train_threads: int = Field(2, ge=1)
     """CPU threads of a training task; with 1, models are trained side by side on the CPUs of one machine. Another
     number changes rounding errors, so a resumed run must keep it."""
+    readers: int = Field(0, ge=0)
+    """Processes (of a torch DataLoader) that read image files ahead, for each worker of a training whose images do not
+    fit into memory; 0: one thread."""
+    train_workers: int = Field(1, ge=1)
+    """Workers of one training of the classifier or the β-VAE (Ray Train; one GPU or train_threads CPUs each). They
+    share each minibatch, so the result is that of one worker up to rounding. A resumed run must keep it."""
     precision: Literal["auto", "f32", "bf16"] | PrecisionSection = "f32"
     """bf16 computes under torch's autocast; auto measures, once per run, where bf16 is faster; a section sets it for
     each kind of computation. A resumed run must keep it. Paper: f32."""

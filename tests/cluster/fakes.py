@@ -9,13 +9,17 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from defuse_core.artifacts import I64
+from defuse_core.config import RunFile
+from defuse_core.data_parallel import is_first_worker
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.progress import Progress
-from defuse_core.store import FolderStore
+from defuse_core.store import FolderStore, Store
+from defuse_core.train import train_part
 
 Unless = Callable[[bytes], bool] | None
 
@@ -183,6 +187,20 @@ def dying_once(marker: Path, *, progress: Progress) -> str:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
+
+
+def train_part_dying_once(
+    spec: RunFile, store: Store, part: Any, marker: Path, *, progress: Progress
+) -> None:
+    """Train with others; the second worker is killed in the second epoch, the first time."""
+
+    def deadly(what: str, done: int, total: int, unit: str) -> None:
+        if done > total // 3 and not marker.exists():
+            time.sleep(6)  # until Ray Train knows that all workers have started
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_part(spec, store, part, progress=progress if is_first_worker() else deadly)
 
 
 def load_numbers(tally: Path, number: int) -> I64:

@@ -1,0 +1,94 @@
+"""Training by several workers through Ray Train. Checkpoints are the run's, in its store; Ray Train keeps none."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from ray import train
+from ray.train import (
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.errors import as_defuse_error
+from cluster.progress import reporting
+from cluster.resources import WorkerResources, current_location
+from defuse_core.errors import DefuseError, ModelError
+from defuse_core.progress import Progress, silent
+
+log = logging.getLogger("defuse")
+MAX_FAILURES = 3  # the workers are started again this often; they continue from the last checkpoint
+TIMEOUT_S = 600  # of workers that wait for another one
+
+
+def run_together(
+    function: Callable[..., None],
+    args: tuple[object, ...],
+    workers: int,
+    resources: WorkerResources,
+    progress_actor: Any,
+    *,
+    progress: Progress,
+) -> None:
+    """Run function(*args, progress=...) in `workers` processes of one torch process group: NCCL on GPUs, else gloo.
+
+    When one of them is lost, all are started again; lost while they start, ComputeError is raised. Raises the error of
+    the function.
+    """
+    config = {"function": function, "args": args, "progress_actor": progress_actor}
+    with tempfile.TemporaryDirectory(prefix="defuse-train-") as folder:
+        try:
+            result = _trainer(config, workers, resources, folder).fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+    outcome: ModelError | None = result.return_value  # type: ignore[attr-defined]
+    if outcome is not None:
+        raise outcome
+
+
+def _trainer(config: dict[str, Any], workers: int, resources: WorkerResources, folder: str) -> TorchTrainer:
+    return TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # Ray's annotation says that a result is None, and returns it
+        train_loop_config=config,
+        torch_config=TorchConfig(timeout_s=TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # of its second version
+        ),
+    )
+
+
+def _worker(config: dict[str, Any]) -> ModelError | None:
+    """One of the workers; the first one reports. A training that diverges does so in all, and is not retried."""
+    rank = train.get_context().get_world_rank()
+    actor = config["progress_actor"]
+    with reporting(actor) if rank == 0 else contextlib.nullcontext(silent) as progress:
+        log.debug("train: worker %d in %s", rank, current_location("train"))
+        try:
+            config["function"](*config["args"], progress=progress)
+        except ModelError as error:
+            return error
+    return None
+
+
+def _cause(error: TrainingFailedError) -> DefuseError:
+    """Return the error of the first worker that has one of the tree, else a ComputeError."""
+    failures = getattr(error, "worker_failures", {}).values()
+    causes = [as_defuse_error(getattr(each, "_base_exc", each), "train") for each in failures]
+    own = [cause for cause in causes if type(cause).__module__.startswith("defuse_core")]
+    return next(iter(own), as_defuse_error(error, "train"))

@@ -1,0 +1,73 @@
+"""Several workers train the models of one, whatever happens to a worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.compute import RayCompute
+from defuse_core.artifacts import Checkpoint
+from defuse_core.codec import decode
+from defuse_core.config import RunFile
+from defuse_core.errors import ModelError, RunFileError
+from defuse_core.progress import silent
+from defuse_core.store import FolderStore
+from defuse_core.train import train_part
+from tests.cluster.checks import Lines
+from tests.cluster.fakes import train_part_dying_once
+from tests.conftest import tiny
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+TOLERANCE = 2e-4  # of weights around 0.1, after three epochs
+
+
+def together(**sections: dict[str, object]) -> RunFile:
+    resources = {"train_workers": 2, "train_threads": 1}
+    chosen = {"vae": {"epochs": 3, "class_weight": 2.0, "batch_size": 50}, "resources": resources}
+    return tiny(**chosen | sections)
+
+
+def checkpoint(store: FolderStore, name: str) -> Checkpoint:
+    return decode(Checkpoint, store.read(f"training/{name}.safetensors"), name)
+
+
+def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
+    tmp_path: Path, lines: Lines
+) -> None:
+    """300 images in minibatches of 50: each worker computes 25."""
+    spec, here, there = together(), FolderStore(tmp_path / "one"), FolderStore(tmp_path / "two")
+    train_part(spec, here, "vae", progress=silent)
+    with RayCompute(None, spec) as compute:
+        compute.together("train", train_part_dying_once, spec, there, "vae", tmp_path / "killed")
+    assert (tmp_path / "killed").exists()
+    assert len(set(lines.processes("train: worker 0"))) == 2  # both were started again
+    one, two = checkpoint(here, "vae"), checkpoint(there, "vae")
+    assert len(one.history) == len(two.history) == 3
+    for alone, shared in zip(one.history, two.history, strict=True):
+        assert shared.reconstruction == pytest.approx(alone.reconstruction, rel=1e-4)
+        assert shared.kl == pytest.approx(alone.kl, rel=1e-3)
+        assert shared.class_loss == pytest.approx(alone.class_loss, rel=1e-4)
+    for name, weights in one.weights.items():
+        np.testing.assert_allclose(two.weights[name], weights, atol=TOLERANCE, err_msg=name)
+    start = tiny(vae={"epochs": 1, "class_weight": 2.0, "batch_size": 50})
+    train_part(start, FolderStore(tmp_path / "start"), "vae", progress=silent)
+    moved = checkpoint(FolderStore(tmp_path / "start"), "vae").weights
+    assert max(np.abs(moved[name] - one.weights[name]).max() for name in moved) > 20 * TOLERANCE
+
+
+def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> None:
+    spec = together(classifier={"epochs": 2, "optimizer": "adam", "learning_rate": 1e30})
+    with RayCompute(None, spec) as compute, pytest.raises(ModelError, match="the classifier diverged"):
+        compute.together("train", train_part, spec, FolderStore(tmp_path), "classifier")
+    assert len(set(lines.processes("train: worker 0"))) == 1
+
+
+def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:
+    spec = together(resources={"train_workers": 3, "train_threads": 1})
+    with (
+        RayCompute(None, spec) as compute,
+        pytest.raises(RunFileError, match="train_workers: 3 workers .* room for 2"),
+    ):
+        compute.together("train", train_part, spec, FolderStore(tmp_path), "vae")
