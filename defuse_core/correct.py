@@ -75,7 +75,7 @@ def load_fine_tuning_data(
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
-    rows = np.arange(len(train))
+    rows: I64 = np.arange(len(train))
     if wanted is not None and wanted < len(train):
         rng = generator(spec.seed, "correct", "sample")
         rows = np.sort(rng.choice(len(train), wanted, replace=False))
@@ -98,7 +98,7 @@ def held_out_sources(fixes: Corrections) -> I64:
 
     Nothing is fine-tuned on them: the classifier would learn the pictures that it is measured on.
     """
-    if fixes.anchors is None:
+    if fixes.anchors is None or fixes.tune_anchor is None:
         return np.zeros(0, np.int64)
     used = np.isin(np.arange(len(fixes.anchors.source)), fixes.tune_anchor)
     return fixes.anchors.source[~used]

@@ -65,7 +65,9 @@ class ScenarioRegions:
 def fit_regions(vae: Vae, corrections: Corrections, ordinary: F32) -> ScenarioRegions:
     """Return the regions of A scenarios, calibrated on the codes `ordinary` (n, Z) of training images."""
     decoder = decoder_of(vae, corrections.anchors)
-    means, covariances = _fit_gaussians(decoder, corrections)
+    means, covariances = _fit_gaussians(
+        decoder, corrections, VARIANCE_FLOOR * float(ordinary.var(axis=0).mean())
+    )
     distances = np.quantile(mahalanobis(ordinary, means, covariances), LEVELS, axis=0).T  # (A, L)
     recall = np.zeros_like(distances)
     for j, codes in enumerate(corrections.test):
@@ -79,15 +81,20 @@ def _row(anchors: I64 | None, scenario: int) -> I64 | None:
     return None if anchors is None else anchors[scenario]
 
 
-def _fit_gaussians(decoder: Decoder, corrections: Corrections) -> tuple[F64, F64]:
-    """Return mean (A, Z) and covariance (A, Z, Z) of the encodings of the scenarios' images to tune on."""
+def _fit_gaussians(decoder: Decoder, corrections: Corrections, least: float) -> tuple[F64, F64]:
+    """Return mean (A, Z) and covariance (A, Z, Z) of the encodings of the scenarios' images to tune on.
+
+    `least` is the smallest mean variance that counts: correct.filter may leave a scenario a single image.
+    """
     latent = corrections.tune.shape[2]
     encoded = [
         encode_images(decoder.vae, decoder.decode(codes, _row(corrections.tune_anchor, j))).astype(np.float64)
         for j, codes in enumerate(corrections.tune)
     ]
     means = [codes.mean(axis=0) for codes in encoded]
-    covariances = [np.cov(codes.T) + _floor(codes.var(axis=0).mean(), latent) for codes in encoded]
+    covariances = [
+        np.cov(codes.T) + _floor(max(codes.var(axis=0).mean(), least), latent) for codes in encoded
+    ]
     return np.array(means).reshape(-1, latent), np.array(covariances).reshape(-1, latent, latent)
 
 
