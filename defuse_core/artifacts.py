@@ -134,14 +134,15 @@ class Failures:
 
     @staticmethod
     def concatenate(parts: Sequence[Failures]) -> Failures:
-        """Return the failures of all parts, in order."""
-        wrong = [part.source_wrong for part in parts if part.source_wrong is not None]
+        """Return the failures of all parts, in order; source_wrong is None where a part with failures lacks it."""
+        held = [part.source_wrong for part in parts if len(part)]
+        wrong = [of_part for of_part in held if of_part is not None]
         return Failures(
             np.concatenate([part.codes for part in parts]),
             np.concatenate([part.source for part in parts]),
             np.concatenate([part.truth for part in parts]),
             np.concatenate([part.predicted for part in parts]),
-            np.concatenate(wrong) if len(wrong) == len(parts) else None,
+            np.concatenate(wrong) if wrong and len(wrong) == len(held) else None,
         )
 
 

@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-from conftest import tiny
 from sklearn.metrics import roc_auc_score
 
 from defuse_core.codec import decode, encode
@@ -15,6 +14,7 @@ from defuse_core.config import ServeSection
 from defuse_core.failure_detector import METHODS, Answers, FailureWatch, _measure, answer_scores
 from defuse_core.scenario_regions import class_gaussians, mahalanobis
 from defuse_core.watch_figures import calibration_error, failure_threshold, watch_figures
+from tests.conftest import tiny
 
 CLASSES = 5
 GAUSSIANS = (np.zeros((CLASSES, 3)), np.stack([np.eye(3)] * CLASSES))

@@ -73,7 +73,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served
     for task in tasks:
         accounts[0].answer(task.id, "image", "0")
     shown = " ".join(cli("status", name).output.split())
-    assert "2 0 accepted as 0: 100% of 3 labelled images are misclassified" in shown
+    assert "2 0 unknown accepted as 0: 100% of 3 labelled images are misclassified" in shown
     assert f"all answers are in, and stored in {review.store.address}" in shown
     votes, verdicts = review.load(Votes), review.load(Verdicts)
     assert votes is not None and votes.answered_by == "people" and votes.answer.tolist() == [0, 0, 0]

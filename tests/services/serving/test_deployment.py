@@ -13,7 +13,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ActiveVersions, ClassifierDeployment, InitialModel, RegistryWatcher
-from services.serving.inputs import RejectedInput
+from services.serving.errors import Unavailable
 from services.serving.registry import PromotionRequest, Registry, promote
 
 ANA = PromotionRequest(by="ana", why="")
@@ -139,7 +139,7 @@ def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_a
     own_store.write(key, whole[:-1])
     replica = ClassifierDeployment(own_store.address, InitialModel(), ServeSection(), {}, require_token=False)
     with pytest.raises(
-        RejectedInput, match=r"the version in production cannot be loaded: .*000001"
+        Unavailable, match=r"the version in production cannot be loaded: .*000001"
     ) as rejected:
         replica.input_spec()
     assert rejected.value.status == 503

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from load_generator import Reply, limited, load, request_bytes
 
+from defuse_core.artifacts import NO_SCENARIO
 from defuse_core.models import build_classifier, weights_of
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -236,8 +237,9 @@ def test_inputs_inside_a_scenario_are_stored_up_to_the_limit(serving, own_store,
     load(app.port, 4, limited(requests_for(app, pictures, 300), 300, 60))
     time.sleep(1)
     traffic = read_traffic(own_store, "first")
-    assert {int(s) for s in traffic.scenario} == {0, 1}
-    assert len(traffic) == 6
+    stored = traffic.scenario.tolist()  # NO_SCENARIO: flagged as probably wrong, outside all scenarios
+    assert {0, 1} <= set(stored) <= {NO_SCENARIO, 0, 1}
+    assert stored.count(0) == stored.count(1) == 3 and stored.count(NO_SCENARIO) <= 3
 
 
 @pytest.fixture

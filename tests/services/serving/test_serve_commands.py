@@ -43,7 +43,10 @@ def test_check_as_json_is_one_object(planted):
 
 
 def without_correction(run_dir: Run, accepted: bool) -> None:
-    """Rewrite a run as one that chose no λ, or that accepted no scenario either."""
+    """Rewrite a run as one with a fit β-VAE that chose no λ, or that accepted no scenario either."""
+    models = run_dir.load(Models)
+    fit = replace(models, health=replace(models.health, verdict="fit"))
+    run_dir.store.write("models.safetensors", encode(fit))
     run_dir.store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
     if not accepted:
         verdicts = run_dir.load(Verdicts)
