@@ -26,7 +26,8 @@ from defuse_core.reference_models import load_reference_models, mean_probabiliti
 from defuse_core.sample import Examiner, filter_corrections, sample_corrections, sample_gallery
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
-from defuse_core.train import set_learning_rate, train
+from defuse_core.train import train
+from defuse_core.train_vae import set_learning_rate
 from defuse_core.verdicts import decide_verdicts
 from tests.conftest import recommended, tiny
 from tests.core.test_models import LinearAutoencoder
