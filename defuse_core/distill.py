@@ -206,18 +206,12 @@ class Part:
     weight: float
     cell: tuple[int, int]  # class of the source images and answer of f
 
-    def shares(self) -> list[Failures]:
-        """Return the failures that belong most to each of the k components."""
-        owner = owners(self.fit, self.members.codes)
-        return [self.members.take(owner == component) for component in range(len(self.fit.weights))]
 
-
-def owners(fit: FittedMixture, codes: F32) -> I64:
-    """Return the component that each of (n, Z) codes belongs to most, (n,)."""
+def shares_of(fit: FittedMixture, members: Failures) -> list[Failures]:
+    """Return the failures that belong most to each of the k components."""
     with threadpool_limits(1):
-        shares = responsibilities(codes, fit.weights, fit.means, fit.covariances)
-    owner: I64 = shares.argmax(axis=1)
-    return owner
+        owner = responsibilities(members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
+    return [members.take(owner == component) for component in range(len(fit.weights))]
 
 
 def count_sources(shares: Sequence[Failures]) -> tuple[I64, F64]:
@@ -292,7 +286,7 @@ class Fits:
     @functools.cached_property
     def shares(self) -> list[list[Failures]]:
         """The failures that belong most to each component, part by part."""
-        return [part.shares() for part in self.parts]
+        return [shares_of(part.fit, part.members) for part in self.parts]
 
     @functools.cached_property
     def cells(self) -> list[FittedCell]:

@@ -26,10 +26,10 @@ from defuse_core.distill import (
     kept_components,
     log_scenarios,
     no_scenarios,
-    owners,
     sample_failures,
     scenarios_of,
     shard_of_psi,
+    shares_of,
     small_cell,
 )
 from defuse_core.draws import component_failures
@@ -241,9 +241,8 @@ def part_support(part: CellCodes, fits: dict[Cell, FittedMixture]) -> dict[Cell,
     counts = {}
     for cell, fit in fits.items():
         if cell in part.rows:
-            rows, owner = part.rows[cell], owners(fit, part.of(cell))
-            members = part.failures.take(np.arange(rows.start, rows.stop))
-            counts[cell] = count_sources([members.take(owner == row) for row in range(len(fit.weights))])
+            rows = part.rows[cell]
+            counts[cell] = count_sources(shares_of(fit, part.failures.take(np.arange(rows.start, rows.stop))))
     return counts
 
 
@@ -275,11 +274,8 @@ def sampled_failures(
     sample, shares = sample_failures(spec, psi, store), list[Failures]()
     for cell in fitted:
         members = _of_cell(sample, cell.cell)
-        owner = owners(cell.fit, members.codes)
-        own = [members.take(owner == row) for row in range(len(cell.weights))]
-        shares.extend(
-            share if len(share) else members for share in own
-        )  # one that no code of the sample belongs to
+        # all of the cell's for a component that no code of the sample belongs to
+        shares.extend(share if len(share) else members for share in shares_of(cell.fit, members))
     train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
     kept, _ = kept_components(fitted, spec.distill)
     return component_failures([shares[row] for row in kept], train, spec.seed)

@@ -14,7 +14,6 @@ from defuse_core.data import Images
 from defuse_core.seeds import generator
 
 COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part nearest to its mean
-
 FAILURES_KEPT = 256  # L, with vae.decode: anchored
 IMAGES_KEPT = 64  # training images that the failures of one component come from at most
 
