@@ -155,11 +155,12 @@ class RayCompute:
 
     def _run_trials(self, models: Models, requests: Sequence[SweepRequest]) -> list[Outcome]:
         """Return the outcome of each request. Without a trial to run, nothing is started."""
+        finished = [finished_trials(each.spec, each.store) for each in requests]
         if all(
-            finished_trials(each.spec, each.store).keys() >= set(each.spec.correct.lambdas)
-            for each in requests
+            trials.keys() >= set(each.spec.correct.lambdas)
+            for each, trials in zip(requests, finished, strict=True)
         ):
-            return [([*finished_trials(each.spec, each.store).values()], {}) for each in requests]
+            return [([*trials.values()], {}) for trials in finished]
         return run_trials(self._sweep_context(models, requests))
 
     def _pool(
@@ -202,23 +203,19 @@ class RayCompute:
             self._start("correct", decode_scenario_images, each.spec, models, each.fixes, each.reviewed)
             for each in requests
         ]
-        clean: dict[object, Any] = {}
+        shared: dict[object, Any] = {}
+        clean = []
         for each in requests:
             left_out = held_out_sources(each.fixes)
             key = each.spec.correct.train_images, left_out.tobytes()
-            if key not in clean:
-                clean[key] = self._held_images("correct", load_clean_images, each.spec, models, left_out)
+            if key not in shared:
+                shared[key] = self._held_images("correct", load_clean_images, each.spec, models, left_out)
+            clean.append(shared[key])
         self._wait("correct", *(done for done, _ in drawn))
         # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
         # again, on CPUs that the trials that wait for them hold
         copy: Any = ray.remote(_copied).options(name="correct", **on_this_node())
-        return [
-            (
-                clean[each.spec.correct.train_images, held_out_sources(each.fixes).tobytes()],
-                copy.remote(images),
-            )
-            for each, (_, images) in zip(requests, drawn, strict=True)
-        ]
+        return [(images, copy.remote(scenes)) for images, (_, scenes) in zip(clean, drawn, strict=True)]
 
     def _held_images(self, step: str, function: Callable[..., Any], *args: object) -> Any:
         """Return a reference to the images that function(*args) opens, on a node that has images; raises its error.
