@@ -84,11 +84,16 @@ async def _client(port: int, requests: Callable[[], bytes | None], replies: list
     client.close()
 
 
-def load(port: int, clients: int, requests: Callable[[], bytes | None]) -> list[Reply]:
-    """Return the replies of `clients` at once that send what `requests` returns until it returns None."""
+def load(
+    port: int, clients: int, requests: Callable[[], bytes | None], replies: list[Reply] | None = None
+) -> list[Reply]:
+    """Return the replies of `clients` at once that send what `requests` returns until it returns None.
+
+    With `replies` they are appended to that list as they come.
+    """
+    replies = [] if replies is None else replies
 
     async def run() -> list[Reply]:
-        replies: list[Reply] = []
         await asyncio.gather(*(_client(port, requests, replies) for _ in range(clients)))
         return replies
 
