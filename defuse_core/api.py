@@ -32,11 +32,11 @@ from defuse_core.models.adapters import find_logits
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Annotators, Compute
-from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.results import RunResult
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store, checked_name
 from defuse_core.suggest import ClassifierChoice, inspect_data, plan_run
+from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
 CLASSIFIER, IMAGES = "inputs/classifier.pt2", "inputs/images.npz"  # keys within the run

@@ -25,25 +25,25 @@ from defuse_core.artifacts import (
     Verdicts,
     Weights,
 )
-from defuse_core.batches import DeviceImages
-from defuse_core.checkpoint import (
-    Losses,
-    load_optimizer_state,
-    minibatches,
-    optimizer_state,
-    train_step,
-)
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
 from defuse_core.models import Vae, decoder_of, load_classifier, load_vae, weights_of
-from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
+from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
-from defuse_core.verdicts import is_misclassified
+from defuse_core.training.batches import DeviceImages
+from defuse_core.training.checkpoint import (
+    Losses,
+    load_optimizer_state,
+    minibatches,
+    optimizer_state,
+    train_step,
+)
+from defuse_core.training.precision import accuracy_as_in_f32, autocast
 
 log = logging.getLogger("defuse")
 

@@ -41,11 +41,11 @@ from defuse_core.models import (
     predict,
     to_tensor,
 )
-from defuse_core.precision import answers_as_in_f32, margin_bound, spaced_rows
 from defuse_core.progress import Progress, silent
-from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.seeds import generator
 from defuse_core.store import Store, map_ahead
+from defuse_core.training.precision import answers_as_in_f32, margin_bound, spaced_rows
+from defuse_core.training.reference_models import load_reference_models, mean_probabilities
 
 log = logging.getLogger("defuse")
 SHARDS = 512  # that a large training set has at least

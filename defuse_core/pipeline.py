@@ -22,11 +22,11 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.correct import reviewed_failures
-from defuse_core.distill import SAMPLE_CODES, distill
-from defuse_core.distill_all import distill_all
+from defuse_core.distill.components import SAMPLE_CODES, distill
+from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import InputError, StoreError
-from defuse_core.evaluate import Findings, evaluate
-from defuse_core.evidence import (
+from defuse_core.evaluation.evaluate import Findings, evaluate
+from defuse_core.evaluation.evidence import (
     Controls,
     Evidence,
     fold_spec,
@@ -35,20 +35,10 @@ from defuse_core.evidence import (
     plain_spec,
     without_fold,
 )
-from defuse_core.failure_detector import FailureWatch, watch_run
-from defuse_core.health import expect_healthy, measure_moved, with_measured_health
-from defuse_core.measure_precision import settle_precision
+from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.protocols import Annotators, Compute, SweepRequest
-from defuse_core.reference_models import (
-    ask_models,
-    judges,
-    reference_calls,
-    reference_models,
-    references_take_part,
-)
 from defuse_core.report import Report, build_report, write_report
-from defuse_core.runs import Run
-from defuse_core.sample import (
+from defuse_core.review.sample import (
     filter_corrections,
     sample_corrections,
     sample_gallery,
@@ -56,14 +46,24 @@ from defuse_core.sample import (
     tighten,
     with_used_anchors,
 )
-from defuse_core.train import train_side_by_side
-from defuse_core.verdicts import (
+from defuse_core.review.verdicts import (
     crowdlab_labels,
     decide_verdicts,
     doubtful,
     false_discovery_rate,
     read_overrides,
 )
+from defuse_core.runs import Run
+from defuse_core.train import train_side_by_side
+from defuse_core.training.measure_precision import settle_precision
+from defuse_core.training.reference_models import (
+    ask_models,
+    judges,
+    reference_calls,
+    reference_models,
+    references_take_part,
+)
+from defuse_core.watch.failure_detector import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")

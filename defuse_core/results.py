@@ -19,11 +19,10 @@ from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
 from defuse_core.data import Images, PictureFiles, Splits, reopen_splits
 from defuse_core.data.npz import rows_in_file
 from defuse_core.errors import InputError
-from defuse_core.evaluate import Findings
-from defuse_core.evidence import Evidence
+from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation.evidence import Evidence
+from defuse_core.evaluation.health import with_measured_health
 from defuse_core.export import corrected_classifier, plain_weights
-from defuse_core.failure_detector import FailureWatch
-from defuse_core.health import with_measured_health
 from defuse_core.models import (
     copy_for_inference,
     encode_images,
@@ -40,6 +39,7 @@ from defuse_core.report.html import scenario_card
 from defuse_core.report.notebook import render_real, render_run, render_scenarios
 from defuse_core.report.schema import Scenario
 from defuse_core.runs import Run
+from defuse_core.watch.failure_detector import FailureWatch
 
 if TYPE_CHECKING:
     import pandas as pd

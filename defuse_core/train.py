@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, ReferenceSet
-from defuse_core.batches import DeviceImages
-from defuse_core.checkpoint import Losses, Training, format_row, minibatches, train_step
 from defuse_core.config import RunFile
 from defuse_core.data import Splits, log_parts, open_splits
-from defuse_core.data_parallel import averaged, parts
 from defuse_core.device import cpu_threads, device_name
 from defuse_core.errors import RunFileError
-from defuse_core.health import (
+from defuse_core.evaluation.health import (
     STRIP_KEY,
     health_after_training,
     log_health,
@@ -38,13 +35,16 @@ from defuse_core.models import (
     to_device,
     weights_of,
 )
-from defuse_core.precision import accuracy_as_in_f32, autocast
 from defuse_core.progress import Progress
 from defuse_core.protocols import Call, Compute
-from defuse_core.reference_models import load_reference_models
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
-from defuse_core.train_vae import initial_vae, train_vae
+from defuse_core.training.batches import DeviceImages
+from defuse_core.training.checkpoint import Losses, Training, format_row, minibatches, train_step
+from defuse_core.training.data_parallel import averaged, worker_minibatches
+from defuse_core.training.precision import accuracy_as_in_f32, autocast
+from defuse_core.training.reference_models import load_reference_models
+from defuse_core.training.train_vae import initial_vae, train_vae
 
 log = logging.getLogger("defuse")
 
@@ -243,7 +243,7 @@ def _classifier_epoch(
     total = spec.classifier.epochs * len(images)
     done, losses = epoch * len(images), Losses("the classifier")
     order = minibatches(len(images), spec.classifier.batch_size, generator(spec.seed, "classifier", epoch))
-    for part, batch, labels in parts(images, order):
+    for part, batch, labels in worker_minibatches(images, order):
         loss = part.weighted(loss_of(batch, labels))
         train_step(loss, training.optimizer)
         losses.add(loss)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from defuse_core.artifacts import Models, Sweep
 from defuse_core.errors import InputError, LabelsPending
-from defuse_core.health import STRIP_KEY
+from defuse_core.evaluation.health import STRIP_KEY
 from defuse_core.runs import ReachedStep, Run
 from services.settings import Settings
 

@@ -28,8 +28,8 @@ from defuse_core.artifacts import Models, ReferenceSet
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.progress import silent
-from defuse_core.reference_models import train_reference_models
 from defuse_core.train import train
+from defuse_core.training.reference_models import train_reference_models
 
 ROOT = Path(__file__).parents[1]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from defuse_core.artifacts import Evaluation
-from defuse_core.evaluate import Findings
-from defuse_core.evidence import Evidence
-from defuse_core.failure_detector import FailureWatch
+from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation.evidence import Evidence
 from defuse_core.report.build import build_report
 from defuse_core.report.schema import Report, parse_report
 from defuse_core.runs import Run
+from defuse_core.watch.failure_detector import FailureWatch
 
 __all__ = [
     "Report",

@@ -22,11 +22,10 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
-from defuse_core.distill import certain_error
-from defuse_core.evaluate import Findings
-from defuse_core.evidence import CLASSIFIERS, WIDER, Evidence
-from defuse_core.failure_detector import FailureWatch
-from defuse_core.health import COLLAPSED_BELOW
+from defuse_core.distill.components import certain_error
+from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation.evidence import CLASSIFIERS, WIDER, Evidence
+from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -57,9 +56,10 @@ from defuse_core.report.schema import (
     VoteFigures,
     WiderDraws,
 )
+from defuse_core.review.verdicts import is_misclassified, most_common_error
 from defuse_core.runs import Run
-from defuse_core.verdicts import is_misclassified, most_common_error
-from defuse_core.watch_figures import share_of, watch_figures
+from defuse_core.watch.failure_detector import FailureWatch
+from defuse_core.watch.figures import share_of, watch_figures
 
 LEAST_SOURCE_ERROR = 0.1  # lower bound from which the failures of a component are those of real images
 

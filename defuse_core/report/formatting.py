@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from defuse_core.report.schema import Mean, Report
-from defuse_core.watch_figures import Share
+from defuse_core.watch.figures import Share
 
 # Below this the images of the scenarios show several classes, and accuracy on their one label means little.
 LOW_PURITY = 0.8

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from defuse_core.artifacts import Override
 from defuse_core.errors import InputError
-from defuse_core.watch_figures import Share, WatchFigures
+from defuse_core.watch.figures import Share, WatchFigures
 
 VERSION: Final = 2  # of report.json; grows when a field is renamed or removed
 

@@ -18,9 +18,9 @@ from services.cli.options import CLASSIFIER_HELP, store_option
 if TYPE_CHECKING:
     from torch import nn
 
-    from defuse_core.compare import ComparedScenario
+    from defuse_core.export.compare import ComparedScenario
+    from defuse_core.export.suite import Suite, SuiteResult
     from defuse_core.store import Store
-    from defuse_core.suite import Suite, SuiteResult
 
 
 @click.command()
@@ -162,8 +162,8 @@ def save(run: str, store: str, out: Path) -> None:
 
     The least accuracy of each scenario is in OUT/suite.json, and may be edited there.
     """
+    from defuse_core.export.suite import save_suite
     from defuse_core.runs import Run
-    from defuse_core.suite import save_suite
     from services.storage import open_store
 
     saved = save_suite(Run.open(open_store(store), checked_name(run)), out)
@@ -174,7 +174,7 @@ def save(run: str, store: str, out: Path) -> None:
 
 def check_suite(options: SuiteCheck) -> None:
     """Run a classifier against a suite: print a table or JSON, write JUnit XML. Raises CheckFailed if it fails."""
-    from defuse_core.suite import load_suite
+    from defuse_core.export.suite import load_suite
 
     if (options.run is None) == (options.classifier is None):
         raise click.UsageError("with --suite, give either RUN or --classifier")
@@ -265,7 +265,7 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     \b
     defuse compare parts-v1 parts-v2
     """
-    from defuse_core.compare import compare_runs
+    from defuse_core.export.compare import compare_runs
     from defuse_core.runs import Run
     from services.storage import open_store
 

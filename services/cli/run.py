@@ -153,6 +153,6 @@ def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:
         from services.labeling import LabelStudioAnnotators
 
         return LabelStudioAnnotators(run, read_settings(), compute, wait=wait)
-    from defuse_core.reference_models import ReferenceAnnotators
+    from defuse_core.training.reference_models import ReferenceAnnotators
 
     return ReferenceAnnotators(run, compute)

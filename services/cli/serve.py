@@ -17,7 +17,7 @@ from services.cli.options import address_option, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:
-    from defuse_core.watch_figures import WatchFigures
+    from defuse_core.watch.figures import WatchFigures
     from services.serving.candidate import Candidate
     from services.serving.registry import Registry, VersionInfo
 

@@ -18,9 +18,9 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if
 from defuse_core.artifacts import Gallery, Verdicts, Votes
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
+from defuse_core.review.verdicts import decide_verdicts, read_overrides
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from defuse_core.verdicts import decide_verdicts, read_overrides
 from services.labeling.annotations import PulledAnnotations, read_annotations, read_authors, store_authors
 from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import running_server

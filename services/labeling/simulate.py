@@ -20,7 +20,7 @@ from defuse_core.artifacts import I64, Gallery
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute
-from defuse_core.reference_models import ReferenceAnnotators
+from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow
 from services.labeling.client import silence_http_log, translated_errors

@@ -1,8 +1,8 @@
 """The status of a review: what is answered, what is missing, which verdicts are final, and what stays in the queue.
 
 A verdict is final when no missing answer can change it or its label. A missing answer may turn out to be any class,
-none-of-the-above, or never come. The rules are those of `defuse_core.verdicts`; the tests hold both against each other
-over all completions of small cases.
+none-of-the-above, or never come. The rules are those of `defuse_core.review.verdicts`; the tests hold both against
+each other over all completions of small cases.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import I64, Bool, Verdicts, Votes
-from defuse_core.verdicts import decide_verdicts, false_discovery_rate, tally
+from defuse_core.review.verdicts import decide_verdicts, false_discovery_rate, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import ProjectState

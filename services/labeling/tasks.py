@@ -13,9 +13,9 @@ import numpy as np
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.protocols import Compute
-from defuse_core.reference_models import ask_models
 from defuse_core.runs import Run
 from defuse_core.store import Store
+from defuse_core.training.reference_models import ask_models
 from services.labeling.api_types import (
     ChoiceResult,
     ChoiceValue,

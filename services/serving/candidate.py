@@ -31,13 +31,13 @@ from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError
-from defuse_core.failure_detector import FailureWatch, watch_classifier
-from defuse_core.health import with_measured_health
+from defuse_core.evaluation.health import with_measured_health
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
+from defuse_core.review.verdicts import most_common_error
 from defuse_core.runs import Run
-from defuse_core.verdicts import most_common_error
-from defuse_core.watch_figures import WatchFigures, watch_figures
+from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
+from defuse_core.watch.figures import WatchFigures, watch_figures
 
 FORMAT = (
     3  # of the stored candidate; part of its key in the run, so a candidate of another format is made again

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from ray.serve.metrics import Counter, Gauge
 
-from defuse_core.watch_figures import WatchFigures
+from defuse_core.watch.figures import WatchFigures
 
 PREFIXES = ("ray_defuse_", "ray_serve_")
 SCRAPE_TIMEOUT_S = 5.0

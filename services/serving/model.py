@@ -14,9 +14,9 @@ from defuse_core.artifacts import F32, F64, Bool
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.device import device
 from defuse_core.errors import ModelError
-from defuse_core.failure_detector import FailureDetector
 from defuse_core.models import load_classifier, load_vae
-from defuse_core.watch_figures import WatchFigures
+from defuse_core.watch.failure_detector import FailureDetector
+from defuse_core.watch.figures import WatchFigures
 from services.serving.candidate import Candidate
 from services.serving.inputs import InputSpec
 from services.serving.registry import RegistryState

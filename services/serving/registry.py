@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from defuse_core.errors import CheckFailed, DefuseError, InputError, StoreError
 from defuse_core.store import Store
-from defuse_core.watch_figures import WatchFigures
+from defuse_core.watch.figures import WatchFigures
 from services.serving.candidate import Candidate, decode_candidate, encode_candidate
 
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up

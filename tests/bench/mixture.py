@@ -18,7 +18,7 @@ from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
 
 from defuse_core.device import cpu_threads
-from defuse_core.mixture import fit_dirichlet_process_mixture
+from defuse_core.distill.mixture import fit_dirichlet_process_mixture
 
 WIDTH, CLUSTERS, SEED = 10, 20, 5
 

@@ -29,10 +29,10 @@ from defuse_core.config import ClassifierSet
 from defuse_core.data import Images, open_splits
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.models import Decoder, load_classifier, load_vae, predict
-from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import load_reference_models, mean_probabilities
 
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 IMAGES = 1000

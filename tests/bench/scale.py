@@ -40,7 +40,7 @@ from defuse_core.artifacts import I64, U8, Failures, Models, Shard
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, PictureFiles
 from defuse_core.data.paths import FilePaths
-from defuse_core.distill import sample_failures
+from defuse_core.distill.components import sample_failures
 from defuse_core.identify import (
     blocks_per_shard,
     finished_shards,

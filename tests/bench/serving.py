@@ -40,9 +40,9 @@ from serve_process import TOKEN, free_port, processes_with, serve_process, wait_
 from synthetic_runs import perturb_weights, png
 
 from defuse_core.config import RunFile, parse_run_file
-from defuse_core.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.store import FolderStore
+from defuse_core.watch.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from services.serving.candidate import Candidate, CorrectionSummary, weights_digest
 from services.serving.registry import Registry
 

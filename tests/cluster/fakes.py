@@ -15,11 +15,11 @@ import numpy as np
 
 from defuse_core.artifacts import I64
 from defuse_core.config import RunFile
-from defuse_core.data_parallel import is_first_worker
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.progress import Progress
 from defuse_core.store import FolderStore, Store
 from defuse_core.train import train_part
+from defuse_core.training.data_parallel import is_first_worker
 
 Unless = Callable[[bytes], bool] | None
 

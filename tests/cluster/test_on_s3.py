@@ -21,9 +21,9 @@ from defuse_core.artifacts import Models
 from defuse_core.config import load_run_file
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import run_defuse
-from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import ReferenceAnnotators
 from services.storage import open_store
 from tests.conftest import ROOT, TINY
 from tests.s3_servers import moto_server

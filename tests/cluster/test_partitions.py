@@ -9,7 +9,7 @@ import pytest
 
 from cluster.compute import RayCompute
 from defuse_core.artifacts import Failures, Psi, Shard
-from defuse_core.distill_all import distill_all
+from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import StoreError
 from defuse_core.identify import save_shard
 from defuse_core.local import LocalCompute
@@ -48,7 +48,7 @@ def stored(tmp_path: Path) -> tuple[Psi, FolderStore]:
 def test_all_of_psi_gives_the_same_bits_on_any_number_of_workers(
     stored: tuple[Psi, FolderStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("defuse_core.distill_all.PART_CODES", 150)  # in the driver, which cuts the parts
+    monkeypatch.setattr("defuse_core.distill.sharded.PART_CODES", 150)  # in the driver, which cuts the parts
     psi, store = stored
     here = distill_all(tiny(**SPEC), psi, store, "", LocalCompute())
     assert len(here) > 1

@@ -22,7 +22,7 @@ from cluster.identify import ShardQueue
 from defuse_core.artifacts import Models, Psi
 from defuse_core.config import RunFile
 from defuse_core.data import PictureFiles, open_splits
-from defuse_core.distill import distill
+from defuse_core.distill.components import distill
 from defuse_core.errors import ComputeError, DataError, InputError, RunBusyError
 from defuse_core.identify import finished_shards, gather_shards, shard_fingerprint, shard_key
 from defuse_core.models import build_classifier, build_vae, weights_of

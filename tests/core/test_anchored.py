@@ -3,8 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from defuse_core.anchors import Anchors, ComponentFailures
 from defuse_core.artifacts import (
+    Anchors,
+    ComponentFailures,
     Corrections,
     Failures,
     Gallery,
@@ -23,7 +24,7 @@ from defuse_core.correct import (
     tuning_images,
 )
 from defuse_core.data import Images, open_splits
-from defuse_core.draws import (
+from defuse_core.distill.draws import (
     FAILURES_KEPT,
     IMAGES_KEPT,
     component_failures,
@@ -32,17 +33,17 @@ from defuse_core.draws import (
     wide_draws,
 )
 from defuse_core.errors import VaeHealthError
-from defuse_core.health import expect_healthy, measure_moved, with_measured_health
+from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
+from defuse_core.export.suite import save_suite
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
 from defuse_core.local import LocalCompute
 from defuse_core.models import Decoder, decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import silent
-from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
-from defuse_core.suite import save_suite
+from defuse_core.training.reference_models import ReferenceAnnotators
 from tests.conftest import recommended, tiny
 
 ANCHORED = {"decode": "anchored"}

@@ -13,7 +13,7 @@ from defuse_core.config import (
     parse_run_file,
 )
 from defuse_core.errors import RunFileError
-from defuse_core.reference_models import references_take_part
+from defuse_core.training.reference_models import references_take_part
 from tests.conftest import ROOT, TINY, tiny
 
 SHIPPED = sorted((ROOT / "deploy" / "runs").glob("*.yaml"))

@@ -20,10 +20,10 @@ from defuse_core.models import load_classifier, predict, read_weights, weights_o
 from defuse_core.models.programs import load_program, open_transformers, range_of_folder
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import silent
-from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train
+from defuse_core.training.reference_models import ReferenceAnnotators
 from tests.conftest import tiny
 from tests.own_classifiers import digits, trained
 

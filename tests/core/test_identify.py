@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from defuse_core.config import IdentifySection
-from defuse_core.distill import sample_failures
+from defuse_core.distill.components import sample_failures
 from defuse_core.errors import RunMismatchError, StoreError
 from defuse_core.identify import (
     SHARD_DECODINGS,
@@ -25,9 +25,9 @@ from defuse_core.identify import (
 )
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, predict
-from defuse_core.reference_models import mean_probabilities
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import mean_probabilities
 from tests.conftest import recommended, tiny
 
 

@@ -10,9 +10,9 @@ from defuse_core.correct import run_trial, trial_key
 from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
-from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import ReferenceAnnotators
 from tests.conftest import recommended, tiny
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import encode
-from defuse_core.compare import compare_runs, share_inside
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
+from defuse_core.export.compare import compare_runs, share_inside
+from defuse_core.export.suite import load_suite, save_suite
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.suite import load_suite, save_suite
 from tests.conftest import tiny
 from tests.e2e.test_cli import call, one_line
 from tests.services.serving.synthetic_runs import make_run, perturb_weights, swap_classes

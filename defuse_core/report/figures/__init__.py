@@ -6,7 +6,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from defuse_core.artifacts import Evaluation
-from defuse_core.evaluate import Findings
+from defuse_core.evaluation.evaluate import Findings
 from defuse_core.report.figures.charts import (
     draw_curves,
     draw_kl,

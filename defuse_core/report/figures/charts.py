@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from defuse_core.artifacts import F64, Models
-from defuse_core.health import COLLAPSED_BELOW
+from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.report.figures.style import (
     ACCENT,
     INK,

@@ -10,8 +10,8 @@ from defuse_core.artifacts import Bool, Failures, Models, ReferenceSet, Scenario
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
-from defuse_core.reference_models import load_reference_models, mean_probabilities
 from defuse_core.runs import Run
+from defuse_core.training.reference_models import load_reference_models, mean_probabilities
 from tests.bench.plants.runs import all_failures, candidates, load, owners
 
 

@@ -41,12 +41,12 @@ from defuse_core.models import (
 )
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import silent
-from defuse_core.reference_models import ReferenceAnnotators
 from defuse_core.report.build import seen_in_training_images
+from defuse_core.review.verdicts import most_common_error
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import Store
 from defuse_core.train import train_classifier
-from defuse_core.verdicts import most_common_error
+from defuse_core.training.reference_models import ReferenceAnnotators
 from tests.bench.plants.baselines import EPSILON, View
 from tests.bench.plants.populations import Population
 from tests.bench.plants.scoring import Group

@@ -8,7 +8,7 @@ import pytest
 from planted_review import blank_review
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Votes
-from defuse_core.verdicts import decide_verdicts, tally
+from defuse_core.review.verdicts import decide_verdicts, tally
 from services.labeling.annotations import read_annotations
 from services.labeling.state import ProjectState
 from services.labeling.status import review_status, verdict_is_final

@@ -21,10 +21,10 @@ from defuse_core.artifacts import (
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import Splits
-from defuse_core.draws import sample_codes_from
+from defuse_core.distill.draws import sample_codes_from
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
+from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
-from defuse_core.sample import sample_corrections
 from defuse_core.store import Store
 
 

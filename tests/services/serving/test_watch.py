@@ -12,7 +12,7 @@ from scipy.spatial.distance import mahalanobis as reference
 from defuse_core.config import ServeSection
 from defuse_core.models import encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.runs import Run
-from defuse_core.scenario_regions import mahalanobis
+from defuse_core.watch.scenario_regions import mahalanobis
 from services.serving.candidate import decode_candidate, encode_candidate, prepare_candidate
 from services.serving.model import LoadedModel
 from services.serving.watch import Watch

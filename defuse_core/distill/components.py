@@ -1,0 +1,391 @@
+"""§3.2.2: distill Ψ into failure scenarios with Dirichlet-process Gaussian mixtures.
+
+The paper fits one mixture to all codes. `distill.by: cell` fits one to each cell (class of the source images, answer of
+the classifier), so that no component straddles classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import BayesianGaussianMixture
+from threadpoolctl import threadpool_limits
+
+from defuse_core.artifacts import (
+    F32,
+    F64,
+    I64,
+    NONE_OF_THE_ABOVE,
+    DroppedComponent,
+    Failures,
+    Psi,
+    Scenarios,
+    Shard,
+)
+from defuse_core.config import DistillSection, RunFile
+from defuse_core.data import reopen_splits
+from defuse_core.device import cpu_threads
+from defuse_core.distill.draws import component_failures
+from defuse_core.distill.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
+from defuse_core.errors import StoreError
+from defuse_core.identify import load_shard, shard_key
+from defuse_core.intervals import lower_bound
+from defuse_core.progress import Progress
+from defuse_core.seeds import generator
+from defuse_core.store import Store, map_ahead
+
+log = logging.getLogger("defuse")
+SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
+WHOLE = (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE)  # the cell of a single mixture over all codes
+
+
+def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, progress: Progress) -> Scenarios:
+    """Return Λ: the components over Ψ, down-sampled, whose weight is over ε and whose support suffices.
+
+    With vae.decode: anchored each component gets failures of its own, with their training images; these must have
+    `data_fingerprint`, else RunMismatchError is raised.
+    """
+    failures = sample_failures(spec, psi, store)
+    if spec.distill.by == "cell":
+        fits = _fit_cells(failures, spec.distill, spec.seed, progress)
+    else:
+        progress("fitting the mixture", 0, 1, "fits")
+        fits = _fit_all(failures, spec.distill, spec.seed)
+    scenarios = fits.scenarios()
+    if spec.vae.decode == "anchored" and len(scenarios):
+        train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
+        scenarios = replace(scenarios, failures=component_failures(fits.members(), train, spec.seed))
+    log_scenarios(spec, scenarios)
+    return scenarios
+
+
+def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
+    """Log how many components there are, and how far the fit is from convergence."""
+    state = "converged"
+    if not scenarios.converged:
+        state = "had NOT converged"
+        if scenarios.last_change is not None:
+            change = f"{scenarios.last_change:.3g} nats, tolerance {spec.distill.tolerance:g}"
+            state += f" (its bound changed by {change})"
+    log.info(
+        "kept %d of %d components with weight over %g, from %d codes; the fit %s after %d iterations",
+        len(scenarios),
+        len(scenarios.all_weights),
+        spec.distill.min_weight,
+        scenarios.codes_used,
+        state,
+        scenarios.iterations,
+    )
+    if scenarios.dropped:
+        log.info("dropped %d components or cells with too few codes or images", len(scenarios.dropped))
+
+
+def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
+    """Return the codes of sample_failures, (n, Z)."""
+    return sample_failures(spec, psi, store).codes
+
+
+def sample_failures(spec: RunFile, psi: Psi, store: Store) -> Failures:
+    """Return at most max_codes rows of Ψ, drawn without replacement, in order; a few shards are in memory at once.
+
+    SAMPLE_CODES rows at most where max_codes is null.
+    """
+    most = spec.distill.max_codes or SAMPLE_CODES
+    if psi.total > most:
+        wanted = np.sort(generator(spec.seed, "distill", "sample").choice(psi.total, most, replace=False))
+    else:
+        wanted = np.arange(psi.total)
+    starts = np.concatenate([[0], np.cumsum(psi.codes)])
+    nothing: I64 = np.zeros(0, np.int64)
+    first, last = np.searchsorted(wanted, starts[:-1]), np.searchsorted(wanted, starts[1:])
+
+    def drawn_from(shard: int) -> Failures:
+        rows = wanted[first[shard] : last[shard]] - starts[shard]
+        return shard_of_psi(store, psi.fingerprint, shard).failures.take(rows)
+
+    parts = [Failures(np.zeros((0, spec.vae.latent_dim), np.float32), nothing, nothing, nothing)]
+    parts.extend(map_ahead(drawn_from, np.flatnonzero(first < last).tolist()))
+    return Failures.concatenate(parts)
+
+
+def shard_of_psi(store: Store, fingerprint: str, index: int) -> Shard:
+    """Return a shard of the Ψ with this fingerprint. Raises StoreError where it is gone or damaged."""
+    remedy = f"delete {store.address}/psi.safetensors and run again: only this shard is made again"
+    try:
+        return load_shard(store, index, fingerprint, remedy)
+    except FileNotFoundError as error:
+        where = f"{store.address}/{shard_key(index)}"
+        raise StoreError(
+            f"{where}: expected a shard of psi.safetensors, found no such file; {remedy}"
+        ) from error
+
+
+def fit_all(failures: Failures, section: DistillSection, seed: int) -> Scenarios:
+    """Return the paper's single mixture over all codes, with the support of each component."""
+    return _fit_all(failures, section, seed).scenarios()
+
+
+def _fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
+    parts = []
+    if len(failures) > 1:
+        fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
+        parts = [CellMixture(fit, failures, 1.0, WHOLE)]
+    return Fits(parts, failures, section)
+
+
+def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Scenarios:
+    """Return the components of one mixture per cell; K is shared out by the cells' weight, at least 1 each.
+
+    A cell whose weight is at most ε holds no component over ε: it is dropped, with its reason.
+    """
+    return _fit_cells(failures, section, seed, progress).scenarios()
+
+
+def _fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
+    cells, owner = np.unique(
+        np.stack([failures.truth, failures.predicted], axis=1), axis=0, return_inverse=True
+    )
+    parts, small = [], []
+    for number, (source, answer) in enumerate(cells.tolist()):
+        progress("fitting the mixtures", number, len(cells), "fits")
+        members = failures.take(np.flatnonzero(owner == number))
+        weight = len(members) / len(failures)
+        if len(members) < 2 or not weight > section.min_weight:
+            support = len(np.unique(members.source))
+            small.append(small_cell((source, answer), len(members), weight, support, section))
+            continue
+        fit = fit_mixture(members.codes, components_of(weight, section), section, seed, (source, answer))
+        parts.append(CellMixture(fit, members, weight, (source, answer)))
+    return Fits(parts, failures, section, tuple(small))
+
+
+def components_of(weight: float, section: DistillSection) -> int:
+    """Return how many components a cell gets that holds this share of all codes."""
+    return max(1, round(section.max_components * weight))
+
+
+def small_cell(
+    cell: tuple[int, int], codes: int, weight: float, support: int, section: DistillSection
+) -> DroppedComponent:
+    """Return a cell that is dropped, since it holds no component over ε."""
+    reason = f"the cell's {codes} codes are too few for a weight over {section.min_weight:g}"
+    return DroppedComponent(weight, *cell, support, reason)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedCell:
+    """A mixture that was fitted to `codes` codes, which are the share `weight` of all."""
+
+    fit: FittedMixture
+    cell: tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
+    codes: int
+    weight: float
+    support: I64  # (k,) distinct training images of the codes that belong most to each component
+    wrong: F64  # (k,) how many of these images f itself gets wrong; nan where not known
+
+    @property
+    def weights(self) -> F64:
+        """(k,) weights of its components among all codes."""
+        weights: F64 = self.weight * self.fit.weights
+        return weights
+
+
+@dataclass(frozen=True, eq=False)
+class CellMixture:
+    """A mixture that was fitted to `members`, which are the share `weight` of all codes."""
+
+    fit: FittedMixture
+    members: Failures
+    weight: float
+    cell: tuple[int, int]  # class of the source images and answer of f
+
+
+def shares_of(fit: FittedMixture, members: Failures) -> list[Failures]:
+    """Return the failures that belong most to each of the k components."""
+    with threadpool_limits(1):
+        owner = responsibilities(members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
+    return [members.take(owner == component) for component in range(len(fit.weights))]
+
+
+def count_sources(shares: Sequence[Failures]) -> tuple[I64, F64]:
+    """Return the number of distinct training images in each share, (k,), and how many of them f itself gets wrong.
+
+    The second is nan where it is not known.
+    """
+    support, wrong = np.zeros(len(shares), np.int64), np.full(len(shares), np.nan)
+    for row, share in enumerate(shares):
+        images, first = np.unique(share.source, return_index=True)
+        support[row] = len(images)
+        if share.source_wrong is not None:
+            wrong[row] = share.source_wrong[first].sum()
+    return support, wrong
+
+
+def fit_mixture(
+    codes: F32, components: int, section: DistillSection, seed: int, cell: tuple[int, ...]
+) -> FittedMixture:
+    """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM) and defaults.
+
+    One thread, so that sums round alike on every machine. There are at most as many components as codes.
+    """
+    components = min(components, len(codes))
+    random_state = int(generator(seed, "distill", "fit", *cell).integers(2**31))
+    if section.engine == "torch":
+        with threadpool_limits(1), cpu_threads(1):
+            return fit_dirichlet_process_mixture(
+                codes.astype(np.float64),
+                components,
+                max_iterations=section.max_iterations,
+                tolerance=section.tolerance,
+                seed=random_state,
+            )
+    mixture = BayesianGaussianMixture(
+        n_components=components,
+        covariance_type="full",
+        weight_concentration_prior_type="dirichlet_process",
+        max_iter=section.max_iterations,
+        tol=section.tolerance,
+        random_state=random_state,
+    )
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the report states it
+        mixture.fit(codes.astype(np.float64))
+    return FittedMixture(
+        weights=mixture.weights_,
+        means=mixture.means_,
+        covariances=mixture.covariances_,
+        converged=bool(mixture.converged_),
+        iterations=int(mixture.n_iter_),
+        lower_bound=float(mixture.lower_bound_),
+        last_change=_last_change(mixture),
+    )
+
+
+def _last_change(mixture: BayesianGaussianMixture) -> float:
+    """Return by how much the lower bound changed at the last iteration, in nats; nan after a single one."""
+    bounds = mixture.lower_bounds_
+    return float(bounds[-1] - bounds[-2]) if len(bounds) > 1 else float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """All mixtures of a run, over `failures`."""
+
+    parts: list[CellMixture]
+    failures: Failures
+    section: DistillSection
+    small: tuple[DroppedComponent, ...] = ()  # cells without a mixture
+
+    @functools.cached_property
+    def shares(self) -> list[list[Failures]]:
+        """The failures that belong most to each component, part by part."""
+        return [shares_of(part.fit, part.members) for part in self.parts]
+
+    @functools.cached_property
+    def cells(self) -> list[FittedCell]:
+        """The mixtures with the support of their components."""
+        return [
+            FittedCell(part.fit, part.cell, len(part.members), part.weight, *count_sources(shares))
+            for part, shares in zip(self.parts, self.shares, strict=True)
+        ]
+
+    def scenarios(self) -> Scenarios:
+        """Return the components of all parts over ε with enough support, in the order of `section.order`."""
+        if not self.parts:
+            return no_scenarios(self.failures.codes.shape[1], len(self.failures), self.small)
+        return scenarios_of(self.cells, self.section, self.small)
+
+    def members(self) -> list[Failures]:
+        """Return the failures that belong most to each component of `scenarios`, in their order."""
+        shares = [share for of_part in self.shares for share in of_part]
+        return [shares[row] for row in kept_components(self.cells, self.section)[0]]
+
+
+def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tuple[I64, I64]:
+    """Return the components over ε in the order of `section.order`: those with enough support, and the others."""
+    weights = np.concatenate([cell.weights for cell in cells])
+    support = np.concatenate([cell.support for cell in cells])
+    over = np.flatnonzero(weights > section.min_weight)
+    over = over[np.argsort(-weights[over], kind="stable")]
+    if section.order == "source-error":
+        error = _source_error(cells)
+        over = over[np.argsort(-certain_error(support[over], error[over]), kind="stable")]
+    enough = support[over] >= section.min_support
+    return over[enough], over[~enough]
+
+
+def _source_error(cells: Sequence[FittedCell]) -> F64:
+    """Return the share of the source images of each component that f itself gets wrong; nan where not known."""
+    support = np.concatenate([cell.support for cell in cells])
+    error: F64 = np.concatenate([cell.wrong for cell in cells]) / np.maximum(support, 1)
+    return np.where(support > 0, error, np.nan)
+
+
+def certain_error(support: I64, error: F64) -> F64:
+    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 where not known."""
+    wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
+    return lower_bound(wrong, support)
+
+
+def scenarios_of(
+    fitted: Sequence[FittedCell], section: DistillSection, small: tuple[DroppedComponent, ...] = ()
+) -> Scenarios:
+    """Return the components of all mixtures over ε with enough support, in the order of `section.order`."""
+    weights = np.concatenate([cell.weights for cell in fitted])
+    support = np.concatenate([cell.support for cell in fitted])
+    cells = np.concatenate([np.tile(cell.cell, (len(cell.weights), 1)) for cell in fitted])
+    kept, thin = kept_components(fitted, section)
+    return Scenarios(
+        weights=weights[kept],
+        means=np.concatenate([cell.fit.means for cell in fitted])[kept],
+        covariances=np.concatenate([cell.fit.covariances for cell in fitted])[kept],
+        all_weights=weights,
+        codes_used=sum(cell.codes for cell in fitted),
+        converged=all(cell.fit.converged for cell in fitted),
+        iterations=max(cell.fit.iterations for cell in fitted),
+        lower_bound=float(sum(cell.weight * cell.fit.lower_bound for cell in fitted)),
+        cells=cells[kept],
+        support=support[kept],
+        source_error=_source_error(fitted)[kept],
+        last_change=_largest_change([cell.fit for cell in fitted]),
+        dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),
+    )
+
+
+def _largest_change(fits: list[FittedMixture]) -> float | None:
+    """Return the largest change of a bound in the last iteration, in nats; None where no fit had two iterations."""
+    changes = [abs(fit.last_change) for fit in fits if math.isfinite(fit.last_change)]
+    return max(changes, default=None)
+
+
+def _without_support(
+    weights: F64, cells: I64, support: I64, row: int, section: DistillSection
+) -> DroppedComponent:
+    source, answer = cells[row].tolist()
+    reason = f"its codes come from {support[row]} training images, fewer than {section.min_support}"
+    return DroppedComponent(float(weights[row]), source, answer, int(support[row]), reason)
+
+
+def no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:
+    """Return no scenarios over so many codes of `width` dimensions."""
+    nothing: F64 = np.zeros(0)
+    return Scenarios(
+        nothing,
+        np.zeros((0, width)),
+        np.zeros((0, width, width)),
+        nothing,
+        codes,
+        True,
+        0,
+        0.0,
+        support=np.zeros(0, np.int64),
+        source_error=nothing,
+        dropped=dropped,
+    )

@@ -1,0 +1,176 @@
+"""The figures of §4 that need a model or a fit: accuracies, and the t-SNE of Figure 2."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from defuse_core.artifacts import (
+    F32,
+    F64,
+    I64,
+    Corrections,
+    Evaluation,
+    Gallery,
+    Models,
+    Psi,
+    ReferenceSet,
+    Scenarios,
+    Sweep,
+    Verdicts,
+    Votes,
+    Weights,
+)
+from defuse_core.config import RunFile
+from defuse_core.correct import held_out_images
+from defuse_core.data import Images, Splits, reopen_splits
+from defuse_core.device import cpu_threads
+from defuse_core.distill.components import sample_codes
+from defuse_core.distill.mixture import responsibilities
+from defuse_core.models import encode_images, load_classifier, load_vae, predict
+from defuse_core.progress import Progress
+from defuse_core.seeds import generator, torch_seed
+from defuse_core.store import Store
+
+MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure scenario are left out
+ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
+TRAINING, FAILURE, ACCEPTED, REJECTED = range(4)  # Evaluation.point_kind
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Everything that a run found, for its report."""
+
+    models: Models
+    psi: Psi
+    scenarios: Scenarios
+    gallery: Gallery
+    votes: Votes
+    verdicts: Verdicts
+    fixes: Corrections
+    baseline: Sweep
+    sweep: Sweep
+    references: ReferenceSet | None = None  # the reference models, where any step used them
+    judges: ReferenceSet | None = None  # None with judges.count 0
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What one classifier scores; nan where there is nothing to score on."""
+
+    overall: F64  # (3,) validation, test, scenario
+    per_class: F64  # (C,)
+    scenario: F64  # (A,)
+
+
+def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
+    """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before."""
+    on_disk = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
+    splits = on_disk.loaded("validation", "test")  # scored again and again; few training images are looked at
+    classes = len(found.models.classes)
+    before = found.models.classifier
+    trio = (before, found.baseline.weights, found.sweep.weights or before)
+    with cpu_threads(spec.resources.train_threads):
+        held_out = held_out_images(load_vae(spec, found.models.vae), found.fixes)
+        scores = []
+        for done, weights in enumerate(trio):
+            progress("scoring the classifiers", done, len(trio), "classifiers")
+            scores.append(_score(spec, weights, splits, held_out, found))
+        corrected = load_classifier(spec, trio[-1], classes)
+        after = predict(corrected, found.gallery.images.reshape(-1, *found.gallery.images.shape[2:]))
+        progress("drawing the latent space", 0, 1, "pictures")
+        points, kind, component = latent_map(spec, found, splits.train, store)
+    return Evaluation(
+        accuracy=np.stack([score.overall for score in scores]),
+        per_class=np.stack([score.per_class for score in scores]),
+        per_class_images=_class_counts(splits.test, classes),
+        scenario=np.stack([score.scenario for score in scores]),
+        gallery_after=after.reshape(found.gallery.predicted.shape),
+        points=points,
+        point_kind=kind,
+        point_component=component,
+    )
+
+
+def _score(spec: RunFile, weights: Weights, splits: Splits, held_out: Images, found: Findings) -> Scores:
+    classes, scenarios = len(found.models.classes), len(found.fixes.labels)
+    if not weights:
+        return Scores(np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan))
+    classifier = load_classifier(spec, weights, classes)
+    right = [_right(classifier, images) for images in (splits.validation, splits.test, held_out)]
+    overall = [float(hits.mean()) if len(hits) else math.nan for hits in right]
+    per_class: F64 = np.full(classes, np.nan)
+    if splits.test is not None:
+        per_class = class_accuracy(right[1], splits.test.labels, classes)
+    scenario = right[2].reshape(scenarios, -1).mean(axis=1) if scenarios else np.zeros(0)
+    return Scores(np.array(overall), per_class, scenario)
+
+
+def _right(classifier: nn.Module, images: Images | None) -> F64:
+    """Return 1 for each image that the classifier gets right, else 0; nothing for no images."""
+    if images is None or not len(images):
+        return np.zeros(0)
+    right: F64 = (predict(classifier, images) == images.labels).astype(np.float64)
+    return right
+
+
+def class_accuracy(right: F64, labels: I64, classes: int) -> F64:
+    """Return the accuracy within each class, (C,); nan for a class without images."""
+    counts = np.bincount(labels, minlength=classes)
+    with np.errstate(invalid="ignore"):
+        shares: F64 = np.bincount(labels, right, minlength=classes) / counts
+    return shares
+
+
+def _class_counts(test: Images | None, classes: int) -> I64:
+    labels = np.zeros(0, np.int64) if test is None else test.labels
+    return np.bincount(labels, minlength=classes).astype(np.int64)
+
+
+def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> tuple[F32, I64, I64]:
+    """Return t-SNE points (P, 2), their kind and component (P,), as Evaluation holds them (Figure 2, B.5).
+
+    For a training image the component is its class.
+    """
+    rng = generator(spec.seed, "report", "sample")
+    scenarios, accepted = found.scenarios, found.verdicts.accepted
+    rows = _some(len(train), spec.report.tsne_images, rng)
+    codes = encode_images(load_vae(spec, found.models.vae), train.take(rows))
+    failures = sample_codes(spec, found.psi, store)
+    shares = responsibilities(failures, scenarios.weights, scenarios.means, scenarios.covariances)  # (n, S)
+    if len(accepted):
+        near = (shares[:, accepted] > MIN_RESPONSIBILITY).any(axis=1)
+        failures, shares = failures[near], shares[near]
+    chosen = _some(len(failures), spec.report.tsne_failures, rng)
+    failures, shares = failures[chosen], shares[chosen]
+    owner = shares.argmax(axis=1) if len(scenarios) else np.full(len(failures), -1)
+    means = np.where(np.isin(np.arange(len(scenarios)), accepted), ACCEPTED, REJECTED)
+    points = embed(spec, np.concatenate([codes, failures, scenarios.means.astype(np.float32)]))
+    kind = np.concatenate([np.full(len(codes), TRAINING), np.full(len(failures), FAILURE), means])
+    component = np.concatenate([train.labels[rows], owner, np.arange(len(scenarios))])
+    return points, kind.astype(np.int64), component.astype(np.int64)
+
+
+def _some(count: int, wanted: int, rng: Generator) -> I64:
+    """Return at most `wanted` of `count` rows, in order."""
+    return np.sort(rng.choice(count, min(count, wanted), replace=False)).astype(np.int64)
+
+
+def embed(spec: RunFile, codes: F32) -> F32:
+    """Return t-SNE of (P, Z) codes, (P, 2), by Barnes and Hut's approximation: some 45 s for 10,000 codes.
+
+    On one thread, because sums in another order give another picture.
+    """
+    perplexity = min(spec.report.perplexity, (len(codes) - 1) / 3)
+    seed = torch_seed(spec.seed, "report", "t-SNE") % 2**32
+    with threadpool_limits(limits=1):
+        init = "pca" if codes.shape[1] > 1 else "random"
+        tsne = TSNE(perplexity=perplexity, angle=ANGLE, init=init, random_state=seed, n_jobs=1)
+        points: F32 = tsne.fit_transform(codes).astype(np.float32)
+        return points

@@ -1,0 +1,398 @@
+"""What judges say of a finished correction: models that took no part in making it (judges of the run file).
+
+The paper scores a correction by the one label of each scenario. That figure rises even where the classifier only learns
+to give every picture of a scenario the same answer. Here every generated image has its own label, the majority of the
+judges. Controls are the baseline and *plain further training*: the same fine-tuning with λ = 0.
+
+Axes, beside those of artifacts.py: B = 4 classifiers (before, baseline, plain, defuse), M nearest real images,
+J = 3 numbers of a share (share, low, high).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import krippendorff
+import numpy as np
+from scipy import stats
+from scipy.spatial.distance import cdist
+from torch import nn
+
+from defuse_core.artifacts import (
+    F32,
+    F64,
+    I64,
+    NONE_OF_THE_ABOVE,
+    U8,
+    Bool,
+    Corrections,
+    Sweep,
+    Votes,
+    Weights,
+)
+from defuse_core.config import RunFile
+from defuse_core.correct import held_out_images
+from defuse_core.data import Splits, reopen_splits
+from defuse_core.device import cpu_threads
+from defuse_core.distill.draws import anchors_of, stacked, wide_draws
+from defuse_core.evaluation.describe import describe_scenarios
+from defuse_core.evaluation.evaluate import Findings
+from defuse_core.identify import draw_noise, encode_posterior
+from defuse_core.intervals import wilson
+from defuse_core.models import (
+    decoder_at,
+    decoder_of,
+    encode_images,
+    load_classifier,
+    load_vae,
+    predict,
+)
+from defuse_core.progress import Progress
+from defuse_core.review.verdicts import majority
+from defuse_core.seeds import generator
+from defuse_core.training.reference_models import load_reference_models, model_probabilities
+
+CLASSIFIERS = ("before", "baseline", "plain", "defuse")
+WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those tuned on
+WIDER_IMAGES = 64  # per scenario and factor
+NEAREST = 12  # real images shown beside a scenario
+NEAREST_TESTED = 50  # real images whose error is compared with that of all
+FRESH_IMAGES = 2000  # test images that fresh noise is added to
+FRESH_DRAWS = 10  # per image
+RESAMPLES = 1000  # of scenarios, for intervals of figures whose images come in scenarios
+AT_FAULT_PURITY = (0.5, 0.9)  # below the first the β-VAE is at fault, from the second on the classifier
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class NearestReal:
+    """Real images of a scenario's label that are nearest to it, and the error of the classifier before on them."""
+
+    images: U8  # (A, M, channels, H, W)
+    labels: I64  # (A, M)
+    predicted: I64  # (A, M)
+    error: F64  # (A,) on the NEAREST_TESTED nearest
+    error_of_all: float  # on all real images
+    seen: Bool  # (A,) whether `error` is significantly larger than on all real images of the same label
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the judges find. A share that cannot be measured is nan three times."""
+
+    judges: F64  # (W,) test accuracy of each judge (validation where there is no test set)
+    before_test: float  # the classifier's own, on the same images as the judges'
+    labelled: float  # share of the held-out images on which most judges agree
+    purity: F64  # (J,) share of held-out images of accepted scenarios that show the scenario's label
+    own_label: F64  # (B, J) accuracy on held-out images by the judges' own label of each
+    one_label: F64  # (B, J) accuracy on the same images by the scenario's label (the paper's figure)
+    left_out: F64  # (2, J) before, defuse: own-label accuracy on scenarios left out of the tuning (two folds)
+    wider: F64  # (2, 2, J) factor of τ x (before, defuse): own-label accuracy on wider draws
+    real_failures: F64  # (B, J) accuracy on failing draws around test images that judges still recognise
+    real_failure_images: int
+    scenario_purity: F64  # (A,) share of held-out images that show the label
+    scenario_own_label: F64  # (A, B) own-label accuracy
+    scenario_left_out: F64  # (A,) own-label accuracy of a classifier that was not tuned on the scenario
+    confirmed: Bool  # (A,) whether the correction is better than before, significantly, by own labels
+    names: tuple[
+        str, ...
+    ]  # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
+    at_fault: tuple[str, ...]  # (A,) "classifier", "β-VAE" or "unclear"
+    real: NearestReal
+    mcnemar: F64  # (2, 3) plain, defuse against before on the test set: gained, lost, p-value
+    krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
+
+
+@dataclass(frozen=True, eq=False)
+class Controls:
+    """Corrections that only evidence needs."""
+
+    plain: Sweep  # λ = 0
+    folds: tuple[
+        Sweep, ...
+    ]  # each tuned without the scenarios of its fold; empty with fewer than two scenarios
+
+
+def plain_spec(spec: RunFile, sweep: Sweep) -> RunFile:
+    """Return the run file of plain further training: λ = 0 for as many epochs as the chosen correction."""
+    return _fine_tuning(spec, 0.0, sweep)
+
+
+def fold_spec(spec: RunFile, sweep: Sweep) -> RunFile:
+    """Return the run file of a correction without one fold: the chosen λ and epochs."""
+    return _fine_tuning(spec, sweep.chosen.lam if sweep.chosen else 1.0, sweep)
+
+
+def _fine_tuning(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
+    epochs = sweep.chosen.epoch if sweep.chosen else spec.correct.epochs
+    section = spec.correct.model_copy(update={"lambdas": (lam,), "epochs": epochs, "max_loss": 1.0})
+    return spec.model_copy(update={"correct": section})
+
+
+def fold_of(fixes: Corrections) -> I64:
+    """Return which of the two folds each accepted scenario belongs to, (A,)."""
+    return np.arange(len(fixes.labels)) % 2
+
+
+def without_fold(fixes: Corrections, fold: int) -> Corrections:
+    """Return the corrections of all scenarios outside `fold`."""
+    rows = np.flatnonzero(fold_of(fixes) != fold)
+    return fixes.take(rows)
+
+
+def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:
+    """Return what the judges find. Raises RunMismatchError if the images changed since the run was trained."""
+    splits = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
+    with cpu_threads(spec.resources.train_threads):
+        return _Evidence(spec, found, controls, splits, progress).gather()
+
+
+class _Evidence:
+    """The models and images that all figures share, loaded once."""
+
+    def __init__(
+        self, spec: RunFile, found: Findings, controls: Controls, splits: Splits, progress: Progress
+    ) -> None:
+        self.spec, self.found, self.progress = spec, found, progress
+        self.splits, self.classes = splits, len(found.models.classes)
+        self.vae = load_vae(spec, found.models.vae)
+        before = found.models.classifier
+        weights = (before, found.baseline.weights, controls.plain.weights, found.sweep.weights)
+        self.classifiers = [self._classifier(each or before) for each in weights]
+        self.folds = [self._classifier(fold.weights or before) for fold in controls.folds]
+        assert found.judges is not None
+        self.judges = load_reference_models(spec, spec.judges, found.judges, self.classes)
+        held_out = held_out_images(self.vae, found.fixes)
+        self.held_out = held_out.batch(slice(0, len(held_out)))  # (A·n, channels, H, W)
+        self.own = self.labels(self.held_out)  # (A·n,)
+
+    def _classifier(self, weights: Weights) -> nn.Module:
+        return load_classifier(self.spec, weights, self.classes)
+
+    def labels(self, images: F32) -> I64:
+        """Return the label that most judges give each image, (n,), or NONE_OF_THE_ABOVE where they are tied."""
+        if not len(images):
+            return np.zeros(0, np.int64)
+        answers = model_probabilities(self.judges, images).argmax(axis=2)  # (W, n)
+        votes: I64 = (answers[..., None] == np.arange(self.classes)).sum(axis=0)
+        return majority(votes)
+
+    def gather(self) -> Evidence:
+        """Return all figures."""
+        found, fixes = self.found, self.found.fixes
+        accepted = len(fixes.labels)
+        per_scenario = fixes.test.shape[1]
+        self.progress("asking the judges", 0, 4, "figures")
+        right = np.stack([self._right(net, self.held_out, self.own) for net in self.classifiers])  # (B, A·n)
+        taught = np.repeat(fixes.labels, per_scenario)
+        one = [predict(net, self.held_out) == taught for net in self.classifiers] if accepted else []
+        shows = np.where(self.own == NONE_OF_THE_ABOVE, np.nan, self.own == taught)
+        self.progress("asking the judges", 1, 4, "figures")
+        fold_right = self._fold_right(per_scenario)
+        wider = self._wider()
+        self.progress("asking the judges", 2, 4, "figures")
+        fresh, truth = self._real_failures()
+        self.progress("asking the judges", 3, 4, "figures")
+        real = self._nearest_real()
+        by_scenario = right.reshape(len(CLASSIFIERS), accepted, per_scenario)
+        has_test = self.splits.test is not None
+        assert found.judges is not None
+        return Evidence(
+            judges=found.judges.test if has_test else found.judges.validation,
+            before_test=found.models.accuracy.get("test" if has_test else "validation", float("nan")),
+            labelled=float((self.own != NONE_OF_THE_ABOVE).mean()) if len(self.own) else float("nan"),
+            purity=self._share(shows, per_scenario),
+            own_label=np.stack([self._share(row, per_scenario) for row in right]),
+            one_label=np.stack([self._share(row.astype(np.float64), per_scenario) for row in one])
+            if accepted
+            else np.full((len(CLASSIFIERS), 3), np.nan),
+            left_out=np.stack([self._share(row, per_scenario) for row in (right[0], fold_right)])
+            if self.folds
+            else np.full((2, 3), np.nan),
+            wider=wider,
+            real_failures=np.stack([_wilson(self._right(net, fresh, truth)) for net in self.classifiers]),
+            real_failure_images=len(truth),
+            scenario_purity=_nanmean(shows.reshape(accepted, per_scenario)),
+            scenario_own_label=_nanmean(by_scenario).T,
+            scenario_left_out=_nanmean(fold_right.reshape(accepted, per_scenario)),
+            confirmed=_better(by_scenario[0], by_scenario[-1]),
+            names=describe_scenarios(self.spec, found, self.held_out, self.splits),
+            at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, per_scenario)))),
+            real=real,
+            mcnemar=np.stack([self._mcnemar(net) for net in (self.classifiers[2], self.classifiers[3])]),
+            krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
+        )
+
+    def _right(self, classifier: nn.Module, images: F32, labels: I64) -> F64:
+        """Return 1 where the classifier gives the label, 0 where not, nan where there is no label, (n,)."""
+        if not len(images):
+            return np.zeros(0)
+        hits = (predict(classifier, images) == labels).astype(np.float64)
+        return np.where(labels == NONE_OF_THE_ABOVE, np.nan, hits)
+
+    def _share(self, hits: F64, per_scenario: int) -> F64:
+        """Return the mean of (A·n,) hits and its 95 % interval, (J,), by resampling whole scenarios."""
+        table = hits.reshape(-1, max(1, per_scenario))
+        means = _nanmean(table)
+        means = means[np.isfinite(means)]
+        if len(means) < 2:
+            return _wilson(hits)
+        rng = generator(self.spec.seed, "evidence", "bootstrap")
+        resampled = means[rng.integers(len(means), size=(RESAMPLES, len(means)))].mean(axis=1)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        return np.array([means.mean(), low, high])
+
+    def _fold_right(self, per_scenario: int) -> F64:
+        """Return whether each held-out image is right after a correction without its scenario's fold, (A·n,)."""
+        fold = np.repeat(fold_of(self.found.fixes), per_scenario)
+        right: F64 = np.full(len(self.own), np.nan)
+        for number, classifier in enumerate(self.folds):
+            rows = np.flatnonzero(fold == number)
+            right[rows] = self._right(classifier, self.held_out[rows], self.own[rows])
+        return right
+
+    def _wider(self) -> F64:
+        """Return own-label accuracy before and after on draws at WIDER times τ, (2, 2, J)."""
+        scenarios, fixes = self.found.scenarios, self.found.fixes
+        table = np.full((len(WIDER), 2, 3), np.nan)
+        decoder = decoder_of(self.vae, anchors_of(scenarios))
+        for row, factor in enumerate(WIDER):
+            draws = []
+            for number in fixes.scenario.tolist():
+                rng = generator(self.spec.seed, "evidence", "wider", number)
+                draws.append(wide_draws(self.spec, scenarios, number, WIDER_IMAGES, factor, rng))
+            if not draws:
+                continue
+            codes, anchors = stacked(draws, WIDER_IMAGES, scenarios.means.shape[1])
+            images = decoder.decode(codes, anchors)
+            labels = self.labels(images)
+            for column, classifier in enumerate((self.classifiers[0], self.classifiers[-1])):
+                table[row, column] = self._share(self._right(classifier, images, labels), WIDER_IMAGES)
+        return table
+
+    def _real_failures(self) -> tuple[F32, I64]:
+        """Return failing draws around test images in which the judges still see the image's class, and the classes.
+
+        At most one draw an image, the first, so that they are independent. No step has seen these images or draws.
+        """
+        nothing = np.zeros((0, *self.found.gallery.images.shape[2:]), np.float32), np.zeros(0, np.int64)
+        if self.splits.test is None:
+            return nothing
+        rng = generator(self.spec.seed, "evidence", "fresh")
+        count = min(FRESH_IMAGES, len(self.splits.test))
+        images = self.splits.test.take(np.sort(rng.choice(len(self.splits.test), count, replace=False)))
+        section = self.spec.identify.model_copy(update={"draws": min(FRESH_DRAWS, self.spec.identify.draws)})
+        mu, sigma = encode_posterior(self.vae, images, section.batch_size)
+        codes = mu[:, None, :] + draw_noise(section, sigma, rng)  # (n, Q, Z)
+        decoder = decoder_at(self.spec, self.vae, images)
+        waiting, found, truth = np.arange(count), [], []
+        for draw in range(codes.shape[1]):
+            labels = images.labels[waiting]
+            decoded = decoder.decode(np.ascontiguousarray(codes[waiting, draw]), waiting)
+            failing = np.flatnonzero(predict(self.classifiers[0], decoded) != labels)
+            real = failing[self.labels(decoded[failing]) == labels[failing]]
+            found.append(decoded[real])
+            truth.append(labels[real])
+            waiting = np.delete(waiting, real)
+        return np.concatenate(found), np.concatenate(truth)
+
+    def _nearest_real(self) -> NearestReal:
+        """Return, per accepted scenario, the nearest real images by Mahalanobis distance, and f's error on them.
+
+        Only images of the scenario's label are compared: its pictures show that class.
+        """
+        real = self.splits.validation or self.splits.test or self.splits.train
+        scenarios, fixes = self.found.scenarios, self.found.fixes
+        codes = encode_images(self.vae, real).astype(np.float64)
+        predicted = predict(self.classifiers[0], real)
+        wrong = predicted != real.labels
+        shown, labels, answers, errors, seen = [], [], [], [], []
+        for number, label in zip(fixes.scenario, fixes.labels, strict=True):
+            rows = np.flatnonzero(real.labels == label)
+            inverse = np.linalg.inv(scenarios.covariances[number])
+            distance = cdist(scenarios.means[number][None], codes[rows], "mahalanobis", VI=inverse)[0]
+            near = rows[np.argsort(distance, kind="stable")]
+            tested = wrong[near[:NEAREST_TESTED]]
+            rate = float(wrong[rows].mean()) if len(rows) else float("nan")
+            errors.append(float(tested.mean()) if len(tested) else float("nan"))
+            seen.append(
+                bool(len(tested)) and stats.binom.sf(tested.sum() - 1, len(tested), rate) < SIGNIFICANT
+            )
+            kept = np.resize(near, NEAREST) if len(near) else np.zeros(NEAREST, np.int64)
+            shown.append(np.round(255 * real.batch(kept)).astype(np.uint8))
+            labels.append(real.labels[kept])
+            answers.append(predicted[kept])
+        shape = (len(fixes.labels), NEAREST)
+        pictures = (
+            np.array(shown, np.uint8) if shown else np.zeros((*shape, *real.pixels.shape[1:]), np.uint8)
+        )
+        return NearestReal(
+            images=pictures,
+            labels=np.array(labels, np.int64).reshape(shape),
+            predicted=np.array(answers, np.int64).reshape(shape),
+            error=np.array(errors, np.float64),
+            error_of_all=float(wrong.mean()),
+            seen=np.array(seen, np.bool_),
+        )
+
+    def _mcnemar(self, classifier: nn.Module) -> F64:
+        """Return images that became right, that became wrong, and McNemar's exact p-value, on the test set, (3,)."""
+        test = self.splits.test
+        if test is None:
+            return np.full(3, np.nan)
+        before, after = (predict(net, test) == test.labels for net in (self.classifiers[0], classifier))
+        gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+        p_value = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        return np.array([gained, lost, p_value])
+
+
+def _wilson(hits: F64) -> F64:
+    """Return the share of hits, nan left out, with Wilson's interval, (J,)."""
+    known = hits[np.isfinite(hits)]
+    if not len(known):
+        return np.full(3, np.nan)
+    low, high = wilson(np.array([int(known.sum())]), np.array([len(known)]))
+    return np.array([known.mean(), low[0], high[0]])
+
+
+def _nanmean(table: F64) -> F64:
+    """Return the mean along the last axis, nan left out; nan where nothing is left."""
+    known = np.isfinite(table)
+    with np.errstate(invalid="ignore"):
+        means: F64 = np.where(known, table, 0.0).sum(axis=-1) / known.sum(axis=-1)
+    return means
+
+
+def _better(before: F64, after: F64) -> Bool:
+    """Return which scenarios are significantly more often right after than before, (A,): McNemar's test, one-sided."""
+    known = np.isfinite(before) & np.isfinite(after)
+    gained = (known & (after > before)).sum(axis=1)
+    changed = gained + (known & (after < before)).sum(axis=1)
+    better: Bool = np.where(changed > 0, stats.binom.sf(gained - 1, changed, 0.5), 1.0) < SIGNIFICANT
+    return better
+
+
+def _at_fault(purity: float) -> str:
+    """Return whose fault a scenario is: the β-VAE's where its pictures show another class than they should."""
+    low, high = AT_FAULT_PURITY
+    if purity >= high:
+        return "classifier"
+    return "β-VAE" if purity < low else "unclear"
+
+
+def krippendorff_alpha(votes: Votes, images: int) -> float:
+    """Return Krippendorff's α of the reviewers' answers (nominal); nan where fewer than two answered any image."""
+    units, people = votes.scenario * images + votes.image, len(votes.annotators)
+    if not len(units) or people < 2:
+        return float("nan")
+    table: F64 = np.full((people, int(units.max()) + 1), np.nan)
+    table[votes.annotator, units] = votes.answer
+    if len(np.unique(votes.answer)) < 2 or not (np.isfinite(table).sum(axis=0) > 1).any():
+        return float("nan")
+    return float(krippendorff.alpha(table, level_of_measurement="nominal"))
+
+
+def folds(fixes: Corrections) -> Sequence[int]:
+    """Return the numbers of the folds: none with fewer than two accepted scenarios."""
+    return (0, 1) if len(fixes.labels) > 1 else ()

@@ -1,0 +1,250 @@
+"""Whether the β-VAE's images are of use: measured after training, and checked before identification.
+
+The verdict, on training images that the classifier gets right:
+
+    fit    it gets at least 90 % of their reconstructions right too, and fewer than half of the dimensions collapsed
+    blind  it gets fewer than half of their reconstructions right, or every dimension collapsed
+    poor   anything between
+
+With vae.decode: anchored a reconstruction is the image itself. So the verdict is on images as the noise of
+identification moves them, and the reference models take the place of the classifier: where the classifier alone fails,
+a failure is found; where the reference models fail too, the noise has destroyed the picture.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from defuse_core.artifacts import F32, F64, I64, U8, Health, Models, ReferenceSet
+from defuse_core.config import RunFile
+from defuse_core.data import Images, reopen_splits
+from defuse_core.device import cpu_threads
+from defuse_core.errors import VaeHealthError
+from defuse_core.identify import draw_noise, encode_posterior
+from defuse_core.models import (
+    Vae,
+    decode_codes,
+    decoder_at,
+    encode_images,
+    kl_to_prior,
+    load_vae,
+    map_batches,
+    predict,
+    to_tensor,
+)
+from defuse_core.progress import Progress
+from defuse_core.seeds import generator
+from defuse_core.training.reference_models import load_reference_models, mean_probabilities
+
+if TYPE_CHECKING:
+    from defuse_core.runs import Run
+
+log = logging.getLogger("defuse")
+REFERENCES = "reference models"  # Health.judged_by
+PROBE_IMAGES = 10_000  # training images that the β-VAE is measured on
+PROBE_BATCH = 256
+COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL than this says next to nothing about the image
+FIT_FROM, BLIND_BELOW = 0.9, 0.5  # share of reconstructions that the classifier still gets right
+VERDICTS = ("blind", "poor", "fit")  # from the worst to the best
+STRIP_KEY = "reconstructions.png"
+STRIP_IMAGES, STRIP_SIDE = 16, 64  # columns; least width of each image in pixels
+
+
+def reconstruction_errors(classifier: nn.Module, vae: Vae, images: Images) -> tuple[F64, I64]:
+    """Return per image the mean squared error of its reconstruction p(mu(x)), and f's answer on it, each (n,)."""
+    errors, answers = [], []
+    for start in range(0, len(images), PROBE_BATCH):  # so that memory does not grow with the images' size
+        shown = images.take(slice(start, start + PROBE_BATCH))
+        decoded = decode_codes(vae, encode_images(vae, shown))
+        squares = (decoded - shown.batch(slice(0, len(shown)))) ** 2
+        errors.append(squares.mean(axis=(1, 2, 3), dtype=np.float64))
+        answers.append(predict(classifier, decoded))
+    return np.concatenate(errors), np.concatenate(answers)
+
+
+def mean_kl(vae: Vae, images: Images) -> F64:
+    """Return the mean KL to the prior of each latent dimension, (Z,), in nats."""
+    per_image = map_batches(
+        lambda rows: kl_to_prior(*vae.encode(to_tensor(images.batch(rows)))), len(images), PROBE_BATCH
+    )
+    per_dimension: F64 = per_image.mean(axis=0, dtype=np.float64)
+    return per_dimension
+
+
+def moved_images(spec: RunFile, vae: Vae, images: Images, rng: np.random.Generator) -> F32:
+    """Return each image as one draw of the noise of identification moves it, (n, channels, H, W)."""
+    mu, sigma = encode_posterior(vae, images, PROBE_BATCH)
+    one = spec.identify.model_copy(update={"draws": 1})
+    codes = mu + draw_noise(one, sigma, rng)[:, 0]
+    return decoder_at(spec, vae, images, PROBE_BATCH).decode(codes, np.arange(len(images)))
+
+
+def moved_answers(spec: RunFile, vae: Vae, images: Images, answer: Callable[[F32], I64]) -> tuple[I64, I64]:
+    """Return the answers to n images, and to the same images moved by noise, each (n,)."""
+    still, moved = [], []
+    rng = generator(spec.seed, "health")
+    for start in range(0, len(images), PROBE_BATCH):
+        batch = images.take(slice(start, start + PROBE_BATCH))
+        still.append(answer(batch.batch(slice(0, len(batch)))))
+        moved.append(answer(moved_images(spec, vae, batch, rng)))
+    return np.concatenate(still), np.concatenate(moved)
+
+
+def probe_images(train: Images) -> Images:
+    """Return PROBE_IMAGES of the training images, evenly spaced: image files are often sorted by class."""
+    if len(train) <= PROBE_IMAGES:
+        return train
+    return train.take(np.linspace(0, len(train) - 1, PROBE_IMAGES).astype(np.int64))
+
+
+def measure_moved(spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress) -> Health:
+    """Return the health of an anchored β-VAE by the reference models' answers on moved training images."""
+    progress("moving training images", 0, 1, "sets")
+    train = probe_images(reopen_splits(spec.data, spec.seed, models.data_fingerprint).train)
+    nets = load_reference_models(spec, spec.review.reference, references, len(models.classes))
+
+    def answer(images: F32) -> I64:
+        answers: I64 = mean_probabilities(nets, images).argmax(axis=1).astype(np.int64)
+        return answers
+
+    with cpu_threads(spec.resources.train_threads):
+        still, moved = moved_answers(spec, load_vae(spec, models.vae), train, answer)
+    health = measure_health(train.labels, still, moved, models.kl_per_dimension, anchored=True)
+    health = replace(health, judged_by=REFERENCES)
+    log_health(health, models.classes)
+    return health
+
+
+def health_after_training(
+    spec: RunFile, classifier: nn.Module, vae: Vae, images: Images, answers: I64, kl: F64
+) -> Health:
+    """Return the β-VAE's health by the classifier's answers, of which `answers` (n,) are those on reconstructions.
+
+    An anchored one is measured on moved images, and never blind for their answers: that the classifier fails on them
+    is what is looked for. Reference models decide on that later (`measure_moved`).
+    """
+    if spec.vae.decode == "plain":
+        return measure_health(images.labels, predict(classifier, images), answers, kl)
+    still, moved = moved_answers(spec, vae, images, lambda batch: predict(classifier, batch))
+    health = measure_health(images.labels, still, moved, kl, anchored=True)
+    blind = health.verdict == "blind" and health.collapsed < health.dimensions
+    return replace(health, verdict="poor") if blind else health
+
+
+def with_measured_health(run: Run, models: Models) -> Models:
+    """Return the models with the health that reference models measured, where they did."""
+    measured = run.load(Health)
+    return models if measured is None else replace(models, health=measured)
+
+
+def measure_health(
+    labels: I64, original: I64, reconstructed: I64, kl: F64, *, anchored: bool = False
+) -> Health:
+    """Return the β-VAE's health from the answers on n images and on their reconstructions, and the KL of (Z,)."""
+    right = original == labels
+    kept = float((reconstructed[right] == labels[right]).mean()) if right.any() else 0.0
+    collapsed = int((kl < COLLAPSED_BELOW).sum())
+    answers, counts = np.unique(reconstructed, return_counts=True)
+    return Health(
+        images=len(labels),
+        originals_right=float(right.mean()),
+        reconstructions_right=float((reconstructed == labels).mean()),
+        kept_right=kept,
+        most_common_answer=int(answers[counts.argmax()]),
+        most_common_share=float(counts.max() / len(labels)),
+        collapsed=collapsed,
+        dimensions=len(kl),
+        verdict=_verdict(kept, collapsed / len(kl)),
+        anchored=anchored,
+    )
+
+
+def _verdict(kept: float, collapsed: float) -> str:
+    if kept < BLIND_BELOW or collapsed == 1:
+        return "blind"
+    return "fit" if kept >= FIT_FROM and collapsed < 0.5 else "poor"
+
+
+def log_health(health: Health, classes: tuple[str, ...]) -> None:
+    """Log the verdict with its figures in one line: a warning unless the β-VAE is fit."""
+    log.log(
+        logging.INFO if health.verdict == "fit" else logging.WARNING,
+        "the β-VAE is %s: %s %.1f %% of %d training images right and %.1f %% of %s "
+        "(the most frequent answer on them: %s, %.0f %%); %d of %d latent dimensions collapsed",
+        health.verdict,
+        _judge(health),
+        100 * health.originals_right,
+        health.images,
+        100 * health.reconstructions_right,
+        pictures_judged(health),
+        classes[health.most_common_answer],
+        100 * health.most_common_share,
+        health.collapsed,
+        health.dimensions,
+    )
+
+
+def _judge(health: Health) -> str:
+    return "the reference models get" if health.judged_by == REFERENCES else "the classifier gets"
+
+
+def pictures_judged(health: Health) -> str:
+    """Return what the verdict is on: reconstructions, or images moved by noise."""
+    return "them once moved by the noise" if health.anchored else "their reconstructions"
+
+
+def expect_healthy(spec: RunFile, models: Models) -> None:
+    """Raise VaeHealthError where the verdict on its β-VAE is worse than vae.accept."""
+    health = models.health
+    if health is None or VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
+        return
+    raise VaeHealthError(
+        f"the β-VAE is {health.verdict}: {_judge(health)} {health.originals_right:.1%} of the training images "
+        f"right but {health.reconstructions_right:.1%} of {pictures_judged(health)}, and {health.collapsed} of "
+        f"{health.dimensions} latent dimensions collapsed ({STRIP_KEY} in the run shows both); "
+        f"{_remedy(spec, health)}; vae.accept: {health.verdict} goes on all the same"
+    )
+
+
+def _remedy(spec: RunFile, health: Health) -> str:
+    if 2 * health.collapsed >= health.dimensions:
+        return f"lower vae.beta (now {spec.vae.beta:g}) and choose another --name"
+    if health.anchored:
+        return f"lower identify.scale (now {spec.identify.scale:g}) and choose another --name"
+    if spec.vae.architecture == "paper":
+        return "set vae.architecture: convolutional, and choose another --name"
+    return "raise vae.epochs or vae.latent_dim, and choose another --name"
+
+
+def reconstruction_strip(spec: RunFile, vae: Vae, images: Images) -> bytes:
+    """Return a PNG with originals in its first row and their reconstructions in the second.
+
+    With vae.decode: anchored a third row has the originals as the noise of identification moves them.
+    """
+    rows = np.unique(np.linspace(0, len(images) - 1, STRIP_IMAGES).astype(np.int64))
+    originals = images.batch(rows)
+    shown = [originals, decode_codes(vae, encode_images(vae, originals))]
+    if spec.vae.decode == "anchored":
+        shown.append(moved_images(spec, vae, images.take(rows), generator(spec.seed, "health", "strip")))
+    grid = np.stack(shown)  # (2 or 3, n, channels, H, W)
+    scale = max(1, STRIP_SIDE // originals.shape[3])
+    pixels = _tile(grid).repeat(scale, axis=0).repeat(scale, axis=1)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def _tile(grid: F32) -> U8:
+    """(rows, columns, channels, H, W) in [0, 1] -> (rows * H, columns * W, 3) as uint8."""
+    rows, columns, channels, height, width = grid.shape
+    pixels = (grid * 255).round().astype(np.uint8).transpose(0, 3, 1, 4, 2)
+    tiled: U8 = pixels.reshape(rows * height, columns * width, channels)
+    return np.broadcast_to(tiled, (*tiled.shape[:2], 3)) if channels == 1 else tiled

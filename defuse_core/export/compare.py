@@ -1,0 +1,186 @@
+"""The failure scenarios of two runs side by side: which persist, which are fixed, back again, or new."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.stats import chi2
+from torch import nn
+
+from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Sweep, Weights
+from defuse_core.correct import held_out_images
+from defuse_core.data import Images
+from defuse_core.errors import InputError
+from defuse_core.models import encode_images, load_classifier, load_vae, predict
+from defuse_core.review.verdicts import most_common_error
+from defuse_core.runs import Run
+
+State = Literal["persisting", "fixed", "back again", "new"]
+INSIDE = 0.999  # of a scenario's own pictures are within the distance that counts as inside
+MATCHING_SHARE = 0.5  # of the pictures of one scenario that are inside another one that it matches
+RIDGE = 1e-3  # of the mean variance, added to each: the β-VAE may not use a dimension
+
+
+@dataclass(frozen=True)
+class ComparedScenario:
+    """One scenario of either run. Accuracies are on its held-out pictures."""
+
+    state: State
+    label: str
+    mistaken_for: str
+    number_a: int | None  # in run A
+    number_b: int | None  # in run B
+    before_a: float  # classifier that run A debugged
+    after_a: float  # and its correction
+    before_b: float
+    after_b: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One run as the comparison sees it."""
+
+    run: Run
+    models: Models
+    gallery: Gallery
+    fixes: Corrections
+    pictures: F32  # (A, n, channels, H, W)
+    before: nn.Module
+    after: nn.Module
+
+    @property
+    def labels(self) -> I64:
+        return self.fixes.labels
+
+    def mistaken_for(self, row: int) -> str:
+        label = int(self.labels[row])
+        wrong = most_common_error(self.gallery.predicted[int(self.fixes.scenario[row])], label)
+        return self.models.classes[label if wrong is None else int(wrong)]
+
+
+def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
+    """Return the accepted scenarios of run A, then those of run B that match none of A's.
+
+    A scenario of A is fixed if the classifier that run B debugged is right on its pictures (check.min_scenario_accuracy
+    of B), back again if the correction of A was right and that classifier, another one, is not, and persisting
+    otherwise. Scenarios match if they have the same label, and if most pictures of A's are inside the ellipsoid of B's
+    in the latent space of B. Raises InputError for unfinished runs and for other classes or images.
+    """
+    _expect_comparable(a, b)
+    side_a, side_b = _load(a), _load(b)
+    same_classifier = _equal(side_a.models.classifier, side_b.models.classifier)
+    fixed_at = b.spec.check.min_scenario_accuracy
+    matches = _matches(side_a, side_b)
+    rows = []
+    for row in range(len(side_a.labels)):
+        scores = _scores(side_a, side_b, side_a.pictures[row], int(side_a.labels[row]))
+        state = _state(scores[1], scores[2], fixed_at, same_classifier)
+        rows.append(_compared(state, side_a, row, scores, matches.get(row), side_b))
+    for row in range(len(side_b.labels)):
+        if row not in matches.values():
+            scores = _scores(side_a, side_b, side_b.pictures[row], int(side_b.labels[row]))
+            rows.append(_new(side_b, row, scores))
+    return rows
+
+
+def _state(after_a: float, before_b: float, fixed_at: float, same_classifier: bool) -> State:
+    if before_b >= fixed_at:
+        return "fixed"
+    return "back again" if after_a >= fixed_at and not same_classifier else "persisting"
+
+
+def _load(run: Run) -> _Side:
+    models, gallery, fixes, sweep = (
+        run.load(Models),
+        run.load(Gallery),
+        run.load(Corrections),
+        run.load(Sweep),
+    )
+    if models is None or gallery is None or fixes is None or sweep is None:
+        raise InputError(
+            f"run {run.name} is not finished, so it cannot be compared; finish it with `defuse run`"
+        )
+    size = run.spec.data.image_size
+    pictures: F32 = np.zeros((0, 0, run.spec.data.channels, size, size), np.float32)
+    if len(fixes.labels):
+        images = held_out_images(load_vae(run.spec, models.vae), fixes)
+        pictures = images.batch(slice(0, len(images)))
+        pictures = pictures.reshape(len(fixes.labels), -1, *pictures.shape[1:])
+    classes = len(models.classes)
+    before = load_classifier(run.spec, models.classifier, classes)
+    after = load_classifier(run.spec, sweep.weights or models.classifier, classes)
+    return _Side(run, models, gallery, fixes, pictures, before, after)
+
+
+def _expect_comparable(a: Run, b: Run) -> None:
+    """Raise InputError where the runs have other classes, or images of another shape."""
+    models = [run.load(Models) for run in (a, b)]
+    classes = [None if found is None else found.classes for found in models]
+    pairs = {
+        "data.image_size": (a.spec.data.image_size, b.spec.data.image_size),
+        "data.channels": (a.spec.data.channels, b.spec.data.channels),
+        "the list of classes": (classes[0], classes[1] or classes[0]),
+    }
+    for name, (first, second) in pairs.items():
+        if first != second:
+            raise InputError(
+                f"runs {a.name} and {b.name} cannot be compared: {name} is {first} in one, {second} in the other"
+            )
+
+
+def _equal(first: Weights, second: Weights) -> bool:
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def _scores(a: _Side, b: _Side, pictures: F32, label: int) -> tuple[float, float, float, float]:
+    """Return the accuracies of A before and after its correction, and of B, on pictures (n, ...) of one label."""
+    images = Images(pictures, np.full(len(pictures), label, np.int64))
+    scores = [float((predict(net, images) == label).mean()) for net in (a.before, a.after, b.before, b.after)]
+    return scores[0], scores[1], scores[2], scores[3]
+
+
+def _matches(a: _Side, b: _Side) -> dict[int, int]:
+    """Return for rows of A the row of B that matches best; each row of B once."""
+    if not len(a.labels) or not len(b.labels):
+        return {}
+    vae = load_vae(b.run.spec, b.models.vae)
+    codes_a = [encode_images(vae, pictures) for pictures in a.pictures]
+    codes_b = [encode_images(vae, pictures) for pictures in b.pictures]
+    shares = {
+        (row, other): share_inside(codes_a[row], codes_b[other])
+        for row in range(len(a.labels))
+        for other in range(len(b.labels))
+        if a.labels[row] == b.labels[other]
+    }
+    matches: dict[int, int] = {}
+    for (row, other), share in sorted(shares.items(), key=lambda item: -item[1]):
+        if share >= MATCHING_SHARE and row not in matches and other not in matches.values():
+            matches[row] = other
+    return matches
+
+
+def share_inside(codes: F32, others: F32) -> float:
+    """Return the share of codes (n, Z) within the ellipsoid of other codes (m, Z)."""
+    mean, covariance = (
+        others.mean(axis=0, dtype=np.float64),
+        np.cov(others.T.astype(np.float64)).reshape(others.shape[1], others.shape[1]),
+    )
+    ridge = RIDGE * max(float(np.trace(covariance)) / len(covariance), 1e-12)
+    root = np.linalg.cholesky(covariance + ridge * np.eye(len(covariance)))
+    squares = (np.linalg.solve(root, (codes - mean).T) ** 2).sum(axis=0)  # (n,)
+    return float((squares <= chi2.ppf(INSIDE, codes.shape[1])).mean())
+
+
+def _compared(
+    state: State, a: _Side, row: int, scores: tuple[float, float, float, float], match: int | None, b: _Side
+) -> ComparedScenario:
+    number_b = None if match is None else int(b.fixes.scenario[match])
+    label = a.models.classes[int(a.labels[row])]
+    return ComparedScenario(state, label, a.mistaken_for(row), int(a.fixes.scenario[row]), number_b, *scores)
+
+
+def _new(b: _Side, row: int, scores: tuple[float, float, float, float]) -> ComparedScenario:
+    label = b.models.classes[int(b.labels[row])]
+    return ComparedScenario("new", label, b.mistaken_for(row), None, int(b.fixes.scenario[row]), *scores)

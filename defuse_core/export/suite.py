@@ -1,0 +1,275 @@
+"""Failure scenarios as a regression suite: one portable folder, against which any classifier can be checked.
+
+    suite/suite.json          classes, scenarios and the least accuracy on each, which may be edited
+    suite/suite.safetensors   the pictures, their codes and labels, and the β-VAE that drew them
+    suite/pictures/*.png      each scenario at a glance
+
+Nothing in it is unpickled, and it needs no run, no store and no data set.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from defuse_core.artifacts import (
+    F32,
+    I64,
+    U8,
+    Anchors,
+    Corrections,
+    Gallery,
+    Models,
+    Sweep,
+    Weights,
+)
+from defuse_core.codec import decode, encode
+from defuse_core.config import PrintableText, RunFile, parse_run_file
+from defuse_core.correct import held_out_images
+from defuse_core.data import Images
+from defuse_core.errors import InputError, StoreError
+from defuse_core.models import (
+    build_classifier,
+    check_outputs,
+    load_classifier,
+    load_pretrained,
+    load_vae,
+    predict,
+    to_device,
+)
+from defuse_core.review.verdicts import most_common_error
+from defuse_core.runs import Run
+
+VERSION: Final = 1
+DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
+SHEET = 8  # pictures per row and column of an overview
+
+
+class SuiteScenario(BaseModel):
+    """One failure scenario of a suite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: int
+    """Index among the components of the run."""
+    label: PrintableText
+    """The class of all its pictures."""
+    mistaken_for: PrintableText
+    """What the classifier of the run answered most often in its place."""
+    pictures: int
+    before: float
+    """Accuracy of the run's classifier before its correction."""
+    after: float
+    """And after it."""
+    least: float = Field(ge=0, le=1)
+    """Accuracy from which a checked classifier passes. May be edited."""
+
+    @property
+    def name(self) -> str:
+        """What a table calls it: `8 read as 3 (scenario 12)`."""
+        return f"{self.label} read as {self.mistaken_for} (scenario {self.number})"
+
+
+class SuiteDescription(BaseModel):
+    """The content of suite.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1]
+    run: PrintableText
+    """The run that it was saved from."""
+    annotators: PrintableText
+    """Who labelled its scenarios: people, or reference models."""
+    saved: PrintableText
+    """When, UTC."""
+    classes: tuple[PrintableText, ...]
+    image_size: int
+    channels: int
+    vae: dict[str, Any]
+    """Section `vae` of the run file: the architecture of the decoder."""
+    scenarios: tuple[SuiteScenario, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SuitePictures:
+    """The content of suite.safetensors."""
+
+    pixels: U8  # (A, n, channels, H, W) what classifiers are checked on
+    labels: I64  # (A,)
+    codes: F32  # (A, n, Z) that the pictures were decoded from
+    vae: Weights
+    anchors: Anchors | None = None  # images that the codes are decoded at, with vae.decode: anchored
+    anchor: I64 | None = None  # (A, n) index into anchors
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """One scenario of a suite and what a classifier reaches on it."""
+
+    scenario: SuiteScenario
+    accuracy: float
+
+    @property
+    def passed(self) -> bool:
+        return self.accuracy >= self.scenario.least
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """A suite in memory."""
+
+    description: SuiteDescription
+    pictures: SuitePictures
+
+    def check(self, classifier: nn.Module) -> list[SuiteResult]:
+        """Return what a classifier, from images in [0, 1] to logits, reaches on each scenario."""
+        results = []
+        for scenario, pixels, label in zip(
+            self.description.scenarios, self.pictures.pixels, self.pictures.labels, strict=True
+        ):
+            images = Images(pixels, np.full(len(pixels), label, np.int64))
+            accuracy = float((predict(classifier, images) == label).mean())
+            results.append(SuiteResult(scenario, accuracy))
+        return results
+
+    def classifier(self, section: dict[str, Any]) -> nn.Module:
+        """Return the classifier that a section `classifier` describes, checked on the suite's pictures.
+
+        Raises RunFileError for the section, ModelError for a classifier that does not fit.
+        """
+        spec = self._run_file(section)
+        classes = len(self.description.classes)
+        classifier = build_classifier(spec, classes)
+        load_pretrained(classifier, spec.classifier.weights, trained_on=False)
+        to_device(classifier).eval()
+        pixels = self.pictures.pixels.reshape(-1, *self.pictures.pixels.shape[2:])
+        images = Images(pixels, np.repeat(self.pictures.labels, self.pictures.pixels.shape[1]))
+        check_outputs(classifier, spec.classifier, images, classes)
+        return classifier
+
+    def _run_file(self, section: dict[str, Any]) -> RunFile:
+        data = {
+            "name": "digits",
+            "image_size": self.description.image_size,
+            "channels": self.description.channels,
+        }
+        tree = {"data": data, "vae": self.description.vae, "classifier": section}
+        return parse_run_file(tree, "the classifier to check")
+
+
+def save_suite(run: Run, folder: Path) -> Suite:
+    """Write the accepted scenarios of a finished run as a suite into a new or empty folder, and return it.
+
+    The pictures are the held-out ones. The least accuracy of each scenario is check.min_each_scenario of the run file,
+    or what the corrected classifier reaches where that is less. Raises InputError where the run has no scenario.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--out {folder}: expected an empty or new folder, found files; choose another one")
+    suite = _frozen(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PICTURES).mkdir()
+    for scenario, pixels in zip(suite.description.scenarios, suite.pictures.pixels, strict=True):
+        _sheet(pixels).save(folder / PICTURES / f"scenario-{scenario.number:03d}.png")
+    (folder / TENSORS).write_bytes(encode(suite.pictures))
+    (folder / DESCRIPTION).write_text(suite.description.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return suite
+
+
+def load_suite(folder: Path) -> Suite:
+    """Return the suite in a folder. Raises InputError for anything else."""
+    try:
+        description = SuiteDescription.model_validate_json((folder / DESCRIPTION).read_bytes())
+        pictures = decode(SuitePictures, (folder / TENSORS).read_bytes(), str(folder / TENSORS))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"--suite {folder}: expected a folder written by `defuse suite save`, found no {Path(error.filename).name}"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{folder / DESCRIPTION}: {place}: {first['msg']}; undo the edit") from error
+    except StoreError as error:
+        raise InputError(str(error)) from error
+    if len(description.scenarios) != len(pictures.labels):
+        counts = f"{len(description.scenarios)} scenarios, {TENSORS} has {len(pictures.labels)}"
+        raise InputError(f"{folder}: {DESCRIPTION} has {counts}; save the suite again")
+    return Suite(description, pictures)
+
+
+def _frozen(run: Run) -> Suite:
+    models, gallery, fixes, sweep = (
+        run.load(Models),
+        run.load(Gallery),
+        run.load(Corrections),
+        run.load(Sweep),
+    )
+    if models is None or gallery is None or fixes is None or sweep is None:
+        raise InputError(f"run {run.name} is not finished; finish it with `defuse run`")
+    if not len(fixes.labels):
+        raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
+    spec, classes = run.spec, models.classes
+    images = held_out_images(load_vae(spec, models.vae), fixes)
+    floats = images.batch(slice(0, len(images))).reshape(len(fixes.labels), -1, *images.pixels.shape[1:])
+    pixels = np.round(floats * 255).clip(0, 255).astype(np.uint8)
+    pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor)
+    before, after = (
+        _accuracies(load_classifier(spec, weights, len(classes)), pictures)
+        for weights in (models.classifier, sweep.weights or models.classifier)
+    )
+    scenarios = tuple(
+        SuiteScenario(
+            number=int(component),
+            label=classes[label],
+            mistaken_for=classes[_mistaken_for(gallery, int(component), int(label))],
+            pictures=pixels.shape[1],
+            before=before[row],
+            after=after[row],
+            least=min(spec.check.min_each_scenario, after[row]),
+        )
+        for row, (component, label) in enumerate(zip(fixes.scenario, fixes.labels, strict=True))
+    )
+    return Suite(_described(run, models, scenarios), pictures)
+
+
+def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -> SuiteDescription:
+    vae = run.spec.vae.model_dump(mode="json")
+    return SuiteDescription(
+        version=VERSION,
+        run=run.name,
+        annotators=str(run.manifest().get("annotators", "unknown")),
+        saved=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        classes=models.classes,
+        image_size=run.spec.data.image_size,
+        channels=run.spec.data.channels,
+        vae=vae | {"weights": None, "epochs": max(1, vae["epochs"])},
+        scenarios=scenarios,
+    )
+
+
+def _accuracies(classifier: nn.Module, pictures: SuitePictures) -> list[float]:
+    return [
+        float((predict(classifier, Images(pixels, np.full(len(pixels), label, np.int64))) == label).mean())
+        for pixels, label in zip(pictures.pixels, pictures.labels, strict=True)
+    ]
+
+
+def _mistaken_for(gallery: Gallery, component: int, label: int) -> int:
+    wrong = most_common_error(gallery.predicted[component], label)
+    return label if wrong is None else int(wrong)
+
+
+def _sheet(pixels: U8) -> Image.Image:
+    """Return the first pictures (n, channels, H, W) of a scenario as one picture."""
+    shown = pixels[: SHEET * SHEET]
+    rows = [shown[start : start + SHEET] for start in range(0, len(shown), SHEET)]
+    blank = np.full_like(shown[0], 255)
+    lines = [np.concatenate([*row, *[blank] * (SHEET - len(row))], axis=2) for row in rows]
+    sheet = np.concatenate(lines, axis=1)
+    return Image.fromarray(sheet[0] if len(sheet) == 1 else np.ascontiguousarray(sheet.transpose(1, 2, 0)))

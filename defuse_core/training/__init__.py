@@ -1,0 +1,1 @@
+"""Training: minibatches, several workers, checkpoints, precision, and the models that are trained."""

@@ -1,0 +1,104 @@
+"""Training by several workers at once: each computes its part of every minibatch, and gradients are averaged.
+
+The workers form a torch process group (cluster/train.py starts them). All see the same minibatches in the same order,
+so together they take the steps of a single worker, but for rounding, and for batch normalisation on CPUs, which sees
+the worker's part of the minibatch. A process without a group is the only worker, and computes what it always did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from defuse_core.artifacts import I64
+from defuse_core.device import device
+from defuse_core.training.batches import DeviceImages
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def worker_count() -> int:
+    """Return the number of workers that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first_worker() -> bool:
+    """Whether this is the worker that stores checkpoints and reports."""
+    return worker_count() == 1 or dist.get_rank() == 0
+
+
+@dataclass(frozen=True)
+class MinibatchPart:
+    """The part of a minibatch of `count` images that this worker computes."""
+
+    rows: slice
+    count: int
+    weight: float  # of the part's mean loss: the average over the workers is the mean over the minibatch
+
+    @staticmethod
+    def of(count: int) -> MinibatchPart:
+        """Return this worker's part; everything where the minibatch has no two images for each worker."""
+        workers = worker_count()
+        if workers == 1 or count < 2 * workers:
+            return MinibatchPart(slice(0, count), count, 1.0)
+        first, after = (count * (dist.get_rank() + more) // workers for more in (0, 1))
+        return MinibatchPart(slice(first, after), count, workers * (after - first) / count)
+
+    def weighted(self, loss: Tensor) -> Tensor:
+        """Return the loss times the weight of the part."""
+        return loss if self.weight == 1.0 else loss * self.weight
+
+
+def worker_minibatches(
+    images: DeviceImages, order: Iterable[I64]
+) -> Iterator[tuple[MinibatchPart, Tensor, Tensor]]:
+    """Yield this worker's part of each minibatch of `order`, with its images and labels."""
+    minibatches = list(order)
+    mine = [MinibatchPart.of(len(rows)) for rows in minibatches]
+    read = images.batches(rows[part.rows] for rows, part in zip(minibatches, mine, strict=True))
+    for part, (_, batch, labels) in zip(mine, read, strict=True):
+        yield part, batch, labels
+
+
+class _LossModule(nn.Module):
+    """What DistributedDataParallel wraps: a loss as the forward pass of the module that is trained."""
+
+    def __init__(self, trained: nn.Module, loss: Callable[..., object]) -> None:
+        super().__init__()
+        self.trained, self.loss = trained, loss
+
+    def forward(self, *args: object) -> object:
+        return self.loss(*args)
+
+
+def averaged(trained: nn.Module, loss: Callable[P, R]) -> Callable[P, R]:
+    """Return `loss`, the backward pass of which averages the gradients of `trained` over the workers.
+
+    On GPUs batch normalisation sees the whole minibatch. Waits until all workers have called it.
+    """
+    if worker_count() == 1:
+        return loss
+    if device().type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(trained)  # type: ignore[no-untyped-call]
+    return DistributedDataParallel(_LossModule(trained, loss))
+
+
+def mean_over_workers(values: Tensor) -> Tensor:
+    """Return the mean of `values` over the workers, which all call this at the same time."""
+    if worker_count() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / worker_count()
+
+
+def drawn_normal(part: MinibatchPart, width: int, noise: torch.Generator) -> Tensor:
+    """Return the part's rows of standard normal numbers for the whole minibatch, (n, width)."""
+    return torch.randn((part.count, width), generator=noise, device=noise.device)[part.rows]

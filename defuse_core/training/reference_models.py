@@ -1,0 +1,355 @@
+"""Sets of independent classifiers: the reference models, which take part in the method, and the judges, which do not.
+
+Each set is trained once per run, with augmentation, and kept in its store. The reference models screen failing draws,
+tighten components, filter what is tuned on, and can replace annotators; votes, report and promoted versions then
+state that models answered, not people. The judges evaluate the result: they are of another architecture, have other
+seeds, and are trained on images that the reference models have not seen (judges.share).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
+from defuse_core.codec import decode, encode
+from defuse_core.config import ClassifierSet, RunFile
+from defuse_core.data import Images, Splits, open_splits, reopen_splits
+from defuse_core.data.splits import split_tracks
+from defuse_core.device import cpu_threads
+from defuse_core.errors import StoreError
+from defuse_core.models import (
+    LeNet,
+    ReferenceCnn,
+    ResNet18,
+    accuracy,
+    import_module,
+    predict_probabilities,
+    read_weights,
+    set_weights,
+    to_device,
+    weights_of,
+)
+from defuse_core.progress import Progress
+from defuse_core.protocols import Call
+from defuse_core.seeds import generator, torch_seed
+from defuse_core.store import Store
+from defuse_core.training.batches import DeviceImages
+from defuse_core.training.checkpoint import Losses, minibatches, train_step
+from defuse_core.training.precision import autocast
+
+if TYPE_CHECKING:
+    from defuse_core.protocols import Compute
+    from defuse_core.runs import Run
+
+log = logging.getLogger("defuse")
+SetName = Literal["reference", "judges"]
+SCORED_IMAGES = 5000  # of validation and test that the accuracy of each model is measured on
+
+
+class ReferenceAnnotators:
+    """The protocol `Annotators`, implemented by models, which answer at once."""
+
+    def __init__(self, run: Run, compute: Compute) -> None:
+        self.run, self.compute = run, compute
+
+    def review(self, gallery: Gallery) -> Votes:
+        """Return one answer per model and image; below min_confidence a model answers none-of-the-above."""
+        probabilities = ask_models(self.run, self.compute, gallery)
+        return votes_of_models(probabilities, self.run.spec.review.reference.min_confidence)
+
+
+def reference_models(run: Run, compute: Compute) -> ReferenceSet:
+    """Return the reference models of the run, trained when they are first needed."""
+
+    def make() -> ReferenceSet:
+        calls = _calls(run.spec, "reference", _fingerprint(run), run.store)
+        return _merge(compute.tasks("train", calls))
+
+    return run.once("train", ReferenceSet, make, "references")
+
+
+def references_take_part(spec: RunFile) -> bool:
+    """Return whether the method itself needs the reference models, whoever annotates."""
+    parts = (spec.identify.screen, spec.correct.filter)
+    return "reference-models" in parts or spec.review.tau == "auto"
+
+
+def judges(run: Run, compute: Compute) -> ReferenceSet | None:
+    """Return the judges of the run, trained when they are first needed; None with judges.count 0."""
+    if run.spec.judges.count == 0:
+        return None
+
+    def make() -> ReferenceSet:
+        return _merge(compute.tasks("report", _calls(run.spec, "judges", _fingerprint(run), run.store)))
+
+    return run.once("report", ReferenceSet, make, "judges")
+
+
+def _fingerprint(run: Run) -> str | None:
+    """Return the fingerprint of the images that the run's classifier was trained on, if it has one."""
+    models = run.load(Models)
+    return None if models is None else models.data_fingerprint
+
+
+def ask_models(run: Run, compute: Compute, gallery: Gallery) -> F32:
+    """Return the reference models' class probabilities on the gallery, (W, S, R, C)."""
+    if not gallery.predicted.size:
+        section = run.spec.review.reference
+        return np.zeros((section.count, *gallery.predicted.shape, len(gallery.classes)), np.float32)
+    references = reference_models(run, compute)
+    return compute.task("review", gallery_probabilities, run.spec, references, gallery)
+
+
+def votes_of_models(probabilities: F32, min_confidence: float) -> Votes:
+    """Return the votes of models with (W, S, R, C) class probabilities."""
+    annotators, scenarios, images = probabilities.shape[:3]
+    annotator, scenario, image = (axis.ravel() for axis in np.indices((annotators, scenarios, images)))
+    return Votes(
+        scenario=scenario,
+        image=image,
+        annotator=annotator,
+        answer=answers_of_models(probabilities, min_confidence).ravel(),
+        when=np.zeros(annotator.size),
+        annotators=tuple(f"reference model {number + 1}" for number in range(annotators)),
+        answered_by="reference models",
+        notes={},
+    )
+
+
+def answers_of_models(probabilities: F32, min_confidence: float = 0.0) -> np.ndarray:  # type: ignore[type-arg]
+    """Return the answer of each model, (W, ...), from (W, ..., C); below min_confidence none-of-the-above."""
+    sure = probabilities.max(axis=-1) >= min_confidence
+    return np.where(sure, probabilities.argmax(axis=-1), NONE_OF_THE_ABOVE).astype(np.int64)
+
+
+def gallery_probabilities(
+    spec: RunFile, references: ReferenceSet, gallery: Gallery, *, progress: Progress
+) -> F32:
+    """Return the reference models' class probabilities on the gallery, (W, S, R, C)."""
+    progress("reviewing with the reference models", 0, 1, "galleries")
+    shown = gallery.images.reshape(-1, *gallery.images.shape[2:])
+    with cpu_threads(spec.resources.train_threads):
+        models = load_reference_models(spec, spec.review.reference, references, len(gallery.classes))
+        probabilities = model_probabilities(models, shown)
+    return probabilities.reshape(len(models), *gallery.predicted.shape, -1)
+
+
+def train_reference_models(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
+    """Return the reference models, trained in this process.
+
+    Raises RunMismatchError if the images are not those of `fingerprint`, if given.
+    """
+    return _merge(
+        [call.function(*call.args, progress=progress) for call in _calls(spec, "reference", fingerprint)]
+    )
+
+
+def train_judges(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
+    """Return the judges, likewise."""
+    return _merge(
+        [call.function(*call.args, progress=progress) for call in _calls(spec, "judges", fingerprint)]
+    )
+
+
+def reference_calls(run: Run) -> list[Call[TrainedClassifier]]:
+    """Return the trainings of the reference models that are yet to be made, if the method needs them."""
+    if not references_take_part(run.spec) or run.load(ReferenceSet, "references") is not None:
+        return []
+    return _calls(run.spec, "reference", None, run.store)
+
+
+def _calls(
+    spec: RunFile, name: SetName, fingerprint: str | None, store: Store | None = None
+) -> list[Call[TrainedClassifier]]:
+    """Return the trainings of a set: independent, one call each. With a store each is made once."""
+    count = set_section(spec, name).count
+    return [Call(train_one, spec, name, number, fingerprint, store) for number in range(count)]
+
+
+def _merge(trained: Sequence[TrainedClassifier]) -> ReferenceSet:
+    return ReferenceSet(
+        tuple(model.weights for model in trained),
+        trained[0].train_images,
+        np.array([model.validation for model in trained], np.float64),  # None becomes nan
+        np.array([model.test for model in trained], np.float64),
+    )
+
+
+def set_section(spec: RunFile, name: SetName) -> ClassifierSet:
+    """Return the section of the run file that describes a set."""
+    return spec.review.reference if name == "reference" else spec.judges
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedClassifier:
+    """One model of a set."""
+
+    weights: Weights
+    train_images: int
+    validation: float | None  # accuracy; None without validation images
+    test: float | None
+    data_fingerprint: str  # of the images trained on
+
+
+def train_one(
+    spec: RunFile,
+    name: SetName,
+    number: int,
+    fingerprint: str | None,
+    store: Store | None,
+    *,
+    progress: Progress,
+) -> TrainedClassifier:
+    """Return model `number` of a set, which depends on no other model of it; the one in `store` if it is there."""
+    splits = (
+        reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
+    )
+    key = f"training/{name}-{number}.safetensors"
+    found = None if store is None else _stored(store, key, splits.fingerprint())
+    if found is None:
+        found = _train_one(spec, name, number, splits, progress)
+        if store is not None:
+            store.write(key, encode(found))
+    return found
+
+
+def _stored(store: Store, key: str, fingerprint: str) -> TrainedClassifier | None:
+    """Return the model under `key`; None where there is none, and where it is damaged or of other images."""
+    if not store.exists(key):
+        return None
+    try:
+        found = decode(TrainedClassifier, store.read(key), f"{store.address}/{key}", "it is trained again")
+    except StoreError as error:
+        log.warning("train: %s", error)
+        return None
+    return found if found.data_fingerprint == fingerprint else None
+
+
+def _train_one(
+    spec: RunFile, name: SetName, number: int, splits: Splits, progress: Progress
+) -> TrainedClassifier:
+    train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
+    with cpu_threads(spec.resources.train_threads):
+        model = train_reference(spec, name, train, len(splits.classes), number, progress)
+        validation, test = _scores(model, splits)
+    return TrainedClassifier(weights_of(model), len(train), validation, test, splits.fingerprint())
+
+
+def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
+    """Return the part of the training images that the set `name` is trained on."""
+    if spec.judges.count and spec.judges.share:
+        for_judges, others = split_tracks(train, spec.judges.share, generator(spec.seed, "judges", "split"))
+        train = train.take(for_judges if name == "judges" else others)
+    if section.train_images is not None and section.train_images < len(train):
+        rows = generator(spec.seed, name, "sample").choice(len(train), section.train_images, replace=False)
+        train = train.take(np.sort(rows))
+    return train
+
+
+def _scores(model: nn.Module, splits: Splits) -> tuple[float | None, float | None]:
+    parts = (splits.validation, splits.test)
+    scores = [None if part is None else accuracy(model, part.take(slice(0, SCORED_IMAGES))) for part in parts]
+    return scores[0], scores[1]
+
+
+def train_reference(
+    spec: RunFile, name: SetName, train: Images, classes: int, number: int, progress: Progress
+) -> nn.Module:
+    """Return model `number` of a set, trained with AdamW under a one-cycle schedule on augmented images."""
+    section, arithmetic = set_section(spec, name), spec.resources.arithmetic(name)
+    torch.manual_seed(torch_seed(spec.seed, name, number))
+    model = build_reference(spec, section, classes)
+    if section.weights is not None:
+        set_weights(model, read_weights(section.weights), str(section.weights))
+    to_device(model)
+    if section.epochs == 0:
+        return model.eval()
+    steps = section.epochs * math.ceil(len(train) / section.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1)
+    done, total = 0, section.epochs * len(train)
+    what = f"{'judge' if name == 'judges' else 'reference model'} {number + 1} of {section.count}"
+    images = DeviceImages(train)
+    for epoch in range(section.epochs):
+        rng, losses = generator(spec.seed, name, number, epoch), Losses(what)
+        for rows, batch, labels in images.batches(minibatches(len(train), section.batch_size, rng)):
+            augmented = augment(batch, rng)
+            with autocast(arithmetic):
+                logits = model(augmented)
+            loss = F.cross_entropy(logits.float(), labels)
+            train_step(loss, optimizer)
+            losses.add(loss)
+            schedule.step()
+            done += len(rows)
+            progress(f"training {what}", done, total, "images")
+        losses.mean()  # raises where the training diverged
+    return model.eval()
+
+
+def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.Module:
+    """Return an untrained model of the set that `section` describes."""
+    size, channels = spec.data.image_size, spec.data.channels
+    if section.import_path is not None:
+        return import_module("import_path", section.import_path)
+    if section.architecture == "resnet18":
+        return ResNet18(classes, imagenet=False, stem="small")
+    if section.architecture == "lenet":
+        return LeNet(size, channels, section.channels, classes)
+    return ReferenceCnn(size, channels, section.channels, classes)
+
+
+def load_reference_models(
+    spec: RunFile, section: ClassifierSet, found: ReferenceSet, classes: int
+) -> list[nn.Module]:
+    """Return the models of a set, on this process's device, ready to predict."""
+    models = []
+    for number, weights in enumerate(found.models):
+        model = build_reference(spec, section, classes)
+        set_weights(model, weights, f"model {number + 1} of the set")
+        models.append(to_device(model).eval())
+    return models
+
+
+def model_probabilities(models: Sequence[nn.Module], images: F32, batch_size: int = 256) -> F32:
+    """Return the class probabilities of each model, (W, n, C)."""
+    return np.stack([predict_probabilities(model, images, batch_size) for model in models])
+
+
+def mean_probabilities(models: Sequence[nn.Module], images: F32, batch_size: int = 256) -> F32:
+    """Return the class probabilities averaged over the models, (n, C)."""
+    mean: F32 = model_probabilities(models, images, batch_size).mean(axis=0)
+    return mean
+
+
+def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return each image randomly rotated, scaled, shifted and brightened, and every second one blurred.
+
+    Blur matters: decodings are smoother than photographs. No image is mirrored, since that changes the class of digits
+    and signs.
+    """
+    count = len(images)
+    angle = rng.uniform(-0.2, 0.2, count)  # radians
+    scale, shift = rng.uniform(0.85, 1.15, count), rng.uniform(-0.12, 0.12, (count, 2))
+    theta = np.zeros((count, 2, 3), np.float32)
+    theta[:, 0, 0] = theta[:, 1, 1] = np.cos(angle) * scale
+    theta[:, 0, 1], theta[:, 1, 0] = -np.sin(angle) * scale, np.sin(angle) * scale
+    theta[:, :, 2] = shift
+    grid = F.affine_grid(torch.from_numpy(theta).to(images.device), list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
+    moved = torch.where(_column(rng.random(count) < 0.5, images), blurred, moved)
+    bright = _column(rng.uniform(0.8, 1.2, count).astype(np.float32), images)
+    return (moved * bright).clamp(0, 1)
+
+
+def _column(values: np.ndarray, like: Tensor) -> Tensor:  # type: ignore[type-arg]
+    return torch.from_numpy(values).to(like.device).view(-1, 1, 1, 1)

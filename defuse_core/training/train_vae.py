@@ -1,0 +1,209 @@
+"""Train the β-VAE: reconstruction plus β times KL (§2), with an optional class head on the codes, and guides."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defuse_core.artifacts import VaeEpoch
+from defuse_core.config import Arithmetic, RunFile, VaeSection
+from defuse_core.data import Images, Splits
+from defuse_core.device import device
+from defuse_core.models import (
+    Vae,
+    build_vae,
+    expect_autoencoder,
+    kl_to_prior,
+    load_pretrained,
+    to_device,
+)
+from defuse_core.progress import Progress
+from defuse_core.seeds import generator, torch_seed
+from defuse_core.store import Store
+from defuse_core.training.batches import DeviceImages
+from defuse_core.training.checkpoint import Losses, Training, format_row, minibatches, train_step
+from defuse_core.training.data_parallel import averaged, drawn_normal, worker_minibatches
+from defuse_core.training.precision import autocast
+from defuse_core.training.reference_models import augment
+
+log = logging.getLogger("defuse")
+
+
+def initial_vae(spec: RunFile, train: Images) -> Vae:
+    """Return the β-VAE before its training: initialised from the seed, with vae.weights, or custom."""
+    torch.manual_seed(torch_seed(spec.seed, "vae"))
+    vae = build_vae(spec)
+    load_pretrained(vae, spec.vae.weights, spec.vae.epochs > 0)
+    expect_autoencoder(vae.eval(), torch.from_numpy(train.batch(slice(0, 2))), spec.vae.latent_dim)
+    return vae.train()
+
+
+def train_vae(
+    spec: RunFile,
+    vae: Vae,
+    splits: Splits,
+    store: Store | None,
+    progress: Progress,
+    guides: Sequence[nn.Module] = (),
+) -> list[VaeEpoch]:
+    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image).
+
+    `guides` are the classifiers that vae.guide_weight asks about the decodings. They are not trained.
+    """
+    section = spec.vae
+    head = _class_head(spec, len(splits.classes)) if section.class_weight else None
+    trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
+    optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
+    training = Training(trained, optimizer, store, "vae", splits.fingerprint())
+    for guide in guides:
+        guide.requires_grad_(False)
+    loss = averaged(trained, VaeObjective(spec, vae.train(), head))
+    images = DeviceImages(splits.train, spec.resources.readers)
+    trainer = _VaeTrainer(spec, loss, head is not None, tuple(guides), optimizer, images, progress)
+    for epoch in training.epochs(section.epochs):
+        row = trainer.epoch(epoch)
+        training.history.append(row)
+        log.log(
+            logging.INFO if epoch + 1 == section.epochs else logging.DEBUG,
+            "β-VAE epoch %d of %d: %s",
+            epoch + 1,
+            section.epochs,
+            format_row(row),
+        )
+    vae.eval()
+    return training.history
+
+
+def _class_head(spec: RunFile, classes: int) -> nn.Module:
+    """Return a linear classifier of latent codes. It shapes the codes during training and is not kept."""
+    torch.manual_seed(torch_seed(spec.seed, "vae", "head"))
+    return nn.Linear(spec.vae.latent_dim, classes)
+
+
+@dataclass(frozen=True)
+class _VaeTrainer:
+    """What every epoch of the β-VAE's training uses."""
+
+    spec: RunFile
+    loss: Callable[..., VaeLoss]
+    has_head: bool
+    guides: tuple[nn.Module, ...]  # each step asks one of them, in turn
+    optimizer: torch.optim.Optimizer
+    images: DeviceImages
+    progress: Progress
+
+    def epoch(self, epoch: int) -> VaeEpoch:
+        """Train for one epoch, counted from 0, and return its figures."""
+        spec, section, count = self.spec, self.spec.vae, len(self.images)
+        noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
+        views = generator(spec.seed, "vae", "guide", epoch)
+        batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
+        done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
+        for step, (part, images, labels) in enumerate(
+            worker_minibatches(self.images, batches), start=epoch * len(batches) + 1
+        ):
+            beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
+            set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
+            guide = Guide(self.guides[step % len(self.guides)], views) if self.guides else None
+            drawn = drawn_normal(part, section.latent_dim, noise)
+            terms = self.loss(images, labels, drawn, beta, guide)
+            train_step(part.weighted(terms.total), self.optimizer)
+            losses.add(*(part.weighted(term) for term in terms))
+            done += part.count
+            self.progress("training the β-VAE", done, section.epochs * count, "images")
+        reconstruction, divergence, class_loss, guide_loss = losses.mean()[1]
+        return VaeEpoch(
+            epoch + 1,
+            reconstruction,
+            divergence,
+            beta,
+            class_loss if self.has_head else None,
+            guide_loss if self.guides else None,
+        )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
+    """Set the learning rate of step 1 to `steps`. It depends on nothing else, so a resumed training needs no state."""
+    if section.schedule == "constant":
+        return
+    rising = max(1, steps // 10)
+    falling = max(0, step - rising) / max(1, steps - rising)  # share of the steps after the rise
+    share = min(1.0, step / rising) * 0.5 * (1 + math.cos(math.pi * falling))
+    for group in optimizer.param_groups:
+        group["lr"] = section.learning_rate * share
+
+
+class VaeTerms(NamedTuple):
+    """The terms of the β-VAE's loss, in nats per image, and the codes that they were computed with."""
+
+    reconstruction: Tensor  # -E log p(x|z), Bernoulli
+    divergence: Tensor  # KL(q(z|x) || p(z))
+    codes: Tensor  # (n, Z) drawn from q(z|x)
+    logits: Tensor  # (n, channels, H, W) decoded from the codes
+
+
+def vae_terms(vae: Vae, images: Tensor, drawn: Tensor, arithmetic: Arithmetic = "f32") -> VaeTerms:
+    """Return the terms of the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers.
+
+    The networks alone are computed in bf16.
+    """
+    with autocast(arithmetic):
+        moments = vae.encode(images)
+    mu, log_variance = (moment.float() for moment in moments)
+    codes = mu + torch.exp(0.5 * log_variance) * drawn
+    with autocast(arithmetic):
+        logits = vae.decode_logits(codes)
+    logits = logits.float()
+    reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
+    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes, logits)
+
+
+class VaeLoss(NamedTuple):
+    """The β-VAE's loss and what it consists of, in nats per image."""
+
+    total: Tensor
+    reconstruction: Tensor
+    divergence: Tensor
+    class_loss: Tensor  # cross-entropy of the class head, 0 without one
+    guide_loss: Tensor  # cross-entropy of the guide on the decodings, 0 without one
+
+
+class Guide(NamedTuple):
+    """A classifier that is asked about the decodings, and what draws the augmentation that it sees them under."""
+
+    module: nn.Module
+    views: np.random.Generator
+
+
+@dataclass(frozen=True)
+class VaeObjective:
+    """The loss of a β-VAE, and of a linear classifier of its codes where there is one."""
+
+    spec: RunFile
+    vae: Vae
+    head: nn.Module | None
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, drawn: Tensor, beta: float, guide: Guide | None
+    ) -> VaeLoss:
+        """Return the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers."""
+        section = self.spec.vae
+        terms = vae_terms(self.vae, images, drawn, self.spec.resources.arithmetic("vae"))
+        total = terms.reconstruction + beta * terms.divergence
+        class_loss = guide_loss = torch.zeros_like(total)
+        if self.head is not None:
+            class_loss = F.cross_entropy(self.head(terms.codes), labels)
+            total = total + section.class_weight * class_loss
+        if guide is not None:
+            seen = augment(torch.sigmoid(terms.logits), guide.views)
+            guide_loss = F.cross_entropy(guide.module(seen), labels)
+            total = total + section.guide_weight * guide_loss
+        return VaeLoss(total, terms.reconstruction, terms.divergence, class_loss, guide_loss)

@@ -1,0 +1,1 @@
+"""The failure probability of new inputs, and the scenario that explains it."""

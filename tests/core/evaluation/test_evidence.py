@@ -1,0 +1,140 @@
+"""Evidence: shares with intervals, folds, and what judges find on constructed and on real runs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Corrections, Sweep, Votes
+from defuse_core.evaluation.evidence import (
+    _at_fault,
+    _better,
+    _wilson,
+    fold_of,
+    fold_spec,
+    folds,
+    krippendorff_alpha,
+    plain_spec,
+    without_fold,
+)
+from defuse_core.local import LocalCompute
+from defuse_core.pipeline import run_defuse
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import ReferenceAnnotators
+from tests.conftest import recommended
+
+
+def corrections(count: int) -> Corrections:
+    codes = np.arange(count, dtype=np.float32)[:, None, None] * np.ones((1, 3, 2), np.float32)
+    return Corrections(np.arange(count) + 10, np.arange(count) % 4, codes, codes)
+
+
+def votes(answers: list[list[int | None]]) -> Votes:
+    """Return votes from a table of annotators x images; None is no answer."""
+    rows = [(image, person, answer) for person, row in enumerate(answers) for image, answer in enumerate(row)]
+    kept = np.array([row for row in rows if row[2] is not None], np.int64).reshape(-1, 3)
+    scenario = np.zeros(len(kept), np.int64)
+    names = tuple(f"annotator {person}" for person in range(len(answers)))
+    return Votes(scenario, kept[:, 0], kept[:, 1], kept[:, 2], np.zeros(len(kept)), names, "people", {})
+
+
+def test_the_two_folds_hold_every_scenario_once() -> None:
+    fixes = corrections(5)
+    left = [without_fold(fixes, fold) for fold in folds(fixes)]
+    tuned = np.concatenate([part.scenario for part in left])
+    assert sorted(tuned.tolist()) == fixes.scenario.tolist()
+    assert [part.tune[:, 0, 0].tolist() for part in left] == [[1, 3], [0, 2, 4]]
+    assert fold_of(fixes).tolist() == [0, 1, 0, 1, 0]
+
+
+def test_one_scenario_cannot_be_left_out() -> None:
+    assert folds(corrections(1)) == ()
+
+
+def test_plain_training_is_the_chosen_fine_tuning_without_scenarios(finished) -> None:
+    run, _ = finished
+    sweep = run.load(Sweep)
+    chosen = sweep.chosen
+    assert plain_spec(run.spec, sweep).correct.lambdas == (0.0,)
+    assert plain_spec(run.spec, sweep).correct.epochs == chosen.epoch
+    assert fold_spec(run.spec, sweep).correct.lambdas == (chosen.lam,)
+
+
+def test_krippendorffs_alpha_equals_the_published_example() -> None:
+    # Krippendorff (2011), "Computing Krippendorff's alpha-reliability", nominal data with missing values: 0.691
+    table = [
+        [None, None, None, None, None, 3, 4, 1, 2, 1, 1, 3, 3, None, 3],
+        [1, None, 2, 1, 3, 3, 4, 3, None, None, None, None, None, None, None],
+        [None, None, 2, 1, 3, 4, 4, None, 2, 1, 1, 3, 3, None, 4],
+    ]
+    assert krippendorff_alpha(votes(table), 15) == pytest.approx(0.691, abs=5e-4)
+
+
+def test_alpha_is_undefined_for_one_annotator_or_one_answer() -> None:
+    assert np.isnan(krippendorff_alpha(votes([[1, 2, 3]]), 3))
+    assert np.isnan(krippendorff_alpha(votes([[1, 1], [1, 1]]), 2))
+
+
+def test_a_scenario_is_confirmed_only_where_more_images_are_right_than_chance_explains() -> None:
+    before = np.zeros((3, 40))
+    after = np.stack([np.ones(40), np.r_[np.ones(2), np.zeros(38)], np.full(40, np.nan)])
+    assert _better(before, after).tolist() == [True, False, False]
+
+
+def test_a_correction_that_breaks_as_many_images_as_it_mends_is_not_confirmed() -> None:
+    before = np.r_[np.ones(20), np.zeros(20)][None]
+    assert not _better(before, 1 - before)[0]
+
+
+def test_an_interval_leaves_out_images_without_a_label() -> None:
+    share, low, high = _wilson(np.array([1.0, 1.0, np.nan, 0.0]))
+    assert share == pytest.approx(2 / 3)
+    assert 0 < low < share < high < 1
+    assert np.isnan(_wilson(np.full(4, np.nan))).all()
+
+
+@pytest.mark.parametrize(("purity", "culprit"), [(0.95, "classifier"), (0.7, "unclear"), (0.1, "β-VAE")])
+def test_the_classifier_is_at_fault_only_where_the_pictures_show_the_label(
+    purity: float, culprit: str
+) -> None:
+    assert _at_fault(purity) == culprit
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the recommended way, and its report."""
+    run = Run.start(FolderStore(tmp_path_factory.mktemp("evidence")), "a", recommended())
+    compute = LocalCompute()
+    return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
+
+
+def test_a_run_reports_what_its_judges_find(finished) -> None:
+    run, report = finished
+    stored = json.loads(run.store.read("report.json"))["evidence"]
+    assert stored["judges"]["count"] == run.spec.judges.count
+    for figure in ("before", "baseline", "plain", "defuse"):
+        share = stored["own_label"][figure]
+        assert share["low"] <= share["value"] <= share["high"]
+    assert (
+        stored["real_failures"]["before"]["value"] == 0.0
+    )  # failures of the classifier before, by construction
+    assert {row.evidence is None for row in report.scenarios.list if row.accepted} == {False}
+
+
+def test_the_page_names_scenarios_whose_correction_is_not_confirmed(finished) -> None:
+    run, report = finished
+    page = run.store.read("report.html").decode()
+    unconfirmed = [row for row in report.scenarios.list if row.evidence and not row.evidence.confirmed]
+    assert unconfirmed, "the tiny run is too weak for all its corrections to be confirmed"
+    assert "is not confirmed" in page
+    assert "not confirmed" in page.split('id="scenarios"')[1]
+
+
+def test_evidence_is_made_once(finished) -> None:
+    run, report = finished
+    compute = LocalCompute()
+    compute.sweep = None  # type: ignore[method-assign]  # would fail if anything were tuned again
+    assert run_defuse(run, compute, ReferenceAnnotators(run, compute)).evidence == report.evidence

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Votes
+from defuse_core.errors import RunFileError
+from defuse_core.review.verdicts import crowdlab_labels, majority, tally
+
+CLASSES, SHAPE = 4, (5, 20)
+RELIABLE, GUESSING = 0.95, 0.4
+
+
+def crowd(seed=0, per_image=3) -> tuple[Votes, np.ndarray, np.ndarray]:
+    """Votes, a model's probabilities, and the truth (S, R): each image is answered by a few of five people.
+
+    Two of them are reliable, and three mostly guess.
+    """
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(CLASSES, size=SHAPE)
+    skill = np.array([RELIABLE, RELIABLE, GUESSING, GUESSING, GUESSING])[:, None, None]
+    guesses = rng.integers(CLASSES, size=(5, *SHAPE))
+    answers = np.where(rng.random((5, *SHAPE)) < skill, truth, guesses)
+    asked = rng.random(answers.shape).argsort(axis=0) < per_image
+    answers = np.where(asked, answers, NONE_OF_THE_ABOVE)
+    annotator, scenario, image = (axis.ravel() for axis in np.indices(answers.shape))
+    names = tuple("abcde")
+    votes = Votes(scenario, image, annotator, answers.ravel(), np.zeros(answers.size), names, "people", {})
+    seen = np.where(rng.random(SHAPE) < 0.85, truth, rng.integers(CLASSES, size=SHAPE))
+    probabilities = np.full((*SHAPE, CLASSES), 0.1, np.float32)
+    np.put_along_axis(probabilities, seen[..., None], 0.7, axis=2)
+    return votes, probabilities, truth
+
+
+def test_with_few_answers_per_image_it_is_right_more_often_than_the_majority():
+    votes, probabilities, truth = crowd()
+    by_majority = (majority(tally(votes, SHAPE, CLASSES)) == truth).mean()
+    assert (crowdlab_labels(votes, probabilities) == truth).mean() > by_majority + 0.02
+
+
+def test_an_image_for_which_nobody_chose_a_class_has_no_label():
+    votes, probabilities, _ = crowd()
+    votes.answer[(votes.scenario == 2) & (votes.image == 3)] = NONE_OF_THE_ABOVE
+    labels = crowdlab_labels(votes, probabilities)
+    assert labels[2, 3] == NONE_OF_THE_ABOVE
+    assert (labels != NONE_OF_THE_ABOVE).sum() == labels.size - 1
+
+
+def test_without_any_answer_there_is_no_label():
+    votes, probabilities, _ = crowd()
+    votes.answer[:] = NONE_OF_THE_ABOVE
+    assert (crowdlab_labels(votes, probabilities) == NONE_OF_THE_ABOVE).all()
+
+
+def test_without_its_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "cleanlab.multiannotator", None)
+    votes, probabilities, _ = crowd()
+    with pytest.raises(RunFileError, match=r"pip install 'defuse\[crowdlab\]'"):
+        crowdlab_labels(votes, probabilities)

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
+from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
+from defuse_core.progress import silent
+from defuse_core.review.sample import TAUS, find_taus
+from defuse_core.seeds import generator
+from tests.conftest import tiny
+
+SPEC = tiny(review={"tau": "auto", "purity": 0.9, "rho": 0.5})
+
+
+def one_component(width=2) -> Scenarios:
+    one = np.ones(1)
+    return Scenarios(
+        one,
+        np.zeros((1, width)),
+        np.eye(width)[None],
+        one,
+        100,
+        True,
+        1,
+        0.0,
+        cells=np.array([[8, 3]]),
+        support=np.array([40]),
+    )
+
+
+def ball(radius: float):
+    """Within `radius` of the origin images show class 8, outside class 1; the classifier answers 3 everywhere."""
+
+    def examine(draws):
+        inside = np.linalg.norm(draws.codes, axis=1) < radius
+        return np.full(len(inside), 3), np.where(inside, 8, 1)
+
+    return examine
+
+
+def test_a_component_is_drawn_as_widely_as_it_stays_pure():
+    taus = [find_taus(SPEC, one_component(), ball(radius), silent).taus[0] for radius in (0.5, 1.0, 100.0)]
+    assert taus[0] < taus[1] < taus[2] == 1
+    codes = truncated_codes(np.zeros(2), taus[1] * np.eye(2), generator(0, "test").standard_normal((4000, 2)))
+    assert (ball(1.0)(Draws(codes))[1] == 8).mean() >= 0.9
+
+
+def test_a_component_that_is_impure_at_its_mean_is_dropped_with_its_cell_and_support():
+    def halves(draws):
+        return np.full(len(draws.codes), 3), np.where(draws.codes[:, 0] > 0, 8, 1)
+
+    found = find_taus(SPEC, one_component(), halves, silent)
+    assert len(found) == 0
+    (dropped,) = found.dropped
+    assert (dropped.source, dropped.answer, dropped.support) == (8, 3, 40)
+    assert "too few for 90%" in dropped.reason
+
+
+def test_a_component_that_the_classifier_gets_right_is_dropped():
+    found = find_taus(SPEC, one_component(), lambda draws: (np.full(len(draws.codes), 8),) * 2, silent)
+    assert len(found) == 0
+    assert "f is wrong on 0 of 64 draws" in found.dropped[0].reason
+
+
+def test_a_component_that_fails_around_its_mean_and_not_at_it_is_kept():
+    def ring(draws):
+        outside = np.linalg.norm(draws.codes, axis=1) > 0.3
+        return np.where(outside, 3, 8), np.full(len(outside), 8)
+
+    assert find_taus(SPEC, one_component(), ring, silent).taus[0] == 1
+
+
+def test_draws_without_a_label_count_against_purity():
+    found = find_taus(
+        SPEC,
+        one_component(),
+        lambda draws: (np.full(len(draws.codes), 3), np.full(len(draws.codes), NONE_OF_THE_ABOVE)),
+        silent,
+    )
+    assert len(found) == 0
+
+
+@pytest.mark.parametrize("width", [1, 2, 10])
+def test_truncated_draws_stay_within_the_ellipsoid_of_ninety_percent(width):
+    normal = generator(0, "test").standard_normal((2000, width))
+    codes = truncated_codes(np.zeros(width), 4 * np.eye(width), normal)
+    far = np.sort((normal**2).sum(axis=1))[int(0.93 * len(normal))]
+    assert ((codes / 2) ** 2).sum(axis=1).max() < far
+    np.testing.assert_allclose(codes.mean(axis=0), 0, atol=0.15)
+
+
+def test_components_without_a_tau_of_their_own_are_not_drawn_at_auto():
+    with pytest.raises(ValueError, match="needs components with a tau each"):
+        draw_codes(SPEC, one_component(), 0, 5, generator(0, "test"))
+    own = one_component().take(np.array([0]), taus=np.array(TAUS[-1:]))
+    assert np.linalg.norm(draw_codes(SPEC, own, 0, 50, generator(0, "test")).codes, axis=1).max() < 0.5

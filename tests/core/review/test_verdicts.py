@@ -1,0 +1,167 @@
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, MoreImages, Override, Verdicts, Votes
+from defuse_core.errors import StoreError
+from defuse_core.review.verdicts import (
+    OVERRIDES,
+    decide_verdicts,
+    doubtful,
+    most_common,
+    read_overrides,
+)
+from defuse_core.store import FolderStore
+
+NO = NONE_OF_THE_ABOVE
+WHEN = "2026-01-01T00:00:00Z"
+
+
+def verdicts(answers, predicted, rho=0.5, overrides=(), **rule) -> Verdicts:
+    """Judge one component: answers[annotator][image], predicted[image]."""
+    answers, predicted = np.array(answers), np.array([predicted])
+    images = predicted.shape[1]
+    gallery = Gallery(
+        np.zeros((1, images, 1, 2, 2), np.float32),
+        np.zeros((1, images, 2), np.float32),
+        predicted,
+        tuple("0123456789"),
+    )
+    annotator, image = (axis.ravel() for axis in np.indices(answers.shape))
+    zeros = np.zeros(answers.size, np.int64)
+    names = tuple(f"annotator {n}" for n in range(len(answers)))
+    votes = Votes(zeros, image, annotator, answers.ravel(), zeros.astype(float), names, "people", {})
+    return decide_verdicts(gallery, votes, rho, overrides, **rule)
+
+
+def test_half_wrong_is_not_more_than_half():
+    assert verdicts([[8, 8]] * 5, predicted=[8, 3]).labels[0] == NO
+
+
+def test_more_than_rho_wrong_is_a_failure_scenario_under_the_majority_label():
+    verdict = verdicts([[8, 8, 3]] * 5, predicted=[1, 1, 3])
+    assert verdict.labels[0] == 8
+    assert verdict.misclassified[0] == pytest.approx(2 / 3)
+    assert verdict.purity[0] == pytest.approx(2 / 3)
+
+
+def test_an_image_takes_the_majority_of_its_annotators():
+    assert verdicts([[8], [8], [3]], predicted=[1]).image_labels.tolist() == [[8]]
+
+
+def test_a_tied_image_has_no_label_and_is_counted():
+    verdict = verdicts([[8, 4], [3, 4]], predicted=[1, 1])
+    assert verdict.image_labels.tolist() == [[NO, 4]]
+    assert verdict.ties == 1
+    assert verdict.labels[0] == 4
+
+
+def test_none_of_the_above_is_discarded_before_the_majority_and_the_share():
+    verdict = verdicts([[NO, NO], [NO, NO], [8, NO]], predicted=[1, 1])
+    assert verdict.image_labels.tolist() == [[8, NO]]
+    assert verdict.misclassified[0] == 1.0
+    assert verdict.agreement[0, 0] == 1.0
+    assert np.isnan(verdict.agreement[0, 1])
+    assert (verdict.ties, verdict.no_class_chosen) == (0, 1)
+
+
+def test_a_component_without_any_label_is_rejected():
+    verdict = verdicts([[NO, NO]], predicted=[1, 1])
+    assert verdict.labels[0] == NO
+    assert "no image has a label" in verdict.reasons[0]
+
+
+def test_a_tie_between_labels_of_images_accepts_nothing():
+    verdict = verdicts([[8, 3]] * 3, predicted=[1, 1])
+    assert verdict.labels[0] == NO
+    assert "tied" in verdict.reasons[0]
+
+
+def test_agreement_is_the_share_of_votes_for_the_majority():
+    verdict = verdicts([[8], [8], [8], [3], [NO]], predicted=[1])
+    assert verdict.agreement[0, 0] == pytest.approx(3 / 4)
+
+
+def test_purity_counts_unlabelled_images_against_the_scenario():
+    assert verdicts([[8, 8, NO, 8]] * 3, predicted=[1, 1, 1, 1]).purity[0] == pytest.approx(3 / 4)
+
+
+def test_six_of_ten_wrong_are_accepted_by_the_paper_and_are_in_doubt_by_the_lower_bound():
+    answers, predicted = [[8] * 10] * 3, [1] * 6 + [8] * 4
+    assert verdicts(answers, predicted).labels[0] == 8
+    careful = verdicts(answers, predicted, max_false=0.05)
+    assert careful.labels[0] == NO
+    assert "60% of 10 labelled images are misclassified, not over 50% with certainty" in careful.reasons[0]
+    assert careful.lower[0] < 0.5
+    assert doubtful(careful, 0.5).tolist() == [True]
+
+
+def test_all_of_ten_wrong_are_beyond_doubt():
+    careful = verdicts([[8] * 10] * 3, [1] * 10, max_false=0.05)
+    assert careful.labels[0] == 8
+    assert careful.false_share < 0.001
+    assert not doubtful(careful, 0.5).any()
+
+
+def test_none_of_ten_wrong_is_rejected_beyond_doubt():
+    assert not doubtful(verdicts([[8] * 10] * 3, [8] * 10, max_false=0.05), 0.5).any()
+
+
+def test_more_images_decide_a_doubtful_verdict():
+    answers, predicted = [[8] * 10] * 3, [1] * 6 + [8] * 4
+    more = MoreImages(np.array([40]), np.array([38]), np.array([30]))
+    verdict = verdicts(answers, predicted, max_false=0.05, more=more)
+    assert verdict.labels[0] == 8
+    assert verdict.labelled[0] == 48
+    assert verdict.misclassified[0] == pytest.approx(36 / 48)
+
+
+def test_the_most_common_label_leaves_out_images_without_one():
+    assert most_common(np.array([NO, NO, 4, 7, 7])) == 7
+    assert most_common(np.array([NO])) is None
+
+
+@pytest.mark.parametrize(("label", "expected"), [(5, 5), (None, NO)])
+def test_a_human_decision_stands_above_the_vote_and_says_who_and_why(label, expected):
+    override = Override(0, label, "ada", "a 5 with a broken top", WHEN)
+    verdict = verdicts([[8, 8, 8]] * 5, predicted=[1, 1, 1], overrides=[override])
+    assert verdict.labels[0] == expected
+    assert "by ada: a 5 with a broken top" in verdict.reasons[0]
+
+
+def test_the_newest_of_several_decisions_counts():
+    decisions = [Override(0, n, "a", "r", WHEN) for n in (5, 6)]
+    assert verdicts([[8]], predicted=[1], overrides=decisions).labels[0] == 6
+
+
+def test_no_components_give_no_verdicts():
+    gallery = Gallery(
+        np.zeros((0, 3, 1, 2, 2), np.float32),
+        np.zeros((0, 3, 2), np.float32),
+        np.zeros((0, 3), np.int64),
+        ("a", "b"),
+    )
+    none = np.zeros(0, np.int64)
+    verdict = decide_verdicts(
+        gallery, Votes(none, none, none, none, none.astype(float), (), "people", {}), 0.5
+    )
+    assert len(verdict.labels) == len(verdict.accepted) == 0
+
+
+def test_decisions_are_read_from_the_run(tmp_path):
+    store = FolderStore(tmp_path)
+    assert read_overrides(store) == ()
+    first, second = Override(1, None, "a", "r", WHEN), Override(1, 4, "b", "s", WHEN)
+    for number, decision in ((2, second), (1, first)):
+        store.write(f"{OVERRIDES}{number:04}.json", json.dumps(asdict(decision)).encode())
+    assert read_overrides(store) == (first, second)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"scenario": "first"}'])
+def test_a_file_that_holds_no_decision_is_refused_with_what_to_do(data, tmp_path):
+    store = FolderStore(tmp_path)
+    store.write(f"{OVERRIDES}0001.json", data)
+    with pytest.raises(StoreError, match=r"overrides/0001\.json: expected a decision .* `defuse review set`"):
+        read_overrides(store)

@@ -1,0 +1,159 @@
+"""bf16: answers that equal those of f32, the measured choice, and batches that are stored on the device."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from defuse_core.artifacts import MeasuredPrecision
+from defuse_core.config import changed_field
+from defuse_core.data import Images
+from defuse_core.data.images import PictureFiles
+from defuse_core.errors import ModelError
+from defuse_core.identify import Identifier
+from defuse_core.local import LocalCompute
+from defuse_core.models import accuracy, load_classifier, to_tensor
+from defuse_core.profiling import Profile
+from defuse_core.progress import silent
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from defuse_core.training import batches, checkpoint, measure_precision
+from defuse_core.training.batches import DeviceImages
+from defuse_core.training.checkpoint import Losses
+from defuse_core.training.precision import accuracy_as_in_f32, answers_as_in_f32, autocast, margin_bound
+from defuse_core.training.reference_models import train_reference_models
+from tests.conftest import tiny
+
+BF16 = {"resources": {"precision": "bf16"}}
+
+
+@pytest.fixture(scope="module")
+def close_logits():
+    """10,000 inputs of a network whose two largest logits are so close that bf16 gets many answers wrong."""
+    torch.manual_seed(0)
+    inputs, layer = torch.randn(10_000, 64), torch.nn.Linear(64, 10)
+    return lambda rows: layer(inputs[torch.as_tensor(rows)])
+
+
+def test_answers_equal_those_of_f32_where_bf16_alone_gets_some_wrong(close_logits):
+    rows = np.arange(10_000)
+    with torch.inference_mode():
+        exact = close_logits(rows).argmax(1).numpy()
+        with autocast("bf16"):
+            alone = close_logits(rows).argmax(1).numpy()
+    assert (alone != exact).sum() > 5
+    found = answers_as_in_f32(close_logits, len(rows), 512, margin_bound(close_logits, len(rows)))
+    np.testing.assert_array_equal(found, exact)
+
+
+def test_an_answer_without_a_margin_is_computed_in_f32():
+    def logits(rows):
+        broken = torch.is_autocast_enabled("cpu")
+        return torch.full((len(rows), 3), torch.nan) if broken else torch.eye(3)[torch.as_tensor(rows)]
+
+    assert answers_as_in_f32(logits, 3, 2, margin_bound(logits, 3)).tolist() == [0, 1, 2]
+
+
+def test_psi_of_bf16_is_that_of_f32(tiny_spec, tiny_models):
+    exact = Identifier(tiny_spec, tiny_models)
+    fast = Identifier(tiny(identify={"batch_size": 32}, **BF16), tiny_models)
+    assert 0 < fast._margin_bound < 5
+    for index in range(3):
+        one, other = exact.shard(index), fast.shard(index)
+        for name, array in vars(one.failures).items():
+            np.testing.assert_array_equal(array, getattr(other.failures, name))
+        assert one.failing == other.failing
+
+
+def test_the_accuracy_in_bf16_is_that_of_f32(tiny_models, tiny_spec, monkeypatch):
+    monkeypatch.setattr("defuse_core.training.precision.WORTHWHILE", 10)
+    classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    rng = np.random.default_rng(0)
+    images = Images(rng.random((1000, 1, 16, 16), np.float32), rng.integers(0, 10, 1000))
+    assert accuracy_as_in_f32(classifier, images, "bf16") == accuracy(classifier, images)
+
+
+def test_models_trained_in_bf16_are_other_weights_of_about_the_same_accuracy(tiny_spec, tiny_models):
+    exact = train_reference_models(tiny_spec, None, progress=silent)
+    fast = train_reference_models(tiny(**BF16), None, progress=silent)
+    assert any(not np.array_equal(array, fast.models[0][name]) for name, array in exact.models[0].items())
+    assert abs(exact.test.mean() - fast.test.mean()) < 0.05
+
+
+def test_a_run_keeps_the_precision_that_it_measured(tmp_path, monkeypatch):
+    seconds = {"f32": 2.0, "bf16": 1.0}
+    monkeypatch.setattr(measure_precision, "_seconds", lambda step: (seconds["f32"], seconds["bf16"]))
+    spec = tiny(resources={"precision": "auto"})
+    assert spec.resources.arithmetic("vae") == "f32"
+    run = Run.start(FolderStore(tmp_path), "a", spec)
+    measure_precision.settle_precision(run, LocalCompute())
+    assert run.spec.resources.arithmetic("vae") == run.spec.resources.arithmetic("answers") == "bf16"
+    seconds.update(f32=1.0)  # another machine, on which bf16 is no faster
+    again = Run.start(FolderStore(tmp_path), "a", spec)
+    measure_precision.settle_precision(again, LocalCompute())
+    assert again.spec.resources.arithmetic("vae") == "bf16"
+    assert again.load(MeasuredPrecision).chosen["classifier"] == "bf16"
+
+
+def test_every_kind_of_computation_is_measured(tiny_spec):
+    measured = measure_precision.measure_precision(tiny(judges={"count": 1}), progress=silent)
+    assert measured.f32_seconds.keys() == {"classifier", "vae", "answers", "reference", "judges"}
+    assert min(measured.f32_seconds.values()) > 0
+
+
+def test_a_resumed_run_must_keep_its_precision():
+    assert "resources.precision" in changed_field(tiny(), tiny(**BF16))
+    part = tiny(resources={"precision": {"vae": "bf16"}})
+    assert part.resources.arithmetic("vae") == "bf16" and part.resources.arithmetic("judges") == "f32"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_images_stored_on_the_device_give_the_same_batches_bit_for_bit(monkeypatch, dtype):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (50, 3, 8, 8)).astype(dtype)
+    images = Images(pixels / np.float32(255) if dtype == np.float32 else pixels, np.arange(50))
+    monkeypatch.setattr(batches, "fits_on_device", lambda images: True)
+    stored, rows = DeviceImages(images), rng.permutation(50)[:20]
+    batch = stored.batch(rows)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(batch, to_tensor(images.batch(rows)), rtol=0, atol=0)
+    assert stored.labels(rows).tolist() == rows.tolist()
+
+
+def test_image_files_are_read_one_batch_ahead_and_come_in_order(tmp_path, monkeypatch):
+    paths = []
+    for shade in range(6):
+        paths.append(str(tmp_path / f"{shade}.png"))
+        Image.new("L", (4, 4), 40 * shade).save(paths[-1])
+    images = DeviceImages(Images(PictureFiles(paths, 1, 4), np.arange(6)))
+    order = [np.array([5, 0]), np.array([3, 4]), np.array([1, 2])]
+    seen = [
+        (rows, batch[:, 0, 0, 0].mul(255).round().tolist(), labels.tolist())
+        for rows, batch, labels in images.batches(order)
+    ]
+    assert [labels for *_, labels in seen] == [rows.tolist() for rows in order]
+    assert [shades for _, shades, _ in seen] == [[200, 0], [120, 160], [40, 80]]
+
+
+def test_a_loss_that_is_not_finite_is_noticed_before_the_epoch_ends():
+    losses = Losses("f")
+    losses.add(torch.tensor(1.0), torch.tensor(3.0))
+    losses.add(torch.tensor(2.0), torch.tensor(5.0))
+    assert losses.mean() == (1.5, [4.0])
+    losses.add(torch.tensor(torch.inf), torch.tensor(0.0))
+    with pytest.raises(ModelError, match="training f diverged: its loss became inf"):
+        for _ in range(checkpoint.CHECK_LOSS_EVERY):
+            losses.add(torch.tensor(1.0), torch.tensor(1.0))
+
+
+def test_a_profiled_step_leaves_traces_of_its_operations(tmp_path, tiny_spec, tiny_models):
+    store = FolderStore(tmp_path)
+    LocalCompute(profile=Profile("identify", store)).identify(tiny_spec, tiny_models, store)
+    (key,) = store.list("profile/")
+    events = json.loads(gzip.decompress(store.read(key)))["traceEvents"]
+    assert any("conv" in event.get("name", "") for event in events)
+    LocalCompute(profile=Profile("train", store)).task("draw", lambda *, progress: None)
+    assert store.list("profile/") == [key]

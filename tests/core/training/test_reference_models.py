@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from defuse_core.artifacts import Gallery, ReferenceSet
+from defuse_core.data import open_splits
+from defuse_core.local import LocalCompute
+from defuse_core.models import LeNet, ReferenceCnn, predict_probabilities
+from defuse_core.progress import silent
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import (
+    ask_models,
+    augment,
+    gallery_probabilities,
+    judges,
+    load_reference_models,
+    mean_probabilities,
+    model_probabilities,
+    reference_models,
+    references_take_part,
+    train_judges,
+    train_reference_models,
+    votes_of_models,
+)
+from tests.conftest import recommended, tiny
+
+
+@pytest.fixture(scope="module")
+def gallery(tiny_spec) -> Gallery:
+    train = open_splits(tiny_spec.data, 0).train
+    images = train.batch(slice(0, 10)).reshape(2, 5, 1, 16, 16)
+    codes, predicted = np.zeros((2, 5, 4), np.float32), train.labels[:10].reshape(2, 5)
+    return Gallery(images, codes, predicted, tuple("0123456789"))
+
+
+@pytest.fixture(scope="module")
+def trained_on_all(tiny_spec) -> ReferenceSet:
+    return train_reference_models(tiny_spec, None, progress=silent)
+
+
+def test_reference_models_refuse_below_their_confidence_and_say_they_are_models():
+    probabilities = np.array([[[[0.6, 0.4], [0.5, 0.5]]]], np.float32)
+    votes = votes_of_models(probabilities, min_confidence=0.55)
+    assert votes.answer.tolist() == [0, -1]
+    assert votes.answered_by == "reference models"
+
+
+def test_reference_models_answer_for_every_image_and_differ_from_each_other(
+    gallery, tiny_spec, trained_on_all
+):
+    probabilities = gallery_probabilities(tiny_spec, trained_on_all, gallery, progress=silent)
+    assert probabilities.shape == (3, 2, 5, 10)
+    np.testing.assert_allclose(probabilities.sum(3), 1, atol=1e-5)
+    assert not np.array_equal(probabilities[0], probabilities[1])
+
+
+def test_the_set_records_how_good_each_model_is(trained_on_all):
+    assert len(trained_on_all.models) == 3
+    assert trained_on_all.train_images == 300
+    assert trained_on_all.test.shape == trained_on_all.validation.shape == (3,)
+    assert trained_on_all.test.min() > 0.4
+
+
+def test_models_come_back_from_the_run_as_they_were_trained(tiny_spec, trained_on_all, gallery):
+    flat = gallery.images.reshape(-1, 1, 16, 16)
+    models = load_reference_models(tiny_spec, tiny_spec.review.reference, trained_on_all, 10)
+    each = np.stack([predict_probabilities(model, flat) for model in models])
+    np.testing.assert_array_equal(model_probabilities(models, flat), each)
+    np.testing.assert_allclose(mean_probabilities(models, flat), each.mean(axis=0), atol=1e-6)
+
+
+def test_each_set_is_trained_once_per_run(tmp_path, gallery):
+    spec = recommended()
+    run, compute = Run.start(FolderStore(tmp_path), "a", spec), LocalCompute()
+    first, jury = reference_models(run, compute), judges(run, compute)
+    ask_models(run, compute, gallery)
+    again = {name: run.store.read(f"{name}.safetensors") for name in ("references", "judges")}
+    assert reference_models(run, compute).train_images == first.train_images
+    assert judges(run, compute).train_images == jury.train_images
+    assert again == {name: run.store.read(f"{name}.safetensors") for name in again}
+
+
+def test_judges_have_another_architecture_and_no_training_image_in_common_with_the_reference_models(
+    references,
+):
+    spec = recommended()
+    parts = [references, train_judges(spec, None, progress=silent)]
+    assert [part.train_images for part in parts] == [210, 90]
+    kinds = [
+        type(load_reference_models(spec, section, part, 10)[0])
+        for section, part in zip((spec.review.reference, spec.judges), parts, strict=True)
+    ]
+    assert kinds == [ReferenceCnn, LeNet]
+
+
+def test_without_a_share_of_their_own_both_are_trained_on_all_images():
+    spec = recommended(judges={"share": 0.0})
+    assert train_judges(spec, None, progress=silent).train_images == 300
+
+
+def test_a_run_may_have_no_judges(tmp_path, tiny_spec):
+    run = Run.start(FolderStore(tmp_path), "a", tiny_spec)
+    assert judges(run, LocalCompute()) is None
+    assert run.load(ReferenceSet, "judges") is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, False),
+        ({"identify": {"screen": "reference-models"}}, True),
+        ({"review": {"tau": "auto"}}, True),
+        ({"correct": {"filter": "reference-models"}}, True),
+    ],
+)
+def test_the_papers_way_needs_no_reference_models(sections, expected):
+    assert references_take_part(tiny(**sections)) is expected
+
+
+class Dark(nn.Module):
+    """Sees class 1 in dark images, else class 0."""
+
+    def forward(self, images):
+        dark = (images.mean(dim=(1, 2, 3)) < 0.5).float()
+        return torch.stack([1 - dark, dark, *[torch.zeros_like(dark) - 9] * 8], dim=1)
+
+
+def test_a_single_pretrained_model_can_be_the_reference_set(gallery):
+    path = "tests.core.test_reference_models:Dark"
+    one = {"count": 1, "architecture": "custom", "import_path": path, "epochs": 0}
+    spec = tiny(review={"reference": one})
+    references = train_reference_models(spec, None, progress=silent)
+    seen = gallery_probabilities(spec, references, gallery, progress=silent)
+    dark = gallery.images.mean(axis=(2, 3, 4)) < 0.5
+    np.testing.assert_array_equal(seen[0].argmax(axis=2), dark.astype(int))
+
+
+def test_augmented_images_are_still_images_and_each_is_changed_its_own_way():
+    images = torch.rand(1, 1, 16, 16).repeat(4, 1, 1, 1)
+    out = augment(images, np.random.default_rng(0))
+    assert out.shape == images.shape
+    assert 0 <= float(out.min()) <= float(out.max()) <= 1
+    assert len({tuple(image.flatten().tolist()) for image in out}) == 4

@@ -1,0 +1,367 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from defuse_core.artifacts import Corrections, Gallery, Models, Scenarios
+from defuse_core.data import open_splits
+from defuse_core.device import cpu_threads, device
+from defuse_core.distill.draws import Draws
+from defuse_core.errors import ModelError, RunFileError, RunMismatchError
+from defuse_core.models import (
+    build_vae,
+    decode_codes,
+    encode_images,
+    kl_to_prior,
+    load_classifier,
+    load_vae,
+    predict,
+    to_device,
+    to_tensor,
+)
+from defuse_core.progress import silent
+from defuse_core.review.sample import Examiner, filter_corrections, sample_corrections, sample_gallery
+from defuse_core.review.verdicts import decide_verdicts
+from defuse_core.seeds import generator, torch_seed
+from defuse_core.store import FolderStore
+from defuse_core.train import train
+from defuse_core.training.checkpoint import minibatches
+from defuse_core.training.reference_models import load_reference_models, mean_probabilities, votes_of_models
+from defuse_core.training.train_vae import set_learning_rate
+from tests.conftest import recommended, tiny
+from tests.core.test_models import LinearAutoencoder
+
+
+def test_training_learns(tiny_models):
+    assert tiny_models.accuracy["test"] > 0.6
+    losses = [row.reconstruction for row in tiny_models.vae_history]
+    assert losses[-1] < 0.9 * losses[0]
+    assert tiny_models.images == {"train": 300, "validation": tiny_models.images["validation"], "test": 539}
+
+
+def test_the_weight_of_kl_grows_linearly_and_then_stays():
+    spec = tiny(vae={"epochs": 4, "beta": 0.3, "kl_warmup_steps": 40}, classifier={"epochs": 1})
+    history = train(spec, progress=silent).vae_history  # 19 steps an epoch
+    assert [row.beta for row in history] == pytest.approx([0.3 * 19 / 40, 0.3 * 38 / 40, 0.3, 0.3])
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(tiny_spec, tiny_models):
+    again = train(tiny_spec, progress=silent)
+    for ours, theirs in ((again.classifier, tiny_models.classifier), (again.vae, tiny_models.vae)):
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name])
+
+
+class KilledError(Exception): ...
+
+
+def test_the_papers_vae_is_trained_by_plain_adam_on_reconstruction_plus_weighted_kl(tiny_spec, tiny_models):
+    spec = tiny(vae={"epochs": 2}, classifier={"epochs": 1})
+    section, images = spec.vae, open_splits(spec.data, spec.seed).train
+    torch.manual_seed(torch_seed(spec.seed, "vae"))
+    vae = to_device(build_vae(spec))
+    optimizer = torch.optim.Adam(vae.parameters(), lr=section.learning_rate, fused=True)
+    step = 0
+    with cpu_threads(1):
+        for epoch in range(section.epochs):
+            noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
+            for rows in minibatches(len(images), section.batch_size, generator(spec.seed, "vae", epoch)):
+                step += 1
+                batch = to_tensor(images.batch(rows))
+                mu, log_variance = vae.encode(batch)
+                epsilon = torch.randn(mu.shape, generator=noise, device=mu.device)
+                logits = vae.decode_logits(mu + torch.exp(0.5 * log_variance) * epsilon)
+                loss = F.binary_cross_entropy_with_logits(logits, batch, reduction="sum") / len(batch)
+                kl = 0.5 * (mu.square() + log_variance.exp() - log_variance - 1)
+                beta = section.beta * min(1.0, step / section.kl_warmup_steps)
+                optimizer.zero_grad(set_to_none=True)
+                (loss + beta * (kl.sum() / len(batch))).backward()
+                optimizer.step()
+    ours = train(spec, progress=silent).vae
+    for name, tensor in vae.state_dict().items():
+        np.testing.assert_array_equal(ours[name], tensor.cpu().numpy())
+
+
+RECOMMENDED_VAE = {
+    "architecture": "convolutional",
+    "schedule": "one_cycle",
+    "class_weight": 10.0,
+    "learning_rate": 0.003,
+    "epochs": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def convolutional() -> Models:
+    return train(tiny(vae=RECOMMENDED_VAE, classifier={"epochs": 1}), progress=silent)
+
+
+def test_the_convolutional_vae_learns_faster_than_the_papers(convolutional, tiny_models):
+    ours, papers = convolutional.vae_history[-1], tiny_models.vae_history[len(convolutional.vae_history) - 1]
+    assert ours.reconstruction < 0.95 * papers.reconstruction
+    assert (convolutional.kl_per_dimension > 0.1).all()
+
+
+def test_the_class_head_learns_the_classes_from_the_codes_and_is_not_kept(convolutional):
+    losses = [row.class_loss for row in convolutional.vae_history]
+    assert losses[-1] < 0.5 * losses[0]
+    assert convolutional.vae.keys() == build_vae(tiny(vae=RECOMMENDED_VAE)).state_dict().keys()
+
+
+def test_an_interrupted_training_resumes_within_its_schedule_and_with_its_class_head(
+    convolutional, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("defuse_core.training.checkpoint.CHECKPOINT_EVERY_S", 0.0)
+
+    def kill(doing: str, done: int, total: int, unit: str) -> None:
+        if doing == "training the β-VAE" and done >= 1000:
+            raise KilledError
+
+    spec = tiny(vae=RECOMMENDED_VAE, classifier={"epochs": 1})
+    with pytest.raises(KilledError):
+        train(spec, FolderStore(tmp_path), progress=kill)
+    resumed = train(spec, FolderStore(tmp_path), progress=silent)
+    for name, array in resumed.vae.items():
+        np.testing.assert_array_equal(array, convolutional.vae[name])
+    assert resumed.vae_history == convolutional.vae_history
+
+
+def test_with_a_guide_the_reference_models_see_the_class_in_more_reconstructions(references):
+    without = recommended(vae=RECOMMENDED_VAE, classifier={"epochs": 1})
+    images, seen = open_splits(without.data, without.seed).train, []
+    judging = load_reference_models(without, without.review.reference, references, 10)
+    for weight in (0.0, 20.0):
+        spec = recommended(vae={**RECOMMENDED_VAE, "guide_weight": weight}, classifier={"epochs": 1})
+        models = train(spec, None, references, progress=silent)
+        vae = load_vae(spec, models.vae)
+        probabilities = mean_probabilities(judging, decode_codes(vae, encode_images(vae, images)))
+        seen.append(probabilities[np.arange(len(images)), images.labels].mean())
+    assert seen[1] > seen[0] + 0.1
+    losses = [row.guide_loss for row in models.vae_history]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_one_cycle_schedule_rises_over_a_tenth_of_the_steps_and_falls_to_zero():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    section, rates = tiny(vae={"schedule": "one_cycle", "learning_rate": 0.5}).vae, []
+    for step in range(1, 101):
+        set_learning_rate(optimizer, section, step, 100)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:10] == pytest.approx([0.05 * step for step in range(1, 11)])
+    assert rates[54] == pytest.approx(0.25)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(0)
+
+
+def test_a_custom_vae_with_no_epochs_is_used_unchanged():
+    vae = {"architecture": "custom", "import_path": "tests.core.test_train:ready_autoencoder", "epochs": 0}
+    models = train(tiny(vae=vae, classifier={"epochs": 1}), progress=silent)
+    assert models.vae_history == ()
+    for name, tensor in ready_autoencoder().state_dict().items():
+        np.testing.assert_array_equal(models.vae[f"module.{name}"], tensor.numpy())
+
+
+def test_a_custom_vae_can_be_trained():
+    vae = {"architecture": "custom", "import_path": "tests.core.test_train:ready_autoencoder", "epochs": 4}
+    history = train(tiny(vae=vae, classifier={"epochs": 1}), progress=silent).vae_history
+    assert history[-1].reconstruction < 0.9 * history[0].reconstruction
+
+
+def ready_autoencoder() -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return LinearAutoencoder()
+
+
+@pytest.mark.parametrize(("what", "at"), [("training the classifier", 2000), ("training the β-VAE", 6000)])
+def test_an_interrupted_training_resumes_to_the_same_weights_bit_for_bit(
+    what, at, tmp_path, monkeypatch, tiny_spec, tiny_models
+):
+    monkeypatch.setattr("defuse_core.training.checkpoint.CHECKPOINT_EVERY_S", 0.0)
+    calls = []
+
+    def kill(doing: str, done: int, total: int, unit: str) -> None:
+        calls.append((doing, done))
+        if (doing, done >= at) == (what, True):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(tiny_spec, FolderStore(tmp_path), progress=kill)
+    killed_after = len(calls)
+    resumed = train(tiny_spec, FolderStore(tmp_path), progress=lambda *step: calls.append(step[:2]))
+    assert min(done for doing, done in calls[killed_after:] if doing == what) > at / 2
+    for ours, theirs in ((resumed.classifier, tiny_models.classifier), (resumed.vae, tiny_models.vae)):
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name])
+    assert resumed.vae_history == tiny_models.vae_history
+
+
+def test_another_seed_gives_other_weights(tiny_models):
+    other = train(tiny().model_copy(update={"seed": 1}), progress=silent)
+    assert not np.array_equal(other.vae["decoder.0.weight"], tiny_models.vae["decoder.0.weight"])
+
+
+def test_the_best_epoch_on_validation_is_kept_where_the_run_file_says_so():
+    spec = tiny(
+        classifier={"keep": "best_validation", "optimizer": "adam", "learning_rate": 0.02, "epochs": 8},
+        vae={"epochs": 1},
+    )
+    models = train(spec, progress=silent)
+    assert models.accuracy["validation"] == max(row.validation for row in models.classifier_history)
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [("classifier", {"keep": "best_validation"}), ("correct", {"choose_by": "validation"})],
+)
+def test_choosing_by_validation_without_validation_images_is_refused_before_training(section, change):
+    with pytest.raises(RunFileError, match=f"^{section}.*needs validation images"):
+        train(tiny(data={"validation_share": 0.0}, **{section: change}), progress=silent)
+
+
+def test_pretrained_models_with_no_epochs_are_used_unchanged(tmp_path, tiny_models):
+    for name in ("classifier", "vae"):
+        save_file(
+            {k: torch.tensor(v) for k, v in getattr(tiny_models, name).items()},
+            tmp_path / f"{name}.safetensors",
+        )
+    spec = tiny(
+        classifier={"epochs": 0, "weights": tmp_path / "classifier.safetensors"},
+        vae={"epochs": 0, "weights": tmp_path / "vae.safetensors"},
+    )
+    models = train(spec, progress=silent)
+    assert models.accuracy == tiny_models.accuracy
+    assert models.classifier_history == models.vae_history == ()
+
+
+def test_a_classifier_that_numbers_the_classes_otherwise_gets_a_warning(tmp_path, tiny_models, caplog):
+    last = sorted(name.removesuffix(".bias") for name in tiny_models.classifier if name.endswith(".bias"))[-1]
+    other = {
+        k: torch.tensor(np.roll(v, 3, 0) if k.startswith(last) else v)
+        for k, v in tiny_models.classifier.items()
+    }
+    save_file(other, tmp_path / "other.safetensors")
+    train(tiny(classifier={"epochs": 0, "weights": tmp_path / "other.safetensors"}), progress=silent)
+    assert "does it number the classes in this order? 0, 1, 2" in caplog.text
+
+
+def test_vae_weights_that_do_not_fit_fail_before_the_classifier_is_trained(tmp_path, tiny_models):
+    save_file({"nothing": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    done = []
+    with pytest.raises(ModelError, match=r"vae\.safetensors: the weights lack"):
+        train(tiny(vae={"weights": tmp_path / "vae.safetensors"}), progress=lambda *step: done.append(step))
+    assert not done
+
+
+def test_a_training_resumes_only_on_the_images_that_it_started_on(tmp_path):
+    short = {"classifier": {"epochs": 1}, "vae": {"epochs": 1}}
+    train(tiny(**short), FolderStore(tmp_path), progress=silent)
+    with pytest.raises(RunMismatchError, match="the images changed since this run began to train"):
+        train(tiny(data={"train_images": 299}, **short), FolderStore(tmp_path), progress=silent)
+
+
+def test_a_diverged_training_is_an_error_of_one_line():
+    with pytest.raises(ModelError, match="training the classifier diverged"):
+        train(tiny(classifier={"optimizer": "adam", "learning_rate": 1e30, "epochs": 3}), progress=silent)
+
+
+def test_a_classifier_for_other_classes_is_refused_before_training():
+    spec = tiny(classifier={"architecture": "custom", "import_path": "tests.core.test_train:seven_classes"})
+    with pytest.raises(ModelError, match=r"expected logits of shape \(2, 10\) .* found \(2, 7\)"):
+        train(spec, progress=silent)
+
+
+def seven_classes() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 7))
+
+
+def test_an_epoch_takes_every_row_once_but_no_batch_of_one():
+    rows = list(minibatches(9, 4, np.random.default_rng(0)))
+    assert [len(batch) for batch in rows] == [4, 4]
+    assert sorted(np.concatenate(list(minibatches(10, 4, np.random.default_rng(0))))) == list(range(10))
+
+
+def test_the_kl_of_the_prior_to_itself_is_zero_and_grows_with_mu():
+    zero = torch.zeros(1, 3)
+    assert kl_to_prior(zero, zero).sum() == 0
+    torch.testing.assert_close(kl_to_prior(zero + 2, zero), torch.full((1, 3), 2.0))
+
+
+@pytest.fixture(scope="module")
+def scenarios() -> Scenarios:
+    return Scenarios(
+        np.array([0.7, 0.3]),
+        np.array([[0.0] * 4, [1.0] * 4]),
+        np.stack([np.eye(4)] * 2),
+        np.array([0.7, 0.3]),
+        100,
+        True,
+        5,
+        -1.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def gallery(tiny_spec, tiny_models, scenarios) -> Gallery:
+    return sample_gallery(tiny_spec, tiny_models, scenarios, progress=silent)
+
+
+def test_the_gallery_shows_the_classifiers_own_answers(gallery, tiny_spec, tiny_models):
+    assert gallery.images.shape == (2, 5, 1, 16, 16)
+    classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    np.testing.assert_array_equal(
+        predict(classifier, gallery.images.reshape(-1, 1, 16, 16)), gallery.predicted.ravel()
+    )
+
+
+def test_a_component_is_drawn_alike_whichever_others_there_are(gallery, tiny_spec, tiny_models, scenarios):
+    first = Scenarios(
+        **{
+            **vars(scenarios),
+            "weights": scenarios.weights[:1],
+            "means": scenarios.means[:1],
+            "covariances": scenarios.covariances[:1],
+        }
+    )
+    alone = sample_gallery(tiny_spec, tiny_models, first, progress=silent)
+    np.testing.assert_array_equal(alone.codes[0], gallery.codes[0])
+
+
+def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, tiny_spec, scenarios):
+    certain = np.full((3, 2, 5, 10), 0.0, np.float32)
+    certain[..., 9] = 1.0
+    verdicts = decide_verdicts(gallery, votes_of_models(certain, 0.5), rho=0.0)
+    fixes = sample_corrections(tiny_spec, scenarios, verdicts)
+    assert len(fixes.scenario) == len(verdicts.accepted) > 0
+    every = np.concatenate([fixes.tune[0], fixes.test[0], gallery.codes[int(fixes.scenario[0])]])
+    assert len(np.unique(every, axis=0)) == len(every)
+
+
+def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_models, scenarios, references):
+    spec = recommended(review={"tau": 1.0})
+    examiner = Examiner(spec, tiny_models, references, scenarios)
+    seen = [examiner.examine(Draws(scenarios.means[[j]].astype(np.float32)))[1][0] for j in range(2)]
+    labels = np.array(seen, np.int64)
+    rng = np.random.default_rng(0)
+    tune, test = rng.normal(size=(2, 2, 24, 4)).astype(np.float32)
+    drawn = Corrections(np.arange(2), labels, tune, test)
+    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
+    for row, label in enumerate(labels):
+        agrees = examiner.examine(Draws(drawn.tune[row]))[1] == label
+        assert kept.kept[row] == pytest.approx(agrees.mean())
+        if agrees.any():
+            shown = examiner.examine(Draws(kept.tune[row]))[1]
+            assert (shown == label).mean() > 0.9  # other batches may round otherwise
+    np.testing.assert_array_equal(kept.test, drawn.test)
+
+
+def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_its_images(
+    tiny_models, scenarios, references
+):
+    spec = recommended(identify={"min_probability": 1.0}, review={"tau": 1.0})
+    tune = np.random.default_rng(0).normal(size=(1, 24, 4)).astype(np.float32)
+    drawn = Corrections(np.array([0]), np.array([3]), tune, tune)
+    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
+    assert kept.kept.tolist() == [0.0]
+    np.testing.assert_array_equal(kept.tune, tune)

@@ -1,0 +1,164 @@
+"""The detector of failing inputs: methods, calibration, choice, and when it says that it cannot tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from defuse_core.codec import decode, encode
+from defuse_core.config import ServeSection
+from defuse_core.watch.failure_detector import METHODS, Answers, FailureWatch, _measure, answer_scores
+from defuse_core.watch.figures import calibration_error, failure_threshold, watch_figures
+from defuse_core.watch.scenario_regions import class_gaussians, mahalanobis
+from tests.conftest import tiny
+
+CLASSES = 5
+GAUSSIANS = (np.zeros((CLASSES, 3)), np.stack([np.eye(3)] * CLASSES))
+
+
+def answers(images: int, seed: int, shown: bool = True, distance: float = 0.0) -> Answers:
+    """Answers whose labels are drawn from the softmax of the logits, which are shown twice as certain as they are.
+
+    Not `shown`, all logits are equally certain. `distance` is how much farther wrong answers are from their class.
+    """
+    rng = np.random.default_rng(seed)
+    logits = 5 * rng.standard_normal((images, CLASSES))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+    wrong = logits.argmax(axis=1) != labels
+    if not shown:
+        logits = 8 * np.eye(CLASSES)[logits.argmax(axis=1)] + 0.1 * rng.standard_normal(logits.shape)
+    far = np.exp(rng.standard_normal(images) + distance * wrong)
+    return Answers(2 * logits, labels, far, rng.random(images))
+
+
+def watch(validation: Answers, test: Answers) -> FailureWatch:
+    return _measure(tiny(), validation, test, GAUSSIANS)
+
+
+@pytest.fixture(scope="module")
+def confused() -> FailureWatch:
+    """A watch whose logits show where the classifier fails."""
+    return watch(answers(3000, 0), answers(3000, 1))
+
+
+def test_failing_answers_get_higher_probabilities_and_the_probabilities_are_calibrated(confused):
+    figures = watch_figures(confused, ServeSection())
+    assert figures.method in METHODS and figures.verdict.startswith("Finds failing inputs by")
+    for part in (figures.validation, figures.test):
+        assert part.auroc.low > 0.8
+        assert part.calibration_error < 0.03
+        assert part.auroc.low < part.auroc.value < part.auroc.high
+    best = confused.best()
+    assert best.detector.temperature == pytest.approx(2, rel=0.1)
+    assert best.test.mean() == pytest.approx(confused.test_wrong.mean(), abs=0.02)
+
+
+def test_the_area_is_that_of_scikit_learn(confused):
+    best = confused.best()
+    found = watch_figures(confused, ServeSection()).test.auroc.value
+    assert found == pytest.approx(roc_auc_score(confused.test_wrong, best.test))
+
+
+def test_the_threshold_flags_the_wanted_share_of_the_wrong_answers_on_validation_images(confused):
+    for recall in (0.5, 0.8, 1.0):
+        figures = watch_figures(confused, ServeSection(failure_recall=recall))
+        assert figures.validation.recall.value == pytest.approx(recall, abs=0.01)
+    fixed = watch_figures(confused, ServeSection(failure_threshold=0.5))
+    assert fixed.threshold == 0.5 and fixed.test.precision.value > 0.5
+
+
+def test_the_distance_from_the_class_is_used_only_where_it_adds_something():
+    assert watch(answers(3000, 0), answers(500, 1)).best().detector.method == "max-softmax"
+    helped = watch(answers(3000, 0, distance=2.0), answers(500, 1))
+    assert helped.best().detector.method == "softmax-and-distance"
+    assert helped.best(codes=False).detector.method == "max-softmax"
+
+
+def test_test_images_choose_and_calibrate_nothing():
+    validation = answers(2000, 0)
+    first, second = watch(validation, answers(500, 1)), watch(validation, answers(300, 2, shown=False))
+    assert encode(first.methods[0].detector) == encode(second.methods[0].detector)
+    assert first.best().detector.method == second.best().detector.method
+    thresholds = [failure_threshold(one, one.best(), ServeSection()) for one in (first, second)]
+    assert thresholds[0] == thresholds[1]
+
+
+def test_validation_images_are_measured_by_detectors_that_were_not_fitted_on_them(confused):
+    validation = answers(3000, 0)
+    best = confused.best()
+    fitted = best.detector.probability(validation.logits, validation.distance)
+    assert not np.allclose(best.validation, fitted, atol=1e-9)
+    np.testing.assert_allclose(best.validation, fitted, atol=0.05)
+
+
+def test_equal_answers_give_an_equal_watch_and_it_survives_storage(confused):
+    again = watch(answers(3000, 0), answers(3000, 1))
+    assert encode(again) == encode(confused)
+    assert encode(decode(FailureWatch, encode(confused), "here")) == encode(confused)
+
+
+def test_a_detector_at_chance_says_so_and_gives_no_threshold():
+    blind = watch(answers(1000, 0, shown=False), answers(1000, 1, shown=False))
+    figures = watch_figures(blind, ServeSection())
+    assert (figures.method, figures.threshold, figures.test.flagged) == (None, None, None)
+    assert figures.verdict.startswith("No method finds failing inputs: the AUROC of the best")
+    assert figures.test.auroc.low < 0.6 and figures.test.precision.value is None
+
+
+def without(answers: Answers, wrong: int) -> Answers:
+    """The answers with only so many wrong ones."""
+    rows = np.flatnonzero(answers.wrong)
+    return answers.take(np.setdiff1d(np.arange(len(answers.labels)), rows[wrong:]))
+
+
+@pytest.mark.parametrize(
+    ("validation", "reason"),
+    [
+        (answers(0, 0), "has no validation images to calibrate on"),
+        (
+            without(answers(1000, 0), 4),
+            "4 of .* answers on validation images are wrong, and at least 10 wrong",
+        ),
+        (
+            dataclasses.replace(answers(1000, 0), logits=np.full((1000, CLASSES), np.inf)),
+            "outputs are not finite",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_cannot_be_calibrated_gives_a_reason_and_no_number(validation, reason):
+    found = watch(validation, answers(100, 1))
+    figures = watch_figures(found, ServeSection())
+    assert found.best() is None and figures.method is None and figures.threshold is None
+    assert re.search(reason, figures.verdict)
+    assert [row.method for row in figures.methods] == ["scenario distance"]
+
+
+def test_scores_stay_finite_for_answers_beyond_all_doubt():
+    sure = np.array([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]])
+    for method in METHODS:
+        scores = answer_scores(method, 1.0, sure, np.array([0.0, 5.0]))
+        assert np.isfinite(scores).all() and (scores[0] < scores[1]).all()
+
+
+def test_the_calibration_error_is_the_gap_between_probability_and_share():
+    rng = np.random.default_rng(0)
+    probability = rng.random(20_000)
+    wrong = rng.random(20_000) < probability
+    assert calibration_error(probability, wrong) < 0.02
+    assert calibration_error(np.full(20_000, 0.9), wrong) == pytest.approx(0.4, abs=0.02)
+
+
+def test_codes_of_a_class_are_nearest_to_it_and_a_class_without_images_has_a_region():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=600)
+    codes = (4 * np.eye(3)[labels] + rng.standard_normal((600, 3))).astype(np.float32)
+    means, covariances = class_gaussians(codes, labels, 4)
+    distances = mahalanobis(codes, means, covariances)
+    assert np.isfinite(distances).all() and distances.shape == (600, 4)
+    assert (distances[:, :3].argmin(axis=1) == labels).mean() > 0.95
+    np.testing.assert_allclose(covariances[0], np.eye(3), atol=0.25)
