@@ -20,6 +20,14 @@ def wilson(hits: I64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
     return np.where(nothing, 0.0, low), np.where(nothing, 1.0, high)
 
 
+def share_with_bounds(hits: int, total: int) -> F64:
+    """Return the share hits/total and Wilson's bounds of it, low and high, (3,); nan where total is 0."""
+    if not total:
+        return np.full(3, np.nan)
+    low, high = wilson(np.array([hits]), np.array([total]))
+    return np.array([hits / total, low[0], high[0]])
+
+
 def lower_bound(hits: I64, total: I64, confidence: float = 0.95) -> F64:
     """Return the one-sided lower bound of Wilson's of the shares hits/total."""
     return wilson(hits, total, 2 * confidence - 1)[0]

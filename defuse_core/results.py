@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
-from scipy.spatial.distance import cdist
 from torch import nn
 
 from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
 from defuse_core.data import Images, PictureFiles, Splits, reopen_splits
 from defuse_core.data.npz import rows_in_file
+from defuse_core.distill.draws import distances_from
 from defuse_core.errors import InputError
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
@@ -310,9 +310,7 @@ class ScenarioView:
 
     def _nearest(self, part: str, count: int) -> RealImages:
         scenarios = self._result._findings[0].scenarios
-        inverse = np.linalg.inv(scenarios.covariances[self.number])
-        codes = self._result._codes_of(part).astype(np.float64)
-        distances = cdist(scenarios.means[self.number][None], codes, "mahalanobis", VI=inverse)[0]
+        distances = distances_from(scenarios, self.number, self._result._codes_of(part))
         rows = np.argsort(distances, kind="stable")[:count]
         return self._result._real_images(part, rows, distances[rows])
 

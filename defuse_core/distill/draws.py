@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
+from scipy.spatial.distance import cdist
 
 from defuse_core.artifacts import F32, F64, I64, Anchors, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
@@ -173,3 +174,11 @@ def _spread(source: I64, rng: np.random.Generator) -> I64:
     turn = np.empty(len(rows), np.int64)  # how many failures of the same image come before
     turn[order] = np.arange(len(rows)) - np.repeat(first, counts)
     return np.resize(rows[np.argsort(turn, kind="stable")], FAILURES_KEPT)
+
+
+def distances_from(scenarios: Scenarios, component: int, codes: F32) -> F64:
+    """Return the Mahalanobis distances of (n, Z) codes from the mean of one component, (n,)."""
+    inverse = np.linalg.inv(scenarios.covariances[component])
+    mean = scenarios.means[component][None]
+    distances: F64 = cdist(mean, codes.astype(np.float64), "mahalanobis", VI=inverse)[0]
+    return distances

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import krippendorff
 import numpy as np
 from scipy import stats
-from scipy.spatial.distance import cdist
 from torch import nn
 
 from defuse_core.artifacts import (
@@ -35,11 +34,11 @@ from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
 from defuse_core.data import Splits, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import anchors_of, stacked, wide_draws
+from defuse_core.distill.draws import anchors_of, distances_from, stacked, wide_draws
 from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.intervals import wilson
+from defuse_core.intervals import share_with_bounds
 from defuse_core.models import (
     decoder_at,
     decoder_of,
@@ -211,7 +210,9 @@ class _Evidence:
             if self.folds
             else np.full((2, 3), np.nan),
             wider=wider,
-            real_failures=np.stack([_wilson(self._right(net, fresh, truth)) for net in self.classifiers]),
+            real_failures=np.stack(
+                [_known_share(self._right(net, fresh, truth)) for net in self.classifiers]
+            ),
             real_failure_images=len(truth),
             scenario_purity=_nanmean(shows.reshape(accepted, per_scenario)),
             scenario_own_label=_nanmean(by_scenario).T,
@@ -237,7 +238,7 @@ class _Evidence:
         means = _nanmean(table)
         means = means[np.isfinite(means)]
         if len(means) < 2:
-            return _wilson(hits)
+            return _known_share(hits)
         rng = generator(self.spec.seed, "evidence", "bootstrap")
         resampled = means[rng.integers(len(means), size=(RESAMPLES, len(means)))].mean(axis=1)
         low, high = np.quantile(resampled, [0.025, 0.975])
@@ -304,14 +305,13 @@ class _Evidence:
         """
         real = self.splits.validation or self.splits.test or self.splits.train
         scenarios, fixes = self.found.scenarios, self.found.fixes
-        codes = encode_images(self.vae, real).astype(np.float64)
+        codes = encode_images(self.vae, real)
         predicted = predict(self.classifiers[0], real)
         wrong = predicted != real.labels
         shown, labels, answers, errors, seen = [], [], [], [], []
         for number, label in zip(fixes.scenario, fixes.labels, strict=True):
             rows = np.flatnonzero(real.labels == label)
-            inverse = np.linalg.inv(scenarios.covariances[number])
-            distance = cdist(scenarios.means[number][None], codes[rows], "mahalanobis", VI=inverse)[0]
+            distance = distances_from(scenarios, number, codes[rows])
             near = rows[np.argsort(distance, kind="stable")]
             tested = wrong[near[:NEAREST_TESTED]]
             rate = float(wrong[rows].mean()) if len(rows) else float("nan")
@@ -347,13 +347,10 @@ class _Evidence:
         return np.array([gained, lost, p_value])
 
 
-def _wilson(hits: F64) -> F64:
+def _known_share(hits: F64) -> F64:
     """Return the share of hits, nan left out, with Wilson's interval, (J,)."""
     known = hits[np.isfinite(hits)]
-    if not len(known):
-        return np.full(3, np.nan)
-    low, high = wilson(np.array([int(known.sum())]), np.array([len(known)]))
-    return np.array([known.mean(), low[0], high[0]])
+    return share_with_bounds(int(known.sum()), len(known))
 
 
 def _nanmean(table: F64) -> F64:

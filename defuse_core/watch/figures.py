@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score
 
 from defuse_core.artifacts import F64, Bool
 from defuse_core.config import ServeSection
-from defuse_core.intervals import auroc, wilson
+from defuse_core.intervals import auroc, share_with_bounds
 from defuse_core.watch.failure_detector import FailureWatch, MeasuredDetector
 
 ECE_BINS = 15  # of equally many images: most failure probabilities are near 0
@@ -132,8 +132,8 @@ def _detection(probability: F64, wrong: Bool, threshold: float | None) -> Detect
         auroc=share_of(auroc(probability, wrong)),
         average_precision=float(average_precision_score(wrong, probability)) if wrong.any() else None,
         flagged=None if threshold is None else int(flagged.sum()),
-        precision=_wilson(hits, 0 if threshold is None else int(flagged.sum())),
-        recall=_wilson(hits, 0 if threshold is None else int(wrong.sum())),
+        precision=share_of(share_with_bounds(hits, 0 if threshold is None else int(flagged.sum()))),
+        recall=share_of(share_with_bounds(hits, 0 if threshold is None else int(wrong.sum()))),
         calibration_error=None if threshold is None else calibration_error(probability, wrong),
     )
 
@@ -163,13 +163,6 @@ def _methods(watch: FailureWatch) -> tuple[MethodFigures, ...]:
         test=share_of(auroc(watch.test_region, watch.test_wrong)),
     )
     return (*rows, region)
-
-
-def _wilson(hits: int, total: int) -> Share:
-    if not total:
-        return Share(value=None, low=None, high=None)
-    low, high = wilson(np.array([hits]), np.array([total]))
-    return Share(value=hits / total, low=float(low[0]), high=float(high[0]))
 
 
 def share_of(row: F64) -> Share:
