@@ -11,7 +11,7 @@ from defuse_core.artifacts import Corrections, Sweep, Votes
 from defuse_core.evaluation.evidence import (
     _at_fault,
     _better,
-    _wilson,
+    _known_share,
     fold_of,
     fold_spec,
     folds,
@@ -90,10 +90,10 @@ def test_a_correction_that_breaks_as_many_images_as_it_mends_is_not_confirmed() 
 
 
 def test_an_interval_leaves_out_images_without_a_label() -> None:
-    share, low, high = _wilson(np.array([1.0, 1.0, np.nan, 0.0]))
+    share, low, high = _known_share(np.array([1.0, 1.0, np.nan, 0.0]))
     assert share == pytest.approx(2 / 3)
     assert 0 < low < share < high < 1
-    assert np.isnan(_wilson(np.full(4, np.nan))).all()
+    assert np.isnan(_known_share(np.full(4, np.nan))).all()
 
 
 @pytest.mark.parametrize(("purity", "culprit"), [(0.95, "classifier"), (0.7, "unclear"), (0.1, "β-VAE")])
