@@ -128,7 +128,7 @@ class Dark(nn.Module):
 
 
 def test_a_single_pretrained_model_can_be_the_reference_set(gallery):
-    path = "tests.core.test_reference_models:Dark"
+    path = "tests.core.training.test_reference_models:Dark"
     one = {"count": 1, "architecture": "custom", "import_path": path, "epochs": 0}
     spec = tiny(review={"reference": one})
     references = train_reference_models(spec, None, progress=silent)

@@ -155,7 +155,11 @@ def test_a_one_cycle_schedule_rises_over_a_tenth_of_the_steps_and_falls_to_zero(
 
 
 def test_a_custom_vae_with_no_epochs_is_used_unchanged():
-    vae = {"architecture": "custom", "import_path": "tests.core.test_train:ready_autoencoder", "epochs": 0}
+    vae = {
+        "architecture": "custom",
+        "import_path": "tests.core.training.test_train:ready_autoencoder",
+        "epochs": 0,
+    }
     models = train(tiny(vae=vae, classifier={"epochs": 1}), progress=silent)
     assert models.vae_history == ()
     for name, tensor in ready_autoencoder().state_dict().items():
@@ -163,7 +167,11 @@ def test_a_custom_vae_with_no_epochs_is_used_unchanged():
 
 
 def test_a_custom_vae_can_be_trained():
-    vae = {"architecture": "custom", "import_path": "tests.core.test_train:ready_autoencoder", "epochs": 4}
+    vae = {
+        "architecture": "custom",
+        "import_path": "tests.core.training.test_train:ready_autoencoder",
+        "epochs": 4,
+    }
     history = train(tiny(vae=vae, classifier={"epochs": 1}), progress=silent).vae_history
     assert history[-1].reconstruction < 0.9 * history[0].reconstruction
 
@@ -267,7 +275,9 @@ def test_a_diverged_training_is_an_error_of_one_line():
 
 
 def test_a_classifier_for_other_classes_is_refused_before_training():
-    spec = tiny(classifier={"architecture": "custom", "import_path": "tests.core.test_train:seven_classes"})
+    spec = tiny(
+        classifier={"architecture": "custom", "import_path": "tests.core.training.test_train:seven_classes"}
+    )
     with pytest.raises(ModelError, match=r"expected logits of shape \(2, 10\) .* found \(2, 7\)"):
         train(spec, progress=silent)
 
