@@ -6,7 +6,9 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -101,9 +103,20 @@ class RayCompute:
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         """Return the results of the calls, each run as `task` runs one, as many at a time as fit on the cluster."""
-        started = [self._start(step, call.function, *call.args) for call in calls]
+        shared = self._shared_arguments(calls)
+        started = [
+            self._start(step, call.function, *(shared.get(id(each), each) for each in call.args))
+            for call in calls
+        ]
         self._wait(step, *(done for done, _ in started))
         return ray.get([result for _, result in started])
+
+    def _shared_arguments(self, calls: Sequence[Call[Any]]) -> dict[int, Any]:
+        """Return references to the artefacts that several calls take, by id: each is stored once."""
+        self._ready()
+        artefacts = [each for call in calls for each in call.args if is_dataclass(each)]
+        counts = Counter(map(id, artefacts))
+        return {id(each): ray.put(each) for each in artefacts if counts[id(each)] > 1}
 
     def together(self, step: str, function: Callable[..., None], *args: object) -> None:
         """Run function(*args, progress=...) in resources.train_workers processes. Raises RunFileError without room."""

@@ -254,11 +254,16 @@ def _score(
 
 
 def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
-    """Return what the rule of choice maximises. The held-out scenario and test images play no part."""
+    """Return what the rule of choice maximises. The held-out scenario and test images play no part.
+
+    choose_by tune: tune accuracies that are equal in whole percent count as equal, and the clean accuracy decides.
+    """
     if spec.correct.choose_by != "tune":
         return (getattr(row, spec.correct.choose_by),)
     clean = row.train if row.validation is None else row.validation
-    return (1.0, row.tune, clean) if _is_allowed(spec, models, row) else (0.0, clean, row.tune)
+    if not _is_allowed(spec, models, row):
+        return (0.0, clean, row.tune)
+    return (1.0, round(row.tune, 2), clean, row.tune)
 
 
 def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:

@@ -59,9 +59,9 @@ from defuse_core.training.measure_precision import settle_precision
 from defuse_core.training.reference_models import (
     ask_models,
     judges,
-    reference_calls,
     reference_models,
     references_take_part,
+    training_calls,
 )
 from defuse_core.watch.failure_detector import FailureWatch, watch_run
 
@@ -75,7 +75,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     spec, store = run.spec, run.store
     guide = reference_models(run, compute) if spec.vae.guide_weight else None
     models = run.once(
-        "train", Models, lambda: train_side_by_side(spec, store, compute, guide, reference_calls(run))
+        "train", Models, lambda: train_side_by_side(spec, store, compute, guide, training_calls(run))
     )
     anchored = spec.vae.decode == "anchored"
     if run.until != "train" and not anchored:
@@ -177,9 +177,9 @@ def _scenarios(
         scenarios = distill_all(run.spec, psi, run.store, models.data_fingerprint, compute)
     else:
         scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
-    if run.spec.review.tau != "auto":
+    if run.spec.review.tau != "auto" or references is None:
         return scenarios
-    return compute.task("distill", tighten, run.spec, models, references, scenarios)
+    return tighten(run.spec, models, references, scenarios, compute)
 
 
 def _verdicts(
@@ -215,11 +215,9 @@ def _corrections(
 ) -> Corrections:
     """Sample D_f and, with correct.filter, keep what the reference models agree on."""
     fixes = sample_corrections(run.spec, scenarios, verdicts)
-    if run.spec.correct.filter == "none":
+    if run.spec.correct.filter == "none" or references is None:
         return with_used_anchors(fixes)
-    return with_used_anchors(
-        compute.task("correct", filter_corrections, run.spec, models, references, scenarios, fixes)
-    )
+    return with_used_anchors(filter_corrections(run.spec, models, references, scenarios, fixes, compute))
 
 
 def rewrite_report(run: Run) -> Report:

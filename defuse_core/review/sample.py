@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,11 +38,13 @@ from defuse_core.distill.draws import (
 from defuse_core.intervals import lower_bound
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
+from defuse_core.protocols import Call, Compute
 from defuse_core.review.verdicts import is_misclassified, most_common
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities
 
 log = logging.getLogger("defuse")
+ROWS_PER_TASK = 8  # components or scenarios that one task examines
 MORE_DRAWS = 3  # times as many further draws where correct.filter leaves too few
 
 
@@ -173,8 +176,7 @@ def filter_corrections(
     references: ReferenceSet,
     scenarios: Scenarios,
     fixes: Corrections,
-    *,
-    progress: Progress,
+    compute: Compute,
 ) -> Corrections:
     """Return D_f with only those codes to tune on in which the reference models see the scenario's label.
 
@@ -182,24 +184,12 @@ def filter_corrections(
     scenario whose label the reference models see in no draw keeps them all: its label is the annotators'. The codes
     to test on are not filtered.
     """
-    tune, kept = fixes.tune.copy(), np.zeros(len(fixes.labels))
-    anchor = None if fixes.tune_anchor is None else fixes.tune_anchor.copy()
-    with cpu_threads(1):
-        examiner = Examiner(spec, models, references, scenarios)
-        for row, (component, label) in enumerate(zip(fixes.scenario, fixes.labels, strict=True)):
-            progress("filtering images to tune on", row, len(kept), "scenarios")
-            draws = Draws(tune[row], None if anchor is None else anchor[row])
-            agrees = examiner.examine(draws)[1] == label
-            kept[row] = agrees.mean()
-            if not agrees.all():
-                rng = generator(spec.seed, "corrections", int(component), "more")
-                count = MORE_DRAWS * spec.correct.tune_images
-                more = draw_codes(spec, scenarios, int(component), count, rng)
-                usable = np.concatenate([agrees, examiner.examine(more)[1] == label])
-                draws = _repeated(draws, more, usable)
-                tune[row] = draws.codes
-                if anchor is not None:
-                    anchor[row] = np.asarray(draws.anchors)
+    calls = [
+        Call(_filtered, spec, models, references, scenarios, fixes, rows)
+        for rows in _in_tasks(len(fixes.labels))
+    ]
+    filtered = list(itertools.chain(*compute.tasks("correct", calls)))
+    kept = np.array([share for _, share in filtered])
     for component, share in zip(fixes.scenario, kept, strict=True):
         if share < spec.review.rho:
             log.warning(
@@ -207,7 +197,38 @@ def filter_corrections(
                 component,
                 100 * share,
             )
-    return replace(fixes, tune=tune, tune_anchor=anchor, kept=kept)
+    if not filtered:
+        return replace(fixes, kept=kept)
+    codes, anchor = stacked([draws for draws, _ in filtered], fixes.tune.shape[1], fixes.tune.shape[2])
+    return replace(fixes, tune=codes, tune_anchor=anchor, kept=kept)
+
+
+def _filtered(
+    spec: RunFile,
+    models: Models,
+    references: ReferenceSet,
+    scenarios: Scenarios,
+    fixes: Corrections,
+    rows: range,
+    *,
+    progress: Progress,
+) -> list[tuple[Draws, float]]:
+    """Return the draws to tune on of some accepted scenarios, and the share of the first ones that is usable."""
+    found = []
+    with cpu_threads(1):
+        examiner = Examiner(spec, models, references, scenarios)
+        for row in rows:
+            progress("filtering images to tune on", row, len(fixes.labels), "scenarios")
+            component, label = int(fixes.scenario[row]), fixes.labels[row]
+            draws = Draws(fixes.tune[row], None if fixes.tune_anchor is None else fixes.tune_anchor[row])
+            agrees = examiner.examine(draws)[1] == label
+            if not agrees.all():
+                rng = generator(spec.seed, "corrections", component, "more")
+                count = MORE_DRAWS * spec.correct.tune_images
+                more = draw_codes(spec, scenarios, component, count, rng)
+                draws = _repeated(draws, more, np.concatenate([agrees, examiner.examine(more)[1] == label]))
+            found.append((draws, float(agrees.mean())))
+    return found
 
 
 def _repeated(draws: Draws, more: Draws, usable: Bool) -> Draws:
@@ -227,32 +248,61 @@ DRAWS = 64  # per component and tau
 
 
 def tighten(
-    spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios, *, progress: Progress
+    spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios, compute: Compute
 ) -> Scenarios:
     """Return the components with a tau each; those that fail the requirements at every tau are dropped."""
+    calls = [
+        Call(_search_taus, spec, models, references, scenarios, components)
+        for components in _in_tasks(len(scenarios))
+    ]
+    return with_taus(spec, scenarios, list(itertools.chain(*compute.tasks("distill", calls))))
+
+
+def _in_tasks(count: int) -> list[range]:
+    """Return `count` rows in ranges for a task each. No result depends on them: every row has its own seed."""
+    return [range(first, min(first + ROWS_PER_TASK, count)) for first in range(0, count, ROWS_PER_TASK)]
+
+
+def _search_taus(
+    spec: RunFile,
+    models: Models,
+    references: ReferenceSet,
+    scenarios: Scenarios,
+    components: range,
+    *,
+    progress: Progress,
+) -> list[FoundTau]:
     with cpu_threads(1):
         examiner = Examiner(spec, models, references, scenarios)
-        return find_taus(spec, scenarios, examiner.examine, progress)
+        return find_taus(spec, scenarios, components, examiner.examine, progress)
 
 
-def find_taus(spec: RunFile, scenarios: Scenarios, examine: Examine, progress: Progress) -> Scenarios:
-    """Return what `tighten` does, for any `examine`: n draws -> answers of f and reference labels, each (n,).
+def find_taus(
+    spec: RunFile, scenarios: Scenarios, components: range, examine: Examine, progress: Progress
+) -> list[FoundTau]:
+    """Return the largest tau of each of some components, for any `examine`: n draws -> answers and labels, each (n,).
 
     Required are lower bounds (95 %): of the share of draws with one label, review.purity; of the share of labelled
     draws that the classifier gets wrong, review.rho.
     """
-    taus, dropped = np.zeros(len(scenarios)), list(scenarios.dropped)
-    for component in range(len(scenarios)):
+    found = []
+    for component in components:
         progress("tightening components", component, len(scenarios), "components")
-        search = _Search(spec, examine, scenarios, component)
-        tau, narrowest = search.largest_tau()
-        if tau is None:
-            dropped.append(_dropped(scenarios, component, narrowest.reason(spec)))
-        else:
-            taus[component] = tau
-    kept = np.flatnonzero(taus > 0)
+        found.append(_Search(spec, examine, scenarios, component).largest_tau())
+    return found
+
+
+def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) -> Scenarios:
+    """Return the components that have a tau, with it; the others become dropped ones."""
+    dropped = [
+        _dropped(scenarios, component, narrowest.reason(spec))
+        for component, (tau, narrowest) in enumerate(found)
+        if tau is None
+    ]
+    kept = np.array([number for number, (tau, _) in enumerate(found) if tau is not None], np.int64)
+    taus = np.array([tau for tau, _ in found if tau is not None], np.float64)
     log.info("%d of %d components are pure and misclassified at some tau", len(kept), len(scenarios))
-    return scenarios.take(kept, taus=taus[kept], dropped=tuple(dropped))
+    return scenarios.take(kept, taus=taus, dropped=(*scenarios.dropped, *dropped))
 
 
 @dataclass(frozen=True)
@@ -280,6 +330,11 @@ def _bound(hits: int, total: int) -> float:
     return float(lower_bound(np.array([hits]), np.array([total]))[0])
 
 
+FoundTau = tuple[
+    float | None, _Outcome
+]  # the largest that passes, if any does; what the last one tried shows
+
+
 class _Search:
     """The search for the largest tau of one component. The same normal draws serve every tau."""
 
@@ -292,7 +347,7 @@ class _Search:
         if scenarios.failures is not None:
             self.failures = failure_rows(scenarios.failures, component, DRAWS, rng, held_out=False)
 
-    def largest_tau(self) -> tuple[float | None, _Outcome]:
+    def largest_tau(self) -> FoundTau:
         """Return the largest tau that passes, if any does, and the outcome at the last one tried.
 
         All are tried, since the share that the classifier gets wrong may fall towards the mean.

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
 from defuse_core.codec import decode, encode
-from defuse_core.config import ClassifierSet, RunFile
+from defuse_core.config import STEPS, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.data.splits import split_tracks
 from defuse_core.device import cpu_threads
@@ -39,16 +39,13 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.progress import Progress
-from defuse_core.protocols import Call
+from defuse_core.protocols import Call, Compute
+from defuse_core.runs import Run
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import Losses, minibatches, train_step
 from defuse_core.training.precision import autocast
-
-if TYPE_CHECKING:
-    from defuse_core.protocols import Compute
-    from defuse_core.runs import Run
 
 log = logging.getLogger("defuse")
 SetName = Literal["reference", "judges"]
@@ -160,11 +157,16 @@ def train_judges(spec: RunFile, fingerprint: str | None, *, progress: Progress) 
     )
 
 
-def reference_calls(run: Run) -> list[Call[TrainedClassifier]]:
-    """Return the trainings of the reference models that are yet to be made, if the method needs them."""
-    if not references_take_part(run.spec) or run.load(ReferenceSet, "references") is not None:
-        return []
-    return _calls(run.spec, "reference", None, run.store)
+def training_calls(run: Run) -> list[Call[TrainedClassifier]]:
+    """Return the trainings that are yet to be made: of reference models, if the method needs them, and of judges.
+
+    They depend on no other model, so they fill the workers beside the classifier's and the β-VAE's.
+    """
+    wanted: dict[SetName, bool] = {
+        "reference": references_take_part(run.spec) and run.load(ReferenceSet, "references") is None,
+        "judges": run.until == STEPS[-1] and run.load(ReferenceSet, "judges") is None,
+    }
+    return [call for name, yes in wanted.items() if yes for call in _calls(run.spec, name, None, run.store)]
 
 
 def _calls(

@@ -31,12 +31,12 @@ def test_screening_and_tightening_on_workers_keep_the_same_codes_and_components(
     with RayCompute(None, spec) as compute:
         psi = compute.identify(spec, tiny_models, there, references)
         found = compute.task("distill", distill, spec, psi, there, tiny_models.data_fingerprint)
-        found = compute.task("distill", tighten, spec, tiny_models, references, found)
+        found = tighten(spec, tiny_models, references, found, compute)
         gallery = compute.task("draw", sample_gallery, spec, tiny_models, found)
     assert 0 < psi.total < psi.failing == local.failing
     assert_same_psi(len(psi.codes), there, here)
     expected = distill(spec, local, here, tiny_models.data_fingerprint, progress=silent)
-    expected = tighten(spec, tiny_models, references, expected, progress=silent)
+    expected = tighten(spec, tiny_models, references, expected, LocalCompute())
     assert found.taus is not None
     assert len(found) > 0
     np.testing.assert_array_equal(found.taus, expected.taus)

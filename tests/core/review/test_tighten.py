@@ -4,7 +4,7 @@ import pytest
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
 from defuse_core.progress import silent
-from defuse_core.review.sample import TAUS, find_taus
+from defuse_core.review.sample import TAUS, find_taus, with_taus
 from defuse_core.seeds import generator
 from tests.conftest import tiny
 
@@ -27,6 +27,10 @@ def one_component(width=2) -> Scenarios:
     )
 
 
+def tightened(examine) -> Scenarios:
+    return with_taus(SPEC, one_component(), find_taus(SPEC, one_component(), range(1), examine, silent))
+
+
 def ball(radius: float):
     """Within `radius` of the origin images show class 8, outside class 1; the classifier answers 3 everywhere."""
 
@@ -38,7 +42,7 @@ def ball(radius: float):
 
 
 def test_a_component_is_drawn_as_widely_as_it_stays_pure():
-    taus = [find_taus(SPEC, one_component(), ball(radius), silent).taus[0] for radius in (0.5, 1.0, 100.0)]
+    taus = [tightened(ball(radius)).taus[0] for radius in (0.5, 1.0, 100.0)]
     assert taus[0] < taus[1] < taus[2] == 1
     codes = truncated_codes(np.zeros(2), taus[1] * np.eye(2), generator(0, "test").standard_normal((4000, 2)))
     assert (ball(1.0)(Draws(codes))[1] == 8).mean() >= 0.9
@@ -48,7 +52,7 @@ def test_a_component_that_is_impure_at_its_mean_is_dropped_with_its_cell_and_sup
     def halves(draws):
         return np.full(len(draws.codes), 3), np.where(draws.codes[:, 0] > 0, 8, 1)
 
-    found = find_taus(SPEC, one_component(), halves, silent)
+    found = tightened(halves)
     assert len(found) == 0
     (dropped,) = found.dropped
     assert (dropped.source, dropped.answer, dropped.support) == (8, 3, 40)
@@ -56,7 +60,7 @@ def test_a_component_that_is_impure_at_its_mean_is_dropped_with_its_cell_and_sup
 
 
 def test_a_component_that_the_classifier_gets_right_is_dropped():
-    found = find_taus(SPEC, one_component(), lambda draws: (np.full(len(draws.codes), 8),) * 2, silent)
+    found = tightened(lambda draws: (np.full(len(draws.codes), 8),) * 2)
     assert len(found) == 0
     assert "f is wrong on 0 of 64 draws" in found.dropped[0].reason
 
@@ -66,15 +70,12 @@ def test_a_component_that_fails_around_its_mean_and_not_at_it_is_kept():
         outside = np.linalg.norm(draws.codes, axis=1) > 0.3
         return np.where(outside, 3, 8), np.full(len(outside), 8)
 
-    assert find_taus(SPEC, one_component(), ring, silent).taus[0] == 1
+    assert tightened(ring).taus[0] == 1
 
 
 def test_draws_without_a_label_count_against_purity():
-    found = find_taus(
-        SPEC,
-        one_component(),
-        lambda draws: (np.full(len(draws.codes), 3), np.full(len(draws.codes), NONE_OF_THE_ABOVE)),
-        silent,
+    found = tightened(
+        lambda draws: (np.full(len(draws.codes), 3), np.full(len(draws.codes), NONE_OF_THE_ABOVE))
     )
     assert len(found) == 0
 

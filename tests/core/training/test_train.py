@@ -9,6 +9,7 @@ from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.distill.draws import Draws
 from defuse_core.errors import ModelError, RunFileError, RunMismatchError
+from defuse_core.local import LocalCompute
 from defuse_core.models import (
     build_vae,
     decode_codes,
@@ -356,7 +357,7 @@ def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_mod
     rng = np.random.default_rng(0)
     tune, test = rng.normal(size=(2, 2, 24, 4)).astype(np.float32)
     drawn = Corrections(np.arange(2), labels, tune, test)
-    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
+    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, LocalCompute())
     for row, label in enumerate(labels):
         agrees = examiner.examine(Draws(drawn.tune[row]))[1] == label
         assert kept.kept[row] == pytest.approx(agrees.mean())
@@ -372,6 +373,6 @@ def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_its_im
     spec = recommended(identify={"min_probability": 1.0}, review={"tau": 1.0})
     tune = np.random.default_rng(0).normal(size=(1, 24, 4)).astype(np.float32)
     drawn = Corrections(np.array([0]), np.array([3]), tune, tune)
-    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, progress=silent)
+    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, LocalCompute())
     assert kept.kept.tolist() == [0.0]
     np.testing.assert_array_equal(kept.tune, tune)

@@ -1,0 +1,132 @@
+"""The paper's way and the recommended one on one run file, seed after seed: what judges say of both, and the time.
+
+    python tests/bench/ways.py --set data.root=DIR [--run-file deploy/runs/mnist-laptop.yaml] [--seeds 0 1 2]
+        [--ways recommended paper] [--folder DIR] [--json FILE]
+
+Judges, classifier, images and budget are the same in both. Runs in --folder that are finished are read again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+WAYS: dict[str, tuple[str, ...]] = {
+    "recommended": (),
+    "paper": (  # §3.2: noise of a Beta distribution, one mixture of all of Ψ, a share over ρ, one label for all
+        "identify.noise=beta",
+        "identify.scale=1.0",
+        "identify.screen=none",
+        "distill.by=all",
+        "distill.order=weight",
+        "distill.min_weight=0.01",
+        "distill.min_support=1",
+        "review.tau=0.5",
+        "review.accept=share",
+        "correct.filter=none",
+    ),
+}
+Row = dict[str, str]
+
+
+def run(run_file: Path, settings: list[str], store: Path, name: str) -> None:
+    """Run the command, unless its report is there."""
+    if (store / name / "report.json").exists():
+        return
+    words = [
+        sys.executable,
+        "-m",
+        "services.cli",
+        "run",
+        str(run_file),
+        "--store",
+        str(store),
+        "--name",
+        name,
+    ]
+    started = time.perf_counter()
+    subprocess.run([*words, *(word for each in settings for word in ("--set", each))], check=True, cwd=ROOT)
+    (store / name / "seconds").write_text(f"{time.perf_counter() - started:.0f}")
+
+
+def row_of(folder: Path) -> Row:
+    """Return the figures of one run as they are shown."""
+    report = json.loads((folder / "report.json").read_text())
+    found, evidence = report["scenarios"], report["evidence"]
+    accuracy, mcnemar = report["accuracy"], evidence["mcnemar_defuse"]
+    seconds = folder / "seconds"
+    own, left, real = (evidence[key] for key in ("own_label", "left_out", "real_failures"))
+    return {
+        "judges right on the test set": ", ".join(f"{share:.1%}" for share in evidence["judges"]["accuracy"]),
+        "accepted of candidates": f"{found['accepted']} of {found['components']}",
+        "purity": _share(evidence["purity"]),
+        "own label: before, plain, corrected": _shares(own["before"], own["plain"], own["defuse"]),
+        "left out of the tuning": _shares(left["before"], left["defuse"]),
+        "real failures: plain, corrected": _shares(real["plain"], real["defuse"])
+        + f" of {evidence['real_failure_images']}",
+        "test: before, failures alone, corrected": _accuracies(accuracy, "test"),
+        "validation": _accuracies(accuracy, "validation"),
+        "McNemar": f"+{mcnemar['gained']:.0f} -{mcnemar['lost']:.0f}, p {mcnemar['p_value']:.2g}"
+        if mcnemar
+        else "-",
+        "answers per accepted scenario": f"{report['votes']['answers'] / max(1, found['accepted']):.0f}",
+        "seconds": seconds.read_text() if seconds.exists() else "-",
+    }
+
+
+def _share(share: dict[str, Any]) -> str:
+    value, low, high = share["value"], share["low"], share["high"]
+    return "-" if value is None else f"{value:.1%} ({low:.0%} to {high:.0%})"
+
+
+def _shares(*shares: dict[str, Any] | None) -> str:
+    return " -> ".join(
+        "-" if each is None or each["value"] is None else f"{each['value']:.1%}" for each in shares
+    )
+
+
+def _accuracies(accuracy: dict[str, Any], part: str) -> str:
+    shown = [(accuracy[model] or {}).get(part) for model in ("before", "baseline", "defuse")]
+    return " -> ".join("-" if each is None else f"{each:.2%}" for each in shown)
+
+
+def table(columns: dict[str, Row]) -> str:
+    """Return a Markdown table, a column for each run."""
+    names = list(next(iter(columns.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [
+        f"| {name} | " + " | ".join(column[name] for column in columns.values()) + " |" for name in names
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run-file", type=Path, default=ROOT / "deploy" / "runs" / "mnist-laptop.yaml")
+    parser.add_argument("--set", dest="settings", action="append", default=[])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    columns: dict[str, Row] = {}
+    for seed in given.seeds:
+        for way in given.ways:
+            name = f"{given.run_file.stem}-{way}-{seed}"
+            run(given.run_file, [f"seed={seed}", *given.settings, *WAYS[way]], given.folder.resolve(), name)
+            columns[f"{way}, seed {seed}"] = row_of(given.folder / name)
+            print(table(columns), flush=True)
+    if given.json:
+        given.json.write_text(json.dumps(columns, indent=2))
+
+
+if __name__ == "__main__":
+    main()
