@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from defuse_core.artifacts import (
     Corrections,
@@ -36,7 +37,7 @@ from defuse_core.evaluation.evidence import (
     without_fold,
 )
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
-from defuse_core.protocols import Annotators, Compute, SweepRequest
+from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, build_report, write_report
 from defuse_core.review.sample import (
     filter_corrections,
@@ -118,22 +119,35 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=judges(run, compute),
     )
-    evaluation = run.once("report", Evaluation, lambda: compute.task("report", evaluate, spec, found, store))
-    evidence = _evidence(run, compute, found)
-    watch = run.once(
-        "report",
-        FailureWatch,
-        lambda: compute.task("report", watch_run, spec, models, fixes, found.sweep.weights),
-    )
+    controls = _controls(run, compute, found)
+    evaluation, watch, evidence = _evaluations(run, compute, found, controls)
     return write_report(run, found, evaluation, evidence, watch)
 
 
-def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
-    """Ask the judges about the correction, beside corrections that serve as controls; None with judges.count 0."""
+def _evaluations(
+    run: Run, compute: Compute, found: Findings, controls: Controls | None
+) -> tuple[Evaluation, FailureWatch, Evidence | None]:
+    """Score the classifiers, measure the watch and ask the judges, at the same time where there is room."""
+    spec = run.spec
+    calls: dict[str, tuple[type[Any], Call[Any]]] = {
+        "evaluation": (Evaluation, Call(evaluate, spec, found, run.store)),
+        "failurewatch": (FailureWatch, Call(watch_run, spec, found.models, found.fixes, found.sweep.weights)),
+    }
+    if controls is not None:
+        calls["evidence"] = (Evidence, Call(gather_evidence, spec, found, controls))
+
+    def make(names: Sequence[str]) -> list[Any]:
+        return compute.tasks("report", [calls[name][1] for name in names])
+
+    made = _once_each(run, "report", {name: kind for name, (kind, _) in calls.items()}, make)
+    return made["evaluation"], made["failurewatch"], made.get("evidence")
+
+
+def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
+    """Fine-tune the controls that the correction is held against; None with judges.count 0."""
     if found.judges is None:
         return None
-    spec, models, fixes = run.spec, found.models, found.fixes
-
+    spec, fixes = run.spec, found.fixes
     left_out = fold_spec(spec, found.sweep)
     requests = {"plain": (plain_spec(spec, found.sweep), fixes)}
     requests |= {f"left_out_{fold}": (left_out, without_fold(fixes, fold)) for fold in folds(fixes)}
@@ -141,32 +155,39 @@ def _evidence(run: Run, compute: Compute, found: Findings) -> Evidence | None:
         run,
         compute,
         "report",
-        models,
+        found.models,
         **{
             name: SweepRequest(changed, kept, None, run.store.within(f"trials/{name}"))
             for name, (changed, kept) in requests.items()
         },
     ).values()
-    controls = Controls(plain, tuple(tuned))
-    return run.once(
-        "report", Evidence, lambda: compute.task("report", gather_evidence, spec, found, controls)
-    )
+    return Controls(plain, tuple(tuned))
 
 
 def _sweeps(
     run: Run, compute: Compute, step: str, models: Models, **requests: SweepRequest
 ) -> dict[str, Sweep]:
-    """Return sweeps by their names in the run. Those that are not stored are made together."""
-    made: dict[str, Sweep] = {}
+    """Return sweeps by their names in the run; their trials are run together."""
 
-    def make(name: str) -> Sweep:
+    def make(names: Sequence[str]) -> list[Sweep]:
+        return compute.sweeps(models, [requests[name] for name in names])
+
+    return _once_each(run, step, dict.fromkeys(requests, Sweep), make)
+
+
+def _once_each(
+    run: Run, step: str, kinds: Mapping[str, type[T]], make: Callable[[Sequence[str]], Sequence[T]]
+) -> dict[str, T]:
+    """Return artefacts by their names in the run. Those that are not stored are made together, by make(names)."""
+    made: dict[str, T] = {}
+
+    def one(name: str) -> T:
         if not made:
-            missing = [each for each in requests if run.load(Sweep, each) is None]
-            found = compute.sweeps(models, [requests[each] for each in missing])
-            made.update(zip(missing, found, strict=True))
+            missing = [each for each, kind in kinds.items() if run.load(kind, each) is None]
+            made.update(zip(missing, make(missing), strict=True))
         return made[name]
 
-    return {name: run.once(step, Sweep, partial(make, name), name) for name in requests}
+    return {name: run.once(step, kind, partial(one, name), name) for name, kind in kinds.items()}
 
 
 def _scenarios(

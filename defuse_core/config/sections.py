@@ -250,15 +250,15 @@ class ClassifierSet(Section):
 
     count: int = Field(5, ge=1)
     """Models in the set."""
-    architecture: Literal["cnn", "lenet", "resnet18", "custom"] = "cnn"
-    """cnn is wider than the paper's, with batch normalisation and dropout; lenet has two 5x5 convolutions with group
-    normalisation; resnet18 is torchvision's with a small stem; custom is import_path."""
+    architecture: Literal["cnn", "residual", "resnet18", "custom"] = "cnn"
+    """cnn is wider than the paper's, with batch normalisation and dropout; residual is a small pre-activation
+    ResNet; resnet18 is torchvision's with a small stem; custom is import_path."""
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: UserPath | None = None
     """A .safetensors (or weights-only .pt) file of a pretrained model, with epochs 0 and count 1."""
     channels: int = Field(32, ge=1)
-    """cnn, lenet: channels of the first stage; doubled at each further stage."""
+    """cnn, residual: channels of the first stage; doubled at each further stage."""
     epochs: int = Field(6, ge=0)
     """Passes over the training images. 0 uses a pretrained model unchanged: `weights`, or what import_path returns."""
     batch_size: int = Field(128, ge=2)
@@ -287,7 +287,7 @@ class JudgesSection(ClassifierSet):
 
     count: int = Field(3, ge=0)
     """Judges. 0 evaluates without any."""
-    architecture: Literal["cnn", "lenet", "resnet18", "custom"] = "lenet"
+    architecture: Literal["cnn", "residual", "resnet18", "custom"] = "residual"
     """As of review.reference, and best another one."""
     share: float = Field(0.5, ge=0, lt=1)
     """Share of the training images that only the judges are trained on; the reference models are trained on the rest.

@@ -1,8 +1,8 @@
 """The models of a run: architectures, weights, and inference in batches."""
 
 from defuse_core.models.architectures import (
-    LeNet,
     ReferenceCnn,
+    ResidualNet,
     ResNet18,
     build_classifier,
     import_module,
@@ -34,9 +34,9 @@ from defuse_core.models.weights import (
 __all__ = [
     "CustomVae",
     "Decoder",
-    "LeNet",
     "ReferenceCnn",
     "ResNet18",
+    "ResidualNet",
     "SelfContainedClassifier",
     "Vae",
     "accuracy",

@@ -27,8 +27,8 @@ from defuse_core.data.splits import split_tracks
 from defuse_core.device import cpu_threads
 from defuse_core.errors import StoreError
 from defuse_core.models import (
-    LeNet,
     ReferenceCnn,
+    ResidualNet,
     ResNet18,
     accuracy,
     import_module,
@@ -304,8 +304,8 @@ def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.M
         return import_module("import_path", section.import_path)
     if section.architecture == "resnet18":
         return ResNet18(classes, imagenet=False, stem="small")
-    if section.architecture == "lenet":
-        return LeNet(size, channels, section.channels, classes)
+    if section.architecture == "residual":
+        return ResidualNet(channels, section.channels, classes)
     return ReferenceCnn(size, channels, section.channels, classes)
 
 
@@ -333,10 +333,10 @@ def mean_probabilities(models: Sequence[nn.Module], images: F32, batch_size: int
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return each image randomly rotated, scaled, shifted and brightened, and every second one blurred.
+    """Return each image randomly rotated, scaled, shifted, and darkened or brightened; most are blurred.
 
-    Blur matters: decodings are smoother than photographs. No image is mirrored, since that changes the class of digits
-    and signs.
+    Blur and darkness matter: decodings are smoother than photographs and of lower contrast, and a person reads them all
+    the same. No image is mirrored, since that changes the class of digits and signs.
     """
     count = len(images)
     angle = rng.uniform(-0.2, 0.2, count)  # radians
@@ -347,9 +347,10 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
     theta[:, :, 2] = shift
     grid = F.affine_grid(torch.from_numpy(theta).to(images.device), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
-    moved = torch.where(_column(rng.random(count) < 0.5, images), blurred, moved)
-    bright = _column(rng.uniform(0.8, 1.2, count).astype(np.float32), images)
+    for share in (0.5, 0.25):
+        blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
+        moved = torch.where(_column(rng.random(count) < share, images), blurred, moved)
+    bright = _column(rng.uniform(0.4, 1.2, count).astype(np.float32), images)
     return (moved * bright).clamp(0, 1)
 
 

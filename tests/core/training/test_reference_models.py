@@ -6,7 +6,7 @@ from torch import nn
 from defuse_core.artifacts import Gallery, ReferenceSet
 from defuse_core.data import open_splits
 from defuse_core.local import LocalCompute
-from defuse_core.models import LeNet, ReferenceCnn, predict_probabilities
+from defuse_core.models import ReferenceCnn, ResidualNet, predict_probabilities
 from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -92,7 +92,7 @@ def test_judges_have_another_architecture_and_no_training_image_in_common_with_t
         type(load_reference_models(spec, section, part, 10)[0])
         for section, part in zip((spec.review.reference, spec.judges), parts, strict=True)
     ]
-    assert kinds == [ReferenceCnn, LeNet]
+    assert kinds == [ReferenceCnn, ResidualNet]
 
 
 def test_without_a_share_of_their_own_both_are_trained_on_all_images():
