@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import ray
 from ray.exceptions import RayError
@@ -30,7 +30,6 @@ from cluster.resources import (
     worker_count,
     worker_resources,
 )
-from cluster.sweep import Outcome, SweepContext, run_trials
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import (
@@ -54,6 +53,9 @@ from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Call, SweepRequest
 from defuse_core.runs import Run
 from defuse_core.store import Store
+
+if TYPE_CHECKING:
+    from cluster.sweep import Outcome, SweepContext
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -174,6 +176,8 @@ class RayCompute:
             for each, trials in zip(requests, finished, strict=True)
         ):
             return [([*trials.values()], {}) for trials in finished]
+        from cluster.sweep import run_trials  # imports pandas and more
+
         return run_trials(self._sweep_context(models, requests))
 
     def _pool(
@@ -196,6 +200,8 @@ class RayCompute:
         )
 
     def _sweep_context(self, models: Models, requests: Sequence[SweepRequest]) -> SweepContext:
+        from cluster.sweep import SweepContext
+
         listener, section = self._ready(), self.spec.resources
         models_reference = ray.put(models)
         return SweepContext(

@@ -9,10 +9,10 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray.tune.execution import class_cache
-from ray.tune.trainable import Trainable, wrap_function
+if TYPE_CHECKING:
+    from ray.tune.trainable import Trainable
 
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -51,12 +51,16 @@ def quiet_tune() -> Iterator[None]:
 
 def withhold_credentials() -> None:
     """Keep AWS_* variables out of the description of Tune's actors, which Ray logs and its dashboard shows."""
+    from ray.tune.execution import class_cache  # imports pandas and more, which no other worker needs
+
     propagated = class_cache.ENV_VARS_TO_PROPAGATE
     propagated.difference_update({name for name in propagated if name.startswith("AWS_")})
 
 
 def named_trainable(function: Callable[..., Any], name: str) -> type[Trainable]:
     """Return `function` as a trainable whose actors and processes are shown under `name`."""
+    from ray.tune.trainable import wrap_function
+
     trainable = wrap_function(function, name=name)
     trainable.__name__ = trainable.__qualname__ = name
     return trainable

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from defuse_core.artifacts import F64, I64
@@ -165,6 +164,8 @@ def probe_classifier(
 
 def fitting_order(answers: I64, labels: I64, classes: int) -> tuple[I64, float]:
     """Return for each class the answer that fits it in the best one-to-one assignment, and the accuracy under it."""
+    from scipy.optimize import linear_sum_assignment  # takes a quarter of a second to import, in every worker
+
     table = np.zeros((classes, classes))
     np.add.at(table, (labels, answers), 1)
     _, order = linear_sum_assignment(table, maximize=True)
