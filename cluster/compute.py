@@ -111,14 +111,18 @@ class RayCompute:
             for call in calls
         ]
         self._wait(step, *(done for done, _ in started))
-        return ray.get([result for _, result in started])
+        try:
+            return ray.get([result for _, result in started])
+        except RayError as error:  # a result whose node was lost, and that could not be made again
+            raise as_defuse_error(error, step) from error
 
     def _shared_arguments(self, calls: Sequence[Call[Any]]) -> dict[int, Any]:
         """Return references to the artefacts that several calls take, by id: each is stored once."""
         self._ready()
         artefacts = [each for call in calls for each in call.args if is_dataclass(each)]
         counts = Counter(map(id, artefacts))
-        return {id(each): ray.put(each) for each in artefacts if counts[id(each)] > 1}
+        shared = {id(each): each for each in artefacts if counts[id(each)] > 1}
+        return {name: ray.put(each) for name, each in shared.items()}
 
     def together(self, step: str, function: Callable[..., None], *args: object) -> None:
         """Run function(*args, progress=...) in resources.train_workers processes. Raises RunFileError without room."""
@@ -270,11 +274,21 @@ class RayCompute:
 
     def _wait(self, step: str, *tasks: Any) -> None:
         """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
-        waiting = list(tasks)
+        waiting, listener = list(tasks), self._ready()
+        warn_at: float | None = time.monotonic() + WARN_AFTER_S  # None once anything ran
         try:
             while waiting:
-                ready, waiting = self._show_until_one_ends(step, waiting)
-                ray.get(ready)
+                ready, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
+                self.require_lock()
+                if ready:
+                    listener.flush()
+                    ray.get(ready)
+                if listener.poll() or ready:
+                    warn_at = None
+                elif warn_at is not None and time.monotonic() > warn_at:
+                    warn_at = None
+                    resources = task_resources(self.spec.resources)
+                    log.warning("%s: waiting for %s to be free on the cluster", step, resources)
         except BaseException as error:
             for task in waiting:
                 with contextlib.suppress(RayError):
@@ -282,19 +296,6 @@ class RayCompute:
             if isinstance(error, RayError):
                 raise as_defuse_error(error, step) from error
             raise
-
-    def _show_until_one_ends(self, step: str, waiting: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Return the tasks that ended, and the others."""
-        listener, started, reported = self._ready(), time.monotonic(), False
-        while not (ended := ray.wait(waiting, timeout=POLL_EVERY_S))[0]:
-            self.require_lock()
-            reported |= listener.poll()
-            if not reported and time.monotonic() - started > WARN_AFTER_S:
-                reported = True
-                resources = task_resources(self.spec.resources)
-                log.warning("%s: waiting for %s to be free on the cluster", step, resources)
-        listener.flush()
-        return ended
 
 
 def on_ray(address: str | None = None, progress: Progress = silent) -> Callable[[Run], RayCompute]:

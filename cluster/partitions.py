@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -61,16 +62,25 @@ class RayPartitions:
             raise as_defuse_error(error, self.step) from error
 
     def _wait(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Start the calls, so many at once as there are workers, and return their references once all have ended."""
+        """Start the calls, so many at once as there are workers, and return their references once all have ended.
+
+        What runs is cancelled where this is interrupted.
+        """
         references: list[Any] = []
         running: list[Any] = []
-        for call in calls:
-            references.append(call())
-            running.append(references[-1])
-            if len(running) >= 2 * self.at_once:
-                running = self._some_left(running, 1)
-        while running:
-            running = self._some_left(running, len(running))
+        try:
+            for call in calls:
+                references.append(call())
+                running.append(references[-1])
+                if len(running) >= 2 * self.at_once:
+                    running = self._some_left(running, 1)
+            while running:
+                running = self._some_left(running, len(running))
+        except BaseException:
+            for each in running:
+                with contextlib.suppress(RayError):
+                    ray.cancel(each, force=True)
+            raise
         return references
 
     def _some_left(self, running: list[Any], wanted: int) -> list[Any]:

@@ -28,7 +28,7 @@ from defuse_core.correct import (
     run_trial,
     trial_key,
 )
-from defuse_core.errors import ComputeError, DefuseError, InputError
+from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress
 from defuse_core.protocols import SweepRequest
@@ -37,6 +37,7 @@ from defuse_core.store import Store
 log = logging.getLogger("defuse")
 STEP = "correct"
 TRIAL = "lam-"
+DIVERGED = "diverged"  # in a trial's last result: why it is left out
 MAX_FAILURES = 2  # a trial is started again this often; it continues after its last finished epoch
 
 
@@ -80,17 +81,23 @@ def run_trials(sweep: SweepContext) -> list[Outcome]:
         results = _tuner(sweep, names, folder).fit()
     failures: list[dict[float, DefuseError]] = [{} for _ in sweep.requests]
     for result in (results[index] for index in range(len(results))):
-        if result.error is None:
-            continue
         number, lam = _parse(Path(result.path).name)  # the one field that every failure leaves
-        cause = cause_of(result.error)
-        if is_worker_lost(result.error) or not is_trial_failure(cause):
-            raise as_defuse_error(result.error, f"correct: λ = {lam:g}")
-        failures[number][lam] = (
-            cause if isinstance(cause, DefuseError) else ComputeError(one_line(result.error))
-        )
+        if result.error is not None:
+            failures[number][lam] = _failure(result.error, lam)
+        elif why := (result.metrics or {}).get(DIVERGED):
+            failures[number][lam] = ModelError(why)
+        else:
+            continue
         log.warning("correct: the trial with λ = %g failed for good: %s", lam, failures[number][lam])
     return [_outcome(request, failed) for request, failed in zip(sweep.requests, failures, strict=True)]
+
+
+def _failure(error: Exception, lam: float) -> DefuseError:
+    """Return the error of a trial that is left out; raises one that ends the sweep."""
+    cause = cause_of(error)
+    if is_worker_lost(error) or not is_trial_failure(cause):
+        raise as_defuse_error(error, f"correct: λ = {lam:g}")
+    return cause if isinstance(cause, DefuseError) else ComputeError(one_line(error))
 
 
 def _outcome(request: SweepRequest, failed: dict[float, DefuseError]) -> Outcome:
@@ -129,8 +136,13 @@ def _trial(
         log.debug("correct: λ = %g in %s", lam, location)
         data = fine_tuning_data(*ray.get(list(images[number])))
         trials = run_trial(request.spec, models, data, lam, request.store)
-        for trial in profile.first(STEP, f"lambda-{lam:g}-{number}", trials):
-            tune.report({"epochs": len(trial.rows), "visible_gpus": location.visible_gpus})
+        epochs = 0
+        try:
+            for trial in profile.first(STEP, f"lambda-{lam:g}-{number}", trials):
+                epochs = len(trial.rows)
+                tune.report({"epochs": epochs, "visible_gpus": location.visible_gpus})
+        except ModelError as error:  # the same in every attempt, so that Tune is not to make another
+            tune.report({"epochs": epochs, DIVERGED: str(error)})
 
 
 def _trainable(sweep: SweepContext) -> type[Trainable]:

@@ -165,7 +165,7 @@ def fine_tune(
     optimizer = torch.optim.Adam(classifier.parameters(), lr=section.learning_rate, fused=True)
     if trial is not None:
         load_optimizer_state(optimizer, trial.moments)
-    images = DeviceImages(tuning.train), DeviceImages(tuning.tune)
+    images = DeviceImages(tuning.train, spec.resources.readers), DeviceImages(tuning.tune)
     for epoch in range(len(rows) + 1, section.epochs + 1):
         with cpu_threads(1):
             loss = _epoch(spec, classifier, optimizer, images, lam, epoch)

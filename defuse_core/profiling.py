@@ -7,6 +7,7 @@ import gzip
 import itertools
 import logging
 import re
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class Profile:
 
     def _save(self, profiler: torch.profiler.profile, store: Store, name: str) -> None:
         key = f"profile/{self.step}-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.json.gz"
+        if store.exists(key):  # several tasks of a step may call one function
+            key = key.replace(".json.gz", f"-{secrets.token_hex(2)}.json.gz")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))

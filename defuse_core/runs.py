@@ -31,19 +31,22 @@ from defuse_core.store import Store
 log = logging.getLogger("defuse")
 T = TypeVar("T")
 REWRITE = "delete it and run again with the run file that this run was started with"
-AFTER_SWEEP = (
-    "report.json",
-    "report.html",
-    "evidence.safetensors",
-    "evaluation.safetensors",
-    "sweep.safetensors",
+# Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
+FROM_VERDICTS = (
+    "moreimages",
+    "verdicts",
+    "corrections",
+    "baseline",
+    "sweep",
+    "plain",
+    "left_out_0",
+    "left_out_1",
+    "evaluation",
+    "failurewatch",
+    "evidence",
 )
-CONTROLS = (
-    "plain.",
-    "left_out_",
-    "trials/plain/",
-    "trials/left_out_",
-)  # their λ and epochs follow from the sweep
+FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("sweep") :]
+CONTROLS = ("trials/plain/", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file brought
 
 
@@ -116,8 +119,9 @@ class Run:
         The baseline's sweep stays as it is.
         """
         log.info("correct: λ = %s added", ", ".join(f"{lam:g}" for lam in added))
+        gone = {"report.json", "report.html", *(f"{name}.safetensors" for name in FROM_SWEEP)}
         for key in self.store.list():
-            if key in AFTER_SWEEP or key.startswith(CONTROLS):
+            if key in gone or key.startswith(CONTROLS):
                 self.store.delete(key)
 
     def _note_weights(self) -> None:

@@ -107,7 +107,8 @@ def train_side_by_side(
 ) -> Models:
     """Return what `train` does. Classifier, β-VAE and `others` are tasks that run at the same time where they fit.
 
-    Each leaves its last checkpoint in `store`, from which `train` goes on. Where one training uses all CPUs
+    Classifier and β-VAE leave their last checkpoints in `store`, from which `train` goes on. A classifier that is not
+    trained is checked by `train` before the β-VAE is trained there. Where one training uses all CPUs
     (resources.train_threads), they follow one another.
     """
     trainings = [(train_part, spec, store, part, references) for part in ("vae", "classifier")]
@@ -117,6 +118,9 @@ def train_side_by_side(
                 compute.together("train", *training)
     elif _trains_both(spec):
         compute.tasks("train", [*(Call(*training) for training in trainings), *others])  # the longest first
+    elif others:
+        models: Models = compute.tasks("train", [Call(train, spec, store, references), *others])[0]
+        return models
     return compute.task("train", train, spec, store, references)
 
 

@@ -26,7 +26,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import ReviewSection
 from defuse_core.errors import InputError, RunFileError, StoreError
 from defuse_core.intervals import lower_bound, probability_not_over, significantly_over, wilson
-from defuse_core.runs import Run
+from defuse_core.runs import FROM_VERDICTS, Run
 from defuse_core.store import Store
 
 
@@ -218,20 +218,6 @@ def _read_override(store: Store, key: str) -> Override:
         ) from error
 
 
-# Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
-FROM_VERDICTS = (
-    "moreimages",
-    "verdicts",
-    "corrections",
-    "baseline",
-    "sweep",
-    "evaluation",
-    "plain",
-    "left_out_0",
-    "left_out_1",
-    "evidence",
-    "failurewatch",
-)
 FROM_VOTES = ("votes", *FROM_VERDICTS)
 FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")
 

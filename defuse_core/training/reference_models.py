@@ -280,7 +280,7 @@ def train_reference(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1)
     done, total = 0, section.epochs * len(train)
     what = f"{'judge' if name == 'judges' else 'reference model'} {number + 1} of {section.count}"
-    images = DeviceImages(train)
+    images = DeviceImages(train, spec.resources.readers)
     for epoch in range(section.epochs):
         rng, losses = generator(spec.seed, name, number, epoch), Losses(what)
         for rows, batch, labels in images.batches(minibatches(len(train), section.batch_size, rng)):

@@ -195,6 +195,18 @@ def test_a_lambda_that_overflows_is_a_diverged_trial(
     assert {row.lam for row in sweep.rows} == {1.0}
 
 
+def test_a_trial_that_diverges_is_made_once_and_left_out(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+) -> None:
+    spec = tiny(correct={"lambdas": [1.0, 1e30], "epochs": 1})
+    with RayCompute(None, spec) as compute:
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])
+    (failed,) = sweep.failed
+    assert failed.lam == 1e30
+    assert "diverged" in failed.cause
+    assert sum(line.startswith("correct: λ = 1e+30 in") for line in lines.lines) == 1
+
+
 @pytest.fixture
 def local_spec() -> RunFile:
     return tiny(correct={"lambdas": [1.0], "epochs": 3})

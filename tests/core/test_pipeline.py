@@ -42,6 +42,8 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
     before = {
         key: FolderStore(tmp_path / "a").read(key) for key in ("baseline.safetensors", "psi.safetensors")
     }
+    remade = ("sweep", "plain", "evaluation", "failurewatch", "evidence")
+    entries = finished[0].manifest()["artefacts"]
     tuned = []
 
     def counting(spec, models, tuning, lam, store):
@@ -54,6 +56,8 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
     assert {row.lam for row in run.load(Sweep).rows} == set(lambdas)
     assert {row.lam for row in run.load(Sweep, "baseline").rows} == set(tiny_spec.correct.lambdas)
     assert {key: run.store.read(key) for key in before} == before
+    for name in set(remade) & entries.keys():
+        assert run.manifest()["artefacts"][name] != entries[name], name
     assert "3.0" in run.store.read("report.json").decode()
     with pytest.raises(RunMismatchError, match=r"correct\.lambdas"):
         whole_run(tmp_path, tiny(correct={"lambdas": lambdas[1:]}))

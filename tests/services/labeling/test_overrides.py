@@ -10,7 +10,8 @@ from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import Corrections, Override, Verdicts, Votes
 from defuse_core.errors import InputError, RunBusyError
-from defuse_core.review.verdicts import FROM_VERDICTS, decide_verdicts, override_verdict, read_overrides
+from defuse_core.review.verdicts import decide_verdicts, override_verdict, read_overrides
+from defuse_core.runs import FROM_VERDICTS
 
 
 @pytest.fixture
