@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from defuse_core.artifacts import I64
+from defuse_core.artifacts import I64, Models
 from defuse_core.config import RunFile
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.progress import Progress
@@ -219,3 +219,8 @@ def sum_or_die_once(part: I64, marker: Path) -> int:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return int(part.sum())
+
+
+def vae_size(models: Models, number: int, *, progress: Progress) -> tuple[int, int]:
+    """Return `number` and the number of the β-VAE's weights."""
+    return number, sum(array.size for array in models.vae.values())

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from cluster.compute import RayCompute
+from defuse_core.artifacts import Models
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
 from defuse_core.protocols import Call
@@ -18,6 +20,7 @@ from tests.cluster.fakes import (
     meeting,
     shouting,
     sleeping,
+    vae_size,
 )
 from tests.conftest import tiny
 
@@ -50,6 +53,18 @@ def test_another_error_is_a_compute_error_in_one_line(tiny_spec: RunFile) -> Non
     with RayCompute(None, tiny_spec) as compute, pytest.raises(ComputeError) as raised:
         compute.task("train", failing, KeyError("weights"))
     assert str(raised.value) == "train: KeyError: 'weights'"
+
+
+def test_an_artefact_that_several_tasks_take_is_stored_once(
+    tiny_spec: RunFile, tiny_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, put = [], ray.put
+    monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or put(value))
+    size = sum(array.size for array in tiny_models.vae.values())
+    with RayCompute(None, tiny_spec) as compute:
+        calls = [Call(vae_size, tiny_models, number) for number in range(3)]
+        assert compute.tasks("distill", calls) == [(number, size) for number in range(3)]
+    assert stored == [tiny_models]
 
 
 def test_independent_tasks_run_at_the_same_time_and_their_results_keep_the_order(
