@@ -66,9 +66,9 @@ MNIST_RUN: Tree = {
         "class_weight": 20.0, "epochs": 12, "batch_size": 128, "learning_rate": 0.003, "schedule": "one_cycle",
         "kl_warmup_steps": 250,
     },
-    "identify": {"draws": 10, "scale": 2.0},
+    "identify": {"draws": 10, "scale": 2.0, "min_probability": 0.9},
     "distill": {"max_components": 60},
-    "review": {"reference": {"count": 3, "channels": 16, "epochs": 5}},
+    "review": {"reference": {"count": 3, "channels": 16, "epochs": 5, "batch_size": 64}},
     "judges": {"count": 0},
     "resources": {"train_threads": 1},
 }  # fmt: skip
