@@ -369,8 +369,10 @@ class ClassifierDeployment:
     async def following_registry(self) -> AsyncIterator[None]:
         """Poll the registry while the block runs."""
         task = asyncio.get_running_loop().create_task(self._poll_registry())
-        yield
-        task.cancel()
+        try:
+            yield
+        finally:
+            task.cancel()
 
     async def _poll_registry(self) -> None:
         """Load the versions of each change beside the current ones, then switch. Requests under way keep theirs."""
