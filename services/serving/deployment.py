@@ -395,5 +395,5 @@ class ClassifierDeployment:
         """Show the active versions in the metrics, in place of those `before`."""
         self.metrics.set_roles(before.names(), self.active.names())
         for model in self.active.by_role().values():
-            if model.failures is not None:
-                self.metrics.set_detection(model.name, model.failures)
+            if model.watch_figures is not None:
+                self.metrics.set_detection(model.name, model.watch_figures)
