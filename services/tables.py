@@ -275,22 +275,25 @@ def print_status(run: Run, console: Console | None = None) -> None:
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     console.print(table)
     if models := run.load(Models):
-        _print_health(console, models)
+        _print_health(console, run, models)
     if report := _stored_report(run):
         _print_text(console, headline(report), "bold")
         console.print(_accuracy_table(report))
     console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
 
 
-def _print_health(console: Console, models: Models) -> None:
+def _print_health(console: Console, run: Run, models: Models) -> None:
     """Print the verdict on the β-VAE with its figures; nothing for a run of a version without one."""
-    health = models.health
+    from defuse_core.evaluation.health import judge_gets, pictures_judged, with_measured_health
+
+    health = with_measured_health(run, models).health
     if health is None:
         return
     text = (
-        f"β-VAE: {health.verdict}. The classifier gets {percent(health.originals_right)} of "
-        f"{count_of(health.images, 'training image')} right, and {percent(health.reconstructions_right)} of their "
-        f"reconstructions; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} collapsed."
+        f"β-VAE: {health.verdict}. {judge_gets(health).capitalize()} {percent(health.originals_right)} of "
+        f"{count_of(health.images, 'training image')} right, and {percent(health.reconstructions_right)} of "
+        f"{pictures_judged(health)}; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} "
+        "collapsed."
     )
     _print_text(console, text, "" if health.verdict == "fit" else "yellow")
 

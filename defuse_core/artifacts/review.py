@@ -80,7 +80,7 @@ class Verdicts:
     labels: I64  # (S,) label of an accepted scenario, NONE_OF_THE_ABOVE for a rejected one
     misclassified: F64  # (S,) share of the labelled images that f gets wrong; nan where none has a label
     purity: F64  # (S,) share of the reviewed images whose own label is the scenario's (majority) label
-    image_labels: I64  # (S, R) majority over annotators; NONE_OF_THE_ABOVE where tied or no class chosen
+    image_labels: I64  # (S, R) by review.consensus; NONE_OF_THE_ABOVE where tied or no class chosen
     agreement: F64  # (S, R) share of votes, none-of-the-above left out, for the majority label (§4.4); nan where none
     ties: int  # images without a label because their vote was tied
     no_class_chosen: int  # images without a label since nobody chose a class: none-of-the-above, or no answer

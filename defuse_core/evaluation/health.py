@@ -180,7 +180,7 @@ def log_health(health: Health, classes: tuple[str, ...]) -> None:
         "the β-VAE is %s: %s %.1f %% of %d training images right and %.1f %% of %s "
         "(the most frequent answer on them: %s, %.0f %%); %d of %d latent dimensions collapsed",
         health.verdict,
-        _judge(health),
+        judge_gets(health),
         100 * health.originals_right,
         health.images,
         100 * health.reconstructions_right,
@@ -192,7 +192,8 @@ def log_health(health: Health, classes: tuple[str, ...]) -> None:
     )
 
 
-def _judge(health: Health) -> str:
+def judge_gets(health: Health) -> str:
+    """Return the beginning of a sentence: who answered, and "get" or "gets"."""
     return "the reference models get" if health.judged_by == REFERENCES else "the classifier gets"
 
 
@@ -207,7 +208,7 @@ def expect_healthy(spec: RunFile, models: Models) -> None:
     if health is None or VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
         return
     raise VaeHealthError(
-        f"the β-VAE is {health.verdict}: {_judge(health)} {health.originals_right:.1%} of the training images "
+        f"the β-VAE is {health.verdict}: {judge_gets(health)} {health.originals_right:.1%} of the training images "
         f"right but {health.reconstructions_right:.1%} of {pictures_judged(health)}, and {health.collapsed} of "
         f"{health.dimensions} latent dimensions collapsed ({STRIP_KEY} in the run shows both); "
         f"{_remedy(spec, health)}; vae.accept: {health.verdict} goes on all the same"

@@ -292,6 +292,11 @@ def print_status(status: ReviewStatus, console: Console) -> None:
         console.print(
             f"Agreement so far: {np.nanmean(agreement):.1%} of an image's votes are for its majority label."
         )
+    if status.tasks.review.consensus == "crowdlab":
+        console.print(
+            "The verdicts below are by majority; `defuse run` decides with review.consensus: crowdlab.",
+            soft_wrap=True,
+        )
     console.print(_scenario_table(status))
     _print_discarded(status, console)
 

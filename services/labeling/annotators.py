@@ -173,10 +173,15 @@ class LabelStudioAnnotators:
         return ReviewTasks(gallery, self.run.spec.review, self.run.store)
 
     def _prelabels(self, gallery: Gallery) -> dict[int, Prelabel]:
-        from defuse_core.local import LocalCompute
+        compute = self.compute
+        if compute is None:  # `defuse review push`, outside `defuse run`
+            from defuse_core.local import LocalCompute
+            from defuse_core.training.measure_precision import settle_precision
 
+            compute = LocalCompute()
+            settle_precision(self.run, compute)
         review = self.run.spec.review
-        made = reference_prelabels(self.run, self.compute or LocalCompute(), gallery)
+        made = reference_prelabels(self.run, compute, gallery)
         return prelabels_by_task(
             made.probabilities, review.reference.min_confidence, review.form == "scenario"
         )

@@ -25,8 +25,8 @@ class ChoiceResult(TypedDict):
     value: ChoiceValue
 
 
-class Prediction(TypedDict):
-    """A preselected answer."""
+class PreselectedAnswer(TypedDict):
+    """A prediction of Label Studio: the answer that a task begins with."""
 
     model_version: str
     score: float
@@ -65,7 +65,7 @@ class TaskImport(TypedDict):
 
     data: ImageData | PageData
     meta: TaskMeta
-    predictions: NotRequired[list[Prediction]]
+    predictions: NotRequired[list[PreselectedAnswer]]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from typing import Self
 import httpx
 import numpy as np
 
-from defuse_core.artifacts import I64, Gallery
-from defuse_core.errors import InputError, ServiceError
+from defuse_core.artifacts import I64, Gallery, Votes
+from defuse_core.errors import InputError, RunBusyError, ServiceError
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute
+from defuse_core.runs import Run
+from defuse_core.training.measure_precision import settle_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow
@@ -37,6 +39,12 @@ class AnnotatorAccount:
         self.email, self.password = email, password
         self.http = httpx.Client(base_url=address, timeout=60.0, trust_env=False)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+
     @classmethod
     def sign_up(cls, address: str, invitation: str, email: str) -> Self:
         """Create an account through the invitation link and its form, as people do."""
@@ -50,9 +58,8 @@ class AnnotatorAccount:
         }
         account._checked(account.http.post(invitation, data=fields, headers={"Referer": address}))
         token = account._checked(account.http.get("/api/current-user/token")).json()["token"]
-        account.http = httpx.Client(
-            base_url=address, timeout=60.0, trust_env=False, headers={"Authorization": f"Token {token}"}
-        )
+        account.http.cookies.clear()  # of the page, whose requests would need its CSRF token
+        account.http.headers["Authorization"] = f"Token {token}"
         return account
 
     def next_task(self, project: int) -> QueuedTaskRow | None:
@@ -106,20 +113,38 @@ def simulate(
         raise InputError(
             f"run {run.name} is not in the local Label Studio; `defuse review push {run.name}` first"
         )
+    votes = _votes_of_models(run, compute, gallery)
     # before the first answer: no report may call these people's answers
     update_state(run.store, state, lambda known: replace(known, simulated=True))
-    votes = ReferenceAnnotators(run, compute).review(gallery)
     answers = np.zeros((len(votes.annotators), *gallery.predicted.shape), np.int64)  # (W, S, R)
     answers[votes.annotator, votes.scenario, votes.image] = votes.answer
     tasks, total = ReviewTasks(gallery, run.spec.review, run.store), 0
     invitation = annotators.client.invitation()
     for number, own in enumerate(answers):
         email = f"simulated-{number + 1}-{secrets.token_hex(3)}@defuse.local"
-        with translated_errors(server.address):
-            account = AnnotatorAccount.sign_up(server.address, invitation, email)
-            total += _answer_queue(account, state.number, tasks, own, partial(progress, f"{email} answers"))
+        shown = partial(progress, f"{email} answers")
+        with (
+            translated_errors(server.address),
+            AnnotatorAccount.sign_up(server.address, invitation, email) as account,
+        ):
+            total += _answer_queue(account, state.number, tasks, own, shown)
         annotators.status(gallery)
     return total
+
+
+def _votes_of_models(run: Run, compute: Compute, gallery: Gallery) -> Votes:
+    """Return the votes of the run's reference models, which are trained under its lock if it has none yet."""
+    models = ReferenceAnnotators(run, compute)
+    if run.store.exists("references.safetensors"):
+        return models.review(gallery)
+    try:
+        with run.store.lock():
+            settle_precision(run, compute)
+            return models.review(gallery)
+    except RunBusyError as error:
+        raise RunBusyError(
+            f"{error}, and it has no reference models yet, which would be trained now; end that driver first"
+        ) from error
 
 
 def _answer_queue(

@@ -103,7 +103,10 @@ class ReviewStatus:
         return int(missing.reshape(len(scenarios), self.tasks.per_scenario)[scenarios].sum())
 
     def verdicts(self) -> Verdicts:
-        """Return the verdicts that follow from the votes so far."""
+        """Return the verdicts that follow from the votes so far by majority.
+
+        With review.consensus: crowdlab the run decides otherwise, from reference models that it may not have yet.
+        """
         review = self.tasks.review
         rate = false_discovery_rate(review)
         return decide_verdicts(self.tasks.gallery, self.votes, review.rho, max_false=rate)

@@ -22,7 +22,7 @@ from services.labeling.api_types import (
     ImageData,
     PageData,
     PageSample,
-    Prediction,
+    PreselectedAnswer,
     TaskImport,
     TaskMeta,
 )
@@ -55,7 +55,7 @@ class Prelabel:
     confidence: float  # mean probability of their best class, in [0, 1]
     target: str  # the object in the labelling interface: image, or page
 
-    def prediction(self, names: Sequence[str]) -> Prediction:
+    def prediction(self, names: Sequence[str]) -> PreselectedAnswer:
         """Return it as a prediction of Label Studio. `names` are those of the choices, none-of-the-above last."""
         value = ChoiceValue(choices=[names[self.answer]])
         result = ChoiceResult(from_name=LABEL, to_name=self.target, type="choices", value=value)

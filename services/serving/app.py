@@ -14,10 +14,11 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
+from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
 from services.serving.arguments import ServeArgs, resolve_settings
 from services.serving.candidate import prepare_candidate
-from services.serving.deployment import ClassifierDeployment, InitialModel
+from services.serving.deployment import ClassifierDeployment
 from services.serving.limits import MAX_UPLOADS
 from services.serving.registry import Registry
 from services.storage import open_store

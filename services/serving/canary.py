@@ -123,19 +123,25 @@ class ShadowRunner:
         self._thread = ThreadPoolExecutor(1, "shadow")
 
     async def run(self, request: ShadowRequest) -> None:
-        """Return after this request and those that arrive meanwhile are reported; drop requests above the limit."""
+        """Return after this request and those that arrive meanwhile are reported; drop requests above the limit.
+
+        Raises what `report` raises, and drops the requests that are left.
+        """
         if len(self._pending) >= MAX_PENDING_SHADOWS:
             return
         self._pending.append(request)
         if len(self._pending) > 1:
             return  # another call runs it
         loop = asyncio.get_running_loop()
-        while self._pending:
-            started = loop.time()
-            current = self._pending[0]
-            current.report(await loop.run_in_executor(self._thread, self._predict, current))
-            await asyncio.sleep((loop.time() - started) * (1 / SHADOW_TIME_SHARE - 1))
-            self._pending.pop(0)
+        try:
+            while self._pending:
+                started = loop.time()
+                current = self._pending[0]
+                current.report(await loop.run_in_executor(self._thread, self._predict, current))
+                await asyncio.sleep((loop.time() - started) * (1 / SHADOW_TIME_SHARE - 1))
+                self._pending.pop(0)
+        finally:
+            self._pending.clear()  # after an error too: what is left would keep later calls from running
 
     def _predict(self, request: ShadowRequest) -> PredictionResult:
         started = time.thread_time()  # of the processor: the time that other threads take is not the shadow's

@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,156 +15,21 @@ import torch
 
 from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
-from defuse_core.errors import DefuseError, InputError, StoreError
-from defuse_core.store import Store
+from defuse_core.errors import InputError, StoreError
+from services.serving.active_versions import AUTHOR, ActiveVersions, InitialModel, RegistryWatcher
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
-from services.serving.canary import CanaryStatistics, Comparison, ShadowRequest, ShadowRunner, is_in_canary
-from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
+from services.serving.canary import Comparison, ShadowRequest, ShadowRunner
 from services.serving.errors import PredictionFailed, Unavailable
 from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
-from services.serving.model import (
-    LoadedModel,
-    ModelInfo,
-    ModelOutput,
-    PredictionResponse,
-    select_device,
-)
-from services.serving.registry import EMPTY, Registry, RegistryState
+from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
 from services.serving.traffic import Reservoir, sample_now
 from services.settings import read_settings
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
 MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread
-AUTHOR = "defuse serve"  # of changes that a replica makes in the registry
-
-
-@dataclass(frozen=True)
-class InitialModel:
-    """The model that a server starts with: the candidate at `key`, until the registry's production changes."""
-
-    key: str | None = None  # in the store; None: what the registry has in production
-    state: RegistryState = EMPTY  # of the registry when the server was started
-    pin: bool = False  # ignore the registry
-
-
-@dataclass(frozen=True, eq=False)
-class ActiveVersions:
-    """The loaded versions by role. Immutable: a request keeps the versions that it started with."""
-
-    production: LoadedModel | None = None
-    canary: LoadedModel | None = None
-    share: float = 0.0
-    shadow: LoadedModel | None = None
-    state: RegistryState = EMPTY
-    statistics: CanaryStatistics = field(default_factory=CanaryStatistics)  # of the canary or the shadow
-    error: str | None = None  # why the registry's versions could not be loaded
-
-    def canary_for(self, key: bytes) -> LoadedModel | None:
-        """Return the canary if it answers the request with this key."""
-        number = self.state.canary
-        if self.canary is None or number is None or not is_in_canary(key, number, self.share):
-            return None
-        return self.canary
-
-    def by_role(self) -> dict[str, LoadedModel]:
-        roles = {"production": self.production, "canary": self.canary, "shadow": self.shadow}
-        return {role: model for role, model in roles.items() if model is not None}
-
-    def names(self) -> dict[str, str]:
-        return {role: model.name for role, model in self.by_role().items()}
-
-
-class RegistryWatcher:
-    """Loads the versions that the registry names, while the loaded ones go on answering."""
-
-    def __init__(
-        self, store: Store, initial: InitialModel, settings: ServeSection, overrides: Mapping[str, Any]
-    ) -> None:
-        """`overrides` are fields of section `serve` that take precedence over every version's run file."""
-        self.store, self.initial, self.settings, self.overrides = store, initial, settings, overrides
-        self.registry = Registry(store)
-        self.sequence = initial.state.sequence
-
-    def load_initial(self) -> ActiveVersions:
-        """Return the versions to start with; without production before the first promotion.
-
-        Where the registry's versions cannot be loaded, requests are answered with the reason until they can: a
-        replica that does not start has no way to say it. Raises DefuseError for the model of `initial`.
-        """
-        select_device(self.settings.device)
-        key = self.initial.key
-        own = ActiveVersions() if key is None else ActiveVersions(self._load_candidate(key))
-        try:
-            return self.load_changes(own) or own
-        except DefuseError as error:
-            log.error("the registry's version cannot be loaded: %s", error)
-            return replace(own, error=f"the version in production cannot be loaded: {error}")
-
-    def load_changes(self, current: ActiveVersions) -> ActiveVersions | None:
-        """Return the versions after a change of the registry, loaded and warm; None without a change."""
-        if self.initial.pin:
-            return None
-        state = self.registry.state_after(self.sequence)
-        if state is None:
-            return None
-        versions = self._load_state(state, current)
-        self.sequence = state.sequence
-        log.info(
-            "registry change %d: %s; version %s is in production",
-            state.sequence,
-            state.action,
-            state.production,
-        )
-        return versions
-
-    def _load_state(self, state: RegistryState, current: ActiveVersions) -> ActiveVersions:
-        loaded = {model.number: model for model in current.by_role().values()}
-        production = current.production
-        if self.initial.key is None or state.since != self.initial.state.since:
-            production = self._load_version(state.production, loaded) or production
-        same_canary = (state.canary, state.shadow) == (current.state.canary, current.state.shadow)
-        return ActiveVersions(
-            production=production,
-            canary=self._load_canary(state.canary, loaded),
-            share=state.share,
-            shadow=self._load_canary(state.shadow, loaded),
-            state=state,
-            statistics=current.statistics if same_canary else CanaryStatistics(),
-        )
-
-    def _load_canary(
-        self, number: int | None, loaded: Mapping[int | None, LoadedModel]
-    ) -> LoadedModel | None:
-        """Return a canary or shadow. One that cannot be loaded is ended, so that production is not affected."""
-        try:
-            return self._load_version(number, loaded)
-        except StoreError:
-            raise  # the store may answer at the next poll
-        except Exception as error:  # for example out of GPU memory
-            assert number is not None
-            log.error("version %d cannot be loaded: %s", number, error)
-            self.registry.end_canary(number, AUTHOR, str(error))
-            return None
-
-    def _load_version(
-        self, number: int | None, loaded: Mapping[int | None, LoadedModel]
-    ) -> LoadedModel | None:
-        if number is None:
-            return None
-        return loaded.get(number) or self._load_warm(self.registry.load(number), number)
-
-    def _load_candidate(self, key: str) -> LoadedModel:
-        return self._load_warm(decode_candidate(self.store.read(key), f"{self.store.address}/{key}"))
-
-    def _load_warm(self, candidate: Candidate, number: int | None = None) -> LoadedModel:
-        own = candidate.serve_section(self.overrides)
-        settings = self.settings.model_copy(update={field: getattr(own, field) for field in VERSION_SETTINGS})
-        model = LoadedModel(candidate, settings, number)
-        model.warm_up(self.settings.batch_size)
-        return model
 
 
 class ClassifierDeployment:
@@ -369,8 +233,10 @@ class ClassifierDeployment:
     async def following_registry(self) -> AsyncIterator[None]:
         """Poll the registry while the block runs."""
         task = asyncio.get_running_loop().create_task(self._poll_registry())
-        yield
-        task.cancel()
+        try:
+            yield
+        finally:
+            task.cancel()
 
     async def _poll_registry(self) -> None:
         """Load the versions of each change beside the current ones, then switch. Requests under way keep theirs."""
@@ -393,5 +259,5 @@ class ClassifierDeployment:
         """Show the active versions in the metrics, in place of those `before`."""
         self.metrics.set_roles(before.names(), self.active.names())
         for model in self.active.by_role().values():
-            if model.failures is not None:
-                self.metrics.set_detection(model.name, model.failures)
+            if model.watch_figures is not None:
+                self.metrics.set_detection(model.name, model.watch_figures)

@@ -80,22 +80,22 @@ async def uploaded_files(request: Request, body: bytes, max_images: int) -> list
         return {"type": "http.request", "body": body, "more_body": False}
 
     try:
-        form = await Request(request.scope, replay).form(
+        async with Request(request.scope, replay).form(
             max_files=max_images + 1, max_fields=8, max_part_size=len(body) + 1
-        )
+        ) as form:
+            return [await _read_part(name, part) for name, part in form.multi_items()]
     except (MultiPartException, HTTPException) as error:
         if "Too many files" in str(getattr(error, "detail", error)):
             raise RejectedInput(413, f"the request holds more than {max_images} images") from None
         raise RejectedInput(400, "the multipart body is broken") from None
-    files = []
-    for name, part in form.multi_items():
-        if name != "image" or not isinstance(part, UploadFile):
-            raise RejectedInput(
-                422, f"unknown field {name[:40]!r}; send every image as a file in the field image"
-            )
-        files.append(await part.read())
-    await form.close()
-    return files
+
+
+async def _read_part(name: str, part: UploadFile | str) -> bytes:
+    if name != "image" or not isinstance(part, UploadFile):
+        raise RejectedInput(
+            422, f"unknown field {name[:40]!r}; send every image as a file in the field image"
+        )
+    return await part.read()
 
 
 def decode_body(media_type: str, parts: list[bytes], spec: InputSpec) -> F32:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from services.serving.arguments import ServeArgs
     from services.serving.registry import Registry
 
+log = logging.getLogger("defuse")
+APPLICATION = "defuse"  # its name in Ray Serve
+
 
 class Proxy(Enum):
     """What is between a client and a replica."""
@@ -125,10 +128,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-log = logging.getLogger("defuse")
-APPLICATION = "defuse"
 
 
 @contextlib.contextmanager

@@ -107,15 +107,15 @@ class LoadedModel:
         self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where).to(
             self.device
         )
-        self.failures = candidate.watch_figures(settings)
-        self.detector = _detector(candidate, self.failures)
+        self.watch_figures = candidate.watch_figures(settings)
+        self.detector = _detector(candidate, self.watch_figures)
         self.watch = self._load_watch(spec, where)
         self.thresholds = distance_thresholds(candidate, settings.watch_share)
         self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
         self.scenario_names = candidate.scenario_names()
         self.failure_threshold = 1.0  # of no use without a detector
-        if self.failures is not None and self.failures.threshold is not None:
-            self.failure_threshold = self.failures.threshold
+        if self.watch_figures is not None and self.watch_figures.threshold is not None:
+            self.failure_threshold = self.watch_figures.threshold
         self.seconds_per_image = 0.0  # in a full batch
 
     def _load_watch(self, spec: RunFile, where: str) -> Watch | None:
@@ -329,7 +329,7 @@ class ModelInfo(BaseModel):
             image_size=model.input_spec.size,
             resize=model.input_spec.resize,
             watch=model.settings.watch and bool(len(model.candidate.scenario)),
-            failures=model.failures,
+            failures=model.watch_figures,
             scenarios=_scenario_infos(model, settings.watch_share),
             failed_checks=model.candidate.failed_checks(),
             canary=canary,

@@ -43,7 +43,7 @@ class LeaseState:
 
     @classmethod
     def parse(cls, content: bytes) -> LeaseState:
-        """Return the state in `content`; one that nobody holds where it cannot be read."""
+        """Return the state in `content`; one of an unknown holder where it cannot be read."""
         try:
             return cls(**json.loads(content))
         except (ValueError, TypeError):

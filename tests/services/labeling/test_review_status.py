@@ -1,14 +1,17 @@
 """Stopping early is held against decide_verdicts() itself, over every way in which the missing answers can come."""
 
+import io
 import time
 from itertools import combinations_with_replacement, product
 
 import numpy as np
 import pytest
 from planted_review import blank_review
+from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Votes
 from defuse_core.review.verdicts import decide_verdicts, tally
+from services.cli.review import print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.state import ProjectState
 from services.labeling.status import review_status, verdict_is_final
@@ -103,3 +106,11 @@ def test_a_review_of_no_scenarios_is_complete(tmp_path):
     status = review_status(tasks, read_annotations([], tasks), {}, ())
     assert (status.requested, status.given, status.outstanding, status.saved) == (0, 0, 0, 0)
     assert len(status.final_votes(ProjectState("mark", "digest", project=1)).answer) == 0
+
+
+@pytest.mark.parametrize("consensus", ["majority", "crowdlab"])
+def test_verdicts_that_the_run_will_decide_with_crowdlab_are_said_to_be_by_majority(tmp_path, consensus):
+    _, tasks = blank_review(tmp_path, 1, consensus=consensus)
+    console = Console(width=200, file=io.StringIO())
+    print_status(review_status(tasks, read_annotations([], tasks), {}, ()), console)
+    assert ("decides with review.consensus: crowdlab" in console.file.getvalue()) is (consensus == "crowdlab")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from label_studio_live import digits_gallery, review_run
 
-from defuse_core.errors import InputError
-from services.labeling.simulate import _answer_queue
+from defuse_core.artifacts import MeasuredPrecision
+from defuse_core.codec import encode
+from defuse_core.errors import InputError, RunBusyError
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from services.labeling.simulate import _answer_queue, _votes_of_models
 from services.labeling.tasks import ReviewTasks
 
 
@@ -33,3 +40,30 @@ def test_tasks_that_defuse_did_not_import_end_the_simulation_with_an_error(make_
     tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
     with pytest.raises(InputError, match="tasks that Defuse did not import"):
         _answer_queue(accounts[0], number, tasks, np.zeros((4, 3), np.int64), lambda *call: None)
+
+
+class TrainingError(Exception):
+    """A training was asked for."""
+
+
+def training_ends(step, calls):
+    raise TrainingError(calls[0].args[0].resources.arithmetic("reference"))
+
+
+def test_reference_models_are_not_trained_beside_a_driver_of_the_run(tmp_path):
+    gallery = digits_gallery()
+    run = review_run(tmp_path, gallery)
+    beside = Run.open(FolderStore(tmp_path), run.name)
+    with run.store.lock(), pytest.raises(RunBusyError, match="no reference models yet.*; end that driver"):
+        _votes_of_models(beside, SimpleNamespace(tasks=training_ends), gallery)
+
+
+def test_reference_models_are_trained_in_the_number_format_that_the_run_measured(tmp_path):
+    gallery = digits_gallery()
+    run = review_run(tmp_path, gallery)
+    resources = run.spec.resources.model_copy(update={"precision": "auto"})
+    run.spec = run.spec.model_copy(update={"resources": resources})
+    measured = MeasuredPrecision({"reference": "bf16"}, {}, {})
+    run.store.write("measuredprecision.safetensors", encode(measured))
+    with pytest.raises(TrainingError, match="bf16"):
+        _votes_of_models(run, SimpleNamespace(tasks=training_ends), gallery)

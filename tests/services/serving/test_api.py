@@ -16,8 +16,9 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.models import load_classifier, predict_probabilities
 from defuse_core.runs import Run
+from services.serving.active_versions import InitialModel
 from services.serving.candidate import prepare_candidate
-from services.serving.deployment import ClassifierDeployment, InitialModel
+from services.serving.deployment import ClassifierDeployment
 
 IMAGE = {"Content-Type": "image/png"}
 

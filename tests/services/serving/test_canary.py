@@ -1,12 +1,24 @@
-"""Which requests a canary gets, and when it must go."""
+"""Which requests a canary gets, when it must go, and how a shadow goes on after an error."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
 
 from defuse_core.config import ServeSection
-from services.serving.canary import CanaryStatistics, confidence_interval, is_in_canary
+from services.serving.batching import PredictionResult
+from services.serving.canary import (
+    CanaryStatistics,
+    ShadowRequest,
+    ShadowRunner,
+    confidence_interval,
+    is_in_canary,
+)
+from services.serving.model import LoadedModel, ModelOutput
 
 LIMITS = ServeSection(max_errors=0.02, min_agreement=0.95, min_compared=50)
 
@@ -49,3 +61,42 @@ def test_the_interval_contains_the_true_share_at_its_confidence(total):
 def test_a_canary_ends_only_with_99_percent_confidence(tally, reason):
     found = tally.reason_to_end(LIMITS)
     assert (found is None) if reason is None else found.startswith(reason)
+
+
+def shadow_request(report: Callable[[PredictionResult], None]) -> ShadowRequest:
+    """A request whose prediction fails, which is reported like any other."""
+    return ShadowRequest(
+        cast(LoadedModel, None), np.zeros((1, 1, 1, 1), np.float32), cast(ModelOutput, None), report
+    )
+
+
+def test_a_shadow_goes_on_after_a_report_that_raises():
+    def fail(result: PredictionResult) -> None:
+        raise RuntimeError("no statistics")
+
+    async def runs() -> list[PredictionResult]:
+        runner, reported = ShadowRunner(max_seconds=1.0), list[PredictionResult]()
+        first = asyncio.create_task(runner.run(shadow_request(fail)))
+        waiting = asyncio.create_task(runner.run(shadow_request(reported.append)))
+        await asyncio.wait({first, waiting})
+        with pytest.raises(RuntimeError, match="no statistics"):
+            await first
+        assert not waiting.exception() and reported == []  # dropped
+        await runner.run(shadow_request(reported.append))
+        return reported
+
+    assert len(asyncio.run(runs())) == 1
+
+
+def test_a_shadow_goes_on_after_a_call_that_was_cancelled():
+    async def runs() -> list[PredictionResult]:
+        runner, reported = ShadowRunner(max_seconds=1.0), list[PredictionResult]()
+        cancelled = asyncio.create_task(runner.run(shadow_request(reported.append)))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.wait({cancelled})
+        reported.clear()
+        await runner.run(shadow_request(reported.append))
+        return reported
+
+    assert len(asyncio.run(runs())) == 1

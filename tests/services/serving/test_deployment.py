@@ -1,143 +1,33 @@
-"""The versions that a replica loads, at its start and after changes of the registry."""
+"""One replica, without Ray: what it answers beside a damaged version, and how long it follows the registry."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
 
 import pytest
-from synthetic_runs import make_run, perturb_weights
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.serving.active_versions import InitialModel
 from services.serving.candidate import prepare_candidate
-from services.serving.deployment import ActiveVersions, ClassifierDeployment, InitialModel, RegistryWatcher
+from services.serving.deployment import ClassifierDeployment
 from services.serving.errors import Unavailable
 from services.serving.registry import PromotionRequest, Registry, promote
 
-ANA = PromotionRequest(by="ana", why="")
 
-
-def put(store: FolderStore, name: str, how: PromotionRequest = ANA) -> None:
-    promote(Registry(store), prepare_candidate(Run.open(store, name))[1], how)
-
-
-def own_run(store: FolderStore, name: str = "first") -> InitialModel:
-    """The initial model of `defuse serve NAME` now."""
-    key, _ = prepare_candidate(Run.open(store, name))
-    return InitialModel(f"{name}/{key}", Registry(store).state())
-
-
-def replica(store: FolderStore, initial: InitialModel, **changes: Any) -> ActiveVersions:
-    """The versions of a replica that starts now."""
-    return RegistryWatcher(store, initial, ServeSection(), changes).load_initial()
-
-
-def answering(active: ActiveVersions) -> dict[str, str]:
-    return {role: served.name for role, served in active.by_role().items()}
-
-
-def test_a_replica_that_starts_later_loads_what_the_others_switched_to(own_store):
-    initial = own_run(own_store)
-    assert answering(replica(own_store, initial)) == {"production": "first"}
-    put(own_store, "second")
-    put(own_store, "swapped", PromotionRequest("ana", "", force="a drill", canary=0.1))
-    assert answering(replica(own_store, initial)) == {"production": "1", "canary": "2"}
-
-
-def test_a_canary_or_shadow_does_not_replace_the_run_of_a_server(own_store):
-    put(own_store, "second")
-    initial = own_run(own_store)
-    watcher = RegistryWatcher(own_store, initial, ServeSection(), {})
-    begun = watcher.load_initial()
-    assert answering(begun) == {"production": "first"}
-    put(own_store, "swapped", PromotionRequest("ana", "", force="a drill", shadow=True))
-    after = watcher.load_changes(begun)
-    assert after is not None and answering(after) == {"production": "first", "shadow": "2"}
-    assert answering(replica(own_store, initial)) == answering(after)
-
-
-def test_promoting_the_version_in_production_again_replaces_the_run_of_a_server(own_store):
-    put(own_store, "second")
-    watcher = RegistryWatcher(own_store, own_run(own_store), ServeSection(), {})
-    begun = watcher.load_initial()
-    put(own_store, "second")
-    after = watcher.load_changes(begun)
-    assert after is not None and answering(after) == {"production": "1"}
-
-
-def test_a_run_whose_name_is_a_number_is_not_confused_with_a_version(
-    own_store, good_spec, good_models, splits
-):
-    make_run(own_store, "1", good_spec, good_models, splits, perturb_weights(good_models.classifier, 9))
-    watcher = RegistryWatcher(own_store, own_run(own_store, "1"), ServeSection(), {})
-    begun = watcher.load_initial()
-    put(own_store, "second")
-    after = watcher.load_changes(begun)
-    assert after is not None and after.production is not None
-    assert after.production.candidate.run == "second"
-
-
-def test_a_store_that_fails_once_ends_no_canary(own_store, monkeypatch):
-    put(own_store, "first")
-    watcher = RegistryWatcher(own_store, InitialModel(), ServeSection(), {})
-    begun = watcher.load_initial()
-    put(own_store, "second", PromotionRequest("ana", "", canary=0.1))
-    with monkeypatch.context() as broken:
-        broken.setattr(watcher.registry, "load", failing)
-        with pytest.raises(StoreError):
-            watcher.load_changes(begun)
-    after = watcher.load_changes(begun)
-    assert after is not None and answering(after) == {"production": "1", "canary": "2"}
-
-
-def failing(number: int) -> None:
-    raise StoreError(f"versions/{number}: no answer")
-
-
-@pytest.fixture
-def resizing(own_store, good_spec, good_models, splits) -> FolderStore:
-    """The store with a run `resizing`, whose run file sets resize and watch_share."""
-    serve = good_spec.serve.model_copy(update={"resize": True, "watch_share": 0.02, "batch_size": 7})
-    spec = good_spec.model_copy(update={"serve": serve})
-    make_run(own_store, "resizing", spec, good_models, splits, perturb_weights(good_models.classifier, 5))
-    return own_store
-
-
-def test_settings_of_a_version_come_from_its_own_run_file(resizing):
-    put(resizing, "first")
-    watcher = RegistryWatcher(resizing, InitialModel(), ServeSection(), {})
-    begun = watcher.load_initial()
-    assert begun.production is not None and not begun.production.input_spec.resize
-    put(resizing, "resizing")
-    after = watcher.load_changes(begun)
-    assert after is not None and after.production is not None
-    settings = after.production.settings
-    assert after.production.input_spec.resize and settings.watch_share == 0.02
-    assert settings.batch_size == ServeSection().batch_size  # the server's, which all its versions share
-    overridden = replica(resizing, InitialModel(), watch=False)
-    assert (
-        overridden.production is not None and not overridden.production.settings.watch
-    )  # --set takes precedence over every run file
-
-
-def test_equal_weights_with_other_settings_are_another_version(own_store, good_spec):
-    put(own_store, "first")
-    serve = good_spec.serve.model_copy(update={"resize": True})
-    Run.start(own_store, "first", good_spec.model_copy(update={"serve": serve}))
-    assert replica(own_store, own_run(own_store)).production.input_spec.resize
-    put(own_store, "first")
-    now = replica(own_store, InitialModel())
-    assert answering(now) == {"production": "2"} and now.production.input_spec.resize
+def new_replica(store: FolderStore) -> ClassifierDeployment:
+    return ClassifierDeployment(store.address, InitialModel(), ServeSection(), {}, require_token=False)
 
 
 def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_and_recovers(own_store):
-    put(own_store, "first")
+    promote(
+        Registry(own_store), prepare_candidate(Run.open(own_store, "first"))[1], PromotionRequest("ana", "")
+    )
     key = "registry/versions/000001.safetensors"
     whole = own_store.read(key)
     own_store.write(key, whole[:-1])
-    replica = ClassifierDeployment(own_store.address, InitialModel(), ServeSection(), {}, require_token=False)
+    replica = new_replica(own_store)
     with pytest.raises(
         Unavailable, match=r"the version in production cannot be loaded: .*000001"
     ) as rejected:
@@ -145,11 +35,15 @@ def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_a
     assert rejected.value.status == 503
     own_store.write(key, whole)
     versions = replica.watcher.load_changes(replica.active)
-    assert versions is not None and answering(versions) == {"production": "1"}
+    assert versions is not None and versions.names() == {"production": "1"}
 
 
-def test_a_damaged_version_leaves_a_server_of_a_run_with_that_run(own_store):
-    initial = own_run(own_store)
-    put(own_store, "second")
-    own_store.write("registry/versions/000001.safetensors", b"cut")
-    assert answering(replica(own_store, initial)) == {"production": "first"}
+def test_the_registry_is_not_polled_after_the_block_ends_with_an_error(own_store):
+    async def tasks_left() -> set[asyncio.Task[None]]:
+        with pytest.raises(RuntimeError, match="shut down"):
+            async with new_replica(own_store).following_registry():
+                raise RuntimeError("shut down")
+        await asyncio.sleep(0)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert not asyncio.run(tasks_left())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import struct
@@ -10,9 +11,11 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
 
 from services.serving.errors import RejectedInput
-from services.serving.inputs import InputSpec, decode_images, decode_json
+from services.serving.inputs import InputSpec, decode_images, decode_json, uploaded_files
 
 GREY = InputSpec(channels=1, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
 COLOUR = InputSpec(channels=3, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
@@ -138,3 +141,23 @@ def test_unusable_json_is_rejected_in_one_sentence(body, status, words):
     with pytest.raises(RejectedInput, match=words) as refused:
         decode_json(body, GREY)
     assert refused.value.status == status and "\n" not in refused.value.message
+
+
+@pytest.mark.parametrize("second", ["image", "other"])
+def test_uploads_are_closed_also_when_a_later_field_is_rejected(monkeypatch, second):
+    closed, close = [], UploadFile.close
+
+    async def noted(upload):
+        closed.append(upload.filename)
+        await close(upload)
+
+    monkeypatch.setattr(UploadFile, "close", noted)
+    part = '--x\r\nContent-Disposition: form-data; name="{}"; filename="{}.png"\r\n\r\npixels\r\n'
+    body = f"{part.format('image', 'a')}{part.format(second, 'b')}--x--\r\n".encode()
+    request = Request({"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=x")]})
+    if second == "image":
+        assert asyncio.run(uploaded_files(request, body, 2)) == [b"pixels", b"pixels"]
+    else:
+        with pytest.raises(RejectedInput, match="unknown field 'other'"):
+            asyncio.run(uploaded_files(request, body, 2))
+    assert closed == ["a.png", "b.png"]

@@ -59,7 +59,7 @@ def test_served_failure_probabilities_are_those_of_the_detector(candidate, good_
     far = mahalanobis(codes, watch.means, watch.covariances)[np.arange(len(codes)), logits.argmax(axis=1)]
     output = served.predict(pixels)
     np.testing.assert_allclose(output.failure, detector.probability(logits, far), atol=2e-4)
-    np.testing.assert_array_equal(output.flagged, output.failure >= served.failures.threshold)
+    np.testing.assert_array_equal(output.flagged, output.failure >= served.watch_figures.threshold)
 
 
 def test_most_wrong_answers_on_test_images_are_flagged_and_few_right_ones(swapped, splits):
@@ -93,13 +93,13 @@ def test_a_version_that_cannot_tell_gives_null_and_the_reason(planted, candidate
     served = LoadedModel(mute, ServeSection())
     answer = served.predictions(served.predict(pixels[:1]))[0]
     assert (answer.failure_probability, answer.flagged, answer.explanation) == (None, None, None)
-    assert served.failures.method is None and "not finite" in served.failures.verdict
+    assert served.watch_figures.method is None and "not finite" in served.watch_figures.verdict
 
 
 def test_a_version_of_an_earlier_defuse_is_still_served(candidate, pixels):
     old = decode_candidate(encode_candidate(replace(candidate, failures=None)), "old")
     served = LoadedModel(old, ServeSection())
-    assert served.failures is None
+    assert served.watch_figures is None
     assert served.predictions(served.predict(pixels[:1]))[0].failure_probability is None
 
 

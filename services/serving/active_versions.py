@@ -1,0 +1,145 @@
+"""The versions that a replica has loaded, and following the registry to the next ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from defuse_core.config import ServeSection
+from defuse_core.errors import DefuseError, StoreError
+from defuse_core.store import Store
+from services.serving.canary import CanaryStatistics, is_in_canary
+from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
+from services.serving.model import LoadedModel, select_device
+from services.serving.registry import EMPTY, Registry, RegistryState
+
+log = logging.getLogger("defuse")
+AUTHOR = "defuse serve"  # of changes that a replica makes in the registry
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """The model that a server starts with: the candidate at `key`, until the registry's production changes."""
+
+    key: str | None = None  # in the store; None: what the registry has in production
+    state: RegistryState = EMPTY  # of the registry when the server was started
+    pin: bool = False  # ignore the registry
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveVersions:
+    """The loaded versions by role. Immutable: a request keeps the versions that it started with."""
+
+    production: LoadedModel | None = None
+    canary: LoadedModel | None = None
+    share: float = 0.0
+    shadow: LoadedModel | None = None
+    state: RegistryState = EMPTY
+    statistics: CanaryStatistics = field(default_factory=CanaryStatistics)  # of the canary or the shadow
+    error: str | None = None  # why the registry's versions could not be loaded
+
+    def canary_for(self, key: bytes) -> LoadedModel | None:
+        """Return the canary if it answers the request with this key."""
+        number = self.state.canary
+        if self.canary is None or number is None or not is_in_canary(key, number, self.share):
+            return None
+        return self.canary
+
+    def by_role(self) -> dict[str, LoadedModel]:
+        roles = {"production": self.production, "canary": self.canary, "shadow": self.shadow}
+        return {role: model for role, model in roles.items() if model is not None}
+
+    def names(self) -> dict[str, str]:
+        return {role: model.name for role, model in self.by_role().items()}
+
+
+class RegistryWatcher:
+    """Loads the versions that the registry names, while the loaded ones go on answering."""
+
+    def __init__(
+        self, store: Store, initial: InitialModel, settings: ServeSection, overrides: Mapping[str, Any]
+    ) -> None:
+        """`overrides` are fields of section `serve` that take precedence over every version's run file."""
+        self.store, self.initial, self.settings, self.overrides = store, initial, settings, overrides
+        self.registry = Registry(store)
+        self.sequence = initial.state.sequence
+
+    def load_initial(self) -> ActiveVersions:
+        """Return the versions to start with; without production before the first promotion.
+
+        Where the registry's versions cannot be loaded, requests are answered with the reason until they can: a
+        replica that does not start has no way to say it. Raises DefuseError for the model of `initial`.
+        """
+        select_device(self.settings.device)
+        key = self.initial.key
+        own = ActiveVersions() if key is None else ActiveVersions(self._load_candidate(key))
+        try:
+            return self.load_changes(own) or own
+        except DefuseError as error:
+            log.error("the registry's version cannot be loaded: %s", error)
+            return replace(own, error=f"the version in production cannot be loaded: {error}")
+
+    def load_changes(self, current: ActiveVersions) -> ActiveVersions | None:
+        """Return the versions after a change of the registry, loaded and warm; None without a change."""
+        if self.initial.pin:
+            return None
+        state = self.registry.state_after(self.sequence)
+        if state is None:
+            return None
+        versions = self._load_state(state, current)
+        self.sequence = state.sequence
+        log.info(
+            "registry change %d: %s; version %s is in production",
+            state.sequence,
+            state.action,
+            state.production,
+        )
+        return versions
+
+    def _load_state(self, state: RegistryState, current: ActiveVersions) -> ActiveVersions:
+        loaded = {model.number: model for model in current.by_role().values()}
+        production = current.production
+        if self.initial.key is None or state.since != self.initial.state.since:
+            production = self._load_version(state.production, loaded) or production
+        same_canary = (state.canary, state.shadow) == (current.state.canary, current.state.shadow)
+        return ActiveVersions(
+            production=production,
+            canary=self._load_canary(state.canary, loaded),
+            share=state.share,
+            shadow=self._load_canary(state.shadow, loaded),
+            state=state,
+            statistics=current.statistics if same_canary else CanaryStatistics(),
+        )
+
+    def _load_canary(
+        self, number: int | None, loaded: Mapping[int | None, LoadedModel]
+    ) -> LoadedModel | None:
+        """Return a canary or shadow. One that cannot be loaded is ended, so that production is not affected."""
+        try:
+            return self._load_version(number, loaded)
+        except StoreError:
+            raise  # the store may answer at the next poll
+        except Exception as error:  # for example out of GPU memory
+            assert number is not None
+            log.error("version %d cannot be loaded: %s", number, error)
+            self.registry.end_canary(number, AUTHOR, str(error))
+            return None
+
+    def _load_version(
+        self, number: int | None, loaded: Mapping[int | None, LoadedModel]
+    ) -> LoadedModel | None:
+        if number is None:
+            return None
+        return loaded.get(number) or self._load_warm(self.registry.load(number), number)
+
+    def _load_candidate(self, key: str) -> LoadedModel:
+        return self._load_warm(decode_candidate(self.store.read(key), f"{self.store.address}/{key}"))
+
+    def _load_warm(self, candidate: Candidate, number: int | None = None) -> LoadedModel:
+        own = candidate.serve_section(self.overrides)
+        settings = self.settings.model_copy(update={field: getattr(own, field) for field in VERSION_SETTINGS})
+        model = LoadedModel(candidate, settings, number)
+        model.warm_up(self.settings.batch_size)
+        return model
