@@ -71,7 +71,7 @@ class NearestReal:
     images: U8  # (A, M, channels, H, W)
     labels: I64  # (A, M)
     predicted: I64  # (A, M)
-    error: F64  # (A,) on the NEAREST_TESTED nearest
+    error: F64  # (A,) on the NEAREST_TESTED nearest; nan where no image has the label: then the images mean nothing
     error_of_all: float  # on all real images
     seen: Bool  # (A,) whether `error` is significantly larger than on all real images of the same label
 
