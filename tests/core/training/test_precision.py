@@ -104,6 +104,19 @@ def test_every_kind_of_computation_is_measured(tiny_spec):
     assert min(measured.f32_seconds.values()) > 0
 
 
+def test_where_bf16_is_not_possible_f32_is_timed_all_the_same(caplog, monkeypatch):
+    def step(arithmetic):
+        if arithmetic == "bf16":
+            raise RuntimeError("not implemented for 'BFloat16'")
+
+    f32, bf16 = measure_precision._seconds(step)
+    assert np.isfinite(f32) and np.isinf(bf16)
+    monkeypatch.setattr(measure_precision, "_steps", lambda spec, classes: {"vae": step})
+    with caplog.at_level("INFO", "defuse"):
+        assert measure_precision.measure_precision(tiny(), progress=silent).chosen == {"vae": "f32"}
+    assert "vae bf16 not possible" in caplog.text
+
+
 def test_a_resumed_run_must_keep_its_precision():
     assert "resources.precision" in changed_field(tiny(), tiny(**BF16))
     part = tiny(resources={"precision": {"vae": "bf16"}})
