@@ -93,9 +93,17 @@ def _fit_gaussians(decoder: Decoder, corrections: Corrections, least: float) -> 
     ]
     means = [codes.mean(axis=0) for codes in encoded]
     covariances = [
-        np.cov(codes.T) + _floor(max(codes.var(axis=0).mean(), least), latent) for codes in encoded
+        sample_covariance(codes) + _floor(max(codes.var(axis=0).mean(), least), latent) for codes in encoded
     ]
     return np.array(means).reshape(-1, latent), np.array(covariances).reshape(-1, latent, latent)
+
+
+def sample_covariance(codes: F64) -> F64:
+    """Return the covariance (Z, Z) of codes (n, Z); zeros for a single code, which has none."""
+    latent = codes.shape[1]
+    if len(codes) < 2:
+        return np.zeros((latent, latent))
+    return np.asarray(np.cov(codes.T), np.float64).reshape(latent, latent)
 
 
 def _floor(variance: float, latent: int) -> F64:
