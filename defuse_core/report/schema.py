@@ -203,7 +203,7 @@ class TradeOff(ReportModel):
     chosen: bool
 
 
-class Choice(ReportModel):
+class ChosenRow(ReportModel):
     lam: float
     epoch: int
 
@@ -328,8 +328,8 @@ class Report(ReportModel):
     scenarios: ScenarioSummary
     agreement: Agreement
     tradeoff: tuple[TradeOff, ...]
-    chosen: Choice | None
-    baseline_chosen: Choice | None
+    chosen: ChosenRow | None
+    baseline_chosen: ChosenRow | None
     psi: PsiFigures
     vae: VaeFigures
     mixture: Mixture

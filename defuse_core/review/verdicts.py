@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection
 from defuse_core.errors import InputError, RunFileError, StoreError
-from defuse_core.intervals import lower_bound, probability_not_over, significantly_over, wilson
+from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
 from defuse_core.runs import Run
 from defuse_core.store import Store
 
@@ -157,7 +157,7 @@ def decide_verdicts(
         reasons=tuple(reasons),
         overrides=tuple(overrides),
         labelled=total,
-        lower=lower_bound(hits, total),
+        lower=wilson_lower(hits, total),
         false_share=float(false.mean()) if len(false) else 0.0,
     )
 
