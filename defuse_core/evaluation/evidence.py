@@ -4,7 +4,7 @@ The paper scores a correction by the one label of each scenario. That figure ris
 to give every picture of a scenario the same answer. Here every generated image has its own label, the majority of the
 judges. Controls are the baseline and *plain further training*: the same fine-tuning with λ = 0.
 
-Axes, beside those of artifacts.py: B = 4 classifiers (before, baseline, plain, defuse), M nearest real images,
+Axes, beside those of artifacts/__init__.py: B = 4 classifiers (before, baseline, plain, defuse), E nearest real images,
 J = 3 numbers of a share (share, low, high).
 """
 
@@ -66,9 +66,9 @@ SIGNIFICANT = 0.05
 class NearestReal:
     """Real images of a scenario's label that are nearest to it, and the error of the classifier before on them."""
 
-    images: U8  # (A, M, channels, H, W)
-    labels: I64  # (A, M)
-    predicted: I64  # (A, M)
+    images: U8  # (A, E, channels, H, W)
+    labels: I64  # (A, E)
+    predicted: I64  # (A, E)
     error: F64  # (A,) on the NEAREST_TESTED nearest; nan where no image has the label: then the images mean nothing
     error_of_all: float  # on all real images
     seen: Bool  # (A,) whether `error` is significantly larger than on all real images of the same label

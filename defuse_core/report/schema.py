@@ -219,7 +219,7 @@ class PsiFigures(ReportModel):
 
 
 class HealthFigures(ReportModel):
-    """Whether the β-VAE's pictures can say anything about the classifier (thresholds in health.py)."""
+    """Whether the β-VAE's pictures can say anything about the classifier (thresholds in evaluation/health.py)."""
 
     verdict: Literal["fit", "poor", "blind"]
     originals_right: float

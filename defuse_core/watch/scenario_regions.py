@@ -7,6 +7,8 @@ inputs, the component finds 7 % of the scenario's images, the Gaussian of its ow
 
 An input is inside a scenario if its Mahalanobis distance is smaller than that of all but a share of the training
 images. So that share of ordinary inputs is inside by construction; `recall` measures the scenario's held-out images.
+
+Axis, beside those of artifacts/__init__.py: E levels.
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ class ScenarioRegions:
 
     means: F64  # (A, Z)
     covariances: F64  # (A, Z, Z)
-    levels: F64  # (L,) shares of the training images, 0 to 1
-    distances: F64  # (A, L) quantiles of the training images' distances at those levels
-    recall: F64  # (A, L) share of the scenario's held-out images within those distances
+    levels: F64  # (E,) shares of the training images, 0 to 1
+    distances: F64  # (A, E) quantiles of the training images' distances at those levels
+    recall: F64  # (A, E) share of the scenario's held-out images within those distances
 
     def nearer_share(self, codes: F32) -> F64:
         """Return the share of the training images that are nearer to each scenario than codes (n, Z): (n, A)."""
@@ -68,7 +70,7 @@ def fit_regions(vae: Vae, corrections: Corrections, ordinary: F32) -> ScenarioRe
     means, covariances = _fit_gaussians(
         decoder, corrections, VARIANCE_FLOOR * float(ordinary.var(axis=0).mean())
     )
-    distances = np.quantile(mahalanobis(ordinary, means, covariances), LEVELS, axis=0).T  # (A, L)
+    distances = np.quantile(mahalanobis(ordinary, means, covariances), LEVELS, axis=0).T  # (A, E)
     recall = np.zeros_like(distances)
     for j, codes in enumerate(corrections.test):
         held_out = encode_images(vae, decoder.decode(codes, _row(corrections.test_anchor, j)))
