@@ -35,7 +35,7 @@ from defuse_core.protocols import Annotators, Compute
 from defuse_core.results import RunResult
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store, checked_name
-from defuse_core.suggest import ClassifierChoice, inspect_data, plan_run
+from defuse_core.suggest import VALIDATION_SHARE, ClassifierChoice, inspect_data, plan_run
 from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
@@ -43,7 +43,6 @@ CLASSIFIER, IMAGES = "inputs/classifier.pt2", "inputs/images.npz"  # keys within
 PROBE_IMAGES = 8  # that two classifiers are compared on
 BROUGHT = ("weights", "import_path", "timm_model")  # fields of a classifier that is not trained by the run
 
-VALIDATION_SHARE = 0.15  # held out where no validation images are given
 
 LabelledImages: TypeAlias = tuple[npt.ArrayLike | Tensor, npt.ArrayLike | Tensor]
 Settings: TypeAlias = Mapping[str, Any] | RunFile | str | os.PathLike[str]

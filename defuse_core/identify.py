@@ -48,7 +48,7 @@ from defuse_core.training.precision import answers_as_in_f32, margin_bound, spac
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities
 
 log = logging.getLogger("defuse")
-SHARDS = 512  # that a large training set has at least
+SHARDS = 512  # that a training set has at most, unless they would be larger than SHARD_DECODINGS
 SHARD_DECODINGS = 2**19  # of a shard at most: two minutes of a CPU core, about a second of a GPU
 
 

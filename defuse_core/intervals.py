@@ -28,7 +28,7 @@ def share_with_bounds(hits: int, total: int) -> F64:
     return np.array([hits / total, low[0], high[0]])
 
 
-def lower_bound(hits: I64, total: I64, confidence: float = 0.95) -> F64:
+def wilson_lower(hits: I64, total: I64, confidence: float = 0.95) -> F64:
     """Return the one-sided lower bound of Wilson's of the shares hits/total."""
     return wilson(hits, total, 2 * confidence - 1)[0]
 

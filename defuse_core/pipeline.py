@@ -23,19 +23,13 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.correct import reviewed_failures
-from defuse_core.distill.components import SAMPLE_CODES, distill
+from defuse_core.distill.components import distill
+from defuse_core.distill.psi import SAMPLE_CODES
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import InputError, StoreError
+from defuse_core.evaluation.controls import Controls, fold_spec, folds, plain_spec, without_fold
 from defuse_core.evaluation.evaluate import Findings, evaluate
-from defuse_core.evaluation.evidence import (
-    Controls,
-    Evidence,
-    fold_spec,
-    folds,
-    gather_evidence,
-    plain_spec,
-    without_fold,
-)
+from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, build_report, write_report
@@ -44,9 +38,9 @@ from defuse_core.review.sample import (
     sample_corrections,
     sample_gallery,
     sample_more_images,
-    tighten,
     with_used_anchors,
 )
+from defuse_core.review.tighten import tighten
 from defuse_core.review.verdicts import (
     crowdlab_labels,
     decide_verdicts,

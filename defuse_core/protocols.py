@@ -71,7 +71,7 @@ class Compute(Protocol):
 
 
 class Annotators(Protocol):
-    """Label the gallery: reference models (reference_models.py), or people in Label Studio (services/labeling)."""
+    """Label the gallery: models (training/reference_models.py), or people in Label Studio (services/labeling)."""
 
     def review(self, gallery: Gallery) -> Votes:
         """Return all answers. Raises LabelsPending while answers of people are missing."""

@@ -149,7 +149,7 @@ def train_part(
         train_classifier(spec, on_disk.loaded(), store, progress)
 
 
-class VaeFigures(TypedDict):
+class VaeMeasurements(TypedDict):
     """The fields of Models that describe the trained β-VAE."""
 
     reconstruction: float
@@ -158,13 +158,13 @@ class VaeFigures(TypedDict):
     health: Health
 
 
-def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeFigures:
+def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeMeasurements:
     probe = probe_images(splits.train)
     errors, answers = reconstruction_errors(classifier, vae, probe)
     kl = mean_kl(vae, probe)
     health = health_after_training(spec, classifier, vae, probe, answers, kl)
     log_health(health, splits.classes)
-    return VaeFigures(
+    return VaeMeasurements(
         reconstruction=float(errors.mean()),
         reconstruction_flips=1 - float((answers == probe.labels).mean()),
         kl_per_dimension=kl,

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -27,11 +27,20 @@ import yaml
 from defuse_core.artifacts import Models, ReferenceSet
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, parse_run_file
+from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
+from defuse_core.protocols import Compute
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from defuse_core.train import train
-from defuse_core.training.reference_models import train_reference_models
+from defuse_core.training.reference_models import reference_models
 
 ROOT = Path(__file__).parents[1]
+
+PAPER_LAMBDAS = (
+    1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0, 1000.0
+)  # fmt: skip
+T = TypeVar("T")
 
 TINY = {
     "data": {"name": "digits", "image_size": 16, "channels": 1, "validation_share": 0.2, "train_images": 300},
@@ -179,6 +188,12 @@ def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
     return made
 
 
+def made_in_a_run(make: Callable[[Run, Compute], T], spec: RunFile) -> T:
+    """Return what `make`, such as `reference_models` or `judges`, trains in a run of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return make(Run.start(FolderStore(Path(folder)), "made", spec), LocalCompute())
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tiny_spec: RunFile, make_once: MakeOnce) -> Models:
     def make(path: Path) -> None:
@@ -192,7 +207,7 @@ def references(make_once: MakeOnce) -> ReferenceSet:
     """The reference models of the recommended way."""
 
     def make(path: Path) -> None:
-        path.write_bytes(encode(train_reference_models(recommended(), None, progress=silent)))
+        path.write_bytes(encode(made_in_a_run(reference_models, recommended())))
 
     return decode(ReferenceSet, make_once("references", make).read_bytes(), "references")
 

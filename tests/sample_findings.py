@@ -24,13 +24,14 @@ from defuse_core.artifacts import (
     VaeEpoch,
     Votes,
 )
-from defuse_core.config import PAPER_LAMBDAS, RunFile, parse_run_file
+from defuse_core.config import RunFile, parse_run_file
 from defuse_core.evaluation.evaluate import ACCEPTED, FAILURE, REJECTED, TRAINING, Findings
 from defuse_core.report import Report, build_report
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.watch.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
+from tests.conftest import PAPER_LAMBDAS
 
 DIGITS = tuple("0123456789")
 ANNOTATORS = 5

@@ -62,7 +62,7 @@ class Trial:
 
     lam: float
     rows: tuple[SweepRow, ...]  # one per finished epoch
-    weights: Weights  # after the last finished epoch
+    weights: Weights  # after the last finished epoch; empty once the trial is done
     moments: Weights  # of the optimiser, likewise; empty once the trial is done
     best: Weights  # after the epoch that the rule of choice picks
     best_epoch: int
@@ -74,8 +74,10 @@ class Sweep:
     """Fine-tuning over λ: one row per λ and epoch, and the weights that the rule of choice picks."""
 
     rows: tuple[SweepRow, ...]
-    chosen: SweepRow | None  # the row whose weights these are; None where nothing was tuned
-    weights: Weights  # of the classifier; empty where nothing was tuned
+    chosen: (
+        SweepRow | None
+    )  # the row whose weights these are; None where nothing was tuned or no λ stays within max_loss
+    weights: Weights  # of the classifier; empty where `chosen` is None
     failed: tuple[FailedTrial, ...]
 
 

@@ -22,7 +22,6 @@ from defuse_core.config.run_file import (
     with_weights,
 )
 from defuse_core.config.sections import (
-    PAPER_LAMBDAS,
     ClassifierSection,
     ClassifierSet,
     CorrectSection,
@@ -39,7 +38,6 @@ from defuse_core.config.sections import (
 )
 
 __all__ = [
-    "PAPER_LAMBDAS",
     "STEPS",
     "Arithmetic",
     "CheckSection",

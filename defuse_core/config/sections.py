@@ -12,10 +12,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from defuse_core.errors import has_control_characters
 
-PAPER_LAMBDAS = (
-    1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0, 1000.0
-)  # fmt: skip
-
 
 def expect_printable(text: str) -> str:
     """Refuse text that would change the terminal or the page that shows it."""

@@ -7,6 +7,7 @@ the classifier), so that no component straddles classes.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import warnings
@@ -27,22 +28,19 @@ from defuse_core.artifacts import (
     Failures,
     Psi,
     Scenarios,
-    Shard,
 )
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import component_failures
 from defuse_core.distill.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
-from defuse_core.errors import StoreError
-from defuse_core.identify import load_shard, shard_key
-from defuse_core.intervals import lower_bound
+from defuse_core.distill.psi import subsample_psi
+from defuse_core.intervals import wilson_lower
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
-from defuse_core.store import Store, map_ahead
+from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
-SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
 WHOLE = (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE)  # the cell of a single mixture over all codes
 
 
@@ -52,12 +50,12 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     With vae.decode: anchored each component gets failures of its own, with their training images; these must have
     `data_fingerprint`, else RunMismatchError is raised.
     """
-    failures = sample_failures(spec, psi, store)
+    failures = subsample_psi(spec, psi, store)
     if spec.distill.by == "cell":
-        fits = _fit_cells(failures, spec.distill, spec.seed, progress)
+        fits = fit_cells(failures, spec.distill, spec.seed, progress)
     else:
         progress("fitting the mixture", 0, 1, "fits")
-        fits = _fit_all(failures, spec.distill, spec.seed)
+        fits = fit_all(failures, spec.distill, spec.seed)
     scenarios = fits.scenarios()
     if spec.vae.decode == "anchored" and len(scenarios):
         train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
@@ -87,52 +85,8 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
         log.info("dropped %d components or cells with too few codes or images", len(scenarios.dropped))
 
 
-def sample_codes(spec: RunFile, psi: Psi, store: Store) -> F32:
-    """Return the codes of sample_failures, (n, Z)."""
-    return sample_failures(spec, psi, store).codes
-
-
-def sample_failures(spec: RunFile, psi: Psi, store: Store) -> Failures:
-    """Return at most max_codes rows of Ψ, drawn without replacement, in order; a few shards are in memory at once.
-
-    SAMPLE_CODES rows at most where max_codes is null.
-    """
-    most = spec.distill.max_codes or SAMPLE_CODES
-    if psi.total > most:
-        wanted = np.sort(generator(spec.seed, "distill", "sample").choice(psi.total, most, replace=False))
-    else:
-        wanted = np.arange(psi.total)
-    starts = np.concatenate([[0], np.cumsum(psi.codes)])
-    nothing: I64 = np.zeros(0, np.int64)
-    first, last = np.searchsorted(wanted, starts[:-1]), np.searchsorted(wanted, starts[1:])
-
-    def drawn_from(shard: int) -> Failures:
-        rows = wanted[first[shard] : last[shard]] - starts[shard]
-        return shard_of_psi(store, psi.fingerprint, shard).failures.take(rows)
-
-    parts = [Failures(np.zeros((0, spec.vae.latent_dim), np.float32), nothing, nothing, nothing)]
-    parts.extend(map_ahead(drawn_from, np.flatnonzero(first < last).tolist()))
-    return Failures.concatenate(parts)
-
-
-def shard_of_psi(store: Store, fingerprint: str, index: int) -> Shard:
-    """Return a shard of the Ψ with this fingerprint. Raises StoreError where it is gone or damaged."""
-    remedy = f"delete {store.address}/psi.safetensors and run again: only this shard is made again"
-    try:
-        return load_shard(store, index, fingerprint, remedy)
-    except FileNotFoundError as error:
-        where = f"{store.address}/{shard_key(index)}"
-        raise StoreError(
-            f"{where}: expected a shard of psi.safetensors, found no such file; {remedy}"
-        ) from error
-
-
-def fit_all(failures: Failures, section: DistillSection, seed: int) -> Scenarios:
-    """Return the paper's single mixture over all codes, with the support of each component."""
-    return _fit_all(failures, section, seed).scenarios()
-
-
-def _fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
+def fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
+    """Return the paper's single mixture over all codes; none over fewer than two."""
     parts = []
     if len(failures) > 1:
         fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
@@ -140,15 +94,11 @@ def _fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
     return Fits(parts, failures, section)
 
 
-def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Scenarios:
-    """Return the components of one mixture per cell; K is shared out by the cells' weight, at least 1 each.
+def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
+    """Return one mixture per cell; K is shared out by the cells' weight, at least 1 each.
 
     A cell whose weight is at most ε holds no component over ε: it is dropped, with its reason.
     """
-    return _fit_cells(failures, section, seed, progress).scenarios()
-
-
-def _fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
     cells, owner = np.unique(
         np.stack([failures.truth, failures.predicted], axis=1), axis=0, return_inverse=True
     )
@@ -207,24 +157,24 @@ class CellMixture:
     cell: tuple[int, int]  # class of the source images and answer of f
 
 
-def shares_of(fit: FittedMixture, members: Failures) -> list[Failures]:
+def failures_by_component(fit: FittedMixture, members: Failures) -> list[Failures]:
     """Return the failures that belong most to each of the k components."""
     with threadpool_limits(1):
         owner = responsibilities(members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
     return [members.take(owner == component) for component in range(len(fit.weights))]
 
 
-def count_sources(shares: Sequence[Failures]) -> tuple[I64, F64]:
-    """Return the number of distinct training images in each share, (k,), and how many of them f itself gets wrong.
+def count_sources(by_component: Sequence[Failures]) -> tuple[I64, F64]:
+    """Return each component's number of distinct training images, (k,), and how many of them f itself gets wrong.
 
     The second is nan where it is not known.
     """
-    support, wrong = np.zeros(len(shares), np.int64), np.full(len(shares), np.nan)
-    for row, share in enumerate(shares):
-        images, first = np.unique(share.source, return_index=True)
+    support, wrong = np.zeros(len(by_component), np.int64), np.full(len(by_component), np.nan)
+    for row, failures in enumerate(by_component):
+        images, first = np.unique(failures.source, return_index=True)
         support[row] = len(images)
-        if share.source_wrong is not None:
-            wrong[row] = share.source_wrong[first].sum()
+        if failures.source_wrong is not None:
+            wrong[row] = failures.source_wrong[first].sum()
     return support, wrong
 
 
@@ -284,16 +234,16 @@ class Fits:
     small: tuple[DroppedComponent, ...] = ()  # cells without a mixture
 
     @functools.cached_property
-    def shares(self) -> list[list[Failures]]:
+    def by_component(self) -> list[list[Failures]]:
         """The failures that belong most to each component, part by part."""
-        return [shares_of(part.fit, part.members) for part in self.parts]
+        return [failures_by_component(part.fit, part.members) for part in self.parts]
 
     @functools.cached_property
     def cells(self) -> list[FittedCell]:
         """The mixtures with the support of their components."""
         return [
-            FittedCell(part.fit, part.cell, len(part.members), part.weight, *count_sources(shares))
-            for part, shares in zip(self.parts, self.shares, strict=True)
+            FittedCell(part.fit, part.cell, len(part.members), part.weight, *count_sources(own))
+            for part, own in zip(self.parts, self.by_component, strict=True)
         ]
 
     def scenarios(self) -> Scenarios:
@@ -304,8 +254,8 @@ class Fits:
 
     def members(self) -> list[Failures]:
         """Return the failures that belong most to each component of `scenarios`, in their order."""
-        shares = [share for of_part in self.shares for share in of_part]
-        return [shares[row] for row in kept_components(self.cells, self.section)[0]]
+        members = list(itertools.chain(*self.by_component))
+        return [members[row] for row in kept_components(self.cells, self.section)[0]]
 
 
 def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tuple[I64, I64]:
@@ -331,7 +281,7 @@ def _source_error(cells: Sequence[FittedCell]) -> F64:
 def certain_error(support: I64, error: F64) -> F64:
     """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 where not known."""
     wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
-    return lower_bound(wrong, support)
+    return wilson_lower(wrong, support)
 
 
 def scenarios_of(

@@ -19,7 +19,7 @@ FAILURES_KEPT = 256  # L, with vae.decode: anchored
 IMAGES_KEPT = 64  # training images that the failures of one component come from at most
 
 
-def sample_codes_from(
+def gaussian_codes(
     scenarios: Scenarios, component: int, count: int, tau: float, rng: np.random.Generator
 ) -> F32:
     """Return `count` codes from N(mu_j, τ·Σ_j) of one component, (count, Z). τ multiplies the covariance."""
@@ -68,7 +68,7 @@ def draw_codes(
         rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
         return near_failures(scenarios, component, rows, tau_of(spec, scenarios, component), rng)
     if scenarios.taus is None:
-        return Draws(sample_codes_from(scenarios, component, count, tau_of(spec, scenarios, component), rng))
+        return Draws(gaussian_codes(scenarios, component, count, tau_of(spec, scenarios, component), rng))
     normal = rng.standard_normal((count, scenarios.means.shape[1]))
     covariance = scenarios.taus[component] * scenarios.covariances[component]
     return Draws(truncated_codes(scenarios.means[component], covariance, normal))
@@ -143,7 +143,7 @@ def wide_draws(
     """Return `count` draws of one component at `factor` times its τ, not truncated, of the images held out."""
     tau = factor * tau_of(spec, scenarios, component)
     if scenarios.failures is None:
-        return Draws(sample_codes_from(scenarios, component, count, tau, rng))
+        return Draws(gaussian_codes(scenarios, component, count, tau, rng))
     rows = failure_rows(scenarios.failures, component, count, rng, held_out=True)
     return near_failures(replace(scenarios, taus=None), component, rows, tau, rng)
 

@@ -5,7 +5,7 @@ The initialisation, the variational updates and the lower bound are those of
 §10.2; Blei and Jordan 2006). Every update reads the codes only through sums over rows, so each pass goes over blocks
 that fit into the cache. On a GPU the codes stay there.
 
-Axes: n codes, Z latent dimensions, K components, M monomials of a code up to degree 2.
+Axes: n codes, Z latent dimensions, K components, P monomials of a code up to degree 2.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class VariationalFit:
         return self.converged or self.iteration >= self.max_iterations
 
     def coefficients(self) -> F64:
-        """Return what each monomial contributes to the expected log of weight times density, (M, K)."""
+        """Return what each monomial contributes to the expected log of weight times density, (P, K)."""
         return _log_joint_coefficients(self.posterior)
 
     def step(self, statistics: Statistics) -> None:
@@ -146,7 +146,7 @@ def default_prior(components: int, covariance: F64) -> Prior:
 
 
 def _monomials(rows: Tensor) -> Tensor:
-    """Return 1, x and the products x_i x_j, i <= j, of each row: (n, M) with M = 1 + Z + Z (Z + 1) / 2.
+    """Return 1, x and the products x_i x_j, i <= j, of each row: (n, P) with P = 1 + Z + Z (Z + 1) / 2.
 
     The exponent of a Gaussian is linear in them, and so are the sums that an update needs.
     """
@@ -167,7 +167,7 @@ def _hard_statistics(monomials: Tensor, labels: I64, components: int) -> Statist
 
 
 def _expect(monomials: Tensor, table: F64) -> Statistics:
-    """The E step: return the sums over all rows under the responsibilities that the (M, K) coefficients give."""
+    """The E step: return the sums over all rows under the responsibilities that the (P, K) coefficients give."""
     coefficients = torch.from_numpy(table).to(monomials.device)
     sums = monomials.new_zeros(coefficients.T.shape)
     log_evidence = monomials.new_zeros(())
@@ -177,7 +177,7 @@ def _expect(monomials: Tensor, table: F64) -> Statistics:
 
 
 def _add_block(block: Tensor, coefficients: Tensor, sums: Tensor) -> Tensor:
-    """Add the sums over a block of rows to the (K, M) `sums`; return its log evidence."""
+    """Add the sums over a block of rows to the (K, P) `sums`; return its log evidence."""
     log_joint = block @ coefficients  # (n, K)
     largest = log_joint.amax(dim=1, keepdim=True)
     share = log_joint.sub_(largest).exp_()
@@ -187,14 +187,14 @@ def _add_block(block: Tensor, coefficients: Tensor, sums: Tensor) -> Tensor:
 
 
 def soft_statistics(sums: Tensor, log_evidence: Tensor, coefficients: Tensor) -> Statistics:
-    """Return the statistics of (K, M) sums over all rows under the responsibilities of `coefficients`."""
+    """Return the statistics of (K, P) sums over all rows under the responsibilities of `coefficients`."""
     # log r = log joint - log evidence, and the sum of r log joint is linear in the sums
     entropy = log_evidence - torch.dot(sums.T.reshape(-1), coefficients.reshape(-1))
     return _unpacked(sums, float(entropy))
 
 
 def partial_sums(codes: F32, center: F64, table: F64) -> tuple[F64, float]:
-    """Return the (K, M) sums and the log evidence of some rows, (n, Z), under the (M, K) coefficients; on the CPU.
+    """Return the (K, P) sums and the log evidence of some rows, (n, Z), under the (P, K) coefficients; on the CPU.
 
     Holds one block of rows in float64 at a time. Partial sums added up in one order give the same bits wherever they
     are made.
@@ -218,7 +218,7 @@ def summed_statistics(partial: Sequence[tuple[F64, float]], table: F64) -> Stati
 
 
 def one_component(width: int) -> F64:
-    """Return (M, 1) coefficients under which every row belongs to one component."""
+    """Return (P, 1) coefficients under which every row belongs to one component."""
     return np.zeros(((width + 1) * (width + 2) // 2, 1))
 
 
@@ -231,7 +231,7 @@ def covariance_of(partial: Sequence[tuple[F64, float]]) -> F64:
 
 
 def mixture_coefficients(fit: FittedMixture, center: F64) -> F64:
-    """Return what each monomial of a code about `center` contributes to the log of weight times density, (M, K)."""
+    """Return what each monomial of a code about `center` contributes to the log of weight times density, (P, K)."""
     roots = _precision_roots(fit.covariances)
     log_det = np.log(np.diagonal(roots, axis1=1, axis2=2)).sum(axis=1)
     with np.errstate(divide="ignore"):
@@ -241,9 +241,9 @@ def mixture_coefficients(fit: FittedMixture, center: F64) -> F64:
 
 
 def _unpacked(sums: Tensor, entropy: float) -> Statistics:
-    """Return the statistics that (K, M) sums of monomials hold."""
+    """Return the statistics that (K, P) sums of monomials hold."""
     table: F64 = sums.cpu().numpy()
-    width = (math.isqrt(8 * table.shape[1] + 1) - 3) // 2  # of M = (Z + 1) (Z + 2) / 2
+    width = (math.isqrt(8 * table.shape[1] + 1) - 3) // 2  # of P = (Z + 1) (Z + 2) / 2
     second = np.zeros((len(table), width, width))
     i, j = np.triu_indices(width)
     second[:, i, j] = second[:, j, i] = table[:, 1 + width :]
@@ -251,12 +251,12 @@ def _unpacked(sums: Tensor, entropy: float) -> Statistics:
 
 
 def _log_joint_coefficients(posterior: Posterior) -> F64:
-    """Return what each monomial contributes to the expected log of weight times density, (M, K)."""
+    """Return what each monomial contributes to the expected log of weight times density, (P, K)."""
     return _quadratic_coefficients(posterior.precision_roots, posterior.means, _log_constants(posterior))
 
 
 def _quadratic_coefficients(roots: F64, means: F64, constants: F64) -> F64:
-    """Return constants (K,) minus half the squared Mahalanobis distances as coefficients of monomials, (M, K)."""
+    """Return constants (K,) minus half the squared Mahalanobis distances as coefficients of monomials, (P, K)."""
     precisions = roots @ roots.transpose(0, 2, 1)  # (K, Z, Z)
     linear = (precisions @ means[:, :, None])[:, :, 0]  # (K, Z)
     constant = constants - 0.5 * (linear * means).sum(axis=1)

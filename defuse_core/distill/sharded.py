@@ -22,14 +22,12 @@ from defuse_core.distill.components import (
     FittedCell,
     components_of,
     count_sources,
+    failures_by_component,
     fit_mixture,
     kept_components,
     log_scenarios,
     no_scenarios,
-    sample_failures,
     scenarios_of,
-    shard_of_psi,
-    shares_of,
     small_cell,
 )
 from defuse_core.distill.draws import component_failures
@@ -44,6 +42,7 @@ from defuse_core.distill.mixture import (
     partial_sums,
     summed_statistics,
 )
+from defuse_core.distill.psi import shard_of_psi, subsample_psi
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute, Partitions
 from defuse_core.store import Store
@@ -165,7 +164,7 @@ def fit_samples(
     spec: RunFile, psi: Psi, store: Store, cells: dict[Cell, CellSummary], *, progress: Progress
 ) -> dict[Cell, FittedMixture]:
     """Return a mixture for each cell with two codes or more in a sample of Ψ, fitted to these."""
-    sample, fits = sample_failures(spec, psi, store), {}
+    sample, fits = subsample_psi(spec, psi, store), {}
     for number, (cell, summary) in enumerate(cells.items()):
         progress("fitting the mixtures to a sample", number, len(cells), "fits")
         codes = _of_cell(sample, cell).codes
@@ -242,7 +241,9 @@ def part_support(part: CellCodes, fits: dict[Cell, FittedMixture]) -> dict[Cell,
     for cell, fit in fits.items():
         if cell in part.rows:
             rows = part.rows[cell]
-            counts[cell] = count_sources(shares_of(fit, part.failures.take(np.arange(rows.start, rows.stop))))
+            counts[cell] = count_sources(
+                failures_by_component(fit, part.failures.take(np.arange(rows.start, rows.stop)))
+            )
     return counts
 
 
@@ -271,14 +272,15 @@ def sampled_failures(
 ) -> ComponentFailures:
     """Return failures of each component that is kept, out of the sample of Ψ."""
     progress("collecting failures of the components", 0, 1, "samples")
-    sample, shares = sample_failures(spec, psi, store), list[Failures]()
+    sample, found = subsample_psi(spec, psi, store), list[Failures]()
     for cell in fitted:
         members = _of_cell(sample, cell.cell)
         # all of the cell's for a component that no code of the sample belongs to
-        shares.extend(share if len(share) else members for share in shares_of(cell.fit, members))
+        by_component = failures_by_component(cell.fit, members)
+        found.extend(own if len(own) else members for own in by_component)
     train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
     kept, _ = kept_components(fitted, spec.distill)
-    return component_failures([shares[row] for row in kept], train, spec.seed)
+    return component_failures([found[row] for row in kept], train, spec.seed)
 
 
 def _of_cell(sample: Failures, cell: Cell) -> Failures:

@@ -31,8 +31,8 @@ from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.distill.components import sample_codes
 from defuse_core.distill.mixture import responsibilities
+from defuse_core.distill.psi import subsample_psi
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
@@ -142,7 +142,7 @@ def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> t
     scenarios, accepted = found.scenarios, found.verdicts.accepted
     rows = _some(len(train), spec.report.tsne_images, rng)
     codes = encode_images(load_vae(spec, found.models.vae), train.take(rows))
-    failures = sample_codes(spec, found.psi, store)
+    failures = subsample_psi(spec, found.psi, store).codes
     shares = responsibilities(failures, scenarios.weights, scenarios.means, scenarios.covariances)  # (n, S)
     if len(accepted):
         near = (shares[:, accepted] > MIN_RESPONSIBILITY).any(axis=1)

@@ -4,13 +4,12 @@ The paper scores a correction by the one label of each scenario. That figure ris
 to give every picture of a scenario the same answer. Here every generated image has its own label, the majority of the
 judges. Controls are the baseline and *plain further training*: the same fine-tuning with λ = 0.
 
-Axes, beside those of artifacts.py: B = 4 classifiers (before, baseline, plain, defuse), M nearest real images,
+Axes, beside those of artifacts/__init__.py: B = 4 classifiers (before, baseline, plain, defuse), E nearest real images,
 J = 3 numbers of a share (share, low, high).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import krippendorff
@@ -25,8 +24,6 @@ from defuse_core.artifacts import (
     NONE_OF_THE_ABOVE,
     U8,
     Bool,
-    Corrections,
-    Sweep,
     Votes,
     Weights,
 )
@@ -35,6 +32,7 @@ from defuse_core.correct import held_out_images
 from defuse_core.data import Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, distances_from, stacked, wide_draws
+from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.identify import draw_noise, encode_posterior
@@ -68,10 +66,10 @@ SIGNIFICANT = 0.05
 class NearestReal:
     """Real images of a scenario's label that are nearest to it, and the error of the classifier before on them."""
 
-    images: U8  # (A, M, channels, H, W)
-    labels: I64  # (A, M)
-    predicted: I64  # (A, M)
-    error: F64  # (A,) on the NEAREST_TESTED nearest
+    images: U8  # (A, E, channels, H, W)
+    labels: I64  # (A, E)
+    predicted: I64  # (A, E)
+    error: F64  # (A,) on the NEAREST_TESTED nearest; nan where no image has the label: then the images mean nothing
     error_of_all: float  # on all real images
     seen: Bool  # (A,) whether `error` is significantly larger than on all real images of the same label
 
@@ -101,43 +99,6 @@ class Evidence:
     real: NearestReal
     mcnemar: F64  # (2, 3) plain, defuse against before on the test set: gained, lost, p-value
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
-
-
-@dataclass(frozen=True, eq=False)
-class Controls:
-    """Corrections that only evidence needs."""
-
-    plain: Sweep  # λ = 0
-    folds: tuple[
-        Sweep, ...
-    ]  # each tuned without the scenarios of its fold; empty with fewer than two scenarios
-
-
-def plain_spec(spec: RunFile, sweep: Sweep) -> RunFile:
-    """Return the run file of plain further training: λ = 0 for as many epochs as the chosen correction."""
-    return _fine_tuning(spec, 0.0, sweep)
-
-
-def fold_spec(spec: RunFile, sweep: Sweep) -> RunFile:
-    """Return the run file of a correction without one fold: the chosen λ and epochs."""
-    return _fine_tuning(spec, sweep.chosen.lam if sweep.chosen else 1.0, sweep)
-
-
-def _fine_tuning(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
-    epochs = sweep.chosen.epoch if sweep.chosen else spec.correct.epochs
-    section = spec.correct.model_copy(update={"lambdas": (lam,), "epochs": epochs, "max_loss": 1.0})
-    return spec.model_copy(update={"correct": section})
-
-
-def fold_of(fixes: Corrections) -> I64:
-    """Return which of the two folds each accepted scenario belongs to, (A,)."""
-    return np.arange(len(fixes.labels)) % 2
-
-
-def without_fold(fixes: Corrections, fold: int) -> Corrections:
-    """Return the corrections of all scenarios outside `fold`."""
-    rows = np.flatnonzero(fold_of(fixes) != fold)
-    return fixes.take(rows)
 
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:
@@ -388,8 +349,3 @@ def krippendorff_alpha(votes: Votes, images: int) -> float:
     if len(np.unique(votes.answer)) < 2 or not (np.isfinite(table).sum(axis=0) > 1).any():
         return float("nan")
     return float(krippendorff.alpha(table, level_of_measurement="nominal"))
-
-
-def folds(fixes: Corrections) -> Sequence[int]:
-    """Return the numbers of the folds: none with fewer than two accepted scenarios."""
-    return (0, 1) if len(fixes.labels) > 1 else ()

@@ -16,6 +16,7 @@ from defuse_core.errors import InputError
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.review.verdicts import most_common_error
 from defuse_core.runs import Run
+from defuse_core.watch.scenario_regions import sample_covariance
 
 State = Literal["persisting", "fixed", "back again", "new"]
 INSIDE = 0.999  # of a scenario's own pictures are within the distance that counts as inside
@@ -163,10 +164,7 @@ def _matches(a: _Side, b: _Side) -> dict[int, int]:
 
 def share_inside(codes: F32, others: F32) -> float:
     """Return the share of codes (n, Z) within the ellipsoid of other codes (m, Z)."""
-    mean, covariance = (
-        others.mean(axis=0, dtype=np.float64),
-        np.cov(others.T.astype(np.float64)).reshape(others.shape[1], others.shape[1]),
-    )
+    mean, covariance = others.mean(axis=0, dtype=np.float64), sample_covariance(others.astype(np.float64))
     ridge = RIDGE * max(float(np.trace(covariance)) / len(covariance), 1e-12)
     root = np.linalg.cholesky(covariance + ridge * np.eye(len(covariance)))
     squares = (np.linalg.solve(root, (codes - mean).T) ** 2).sum(axis=0)  # (n,)

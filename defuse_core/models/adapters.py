@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from defuse_core.config import ClassifierSection
 from defuse_core.errors import ModelError
 
+IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # (x - shift) / factor, per channel
     "0..1": ((0.0,), (1.0,)),
     "-1..1": ((0.5,), (0.5,)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_SD),
     "0..255": ((0.0,), (1 / 255,)),
 }
 

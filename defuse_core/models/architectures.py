@@ -1,4 +1,4 @@
-"""Classifiers: the CNN of Appendix B, ResNet-18, the reference network, and custom modules."""
+"""Classifiers: the CNN of Appendix B, ResNet-18, the networks of reference models and judges, and custom modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
-from defuse_core.models.adapters import adapt
+from defuse_core.models.adapters import IMAGENET_MEAN, IMAGENET_SD, adapt
 from defuse_core.models.programs import (
     load_program,
     open_timm,
@@ -51,9 +51,6 @@ def import_module(field: str, path: str) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ModelError(f"{field} {path}: expected an nn.Module, found {type(module).__name__}")
     return module
-
-
-IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _cnn(spec: RunFile, classes: int) -> nn.Module:

@@ -306,25 +306,6 @@ def class_names_of(classifier: nn.Module) -> tuple[str, ...] | None:
     return None if listed[0].startswith("LABEL_") else listed
 
 
-def range_of_folder(folder: Path) -> str | None:
-    """Return the input range that preprocessor_config.json describes, as classifier.input_range names it, or None."""
-    from defuse_core.models.adapters import INPUT_RANGES
-
-    try:
-        config = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        scale = (
-            float(config.get("rescale_factor", 1 / 255)) * 255 if config.get("do_rescale", True) else 255.0
-        )
-        normalised = config.get("do_normalize", True)
-        mean, sd = (config["image_mean"], config["image_std"]) if normalised else ([0.0], [1.0])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    for name, (shift, factor) in INPUT_RANGES.items():
-        if abs(scale / sd[0] - 1 / factor[0]) < 0.01 and abs(mean[0] - shift[0]) < 0.01:
-            return name
-    return None
-
-
 def open_timm(name: str, classes: int, channels: int) -> nn.Module:
     """Return timm's architecture `name` without weights. Raises ModelError for names that would be downloaded."""
     try:

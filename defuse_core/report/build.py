@@ -33,7 +33,7 @@ from defuse_core.report.schema import (
     Agreement,
     Artefact,
     BeforeAfter,
-    Choice,
+    ChosenRow,
     ClassAccuracy,
     EvidenceFigures,
     FourShares,
@@ -237,8 +237,8 @@ def _tradeoff(spec: RunFile, models: Models, sweep: Sweep) -> tuple[TradeOff, ..
     )
 
 
-def _choice(chosen: SweepRow | None) -> Choice | None:
-    return None if chosen is None else Choice(lam=chosen.lam, epoch=chosen.epoch)
+def _choice(chosen: SweepRow | None) -> ChosenRow | None:
+    return None if chosen is None else ChosenRow(lam=chosen.lam, epoch=chosen.epoch)
 
 
 def _votes(found: Findings) -> VoteFigures:

@@ -141,7 +141,12 @@ def scenario_card(
 
 
 def _real_shots(classes: tuple[str, ...], real: NearestReal, column: int) -> tuple[Shot, ...]:
-    """Return the real images nearest to the accepted scenario at place `column`, with the answer before."""
+    """Return the real images nearest to the accepted scenario at place `column`, with the answer before.
+
+    There are none where no real image has the scenario's label.
+    """
+    if np.isnan(real.error[column]):
+        return ()
     shots = []
     for pixels, label, answer in zip(
         real.images[column], real.labels[column], real.predicted[column], strict=True

@@ -203,7 +203,7 @@ class TradeOff(ReportModel):
     chosen: bool
 
 
-class Choice(ReportModel):
+class ChosenRow(ReportModel):
     lam: float
     epoch: int
 
@@ -219,7 +219,7 @@ class PsiFigures(ReportModel):
 
 
 class HealthFigures(ReportModel):
-    """Whether the β-VAE's pictures can say anything about the classifier (thresholds in health.py)."""
+    """Whether the β-VAE's pictures can say anything about the classifier (thresholds in evaluation/health.py)."""
 
     verdict: Literal["fit", "poor", "blind"]
     originals_right: float
@@ -328,8 +328,8 @@ class Report(ReportModel):
     scenarios: ScenarioSummary
     agreement: Agreement
     tradeoff: tuple[TradeOff, ...]
-    chosen: Choice | None
-    baseline_chosen: Choice | None
+    chosen: ChosenRow | None
+    baseline_chosen: ChosenRow | None
     psi: PsiFigures
     vae: VaeFigures
     mixture: Mixture

@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection
 from defuse_core.errors import InputError, RunFileError, StoreError
-from defuse_core.intervals import lower_bound, probability_not_over, significantly_over, wilson
+from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
 from defuse_core.runs import FROM_VERDICTS, Run
 from defuse_core.store import Store
 
@@ -105,6 +105,40 @@ def false_discovery_rate(review: ReviewSection) -> float | None:
     return review.max_false if review.accept == "lower-bound" else None
 
 
+@dataclass(frozen=True, eq=False)
+class _ReviewedImages:
+    """The votes on every image, and the label that each has."""
+
+    counts: I64  # (S, R, C) annotators that chose each class
+    labels: I64  # (S, R)
+
+    @property
+    def labelled(self) -> Bool:
+        """(S, R) whether an image has a label."""
+        labelled: Bool = self.labels != NONE_OF_THE_ABOVE
+        return labelled
+
+    def wrong(self, predicted: I64, more: MoreImages | None) -> tuple[I64, I64]:
+        """Return how many labelled images of each component are misclassified, (S,), and how many there are, (S,)."""
+        hits, total = is_misclassified(predicted, self.labels).sum(axis=1), self.labelled.sum(axis=1)
+        return (hits, total) if more is None else (hits + more.misclassified, total + more.labelled)
+
+    def agreement(self) -> F64:
+        """Return the share of each labelled image's votes for the class that most chose, (S, R); nan for others."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares: F64 = self.counts.max(axis=-1) / self.counts.sum(axis=-1)
+        return np.where(self.labelled, shares, np.nan)
+
+    def voted(self) -> I64:
+        """Return the label that most images of each component have, (S,), or NONE_OF_THE_ABOVE for a tie."""
+        return majority((self.labels[..., None] == np.arange(self.counts.shape[-1])).sum(axis=1))
+
+    def purity(self, leading: I64) -> F64:
+        """Return the share of each component's images with its label of `leading`, (S,)."""
+        purity: F64 = (self.labelled & (self.labels == leading[:, None])).mean(axis=1)
+        return purity
+
+
 def decide_verdicts(
     gallery: Gallery,
     votes: Votes,
@@ -125,20 +159,13 @@ def decide_verdicts(
     With `max_false` the share has to be significantly more than rho, at that false discovery rate over all components,
     and counts the images of `more` as well. `image_labels` (S, R) replaces the majority over annotators.
     """
-    shape, classes = gallery.predicted.shape, len(gallery.classes)
-    counts = tally(votes, (shape[0], shape[1]), classes)
-    image_labels = majority(counts) if image_labels is None else image_labels  # (S, R)
-    labelled = image_labels != NONE_OF_THE_ABOVE
-    wrong = is_misclassified(gallery.predicted, image_labels)
-    hits, total = wrong.sum(axis=1), labelled.sum(axis=1)
-    if more is not None:
-        hits, total = hits + more.misclassified, total + more.labelled
+    scenarios, per_scenario = gallery.predicted.shape
+    counts = tally(votes, (scenarios, per_scenario), len(gallery.classes))
+    images = _ReviewedImages(counts, majority(counts) if image_labels is None else image_labels)
+    hits, total = images.wrong(gallery.predicted, more)
+    voted = images.voted()
     with np.errstate(invalid="ignore", divide="ignore"):
         misclassified = hits / total
-        agreement = np.where(labelled, counts.max(axis=-1) / counts.sum(axis=-1), np.nan)
-    per_class = (image_labels[..., None] == np.arange(classes)).sum(axis=1)  # (S, C)
-    voted = majority(per_class)
-    with np.errstate(invalid="ignore"):
         fails = misclassified > rho if max_false is None else significantly_over(hits, total, rho, max_false)
     threshold = f"{rho:.0%}" if max_false is None else f"{rho:.0%} with certainty"
     labels, reasons = _decide(fails, voted, (misclassified, total), threshold, gallery.classes)
@@ -149,15 +176,15 @@ def decide_verdicts(
     return Verdicts(
         labels=labels,
         misclassified=misclassified,
-        purity=(labelled & (image_labels == leading[:, None])).mean(axis=1),
-        image_labels=image_labels,
-        agreement=agreement,
-        ties=int((~labelled & (counts.sum(axis=-1) > 0)).sum()),
+        purity=images.purity(leading),
+        image_labels=images.labels,
+        agreement=images.agreement(),
+        ties=int((~images.labelled & (counts.sum(axis=-1) > 0)).sum()),
         no_class_chosen=int((counts.sum(axis=-1) == 0).sum()),
         reasons=tuple(reasons),
         overrides=tuple(overrides),
         labelled=total,
-        lower=lower_bound(hits, total),
+        lower=wilson_lower(hits, total),
         false_share=float(false.mean()) if len(false) else 0.0,
     )
 

@@ -24,14 +24,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def worker_count() -> int:
+def group_size() -> int:
     """Return the number of workers that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first_worker() -> bool:
     """Whether this is the worker that stores checkpoints and reports."""
-    return worker_count() == 1 or dist.get_rank() == 0
+    return group_size() == 1 or dist.get_rank() == 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MinibatchPart:
     @staticmethod
     def of(count: int) -> MinibatchPart:
         """Return this worker's part; everything where the minibatch has no two images for each worker."""
-        workers = worker_count()
+        workers = group_size()
         if workers == 1 or count < 2 * workers:
             return MinibatchPart(slice(0, count), count, 1.0)
         first, after = (count * (dist.get_rank() + more) // workers for more in (0, 1))
@@ -83,7 +83,7 @@ def averaged(trained: nn.Module, loss: Callable[P, R]) -> Callable[P, R]:
 
     On GPUs batch normalisation sees the whole minibatch. Waits until all workers have called it.
     """
-    if worker_count() == 1:
+    if group_size() == 1:
         return loss
     if device().type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(trained)  # type: ignore[no-untyped-call]
@@ -92,11 +92,11 @@ def averaged(trained: nn.Module, loss: Callable[P, R]) -> Callable[P, R]:
 
 def mean_over_workers(values: Tensor) -> Tensor:
     """Return the mean of `values` over the workers, which all call this at the same time."""
-    if worker_count() == 1:
+    if group_size() == 1:
         return values
     total = values.clone()
     dist.all_reduce(total)
-    return total / worker_count()
+    return total / group_size()
 
 
 def drawn_normal(part: MinibatchPart, width: int, noise: torch.Generator) -> Tensor:

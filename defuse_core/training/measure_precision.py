@@ -52,13 +52,17 @@ def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision
         steps = _steps(spec, classes)
         seconds = {kind: _seconds(step) for kind, step in steps.items()}
     chosen = {kind: "bf16" if f32 > MIN_GAIN * bf16 else "f32" for kind, (f32, bf16) in seconds.items()}
-    ratios = ", ".join(f"{kind} {f32 / bf16:.2f}" for kind, (f32, bf16) in seconds.items())
+    ratios = ", ".join(f"{kind} {_ratio(*pair)}" for kind, pair in seconds.items())
     log.info("precision: bf16 against f32, times as fast: %s", ratios)
     return MeasuredPrecision(
         chosen,
         {kind: pair[0] for kind, pair in seconds.items()},
         {kind: pair[1] for kind, pair in seconds.items()},
     )
+
+
+def _ratio(f32: float, bf16: float) -> str:
+    return "bf16 not possible" if math.isinf(bf16) else f"{f32 / bf16:.2f}"
 
 
 def with_precision(spec: RunFile, measured: MeasuredPrecision) -> RunFile:
@@ -115,17 +119,20 @@ def _seconds(step: Callable[[Arithmetic], None]) -> tuple[float, float]:
     """Return the least seconds of a step in f32 and in bf16; inf where a model cannot be computed with in bf16."""
     # on a CPU the time of this process, whatever else the machine computes
     clock = time.perf_counter if device().type == "cuda" else time.process_time
-    least = {"f32": math.inf, "bf16": math.inf}
+    least = dict.fromkeys(FORMATS, math.inf)
+    possible = list(FORMATS)
     started = time.perf_counter()
     for number in range(1 + MAX_STEPS):  # in turns; the first one compiles and allocates
-        for arithmetic in FORMATS:
+        for arithmetic in tuple(possible):
             begun = clock()
             try:
                 step(arithmetic)
             except RuntimeError:
                 if arithmetic == "f32":
                     raise
-                return least["f32"], math.inf
+                possible.remove(arithmetic)
+                least[arithmetic] = math.inf
+                continue
             if device().type == "cuda":
                 torch.cuda.synchronize()
             if number:

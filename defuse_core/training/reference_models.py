@@ -3,7 +3,7 @@
 Each set is trained once per run, with augmentation, and kept in its store. The reference models screen failing draws,
 tighten components, filter what is tuned on, and can replace annotators; votes, report and promoted versions then
 state that models answered, not people. The judges evaluate the result: they are of another architecture, have other
-seeds, and are trained on images that the reference models have not seen (judges.share).
+seeds, and are trained on images that the reference models have not seen, unless judges.share is 0.
 """
 
 from __future__ import annotations
@@ -140,23 +140,6 @@ def gallery_probabilities(
     return probabilities.reshape(len(models), *gallery.predicted.shape, -1)
 
 
-def train_reference_models(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
-    """Return the reference models, trained in this process.
-
-    Raises RunMismatchError if the images are not those of `fingerprint`, if given.
-    """
-    return _merge(
-        [call.function(*call.args, progress=progress) for call in _calls(spec, "reference", fingerprint)]
-    )
-
-
-def train_judges(spec: RunFile, fingerprint: str | None, *, progress: Progress) -> ReferenceSet:
-    """Return the judges, likewise."""
-    return _merge(
-        [call.function(*call.args, progress=progress) for call in _calls(spec, "judges", fingerprint)]
-    )
-
-
 def training_calls(run: Run) -> list[Call[TrainedClassifier]]:
     """Return the trainings that are yet to be made: of reference models, if the method needs them, and of judges.
 
@@ -170,9 +153,9 @@ def training_calls(run: Run) -> list[Call[TrainedClassifier]]:
 
 
 def _calls(
-    spec: RunFile, name: SetName, fingerprint: str | None, store: Store | None = None
+    spec: RunFile, name: SetName, fingerprint: str | None, store: Store
 ) -> list[Call[TrainedClassifier]]:
-    """Return the trainings of a set: independent, one call each. With a store each is made once."""
+    """Return the trainings of a set: independent, one call each, which makes what `store` does not hold yet."""
     count = set_section(spec, name).count
     return [Call(train_one, spec, name, number, fingerprint, store) for number in range(count)]
 
@@ -207,20 +190,22 @@ def train_one(
     name: SetName,
     number: int,
     fingerprint: str | None,
-    store: Store | None,
+    store: Store,
     *,
     progress: Progress,
 ) -> TrainedClassifier:
-    """Return model `number` of a set, which depends on no other model of it; the one in `store` if it is there."""
+    """Return model `number` of a set, which depends on no other model of it; the one in `store` if it is there.
+
+    Raises RunMismatchError if the images are not those of `fingerprint`, if given.
+    """
     splits = (
         reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
     )
     key = f"training/{name}-{number}.safetensors"
-    found = None if store is None else _stored(store, key, splits.fingerprint())
+    found = _stored(store, key, splits.fingerprint())
     if found is None:
         found = _train_one(spec, name, number, splits, progress)
-        if store is not None:
-            store.write(key, encode(found))
+        store.write(key, encode(found))
     return found
 
 

@@ -10,7 +10,7 @@ Three methods compete. Each turns one or two scores of an answer into a probabil
 They are fitted on validation images, and chosen there by cross-validated log loss; test images only measure them. The
 distance from failure scenarios explains an alarm and raises none: as a detector of wrong answers it is at chance.
 
-Axes, beside those of artifacts.py: M scores of a method, V validation images, T test images.
+Axes, beside those of artifacts/__init__.py: X scores of a method, U validation images, T test images.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class FailureDetector:
 
     method: str  # one of METHODS
     temperature: float
-    center: F64  # (M,)
-    scale: F64  # (M,)
-    weights: F64  # (M,)
+    center: F64  # (X,)
+    scale: F64  # (X,)
+    weights: F64  # (X,)
     bias: float
 
     @property
@@ -83,11 +83,11 @@ class MeasuredDetector:
     """A detector and what it gives the validation and test images."""
 
     detector: FailureDetector
-    validation: F64  # (V,) by detectors of FOLDS folds, each for the images that it was not fitted on
+    validation: F64  # (U,) by detectors of FOLDS folds, each for the images that it was not fitted on
     test: F64  # (T,) by `detector`
 
     def losses(self, wrong: Bool) -> F64:
-        """Return the log loss of each validation image, (V,), nats."""
+        """Return the log loss of each validation image, (U,), nats."""
         given = np.clip(np.where(wrong, self.validation, 1 - self.validation), 1e-12, 1)
         losses: F64 = -np.log(given)
         return losses
@@ -101,10 +101,10 @@ class FailureWatch:
     problem: str  # why none can be fitted; empty where they are
     means: F64  # (C, Z) of the codes of each class
     covariances: F64  # (C, Z, Z)
-    validation_wrong: Bool  # (V,) whether the answer is wrong
+    validation_wrong: Bool  # (U,) whether the answer is wrong
     test_wrong: Bool  # (T,)
     validation_region: (
-        F64  # (V,) minus the share of training images nearer to the nearest scenario: the old alarm
+        F64  # (U,) minus the share of training images nearer to the nearest scenario: the old alarm
     )
     test_region: F64  # (T,) likewise; nan without scenarios
 
@@ -139,7 +139,7 @@ class FailureWatch:
 def answer_scores(
     method: str, temperature: float, logits: F32 | F64, distance: F32 | F64 | None = None
 ) -> F64:
-    """Return the scores of a method, (n, M); each grows with the doubt in the answer."""
+    """Return the scores of a method, (n, X); each grows with the doubt in the answer."""
     raw = np.asarray(logits, np.float64)
     best = raw.max(axis=1, keepdims=True)
     if method == "energy":  # not scipy's logsumexp, which takes longer than the rest of an answer

@@ -7,6 +7,8 @@ inputs, the component finds 7 % of the scenario's images, the Gaussian of its ow
 
 An input is inside a scenario if its Mahalanobis distance is smaller than that of all but a share of the training
 images. So that share of ordinary inputs is inside by construction; `recall` measures the scenario's held-out images.
+
+Axis, beside those of artifacts/__init__.py: E levels.
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ class ScenarioRegions:
 
     means: F64  # (A, Z)
     covariances: F64  # (A, Z, Z)
-    levels: F64  # (L,) shares of the training images, 0 to 1
-    distances: F64  # (A, L) quantiles of the training images' distances at those levels
-    recall: F64  # (A, L) share of the scenario's held-out images within those distances
+    levels: F64  # (E,) shares of the training images, 0 to 1
+    distances: F64  # (A, E) quantiles of the training images' distances at those levels
+    recall: F64  # (A, E) share of the scenario's held-out images within those distances
 
     def nearer_share(self, codes: F32) -> F64:
         """Return the share of the training images that are nearer to each scenario than codes (n, Z): (n, A)."""
@@ -68,7 +70,7 @@ def fit_regions(vae: Vae, corrections: Corrections, ordinary: F32) -> ScenarioRe
     means, covariances = _fit_gaussians(
         decoder, corrections, VARIANCE_FLOOR * float(ordinary.var(axis=0).mean())
     )
-    distances = np.quantile(mahalanobis(ordinary, means, covariances), LEVELS, axis=0).T  # (A, L)
+    distances = np.quantile(mahalanobis(ordinary, means, covariances), LEVELS, axis=0).T  # (A, E)
     recall = np.zeros_like(distances)
     for j, codes in enumerate(corrections.test):
         held_out = encode_images(vae, decoder.decode(codes, _row(corrections.test_anchor, j)))
@@ -93,9 +95,17 @@ def _fit_gaussians(decoder: Decoder, corrections: Corrections, least: float) -> 
     ]
     means = [codes.mean(axis=0) for codes in encoded]
     covariances = [
-        np.cov(codes.T) + _floor(max(codes.var(axis=0).mean(), least), latent) for codes in encoded
+        sample_covariance(codes) + _floor(max(codes.var(axis=0).mean(), least), latent) for codes in encoded
     ]
     return np.array(means).reshape(-1, latent), np.array(covariances).reshape(-1, latent, latent)
+
+
+def sample_covariance(codes: F64) -> F64:
+    """Return the covariance (Z, Z) of codes (n, Z); zeros for a single code, which has none."""
+    latent = codes.shape[1]
+    if len(codes) < 2:
+        return np.zeros((latent, latent))
+    return np.asarray(np.cov(codes.T), np.float64).reshape(latent, latent)
 
 
 def _floor(variance: float, latent: int) -> F64:

@@ -40,7 +40,7 @@ from defuse_core.artifacts import I64, U8, Failures, Models, Shard
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, PictureFiles
 from defuse_core.data.paths import FilePaths
-from defuse_core.distill.components import sample_failures
+from defuse_core.distill.psi import subsample_psi
 from defuse_core.identify import (
     blocks_per_shard,
     finished_shards,
@@ -226,7 +226,7 @@ def measure(images: int, draws: int, folder: Path) -> Measured:
     started = time.perf_counter()
     assert gather_shards(finished_shards(store, psi.fingerprint)).total == psi.total
     resumed = time.perf_counter()
-    assert len(sample_failures(spec, psi, store)) == spec.distill.max_codes
+    assert len(subsample_psi(spec, psi, store)) == spec.distill.max_codes
     sampled = time.perf_counter()
     watch.ended.set()
     listing = (len(f"class-000/{0:010}.jpg") + 10 + 8) * images  # names, offsets and lengths, labels

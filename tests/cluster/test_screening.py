@@ -13,7 +13,8 @@ from defuse_core.codec import encode
 from defuse_core.distill.components import distill
 from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
-from defuse_core.review.sample import sample_gallery, tighten
+from defuse_core.review.sample import sample_gallery
+from defuse_core.review.tighten import tighten
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_same_psi
 from tests.conftest import recommended

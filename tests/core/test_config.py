@@ -4,7 +4,6 @@ import pytest
 import yaml
 
 from defuse_core.config import (
-    PAPER_LAMBDAS,
     RunFile,
     Section,
     changed_field,
@@ -14,7 +13,7 @@ from defuse_core.config import (
 )
 from defuse_core.errors import RunFileError
 from defuse_core.training.reference_models import references_take_part
-from tests.conftest import ROOT, TINY, tiny
+from tests.conftest import PAPER_LAMBDAS, ROOT, TINY, tiny
 
 SHIPPED = sorted((ROOT / "deploy" / "runs").glob("*.yaml"))
 

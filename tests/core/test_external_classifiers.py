@@ -17,7 +17,7 @@ from defuse_core.config import RunFile
 from defuse_core.errors import ModelError, RunFileError
 from defuse_core.local import LocalCompute
 from defuse_core.models import load_classifier, predict, read_weights, weights_of
-from defuse_core.models.programs import load_program, open_transformers, range_of_folder
+from defuse_core.models.programs import load_program, open_transformers
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import silent
 from defuse_core.runs import Run
@@ -242,21 +242,6 @@ def test_a_folder_of_transformers_never_runs_code_or_unpickles(tmp_path):
         open_transformers(folder)
     with pytest.raises(ModelError, match=r"with a readable config\.json"):
         open_transformers(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("config", "found"),
-    [
-        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "-1..1"),
-        ({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, "imagenet"),
-        ({"do_normalize": False}, "0..1"),
-        ({"do_normalize": False, "do_rescale": False}, "0..255"),
-        ({"image_mean": [0.1] * 3, "image_std": [0.9] * 3}, None),
-    ],
-)
-def test_the_input_range_of_a_preprocessor_is_recognised(config, found, tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    assert range_of_folder(tmp_path) == found
 
 
 def test_a_model_of_timm_is_made_by_name_with_local_weights(tmp_path):

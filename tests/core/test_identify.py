@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from defuse_core.config import IdentifySection
-from defuse_core.distill.components import sample_failures
+from defuse_core.distill.psi import subsample_psi
 from defuse_core.errors import RunMismatchError, StoreError
 from defuse_core.identify import (
     SHARD_DECODINGS,
@@ -195,7 +195,7 @@ def test_psi_and_its_sample_are_the_same_however_blocks_are_put_into_shards(
     assert psi.fingerprint != before.fingerprint  # so that shards of the other layout are not taken for these
     for cap in (before.total, 50):
         spec = tiny(distill={"max_codes": cap})
-        one, other = sample_failures(spec, before, fine), sample_failures(spec, psi, coarse)
+        one, other = subsample_psi(spec, before, fine), subsample_psi(spec, psi, coarse)
         assert len(one) == cap
         for field in ("codes", "source", "truth", "predicted"):
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))

@@ -4,7 +4,7 @@ from scipy import stats
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from defuse_core.intervals import auroc, lower_bound, probability_not_over, significantly_over, wilson
+from defuse_core.intervals import auroc, probability_not_over, significantly_over, wilson, wilson_lower
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 5), (3, 10), (10, 10), (61, 64)])
@@ -12,7 +12,7 @@ def test_bounds_are_wilsons(hits, total):
     expected = binomtest(hits, total).proportion_ci(0.9, method="wilson")
     low, high = wilson(np.array([hits]), np.array([total]), 0.9)
     assert (low[0], high[0]) == pytest.approx((expected.low, expected.high))
-    assert lower_bound(np.array([hits]), np.array([total]))[0] == pytest.approx(expected.low)
+    assert wilson_lower(np.array([hits]), np.array([total]))[0] == pytest.approx(expected.low)
 
 
 def test_nothing_seen_bounds_nothing():

@@ -5,8 +5,9 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Psi, Scenarios, Shard
 from defuse_core.config import DistillSection
-from defuse_core.distill.components import certain_error, fit_all, fit_cells, sample_codes
-from defuse_core.distill.draws import sample_codes_from
+from defuse_core.distill.components import certain_error, fit_all, fit_cells
+from defuse_core.distill.draws import gaussian_codes
+from defuse_core.distill.psi import subsample_psi
 from defuse_core.errors import StoreError
 from defuse_core.identify import save_shard
 from defuse_core.progress import silent
@@ -33,7 +34,7 @@ def failures(codes: np.ndarray, truth=0, predicted=1, source=None) -> Failures:
 
 
 def fit_codes(codes: np.ndarray, distill: DistillSection, seed: int) -> Scenarios:
-    return fit_all(failures(codes), distill, seed)
+    return fit_all(failures(codes), distill, seed).scenarios()
 
 
 def test_planted_clusters_are_recovered_heaviest_first():
@@ -87,7 +88,9 @@ def test_too_few_codes_give_no_scenario(count):
 def test_a_component_says_how_many_training_images_its_codes_come_from():
     codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
     source = np.repeat(np.arange(100), 5)  # 60 images in the first cluster, 40 in the second
-    found = fit_all(failures(codes, source=source), section(max_components=5, min_weight=0.05), seed=0)
+    found = fit_all(
+        failures(codes, source=source), section(max_components=5, min_weight=0.05), seed=0
+    ).scenarios()
     assert found.support.tolist() == [60, 40]
 
 
@@ -96,7 +99,7 @@ def test_a_component_of_too_few_training_images_is_dropped_and_listed():
     source = np.concatenate([np.arange(300), np.repeat([300, 301], 100)])
     found = fit_all(
         failures(codes, source=source), section(max_components=5, min_weight=0.05, min_support=3), seed=0
-    )
+    ).scenarios()
     assert len(found) == 1
     (dropped,) = found.dropped
     assert (dropped.support, dropped.source) == (2, NONE_OF_THE_ABOVE)
@@ -112,13 +115,15 @@ def test_a_component_says_which_share_of_its_source_images_is_misclassified():
     codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
     source = np.repeat(np.arange(100), 5)  # 60 images in the first cluster, 40 in the second
     known = with_wrong_sources(failures(codes, source=source), range(50, 80))
-    found = fit_all(known, section(max_components=5, min_weight=0.05), seed=0)
+    found = fit_all(known, section(max_components=5, min_weight=0.05), seed=0).scenarios()
     np.testing.assert_allclose(found.source_error, [10 / 60, 20 / 40])
 
 
 def test_without_answers_on_the_source_images_their_error_is_not_known():
     codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
-    found = fit_all(failures(codes), section(max_components=5, min_weight=0.05, order="source-error"), seed=0)
+    found = fit_all(
+        failures(codes), section(max_components=5, min_weight=0.05, order="source-error"), seed=0
+    ).scenarios()
     assert np.isnan(found.source_error).all()
     assert (np.diff(found.weights) <= 0).all()
 
@@ -127,7 +132,7 @@ def test_without_answers_on_the_source_images_their_error_is_not_known():
 def test_components_whose_source_images_are_misclassified_come_first_where_asked_for(order, first):
     codes, centres = planted(np.random.default_rng(0), sizes=(300, 200))
     known = with_wrong_sources(failures(codes), range(400, 500))
-    found = fit_all(known, section(max_components=5, min_weight=0.05, order=order), seed=0)
+    found = fit_all(known, section(max_components=5, min_weight=0.05, order=order), seed=0).scenarios()
     np.testing.assert_allclose(found.means[0], centres[first], atol=0.5)
 
 
@@ -140,7 +145,7 @@ def test_one_mixture_per_cell_keeps_overlapping_classes_apart():
     rng = np.random.default_rng(0)
     codes = rng.standard_normal((900, 3)).astype(np.float32)  # all in one place
     two_cells = Failures.concatenate([failures(codes[:600], 4, 9), failures(codes[600:], 7, 2)])
-    found = fit_cells(two_cells, section(max_components=3, min_weight=0.05), 0, silent)
+    found = fit_cells(two_cells, section(max_components=3, min_weight=0.05), 0, silent).scenarios()
     cells = {tuple(cell) for cell in found.cells.tolist()}
     assert cells == {(4, 9), (7, 2)}
     weights = [found.weights[(found.cells == cell).all(axis=1)].sum() for cell in ((4, 9), (7, 2))]
@@ -150,7 +155,7 @@ def test_one_mixture_per_cell_keeps_overlapping_classes_apart():
 def test_a_cell_too_small_for_a_component_is_listed():
     codes, _ = planted(np.random.default_rng(0), sizes=(500,))
     rare = failures(codes[:4], truth=3, predicted=5)
-    found = fit_cells(Failures.concatenate([failures(codes), rare]), section(), 0, silent)
+    found = fit_cells(Failures.concatenate([failures(codes), rare]), section(), 0, silent).scenarios()
     (dropped,) = found.dropped
     assert (dropped.source, dropped.answer, dropped.support) == (3, 5, 4)
     assert dropped.weight == pytest.approx(4 / 504)
@@ -158,7 +163,7 @@ def test_a_cell_too_small_for_a_component_is_listed():
 
 
 def test_without_any_code_there_is_no_cell():
-    found = fit_cells(failures(np.zeros((0, 3), np.float32)), section(), 0, silent)
+    found = fit_cells(failures(np.zeros((0, 3), np.float32)), section(), 0, silent).scenarios()
     assert (len(found), found.means.shape, found.dropped) == (0, (0, 3), ())
 
 
@@ -173,13 +178,14 @@ def stored_psi(folder, sizes=(30, 0, 50)) -> tuple[Psi, FolderStore]:
 
 def test_psi_within_the_limit_is_taken_whole_and_in_order(tmp_path):
     psi, store = stored_psi(tmp_path)
-    codes = sample_codes(tiny(), psi, store)
+    codes = subsample_psi(tiny(), psi, store).codes
     assert codes[:, 0].tolist() == [*range(30), *range(2000, 2050)]
 
 
 def test_a_sample_of_psi_has_no_code_twice_and_every_shard_a_share(tmp_path):
     psi, store = stored_psi(tmp_path)
-    values = sample_codes(tiny(distill={"max_codes": 40, "max_components": 6}), psi, store)[:, 0]
+    spec = tiny(distill={"max_codes": 40, "max_components": 6})
+    values = subsample_psi(spec, psi, store).codes[:, 0]
     assert len(set(values.tolist())) == 40
     assert (values < 100).any()
     assert (values >= 2000).any()
@@ -191,12 +197,12 @@ def test_a_missing_shard_is_named_with_what_to_delete(tmp_path):
     with pytest.raises(
         StoreError, match=r"000002\.safetensors: .* found no such file; delete .*psi\.safetensors and"
     ):
-        sample_codes(tiny(), psi, store)
+        subsample_psi(tiny(), psi, store)
 
 
 def test_tau_multiplies_the_covariance():
     codes, _ = planted(np.random.default_rng(0), sizes=(1000,))
     found = fit_codes(codes, section(max_components=1), seed=0)
-    drawn = sample_codes_from(found, 0, 20_000, 0.25, np.random.default_rng(0))
+    drawn = gaussian_codes(found, 0, 20_000, 0.25, np.random.default_rng(0))
     np.testing.assert_allclose(np.cov(drawn.T), 0.25 * found.covariances[0], atol=0.02)
     np.testing.assert_allclose(drawn.mean(0), found.means[0], atol=0.02)

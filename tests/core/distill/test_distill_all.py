@@ -10,8 +10,9 @@ import pytest
 
 from defuse_core.artifacts import Failures, Psi, Shard
 from defuse_core.config import RunFile
-from defuse_core.distill.components import distill, fit_all, fit_cells, sample_failures
+from defuse_core.distill.components import distill, fit_all, fit_cells
 from defuse_core.distill.mixture import one_component
+from defuse_core.distill.psi import subsample_psi
 from defuse_core.distill.sharded import CellCodes, distill_all, load_part, part_spans, part_sums
 from defuse_core.errors import RunFileError
 from defuse_core.identify import save_shard
@@ -54,11 +55,11 @@ def test_it_is_the_fixed_point_that_the_fit_in_one_piece_reaches(
     psi, store = stored
     spec = all_codes(by)
     found = distill_all(spec, psi, store, "", LocalCompute())
-    failures = sample_failures(spec, psi, store)  # all of them, since they are few
+    failures = subsample_psi(spec, psi, store)  # all of them, since they are few
     if by == "all":
-        whole = fit_all(failures, spec.distill, spec.seed)
+        whole = fit_all(failures, spec.distill, spec.seed).scenarios()
     else:
-        whole = fit_cells(failures, spec.distill, spec.seed, silent)
+        whole = fit_cells(failures, spec.distill, spec.seed, silent).scenarios()
     assert found.converged and found.codes_used == whole.codes_used
     assert found.lower_bound == pytest.approx(whole.lower_bound, abs=1e-6)
     np.testing.assert_allclose(found.weights, whole.weights, atol=1e-5)
@@ -76,7 +77,7 @@ def test_from_a_sample_it_finds_what_all_codes_say(
     psi, store = stored
     spec = all_codes("all", max_components=3)
     whole = distill(spec, psi, store, "", progress=silent)
-    monkeypatch.setattr("defuse_core.distill.components.SAMPLE_CODES", 60)
+    monkeypatch.setattr("defuse_core.distill.psi.SAMPLE_CODES", 60)
     sample = distill(spec, psi, store, "", progress=silent)
     found = distill_all(spec, psi, store, "", LocalCompute())
     order, other, short = (np.argsort(fit.means[:, 0]) for fit in (found, whole, sample))

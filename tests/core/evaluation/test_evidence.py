@@ -8,17 +8,8 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Corrections, Sweep, Votes
-from defuse_core.evaluation.evidence import (
-    _at_fault,
-    _better,
-    _known_share,
-    fold_of,
-    fold_spec,
-    folds,
-    krippendorff_alpha,
-    plain_spec,
-    without_fold,
-)
+from defuse_core.evaluation.controls import fold_of, fold_spec, folds, plain_spec, without_fold
+from defuse_core.evaluation.evidence import _at_fault, _better, _known_share, krippendorff_alpha
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import run_defuse
 from defuse_core.runs import Run

@@ -14,9 +14,10 @@ from PIL import Image
 from sample_findings import sample_findings, sample_run, sample_watch, with_verdicts
 
 from defuse_core.artifacts import FailedTrial, Override
+from defuse_core.evaluation.evidence import NearestReal
 from defuse_core.report import write_report
 from defuse_core.report.formatting import caveats, headline
-from defuse_core.report.html import data_address
+from defuse_core.report.html import _real_shots, data_address
 from defuse_core.runs import Run
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")
@@ -138,3 +139,10 @@ def test_small_pictures_are_kept_exactly_and_large_ones_compressed(side: int, ki
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) / 255
     assert head == f"data:image/{kind}"
     assert np.abs(shown.transpose(2, 0, 1) - pixels).max() <= error
+
+
+def test_no_real_images_are_shown_where_none_has_the_scenarios_label():
+    nothing = np.zeros((2, 12), np.int64)
+    pixels = np.zeros((2, 12, 1, 4, 4), np.uint8)
+    real = NearestReal(pixels, nothing, nothing, np.array([0.5, np.nan]), 0.1, np.zeros(2, np.bool_))
+    assert [len(_real_shots(("circle", "square"), real, column)) for column in (0, 1)] == [12, 0]

@@ -4,7 +4,7 @@ import pytest
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
 from defuse_core.progress import silent
-from defuse_core.review.sample import TAUS, find_taus, with_taus
+from defuse_core.review.tighten import TAUS, find_taus, with_taus
 from defuse_core.seeds import generator
 from tests.conftest import tiny
 
@@ -62,7 +62,7 @@ def test_a_component_that_is_impure_at_its_mean_is_dropped_with_its_cell_and_sup
 def test_a_component_that_the_classifier_gets_right_is_dropped():
     found = tightened(lambda draws: (np.full(len(draws.codes), 8),) * 2)
     assert len(found) == 0
-    assert "f is wrong on 0 of 64 draws" in found.dropped[0].reason
+    assert "at τ = 0.015625 f is wrong on 0 of 64 draws" in found.dropped[0].reason
 
 
 def test_a_component_that_fails_around_its_mean_and_not_at_it_is_kept():

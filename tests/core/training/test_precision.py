@@ -24,8 +24,8 @@ from defuse_core.training import batches, checkpoint, measure_precision
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import Losses
 from defuse_core.training.precision import accuracy_as_in_f32, answers_as_in_f32, autocast, margin_bound
-from defuse_core.training.reference_models import train_reference_models
-from tests.conftest import tiny
+from defuse_core.training.reference_models import reference_models
+from tests.conftest import made_in_a_run, tiny
 
 BF16 = {"resources": {"precision": "bf16"}}
 
@@ -77,8 +77,8 @@ def test_the_accuracy_in_bf16_is_that_of_f32(tiny_models, tiny_spec, monkeypatch
 
 
 def test_models_trained_in_bf16_are_other_weights_of_about_the_same_accuracy(tiny_spec, tiny_models):
-    exact = train_reference_models(tiny_spec, None, progress=silent)
-    fast = train_reference_models(tiny(**BF16), None, progress=silent)
+    exact = made_in_a_run(reference_models, tiny_spec)
+    fast = made_in_a_run(reference_models, tiny(**BF16))
     assert any(not np.array_equal(array, fast.models[0][name]) for name, array in exact.models[0].items())
     assert abs(exact.test.mean() - fast.test.mean()) < 0.05
 
@@ -102,6 +102,19 @@ def test_every_kind_of_computation_is_measured(tiny_spec):
     measured = measure_precision.measure_precision(tiny(judges={"count": 1}), progress=silent)
     assert measured.f32_seconds.keys() == {"classifier", "vae", "answers", "reference", "judges"}
     assert min(measured.f32_seconds.values()) > 0
+
+
+def test_where_bf16_is_not_possible_f32_is_timed_all_the_same(caplog, monkeypatch):
+    def step(arithmetic):
+        if arithmetic == "bf16":
+            raise RuntimeError("not implemented for 'BFloat16'")
+
+    f32, bf16 = measure_precision._seconds(step)
+    assert np.isfinite(f32) and np.isinf(bf16)
+    monkeypatch.setattr(measure_precision, "_steps", lambda spec, classes: {"vae": step})
+    with caplog.at_level("INFO", "defuse"):
+        assert measure_precision.measure_precision(tiny(), progress=silent).chosen == {"vae": "f32"}
+    assert "vae bf16 not possible" in caplog.text
 
 
 def test_a_resumed_run_must_keep_its_precision():

@@ -20,11 +20,9 @@ from defuse_core.training.reference_models import (
     model_probabilities,
     reference_models,
     references_take_part,
-    train_judges,
-    train_reference_models,
     votes_of_models,
 )
-from tests.conftest import recommended, tiny
+from tests.conftest import made_in_a_run, recommended, tiny
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def gallery(tiny_spec) -> Gallery:
 
 @pytest.fixture(scope="module")
 def trained_on_all(tiny_spec) -> ReferenceSet:
-    return train_reference_models(tiny_spec, None, progress=silent)
+    return made_in_a_run(reference_models, tiny_spec)
 
 
 def test_reference_models_refuse_below_their_confidence_and_say_they_are_models():
@@ -86,7 +84,7 @@ def test_judges_have_another_architecture_and_no_training_image_in_common_with_t
     references,
 ):
     spec = recommended()
-    parts = [references, train_judges(spec, None, progress=silent)]
+    parts = [references, made_in_a_run(judges, spec)]
     assert [part.train_images for part in parts] == [210, 90]
     kinds = [
         type(load_reference_models(spec, section, part, 10)[0])
@@ -97,7 +95,7 @@ def test_judges_have_another_architecture_and_no_training_image_in_common_with_t
 
 def test_without_a_share_of_their_own_both_are_trained_on_all_images():
     spec = recommended(judges={"share": 0.0})
-    assert train_judges(spec, None, progress=silent).train_images == 300
+    assert made_in_a_run(judges, spec).train_images == 300
 
 
 def test_a_run_may_have_no_judges(tmp_path, tiny_spec):
@@ -131,7 +129,7 @@ def test_a_single_pretrained_model_can_be_the_reference_set(gallery):
     path = "tests.core.training.test_reference_models:Dark"
     one = {"count": 1, "architecture": "custom", "import_path": path, "epochs": 0}
     spec = tiny(review={"reference": one})
-    references = train_reference_models(spec, None, progress=silent)
+    references = made_in_a_run(reference_models, spec)
     seen = gallery_probabilities(spec, references, gallery, progress=silent)
     dark = gallery.images.mean(axis=(2, 3, 4)) < 0.5
     np.testing.assert_array_equal(seen[0].argmax(axis=2), dark.astype(int))

@@ -22,7 +22,8 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.progress import silent
-from defuse_core.review.sample import Examiner, filter_corrections, sample_corrections, sample_gallery
+from defuse_core.review.examiner import Examiner
+from defuse_core.review.sample import filter_corrections, sample_corrections, sample_gallery
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore

@@ -21,7 +21,7 @@ from defuse_core.artifacts import (
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import Splits
-from defuse_core.distill.draws import sample_codes_from
+from defuse_core.distill.draws import gaussian_codes
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
@@ -70,7 +70,7 @@ def _components(codes: np.ndarray, labels: np.ndarray, classes: tuple[int, ...])
 
 
 def _drawn(scenarios: Scenarios, component: int) -> np.ndarray:
-    return sample_codes_from(scenarios, component, 5, 0.3, np.random.default_rng(component))
+    return gaussian_codes(scenarios, component, 5, 0.3, np.random.default_rng(component))
 
 
 def _votes() -> Votes:

@@ -1,0 +1,51 @@
+"""Corrections that evidence holds the chosen one against: plain further training, and tuning without a fold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from defuse_core.artifacts import I64, Corrections, Sweep
+from defuse_core.config import RunFile
+
+
+@dataclass(frozen=True, eq=False)
+class Controls:
+    """Corrections that only evidence needs."""
+
+    plain: Sweep  # λ = 0
+    folds: tuple[Sweep, ...]  # each tuned without its fold's scenarios; empty with fewer than two scenarios
+
+
+def plain_spec(spec: RunFile, sweep: Sweep) -> RunFile:
+    """Return the run file of plain further training: λ = 0 for as many epochs as the chosen correction."""
+    return _fine_tuning(spec, 0.0, sweep)
+
+
+def fold_spec(spec: RunFile, sweep: Sweep) -> RunFile:
+    """Return the run file of a correction without one fold: the chosen λ and epochs."""
+    return _fine_tuning(spec, sweep.chosen.lam if sweep.chosen else 1.0, sweep)
+
+
+def _fine_tuning(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
+    epochs = sweep.chosen.epoch if sweep.chosen else spec.correct.epochs
+    section = spec.correct.model_copy(update={"lambdas": (lam,), "epochs": epochs, "max_loss": 1.0})
+    return spec.model_copy(update={"correct": section})
+
+
+def folds(fixes: Corrections) -> Sequence[int]:
+    """Return the numbers of the folds: none with fewer than two accepted scenarios."""
+    return (0, 1) if len(fixes.labels) > 1 else ()
+
+
+def fold_of(fixes: Corrections) -> I64:
+    """Return which of the two folds each accepted scenario belongs to, (A,)."""
+    return np.arange(len(fixes.labels)) % 2
+
+
+def without_fold(fixes: Corrections, fold: int) -> Corrections:
+    """Return the corrections of all scenarios outside `fold`."""
+    rows = np.flatnonzero(fold_of(fixes) != fold)
+    return fixes.take(rows)

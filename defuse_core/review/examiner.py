@@ -1,0 +1,40 @@
+"""What the classifier and the reference models answer on draws of the components."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Models, ReferenceSet, Scenarios
+from defuse_core.config import RunFile
+from defuse_core.distill.draws import Draws, anchors_of
+from defuse_core.models import decoder_of, load_classifier, load_vae, predict
+from defuse_core.training.reference_models import load_reference_models, mean_probabilities
+
+ROWS_PER_TASK = 8  # components or scenarios that one task examines
+
+
+class Examiner:
+    """What the classifier and the reference models answer on decoded codes."""
+
+    def __init__(self, spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios) -> None:
+        self.classes = len(models.classes)
+        self.decoder = decoder_of(load_vae(spec, models.vae), anchors_of(scenarios))
+        self.classifier = load_classifier(spec, models.classifier, self.classes)
+        self.references = load_reference_models(spec, spec.review.reference, references, self.classes)
+        self.min_probability = spec.identify.min_probability
+
+    def examine(self, draws: Draws) -> tuple[I64, I64]:
+        """Return for n draws the classifier's answers and the labels that the reference models see, each (n,).
+
+        A label has a mean probability of identify.min_probability at least; an image without such a class has none.
+        """
+        images = self.decoder.decode(draws.codes, draws.anchors)
+        seen = mean_probabilities(self.references, images)  # (n, C)
+        clear = seen.max(axis=1) >= self.min_probability
+        labels = np.where(clear, seen.argmax(axis=1), NONE_OF_THE_ABOVE).astype(np.int64)
+        return predict(self.classifier, images), labels
+
+
+def in_tasks(count: int) -> list[range]:
+    """Return `count` rows in ranges for a task each. No result depends on them: every row has its own seed."""
+    return [range(first, min(first + ROWS_PER_TASK, count)) for first in range(0, count, ROWS_PER_TASK)]

@@ -1,0 +1,164 @@
+"""review.tau: auto: how widely each component may be drawn and still be pure and misclassified."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from defuse_core.artifacts import (
+    F64,
+    I64,
+    NONE_OF_THE_ABOVE,
+    DroppedComponent,
+    Models,
+    ReferenceSet,
+    Scenarios,
+)
+from defuse_core.config import RunFile
+from defuse_core.device import cpu_threads
+from defuse_core.distill.draws import Draws, failure_rows, smoothed, truncated_codes
+from defuse_core.intervals import wilson_lower
+from defuse_core.progress import Progress
+from defuse_core.protocols import Call, Compute
+from defuse_core.review.examiner import Examiner, in_tasks
+from defuse_core.review.verdicts import most_common
+from defuse_core.seeds import generator
+
+log = logging.getLogger("defuse")
+Examine = Callable[[Draws], tuple[I64, I64]]
+TAUS = tuple(2.0**-step for step in range(7))  # the widest first
+DRAWS = 64  # per component and tau
+
+
+def tighten(
+    spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios, compute: Compute
+) -> Scenarios:
+    """Return the components with a tau each; those that fail the requirements at every tau are dropped."""
+    calls = [
+        Call(_search_taus, spec, models, references, scenarios, components)
+        for components in in_tasks(len(scenarios))
+    ]
+    return with_taus(spec, scenarios, list(itertools.chain(*compute.tasks("distill", calls))))
+
+
+def _search_taus(
+    spec: RunFile,
+    models: Models,
+    references: ReferenceSet,
+    scenarios: Scenarios,
+    components: range,
+    *,
+    progress: Progress,
+) -> list[FoundTau]:
+    with cpu_threads(1):
+        examiner = Examiner(spec, models, references, scenarios)
+        return find_taus(spec, scenarios, components, examiner.examine, progress)
+
+
+def find_taus(
+    spec: RunFile, scenarios: Scenarios, components: range, examine: Examine, progress: Progress
+) -> list[FoundTau]:
+    """Return the largest tau of each of some components, for any `examine`: n draws -> answers and labels, each (n,).
+
+    Required are lower bounds (95 %): of the share of draws with one label, review.purity; of the share of labelled
+    draws that the classifier gets wrong, review.rho.
+    """
+    found = []
+    for component in components:
+        progress("tightening components", component, len(scenarios), "components")
+        found.append(_Search(spec, examine, scenarios, component).largest_tau())
+    return found
+
+
+def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) -> Scenarios:
+    """Return the components that have a tau, with it; the others become dropped ones."""
+    dropped = [
+        _dropped(scenarios, component, narrowest.reason(spec))
+        for component, (tau, narrowest) in enumerate(found)
+        if tau is None
+    ]
+    kept = np.array([number for number, (tau, _) in enumerate(found) if tau is not None], np.int64)
+    taus = np.array([tau for tau, _ in found if tau is not None], np.float64)
+    log.info("%d of %d components are pure and misclassified at some tau", len(kept), len(scenarios))
+    return scenarios.take(kept, taus=taus, dropped=(*scenarios.dropped, *dropped))
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the draws of one component at one tau show."""
+
+    pure: int  # draws with the component's label
+    labelled: int
+    wrong: int  # labelled draws that the classifier gets wrong
+    draws: int = DRAWS
+
+    def passes(self, spec: RunFile) -> bool:
+        return self._is_pure(spec) and _bound(self.wrong, self.labelled) > spec.review.rho
+
+    def _is_pure(self, spec: RunFile) -> bool:
+        return _bound(self.pure, self.draws) >= spec.review.purity
+
+    def reason(self, spec: RunFile) -> str:
+        narrowest = f"at τ = {TAUS[-1]:g}"
+        if not self._is_pure(spec):
+            return f"{narrowest} {self.pure} of {self.draws} draws have one label, too few for {spec.review.purity:.0%}"
+        return f"{narrowest} f is wrong on {self.wrong} of {self.labelled} draws, too few for {spec.review.rho:.0%}"
+
+
+def _bound(hits: int, total: int) -> float:
+    return float(wilson_lower(np.array([hits]), np.array([total]))[0])
+
+
+FoundTau = tuple[
+    float | None, _Outcome
+]  # the largest that passes, if any does; what the last one tried shows
+
+
+class _Search:
+    """The search for the largest tau of one component. The same normal draws serve every tau."""
+
+    def __init__(self, spec: RunFile, examine: Examine, scenarios: Scenarios, component: int) -> None:
+        self.spec, self.examine, self.component = spec, examine, component
+        self.scenarios = replace(scenarios, taus=np.ones(len(scenarios)))
+        rng = generator(spec.seed, "tighten", component)
+        self.normal: F64 = rng.standard_normal((DRAWS, scenarios.means.shape[1]))
+        self.failures: I64 | None = None
+        if scenarios.failures is not None:
+            self.failures = failure_rows(scenarios.failures, component, DRAWS, rng, held_out=False)
+
+    def largest_tau(self) -> FoundTau:
+        """Return the largest tau that passes, if any does, and the outcome at the last one tried.
+
+        All are tried, since the share that the classifier gets wrong may fall towards the mean.
+        """
+        for tau in TAUS:
+            outcome = self._outcome(tau)
+            if outcome.passes(self.spec):
+                return tau, outcome
+        return None, outcome
+
+    def _outcome(self, tau: float) -> _Outcome:
+        predicted, labels = self.examine(self._draws(tau))
+        label = most_common(labels)
+        labelled = labels != NONE_OF_THE_ABOVE
+        pure = 0 if label is None else int((labels == label).sum())
+        return _Outcome(pure, int(labelled.sum()), int((labelled & (labels != predicted)).sum()))
+
+    def _draws(self, tau: float) -> Draws:
+        scenarios, component = self.scenarios, self.component
+        if self.failures is not None:
+            return smoothed(scenarios, component, self.failures, tau, self.normal)
+        covariance = tau * scenarios.covariances[component]
+        return Draws(truncated_codes(scenarios.means[component], covariance, self.normal))
+
+
+def _dropped(scenarios: Scenarios, component: int, reason: str) -> DroppedComponent:
+    cells, support = scenarios.cells, scenarios.support
+    none = NONE_OF_THE_ABOVE
+    source, answer = (none, none) if cells is None else (int(cells[component, 0]), int(cells[component, 1]))
+    images = 0 if support is None else int(support[component])
+    return DroppedComponent(float(scenarios.weights[component]), source, answer, images, reason)
