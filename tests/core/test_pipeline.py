@@ -175,7 +175,7 @@ def test_the_recommended_way_corrects_only_what_reference_models_confirm(tmp_pat
 
 
 def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path):
-    run, report = whole_run(tmp_path, tiny(review={"rho": 0.999}))
+    run, report = whole_run(tmp_path, tiny(review={"rho": 0.999, "accept": "lower-bound"}))
     assert report.scenarios.accepted == 0
     assert report.accuracy.defuse.test == report.accuracy.before.test
     assert report.accuracy.before.scenario is None
