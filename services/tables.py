@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from defuse_core.report import Report
     from defuse_core.report.schema import EvidenceFigures
 
-FIGURES_WIDTH = 54  # columns of the terminal that the figures in the table of scenarios need
+FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
 WIDE = 110  # columns from which the list of runs also shows when and how long
 ARTEFACTS = {  # step -> what it stores in the run
     "train": ("models",),
@@ -120,13 +120,17 @@ def _evidence_table(evidence: EvidenceFigures) -> Table:
 
 
 def _scenario_table(report: Report, width: int) -> Table:
-    columns = ("", "Label", "Mistaken for", "Purity", "Agreement", "Before", "Defuse")
-    table = _table("Failure scenarios", columns, texts=3)
+    columns = ("", "Label", "Mistaken for", "Real", "Purity", "Agreement", "Before", "Defuse")
+    table = _table("Failure scenarios", columns, texts=4)
+    table.caption = "Real: the classifier is wrong on the training images behind it, too."
+    table.caption_justify = "left"
     for row in report.scenarios.list:
         if row.accepted:
             purity = Text(percent(row.purity, 0), style="yellow" if is_low(row.purity) else "")
             names = (str(row.number), *(_cut(name or NONE, width) for name in (row.label, row.mistaken_for)))
-            _add(table, *names, purity, percent(row.agreement, 0), percent(row.before), percent(row.defuse))
+            real = "yes" if row.seen_in_training_images else NONE
+            figures = (percent(row.agreement, 0), percent(row.before), percent(row.defuse))
+            _add(table, *names, real, purity, *figures)
     return table
 
 
