@@ -9,11 +9,12 @@ import numpy as np
 from scipy.stats import chi2
 from torch import nn
 
-from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Sweep, Weights
+from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Weights
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.errors import InputError
-from defuse_core.models import encode_images, load_classifier, load_vae, predict
+from defuse_core.export.pictures import load_finished
+from defuse_core.models import encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch.scenario_regions import sample_covariance
@@ -93,26 +94,15 @@ def _state(after_a: float, before_b: float, fixed_at: float, same_classifier: bo
 
 
 def _load(run: Run) -> _Side:
-    models, gallery, fixes, sweep = (
-        run.load(Models),
-        run.load(Gallery),
-        run.load(Corrections),
-        run.load(Sweep),
-    )
-    if models is None or gallery is None or fixes is None or sweep is None:
-        raise InputError(
-            f"run {run.name} is not finished, so it cannot be compared; finish it with `defuse run`"
-        )
+    found = load_finished(run)
+    fixes = found.fixes
     size = run.spec.data.image_size
     pictures: F32 = np.zeros((0, 0, run.spec.data.channels, size, size), np.float32)
     if len(fixes.labels):
-        images = held_out_images(load_vae(run.spec, models.vae), fixes)
+        images = held_out_images(load_vae(run.spec, found.models.vae), fixes)
         pictures = images.batch(slice(0, len(images)))
         pictures = pictures.reshape(len(fixes.labels), -1, *pictures.shape[1:])
-    classes = len(models.classes)
-    before = load_classifier(run.spec, models.classifier, classes)
-    after = load_classifier(run.spec, sweep.weights or models.classifier, classes)
-    return _Side(run, models, gallery, fixes, pictures, before, after)
+    return _Side(run, found.models, found.gallery, fixes, pictures, *found.classifiers())
 
 
 def _expect_comparable(a: Run, b: Run) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
 from defuse_core.artifacts import (
     F32,
@@ -21,6 +22,7 @@ from defuse_core.artifacts import (
     Sweep,
     Verdicts,
 )
+from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
 from defuse_core.errors import InputError
 from defuse_core.models import load_classifier, load_vae, predict
@@ -53,6 +55,33 @@ class LabelledPictures:
     scenario: I64  # (n,)
 
 
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """What a finished run holds of its scenarios and classifiers."""
+
+    spec: RunFile
+    models: Models
+    gallery: Gallery
+    verdicts: Verdicts
+    fixes: Corrections
+    sweep: Sweep
+
+    def classifiers(self) -> tuple[nn.Module, nn.Module]:
+        """Return the classifier before and after the correction; the same where nothing was corrected."""
+        weights = self.models.classifier, self.sweep.weights or self.models.classifier
+        before, after = (load_classifier(self.spec, each, len(self.models.classes)) for each in weights)
+        return before, after
+
+
+def load_finished(run: Run) -> FinishedRun:
+    """Return what is stored of a finished run. Raises InputError for one that is not finished."""
+    models, gallery, verdicts = run.load(Models), run.load(Gallery), run.load(Verdicts)
+    fixes, sweep = run.load(Corrections), run.load(Sweep)
+    if models is None or gallery is None or verdicts is None or fixes is None or sweep is None:
+        raise InputError(f"run {run.name} is not finished; finish it with `defuse run`")
+    return FinishedRun(run.spec, models, gallery, verdicts, fixes, sweep)
+
+
 def export_scenarios(run: Run, folder: Path) -> int:
     """Write FOLDER/CLASS/*.png and labels.csv for the accepted scenarios; return how many pictures.
 
@@ -75,25 +104,20 @@ def export_scenarios(run: Run, folder: Path) -> int:
 
 
 def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64]]]:
-    models, gallery, verdicts = run.load(Models), run.load(Gallery), run.load(Verdicts)
-    fixes, sweep = run.load(Corrections), run.load(Sweep)
-    if models is None or gallery is None or verdicts is None or fixes is None or sweep is None:
-        raise InputError(f"run {run.name} is not finished; finish it with `defuse run`")
-    if not len(verdicts.accepted):
+    found = load_finished(run)
+    if not len(found.verdicts.accepted):
         raise InputError(f"run {run.name} accepted no failure scenario, so there are no pictures to export")
-    classes = len(models.classes)
-    before = load_classifier(run.spec, models.classifier, classes)
-    after = load_classifier(run.spec, sweep.weights or models.classifier, classes)
-    held_out = held_out_images(load_vae(run.spec, models.vae), fixes)
+    before, after = found.classifiers()
+    held_out = held_out_images(load_vae(run.spec, found.models.vae), found.fixes)
     drawn = LabelledPictures(
         "held-out",
         "scenario",
         held_out.batch(slice(0, len(held_out))),
         held_out.labels,
-        np.repeat(fixes.scenario, fixes.test.shape[1]),
+        np.repeat(found.fixes.scenario, found.fixes.test.shape[1]),
     )
-    found = [_reviewed(gallery, verdicts), drawn]
-    return models, [(p, predict(before, p.images), predict(after, p.images)) for p in found]
+    parts = [_reviewed(found.gallery, found.verdicts), drawn]
+    return found.models, [(p, predict(before, p.images), predict(after, p.images)) for p in parts]
 
 
 def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:

@@ -24,10 +24,8 @@ from defuse_core.artifacts import (
     I64,
     U8,
     Anchors,
-    Corrections,
     Gallery,
     Models,
-    Sweep,
     Weights,
 )
 from defuse_core.codec import decode, encode
@@ -35,10 +33,10 @@ from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.errors import InputError, StoreError
+from defuse_core.export.pictures import load_finished
 from defuse_core.models import (
     build_classifier,
     check_outputs,
-    load_classifier,
     load_pretrained,
     load_vae,
     predict,
@@ -204,14 +202,8 @@ def load_suite(folder: Path) -> Suite:
 
 
 def _frozen(run: Run) -> Suite:
-    models, gallery, fixes, sweep = (
-        run.load(Models),
-        run.load(Gallery),
-        run.load(Corrections),
-        run.load(Sweep),
-    )
-    if models is None or gallery is None or fixes is None or sweep is None:
-        raise InputError(f"run {run.name} is not finished; finish it with `defuse run`")
+    found = load_finished(run)
+    models, gallery, fixes = found.models, found.gallery, found.fixes
     if not len(fixes.labels):
         raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
     spec, classes = run.spec, models.classes
@@ -219,10 +211,7 @@ def _frozen(run: Run) -> Suite:
     floats = images.batch(slice(0, len(images))).reshape(len(fixes.labels), -1, *images.pixels.shape[1:])
     pixels = np.round(floats * 255).clip(0, 255).astype(np.uint8)
     pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor)
-    before, after = (
-        _accuracies(load_classifier(spec, weights, len(classes)), pictures)
-        for weights in (models.classifier, sweep.weights or models.classifier)
-    )
+    before, after = (_accuracies(classifier, pictures) for classifier in found.classifiers())
     scenarios = tuple(
         SuiteScenario(
             number=int(component),
