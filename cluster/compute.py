@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import secrets
 import time
 from collections import Counter
@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from cluster.connection import connect, require_absolute_root
 from cluster.errors import as_defuse_error
 from cluster.identify import ShardQueue, WorkerPool
-from cluster.partitions import RayPartitions
+from cluster.partitions import RayPartitions, cancel_all
 from cluster.progress import ProgressListener, reporting
 from cluster.resources import (
     capacity,
@@ -275,24 +275,21 @@ class RayCompute:
     def _wait(self, step: str, *tasks: Any) -> None:
         """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
         waiting, listener = list(tasks), self._ready()
-        warn_at: float | None = time.monotonic() + WARN_AFTER_S  # None once anything ran
+        warn_at = time.monotonic() + WARN_AFTER_S  # never once anything ran
         try:
             while waiting:
                 ready, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
                 self.require_lock()
-                if ready:
-                    listener.flush()
-                    ray.get(ready)
-                if listener.poll() or ready:
-                    warn_at = None
-                elif warn_at is not None and time.monotonic() > warn_at:
-                    warn_at = None
+                shown = listener.flush() if ready else listener.poll()
+                ray.get(ready)
+                if shown or ready:
+                    warn_at = math.inf
+                elif time.monotonic() > warn_at:
+                    warn_at = math.inf
                     resources = task_resources(self.spec.resources)
                     log.warning("%s: waiting for %s to be free on the cluster", step, resources)
         except BaseException as error:
-            for task in waiting:
-                with contextlib.suppress(RayError):
-                    ray.cancel(task, force=True)
+            cancel_all(waiting)
             if isinstance(error, RayError):
                 raise as_defuse_error(error, step) from error
             raise

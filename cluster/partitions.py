@@ -77,9 +77,7 @@ class RayPartitions:
             while running:
                 running = self._some_left(running, len(running))
         except BaseException:
-            for each in running:
-                with contextlib.suppress(RayError):
-                    ray.cancel(each, force=True)
+            cancel_all(running)
             raise
         return references
 
@@ -91,3 +89,10 @@ class RayPartitions:
             ended, left = ray.wait(running, num_returns=wanted, timeout=POLL_EVERY_S, fetch_local=False)
             if ended:
                 return list(left)
+
+
+def cancel_all(tasks: Sequence[Any]) -> None:
+    """End tasks that run or wait, given as ObjectRefs."""
+    for task in tasks:
+        with contextlib.suppress(RayError):
+            ray.cancel(task, force=True)
