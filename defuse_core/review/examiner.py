@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 
 from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Models, ReferenceSet, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.distill.draws import Draws, anchors_of
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
+from defuse_core.protocols import Call, Compute
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities
 
+T = TypeVar("T")
 ROWS_PER_TASK = 8  # components or scenarios that one task examines
 
 
@@ -35,6 +41,13 @@ class Examiner:
         return predict(self.classifier, images), labels
 
 
-def in_tasks(count: int) -> list[range]:
-    """Return `count` rows in ranges for a task each. No result depends on them: every row has its own seed."""
-    return [range(first, min(first + ROWS_PER_TASK, count)) for first in range(0, count, ROWS_PER_TASK)]
+def in_tasks(
+    compute: Compute, step: str, count: int, function: Callable[..., list[T]], *args: object
+) -> list[T]:
+    """Return what function(*args, rows, progress=...) returns for ranges of `count` rows, one task each, in order.
+
+    No result depends on the ranges: every row has its own seed.
+    """
+    ranges = [range(first, min(first + ROWS_PER_TASK, count)) for first in range(0, count, ROWS_PER_TASK)]
+    results = compute.tasks(step, [Call(function, *args, rows) for rows in ranges])
+    return list(itertools.chain(*results))

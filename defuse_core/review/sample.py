@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from dataclasses import replace
 
@@ -30,7 +29,7 @@ from defuse_core.distill.draws import (
 )
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
-from defuse_core.protocols import Call, Compute
+from defuse_core.protocols import Compute
 from defuse_core.review.examiner import Examiner, in_tasks
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator
@@ -153,11 +152,9 @@ def filter_corrections(
     scenario whose label the reference models see in no draw keeps them all: its label is the annotators'. The codes
     to test on are not filtered.
     """
-    calls = [
-        Call(_filtered, spec, models, references, scenarios, fixes, rows)
-        for rows in in_tasks(len(fixes.labels))
-    ]
-    filtered = list(itertools.chain(*compute.tasks("correct", calls)))
+    filtered = in_tasks(
+        compute, "correct", len(fixes.labels), _filtered, spec, models, references, scenarios, fixes
+    )
     kept = np.array([share for _, share in filtered])
     for component, share in zip(fixes.scenario, kept, strict=True):
         if share < spec.review.rho:

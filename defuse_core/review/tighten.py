@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, failure_rows, smoothed, truncated_codes
 from defuse_core.intervals import wilson_lower
 from defuse_core.progress import Progress
-from defuse_core.protocols import Call, Compute
+from defuse_core.protocols import Compute
 from defuse_core.review.examiner import Examiner, in_tasks
 from defuse_core.review.verdicts import most_common
 from defuse_core.seeds import generator
@@ -38,11 +37,8 @@ def tighten(
     spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios, compute: Compute
 ) -> Scenarios:
     """Return the components with a tau each; those that fail the requirements at every tau are dropped."""
-    calls = [
-        Call(_search_taus, spec, models, references, scenarios, components)
-        for components in in_tasks(len(scenarios))
-    ]
-    return with_taus(spec, scenarios, list(itertools.chain(*compute.tasks("distill", calls))))
+    found = in_tasks(compute, "distill", len(scenarios), _search_taus, spec, models, references, scenarios)
+    return with_taus(spec, scenarios, found)
 
 
 def _search_taus(
@@ -113,9 +109,8 @@ def _bound(hits: int, total: int) -> float:
     return float(wilson_lower(np.array([hits]), np.array([total]))[0])
 
 
-FoundTau = tuple[
-    float | None, _Outcome
-]  # the largest that passes, if any does; what the last one tried shows
+# the largest tau that passes, if any does, and what the last one tried shows
+FoundTau = tuple[float | None, _Outcome]
 
 
 class _Search:
