@@ -120,17 +120,17 @@ def _evidence_table(evidence: EvidenceFigures) -> Table:
 
 
 def _scenario_table(report: Report, width: int) -> Table:
-    columns = ("", "Label", "Mistaken for", "Real", "Purity", "Agreement", "Before", "Defuse")
+    columns = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
     table = _table("Failure scenarios", columns, texts=4)
-    table.caption = "Real: the classifier is wrong on the training images behind it, too."
+    table.caption = "Seen: the classifier is wrong on the training images behind it, too."
     table.caption_justify = "left"
     for row in report.scenarios.list:
         if row.accepted:
             purity = Text(percent(row.purity, 0), style="yellow" if is_low(row.purity) else "")
             names = (str(row.number), *(_cut(name or NONE, width) for name in (row.label, row.mistaken_for)))
-            real = "yes" if row.seen_in_training_images else NONE
+            seen = "yes" if row.seen_in_training_images else NONE
             figures = (percent(row.agreement, 0), percent(row.before), percent(row.defuse))
-            _add(table, *names, real, purity, *figures)
+            _add(table, *names, seen, purity, *figures)
     return table
 
 
