@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.bench.runs import run
+
 WAYS: dict[str, tuple[str, ...]] = {
     "recommended": (),
     "paper": (  # §3.2: noise of a Beta distribution, one mixture of all of Ψ, a share over ρ, one label for all
@@ -33,26 +35,6 @@ WAYS: dict[str, tuple[str, ...]] = {
     ),
 }
 Row = dict[str, str]
-
-
-def run(run_file: Path, settings: list[str], store: Path, name: str) -> None:
-    """Run the command, unless its report is there."""
-    if (store / name / "report.json").exists():
-        return
-    words = [
-        sys.executable,
-        "-m",
-        "services.cli",
-        "run",
-        str(run_file),
-        "--store",
-        str(store),
-        "--name",
-        name,
-    ]
-    started = time.perf_counter()
-    subprocess.run([*words, *(word for each in settings for word in ("--set", each))], check=True, cwd=ROOT)
-    (store / name / "seconds").write_text(f"{time.perf_counter() - started:.0f}")
 
 
 def row_of(folder: Path) -> Row:
@@ -121,7 +103,10 @@ def main() -> None:
     for seed in given.seeds:
         for way in given.ways:
             name = f"{given.run_file.stem}-{way}-{seed}"
-            run(given.run_file, [f"seed={seed}", *given.settings, *WAYS[way]], given.folder.resolve(), name)
+            if not (given.folder / name / "report.json").exists():
+                settings = [f"seed={seed}", *given.settings, *WAYS[way]]
+                made = run(given.run_file, settings, str(given.folder.resolve()), name)
+                (given.folder / name / "seconds").write_text(f"{made['seconds']:.0f}")
             columns[f"{way}, seed {seed}"] = row_of(given.folder / name)
             print(table(columns), flush=True)
     if given.json:
