@@ -43,7 +43,6 @@ CLASSIFIER, IMAGES = "inputs/classifier.pt2", "inputs/images.npz"  # keys within
 PROBE_IMAGES = 8  # that two classifiers are compared on
 BROUGHT = ("weights", "import_path", "timm_model")  # fields of a classifier that is not trained by the run
 
-
 LabelledImages: TypeAlias = tuple[npt.ArrayLike | Tensor, npt.ArrayLike | Tensor]
 Settings: TypeAlias = Mapping[str, Any] | RunFile | str | os.PathLike[str]
 

@@ -46,7 +46,7 @@ FROM_VERDICTS = (
     "evidence",
 )
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("sweep") :]
-CONTROLS = ("trials/plain/", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
+CONTROL_TRIALS = ("trials/plain/", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file brought
 
 
@@ -121,7 +121,7 @@ class Run:
         log.info("correct: λ = %s added", ", ".join(f"{lam:g}" for lam in added))
         gone = {"report.json", "report.html", *(f"{name}.safetensors" for name in FROM_SWEEP)}
         for key in self.store.list():
-            if key in gone or key.startswith(CONTROLS):
+            if key in gone or key.startswith(CONTROL_TRIALS):
                 self.store.delete(key)
 
     def _note_weights(self) -> None:

@@ -74,9 +74,7 @@ class Sweep:
     """Fine-tuning over λ: one row per λ and epoch, and the weights that the rule of choice picks."""
 
     rows: tuple[SweepRow, ...]
-    chosen: (
-        SweepRow | None
-    )  # the row whose weights these are; None where nothing was tuned or no λ stays within max_loss
+    chosen: SweepRow | None  # whose weights these are; None: nothing was tuned, or no λ is within max_loss
     weights: Weights  # of the classifier; empty where `chosen` is None
     failed: tuple[FailedTrial, ...]
 
