@@ -156,7 +156,10 @@ def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
 def fine_tune(
     spec: RunFile, models: Models, tuning: FineTuningData, lam: float, trial: Trial | None
 ) -> Iterator[Trial]:
-    """Yield the trial of one λ after each epoch; `trial` resumes one. On one CPU thread, or this process's GPU."""
+    """Yield the trial of one λ after each epoch; `trial` resumes one. On one CPU thread, or this process's GPU.
+
+    It ends after correct.epochs, or after an epoch that loses more clean accuracy than correct.stop_at_loss.
+    """
     section = spec.correct
     start = models.classifier if trial is None else trial.weights
     rows = () if trial is None else trial.rows
@@ -173,7 +176,7 @@ def fine_tune(
         weights = weights_of(classifier)
         if best_epoch == 0 or _rank(spec, models, rows[-1]) > _rank(spec, models, rows[best_epoch - 1]):
             best, best_epoch = weights, epoch
-        done = epoch == section.epochs
+        done = epoch == section.epochs or _is_hopeless(spec, models, rows[-1])
         yield Trial(
             lam,
             rows,
@@ -183,6 +186,8 @@ def fine_tune(
             best_epoch,
             done,
         )
+        if done:
+            return
 
 
 def _epoch(
@@ -268,10 +273,19 @@ def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
 
 def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:
     """Whether the rule of choice may pick the row: choose_by tune needs one that loses at most max_loss."""
-    if spec.correct.choose_by != "tune":
-        return True
+    return spec.correct.choose_by != "tune" or not _loses_more(models, row, spec.correct.max_loss)
+
+
+def _is_hopeless(spec: RunFile, models: Models, row: SweepRow) -> bool:
+    """Whether λ is given up after the epoch of the row. Other trials play no part, so that results stay the same."""
+    limit = spec.correct.stop_at_loss
+    return limit is not None and _loses_more(models, row, limit)
+
+
+def _loses_more(models: Models, row: SweepRow, limit: float) -> bool:
+    """Whether more clean accuracy is lost (validation, or train without one) than `limit`, a fraction of 1."""
     split, clean = ("train", row.train) if row.validation is None else ("validation", row.validation)
-    return clean >= models.accuracy[split] - spec.correct.max_loss
+    return clean < models.accuracy[split] - limit
 
 
 def trial_key(lam: float) -> str:

@@ -358,6 +358,8 @@ class CorrectSection(Section):
     validation otherwise."""
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
+    stop_at_loss: float | None = Field(None, gt=0, le=1)
+    """A λ is hopeless, and not tuned with any further, once an epoch lost more clean accuracy than this. Ours."""
 
     @model_validator(mode="after")
     def _lambdas_distinct(self) -> Self:

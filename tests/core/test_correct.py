@@ -92,6 +92,14 @@ def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(tiny_models, t
         np.testing.assert_array_equal(resumed.best[name], array)
 
 
+def test_a_hopeless_lambda_is_given_up_after_the_epoch_that_loses_too_much(tiny_models, fixes, tmp_path):
+    before = models_with(2.0, tiny_models)  # so that every epoch loses 1 or more
+    spec = tiny(correct={"lambdas": [1.0], "epochs": 3, "stop_at_loss": 0.9})
+    (sweep,) = LocalCompute().sweeps(before, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])
+    assert [row.epoch for row in sweep.rows] == [1]
+    assert sweep.chosen is None
+
+
 def test_dropout_is_drawn_alike_whatever_ran_in_the_process_before(tiny_models, tuning, monkeypatch):
     def with_dropout(*asked):
         classifier = load_classifier(*asked)
