@@ -159,9 +159,11 @@ def _lines(report: Report) -> list[str]:
         f"Ψ: {count_of(psi.codes, 'code')} from {percent(psi.images_with_any)} "
         f"of {count_of(psi.images, 'image')}; "
         f"{percent(psi.zero_noise_flip_rate)} of the images are wrong without noise.",
+        *_screen(report),
         f"β-VAE: {_reconstructions(report)}; "
         f"{vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
         f"squared error {vae.reconstruction:.4f} per pixel.",
+        *_verdicts(report),
     ]
     if report.chosen is not None:
         moved = change(report.accuracy.before.test, report.accuracy.defuse.test)
@@ -176,6 +178,26 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"Watch: {report.watch.verdict}")
     lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
     return lines
+
+
+def _screen(report: Report) -> list[str]:
+    """Return what screening keeps, as a line; none without a screen, and for a run of an earlier version."""
+    psi = report.psi
+    if not psi.screened or psi.kept is None:
+        return []
+    line = f"Screen: {percent(psi.kept)} of {count_of(psi.failing_draws or 0, 'failing draw')} kept"
+    if report.evidence is not None and report.evidence.screen_recall.value is not None:
+        line += f"; it would keep {interval(report.evidence.screen_recall, 0)} of the real failures"
+    return [f"{line}."]
+
+
+def _verdicts(report: Report) -> list[str]:
+    """Return how far the accepted scenarios can be trusted, as a line; none where neither figure exists."""
+    false, agreement = report.scenarios.expected_false, report.scenarios.tuning_agreement
+    parts = [] if false is None else [f"{percent(false)} of the accepted are expected to be false"]
+    if agreement is not None:
+        parts.append(f"the reference models see the label in {percent(agreement)} of the draws to tune on")
+    return [f"Scenarios: {'; '.join(parts)}."] if parts else []
 
 
 def _reconstructions(report: Report) -> str:

@@ -10,7 +10,7 @@ J = 3 numbers of a share (share, low, high).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import krippendorff
 import numpy as np
@@ -48,7 +48,11 @@ from defuse_core.models import (
 from defuse_core.progress import Progress
 from defuse_core.review.verdicts import majority
 from defuse_core.seeds import generator
-from defuse_core.training.reference_models import load_reference_models, model_probabilities
+from defuse_core.training.reference_models import (
+    load_reference_models,
+    mean_probabilities,
+    model_probabilities,
+)
 
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
 WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those tuned on
@@ -99,6 +103,8 @@ class Evidence:
     real: NearestReal
     mcnemar: F64  # (2, 3) plain, defuse against before on the test set: gained, lost, p-value
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
+    # (J,) of the real failures, the share that identify.screen keeps; nan without it and in runs of earlier versions
+    screen_recall: F64 = field(default_factory=lambda: np.full(3, np.nan))
 
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:
@@ -184,6 +190,7 @@ class _Evidence:
             real=real,
             mcnemar=np.stack([self._mcnemar(net) for net in (self.classifiers[2], self.classifiers[3])]),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
+            screen_recall=self._screen_recall(fresh, truth),
         )
 
     def _right(self, classifier: nn.Module, images: F32, labels: I64) -> F64:
@@ -258,6 +265,15 @@ class _Evidence:
             truth.append(labels[real])
             waiting = np.delete(waiting, real)
         return np.concatenate(found), np.concatenate(truth)
+
+    def _screen_recall(self, images: F32, truth: I64) -> F64:
+        """Return the share of real failures (n, channels, H, W) in which the screen sees their classes, (J,)."""
+        spec, references = self.spec, self.found.references
+        if spec.identify.screen == "none" or references is None or not len(images):
+            return np.full(3, np.nan)
+        models = load_reference_models(spec, spec.review.reference, references, self.classes)
+        seen = mean_probabilities(models, images)[np.arange(len(truth)), truth]
+        return share_with_bounds(int((seen >= spec.identify.min_probability).sum()), len(truth))
 
     def _nearest_real(self) -> NearestReal:
         """Return, per accepted scenario, the nearest real images by Mahalanobis distance, and f's error on them.

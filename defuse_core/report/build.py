@@ -15,6 +15,7 @@ from defuse_core.artifacts import (
     Evaluation,
     FailedTrial,
     Models,
+    Psi,
     Scenarios,
     Sweep,
     SweepRow,
@@ -83,13 +84,7 @@ def build_report(
         tradeoff=_tradeoff(run.spec, models, found.sweep),
         chosen=_choice(found.sweep.chosen),
         baseline_chosen=_choice(found.baseline.chosen),
-        psi=PsiFigures(
-            codes=psi.total,
-            images=psi.images,
-            decodings=psi.decodings,
-            images_with_any=_ratio(psi.images_with_any, psi.images),
-            zero_noise_flip_rate=_ratio(psi.zero_noise_flips, psi.images),
-        ),
+        psi=_psi(run.spec, psi),
         vae=VaeFigures(
             reconstruction=models.reconstruction,
             reconstruction_flips=models.reconstruction_flips,
@@ -112,6 +107,21 @@ def build_report(
         per_class=_per_class(models.classes, evaluation),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),
+    )
+
+
+def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
+    known = psi.failing > 0 or psi.total == 0  # earlier versions did not count the failing draws
+    draws_alone = spec.identify.originals == "none"
+    return PsiFigures(
+        codes=psi.total,
+        images=psi.images,
+        decodings=psi.decodings,
+        images_with_any=_ratio(psi.images_with_any, psi.images),
+        zero_noise_flip_rate=_ratio(psi.zero_noise_flips, psi.images),
+        failing_draws=psi.failing if known else None,
+        kept=_ratio(psi.total, psi.failing) if draws_alone else None,
+        screened=spec.identify.screen == "reference-models",
     )
 
 
@@ -158,10 +168,15 @@ def _scenarios(found: Findings, evaluation: Evaluation, evidence: Evidence | Non
     accepted = found.verdicts.accepted
     place = {int(number): column for column, number in enumerate(accepted)}
     rows = tuple(_scenario(found, evaluation, evidence, n, place.get(n)) for n in range(len(found.scenarios)))
-    purity = _mean(found.verdicts.purity[accepted])
-    own = _own_labels(found, evaluation)
     return ScenarioSummary(
-        components=len(rows), accepted=len(accepted), purity=purity, own_labels=own, list=rows
+        components=len(rows),
+        accepted=len(accepted),
+        purity=_mean(found.verdicts.purity[accepted]),
+        own_labels=_own_labels(found, evaluation),
+        list=rows,
+        expected_false=found.verdicts.false_share
+        or None,  # 0: none accepted by the vote, or an earlier version
+        tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
     )
 
 
@@ -204,6 +219,9 @@ def _scenario(
         baseline=held_out[1],
         defuse=held_out[2],
         evidence=None if evidence is None or column is None else scenario_evidence(found, evidence, column),
+        tuning_agreement=None
+        if column is None or found.fixes.kept is None
+        else defined(found.fixes.kept[column]),
     )
 
 
@@ -305,6 +323,7 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
         ),
         real_failures=_four(evidence.real_failures),
         real_failure_images=evidence.real_failure_images,
+        screen_recall=share_of(evidence.screen_recall),
         mcnemar_plain=_mcnemar(evidence.mcnemar[0]),
         mcnemar_defuse=_mcnemar(evidence.mcnemar[1]),
         krippendorff=defined(evidence.krippendorff),

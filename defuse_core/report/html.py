@@ -91,6 +91,8 @@ def render_page(
         discarded_answers=notes.get(DISCARDED, []),
         shown_answers=SHOWN_ANSWERS,
         image_counts=", ".join(f"{count:,} {split}" for split, count in report.run.images.items()),
+        max_per_image=spec.identify.max_per_image,
+        rho=spec.review.rho,
         run_file=dump_run_file(spec),
     )
     return formatting.unbroken(text) + "\n"

@@ -94,6 +94,9 @@ class EvidenceFigures(ReportModel):
     real_failures: FourShares
     """Accuracy on failing draws around test images in which the judges still see the image's class."""
     real_failure_images: int
+    screen_recall: Share = Share(value=None, low=None, high=None)
+    """Of these failing draws, the share in which the reference models see the class, too: those that identify.screen
+    would keep. Null three times without a screen, and for a run of an earlier version."""
     mcnemar_plain: McNemar | None
     mcnemar_defuse: McNemar | None
     krippendorff: float | None
@@ -157,6 +160,9 @@ class Scenario(ReportModel):
     """Accuracy on its held-out images; null where rejected."""
     evidence: ScenarioEvidence | None
     """Null where rejected, and without judges."""
+    tuning_agreement: float | None = None
+    """Share of its draws to tune on in which the reference models see its label. Null where rejected, and without
+    correct.filter, which leaves out the other draws; at 0 it keeps all."""
 
 
 class OwnLabels(ReportModel):
@@ -174,6 +180,11 @@ class ScenarioSummary(ReportModel):
     """Mean over the accepted."""
     own_labels: OwnLabels
     list: tuple[Scenario, ...]
+    expected_false: float | None = None
+    """Expected share of false ones among those that the vote accepts: with what probability, under a uniform prior, the
+    classifier gets at most review.rho of a scenario wrong, mean over them. Null without any."""
+    tuning_agreement: float | None = None
+    """Mean over the accepted."""
 
 
 class Mean(ReportModel):
@@ -216,6 +227,12 @@ class PsiFigures(ReportModel):
     """Share of the images with at least one failing draw."""
     zero_noise_flip_rate: float | None
     """Share of the images that the classifier gets wrong when their own code is decoded, without noise."""
+    failing_draws: int | None = None
+    """Draws that the classifier gets wrong, before any is left out; null for a run of an earlier version."""
+    kept: float | None = None
+    """Share of these in Ψ, after identify.screen and identify.max_per_image. Null where Ψ holds originals as well."""
+    screened: bool = False
+    """Whether identify.screen left out draws in which the reference models do not see the class of the image."""
 
 
 class HealthFigures(ReportModel):

@@ -86,6 +86,21 @@ def test_a_report_starts_with_its_caveats(tmp_path: Path):
     assert "2 of 10 dimensions collapsed" in text
 
 
+def test_a_report_says_what_the_screen_keeps_and_how_far_the_scenarios_can_be_trusted(tmp_path: Path):
+    found, evaluation = sample_findings(3, 2)
+    found = dataclasses.replace(
+        found,
+        psi=dataclasses.replace(found.psi, failing=2064),
+        verdicts=dataclasses.replace(found.verdicts, false_share=0.031),
+        fixes=dataclasses.replace(found.fixes, kept=np.array([0.5, 1.0])),
+    )
+    console = terminal(200)
+    print_report(build_report(a_run(tmp_path), found, evaluation), console)
+    assert "Screen: 25.0 % of 2,064 failing draws kept." in text_of(console)
+    trusted = "3.1 % of the accepted are expected to be false; the reference models see the label in 75.0 %"
+    assert f"Scenarios: {trusted} of the draws to tune on." in text_of(console)
+
+
 def test_brackets_in_a_class_name_are_printed_as_they_are(tmp_path: Path):
     console = terminal(160)
     print_report(build_report(a_run(tmp_path), *sample_findings(12, 9, classes=LONG)), console)

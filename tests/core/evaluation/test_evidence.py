@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from defuse_core.artifacts import Corrections, Sweep, Votes
+from defuse_core.codec import decode, encode
 from defuse_core.evaluation.controls import fold_of, fold_spec, folds, plain_spec, without_fold
-from defuse_core.evaluation.evidence import _at_fault, _better, _known_share, krippendorff_alpha
+from defuse_core.evaluation.evidence import Evidence, _at_fault, _better, _known_share, krippendorff_alpha
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import run_defuse
 from defuse_core.runs import Run
@@ -113,6 +115,26 @@ def test_a_run_reports_what_its_judges_find(finished) -> None:
         stored["real_failures"]["before"]["value"] == 0.0
     )  # failures of the classifier before, by construction
     assert {row.evidence is None for row in report.scenarios.list if row.accepted} == {False}
+
+
+def test_the_screen_is_measured_on_real_failures(finished) -> None:
+    run, report = finished
+    found = report.evidence
+    assert 0 < found.screen_recall.low < found.screen_recall.value < found.screen_recall.high < 1
+    kept = found.screen_recall.value * found.real_failure_images
+    assert kept == pytest.approx(round(kept))
+    assert "leaves out the others (identify.screen)" in run.store.read("report.html").decode()
+
+
+def test_evidence_of_an_earlier_version_has_no_figure_of_the_screen(finished) -> None:
+    run, _ = finished
+    made = run.load(Evidence)
+    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    assert np.isfinite(fields.pop("screen_recall")).all()
+    earlier = dataclasses.make_dataclass("Evidence", fields)(**fields)
+    read = decode(Evidence, encode(earlier), "evidence.safetensors")
+    assert np.isnan(read.screen_recall).all()
+    assert read.real_failure_images == made.real_failure_images
 
 
 def test_the_page_names_scenarios_whose_correction_is_not_confirmed(finished) -> None:

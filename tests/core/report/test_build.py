@@ -108,6 +108,60 @@ def test_counts_of_identification_become_shares(tmp_path: Path):
     assert (psi.codes, psi.images_with_any, psi.zero_noise_flip_rate) == (516, 0.12, 0.07)
 
 
+def with_failing_draws(failing: int, **identify: object):
+    """A report of the sample's 516 codes as those kept of so many failing draws, and its page."""
+
+    def write(folder: Path):
+        found, evaluation = sample_findings(3, 2)
+        fixes = dataclasses.replace(found.fixes, kept=np.array([0.5, 1.0]))
+        psi = dataclasses.replace(found.psi, failing=failing)
+        run = sample_run(folder)
+        section = run.spec.identify.model_copy(update=identify)
+        run.spec = run.spec.model_copy(update={"identify": section})
+        report = write_report(run, dataclasses.replace(found, psi=psi, fixes=fixes), evaluation)
+        return report, " ".join(run.store.read("report.html").decode().replace("\xa0", " ").split())
+
+    return write
+
+
+def test_the_report_says_how_many_failing_draws_the_screen_keeps(tmp_path: Path):
+    report, page = with_failing_draws(2064, max_per_image=7)(tmp_path)
+    assert (report.psi.failing_draws, report.psi.kept, report.psi.screened) == (2064, 0.25, True)
+    assert "Of 2,064 failing draws 516 are kept" in page
+    assert "(identify.screen), at most 7 an image." in page
+
+
+@pytest.mark.parametrize(
+    ("failing", "identify", "expected"),
+    [
+        (2064, {"originals": "misclassified"}, (2064, None)),  # the codes are not those of draws alone
+        (0, {}, (None, None)),  # as an earlier version stored it
+    ],
+)
+def test_the_kept_share_is_left_out_where_it_is_not_known(
+    tmp_path: Path, failing: int, identify: dict[str, object], expected: tuple[object, ...]
+):
+    report, page = with_failing_draws(failing, **identify)(tmp_path)
+    assert (report.psi.failing_draws, report.psi.kept) == expected
+    assert "are kept" not in page
+
+
+def test_the_report_says_on_how_many_draws_the_reference_models_agree_with_the_label(tmp_path: Path):
+    report, page = with_failing_draws(0)(tmp_path)
+    assert report.scenarios.tuning_agreement == 0.75
+    assert [row.tuning_agreement for row in report.scenarios.list] == [0.5, 1.0, None]
+    assert "reference models agree on 50 % of the draws to tune on" in page
+    assert report_of(sample_findings(3, 2), tmp_path).scenarios.tuning_agreement is None
+
+
+def test_the_report_says_how_many_accepted_scenarios_are_expected_to_be_false(tmp_path: Path):
+    run, sample = sample_run(tmp_path), sample_findings(3, 2)
+    assert write_report(run, *with_verdicts(sample, false_share=0.031)).scenarios.expected_false == 0.031
+    page = run.store.read("report.html").decode().replace("\xa0", " ")
+    assert '<b class="unbroken">3.1 %</b> are expected to be false' in page
+    assert report_of(with_verdicts(sample, false_share=0.0), tmp_path).scenarios.expected_false is None
+
+
 def test_collapsed_dimensions_are_counted(tmp_path: Path):
     vae = report_of(sample_findings(), tmp_path).vae
     assert vae.collapsed == 2
@@ -131,7 +185,8 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     assert tree["version"] == 2
     assert tree["annotators"] == "reference models"
     assert set(tree["accuracy"]["defuse"]) == {"validation", "test", "scenario"}
-    assert {"components", "accepted", "purity", "own_labels", "list"} == set(tree["scenarios"])
+    figures = {"components", "accepted", "purity", "own_labels", "expected_false", "tuning_agreement"}
+    assert figures | {"list"} == set(tree["scenarios"])
     assert {"lam", "epoch", "test", "scenario"} <= set(tree["tradeoff"][0])
     assert {"codes", "images_with_any", "zero_noise_flip_rate"} <= set(tree["psi"])
     assert {"reconstruction", "kl_per_dimension", "reconstruction_flips"} <= set(tree["vae"])
@@ -143,10 +198,18 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     assert [row["method"] for row in tree["watch"]["methods"]] == ["max-softmax", "scenario distance"]
 
 
-def test_a_report_from_before_the_watch_is_still_read(tmp_path: Path):
+def test_a_report_from_before_some_figures_is_still_read(tmp_path: Path):
     tree = json.loads(report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True))
+    added = {
+        "scenarios": ("expected_false", "tuning_agreement"),
+        "psi": ("failing_draws", "kept", "screened"),
+    }
     del tree["watch"]
-    assert parse_report(json.dumps(tree), "report.json").watch is None
+    for part, names in added.items():
+        for name in names:
+            del tree[part][name]
+    report = parse_report(json.dumps(tree), "report.json")
+    assert (report.watch, report.psi.failing_draws, report.scenarios.expected_false) == (None, None, None)
 
 
 @pytest.mark.parametrize("change", [{"version": 1}, {"version": None}, {"making": {}}])
