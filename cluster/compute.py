@@ -106,9 +106,10 @@ class RayCompute:
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         """Return the results of the calls, each run as `task` runs one, as many at a time as fit on the cluster."""
         shared = self._shared_arguments(calls)
+        self._ready().begin()
         started = [
-            self._start(step, call.function, *(shared.get(id(each), each) for each in call.args))
-            for call in calls
+            self._start(step, call.function, *(shared.get(id(each), each) for each in call.args), task=task)
+            for task, call in enumerate(calls)
         ]
         self._wait(step, *(done for done, _ in started))
         try:
@@ -264,12 +265,15 @@ class RayCompute:
         return self.listener
 
     def _start(
-        self, step: str, function: Callable[..., Any], *args: object, **options: Any
+        self, step: str, function: Callable[..., Any], *args: object, task: int = 0, **options: Any
     ) -> tuple[Any, Any]:
-        """Start a task; return one reference that is ready when the task has ended, and one to its result."""
+        """Start a task; return one reference that is ready when the task has ended, and one to its result.
+
+        `task` is its number among those that are started together.
+        """
         listener, resources = self._ready(), task_resources(self.spec.resources)
         remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options() | options)
-        done, result = remote.remote(step, function, self.profile, listener.actor, *args)
+        done, result = remote.remote(step, task, function, self.profile, listener.actor, *args)
         return done, result
 
     def _wait(self, step: str, *tasks: Any) -> None:
@@ -305,8 +309,8 @@ def _copied(value: T) -> T:
 
 
 def _in_worker(
-    step: str, function: Callable[..., T], profile: Profile, progress_actor: Any, *args: object
+    step: str, task: int, function: Callable[..., T], profile: Profile, progress_actor: Any, *args: object
 ) -> tuple[None, T]:
-    with reporting(progress_actor) as progress:
+    with reporting(progress_actor, task) as progress:
         log.debug("%s: in %s", step, current_location(step))
         return None, profile.call(step, function, *args, progress=progress)

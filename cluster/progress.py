@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from defuse_core.progress import Progress
+from defuse_core.progress import Progress, ProgressSum
 
 log = logging.getLogger("defuse")
 UPDATE_EVERY_S = 0.25
@@ -29,10 +29,18 @@ class ProgressActor:
     def __init__(self) -> None:
         self.updates: dict[str, Update] = {}
         self.lines: list[tuple[int, str]] = []
+        self.begin()
 
-    def update(self, update: Update) -> None:
-        """Record how far an activity is."""
-        self.updates[update[0]] = update
+    def begin(self) -> None:
+        """Forget what earlier tasks have done: other tasks are about to start."""
+        self.shared = ProgressSum(self._record)
+
+    def update(self, task: int, update: Update) -> None:
+        """Record how far a task is with an activity."""
+        self.shared.update(task, *update)
+
+    def _record(self, what: str, done: int, total: int, unit: str) -> None:
+        self.updates[what] = (what, done, total, unit)
 
     def log(self, level: int, line: str) -> None:
         """Record a log line."""
@@ -77,6 +85,10 @@ class ProgressListener:
             self.progress(what, done, total, unit)
         return bool(updates or lines)
 
+    def begin(self) -> None:
+        """Count what tasks report from 0 again: call it before tasks that share an activity are started."""
+        self.actor.begin.remote()
+
     def close(self) -> None:
         """Show the rest, and end the actor."""
         with contextlib.suppress(RayError):
@@ -87,16 +99,25 @@ class ProgressListener:
 class ProgressReporter:
     """A worker's `Progress`: sends updates to the actor, at most a few times a second for each activity."""
 
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
+    def __init__(self, actor: Any, task: int = 0) -> None:
+        self.actor, self.task = actor, task
         self.sent_at: dict[str, float] = {}
+        self.unsent: dict[str, Update] = {}
 
     def __call__(self, what: str, done: int, total: int, unit: str) -> None:
         """Report that `done` of `total` units of `what` are done."""
-        now = time.monotonic()
-        if done >= total or now - self.sent_at.get(what, 0.0) >= UPDATE_EVERY_S:
-            self.sent_at[what] = now
-            self.actor.update.remote((what, done, total, unit))
+        self.unsent[what] = (what, done, total, unit)
+        if done >= total or time.monotonic() - self.sent_at.get(what, 0.0) >= UPDATE_EVERY_S:
+            self._send(what)
+
+    def _send(self, what: str) -> None:
+        self.sent_at[what] = time.monotonic()
+        self.actor.update.remote(self.task, self.unsent.pop(what))
+
+    def flush(self) -> None:
+        """Send the last update of each activity, where it came too soon after another."""
+        for what in list(self.unsent):
+            self._send(what)
 
 
 class _ActorLogHandler(logging.Handler):
@@ -109,14 +130,19 @@ class _ActorLogHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def reporting(actor: Any) -> Iterator[ProgressReporter]:
-    """In a worker: send Defuse's log lines to the actor, and yield the reporter of progress."""
+def reporting(actor: Any, task: int = 0) -> Iterator[ProgressReporter]:
+    """In a worker: send Defuse's log lines to the actor, and yield the reporter of progress.
+
+    `task` is the number of this task among those that were started together.
+    """
     handler, level = _ActorLogHandler(actor), log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
+    reporter = ProgressReporter(actor, task)
     try:
-        yield ProgressReporter(actor)
+        yield reporter
     finally:
+        reporter.flush()
         log.removeHandler(handler)
         log.setLevel(level)
         with contextlib.suppress(RayError):

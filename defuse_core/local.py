@@ -19,7 +19,7 @@ from defuse_core.correct import (
 from defuse_core.errors import ComputeError, DefuseError
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.profiling import UNTRACED, Profile
-from defuse_core.progress import Progress, silent
+from defuse_core.progress import Progress, ProgressSum, silent
 from defuse_core.protocols import Call, SweepRequest
 from defuse_core.store import Store
 
@@ -46,11 +46,15 @@ class LocalCompute:
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...)."""
-        return self.profile.call(step, function, *args, progress=self.progress)
+        return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         """Return the results of the calls, made one after the other."""
-        return [self.task(step, call.function, *call.args) for call in calls]
+        shared = ProgressSum(self.progress)
+        return [
+            self.profile.call(step, call.function, *call.args, progress=shared.of(task))
+            for task, call in enumerate(calls)
+        ]
 
     def together(self, step: str, function: Callable[..., None], *args: object) -> None:
         """Run function(*args, progress=...) in this process alone."""

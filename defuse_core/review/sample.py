@@ -75,10 +75,11 @@ def sample_more_images(
     drawn, labelled, wrong = np.zeros((3, len(scenarios)), np.int64)
     with cpu_threads(1):
         examiner = Examiner(spec, models, references, scenarios)
-        for component in np.flatnonzero(doubtful):
-            progress("drawing more images", int(component), len(scenarios), "components")
-            rng = generator(spec.seed, "gallery", int(component), "more")
-            draws = draw_codes(spec, scenarios, int(component), spec.review.more_images, rng)
+        components = np.flatnonzero(doubtful).tolist()
+        for done, component in enumerate(components):
+            progress("drawing more images", done, len(components), "components")
+            rng = generator(spec.seed, "gallery", component, "more")
+            draws = draw_codes(spec, scenarios, component, spec.review.more_images, rng)
             predicted, labels = examiner.examine(draws)
             drawn[component] = len(labels)
             labelled[component] = (labels != NONE_OF_THE_ABOVE).sum()
@@ -183,8 +184,8 @@ def _filtered(
     found = []
     with cpu_threads(1):
         examiner = Examiner(spec, models, references, scenarios)
-        for row in rows:
-            progress("filtering images to tune on", row, len(fixes.labels), "scenarios")
+        progress("filtering images to tune on", 0, len(fixes.labels), "scenarios")
+        for done, row in enumerate(rows, 1):
             component, label = int(fixes.scenario[row]), fixes.labels[row]
             draws = Draws(fixes.tune[row], None if fixes.tune_anchor is None else fixes.tune_anchor[row])
             agrees = examiner.examine(draws)[1] == label
@@ -194,6 +195,7 @@ def _filtered(
                 more = draw_codes(spec, scenarios, component, count, rng)
                 draws = _repeated(draws, more, np.concatenate([agrees, examiner.examine(more)[1] == label]))
             found.append((draws, float(agrees.mean())))
+            progress("filtering images to tune on", done, len(fixes.labels), "scenarios")
     return found
 
 

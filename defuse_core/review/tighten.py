@@ -64,9 +64,10 @@ def find_taus(
     draws that the classifier gets wrong, review.rho.
     """
     found = []
-    for component in components:
-        progress("tightening components", component, len(scenarios), "components")
+    progress("tightening components", 0, len(scenarios), "components")
+    for done, component in enumerate(components, 1):
         found.append(_Search(spec, examine, scenarios, component).largest_tau())
+        progress("tightening components", done, len(scenarios), "components")
     return found
 
 

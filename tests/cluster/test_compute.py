@@ -15,6 +15,7 @@ from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileErr
 from defuse_core.protocols import Call
 from tests.cluster.checks import Lines, all_end
 from tests.cluster.fakes import (
+    counting,
     dying_once,
     failing,
     meeting,
@@ -42,6 +43,14 @@ def test_a_task_passes_on_its_progress_its_log_and_its_result(tiny_spec: RunFile
         assert compute.task("review", shouting, "help") == "HELP"
     assert told[-1] == ("shouting", 3, 3, "letters")
     assert "shouted help" in lines.lines
+
+
+def test_tasks_that_share_an_activity_show_what_all_of_them_have_done(tiny_spec: RunFile) -> None:
+    told = []
+    with RayCompute(None, tiny_spec, lambda *args: told.append(args)) as compute:
+        for _ in range(2):  # the second time from the start
+            compute.tasks("review", [Call(counting, 3, 8), Call(counting, 5, 8)])
+            assert told[-1] == ("counting", 8, 8, "numbers")
 
 
 def test_an_error_of_the_tree_comes_through_as_itself(tiny_spec: RunFile) -> None:

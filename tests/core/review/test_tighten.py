@@ -3,7 +3,9 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
+from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
+from defuse_core.protocols import Call
 from defuse_core.review.tighten import TAUS, find_taus, with_taus
 from defuse_core.seeds import generator
 from tests.conftest import tiny
@@ -94,3 +96,16 @@ def test_components_without_a_tau_of_their_own_are_not_drawn_at_auto():
         draw_codes(SPEC, one_component(), 0, 5, generator(0, "test"))
     own = one_component().take(np.array([0]), taus=np.array(TAUS[-1:]))
     assert np.linalg.norm(draw_codes(SPEC, own, 0, 50, generator(0, "test")).codes, axis=1).max() < 0.5
+
+
+def test_tasks_that_share_the_components_show_one_figure():
+    eight = one_component().take(np.zeros(8, np.int64))
+    shown = []
+    compute = LocalCompute(lambda what, done, total, unit: shown.append((done, total)))
+    calls = [Call(tighten_some, eight, rows) for rows in (range(3), range(3, 8))]
+    assert len([tau for taus in compute.tasks("distill", calls) for tau, _ in taus]) == 8
+    assert shown == [(done, 8) for done in (0, 1, 2, 3, 3, 4, 5, 6, 7, 8)]
+
+
+def tighten_some(scenarios, rows, *, progress):
+    return find_taus(SPEC, scenarios, rows, ball(1.0), progress)
