@@ -222,6 +222,14 @@ def one_component(width: int) -> F64:
     return np.zeros(((width + 1) * (width + 2) // 2, 1))
 
 
+def sample_covariance(codes: F64) -> F64:
+    """Return the covariance (Z, Z) of codes (n, Z); zeros for a single code, which has none."""
+    latent = codes.shape[1]
+    if len(codes) < 2:
+        return np.zeros((latent, latent))
+    return np.asarray(np.cov(codes.T), np.float64).reshape(latent, latent)
+
+
 def covariance_of(partial: Sequence[tuple[F64, float]]) -> F64:
     """Return the (Z, Z) covariance of all rows from their partial sums under one_component, about their mean."""
     total = _unpacked(torch.from_numpy(np.sum([part for part, _ in partial], axis=0)), 0.0)

@@ -12,12 +12,12 @@ from torch import nn
 from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Weights
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images
+from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
 from defuse_core.export.pictures import load_finished
 from defuse_core.models import encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_error
 from defuse_core.runs import Run
-from defuse_core.watch.scenario_regions import sample_covariance
 
 State = Literal["persisting", "fixed", "back again", "new"]
 INSIDE = 0.999  # of a scenario's own pictures are within the distance that counts as inside

@@ -20,6 +20,7 @@ import numpy as np
 from defuse_core.artifacts import F32, F64, I64, Corrections
 from defuse_core.config import RunFile
 from defuse_core.data import Images
+from defuse_core.distill.mixture import sample_covariance
 from defuse_core.models import Decoder, Vae, decoder_of, encode_images
 from defuse_core.seeds import generator
 
@@ -98,14 +99,6 @@ def _fit_gaussians(decoder: Decoder, corrections: Corrections, least: float) -> 
         sample_covariance(codes) + _floor(max(codes.var(axis=0).mean(), least), latent) for codes in encoded
     ]
     return np.array(means).reshape(-1, latent), np.array(covariances).reshape(-1, latent, latent)
-
-
-def sample_covariance(codes: F64) -> F64:
-    """Return the covariance (Z, Z) of codes (n, Z); zeros for a single code, which has none."""
-    latent = codes.shape[1]
-    if len(codes) < 2:
-        return np.zeros((latent, latent))
-    return np.asarray(np.cov(codes.T), np.float64).reshape(latent, latent)
 
 
 def _floor(variance: float, latent: int) -> F64:

@@ -15,7 +15,12 @@ from threadpoolctl import threadpool_limits
 
 from defuse_core.artifacts import F64
 from defuse_core.device import cpu_threads
-from defuse_core.distill.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
+from defuse_core.distill.mixture import (
+    FittedMixture,
+    fit_dirichlet_process_mixture,
+    responsibilities,
+    sample_covariance,
+)
 
 TOLERANCE = 1e-3
 
@@ -127,3 +132,8 @@ def test_no_component_gives_no_responsibilities() -> None:
         np.zeros((5, 2), np.float32), np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2, 2))
     )
     assert nothing.shape == (5, 0)
+
+
+def test_a_single_code_has_no_covariance_and_one_dimension_is_a_matrix_too() -> None:
+    assert sample_covariance(np.ones((1, 3))).tolist() == np.zeros((3, 3)).tolist()
+    assert sample_covariance(np.array([[1.0], [3.0]])).tolist() == [[2.0]]
