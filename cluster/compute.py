@@ -50,7 +50,7 @@ from defuse_core.identify import (
 )
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
-from defuse_core.protocols import Call, SweepRequest
+from defuse_core.protocols import Call, SweepRequest, numbered
 from defuse_core.runs import Run
 from defuse_core.store import Store
 
@@ -109,7 +109,7 @@ class RayCompute:
         self._ready().begin()
         started = [
             self._start(step, call.function, *(shared.get(id(each), each) for each in call.args), task=task)
-            for task, call in enumerate(calls)
+            for task, call in numbered(calls)
         ]
         self._wait(step, *(done for done, _ in started))
         try:
@@ -224,8 +224,10 @@ class RayCompute:
     def _fine_tuning_images(self, models: Any, requests: Sequence[SweepRequest]) -> list[tuple[Any, Any]]:
         """Return for each request references to its Splits, which requests share, and to its ScenarioImages."""
         drawn = [
-            self._start("correct", decode_scenario_images, each.spec, models, each.fixes, each.reviewed)
-            for each in requests
+            self._start(
+                "correct", decode_scenario_images, each.spec, models, each.fixes, each.reviewed, task=number
+            )
+            for number, each in enumerate(requests)
         ]
         shared: dict[object, Any] = {}
         clean = []
@@ -269,7 +271,7 @@ class RayCompute:
     ) -> tuple[Any, Any]:
         """Start a task; return one reference that is ready when the task has ended, and one to its result.
 
-        `task` is its number among those that are started together.
+        `task` is its number among those of the same function that are started together.
         """
         listener, resources = self._ready(), task_resources(self.spec.resources)
         remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options() | options)
@@ -313,4 +315,4 @@ def _in_worker(
 ) -> tuple[None, T]:
     with reporting(progress_actor, task) as progress:
         log.debug("%s: in %s", step, current_location(step))
-        return None, profile.call(step, function, *args, progress=progress)
+        return None, profile.call(step, function, *args, progress=progress, task=task)

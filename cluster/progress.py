@@ -133,7 +133,7 @@ class _ActorLogHandler(logging.Handler):
 def reporting(actor: Any, task: int = 0) -> Iterator[ProgressReporter]:
     """In a worker: send Defuse's log lines to the actor, and yield the reporter of progress.
 
-    `task` is the number of this task among those that were started together.
+    `task` is the number of this task among those of the same function that were started together.
     """
     handler, level = _ActorLogHandler(actor), log.level
     log.addHandler(handler)

@@ -20,7 +20,7 @@ from defuse_core.errors import ComputeError, DefuseError
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, ProgressSum, silent
-from defuse_core.protocols import Call, SweepRequest
+from defuse_core.protocols import Call, SweepRequest, numbered
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -52,8 +52,8 @@ class LocalCompute:
         """Return the results of the calls, made one after the other."""
         shared = ProgressSum(self.progress)
         return [
-            self.profile.call(step, call.function, *call.args, progress=shared.of(task))
-            for task, call in enumerate(calls)
+            self.profile.call(step, call.function, *call.args, progress=shared.of(task), task=task)
+            for task, call in numbered(calls)
         ]
 
     def together(self, step: str, function: Callable[..., None], *args: object) -> None:

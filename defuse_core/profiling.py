@@ -7,7 +7,6 @@ import gzip
 import itertools
 import logging
 import re
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,13 +33,18 @@ class Profile:
     step: str | None = None  # None traces nothing
     store: Store | None = None  # of the run
 
-    def call(self, step: str, function: Callable[..., T], *args: object, progress: Progress) -> T:
-        """Return function(*args, progress=...), traced where `step` is the one to trace."""
-        with self.trace(step, function.__name__, progress) as reporting:
+    def call(
+        self, step: str, function: Callable[..., T], *args: object, progress: Progress, task: int = 0
+    ) -> T:
+        """Return function(*args, progress=...), traced where `step` is the one to trace.
+
+        `task` is the number of the call among those of the same function that run together.
+        """
+        with self.trace(step, function.__name__, progress, task) as reporting:
             return function(*args, progress=reporting)
 
     @contextlib.contextmanager
-    def trace(self, step: str, name: str, progress: Progress) -> Iterator[Progress]:
+    def trace(self, step: str, name: str, progress: Progress, task: int = 0) -> Iterator[Progress]:
         """Trace the block if `step` is the one to trace, at most until MAX_REPORTS reports of progress."""
         if step != self.step or self.store is None:
             yield progress
@@ -53,7 +57,7 @@ class Profile:
             yield tracer
         finally:
             tracer.stop()
-            self._save(tracer.profiler, self.store, name)
+            self._save(tracer.profiler, self.store, name, task + 1)
 
     def first(self, step: str, name: str, items: Iterator[T]) -> Iterator[T]:
         """Yield `items`; the making of the first one is traced where `step` is the one to trace."""
@@ -61,14 +65,15 @@ class Profile:
             begun = list(itertools.islice(items, 1))
         yield from itertools.chain(begun, items)
 
-    def _save(self, profiler: torch.profiler.profile, store: Store, name: str) -> None:
-        key = f"profile/{self.step}-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.json.gz"
-        if store.exists(key):  # several tasks of a step may call one function
-            key = key.replace(".json.gz", f"-{secrets.token_hex(2)}.json.gz")
+    def _save(self, profiler: torch.profiler.profile, store: Store, name: str, number: int) -> None:
+        """Store the trace under its name and, from 2 on, the first number that no trace has yet."""
+        stem = f"profile/{self.step}-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}"
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))
-            store.write(key, gzip.compress(path.read_bytes()))
+            data = gzip.compress(path.read_bytes())
+        keys = (f"{stem}-{n}.json.gz" if n > 1 else f"{stem}.json.gz" for n in itertools.count(number))
+        key = next(key for key in keys if store.create(key, data))
         log.info("profile: %s/%s", store.address, key)
 
 

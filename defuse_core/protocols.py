@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -27,6 +28,16 @@ class Call(Generic[T]):
 
     def __init__(self, function: Callable[..., T], *args: object) -> None:
         self.function, self.args = function, args
+
+
+def numbered(calls: Sequence[Call[Any]]) -> list[tuple[int, Call[Any]]]:
+    """Return the calls, each with its number among those of the same function, from 0."""
+    count = Counter[Callable[..., Any]]()
+    found = []
+    for call in calls:
+        found.append((count[call.function], call))
+        count[call.function] += 1
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy, load_classifier, to_tensor
 from defuse_core.profiling import Profile
 from defuse_core.progress import silent
+from defuse_core.protocols import Call
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training import batches, checkpoint, measure_precision
@@ -170,3 +171,21 @@ def test_a_profiled_step_leaves_traces_of_its_operations(tmp_path, tiny_spec, ti
     assert any("conv" in event.get("name", "") for event in events)
     LocalCompute(profile=Profile("train", store)).task("draw", lambda *, progress: None)
     assert store.list("profile/") == [key]
+
+
+def adding(one, *, progress):
+    return one + 1
+
+
+def doubling(one, *, progress):
+    return one + one
+
+
+def test_traces_of_one_function_are_numbered_by_task_and_none_is_replaced(tmp_path):
+    store = FolderStore(tmp_path)
+    compute = LocalCompute(profile=Profile("draw", store))
+    one = torch.ones(3)
+    compute.tasks("draw", [Call(adding, one), Call(doubling, one), Call(adding, one)])
+    compute.task("draw", adding, one)
+    names = ("adding-2", "adding-3", "adding", "doubling")
+    assert store.list("profile/") == [f"profile/draw-{name}.json.gz" for name in names]
