@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import F32, I64, Models, ReferenceSet
-from defuse_core.config import ClassifierSet
+from defuse_core.config import ClassifierSet, DataSection
 from defuse_core.data import Images, open_splits
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.models import Decoder, load_classifier, load_vae, predict
@@ -90,11 +90,9 @@ def small_resnet(classes: int, width: int = 24) -> nn.Module:
     )
 
 
-def from_folder(folder: Path) -> tuple[Images, Images, int]:
-    """Return training and test images, and the number of classes."""
-    from defuse_core.config import DataSection
-
-    splits = open_splits(DataSection(name="folder", root=folder, image_size=32, channels=3), 0).loaded()
+def from_folder(folder: Path, size: int) -> tuple[Images, Images, int]:
+    """Return training and test images of size x size pixels, and the number of classes."""
+    splits = open_splits(DataSection(name="folder", root=folder, image_size=size, channels=3), 0).loaded()
     assert splits.test is not None
     return splits.train, splits.test, len(splits.classes)
 
@@ -103,12 +101,13 @@ def from_folder(folder: Path) -> tuple[Images, Images, int]:
 @click.argument("folder", type=Path)
 @click.argument("file", type=Path)
 @click.option("--epochs", default=14)
-def classifier(folder: Path, file: Path, epochs: int) -> None:
+@click.option("--size", default=32, help="Pixels of a side, a multiple of 8.")
+def classifier(folder: Path, file: Path, epochs: int, size: int) -> None:
     """Train a small ResNet on FOLDER and save it as TorchScript."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    train, test, classes = from_folder(folder)
-    net, batch = small_resnet(classes), 128
+    train, test, classes = from_folder(folder, size)
+    net, batch = small_resnet(classes), min(128, len(train) // 16)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     steps = epochs * (len(train) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps)
