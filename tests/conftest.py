@@ -106,7 +106,14 @@ RECOMMENDED = {  # what a new run file does, as tiny; with limits that its weak 
         "max_per_image": None,
     },
     "distill": {"by": "cell", "min_support": 3, "engine": "torch"},
-    "review": {"tau": "auto", "purity": 0.3, "accept": "lower-bound", "max_false": 0.2, "more_images": 20},
+    "review": {
+        "tau": "auto",
+        "purity": 0.3,
+        "failing": 0.1,
+        "accept": "lower-bound",
+        "max_false": 0.2,
+        "more_images": 20,
+    },
     "judges": {"count": 2, "channels": 8, "epochs": 8, "batch_size": 32, "share": 0.3},
     "correct": {"filter": "reference-models"},
 }

@@ -304,6 +304,9 @@ class ReviewSection(Section):
     purity: float = Field(0.9, gt=0, lt=1)
     """tau auto: share of a component's draws with one label, by the reference models; its lower bound has to reach
     this. Ours."""
+    failing: float = Field(0.8, ge=0, lt=1)
+    """tau auto: share of a component's labelled draws that the classifier gets wrong; its lower bound has to reach
+    this. Ours."""
     rho: float = Field(0.5, ge=0, lt=1)
     """A component is a failure scenario if more than this share of its labelled images is misclassified. Paper: 0.5."""
     consensus: Literal["majority", "crowdlab"] = "majority"
@@ -350,6 +353,9 @@ class CorrectSection(Section):
     """Images per scenario to tune on. Paper: 256."""
     test_images: int = Field(256, ge=1)
     """Other images per scenario, to test on. Paper: 256."""
+    widen: float = Field(16.0, ge=1)
+    """filter reference-models: the draws to tune on are so many times wider than those reviewed (a factor on τ), so
+    that the surroundings of a scenario are corrected, too. Paper: 1."""
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune"] = "tune"

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 from scipy.spatial.distance import cdist
 
-from defuse_core.artifacts import F32, F64, I64, Anchors, ComponentFailures, Failures, Scenarios
+from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.seeds import generator
@@ -48,6 +48,20 @@ class Draws:
 
     codes: F32  # (n, Z)
     anchors: I64 | None = None  # (n,) index into scenarios.failures.anchors
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, rows: I64 | Bool) -> Draws:
+        """Return some of them."""
+        return Draws(self.codes[rows], None if self.anchors is None else self.anchors[rows])
+
+    def joined(self, others: Draws) -> Draws:
+        """Return these and others, both with anchors or both without."""
+        codes = np.concatenate([self.codes, others.codes])
+        if self.anchors is None or others.anchors is None:
+            return Draws(codes)
+        return Draws(codes, np.concatenate([self.anchors, others.anchors]))
 
 
 def draw_codes(
@@ -138,13 +152,20 @@ def stacked(draws: Sequence[Draws], count: int, width: int) -> tuple[F32, I64 | 
 
 
 def wide_draws(
-    spec: RunFile, scenarios: Scenarios, component: int, count: int, factor: float, rng: np.random.Generator
+    spec: RunFile,
+    scenarios: Scenarios,
+    component: int,
+    count: int,
+    factor: float,
+    rng: np.random.Generator,
+    *,
+    held_out: bool = False,
 ) -> Draws:
-    """Return `count` draws of one component at `factor` times its τ, not truncated, of the images held out."""
+    """Return what `draw_codes` does at `factor` times the component's τ, not truncated."""
     tau = factor * tau_of(spec, scenarios, component)
     if scenarios.failures is None:
         return Draws(gaussian_codes(scenarios, component, count, tau, rng))
-    rows = failure_rows(scenarios.failures, component, count, rng, held_out=True)
+    rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
     return near_failures(replace(scenarios, taus=None), component, rows, tau, rng)
 
 

@@ -230,7 +230,9 @@ class _Evidence:
             draws = []
             for number in fixes.scenario.tolist():
                 rng = generator(self.spec.seed, "evidence", "wider", number)
-                draws.append(wide_draws(self.spec, scenarios, number, WIDER_IMAGES, factor, rng))
+                draws.append(
+                    wide_draws(self.spec, scenarios, number, WIDER_IMAGES, factor, rng, held_out=True)
+                )
             if not draws:
                 continue
             codes, anchors = stacked(draws, WIDER_IMAGES, scenarios.means.shape[1])

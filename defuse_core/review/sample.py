@@ -26,6 +26,7 @@ from defuse_core.distill.draws import (
     anchors_of,
     draw_codes,
     stacked,
+    wide_draws,
 )
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
@@ -36,6 +37,7 @@ from defuse_core.seeds import generator
 
 log = logging.getLogger("defuse")
 MORE_DRAWS = 3  # times as many further draws where correct.filter leaves too few
+FEW_AGREE = 0.1  # share of draws with the scenario's label below which its label is in doubt
 
 
 def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progress: Progress) -> Gallery:
@@ -90,7 +92,7 @@ def sample_more_images(
 def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:
     """Return D_f: per failure scenario, codes to tune on and others to test on, under the scenario's one label.
 
-    With vae.decode: anchored both are anchored at other images.
+    Those to tune on are correct.widen times wider. With vae.decode: anchored both are anchored at other images.
     """
     section, accepted = spec.correct, verdicts.accepted
     if scenarios.failures is not None:
@@ -101,6 +103,10 @@ def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) 
         rng = generator(spec.seed, "corrections", int(component))
         codes[row] = draw_codes(spec, scenarios, int(component), count, rng).codes
     tune, test = codes[:, : section.tune_images], codes[:, section.tune_images :]
+    if _tunes_on_wider(spec):
+        for row, component in enumerate(accepted):
+            rng = generator(spec.seed, "corrections", int(component), "wide")
+            tune[row] = _draws_to_tune_on(spec, scenarios, int(component), section.tune_images, rng).codes
     return Corrections(accepted, verdicts.labels[accepted], tune, test)
 
 
@@ -109,7 +115,7 @@ def _anchored_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdict
     tune, test = list[Draws](), list[Draws]()
     for component in accepted.tolist():
         rng = generator(spec.seed, "corrections", component)
-        tune.append(draw_codes(spec, scenarios, component, section.tune_images, rng))
+        tune.append(_draws_to_tune_on(spec, scenarios, component, section.tune_images, rng))
         test.append(draw_codes(spec, scenarios, component, section.test_images, rng, held_out=True))
     tune_codes, tune_anchor = stacked(tune, section.tune_images, spec.vae.latent_dim)
     test_codes, test_anchor = stacked(test, section.test_images, spec.vae.latent_dim)
@@ -122,6 +128,20 @@ def _anchored_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdict
         tune_anchor=tune_anchor,
         test_anchor=test_anchor,
     )
+
+
+def _draws_to_tune_on(
+    spec: RunFile, scenarios: Scenarios, component: int, count: int, rng: np.random.Generator
+) -> Draws:
+    """Return draws of one component at correct.widen times its tau."""
+    if not _tunes_on_wider(spec):
+        return draw_codes(spec, scenarios, component, count, rng)
+    return wide_draws(spec, scenarios, component, count, spec.correct.widen, rng)
+
+
+def _tunes_on_wider(spec: RunFile) -> bool:
+    """Whether D_f has wider draws than those reviewed: only where they are filtered, since not all show the class."""
+    return spec.correct.filter != "none" and spec.correct.widen != 1
 
 
 def with_used_anchors(fixes: Corrections) -> Corrections:
@@ -149,16 +169,16 @@ def filter_corrections(
 ) -> Corrections:
     """Return D_f with only those codes to tune on in which the reference models see the scenario's label.
 
-    Where fewer than tune_images remain, MORE_DRAWS times as many are drawn, and what remains of both is repeated. A
-    scenario whose label the reference models see in no draw keeps them all: its label is the annotators'. The codes
-    to test on are not filtered.
+    Where fewer than tune_images remain, MORE_DRAWS times as many are drawn, then some as wide as the reviewed ones, and
+    what remains of all is repeated. A scenario whose label the reference models see in no draw keeps the last ones: its
+    label is the annotators'. The codes to test on are not filtered.
     """
     filtered = in_tasks(
         compute, "correct", len(fixes.labels), _filtered, spec, models, references, scenarios, fixes
     )
     kept = np.array([share for _, share in filtered])
     for component, share in zip(fixes.scenario, kept, strict=True):
-        if share < spec.review.rho:
+        if share < FEW_AGREE:
             log.warning(
                 "correct: the reference models see the label of scenario %d in %.0f %% of its draws",
                 component,
@@ -189,22 +209,14 @@ def _filtered(
             component, label = int(fixes.scenario[row]), fixes.labels[row]
             draws = Draws(fixes.tune[row], None if fixes.tune_anchor is None else fixes.tune_anchor[row])
             agrees = examiner.examine(draws)[1] == label
-            if not agrees.all():
-                rng = generator(spec.seed, "corrections", component, "more")
-                count = MORE_DRAWS * spec.correct.tune_images
-                more = draw_codes(spec, scenarios, component, count, rng)
-                draws = _repeated(draws, more, np.concatenate([agrees, examiner.examine(more)[1] == label]))
-            found.append((draws, float(agrees.mean())))
+            usable = draws.take(agrees)
+            count = spec.correct.tune_images
+            rng = generator(spec.seed, "corrections", component, "more")
+            for sample, number in ((_draws_to_tune_on, MORE_DRAWS * count), (draw_codes, count)):
+                if len(usable) < count:
+                    more = sample(spec, scenarios, component, number, rng)
+                    usable = usable.joined(more.take(examiner.examine(more)[1] == label))
+            rows_of = np.resize(np.arange(len(usable)), count)
+            found.append((usable.take(rows_of) if len(usable) else more, float(agrees.mean())))
             progress("filtering images to tune on", done, len(fixes.labels), "scenarios")
     return found
-
-
-def _repeated(draws: Draws, more: Draws, usable: Bool) -> Draws:
-    """Return as many draws as `draws` has, from the usable ones of both; `draws` itself where none is usable."""
-    if not usable.any():
-        return draws
-    rows = np.resize(np.flatnonzero(usable), len(draws.codes))
-    codes = np.concatenate([draws.codes, more.codes])[rows]
-    if draws.anchors is None or more.anchors is None:
-        return Draws(codes)
-    return Draws(codes, np.concatenate([draws.anchors, more.anchors])[rows])

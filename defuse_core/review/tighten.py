@@ -61,7 +61,7 @@ def find_taus(
     """Return the largest tau of each of some components, for any `examine`: n draws -> answers and labels, each (n,).
 
     Required are lower bounds (95 %): of the share of draws with one label, review.purity; of the share of labelled
-    draws that the classifier gets wrong, review.rho.
+    draws that the classifier gets wrong, review.failing.
     """
     found = []
     progress("tightening components", 0, len(scenarios), "components")
@@ -94,7 +94,7 @@ class _Outcome:
     draws: int = DRAWS
 
     def passes(self, spec: RunFile) -> bool:
-        return self._is_pure(spec) and _bound(self.wrong, self.labelled) > spec.review.rho
+        return self._is_pure(spec) and _bound(self.wrong, self.labelled) >= spec.review.failing
 
     def _is_pure(self, spec: RunFile) -> bool:
         return _bound(self.pure, self.draws) >= spec.review.purity
@@ -103,7 +103,7 @@ class _Outcome:
         narrowest = f"at τ = {TAUS[-1]:g}"
         if not self._is_pure(spec):
             return f"{narrowest} {self.pure} of {self.draws} draws have one label, too few for {spec.review.purity:.0%}"
-        return f"{narrowest} f is wrong on {self.wrong} of {self.labelled} draws, too few for {spec.review.rho:.0%}"
+        return f"{narrowest} f is wrong on {self.wrong} of {self.labelled} draws, too few for {spec.review.failing:.0%}"
 
 
 def _bound(hits: int, total: int) -> float:

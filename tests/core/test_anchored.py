@@ -124,10 +124,13 @@ def test_held_out_draws_are_anchored_at_other_images(images):
     spec, scenarios = tiny(), one_component(images)
     shown = set(draw_codes(spec, scenarios, 0, 500, generator(0, "a")).anchors.tolist())
     held_out = set(draw_codes(spec, scenarios, 0, 500, generator(0, "b"), held_out=True).anchors.tolist())
-    wide = set(wide_draws(spec, scenarios, 0, 500, 4.0, generator(0, "c")).anchors.tolist())
+    wide = {
+        kind: set(wide_draws(spec, scenarios, 0, 500, 4.0, generator(0, "c"), held_out=kind).anchors.tolist())
+        for kind in (False, True)
+    }
     assert shown and held_out and not shown & held_out
     assert shown | held_out == set(range(images))
-    assert wide == held_out
+    assert wide == {False: shown, True: held_out}
 
 
 def test_a_component_of_a_single_image_is_drawn_at_that_image_alone():

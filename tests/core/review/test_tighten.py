@@ -10,7 +10,7 @@ from defuse_core.review.tighten import TAUS, find_taus, with_taus
 from defuse_core.seeds import generator
 from tests.conftest import tiny
 
-SPEC = tiny(review={"tau": "auto", "purity": 0.9, "rho": 0.5})
+SPEC = tiny(review={"tau": "auto", "purity": 0.9, "failing": 0.5})
 
 
 def one_component(width=2) -> Scenarios:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from defuse_core.artifacts import Corrections, Gallery, Models, Scenarios
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
-from defuse_core.distill.draws import Draws
+from defuse_core.distill.draws import Draws, distances_from
 from defuse_core.errors import ModelError, RunFileError, RunMismatchError
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
@@ -368,7 +368,20 @@ def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_mod
     np.testing.assert_array_equal(kept.test, drawn.test)
 
 
-def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_its_images(
+def test_images_to_tune_on_are_wider_than_those_to_test_on(gallery, scenarios):
+    certain = np.full((3, 2, 5, 10), 0.0, np.float32)
+    certain[..., 9] = 1.0
+    verdicts = decide_verdicts(gallery, votes_of_models(certain, 0.5), rho=0.0)
+    spec = recommended(review={"tau": 0.1}, correct={"widen": 16.0, "tune_images": 400, "test_images": 400})
+    fixes = sample_corrections(spec, scenarios, verdicts)
+    tune, test = (
+        (distances_from(scenarios, int(fixes.scenario[0]), codes[0]) ** 2).mean()
+        for codes in (fixes.tune, fixes.test)
+    )
+    assert tune / test == pytest.approx(16, rel=0.2)
+
+
+def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_images_as_wide_as_the_reviewed_ones(
     tiny_models, scenarios, references
 ):
     spec = recommended(identify={"min_probability": 1.0}, review={"tau": 1.0})
@@ -376,4 +389,4 @@ def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_its_im
     drawn = Corrections(np.array([0]), np.array([3]), tune, tune)
     kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, LocalCompute())
     assert kept.kept.tolist() == [0.0]
-    np.testing.assert_array_equal(kept.tune, tune)
+    assert (distances_from(scenarios, 0, kept.tune[0]) ** 2).mean() < 2 * kept.tune.shape[2]
