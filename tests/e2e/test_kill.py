@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import ray
 
 from defuse_core.artifacts import Psi
 from defuse_core.codec import decode
@@ -38,11 +40,11 @@ STEPS = list(MADE_BY)
 WAIT_S = 180  # three times what a quiet machine needs
 
 
-def start(runfile: Path, where: str, store: Path, until: str) -> subprocess.Popen[bytes]:
+def start(runfile: Path, where: Sequence[str], store: Path, until: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", "from services.cli import main; main()", "run", str(runfile)]
     with (store.parent / f"{store.name}.log").open("ab") as log:
         return subprocess.Popen(
-            [*command, "--on", where, "--store", str(store), "--until", until],
+            [*command, *where, "--store", str(store), "--until", until],
             cwd=ROOT,
             stdout=log,
             stderr=log,
@@ -84,18 +86,36 @@ def psi_of(run: Path) -> Psi:
     return decode(Psi, (run / "psi.safetensors").read_bytes(), "psi")
 
 
-@pytest.mark.parametrize("where", ["local", "ray"])
-@pytest.mark.parametrize("steps", [STEPS[:2], STEPS[2:5], STEPS[5:]], ids=", ".join)
+@pytest.fixture
+def place(request) -> Sequence[str]:
+    """The options that say where the driver computes: an embedded Ray dies with it, a cluster goes on."""
+    if request.param != "cluster":
+        return "--on", request.param
+    request.getfixturevalue("ray_session")
+    return "--address", ray.get_runtime_context().gcs_address
+
+
+@pytest.mark.parametrize(
+    ("steps", "place"),
+    [
+        *((steps, "local") for steps in (STEPS[:2], STEPS[2:5], STEPS[5:])),
+        (STEPS[:2], "ray"),
+        (STEPS[2:5], "cluster"),
+        (STEPS[5:], "cluster"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value),
+    indirect=["place"],
+)
 def test_a_driver_killed_in_the_middle_of_each_step_goes_on_to_the_same_artefacts(
-    steps, where, whole, tmp_path
+    steps, place, whole, tmp_path
 ):
     runfile, store = whole.parents[1] / "tiny.yaml", tmp_path / "killed"
     run = store / "tiny"
     copy_until(whole, run, steps[0])
     for step in steps:
-        assert kill_once_there(start(runfile, where, store, steps[-1]), run / UNDER_WAY[step]), step
+        assert kill_once_there(start(runfile, place, store, steps[-1]), run / UNDER_WAY[step]), step
         assert not (run / f"{MADE_BY[step][-1]}.safetensors").exists(), f"{step} had ended before the kill"
-    driver = start(runfile, where, store, steps[-1])
+    driver = start(runfile, place, store, steps[-1])
     assert driver.wait(WAIT_S) == 0, (tmp_path / "killed.log").read_text()[-2000:]
     for name in (name for step in steps for name in MADE_BY[step] if name != "psi"):
         key = f"{name}.safetensors"
