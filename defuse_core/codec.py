@@ -1,6 +1,7 @@
 """Artefacts as bytes: safetensors, which holds no code.
 
-Arrays are tensors. Everything else is JSON in the header, in which `{"tensor": name}` is in the place of an array.
+Arrays are tensors. Everything else is JSON in the header, in which `{"tensor": name}` is in the place of an array, and
+`{"float": "nan"}` in that of a number that JSON lacks.
 A SHA-256 over both is checked on every read.
 """
 
@@ -28,6 +29,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 FORMAT = 2  # grows with every change of the stored fields
 TENSOR = "tensor"
+FLOAT = "float"  # nan, inf or -inf; in an optional field they become None
 
 
 def encode(artefact: object) -> bytes:
@@ -98,7 +100,7 @@ def _split(value: Any, name: str, arrays: Arrays) -> Any:
         arrays[name] = np.ascontiguousarray(value).reshape(value.shape)
         return {TENSOR: name}
     if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = {field.name: _field(value, field) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {
             str(key): _split(item, f"{name}/{key}" if name else str(key), arrays)
@@ -111,10 +113,20 @@ def _split(value: Any, name: str, arrays: Arrays) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _field(artefact: Any, field: dataclasses.Field[Any]) -> Any:
+    """Return the value of a field; a number that JSON lacks, in a field that cannot be None, as {FLOAT: its name}."""
+    value = getattr(artefact, field.name)
+    if field.type in (float, "float") and not math.isfinite(value):
+        return {FLOAT: str(float(value))}
+    return value
+
+
 def _join(value: Any, arrays: Arrays) -> Any:
     """Return the JSON `value` with each array back in its place."""
     if isinstance(value, dict):
         if value.keys() == {TENSOR}:
             return arrays[value[TENSOR]]
+        if value.keys() == {FLOAT}:
+            return float(value[FLOAT])
         return {key: _join(item, arrays) for key, item in value.items()}
     return [_join(item, arrays) for item in value] if isinstance(value, list) else value

@@ -156,3 +156,11 @@ def test_an_artefact_from_before_format_versions_is_refused():
         StoreError, match="found artefact format 1; use the version of Defuse that wrote it, or"
     ):
         decode(Shard, data, "psi/0")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), np.float64("nan")])
+def test_numbers_that_json_lacks_survive_and_are_none_in_optional_fields(number):
+    row = SweepRow(1.0, 1, loss=number, train=0.5, validation=number, test=None, tune=0.5, scenario=0.5)
+    sweep = decode(Sweep, encode(Sweep((row,), None, {}, ())), "here")
+    np.testing.assert_equal(sweep.rows[0].loss, float(number))
+    assert sweep.rows[0].validation is None

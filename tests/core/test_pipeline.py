@@ -175,8 +175,11 @@ def test_the_recommended_way_corrects_only_what_reference_models_confirm(tmp_pat
 
 
 def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path):
-    run, report = whole_run(tmp_path, tiny(review={"rho": 0.999, "accept": "lower-bound"}))
+    judges = {"count": 2, "channels": 8, "epochs": 2, "batch_size": 32, "share": 0.3}
+    run, report = whole_run(tmp_path, tiny(review={"rho": 0.999, "accept": "lower-bound"}, judges=judges))
     assert report.scenarios.accepted == 0
+    assert report.evidence is not None
+    assert rewrite_report(run) == report
     assert report.accuracy.defuse.test == report.accuracy.before.test
     assert report.accuracy.before.scenario is None
     sweep = run.load(Sweep)
