@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from cluster.errors import one_line
-from cluster.ray_compat import connection_error, is_unauthenticated, set_private_token
+from cluster.ray_compat import connection_error, is_unauthenticated, keep_idle_workers, set_private_token
 from defuse_core.errors import ComputeError, InputError, RunFileError
 
 log = logging.getLogger("defuse")
@@ -30,6 +30,7 @@ def connect(address: str | None) -> bool:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address is None:
         protect_embedded_ray()
+        keep_idle_workers()
         ray.init(address="local", include_dashboard=False, **quiet)
         return True
     if "://" in address:

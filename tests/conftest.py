@@ -248,6 +248,9 @@ def ray_session() -> Iterator[None]:
     """One embedded Ray of two CPUs for all tests that need one."""
     import ray
 
+    from cluster.ray_compat import keep_idle_workers
+
+    keep_idle_workers()
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

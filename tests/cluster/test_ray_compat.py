@@ -7,9 +7,11 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import ray
 from ray.tune.execution import class_cache
 from ray.tune.experimental.output import get_air_verbosity
 
@@ -49,6 +51,23 @@ def test_tune_reads_the_variables_that_keep_it_quiet() -> None:
     assert [name for name in ray_compat.TUNE_ENVIRONMENT if name not in code] == []
     with quiet_tune():
         assert get_air_verbosity(0) is None  # the new output, which prints whatever the verbosity, is off
+
+
+def pids_of_four_tasks() -> set[int]:
+    """Return the processes of four tasks that run at the same time; there are two CPUs."""
+
+    @ray.remote(num_cpus=0.5)
+    def pid() -> int:
+        time.sleep(1)
+        return os.getpid()
+
+    return set(ray.get([pid.remote() for _ in range(4)]))
+
+
+def test_more_idle_workers_than_cpus_are_kept_for_the_next_tasks(ray_session: None) -> None:
+    first = pids_of_four_tasks()
+    time.sleep(3)  # by default those beyond two would be gone
+    assert pids_of_four_tasks() <= first
 
 
 def test_the_environment_and_the_loggers_are_put_back() -> None:
