@@ -32,6 +32,7 @@ from ray.cluster_utils import Cluster
 
 from cluster.compute import RayCompute
 from cluster.identify import SCALE_EVERY_S
+from cluster.ray_compat import keep_idle_workers
 from cluster.resources import WorkerResources, capacity
 from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import decode
@@ -47,6 +48,7 @@ SHORT_SWEEP = {"lambdas": [0.1, 1.0], "epochs": 3}
 
 def main(scene: str, folder: Path) -> None:
     """Play a scene with the models in `folder`; its store is `folder`/SCENE."""
+    keep_idle_workers()
     lines = Lines()
     log = logging.getLogger("defuse")
     log.setLevel(logging.DEBUG)
