@@ -40,7 +40,7 @@ THREADS = 2  # resources.train_threads
 RESERVE = 0.85  # of the time, for reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.35, "identify": 0.15, "references": 0.15, "correct": 0.2}
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
-SCALE, ANCHORED_SCALE = 2.0, 4.0  # identify.scale; an anchored picture bears more noise
+SCALE = 2.0  # identify.scale
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
 OTHER_SIZES = (32, 64, 128, 224, 28, 96, 256)  # tried where a classifier fails on the suggested one
 
@@ -259,8 +259,7 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
     steps = epochs * max(1, count // batch)
     tree["vae"] |= {"epochs": epochs, "batch_size": batch, "kl_warmup_steps": min(500, steps // 4)}
     draws = _clamp(seconds * shares["identify"] * speeds.decode / count, 2, 50)
-    anchored = tree["vae"].get("decode") == "anchored"
-    tree["identify"] = {"draws": draws, "scale": ANCHORED_SCALE if anchored else SCALE}
+    tree["identify"] = {"draws": draws, "scale": SCALE}
     tree["distill"] = {"order": "source-error"}
     reference = _reference(count, seconds * shares["references"], speeds)
     tree["review"] = {"reference": reference}

@@ -36,6 +36,7 @@ from defuse_core.training.reference_models import load_reference_models, mean_pr
 
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 IMAGES = 1000
+MOVED = (2, 4)  # times the noise, of the picture
 PICTURES, SIDE, GAP = 8, 64, 4  # columns of the picture, pixels of an image and between images
 
 
@@ -189,11 +190,11 @@ def answers(nets: list[nn.Module], images: F32) -> I64:
 
 
 def draw(test: Images, mu: F32, noise: F32, decoders: dict[str, Decoder], path: Path) -> None:
-    """Save rows of the originals, their plain decodings, and anchored ones at 4 and 8 times the noise."""
+    """Save rows of the originals, their plain decodings, and anchored ones at MOVED times the noise."""
     rows = np.concatenate([np.flatnonzero(test.labels == label)[:1] for label in np.unique(test.labels)])
     rows = rows[:PICTURES]
     lines = [test.batch(rows), decoders["plain"].decode(mu[rows])]
-    lines += [decoders["anchored"].decode(mu[rows] + np.float32(s) * noise[rows], rows) for s in (4, 8)]
+    lines += [decoders["anchored"].decode(mu[rows] + np.float32(s) * noise[rows], rows) for s in MOVED]
     size = SIDE + GAP
     sheet = Image.new("RGB", (len(rows) * size - GAP, len(lines) * size - GAP), "white")
     for top, line in enumerate(lines):
