@@ -116,11 +116,11 @@ def set_private_token() -> None:
 
 
 def keep_idle_workers() -> None:
-    """Let a Ray that this process starts keep the workers of finished tasks for the next ones, as many as 4 a CPU.
+    """Let a Ray that this process starts keep the workers of finished tasks for the next ones, 8 more than CPUs.
 
     By default it ends those beyond one a CPU after a second, and each new one imports torch again, 2 to 4 seconds.
     """
-    os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * (os.cpu_count() or 1)))
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(8 + (os.cpu_count() or 1)))
 
 
 def quiet_job_client(address: str) -> None:

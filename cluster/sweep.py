@@ -140,7 +140,10 @@ def _trial(
         try:
             for trial in profile.first(STEP, f"lambda-{lam:g}-{number}", trials):
                 epochs = len(trial.rows)
-                tune.report({"epochs": epochs, "visible_gpus": location.visible_gpus})
+                done = (
+                    request.spec.correct.epochs if trial.done else epochs
+                )  # one that is given up is done, too
+                tune.report({"epochs": done, "visible_gpus": location.visible_gpus})
         except ModelError as error:  # the same in every attempt, so that Tune is not to make another
             tune.report({"epochs": epochs, DIVERGED: str(error)})
 

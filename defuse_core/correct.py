@@ -187,6 +187,8 @@ def fine_tune(
             done,
         )
         if done:
+            if epoch < section.epochs:
+                log.info("correct: λ = %g is given up after epoch %d of %d", lam, epoch, section.epochs)
             return
 
 

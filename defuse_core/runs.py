@@ -77,6 +77,16 @@ class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
     """Everything up to --until is done."""
 
 
+def _as_begun(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded run file with what it did where it lacks fields that later versions added."""
+    review, correct = tree.get("review"), tree.get("correct")
+    if isinstance(review, dict) and "failing" not in review:
+        tree = tree | {"review": review | {"failing": 0.0}}  # rho alone
+    if isinstance(correct, dict) and "widen" not in correct:
+        tree = tree | {"correct": correct | {"widen": 1.0}}
+    return tree
+
+
 class Run:
     """One run in a store: `run.yaml`, `manifest.json`, one safetensors file per artefact, and the report."""
 
@@ -153,7 +163,7 @@ class Run:
             raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REWRITE}") from error
         if not isinstance(tree, dict):
             raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REWRITE}")
-        return cls(store, name, parse_run_file(tree, f"{name}/run.yaml"))
+        return cls(store, name, parse_run_file(_as_begun(tree), f"{name}/run.yaml"))
 
     def once(self, step: str, kind: type[T], make: Callable[[], T], key: str | None = None) -> T:
         """Return the artefact of `kind`: the one stored, or else what `make` returns, stored first.

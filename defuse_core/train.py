@@ -185,14 +185,15 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
             )
     wanted = spec.correct.train_images
     if (
-        spec.correct.choose_by == "tune"
+        (spec.correct.choose_by == "tune" or spec.correct.stop_at_loss is not None)
         and splits.validation is None
         and wanted
         and wanted < len(splits.train)
     ):
         raise RunFileError(
             "correct.train_images: a sample of the training images is too small to measure the clean accuracy that "
-            "correct.max_loss bounds, and this data set has no validation images; set data.validation_share"
+            "correct.max_loss and stop_at_loss bound, and this data set has no validation images; set "
+            "data.validation_share"
         )
 
 

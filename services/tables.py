@@ -183,17 +183,17 @@ def _lines(report: Report) -> list[str]:
 def _screen(report: Report) -> list[str]:
     """Return what screening keeps, as a line; none without a screen, and for a run of an earlier version."""
     psi = report.psi
-    if not psi.screened or psi.kept is None:
+    if not psi.screened or psi.kept_share is None:
         return []
-    line = f"Screen: {percent(psi.kept)} of {count_of(psi.failing_draws or 0, 'failing draw')} kept"
+    line = f"Ψ keeps {percent(psi.kept_share)} of {count_of(psi.failing_draws or 0, 'failing draw')}"
     if report.evidence is not None and report.evidence.screen_recall.value is not None:
-        line += f"; it would keep {interval(report.evidence.screen_recall, 0)} of the real failures"
+        line += f"; the screen would keep {interval(report.evidence.screen_recall, 0)} of the real failures"
     return [f"{line}."]
 
 
 def _verdicts(report: Report) -> list[str]:
     """Return how far the accepted scenarios can be trusted, as a line; none where neither figure exists."""
-    false, agreement = report.scenarios.expected_false, report.scenarios.tuning_agreement
+    false, agreement = report.scenarios.expected_false_share, report.scenarios.tuning_agreement
     parts = [] if false is None else [f"{percent(false)} of the accepted are expected to be false"]
     if agreement is not None:
         parts.append(f"the reference models see the label in {percent(agreement)} of the draws to tune on")

@@ -301,12 +301,12 @@ class ReviewSection(Section):
     tau: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """τ multiplies the covariance a component is drawn with. auto finds for each component the largest τ up to 1 at
     which it is pure and misclassified, and draws within its ellipsoid. Paper: 0.5 for MNIST, 0.01 otherwise."""
-    purity: float = Field(0.9, gt=0, lt=1)
+    purity: float = Field(0.9, gt=0, le=0.95)
     """tau auto: share of a component's draws with one label, by the reference models; its lower bound has to reach
     this. Ours."""
-    failing: float = Field(0.8, ge=0, lt=1)
+    failing: float = Field(0.8, ge=0, le=0.95)
     """tau auto: share of a component's labelled draws that the classifier gets wrong; its lower bound has to reach
-    this. Ours."""
+    this, and be more than rho. Ours."""
     rho: float = Field(0.5, ge=0, lt=1)
     """A component is a failure scenario if more than this share of its labelled images is misclassified. Paper: 0.5."""
     consensus: Literal["majority", "crowdlab"] = "majority"
@@ -354,8 +354,8 @@ class CorrectSection(Section):
     test_images: int = Field(256, ge=1)
     """Other images per scenario, to test on. Paper: 256."""
     widen: float = Field(16.0, ge=1)
-    """filter reference-models: the draws to tune on are so many times wider than those reviewed (a factor on τ), so
-    that the surroundings of a scenario are corrected, too. Paper: 1."""
+    """filter reference-models: images to tune on are drawn at so many times the reviewed τ, which lies the root of it
+    farther out, so that the surroundings of a scenario are corrected, too. Paper: 1."""
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune"] = "tune"
@@ -365,7 +365,14 @@ class CorrectSection(Section):
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
     stop_at_loss: float | None = Field(None, gt=0, le=1)
-    """A λ is hopeless, and not tuned with any further, once an epoch lost more clean accuracy than this. Ours."""
+    """A λ is given up after an epoch that lost more clean accuracy than this, at least max_loss; what it reached until
+    then may still be chosen where choose_by allows it. Ours."""
+
+    @model_validator(mode="after")
+    def _what_may_be_chosen_is_not_given_up(self) -> Self:
+        if self.stop_at_loss is not None and self.stop_at_loss < self.max_loss:
+            raise ValueError("stop_at_loss must be at least max_loss")
+        return self
 
     @model_validator(mode="after")
     def _lambdas_distinct(self) -> Self:

@@ -111,15 +111,21 @@ def failure_rows(
 
 
 def near_failures(
-    scenarios: Scenarios, component: int, rows: I64, tau: float, rng: np.random.Generator
+    scenarios: Scenarios,
+    component: int,
+    rows: I64,
+    tau: float,
+    rng: np.random.Generator,
+    factor: float = 1.0,
 ) -> Draws:
     """Return a draw near each failure z in `rows` of one component, anchored at the image of that failure.
 
     The draw is mu_j + sqrt(1 - τ)·(z - mu_j) + N(0, τ·Σ_j), a smoothed bootstrap: at any τ up to 1 its mean and
     covariance are those of the component, and at small τ it is the failure itself. Truncated as `truncated_codes`
-    where the components have a tau each.
+    where the components have a tau each. `factor` multiplies the covariance of the noise alone, so that the draw stays
+    near its failure.
     """
-    normal = rng.standard_normal((len(rows), scenarios.means.shape[1]))
+    normal = np.sqrt(factor) * rng.standard_normal((len(rows), scenarios.means.shape[1]))
     return smoothed(scenarios, component, rows, tau, normal)
 
 
@@ -161,12 +167,12 @@ def wide_draws(
     *,
     held_out: bool = False,
 ) -> Draws:
-    """Return what `draw_codes` does at `factor` times the component's τ, not truncated."""
-    tau = factor * tau_of(spec, scenarios, component)
+    """Return what `draw_codes` does with `factor` times the component's τ as the noise, not truncated."""
+    tau = tau_of(spec, scenarios, component)
     if scenarios.failures is None:
-        return Draws(gaussian_codes(scenarios, component, count, tau, rng))
+        return Draws(gaussian_codes(scenarios, component, count, factor * tau, rng))
     rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
-    return near_failures(replace(scenarios, taus=None), component, rows, tau, rng)
+    return near_failures(replace(scenarios, taus=None), component, rows, tau, rng, factor)
 
 
 def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:

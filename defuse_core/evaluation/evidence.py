@@ -55,7 +55,7 @@ from defuse_core.training.reference_models import (
 )
 
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
-WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those tuned on
+WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those reviewed
 WIDER_IMAGES = 64  # per scenario and factor
 NEAREST = 12  # real images shown beside a scenario
 NEAREST_TESTED = 50  # real images whose error is compared with that of all

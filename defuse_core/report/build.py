@@ -120,7 +120,7 @@ def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
         images_with_any=_ratio(psi.images_with_any, psi.images),
         zero_noise_flip_rate=_ratio(psi.zero_noise_flips, psi.images),
         failing_draws=psi.failing if known else None,
-        kept=_ratio(psi.total, psi.failing) if draws_alone else None,
+        kept_share=_ratio(psi.total, psi.failing) if draws_alone else None,
         screened=spec.identify.screen == "reference-models",
     )
 
@@ -174,7 +174,7 @@ def _scenarios(found: Findings, evaluation: Evaluation, evidence: Evidence | Non
         purity=_mean(found.verdicts.purity[accepted]),
         own_labels=_own_labels(found, evaluation),
         list=rows,
-        expected_false=found.verdicts.false_share
+        expected_false_share=found.verdicts.false_share
         or None,  # 0: none accepted by the vote, or an earlier version
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
     )

@@ -90,7 +90,7 @@ class EvidenceFigures(ReportModel):
     left_out: BeforeAfter
     """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
     wider: tuple[WiderDraws, ...]
-    """Accuracy by own label on draws wider than those tuned on."""
+    """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
     real_failures: FourShares
     """Accuracy on failing draws around test images in which the judges still see the image's class."""
     real_failure_images: int
@@ -161,8 +161,8 @@ class Scenario(ReportModel):
     evidence: ScenarioEvidence | None
     """Null where rejected, and without judges."""
     tuning_agreement: float | None = None
-    """Share of its draws to tune on in which the reference models see its label. Null where rejected, and without
-    correct.filter, which leaves out the other draws; at 0 it keeps all."""
+    """Share of its first draws to tune on in which the reference models see its label. Null where rejected, and without
+    correct.filter, which leaves out the other draws."""
 
 
 class OwnLabels(ReportModel):
@@ -180,7 +180,7 @@ class ScenarioSummary(ReportModel):
     """Mean over the accepted."""
     own_labels: OwnLabels
     list: tuple[Scenario, ...]
-    expected_false: float | None = None
+    expected_false_share: float | None = None
     """Expected share of false ones among those that the vote accepts: with what probability, under a uniform prior, the
     classifier gets at most review.rho of a scenario wrong, mean over them. Null without any."""
     tuning_agreement: float | None = None
@@ -229,7 +229,7 @@ class PsiFigures(ReportModel):
     """Share of the images that the classifier gets wrong when their own code is decoded, without noise."""
     failing_draws: int | None = None
     """Draws that the classifier gets wrong, before any is left out; null for a run of an earlier version."""
-    kept: float | None = None
+    kept_share: float | None = None
     """Share of these in Ψ, after identify.screen and identify.max_per_image. Null where Ψ holds originals as well."""
     screened: bool = False
     """Whether identify.screen left out draws in which the reference models do not see the class of the image."""

@@ -92,7 +92,8 @@ def sample_more_images(
 def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:
     """Return D_f: per failure scenario, codes to tune on and others to test on, under the scenario's one label.
 
-    Those to tune on are correct.widen times wider. With vae.decode: anchored both are anchored at other images.
+    Those to tune on are drawn at correct.widen times the reviewed τ. With vae.decode: anchored both are anchored at
+    other images.
     """
     section, accepted = spec.correct, verdicts.accepted
     if scenarios.failures is not None:
@@ -180,7 +181,8 @@ def filter_corrections(
     for component, share in zip(fixes.scenario, kept, strict=True):
         if share < FEW_AGREE:
             log.warning(
-                "correct: the reference models see the label of scenario %d in %.0f %% of its draws",
+                "correct: the reference models see the label of scenario %d in %.0f %% of the images to tune on; "
+                "check its label, or lower correct.widen",
                 component,
                 100 * share,
             )
@@ -212,9 +214,9 @@ def _filtered(
             usable = draws.take(agrees)
             count = spec.correct.tune_images
             rng = generator(spec.seed, "corrections", component, "more")
-            for sample, number in ((_draws_to_tune_on, MORE_DRAWS * count), (draw_codes, count)):
+            for draw, number in ((_draws_to_tune_on, MORE_DRAWS * count), (draw_codes, count)):
                 if len(usable) < count:
-                    more = sample(spec, scenarios, component, number, rng)
+                    more = draw(spec, scenarios, component, number, rng)
                     usable = usable.joined(more.take(examiner.examine(more)[1] == label))
             rows_of = np.resize(np.arange(len(usable)), count)
             found.append((usable.take(rows_of) if len(usable) else more, float(agrees.mean())))

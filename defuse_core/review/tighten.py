@@ -94,16 +94,20 @@ class _Outcome:
     draws: int = DRAWS
 
     def passes(self, spec: RunFile) -> bool:
-        return self._is_pure(spec) and _bound(self.wrong, self.labelled) >= spec.review.failing
+        failing = _bound(self.wrong, self.labelled)
+        return self._is_pure(spec) and failing >= spec.review.failing and failing > spec.review.rho
 
     def _is_pure(self, spec: RunFile) -> bool:
         return _bound(self.pure, self.draws) >= spec.review.purity
 
     def reason(self, spec: RunFile) -> str:
-        narrowest = f"at τ = {TAUS[-1]:g}"
         if not self._is_pure(spec):
-            return f"{narrowest} {self.pure} of {self.draws} draws have one label, too few for {spec.review.purity:.0%}"
-        return f"{narrowest} f is wrong on {self.wrong} of {self.labelled} draws, too few for {spec.review.failing:.0%}"
+            found, least = f"{self.pure} of {self.draws} draws have one label", spec.review.purity
+            bound = _bound(self.pure, self.draws)
+        else:
+            found = f"f is wrong on {self.wrong} of {self.labelled} labelled draws"
+            least, bound = max(spec.review.failing, spec.review.rho), _bound(self.wrong, self.labelled)
+        return f"at τ = {TAUS[-1]:g} {found}: {bound:.0%} with certainty, and {least:.0%} are asked for"
 
 
 def _bound(hits: int, total: int) -> float:

@@ -5,6 +5,9 @@ mixture component would not do: it was fitted on perturbed codes, and an image d
 elsewhere. On two runs on scikit-learn's digits such images were some 24 standard deviations away: at 1 % of ordinary
 inputs, the component finds 7 % of the scenario's images, the Gaussian of its own images all of them.
 
+The tuning images may be drawn more widely than those reviewed (correct.widen). That widens a region and the distances
+that it is compared with alike.
+
 An input is inside a scenario if its Mahalanobis distance is smaller than that of all but a share of the training
 images. So that share of ordinary inputs is inside by construction; `recall` measures the scenario's held-out images.
 

@@ -119,6 +119,15 @@ def test_draws_at_a_small_tau_are_failures_at_their_own_images_and_at_tau_1_they
         np.testing.assert_allclose(np.cov(wide.codes.T), scenarios.covariances[0], atol=0.3)
 
 
+def test_wide_draws_are_around_their_failures_as_well():
+    scenarios, rows = one_component(), np.resize(np.arange(40), 4000)
+    wide = near_failures(
+        scenarios, 0, rows, 0.01, generator(0, "test"), factor=100.0
+    )  # noise as wide as the failures
+    correlation = np.corrcoef(wide.codes[:, 0], scenarios.failures.codes[0, rows, 0])[0, 1]
+    assert correlation == pytest.approx(np.sqrt(0.5), abs=0.05)
+
+
 @pytest.mark.parametrize("images", [2, 3, 8])
 def test_held_out_draws_are_anchored_at_other_images(images):
     spec, scenarios = tiny(), one_component(images)

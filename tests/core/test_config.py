@@ -141,6 +141,7 @@ def test_every_field_has_a_description():
         ("review.rho=1.5", "review.rho: .*less than 1, found 1.5"),
         ("classifier.keep=first", "classifier.keep: .*'last' or 'best_validation', found 'first'"),
         ("correct.lambdas=[1, 1]", "lambdas must be distinct"),
+        ("correct.stop_at_loss=0.001", "stop_at_loss must be at least max_loss"),
         ("data.image_size=20", "vae.encoder_stages|vae.decoder_stages|classifier.stages"),
         ("vae.hidden=10", "vae.hidden = 10 must be a multiple of 4x4"),
         ("classifier.architecture=custom", "classifier.import_path goes with"),

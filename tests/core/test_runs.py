@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from defuse_core.artifacts import Psi
 from defuse_core.errors import InputError, RunBusyError, RunMismatchError, StoreError
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import UNFINISHED, FolderStore
-from tests.conftest import tiny
+from tests.conftest import recommended, tiny
 
 
 def psi(total: int = 3) -> Psi:
@@ -101,6 +102,18 @@ def test_a_field_that_changes_no_result_is_recorded_anew(tmp_path):
     Run.start(FolderStore(tmp_path), "a", tiny()).once("identify", Psi, psi)
     Run.start(FolderStore(tmp_path), "a", tiny(check={"max_loss": 0.001}))
     assert Run.open(FolderStore(tmp_path), "a").spec.check.max_loss == 0.001
+
+
+def test_a_run_that_began_before_a_field_existed_goes_on_as_it_began(tmp_path):
+    store = FolderStore(tmp_path)
+    Run.start(store, "a", recommended()).once("identify", Psi, psi)
+    tree = yaml.safe_load(store.read("a/run.yaml"))
+    del tree["review"]["failing"], tree["correct"]["widen"]
+    store.write("a/run.yaml", yaml.safe_dump(tree).encode())
+    before = Run.open(store, "a").spec
+    assert (before.review.failing, before.correct.widen) == (0.0, 1.0)
+    with pytest.raises(RunMismatchError, match=r"review\.failing: 0\.0 in the run, 0\.1 now"):
+        Run.start(store, "a", recommended())
 
 
 def test_weights_are_known_by_what_is_in_their_file(tmp_path):

@@ -126,7 +126,7 @@ def with_failing_draws(failing: int, **identify: object):
 
 def test_the_report_says_how_many_failing_draws_the_screen_keeps(tmp_path: Path):
     report, page = with_failing_draws(2064, max_per_image=7)(tmp_path)
-    assert (report.psi.failing_draws, report.psi.kept, report.psi.screened) == (2064, 0.25, True)
+    assert (report.psi.failing_draws, report.psi.kept_share, report.psi.screened) == (2064, 0.25, True)
     assert "Of 2,064 failing draws 516 are kept" in page
     assert "(identify.screen), at most 7 an image." in page
 
@@ -142,7 +142,7 @@ def test_the_kept_share_is_left_out_where_it_is_not_known(
     tmp_path: Path, failing: int, identify: dict[str, object], expected: tuple[object, ...]
 ):
     report, page = with_failing_draws(failing, **identify)(tmp_path)
-    assert (report.psi.failing_draws, report.psi.kept) == expected
+    assert (report.psi.failing_draws, report.psi.kept_share) == expected
     assert "are kept" not in page
 
 
@@ -156,10 +156,12 @@ def test_the_report_says_on_how_many_draws_the_reference_models_agree_with_the_l
 
 def test_the_report_says_how_many_accepted_scenarios_are_expected_to_be_false(tmp_path: Path):
     run, sample = sample_run(tmp_path), sample_findings(3, 2)
-    assert write_report(run, *with_verdicts(sample, false_share=0.031)).scenarios.expected_false == 0.031
+    assert (
+        write_report(run, *with_verdicts(sample, false_share=0.031)).scenarios.expected_false_share == 0.031
+    )
     page = run.store.read("report.html").decode().replace("\xa0", " ")
     assert '<b class="unbroken">3.1 %</b> are expected to be false' in page
-    assert report_of(with_verdicts(sample, false_share=0.0), tmp_path).scenarios.expected_false is None
+    assert report_of(with_verdicts(sample, false_share=0.0), tmp_path).scenarios.expected_false_share is None
 
 
 def test_collapsed_dimensions_are_counted(tmp_path: Path):
@@ -185,7 +187,7 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     assert tree["version"] == 2
     assert tree["annotators"] == "reference models"
     assert set(tree["accuracy"]["defuse"]) == {"validation", "test", "scenario"}
-    figures = {"components", "accepted", "purity", "own_labels", "expected_false", "tuning_agreement"}
+    figures = {"components", "accepted", "purity", "own_labels", "expected_false_share", "tuning_agreement"}
     assert figures | {"list"} == set(tree["scenarios"])
     assert {"lam", "epoch", "test", "scenario"} <= set(tree["tradeoff"][0])
     assert {"codes", "images_with_any", "zero_noise_flip_rate"} <= set(tree["psi"])
@@ -201,15 +203,19 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
 def test_a_report_from_before_some_figures_is_still_read(tmp_path: Path):
     tree = json.loads(report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True))
     added = {
-        "scenarios": ("expected_false", "tuning_agreement"),
-        "psi": ("failing_draws", "kept", "screened"),
+        "scenarios": ("expected_false_share", "tuning_agreement"),
+        "psi": ("failing_draws", "kept_share", "screened"),
     }
     del tree["watch"]
     for part, names in added.items():
         for name in names:
             del tree[part][name]
     report = parse_report(json.dumps(tree), "report.json")
-    assert (report.watch, report.psi.failing_draws, report.scenarios.expected_false) == (None, None, None)
+    assert (report.watch, report.psi.failing_draws, report.scenarios.expected_false_share) == (
+        None,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("change", [{"version": 1}, {"version": None}, {"making": {}}])

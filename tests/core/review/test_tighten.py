@@ -58,13 +58,13 @@ def test_a_component_that_is_impure_at_its_mean_is_dropped_with_its_cell_and_sup
     assert len(found) == 0
     (dropped,) = found.dropped
     assert (dropped.source, dropped.answer, dropped.support) == (8, 3, 40)
-    assert "too few for 90%" in dropped.reason
+    assert "90% are asked for" in dropped.reason
 
 
 def test_a_component_that_the_classifier_gets_right_is_dropped():
     found = tightened(lambda draws: (np.full(len(draws.codes), 8),) * 2)
     assert len(found) == 0
-    assert "at τ = 0.015625 f is wrong on 0 of 64 draws" in found.dropped[0].reason
+    assert "at τ = 0.015625 f is wrong on 0 of 64 labelled draws" in found.dropped[0].reason
 
 
 def test_a_component_that_fails_around_its_mean_and_not_at_it_is_kept():
