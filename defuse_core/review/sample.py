@@ -218,7 +218,7 @@ def _filtered(
                 if len(usable) < count:
                     more = draw(spec, scenarios, component, number, rng)
                     usable = usable.joined(more.take(examiner.examine(more)[1] == label))
-            rows_of = np.resize(np.arange(len(usable)), count)
-            found.append((usable.take(rows_of) if len(usable) else more, float(agrees.mean())))
+            repeated = usable.take(np.resize(np.arange(len(usable)), count)) if len(usable) else more
+            found.append((repeated, float(agrees.mean())))
             progress("filtering images to tune on", done, len(fixes.labels), "scenarios")
     return found

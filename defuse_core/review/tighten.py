@@ -107,7 +107,7 @@ class _Outcome:
         else:
             found = f"f is wrong on {self.wrong} of {self.labelled} labelled draws"
             least, bound = max(spec.review.failing, spec.review.rho), _bound(self.wrong, self.labelled)
-        return f"at τ = {TAUS[-1]:g} {found}: {bound:.0%} with certainty, and {least:.0%} are asked for"
+        return f"at τ = {TAUS[-1]:g} {found}: at least {bound:.0%} (95% confidence), and {least:.0%} are asked for"
 
 
 def _bound(hits: int, total: int) -> float:
