@@ -86,8 +86,12 @@ class ProgressListener:
         return bool(updates or lines)
 
     def begin(self) -> None:
-        """Count what tasks report from 0 again: call it before tasks that share an activity are started."""
-        self.actor.begin.remote()
+        """Count what tasks report from 0 again: call it before tasks that share an activity are started.
+
+        Returns once it is done, since the calls of other processes could overtake this one.
+        """
+        with contextlib.suppress(RayError):
+            ray.get(self.actor.begin.remote(), timeout=FLUSH_S)
 
     def close(self) -> None:
         """Show the rest, and end the actor."""
