@@ -139,6 +139,12 @@ def headline(report: Report) -> str:
             "Could not tell: no component is a failure scenario, but the β-VAE's pictures are too "
             f"{'poor' if health.verdict == 'poor' else 'bad'} to find one."
         )
+    if not report.psi.codes and report.psi.failing_draws:
+        return (
+            "Could not tell: the reference models see the class of the image in none of "
+            f"{count_of(report.psi.failing_draws, 'failing draw')}; train better ones, or lower "
+            "identify.min_probability."
+        )
     if not components:
         return "No failure scenario was found: identification and distillation left nothing to review."
     if not accepted:

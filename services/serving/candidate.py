@@ -20,6 +20,7 @@ from defuse_core.artifacts import (
     Corrections,
     Gallery,
     Models,
+    Psi,
     Sweep,
     Verdicts,
     Votes,
@@ -197,6 +198,13 @@ class _RunArtifacts:
                 f"run {run.name}: could not tell whether the classifier has failure scenarios: none was accepted, and "
                 f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
                 f"{pictures}); improve section vae of the run file and run it under another --name"
+            )
+        psi = run.load(Psi)
+        if not artifacts.sweep.weights and psi is not None and psi.failing and not psi.total:
+            raise CheckFailed(
+                f"run {run.name}: could not tell whether the classifier has failure scenarios: the reference models "
+                "see the class of the image in no failing draw; train better ones, or lower identify.min_probability, "
+                "and run it under another --name"
             )
         if not artifacts.sweep.weights and len(artifacts.verdicts.accepted):
             raise CheckFailed(

@@ -51,6 +51,14 @@ def test_a_beta_vae_that_is_not_fit_gives_a_warning_and_never_the_answer_that_no
     assert f"The β-VAE is {verdict}." in " ".join(caveats(report))
 
 
+def test_a_screen_that_keeps_no_failing_draw_could_not_tell(tmp_path: Path):
+    report = report_of(sample_findings(4, 0), tmp_path)
+    psi = report.psi.model_copy(update={"codes": 0, "failing_draws": 800})
+    told = headline(report.model_copy(update={"psi": psi}))
+    assert told.startswith("Could not tell: the reference models see")
+    assert "in none of 800 failing draws" in told
+
+
 def test_a_fit_beta_vae_gives_no_warning_and_a_plain_answer(tmp_path: Path):
     report = report_of(with_health(sample_findings(4, 0), "fit"), tmp_path)
     assert headline(report).startswith("None of the 4 components")

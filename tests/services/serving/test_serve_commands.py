@@ -16,6 +16,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli.serve import check, promote, rollback, serve
 from services.serving.registry import Registry
+from tests.sample_findings import sample_findings
 
 
 def run(command, *args):
@@ -77,6 +78,16 @@ def test_a_run_that_could_not_tell_never_passes_a_check(own_store, verdict):
     run_dir.store.write("models.safetensors", encode(replace(run_dir.load(Models), health=health)))
     for command in (check, promote):
         with pytest.raises(CheckFailed, match=f"could not tell .* its β-VAE is {verdict}"):
+            run(command, "first", "--store", own_store.address)
+
+
+def test_a_run_whose_screen_kept_nothing_never_passes_a_check(own_store):
+    run_dir = Run.open(own_store, "first")
+    without_correction(run_dir, accepted=False)
+    psi = sample_findings(4, 0)[0].psi
+    run_dir.store.write("psi.safetensors", encode(replace(psi, codes=psi.codes * 0, failing=800)))
+    for command in (check, promote):
+        with pytest.raises(CheckFailed, match="could not tell .* in no failing draw"):
             run(command, "first", "--store", own_store.address)
 
 
