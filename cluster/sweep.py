@@ -140,9 +140,8 @@ def _trial(
         try:
             for trial in profile.first(STEP, f"lambda-{lam:g}-{number}", trials):
                 epochs = len(trial.rows)
-                done = (
-                    request.spec.correct.epochs if trial.done else epochs
-                )  # one that is given up is done, too
+                # a trial that is given up counts as all of its epochs
+                done = request.spec.correct.epochs if trial.done else epochs
                 tune.report({"epochs": done, "visible_gpus": location.visible_gpus})
         except ModelError as error:  # the same in every attempt, so that Tune is not to make another
             tune.report({"epochs": epochs, DIVERGED: str(error)})

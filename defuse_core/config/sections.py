@@ -368,6 +368,11 @@ class CorrectSection(Section):
     """A λ is given up after an epoch that lost more clean accuracy than this, at least max_loss; what it reached until
     then may still be chosen where choose_by allows it. Ours."""
 
+    @property
+    def tuning_factor(self) -> float:
+        """Factor on the reviewed τ of the images to tune on; 1 without a filter, as not all show the class."""
+        return 1.0 if self.filter == "none" else self.widen
+
     @model_validator(mode="after")
     def _what_may_be_chosen_is_not_given_up(self) -> Self:
         if self.stop_at_loss is not None and self.stop_at_loss < self.max_loss:

@@ -93,7 +93,7 @@ def render_page(
         image_counts=", ".join(f"{count:,} {split}" for split, count in report.run.images.items()),
         max_per_image=spec.identify.max_per_image,
         rho=spec.review.rho,
-        widen=1.0 if spec.correct.filter == "none" else spec.correct.widen,
+        widen=spec.correct.tuning_factor,
         run_file=dump_run_file(spec),
     )
     return formatting.unbroken(text) + "\n"

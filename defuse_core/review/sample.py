@@ -104,7 +104,7 @@ def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) 
         rng = generator(spec.seed, "corrections", int(component))
         codes[row] = draw_codes(spec, scenarios, int(component), count, rng).codes
     tune, test = codes[:, : section.tune_images], codes[:, section.tune_images :]
-    if _tunes_on_wider(spec):
+    if section.tuning_factor != 1:
         for row, component in enumerate(accepted):
             rng = generator(spec.seed, "corrections", int(component), "wide")
             tune[row] = _draws_to_tune_on(spec, scenarios, int(component), section.tune_images, rng).codes
@@ -134,15 +134,11 @@ def _anchored_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdict
 def _draws_to_tune_on(
     spec: RunFile, scenarios: Scenarios, component: int, count: int, rng: np.random.Generator
 ) -> Draws:
-    """Return draws of one component at correct.widen times its tau."""
-    if not _tunes_on_wider(spec):
+    """Return draws of one component at correct.tuning_factor times its tau."""
+    factor = spec.correct.tuning_factor
+    if factor == 1:
         return draw_codes(spec, scenarios, component, count, rng)
-    return wide_draws(spec, scenarios, component, count, spec.correct.widen, rng)
-
-
-def _tunes_on_wider(spec: RunFile) -> bool:
-    """Whether D_f has wider draws than those reviewed: only where they are filtered, since not all show the class."""
-    return spec.correct.filter != "none" and spec.correct.widen != 1
+    return wide_draws(spec, scenarios, component, count, factor, rng)
 
 
 def with_used_anchors(fixes: Corrections) -> Corrections:

@@ -93,20 +93,29 @@ class _Outcome:
     wrong: int  # labelled draws that the classifier gets wrong
     draws: int = DRAWS
 
-    def passes(self, spec: RunFile) -> bool:
-        failing = _bound(self.wrong, self.labelled)
-        return self._is_pure(spec) and failing >= spec.review.failing and failing > spec.review.rho
+    @property
+    def purity(self) -> float:
+        """Lower bound of the share of draws with the component's label."""
+        return _bound(self.pure, self.draws)
 
-    def _is_pure(self, spec: RunFile) -> bool:
-        return _bound(self.pure, self.draws) >= spec.review.purity
+    @property
+    def failing(self) -> float:
+        """Lower bound of the share of labelled draws that the classifier gets wrong."""
+        return _bound(self.wrong, self.labelled)
+
+    def passes(self, spec: RunFile) -> bool:
+        review = spec.review
+        return self.purity >= review.purity and self.failing >= review.failing and self.failing > review.rho
 
     def reason(self, spec: RunFile) -> str:
-        if not self._is_pure(spec):
-            found, least = f"{self.pure} of {self.draws} draws have one label", spec.review.purity
-            bound = _bound(self.pure, self.draws)
+        """Return which requirement the draws at the smallest tau do not meet."""
+        review = spec.review
+        if self.purity < review.purity:
+            found = f"{self.pure} of {self.draws} draws have one label"
+            bound, least = self.purity, review.purity
         else:
             found = f"f is wrong on {self.wrong} of {self.labelled} labelled draws"
-            least, bound = max(spec.review.failing, spec.review.rho), _bound(self.wrong, self.labelled)
+            bound, least = self.failing, max(review.failing, review.rho)
         return f"at τ = {TAUS[-1]:g} {found}: at least {bound:.0%} (95% confidence), and {least:.0%} are asked for"
 
 

@@ -191,31 +191,36 @@ class _RunArtifacts:
                     f"finish it with `defuse run`"
                 )
         artifacts = cls(*loaded)
-        health = with_measured_health(run, artifacts.models).health
-        if not artifacts.sweep.weights and health is not None and health.verdict != "fit":
-            pictures = "images moved by the noise" if health.anchored else "reconstructions"
-            raise CheckFailed(
-                f"run {run.name}: could not tell whether the classifier has failure scenarios: none was accepted, and "
-                f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
-                f"{pictures}); improve section vae of the run file and run it under another --name"
-            )
-        psi = run.load(Psi)
-        if not artifacts.sweep.weights and psi is not None and psi.failing and not psi.total:
-            raise CheckFailed(
-                f"run {run.name}: could not tell whether the classifier has failure scenarios: the reference models "
-                "see the class of the image in no failing draw; train better ones, or lower identify.min_probability, "
-                "and run it under another --name"
-            )
-        if not artifacts.sweep.weights and len(artifacts.verdicts.accepted):
-            raise CheckFailed(
-                f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
-                "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
-            )
         if not artifacts.sweep.weights:
-            raise NothingCorrected(
-                f"run {run.name} corrected nothing (no failure scenario was accepted), so it has no model to serve"
-            )
+            raise _nothing_to_serve(run, artifacts)
         return artifacts
+
+
+def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | NothingCorrected:
+    """Return why a finished run has no corrected classifier."""
+    health = with_measured_health(run, artifacts.models).health
+    if health is not None and health.verdict != "fit":
+        pictures = "images moved by the noise" if health.anchored else "reconstructions"
+        return CheckFailed(
+            f"run {run.name}: could not tell whether the classifier has failure scenarios: none was accepted, and "
+            f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
+            f"{pictures}); improve section vae of the run file and run it under another --name"
+        )
+    psi = run.load(Psi)
+    if psi is not None and psi.failing and not psi.total:
+        return CheckFailed(
+            f"run {run.name}: could not tell whether the classifier has failure scenarios: the reference models "
+            "see the class of the image in no failing draw; train better ones, or lower identify.min_probability, "
+            "and run it under another --name"
+        )
+    if len(artifacts.verdicts.accepted):
+        return CheckFailed(
+            f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
+            "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
+        )
+    return NothingCorrected(
+        f"run {run.name} corrected nothing (no failure scenario was accepted), so it has no model to serve"
+    )
 
 
 def weights_digest(weights: Weights) -> str:
