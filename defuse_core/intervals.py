@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import special, stats
+from scipy import special  # scipy.stats takes half a second to import, in every worker
 
 from defuse_core.artifacts import F64, I64, Bool
 
 
 def wilson(hits: I64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
     """Return Wilson's bounds of the shares hits/total, low and high, two-sided; 0 and 1 where total is 0."""
-    z = stats.norm.ppf(0.5 + confidence / 2)
+    z = special.ndtri(0.5 + confidence / 2)
     counts = np.maximum(total, 1)
     share, square = hits / counts, z**2 / counts
     centre = (share + square / 2) / (1 + square)
@@ -35,6 +35,8 @@ def wilson_lower(hits: I64, total: I64, confidence: float = 0.95) -> F64:
 
 def significantly_over(hits: I64, total: I64, share: float, false_discovery_rate: float) -> np.ndarray:  # type: ignore[type-arg]
     """Return which of the shares hits/total are over `share`, (S,): exact binomial tests, Benjamini and Hochberg."""
+    from scipy import stats
+
     if not len(hits):
         return np.zeros(0, np.bool_)
     tests = np.where(total > 0, stats.binom.sf(hits - 1, total, share), 1.0)
@@ -44,7 +46,7 @@ def significantly_over(hits: I64, total: I64, share: float, false_discovery_rate
 
 def probability_not_over(hits: I64, total: I64, share: float) -> F64:
     """Return the posterior probability, under a uniform prior, that the true shares are at most `share`."""
-    probability: F64 = stats.beta.cdf(share, hits + 1, total - hits + 1)
+    probability: F64 = special.betainc(hits + 1, total - hits + 1, share)
     return probability
 
 
@@ -54,19 +56,19 @@ def auroc(scores: F64, positive: Bool) -> F64:
     The interval is that of DeLong, DeLong and Clarke-Pearson (1988) on the logit. An area of exactly 1 has the lower
     bound 1 - 3/n of the rule of three, n the rarer of both kinds. nan three times where one kind is missing.
     """
+    from scipy.stats import rankdata
+
     ones, zeros = scores[positive], scores[~positive]
     if not len(ones) or not len(zeros) or not np.isfinite(scores).all():
         return np.full(3, np.nan)
-    ranks = stats.rankdata(scores)
-    above = (ranks[positive] - stats.rankdata(ones)) / len(
-        zeros
-    )  # of each positive: share of negatives below it
-    below = 1 - (ranks[~positive] - stats.rankdata(zeros)) / len(ones)
+    ranks = rankdata(scores)
+    above = (ranks[positive] - rankdata(ones)) / len(zeros)  # of each positive: share of negatives below it
+    below = 1 - (ranks[~positive] - rankdata(zeros)) / len(ones)
     area, rarer = float(above.mean()), min(len(ones), len(zeros))
     if area in (0.0, 1.0) or rarer < 2:
         slack = min(1.0, 3 / rarer)
         return np.array([area, max(0.0, area - slack), min(1.0, area + slack)])
     error = np.sqrt(above.var(ddof=1) / len(ones) + below.var(ddof=1) / len(zeros))
-    half = stats.norm.ppf(0.975) * error / (area * (1 - area))
+    half = special.ndtri(0.975) * error / (area * (1 - area))
     low, high = special.expit(special.logit(area) + np.array([-half, half]))
     return np.array([area, low, high])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 from scipy.spatial.distance import cdist
 
 from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, ComponentFailures, Failures, Scenarios
@@ -36,7 +36,7 @@ def truncated_codes(mean: F64, covariance: F64, normal: F64) -> F32:
     """
     width = normal.shape[1]
     square = (normal**2).sum(axis=1)
-    within = stats.chi2.ppf(COVERAGE * stats.chi2.cdf(square, width), width)
+    within = 2 * special.gammaincinv(width / 2, COVERAGE * special.gammainc(width / 2, square / 2))  # χ² quantiles
     shrunk = normal * np.sqrt(within / square)[:, None]
     codes: F32 = (mean + shrunk @ np.linalg.cholesky(covariance).T).astype(np.float32)
     return codes
