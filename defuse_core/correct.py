@@ -41,6 +41,7 @@ from defuse_core.training.checkpoint import (
     load_optimizer_state,
     minibatches,
     optimizer_state,
+    set_learning_rate,
     train_step,
 )
 from defuse_core.training.precision import accuracy_as_in_f32, autocast
@@ -211,8 +212,10 @@ def _epoch(
         len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
     )
     losses, before = Losses(f"with λ = {lam:g}"), weights_of(classifier)
-    order = minibatches(len(train), size, generator(spec.seed, "correct", epoch))
-    for rows, batch, labels in train.batches(order):
+    order = list(minibatches(len(train), size, generator(spec.seed, "correct", epoch)))
+    steps, done = spec.correct.epochs * len(order), (epoch - 1) * len(order)
+    for step, (rows, batch, labels) in enumerate(train.batches(order), start=done + 1):
+        set_learning_rate(optimizer, spec.correct, step, steps)
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
         both = torch.cat([batch, tune.batch(wrong)])
         with autocast(spec.resources.arithmetic("classifier")):
@@ -264,13 +267,15 @@ def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
     """Return what the rule of choice maximises. The held-out scenario and test images play no part.
 
     choose_by tune: tune accuracies that are equal in whole percent count as equal, and the clean accuracy decides.
+    An epoch before the last of a cycle is no candidate: its learning rate has not fallen yet.
     """
+    last = row.epoch if spec.correct.schedule == "one_cycle" else 0
     if spec.correct.choose_by != "tune":
-        return (getattr(row, spec.correct.choose_by),)
+        return (last, getattr(row, spec.correct.choose_by))
     clean = row.train if row.validation is None else row.validation
     if not _is_allowed(spec, models, row):
-        return (0.0, clean, row.tune)
-    return (1.0, round(row.tune, 2), clean, row.tune)
+        return (last, 0.0, clean, row.tune)
+    return (last, 1.0, round(row.tune, 2), clean, row.tune)
 
 
 def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:

@@ -84,6 +84,8 @@ def _as_begun(tree: dict[str, Any]) -> dict[str, Any]:
         tree = tree | {"review": review | {"failing": 0.0}}  # rho alone
     if isinstance(correct, dict) and "widen" not in correct:
         tree = tree | {"correct": correct | {"widen": 1.0}}
+    if isinstance(correct, dict) and "schedule" not in correct:
+        tree = tree | {"correct": tree["correct"] | {"schedule": "constant"}}
     return tree
 
 

@@ -87,6 +87,7 @@ TINY = {
         "lambdas": [1e-3, 1.0, 10.0],
         "epochs": 2,
         "batch_size": 64,
+        "schedule": "constant",
         "tune_images": 24,
         "test_images": 24,
         "choose_by": "tune",
@@ -115,7 +116,7 @@ RECOMMENDED = {  # what a new run file does, as tiny; with limits that its weak 
         "more_images": 20,
     },
     "judges": {"count": 2, "channels": 8, "epochs": 8, "batch_size": 32, "share": 0.3},
-    "correct": {"filter": "reference-models"},
+    "correct": {"filter": "reference-models", "schedule": "one_cycle"},
 }
 
 

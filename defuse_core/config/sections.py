@@ -20,6 +20,8 @@ def expect_printable(text: str) -> str:
     return text
 
 
+Schedule = Literal["constant", "one_cycle"]  # of a learning rate
+
 PrintableText = Annotated[str, AfterValidator(expect_printable)]
 
 
@@ -156,7 +158,7 @@ class VaeSection(Section):
     """Images. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
     """Adam. Paper: 0.001."""
-    schedule: Literal["constant", "one_cycle"] = "constant"
+    schedule: Schedule = "constant"
     """one_cycle: the learning rate grows linearly over the first tenth of the steps, then falls to 0 on a half cosine.
     Paper: constant."""
     class_weight: float = Field(0.0, ge=0)
@@ -349,6 +351,8 @@ class CorrectSection(Section):
     """Images of D per step, and as many of D_f. Paper: 256; 2048 for SVHN."""
     learning_rate: float = Field(1e-3, gt=0)
     """Adam. Paper: 0.001."""
+    schedule: Schedule = "one_cycle"
+    """one_cycle: as vae.schedule, over all epochs; the last epoch is the one to choose. Paper: constant."""
     tune_images: int = Field(256, ge=1)
     """Images per scenario to tune on. Paper: 256."""
     test_images: int = Field(256, ge=1)

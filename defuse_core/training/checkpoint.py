@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
+from defuse_core.config import CorrectSection, VaeSection
 from defuse_core.errors import ModelError, RunMismatchError, StoreError
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import Store
@@ -71,6 +73,19 @@ def train_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, section: VaeSection | CorrectSection, step: int, steps: int
+) -> None:
+    """Set the learning rate of step 1 to `steps`. It depends on nothing else, so a resumed training needs no state."""
+    if section.schedule == "constant":
+        return
+    rising = max(1, steps // 10)
+    falling = max(0, step - rising) / max(1, steps - rising)  # share of the steps after the rise
+    share = min(1.0, step / rising) * 0.5 * (1 + math.cos(math.pi * falling))
+    for group in optimizer.param_groups:
+        group["lr"] = section.learning_rate * share
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Weights:

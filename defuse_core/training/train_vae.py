@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import VaeEpoch
-from defuse_core.config import Arithmetic, RunFile, VaeSection
+from defuse_core.config import Arithmetic, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.device import device
 from defuse_core.models import (
@@ -29,7 +28,14 @@ from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training.batches import DeviceImages
-from defuse_core.training.checkpoint import Losses, Training, format_row, minibatches, train_step
+from defuse_core.training.checkpoint import (
+    Losses,
+    Training,
+    format_row,
+    minibatches,
+    set_learning_rate,
+    train_step,
+)
 from defuse_core.training.data_parallel import averaged, drawn_normal, worker_minibatches
 from defuse_core.training.precision import autocast
 from defuse_core.training.reference_models import augment
@@ -128,17 +134,6 @@ class _VaeTrainer:
             class_loss if self.has_head else None,
             guide_loss if self.guides else None,
         )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, section: VaeSection, step: int, steps: int) -> None:
-    """Set the learning rate of step 1 to `steps`. It depends on nothing else, so a resumed training needs no state."""
-    if section.schedule == "constant":
-        return
-    rising = max(1, steps // 10)
-    falling = max(0, step - rising) / max(1, steps - rising)  # share of the steps after the rise
-    share = min(1.0, step / rising) * 0.5 * (1 + math.cos(math.pi * falling))
-    for group in optimizer.param_groups:
-        group["lr"] = section.learning_rate * share
 
 
 class VaeTerms(NamedTuple):

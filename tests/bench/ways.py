@@ -32,6 +32,8 @@ WAYS: dict[str, tuple[str, ...]] = {
         "review.tau=0.5",
         "review.accept=share",
         "correct.filter=none",
+        "correct.schedule=constant",
+        "correct.batch_size=256",
     ),
 }
 Row = dict[str, str]

@@ -1,6 +1,7 @@
-"""Clusters of several nodes on one machine: run as `python -m tests.cluster.nodes SCENE FOLDER`; prints JSON.
+"""A cluster of several nodes on one machine: `python -m tests.cluster.nodes FOLDER` plays the scenes that it is told.
 
-A process of its own, since the tests' process is in another Ray already.
+It reads the names of scenes, and prints what came of each as a line of JSON. A process of its own, since the tests'
+process is in another Ray already; all scenes share its head.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -39,23 +41,36 @@ from defuse_core.codec import decode
 from defuse_core.config import RunFile
 from defuse_core.protocols import SweepRequest
 from tests.cluster.checks import Lines
-from tests.cluster.fakes import CountingStore, GatedStore
+from tests.cluster.fakes import GatedStore
 from tests.conftest import tiny
 
-PAUSE_S = 1.5  # per write: shards take long enough for nodes to come and go
 SHORT_SWEEP = {"lambdas": [0.1, 1.0], "epochs": 3}
 
 
-def main(scene: str, folder: Path) -> None:
-    """Play a scene with the models in `folder`; its store is `folder`/SCENE."""
+def main(folder: Path) -> None:
+    """Play scenes with the models in `folder`; the store of each is `folder`/SCENE."""
     keep_idle_workers()
     lines = Lines()
     log = logging.getLogger("defuse")
     log.setLevel(logging.DEBUG)
     log.addHandler(lines)
     models = decode(Models, (folder / "models").read_bytes(), "models")
-    found = SCENES[scene](models, folder / scene)
-    print(json.dumps({"lines": lines.lines, **found}))
+    with headed_cluster() as cluster:
+        for name in map(str.strip, sys.stdin):
+            lines.lines.clear()
+            try:
+                found = SCENES[name](cluster, models, folder / name)
+            except Exception:
+                found = {"finished": False, "error": traceback.format_exc()}
+            print(json.dumps({"lines": lines.lines, **found}), flush=True)
+            clear(cluster)
+
+
+def clear(cluster: Cluster) -> None:
+    """Remove all nodes but the head."""
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node, allow_graceful=False)
+    wait_until(lambda: capacity(WorkerResources(1, 0)) == 0)
 
 
 def in_background(work: Callable[[], Any]) -> threading.Thread:
@@ -94,44 +109,46 @@ def log_lines() -> Lines:
     return next(h for h in logging.getLogger("defuse").handlers if isinstance(h, Lines))
 
 
-def nodes_come_and_go(models: Models, folder: Path) -> dict[str, Any]:
+def nodes_come_and_go(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
     """One node begins; a second joins, works, and has its raylet killed."""
-    store, spec = CountingStore(folder, PAUSE_S), tiny(resources={"workers": "auto"})
+    store, spec = GatedStore(folder), tiny(resources={"workers": "auto"})
     lines = log_lines()
-    with headed_cluster() as cluster, RayCompute(None, spec) as compute:
+    with RayCompute(None, spec) as compute:
         cluster.add_node(num_cpus=1)
         thread = in_background(lambda: compute.identify(spec, models, store))
-        wait_until(lambda: len(store.list("psi/")) >= 1)
+        wait_until(lambda: len(store.list("psi/")) == 1)  # and its worker is held
         late = cluster.add_node(num_cpus=1)
         wait_until(lambda: len(lines.processes("identify: worker 1")) == 1)
-        seen = len(store.list("psi/"))
-        wait_until(lambda: len(store.list("psi/")) >= seen + 2)
+        wait_until(lambda: len(store.list("psi/")) == 2)
         kill_raylet(late)
+        wait_until(lambda: any("since worker 1 was lost" in line for line in lines.lines))
+        store.open()
         thread.join(120)
     return {"finished": not thread.is_alive()}
 
 
-def the_last_node_dies(models: Models, folder: Path) -> dict[str, Any]:
+def the_last_node_dies(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
     """The only node that has room for workers is killed; another one comes later."""
-    store, spec = CountingStore(folder, PAUSE_S), tiny(resources={"workers": "auto"})
-    with headed_cluster() as cluster, RayCompute(None, spec) as compute:
+    store, spec = GatedStore(folder), tiny(resources={"workers": "auto"})
+    with RayCompute(None, spec) as compute:
         only = cluster.add_node(num_cpus=1)
         thread = in_background(lambda: compute.identify(spec, models, store))
-        wait_until(lambda: len(store.list("psi/")) >= 1)
+        wait_until(lambda: len(store.list("psi/")) == 1)
         kill_raylet(only)
         wait_until(lambda: capacity(WorkerResources(1, 0)) == 0)
         time.sleep(2 * SCALE_EVERY_S)  # the driver has looked, and found no room
         waited = thread.is_alive()
+        store.open()
         cluster.add_node(num_cpus=1)
         thread.join(120)
     return {"finished": not thread.is_alive(), "waited": waited}
 
 
-def a_node_joins_a_sweep(models: Models, folder: Path) -> dict[str, Any]:
+def a_node_joins_a_sweep(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
     """One node with room for one trial begins; a second joins once an epoch is done, and gets one, too."""
     store, spec = GatedStore(folder), tiny(correct=SHORT_SWEEP)
     lines = log_lines()
-    with headed_cluster() as cluster, RayCompute(None, spec) as compute:
+    with RayCompute(None, spec) as compute:
         cluster.add_node(num_cpus=1)
         thread = in_background(
             lambda: compute.sweeps(models, [SweepRequest(spec, made_up(spec), None, store)])[0]
@@ -144,12 +161,12 @@ def a_node_joins_a_sweep(models: Models, folder: Path) -> dict[str, Any]:
     return {"finished": not thread.is_alive()}
 
 
-def the_node_of_a_sweep_dies(models: Models, folder: Path) -> dict[str, Any]:
+def the_node_of_a_sweep_dies(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
     """No node has a CPU at first. One comes, is killed with the images that it holds, and another one comes."""
-    store, spec = CountingStore(folder, PAUSE_S), tiny(correct=SHORT_SWEEP)
+    store, spec = GatedStore(folder), tiny(correct=SHORT_SWEEP)
     lines = log_lines()
     found = []
-    with headed_cluster() as cluster, RayCompute(None, spec) as compute:
+    with RayCompute(None, spec) as compute:
         thread = in_background(
             lambda: found.append(compute.sweeps(models, [SweepRequest(spec, made_up(spec), None, store)])[0])
         )
@@ -158,6 +175,7 @@ def the_node_of_a_sweep_dies(models: Models, folder: Path) -> dict[str, Any]:
         wait_until(lambda: bool(store.list()))
         kill_raylet(doomed)
         wait_until(lambda: any("correct: waiting for a node with room" in line for line in lines.lines))
+        store.open()
         cluster.add_node(num_cpus=1)
         thread.join(150)
     return {
@@ -174,16 +192,9 @@ def made_up(spec: RunFile) -> Corrections:
     return Corrections(np.arange(2), np.arange(2), tune, test)
 
 
-def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
+def four_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
     """Four GPUs that are not there: who sees which?"""
-    ray.init(
-        "local",
-        num_cpus=4,
-        num_gpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    cluster.add_node(num_cpus=4, num_gpus=4)
     spec = tiny(correct={"lambdas": [1e-3, 1.0, 10.0, 100.0]})
     with RayCompute(None, spec) as compute:
         shards, lines = GatedStore(folder), log_lines()
@@ -198,8 +209,7 @@ def four_gpus(models: Models, folder: Path) -> dict[str, Any]:
         wait_until(lambda: len(set(lines.processes("correct: λ"))) == 4)  # all run at once
         store.open()
         thread.join(120)
-    ray.shutdown()
-    return {}
+    return {"finished": not thread.is_alive()}
 
 
 SCENES = {
@@ -211,4 +221,4 @@ SCENES = {
 }
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -119,7 +119,9 @@ def test_a_run_on_ray_in_a_bucket_gives_the_local_report_and_keeps_a_second_driv
     begin(runfile, tmp_path / "runs", tiny_models, until="train")
     with start(runfile, "ray", "s3://bucket/runs", server) as first:
         wait_for(bucket, "runs/tiny/.lease.json", first)
-        with start(runfile, "ray", "s3://bucket/runs", server) as second:
+        with start(
+            runfile, "local", "s3://bucket/runs", server
+        ) as second:  # the lease is taken before Ray starts
             said = second.communicate(timeout=120)[1]
         assert (second.returncode, first.poll()) == (4, None), said
         assert f"process {first.pid} on " in said.splitlines()[-1]

@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -23,62 +25,74 @@ from tests.cluster.nodes import SHORT_SWEEP, made_up
 from tests.conftest import ROOT, tiny
 
 
-def play(scene: str, folder: Path, models: Models) -> dict[str, Any]:
-    """Play a scene of nodes.py, and return what it printed."""
-    (folder / "models").write_bytes(encode(models))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.nodes", scene, str(folder)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        timeout=200,
-        check=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each scene of nodes.py has its store."""
+    return tmp_path_factory.mktemp("nodes")
+
+
+Play = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def play(folder: Path, tiny_models: Models) -> Iterator[Play]:
+    """Return play(scene), which plays a scene of nodes.py to its end and returns what came of it."""
+    (folder / "models").write_bytes(encode(tiny_models))
+    command = [sys.executable, "-m", "tests.cluster.nodes", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, text=True) as cluster:
+        assert cluster.stdin and cluster.stdout
+        given, told = cluster.stdin, cluster.stdout
+
+        def played(scene: str) -> dict[str, Any]:
+            print(scene, file=given, flush=True)
+            found: dict[str, Any] = json.loads(next(line for line in told if line.startswith("{")))
+            assert found["finished"], found.get("error", "the scene hangs")
+            return found
+
+        yield played
+        given.close()
 
 
 def test_a_node_that_joins_gets_work_and_one_that_dies_costs_nothing(
-    tmp_path: Path, tiny_models: Models, local_psi: Psi, local_store: FolderStore
+    folder: Path, play: Play, local_psi: Psi, local_store: FolderStore
 ) -> None:
-    played = play("nodes", tmp_path, tiny_models)
-    assert played["finished"]
-    assert any(line.startswith("identify: worker 1 is process") for line in played["lines"])
-    assert any("since worker 1 was lost" in line for line in played["lines"])
-    assert_same_psi(len(local_psi.codes), FolderStore(tmp_path / "nodes"), local_store)
+    lines = play("nodes")["lines"]
+    assert any(line.startswith("identify: worker 1 is process") for line in lines)
+    assert any("since worker 1 was lost" in line for line in lines)
+    assert_same_psi(len(local_psi.codes), FolderStore(folder / "nodes"), local_store)
 
 
 def test_a_run_that_lost_its_last_node_waits_for_another_one(
-    tmp_path: Path, tiny_models: Models, local_psi: Psi, local_store: FolderStore
+    folder: Path, play: Play, local_psi: Psi, local_store: FolderStore
 ) -> None:
-    played = play("last", tmp_path, tiny_models)
-    assert played["waited"] and played["finished"]
-    assert any("waiting for a node" in line for line in played["lines"])
-    assert_same_psi(len(local_psi.codes), FolderStore(tmp_path / "last"), local_store)
+    found = play("last")
+    assert found["waited"]
+    assert any("waiting for a node" in line for line in found["lines"])
+    assert_same_psi(len(local_psi.codes), FolderStore(folder / "last"), local_store)
 
 
-def test_a_node_that_joins_a_sweep_gets_trials(tmp_path: Path, tiny_models: Models) -> None:
-    played = play("sweep", tmp_path, tiny_models)
-    assert played["finished"]
-    trials = [line.partition(" in process ")[2] for line in played["lines"] if line.startswith("correct: λ")]
+def test_a_node_that_joins_a_sweep_gets_trials(play: Play) -> None:
+    lines = play("sweep")["lines"]
+    trials = [line.partition(" in process ")[2] for line in lines if line.startswith("correct: λ")]
     assert len(trials) == len(set(trials)) == 2  # two at once, where one node has room for one
 
 
 def test_a_sweep_waits_for_its_first_node_and_one_that_dies_costs_nothing(
-    tmp_path: Path, tiny_models: Models
+    tmp_path: Path, play: Play, tiny_models: Models
 ) -> None:
-    played = play("lost", tmp_path, tiny_models)
+    found = play("lost")
     spec = tiny(correct=SHORT_SWEEP)
     whole = LocalCompute().sweeps(
         tiny_models, [SweepRequest(spec, made_up(spec), None, FolderStore(tmp_path / "whole"))]
     )[0]
-    assert played["finished"] and played["failed"] == []
-    assert played["rows"] == [asdict(row) for row in whole.rows]
+    assert found["failed"] == []
+    assert found["rows"] == [asdict(row) for row in whole.rows]
 
 
 def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
-    tmp_path: Path, tiny_models: Models, local_psi: Psi, local_store: FolderStore
+    folder: Path, play: Play, local_psi: Psi, local_store: FolderStore
 ) -> None:
-    lines = play("gpus", tmp_path, tiny_models)["lines"]
+    lines = play("gpus")["lines"]
     gpus = r"GPU (\d) \(CUDA_VISIBLE_DEVICES=(\d)\)"
     workers = [m.groups() for line in lines if (m := re.search(f"identify: worker . is .* {gpus}", line))]
     assert sorted(workers) == [(str(gpu), str(gpu)) for gpu in range(4)]
@@ -88,7 +102,7 @@ def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
         line for line in lines if re.search(r"^\w+: GPU \d was granted, but torch .* cannot use it", line)
     ]
     assert {line.split(":")[0] for line in loud} == {"identify", "correct"}
-    assert_same_psi(len(local_psi.codes), FolderStore(tmp_path / "gpus"), local_store)
+    assert_same_psi(len(local_psi.codes), FolderStore(folder / "gpus"), local_store)
 
 
 @pytest.mark.parametrize(

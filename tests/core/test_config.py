@@ -83,8 +83,9 @@ def test_the_papers_run_files_state_the_papers_method(name):
         tree["distill"]["min_support"],
         tree["review"]["accept"],
         tree["correct"]["filter"],
+        tree["correct"]["schedule"],
     )
-    assert stated == ("beta", "none", "all", 1, "share", "none")
+    assert stated == ("beta", "none", "all", 1, "share", "none", "constant")
     assert isinstance(tree["review"]["tau"], float)
     spec = load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml")
     assert not references_take_part(spec)
@@ -97,7 +98,7 @@ def test_the_laptops_run_files_and_a_new_one_have_the_recommended_method(name):
     for spec in (load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml"), new):
         assert (spec.identify.noise, spec.identify.screen) == ("posterior", "reference-models")
         assert (spec.distill.by, spec.review.tau, spec.review.accept) == ("cell", "auto", "lower-bound")
-        assert spec.correct.filter == "reference-models"
+        assert (spec.correct.filter, spec.correct.schedule) == ("reference-models", "one_cycle")
         assert spec.judges.count >= 3
         assert spec.judges.share > 0 or spec.data.name == "mnist-5000"
         assert spec.judges.architecture != spec.review.reference.architecture

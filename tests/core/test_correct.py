@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial, Verdicts
 from defuse_core.correct import (
+    best_rows,
     collect_sweep,
     cycle,
     fine_tune,
@@ -22,6 +23,7 @@ from defuse_core.models import load_classifier
 from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
+from defuse_core.training.checkpoint import train_step
 from tests.conftest import tiny
 
 
@@ -82,14 +84,40 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
-def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(tiny_models, tuning):
-    spec = tiny(correct={"epochs": 3})
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(schedule, tiny_models, tuning):
+    spec = tiny(correct={"epochs": 3, "schedule": schedule})
     *_, whole = fine_tune(spec, tiny_models, tuning, 1.0, None)
     first = next(fine_tune(spec, tiny_models, tuning, 1.0, None))
     *_, resumed = fine_tune(spec, tiny_models, tuning, 1.0, first)
     assert resumed.rows == whole.rows
     for name, array in whole.best.items():
         np.testing.assert_array_equal(resumed.best[name], array)
+
+
+def test_the_learning_rate_of_a_cycle_falls_to_nothing_at_the_last_step(tiny_models, tuning, monkeypatch):
+    rates = []
+
+    def noting(loss, optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        train_step(loss, optimizer)
+
+    monkeypatch.setattr("defuse_core.correct.train_step", noting)
+    spec = tiny(correct={"epochs": 4, "schedule": "one_cycle", "learning_rate": 0.002})
+    list(fine_tune(spec, tiny_models, tuning, 1.0, None))
+    assert len(rates) == 4 * 5  # 300 images in batches of 64
+    assert max(rates) == rates[1] == 0.002  # after a tenth of the steps
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] == 0.0
+
+
+def test_only_the_last_epoch_of_a_cycle_may_be_chosen(tiny_models, tuning):
+    spec = tiny(correct={"epochs": 3, "schedule": "one_cycle", "choose_by": "validation"})
+    *_, done = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    assert done.best_epoch == 3
+    rows = ((0.99, 1.0, 1.0), (0.95, 0.9, 0.9))  # the first of two epochs is better
+    sweep = collect_sweep(spec, models_with(0.9, tiny_models), [trial(1.0, *rows, best=2)])
+    assert (sweep.chosen.epoch, best_rows(spec, tiny_models, sweep.rows)[0].epoch) == (2, 2)
 
 
 def test_a_hopeless_lambda_is_given_up_after_the_epoch_that_loses_too_much(tiny_models, fixes, tmp_path):

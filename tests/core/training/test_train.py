@@ -28,9 +28,8 @@ from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
 from defuse_core.train import train
-from defuse_core.training.checkpoint import minibatches
+from defuse_core.training.checkpoint import minibatches, set_learning_rate
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities, votes_of_models
-from defuse_core.training.train_vae import set_learning_rate
 from tests.conftest import recommended, tiny
 from tests.core.test_models import LinearAutoencoder
 
