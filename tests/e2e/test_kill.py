@@ -100,7 +100,8 @@ def place(request) -> Sequence[str]:
     [
         *((steps, "local") for steps in (STEPS[:2], STEPS[2:5], STEPS[5:])),
         (STEPS[:2], "cluster"),
-        (STEPS[2:5], "ray"),
+        (STEPS[2:3], "ray"),
+        (STEPS[3:5], "cluster"),
         (STEPS[5:], "cluster"),
     ],
     ids=lambda value: value if isinstance(value, str) else ", ".join(value),

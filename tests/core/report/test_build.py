@@ -11,8 +11,12 @@ import pytest
 from sample_findings import report_of, sample_findings, sample_run, sample_watch, with_verdicts
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Sweep, SweepRow
+from defuse_core.config import parse_run_file
 from defuse_core.errors import InputError
 from defuse_core.report import parse_report, write_report
+from defuse_core.report.build import build_report
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 
 
 def test_agreement_is_the_mean_over_labelled_images_with_its_standard_error(tmp_path: Path):
@@ -81,7 +85,10 @@ def test_the_trade_off_has_each_lambda_at_its_chosen_epoch(tmp_path: Path):
         )
     )
     found = dataclasses.replace(found, sweep=Sweep(rows, rows[2], {}, ()))
-    tradeoff = report_of((found, evaluation), tmp_path).tradeoff
+    spec = parse_run_file(
+        {"data": {"name": "digits", "channels": 1}, "correct": {"schedule": "constant"}}, "sample"
+    )
+    tradeoff = build_report(Run(FolderStore(tmp_path), "sample", spec), found, evaluation).tradeoff
     assert [(r.lam, r.epoch, r.test, r.scenario, r.chosen) for r in tradeoff] == [
         (0.1, 2, 0.82, 0.52, False),
         (10.0, 1, 0.83, 0.53, True),
