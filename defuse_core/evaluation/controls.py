@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defuse_core.artifacts import I64, Corrections, Sweep
+from defuse_core.artifacts import I64, Bool, Corrections, Sweep
 from defuse_core.config import RunFile
 
 
@@ -45,6 +45,15 @@ def folds(fixes: Corrections) -> Sequence[int]:
 def fold_of(fixes: Corrections) -> I64:
     """Return which of the two folds each accepted scenario belongs to, (A,)."""
     return np.arange(len(fixes.labels)) % 2
+
+
+def has_like_in_other_fold(fixes: Corrections, mistaken_for: I64) -> Bool:
+    """Return the accepted scenarios whose label and wrong answer a scenario of the other fold has, too, (A,)."""
+    kinds = np.stack([fixes.labels, mistaken_for], axis=1)  # (A, 2)
+    alike = (kinds[:, None] == kinds).all(axis=2)  # (A, A)
+    fold = fold_of(fixes)
+    found: Bool = (alike & (fold[:, None] != fold)).any(axis=1)
+    return found
 
 
 def without_fold(fixes: Corrections, fold: int) -> Corrections:

@@ -24,6 +24,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.distill.components import certain_error
+from defuse_core.evaluation.controls import has_like_in_other_fold
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import CLASSIFIERS, WIDER, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
@@ -40,6 +41,7 @@ from defuse_core.report.schema import (
     FourShares,
     HealthFigures,
     Judges,
+    LeftOutScenarios,
     McNemar,
     Mean,
     Mixture,
@@ -305,6 +307,11 @@ def _provenance(run: Run, found: Findings) -> Provenance:
 def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
     """Return the figures over all scenarios."""
     references = None if found.references is None else found.references.test
+    fixes, answers = found.fixes, found.gallery.predicted[found.fixes.scenario]
+    errors = (
+        most_common_error(row, label) for row, label in zip(answers, fixes.labels.tolist(), strict=True)
+    )
+    known = has_like_in_other_fold(fixes, np.array([-1 if e is None else e for e in errors], np.int64))
     return EvidenceFigures(
         judges=Judges(
             count=len(evidence.judges),
@@ -317,6 +324,8 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
         own_label=_four(evidence.own_label),
         one_label=_four(evidence.one_label),
         left_out=BeforeAfter(before=share_of(evidence.left_out[0]), defuse=share_of(evidence.left_out[1])),
+        left_out_of_known_kind=_left_out(evidence, known),
+        left_out_of_new_kind=_left_out(evidence, ~known),
         wider=tuple(
             WiderDraws(factor=factor, before=share_of(row[0]), defuse=share_of(row[1]))
             for factor, row in zip(WIDER, evidence.wider, strict=True)
@@ -328,6 +337,11 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
         mcnemar_defuse=_mcnemar(evidence.mcnemar[1]),
         krippendorff=defined(evidence.krippendorff),
     )
+
+
+def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
+    right = evidence.scenario_left_out[which & np.isfinite(evidence.scenario_left_out)]
+    return LeftOutScenarios(count=len(right), accuracy=float(right.mean()) if len(right) else None)
 
 
 def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> ScenarioEvidence:

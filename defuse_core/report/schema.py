@@ -55,6 +55,14 @@ class WiderDraws(BeforeAfter):
     """On τ."""
 
 
+class LeftOutScenarios(ReportModel):
+    """Scenarios that were left out of the tuning, by whether it saw others of their kind."""
+
+    count: int
+    accuracy: float | None
+    """Mean over the scenarios, by own label."""
+
+
 class Judges(ReportModel):
     """Models that took no part in the run."""
 
@@ -89,6 +97,10 @@ class EvidenceFigures(ReportModel):
     """Accuracy on the same images by the scenario's label, the paper's figure."""
     left_out: BeforeAfter
     """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
+    left_out_of_known_kind: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
+    """Of these, the scenarios whose label and most common wrong answer another scenario has that was tuned on."""
+    left_out_of_new_kind: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
+    """The other ones: nobody labelled a failure of their kind."""
     wider: tuple[WiderDraws, ...]
     """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
     real_failures: FourShares
