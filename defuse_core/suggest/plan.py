@@ -300,7 +300,7 @@ def _correct(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
     section: dict[str, Any] = {
         "lambdas": LAMBDAS[lambdas],
         "epochs": epochs,
-        "batch_size": _batch(count, 128),
+        "batch_size": _batch(count, 64),
         "choose_by": "tune",
         "max_loss": 0.005,
     }
