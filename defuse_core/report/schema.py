@@ -100,7 +100,7 @@ class EvidenceFigures(ReportModel):
     left_out_of_known_kind: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
     """Of these, the scenarios whose label and most common wrong answer another scenario has that was tuned on."""
     left_out_of_new_kind: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
-    """The other ones: nobody labelled a failure of their kind."""
+    """The other ones: their kind is of no scenario that was tuned on."""
     wider: tuple[WiderDraws, ...]
     """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
     real_failures: FourShares
