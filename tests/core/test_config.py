@@ -98,7 +98,11 @@ def test_the_laptops_run_files_and_a_new_one_have_the_recommended_method(name):
     for spec in (load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml"), new):
         assert (spec.identify.noise, spec.identify.screen) == ("posterior", "reference-models")
         assert (spec.distill.by, spec.review.tau, spec.review.accept) == ("cell", "auto", "lower-bound")
-        assert (spec.correct.filter, spec.correct.schedule) == ("reference-models", "one_cycle")
+        assert spec.correct.filter == "reference-models"
+        # one short epoch of the signs gains nothing from a falling rate
+        assert spec.correct.schedule == (
+            "constant" if name == "signs-laptop" and spec is not new else "one_cycle"
+        )
         assert spec.judges.count >= 3
         assert spec.judges.share > 0 or spec.data.name == "mnist-5000"
         assert spec.judges.architecture != spec.review.reference.architecture
