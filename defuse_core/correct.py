@@ -211,11 +211,12 @@ def _epoch(
     scenario_rows = cycle(
         len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
     )
-    losses, before = Losses(f"with λ = {lam:g}"), weights_of(classifier)
+    losses, before, highest = Losses(f"with λ = {lam:g}"), weights_of(classifier), 0.0
     order = list(minibatches(len(train), size, generator(spec.seed, "correct", epoch)))
     steps, done = spec.correct.epochs * len(order), (epoch - 1) * len(order)
     for step, (rows, batch, labels) in enumerate(train.batches(order), start=done + 1):
         set_learning_rate(optimizer, spec.correct, step, steps)
+        highest = max(highest, optimizer.param_groups[0]["lr"])
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
         both = torch.cat([batch, tune.batch(wrong)])
         with autocast(spec.resources.arithmetic("classifier")):
@@ -226,7 +227,8 @@ def _epoch(
         loss = clean + lam * scenario
         train_step(loss, optimizer)
         losses.add(loss)
-    _require_progress(before, classifier, optimizer, lam)
+    if highest > 0:  # it is 0 in the last epoch of a cycle if that is one step
+        _require_progress(before, classifier, optimizer, lam)
     classifier.eval()
     return losses.mean()[0]
 

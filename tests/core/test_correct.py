@@ -111,6 +111,12 @@ def test_the_learning_rate_of_a_cycle_falls_to_nothing_at_the_last_step(tiny_mod
     assert rates[-1] == 0.0
 
 
+def test_a_last_epoch_of_one_step_at_rate_0_is_no_divergence(tiny_models, tuning):
+    spec = tiny(correct={"epochs": 2, "schedule": "one_cycle", "batch_size": 300})
+    *_, done = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    assert [row.epoch for row in done.rows] == [1, 2]
+
+
 def test_only_the_last_epoch_of_a_cycle_may_be_chosen(tiny_models, tuning):
     spec = tiny(correct={"epochs": 3, "schedule": "one_cycle", "choose_by": "validation"})
     *_, done = fine_tune(spec, tiny_models, tuning, 1.0, None)
