@@ -47,10 +47,10 @@ def fold_of(fixes: Corrections) -> I64:
     return np.arange(len(fixes.labels)) % 2
 
 
-def has_like_in_other_fold(fixes: Corrections, mistaken_for: I64) -> Bool:
-    """Return the accepted scenarios whose label and wrong answer a scenario of the other fold has, too, (A,)."""
-    kinds = np.stack([fixes.labels, mistaken_for], axis=1)  # (A, 2)
-    alike = (kinds[:, None] == kinds).all(axis=2)  # (A, A)
+def has_same_confusion_in_other_fold(fixes: Corrections, errors: I64) -> Bool:
+    """Return the accepted scenarios whose label and most common wrong answer one of the other fold has, too, (A,)."""
+    confusions = np.stack([fixes.labels, errors], axis=1)  # (A, 2)
+    alike = (confusions[:, None] == confusions).all(axis=2)  # (A, A)
     fold = fold_of(fixes)
     found: Bool = (alike & (fold[:, None] != fold)).any(axis=1)
     return found

@@ -16,7 +16,7 @@ from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
 from defuse_core.export.pictures import load_finished
 from defuse_core.models import encode_images, load_vae, predict
-from defuse_core.review.verdicts import most_common_error
+from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 
 State = Literal["persisting", "fixed", "back again", "new"]
@@ -57,9 +57,8 @@ class _Side:
         return self.fixes.labels
 
     def mistaken_for(self, row: int) -> str:
-        label = int(self.labels[row])
-        wrong = most_common_error(self.gallery.predicted[int(self.fixes.scenario[row])], label)
-        return self.models.classes[label if wrong is None else int(wrong)]
+        errors = most_common_errors(self.gallery, self.fixes.scenario[[row]], self.labels[[row]])
+        return self.models.classes[int(errors[0])]
 
 
 def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:

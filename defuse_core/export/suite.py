@@ -24,7 +24,6 @@ from defuse_core.artifacts import (
     I64,
     U8,
     Anchors,
-    Gallery,
     Models,
     Weights,
 )
@@ -42,7 +41,7 @@ from defuse_core.models import (
     predict,
     to_device,
 )
-from defuse_core.review.verdicts import most_common_error
+from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 
 VERSION: Final = 1
@@ -212,11 +211,12 @@ def _frozen(run: Run) -> Suite:
     pixels = np.round(floats * 255).clip(0, 255).astype(np.uint8)
     pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor)
     before, after = (_accuracies(classifier, pictures) for classifier in found.classifiers())
+    errors = most_common_errors(gallery, fixes.scenario, fixes.labels)
     scenarios = tuple(
         SuiteScenario(
             number=int(component),
             label=classes[label],
-            mistaken_for=classes[_mistaken_for(gallery, int(component), int(label))],
+            mistaken_for=classes[errors[row]],
             pictures=pixels.shape[1],
             before=before[row],
             after=after[row],
@@ -247,11 +247,6 @@ def _accuracies(classifier: nn.Module, pictures: SuitePictures) -> list[float]:
         float((predict(classifier, Images(pixels, np.full(len(pixels), label, np.int64))) == label).mean())
         for pixels, label in zip(pictures.pixels, pictures.labels, strict=True)
     ]
-
-
-def _mistaken_for(gallery: Gallery, component: int, label: int) -> int:
-    wrong = most_common_error(gallery.predicted[component], label)
-    return label if wrong is None else int(wrong)
 
 
 def _sheet(pixels: U8) -> Image.Image:

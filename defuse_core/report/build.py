@@ -24,7 +24,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.distill.components import certain_error
-from defuse_core.evaluation.controls import has_like_in_other_fold
+from defuse_core.evaluation.controls import has_same_confusion_in_other_fold
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import CLASSIFIERS, WIDER, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
@@ -59,7 +59,7 @@ from defuse_core.report.schema import (
     VoteFigures,
     WiderDraws,
 )
-from defuse_core.review.verdicts import is_misclassified, most_common_error
+from defuse_core.review.verdicts import is_misclassified, most_common_error, most_common_errors
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch
 from defuse_core.watch.figures import share_of, watch_figures
@@ -307,11 +307,9 @@ def _provenance(run: Run, found: Findings) -> Provenance:
 def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
     """Return the figures over all scenarios."""
     references = None if found.references is None else found.references.test
-    fixes, answers = found.fixes, found.gallery.predicted[found.fixes.scenario]
-    errors = (
-        most_common_error(row, label) for row, label in zip(answers, fixes.labels.tolist(), strict=True)
-    )
-    known = has_like_in_other_fold(fixes, np.array([-1 if e is None else e for e in errors], np.int64))
+    fixes = found.fixes
+    errors = most_common_errors(found.gallery, fixes.scenario, fixes.labels)
+    known = has_same_confusion_in_other_fold(fixes, errors)
     return EvidenceFigures(
         judges=Judges(
             count=len(evidence.judges),
@@ -324,8 +322,8 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
         own_label=_four(evidence.own_label),
         one_label=_four(evidence.one_label),
         left_out=BeforeAfter(before=share_of(evidence.left_out[0]), defuse=share_of(evidence.left_out[1])),
-        left_out_of_known_kind=_left_out(evidence, known),
-        left_out_of_new_kind=_left_out(evidence, ~known),
+        left_out_known_confusion=_left_out(evidence, known),
+        left_out_new_confusion=_left_out(evidence, ~known),
         wider=tuple(
             WiderDraws(factor=factor, before=share_of(row[0]), defuse=share_of(row[1]))
             for factor, row in zip(WIDER, evidence.wider, strict=True)
@@ -340,6 +338,7 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
 
 
 def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
+    # the judges may agree on no image of a scenario
     right = evidence.scenario_left_out[which & np.isfinite(evidence.scenario_left_out)]
     return LeftOutScenarios(count=len(right), accuracy=float(right.mean()) if len(right) else None)
 

@@ -56,7 +56,7 @@ class WiderDraws(BeforeAfter):
 
 
 class LeftOutScenarios(ReportModel):
-    """Scenarios that were left out of the tuning, by whether it saw others of their kind."""
+    """Some of the scenarios that were left out of the tuning."""
 
     count: int
     accuracy: float | None
@@ -97,10 +97,10 @@ class EvidenceFigures(ReportModel):
     """Accuracy on the same images by the scenario's label, the paper's figure."""
     left_out: BeforeAfter
     """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
-    left_out_of_known_kind: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
-    """Of these, the scenarios whose label and most common wrong answer another scenario has that was tuned on."""
-    left_out_of_new_kind: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
-    """The other ones: their kind is of no scenario that was tuned on."""
+    left_out_known_confusion: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
+    """Of these, the scenarios whose label and most common wrong answer are those of one that was tuned on."""
+    left_out_new_confusion: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
+    """The other ones."""
     wider: tuple[WiderDraws, ...]
     """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
     real_failures: FourShares

@@ -94,6 +94,15 @@ def most_common_error(predicted: I64, label: int) -> int | None:
     return int(np.bincount(wrong).argmax()) if len(wrong) else None
 
 
+def most_common_errors(gallery: Gallery, components: I64, labels: I64) -> I64:
+    """Return the most common wrong answer among the images of each component, (A,); its label where none is wrong."""
+    errors = labels.copy()
+    for row, (component, label) in enumerate(zip(components.tolist(), labels.tolist(), strict=True)):
+        wrong = most_common_error(gallery.predicted[component], label)
+        errors[row] = label if wrong is None else wrong
+    return errors
+
+
 def most_common(labels: I64) -> int | None:
     """Return the most common of (R,) labels, the lowest of equals; None where no image has one."""
     known = labels[labels != NONE_OF_THE_ABOVE]

@@ -35,7 +35,7 @@ from defuse_core.errors import CheckFailed, InputError
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
-from defuse_core.review.verdicts import most_common_error
+from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
@@ -259,7 +259,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
         digest=_digest(spec, artifacts.sweep.weights),
         scenario=corrections.scenario,
         labels=corrections.labels,
-        most_common_error=_most_common_errors(artifacts.gallery, corrections.scenario, corrections.labels),
+        most_common_error=most_common_errors(artifacts.gallery, corrections.scenario, corrections.labels),
         before=report.scenario_before,
         after=report.scenario_after,
         failures=failures,
@@ -280,15 +280,6 @@ def _summary(artifacts: _RunArtifacts, report: CandidateReport) -> CorrectionSum
         annotators=artifacts.votes.answered_by,
         made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-
-
-def _most_common_errors(gallery: Gallery, scenarios: I64, labels: I64) -> I64:
-    """Return the most frequent wrong answer in each accepted scenario; the label where there is none."""
-    errors = labels.copy()
-    for row, (component, label) in enumerate(zip(scenarios, labels, strict=True)):
-        wrong = most_common_error(gallery.predicted[component], label)
-        errors[row] = label if wrong is None else wrong
-    return errors
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from defuse_core.evaluation.controls import (
     fold_of,
     fold_spec,
     folds,
-    has_like_in_other_fold,
+    has_same_confusion_in_other_fold,
     plain_spec,
     without_fold,
 )
@@ -54,12 +54,19 @@ def test_one_scenario_cannot_be_left_out() -> None:
     assert folds(corrections(1)) == ()
 
 
-def test_a_kind_of_failure_is_known_where_the_other_fold_has_its_label_and_wrong_answer() -> None:
+def test_a_confusion_is_known_where_the_other_fold_has_its_label_and_wrong_answer() -> None:
     fixes = dataclasses.replace(corrections(6), labels=np.array([8, 8, 8, 8, 7, 7]))
-    answers = np.array([3, 3, 2, 1, 2, 1])  # 8 read as 3 in both folds; 8 as 2 and 7 as 2 are two kinds
-    assert has_like_in_other_fold(fixes, answers).tolist() == [True, True, False, False, False, False]
+    answers = np.array([3, 3, 2, 1, 2, 1])  # 8 read as 3 in both folds; 8 as 2 and 7 as 2 are two confusions
+    assert has_same_confusion_in_other_fold(fixes, answers).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     same_fold = np.array([3, 2, 3, 2, 9, 5])  # 8 read as 3 twice, in one fold
-    assert not has_like_in_other_fold(fixes, same_fold).any()
+    assert not has_same_confusion_in_other_fold(fixes, same_fold).any()
 
 
 def test_plain_training_is_the_chosen_fine_tuning_without_scenarios(finished) -> None:
@@ -132,15 +139,15 @@ def test_a_run_reports_what_its_judges_find(finished) -> None:
     assert {row.evidence is None for row in report.scenarios.list if row.accepted} == {False}
 
 
-def test_scenarios_left_out_are_told_apart_by_whether_their_kind_was_tuned_on(finished) -> None:
+def test_scenarios_left_out_are_told_apart_by_whether_their_confusion_was_tuned_on(finished) -> None:
     run, report = finished
-    known, new = report.evidence.left_out_of_known_kind, report.evidence.left_out_of_new_kind
+    known, new = report.evidence.left_out_known_confusion, report.evidence.left_out_new_confusion
     found = [row.evidence.left_out for row in report.scenarios.list if row.accepted]
     left_out = [accuracy for accuracy in found if accuracy is not None]  # the judges agree on some image
     assert known.count + new.count == len(left_out)
     total = sum(each.count * (each.accuracy or 0) for each in (known, new))
     assert total == pytest.approx(sum(left_out))
-    said = "that no other scenario shows" in run.store.read("report.html").decode()
+    said = "with those of none in" in run.store.read("report.html").decode()
     assert said == bool(known.count and new.count)
 
 
