@@ -211,12 +211,11 @@ def _epoch(
     scenario_rows = cycle(
         len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
     )
-    losses, before, highest = Losses(f"with λ = {lam:g}"), weights_of(classifier), 0.0
+    losses, before = Losses(f"with λ = {lam:g}"), weights_of(classifier)
     order = list(minibatches(len(train), size, generator(spec.seed, "correct", epoch)))
-    steps, done = spec.correct.epochs * len(order), (epoch - 1) * len(order)
-    for step, (rows, batch, labels) in enumerate(train.batches(order), start=done + 1):
+    steps = spec.correct.epochs * len(order)
+    for step, (rows, batch, labels) in enumerate(train.batches(order), start=(epoch - 1) * len(order) + 1):
         set_learning_rate(optimizer, spec.correct, step, steps)
-        highest = max(highest, optimizer.param_groups[0]["lr"])
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
         both = torch.cat([batch, tune.batch(wrong)])
         with autocast(spec.resources.arithmetic("classifier")):
@@ -227,7 +226,7 @@ def _epoch(
         loss = clean + lam * scenario
         train_step(loss, optimizer)
         losses.add(loss)
-    if highest > 0:  # it is 0 in the last epoch of a cycle if that is one step
+    if len(order) > 1 or optimizer.param_groups[0]["lr"] > 0:  # the last step of a cycle changes nothing
         _require_progress(before, classifier, optimizer, lam)
     classifier.eval()
     return losses.mean()[0]
@@ -271,13 +270,13 @@ def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
     choose_by tune: tune accuracies that are equal in whole percent count as equal, and the clean accuracy decides.
     An epoch before the last of a cycle is no candidate: its learning rate has not fallen yet.
     """
-    last = row.epoch if spec.correct.schedule == "one_cycle" else 0
+    epoch = row.epoch if spec.correct.schedule == "one_cycle" else 0
     if spec.correct.choose_by != "tune":
-        return (last, getattr(row, spec.correct.choose_by))
+        return (epoch, getattr(row, spec.correct.choose_by))
     clean = row.train if row.validation is None else row.validation
     if not _is_allowed(spec, models, row):
-        return (last, 0.0, clean, row.tune)
-    return (last, 1.0, round(row.tune, 2), clean, row.tune)
+        return (epoch, 0.0, clean, row.tune)
+    return (epoch, 1.0, round(row.tune, 2), clean, row.tune)
 
 
 def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:

@@ -77,16 +77,15 @@ class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
     """Everything up to --until is done."""
 
 
+# section -> what runs did that began before these fields existed; review.failing: rho alone
+FORMER_DEFAULTS = {"review": {"failing": 0.0}, "correct": {"widen": 1.0, "schedule": "constant"}}
+
+
 def _as_begun(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a recorded run file with what it did where it lacks fields that later versions added."""
-    review, correct = tree.get("review"), tree.get("correct")
-    if isinstance(review, dict) and "failing" not in review:
-        tree = tree | {"review": review | {"failing": 0.0}}  # rho alone
-    if isinstance(correct, dict) and "widen" not in correct:
-        tree = tree | {"correct": correct | {"widen": 1.0}}
-    if isinstance(correct, dict) and "schedule" not in correct:
-        tree = tree | {"correct": tree["correct"] | {"schedule": "constant"}}
-    return tree
+    return tree | {
+        name: did | tree[name] for name, did in FORMER_DEFAULTS.items() if isinstance(tree.get(name), dict)
+    }
 
 
 class Run:

@@ -36,9 +36,8 @@ def truncated_codes(mean: F64, covariance: F64, normal: F64) -> F32:
     """
     width = normal.shape[1]
     square = (normal**2).sum(axis=1)
-    within = 2 * special.gammaincinv(
-        width / 2, COVERAGE * special.gammainc(width / 2, square / 2)
-    )  # χ² quantiles
+    share = COVERAGE * special.chdtr(width, square)  # of the χ² distribution
+    within = 2 * special.gammaincinv(width / 2, share)  # its quantile
     shrunk = normal * np.sqrt(within / square)[:, None]
     codes: F32 = (mean + shrunk @ np.linalg.cholesky(covariance).T).astype(np.float32)
     return codes

@@ -89,6 +89,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def wait_for_line(lines: Lines, part: str) -> None:
+    """Return once a line with `part` in it was logged."""
+    wait_until(lambda: any(part in line for line in lines.lines))
+
+
 @contextlib.contextmanager
 def headed_cluster() -> Iterator[Cluster]:
     """A cluster whose head has no CPU, joined by this process."""
@@ -121,7 +126,7 @@ def nodes_come_and_go(cluster: Cluster, models: Models, folder: Path) -> dict[st
         wait_until(lambda: len(lines.processes("identify: worker 1")) == 1)
         wait_until(lambda: len(store.list("psi/")) == 2)
         kill_raylet(late)
-        wait_until(lambda: any("since worker 1 was lost" in line for line in lines.lines))
+        wait_for_line(lines, "since worker 1 was lost")
         store.open()
         thread.join(120)
     return {"finished": not thread.is_alive()}
@@ -170,11 +175,11 @@ def the_node_of_a_sweep_dies(cluster: Cluster, models: Models, folder: Path) -> 
         thread = in_background(
             lambda: found.append(compute.sweeps(models, [SweepRequest(spec, made_up(spec), None, store)])[0])
         )
-        wait_until(lambda: any("waiting for a node with a CPU" in line for line in lines.lines))
+        wait_for_line(lines, "waiting for a node with a CPU")
         doomed = cluster.add_node(num_cpus=1)
         wait_until(lambda: bool(store.list()))
         kill_raylet(doomed)
-        wait_until(lambda: any("correct: waiting for a node with room" in line for line in lines.lines))
+        wait_for_line(lines, "correct: waiting for a node with room")
         store.open()
         cluster.add_node(num_cpus=1)
         thread.join(150)
