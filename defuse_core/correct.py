@@ -35,9 +35,11 @@ from defuse_core.progress import Progress
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+from defuse_core.training.adam import Adam
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import (
     Losses,
+    Optimizer,
     load_optimizer_state,
     minibatches,
     optimizer_state,
@@ -166,7 +168,7 @@ def fine_tune(
     rows = () if trial is None else trial.rows
     best, best_epoch = (start, 0) if trial is None else (trial.best, trial.best_epoch)
     classifier = load_classifier(spec, start, len(models.classes))
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=section.learning_rate, fused=True)
+    optimizer = Adam(classifier.parameters(), section.learning_rate)
     if trial is not None:
         load_optimizer_state(optimizer, trial.moments)
     images = DeviceImages(tuning.train, spec.resources.readers), DeviceImages(tuning.tune)
@@ -196,7 +198,7 @@ def fine_tune(
 def _epoch(
     spec: RunFile,
     classifier: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     images: tuple[DeviceImages, DeviceImages],
     lam: float,
     epoch: int,
@@ -232,9 +234,7 @@ def _epoch(
     return losses.mean()[0]
 
 
-def _require_progress(
-    before: Weights, classifier: nn.Module, optimizer: torch.optim.Optimizer, lam: float
-) -> None:
+def _require_progress(before: Weights, classifier: nn.Module, optimizer: Optimizer, lam: float) -> None:
     """Raise ModelError where an epoch overflowed or left every weight as it was: λ is too large for f's numbers."""
     now = weights_of(classifier)
     state = optimizer_state(optimizer)

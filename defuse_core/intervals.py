@@ -33,14 +33,28 @@ def wilson_lower(hits: I64, total: I64, confidence: float = 0.95) -> F64:
     return wilson(hits, total, 2 * confidence - 1)[0]
 
 
+def chance_of(hits: I64 | int, total: I64 | int, share: float | F64) -> F64:
+    """Return the probability of `hits` or more of `total` if each has the chance `share`; 1 where total is 0."""
+    from scipy.stats import binom
+
+    return np.where(np.asarray(total) > 0, binom.sf(hits - 1, total, share), 1.0)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return McNemar's exact p-value, two-sided, of images that became right and wrong."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
 def significantly_over(hits: I64, total: I64, share: float, false_discovery_rate: float) -> np.ndarray:  # type: ignore[type-arg]
     """Return which of the shares hits/total are over `share`, (S,): exact binomial tests, Benjamini and Hochberg."""
-    from scipy import stats
+    from scipy.stats import false_discovery_control
 
     if not len(hits):
         return np.zeros(0, np.bool_)
-    tests = np.where(total > 0, stats.binom.sf(hits - 1, total, share), 1.0)
-    over: np.ndarray = stats.false_discovery_control(tests) <= false_discovery_rate  # type: ignore[type-arg]
+    tests = chance_of(hits, total, share)
+    over: np.ndarray = false_discovery_control(tests) <= false_discovery_rate  # type: ignore[type-arg]
     return over
 
 

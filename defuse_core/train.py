@@ -39,8 +39,9 @@ from defuse_core.progress import Progress
 from defuse_core.protocols import Call, Compute
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+from defuse_core.training.adam import Adam
 from defuse_core.training.batches import DeviceImages
-from defuse_core.training.checkpoint import Losses, Training, format_row, minibatches, train_step
+from defuse_core.training.checkpoint import Losses, Optimizer, Training, format_row, minibatches, train_step
 from defuse_core.training.data_parallel import averaged, worker_minibatches
 from defuse_core.training.precision import accuracy_as_in_f32, autocast
 from defuse_core.training.reference_models import load_reference_models
@@ -257,10 +258,10 @@ def _classifier_epoch(
     return losses.mean()[0]
 
 
-def _optimizer(spec: RunFile, module: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(spec: RunFile, module: nn.Module) -> Optimizer:
     if spec.classifier.optimizer == "adadelta":
         return torch.optim.Adadelta(module.parameters(), lr=spec.classifier.learning_rate)
-    return torch.optim.Adam(module.parameters(), lr=spec.classifier.learning_rate, fused=True)
+    return Adam(module.parameters(), spec.classifier.learning_rate)
 
 
 def _accuracies(spec: RunFile, classifier: nn.Module, splits: Splits) -> dict[str, float]:

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
 
 from defuse_core.artifacts import (
@@ -196,6 +194,9 @@ def fit_mixture(
                 tolerance=section.tolerance,
                 seed=random_state,
             )
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import BayesianGaussianMixture  # late: its import takes a second
+
     mixture = BayesianGaussianMixture(
         n_components=components,
         covariance_type="full",
@@ -214,13 +215,12 @@ def fit_mixture(
         converged=bool(mixture.converged_),
         iterations=int(mixture.n_iter_),
         lower_bound=float(mixture.lower_bound_),
-        last_change=_last_change(mixture),
+        last_change=_last_change(mixture.lower_bounds_),
     )
 
 
-def _last_change(mixture: BayesianGaussianMixture) -> float:
+def _last_change(bounds: Sequence[float]) -> float:
     """Return by how much the lower bound changed at the last iteration, in nats; nan after a single one."""
-    bounds = mixture.lower_bounds_
     return float(bounds[-1] - bounds[-2]) if len(bounds) > 1 else float("nan")
 
 

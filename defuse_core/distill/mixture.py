@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import betaln, digamma, gammaln, softmax
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from defuse_core.artifacts import F32, F64, I64
@@ -123,6 +122,8 @@ def fit_dirichlet_process_mixture(
     this process's GPU or on as many CPU threads as torch has now. Raises ValueError for a covariance that is not
     positive definite.
     """
+    from sklearn.cluster import KMeans  # late: its import takes a second
+
     center = codes.mean(axis=0)  # sums of squares about the mean keep their digits
     monomials = _monomials(torch.from_numpy(codes - center).to(device()))
     prior = default_prior(components, np.atleast_2d(np.cov(codes.T)))

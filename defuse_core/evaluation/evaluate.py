@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -167,6 +166,8 @@ def embed(spec: RunFile, codes: F32) -> F32:
 
     On one thread, because sums in another order give another picture.
     """
+    from sklearn.manifold import TSNE  # late: its import takes a second
+
     perplexity = min(spec.report.perplexity, (len(codes) - 1) / 3)
     seed = torch_seed(spec.seed, "report", "t-SNE") % 2**32
     with threadpool_limits(limits=1):

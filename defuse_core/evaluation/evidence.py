@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import krippendorff
 import numpy as np
-from scipy import stats
 from torch import nn
 
 from defuse_core.artifacts import (
@@ -36,7 +35,7 @@ from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.intervals import share_with_bounds
+from defuse_core.intervals import chance_of, mcnemar, share_with_bounds
 from defuse_core.models import (
     decoder_at,
     decoder_of,
@@ -295,9 +294,7 @@ class _Evidence:
             tested = wrong[near[:NEAREST_TESTED]]
             rate = float(wrong[rows].mean()) if len(rows) else float("nan")
             errors.append(float(tested.mean()) if len(tested) else float("nan"))
-            seen.append(
-                bool(len(tested)) and stats.binom.sf(tested.sum() - 1, len(tested), rate) < SIGNIFICANT
-            )
+            seen.append(bool(chance_of(tested.sum(), len(tested), rate) < SIGNIFICANT))
             kept = np.resize(near, NEAREST) if len(near) else np.zeros(NEAREST, np.int64)
             shown.append(np.round(255 * real.batch(kept)).astype(np.uint8))
             labels.append(real.labels[kept])
@@ -322,8 +319,7 @@ class _Evidence:
             return np.full(3, np.nan)
         before, after = (predict(net, test) == test.labels for net in (self.classifiers[0], classifier))
         gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-        p_value = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-        return np.array([gained, lost, p_value])
+        return np.array([gained, lost, mcnemar(gained, lost)])
 
 
 def _known_share(hits: F64) -> F64:
@@ -345,7 +341,7 @@ def _better(before: F64, after: F64) -> Bool:
     known = np.isfinite(before) & np.isfinite(after)
     gained = (known & (after > before)).sum(axis=1)
     changed = gained + (known & (after < before)).sum(axis=1)
-    better: Bool = np.where(changed > 0, stats.binom.sf(gained - 1, changed, 0.5), 1.0) < SIGNIFICANT
+    better: Bool = chance_of(gained, changed, 0.5) < SIGNIFICANT
     return better
 
 

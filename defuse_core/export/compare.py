@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import chi2
 from torch import nn
 
 from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Weights
@@ -153,6 +152,8 @@ def _matches(a: _Side, b: _Side) -> dict[int, int]:
 
 def share_inside(codes: F32, others: F32) -> float:
     """Return the share of codes (n, Z) within the ellipsoid of other codes (m, Z)."""
+    from scipy.stats import chi2
+
     mean, covariance = others.mean(axis=0, dtype=np.float64), sample_covariance(others.astype(np.float64))
     ridge = RIDGE * max(float(np.trace(covariance)) / len(covariance), 1e-12)
     root = np.linalg.cholesky(covariance + ridge * np.eye(len(covariance)))

@@ -19,9 +19,11 @@ from defuse_core.config import CorrectSection, VaeSection
 from defuse_core.errors import ModelError, RunMismatchError, StoreError
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import Store
+from defuse_core.training.adam import Adam
 from defuse_core.training.data_parallel import is_first_worker, mean_over_workers
 
 log = logging.getLogger("defuse")
+Optimizer = torch.optim.Optimizer | Adam
 CHECKPOINT_EVERY_S = 20.0  # a killed training repeats at most this much work and one epoch
 CHECK_LOSS_EVERY = 100  # steps after which a training that diverged is noticed at the latest
 
@@ -68,7 +70,7 @@ class Losses:
             )
 
 
-def train_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def train_step(loss: Tensor, optimizer: Optimizer) -> None:
     """Take one optimisation step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -76,7 +78,7 @@ def train_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, section: VaeSection | CorrectSection, step: int, steps: int
+    optimizer: Optimizer, section: VaeSection | CorrectSection, step: int, steps: int
 ) -> None:
     """Set the learning rate of step 1 to `steps`. It depends on nothing else, so a resumed training needs no state."""
     if section.schedule == "constant":
@@ -88,7 +90,7 @@ def set_learning_rate(
         group["lr"] = section.learning_rate * share
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> Weights:
+def optimizer_state(optimizer: Optimizer) -> Weights:
     """Return the optimiser's state as arrays named `parameter/moment`."""
     states = enumerate(optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"])
     return {
@@ -98,7 +100,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Weights:
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
+def load_optimizer_state(optimizer: Optimizer, moments: Weights) -> None:
     """Load what optimizer_state returned, in the memory layout and on the device that fused kernels rely on."""
     group = optimizer.param_groups[0]
     for key, array in moments.items():
@@ -123,7 +125,7 @@ class Training:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         store: Store | None,
         name: str,
         data_fingerprint: str,

@@ -27,9 +27,11 @@ from defuse_core.models import (
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+from defuse_core.training.adam import Adam
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import (
     Losses,
+    Optimizer,
     Training,
     format_row,
     minibatches,
@@ -67,7 +69,7 @@ def train_vae(
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None
     trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
-    optimizer = torch.optim.Adam(trained.parameters(), lr=section.learning_rate, fused=True)
+    optimizer = Adam(trained.parameters(), section.learning_rate)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
     for guide in guides:
         guide.requires_grad_(False)
@@ -102,7 +104,7 @@ class _VaeTrainer:
     loss: Callable[..., VaeLoss]
     has_head: bool
     guides: tuple[nn.Module, ...]  # each step asks one of them, in turn
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     images: DeviceImages
     progress: Progress
 

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -188,6 +186,8 @@ class Answers:
 
 def fit_detector(method: str, answers: Answers) -> FailureDetector:
     """Return the method fitted on answers of which some are wrong and some are right."""
+    from sklearn.linear_model import LogisticRegression  # late: its import takes a second
+
     temperature = 1.0 if method == "energy" else fit_temperature(answers.logits, answers.labels)
     scores = answer_scores(method, temperature, answers.logits, answers.distance)
     center, scale = scores.mean(axis=0), np.maximum(scores.std(axis=0), 1e-9)
@@ -197,6 +197,8 @@ def fit_detector(method: str, answers: Answers) -> FailureDetector:
 
 def measure_detector(method: str, validation: Answers, test: Answers, seed: int) -> MeasuredDetector:
     """Return the method fitted on all validation images, and what it gives those (out of fold) and the test images."""
+    from sklearn.model_selection import StratifiedKFold  # late: its import takes a second
+
     out_of_fold = np.zeros(len(validation.labels))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=torch_seed(seed, "watch", "folds") % 2**32)
     for kept, held in folds.split(validation.logits, validation.wrong):

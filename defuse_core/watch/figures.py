@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from sklearn.metrics import average_precision_score
 
 from defuse_core.artifacts import F64, Bool
 from defuse_core.config import ServeSection
@@ -124,6 +123,8 @@ def _detection(probability: F64, wrong: Bool, threshold: float | None) -> Detect
     """Return the figures of failure probabilities (n,); None for no images."""
     if not len(wrong):
         return None
+    from sklearn.metrics import average_precision_score  # late: its import takes a second
+
     flagged = np.zeros(len(wrong), np.bool_) if threshold is None else probability >= threshold
     hits = int((flagged & wrong).sum())
     return DetectionFigures(

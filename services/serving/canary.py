@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 from defuse_core.artifacts import F32, Bool
 from defuse_core.config import ServeSection
+from defuse_core.intervals import wilson
 from services.serving.batching import PredictionResult
 from services.serving.model import LoadedModel, ModelOutput
 
@@ -32,10 +32,8 @@ def is_in_canary(key: bytes, number: int, share: float) -> bool:
 
 def confidence_interval(hits: int, total: int) -> tuple[float, float]:
     """Return the 99 % confidence interval of a share, from `hits` of `total` observations (Wilson, 1927)."""
-    if not total:
-        return 0.0, 1.0
-    interval = binomtest(hits, total).proportion_ci(CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
+    low, high = wilson(np.array(hits), np.array(total), CONFIDENCE)
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, eq=False)
