@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Defuse needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --quiet --constraint deploy/constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --quiet --no-compile --constraint deploy/constraints.txt --editable '.[dev]'  # Python compiles what is imported
 	touch $@
 
 demo: setup

@@ -16,7 +16,7 @@ def wilson(hits: I64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
     centre = (share + square / 2) / (1 + square)
     half = np.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
     nothing = np.asarray(total) == 0
-    low, high = np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+    low, high = np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)
     return np.where(nothing, 0.0, low), np.where(nothing, 1.0, high)
 
 

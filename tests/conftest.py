@@ -20,6 +20,11 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes ~/.ray/auth_token
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+os.environ |= {
+    "RAY_metrics_report_interval_ms": "3000",  # default 10 s
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # else it looks for new logs ten times a second, and nobody reads them
+    "LOG_NAME_UPDATE_INTERVAL_S": "10",
+}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of tests, two cores
 
 import pytest

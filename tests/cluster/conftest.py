@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
-
-os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # before Ray starts
 
 import numpy as np
 import pytest

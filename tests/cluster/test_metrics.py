@@ -17,7 +17,7 @@ from tests.cluster.fakes import CountingStore, HiccupStore
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-SETTLE_S = 3.0  # until what tests before this one counted has been exported
+SETTLE_S = 7.0  # until what tests before this one counted has been exported
 APPEARS_S = 30.0
 
 

@@ -4,7 +4,15 @@ from scipy import stats
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from defuse_core.intervals import auroc, probability_not_over, significantly_over, wilson, wilson_lower
+from defuse_core.intervals import (
+    auroc,
+    chance_of,
+    mcnemar,
+    probability_not_over,
+    significantly_over,
+    wilson,
+    wilson_lower,
+)
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 5), (3, 10), (10, 10), (61, 64)])
@@ -13,6 +21,25 @@ def test_bounds_are_wilsons(hits, total):
     low, high = wilson(np.array([hits]), np.array([total]), 0.9)
     assert (low[0], high[0]) == pytest.approx((expected.low, expected.high))
     assert wilson_lower(np.array([hits]), np.array([total]))[0] == pytest.approx(expected.low)
+
+
+def test_a_share_lies_within_its_bounds_whatever_was_rounded():
+    total = np.arange(1, 2000)
+    for hits in (np.zeros_like(total), total // 2, total):
+        low, high = wilson(hits, total)
+        assert (low <= hits / total).all()
+        assert (high >= hits / total).all()
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 5), (3, 10), (10, 10), (61, 64)])
+def test_chances_are_those_of_the_binomial_distribution(hits, total):
+    assert chance_of(hits, total, 0.3) == pytest.approx(binomtest(hits, total, 0.3, "greater").pvalue)
+    assert mcnemar(hits, total - hits) == pytest.approx(binomtest(hits, total).pvalue)
+
+
+def test_nothing_seen_is_no_surprise():
+    assert chance_of(0, 0, 0.3) == 1
+    assert mcnemar(0, 0) == 1
 
 
 def test_nothing_seen_bounds_nothing():

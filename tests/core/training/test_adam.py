@@ -39,7 +39,10 @@ def test_its_steps_are_those_of_torch_to_the_bit(net):
 
 def test_its_state_is_that_of_torch_and_continues_to_the_bit(net):
     other = copy.deepcopy(net)
-    optimizer, oracle = Adam(net.parameters(), 0.01), torch.optim.Adam(other.parameters(), lr=0.01, fused=True)
+    optimizer, oracle = (
+        Adam(net.parameters(), 0.01),
+        torch.optim.Adam(other.parameters(), lr=0.01, fused=True),
+    )
     steps(net, optimizer, range(10))
     steps(other, oracle, range(10))
     state, expected = optimizer_state(optimizer), optimizer_state(oracle)

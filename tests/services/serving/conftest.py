@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # before Ray starts
 
 import httpx
 import numpy as np
