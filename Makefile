@@ -14,11 +14,11 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml deploy/constraints.txt
+$(STAMP): pyproject.toml deploy/constraints.txt  # not compiled: Python does that with what is imported
 	$(PYTHON) -c 'import sys; sys.exit("Defuse needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --quiet --no-compile --constraint deploy/constraints.txt --editable '.[dev]'  # Python compiles what is imported
+	$(BIN)/pip install --quiet --quiet --no-compile --constraint deploy/constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup
