@@ -121,7 +121,7 @@ class DroppedComponent:
 
 @dataclass(frozen=True, eq=False)
 class Scenarios:
-    """Components of the Dirichlet-process mixture with weight over ε: the paper's Λ (§3.2.2)."""
+    """The paper's Λ (§3.2.2): the components with weight over ε, to be reviewed. `Verdicts` accept some of them."""
 
     weights: F64  # (S,)
     means: F64  # (S, Z)

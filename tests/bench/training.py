@@ -1,6 +1,9 @@
 """A training step of each model in f32 and in bf16, and of several classifiers one by one and stacked.
 
-    python tests/bench/training.py --run-file deploy/runs/demo.yaml
+    python tests/bench/training.py --run-file deploy/runs/demo.yaml [--compile]
+
+--compile measures torch.compile in place of that: its steps against plain ones, and what its compilation takes, which
+each new process pays again or reads from a cache.
 
 CPU seconds of one thread, both ways in turns in one process, so quote the ratios.
 """
@@ -111,15 +114,45 @@ def in_turns(first: Callable[[], None], second: Callable[[], None]) -> tuple[flo
     )
 
 
+def compiled(spec: RunFile) -> dict[str, dict[str, float]]:
+    """Return, for classifiers, steps of torch.compile against plain ones, and the seconds of its compilation."""
+    reference = spec.review.reference
+    models = {
+        "classifier": (lambda: build_classifier(spec, CLASSES), spec.classifier.batch_size),
+        "reference": (lambda: build_reference(spec, reference, CLASSES), reference.batch_size),
+        "fine-tuning": (lambda: build_classifier(spec, CLASSES), 2 * spec.correct.batch_size),
+    }
+    found = {}
+    for name, (build, batch_size) in models.items():
+        plain = classifying(build(), spec, batch_size)
+        started = time.monotonic()
+        fast = classifying(torch.compile(build()), spec, batch_size)  # type: ignore[arg-type]
+        fast("f32")
+        spent = time.monotonic() - started
+        one, other, ratio = in_turns(lambda step=plain: step("f32"), lambda step=fast: step("f32"))
+        found[name] = {
+            "plain_ms": round(1e3 * one, 1),
+            "compiled_ms": round(1e3 * other, 1),
+            "ratio": round(ratio, 2),
+            "compilation_s": round(spent, 1),
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run-file", type=Path, default=Path(__file__).parents[2] / "deploy/runs/demo.yaml")
     parser.add_argument("--stack", type=int, default=4)
+    parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     spec = load_run_file(given.run_file)
     torch.manual_seed(0)
+    if given.compile:
+        with cpu_threads(1):
+            print(json.dumps(compiled(spec)), flush=True)
+        return
     found = {}
     with cpu_threads(1):
         steps = {
