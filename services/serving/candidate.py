@@ -198,6 +198,11 @@ class _RunArtifacts:
 
 def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | NothingCorrected:
     """Return why a finished run has no corrected classifier."""
+    if len(artifacts.verdicts.accepted):
+        return CheckFailed(
+            f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
+            "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
+        )
     health = with_measured_health(run, artifacts.models).health
     if health is not None and health.verdict != "fit":
         pictures = "images moved by the noise" if health.anchored else "reconstructions"
@@ -212,11 +217,6 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
             f"run {run.name}: could not tell whether the classifier has failure scenarios: the reference models "
             "see the class of the image in no failing draw; train better ones, or lower identify.min_probability, "
             "and run it under another --name"
-        )
-    if len(artifacts.verdicts.accepted):
-        return CheckFailed(
-            f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
-            "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
         )
     return NothingCorrected(
         f"run {run.name} corrected nothing (no failure scenario was accepted), so it has no model to serve"

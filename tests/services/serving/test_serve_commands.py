@@ -43,11 +43,11 @@ def test_check_as_json_is_one_object(planted):
     assert found["passed"] and len(found["checks"]) == 7
 
 
-def without_correction(run_dir: Run, accepted: bool) -> None:
-    """Rewrite a run as one with a fit β-VAE that chose no λ, or that accepted no scenario either."""
+def without_correction(run_dir: Run, accepted: bool, verdict: str = "fit") -> None:
+    """Rewrite a run as one that chose no λ, or that accepted no scenario either; `verdict` on its β-VAE."""
     models = run_dir.load(Models)
-    fit = replace(models, health=replace(models.health, verdict="fit"))
-    run_dir.store.write("models.safetensors", encode(fit))
+    judged = replace(models, health=replace(models.health, verdict=verdict))
+    run_dir.store.write("models.safetensors", encode(judged))
     run_dir.store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
     if not accepted:
         verdicts = run_dir.load(Verdicts)
@@ -55,8 +55,9 @@ def without_correction(run_dir: Run, accepted: bool) -> None:
         run_dir.store.write("verdicts.safetensors", encode(replace(verdicts, labels=labels)))
 
 
-def test_a_run_in_which_every_lambda_costs_too_much_never_passes_a_check(own_store):
-    without_correction(Run.open(own_store, "first"), accepted=True)
+@pytest.mark.parametrize("verdict", ["fit", "poor"])
+def test_a_run_in_which_every_lambda_costs_too_much_never_passes_a_check(own_store, verdict):
+    without_correction(Run.open(own_store, "first"), accepted=True, verdict=verdict)
     for command in (check, promote):
         with pytest.raises(CheckFailed, match="every λ costs more clean accuracy"):
             run(command, "first", "--store", own_store.address)
