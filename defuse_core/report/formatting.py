@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from defuse_core.report.schema import Mean, Report
+from defuse_core.review.verdicts import could_not_tell
 from defuse_core.watch.figures import Share
 
 # Below this the images of the scenarios show several classes, and accuracy on their one label means little.
@@ -133,17 +134,18 @@ def answer_text(classes: tuple[str, ...], answer: int) -> str:
 def headline(report: Report) -> str:
     """Return the result of the run in one or two sentences."""
     components, accepted = report.scenarios.components, report.scenarios.accepted
-    health = report.vae.health
-    if not accepted and health is not None and health.verdict != "fit":
+    health = None if report.vae.health is None else report.vae.health.verdict
+    failing = report.psi.failing_draws or 0
+    doubt = could_not_tell(accepted, health, failing, report.psi.codes)
+    if doubt == "β-VAE":
         return (
             "Could not tell: no component is a failure scenario, but the β-VAE's pictures are too "
-            f"{'poor' if health.verdict == 'poor' else 'bad'} to find one."
+            f"{'poor' if health == 'poor' else 'bad'} to find one."
         )
-    if not report.psi.codes and report.psi.failing_draws:
+    if doubt == "screen":
         return (
             "Could not tell: the reference models see the class of the image in none of "
-            f"{count_of(report.psi.failing_draws, 'failing draw')}; train better ones, or lower "
-            "identify.min_probability."
+            f"{count_of(failing, 'failing draw')}; train better ones, or lower identify.min_probability."
         )
     if not components:
         return "No failure scenario was found: identification and distillation left nothing to review."

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -205,6 +206,20 @@ def doubtful(verdicts: Verdicts, rho: float) -> Bool:
     high = wilson(hits, total, 0.9)[1]
     unsure: Bool = (verdicts.labels == NONE_OF_THE_ABOVE) & (high > rho)
     return unsure
+
+
+def could_not_tell(
+    accepted: int, health: str | None, failing: int, kept: int
+) -> Literal["β-VAE", "screen"] | None:
+    """Return what keeps a run from telling whether the classifier has failure scenarios; None where it could tell.
+
+    `accepted` scenarios, the verdict on the β-VAE's `health`, draws that fail, and those of them that the screen kept.
+    """
+    if accepted:
+        return None
+    if health not in (None, "fit"):
+        return "β-VAE"
+    return "screen" if failing and not kept else None
 
 
 def _decide(

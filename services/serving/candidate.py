@@ -35,7 +35,7 @@ from defuse_core.errors import CheckFailed, InputError
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
-from defuse_core.review.verdicts import most_common_errors
+from defuse_core.review.verdicts import could_not_tell, most_common_errors
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
@@ -198,21 +198,25 @@ class _RunArtifacts:
 
 def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | NothingCorrected:
     """Return why a finished run has no corrected classifier."""
-    if len(artifacts.verdicts.accepted):
+    accepted = len(artifacts.verdicts.accepted)
+    if accepted:
         return CheckFailed(
             f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
             "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
         )
     health = with_measured_health(run, artifacts.models).health
-    if health is not None and health.verdict != "fit":
+    psi = run.load(Psi)
+    failing, kept = (psi.failing, psi.total) if psi is not None else (0, 0)
+    doubt = could_not_tell(accepted, None if health is None else health.verdict, failing, kept)
+    if doubt == "β-VAE":
+        assert health is not None
         pictures = "images moved by the noise" if health.anchored else "reconstructions"
         return CheckFailed(
             f"run {run.name}: could not tell whether the classifier has failure scenarios: none was accepted, and "
             f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
             f"{pictures}); improve section vae of the run file and run it under another --name"
         )
-    psi = run.load(Psi)
-    if psi is not None and psi.failing and not psi.total:
+    if doubt == "screen":
         return CheckFailed(
             f"run {run.name}: could not tell whether the classifier has failure scenarios: the reference models "
             "see the class of the image in no failing draw; train better ones, or lower identify.min_probability, "
