@@ -14,11 +14,12 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml deploy/constraints.txt  # not compiled: Python does that with what is imported
+$(STAMP): pyproject.toml deploy/constraints.txt  # pip would compile on one core
 	$(PYTHON) -c 'import sys; sys.exit("Defuse needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --quiet --no-compile --constraint deploy/constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 demo: setup

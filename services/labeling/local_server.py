@@ -104,7 +104,6 @@ def install(cache: Path, report: Callable[[str], None] = _silent) -> Installatio
                 str(installation.env / "bin" / "pip"),
                 "install",
                 "--quiet",
-                "--no-compile",  # Python compiles what is imported; the whole takes longer than to download it
                 "--disable-pip-version-check",
                 VERSIONS,
             )
