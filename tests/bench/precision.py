@@ -14,10 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from defuse_core.artifacts import Models
 from defuse_core.config import Arithmetic, RunFile, load_run_file
 from defuse_core.device import cpu_threads
 from defuse_core.identify import Identifier, draw_noise, encode_posterior
+from defuse_core.models import decoder_at
 from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
@@ -57,13 +60,15 @@ def compare(spec: RunFile, models: Models, decodings: int) -> dict[str, float]:
         bound = fast._margin_bound
         while done < decodings:
             rows = rng.integers(len(exact.train), size=BLOCK)
-            mu, sigma = encode_posterior(exact.vae, exact.train.take(rows), 256)
+            images = exact.train.take(rows)
+            mu, sigma = encode_posterior(exact.vae, images, 256)
             section = spec.identify.model_copy(update={"draws": 1})
             codes = mu + draw_noise(section, sigma, rng)[:, 0]
             answers = {}
             for name, identifier in (("f32", exact), ("bf16", fast)):
+                decoder = decoder_at(spec, identifier.vae, images)
                 started = time.process_time()
-                answers[name] = identifier._classify(codes)
+                answers[name] = identifier._classify(decoder, codes, np.arange(len(codes)))
                 seconds[name] += time.process_time() - started
             different += int((answers["f32"] != answers["bf16"]).sum())
             done += len(codes)
