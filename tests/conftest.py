@@ -48,7 +48,7 @@ PAPER_LAMBDAS = (
 )  # fmt: skip
 T = TypeVar("T")
 
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "data": {"name": "digits", "image_size": 16, "channels": 1, "validation_share": 0.2, "train_images": 300},
     "classifier": {"stages": 2, "channels": 8, "hidden": 64, "epochs": 15, "batch_size": 16},
     "vae": {
@@ -104,7 +104,9 @@ TINY = {
 }
 
 
-RECOMMENDED = {  # what a new run file does, as tiny; with limits that its weak models reach
+RECOMMENDED: dict[
+    str, dict[str, Any]
+] = {  # what a new run file does, as tiny; with limits that its weak models reach
     "identify": {
         "noise": "posterior",
         "scale": 2.0,

@@ -209,7 +209,7 @@ def run_file(draws: int) -> RunFile:
 
 def measure(images: int, draws: int, folder: Path) -> Measured:
     """Identify so many pretended images in this process and its Ray."""
-    cluster.compute.open_training_images = pretended_images  # type: ignore[attr-defined]
+    cluster.compute.open_training_images = pretended_images  # type: ignore[assignment, attr-defined]
     cluster.identify.ShardWorker = PretendedWorker  # type: ignore[misc]
     (folder / "memory").mkdir()
     spec, store = run_file(draws), CountedStore(folder / "run")

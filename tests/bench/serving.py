@@ -289,9 +289,9 @@ def mixed_requests() -> list[bytes]:
     requests = [request_bytes(image, PATH, "image/png", **AUTH) for image in small]
     for edge in (200, 640, 1200):
         for kind in ("PNG", "JPEG", "BMP", "WEBP"):
-            body = io.BytesIO()
-            Image.effect_noise((edge, edge), 60).convert("RGB").save(body, kind)
-            requests.append(request_bytes(body.getvalue(), PATH, f"image/{kind.lower()}", **AUTH))
+            picture = io.BytesIO()
+            Image.effect_noise((edge, edge), 60).convert("RGB").save(picture, kind)
+            requests.append(request_bytes(picture.getvalue(), PATH, f"image/{kind.lower()}", **AUTH))
     for count in (1, 7, 32):
         pixels = json.dumps({"pixels": rng.random((count, 1, 32, 32)).round(3).tolist()}).encode()
         requests.append(request_bytes(pixels, PATH, "application/json", **AUTH))

@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ def made_up(spec: RunFile, count: int) -> tuple[Tensor, Tensor]:
     return to_tensor(torch.rand(shape).numpy()), torch.randint(0, CLASSES, (count,))
 
 
-def optimized(parameters: list[nn.Parameter], loss_of: Callable[[Arithmetic], Tensor]) -> Step:
+def optimized(parameters: Iterable[Tensor], loss_of: Callable[[Arithmetic], Tensor]) -> Step:
     """Return a training step with Adam."""
     optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
 
@@ -63,28 +63,30 @@ def classifying(model: nn.Module, spec: RunFile, batch_size: int) -> Step:
             logits = model(images)
         return F.cross_entropy(logits.float(), labels)
 
-    return optimized(list(model.parameters()), loss)
+    return optimized(model.parameters(), loss)
 
 
 def reconstructing(spec: RunFile) -> Step:
     """Return a training step of the β-VAE."""
     images, _ = made_up(spec, spec.vae.batch_size)
-    vae, noise = build_vae(spec), torch.Generator().manual_seed(0)
+    vae, drawn = build_vae(spec), torch.randn(spec.vae.batch_size, spec.vae.latent_dim)
     to_device(vae).train()
 
     def loss(arithmetic: Arithmetic) -> Tensor:
-        terms = vae_terms(vae, images, noise, arithmetic)
+        terms = vae_terms(vae, images, drawn.to(images.device), arithmetic)
         return terms.reconstruction + terms.divergence
 
-    return optimized(list(vae.parameters()), loss)
+    return optimized(vae.parameters(), loss)
 
 
 def stacked(spec: RunFile, count: int) -> Step:
     """Return a training step of `count` classifiers at once, with stacked weights (torch.func)."""
     images, labels = made_up(spec, 2 * spec.correct.batch_size)
     models = [build_classifier(spec, CLASSES) for _ in range(count)]
-    parameters, _ = stack_module_state(models)  # type: ignore[arg-type]
-    weights = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in parameters.items()}
+    parameters, _ = stack_module_state(models)
+    weights: dict[str, Tensor] = {
+        name: nn.Parameter(tensor.detach().clone()) for name, tensor in parameters.items()
+    }
 
     def one(given: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(functional_call(models[0], given, (images,)).float(), labels)
@@ -93,7 +95,7 @@ def stacked(spec: RunFile, count: int) -> Step:
         with autocast(arithmetic):
             return vmap(one)(weights).sum()
 
-    return optimized(list(weights.values()), loss)
+    return optimized(weights.values(), loss)
 
 
 def seconds(step: Callable[[], None]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -55,7 +56,7 @@ class Population:
 
     def save(self, path: Path) -> None:
         """Write the images with their right labels as an .npz file that Defuse reads."""
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name, part in self.splits().parts().items():
             arrays[f"{name}_images"], arrays[f"{name}_labels"] = part.pixels, part.labels
         np.savez(path, classes=np.array(self.classes), **arrays)

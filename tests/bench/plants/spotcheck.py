@@ -74,15 +74,15 @@ def _apart(one: dict[Attribute, int], other: dict[Attribute, int]) -> bool:
 def spotcheck(seed: int, counts: tuple[int, int, int]) -> tuple[Population, tuple[Plant, ...]]:
     """Return the images of one configuration, and one plant for each of its blind spots."""
     found = configuration(seed)
-    parts = [
+    train, validation, test = (
         _part(found, count, generator(seed, "spotcheck", part))
         for part, count in zip(("train", "validation", "test"), counts, strict=True)
-    ]
+    )
     plants = tuple(
         Plant(f"square not seen: {_told(spot)}", "blind spot", f"spot {number}", 1, 0)
         for number, spot in enumerate(found.spots)
     )
-    return Population("spotcheck", *parts, ("no square", "square"), {}), plants
+    return Population("spotcheck", train, validation, test, ("no square", "square"), {}), plants
 
 
 def _told(spot: dict[Attribute, int]) -> str:
