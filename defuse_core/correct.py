@@ -40,6 +40,7 @@ from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import (
     Losses,
     Optimizer,
+    cycle,
     load_optimizer_state,
     minibatches,
     optimizer_state,
@@ -146,16 +147,6 @@ def _decoded(vae: Vae, fixes: Corrections, codes: F32, anchor: I64 | None) -> Im
     return Images(decoder.decode(codes, anchor), np.repeat(fixes.labels, codes.shape[1]))
 
 
-def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
-    """Yield `size` of `count` rows without end, with a fresh shuffle for each pass."""
-    rows: I64 = np.zeros(0, np.int64)
-    while True:
-        while len(rows) < size:
-            rows = np.concatenate([rows, rng.permutation(count)])
-        yield rows[:size]
-        rows = rows[size:]
-
-
 def fine_tune(
     spec: RunFile, models: Models, tuning: FineTuningData, lam: float, trial: Trial | None
 ) -> Iterator[Trial]:
@@ -256,11 +247,8 @@ def _score(
         "tune": tuning.tune,
         "scenario": tuning.held_out,
     }
-    arithmetic = spec.resources.arithmetic("answers")
-    scores = {
-        name: None if images is None else accuracy_as_in_f32(classifier, images, arithmetic)
-        for name, images in parts.items()
-    }
+    score = partial(accuracy_as_in_f32, classifier, arithmetic=spec.resources.arithmetic("answers"))
+    scores = {name: None if images is None else score(images) for name, images in parts.items()}
     return SweepRow(lam, epoch, loss, **scores)  # type: ignore[arg-type]  # train, tune and scenario exist
 
 

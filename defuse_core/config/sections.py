@@ -21,7 +21,6 @@ def expect_printable(text: str) -> str:
 
 
 Schedule = Literal["constant", "one_cycle"]  # of a learning rate
-
 PrintableText = Annotated[str, AfterValidator(expect_printable)]
 
 

@@ -37,6 +37,16 @@ def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterat
             yield rows
 
 
+def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
+    """Yield `size` of `count` rows without end, with a fresh shuffle for each pass."""
+    rows: I64 = np.zeros(0, np.int64)
+    while True:
+        while len(rows) < size:
+            rows = np.concatenate([rows, rng.permutation(count)])
+        yield rows[:size]
+        rows = rows[size:]
+
+
 class Losses:
     """The losses of one epoch. They stay on the device, since a step that reads its loss waits for the device."""
 

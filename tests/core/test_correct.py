@@ -9,7 +9,6 @@ from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial,
 from defuse_core.correct import (
     best_rows,
     collect_sweep,
-    cycle,
     fine_tune,
     load_fine_tuning_data,
     nothing_to_tune,
@@ -23,7 +22,7 @@ from defuse_core.models import load_classifier
 from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
-from defuse_core.training.checkpoint import train_step
+from defuse_core.training.checkpoint import cycle, train_step
 from tests.conftest import tiny
 
 
