@@ -68,16 +68,14 @@ def test_a_sweep_over_nothing_starts_nothing(tiny_spec: RunFile, tiny_models: Mo
 
 
 def test_a_killed_trial_goes_on_at_its_last_finished_epoch(
-    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+    tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
 ) -> None:
     spec = tiny(correct={"lambdas": [1.0], "epochs": 4})
+    calm = FolderStore(tmp_path / "undisturbed")
+    (undisturbed,) = LocalCompute().sweeps(tiny_models, [SweepRequest(spec, fixes, None, calm)])
+    store = CountingStore(tmp_path / "run", pause_s=0.5)
+    writes = store.writes(trial_key(1.0))
     with RayCompute(None, spec) as compute:
-        undisturbed = compute.sweeps(
-            tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path / "undisturbed"))]
-        )[0]
-        store = CountingStore(tmp_path / "run", pause_s=0.5)
-        lines.lines.clear()
-        writes = store.writes(trial_key(1.0))
         killer = kill_soon(lines, "correct: λ = 1", lambda: int(writes) == 2)
         (sweep,) = compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
     killer.join()
