@@ -14,7 +14,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml deploy/constraints.txt  # pip would compile on one core
+$(STAMP): pyproject.toml deploy/constraints.txt  # compileall uses all cores, pip one; it fails where a package has a file for other Pythons
 	$(PYTHON) -c 'import sys; sys.exit("Defuse needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip

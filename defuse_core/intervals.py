@@ -33,8 +33,14 @@ def wilson_lower(hits: I64, total: I64, confidence: float = 0.95) -> F64:
     return wilson(hits, total, 2 * confidence - 1)[0]
 
 
-def chance_of(hits: I64 | int, total: I64 | int, share: float | F64) -> F64:
-    """Return the probability of `hits` or more of `total` if each has the chance `share`; 1 where total is 0."""
+def chi2_quantile(share: float | F64, dimensions: int) -> F64:
+    """Return the squared distance from the mean within which `share` of a standard normal distribution lies."""
+    quantile: F64 = 2 * special.gammaincinv(dimensions / 2, share)
+    return quantile
+
+
+def binomial_tail(hits: I64 | int, total: I64 | int, share: float | F64) -> F64:
+    """Return P(X >= hits) of X ~ Binomial(total, share); 1 where total is 0."""
     from scipy.stats import binom
 
     return np.where(np.asarray(total) > 0, binom.sf(hits - 1, total, share), 1.0)
@@ -53,7 +59,7 @@ def significantly_over(hits: I64, total: I64, share: float, false_discovery_rate
 
     if not len(hits):
         return np.zeros(0, np.bool_)
-    tests = chance_of(hits, total, share)
+    tests = binomial_tail(hits, total, share)
     over: np.ndarray = false_discovery_control(tests) <= false_discovery_rate  # type: ignore[type-arg]
     return over
 

@@ -48,7 +48,9 @@ PAPER_LAMBDAS = (
 )  # fmt: skip
 T = TypeVar("T")
 
-TINY: dict[str, dict[str, Any]] = {
+Sections = dict[str, dict[str, Any]]
+
+TINY: Sections = {
     "data": {"name": "digits", "image_size": 16, "channels": 1, "validation_share": 0.2, "train_images": 300},
     "classifier": {"stages": 2, "channels": 8, "hidden": 64, "epochs": 15, "batch_size": 16},
     "vae": {
@@ -104,9 +106,7 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-RECOMMENDED: dict[
-    str, dict[str, Any]
-] = {  # what a new run file does, as tiny; with limits that its weak models reach
+RECOMMENDED: Sections = {  # what a new run file does, as tiny; with limits that its weak models reach
     "identify": {
         "noise": "posterior",
         "scale": 2.0,

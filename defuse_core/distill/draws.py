@@ -12,6 +12,7 @@ from scipy.spatial.distance import cdist
 from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.data import Images
+from defuse_core.intervals import chi2_quantile
 from defuse_core.seeds import generator
 
 COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part nearest to its mean
@@ -37,7 +38,7 @@ def truncated_codes(mean: F64, covariance: F64, normal: F64) -> F32:
     width = normal.shape[1]
     square = (normal**2).sum(axis=1)
     share = COVERAGE * special.chdtr(width, square)  # of the χ² distribution
-    within = 2 * special.gammaincinv(width / 2, share)  # its quantile
+    within = chi2_quantile(share, width)
     shrunk = normal * np.sqrt(within / square)[:, None]
     codes: F32 = (mean + shrunk @ np.linalg.cholesky(covariance).T).astype(np.float32)
     return codes

@@ -35,7 +35,7 @@ from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.intervals import chance_of, mcnemar, share_with_bounds
+from defuse_core.intervals import binomial_tail, mcnemar, share_with_bounds
 from defuse_core.models import (
     decoder_at,
     decoder_of,
@@ -294,7 +294,7 @@ class _Evidence:
             tested = wrong[near[:NEAREST_TESTED]]
             rate = float(wrong[rows].mean()) if len(rows) else float("nan")
             errors.append(float(tested.mean()) if len(tested) else float("nan"))
-            seen.append(bool(chance_of(tested.sum(), len(tested), rate) < SIGNIFICANT))
+            seen.append(bool(binomial_tail(tested.sum(), len(tested), rate) < SIGNIFICANT))
             kept = np.resize(near, NEAREST) if len(near) else np.zeros(NEAREST, np.int64)
             shown.append(np.round(255 * real.batch(kept)).astype(np.uint8))
             labels.append(real.labels[kept])
@@ -341,7 +341,7 @@ def _better(before: F64, after: F64) -> Bool:
     known = np.isfinite(before) & np.isfinite(after)
     gained = (known & (after > before)).sum(axis=1)
     changed = gained + (known & (after < before)).sum(axis=1)
-    better: Bool = chance_of(gained, changed, 0.5) < SIGNIFICANT
+    better: Bool = binomial_tail(gained, changed, 0.5) < SIGNIFICANT
     return better
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from defuse_core.data import Images
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
 from defuse_core.export.pictures import load_finished
+from defuse_core.intervals import chi2_quantile
 from defuse_core.models import encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
@@ -55,9 +57,12 @@ class _Side:
     def labels(self) -> I64:
         return self.fixes.labels
 
+    @cached_property
+    def errors(self) -> I64:
+        return most_common_errors(self.gallery, self.fixes.scenario, self.labels)
+
     def mistaken_for(self, row: int) -> str:
-        errors = most_common_errors(self.gallery, self.fixes.scenario[[row]], self.labels[[row]])
-        return self.models.classes[int(errors[0])]
+        return self.models.classes[int(self.errors[row])]
 
 
 def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
@@ -152,13 +157,11 @@ def _matches(a: _Side, b: _Side) -> dict[int, int]:
 
 def share_inside(codes: F32, others: F32) -> float:
     """Return the share of codes (n, Z) within the ellipsoid of other codes (m, Z)."""
-    from scipy.stats import chi2
-
     mean, covariance = others.mean(axis=0, dtype=np.float64), sample_covariance(others.astype(np.float64))
     ridge = RIDGE * max(float(np.trace(covariance)) / len(covariance), 1e-12)
     root = np.linalg.cholesky(covariance + ridge * np.eye(len(covariance)))
     squares = (np.linalg.solve(root, (codes - mean).T) ** 2).sum(axis=0)  # (n,)
-    return float((squares <= chi2.ppf(INSIDE, codes.shape[1])).mean())
+    return float((squares <= chi2_quantile(INSIDE, codes.shape[1])).mean())
 
 
 def _compared(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from defuse_core.report.schema import Mean, Report
-from defuse_core.review.verdicts import could_not_tell
+from defuse_core.review.verdicts import why_inconclusive
 from defuse_core.watch.figures import Share
 
 # Below this the images of the scenarios show several classes, and accuracy on their one label means little.
@@ -136,13 +136,13 @@ def headline(report: Report) -> str:
     components, accepted = report.scenarios.components, report.scenarios.accepted
     health = None if report.vae.health is None else report.vae.health.verdict
     failing = report.psi.failing_draws or 0
-    doubt = could_not_tell(accepted, health, failing, report.psi.codes)
-    if doubt == "β-VAE":
+    cause = why_inconclusive(accepted, health, failing, report.psi.codes)
+    if cause == "β-VAE":
         return (
             "Could not tell: no component is a failure scenario, but the β-VAE's pictures are too "
             f"{'poor' if health == 'poor' else 'bad'} to find one."
         )
-    if doubt == "screen":
+    if cause == "screen":
         return (
             "Could not tell: the reference models see the class of the image in none of "
             f"{count_of(failing, 'failing draw')}; train better ones, or lower identify.min_probability."

@@ -208,12 +208,13 @@ def doubtful(verdicts: Verdicts, rho: float) -> Bool:
     return unsure
 
 
-def could_not_tell(
+def why_inconclusive(
     accepted: int, health: str | None, failing: int, kept: int
 ) -> Literal["β-VAE", "screen"] | None:
-    """Return what keeps a run from telling whether the classifier has failure scenarios; None where it could tell.
+    """Return why a run that accepted nothing is no evidence that nothing fails; None for all other runs.
 
-    `accepted` scenarios, the verdict on the β-VAE's `health`, draws that fail, and those of them that the screen kept.
+    "β-VAE": it is not fit to show failures. "screen": it keeps no failing draw. `accepted` counts scenarios, `health`
+    is the verdict on the β-VAE, `failing` counts draws that the classifier gets wrong, and `kept` those of them in Ψ.
     """
     if accepted:
         return None

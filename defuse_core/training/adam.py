@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adam import adam
 
 
@@ -17,12 +17,12 @@ class Adam:
     The base class of torch's optimisers imports torch._dynamo, a second in the process of each trial.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": lr, "fused": True}]
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
+    def zero_grad(self) -> None:
+        """Set all gradients to None."""
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None
 

@@ -82,7 +82,7 @@ class Losses:
 
 def train_step(loss: Tensor, optimizer: Optimizer) -> None:
     """Take one optimisation step."""
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 

@@ -35,7 +35,7 @@ from defuse_core.errors import CheckFailed, InputError
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
-from defuse_core.review.verdicts import could_not_tell, most_common_errors
+from defuse_core.review.verdicts import most_common_errors, why_inconclusive
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
@@ -207,8 +207,8 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
     health = with_measured_health(run, artifacts.models).health
     psi = run.load(Psi)
     failing, kept = (psi.failing, psi.total) if psi is not None else (0, 0)
-    doubt = could_not_tell(accepted, None if health is None else health.verdict, failing, kept)
-    if doubt == "β-VAE":
+    cause = why_inconclusive(accepted, None if health is None else health.verdict, failing, kept)
+    if cause == "β-VAE":
         assert health is not None
         pictures = "images moved by the noise" if health.anchored else "reconstructions"
         return CheckFailed(
@@ -216,7 +216,7 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
             f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
             f"{pictures}); improve section vae of the run file and run it under another --name"
         )
-    if doubt == "screen":
+    if cause == "screen":
         return CheckFailed(
             f"run {run.name}: could not tell whether the classifier has failure scenarios: the reference models "
             "see the class of the image in no failing draw; train better ones, or lower identify.min_probability, "

@@ -2,7 +2,7 @@
 
     python tests/bench/training.py --run-file deploy/runs/demo.yaml [--compile]
 
---compile measures torch.compile in place of that: its steps against plain ones, and what its compilation takes, which
+With --compile it compares steps of torch.compile with plain ones instead, and prints the seconds of compilation, which
 each new process pays again or reads from a cache.
 
 CPU seconds of one thread, both ways in turns in one process, so quote the ratios.
@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from defuse_core.config import Arithmetic, RunFile, load_run_file
 from defuse_core.device import cpu_threads
 from defuse_core.models import build_classifier, build_vae, to_device, to_tensor
+from defuse_core.training.adam import Adam
+from defuse_core.training.checkpoint import train_step
 from defuse_core.training.precision import autocast
 from defuse_core.training.reference_models import build_reference
 from defuse_core.training.train_vae import vae_terms
@@ -42,13 +44,10 @@ def made_up(spec: RunFile, count: int) -> tuple[Tensor, Tensor]:
 
 def optimized(parameters: Iterable[Tensor], loss_of: Callable[[Arithmetic], Tensor]) -> Step:
     """Return a training step with Adam."""
-    optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
+    optimizer = Adam(parameters, lr=1e-4)
 
     def step(arithmetic: Arithmetic) -> None:
-        loss = loss_of(arithmetic)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        train_step(loss_of(arithmetic), optimizer)
 
     return step
 

@@ -6,7 +6,7 @@ from sklearn.metrics import roc_auc_score
 
 from defuse_core.intervals import (
     auroc,
-    chance_of,
+    binomial_tail,
     mcnemar,
     probability_not_over,
     significantly_over,
@@ -33,12 +33,12 @@ def test_a_share_lies_within_its_bounds_whatever_was_rounded():
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 5), (3, 10), (10, 10), (61, 64)])
 def test_chances_are_those_of_the_binomial_distribution(hits, total):
-    assert chance_of(hits, total, 0.3) == pytest.approx(binomtest(hits, total, 0.3, "greater").pvalue)
+    assert binomial_tail(hits, total, 0.3) == pytest.approx(binomtest(hits, total, 0.3, "greater").pvalue)
     assert mcnemar(hits, total - hits) == pytest.approx(binomtest(hits, total).pvalue)
 
 
 def test_nothing_seen_is_no_surprise():
-    assert chance_of(0, 0, 0.3) == 1
+    assert binomial_tail(0, 0, 0.3) == 1
     assert mcnemar(0, 0) == 1
 
 

@@ -57,14 +57,8 @@ def test_one_scenario_cannot_be_left_out() -> None:
 def test_a_confusion_is_known_where_the_other_fold_has_its_label_and_wrong_answer() -> None:
     fixes = dataclasses.replace(corrections(6), labels=np.array([8, 8, 8, 8, 7, 7]))
     answers = np.array([3, 3, 2, 1, 2, 1])  # 8 read as 3 in both folds; 8 as 2 and 7 as 2 are two confusions
-    assert has_same_confusion_in_other_fold(fixes, answers).tolist() == [
-        True,
-        True,
-        False,
-        False,
-        False,
-        False,
-    ]
+    known = has_same_confusion_in_other_fold(fixes, answers)
+    assert known.tolist() == [True, True, False, False, False, False]
     same_fold = np.array([3, 2, 3, 2, 9, 5])  # 8 read as 3 twice, in one fold
     assert not has_same_confusion_in_other_fold(fixes, same_fold).any()
 
@@ -154,7 +148,9 @@ def test_scenarios_left_out_are_told_apart_by_whether_their_confusion_was_tuned_
 def test_the_screen_is_measured_on_real_failures(finished) -> None:
     run, report = finished
     found = report.evidence
-    assert 0 < found.screen_recall.low < found.screen_recall.value <= found.screen_recall.high <= 1
+    recall = found.screen_recall
+    assert 0 < recall.low < recall.value <= recall.high <= 1
+    assert (recall.value < recall.high < 1) == (recall.value < 1)  # on some processors all are seen
     kept = found.screen_recall.value * found.real_failure_images
     assert kept == pytest.approx(round(kept))
     assert "leaves out the others (identify.screen)" in run.store.read("report.html").decode()
