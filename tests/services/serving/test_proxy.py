@@ -71,7 +71,9 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
 ):
     options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
     with serve_process(short_folder, "first", *options) as running:
-        (process,) = (pid for pid in processes_with("haproxy.cfg") if listens_on(pid, running.port))
+        # a process that Ray has just replaced listens on for a moment
+        wait_until(lambda: len(listening("haproxy.cfg", running.port)) == 1)
+        (process,) = listening("haproxy.cfg", running.port)
         folder = configuration_of(process).parent.parent  # Ray adds a folder for the node
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.stat().st_uid == os.getuid()
         (admin,) = folder.rglob("admin.sock")
@@ -93,8 +95,9 @@ def configuration_of(pid: int) -> Path:
     return Path(arguments[arguments.index(b"-f") + 1].decode())
 
 
-def listens_on(pid: int, port: int) -> bool:
-    return any(found == port for _, found in listening_ports(pid))
+def listening(command: str, port: int) -> list[int]:
+    """Return the processes with `command` in their command line that listen on `port`."""
+    return [pid for pid in processes_with(command) if any(at == port for _, at in listening_ports(pid))]
 
 
 def replica_addresses() -> set[str]:
@@ -105,12 +108,12 @@ def replica_addresses() -> set[str]:
 def test_a_direct_replica_that_is_killed_answers_on_the_same_port_again(own_store, short_folder):
     options = ("--store", own_store.address, "--set", "serve.cpus_per_replica=0.5")
     with serve_process(short_folder, "first", *options) as running:
-        replicas = [pid for pid in processes_with("ServeReplica") if listens_on(pid, running.port)]
-        (replica,) = replicas
-        assert os.getpriority(os.PRIO_PROCESS, replica) == 0  # other processes of the machine do not go first
+        (replica,) = listening("ServeReplica", running.port)
+        own_priority = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, replica) == own_priority  # Ray lowers that of its workers
         os.kill(replica, 9)
         wait_until(lambda: answers(running.http), 60)
-        assert [pid for pid in processes_with("ServeReplica") if listens_on(pid, running.port)] != replicas
+        assert listening("ServeReplica", running.port) != [replica]
 
 
 def answers(http: httpx.Client) -> bool:
