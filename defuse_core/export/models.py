@@ -82,7 +82,7 @@ def _reason(run: Run) -> str:
     verdicts = run.load(Verdicts)
     if verdicts is not None and len(verdicts.accepted):
         return "every λ costs more clean accuracy than correct.max_loss allows"
-    return "no failure scenario was accepted"
+    return f"no failure scenario was accepted; `defuse report {run.name}` says why"
 
 
 def _on_cpu(module: nn.Module) -> nn.Module:
