@@ -108,17 +108,19 @@ def _split(value: Any, name: str, arrays: Arrays) -> Any:
         }
     if isinstance(value, list | tuple):
         return [_split(item, f"{name}/{place}", arrays) for place, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no NaN
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return {FLOAT: str(value)} if _is_not_finite(value) else value
 
 
 def _field(artefact: Any, field: dataclasses.Field[Any]) -> Any:
-    """Return the value of a field; a number that JSON lacks, in a field that cannot be None, as {FLOAT: its name}."""
+    """Return the value of a field; None in place of a number that JSON lacks, where the field can be None."""
     value = getattr(artefact, field.name)
-    if field.type in (float, "float") and not math.isfinite(value):
-        return {FLOAT: str(float(value))}
-    return value
+    return None if field.type not in (float, "float") and _is_not_finite(value) else value
+
+
+def _is_not_finite(value: object) -> bool:
+    """Whether `value` is a number that JSON lacks."""
+    return isinstance(value, float | np.floating) and not math.isfinite(value)
 
 
 def _join(value: Any, arrays: Arrays) -> Any:

@@ -13,6 +13,7 @@ from defuse_core.artifacts import (
     ClassifierEpoch,
     FailedTrial,
     Failures,
+    MeasuredPrecision,
     Models,
     Override,
     Psi,
@@ -164,3 +165,15 @@ def test_numbers_that_json_lacks_survive_and_are_none_in_optional_fields(number)
     sweep = decode(Sweep, encode(Sweep((row,), None, {}, ())), "here")
     np.testing.assert_equal(sweep.rows[0].loss, float(number))
     assert sweep.rows[0].validation is None
+
+
+def test_numbers_that_json_lacks_survive_in_dicts():
+    """bf16 is not possible for the β-VAE: resources.precision: auto stores inf seconds."""
+    measured = MeasuredPrecision({"vae": "f32"}, {"vae": 1.0}, {"vae": np.inf})
+    assert decode(MeasuredPrecision, encode(measured), "here") == measured
+
+
+def test_numbers_that_json_lacks_survive_in_lists():
+    numbers = dataclasses.make_dataclass("Numbers", [("losses", tuple[float, ...])])
+    back = decode(numbers, encode(numbers((0.5, float("nan"), np.float32("-inf")))), "here")
+    np.testing.assert_equal(back.losses, (0.5, float("nan"), float("-inf")))
