@@ -177,16 +177,18 @@ class Run:
         stored = self.load(kind, key)
         if stored is not None:
             return stored
+        self.manifest()  # a damaged one is said before the work, not after it
         started = time.time()
         artefact = make()
         data = encode(artefact)
+        readable = decode(kind, data, key)  # else no later command could read it
         # the manifest first, so that no artefact is ever without its entry
         self._note(step, key, started, data, _of_the_whole_run(artefact))
         self.store.write(f"{key}.safetensors", data)
         log.info("%s: %s made in %.1f s", step, key, time.time() - started)
         for listener in self.listeners:
             listener()
-        return decode(kind, data, key)
+        return readable
 
     def load(self, kind: type[T], key: str | None = None) -> T | None:
         """Return the stored artefact of `kind`, or None where it has not been made yet."""

@@ -37,6 +37,23 @@ def test_what_failed_half_way_leaves_nothing_and_is_made_anew(tmp_path):
     assert run.once("identify", Psi, psi).total == 3
 
 
+def test_an_artefact_that_could_not_be_read_back_is_not_stored(tmp_path):
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+    with pytest.raises(StoreError, match=r"psi: .* other fields \(images: Input should be a valid integer"):
+        run.once("identify", Psi, lambda: Psi(np.array([3]), None, 40, 2, 1, 0.5))
+    assert run.load(Psi) is None and run.manifest()["artefacts"] == {}
+    assert run.once("identify", Psi, psi).total == 3
+
+
+def test_a_damaged_manifest_is_said_before_the_work_and_not_after_it(tmp_path):
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+    run.store.write("manifest.json", b"{")
+    made = []
+    with pytest.raises(StoreError, match=r"manifest\.json: .* damaged JSON; delete it and run again"):
+        run.once("identify", Psi, lambda: made.append(1) or psi())
+    assert made == []
+
+
 def test_the_manifest_tells_what_was_made_with_what(tmp_path):
     run = Run.start(FolderStore(tmp_path), "a", tiny())
     run.once("identify", Psi, psi)
