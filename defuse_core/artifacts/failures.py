@@ -17,9 +17,15 @@ class Anchors:
 
     pixels: U8 | F32  # (M, channels, H, W), uint8 0 to 255 or float32 in [0, 1], as in Images
     source: I64  # (M,) index into the training set, ascending
+    held_out: Bool | None = None  # (M,) whether held-out draws are anchored there; None in earlier versions' runs
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"pixels": "M c H W", "source": "M"})
+
+    def take(self, rows: I64) -> Anchors:
+        """Return the images `rows`."""
+        held_out = None if self.held_out is None else self.held_out[rows]
+        return Anchors(self.pixels[rows], self.source[rows], held_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +42,8 @@ class ComponentFailures:
     def take(self, rows: I64) -> ComponentFailures:
         """Return the failures of the components `rows`, with the images that they need."""
         used, anchor = np.unique(self.anchor[rows], return_inverse=True)
-        anchors = Anchors(self.anchors.pixels[used], self.anchors.source[used])
-        return ComponentFailures(self.codes[rows], anchor.reshape(self.anchor[rows].shape), anchors)
+        shape = self.anchor[rows].shape
+        return ComponentFailures(self.codes[rows], anchor.reshape(shape), self.anchors.take(used))
 
 
 @dataclass(frozen=True, eq=False)

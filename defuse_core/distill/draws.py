@@ -102,13 +102,17 @@ def tau_of(spec: RunFile, scenarios: Scenarios, component: int) -> float:
 def failure_rows(
     failures: ComponentFailures, component: int, count: int, rng: np.random.Generator, *, held_out: bool
 ) -> I64:
-    """Return `count` random failures of one component, (count,): of every second of its images, or of the others.
+    """Return `count` random failures of one component, (count,): at its held-out images, or at the others.
 
-    Where all failures come from one image, both halves are that image.
+    Where all its images are in one half (it has but one, or shares them), both draws are at these.
     """
-    _, image = np.unique(failures.anchor[component], return_inverse=True)
-    half = np.flatnonzero(image % 2 == int(held_out))
-    rows = half if len(half) else np.arange(len(image))
+    anchor = failures.anchor[component]
+    if failures.anchors.held_out is None:  # a run of an earlier version
+        held = np.unique(anchor, return_inverse=True)[1] % 2 == 1
+    else:
+        held = failures.anchors.held_out[anchor]
+    half = np.flatnonzero(held == held_out)
+    rows = half if len(half) else np.arange(len(anchor))
     return rng.choice(rows, count).astype(np.int64)
 
 
@@ -190,7 +194,23 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
     used, anchor = np.unique(sources, return_inverse=True)
     pixels = train.take(used).pixels[:]
     codes = np.stack([own.codes for own in chosen])
-    return ComponentFailures(codes, anchor.reshape(sources.shape).astype(np.int64), Anchors(pixels, used))
+    anchor = anchor.reshape(sources.shape).astype(np.int64)
+    held_out = half_of_each(anchor, len(used), generator(seed, "distill", "held out"))
+    return ComponentFailures(codes, anchor, Anchors(pixels, used, held_out))
+
+
+def half_of_each(anchor: I64, images: int, rng: np.random.Generator) -> Bool:
+    """Return which images held-out draws are anchored at, (images,): about half of those of each row of `anchor`.
+
+    An image is in the same half for all components that it belongs to, so that none is tuned on by one and held out by
+    another. Components of few images choose first.
+    """
+    held, free = np.zeros(images, np.bool_), np.ones(images, np.bool_)
+    for own in sorted(map(np.unique, anchor), key=len):
+        missing = max(0, len(own) // 2 - int(held[own].sum()))
+        held[rng.permutation(own[free[own]])[:missing]] = True
+        free[own] = False
+    return held
 
 
 def _spread(source: I64, rng: np.random.Generator) -> I64:

@@ -9,7 +9,6 @@ import numpy as np
 
 from defuse_core.artifacts import (
     NONE_OF_THE_ABOVE,
-    Anchors,
     Bool,
     Corrections,
     Gallery,
@@ -150,7 +149,7 @@ def with_used_anchors(fixes: Corrections) -> Corrections:
     anchor = anchor.reshape(both.shape).astype(np.int64)
     return replace(
         fixes,
-        anchors=Anchors(fixes.anchors.pixels[used], fixes.anchors.source[used]),
+        anchors=fixes.anchors.take(used),
         tune_anchor=anchor[:, : fixes.tune.shape[1]],
         test_anchor=anchor[:, fixes.tune.shape[1] :],
     )

@@ -29,6 +29,7 @@ from defuse_core.distill.draws import (
     IMAGES_KEPT,
     component_failures,
     draw_codes,
+    failure_rows,
     near_failures,
     wide_draws,
 )
@@ -142,6 +143,25 @@ def test_held_out_draws_are_anchored_at_other_images(images):
     assert wide == {False: shown, True: held_out}
 
 
+def test_an_image_of_two_components_is_held_out_by_both_or_by_none():
+    failures = [
+        Failures(np.zeros((10, 3), np.float32), np.arange(first, first + 10), *np.zeros((2, 10), np.int64))
+        for first in (0, 1)
+    ]
+    train = Images(np.zeros((11, 1, 4, 4), np.uint8), np.zeros(11, np.int64))
+    shared = component_failures(failures, train, seed=0)
+    drawn = {
+        held_out: [
+            set(shared.anchor[row, failure_rows(shared, row, 500, generator(0, "a"), held_out=held_out)])
+            for row in (0, 1)
+        ]
+        for held_out in (False, True)
+    }
+    assert not set.union(*drawn[True]) & set.union(*drawn[False])
+    assert {len(images) for half in drawn.values() for images in half} <= {4, 5, 6}
+    np.testing.assert_array_equal(shared.take(np.array([1])).anchors.held_out, shared.anchors.held_out[1:])
+
+
 def test_a_component_of_a_single_image_is_drawn_at_that_image_alone():
     spec, scenarios = tiny(), one_component(images=1)
     for held_out in (False, True):
@@ -223,7 +243,8 @@ def test_nothing_is_fine_tuned_on_the_images_of_held_out_pictures(finished, tiny
         range(len(sources))
     )
     tuned, tested = set(sources[fixes.tune_anchor.ravel()]), set(sources[fixes.test_anchor.ravel()])
-    for used, without in ((fixes, tested - tuned), (fixes.take(np.array([0])), None)):
+    assert tested and not tested & tuned
+    for used, without in ((fixes, tested), (fixes.take(np.array([0])), None)):
         data = load_fine_tuning_data(SPEC, tiny_models, used, None, progress=silent)
         left_out = set(held_out_sources(used).tolist())
         assert len(data.train) == len(train) - len(left_out)
