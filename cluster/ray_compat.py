@@ -9,12 +9,14 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray.tune.trainable import Trainable
 
-TUNE_ENVIRONMENT = {
+KEPT_WORKING_DIR = {"RAY_CHDIR_TO_TRIAL_DIR": "0"}  # else workers find no relative path, such as of weights
+TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Tune handles Ctrl-C in place of the driver
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a table whatever the verbosity
@@ -29,19 +31,33 @@ JOB_LOGGERS = (
 
 @contextlib.contextmanager
 def quiet_tune() -> Iterator[None]:
-    """Keep Tune from writing log files, from printing, and from handling Ctrl-C."""
-    before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
+    """Keep Tune from writing log files, printing and handling Ctrl-C, and its trials in their working directory."""
     loggers = [logging.getLogger(name) for name in TUNE_LOGGERS]
     levels = [logger.level for logger in loggers]
-    os.environ.update(TUNE_ENVIRONMENT)
     withhold_credentials()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with _environment(TUNE_ENVIRONMENT):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def kept_working_dir() -> AbstractContextManager[None]:
+    """Keep workers that Ray Train starts inside in their working directory, in place of a folder of its own."""
+    return _environment(KEPT_WORKING_DIR)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set these environment variables inside, and put back those from before."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

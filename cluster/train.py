@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.errors import as_defuse_error
 from cluster.progress import reporting
+from cluster.ray_compat import kept_working_dir
 from cluster.resources import WorkerResources, current_location
 from defuse_core.errors import DefuseError, ModelError
 from defuse_core.progress import Progress, silent
@@ -46,7 +47,8 @@ def run_together(
     config = {"function": function, "args": args, "progress_actor": progress_actor}
     with tempfile.TemporaryDirectory(prefix="defuse-train-") as folder:
         try:
-            result = _trainer(config, workers, resources, folder).fit()
+            with kept_working_dir():
+                result = _trainer(config, workers, resources, folder).fit()
         except TrainingFailedError as error:
             raise _cause(error) from error
     outcome: ModelError | None = result.return_value  # type: ignore[attr-defined]

@@ -55,6 +55,11 @@ def assert_equal_sweeps(sweep: Sweep, other: Sweep) -> None:
     assert all(np.array_equal(sweep.weights[key], other.weights[key]) for key in other.weights)
 
 
+def locations(folder: Path) -> set[str]:
+    """Return the working directories that processes noted in `folder` (fakes.note_working_dir)."""
+    return {path.read_text() for path in folder.iterdir()}
+
+
 def all_end(processes: set[int], within_s: float) -> bool:
     """Whether the processes of workers end within so many seconds. Ray gives an idle one back to its pool."""
     deadline = time.monotonic() + within_s

@@ -16,7 +16,7 @@ import numpy as np
 from defuse_core.artifacts import I64, Models
 from defuse_core.config import RunFile
 from defuse_core.errors import RunBusyError, StoreError
-from defuse_core.progress import Progress
+from defuse_core.progress import Progress, silent
 from defuse_core.store import FolderStore, Store
 from defuse_core.train import train_part
 from defuse_core.training.data_parallel import is_first_worker
@@ -83,6 +83,18 @@ class GatedStore(FolderStore):
 
     def open(self) -> None:
         self.gate.touch()
+
+
+class LocatedStore(FolderStore):
+    """Notes the working directory of each process that writes."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.locations = folder.with_name(folder.name + "-locations")
+
+    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
+        super().write(key, data, unless)
+        note_working_dir(self.locations, progress=silent)
 
 
 class RefusingStore(FolderStore):
@@ -181,6 +193,12 @@ def counting(count: int, total: int, *, progress: Progress) -> None:
     """Say after each of `count` numbers how far it is, faster than anybody can read."""
     for done in range(1, count + 1):
         progress("counting", done, total, "numbers")
+
+
+def note_working_dir(folder: Path, *, progress: Progress) -> None:
+    """Write down the working directory of this process."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{os.getpid()}").write_text(str(Path.cwd()))
 
 
 def failing(error: Exception, *, progress: Progress) -> None:

@@ -18,12 +18,14 @@ from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
-from tests.cluster.checks import Lines, all_end, assert_equal_sweeps, kill_soon
+from tests.cluster.checks import Lines, all_end, assert_equal_sweeps, kill_soon, locations
 from tests.cluster.fakes import (
     CountingStore,
+    LocatedStore,
     OwnDiskStore,
     RefusingStore,
     TakenOverStore,
+    note_working_dir,
 )
 from tests.conftest import tiny
 
@@ -55,6 +57,17 @@ def test_a_trial_is_shown_under_the_name_of_its_step(
             tiny_models, [SweepRequest(spec, fixes, None, CountingStore(tmp_path / "run", pause_s=0.1))]
         )[0]
     assert titles == {b"ray::correct"}
+
+
+def test_trials_keep_their_working_directory_so_that_relative_paths_lead_somewhere(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path
+) -> None:
+    spec = tiny(correct={"lambdas": [1.0], "epochs": 1})
+    store = LocatedStore(tmp_path / "run")
+    with RayCompute(None, spec) as compute:
+        compute.task("train", note_working_dir, tmp_path / "task")
+        compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
+    assert locations(store.locations) == locations(tmp_path / "task")
 
 
 def test_a_sweep_over_nothing_starts_nothing(tiny_spec: RunFile, tiny_models: Models, tmp_path: Path) -> None:

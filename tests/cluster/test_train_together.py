@@ -15,8 +15,8 @@ from defuse_core.errors import ModelError, RunFileError
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
 from defuse_core.train import train_part
-from tests.cluster.checks import Lines
-from tests.cluster.fakes import train_part_dying_once
+from tests.cluster.checks import Lines, locations
+from tests.cluster.fakes import note_working_dir, train_part_dying_once
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -62,6 +62,14 @@ def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> 
     with RayCompute(None, spec) as compute, pytest.raises(ModelError, match="the classifier diverged"):
         compute.together("train", train_part, spec, FolderStore(tmp_path), "classifier")
     assert len(set(lines.processes("train: worker 0"))) == 1
+
+
+def test_workers_keep_their_working_directory_so_that_relative_paths_lead_somewhere(tmp_path: Path) -> None:
+    with RayCompute(None, together()) as compute:
+        compute.task("train", note_working_dir, tmp_path / "alone")
+        compute.together("train", note_working_dir, tmp_path / "together")
+    assert len(list((tmp_path / "together").iterdir())) == 2
+    assert locations(tmp_path / "together") == locations(tmp_path / "alone")
 
 
 def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:
