@@ -28,6 +28,19 @@ def share_with_bounds(hits: int, total: int) -> F64:
     return np.array([hits / total, low[0], high[0]])
 
 
+def mean_with_bounds(means: F64, least: F64) -> F64:
+    """Return the mean of (n,) shares and its 95 % interval, (3,), by Student's t; `least` where n is below 2.
+
+    The interval covers that of `least`, the share over all images of all groups with its bounds: equal shares of a few
+    groups do not make it a point.
+    """
+    if len(means) < 2:
+        return least
+    error = special.stdtrit(len(means) - 1, 0.975) * means.std(ddof=1) / np.sqrt(len(means))
+    low, high = min(means.mean() - error, least[1]), max(means.mean() + error, least[2])
+    return np.array([means.mean(), max(0.0, low), min(1.0, high)])
+
+
 def wilson_lower(hits: I64, total: I64, confidence: float = 0.95) -> F64:
     """Return the one-sided lower bound of Wilson's of the shares hits/total."""
     return wilson(hits, total, 2 * confidence - 1)[0]

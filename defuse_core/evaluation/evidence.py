@@ -35,7 +35,7 @@ from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.intervals import binomial_tail, mcnemar, share_with_bounds
+from defuse_core.intervals import binomial_tail, mcnemar, mean_with_bounds, share_with_bounds
 from defuse_core.models import (
     decoder_at,
     decoder_of,
@@ -60,7 +60,6 @@ NEAREST = 12  # real images shown beside a scenario
 NEAREST_TESTED = 50  # real images whose error is compared with that of all
 FRESH_IMAGES = 2000  # test images that fresh noise is added to
 FRESH_DRAWS = 10  # per image
-RESAMPLES = 1000  # of scenarios, for intervals of figures whose images come in scenarios
 AT_FAULT_PURITY = (0.5, 0.9)  # below the first the β-VAE is at fault, from the second on the classifier
 SIGNIFICANT = 0.05
 
@@ -183,7 +182,7 @@ class _Evidence:
             scenario_purity=_nanmean(shows.reshape(accepted, per_scenario)),
             scenario_own_label=_nanmean(by_scenario).T,
             scenario_left_out=_nanmean(fold_right.reshape(accepted, per_scenario)),
-            confirmed=_better(by_scenario[0], by_scenario[-1]),
+            confirmed=_better(by_scenario[0], by_scenario[-1], fixes.test_anchor),
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
             at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, per_scenario)))),
             real=real,
@@ -199,17 +198,11 @@ class _Evidence:
         hits = (predict(classifier, images) == labels).astype(np.float64)
         return np.where(labels == NONE_OF_THE_ABOVE, np.nan, hits)
 
-    def _share(self, hits: F64, per_scenario: int) -> F64:
-        """Return the mean of (A·n,) hits and its 95 % interval, (J,), by resampling whole scenarios."""
-        table = hits.reshape(-1, max(1, per_scenario))
-        means = _nanmean(table)
-        means = means[np.isfinite(means)]
-        if len(means) < 2:
-            return _known_share(hits)
-        rng = generator(self.spec.seed, "evidence", "bootstrap")
-        resampled = means[rng.integers(len(means), size=(RESAMPLES, len(means)))].mean(axis=1)
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        return np.array([means.mean(), low, high])
+    @staticmethod
+    def _share(hits: F64, per_scenario: int) -> F64:
+        """Return the mean over scenarios of (A·n,) hits, nan left out, and its 95 % interval, (J,)."""
+        means = _nanmean(hits.reshape(-1, max(1, per_scenario)))
+        return mean_with_bounds(means[np.isfinite(means)], _known_share(hits))
 
     def _fold_right(self, per_scenario: int) -> F64:
         """Return whether each held-out image is right after a correction without its scenario's fold, (A·n,)."""
@@ -336,12 +329,20 @@ def _nanmean(table: F64) -> F64:
     return means
 
 
-def _better(before: F64, after: F64) -> Bool:
-    """Return which scenarios are significantly more often right after than before, (A,): McNemar's test, one-sided."""
-    known = np.isfinite(before) & np.isfinite(after)
-    gained = (known & (after > before)).sum(axis=1)
-    changed = gained + (known & (after < before)).sum(axis=1)
-    better: Bool = binomial_tail(gained, changed, 0.5) < SIGNIFICANT
+def _better(before: F64, after: F64, anchors: I64 | None) -> Bool:
+    """Return which scenarios are significantly more often right after than before, (A,): McNemar's test, one-sided.
+
+    Pictures that are anchored at the same image are no independent evidence: they count as one, by their mean.
+    """
+    changes = list(after - before)  # A of (n,)
+    if anchors is not None:
+        changes = [
+            np.array([_nanmean(row[of == image]) for image in np.unique(of)])
+            for row, of in zip(changes, anchors, strict=True)
+        ]
+    gained = np.array([(row > 0).sum() for row in changes], np.int64)  # nan is neither
+    lost = np.array([(row < 0).sum() for row in changes], np.int64)
+    better: Bool = binomial_tail(gained, gained + lost, 0.5) < SIGNIFICANT
     return better
 
 

@@ -8,7 +8,9 @@ from defuse_core.intervals import (
     auroc,
     binomial_tail,
     mcnemar,
+    mean_with_bounds,
     probability_not_over,
+    share_with_bounds,
     significantly_over,
     wilson,
     wilson_lower,
@@ -95,3 +97,20 @@ def test_a_perfect_order_of_few_is_no_certainty_and_one_kind_alone_has_no_area()
     area, low, high = auroc(np.arange(20.0), np.arange(20) >= 17)
     assert (area, high) == (1.0, 1.0) and low < 0.1
     assert np.isnan(auroc(np.arange(5.0), np.zeros(5, np.bool_))).all()
+
+
+@pytest.mark.parametrize("groups", [2, 3, 5, 14])
+def test_an_interval_over_groups_holds_the_true_mean_however_few_there_are(groups):
+    rng, covered, trials = np.random.default_rng(groups), 0, 400
+    for _ in range(trials):
+        shares = rng.beta(9, 1, groups)  # the groups differ: 0.9 is the mean of all that there could be
+        hits = rng.random((groups, 256)) < shares[:, None]
+        _, low, high = mean_with_bounds(hits.mean(axis=1), share_with_bounds(int(hits.sum()), hits.size))
+        covered += low <= 0.9 <= high
+    assert covered / trials > 0.85  # quantiles of resampled means: 0.49, 0.70, 0.82 and 0.90
+
+
+def test_an_interval_over_equal_groups_is_no_point():
+    of_all = share_with_bounds(512, 512)
+    assert mean_with_bounds(np.ones(2), of_all).tolist() == of_all.tolist()
+    assert mean_with_bounds(np.ones(1), of_all) is of_all

@@ -90,12 +90,19 @@ def test_alpha_is_undefined_for_one_annotator_or_one_answer() -> None:
 def test_a_scenario_is_confirmed_only_where_more_images_are_right_than_chance_explains() -> None:
     before = np.zeros((3, 40))
     after = np.stack([np.ones(40), np.r_[np.ones(2), np.zeros(38)], np.full(40, np.nan)])
-    assert _better(before, after).tolist() == [True, False, False]
+    assert _better(before, after, None).tolist() == [True, False, False]
 
 
 def test_a_correction_that_breaks_as_many_images_as_it_mends_is_not_confirmed() -> None:
     before = np.r_[np.ones(20), np.zeros(20)][None]
-    assert not _better(before, 1 - before)[0]
+    assert not _better(before, 1 - before, None)[0]
+
+
+def test_pictures_of_one_photograph_confirm_a_scenario_no_more_than_one_picture() -> None:
+    before, after = np.zeros((2, 40)), np.ones((2, 40))
+    anchors = np.stack([np.arange(40) % 2, np.arange(40) % 8])
+    assert _better(before, after, anchors).tolist() == [False, True]
+    assert _better(before[:0], after[:0], anchors[:0]).tolist() == []
 
 
 def test_an_interval_leaves_out_images_without_a_label() -> None:
