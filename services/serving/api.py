@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from defuse_core.artifacts import F32
 from services.serving.deployment import ClassifierDeployment
-from services.serving.errors import RejectedInput, RequestError
+from services.serving.errors import RejectedInput, RequestError, Unavailable
 from services.serving.inputs import (
     FORM_TYPE,
     IMAGE_TYPES,
@@ -31,6 +32,7 @@ from services.serving.inputs import (
 from services.serving.metrics import metrics_page
 from services.serving.model import ModelInfo, PredictionResponse
 
+log = logging.getLogger("defuse")
 HEALTH_ROUTES = ("/healthz", "/readyz")
 DOCS_ROUTES = ("/docs", "/redoc", "/openapi.json")
 MAX_INLINE_BYTES, MAX_INLINE_PIXELS = (
@@ -132,8 +134,18 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
             yield
 
     api = FastAPI(title="Defuse", summary="A corrected image classifier.", version="1", lifespan=lifespan)
-    api.add_exception_handler(RequestError, _error_handler(deployment))
+    handle_request_error = _error_handler(deployment)
+
+    async def handle_memory_error(request: Request, error: Exception) -> Response:
+        log.error("a request was not answered: out of memory (%s)", error)
+        unavailable = Unavailable("this replica is out of memory", deployment.settings.retry_after_s)
+        response: Response = await handle_request_error(request, unavailable)
+        return response
+
+    api.add_exception_handler(RequestError, handle_request_error)
     api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(MemoryError, handle_memory_error)
+    api.add_exception_handler(Exception, _internal_error)
     api.add_middleware(BearerAuthMiddleware, token=deployment.token)
 
     async def predict(request: Request) -> Response:
@@ -217,6 +229,13 @@ def _error_handler(deployment: ClassifierDeployment) -> Any:
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _internal_error(_: Request, error: Exception) -> JSONResponse:
+    """Answer an error that nobody expected; Starlette raises it again afterwards, for the log."""
+    return JSONResponse(
+        {"error": f"the server failed ({type(error).__name__}); its log has the details"}, 500
+    )
 
 
 class BearerAuthMiddleware:

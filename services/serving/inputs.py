@@ -133,7 +133,7 @@ def _decode_image(data: bytes, spec: InputSpec, prefix: str, budget: int) -> tup
                 _check_size(image, spec, prefix, budget)
                 _check_mode(image, spec, prefix)
                 return _fit(image, spec), image.width * image.height
-    except RejectedInput:
+    except (RejectedInput, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise RejectedInput(413, f"{prefix}the image is too large to decode") from None
@@ -189,6 +189,7 @@ def decode_json(body: bytes, spec: InputSpec) -> F32:
         raise RejectedInput(422, f"unknown field {unknown[0][:40]!r}; the only field is pixels")
     if "pixels" not in tree:
         raise RejectedInput(422, "the field pixels is missing")
+    _check_numbers_only(body)
     return _to_images(_to_numbers(tree["pixels"]), spec)
 
 
@@ -200,6 +201,16 @@ def _parse_json(body: bytes) -> Any:
         return json.loads(body, parse_constant=reject_constant)
     except (ValueError, RecursionError):
         raise RejectedInput(400, "the body is not JSON") from None
+
+
+def _check_numbers_only(body: bytes) -> None:
+    """Raise RejectedInput where `body`, {"pixels": ...}, holds more than numbers, without a walk over all of them.
+
+    Beside one string, NumPy makes strings of that length of all numbers: 32 KB of JSON would take 500 MB.
+    """
+    literals = (b"r", b"f", b"n")  # letters of true, false and null that neither numbers nor the key contain
+    if body.count(b'"') > 2 or body.count(b"{") > 1 or any(letter in body for letter in literals):
+        raise RejectedInput(422, "pixels: expected numbers from 0 to 1, found something else among them")
 
 
 def _to_numbers(pixels: Any) -> F32:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -128,6 +129,8 @@ def test_pixels_in_json_are_one_image_or_several(value):
         (b'{"pixels": [["a"]]}', 422, "numbers"),
         (b'{"pixels": [[true]]}', 422, "numbers"),
         (b'{"pixels": [[null]]}', 422, "numbers"),
+        (b'{"pixels": [[{}]]}', 422, "numbers"),
+        (b'{"pixels": [[true, 0.5]]}', 422, "numbers"),
         (b'{"pixels": [[0, 1], [0]]}', 422, "equal length"),
         (b'{"pixels": ' + b"[" * 200 + b"]" * 200 + b"}", 422, "pixels"),
         (pixels_of((ONE * 255).tolist()), 422, "divide"),
@@ -141,6 +144,16 @@ def test_unusable_json_is_rejected_in_one_sentence(body, status, words):
     with pytest.raises(RejectedInput, match=words) as refused:
         decode_json(body, GREY)
     assert refused.value.status == status and "\n" not in refused.value.message
+
+
+def test_a_string_among_the_numbers_takes_no_memory_for_each_of_them():
+    body = pixels_of(["a" * 16_000, *[0] * 8_000])  # as NumPy's strings 512 MB
+    tracemalloc.start()
+    with pytest.raises(RejectedInput, match="expected numbers"):
+        decode_json(body, GREY)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 @pytest.mark.parametrize("second", ["image", "other"])
