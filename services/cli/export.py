@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,23 +76,33 @@ def delete(run: str, store: str, yes: bool) -> None:
 
     Refused while a driver writes the run, and for a run whose classifier is a version in the registry.
     """
-    from defuse_core.runs import Run
     from services.storage import open_store
 
     opened = open_store(store)
-    found = Run.open(opened, checked_name(run))
+    found = opened.within(checked_name(run))
+    if not found.exists("run.yaml"):  # one that cannot be read is deleted, too
+        raise InputError(f"no run called {run} in {opened.address}; `defuse status` lists the runs")
     _expect_unregistered(opened, run)
-    with found.store.lock():
-        keys = found.store.list()
-        if not yes:
-            click.confirm(f"delete {len(keys)} files in {found.store.address}?", abort=True)
-        found.store.delete_all()
+    with found.lock():
+        keys = found.list()
+        if not yes and not _confirmed(f"delete {len(keys)} files in {found.address}?"):
+            click.echo("defuse: nothing was deleted", err=True)
+            sys.exit(130)
+        _expect_unregistered(opened, run)  # it may have been promoted since, while the question stood
+        found.delete_all()
     click.echo(f"deleted {run}: {len(keys)} files")
+
+
+def _confirmed(question: str) -> bool:
+    """Whether a person says yes; Ctrl-C and the end of the input are a no."""
+    try:
+        return click.confirm(question)
+    except click.Abort:
+        return False
 
 
 def _expect_unregistered(store: Store, run: str) -> None:
     """Raise InputError where a version in the registry comes from this run."""
-    from defuse_core.errors import InputError
     from services.serving.registry import Registry
 
     versions = [number for number, version in Registry(store).state().versions.items() if version.run == run]
@@ -143,6 +154,16 @@ def suite_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def expect_no_suite_options(
+    classifier: str | None, weights: Path | None, overrides: tuple[str, ...], junit: Path | None
+) -> None:
+    """Raise UsageError for an option of `defuse check --suite` that is given without --suite."""
+    given = {"--classifier": classifier, "--weights": weights, "--set": overrides, "--junit": junit}
+    for option, value in given.items():
+        if value:
+            raise click.UsageError(f"{option} needs --suite FOLDER")
+
+
 @click.group()
 def suite() -> None:
     """Failure scenarios as a regression suite for any classifier.
@@ -178,6 +199,8 @@ def check_suite(options: SuiteCheck) -> None:
 
     if (options.run is None) == (options.classifier is None):
         raise click.UsageError("with --suite, give either RUN or --classifier")
+    if options.classifier is None and (options.weights or options.overrides):
+        raise click.UsageError("--weights and --set need --classifier")
     loaded = load_suite(options.suite)
     results = loaded.check(_classifier(loaded, options))
     name = options.classifier or f"run {options.run}"

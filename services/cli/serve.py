@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from defuse_core.store import checked_name
-from services.cli.export import SuiteCheck, check_suite, suite_options
-from services.cli.options import address_option, store_option
+from services.cli.export import SuiteCheck, check_suite, expect_no_suite_options, suite_options
+from services.cli.options import address_option, given, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -41,10 +41,11 @@ def check(run: str | None, store: str, as_json: bool, suite: Path | None, **opti
     """
     if suite is not None:
         check_suite(SuiteCheck(suite, run, store, as_json, **options))
-    elif run is None:
+        return
+    expect_no_suite_options(**options)
+    if run is None:
         raise click.UsageError("give RUN, or --suite FOLDER with --classifier")
-    else:
-        _check_run(run, store, as_json)
+    _check_run(run, store, as_json)
 
 
 def _check_run(run: str, store: str, as_json: bool) -> None:
@@ -72,7 +73,9 @@ def _check_run(run: str, store: str, as_json: bool) -> None:
 @click.command()
 @click.argument("run", required=False)
 @store_option
-@click.option("--canary", metavar="SHARE", help="Let it answer only this share of the requests: 5%.")
+@click.option(
+    "--canary", metavar="SHARE", callback=given, help="Let it answer only this share of the requests: 5%."
+)
 @click.option(
     "--shadow", is_flag=True, help="Compare it with the version in production, which goes on answering."
 )
@@ -95,6 +98,8 @@ def promote(
 
     registry = _registry(store)
     if run is None:
+        if any((canary, shadow, force, by, why)):
+            raise click.UsageError("--canary, --shadow, --force, --by and --why need RUN")
         _show(registry)
         return
     if canary and shadow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from pathlib import Path
 
@@ -180,18 +181,34 @@ def test_a_deleted_run_leaves_nothing(own_store, monkeypatch, capsys):
     assert call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")[0] == 2
 
 
-def test_deleting_asks_first(own_store, monkeypatch, capsys):
-    monkeypatch.setattr("click.confirm", lambda text, abort: asked.append(text) or _no())
-    asked: list[str] = []
-    assert call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)[0] == 130
-    assert "files in" in asked[0]
+@pytest.mark.parametrize("answer", ["n\n", "\n", ""], ids=["no", "return", "end of input"])
+def test_deleting_asks_first_and_a_no_deletes_nothing(answer, own_store, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    code, out, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
+    assert f"files in {own_store.within('digits').address}? [y/N]" in out
+    assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
     assert own_store.exists("digits/run.yaml")
 
 
-def _no() -> None:
-    import click
+def test_a_run_that_is_promoted_while_the_question_stands_is_not_deleted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
 
-    raise click.Abort
+    def promote_first(question: str) -> bool:
+        assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+        return True
+
+    monkeypatch.setattr("click.confirm", promote_first)
+    code, _, err = call(monkeypatch, capsys, "delete", "digits", *where)
+    assert code == 2
+    assert "version 1 in the registry was made from it" in one_line(err)
+    assert own_store.exists("digits/run.yaml")
+
+
+def test_a_run_whose_run_file_is_damaged_can_be_deleted(own_store, monkeypatch, capsys):
+    own_store.write("digits/run.yaml", b"data: [")
+    code, out, _ = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
+    assert (code, out.startswith("deleted digits: ")) == (0, True)
+    assert own_store.list() == []
 
 
 def test_a_run_that_a_driver_writes_is_not_deleted(own_store, monkeypatch, capsys):

@@ -162,6 +162,14 @@ def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
     [
         (["check"], "give RUN, or --suite FOLDER with --classifier"),
         (["check", "--suite", "suite"], "with --suite, give either RUN or --classifier"),
+        (["check", "first", "--classifier", NET], "--classifier needs --suite FOLDER"),
+        (["check", "first", "--weights", "new.safetensors"], "--weights needs --suite FOLDER"),
+        (["check", "first", "--set", "check.max_loss=1"], "--set needs --suite FOLDER"),
+        (["check", "first", "--junit", "report.xml"], "--junit needs --suite FOLDER"),
+        (
+            ["check", "first", "--suite", "suite", "--weights", "x.safetensors"],
+            "--weights and --set need --classifier",
+        ),
         (["check", "--suite", "gone", "--classifier", NET], "found no suite.json"),
         (["check", "--suite", "edited", "--classifier", NET], "scenarios.0.least: Input should be less than"),
         (

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from click import UsageError
 from click.testing import CliRunner
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Health, Models, Sweep, Verdicts
@@ -139,6 +140,20 @@ def test_promote_of_a_failing_candidate_needs_a_reason(own_store):
         run(promote, "swapped", "--store", own_store.address)
     run(promote, "swapped", "--store", own_store.address, "--force", "a drill")
     assert Registry(own_store).state().versions[1].forced
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--canary", "5%"), ("--shadow",), ("--force", "a drill"), ("--by", "ana"), ("--why", "a reason")],
+)
+def test_promote_without_a_run_refuses_what_says_how_to_promote_one(options, tmp_path):
+    with pytest.raises(UsageError, match="--canary, --shadow, --force, --by and --why need RUN"):
+        run(promote, "--store", str(tmp_path), *options)
+
+
+def test_promote_as_a_canary_for_an_unset_share_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="expected a value, found an empty one"):
+        run(promote, "first", "--store", str(tmp_path), "--canary", "")
 
 
 @pytest.mark.parametrize(
