@@ -160,7 +160,7 @@ class Run:
             ) from error
         try:
             tree = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: 2023-02-30
             raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REWRITE}") from error
         if not isinstance(tree, dict):
             raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REWRITE}")

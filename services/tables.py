@@ -14,7 +14,7 @@ from rich.text import Text
 
 from defuse_core.artifacts import Models
 from defuse_core.config import STEPS
-from defuse_core.errors import DefuseError, InputError
+from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError
 from defuse_core.report.formatting import (
     NONE,
     caveats,
@@ -95,11 +95,7 @@ def _accuracy_table(report: Report) -> Table:
     rows = (("Before", accuracy.before), ("Failures alone", accuracy.baseline), ("Defuse", accuracy.defuse))
     for name, row in rows:
         number = str(report.scenarios.accepted) if name == "Defuse" else NONE
-        shares = (
-            percent(row.validation, 2),
-            percent(row.test, 2),
-            percent(row.scenario),
-        )
+        shares = (percent(row.validation, 2), percent(row.test, 2), percent(row.scenario))
         _add(table, name, number, *shares)
     return table
 
@@ -272,10 +268,16 @@ def _epochs(run: Run) -> str:
     trainings = {"classifier": run.spec.classifier.epochs, "vae": run.spec.vae.epochs}
     kept = []
     for name, epochs in trainings.items():
-        key = f"training/{name}.safetensors"
-        if run.store.exists(key):
-            done = len(decode(Checkpoint, run.store.read(key), key).history)
-            kept.append(f"{'β-VAE' if name == 'vae' else name} {done} of {count_of(epochs, 'epoch')}")
+        key, shown = f"training/{name}.safetensors", "β-VAE" if name == "vae" else name
+        if not run.store.exists(key):
+            continue
+        data = run.store.read(key)
+        try:
+            done = len(decode(Checkpoint, data, key).history)
+        except StoreError:  # as in training, which then begins again
+            kept.append(f"{shown} begins again, its checkpoint is damaged")
+        else:
+            kept.append(f"{shown} {done} of {count_of(epochs, 'epoch')}")
     return ", ".join(kept)
 
 
@@ -357,26 +359,31 @@ def print_runs(store: Store, console: Console | None = None) -> None:
     made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
     table = _table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
+    problems = []
     for name in names:
-        _add(table, *_run_row(store, name)[: len(table.columns)])
+        try:
+            row = _run_row(Run.open(store, name))
+        except DefuseError as error:
+            problems.append(str(error))
+            shown = "unreadable run.yaml" if isinstance(error, RunFileError) else "unreadable"
+            row = name, NONE, Text(shown, style="red"), NONE, NONE, NONE, NONE
+        _add(table, *row[: len(table.columns)])
     console.print(table)
+    for problem in problems:
+        _print_text(console, problem, "red")
 
 
-def _run_row(store: Store, name: str) -> tuple[str | Text, ...]:
-    try:
-        run = Run.open(store, name)
-        states = step_states(run)
-    except DefuseError:
-        return name, NONE, Text("unreadable run.yaml", style="red"), NONE, NONE, NONE, NONE
+def _run_row(run: Run) -> tuple[str | Text, ...]:
+    """Return the cells of a run in the list. Raises StoreError for a file that is damaged."""
+    states = step_states(run)
     at = next((state for state in states if state.state != "done"), None)
     shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
-    made = max(state.made for state in states)
     return (
-        name,
+        run.name,
         run.spec.data.name,
         shown,
         *_outcome(_stored_report(run)),
-        date_time(made),
+        date_time(max(state.made for state in states)),
         duration(sum(state.seconds or 0 for state in states)),
     )
 

@@ -141,6 +141,16 @@ def test_a_training_under_way_shows_the_epochs_kept(tmp_path: Path):
     assert (train.step, train.state, train.detail) == ("train", "under way", "β-VAE 2 of 800 epochs")
 
 
+def test_a_damaged_checkpoint_is_shown_as_the_training_that_begins_again(tmp_path: Path):
+    run = a_run(tmp_path)
+    run.store.write("training/vae.safetensors", b"half")
+    train = step_states(run)[0]
+    assert (train.state, train.detail) == ("under way", "β-VAE begins again, its checkpoint is damaged")
+    console = terminal()
+    print_status(run, console)
+    assert "begins again" in text_of(console)
+
+
 def test_a_review_by_people_waits_for_them(tmp_path: Path):
     run = a_run(tmp_path, annotators="label-studio")
     finish(run, "models", "psi", "scenarios", "gallery")
@@ -171,7 +181,21 @@ def test_runs_are_listed_with_where_they_are(tmp_path: Path):
     lines = {line.split()[0]: line for line in text_of(console).splitlines() if line.strip()}
     assert "done" in lines["finished"]
     assert "identify, to do" in lines["begun"]
-    assert "unreadable" in lines["broken"]
+    assert "unreadable run.yaml" in lines["broken"]
+
+
+def test_a_run_that_cannot_be_listed_is_named_with_what_is_damaged_in_it(tmp_path: Path):
+    a_run(tmp_path, "readable")
+    a_run(tmp_path, "damaged").store.write("manifest.json", b"{")
+    FolderStore(tmp_path).write("broken/run.yaml", b"seed: 2023-02-30")
+    console = terminal(300)
+    print_runs(FolderStore(tmp_path), console)
+    lines = {line.split()[0]: line for line in text_of(console).splitlines() if line.strip()}
+    assert "train, to do" in lines["readable"]
+    assert "unreadable " in lines["damaged"] and "run.yaml" not in lines["damaged"]
+    assert "damaged JSON; delete it and run again" in lines[f"{tmp_path}/damaged/manifest.json:"]
+    assert "unreadable run.yaml" in lines["broken"]
+    assert "found no YAML; delete it and run again with" in lines[f"{tmp_path}/broken/run.yaml:"]
 
 
 def test_an_empty_store_is_reported(tmp_path: Path):
