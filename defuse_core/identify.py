@@ -34,6 +34,7 @@ from defuse_core.errors import StoreError
 from defuse_core.models import (
     Decoder,
     Vae,
+    answers_from,
     decoder_at,
     load_classifier,
     load_vae,
@@ -214,7 +215,7 @@ class Identifier:
             return self._logits(decoder, codes[rows], anchors[rows])
 
         if self.spec.resources.arithmetic("answers") == "f32":
-            return map_batches(lambda rows: logits(rows).argmax(dim=1), len(codes), size)
+            return answers_from(logits, len(codes), size)
         return answers_as_in_f32(logits, len(codes), size, self._margin_bound)
 
     def _logits(self, decoder: Decoder, codes: F32, anchors: I64) -> torch.Tensor:

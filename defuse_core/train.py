@@ -29,6 +29,7 @@ from defuse_core.models import (
     Vae,
     build_classifier,
     check_outputs,
+    expect_trainable,
     load_pretrained,
     log_classifier,
     set_weights,
@@ -208,6 +209,7 @@ def train_classifier(
     load_pretrained(classifier, section.weights, section.epochs > 0)
     to_device(classifier)
     check_outputs(classifier, section, splits.train, len(splits.classes))
+    expect_trainable(classifier)
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     images = DeviceImages(splits.train, spec.resources.readers)
     loss_of = averaged(classifier, partial(classifier_loss, spec, classifier))

@@ -10,6 +10,7 @@ from defuse_core.models.architectures import (
 from defuse_core.models.decoder import Decoder, decoder_at, decoder_of
 from defuse_core.models.inference import (
     accuracy,
+    answers_from,
     decode_codes,
     encode_images,
     map_batches,
@@ -19,7 +20,7 @@ from defuse_core.models.inference import (
     to_device,
     to_tensor,
 )
-from defuse_core.models.probe import check_outputs, log_classifier, probe_classifier
+from defuse_core.models.probe import check_outputs, expect_trainable, log_classifier, probe_classifier
 from defuse_core.models.programs import SelfContainedClassifier, copy_for_inference, load_program, program_of
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
@@ -40,6 +41,7 @@ __all__ = [
     "SelfContainedClassifier",
     "Vae",
     "accuracy",
+    "answers_from",
     "build_classifier",
     "build_vae",
     "check_outputs",
@@ -49,6 +51,7 @@ __all__ = [
     "decoder_of",
     "encode_images",
     "expect_autoencoder",
+    "expect_trainable",
     "import_module",
     "kl_to_prior",
     "load_classifier",

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from defuse_core.artifacts import F32, I64
 from defuse_core.data import Images
 from defuse_core.device import device
+from defuse_core.errors import ModelError
 from defuse_core.models.vae import Vae
+
+NOT_A_NUMBER = -1  # in place of an answer
 
 
 def to_device(module: nn.Module) -> nn.Module:
@@ -40,9 +43,30 @@ def _as_images(images: Images | F32) -> Images:
 
 
 def predict(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> I64:
-    """Return the classifier's answer for each image, (n,)."""
-    answers: I64 = predict_probabilities(classifier, images, batch_size).argmax(axis=1).astype(np.int64)
-    return answers
+    """Return the classifier's answer for each image, (n,). Raises ModelError where its logits are nan."""
+    source = _as_images(images)
+    return answers_from(lambda rows: classifier(to_tensor(source.batch(rows))), len(source), batch_size)
+
+
+def answers_from(logits: Callable[[slice], Tensor], count: int, batch_size: int) -> I64:
+    """Return the index of the largest logit of each of `count` inputs, (count,); `logits(rows)` computes (n, C).
+
+    Raises ModelError where a logit is nan: torch and numpy would both answer with a class.
+    """
+    if not count:
+        return np.zeros(0, np.int64)
+
+    def answer(rows: slice) -> Tensor:
+        found = logits(rows)
+        return torch.where(found.isnan().any(dim=1), NOT_A_NUMBER, found.argmax(dim=1))
+
+    found: I64 = map_batches(answer, count, batch_size)
+    if nan := int((found == NOT_A_NUMBER).sum()):
+        raise ModelError(
+            f"the classifier returns nan for {nan} of {count} images; often it divides by the spread of an image, "
+            "which is 0 where all pixels are equal: add a small number there"
+        )
+    return found
 
 
 def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:

@@ -46,6 +46,15 @@ def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Ima
         _expect_batch_independence(classifier, batch, whole)
 
 
+def expect_trainable(classifier: nn.Module) -> None:
+    """Raise ModelError for a classifier without a parameter that fine-tuning may change."""
+    if not any(parameter.requires_grad for parameter in classifier.parameters()):
+        raise ModelError(
+            "the classifier: expected parameters to fine-tune, found none that requires a gradient; call "
+            "requires_grad_(True) on those to fine-tune before it is saved or given to Defuse"
+        )
+
+
 def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
     """Return the logits of a batch. Raises ModelError, with the reason that the classifier gave, where it fails."""
     try:

@@ -23,6 +23,7 @@ from defuse_core.models import (
     build_vae,
     check_outputs,
     decode_codes,
+    expect_trainable,
     load_pretrained,
     predict,
     probe_classifier,
@@ -153,6 +154,7 @@ def _fitting_classifier(
             try:
                 classifier = _built(spec, len(facts.classes))
                 check_outputs(classifier, spec.classifier, images, len(facts.classes))
+                expect_trainable(classifier)
                 return classifier, tried
             except ModelError as error:
                 first_error = first_error or error

@@ -329,6 +329,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ModelError,
         r"fails on images of shape \(8, 3, 16, 16\)",
     ),
+    "a frozen classifier": (
+        {"classifier": biased().requires_grad_(False)},
+        ModelError,
+        "expected parameters to fine-tune, found none",
+    ),
     "unknown setting": ({"settings": {"vea": {}}}, RunFileError, "vea: unknown field"),
     "S3": ({"store": "s3://bucket/runs"}, InputError, "store=services.storage.open_store"),
     "a bad name": ({"name": "../up"}, InputError, "run name"),

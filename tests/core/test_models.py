@@ -12,6 +12,7 @@ from defuse_core.errors import ModelError
 from defuse_core.models import (
     ReferenceCnn,
     accuracy,
+    answers_from,
     build_classifier,
     build_vae,
     decode_codes,
@@ -25,6 +26,7 @@ from defuse_core.models import (
     set_weights,
     weights_of,
 )
+from defuse_core.training.precision import answers_as_in_f32
 from tests.conftest import ROOT, tiny
 
 RUNS = ROOT / "deploy" / "runs"
@@ -312,3 +314,25 @@ def test_accuracy_is_the_share_answered_right(tiny_spec, tiny_models):
         float((predict(classifier, test) == test.labels).mean())
     )
     assert accuracy(classifier, test) == pytest.approx(tiny_models.accuracy["test"])
+
+
+class Standardising(nn.Module):
+    """Divides by the spread of each image, as many networks do: nan where all pixels are equal."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        flat = images.flatten(1)
+        return ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True))[:, :3]
+
+
+def test_a_classifier_that_returns_nan_has_no_answer():
+    images = np.stack(
+        [np.linspace(0, 1, 16, dtype=np.float32).reshape(1, 4, 4), np.zeros((1, 4, 4), np.float32)]
+    )
+    assert predict(Standardising(), images[:1]).tolist() == [2]
+    with pytest.raises(ModelError, match="returns nan for 1 of 2 images"):
+        predict(Standardising(), images)
+    logits = torch.tensor([[1.0, 2.0, float("nan")], [3.0, 2.0, 1.0], [-float("inf"), 2.0, 1.0]])
+    for answer in (answers_from, lambda *asked: answers_as_in_f32(*asked, bound=0.1)):
+        with pytest.raises(ModelError, match="returns nan for 1 of"):
+            answer(lambda rows: logits[rows], 3, 2)
+        assert answer(lambda rows: logits[1:][rows], 2, 2).tolist() == [0, 1]

@@ -287,6 +287,19 @@ def seven_classes() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 7))
 
 
+def test_a_classifier_without_a_parameter_to_tune_is_refused_before_the_vae_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "frozen_network.py").write_text(
+        "from torch import nn\n"
+        "def build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10)).requires_grad_(False)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = tmp_path / "own.safetensors"
+    save_file({"1.weight": torch.zeros(10, 256), "1.bias": torch.zeros(10)}, weights)
+    own = {"architecture": "custom", "import_path": "frozen_network:build", "weights": str(weights), "epochs": 0}
+    with pytest.raises(ModelError, match="expected parameters to fine-tune, found none"):
+        train(tiny(classifier=own), progress=silent)
+
+
 def test_an_epoch_takes_every_row_once_but_no_batch_of_one():
     rows = list(minibatches(9, 4, np.random.default_rng(0)))
     assert [len(batch) for batch in rows] == [4, 4]
