@@ -40,6 +40,12 @@ class ActiveVersions:
     statistics: CanaryStatistics = field(default_factory=CanaryStatistics)  # of the canary or the shadow
     error: str | None = None  # why the registry's versions could not be loaded
 
+    @property
+    def answering(self) -> LoadedModel:
+        """The version in production. Only where there is one."""
+        assert self.production is not None
+        return self.production
+
     def canary_for(self, key: bytes) -> LoadedModel | None:
         """Return the canary if it answers the request with this key."""
         number = self.state.canary

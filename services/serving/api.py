@@ -25,6 +25,7 @@ from services.serving.inputs import (
     FORM_TYPE,
     IMAGE_TYPES,
     JSON_TYPE,
+    InputSpec,
     content_type,
     decode_body,
     uploaded_files,
@@ -150,12 +151,16 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
 
     async def predict(request: Request) -> Response:
         media_type = content_type(request)
-        body = await deployment.uploads.receive(request)
-        async with deployment.slots.acquire():
-            pixels = await _decode(deployment, request, media_type, body)
+        with contextlib.ExitStack() as held:  # the memory of the body, and a slot
+            body = await deployment.uploads.receive(request, held)
+            await deployment.slots.acquire(held)
+            active = deployment.current()
+            spec = active.answering.input_spec
+            files = await _files(request, media_type, body, spec)
+            pixels = await _decode(deployment, media_type, files, spec, held)
             key = request.headers.get("x-request-key")
             answer = await deployment.predict(
-                pixels, key.encode() if key is not None else hashlib.sha256(body).digest()
+                active, pixels, key.encode() if key is not None else hashlib.sha256(body).digest()
             )
         return Response(answer.model_dump_json(by_alias=True), media_type=JSON_TYPE)
 
@@ -203,18 +208,27 @@ def _describe_authentication(api: FastAPI) -> None:
     schema["security"] = [{"token": []}]
 
 
-async def _decode(deployment: ClassifierDeployment, request: Request, media_type: str, body: bytes) -> F32:
+async def _files(request: Request, media_type: str, body: bytes, spec: InputSpec) -> list[bytes]:
+    """Return the parts of a body: the files of a form, or the body itself. Raises RejectedInput."""
+    return await uploaded_files(request, body, spec.max_images) if media_type == FORM_TYPE else [body]
+
+
+async def _decode(
+    deployment: ClassifierDeployment,
+    media_type: str,
+    files: list[bytes],
+    spec: InputSpec,
+    held: contextlib.ExitStack,
+) -> F32:
     """Return the pixels; small images are decoded here, others in the decoding thread. Raises RequestError."""
-    spec = deployment.input_spec()
-    files = await uploaded_files(request, body, spec.max_images) if media_type == FORM_TYPE else [body]
     inline = replace(spec, max_pixels=min(spec.max_pixels, MAX_INLINE_PIXELS))
-    if len(body) <= MAX_INLINE_BYTES:
+    if sum(len(file) for file in files) <= MAX_INLINE_BYTES:
         try:
             return decode_body(media_type, files, inline)
         except RejectedInput as rejected:
             if rejected.status != 413 or inline == spec:
                 raise
-    return await deployment.decode(media_type, files, spec)
+    return await deployment.decode(media_type, files, spec, held)
 
 
 def _error_handler(deployment: ClassifierDeployment) -> Any:

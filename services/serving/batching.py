@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,12 @@ class Batcher:
         self._queue.append((request, future))
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._run_batches())
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:  # too late for its client: its pixels do not wait for the next batch
+            with contextlib.suppress(ValueError):
+                self._queue.remove((request, future))
+            raise
 
     async def _run_batches(self) -> None:
         while self._queue:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -64,28 +65,55 @@ class ClassifierDeployment:
 
     def input_spec(self) -> InputSpec:
         """Return the images that are accepted now. Raises Unavailable without a version in production."""
-        return self._production().input_spec
+        return self.current().answering.input_spec
 
     def model_info(self) -> ModelInfo:
         """Return what is known of the version in production. Raises Unavailable without one."""
-        names = self.active.names()
-        return ModelInfo.of(self._production(), self.active.state, names.get("canary"), names.get("shadow"))
+        active = self.current()
+        names = active.names()
+        return ModelInfo.of(active.answering, active.state, names.get("canary"), names.get("shadow"))
 
-    def _production(self) -> LoadedModel:
+    def current(self) -> ActiveVersions:
+        """Return the active versions. Raises Unavailable without one in production.
+
+        A request takes them once: another version may accept other images.
+        """
         if self.active.production is None:
             message = self.active.error or "no version is in production yet"
             raise Unavailable(message, self.settings.retry_after_s)
-        return self.active.production
+        return self.active
 
-    async def decode(self, media_type: str, files: list[bytes], spec: InputSpec) -> F32:
-        """Return the pixels. One thread decodes, which bounds the memory of large images."""
-        loop = asyncio.get_running_loop()
-        async with self._timeout():
-            return await loop.run_in_executor(self._decode_thread, decode_body, media_type, files, spec)
+    async def decode(
+        self, media_type: str, files: list[bytes], spec: InputSpec, held: contextlib.ExitStack
+    ) -> F32:
+        """Return the pixels. One thread decodes, which bounds the memory of large images.
 
-    async def predict(self, pixels: F32, key: bytes) -> PredictionResponse:
-        """Return the answer to one request. `key` selects the requests of a canary. Raises RequestError."""
-        production, active = self._production(), self.active
+        After serve.timeout_s raises Unavailable; what the request holds is then released when the thread is done
+        with it, so that a body never waits for the thread without being counted.
+        """
+        abandoned = threading.Event()
+
+        def decode_in_time() -> F32:
+            if abandoned.is_set():
+                raise TimeoutError("the request was answered before its turn")
+            return decode_body(media_type, files, spec)
+
+        work = asyncio.get_running_loop().run_in_executor(self._decode_thread, decode_in_time)
+        try:
+            async with self._timeout():
+                return await asyncio.shield(work)
+        finally:
+            if not work.done():
+                abandoned.set()
+                kept = held.pop_all()
+                work.add_done_callback(lambda _: kept.close())
+
+    async def predict(self, active: ActiveVersions, pixels: F32, key: bytes) -> PredictionResponse:
+        """Return the answer of the versions for which a request was decoded. Raises RequestError.
+
+        `key` selects the requests of a canary.
+        """
+        production = active.answering
         canary = active.canary_for(key)
         answer = (
             None

@@ -24,6 +24,7 @@ from services.serving.errors import RejectedInput
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/webp", "application/octet-stream")
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
+MAX_JPEG_SCANS = 100  # a progressive JPEG has some 10; decoding takes time for each, however few bytes it has
 LOSSLESS_MODES = {1: ("1", "L"), 3: ("RGB", "P")}  # Pillow modes that convert to grey or RGB without loss
 
 
@@ -132,6 +133,7 @@ def _decode_image(data: bytes, spec: InputSpec, prefix: str, budget: int) -> tup
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 _check_size(image, spec, prefix, budget)
                 _check_mode(image, spec, prefix)
+                _check_scans(data, prefix)
                 return _fit(image, spec), image.width * image.height
     except (RejectedInput, MemoryError):
         raise
@@ -164,6 +166,11 @@ def _check_mode(image: Image.Image, spec: InputSpec, prefix: str) -> None:
     lossless = image.mode in LOSSLESS_MODES[spec.channels] and "transparency" not in image.info
     if not spec.resize and not lossless:
         raise RejectedInput(422, f"{prefix}the image has color mode {image.mode}, expected {spec}")
+
+
+def _check_scans(data: bytes, prefix: str) -> None:
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:  # starts of scans
+        raise RejectedInput(422, f"{prefix}the JPEG image has more than {MAX_JPEG_SCANS} scans")
 
 
 def _fit(image: Image.Image, spec: InputSpec) -> F32:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
 from typing import ClassVar
 
 import uvicorn.config
@@ -40,16 +39,20 @@ class UploadLimits:
         self._slow: Counter[str] = Counter()  # slow uploads by address
         self._budget = self._max_bytes * settings.max_ongoing  # bytes that may still be buffered
 
-    async def receive(self, request: Request) -> bytes:
-        """Return the body of a request. Raises RequestError at the first sign that it exceeds a limit."""
+    async def receive(self, request: Request, held: contextlib.ExitStack) -> bytes:
+        """Return the body of a request. Raises RequestError at the first sign that it exceeds a limit.
+
+        Its memory counts until `held` is closed.
+        """
         content_length = request.headers.get("content-length", "0")
         if not content_length.isdecimal() or int(content_length) > self._max_bytes:
             raise self._too_large()
         upload = _Upload(self, request)
+        held.callback(upload.release_memory)
         try:
             return await upload.receive()
         finally:
-            upload.close()
+            upload.release_slow_slot()
 
     def _too_large(self) -> RejectedInput:
         return RejectedInput(413, f"the body exceeds the limit of {self._max_bytes / 1e6:g} MB")
@@ -61,6 +64,7 @@ class _Upload:
     def __init__(self, limits: UploadLimits, request: Request) -> None:
         self._limits, self._request = limits, request
         self._body = bytearray()
+        self._size = 0  # bytes that have arrived
         self._slow_address: str | None = None
 
     async def receive(self) -> bytes:
@@ -72,7 +76,8 @@ class _Upload:
                 async with asyncio.timeout_at(deadline):
                     while await self._receive_chunk():
                         pass
-                return bytes(self._body)
+                body, self._body = bytes(self._body), bytearray()
+                return body
             except TimeoutError:
                 if self._slow_address is not None or limits._timeout_s <= FAST_UPLOAD_S:
                     raise RejectedInput(
@@ -87,11 +92,12 @@ class _Upload:
         if message["type"] == "http.disconnect":
             raise RejectedInput(400, "the client disconnected before the body was complete")
         chunk, limits = message.get("body", b""), self._limits
-        if len(self._body) + len(chunk) > limits._max_bytes:
+        if self._size + len(chunk) > limits._max_bytes:
             raise limits._too_large()
         if len(chunk) > limits._budget:
             raise Unavailable("too many large bodies at once", limits._retry_after_s)
         limits._budget -= len(chunk)
+        self._size += len(chunk)
         self._body += chunk
         return bool(message.get("more_body", False))
 
@@ -108,9 +114,10 @@ class _Upload:
         slow[address] += 1
         self._slow_address = address
 
-    def close(self) -> None:
-        """Give the memory and the slow slot back."""
-        self._limits._budget += len(self._body)
+    def release_memory(self) -> None:
+        self._limits._budget += self._size
+
+    def release_slow_slot(self) -> None:
         if self._slow_address is not None:
             self._limits._slow[self._slow_address] -= 1
             if not self._limits._slow[self._slow_address]:
@@ -135,17 +142,13 @@ class RequestSlots:
         self._slots = asyncio.Semaphore(settings.max_ongoing)
         self._waiting = 0
 
-    @contextlib.asynccontextmanager
-    async def acquire(self) -> AsyncIterator[None]:
-        """Hold a slot while the block runs. Raises Unavailable at once where too many requests wait."""
+    async def acquire(self, held: contextlib.ExitStack) -> None:
+        """Occupy a slot until `held` is closed. Raises Unavailable at once where too many requests wait."""
         if self._slots.locked():
             await self._wait()
         else:
             await self._slots.acquire()
-        try:
-            yield
-        finally:
-            self._slots.release()
+        held.callback(self._slots.release)
 
     async def _wait(self) -> None:
         settings = self._settings

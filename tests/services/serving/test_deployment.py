@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from defuse_core.config import ServeSection
@@ -12,20 +15,27 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
+from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
 from services.serving.errors import Unavailable
+from services.serving.inputs import decode_body
+from services.serving.model import LoadedModel
 from services.serving.registry import PromotionRequest, Registry, promote
 
 
-def new_replica(store: FolderStore) -> ClassifierDeployment:
-    return ClassifierDeployment(store.address, InitialModel(), ServeSection(), {}, require_token=False)
+def new_replica(store: FolderStore, **settings: Any) -> ClassifierDeployment:
+    return ClassifierDeployment(
+        store.address, InitialModel(), ServeSection(**settings), {}, require_token=False
+    )
+
+
+def put(store: FolderStore, name: str) -> None:
+    promote(Registry(store), prepare_candidate(Run.open(store, name))[1], PromotionRequest("ana", ""))
 
 
 def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_and_recovers(own_store):
-    promote(
-        Registry(own_store), prepare_candidate(Run.open(own_store, "first"))[1], PromotionRequest("ana", "")
-    )
+    put(own_store, "first")
     key = "registry/versions/000001.safetensors"
     whole = own_store.read(key)
     own_store.write(key, whole[:-1])
@@ -61,11 +71,73 @@ def test_errors_that_nobody_expected_are_answered_in_json(
         raise error
 
     monkeypatch.setattr("services.serving.api.decode_body", failing)
-    promote(
-        Registry(own_store), prepare_candidate(Run.open(own_store, "first"))[1], PromotionRequest("ana", "")
-    )
+    put(own_store, "first")
     reply = asyncio.run(post(new_replica(own_store), pictures[0]))
     assert reply.status_code == status and words in reply.json()["error"]
+
+
+def test_a_request_that_waits_for_the_decoding_thread_keeps_its_slot_after_its_timeout(own_store, pictures):
+    put(own_store, "first")
+    replica = new_replica(own_store, timeout_s=0.3, max_ongoing=1, max_queued=0)
+    large = pictures[0] + b"\0" * 40_000  # decoded in the thread, not in the event loop
+
+    async def replies() -> list[httpx.Response]:
+        blocked = threading.Event()
+        replica._decode_thread.submit(blocked.wait)
+        late, rejected = await post(replica, large), await post(replica, large)
+        blocked.set()
+        await asyncio.wrap_future(replica._decode_thread.submit(int))
+        await asyncio.sleep(0)
+        return [late, rejected, await post(replica, large)]
+
+    late, rejected, answered = asyncio.run(replies())
+    assert late.status_code == 503 and "no answer within 0.3 s" in late.text
+    assert rejected.status_code == 503 and "overloaded: 1 requests in progress" in rejected.text
+    assert answered.status_code == 200
+
+
+def test_a_request_that_is_too_late_for_its_batch_leaves_the_queue(candidate):
+    model = LoadedModel(candidate, ServeSection())
+    request = PredictionRequest(np.zeros((1, 1, 16, 16), np.float32), model)
+
+    async def queued() -> int:
+        end = asyncio.Event()
+
+        async def run(requests: list[PredictionRequest]) -> list[PredictionResult]:
+            await end.wait()
+            return predict_batch(requests)
+
+        batcher = Batcher(run, ServeSection(batch_size=1))
+        first = asyncio.create_task(batcher.predict(request))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await batcher.predict(request)
+        waiting = len(batcher._queue)
+        end.set()
+        await first
+        return waiting
+
+    assert asyncio.run(queued()) == 0
+
+
+def test_a_request_is_answered_by_the_version_that_it_was_decoded_for(own_store, pictures, monkeypatch):
+    put(own_store, "first")
+    replica = new_replica(own_store)
+    put(own_store, "second")
+
+    def decode_and_switch(*args: Any) -> Any:
+        pixels = decode_body(*args)
+        versions = replica.watcher.load_changes(replica.active)
+        if versions is not None:
+            replica._activate(versions)
+        return pixels
+
+    monkeypatch.setattr("services.serving.api.decode_body", decode_and_switch)
+
+    async def versions() -> list[str]:
+        return [(await post(replica, pictures[0])).json()["version"] for _ in range(2)]
+
+    assert asyncio.run(versions()) == ["1", "2"]
 
 
 def test_the_registry_is_not_polled_after_the_block_ends_with_an_error(own_store):

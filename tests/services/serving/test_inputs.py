@@ -75,6 +75,22 @@ def test_an_unusable_file_is_rejected_in_one_sentence(files, status, words):
     assert refused.value.status == status and "\n" not in refused.value.message
 
 
+def progressive(scans: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated until there are so many."""
+    data = file(kind="JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    more = scans - data.count(b"\xff\xda")
+    return data[:last] + data[last:-2] * (1 + more) + data[-2:]
+
+
+def test_a_jpeg_with_thousands_of_scans_is_rejected_and_one_with_a_hundred_is_not():
+    assert decode_images([progressive(100)], GREY).shape == (1, 1, 16, 16)
+    for scans in (101, 5000):
+        with pytest.raises(RejectedInput, match="more than 100 scans") as refused:
+            decode_images([progressive(scans)], FITTING)
+        assert refused.value.status == 422
+
+
 def test_a_decompression_bomb_is_rejected_before_its_pixels_are_decoded(monkeypatch):
     decoded = []
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: decoded.append(picture.size))

@@ -8,6 +8,7 @@ import selectors
 import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 from load_generator import limited, load, request_bytes
@@ -16,7 +17,7 @@ from starlette.requests import Request
 
 from defuse_core.config import ServeSection
 from services.serving.errors import RejectedInput, Unavailable
-from services.serving.limits import LimitedHttpProtocol, RequestSlots, client_address
+from services.serving.limits import LimitedHttpProtocol, RequestSlots, UploadLimits, client_address
 
 
 class SlowClients(threading.Thread):
@@ -59,13 +60,42 @@ class SlowClients(threading.Thread):
 def test_an_overloaded_server_is_unavailable_and_rejects_no_input():
     async def second_request() -> None:
         slots = RequestSlots(ServeSection(max_ongoing=1, max_queued=0, retry_after_s=3))
-        async with slots.acquire(), slots.acquire():
-            raise AssertionError("both have the only slot")
+        with contextlib.ExitStack() as held:
+            await slots.acquire(held)
+            await slots.acquire(held)
 
     with pytest.raises(Unavailable, match="overloaded: 1 requests in progress") as raised:
         asyncio.run(second_request())
     assert not isinstance(raised.value, RejectedInput)
     assert (raised.value.status, raised.value.headers) == (503, {"Retry-After": "3"})
+
+
+def test_bodies_count_until_their_requests_end_also_while_these_wait_for_a_slot():
+    settings = ServeSection(max_ongoing=2, max_queued=6, max_body_mb=1)
+    uploads, slots = UploadLimits(settings), RequestSlots(settings)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(1_000_000), "more_body": False}
+
+    async def request(end: asyncio.Event, received: list[bytes]) -> None:
+        with contextlib.ExitStack() as held:
+            received.append(await uploads.receive(Request({"type": "http", "headers": []}, receive), held))
+            await slots.acquire(held)
+            await end.wait()
+
+    async def count_received() -> list[int]:
+        counts = []
+        for _ in range(2):  # the second time all memory is given back
+            end, received = asyncio.Event(), []
+            work = [asyncio.create_task(request(end, received)) for _ in range(8)]
+            await asyncio.sleep(0.1)
+            counts.append(len(received))
+            end.set()
+            errors = await asyncio.gather(*work, return_exceptions=True)
+            assert sum(isinstance(error, Unavailable) for error in errors) == 6
+        return counts
+
+    assert asyncio.run(count_received()) == [2, 2]
 
 
 @pytest.fixture(scope="module")
