@@ -37,7 +37,8 @@ PART_BYTES = 16 * 2**20
 LIST_PAGE = 1000
 PARTS_AT_ONCE = 4
 READ_AGAIN_S = 0.1
-READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off or arrived altered
+READ_TIMEOUT_S = 60
+READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off, stalled or arrived altered
 WRITE_PAUSE_S, WRITE_ATTEMPTS = 0.5, 8  # of an object that others write at the same time
 PATIENCE = 10  # attempts with exponential back-off: about a minute without an answer
 ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(.*))?")
@@ -73,8 +74,8 @@ class S3Store:
     """A Store below s3://bucket/prefix. Holds no secret and no connection, so that it may travel to workers.
 
     A lock is fenced: inside it every write reads the object's version, makes sure that the lease's token is still this
-    driver's, and puts on condition that the version is the same. So a driver or worker that lost the run replaces
-    nothing that the next driver wrote.
+    driver's, and puts on condition that the version is the same; a deletion does likewise. So a driver or worker that
+    lost the run replaces and deletes nothing that the next driver wrote.
     """
 
     def __init__(
@@ -119,32 +120,38 @@ class S3Store:
         return False
 
     def read(self, key: str) -> bytes:
-        retry = Retrying(
-            retry=retry_if_exception_type(BROKEN),
-            wait=wait_exponential(multiplier=READ_PAUSE_S),
-            stop=stop_after_attempt(READ_ATTEMPTS),
-            reraise=True,
-        )
+        return self._fetch(key)[1]
 
-        def fetch() -> bytes:
-            data: bytes = self._client.get_object(**self._at(key))["Body"].read()
-            return data
-
+    def _fetch(self, key: str) -> tuple[str, bytes]:
+        """Return version and content of an object. Reads a body again that breaks off, stalls or arrives altered."""
         with self._errors(key):
-            return retry(fetch)
+            for attempt in Retrying(
+                retry=retry_if_exception_type(BROKEN),
+                wait=wait_exponential(multiplier=READ_PAUSE_S),
+                stop=stop_after_attempt(READ_ATTEMPTS),
+                reraise=True,
+            ):
+                answer = self._client.get_object(**self._at(key))  # whose retries are the client's
+                with attempt:
+                    data: bytes = answer["Body"].read()
+        return str(answer["ETag"]), data
 
     def write(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None = None) -> None:
         if unless is None and self._fence() is None:
             with self._errors(key):
                 self._put(key, data)
             return
+        self._repeat_until_done(key, lambda: self._replace(key, data, unless))
+
+    def _repeat_until_done(self, key: str, change: Callable[[], bool]) -> None:
+        """Change an object, again where another writer was faster. Raises StoreError after some attempts."""
         retry = Retrying(
-            retry=retry_if_result(lambda written: not written),
+            retry=retry_if_result(lambda done: not done),
             wait=wait_random(0, WRITE_PAUSE_S),
             stop=stop_after_attempt(WRITE_ATTEMPTS),
         )
         try:
-            retry(self._replace, key, data, unless)
+            retry(change)
         except RetryError as error:
             raise StoreError(
                 f"{self.address}/{key}: other writers replace it all the time; end them, then run again to continue"
@@ -176,7 +183,9 @@ class S3Store:
         return sorted(keys)
 
     def delete(self, key: str) -> None:
-        self._require_fence()
+        if self._fence() is not None:
+            self._repeat_until_done(key, lambda: self._forget(key))
+            return
         with contextlib.suppress(FileNotFoundError), self._errors(key):
             self._client.delete_object(**self._at(key))
 
@@ -258,6 +267,26 @@ class S3Store:
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
         return self._put_if(key, data, **condition) is not None or self._holds(key, data)
 
+    def _forget(self, key: str) -> bool:
+        """Delete `key` if nobody else writes it meanwhile; True if it is gone."""
+        version = self._version(key)
+        self._require_fence()
+        return version is None or self._delete_if(key, version)
+
+    def _delete_if(self, key: str, version: str) -> bool:
+        """Delete this version of an object; False where the object has another one."""
+        at = self._at(key)
+        with contextlib.suppress(FileNotFoundError), self._errors(key):
+            try:
+                self._client.delete_object(**at, IfMatch=version)
+            except aws.ClientError as error:
+                if status_of(error) in {409, 412}:
+                    return False
+                if status_of(error) != 501:
+                    raise
+                self._client.delete_object(**at)
+        return True
+
     def _version(self, key: str) -> str | None:
         with contextlib.suppress(FileNotFoundError), self._errors(key):
             return str(self._client.head_object(**self._at(key))["ETag"])
@@ -333,9 +362,8 @@ class _LeaseInBucket:
         return seen
 
     def _read(self) -> tuple[str, bytes] | None:
-        with contextlib.suppress(FileNotFoundError), self.store._errors(KEY):
-            answer = self.store._client.get_object(**self.store._at(KEY))
-            return answer["ETag"], answer["Body"].read()
+        with contextlib.suppress(FileNotFoundError):
+            return self.store._fetch(KEY)
         return None
 
     def write_if(self, data: bytes, version: str | None) -> str | None:
@@ -346,15 +374,7 @@ class _LeaseInBucket:
         return self.store._put_if(KEY, data, **condition)
 
     def delete_if(self, version: str) -> None:
-        client, at = self.store._client, self.store._at(KEY)
-        with contextlib.suppress(FileNotFoundError), self.store._errors(KEY):
-            try:
-                client.delete_object(**at, IfMatch=version)
-            except aws.ClientError as error:
-                if status_of(error) == 501:
-                    client.delete_object(**at)
-                elif status_of(error) not in {409, 412}:
-                    raise
+        self.store._delete_if(KEY, version)
 
     def is_conditional(self, data: bytes) -> bool:
         conditions = ({"IfNoneMatch": "*"}, {"IfMatch": '"of no object"'})  # neither holds
@@ -367,7 +387,7 @@ def _client(endpoint: str | None, region: str | None, attempts: int) -> Any:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=5,
-        read_timeout=60,
+        read_timeout=READ_TIMEOUT_S,
         max_pool_connections=16,
     )
     return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)

@@ -9,7 +9,12 @@ from botocore import exceptions as aws
 
 from defuse_core.errors import StoreError
 
-BROKEN = (aws.ResponseStreamingError, aws.IncompleteReadError, aws.FlexibleChecksumError)
+BROKEN = (  # what a body that is read can raise
+    aws.ResponseStreamingError,
+    aws.IncompleteReadError,
+    aws.FlexibleChecksumError,
+    aws.ReadTimeoutError,
+)
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 DENIED = {
     "403",

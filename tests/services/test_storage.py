@@ -271,6 +271,31 @@ def test_a_driver_paused_in_the_middle_of_a_write_replaces_nothing(
     assert bucket.read("trial") == b"of the next driver"
 
 
+@pytest.mark.parametrize("by_thief", [False, True], ids=["of this driver", "of the next driver"])
+def test_a_driver_paused_in_the_middle_of_a_deletion_deletes_nothing_of_the_next_driver(
+    by_thief: bool, bucket: Store, moto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    require, other = s3.S3Store._require_fence, s3.S3Store("bucket", bucket.prefix, moto, "us-east-1")
+
+    def paused_after_the_check(store: s3.S3Store) -> None:
+        require(store)
+        monkeypatch.setattr(s3.S3Store, "_require_fence", require)
+        if by_thief:
+            steal(bucket)
+        other.write("trial", b"of another writer")
+
+    with bucket.lock():
+        bucket.write("trial", b"epoch 1")
+        monkeypatch.setattr(s3.S3Store, "_require_fence", paused_after_the_check)
+        if by_thief:
+            with pytest.raises(RunBusyError, match="another one took the run over"):
+                bucket.delete("trial")
+        else:
+            bucket.delete("trial")  # at the second attempt
+    assert bucket.exists("trial") == by_thief
+
+
 def test_a_heartbeat_whose_answer_was_lost_is_ones_own(
     bucket: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,69 @@
+"""Objects whose body breaks off or stalls on its way, after the answer has begun: botocore does not read them again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from defuse_core.errors import StoreError
+from services.storage import s3
+
+CONTENT = b"0123456789" * 10
+
+
+class _Stuttering(BaseHTTPRequestHandler):
+    """Sends every object, but of the first answers only the first half: it hangs up, or says no more."""
+
+    protocol_version = "HTTP/1.1"
+    stalls = False
+    halves = 2  # answers that are cut
+
+    def do_GET(self) -> None:
+        cls = type(self)
+        self.send_response(200)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        if cls.halves:
+            cls.halves -= 1
+            self.wfile.write(CONTENT[: len(CONTENT) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            time.sleep(1.0 if cls.stalls else 0.0)
+        else:
+            self.wfile.write(CONTENT)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture(params=["hangs up", "stalls"])
+def stuttering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.S3Store]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.3)
+    s3._client.cache_clear()
+    _Stuttering.stalls, _Stuttering.halves = request.param == "stalls", 2
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Stuttering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield s3.S3Store("bucket", "run/", f"http://127.0.0.1:{server.server_port}", "us-east-1")
+        server.shutdown()
+    s3._client.cache_clear()
+
+
+def test_an_object_whose_body_breaks_off_is_read_again(stuttering: s3.S3Store) -> None:
+    assert stuttering.read("models.safetensors") == CONTENT
+
+
+def test_a_lease_whose_body_breaks_off_is_read_again(stuttering: s3.S3Store) -> None:
+    assert s3._LeaseInBucket(stuttering).read() == ('"1"', CONTENT)
+
+
+def test_an_object_whose_body_always_breaks_off_is_one_line(stuttering: s3.S3Store) -> None:
+    _Stuttering.halves = 100
+    with pytest.raises(StoreError, match=r"s3://bucket/run/a: "):
+        stuttering.read("a")
+    assert _Stuttering.halves == 100 - s3.READ_ATTEMPTS
