@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import types
 import typing
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `a.b=value`; the value is read as YAML."""
+    """Set one `a.b=value`; the value is read as YAML. Raises RunFileError for one that YAML would cut at a `#`."""
     path, equals, text = override.partition("=")
     *sections, field = path.strip().split(".")
     if not equals or not field:
@@ -120,9 +121,23 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RunFileError(f"--set {override}: {section} is not a section")
     try:
-        tree[field] = yaml.safe_load(text)
+        value, comment = yaml.safe_load(text), _comment_in(text)
     except (yaml.YAMLError, ValueError) as error:
         raise RunFileError(f"--set {override}: the value is not YAML") from error
+    if comment:
+        quoted = "'" + text.strip().replace("'", "''") + "'"
+        raise RunFileError(
+            f"--set {override}: YAML takes {comment!r} for a comment; put the value in quotes of its own: "
+            f"--set {shlex.quote(f'{path}={quoted}')}"
+        )
+    tree[field] = value
+
+
+def _comment_in(text: str) -> str:
+    """Return the comment at the end of a YAML value, such as `#2` of `/data/parts #2`; empty where there is none."""
+    ends = (yaml.StreamEndToken, yaml.BlockEndToken)  # which YAML puts after the comment
+    end = max(token.end_mark.index for token in yaml.scan(text) if not isinstance(token, ends))
+    return text[end:].strip()
 
 
 NAMES: dict[Any, str] = {

@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,10 @@ def test_every_field_has_a_description():
         ("seed.deeper=1", "--set seed.deeper=1: seed is not a section"),
         ("seed=[", "--set seed=\\[: the value is not YAML"),
         ("data.root=2023-02-30", "--set data.root=2023-02-30: the value is not YAML"),
+        ("data.root=/data/parts #2", "--set data.root=/data/parts #2: YAML takes '#2' for a comment"),
+        ("data.root=#2", "YAML takes '#2' for a comment; put the value in quotes of its own"),
+        ("identify.draws=5 # of ten", "YAML takes '# of ten' for a comment"),
+        ("correct.lambdas=[1, 2] # two", "YAML takes '# two' for a comment"),
         ('data.root="/\\e[2J"', r"data.root: expected text without control characters, found '/\\x1b\[2J'$"),
         ('classifier.timm_model="a\\rb"', "classifier.timm_model: expected text without control characters"),
         ('"\x1b[2J".a=1', r"'?\\x1b\[2J.*: unknown field"),
@@ -218,6 +223,19 @@ def test_overrides_are_read_as_yaml_and_the_last_one_counts(tmp_path):
         tmp_path / "run.yaml", ("identify.draws=5", "identify.draws=7", "identify.max_per_image=null")
     )
     assert (spec.identify.draws, spec.identify.max_per_image) == (7, None)
+
+
+def test_a_number_sign_is_kept_in_quotes_as_the_error_says(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
+    with pytest.raises(RunFileError) as refused:
+        load_run_file(tmp_path / "run.yaml", ("data.root=/data/Ada's parts #2",))
+    option, override = shlex.split(str(refused.value).partition("quotes of its own: ")[2])
+    assert option == "--set"
+    spec = load_run_file(tmp_path / "run.yaml", (override,))
+    assert spec.data.root == Path("/data/Ada's parts #2")
+    for value in ("/data/parts#2", '"/data/parts #2"'):
+        spec = load_run_file(tmp_path / "run.yaml", (f"data.root={value}",))
+        assert spec.data.root == Path(value.strip('"'))
 
 
 def test_run_files_are_frozen(tiny_spec):
