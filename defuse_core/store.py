@@ -165,7 +165,10 @@ class FolderStore:
             handle = (self.folder / LOCK).open("a+")
         with handle:
             self._take(handle)
-            self._name_holder(handle, f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(3)})")
+            with _explained(self.folder):
+                self._name_holder(
+                    handle, f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(3)})"
+                )
             try:
                 self._sweep()
                 yield
@@ -176,7 +179,7 @@ class FolderStore:
         self._remove_deleted()  # NFS keeps a deleted file until it is closed
 
     def require_lock(self) -> None:
-        with self._holding():
+        with _explained(self.folder), self._holding():
             pass
 
     def _take(self, handle: TextIO) -> None:
@@ -208,8 +211,7 @@ class FolderStore:
                     f"{self.folder}: a worker of an earlier driver is in the middle of a write; end it and run again"
                 ) from error
             handle.truncate(0)
-            handle.write(holder)
-            handle.flush()
+            os.write(handle.fileno(), holder.encode())  # in a buffer it would be written again when closed
             self.holders.pop(self.folder, None)
             if holder:
                 self.holders[self.folder] = holder

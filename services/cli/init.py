@@ -50,6 +50,8 @@ def init(
     path = out or Path(f"{images.absolute().stem}.yaml")
     if path.exists() and not force:
         raise InputError(f"{path} exists; choose another file with --out, or replace it with --force")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: its folder does not exist; create it, or choose another file with --out")
     choice = classifier_choice(classifier, weights)
     with ProgressDisplay() as display:
         plan = plan_run(inspect_data(images.absolute()), choice, minutes, display)

@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -224,3 +225,19 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_bytes(tmp_path, monk
         store.write("a", b"new")
     assert store.read("a") == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_disk_that_is_full_before_the_run_is_held_is_said_in_one_line(tmp_path):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))  # no file may hold a byte
+    try:
+        with (
+            pytest.raises(StoreError, match="File too large; free space") as refused,
+            FolderStore(tmp_path).lock(),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert "\n" not in str(refused.value)
+    with FolderStore(tmp_path).lock():
+        pass

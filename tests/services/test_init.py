@@ -140,6 +140,7 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
         (["flat"], "move them: mkdir flat/train && mv flat/*/ flat/train/"),
         (["empty"], "expected train/ with one folder of images per class"),
         (["notes.npz"], "expected an .npz file with train_images"),
+        (["flat", "--out", "gone/flat.yaml"], "gone/flat.yaml: its folder does not exist; create it, or"),
         (["flat", "--out", "notes.npz"], "notes.npz exists; choose another file with --out"),
         (["flat", "--classifier", "nothing"], "expected package.module:factory, a file, a folder"),
         (
