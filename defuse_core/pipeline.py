@@ -44,6 +44,7 @@ from defuse_core.review.tighten import tighten
 from defuse_core.review.verdicts import (
     crowdlab_labels,
     decide_verdicts,
+    decides_twice,
     doubtful,
     false_discovery_rate,
     read_overrides,
@@ -207,7 +208,7 @@ def _verdicts(
         labels = crowdlab_labels(votes, ask_models(run, compute, gallery).mean(axis=0))
     first = decide_verdicts(gallery, votes, review.rho, overrides, max_false=rate, image_labels=labels)
     unsure = doubtful(first, review.rho)
-    if rate is None or review.annotators != "reference-models" or not review.more_images or not unsure.any():
+    if not decides_twice(review) or not unsure.any():
         return first
     references = reference_models(run, compute)
     more = run.once(

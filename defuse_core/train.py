@@ -186,17 +186,22 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
                 "set data.validation_share, or choose by something else"
             )
     wanted = spec.correct.train_images
-    if (
-        (spec.correct.choose_by == "tune" or spec.correct.stop_at_loss is not None)
-        and splits.validation is None
-        and wanted
-        and wanted < len(splits.train)
-    ):
-        raise RunFileError(
-            "correct.train_images: a sample of the training images is too small to measure the clean accuracy that "
-            "correct.max_loss and stop_at_loss bound, and this data set has no validation images; set "
-            "data.validation_share"
+    bounded = spec.correct.choose_by == "tune" or spec.correct.stop_at_loss is not None
+    if not bounded or splits.validation is not None:
+        return
+    if wanted and wanted < len(splits.train):
+        field, why = "correct.train_images", "a sample of the training images is too small to measure"
+    elif spec.vae.decode == "anchored":
+        field, why = (
+            "vae.decode: anchored",
+            "training images that pictures are anchored at are left out, which changes",
         )
+    else:
+        return
+    raise RunFileError(
+        f"{field}: {why} the clean accuracy that correct.max_loss and stop_at_loss bound, and this data set has no "
+        "validation images; set data.validation_share"
+    )
 
 
 def train_classifier(

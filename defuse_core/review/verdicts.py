@@ -35,7 +35,8 @@ def crowdlab_labels(votes: Votes, probabilities: F32) -> I64:
     """Return the label of each image, (S, R), for class probabilities (S, R, C) of a model that did not vote.
 
     Annotators count by how often they agree with the others and with the model. An image for which nobody chose a
-    class has no label. Raises RunFileError without the package cleanlab.
+    class has no label. Where no image has two answers, each has the one that was given. Raises RunFileError without
+    the package cleanlab.
     """
     try:
         from cleanlab.multiannotator import get_label_quality_multiannotator
@@ -51,6 +52,8 @@ def crowdlab_labels(votes: Votes, probabilities: F32) -> I64:
     labels: I64 = np.full(len(answers), NONE_OF_THE_ABOVE, np.int64)
     voted = ~np.isnan(answers).all(axis=1)
     used = ~np.isnan(answers).all(axis=0)  # annotators with an answer
+    if (~np.isnan(answers)).sum(axis=1).max(initial=0) < 2:  # nobody agrees or disagrees with anybody
+        return majority(tally(votes, (scenarios, images), classes))
     if voted.any():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on few votes, which the intervals of the report state
@@ -111,8 +114,20 @@ def most_common(labels: I64) -> int | None:
 
 
 def false_discovery_rate(review: ReviewSection) -> float | None:
-    """Return the rate at which review.accept: lower-bound accepts; None for the paper's rule."""
-    return review.max_false if review.accept == "lower-bound" else None
+    """Return the rate at which review.accept: lower-bound accepts; None for the paper's rule.
+
+    It is half of max_false where two decisions follow each other, so that both together keep it.
+    """
+    if review.accept != "lower-bound":
+        return None
+    return review.max_false / 2 if decides_twice(review) else review.max_false
+
+
+def decides_twice(review: ReviewSection) -> bool:
+    """Whether components that remain in doubt are decided again on more images, which only models can label."""
+    return (
+        review.accept == "lower-bound" and review.annotators == "reference-models" and review.more_images > 0
+    )
 
 
 @dataclass(frozen=True, eq=False)

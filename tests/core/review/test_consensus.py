@@ -50,6 +50,17 @@ def test_without_any_answer_there_is_no_label():
     assert (crowdlab_labels(votes, probabilities) == NONE_OF_THE_ABOVE).all()
 
 
+@pytest.mark.parametrize("asked", [[0], [0, 1]])
+def test_where_no_image_has_two_answers_each_has_its_own(asked):
+    votes, probabilities, truth = crowd(per_image=5)
+    votes.answer[votes.annotator != np.array(asked)[(votes.scenario + votes.image) % len(asked)]] = (
+        NONE_OF_THE_ABOVE
+    )
+    labels = crowdlab_labels(votes, probabilities)
+    np.testing.assert_array_equal(labels, majority(tally(votes, SHAPE, CLASSES)))
+    assert (labels == truth).mean() > 0.9
+
+
 def test_without_its_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cleanlab.multiannotator", None)
     votes, probabilities, _ = crowd()

@@ -3,17 +3,22 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, MoreImages, Override, Verdicts, Votes
 from defuse_core.errors import StoreError
+from defuse_core.intervals import binomial_tail, significantly_over, wilson
 from defuse_core.review.verdicts import (
     OVERRIDES,
     decide_verdicts,
+    decides_twice,
     doubtful,
+    false_discovery_rate,
     most_common,
     read_overrides,
 )
 from defuse_core.store import FolderStore
+from tests.conftest import recommended
 
 NO = NONE_OF_THE_ABOVE
 WHEN = "2026-01-01T00:00:00Z"
@@ -116,6 +121,22 @@ def test_more_images_decide_a_doubtful_verdict():
     assert verdict.labels[0] == 8
     assert verdict.labelled[0] == 48
     assert verdict.misclassified[0] == pytest.approx(36 / 48)
+
+
+@pytest.mark.parametrize("images", [5, 10, 13, 20])
+def test_two_decisions_together_accept_no_more_false_components_than_max_false(images):
+    review = recommended(review={"images": images, "more_images": 40}).review
+    rate, more, rho = false_discovery_rate(review), review.more_images, review.rho
+    assert decides_twice(review)
+    hits, further = np.arange(images + 1), np.arange(more + 1)
+    at_first = np.array([significantly_over(np.array([n]), np.array([images]), rho, rate)[0] for n in hits])
+    in_doubt = ~at_first & (wilson(hits, np.full(images + 1, images), 0.9)[1] > rho)
+    pooled = hits[:, None] + further
+    then = binomial_tail(pooled, np.full(pooled.shape, images + more), rho) <= rate
+    chance = binom.pmf(hits, images, rho)[:, None] * binom.pmf(
+        further, more, rho
+    )  # of a component just at rho
+    assert (chance * (at_first[:, None] | (in_doubt[:, None] & then))).sum() <= review.max_false
 
 
 def test_the_most_common_label_leaves_out_images_without_one():

@@ -229,6 +229,21 @@ def test_choosing_by_validation_without_validation_images_is_refused_before_trai
         train(tiny(data={"validation_share": 0.0}, **{section: change}), progress=silent)
 
 
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"correct": {"choose_by": "tune", "train_images": 100}}, "correct.train_images: a sample"),
+        (
+            {"correct": {"choose_by": "tune"}, "vae": {"decode": "anchored"}},
+            "vae.decode: anchored: training images",
+        ),
+    ],
+)
+def test_clean_accuracy_is_not_measured_on_other_images_than_before(sections, line):
+    with pytest.raises(RunFileError, match=f"^{line}.*set data.validation_share"):
+        train(tiny(data={"validation_share": 0.0}, **sections), progress=silent)
+
+
 def test_pretrained_models_with_no_epochs_are_used_unchanged(tmp_path, tiny_models):
     for name in ("classifier", "vae"):
         save_file(
@@ -295,7 +310,12 @@ def test_a_classifier_without_a_parameter_to_tune_is_refused_before_the_vae_is_t
     monkeypatch.syspath_prepend(tmp_path)
     weights = tmp_path / "own.safetensors"
     save_file({"1.weight": torch.zeros(10, 256), "1.bias": torch.zeros(10)}, weights)
-    own = {"architecture": "custom", "import_path": "frozen_network:build", "weights": str(weights), "epochs": 0}
+    own = {
+        "architecture": "custom",
+        "import_path": "frozen_network:build",
+        "weights": str(weights),
+        "epochs": 0,
+    }
     with pytest.raises(ModelError, match="expected parameters to fine-tune, found none"):
         train(tiny(classifier=own), progress=silent)
 
