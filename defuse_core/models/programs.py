@@ -64,10 +64,10 @@ class SelfContainedClassifier(nn.Module):
         self.register_buffer(SOURCE, torch.frombuffer(bytearray(source), dtype=torch.uint8))
 
     def train(self, mode: bool = True) -> SelfContainedClassifier:
-        """Set the mode where the network has modes: an exported program has those it was exported with."""
+        """Set the mode of a network of a library. A program stays in eval mode, as an exported one has no other."""
         self.training = mode
         if not isinstance(self.net, torch.fx.GraphModule):
-            self.net.train(mode)
+            self.net.train(mode and not isinstance(self.net, torch.jit.ScriptModule))
         return self
 
     def forward(self, images: torch.Tensor) -> Any:

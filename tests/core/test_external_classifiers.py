@@ -64,6 +64,20 @@ def test_a_program_answers_as_the_network_does_and_needs_no_file_afterwards(name
 
 
 @pytest.mark.parametrize("name", SAVERS)
+def test_a_program_stays_in_eval_mode_while_it_is_fine_tuned(name, tmp_path):
+    layers = nn.Flatten(), nn.BatchNorm1d(256), nn.Dropout(0.5), nn.Linear(256, 10)
+    network, path = nn.Sequential(*layers).eval(), tmp_path / name
+    if name == "net.pt":
+        torch.jit.script(network).save(path)
+    else:
+        save_exported(path, network)
+    program, images = load_program(path.read_bytes(), name), torch.rand(8, 1, 16, 16)
+    program.train()
+    torch.testing.assert_close(program(images), network(images))
+    torch.testing.assert_close(program(images), network(images))  # the statistics are still the same
+
+
+@pytest.mark.parametrize("name", SAVERS)
 def test_a_program_is_corrected_like_any_other_classifier(name, tmp_path):
     spec = program_spec(SAVERS[name](tmp_path / name), review={"rho": 0.0, "tau": 1.0})
     run = Run.start(FolderStore(tmp_path / "runs"), "own", spec)
