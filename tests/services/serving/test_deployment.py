@@ -109,6 +109,7 @@ def test_a_request_that_is_too_late_for_its_batch_leaves_the_queue(candidate):
 
         batcher = Batcher(run, ServeSection(batch_size=1))
         first = asyncio.create_task(batcher.predict(request))
+        await asyncio.sleep(0.01)  # its batch has begun
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await batcher.predict(request)
