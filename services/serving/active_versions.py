@@ -13,7 +13,7 @@ from defuse_core.store import Store
 from services.serving.canary import CanaryStatistics, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
 from services.serving.model import LoadedModel, select_device
-from services.serving.registry import EMPTY, Registry, RegistryState
+from services.serving.registry import EMPTY, DamagedVersionError, Registry, RegistryState
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes in the registry
@@ -70,7 +70,8 @@ class RegistryWatcher:
         """`overrides` are fields of section `serve` that take precedence over every version's run file."""
         self.store, self.initial, self.settings, self.overrides = store, initial, settings, overrides
         self.registry = Registry(store)
-        self.sequence = initial.state.sequence
+        self.sequence = initial.state.sequence  # of the last change that was loaded completely
+        self._is_complete = True  # whether the canary or shadow of the last change was loaded, or ended
 
     def load_initial(self) -> ActiveVersions:
         """Return the versions to start with; without production before the first promotion.
@@ -88,20 +89,26 @@ class RegistryWatcher:
             return replace(own, error=f"the version in production cannot be loaded: {error}")
 
     def load_changes(self, current: ActiveVersions) -> ActiveVersions | None:
-        """Return the versions after a change of the registry, loaded and warm; None without a change."""
+        """Return the versions after a change of the registry, loaded and warm; None without a change.
+
+        A change whose canary or shadow the store does not return is loaded without it, and again at the next call.
+        """
         if self.initial.pin:
             return None
         state = self.registry.state_after(self.sequence)
         if state is None:
             return None
+        self._is_complete = True
         versions = self._load_state(state, current)
-        self.sequence = state.sequence
-        log.info(
-            "registry change %d: %s; version %s is in production",
-            state.sequence,
-            state.action,
-            state.production,
-        )
+        if self._is_complete:
+            self.sequence = state.sequence
+        if state != current.state:
+            log.info(
+                "registry change %d: %s; version %s is in production",
+                state.sequence,
+                state.action,
+                state.production,
+            )
         return versions
 
     def _load_state(self, state: RegistryState, current: ActiveVersions) -> ActiveVersions:
@@ -122,16 +129,25 @@ class RegistryWatcher:
     def _load_canary(
         self, number: int | None, loaded: Mapping[int | None, LoadedModel]
     ) -> LoadedModel | None:
-        """Return a canary or shadow. One that cannot be loaded is ended, so that production is not affected."""
+        """Return a canary or shadow; None for one that cannot be loaded, so that production is not affected."""
         try:
             return self._load_version(number, loaded)
-        except StoreError:
-            raise  # the store may answer at the next poll
         except Exception as error:  # for example out of GPU memory
             assert number is not None
             log.error("version %d cannot be loaded: %s", number, error)
-            self.registry.end_canary(number, AUTHOR, str(error))
+            self._is_complete = self._is_ended(number, error)
             return None
+
+    def _is_ended(self, number: int, error: Exception) -> bool:
+        """End a canary or shadow that cannot be loaded, unless the store may return it at the next poll."""
+        if isinstance(error, StoreError) and not isinstance(error, DamagedVersionError):
+            return False
+        try:
+            self.registry.end_canary(number, AUTHOR, str(error))
+        except StoreError as failure:
+            log.error("version %d: its end is not stored in the registry yet: %s", number, failure)
+            return False
+        return True
 
     def _load_version(
         self, number: int | None, loaded: Mapping[int | None, LoadedModel]

@@ -95,6 +95,10 @@ class PromotionRequest:
     shadow: bool = False
 
 
+class DamagedVersionError(StoreError):
+    """The file of a version holds other bytes than were written: to read it again does not help."""
+
+
 class Registry:
     """The registry of one store."""
 
@@ -129,15 +133,19 @@ class Registry:
         return found
 
     def load(self, number: int) -> Candidate:
-        """Return version `number`. Raises InputError for an unknown one, StoreError for a damaged one."""
+        """Return version `number`. Raises InputError for an unknown one, DamagedVersionError for a damaged one."""
         key = _version_key(number)
         try:
-            return decode_candidate(self.store.read(key), f"{self.store.address}/{key}")
+            data = self.store.read(key)
         except FileNotFoundError as error:
             known = ", ".join(str(n) for n in self.state().versions) or "none"
             raise InputError(
                 f"unknown version {number} in {self.store.address}; known versions: {known}"
             ) from error
+        try:
+            return decode_candidate(data, f"{self.store.address}/{key}")
+        except StoreError as error:
+            raise DamagedVersionError(str(error)) from error
 
     def add(self, candidate: Candidate, by: str, why: str, forced: bool) -> int:
         """Return the number of this candidate's version, a new one unless an equal one exists."""

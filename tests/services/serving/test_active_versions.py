@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from synthetic_runs import make_run, perturb_weights
@@ -78,20 +78,66 @@ def test_a_run_whose_name_is_a_number_is_not_confused_with_a_version(
     assert after.production.candidate.run == "second"
 
 
-def test_a_store_that_fails_once_ends_no_canary(own_store, monkeypatch):
+ROLES = pytest.mark.parametrize(
+    "role", [PromotionRequest("ana", "", canary=0.1), PromotionRequest("ana", "", shadow=True)]
+)
+
+
+@ROLES
+def test_a_canary_that_the_store_does_not_return_is_loaded_later_and_production_at_once(
+    own_store, monkeypatch, role
+):
+    put(own_store, "first")
+    put(own_store, "second", role)
+    watcher = RegistryWatcher(own_store, InitialModel(), ServeSection(), {})
+    load = watcher.registry.load
+    with monkeypatch.context() as broken:
+        broken.setattr(watcher.registry, "load", lambda number: failing(2) if number == 2 else load(number))
+        begun = watcher.load_initial()
+        assert answering(begun) == {"production": "1"} and begun.error is None
+        still = watcher.load_changes(begun)
+        assert still is not None and answering(still) == {"production": "1"}
+    after = watcher.load_changes(still)
+    assert after is not None and answering(after) == {"production": "1", role_name(role): "2"}
+    assert after.production is begun.production and watcher.load_changes(after) is None
+
+
+@ROLES
+def test_a_damaged_canary_or_shadow_is_ended_and_production_is_served_without_it(own_store, role):
+    put(own_store, "first")
+    watcher = RegistryWatcher(own_store, InitialModel(), ServeSection(), {})
+    begun = watcher.load_initial()
+    put(own_store, "second", role)
+    key = "registry/versions/000002.safetensors"
+    own_store.write(key, own_store.read(key)[:-1])
+    assert answering(replica(own_store, InitialModel())) == {"production": "1"}
+    ended = Registry(own_store).state()
+    assert (ended.canary, ended.shadow) == (None, None) and "000002" in ended.why
+    after = watcher.load_changes(begun)
+    assert after is not None and answering(after) == {"production": "1"}
+
+
+def test_a_running_replica_ends_a_damaged_canary_and_goes_on(own_store, monkeypatch):
     put(own_store, "first")
     watcher = RegistryWatcher(own_store, InitialModel(), ServeSection(), {})
     begun = watcher.load_initial()
     put(own_store, "second", PromotionRequest("ana", "", canary=0.1))
-    with monkeypatch.context() as broken:
-        broken.setattr(watcher.registry, "load", failing)
-        with pytest.raises(StoreError):
-            watcher.load_changes(begun)
-    after = watcher.load_changes(begun)
-    assert after is not None and answering(after) == {"production": "1", "canary": "2"}
+    own_store.write("registry/versions/000002.safetensors", b"cut")
+    with monkeypatch.context() as broken:  # the registry cannot be written yet
+        broken.setattr(watcher.registry, "end_canary", lambda number, by, why: failing(number))
+        after = watcher.load_changes(begun)
+    assert after is not None and answering(after) == {"production": "1"}
+    assert Registry(own_store).state().canary == 2
+    after = watcher.load_changes(after)
+    assert after is not None and answering(after) == {"production": "1"}
+    assert Registry(own_store).state().canary is None
 
 
-def failing(number: int) -> None:
+def role_name(role: PromotionRequest) -> str:
+    return "shadow" if role.shadow else "canary"
+
+
+def failing(number: int) -> NoReturn:
     raise StoreError(f"versions/{number}: no answer")
 
 
