@@ -143,9 +143,9 @@ def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
     if found.judges is None:
         return None
     spec, fixes = run.spec, found.fixes
-    left_out = fold_spec(spec, found.sweep)
     requests = {"plain": (plain_spec(spec, found.sweep), fixes)}
-    requests |= {f"left_out_{fold}": (left_out, without_fold(fixes, fold)) for fold in folds(fixes)}
+    for fold in folds(fixes, found.sweep):
+        requests[f"left_out_{fold}"] = (fold_spec(spec, found.sweep), without_fold(fixes, fold))
     plain, *tuned = _sweeps(
         run,
         compute,

@@ -317,7 +317,7 @@ class ReviewSection(Section):
     """share compares the share itself with rho; lower-bound accepts a component only if its share is significantly
     more than rho, at a false discovery rate of max_false (Benjamini and Hochberg). Paper: share."""
     max_false: float = Field(0.05, gt=0, lt=1)
-    """accept lower-bound: false discovery rate over all components, of both decisions if more_images are drawn. Ours."""
+    """accept lower-bound: false discovery rate over all components; two decisions share it (more_images). Ours."""
     more_images: int = Field(40, ge=0)
     """accept lower-bound with annotators reference-models: further images drawn where the verdict is in doubt. Ours."""
     reference: ReferenceModels = ReferenceModels()

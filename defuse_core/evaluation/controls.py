@@ -26,7 +26,8 @@ def plain_spec(spec: RunFile, sweep: Sweep) -> RunFile:
 
 def fold_spec(spec: RunFile, sweep: Sweep) -> RunFile:
     """Return the run file of a correction without one fold: the chosen λ and epochs."""
-    return _fine_tuning(spec, sweep.chosen.lam if sweep.chosen else 1.0, sweep)
+    assert sweep.chosen is not None
+    return _fine_tuning(spec, sweep.chosen.lam, sweep)
 
 
 def _fine_tuning(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
@@ -37,9 +38,9 @@ def _fine_tuning(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
     return spec.model_copy(update={"correct": section})
 
 
-def folds(fixes: Corrections) -> Sequence[int]:
-    """Return the numbers of the folds: none with fewer than two accepted scenarios."""
-    return (0, 1) if len(fixes.labels) > 1 else ()
+def folds(fixes: Corrections, sweep: Sweep) -> Sequence[int]:
+    """Return the numbers of the folds: none with fewer than two accepted scenarios, or without a correction."""
+    return (0, 1) if len(fixes.labels) > 1 and sweep.chosen is not None else ()
 
 
 def fold_of(fixes: Corrections) -> I64:

@@ -134,12 +134,13 @@ def _write(
     pictures: LabelledPictures, answers: tuple[I64, I64], classes: tuple[str, ...], folder: Path
 ) -> Iterator[PictureRow]:
     counts: dict[int, int] = {}
+    folders = folder_names(classes)
     for index, (pixels, label, scenario) in enumerate(
         zip(pictures.images, pictures.labels, pictures.scenario, strict=True)
     ):
         number = counts[int(scenario)] = counts.get(int(scenario), -1) + 1
         name = f"scenario-{scenario:03d}-{pictures.origin}-{number:03d}.png"
-        place = Path(classes[label].replace("/", "_").lstrip(".") or "_") / name
+        place = Path(folders[label]) / name
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         to_picture(pixels).save(folder / place)
         yield PictureRow(
@@ -151,6 +152,13 @@ def _write(
             before=classes[answers[0][index]],
             after=classes[answers[1][index]],
         )
+
+
+def folder_names(classes: tuple[str, ...]) -> list[str]:
+    """Return the folder of each class: its name, or number and name of all where two would share one."""
+    names = [name.replace("/", "_").lstrip(".") or "_" for name in classes]
+    taken = {TABLE, *(name.casefold() for name in names)}  # some file systems do not tell a from A
+    return names if len(taken) > len(names) else [f"{index}-{name}" for index, name in enumerate(names)]
 
 
 def to_picture(pixels: F32) -> Image.Image:

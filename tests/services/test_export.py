@@ -19,6 +19,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.export import export_model, export_scenarios
 from defuse_core.export.models import corrected_classifier, plain_weights
+from defuse_core.export.pictures import folder_names
 from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -130,6 +131,14 @@ def test_the_pictures_are_a_folder_per_class_with_a_table(store, tmp_path):
     before = np.mean([row["before"] == row["label"] for row in rows])
     after = np.mean([row["after"] == row["label"] for row in rows])
     assert before < after  # the planted classifier before takes 3 for 8
+
+
+def test_no_two_classes_share_a_folder_and_none_is_in_the_way_of_the_table():
+    assert folder_names(("3", "8", ".hidden")) == ["3", "8", "hidden"]
+    for classes in (("a/b", "a_b"), ("A", "a"), ("labels.csv", "b"), ("a/b", "a_b", "0-a_b")):
+        folders = folder_names(classes)
+        assert len({name.casefold() for name in (*folders, "labels.csv")}) == len(classes) + 1
+        assert not any("/" in name for name in folders)
 
 
 def test_the_command_writes_both_and_names_the_comparison(store, tmp_path, monkeypatch, capsys):

@@ -215,7 +215,7 @@ def draw_weights(report: Report) -> Figure:
     """Return the weights of the mixture, largest first; components kept for review are blue."""
     weights = np.array(report.mixture.weights)
     figure, (ax,) = new_figure(WIDE, 2.2)
-    kept = np.arange(len(weights)) < report.scenarios.components
+    kept = np.isin(weights, [scenario.weight for scenario in report.scenarios.list])
     ax.bar(np.arange(len(weights)), weights, color=np.where(kept, ACCENT, LINE).tolist(), width=0.8)
     ax.set(xlabel="components, largest weight first", ylabel="weight")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))

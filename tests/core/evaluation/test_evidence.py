@@ -43,15 +43,18 @@ def votes(answers: list[list[int | None]]) -> Votes:
 
 def test_the_two_folds_hold_every_scenario_once() -> None:
     fixes = corrections(5)
-    left = [without_fold(fixes, fold) for fold in folds(fixes)]
+    left = [without_fold(fixes, fold) for fold in (0, 1)]
     tuned = np.concatenate([part.scenario for part in left])
     assert sorted(tuned.tolist()) == fixes.scenario.tolist()
     assert [part.tune[:, 0, 0].tolist() for part in left] == [[1, 3], [0, 2, 4]]
     assert fold_of(fixes).tolist() == [0, 1, 0, 1, 0]
 
 
-def test_one_scenario_cannot_be_left_out() -> None:
-    assert folds(corrections(1)) == ()
+def test_nothing_is_left_out_of_one_scenario_or_where_nothing_was_corrected(finished) -> None:
+    corrected = finished[0].load(Sweep)
+    assert folds(corrections(1), corrected) == ()
+    assert folds(corrections(2), corrected) == (0, 1)
+    assert folds(corrections(2), dataclasses.replace(corrected, chosen=None, weights={})) == ()
 
 
 def test_a_confusion_is_known_where_the_other_fold_has_its_label_and_wrong_answer() -> None:

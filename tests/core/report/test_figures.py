@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import to_rgba
 from sample_findings import sample_findings, sample_run
 
 from defuse_core.report import write_report
-from defuse_core.report.figures.charts import clusters
-from defuse_core.report.figures.style import move_apart
+from defuse_core.report.build import build_report
+from defuse_core.report.figures.charts import clusters, draw_weights
+from defuse_core.report.figures.style import ACCENT, LINE, move_apart
 
 
 def test_pictures_are_written_beside_the_page(tmp_path: Path):
@@ -20,6 +22,17 @@ def test_pictures_are_written_beside_the_page(tmp_path: Path):
     names = {"tradeoff", "lambdas", "latent", "scenarios", "rejected", "kl", "weights", "curves"}
     assert set(run.store.list("figures/")) == {f"figures/{name}.png" for name in names}
     assert all(run.store.read(key).startswith(b"\x89PNG") for key in run.store.list("figures/"))
+
+
+def test_a_heavy_component_that_is_not_reviewed_is_grey(tmp_path: Path):
+    report = build_report(sample_run(tmp_path), *sample_findings(3, 2))
+    heaviest = max(report.scenarios.list, key=lambda scenario: scenario.weight)
+    rest = [scenario for scenario in report.scenarios.list if scenario is not heaviest]
+    listed = report.scenarios.model_copy(update={"list": rest})
+    bars = draw_weights(report.model_copy(update={"scenarios": listed})).axes[0].patches
+    colours = {bar.get_height(): bar.get_facecolor() for bar in bars}
+    assert colours.pop(heaviest.weight) == to_rgba(LINE)
+    assert {colours[scenario.weight] for scenario in rest} == {to_rgba(ACCENT)}
 
 
 def test_marks_that_coincide_are_moved_apart():
