@@ -49,7 +49,6 @@ from defuse_core.training.precision import autocast
 
 log = logging.getLogger("defuse")
 SetName = Literal["reference", "judges"]
-SCORED_IMAGES = 5000  # of validation and test that the accuracy of each model is measured on
 
 
 class ReferenceAnnotators:
@@ -243,8 +242,8 @@ def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train
 
 
 def _scores(model: nn.Module, splits: Splits) -> tuple[float | None, float | None]:
-    parts = (splits.validation, splits.test)
-    scores = [None if part is None else accuracy(model, part.take(slice(0, SCORED_IMAGES))) for part in parts]
+    """Return the accuracy on all validation and all test images, those that the classifier's own is measured on."""
+    scores = [None if part is None else accuracy(model, part) for part in (splits.validation, splits.test)]
     return scores[0], scores[1]
 
 

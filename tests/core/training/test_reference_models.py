@@ -4,13 +4,14 @@ import torch
 from torch import nn
 
 from defuse_core.artifacts import Gallery, ReferenceSet
-from defuse_core.data import open_splits
+from defuse_core.data import Images, Splits, open_splits
 from defuse_core.local import LocalCompute
 from defuse_core.models import ReferenceCnn, ResidualNet, predict_probabilities
 from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
+    _scores,
     ask_models,
     augment,
     gallery_probabilities,
@@ -59,6 +60,14 @@ def test_the_set_records_how_good_each_model_is(trained_on_all):
     assert trained_on_all.train_images == 300
     assert trained_on_all.test.shape == trained_on_all.validation.shape == (3,)
     assert trained_on_all.test.min() > 0.4
+
+
+def test_models_are_measured_on_all_images_however_they_are_sorted():
+    part = Images(np.zeros((6000, 1, 4, 4), np.uint8), np.repeat([0, 1], 3000))
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    nn.init.zeros_(constant[1].weight)
+    constant[1].bias.data = torch.tensor([0.0, 1.0])
+    assert _scores(constant, Splits(part, None, part, ("a", "b"))) == (None, 0.5)
 
 
 def test_models_come_back_from_the_run_as_they_were_trained(tiny_spec, trained_on_all, gallery):
