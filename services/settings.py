@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class Settings:
         None  # LABEL_STUDIO_HOST: the address that annotators open, if it is another
     )
     label_studio_s3: BucketAccess = BucketAccess()  # the credentials with which Label Studio reads pictures
-    mlflow_uri: str | None = None  # MLFLOW_TRACKING_URI
+    mlflow_uri: str | None = field(default=None, repr=False)  # MLFLOW_TRACKING_URI, which may hold a password
     mlflow_experiment: str | None = None  # MLFLOW_EXPERIMENT_NAME
 
 
@@ -75,6 +76,18 @@ def read_settings() -> Settings:
 
 def _is_true(value: str | None) -> bool:
     return (value or "0").lower() not in {"0", "false", "no"}
+
+
+def without_credentials(text: str, address: str | None = None) -> str:
+    """Return `text` with user names and passwords of addresses, as in http://ana:secret@host, replaced by ***.
+
+    Those of `address` are replaced wherever they occur: an error can quote a part of an address.
+    """
+    scheme, _, rest = (address or "").partition("://")
+    if scheme in ("http", "https"):
+        for part in filter(None, re.split("[/?#]", rest.rpartition("@")[0])):
+            text = text.replace(part, "***")
+    return re.sub(r"(?<=://)\S*@", "***@", text)
 
 
 def variables(names: Iterable[str]) -> dict[str, str]:

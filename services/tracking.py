@@ -1,19 +1,21 @@
 """`--track mlflow`: a run's settings, figures and files on an MLflow server, read from what the run has stored.
 
 Nothing of the run depends on it: a server that does not answer costs one line of the log, and the same command later
-adds what is missing. What was sent is recorded in the run as `mlflow.json`, so that nothing is sent twice.
+adds what is missing. `mlflow.json` in the run records what was sent, with the SHA-256 of the file that it came from:
+nothing is sent twice, and what is made again, as after `defuse review set --redo`, is sent again.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import logging
 import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +25,7 @@ from defuse_core.artifacts import Models, Sweep
 from defuse_core.errors import InputError, LabelsPending
 from defuse_core.evaluation.health import STRIP_KEY
 from defuse_core.runs import ReachedStep, Run
-from services.settings import Settings
+from services.settings import Settings, without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,7 +39,21 @@ FILES = ("report.html", "report.json", "run.yaml", STRIP_KEY)
 REPORT_FIGURES = ("accuracy", "scenarios", "evidence", "psi", "vae", "chosen")  # fields of the report
 TIMEOUT_S, RETRIES = "20", "1"  # of MLflow's requests, unless the environment says otherwise
 
+SOURCES = {  # part -> the file of the run that it is read from
+    "models": "models.safetensors",
+    "baseline": "baseline.safetensors",
+    "sweep": "sweep.safetensors",
+    "report": "report.json",
+}
+PREFIXES = {  # of the names of its figures
+    "models": ("classifier.", "vae."),
+    "baseline": ("baseline.",),
+    "sweep": ("sweep.",),
+    "report": ("report.",),
+}
+
 Figures = dict[str, float]
+Rows = list[tuple[int, Figures]]  # figures with their step
 
 
 def expect_mlflow(settings: Settings) -> None:
@@ -55,6 +71,7 @@ class MlflowTracking:
         self.run, self.uri = run, settings.mlflow_uri
         self.experiment = settings.mlflow_experiment or EXPERIMENT
         self.failed = False
+        self._digests: dict[str, str] = {}  # of files that do not change while this process has the run
 
     def __enter__(self) -> Self:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S)
@@ -79,10 +96,9 @@ class MlflowTracking:
         except Exception as error:  # mlflow and its transports raise many kinds of errors
             self.failed = True
             log.warning(
-                "mlflow: %s is not tracked (%s: %s); the run goes on, and the same command later sends what is missing",
+                "mlflow: %s is not tracked (%s); the run goes on, and the same command later sends what is missing",
                 self.run.name,
-                type(error).__name__,
-                " ".join(str(error).split())[:200],
+                self._redacted(error),
             )
 
     def _send(self, status: str | None) -> None:
@@ -90,24 +106,46 @@ class MlflowTracking:
 
         client, state = MlflowClient(self.uri), self._state()
         run_id = self._run_id(client, state)
-        for part, send in {
-            "params": self._send_params,
-            "models": self._send_models,
-            "baseline": self._send_baseline,
-            "sweep": self._send_sweep,
-            "report": self._send_report,
-        }.items():
-            if part not in state["sent"] and send(client, run_id):
-                state["sent"].append(part)
-                self._store(state)
+        sent = state["sent"]
+        if "params" not in sent:  # a server changes no parameter, so they are sent once
+            self._send_params(client, run_id)
+            self._record(state, "params", "")
+        for part, key in SOURCES.items():
+            digest = self._digest(key)
+            if digest is not None and sent.get(part) != digest:
+                self._send_part(client, run_id, part, again=part in sent)
+                self._record(state, part, digest)
         if status is not None:
             client.update_run(run_id, status=status)
 
+    def _digest(self, key: str) -> str | None:
+        """Return the SHA-256 of a file of the run; None where it does not exist."""
+        if key not in self._digests:
+            try:
+                digest = hashlib.sha256(self.run.store.read(key)).hexdigest()
+            except FileNotFoundError:
+                return None
+            if key == "report.json":  # which `defuse run` writes again at its end; it makes no artefact twice
+                return digest
+            self._digests[key] = digest
+        return self._digests[key]
+
+    def _redacted(self, error: Exception) -> str:
+        """Return an error in one line, without the password that the server's address may hold."""
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return without_credentials(line, self.uri)[:300]
+
     def _state(self) -> dict[str, Any]:
         if not self.run.store.exists(KEY):
-            return {"run_id": None, "sent": []}
+            return {"run_id": None, "sent": {}}
         state: dict[str, Any] = json.loads(self.run.store.read(KEY))
+        if isinstance(state["sent"], list):  # as an earlier version recorded it
+            state["sent"] = dict.fromkeys(state["sent"], "")
         return state
+
+    def _record(self, state: dict[str, Any], part: str, digest: str) -> None:
+        state["sent"][part] = digest
+        self._store(state)
 
     def _store(self, state: Mapping[str, Any]) -> None:
         self.run.store.write(KEY, json.dumps(state, indent=1).encode())
@@ -128,67 +166,85 @@ class MlflowTracking:
         begun = client.create_run(
             number, run_name=self.run.name, tags={"defuse.store": self.run.store.address}
         )
-        state["run_id"], state["sent"] = begun.info.run_id, []
+        state["run_id"], state["sent"] = begun.info.run_id, {}
         self._store(state)
         return str(state["run_id"])
 
-    def _send_params(self, client: MlflowClient, run_id: str) -> bool:
+    def _send_params(self, client: MlflowClient, run_id: str) -> None:
         from mlflow.entities import Param
 
         fields = _flat(self.run.spec.model_dump(mode="json"))
         params = [Param(name, str(value)[:PARAM_LENGTH]) for name, value in fields]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             client.log_batch(run_id, params=params[start : start + PARAMS_AT_ONCE])
-        return True
 
-    def _send_models(self, client: MlflowClient, run_id: str) -> bool:
+    def _send_part(self, client: MlflowClient, run_id: str, part: str, again: bool) -> None:
+        """Send the figures and files of one part; `again` where an earlier state of it was sent."""
+        if part == "models":
+            rows = self._model_figures(client, run_id)
+        elif part == "report":
+            rows = self._report_figures()
+            self._send_files(client, run_id, again)
+        else:
+            rows = self._trial_figures(part)
+        _log(client, run_id, rows)
+        if again:
+            _log(client, run_id, _withdrawn(client, run_id, PREFIXES[part], rows))
+
+    def _model_figures(self, client: MlflowClient, run_id: str) -> Rows:
         models = self.run.load(Models)
-        if models is None:
-            return False
-        for name, history in (("classifier", models.classifier_history), ("vae", models.vae_history)):
-            _log(client, run_id, ((row.epoch, _figures(name, dataclasses.asdict(row))) for row in history))
+        assert models is not None  # its file was just read
+        rows = [
+            *((row.epoch, _figures("classifier", asdict(row))) for row in models.classifier_history),
+            *((row.epoch, _figures("vae", asdict(row))) for row in models.vae_history),
+        ]
         if models.health is not None:
-            _log(client, run_id, [(0, _figures("vae.health", dataclasses.asdict(models.health)))])
+            rows.append((0, _figures("vae.health", asdict(models.health))))
             client.set_tag(run_id, "defuse.vae", models.health.verdict)
-        _log(client, run_id, [(0, _figures("classifier.accuracy", models.accuracy))])
-        return True
+        return [*rows, (0, _figures("classifier.accuracy", models.accuracy))]
 
-    def _send_baseline(self, client: MlflowClient, run_id: str) -> bool:
-        return self._send_trials(client, run_id, "baseline")
-
-    def _send_sweep(self, client: MlflowClient, run_id: str) -> bool:
-        return self._send_trials(client, run_id, "sweep")
-
-    def _send_trials(self, client: MlflowClient, run_id: str, key: str) -> bool:
-        """Send one row per λ and epoch, as `sweep.lambda_0.1.tune` by epoch."""
+    def _trial_figures(self, key: str) -> Rows:
+        """Return one row per λ and epoch, as `sweep.lambda_0.1.tune` by epoch."""
         sweep = self.run.load(Sweep, key)
-        if sweep is None:
-            return False
-        _log(
-            client,
-            run_id,
-            (
-                (row.epoch, _figures(f"{key}.lambda_{row.lam:g}".replace("+", ""), dataclasses.asdict(row)))
-                for row in sweep.rows
-            ),
-        )
-        return True
+        assert sweep is not None
+        return [
+            (row.epoch, _figures(f"{key}.lambda_{row.lam:g}".replace("+", ""), asdict(row)))
+            for row in sweep.rows
+        ]
 
-    def _send_report(self, client: MlflowClient, run_id: str) -> bool:
-        """Send the figures of the report, the page and the corrected classifier."""
-        if not self.run.store.exists("report.json"):
-            return False
+    def _report_figures(self) -> Rows:
         report = json.loads(self.run.store.read("report.json"))
-        for field in REPORT_FIGURES:
-            if report.get(field) is not None:
-                _log(client, run_id, [(0, _figures(f"report.{field}", report[field]))])
+        return [
+            (0, _figures(f"report.{field}", report[field]))
+            for field in REPORT_FIGURES
+            if report.get(field) is not None
+        ]
+
+    def _send_files(self, client: MlflowClient, run_id: str, again: bool) -> None:
+        """Send the report's files and the corrected classifier; without one, delete the one that was sent before."""
         with tempfile.TemporaryDirectory(prefix="defuse-mlflow-") as folder:
             for name in FILES:
                 if self.run.store.exists(name):
                     Path(folder, name).write_bytes(self.run.store.read(name))
-            self._write_model(Path(folder, "model", "model.safetensors"))
+            model = Path(folder, "model", "model.safetensors")
+            self._write_model(model)
             client.log_artifacts(run_id, folder)
-        return True
+            if again and not model.exists():
+                self._delete_model(client, run_id)
+
+    def _delete_model(self, client: MlflowClient, run_id: str) -> None:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        artifacts = client.get_run(run_id).info.artifact_uri
+        try:
+            store: Any = get_artifact_repository(artifacts, tracking_uri=self.uri)
+            store.delete_artifacts("model")
+        except Exception as error:  # not every store of artifacts can delete
+            log.warning(
+                "mlflow: delete the folder model of run %s yourself, its verdict was overruled: %s",
+                run_id,
+                self._redacted(error),
+            )
 
     def _write_model(self, path: Path) -> None:
         from defuse_core.export import export_model
@@ -199,7 +255,7 @@ class MlflowTracking:
             log.info("mlflow: no model is sent: %s", error)
 
 
-def _log(client: MlflowClient, run_id: str, rows: Iterable[tuple[int, Figures]]) -> None:
+def _log(client: MlflowClient, run_id: str, rows: Rows) -> None:
     """Send figures, each with its step."""
     from mlflow.entities import Metric
 
@@ -207,6 +263,14 @@ def _log(client: MlflowClient, run_id: str, rows: Iterable[tuple[int, Figures]])
     metrics = [Metric(name, value, now, step) for step, figures in rows for name, value in figures.items()]
     for start in range(0, len(metrics), METRICS_AT_ONCE):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_AT_ONCE])
+
+
+def _withdrawn(client: MlflowClient, run_id: str, prefixes: tuple[str, ...], rows: Rows) -> Rows:
+    """Return nan for every figure and step that MLflow has and `rows` do not: MLflow deletes no figure."""
+    kept = {(name, step) for step, figures in rows for name in figures}
+    known = [name for name in client.get_run(run_id).data.metrics if name.startswith(prefixes)]
+    steps = {(name, point.step) for name in known for point in client.get_metric_history(run_id, name)}
+    return [(step, {name: math.nan}) for name, step in sorted(steps - kept)]
 
 
 def _figures(name: str, tree: Mapping[str, Any]) -> Figures:

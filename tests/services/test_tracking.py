@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,72 @@ def test_a_continued_run_is_the_same_and_sends_nothing_twice(server, run):
     (done,) = tracked(server)
     assert (done.info.run_id, done.info.status) == (waiting.info.run_id, "FINISHED")
     assert len(server.get_metric_history(done.info.run_id, "vae.reconstruction")) == 50
+
+
+def overrule(run: Run, rows: tuple[SweepRow, ...], accepted: int) -> None:
+    """Make what follows from the verdicts again, as `defuse run` does after `review set --redo`; without rows no λ."""
+    run.store.delete("sweep.safetensors")
+    run.store.delete("report.json")
+    with MlflowTracking(run, read_settings()):
+        pass
+    sweep = Sweep(rows, rows[0] if rows else None, run.load(Models).classifier if rows else {}, ())
+    run.store.write("sweep.safetensors", encode(sweep))
+    report = build_report(run, *sample_findings(accepted=accepted))
+    run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
+
+
+def test_what_follows_from_an_overruled_verdict_is_replaced(server, run):
+    with MlflowTracking(run, read_settings()):
+        pass
+    (before,) = tracked(server)
+    overrule(run, (SweepRow(0.1, 1, 0.1, 0.9, None, 0.8, 0.7, 0.55),), accepted=1)
+    with MlflowTracking(run, read_settings()):
+        pass
+    (after,) = tracked(server)
+    assert after.info.run_id == before.info.run_id
+    by_epoch = server.get_metric_history(after.info.run_id, "sweep.lambda_0.1.scenario")
+    newest = {point.step: point.value for point in sorted(by_epoch, key=lambda point: point.timestamp)}
+    assert newest[1] == 0.55 and math.isnan(newest[2])
+    assert math.isnan(after.data.metrics["sweep.lambda_1e10.tune"])
+    assert before.data.metrics["report.scenarios.accepted"] == 2
+    assert after.data.metrics["report.scenarios.accepted"] == 1
+    assert len(server.get_metric_history(after.info.run_id, "vae.reconstruction")) == 50
+    assert server.list_artifacts(after.info.run_id, "model")
+
+
+def test_the_model_of_an_overruled_verdict_is_deleted_where_no_other_follows(server, run):
+    with MlflowTracking(run, read_settings()):
+        pass
+    overrule(run, (), accepted=0)
+    with MlflowTracking(run, read_settings()):
+        pass
+    (found,) = tracked(server)
+    assert server.list_artifacts(found.info.run_id, "model") == []
+    assert math.isnan(found.data.metrics["sweep.lambda_0.1.scenario"])
+
+
+def test_what_an_earlier_version_recorded_without_digests_is_sent_once_more(server, run):
+    with MlflowTracking(run, read_settings()):
+        pass
+    state = json.loads(run.store.read("mlflow.json"))
+    run.store.write("mlflow.json", json.dumps(state | {"sent": list(state["sent"])}).encode())
+    for _ in range(2):
+        with MlflowTracking(run, read_settings()):
+            pass
+    (found,) = tracked(server)
+    assert len(server.get_metric_history(found.info.run_id, "vae.reconstruction")) == 100
+
+
+@pytest.mark.parametrize("password", ["sesame", "ses/ame", "sesame@home"])
+def test_no_log_shows_the_password_of_the_servers_address(run, monkeypatch, caplog, password):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ana:{password}@127.0.0.1:9")
+    settings = read_settings()
+    with MlflowTracking(run, settings):
+        pass
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("is not tracked" in line for line in lines)
+    assert not any(word in "".join(lines) + repr(settings) for word in ("sesame", "ses", "ana:"))
 
 
 def test_figures_are_sent_as_soon_as_their_step_is_done(server, tmp_path, tiny_spec, tiny_models):
