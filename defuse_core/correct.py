@@ -36,6 +36,7 @@ from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training.adam import Adam
+from defuse_core.training.augment import augment
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import (
     Losses,
@@ -201,19 +202,20 @@ def _epoch(
     torch.manual_seed(torch_seed(spec.seed, "correct", epoch))  # for dropout, independent of what ran before
     classifier.train()
     train, tune, size = *images, spec.correct.batch_size
-    scenario_rows = cycle(
-        len(tune), min(size, len(train)), generator(spec.seed, "correct", "scenarios", epoch)
-    )
+    seeded = partial(generator, spec.seed, "correct")
+    scenario_rows = cycle(len(tune), min(size, len(train)), seeded("scenarios", epoch))
+    changes = seeded("augment", epoch)
     losses, before = Losses(f"with λ = {lam:g}"), weights_of(classifier)
-    order = list(minibatches(len(train), size, generator(spec.seed, "correct", epoch)))
+    order = list(minibatches(len(train), size, seeded(epoch)))
     steps = spec.correct.epochs * len(order)
     for step, (rows, batch, labels) in enumerate(train.batches(order), start=(epoch - 1) * len(order) + 1):
         set_learning_rate(optimizer, spec.correct, step, steps)
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
         both = torch.cat([batch, tune.batch(wrong)])
+        if spec.correct.augment:
+            both = augment(both, changes)
         with autocast(spec.resources.arithmetic("classifier")):
-            logits = classifier(both)
-        logits = logits.float()
+            logits = classifier(both).float()
         clean = F.cross_entropy(logits[: len(rows)], labels)
         scenario = F.cross_entropy(logits[len(rows) :], tune.labels(wrong))
         loss = clean + lam * scenario

@@ -78,7 +78,10 @@ class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
 
 
 # section -> what runs did that began before these fields existed; review.failing: rho alone
-FORMER_DEFAULTS = {"review": {"failing": 0.0}, "correct": {"widen": 1.0, "schedule": "constant"}}
+FORMER_DEFAULTS = {
+    "review": {"failing": 0.0},
+    "correct": {"widen": 1.0, "schedule": "constant", "augment": False},
+}
 
 
 def _as_begun(tree: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ TINY: Sections = {
         "epochs": 2,
         "batch_size": 64,
         "schedule": "constant",
+        "augment": False,
         "tune_images": 24,
         "test_images": 24,
         "choose_by": "tune",
@@ -124,7 +125,7 @@ RECOMMENDED: Sections = {  # what a new run file does, as tiny; with limits that
         "more_images": 20,
     },
     "judges": {"count": 2, "channels": 8, "epochs": 8, "batch_size": 32, "share": 0.3},
-    "correct": {"filter": "reference-models", "schedule": "one_cycle"},
+    "correct": {"filter": "reference-models", "schedule": "one_cycle", "augment": True},
 }
 
 

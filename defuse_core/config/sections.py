@@ -195,9 +195,9 @@ class IdentifySection(Section):
     """reference-models keeps a failing draw only if the reference models (review.reference) still recognise the class
     of its source image in it. Paper: none."""
     min_probability: float = Field(0.7, ge=0, le=1)
-    """Least mean probability that the reference models give to a class that they see: to the class of the source image
-    for screen, and to the label of an image for review.tau: auto and correct.filter. The better these models, the
-    higher: 0.9 where they get 99 % of images right. Ours."""
+    """Least probability of a class that the reference models see. screen: their mean, of the class of the source image;
+    review.tau: auto and correct.filter: each of them, of the label of an image. The better these models, the higher:
+    0.9 where they get 99 % of images right. Ours."""
     originals: Literal["none", "misclassified"] = "none"
     """misclassified adds to Ψ the code μ of each training image that f gets wrong in the image itself, beside the
     failing draws and outside max_per_image; screen then asks the reference models about the image. Paper: none."""
@@ -352,6 +352,8 @@ class CorrectSection(Section):
     """Adam. Paper: 0.001."""
     schedule: Schedule = "one_cycle"
     """one_cycle: as vae.schedule, over all epochs; the last epoch is the one to choose. Paper: constant."""
+    augment: bool = True
+    """Rotate, scale, shift, blur and darken every image of D and D_f a little, anew in each step. Paper: false."""
     tune_images: int = Field(256, ge=1)
     """Images per scenario to tune on. Paper: 256."""
     test_images: int = Field(256, ge=1)
@@ -377,13 +379,9 @@ class CorrectSection(Section):
         return 1.0 if self.filter == "none" else self.widen
 
     @model_validator(mode="after")
-    def _what_may_be_chosen_is_not_given_up(self) -> Self:
+    def _sweep_is_possible(self) -> Self:
         if self.stop_at_loss is not None and self.stop_at_loss < self.max_loss:
             raise ValueError("stop_at_loss must be at least max_loss")
-        return self
-
-    @model_validator(mode="after")
-    def _lambdas_distinct(self) -> Self:
         if len(set(self.lambdas)) != len(self.lambdas) or min(self.lambdas) < 0:
             raise ValueError("lambdas must be distinct and not negative")
         return self

@@ -13,7 +13,7 @@ from defuse_core.config import RunFile
 from defuse_core.distill.draws import Draws, anchors_of
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.protocols import Call, Compute
-from defuse_core.training.reference_models import load_reference_models, mean_probabilities
+from defuse_core.training.reference_models import load_reference_models, model_probabilities
 
 T = TypeVar("T")
 ROWS_PER_TASK = 8  # components or scenarios that one task examines
@@ -32,10 +32,11 @@ class Examiner:
     def examine(self, draws: Draws) -> tuple[I64, I64]:
         """Return for n draws the classifier's answers and the labels that the reference models see, each (n,).
 
-        A label has a mean probability of identify.min_probability at least; an image without such a class has none.
+        A label is a class of which every reference model is sure, to identify.min_probability at least; an image
+        without such a class has none. Where only their mean is sure, independent models often see another class.
         """
         images = self.decoder.decode(draws.codes, draws.anchors)
-        seen = mean_probabilities(self.references, images)  # (n, C)
+        seen = model_probabilities(self.references, images).min(axis=0)  # (n, C)
         clear = seen.max(axis=1) >= self.min_probability
         labels = np.where(clear, seen.argmax(axis=1), NONE_OF_THE_ABOVE).astype(np.int64)
         return predict(self.classifier, images), labels

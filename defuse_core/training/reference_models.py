@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
@@ -43,6 +43,7 @@ from defuse_core.protocols import Call, Compute
 from defuse_core.runs import Run
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+from defuse_core.training.augment import augment
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import Losses, minibatches, train_step
 from defuse_core.training.precision import autocast
@@ -314,29 +315,3 @@ def mean_probabilities(models: Sequence[nn.Module], images: F32, batch_size: int
     """Return the class probabilities averaged over the models, (n, C)."""
     mean: F32 = model_probabilities(models, images, batch_size).mean(axis=0)
     return mean
-
-
-def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return each image randomly rotated, scaled, shifted, and darkened or brightened; most are blurred.
-
-    Blur and darkness matter: decodings are smoother than photographs and of lower contrast, and a person reads them all
-    the same. No image is mirrored, since that changes the class of digits and signs.
-    """
-    count = len(images)
-    angle = rng.uniform(-0.2, 0.2, count)  # radians
-    scale, shift = rng.uniform(0.85, 1.15, count), rng.uniform(-0.12, 0.12, (count, 2))
-    theta = np.zeros((count, 2, 3), np.float32)
-    theta[:, 0, 0] = theta[:, 1, 1] = np.cos(angle) * scale
-    theta[:, 0, 1], theta[:, 1, 0] = -np.sin(angle) * scale, np.sin(angle) * scale
-    theta[:, :, 2] = shift
-    grid = F.affine_grid(torch.from_numpy(theta).to(images.device), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    for share in (0.5, 0.25):
-        blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
-        moved = torch.where(_column(rng.random(count) < share, images), blurred, moved)
-    bright = _column(rng.uniform(0.4, 1.2, count).astype(np.float32), images)
-    return (moved * bright).clamp(0, 1)
-
-
-def _column(values: np.ndarray, like: Tensor) -> Tensor:  # type: ignore[type-arg]
-    return torch.from_numpy(values).to(like.device).view(-1, 1, 1, 1)

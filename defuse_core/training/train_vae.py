@@ -28,6 +28,7 @@ from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training.adam import Adam
+from defuse_core.training.augment import augment
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import (
     Losses,
@@ -40,7 +41,6 @@ from defuse_core.training.checkpoint import (
 )
 from defuse_core.training.data_parallel import averaged, drawn_normal, worker_minibatches
 from defuse_core.training.precision import autocast
-from defuse_core.training.reference_models import augment
 
 log = logging.getLogger("defuse")
 

@@ -34,6 +34,7 @@ WAYS: dict[str, tuple[str, ...]] = {
         "correct.filter=none",
         "correct.schedule=constant",
         "correct.batch_size=256",
+        "correct.augment=false",
     ),
 }
 Row = dict[str, str]

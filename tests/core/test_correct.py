@@ -18,10 +18,11 @@ from defuse_core.correct import (
 )
 from defuse_core.errors import ComputeError, DataError, ModelError
 from defuse_core.local import LocalCompute
-from defuse_core.models import load_classifier
+from defuse_core.models import accuracy, load_classifier
 from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
+from defuse_core.training.augment import augment
 from defuse_core.training.checkpoint import cycle, train_step
 from tests.conftest import tiny
 
@@ -83,9 +84,31 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
-@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
-def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(schedule, tiny_models, tuning):
-    spec = tiny(correct={"epochs": 3, "schedule": schedule})
+def test_images_are_changed_anew_in_every_step_and_only_while_tuning(tiny_models, tuning, monkeypatch):
+    seen = []
+
+    def noting(images, rng):
+        seen.append(augment(images, rng))
+        return seen[-1]
+
+    monkeypatch.setattr("defuse_core.correct.augment", noting)
+    spec = tiny(correct={"epochs": 2, "augment": True, "batch_size": len(tuning.train)})
+    *_, done = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    images = np.sort(np.stack([step.numpy().sum(axis=(1, 2, 3)) for step in seen]), axis=1)
+    assert images.shape == (2, 2 * len(tuning.train))  # D and as many of D_f, in each of two steps
+    assert not np.isclose(images[0], images[1]).all()
+    classifier = load_classifier(spec, done.best, 10)
+    assert done.rows[done.best_epoch - 1].validation == accuracy(classifier, tuning.validation)
+    *_, plain = fine_tune(
+        tiny(correct={"epochs": 2, "batch_size": len(tuning.train)}), tiny_models, tuning, 1.0, None
+    )
+    assert len(seen) == 2
+    assert plain.rows[0].loss != done.rows[0].loss
+
+
+@pytest.mark.parametrize(("schedule", "augmented"), [("constant", False), ("one_cycle", True)])
+def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(schedule, augmented, tiny_models, tuning):
+    spec = tiny(correct={"epochs": 3, "schedule": schedule, "augment": augmented})
     *_, whole = fine_tune(spec, tiny_models, tuning, 1.0, None)
     first = next(fine_tune(spec, tiny_models, tuning, 1.0, None))
     *_, resumed = fine_tune(spec, tiny_models, tuning, 1.0, first)

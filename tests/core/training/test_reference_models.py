@@ -13,7 +13,6 @@ from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
     _scores,
     ask_models,
-    augment,
     gallery_probabilities,
     judges,
     load_reference_models,
@@ -142,11 +141,3 @@ def test_a_single_pretrained_model_can_be_the_reference_set(gallery):
     seen = gallery_probabilities(spec, references, gallery, progress=silent)
     dark = gallery.images.mean(axis=(2, 3, 4)) < 0.5
     np.testing.assert_array_equal(seen[0].argmax(axis=2), dark.astype(int))
-
-
-def test_augmented_images_are_still_images_and_each_is_changed_its_own_way():
-    images = torch.rand(1, 1, 16, 16).repeat(4, 1, 1, 1)
-    out = augment(images, np.random.default_rng(0))
-    assert out.shape == images.shape
-    assert 0 <= float(out.min()) <= float(out.max()) <= 1
-    assert len({tuple(image.flatten().tolist()) for image in out}) == 4

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from defuse_core.artifacts import Corrections, Gallery, Models, Scenarios
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Gallery, Models, Scenarios
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.distill.draws import Draws, distances_from
@@ -29,7 +29,12 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.training.checkpoint import minibatches, set_learning_rate
-from defuse_core.training.reference_models import load_reference_models, mean_probabilities, votes_of_models
+from defuse_core.training.reference_models import (
+    load_reference_models,
+    mean_probabilities,
+    model_probabilities,
+    votes_of_models,
+)
 from tests.conftest import recommended, tiny
 from tests.core.test_models import LinearAutoencoder
 
@@ -380,6 +385,20 @@ def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, t
     assert len(fixes.scenario) == len(verdicts.accepted) > 0
     every = np.concatenate([fixes.tune[0], fixes.test[0], gallery.codes[int(fixes.scenario[0])]])
     assert len(np.unique(every, axis=0)) == len(every)
+
+
+def test_a_label_is_a_class_of_which_every_reference_model_is_sure(tiny_models, scenarios, references):
+    spec = recommended(identify={"min_probability": 0.5})
+    codes = np.random.default_rng(0).normal(scale=2, size=(200, 4)).astype(np.float32)
+    _, labels = Examiner(spec, tiny_models, references, scenarios).examine(Draws(codes))
+    models = load_reference_models(spec, spec.review.reference, references, 10)
+    seen = model_probabilities(models, decode_codes(load_vae(spec, tiny_models.vae), codes))  # (W, n, C)
+    unanimous = (seen >= 0.5).all(axis=0)
+    np.testing.assert_array_equal(
+        labels, np.where(unanimous.any(axis=1), unanimous.argmax(axis=1), NONE_OF_THE_ABOVE)
+    )
+    assert ((seen.mean(axis=0).max(axis=1) >= 0.5) & (labels == NONE_OF_THE_ABOVE)).any()
+    assert (labels != NONE_OF_THE_ABOVE).any()
 
 
 def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_models, scenarios, references):
