@@ -20,12 +20,12 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from defuse_core.artifacts import I64, Bool
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
-from services.labeling.api_types import BucketStorage
+from services.labeling.api_types import BucketStorage, TaskImport
 from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.pictures import bucket_storage
-from services.labeling.state import ProjectState, new_mark, read_state, update_state, write_state
-from services.labeling.tasks import PRELABEL_MODEL, Prelabel, ReviewTasks, batches, digest
+from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state, write_state
+from services.labeling.tasks import PRELABEL_MODEL, Prelabel, ReviewTasks, batches, is_edited
 from services.settings import BucketAccess
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class ReviewProject:
         project = self.find()
         if project is None:
             if self.state.project is not None:  # a replacement of a lost project needs a mark of its own
-                self.state = ProjectState(new_mark(), self.state.gallery, people=self.state.people)
+                people = self.state.people
+                self.state = ProjectState(new_mark(), self.state.gallery, new_secret(), people=people)
                 write_state(self.run.store, self.state)
             project = self.create()
         number = project.id
@@ -96,7 +97,7 @@ class ReviewProject:
         for task in self.client.tasks(self.state.number, with_data=True):
             index = self.tasks.index_of(task.key)
             if index is not None:
-                if _is_edited(task):
+                if is_edited(task, self.state.secret):
                     raise InputError(self._edited(task))
                 missing[index] = False
             yield task
@@ -180,7 +181,7 @@ class ReviewProject:
             index = self.tasks.index_of(task.key)
             if index is None:
                 unknown += 1
-            elif _is_edited(task):
+            elif is_edited(task, self.state.secret):
                 if not self.repair:
                     raise InputError(self._edited(task))
                 dropped[task.id] = str(task.key)
@@ -205,10 +206,13 @@ class ReviewProject:
         if self.state.pushed and not self.repair:
             raise InputError(self._deleted(missing))
         imported = 0
-        for batch in batches(self.tasks.task(index, self.prelabels.get(index)) for index in missing):
+        for batch in batches(self._task(index) for index in missing):
             self.client.import_tasks(self.state.number, batch)
             imported += len(batch)
         log.info("review: pushed %d tasks to project %d", imported, self.state.number)
+
+    def _task(self, index: int) -> TaskImport:
+        return self.tasks.task(index, self.prelabels.get(index), secret=self.state.secret)
 
     def _deleted(self, missing: list[int]) -> str:
         return (
@@ -228,7 +232,7 @@ class ReviewProject:
             return False
         for task in self.client.tasks(project.id):
             index = self.tasks.index_of(task.key)
-            if index is not None and task.digest == self.tasks.task(index)["meta"]["digest"]:
+            if index is not None and task.digest == self._task(index)["meta"]["digest"]:
                 return True
         return False
 
@@ -393,8 +397,3 @@ def _attempts() -> Retrying:
         wait=wait_exponential(multiplier=PAUSE_S),
         reraise=True,
     )
-
-
-def _is_edited(task: Task) -> bool:
-    """Whether someone edited a task of a review since it was pushed."""
-    return task.data is None or digest(str(task.key), task.data) != task.digest

@@ -1,4 +1,4 @@
-"""What a run stores about its Label Studio project: `labeling.json`, without secrets or e-mail addresses."""
+"""What a run stores about its Label Studio project: `labeling.json`, without credentials or e-mail addresses."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ class ProjectState:
 
     mark: str  # part of the project's description, which identifies it, also after a lost reply
     gallery: str  # digest of the images that were pushed
+    secret: str = field(
+        default="", repr=False
+    )  # of the tasks' digests; none in a project of an earlier version
     address: str = ""
     project: int | None = None  # None until the server has replied
     title: str = ""
@@ -69,6 +72,10 @@ def new_mark() -> str:
     return f"defuse-{secrets.token_hex(8)}"
 
 
+def new_secret() -> str:
+    return secrets.token_hex(16)
+
+
 def read_state(store: Store, gallery: Gallery) -> ProjectState:
     """Return the state of the run's project, or a new one.
 
@@ -77,7 +84,7 @@ def read_state(store: Store, gallery: Gallery) -> ProjectState:
     digest_now = gallery_digest(gallery)
     state = _stored_state(store)
     if state is None:
-        return ProjectState(mark=new_mark(), gallery=digest_now)
+        return ProjectState(mark=new_mark(), gallery=digest_now, secret=new_secret())
     if state.gallery != digest_now:
         raise InputError(
             f"project {state.project} shows other images than this run's gallery now contains; use another "

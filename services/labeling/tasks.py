@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +30,9 @@ from services.labeling.api_types import (
 )
 from services.labeling.interface import LABEL, choice_names
 from services.labeling.pictures import Pictures
+
+if TYPE_CHECKING:
+    from services.labeling.client import Task
 
 PRELABEL_MODEL = "reference models"  # the model version of predictions in Label Studio
 BATCH_TASKS = 250
@@ -91,12 +96,16 @@ class ReviewTasks:
         index = int(found[1]) * self.per_scenario + int(found[2] or 0)
         return index if index < len(self) and self.subject(index).key == key else None
 
-    def task(self, index: int, prelabel: Prelabel | None = None) -> TaskImport:
-        """Return the task as Label Studio imports it, with a preselected answer if there is one."""
+    def task(self, index: int, prelabel: Prelabel | None = None, *, secret: str) -> TaskImport:
+        """Return the task as Label Studio imports it, with a preselected answer if there is one.
+
+        `secret` is that of the run's ProjectState.
+        """
         subject = self.subject(index)
         data = self._page(subject) if subject.image is None else self._single(subject.scenario, subject.image)
         # The key is no data: annotators see all data in Label Studio's list of tasks.
-        task = TaskImport(data=data, meta=TaskMeta(sample_key=subject.key, digest=digest(subject.key, data)))
+        meta = TaskMeta(sample_key=subject.key, digest=digest(subject.key, data, secret))
+        task = TaskImport(data=data, meta=meta)
         if prelabel is not None:
             task["predictions"] = [prelabel.prediction(self.names)]
         return task
@@ -118,9 +127,21 @@ class ReviewTasks:
         return self.pictures.address(self.gallery.images[scenario, image], TaskSubject(scenario, image).key)
 
 
-def digest(key: str, data: Mapping[str, object]) -> str:
-    """Return a digest of a task's key and data, by which a later edit is recognised."""
-    return hashlib.sha256(json.dumps([key, data], sort_keys=True).encode()).hexdigest()[:16]
+def digest(key: str, data: Mapping[str, object], secret: str) -> str:
+    """Return a digest of a task's key and data, by which a later edit is recognised.
+
+    It is part of the task, where every annotator can write, so it needs the run's secret (HMAC, RFC 2104). Without one,
+    as in projects of earlier versions, it is a plain digest, which whoever edits a task can compute, too.
+    """
+    text = json.dumps([key, data], sort_keys=True).encode()
+    if not secret:
+        return hashlib.sha256(text).hexdigest()[:16]
+    return hmac.digest(secret.encode(), text, "sha256").hex()[:32]
+
+
+def is_edited(task: Task, secret: str) -> bool:
+    """Whether someone edited a task of a review since it was pushed."""
+    return task.data is None or digest(str(task.key), task.data, secret) != task.digest
 
 
 def batches(tasks: Iterable[TaskImport]) -> Iterator[list[TaskImport]]:

@@ -81,7 +81,8 @@ def fill(annotators: LabelStudioAnnotators, gallery: Gallery) -> None:
     users = (account.http.get("/api/current-user/whoami").json() for account in accounts)
     label = [choice_result("label", "image", "8")]
     annotations = [{"completed_by": int(user["id"]), "result": label} for user in users]
-    for batch in batches(tasks.task(index) | {"annotations": annotations} for index in range(len(tasks))):
+    made = (tasks.task(index, secret=project.state.secret) for index in range(len(tasks)))
+    for batch in batches(task | {"annotations": annotations} for task in made):
         annotators.client.import_tasks(created.id, batch)
     write_state(run.store, replace(project.state, project=created.id, pushed=True))
 

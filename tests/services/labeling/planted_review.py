@@ -30,10 +30,10 @@ def blank_review(folder: Path, scenarios: int, **review: object) -> tuple[Run, R
     return run, ReviewTasks(gallery, run.spec.review, run.store)
 
 
-def answered_tasks(tasks: ReviewTasks) -> Iterator[Task]:
-    """Yield every task with five answers and the data that it shows."""
+def answered_tasks(tasks: ReviewTasks, secret: str = "") -> Iterator[Task]:
+    """Yield every task with five answers and the data that it shows, pushed with the secret of a run's state."""
     for index in range(len(tasks)):
-        task = tasks.task(index)
+        task = tasks.task(index, secret=secret)
         annotations = tuple(
             Annotation(
                 id=10 * index + n,

@@ -128,7 +128,7 @@ def test_answers_to_a_copy_of_a_task_are_not_asked_for_again(make_review, accoun
     review = make_review(answers_per_task=3)
     number = review.annotators.push(review.gallery).number
     samples = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
-    review.api.import_tasks(number, [samples.task(0)])
+    review.api.import_tasks(number, [samples.task(0, secret=review.state.secret)])
     both = sorted(task.id for task in review.api.tasks(number) if task.key == "s000-i00")
     for account, task in zip(accounts, both, strict=False):
         account.answer(task, "image", "8")

@@ -46,7 +46,7 @@ def test_pushing_again_takes_some_bytes_per_task(tmp_path):
             address="http://labels",
             find_projects=lambda mark: [project],
             project=lambda number: project,
-            tasks=lambda number, with_data: answered_tasks(tasks),
+            tasks=lambda number, with_data: answered_tasks(tasks, first.state.secret),
         )
         return peak_bytes(lambda: ReviewProject(client, run, tasks).push())
 

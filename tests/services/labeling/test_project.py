@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from proxy import Reply
 
 from defuse_core.errors import InputError, LabelsPending, ServiceError
 from services.labeling import tasks
-from services.labeling.tasks import ReviewTasks
+from services.labeling.state import write_state
+from services.labeling.tasks import ReviewTasks, digest
 
 
 def picture(uri):
@@ -80,7 +83,8 @@ def test_copies_that_a_late_import_left_are_dropped_but_never_an_answered_one(ma
     review = make_review()
     record = review.annotators.push(review.gallery)
     review_tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
-    review.api.import_tasks(record.number, [review_tasks.task(0), review_tasks.task(1)])
+    copies = [review_tasks.task(index, secret=record.secret) for index in (0, 1)]
+    review.api.import_tasks(record.number, copies)
     copies = [task for task in review.api.tasks(record.number) if task.key in ("s000-i00", "s000-i01")]
     accounts[0].answer(max(task.id for task in copies if task.key == "s000-i00"), "image", "8")
     review.annotators.push(review.gallery)
@@ -218,6 +222,47 @@ def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, accoun
     assert review.tasks()["s000-i00"].data == pushed["s000-i00"].data
 
 
+def forge(review, accounts, key, data):
+    """Exchange what a task shows, as an annotator who knows the source of Defuse does."""
+    forged = {"data": data, "meta": {"sample_key": key, "digest": digest(key, data, "")}}
+    task = review.tasks()[key].id
+    accounts[0].http.patch(f"/api/tasks/{task}/", json=forged).raise_for_status()
+    assert review.tasks()[key].digest == forged["meta"]["digest"]
+
+
+def test_an_edit_that_also_replaces_the_digest_in_the_task_is_noticed(make_review, accounts):
+    review = make_review()
+    review.annotators.push(review.gallery)
+    forge(review, accounts, "s000-i00", review.tasks()["s001-i00"].data)
+    for look in (review.annotators.status, review.annotators.review):
+        with pytest.raises(InputError, match=r"s000-i00\) was edited"):
+            look(review.gallery)
+    review.annotators.push(review.gallery, repair=True)
+    review.annotators.status(review.gallery)
+
+
+def test_a_project_that_an_earlier_version_pushed_works_and_is_keyed_when_it_is_replaced(
+    make_review, accounts
+):
+    review = make_review()
+    write_state(review.run.store, replace(review.state, secret=""))  # as that version stored it, nothing more
+    text = json.loads(review.run.store.read("labeling.json"))
+    del text["secret"]
+    review.run.store.write("labeling.json", json.dumps(text).encode())
+    number = review.annotators.push(review.gallery).number
+    assert {len(task.digest) for task in review.tasks().values()} == {16}
+    pushed = review.tasks()
+    swapped = {"data": pushed["s001-i00"].data}
+    accounts[0].http.patch(f"/api/tasks/{pushed['s000-i00'].id}/", json=swapped).raise_for_status()
+    with pytest.raises(InputError, match=r"s000-i00\) was edited"):
+        review.annotators.status(review.gallery)
+    review.annotators.push(review.gallery, repair=True)
+    review.annotators.status(review.gallery)
+    review.api._sdk.projects.delete(id=number)
+    assert review.annotators.push(review.gallery, repair=True).secret
+    review.annotators.status(review.gallery)
+
+
 def test_tasks_that_defuse_did_not_import_are_left_alone(make_review, caplog):
     review = make_review()
     number = review.annotators.push(review.gallery).number
@@ -319,7 +364,7 @@ def test_a_lost_reply_to_a_deletion_does_not_end_the_push(make_review, proxy, ho
     review = make_review()
     number = review.annotators.push(review.gallery).number
     review_tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
-    review.api.import_tasks(number, [review_tasks.task(0)])
+    review.api.import_tasks(number, [review_tasks.task(0, secret=review.state.secret)])
     getattr(proxy, how)("DELETE", "/api/tasks")
     review.through(proxy.address).push(review.gallery)
     assert len(review.tasks()) == 12
