@@ -31,7 +31,7 @@ from defuse_core.config import CheckSection, RunFile, ServeSection, first_proble
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import CheckFailed, InputError
+from defuse_core.errors import CheckFailed, InputError, ModelError
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
@@ -376,4 +376,12 @@ def evaluate_candidate(
 
 def _right(spec: RunFile, weights: Weights, classes: int, parts: tuple[Images, ...]) -> list[Bool]:
     classifier = load_classifier(spec, weights, classes)
-    return [predict(classifier, images) == images.labels for images in parts]
+    return [_right_on(classifier, images) for images in parts]
+
+
+def _right_on(classifier: nn.Module, images: Images) -> Bool:
+    """Return which images the classifier gets right, (n,); none where it returns nan, so that no check passes."""
+    try:
+        return predict(classifier, images) == images.labels
+    except ModelError:
+        return np.zeros(len(images), np.bool_)
