@@ -89,6 +89,8 @@ async def uploaded_files(request: Request, body: bytes, max_images: int) -> list
         if "Too many files" in str(getattr(error, "detail", error)):
             raise RejectedInput(413, f"the request holds more than {max_images} images") from None
         raise RejectedInput(400, "the multipart body is broken") from None
+    except UnicodeError:  # of a charset such as punycode; bytes that are no UTF-8 raise none
+        raise RejectedInput(400, "the names of the multipart body are not in its charset") from None
 
 
 async def _read_part(name: str, part: UploadFile | str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.error
+import http.client
 import urllib.request
 from collections.abc import Iterable
 from typing import Any
@@ -113,15 +113,15 @@ def _scrape(address: str) -> str:
     try:
         with urllib.request.urlopen(address, timeout=SCRAPE_TIMEOUT_S) as reply:
             return str(reply.read().decode())
-    except (urllib.error.URLError, TimeoutError, OSError):
-        return ""
+    except (OSError, http.client.HTTPException, ValueError):  # URLError and TimeoutError are OSErrors
+        return ""  # also for a node that dies within its answer
 
 
 def merge_pages(pages: Iterable[str]) -> str:
-    """Return one page of several, with the metrics whose names start with PREFIXES only."""
+    """Return one page of several, with the metrics whose names start with PREFIXES only; broken pages are left out."""
     families: dict[str, Metric] = {}
     for page in pages:
-        for family in text_string_to_metric_families(page):
+        for family in _parse(page):
             if not family.name.startswith(PREFIXES):
                 continue
             if family.name in families:
@@ -129,6 +129,13 @@ def merge_pages(pages: Iterable[str]) -> str:
             else:
                 families[family.name] = family
     return generate_latest(_Families(list(families.values()))).decode()
+
+
+def _parse(page: str) -> list[Metric]:
+    try:
+        return list(text_string_to_metric_families(page))
+    except ValueError:  # cut within a line
+        return []
 
 
 class _Families(Collector):

@@ -190,3 +190,18 @@ def test_uploads_are_closed_also_when_a_later_field_is_rejected(monkeypatch, sec
         with pytest.raises(RejectedInput, match="unknown field 'other'"):
             asyncio.run(uploaded_files(request, body, 2))
     assert closed == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("charset", "status"), [("utf-8", None), ("none-such", None), ("undefined", 400), ("punycode", 400)]
+)
+def test_a_charset_that_cannot_decode_the_names_of_a_form_is_rejected(charset, status):
+    body = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\npixels\r\n--x--\r\n'
+    header = f"multipart/form-data; boundary=x; charset={charset}".encode()
+    request = Request({"type": "http", "headers": [(b"content-type", header)]})
+    if status is None:
+        assert asyncio.run(uploaded_files(request, body, 2)) == [b"pixels"]
+    else:
+        with pytest.raises(RejectedInput, match="charset") as refused:
+            asyncio.run(uploaded_files(request, body, 2))
+        assert refused.value.status == status
