@@ -128,7 +128,9 @@ def set_(
     if "/" in name:
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to decide above")
     opened, _ = _open(name, store)
-    decision = override_verdict(opened, scenario, label, author=author or _user(), reason=reason, redo=redo)
+    decision = override_verdict(
+        opened, scenario, label, author=author or local_user("--author"), reason=reason, redo=redo
+    )
     click.echo(f"{decision}; `defuse run` continues with it")
 
 
@@ -148,8 +150,8 @@ def reopen(name: str, store: str) -> None:
     click.echo(f"the vote of {name} is open again; `{following}` takes in all answers")
 
 
-def _user() -> str:
-    """Return the name of this machine's user. Raises InputError if it has none, as in some containers."""
+def local_user(option: str) -> str:
+    """Return the name of this machine's user. Raises InputError, naming `option`, if it has none, as in containers."""
     import getpass
 
     from defuse_core.errors import InputError
@@ -157,7 +159,7 @@ def _user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError) as error:
-        raise InputError("--author: this machine has no name for its user; give yours") from error
+        raise InputError(f"{option}: this machine has no name for its user; give yours") from error
 
 
 @click.group(name="label-studio")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 from defuse_core.store import checked_name
 from services.cli.export import SuiteCheck, check_suite, expect_no_suite_options, suite_options
 from services.cli.options import address_option, given, store_option
+from services.cli.review import local_user
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def promote(
     if canary and shadow:
         raise click.UsageError("--canary and --shadow exclude each other")
     share = parse_share(canary) if canary else None
-    request = PromotionRequest(by or getpass.getuser(), why, force or None, share, shadow)
+    request = PromotionRequest(by or local_user("--by"), why, force or None, share, shadow)
     candidate = _candidate(store, run)
     click.echo(promote_candidate(registry, candidate, request).action)
     figures = candidate.watch_figures(candidate.run_file().serve)
@@ -121,7 +121,7 @@ def rollback(store: str, by: str | None, why: str) -> None:
     """End a canary or shadow; without one, put the previous version back into production."""
     from services.serving.model import verify_candidate
 
-    state = _registry(store).roll_back(by or getpass.getuser(), why, verify_candidate)
+    state = _registry(store).roll_back(by or local_user("--by"), why, verify_candidate)
     click.echo(f"{state.action}; version {state.production} is in production")
 
 

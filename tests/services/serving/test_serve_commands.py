@@ -162,3 +162,15 @@ def test_promote_as_a_canary_for_an_unset_share_is_refused(tmp_path):
 def test_serve_rejects_fields_of_other_sections(planted, options):
     with pytest.raises(RunFileError, match="--set"):
         run(serve, "first", "--store", planted.address, *options)
+
+
+@pytest.mark.parametrize("words", [(promote, "first"), (rollback,)])
+def test_a_machine_without_a_name_for_its_user_asks_for_the_author(planted, monkeypatch, words):
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(InputError, match="--by: this machine has no name for its user"):
+        run(*words, "--store", planted.address)
