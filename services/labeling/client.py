@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from defuse_core.errors import DefuseError, InputError, ServiceError
+from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
 from services.labeling.api_types import ANNOTATION_ROW, BucketStorage, TaskImport
 
 try:
@@ -215,13 +215,17 @@ class LabelStudioClient:
             )
 
     def user_names(self) -> dict[int, str]:
-        """Return each user's first and last name, or else the e-mail address, by user id."""
+        """Return each user's first and last name, or else the e-mail address, by user id.
+
+        Control characters that a user typed are escaped, since terminals and logs show the names.
+        """
         with translated_errors(self.address):
             users = self._sdk.users.list(request_options=REPEAT)
-        return {
+        names = {
             user.id: f"{user.first_name or ''} {user.last_name or ''}".strip() or str(user.email)
             for user in users
         }
+        return {number: escape_control_characters(name) for number, name in names.items()}
 
     def connect_bucket(self, project: int, storage: BucketStorage) -> None:
         """Let the project show pictures of an S3 bucket, proxied by the server, which first tries to list them.

@@ -89,3 +89,14 @@ def test_a_skip_of_a_task_that_others_answered_blocks_nothing(make_review, accou
     accounts[1].answer(task, "image", "8")
     status, _ = review.annotators.status(review.gallery)
     assert len(status.pulled.skips) == 1 and status.blocking_skips() == []
+
+
+def test_control_characters_in_an_annotators_name_do_not_reach_the_terminal(make_review, server):
+    review = make_review(real_names=True)
+    review.annotators.push(review.gallery)
+    account = temporary_account(server, "escape")
+    user = account.http.get("/api/current-user/whoami").json()["id"]
+    account.http.patch(f"/api/users/{user}/", json={"first_name": "Ana\x1b[2J"}).raise_for_status()
+    account.answer(review.tasks()["s000-i00"].id, "image", "8")
+    status, _ = review.annotators.status(review.gallery)
+    assert list(status.per_annotator()) == ["Ana\\x1b[2J"]
