@@ -202,7 +202,7 @@ def traffic_reviews(store: Store, run: str) -> list[str]:
 def open_traffic_review(store: Store, run: Run) -> Run:
     """Return the review of traffic that is not finished yet, or a new one of inputs that no review has shown.
 
-    Raises InputError if no scenario has as many such inputs as run.spec.review.images.
+    Raises InputError if no scenario has as many such inputs as run.spec.review.images, or if they are not of this run.
     """
     from services.serving.traffic import read_traffic
 
@@ -212,7 +212,7 @@ def open_traffic_review(store: Store, run: Run) -> Run:
     shown = {
         image.tobytes() for review in known for scenario in _gallery(review).images for image in scenario
     }
-    traffic, wanted = read_traffic(store, run.name), run.spec.review.images
+    traffic, wanted = read_traffic(store, run.name, run.load(Gallery)), run.spec.review.images
     gallery = traffic.without(shown).gallery(wanted)
     if not len(gallery):
         raise InputError(

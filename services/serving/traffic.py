@@ -98,8 +98,12 @@ class Traffic:
         )
 
 
-def read_traffic(store: Store, run: str) -> Traffic:
-    """Return the sampled inputs of `run`; `store` is the one that holds the runs. Raises InputError for none."""
+def read_traffic(store: Store, run: str, drawn: Gallery | None = None) -> Traffic:
+    """Return the sampled inputs of `run`; `store` is the one that holds the runs, `drawn` the run's own images.
+
+    Raises InputError for none, and for inputs of another size or with other classes than `drawn`, or than the newest
+    of them without it: an earlier run of this name received them.
+    """
     folder = store.within("traffic").within(run)
     found: list[SampledInput] = []
     for key in folder.list():
@@ -114,14 +118,45 @@ def read_traffic(store: Store, run: str) -> Traffic:
             f"no inputs of run {run} are stored; serve it with `--set serve.reservoir=50`, and wait for traffic"
         )
     found.sort(key=lambda sampled: sampled.when)
+    shape, classes = found[-1].image.shape, found[-1].classes
+    if drawn is not None:
+        shape, classes = drawn.images.shape[2:], drawn.classes
+    _expect_alike(found, shape, classes, folder.address)
     return Traffic(
         images=np.stack([sampled.image for sampled in found]),
         scenario=np.array([sampled.scenario for sampled in found], np.int64),
         predicted=np.array([sampled.predicted for sampled in found], np.int64),
         when=np.array([sampled.when for sampled in found]),
         failure=np.array([math.nan if sampled.failure is None else sampled.failure for sampled in found]),
-        classes=found[0].classes,
+        classes=classes,
     )
+
+
+def _expect_alike(
+    found: Collection[SampledInput], shape: tuple[int, ...], classes: tuple[str, ...], address: str
+) -> None:
+    """Raise InputError where an input has another shape or other classes."""
+    other = [sampled for sampled in found if (sampled.image.shape, sampled.classes) != (shape, classes)]
+    if other:
+        raise InputError(
+            f"{address}: {len(other)} of {len(found)} inputs were received by an earlier run of this name: expected "
+            f"{_describe(shape, classes)}, found {_describe(other[0].image.shape, other[0].classes)}; delete "
+            f"{address} to start a new sample"
+        )
+
+
+def _describe(shape: tuple[int, ...], classes: tuple[str, ...]) -> str:
+    shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+    return f"{'x'.join(map(str, shape))} pixels and the classes {shown}"
+
+
+def forget_traffic(store: Store, run: str) -> int:
+    """Delete the sampled inputs of `run`, and return how many there were; `store` is the one that holds the runs."""
+    folder = store.within("traffic").within(run)
+    count = len(folder.list())
+    if count:
+        folder.delete_all()
+    return count
 
 
 class Reservoir:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, make_dataclass
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import NO_SCENARIO
+from defuse_core.artifacts import NO_SCENARIO, Gallery
 from defuse_core.codec import encode
 from defuse_core.errors import InputError, StoreError
 from defuse_core.store import FolderStore
-from services.serving.traffic import Reservoir, read_traffic, sample_now
+from services.serving.traffic import Reservoir, forget_traffic, read_traffic, sample_now
 
 
 def test_the_reservoir_stays_bounded_and_samples_evenly(tmp_path):
@@ -113,6 +113,48 @@ def test_a_sample_that_cannot_be_read_is_an_error_that_says_what_to_delete(tmp_p
     store.write("traffic/mnist/003/0001.safetensors", encode(ForeignInput(3)))
     with pytest.raises(StoreError, match=r"found ForeignInput; delete .*traffic/mnist to start a new sample"):
         read_traffic(store, "mnist")
+
+
+def keep(store: FolderStore, slot: int, size: int, classes: tuple[str, ...]) -> None:
+    sampled = sample_now(np.zeros((1, size, size), np.float32), 3, 0, "1", classes)
+    store.write(f"traffic/mnist/003/{slot:04d}.safetensors", encode(sampled))
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "words"),
+    [
+        (2, ("cat", "dog"), "found 1x2x2 pixels and the classes cat, dog"),
+        (3, ("zero", "one"), "found 1x3x3 pixels and the classes zero, one"),
+    ],
+)
+def test_inputs_of_an_earlier_run_of_the_same_name_are_refused(tmp_path, size, classes, words):
+    store = FolderStore(tmp_path)
+    keep(store, 0, size, classes)
+    drawn = Gallery(
+        np.zeros((1, 3, 1, 2, 2), np.float32),
+        np.zeros((1, 3, 0), np.float32),
+        np.zeros((1, 3), np.int64),
+        ("zero", "one"),
+    )
+    with pytest.raises(InputError, match=f"1 of 1 inputs .*{words}; delete .*traffic/mnist") as refused:
+        read_traffic(store, "mnist", drawn)
+    assert "\n" not in str(refused.value)
+    keep(store, 1, 2, ("zero", "one"))
+    with pytest.raises(InputError, match=f"1 of 2 inputs .*{words}"):
+        read_traffic(store, "mnist")
+    store.delete("traffic/mnist/003/0000.safetensors")
+    assert len(read_traffic(store, "mnist", drawn)) == 1
+
+
+def test_the_inputs_of_a_run_can_be_deleted_and_those_of_others_stay(tmp_path):
+    store = FolderStore(tmp_path)
+    keep(store, 0, 2, ("zero", "one"))
+    keep(store, 1, 2, ("zero", "one"))
+    other = "traffic/mnist-2/003/0000.safetensors"
+    store.write(other, store.read("traffic/mnist/003/0000.safetensors"))
+    assert forget_traffic(store, "mnist") == 2
+    assert store.list() == [other]
+    assert forget_traffic(store, "mnist") == 0
 
 
 @dataclass
