@@ -13,6 +13,7 @@ from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli import defuse
+from services.labeling.annotators import open_traffic_review
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import read_state
 from services.serving.traffic import Reservoir, sample_now
@@ -170,3 +171,12 @@ def test_without_traffic_the_error_says_how_to_get_some(cli, tmp_path):
 def test_a_review_of_traffic_has_no_vote_to_decide_above(cli, served):
     done = cli("set", f"{served.name}/traffic-1", "2", "--reject", "--reason", "why")
     assert done.exit_code == 2 and "no vote to decide above" in done.output
+
+
+def test_inputs_that_an_earlier_run_of_the_same_name_received_are_not_reviewed(served, tmp_path):
+    reservoir = Reservoir(FolderStore(tmp_path), 10)
+    image = digits_gallery().images[1, 0]
+    reservoir.offer(served.name, sample_now(image, 1, 0, "1", ("cat", "dog")))
+    reservoir._thread.shutdown()
+    with pytest.raises(InputError, match="1 of 7 inputs were received by an earlier run of this name"):
+        open_traffic_review(FolderStore(tmp_path), served)
