@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from defuse_core.artifacts import (
     F64,
@@ -382,6 +383,7 @@ def _right(spec: RunFile, weights: Weights, classes: int, parts: tuple[Images, .
 def _right_on(classifier: nn.Module, images: Images) -> Bool:
     """Return which images the classifier gets right, (n,); none where it returns nan, so that no check passes."""
     try:
-        return predict(classifier, images) == images.labels
+        right: Bool = predict(classifier, images) == images.labels
+        return right
     except ModelError:
         return np.zeros(len(images), np.bool_)
