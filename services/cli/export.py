@@ -72,10 +72,13 @@ def export(run: str, store: str, model: Path | None, folder: Path | None) -> Non
 @store_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(run: str, store: str, yes: bool) -> None:
-    """Delete RUN with everything that it stored. Its project in Label Studio stays.
+    """Delete RUN with everything that it stored, and the inputs that were sampled while it was served.
+
+    Its project in Label Studio stays.
 
     Refused while a driver writes the run, and for a run whose classifier is a version in the registry.
     """
+    from services.serving.traffic import forget_traffic
     from services.storage import open_store
 
     opened = open_store(store)
@@ -90,7 +93,8 @@ def delete(run: str, store: str, yes: bool) -> None:
             sys.exit(130)
         _expect_unregistered(opened, run)  # it may have been promoted since, while the question stood
         found.delete_all()
-    click.echo(f"deleted {run}: {len(keys)} files")
+    sampled = forget_traffic(opened, run)
+    click.echo(f"deleted {run}: {len(keys) + sampled} files")
 
 
 def _confirmed(question: str) -> bool:

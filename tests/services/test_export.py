@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -183,10 +182,11 @@ def own_store(store: FolderStore, tmp_path: Path) -> FolderStore:
 
 
 def test_a_deleted_run_leaves_nothing(own_store, monkeypatch, capsys):
+    own_store.within("traffic").within("digits").write("0001.safetensors", b"an input that was served")
     code, out, _ = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
     assert code == 0
     assert out.startswith("deleted digits: ")
-    assert os.listdir(own_store.folder) == []  # noqa: PTH208 - hidden files too
+    assert [path for path in own_store.folder.rglob("*") if path.is_file()] == []  # hidden files too
     assert call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")[0] == 2
 
 
