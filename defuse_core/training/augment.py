@@ -7,34 +7,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from defuse_core.artifacts import F64
+
 
 def move(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return each image (n, channels, H, W) randomly rotated, scaled and shifted.
+    """Return each image (n, channels, H, W) randomly rotated, slanted, scaled along each axis, and shifted.
 
     No image is mirrored, since that changes the class of digits and signs.
     """
     count = len(images)
-    angle = rng.uniform(-0.2, 0.2, count)  # radians
-    scale, shift = rng.uniform(0.85, 1.15, count), rng.uniform(-0.12, 0.12, (count, 2))
-    theta = np.zeros((count, 2, 3), np.float32)
-    theta[:, 0, 0] = theta[:, 1, 1] = np.cos(angle) * scale
-    theta[:, 0, 1], theta[:, 1, 0] = -np.sin(angle) * scale, np.sin(angle) * scale
-    theta[:, :, 2] = shift  # of half the side
+    angle, slant = rng.uniform(-0.17, 0.17, count), rng.uniform(-0.15, 0.15, count)  # radians; tangent
+    scale, shift = rng.uniform(0.9, 1.1, (count, 2)), rng.uniform(-0.12, 0.12, (count, 2))
+    return _transformed(images, angle, slant, scale, shift)
+
+
+def _transformed(images: Tensor, angle: F64, slant: F64, scale: F64, shift: F64) -> Tensor:
+    """Return images under affine maps, for (n,) angles and slants, (n, 2) scales, and shifts in half sides."""
+    theta = np.zeros((len(images), 2, 3), np.float32)
+    cos, sin = np.cos(angle), np.sin(angle)
+    theta[:, 0, 0], theta[:, 0, 1] = cos * scale[:, 0], (slant * cos - sin) * scale[:, 0]
+    theta[:, 1, 0], theta[:, 1, 1] = sin * scale[:, 1], (slant * sin + cos) * scale[:, 1]
+    theta[:, :, 2] = shift
     grid = F.affine_grid(torch.from_numpy(theta).to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return each image moved, and darkened or brightened; most are blurred.
+    """Return each image randomly rotated, scaled, shifted, and darkened or brightened; most are blurred.
 
     Blur and darkness matter: decodings are smoother than photographs and of lower contrast, and a person reads them all
     the same.
     """
-    moved = move(images, rng)
+    count = len(images)
+    angle, scale = rng.uniform(-0.2, 0.2, count), rng.uniform(0.85, 1.15, count)
+    shift = rng.uniform(-0.12, 0.12, (count, 2))
+    moved = _transformed(images, angle, np.zeros(count), np.stack([scale, scale], axis=1), shift)
     for share in (0.5, 0.25):
         blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
-        moved = torch.where(_column(rng.random(len(images)) < share, images), blurred, moved)
-    bright = _column(rng.uniform(0.4, 1.2, len(images)).astype(np.float32), images)
+        moved = torch.where(_column(rng.random(count) < share, images), blurred, moved)
+    bright = _column(rng.uniform(0.4, 1.2, count).astype(np.float32), images)
     return (moved * bright).clamp(0, 1)
 
 
