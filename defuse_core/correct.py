@@ -51,7 +51,6 @@ from defuse_core.training.checkpoint import (
 from defuse_core.training.precision import accuracy_as_in_f32, autocast
 
 log = logging.getLogger("defuse")
-SATURATED = 0.99  # accuracy on the tuned images above which more of it, by a larger λ, fixes nothing else
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +110,10 @@ def decode_scenario_images(
     progress("drawing images to fine-tune on", 0, 1, "sets")
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
-        tune = tuning_images(vae, fixes) if reviewed is None else reviewed
-        return ScenarioImages(tune, held_out_images(vae, fixes))
+        return ScenarioImages(
+            tune=reviewed if reviewed is not None else tuning_images(vae, fixes),
+            held_out=held_out_images(vae, fixes),
+        )
 
 
 def fine_tuning_data(clean: Splits, scenario: ScenarioImages) -> FineTuningData:
@@ -256,8 +257,8 @@ def _score(
 def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
     """Return what the rule of choice maximises. The held-out scenario and test images play no part.
 
-    choose_by tune: tune accuracies that are equal in whole percent, or SATURATED, count as equal; then the clean one
-    decides. An epoch before the last of a cycle is no candidate: its learning rate has not fallen yet.
+    choose_by tune: tune accuracies that are equal in whole percent count as equal, and the clean accuracy decides.
+    An epoch before the last of a cycle is no candidate: its learning rate has not fallen yet.
     """
     epoch = row.epoch if spec.correct.schedule == "one_cycle" else 0
     if spec.correct.choose_by != "tune":
@@ -265,7 +266,7 @@ def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
     clean = row.train if row.validation is None else row.validation
     if not _is_allowed(spec, models, row):
         return (epoch, 0.0, clean, row.tune)
-    return (epoch, 1.0, round(min(row.tune, SATURATED), 2), clean, row.tune)
+    return (epoch, 1.0, round(row.tune, 2), clean, row.tune)
 
 
 def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:

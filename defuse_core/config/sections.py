@@ -364,8 +364,8 @@ class CorrectSection(Section):
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune"] = "tune"
-    """Which accuracy picks the epoch and then λ. tune: highest accuracy on the tuned scenario images, in whole percent
-    up to 99, and then highest clean accuracy, among the rows that lose at most max_loss of it. Paper: train for MNIST,
+    """Which accuracy picks the epoch and then λ. tune: highest accuracy on the tuned scenario images, in whole percent,
+    and then highest clean accuracy, among the rows that lose at most max_loss of it. Paper: train for MNIST,
     validation otherwise."""
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
