@@ -203,7 +203,7 @@ def half_of_each(anchor: I64, images: int, rng: np.random.Generator) -> Bool:
     """Return which images held-out draws are anchored at, (images,): about half of those of each row of `anchor`.
 
     An image is in the same half for all components that it belongs to, so that none is tuned on by one and held out by
-    another. Components of few images choose first.
+    another, unless a component has no image in one of the halves. Components of few images choose first.
     """
     held, free = np.zeros(images, np.bool_), np.ones(images, np.bool_)
     for own in sorted(map(np.unique, anchor), key=len):

@@ -92,8 +92,8 @@ def delete(run: str, store: str, yes: bool) -> None:
             click.echo("defuse: nothing was deleted", err=True)
             sys.exit(130)
         _expect_unregistered(opened, run)  # it may have been promoted since, while the question stood
+        sampled = forget_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
         found.delete_all()
-    sampled = forget_traffic(opened, run)
     click.echo(f"deleted {run}: {len(keys) + sampled} files")
 
 

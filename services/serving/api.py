@@ -156,12 +156,16 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
             await deployment.slots.acquire(held)
             active = deployment.current()
             spec = active.answering.input_spec
-            files = await _files(request, media_type, body, spec)
+            given = request.headers.get("x-request-key")
+            key = given.encode() if given is not None else hashlib.sha256(body).digest()
+            files = [body]
+            if media_type == FORM_TYPE:  # one after the other: the parser holds copies of the body
+                async with deployment.form_parser:
+                    files = await uploaded_files(request, body, spec.max_images)
+            del body  # from here on the parts are all that is held of it
             pixels = await _decode(deployment, media_type, files, spec, held)
-            key = request.headers.get("x-request-key")
-            answer = await deployment.predict(
-                active, pixels, key.encode() if key is not None else hashlib.sha256(body).digest()
-            )
+            del files
+            answer = await deployment.predict(active, pixels, key)
         return Response(answer.model_dump_json(by_alias=True), media_type=JSON_TYPE)
 
     async def model() -> ModelInfo:
@@ -206,11 +210,6 @@ def _describe_authentication(api: FastAPI) -> None:
     schema = api.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"token": []}]
-
-
-async def _files(request: Request, media_type: str, body: bytes, spec: InputSpec) -> list[bytes]:
-    """Return the parts of a body: the files of a form, or the body itself. Raises RejectedInput."""
-    return await uploaded_files(request, body, spec.max_images) if media_type == FORM_TYPE else [body]
 
 
 async def _decode(

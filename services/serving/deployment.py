@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class ClassifierDeployment:
         self.metrics = ServingMetrics()
         self.reservoir = Reservoir(opened, settings.reservoir) if settings.reservoir else None
         self.uploads, self.slots = UploadLimits(settings), RequestSlots(settings)
+        self.form_parser = asyncio.Semaphore(1)
         self._forward_thread = ThreadPoolExecutor(1, "forward")
         self._canary_thread = ThreadPoolExecutor(1, "canary")
         self._decode_thread = ThreadPoolExecutor(1, "decode")
@@ -105,8 +107,7 @@ class ClassifierDeployment:
         finally:
             if not work.done():
                 abandoned.set()
-                kept = held.pop_all()
-                work.add_done_callback(lambda _: kept.close())
+                work.add_done_callback(partial(_release, held.pop_all()))
 
     async def predict(self, active: ActiveVersions, pixels: F32, key: bytes) -> PredictionResponse:
         """Return the answer of the versions for which a request was decoded. Raises RequestError.
@@ -120,8 +121,13 @@ class ClassifierDeployment:
             if canary is None
             else asyncio.create_task(self._canary_batcher.predict(PredictionRequest(pixels, canary)))
         )
-        async with self._timeout():
-            output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, production))
+        try:
+            async with self._timeout():
+                output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, production))
+        except BaseException:  # the request ends here, so that nothing of it waits for the canary
+            if answer is not None:
+                answer.cancel()
+            raise
         model = production
         if canary is not None and answer is not None:
             theirs = await self._canary_output(answer)
@@ -289,3 +295,10 @@ class ClassifierDeployment:
         for model in self.active.by_role().values():
             if model.watch_figures is not None:
                 self.metrics.set_detection(model.name, model.watch_figures)
+
+
+def _release(held: contextlib.ExitStack, work: asyncio.Future[F32]) -> None:
+    """Release what a request held whose decoding has ended after it was answered."""
+    held.close()
+    if not work.cancelled():
+        work.exception()  # nobody else asks for it, and asyncio would log a traceback

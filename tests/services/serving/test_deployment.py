@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from typing import Any
 
@@ -76,7 +77,9 @@ def test_errors_that_nobody_expected_are_answered_in_json(
     assert reply.status_code == status and words in reply.json()["error"]
 
 
-def test_a_request_that_waits_for_the_decoding_thread_keeps_its_slot_after_its_timeout(own_store, pictures):
+def test_a_request_that_waits_for_the_decoding_thread_keeps_its_slot_after_its_timeout(
+    own_store, pictures, caplog
+):
     put(own_store, "first")
     replica = new_replica(own_store, timeout_s=0.3, max_ongoing=1, max_queued=0)
     large = pictures[0] + b"\0" * 40_000  # decoded in the thread, not in the event loop
@@ -91,9 +94,40 @@ def test_a_request_that_waits_for_the_decoding_thread_keeps_its_slot_after_its_t
         return [late, rejected, await post(replica, large)]
 
     late, rejected, answered = asyncio.run(replies())
+    gc.collect()
+    assert "never retrieved" not in caplog.text
     assert late.status_code == 503 and "no answer within 0.3 s" in late.text
     assert rejected.status_code == 503 and "overloaded: 1 requests in progress" in rejected.text
     assert answered.status_code == 200
+
+
+def test_a_request_that_production_does_not_answer_leaves_nothing_to_the_canary(
+    own_store, pictures, monkeypatch
+):
+    put(own_store, "first")
+    second = prepare_candidate(Run.open(own_store, "second"))[1]
+    promote(Registry(own_store), second, PromotionRequest("ana", "", canary=0.5))
+    replica, cancelled = new_replica(own_store, timeout_s=0.2), []
+
+    async def never(request: PredictionRequest) -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(request)
+            raise
+
+    monkeypatch.setattr(replica._batcher, "predict", never)
+    monkeypatch.setattr(replica._canary_batcher, "predict", never)
+    pixels = decode_body("image/png", [pictures[0]], replica.input_spec())
+    key = next(key for key in (bytes([n]) for n in range(99)) if replica.active.canary_for(key))
+
+    async def ask() -> None:
+        with pytest.raises(Unavailable):
+            await replica.predict(replica.active, pixels, key)
+        await asyncio.sleep(0)
+
+    asyncio.run(ask())
+    assert len(cancelled) == 2  # that of production and that of the canary
 
 
 def test_a_request_that_is_too_late_for_its_batch_leaves_the_queue(candidate):
