@@ -36,7 +36,7 @@ from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training.adam import Adam
-from defuse_core.training.augment import move
+from defuse_core.training.augment import random_affine
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import (
     Losses,
@@ -204,7 +204,7 @@ def _epoch(
     train, tune, size = *images, spec.correct.batch_size
     seeded = partial(generator, spec.seed, "correct")
     scenario_rows = cycle(len(tune), min(size, len(train)), seeded("scenarios", epoch))
-    moves = seeded("moves", epoch)
+    affine_rng = seeded("moves", epoch)
     losses, before = Losses(f"with λ = {lam:g}"), weights_of(classifier)
     order = list(minibatches(len(train), size, seeded(epoch)))
     steps = spec.correct.epochs * len(order)
@@ -213,7 +213,7 @@ def _epoch(
         wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
         both = torch.cat([batch, tune.batch(wrong)])
         if spec.correct.augment:
-            both = move(both, moves)
+            both = random_affine(both, affine_rng)
         with autocast(spec.resources.arithmetic("classifier")):
             logits = classifier(both).float()
         clean = F.cross_entropy(logits[: len(rows)], labels)

@@ -28,16 +28,16 @@ def share_with_bounds(hits: int, total: int) -> F64:
     return np.array([hits / total, low[0], high[0]])
 
 
-def mean_with_bounds(means: F64, least: F64) -> F64:
-    """Return the mean of (n,) shares and its 95 % interval, (3,), by Student's t; `least` where n is below 2.
+def mean_with_bounds(means: F64, pooled: F64) -> F64:
+    """Return the mean of (n,) shares and its 95 % interval, (3,), by Student's t; `pooled` where n is below 2.
 
-    The interval covers that of `least`, the share over all images of all groups with its bounds: equal shares of a few
+    The interval covers that of `pooled`, the share over the images of all groups with its bounds: equal shares of a few
     groups do not make it a point.
     """
     if len(means) < 2:
-        return least
+        return pooled
     error = special.stdtrit(len(means) - 1, 0.975) * means.std(ddof=1) / np.sqrt(len(means))
-    low, high = min(means.mean() - error, least[1]), max(means.mean() + error, least[2])
+    low, high = min(means.mean() - error, pooled[1]), max(means.mean() + error, pooled[2])
     return np.array([means.mean(), max(0.0, low), min(1.0, high)])
 
 

@@ -17,9 +17,7 @@ class Anchors:
 
     pixels: U8 | F32  # (M, channels, H, W), uint8 0 to 255 or float32 in [0, 1], as in Images
     source: I64  # (M,) index into the training set, ascending
-    held_out: Bool | None = (
-        None  # (M,) whether held-out draws are anchored there; None in earlier versions' runs
-    )
+    held_out: Bool | None = None  # (M,) whether held-out draws are anchored there; None: an earlier version's
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"pixels": "M c H W", "source": "M"})

@@ -195,11 +195,11 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
     pixels = train.take(used).pixels[:]
     codes = np.stack([own.codes for own in chosen])
     anchor = anchor.reshape(sources.shape).astype(np.int64)
-    held_out = half_of_each(anchor, len(used), generator(seed, "distill", "held out"))
+    held_out = held_out_half(anchor, len(used), generator(seed, "distill", "held out"))
     return ComponentFailures(codes, anchor, Anchors(pixels, used, held_out))
 
 
-def half_of_each(anchor: I64, images: int, rng: np.random.Generator) -> Bool:
+def held_out_half(anchor: I64, images: int, rng: np.random.Generator) -> Bool:
     """Return which images held-out draws are anchored at, (images,): about half of those of each row of `anchor`.
 
     An image is in the same half for all components that it belongs to, so that none is tuned on by one and held out by

@@ -45,7 +45,17 @@ def _as_images(images: Images | F32) -> Images:
 def predict(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> I64:
     """Return the classifier's answer for each image, (n,). Raises ModelError where its logits are nan."""
     source = _as_images(images)
-    return answers_from(lambda rows: classifier(to_tensor(source.batch(rows))), len(source), batch_size)
+    return answers_from(logits_of(classifier, source), len(source), batch_size)
+
+
+def logits_of(classifier: nn.Module, images: Images) -> Callable[[slice | I64], Tensor]:
+    """Return a function of some rows of the images that computes their logits, (n, C)."""
+
+    def logits(rows: slice | I64) -> Tensor:
+        found: Tensor = classifier(to_tensor(images.batch(rows)))
+        return found
+
+    return logits
 
 
 def answers_from(logits: Callable[[slice], Tensor], count: int, batch_size: int) -> I64:
@@ -74,18 +84,16 @@ def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_siz
     source = _as_images(images)
     if not len(source):
         return np.zeros((0, 1), np.float32)
-    return map_batches(
-        lambda rows: classifier(to_tensor(source.batch(rows))).softmax(1), len(source), batch_size
-    )
+    logits = logits_of(classifier, source)
+    return map_batches(lambda rows: logits(rows).softmax(1), len(source), batch_size)
 
 
 def predict_logits(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:
     """Return the classifier's logits, (n, C), of at least one image."""
     source = _as_images(images)
-    logits: F32 = map_batches(
-        lambda rows: classifier(to_tensor(source.batch(rows))).float(), len(source), batch_size
-    )
-    return logits
+    logits = logits_of(classifier, source)
+    found: F32 = map_batches(lambda rows: logits(rows).float(), len(source), batch_size)
+    return found
 
 
 def accuracy(classifier: nn.Module, images: Images) -> float:

@@ -49,22 +49,21 @@ def crowdlab_labels(votes: Votes, probabilities: F32) -> I64:
     named = votes.answer != NONE_OF_THE_ABOVE
     row = votes.scenario * images + votes.image
     answers[row[named], votes.annotator[named]] = votes.answer[named]
-    labels: I64 = np.full(len(answers), NONE_OF_THE_ABOVE, np.int64)
-    voted = ~np.isnan(answers).all(axis=1)
-    used = ~np.isnan(answers).all(axis=0)  # annotators with an answer
-    if (~np.isnan(answers)).sum(axis=1).max(initial=0) < 2:  # nobody agrees or disagrees with anybody
+    answered = ~np.isnan(answers)
+    if answered.sum(axis=1).max(initial=0) < 2:  # nobody agrees or disagrees with anybody
         return majority(tally(votes, (scenarios, images), classes))
-    if voted.any():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on few votes, which the intervals of the report state
-            found = get_label_quality_multiannotator(
-                answers[np.ix_(voted, used)],
-                probabilities.reshape(-1, classes)[voted],
-                verbose=False,
-                return_detailed_quality=False,
-                return_annotator_stats=False,
-            )
-        labels[voted] = found["label_quality"]["consensus_label"].to_numpy().astype(np.int64)
+    voted, used = answered.any(axis=1), answered.any(axis=0)  # images and annotators with an answer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on few votes, which the intervals of the report state
+        found = get_label_quality_multiannotator(
+            answers[np.ix_(voted, used)],
+            probabilities.reshape(-1, classes)[voted],
+            verbose=False,
+            return_detailed_quality=False,
+            return_annotator_stats=False,
+        )
+    labels: I64 = np.full(len(answers), NONE_OF_THE_ABOVE, np.int64)
+    labels[voted] = found["label_quality"]["consensus_label"].to_numpy().astype(np.int64)
     return labels.reshape(scenarios, images)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from defuse_core.artifacts import F64
 
 
-def move(images: Tensor, rng: np.random.Generator) -> Tensor:
+def random_affine(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Return each image (n, channels, H, W) randomly rotated, slanted, scaled along each axis, and shifted.
 
     No image is mirrored, since that changes the class of digits and signs.

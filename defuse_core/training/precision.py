@@ -15,7 +15,7 @@ from defuse_core.artifacts import I64
 from defuse_core.config import Arithmetic
 from defuse_core.data import Images
 from defuse_core.device import device
-from defuse_core.models import accuracy, answers_from, map_batches, to_tensor
+from defuse_core.models import accuracy, answers_from, logits_of, map_batches
 
 SAMPLE = 512  # inputs on which the error of bf16 is measured
 SAFETY = 2.0  # factor on the largest error that was seen
@@ -88,10 +88,6 @@ def accuracy_as_in_f32(
     """Return the share of images that the classifier gets right, nan for no images: the figure of f32, in either."""
     if arithmetic == "f32" or len(images) < WORTHWHILE:
         return accuracy(classifier, images)
-
-    def logits(rows: I64) -> Tensor:
-        found: Tensor = classifier(to_tensor(images.batch(rows)))
-        return found
-
+    logits = logits_of(classifier, images)
     found = answers_as_in_f32(logits, len(images), batch_size, margin_bound(logits, len(images)))
     return float((found == images.labels).mean())

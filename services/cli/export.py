@@ -78,7 +78,7 @@ def delete(run: str, store: str, yes: bool) -> None:
 
     Refused while a driver writes the run, and for a run whose classifier is a version in the registry.
     """
-    from services.serving.traffic import forget_traffic
+    from services.serving.traffic import delete_traffic
     from services.storage import open_store
 
     opened = open_store(store)
@@ -92,7 +92,7 @@ def delete(run: str, store: str, yes: bool) -> None:
             click.echo("defuse: nothing was deleted", err=True)
             sys.exit(130)
         _expect_unregistered(opened, run)  # it may have been promoted since, while the question stood
-        sampled = forget_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
+        sampled = delete_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
         found.delete_all()
     click.echo(f"deleted {run}: {len(keys) + sampled} files")
 

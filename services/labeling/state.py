@@ -26,9 +26,8 @@ class ProjectState:
 
     mark: str  # part of the project's description, which identifies it, also after a lost reply
     gallery: str  # digest of the images that were pushed
-    secret: str = field(
-        default="", repr=False
-    )  # of the tasks' digests; none in a project of an earlier version
+    # of the tasks' digests; none in a project of an earlier version
+    secret: str = field(default="", repr=False)
     address: str = ""
     project: int | None = None  # None until the server has replied
     title: str = ""

@@ -41,8 +41,8 @@ class ActiveVersions:
     error: str | None = None  # why the registry's versions could not be loaded
 
     @property
-    def answering(self) -> LoadedModel:
-        """The version in production. Only where there is one."""
+    def in_production(self) -> LoadedModel:
+        """The model in production, where there is one."""
         assert self.production is not None
         return self.production
 

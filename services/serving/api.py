@@ -155,7 +155,7 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
             body = await deployment.uploads.receive(request, held)
             await deployment.slots.acquire(held)
             active = deployment.current()
-            spec = active.answering.input_spec
+            spec = active.in_production.input_spec
             given = request.headers.get("x-request-key")
             key = given.encode() if given is not None else hashlib.sha256(body).digest()
             files = [body]

@@ -67,13 +67,13 @@ class ClassifierDeployment:
 
     def input_spec(self) -> InputSpec:
         """Return the images that are accepted now. Raises Unavailable without a version in production."""
-        return self.current().answering.input_spec
+        return self.current().in_production.input_spec
 
     def model_info(self) -> ModelInfo:
         """Return what is known of the version in production. Raises Unavailable without one."""
         active = self.current()
         names = active.names()
-        return ModelInfo.of(active.answering, active.state, names.get("canary"), names.get("shadow"))
+        return ModelInfo.of(active.in_production, active.state, names.get("canary"), names.get("shadow"))
 
     def current(self) -> ActiveVersions:
         """Return the active versions. Raises Unavailable without one in production.
@@ -114,7 +114,7 @@ class ClassifierDeployment:
 
         `key` selects the requests of a canary.
         """
-        production = active.answering
+        production = active.in_production
         canary = active.canary_for(key)
         answer = (
             None

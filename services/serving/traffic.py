@@ -150,7 +150,7 @@ def _describe(shape: tuple[int, ...], classes: tuple[str, ...]) -> str:
     return f"{'x'.join(map(str, shape))} pixels and the classes {shown}"
 
 
-def forget_traffic(store: Store, run: str) -> int:
+def delete_traffic(store: Store, run: str) -> int:
     """Delete the sampled inputs of `run`, and return how many there were; `store` is the one that holds the runs."""
     folder = store.within("traffic").within(run)
     count = len(folder.list())

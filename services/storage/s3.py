@@ -184,7 +184,7 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         if self._fence() is not None:
-            self._repeat_until_done(key, lambda: self._forget(key))
+            self._repeat_until_done(key, lambda: self._delete_unchanged(key))
             return
         with contextlib.suppress(FileNotFoundError), self._errors(key):
             self._client.delete_object(**self._at(key))
@@ -267,7 +267,7 @@ class S3Store:
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
         return self._put_if(key, data, **condition) is not None or self._holds(key, data)
 
-    def _forget(self, key: str) -> bool:
+    def _delete_unchanged(self, key: str) -> bool:
         """Delete `key` if nobody else writes it meanwhile; True if it is gone."""
         version = self._version(key)
         self._require_fence()

@@ -22,7 +22,7 @@ from defuse_core.models import accuracy, load_classifier
 from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
-from defuse_core.training.augment import move
+from defuse_core.training.augment import random_affine
 from defuse_core.training.checkpoint import cycle, train_step
 from tests.conftest import tiny
 
@@ -84,14 +84,14 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
-def test_images_are_moved_anew_in_every_step_and_only_while_tuning(tiny_models, tuning, monkeypatch):
+def test_images_are_augmented_anew_in_every_step_and_only_while_tuning(tiny_models, tuning, monkeypatch):
     seen = []
 
     def noting(images, rng):
-        seen.append(move(images, rng))
+        seen.append(random_affine(images, rng))
         return seen[-1]
 
-    monkeypatch.setattr("defuse_core.correct.move", noting)
+    monkeypatch.setattr("defuse_core.correct.random_affine", noting)
     spec = tiny(correct={"epochs": 2, "augment": True, "batch_size": len(tuning.train)})
     *_, done = fine_tune(spec, tiny_models, tuning, 1.0, None)
     images = np.sort(np.stack([step.numpy().sum(axis=(1, 2, 3)) for step in seen]), axis=1)

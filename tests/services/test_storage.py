@@ -251,21 +251,31 @@ def test_a_driver_that_was_paused_replaces_nothing_whatever_its_clocks_say(
     assert bucket.read("kept") == b"ours"
 
 
+def pause_after_the_next_check(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> None:
+    """Call `meanwhile` once, between a store's check of its fence and what it does then."""
+    require = s3.S3Store._require_fence
+
+    def check_and_pause(store: s3.S3Store) -> None:
+        require(store)
+        monkeypatch.setattr(s3.S3Store, "_require_fence", require)
+        meanwhile()
+
+    monkeypatch.setattr(s3.S3Store, "_require_fence", check_and_pause)
+
+
 def test_a_driver_paused_in_the_middle_of_a_write_replaces_nothing(
     bucket: Store, moto: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(bucket, s3.S3Store)
-    require, other = s3.S3Store._require_fence, s3.S3Store("bucket", bucket.prefix, moto, "us-east-1")
+    other = s3.S3Store("bucket", bucket.prefix, moto, "us-east-1")
 
-    def paused_after_the_check(store: s3.S3Store) -> None:
-        require(store)
-        monkeypatch.setattr(s3.S3Store, "_require_fence", require)
+    def take_over() -> None:
         steal(bucket)
         other.write("trial", b"of the next driver")
 
     with bucket.lock():
         bucket.write("trial", b"epoch 1")
-        monkeypatch.setattr(s3.S3Store, "_require_fence", paused_after_the_check)
+        pause_after_the_next_check(monkeypatch, take_over)
         with pytest.raises(RunBusyError, match="another one took the run over"):
             bucket.write("trial", b"epoch 2")
     assert bucket.read("trial") == b"of the next driver"
@@ -276,18 +286,16 @@ def test_a_driver_paused_in_the_middle_of_a_deletion_deletes_nothing_of_the_next
     by_thief: bool, bucket: Store, moto: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(bucket, s3.S3Store)
-    require, other = s3.S3Store._require_fence, s3.S3Store("bucket", bucket.prefix, moto, "us-east-1")
+    other = s3.S3Store("bucket", bucket.prefix, moto, "us-east-1")
 
-    def paused_after_the_check(store: s3.S3Store) -> None:
-        require(store)
-        monkeypatch.setattr(s3.S3Store, "_require_fence", require)
+    def write_meanwhile() -> None:
         if by_thief:
             steal(bucket)
         other.write("trial", b"of another writer")
 
     with bucket.lock():
         bucket.write("trial", b"epoch 1")
-        monkeypatch.setattr(s3.S3Store, "_require_fence", paused_after_the_check)
+        pause_after_the_next_check(monkeypatch, write_meanwhile)
         if by_thief:
             with pytest.raises(RunBusyError, match="another one took the run over"):
                 bucket.delete("trial")

@@ -12,7 +12,7 @@ from defuse_core.artifacts import NO_SCENARIO, Gallery
 from defuse_core.codec import encode
 from defuse_core.errors import InputError, StoreError
 from defuse_core.store import FolderStore
-from services.serving.traffic import Reservoir, forget_traffic, read_traffic, sample_now
+from services.serving.traffic import Reservoir, delete_traffic, read_traffic, sample_now
 
 
 def test_the_reservoir_stays_bounded_and_samples_evenly(tmp_path):
@@ -152,9 +152,9 @@ def test_the_inputs_of_a_run_can_be_deleted_and_those_of_others_stay(tmp_path):
     keep(store, 1, 2, ("zero", "one"))
     other = "traffic/mnist-2/003/0000.safetensors"
     store.write(other, store.read("traffic/mnist/003/0000.safetensors"))
-    assert forget_traffic(store, "mnist") == 2
+    assert delete_traffic(store, "mnist") == 2
     assert store.list() == [other]
-    assert forget_traffic(store, "mnist") == 0
+    assert delete_traffic(store, "mnist") == 0
 
 
 @dataclass
