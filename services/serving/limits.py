@@ -26,6 +26,11 @@ MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them 
 MANY_SLOW_UPLOADS = 128
 HEADER_TIMEOUT_S = 10.0
 MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete headers
+# Each piece of a body costs a call from Serve's proxy to a replica, however small it is. After a few small pieces a
+# connection is therefore read now and then only, and what arrived meanwhile becomes one piece.
+SMALL_PIECE_BYTES = 4096
+MAX_SMALL_PIECES = 8
+PIECE_INTERVAL_S = 0.5
 
 
 class UploadLimits:
@@ -168,7 +173,7 @@ class RequestSlots:
 
 
 class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-    """uvicorn's HTTP protocol that closes connections whose request headers do not arrive in time.
+    """uvicorn's HTTP protocol that closes connections without headers and reads bodies in few pieces.
 
     uvicorn itself closes idle connections after a response, but neither new ones nor those with incomplete headers.
     """
@@ -178,6 +183,8 @@ class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
+        self._small_pieces = 0  # of the body that is arriving
+        self._resume: asyncio.TimerHandle | None = None
         self._address = self.client[0] if self.client else ""
         if self._incomplete[self._address] >= MAX_HEADERS_PER_ADDRESS:
             transport.close()
@@ -190,10 +197,27 @@ class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
             self._start_timer()
         else:
             self._stop_timer()
+        self._limit_pieces(len(data))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._resume is not None:
+            self._resume.cancel()
         super().connection_lost(exc)
+
+    def _limit_pieces(self, size: int) -> None:
+        if self.cycle is None or not self.cycle.more_body:
+            self._small_pieces = 0
+        elif size < SMALL_PIECE_BYTES:
+            self._small_pieces += 1
+            if self._small_pieces > MAX_SMALL_PIECES and self._resume is None:
+                self.transport.pause_reading()
+                self._resume = self.loop.call_later(PIECE_INTERVAL_S, self._resume_reading)
+
+    def _resume_reading(self) -> None:
+        self._resume = None
+        if not self.flow.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _start_timer(self) -> None:
         if self._timer is None:

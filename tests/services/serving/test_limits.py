@@ -114,7 +114,7 @@ def test_200_bodies_that_arrive_slowly_do_not_block_valid_requests(app, pictures
     time.sleep(2)
     other = {"X-Forwarded-For": "192.0.2.1"}  # valid requests come from another address
     requests = [request_bytes(picture, app.predict, "image/png", **other) for picture in pictures[:50]]
-    replies = load(app.port, 4, limited(requests, 100, 30))
+    replies = load(app.port, 4, limited(requests, 100, 120))
     attack.stop()
     assert [reply.status for reply in replies] == [200] * 100
     assert max(reply.seconds for reply in replies) < 8  # less than serve.timeout_s
@@ -172,6 +172,32 @@ def test_connections_that_change_the_protocol_are_not_counted_for_ever(monkeypat
         wait_until(lambda: not LimitedHttpProtocol._incomplete, 5)
 
 
+def test_a_body_in_many_small_pieces_is_read_now_and_then_and_is_whole(monkeypatch):
+    monkeypatch.setattr("services.serving.limits.PIECE_INTERVAL_S", 0.2)
+    pieces: list[bytes] = []
+
+    async def read_body(scope, receive, send):
+        while (message := await receive())["more_body"]:
+            pieces.append(message["body"])
+        pieces.append(message["body"])
+        await answer(send)
+
+    body = bytes(range(150))
+    with (
+        http_server(read_body) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=5) as connection,
+    ):
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 150\r\n\r\n")
+        for byte in body:
+            time.sleep(0.01)
+            connection.sendall(bytes([byte]))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nend")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert b"".join(pieces) == body + b"end"
+    assert sum(1 for piece in pieces if piece) < 40  # 8 at once, then one each 0.2 s of 1.5 s, and the last
+
+
 @pytest.mark.parametrize(
     ("peer", "forwarded", "address"),
     [
@@ -189,14 +215,19 @@ def test_the_address_of_a_client_is_the_one_that_a_proxy_on_this_machine_adds(pe
     assert client_address(request) == address
 
 
+async def answer(send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def answer_at_once(scope, receive, send):
+    await answer(send)
+
+
 @contextlib.contextmanager
-def http_server():
+def http_server(app=answer_at_once):
     """Run uvicorn with the limited protocol; yields its port."""
     import uvicorn
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
 
     config = uvicorn.Config(app, port=0, http=LimitedHttpProtocol, lifespan="off", log_config=None)
     server = uvicorn.Server(config)
