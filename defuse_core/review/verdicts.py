@@ -53,11 +53,13 @@ def crowdlab_labels(votes: Votes, probabilities: F32) -> I64:
     if answered.sum(axis=1).max(initial=0) < 2:  # nobody agrees or disagrees with anybody
         return majority(tally(votes, (scenarios, images), classes))
     voted, used = answered.any(axis=1), answered.any(axis=0)  # images and annotators with an answer
+    # A tie of votes and probabilities would be broken by numpy's global generator: let no two classes be equal.
+    apart = np.float64(probabilities.reshape(-1, classes)[voted]) + 1e-6 / np.arange(1, classes + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on few votes, which the intervals of the report state
         found = get_label_quality_multiannotator(
             answers[np.ix_(voted, used)],
-            probabilities.reshape(-1, classes)[voted],
+            apart / apart.sum(axis=1, keepdims=True),
             verbose=False,
             return_detailed_quality=False,
             return_annotator_stats=False,
@@ -192,7 +194,8 @@ def decide_verdicts(
         misclassified = hits / total
         fails = misclassified > rho if max_false is None else significantly_over(hits, total, rho, max_false)
     threshold = f"{rho:.0%}" if max_false is None else f"{rho:.0%} with certainty"
-    labels, reasons = _decide(fails, voted, (misclassified, total), threshold, gallery.classes)
+    reviewed = images.labelled.sum(axis=1) > 0
+    labels, reasons = _decide(fails, voted, reviewed, (misclassified, total), threshold, gallery.classes)
     accepted = labels != NONE_OF_THE_ABOVE
     false = probability_not_over(hits, total, rho)[accepted]
     _apply(overrides, labels, reasons, gallery.classes)
@@ -238,7 +241,12 @@ def why_inconclusive(
 
 
 def _decide(
-    fails: Bool, voted: I64, shares: tuple[F64, I64], threshold: str, classes: tuple[str, ...]
+    fails: Bool,
+    voted: I64,
+    reviewed: Bool,
+    shares: tuple[F64, I64],
+    threshold: str,
+    classes: tuple[str, ...],
 ) -> tuple[I64, list[str]]:
     labels, reasons = np.full(len(voted), NONE_OF_THE_ABOVE, np.int64), []
     for component, label in enumerate(voted):
@@ -250,9 +258,8 @@ def _decide(
                 f"rejected: {share:.0%} of {count} labelled images are misclassified, not over {threshold}"
             )
         elif label == NONE_OF_THE_ABOVE:
-            reasons.append(
-                f"rejected: {share:.0%} of {count} labelled images are misclassified, but labels are tied"
-            )
+            why = "labels are tied" if reviewed[component] else "no reviewed image has a label"
+            reasons.append(f"rejected: {share:.0%} of {count} labelled images are misclassified, but {why}")
         else:
             labels[component] = label
             reasons.append(

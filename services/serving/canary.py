@@ -10,14 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import special
 
 from defuse_core.artifacts import F32, Bool
 from defuse_core.config import ServeSection
-from defuse_core.intervals import wilson
 from services.serving.batching import PredictionResult
 from services.serving.model import LoadedModel, ModelOutput
 
-CONFIDENCE = 0.99  # of the interval whose bounds a canary is judged by
+WRONGLY_ENDED = (
+    0.01  # highest probability that a canary within the limits is ever ended by one of its two counts
+)
 MAX_PENDING_SHADOWS = (
     4  # requests for the shadow above this are dropped: answers have priority over comparisons
 )
@@ -30,10 +32,20 @@ def is_in_canary(key: bytes, number: int, share: float) -> bool:
     return int.from_bytes(digest, "little") < share * 2**64
 
 
-def confidence_interval(hits: int, total: int) -> tuple[float, float]:
-    """Return the 99 % confidence interval of a share, from `hits` of `total` observations (Wilson, 1927)."""
-    low, high = wilson(np.array(hits), np.array(total), CONFIDENCE)
-    return float(low), float(high)
+def is_above(limit: float, hits: int, total: int) -> bool:
+    """Return whether a rate of which `hits` of `total` were observed is above `limit`; to be asked at any time.
+
+    Where the rate is `limit` or below, the answer is yes at any time with a probability of WRONGLY_ENDED at most. The
+    likelihood of all higher rates, uniformly mixed, over that of the limit is a supermartingale there, and such a ratio
+    seldom ever exceeds 1 / WRONGLY_ENDED (Ville, 1939; Robbins, 1970, "Statistical methods related to the law of the
+    iterated logarithm").
+    """
+    if hits <= limit * total:
+        return False
+    misses = total - hits
+    mixed = special.betaln(hits + 1, misses + 1) + np.log(special.betaincc(hits + 1, misses + 1, limit))
+    at_limit = special.xlogy(hits, limit) + special.xlog1py(misses, -limit)
+    return bool(mixed - np.log1p(-limit) - at_limit > -np.log(WRONGLY_ENDED))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,28 +87,20 @@ class CanaryStatistics:
         """Return why the version is ended, or None while it is within the limits."""
         if self.answered < limits.min_compared:
             return None
-        if self._error_rate_above(limits.max_errors):
+        if is_above(limits.max_errors, self.errors, self.answered):
             return (
                 f"{self.errors} of {self.answered} images failed or took longer than {limits.max_canary_s:g} s, the "
                 f"limit is {limits.max_errors:.1%}"
             )
-        if self.compared >= limits.min_compared and self._agreement_below(limits.min_agreement):
+        differed = self.compared - self.agreed
+        if self.compared >= limits.min_compared and is_above(
+            1 - limits.min_agreement, differed, self.compared
+        ):
             return (
                 f"{self.agreed} of {self.compared} answers agreed with production, expected at least "
                 f"{limits.min_agreement:.1%}"
             )
         return None
-
-    def _error_rate_above(self, most: float) -> bool:
-        # The lower bound is at most the share itself, which is cheaper to compute.
-        return (
-            self.errors > most * self.answered and confidence_interval(self.errors, self.answered)[0] > most
-        )
-
-    def _agreement_below(self, least: float) -> bool:
-        return (
-            self.agreed < least * self.compared and confidence_interval(self.agreed, self.compared)[1] < least
-        )
 
 
 @dataclass(frozen=True, eq=False)

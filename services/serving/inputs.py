@@ -44,7 +44,7 @@ class InputSpec:
     @classmethod
     def of(cls, spec: RunFile, settings: ServeSection) -> InputSpec:
         data = spec.data
-        pad_to = (28, 32) if data.name == "mnist" and data.image_size == 32 else None
+        pad_to = (28, 32) if data.name in ("mnist", "mnist-5000") and data.image_size == 32 else None
         return cls(
             data.channels, data.image_size, pad_to, settings.resize, settings.max_images, settings.max_pixels
         )

@@ -28,7 +28,7 @@ HEADER_TIMEOUT_S = 10.0
 MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete headers
 # Each piece of a body costs a call from Serve's proxy to a replica, however small it is. After a few small pieces a
 # connection is therefore read now and then only, and what arrived meanwhile becomes one piece.
-SMALL_PIECE_BYTES = 4096
+SMALL_PIECE_BYTES = 1024  # less than a TCP segment, in which ordinary bodies arrive
 MAX_SMALL_PIECES = 8
 PIECE_INTERVAL_S = 0.5
 

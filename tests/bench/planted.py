@@ -285,7 +285,11 @@ def main() -> None:
     parser.add_argument("--plants", type=int, nargs="+", help="numbers of the plants; all of them by default")
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["recommended", "one mixture"])
     parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--images", type=int, default=8000, help="training images (not of the signs)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        help="training images: 8,000 by default, of the signs all; those are drawn as whole tracks",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--folder", type=Path, help="where runs are kept, to go on with; else a temporary one"
@@ -319,11 +323,12 @@ def study(given: argparse.Namespace, folder: Path) -> list[Row]:
 
 def population_of(given: argparse.Namespace, seed: int) -> tuple[Population, tuple[Plant, ...]]:
     """Return the images of one seed and the plants that are tried on them."""
-    counts = (given.images, given.images // 2, given.images * 3 // 4)
+    if given.population == "signs":
+        return populations.signs(given.root, seed, given.images), SIGNS_PLANTS
+    images = given.images or 8000
+    counts = (images, images // 2, images * 3 // 4)
     if given.population == "spotcheck":
         return spotcheck(seed, counts)
-    if given.population == "signs":
-        return populations.signs(given.root, seed), SIGNS_PLANTS
     return populations.mnist(given.root, seed, counts), MNIST_PLANTS
 
 

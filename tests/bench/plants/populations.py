@@ -130,9 +130,10 @@ def mnist(root: Path, seed: int, counts: tuple[int, int, int]) -> Population:
     return _painted("mnist", parts, MNIST_PAINTERS, found.classes, (seed, PAINTED_SHARE))
 
 
-def signs(root: Path, seed: int) -> Population:
-    """Return the German signs, as Defuse divides them with this seed."""
-    found = open_splits(DataSection(name="signs", root=root, image_size=32, channels=3), seed).loaded()
+def signs(root: Path, seed: int, images: int | None = None) -> Population:
+    """Return the German signs, as Defuse divides them with this seed: `images` of the training set, in whole tracks."""
+    data = DataSection(name="signs", root=root, image_size=32, channels=3, train_images=images)
+    found = open_splits(data, seed).loaded()
     return _painted("signs", found.parts(), SIGNS_PAINTERS, found.classes, (seed, SIGNS_SHARE))
 
 

@@ -50,6 +50,21 @@ def test_without_any_answer_there_is_no_label():
     assert (crowdlab_labels(votes, probabilities) == NONE_OF_THE_ABOVE).all()
 
 
+def test_a_tie_of_votes_and_probabilities_has_the_same_label_in_every_process():
+    answers = np.array([[0, 1], [1, 0], [2, 3], [3, 2]])
+    image, annotator = (axis.ravel() for axis in np.indices(answers.shape))
+    nothing = np.zeros(answers.size)
+    scenario = nothing.astype(np.int64)
+    votes = Votes(scenario, image, annotator, answers.ravel(), nothing, ("a", "b"), "people", {})
+    probabilities = np.zeros((1, 4, CLASSES + 1), np.float32)
+    probabilities[..., CLASSES] = 1.0
+    found = []
+    for seed in range(4):
+        np.random.seed(seed)  # the global generator, which must not matter
+        found.append(crowdlab_labels(votes, probabilities))
+    assert all(np.array_equal(labels, found[0]) for labels in found)
+
+
 @pytest.mark.parametrize("asked", [[0], [0, 1]])
 def test_where_no_image_has_two_answers_each_has_its_own(asked):
     votes, probabilities, truth = crowd(per_image=5)

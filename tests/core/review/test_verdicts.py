@@ -84,6 +84,15 @@ def test_a_tie_between_labels_of_images_accepts_nothing():
     assert "tied" in verdict.reasons[0]
 
 
+def test_where_only_further_images_have_labels_the_reason_says_so():
+    more = MoreImages(np.array([40]), np.array([38]), np.array([37]))
+    verdict = verdicts([[NO, NO]], predicted=[1, 1], max_false=0.05, more=more)
+    assert verdict.labels[0] == NO
+    assert verdict.reasons[0].endswith(
+        "97% of 38 labelled images are misclassified, but no reviewed image has a label"
+    )
+
+
 def test_agreement_is_the_share_of_votes_for_the_majority():
     verdict = verdicts([[8], [8], [8], [3], [NO]], predicted=[1])
     assert verdict.agreement[0, 0] == pytest.approx(3 / 4)

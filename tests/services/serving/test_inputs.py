@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
+from defuse_core.config import ServeSection, parse_run_file
 from services.serving.errors import RejectedInput
 from services.serving.inputs import InputSpec, decode_images, decode_json, uploaded_files
 
@@ -105,9 +106,11 @@ def test_other_sizes_and_colors_are_converted_with_serve_resize(mode):
     assert decode_images([data], FITTING).shape == (1, 1, 16, 16)
 
 
+@pytest.mark.parametrize("name", ["mnist", "mnist-5000"])
 @pytest.mark.parametrize("resize", [False, True])
-def test_mnist_pictures_of_28_pixels_are_padded_as_they_were_in_training(resize):
-    expected = InputSpec(channels=1, size=32, pad_to=(28, 32), resize=resize, max_images=1, max_pixels=10_000)
+def test_mnist_pictures_of_28_pixels_are_padded_as_they_were_in_training(resize, name):
+    trained = parse_run_file({"data": {"name": name, "image_size": 32, "channels": 1, "root": "data"}}, "run")
+    expected = InputSpec.of(trained, ServeSection(resize=resize))
     data = file(size=(28, 28))
     levels = np.asarray(Image.open(io.BytesIO(data)))
     pixels = decode_images([data], expected)[0, 0]

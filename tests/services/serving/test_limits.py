@@ -172,6 +172,21 @@ def test_connections_that_change_the_protocol_are_not_counted_for_ever(monkeypat
         wait_until(lambda: not LimitedHttpProtocol._incomplete, 5)
 
 
+def test_an_ordinary_body_in_tcp_segments_is_read_as_it_arrives(monkeypatch):
+    monkeypatch.setattr("services.serving.limits.PIECE_INTERVAL_S", 3)
+    with http_server() as port, socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 57920\r\n\r\n")
+        started = time.monotonic()
+        for _ in range(40):
+            time.sleep(0.002)
+            connection.sendall(bytes(1448))
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        while connection.recv(1000).count(b"200 OK") < 1:
+            pass
+        assert time.monotonic() - started < 2
+
+
 def test_a_body_in_many_small_pieces_is_read_now_and_then_and_is_whole(monkeypatch):
     monkeypatch.setattr("services.serving.limits.PIECE_INTERVAL_S", 0.2)
     pieces: list[bytes] = []
