@@ -15,15 +15,29 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+from yaml.error import MarkedYAMLError
 
 from defuse_core.config.run_file import RunFile
 from defuse_core.errors import InputError, RunFileError
 
 
+class OneOfEachKey(yaml.SafeLoader):
+    """YAML where a key that is written twice is an error: the second one would replace the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:  # before `<<` is resolved: what it brings along may be written once more
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise MarkedYAMLError(problem=f"{key.value!r} a second time", problem_mark=key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
 def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     """Return the run file at `path` with `a.b=value` overrides applied. Raises RunFileError, in one line."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), OneOfEachKey)
     except OSError as error:
         raise RunFileError(f"{path}: cannot read this run file ({error.strerror})") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or 2023-02-30
@@ -111,19 +125,27 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `a.b=value`; the value is read as YAML. Raises RunFileError for one that YAML would cut at a `#`."""
+    """Set one `a.b=value`; the value is read as YAML.
+
+    Raises RunFileError for no value, which YAML takes for null, and for one that YAML would cut at a `#`.
+    """
     path, equals, text = override.partition("=")
     *sections, field = path.strip().split(".")
     if not equals or not field:
         raise RunFileError(f"--set {override}: expected section.field=value")
+    if not text.strip():
+        raise RunFileError(
+            f"--set {override}: expected a value, found none; is the variable set? write {path}=null to unset the field"
+        )
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise RunFileError(f"--set {override}: {section} is not a section")
     try:
-        value, comment = yaml.safe_load(text), _comment_in(text)
+        value, comment = yaml.load(text, OneOfEachKey), _comment_in(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise RunFileError(f"--set {override}: the value is not YAML") from error
+        reason = getattr(error, "problem", None) or error
+        raise RunFileError(f"--set {override}: the value is not YAML ({reason})") from error
     if comment:
         quoted = "'" + text.strip().replace("'", "''") + "'"
         raise RunFileError(

@@ -175,6 +175,12 @@ def test_every_field_has_a_description():
         ("review.tau=wide", "review.tau: .*'auto'"),
         ("review.reference.epochs=0", "epochs = 0 uses one pretrained model"),
         ("judges.architecture=custom", "import_path goes with architecture: custom"),
+        (
+            "classifier.weights=",
+            "expected a value, found none; is the variable set[?] write classifier.weights=null",
+        ),
+        ("seed= ", "expected a value, found none"),
+        ("correct={epochs: 2, lambdas: [1], epochs: 3}", "the value is not YAML .'epochs' a second time"),
         ("seed.deeper=1", "--set seed.deeper=1: seed is not a section"),
         ("seed=[", "--set seed=\\[: the value is not YAML"),
         ("data.root=2023-02-30", "--set data.root=2023-02-30: the value is not YAML"),
@@ -202,6 +208,8 @@ def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_pat
     [
         ("a: [", "expected YAML"),
         ("seed: 2023-02-30", "expected YAML, found day is out of range"),
+        ("vae: {epochs: 3}\nvae: {beta: 1}", "expected YAML, found 'vae' a second time .*line 2"),
+        ("data:\n  name: digits\n  name: mnist", "'name' a second time .*line 3"),
         ("- 1", "expected sections"),
         ("", "expected sections"),
         ("seed: 1", "data: Field required"),
@@ -224,6 +232,17 @@ def test_overrides_are_read_as_yaml_and_the_last_one_counts(tmp_path):
         tmp_path / "run.yaml", ("identify.draws=5", "identify.draws=7", "identify.max_per_image=null")
     )
     assert (spec.identify.draws, spec.identify.max_per_image) == (7, None)
+
+
+def test_a_key_that_a_merge_brings_along_may_be_written_once_more(tmp_path):
+    tree = yaml.safe_dump({name: TINY[name] for name in TINY if name not in ("review", "judges")})
+    models = "judges: &models {<<: &all {epochs: 9, batch_size: 32}, epochs: 8}\n"
+    (tmp_path / "run.yaml").write_text(
+        f"{tree}{models}review: {{reference: {{<<: *models, batch_size: 16}}}}\n"
+    )
+    spec = load_run_file(tmp_path / "run.yaml")
+    assert (spec.judges.epochs, spec.judges.batch_size) == (8, 32)
+    assert (spec.review.reference.epochs, spec.review.reference.batch_size) == (8, 16)
 
 
 def test_a_number_sign_is_kept_in_quotes_as_the_error_says(tmp_path):
