@@ -23,8 +23,8 @@ from defuse_core.artifacts import (
     NONE_OF_THE_ABOVE,
     U8,
     Bool,
+    Sweep,
     Votes,
-    Weights,
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
@@ -78,7 +78,10 @@ class NearestReal:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What the judges find. A share that cannot be measured is nan three times."""
+    """What the judges find. A share is nan three times where it cannot be measured, or its classifier was not made.
+
+    Where nothing was corrected, defuse is the classifier before, as in Evaluation.
+    """
 
     judges: F64  # (W,) test accuracy of each judge (validation where there is no test set)
     before_test: float  # the classifier's own, on the same images as the judges'
@@ -121,18 +124,20 @@ class _Evidence:
         self.spec, self.found, self.progress = spec, found, progress
         self.splits, self.classes = splits, len(found.models.classes)
         self.vae = load_vae(spec, found.models.vae)
-        before = found.models.classifier
-        weights = (before, found.baseline.weights, controls.plain.weights, found.sweep.weights)
-        self.classifiers = [self._classifier(each or before) for each in weights]
-        self.folds = [self._classifier(fold.weights or before) for fold in controls.folds]
+        self.before = load_classifier(spec, found.models.classifier, self.classes)
+        sweeps = (found.baseline, controls.plain, found.sweep, *controls.folds)
+        self.baseline, self.plain, self.corrected, *self.folds = map(self._chosen, sweeps)
+        self.defuse = self.before if self.corrected is None else self.corrected
+        self.classifiers = (self.before, self.baseline, self.plain, self.defuse)
         assert found.judges is not None
         self.judges = load_reference_models(spec, spec.judges, found.judges, self.classes)
         held_out = held_out_images(self.vae, found.fixes)
         self.held_out = held_out.batch(slice(0, len(held_out)))  # (A·n, channels, H, W)
         self.own = self.labels(self.held_out)  # (A·n,)
 
-    def _classifier(self, weights: Weights) -> nn.Module:
-        return load_classifier(self.spec, weights, self.classes)
+    def _chosen(self, sweep: Sweep) -> nn.Module | None:
+        """Return the classifier that a sweep chose; None where it chose none."""
+        return load_classifier(self.spec, sweep.weights, self.classes) if sweep.weights else None
 
     def labels(self, images: F32) -> I64:
         """Return the label that most judges give each image, (n,), or NONE_OF_THE_ABOVE where they are tied."""
@@ -150,7 +155,7 @@ class _Evidence:
         self.progress("asking the judges", 0, 4, "figures")
         right = np.stack([self._right(net, self.held_out, self.own) for net in self.classifiers])  # (B, A·n)
         taught = np.repeat(fixes.labels, per_scenario)
-        one = [predict(net, self.held_out) == taught for net in self.classifiers] if accepted else []
+        one = [self._right(net, self.held_out, taught) for net in self.classifiers]
         shows = np.where(self.own == NONE_OF_THE_ABOVE, np.nan, self.own == taught)
         self.progress("asking the judges", 1, 4, "figures")
         fold_right = self._fold_right(per_scenario)
@@ -168,9 +173,7 @@ class _Evidence:
             labelled=float((self.own != NONE_OF_THE_ABOVE).mean()) if len(self.own) else float("nan"),
             purity=self._share(shows, per_scenario),
             own_label=np.stack([self._share(row, per_scenario) for row in right]),
-            one_label=np.stack([self._share(row.astype(np.float64), per_scenario) for row in one])
-            if accepted
-            else np.full((len(CLASSIFIERS), 3), np.nan),
+            one_label=np.stack([self._share(row, per_scenario) for row in one]),
             left_out=np.stack([self._share(row, per_scenario) for row in (right[0], fold_right)])
             if self.folds
             else np.full((2, 3), np.nan),
@@ -186,15 +189,15 @@ class _Evidence:
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
             at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, per_scenario)))),
             real=real,
-            mcnemar=np.stack([self._mcnemar(net) for net in (self.classifiers[2], self.classifiers[3])]),
+            mcnemar=np.stack([self._mcnemar(self.plain), self._mcnemar(self.corrected)]),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
             screen_recall=self._screen_recall(fresh, truth),
         )
 
-    def _right(self, classifier: nn.Module, images: F32, labels: I64) -> F64:
-        """Return 1 where the classifier gives the label, 0 where not, nan where there is no label, (n,)."""
-        if not len(images):
-            return np.zeros(0)
+    def _right(self, classifier: nn.Module | None, images: F32, labels: I64) -> F64:
+        """Return 1 where the classifier gives the label, 0 where not, nan where either is missing, (n,)."""
+        if classifier is None or not len(images):
+            return np.full(len(images), np.nan)
         hits = (predict(classifier, images) == labels).astype(np.float64)
         return np.where(labels == NONE_OF_THE_ABOVE, np.nan, hits)
 
@@ -230,7 +233,7 @@ class _Evidence:
             codes, anchors = stacked(draws, WIDER_IMAGES, scenarios.means.shape[1])
             images = decoder.decode(codes, anchors)
             labels = self.labels(images)
-            for column, classifier in enumerate((self.classifiers[0], self.classifiers[-1])):
+            for column, classifier in enumerate((self.before, self.defuse)):
                 table[row, column] = self._share(self._right(classifier, images, labels), WIDER_IMAGES)
         return table
 
@@ -253,7 +256,7 @@ class _Evidence:
         for draw in range(codes.shape[1]):
             labels = images.labels[waiting]
             decoded = decoder.decode(np.ascontiguousarray(codes[waiting, draw]), waiting)
-            failing = np.flatnonzero(predict(self.classifiers[0], decoded) != labels)
+            failing = np.flatnonzero(predict(self.before, decoded) != labels)
             real = failing[self.labels(decoded[failing]) == labels[failing]]
             found.append(decoded[real])
             truth.append(labels[real])
@@ -277,7 +280,7 @@ class _Evidence:
         real = self.splits.validation or self.splits.test or self.splits.train
         scenarios, fixes = self.found.scenarios, self.found.fixes
         codes = encode_images(self.vae, real)
-        predicted = predict(self.classifiers[0], real)
+        predicted = predict(self.before, real)
         wrong = predicted != real.labels
         shown, labels, answers, errors, seen = [], [], [], [], []
         for number, label in zip(fixes.scenario, fixes.labels, strict=True):
@@ -305,12 +308,15 @@ class _Evidence:
             seen=np.array(seen, np.bool_),
         )
 
-    def _mcnemar(self, classifier: nn.Module) -> F64:
-        """Return images that became right, that became wrong, and McNemar's exact p-value, on the test set, (3,)."""
+    def _mcnemar(self, classifier: nn.Module | None) -> F64:
+        """Return images that became right, that became wrong, and McNemar's exact p-value, on the test set, (3,).
+
+        nan without a classifier or test images.
+        """
         test = self.splits.test
-        if test is None:
+        if classifier is None or test is None:
             return np.full(3, np.nan)
-        before, after = (predict(net, test) == test.labels for net in (self.classifiers[0], classifier))
+        before, after = (predict(net, test) == test.labels for net in (self.before, classifier))
         gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
         return np.array([gained, lost, mcnemar(gained, lost)])
 

@@ -11,6 +11,7 @@ import pytest
 from defuse_core.artifacts import Corrections, Sweep, Votes
 from defuse_core.codec import decode, encode
 from defuse_core.evaluation.controls import (
+    Controls,
     fold_of,
     fold_spec,
     folds,
@@ -18,9 +19,18 @@ from defuse_core.evaluation.controls import (
     plain_spec,
     without_fold,
 )
-from defuse_core.evaluation.evidence import Evidence, _at_fault, _better, _known_share, krippendorff_alpha
+from defuse_core.evaluation.evidence import (
+    Evidence,
+    _at_fault,
+    _better,
+    _known_share,
+    gather_evidence,
+    krippendorff_alpha,
+)
 from defuse_core.local import LocalCompute
-from defuse_core.pipeline import run_defuse
+from defuse_core.pipeline import load_findings, run_defuse
+from defuse_core.progress import silent
+from defuse_core.report.build import evidence_figures
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -124,8 +134,9 @@ def test_the_classifier_is_at_fault_only_where_the_pictures_show_the_label(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run of the recommended way, and its report."""
-    run = Run.start(FolderStore(tmp_path_factory.mktemp("evidence")), "a", recommended())
+    """A finished run of the recommended way, and its report. Its judges agree on most images, on any processor."""
+    spec = recommended(judges={"count": 3, "epochs": 20})
+    run = Run.start(FolderStore(tmp_path_factory.mktemp("evidence")), "a", spec)
     compute = LocalCompute()
     return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
 
@@ -175,6 +186,31 @@ def test_evidence_of_an_earlier_version_has_no_figure_of_the_screen(finished) ->
     read = decode(Evidence, encode(earlier), "evidence.safetensors")
     assert np.isnan(read.screen_recall).all()
     assert read.real_failure_images == made.real_failure_images
+
+
+NOTHING_CHOSEN = Sweep((), None, {}, ())
+
+
+def test_a_classifier_that_was_not_made_has_no_figures(finished) -> None:
+    run, _ = finished
+    found = dataclasses.replace(load_findings(run)[0], baseline=NOTHING_CHOSEN)
+    made = gather_evidence(run.spec, found, Controls(NOTHING_CHOSEN, ()), progress=silent)
+    tables = (made.own_label, made.one_label, made.real_failures, made.scenario_own_label.T)
+    for before, baseline, plain, defuse in tables:
+        assert np.isfinite(before).any() and np.isfinite(defuse).any()
+        assert np.isnan(baseline).all() and np.isnan(plain).all()
+    figures = json.loads(evidence_figures(found, made).model_dump_json())
+    assert figures["one_label"]["plain"] == {"value": None, "low": None, "high": None}
+    assert figures["mcnemar_plain"] is None and figures["mcnemar_defuse"] is not None
+
+
+def test_where_nothing_was_corrected_the_classifier_stays_and_is_not_tested_against_itself(finished) -> None:
+    run, _ = finished
+    found = dataclasses.replace(load_findings(run)[0], sweep=NOTHING_CHOSEN)
+    made = gather_evidence(run.spec, found, Controls(run.load(Sweep, "plain"), ()), progress=silent)
+    assert np.isfinite(made.own_label[0]).all()
+    assert made.own_label[3].tolist() == made.own_label[0].tolist()
+    assert np.isfinite(made.mcnemar[0]).all() and np.isnan(made.mcnemar[1]).all()
 
 
 def test_the_page_names_scenarios_whose_correction_is_not_confirmed(finished) -> None:
