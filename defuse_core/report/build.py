@@ -105,7 +105,7 @@ def build_report(
         votes=_votes(found),
         overrides=verdicts.overrides,
         evidence=None if evidence is None else evidence_figures(found, evidence),
-        watch=None if watch is None else watch_figures(watch, run.spec.serve),
+        watch=None if watch is None else watch_figures(watch, run.spec.serve, run.spec.serve.watch),
         per_class=_per_class(models.classes, evaluation),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),

@@ -17,6 +17,7 @@ from defuse_core.report import parse_report, write_report
 from defuse_core.report.build import build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from defuse_core.watch.failure_detector import METHODS
 
 
 def test_agreement_is_the_mean_over_labelled_images_with_its_standard_error(tmp_path: Path):
@@ -232,6 +233,19 @@ def test_a_report_of_another_version_is_refused_with_what_to_do(tmp_path: Path, 
     words = r"^a/report\.json: expected a report of version 2, .*`defuse report RUN`"
     with pytest.raises(InputError, match=words):
         parse_report(json.dumps(json.loads(text) | change), "a/report.json")
+
+
+@pytest.mark.parametrize(("watch", "method"), [(True, METHODS[-1]), (False, METHODS[0])])
+def test_the_report_describes_the_failure_detector_that_is_served(tmp_path: Path, watch: bool, method: str):
+    found = sample_watch(separation=1.5)
+    better = sample_watch(separation=6.0).methods[0]
+    encoder = dataclasses.replace(better, detector=dataclasses.replace(better.detector, method=METHODS[-1]))
+    run = sample_run(tmp_path)
+    serve = run.spec.serve.model_copy(update={"watch": watch})
+    run.spec = run.spec.model_copy(update={"serve": serve})
+    both = dataclasses.replace(found, methods=(*found.methods, encoder))
+    report = build_report(run, *sample_findings(2, 1), watch=both)
+    assert report.watch is not None and report.watch.method == method
 
 
 def test_equal_findings_give_equal_files_except_for_how_they_were_made(tmp_path: Path):
