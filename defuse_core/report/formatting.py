@@ -152,13 +152,13 @@ def headline(report: Report) -> str:
     if not accepted:
         none = "The only component is not" if components == 1 else f"None of the {components} components is"
         return f"{none} a failure scenario, so the classifier was left as it is."
+    verb = "is a failure scenario" if accepted == 1 else "are failure scenarios"
+    result = f"{accepted} of {count_of(components, 'component')} {verb}."
     if report.chosen is None:
         return (
-            f"{accepted} of {count_of(components, 'component')} are failure scenarios. Nothing was corrected: "
-            "every λ costs more clean accuracy than correct.max_loss allows."
+            f"{result} Nothing was corrected: every λ costs more clean accuracy than correct.max_loss allows."
         )
-    verb = "is a failure scenario" if accepted == 1 else "are failure scenarios"
-    return f"{accepted} of {count_of(components, 'component')} {verb}. {_effect(report)}"
+    return f"{result} {_effect(report)}"
 
 
 def _effect(report: Report) -> str:

@@ -36,6 +36,22 @@ def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize(
+    ("components", "accepted", "text"),
+    [
+        (1, 1, "1 of 1 component is a failure scenario."),
+        (3, 1, "1 of 3 components is a failure scenario."),
+        (3, 2, "2 of 3 components are failure scenarios."),
+    ],
+)
+def test_the_headline_counts_scenarios_alike_whether_or_not_they_were_corrected(
+    tmp_path: Path, components: int, accepted: int, text: str
+):
+    report = report_of(sample_findings(components, accepted), tmp_path)
+    assert headline(report).startswith(f"{text} On ")
+    assert headline(report.model_copy(update={"chosen": None})).startswith(f"{text} Nothing was corrected:")
+
+
 def with_health(sample, verdict: str):
     found, evaluation = sample
     health = Health(1000, 0.97, 0.4, 0.41, 3, 0.6, 1, 10, verdict)
