@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -215,7 +216,9 @@ def draw_weights(report: Report) -> Figure:
     """Return the weights of the mixture, largest first; components kept for review are blue."""
     weights = np.array(report.mixture.weights)
     figure, (ax,) = new_figure(WIDE, 2.2)
-    kept = np.isin(weights, [scenario.weight for scenario in report.scenarios.list])
+    kept = np.zeros(len(weights), np.bool_)
+    for weight, count in Counter(scenario.weight for scenario in report.scenarios.list).items():
+        kept[np.flatnonzero(weights == weight)[:count]] = True  # components of equal weight look the same
     ax.bar(np.arange(len(weights)), weights, color=np.where(kept, ACCENT, LINE).tolist(), width=0.8)
     ax.set(xlabel="components, largest weight first", ylabel="weight")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))

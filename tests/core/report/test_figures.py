@@ -35,6 +35,16 @@ def test_a_heavy_component_that_is_not_reviewed_is_grey(tmp_path: Path):
     assert {colours[scenario.weight] for scenario in rest} == {to_rgba(ACCENT)}
 
 
+def test_a_component_that_is_not_reviewed_is_grey_beside_one_of_the_same_weight(tmp_path: Path):
+    report = build_report(sample_run(tmp_path), *sample_findings(3, 2))
+    weights = report.mixture.weights
+    twice = report.mixture.model_copy(update={"weights": (weights[0], *weights)})
+    bars = draw_weights(report.model_copy(update={"mixture": twice})).axes[0].patches
+    colours = [bar.get_facecolor() for bar in bars if bar.get_height() == weights[0]]
+    assert sorted(colours) == sorted([to_rgba(ACCENT), to_rgba(LINE)])
+    assert sum(bar.get_facecolor() == to_rgba(ACCENT) for bar in bars) == 3
+
+
 def test_marks_that_coincide_are_moved_apart():
     points = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [50.0, 0.0]])
     moved = move_apart(points, 10)
