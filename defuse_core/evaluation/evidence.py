@@ -66,7 +66,10 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True, eq=False)
 class NearestReal:
-    """Real images of a scenario's label that are nearest to it, and the error of the classifier before on them."""
+    """Real images of a scenario's label that are nearest to it, and the error of the classifier before on them.
+
+    Where the label has fewer than E images, they follow again from the first.
+    """
 
     images: U8  # (A, E, channels, H, W)
     labels: I64  # (A, E)

@@ -144,7 +144,7 @@ def scenario_card(
 
 
 def _real_shots(classes: tuple[str, ...], real: NearestReal, column: int) -> tuple[Shot, ...]:
-    """Return the real images nearest to the accepted scenario at place `column`, with the answer before.
+    """Return the real images nearest to the accepted scenario at place `column`, each once, with the answer before.
 
     There are none where no real image has the scenario's label.
     """
@@ -165,7 +165,7 @@ def _real_shots(classes: tuple[str, ...], real: NearestReal, column: int) -> tup
                 own_label=None,
             )
         )
-    return tuple(shots)
+    return tuple({shot.address: shot for shot in shots}.values())
 
 
 def _shot(row: Scenario, place: int, found: Findings, evaluation: Evaluation) -> Shot:
