@@ -279,7 +279,7 @@ class ScenarioView:
 
     @property
     def confirmed(self) -> bool | None:
-        """Whether the judges confirm the correction, image by image; None without judges, and where it was rejected."""
+        """Whether the judges confirm the correction, image by image; None without judges, and where none was made."""
         return None if self.row.evidence is None else self.row.evidence.confirmed
 
     @property

@@ -356,7 +356,7 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         plain=right["plain"],
         defuse=right["defuse"],
         left_out=defined(evidence.scenario_left_out[column]),
-        confirmed=bool(evidence.confirmed[column]),
+        confirmed=None if found.sweep.chosen is None else bool(evidence.confirmed[column]),
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
         support=None if support is None else int(support[number]),
         real_error=defined(evidence.real.error[column]),

@@ -193,8 +193,10 @@ def purity_warning(report: Report) -> str | None:
 
 
 def unconfirmed(report: Report) -> str | None:
-    """Return which scenarios the judges do not find corrected, or None where all are."""
-    rows = [row for row in report.scenarios.list if row.evidence is not None and not row.evidence.confirmed]
+    """Return which scenarios the judges do not find corrected, or None where all are, or nothing was corrected."""
+    rows = [
+        row for row in report.scenarios.list if row.evidence is not None and row.evidence.confirmed is False
+    ]
     if not rows:
         return None
     numbers = ", ".join(str(row.number) for row in rows)

@@ -128,8 +128,9 @@ class ScenarioEvidence(ReportModel):
     """Accuracy by own label."""
     left_out: float | None
     """The same for a classifier that was not tuned on this scenario."""
-    confirmed: bool
-    """Whether the correction is right significantly more often than the classifier before, by own label."""
+    confirmed: bool | None
+    """Whether the correction is right significantly more often than the classifier before, by own label. Null where
+    nothing was corrected."""
     at_fault: Literal["classifier", "β-VAE", "unclear"]
     """The β-VAE where most held-out images show another class than the label."""
     support: int | None

@@ -30,7 +30,11 @@ from defuse_core.evaluation.evidence import (
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
+from defuse_core.report import write_report
 from defuse_core.report.build import evidence_figures
+from defuse_core.report.formatting import caveats
+from defuse_core.report.html import scenario_card
+from defuse_core.report.notebook import render_scenarios
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -211,6 +215,20 @@ def test_where_nothing_was_corrected_the_classifier_stays_and_is_not_tested_agai
     assert np.isfinite(made.own_label[0]).all()
     assert made.own_label[3].tolist() == made.own_label[0].tolist()
     assert np.isfinite(made.mcnemar[0]).all() and np.isnan(made.mcnemar[1]).all()
+
+
+def test_a_correction_that_was_not_made_is_not_called_unconfirmed(finished, tmp_path) -> None:
+    run, _ = finished
+    found, evaluation, evidence, watch = load_findings(run)
+    other = Run.start(FolderStore(tmp_path), "a", run.spec)
+    found = dataclasses.replace(found, sweep=NOTHING_CHOSEN)
+    report = write_report(other, found, evaluation, evidence, watch)
+    accepted = [row for row in report.scenarios.list if row.accepted]
+    assert {row.evidence.confirmed for row in accepted} == {None}
+    assert not any("not confirmed" in text for text in caveats(report))
+    assert "not confirmed" not in other.store.read("report.html").decode()
+    cards = [scenario_card(row, found, evaluation, evidence) for row in accepted]
+    assert "confirmed" not in render_scenarios(cards, found.models.classes)
 
 
 def test_the_page_names_scenarios_whose_correction_is_not_confirmed(finished) -> None:
