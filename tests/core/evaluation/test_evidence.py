@@ -33,7 +33,7 @@ from defuse_core.progress import silent
 from defuse_core.report import write_report
 from defuse_core.report.build import evidence_figures
 from defuse_core.report.formatting import caveats
-from defuse_core.report.html import scenario_card
+from defuse_core.report.html import render_page, scenario_card
 from defuse_core.report.notebook import render_scenarios
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -215,6 +215,22 @@ def test_where_nothing_was_corrected_the_classifier_stays_and_is_not_tested_agai
     assert np.isfinite(made.own_label[0]).all()
     assert made.own_label[3].tolist() == made.own_label[0].tolist()
     assert np.isfinite(made.mcnemar[0]).all() and np.isnan(made.mcnemar[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, "1 judge, an independent model that took no part in this run, labels every generated image."),
+        (3, "3 judges, independent models that took no part in this run, label every generated image."),
+    ],
+)
+def test_the_page_counts_the_judges(finished, count: int, words: str) -> None:
+    run, report = finished
+    judges = report.evidence.judges.model_copy(update={"count": count})
+    counted = report.model_copy(update={"evidence": report.evidence.model_copy(update={"judges": judges})})
+    found, evaluation, evidence, _ = load_findings(run)
+    page = render_page(counted, run.spec, found, evaluation, {}, evidence)
+    assert words in " ".join(page.split())
 
 
 def test_a_correction_that_was_not_made_is_not_called_unconfirmed(finished, tmp_path) -> None:

@@ -96,6 +96,17 @@ def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scen
     assert "figures/scenarios.png" not in run.store.list()
 
 
+def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(tmp_path: Path):
+    found, evaluation = sample_findings(3, 2)
+    rows = {}
+    for name, sweep in (("chosen", found.sweep), ("none", dataclasses.replace(found.sweep, chosen=None))):
+        run = sample_run(tmp_path / name)
+        write_report(run, dataclasses.replace(found, sweep=sweep), evaluation)
+        text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+        rows[name] = ("Defuse 2" in text, "ringed point" in text, "Shaded" in text, "none was chosen" in text)
+    assert rows == {"chosen": (True, True, True, False), "none": (False, False, False, True)}
+
+
 @pytest.mark.parametrize(
     ("separation", "words"),
     [(3.0, "Finds failing inputs by max-softmax"), (0.0, "No method finds failing inputs: the AUROC")],
