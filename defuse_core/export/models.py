@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
 from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
 from defuse_core.config import ClassifierSection
 from defuse_core.data import reopen_splits
 from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError
+from defuse_core.export.writing import writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import as_logits, to_range
 from defuse_core.models.programs import SOURCE
@@ -47,15 +48,16 @@ def export_model(run: Run, path: Path) -> ExportedModel:
     """Write the corrected classifier of a finished run to `path`, and compare the file's answers with the run's.
 
     .safetensors holds the state dict under the network's own names; .pt2 and .onnx hold the whole network, from
-    images in [0, 1] to logits, for batches of any size. Raises InputError where the run has no corrected classifier,
-    ModelError where the file's answers differ.
+    images in [0, 1] to logits, for batches of any size. Raises InputError where the run has no corrected classifier
+    or `path` cannot be written, ModelError where the file's answers differ.
     """
     writers = {".safetensors": _write_safetensors, ".pt2": _write_program, ".onnx": _write_onnx}
     if path.suffix not in writers:
         raise InputError(f"--to {path}: expected a file that ends in {', '.join(writers)}")
     models, classifier = corrected_classifier(run)
     section, example = run.spec.classifier, _example(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing("--to", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with _failure_named(path):
         if path.suffix == ".safetensors":
             answer = _write_safetensors(run, models, classifier, path)
@@ -129,7 +131,9 @@ def _write_safetensors(run: Run, models: Models, classifier: nn.Module, path: Pa
         "architecture": section.architecture,
         "input_range": "imagenet" if imagenet else section.input_range,
     }
-    save_file(plain_weights(classifier), path, metadata=facts)
+    data = save(plain_weights(classifier), metadata=facts)  # save_file hides the errors of the file system
+    with writing("--to", path):
+        path.write_bytes(data)
     again = load_classifier(run.spec, _full(classifier, load_file(path)), len(models.classes), str(path))
     return _answers_of(_on_cpu(again))
 
@@ -145,7 +149,10 @@ def _full(classifier: nn.Module, plain: Weights) -> Weights:
 
 
 def _write_program(module: nn.Module, example: Tensor, path: Path) -> Answer:
-    torch.export.save(_traced(module, example), path)
+    exported = io.BytesIO()  # given a path, torch hides the errors of the file system
+    torch.export.save(_traced(module, example), exported)
+    with writing("--to", path):
+        path.write_bytes(exported.getvalue())
     with path.open("rb") as file:
         program = torch.export.load(io.BytesIO(file.read()))
     return _answers_of(program.module())
@@ -169,7 +176,8 @@ def _write_onnx(module: nn.Module, example: Tensor, path: Path) -> Answer:
         verbose=False,
     )
     assert exported is not None  # without a file name, torch returns the program
-    exported.save(path, external_data=False)
+    with writing("--to", path):
+        exported.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 

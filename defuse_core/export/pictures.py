@@ -25,6 +25,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
 from defuse_core.errors import InputError
+from defuse_core.export.writing import expect_new_folder, writing
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.runs import Run
 
@@ -85,16 +86,20 @@ def load_finished(run: Run) -> FinishedRun:
 def export_scenarios(run: Run, folder: Path) -> int:
     """Write FOLDER/CLASS/*.png and labels.csv for the accepted scenarios; return how many pictures.
 
-    Raises InputError where the run accepted no scenario, or the folder is not empty.
+    Raises InputError where the run accepted no scenario, or the folder is not empty or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"--scenarios {folder}: expected an empty or new folder, found files; choose another one"
-        )
+    expect_new_folder("--scenarios", folder)
     models, parts = _load(run)
+    with writing("--scenarios", folder):
+        return _write_pictures(parts, models.classes, folder)
+
+
+def _write_pictures(
+    parts: list[tuple[LabelledPictures, I64, I64]], classes: tuple[str, ...], folder: Path
+) -> int:
     rows: list[PictureRow] = []
     for pictures, before, after in parts:
-        rows += _write(pictures, (before, after), models.classes, folder)
+        rows += _write(pictures, (before, after), classes, folder)
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(PictureRow)])
     writer.writeheader()

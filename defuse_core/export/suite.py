@@ -33,6 +33,7 @@ from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.errors import InputError, StoreError
 from defuse_core.export.pictures import load_finished
+from defuse_core.export.writing import expect_new_folder, writing
 from defuse_core.models import (
     build_classifier,
     check_outputs,
@@ -165,18 +166,23 @@ def save_suite(run: Run, folder: Path) -> Suite:
     """Write the accepted scenarios of a finished run as a suite into a new or empty folder, and return it.
 
     The pictures are the held-out ones. The least accuracy of each scenario is check.min_each_scenario of the run file,
-    or what the corrected classifier reaches where that is less. Raises InputError where the run has no scenario.
+    or what the corrected classifier reaches where that is less. Raises InputError where the run has no scenario, or the
+    folder is not empty or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--out {folder}: expected an empty or new folder, found files; choose another one")
+    expect_new_folder("--out", folder)
     suite = _frozen(run)
+    with writing("--out", folder):
+        _write(suite, folder)
+    return suite
+
+
+def _write(suite: Suite, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PICTURES).mkdir()
     for scenario, pixels in zip(suite.description.scenarios, suite.pictures.pixels, strict=True):
         _sheet(pixels).save(folder / PICTURES / f"scenario-{scenario.number:03d}.png")
     (folder / TENSORS).write_bytes(encode(suite.pictures))
     (folder / DESCRIPTION).write_text(suite.description.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return suite
 
 
 def load_suite(folder: Path) -> Suite:
@@ -187,6 +193,11 @@ def load_suite(folder: Path) -> Suite:
     except FileNotFoundError as error:
         raise InputError(
             f"--suite {folder}: expected a folder written by `defuse suite save`, found no {Path(error.filename).name}"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"--suite {folder}: expected a folder written by `defuse suite save`; cannot read {error.filename} "
+            f"({error.strerror})"
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

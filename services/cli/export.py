@@ -208,8 +208,6 @@ def check_suite(options: SuiteCheck) -> None:
     loaded = load_suite(options.suite)
     results = loaded.check(_classifier(loaded, options))
     name = options.classifier or f"run {options.run}"
-    if options.junit is not None:
-        _write_junit(options.junit, name, loaded, results)
     if options.as_json:
         click.echo(json.dumps(_page(name, options, results)))
     else:
@@ -219,6 +217,8 @@ def check_suite(options: SuiteCheck) -> None:
                 f"{verdict} {scenario.name}: {result.accuracy:.1%}, at least {scenario.least:.1%} is asked "
                 f"({loaded.description.run}: {scenario.before:.1%} before, {scenario.after:.1%} after)"
             )
+    if options.junit is not None:  # after the results, which are shown also where it cannot be written
+        _write_junit(options.junit, name, loaded, results)
     failed = sum(not result.passed for result in results)
     if failed:
         raise CheckFailed(f"suite {options.suite}: {name} fails {failed} of {len(results)} scenarios")
@@ -265,6 +265,8 @@ def _page(name: str, options: SuiteCheck, results: list[SuiteResult]) -> dict[st
 def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult]) -> None:
     from junitparser import Failure, JUnitXml, TestCase, TestSuite
 
+    from defuse_core.export.writing import writing
+
     tests = TestSuite(f"defuse {loaded.description.run}")
     for result in results:
         case = TestCase(result.scenario.name, classname=f"defuse.{loaded.description.run}")
@@ -275,8 +277,9 @@ def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult
         tests.add_testcase(case)
     xml = JUnitXml()
     xml.add_testsuite(tests)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    xml.write(str(path), pretty=True)
+    with writing("--junit", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        xml.write(str(path), pretty=True)
 
 
 @click.command()

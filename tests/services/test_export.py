@@ -155,11 +155,17 @@ def test_the_command_writes_both_and_names_the_comparison(store, tmp_path, monke
         (["--to", "model.bin"], "expected a file that ends in .safetensors, .pt2, .onnx"),
         (["--scenarios", "."], "expected an empty or new folder, found files"),
         ([], "give --to FILE, --scenarios FOLDER, or both"),
+        (["--to", "file/model.pt2"], "--to file/model.pt2: cannot be written (file: File exists); choose"),
+        (["--to", "made.safetensors"], "--to made.safetensors: cannot be written (Is a directory); choose"),
+        (["--to", "made.pt2"], "--to made.pt2: cannot be written (Is a directory)"),
+        (["--scenarios", "file/pictures"], "--scenarios file/pictures: cannot be written (Not a directory)"),
     ],
 )
 def test_an_export_that_cannot_be_is_refused(options, line, store, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    for name in ("made.safetensors", "made.pt2"):
+        (tmp_path / name).mkdir()
     code, _, err = call(monkeypatch, capsys, "export", "digits", "--store", store.address, *options)
     assert code == 2
     assert line in err

@@ -145,6 +145,15 @@ def test_a_program_and_a_run_are_checked_too(suite, files, store, monkeypatch, c
     assert call(monkeypatch, capsys, "check", "first", "--store", store.address, "--suite", suite)[0] == 0
 
 
+def test_results_are_shown_also_where_the_junit_file_cannot_be_written(
+    suite, store, tmp_path, monkeypatch, capsys
+):
+    options = ["check", "first", "--store", store.address, "--suite", suite, "--junit", tmp_path]
+    code, out, err = call(monkeypatch, capsys, *options)
+    assert (code, out.count("ok     ")) == (2, 2)
+    assert f"--junit {tmp_path}: cannot be written (Is a directory); choose another place" in one_line(err)
+
+
 def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
     shutil.copytree(suite, tmp_path / "suite")
     page = json.loads((suite / "suite.json").read_text())
@@ -171,6 +180,10 @@ def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
             "--weights and --set need --classifier",
         ),
         (["check", "--suite", "gone", "--classifier", NET], "found no suite.json"),
+        (
+            ["check", "--suite", "suite/suite.json", "--classifier", NET],
+            "--suite suite/suite.json: expected a folder written by `defuse suite save`; cannot read",
+        ),
         (["check", "--suite", "edited", "--classifier", NET], "scenarios.0.least: Input should be less than"),
         (
             ["check", "--suite", "odd", "--classifier", NET],
@@ -187,6 +200,10 @@ def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
             "expected classifier.field",
         ),
         (["suite", "save", "first", "--out", "suite"], "expected an empty or new folder, found files"),
+        (
+            ["suite", "save", "first", "--out", "suite/suite.json/new"],
+            "new: cannot be written (Not a directory)",
+        ),
         (["suite", "save", "nothing", "--out", "new"], "accepted no failure scenario"),
         (["suite", "save", "begun", "--out", "new"], "run begun is not finished"),
         (["compare", "first", "begun"], "run begun is not finished"),

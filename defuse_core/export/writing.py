@@ -1,0 +1,41 @@
+"""Files and folders that people name, where the file system refuses them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from defuse_core.errors import InputError
+
+
+@contextlib.contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Turn an error of the file system into an InputError that names the option and its path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.filename and Path(error.filename) != path:
+            reason = f"{error.filename}: {reason}"
+        raise InputError(f"{option} {path}: cannot be written ({reason}); choose another place") from error
+
+
+def expect_writable(option: str, path: Path) -> None:
+    """Raise InputError for a file that cannot be written, before the work whose result it gets."""
+    with writing(option, path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def expect_new_folder(option: str, folder: Path) -> None:
+    """Raise InputError for a folder that is not empty, or is none."""
+    with writing(option, folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(
+                f"{option} {folder}: expected an empty or new folder, found files; choose another one"
+            )
