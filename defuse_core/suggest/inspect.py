@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic import ValidationError
 
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection
+from defuse_core.config.loading import first_problem
 from defuse_core.data import open_splits, overlooked
 from defuse_core.data.folder import SUFFIXES
 from defuse_core.errors import DataError
@@ -55,9 +57,12 @@ def inspect_data(root: Path) -> DataFacts:
         _expect_train(root)
         name, (height, width, channels) = "folder", _look_at_pictures(root / "train")
         image_size, lines = _suggested_size(min(height, width)), overlooked(root)
-    section = DataSection.model_validate(
-        {"name": name, "root": root, "image_size": image_size, "channels": channels}
-    )
+    try:
+        section = DataSection.model_validate(
+            {"name": name, "root": root, "image_size": image_size, "channels": channels}
+        )
+    except ValidationError as error:  # an .npz whose images are too small or too large
+        raise DataError(f"{root}: {first_problem(error, DataSection)}; resize the images") from error
     splits = open_splits(section, 0)
     some = splits.train.take(slice(0, None, max(1, len(splits.train) // SAMPLE)))
     photographs = channels == 3 and plain_ground(some.batch(slice(0, SAMPLE))) < PLAIN_GROUND

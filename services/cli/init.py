@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +10,17 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import InputError
-from services.cli.options import CLASSIFIER_HELP, classifier_choice
+from services.cli.options import CLASSIFIER_HELP, classifier_choice, usable_name
 
 if TYPE_CHECKING:
     from defuse_core.suggest import Plan
+
+
+def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Return the value of an option. Raises BadParameter for nan, which click takes for a number within any range."""
+    if math.isnan(value):
+        raise click.BadParameter("expected a number, found nan", context, parameter)
+    return value
 
 
 @click.command()
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(1, 10_000),
     default=30.0,
     show_default=True,
+    callback=_number,
     help="Time for the run on this machine.",
 )
 @click.option(
@@ -44,18 +53,21 @@ def init(
     defuse init parts/ --classifier parts.pt2 --minutes 60
     """
     from defuse_core.config import load_run_file
+    from defuse_core.export.writing import expect_writable, writing
     from defuse_core.suggest import inspect_data, plan_run, write_run_file
     from services.console import ProgressDisplay
 
-    path = out or Path(f"{images.absolute().stem}.yaml")
+    path = out or Path(f"{usable_name(images.absolute().stem)}.yaml")
     if path.exists() and not force:
         raise InputError(f"{path} exists; choose another file with --out, or replace it with --force")
     if not path.parent.is_dir():
         raise InputError(f"{path}: its folder does not exist; create it, or choose another file with --out")
+    expect_writable("--out", path)
     choice = classifier_choice(classifier, weights)
     with ProgressDisplay() as display:
         plan = plan_run(inspect_data(images.absolute()), choice, minutes, display)
-    path.write_text(write_run_file(plan, minutes), encoding="utf-8")
+    with writing("--out", path):
+        path.write_text(write_run_file(plan, minutes), encoding="utf-8")
     load_run_file(path)
     _print_plan(plan, path, minutes)
 
@@ -78,7 +90,9 @@ def _print_plan(plan: Plan, path: Path, minutes: float) -> None:
         click.echo("decode      anchored: photographs are moved, not redrawn")
     for warning in plan.warnings:
         click.echo(f"note        {warning}")
-    click.echo(f"wrote {path}, for about {minutes:g} minutes; next: defuse run {shlex.quote(str(path))}")
+    named = "" if usable_name(path.stem) == path.stem else f" --name {usable_name(path.stem)}"
+    following = f"defuse run {shlex.quote(str(path))}{named}"
+    click.echo(f"wrote {path}, for about {minutes:g} minutes; next: {following}")
 
 
 @click.command()

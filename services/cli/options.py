@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ import click
 
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError
-from defuse_core.store import checked_name
+from defuse_core.store import RESERVED, checked_name
 
 if TYPE_CHECKING:
     from defuse_core.suggest import ClassifierChoice
@@ -47,7 +49,20 @@ until_option = click.option(
 
 def run_name(name: str | None, runfile: Path) -> str:
     """Return the name of a run: `name`, else the run file's. Raises InputError for one that cannot name a folder."""
-    return checked_name(runfile.stem if name is None else name)
+    if name is not None:
+        return checked_name(name)
+    try:
+        return checked_name(runfile.stem)
+    except InputError as error:
+        raise InputError(f"{error}; this one is the run file's, so choose one with --name") from error
+
+
+def usable_name(text: str) -> str:
+    """Return `text` as the name of a run: dashes for what a name cannot hold, and `images` where nothing is left."""
+    with contextlib.suppress(InputError):
+        return checked_name(text)
+    name = re.sub("[^A-Za-z0-9._-]+", "-", text).strip("._-")[:90] or "images"
+    return f"{name}-images" if name in RESERVED else name
 
 
 track_option = click.option(

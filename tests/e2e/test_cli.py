@@ -135,6 +135,15 @@ def test_names_that_could_leave_the_store_are_refused(name, runfile, monkeypatch
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
+def test_a_run_file_whose_name_no_run_can_have_asks_for_another(command, runfile, monkeypatch, capsys):
+    odd = runfile.rename(runfile.with_name("my run.yaml"))
+    code, _, err = call(monkeypatch, capsys, command, odd)
+    assert code == 2
+    assert "run name 'my run': expected letters" in one_line(err)
+    assert "choose one with --name" in err
+
+
+@pytest.mark.parametrize("command", ["run", "submit"])
 @pytest.mark.parametrize("option", ["--name", "--store", "--address"])
 def test_the_empty_value_of_an_unset_variable_is_refused(command, option, runfile, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, command, runfile, option, "")

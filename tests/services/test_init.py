@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.config.loading import describe_fields
 from defuse_core.suggest import inspect_data
+from services.cli.options import run_name
 from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import digits, trained
 
@@ -142,6 +144,8 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
         (["notes.npz"], "expected an .npz file with train_images"),
         (["flat", "--out", "gone/flat.yaml"], "gone/flat.yaml: its folder does not exist; create it, or"),
         (["flat", "--out", "notes.npz"], "notes.npz exists; choose another file with --out"),
+        (["flat", "--out", "empty", "--force"], "--out empty: cannot be written (Is a directory); choose"),
+        (["small.npz"], "small.npz: image_size: Input should be greater than or equal to 8, found 6; resize"),
         (["flat", "--classifier", "nothing"], "expected package.module:factory, a file, a folder"),
         (
             ["flat", "--classifier", "timm:resnet18"],
@@ -156,10 +160,42 @@ def test_what_cannot_be_is_refused_in_one_line(options, line, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("notes.npz").write_text("notes")
+    np.savez("small.npz", train_images=np.zeros((20, 6, 6), np.uint8), train_labels=np.arange(20) % 2)
     colour_picture(tmp_path / "flat/cat/0.png", 16, 16)
     code, _, err = call(monkeypatch, capsys, "init", *options)
     assert line in one_line(err).replace(str(tmp_path) + "/", "")
     assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "file", "following"),
+    [
+        ("my parts", None, "my-parts.yaml", "defuse run my-parts.yaml"),
+        ("日本", None, "images.yaml", "defuse run images.yaml"),
+        ("traffic", None, "traffic-images.yaml", "defuse run traffic-images.yaml"),
+        ("a" * 120, None, "a" * 90 + ".yaml", f"defuse run {'a' * 90}.yaml"),
+        ("digits", "my run.yaml", "my run.yaml", "defuse run 'my run.yaml' --name my-run"),
+    ],
+)
+def test_the_next_command_has_a_name_that_a_run_can_have(
+    images, out, file, following, pictures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path(images).symlink_to(pictures)
+    options = [] if out is None else ["--out", out]
+    code, printed, err = call(monkeypatch, capsys, "init", images, "--minutes", 1, *options)
+    assert code == 0, err
+    assert Path(file).is_file()
+    assert printed.endswith(f"next: {following}\n")
+    _, _, _, *name = shlex.split(following)
+    assert run_name(name[1] if name else None, Path(file))
+
+
+def test_minutes_that_are_no_number_are_refused(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(monkeypatch, capsys, "init", pictures, "--minutes", "nan")
+    assert code == 2
+    assert "'--minutes': expected a number, found nan" in err
 
 
 def test_every_field_is_described_with_a_meaning():
