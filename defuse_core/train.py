@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, ReferenceSet
 from defuse_core.config import RunFile
-from defuse_core.data import Splits, log_parts, open_splits
+from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device_name
 from defuse_core.errors import RunFileError
 from defuse_core.evaluation.health import (
@@ -26,6 +26,7 @@ from defuse_core.evaluation.health import (
     reconstruction_strip,
 )
 from defuse_core.models import (
+    EXTERNAL,
     Vae,
     build_classifier,
     check_outputs,
@@ -144,6 +145,10 @@ def train_part(
     vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
     with cpu_threads(spec.resources.train_threads):
         if part == "vae":
+            if spec.classifier.weights is not None or spec.classifier.architecture in EXTERNAL:
+                initial_classifier(
+                    spec, on_disk.train, len(on_disk.classes)
+                )  # the same, before the β-VAE's hours
             splits = on_disk.loaded("train")
             train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
             return
@@ -204,17 +209,23 @@ def _expect_validation(spec: RunFile, splits: Splits) -> None:
     )
 
 
+def initial_classifier(spec: RunFile, train: Images, classes: int) -> nn.Module:
+    """Return the classifier before its training: initialised from the seed, with classifier.weights, or custom."""
+    torch.manual_seed(torch_seed(spec.seed, "classifier"))
+    classifier = build_classifier(spec, classes)
+    load_pretrained(classifier, spec.classifier.weights, spec.classifier.epochs > 0)
+    to_device(classifier)
+    check_outputs(classifier, spec.classifier, train, classes)
+    expect_trainable(classifier)
+    return classifier
+
+
 def train_classifier(
     spec: RunFile, splits: Splits, store: Store | None, progress: Progress
 ) -> tuple[nn.Module, list[ClassifierEpoch]]:
     """Return the classifier and one row per epoch. Returns the last epoch or the best on validation (keep)."""
     section = spec.classifier
-    torch.manual_seed(torch_seed(spec.seed, "classifier"))
-    classifier = build_classifier(spec, len(splits.classes))
-    load_pretrained(classifier, section.weights, section.epochs > 0)
-    to_device(classifier)
-    check_outputs(classifier, section, splits.train, len(splits.classes))
-    expect_trainable(classifier)
+    classifier = initial_classifier(spec, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     images = DeviceImages(splits.train, spec.resources.readers)
     loss_of = averaged(classifier, partial(classifier_loss, spec, classifier))

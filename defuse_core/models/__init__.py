@@ -21,7 +21,13 @@ from defuse_core.models.inference import (
     to_device,
     to_tensor,
 )
-from defuse_core.models.probe import check_outputs, expect_trainable, log_classifier, probe_classifier
+from defuse_core.models.probe import (
+    EXTERNAL,
+    check_outputs,
+    expect_trainable,
+    log_classifier,
+    probe_classifier,
+)
 from defuse_core.models.programs import SelfContainedClassifier, copy_for_inference, load_program, program_of
 from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
@@ -34,6 +40,7 @@ from defuse_core.models.weights import (
 )
 
 __all__ = [
+    "EXTERNAL",
     "CustomVae",
     "Decoder",
     "ReferenceCnn",

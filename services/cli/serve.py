@@ -209,7 +209,8 @@ def _candidate(store: str, run: str) -> Candidate:
     from services.storage import open_store
 
     with ProgressDisplay() as display:
-        return prepare_candidate(Run.open(open_store(store), checked_name(run)), display)[1]
+        found = Run.open(open_store(store), checked_name(run))
+        return prepare_candidate(found, display, must_store=False)[1]  # a promotion copies it to the registry
 
 
 def _registry(store: str) -> Registry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from defuse_core.config import CheckSection, RunFile, ServeSection, first_proble
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import CheckFailed, InputError, ModelError
+from defuse_core.errors import CheckFailed, InputError, ModelError, StoreError
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
@@ -41,9 +42,8 @@ from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
 
-FORMAT = (
-    3  # of the stored candidate; part of its key in the run, so a candidate of another format is made again
-)
+log = logging.getLogger("defuse")
+FORMAT = 3  # of the stored candidate; part of its key in the run, so that one of another format is made again
 VERSION_SETTINGS = (
     "resize",
     "watch",
@@ -157,10 +157,13 @@ def with_settings(section: ServeSection, changes: Mapping[str, Any]) -> ServeSec
         raise InputError(f"serve.{first_problem(error, ServeSection)}") from error
 
 
-def prepare_candidate(run: Run, progress: Progress = silent) -> tuple[str, Candidate]:
+def prepare_candidate(
+    run: Run, progress: Progress = silent, *, must_store: bool = True
+) -> tuple[str, Candidate]:
     """Return the key of the run's candidate in its store, and the candidate, made and checked at the first call.
 
-    Raises InputError where the run has no corrected classifier yet.
+    Raises InputError where the run has no corrected classifier yet, and StoreError where the candidate cannot be
+    stored; without `must_store`, a warning says that it will be made again.
     """
     artifacts = _RunArtifacts.load(run)
     key = f"candidates/{_digest(run.spec, artifacts.sweep.weights, str(FORMAT))[:16]}.safetensors"
@@ -168,7 +171,14 @@ def prepare_candidate(run: Run, progress: Progress = silent) -> tuple[str, Candi
         return key, decode_candidate(run.store.read(key), key)
     except FileNotFoundError:
         candidate = _make(run, artifacts, progress)
-        run.store.write(key, encode_candidate(candidate))
+        try:
+            run.store.write(key, encode_candidate(candidate))
+        except StoreError as error:
+            if must_store:
+                raise
+            log.warning(
+                "the checks will be made again next time, since the store cannot be written: %s", error
+            )
         return key, candidate
 
 

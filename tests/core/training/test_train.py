@@ -8,7 +8,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Gallery, Model
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.distill.draws import Draws, distances_from
-from defuse_core.errors import ModelError, RunFileError, RunMismatchError
+from defuse_core.errors import DefuseError, ModelError, RunFileError, RunMismatchError
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
     build_vae,
@@ -27,7 +27,7 @@ from defuse_core.review.sample import filter_corrections, sample_corrections, sa
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
-from defuse_core.train import train
+from defuse_core.train import train, train_side_by_side
 from defuse_core.training.checkpoint import minibatches, set_learning_rate
 from defuse_core.training.reference_models import (
     load_reference_models,
@@ -323,6 +323,22 @@ def test_a_classifier_without_a_parameter_to_tune_is_refused_before_the_vae_is_t
     }
     with pytest.raises(ModelError, match="expected parameters to fine-tune, found none"):
         train(tiny(classifier=own), progress=silent)
+
+
+@pytest.mark.parametrize(
+    ("brought", "message"),
+    [
+        ({"weights": "nowhere.safetensors"}, "nowhere.safetensors: expected a file of weights, found none"),
+        ({"architecture": "custom", "import_path": "no_such_module:build"}, "no_such_module"),
+    ],
+)
+def test_a_classifier_to_train_on_that_cannot_be_read_is_refused_before_the_vae_is_trained(
+    brought, message, tmp_path
+):
+    spec, store = tiny(classifier=brought), FolderStore(tmp_path)
+    with pytest.raises(DefuseError, match=message):
+        train_side_by_side(spec, store, LocalCompute(), None)
+    assert not [key for key in store.list() if "vae" in key]
 
 
 def test_an_epoch_takes_every_row_once_but_no_batch_of_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +43,14 @@ def test_check_prints_every_check_and_fails_with_exit_code_1_where_one_failed(pl
 def test_check_as_json_is_one_object(planted):
     found = json.loads(run(check, "first", "--store", planted.address, "--json"))
     assert found["passed"] and len(found["checks"]) == 7
+
+
+def test_check_works_on_a_store_that_cannot_be_written(own_store, tmp_path, caplog):
+    made = tmp_path / "first" / "candidates"
+    shutil.rmtree(made, ignore_errors=True)
+    made.symlink_to("nowhere")  # a folder cannot be made here: as on a read-only disk, for root as well
+    assert run(check, "first", "--store", own_store.address).count("ok ") == 7
+    assert "made again next time, since the store cannot be written" in caplog.text
 
 
 def without_correction(run_dir: Run, accepted: bool, verdict: str = "fit") -> None:
