@@ -231,11 +231,19 @@ class FolderStore:
             yield
 
     def _locked_folder(self) -> Path | None:
-        """Return the folder that the driver for whom this store writes locked, if any; RunBusyError if it is gone."""
+        """Return the folder that the driver for whom this store writes locked, if any.
+
+        Raises RunBusyError if the folder is gone, and InputError if the driver locked it on another machine.
+        """
         folder = next((folder for folder in self.holders if self.folder.is_relative_to(folder)), None)
-        if folder is not None and not (folder / LOCK).exists():
+        if folder is None or (folder / LOCK).exists():
+            return folder
+        if f" on {platform.node()} " in self.holders[folder]:
             raise self._taken_over(folder, "")
-        return folder
+        raise InputError(
+            f"{folder}: {self.holders[folder]} holds this run, and {platform.node()} does not see its folder; --store "
+            "must be one that all nodes share: s3://bucket/prefix, or a shared folder (or was the run deleted?)"
+        )
 
     def _taken_over(self, folder: Path, holder: str) -> RunBusyError:
         return RunBusyError(

@@ -38,6 +38,7 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 
 MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure scenario are left out
+MIN_CODES = 4  # for a perplexity of 1
 ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
 TRAINING, FAILURE, ACCEPTED, REJECTED = range(4)  # Evaluation.point_kind
 
@@ -164,8 +165,10 @@ def _some(count: int, wanted: int, rng: Generator) -> I64:
 def embed(spec: RunFile, codes: F32) -> F32:
     """Return t-SNE of (P, Z) codes, (P, 2), by Barnes and Hut's approximation: some 45 s for 10,000 codes.
 
-    On one thread, because sums in another order give another picture.
+    On one thread, because sums in another order give another picture. Zeros where there are too few codes for one.
     """
+    if len(codes) < MIN_CODES:
+        return np.zeros((len(codes), 2), np.float32)
     from sklearn.manifold import TSNE  # late: its import takes a second
 
     perplexity = min(spec.report.perplexity, (len(codes) - 1) / 3)

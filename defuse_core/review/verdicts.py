@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import warnings
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from defuse_core.errors import InputError, RunFileError, StoreError
 from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
 from defuse_core.runs import FROM_VERDICTS, Run
 from defuse_core.store import Store
+
+log = logging.getLogger("defuse")
 
 
 def crowdlab_labels(votes: Votes, probabilities: F32) -> I64:
@@ -316,9 +319,10 @@ def override_verdict(
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     entry = Override(scenario, index, author, " ".join(reason.split()), when)
     if run.load(Verdicts) is None:
-        _store(run, entry)
+        key = _store(run, entry)
         verdicts = run.load(Verdicts)  # a driver may have judged in the meantime
         if verdicts is not None and entry not in verdicts.overrides:
+            run.store.delete(key)
             raise InputError(_judged_message(run))
     elif redo:
         with run.store.lock():
@@ -341,11 +345,20 @@ def class_index(label: str, classes: tuple[str, ...]) -> int:
     raise InputError(f"--label {label}: expected a class or its index, of 0 to {len(classes) - 1} ({shown})")
 
 
-def _store(run: Run, entry: Override) -> None:
-    """Store the decision beside all others: of two that are made at once, both count."""
+def _store(run: Run, entry: Override) -> str:
+    """Store the decision beside all others, and return its key: of two that are made at once, both count."""
     number = len(run.store.list(OVERRIDES)) + 1
     while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(asdict(entry), indent=1).encode()):
         number += 1
+    return f"{OVERRIDES}{number:04d}.json"
+
+
+def finish_interrupted_decision(run: Run) -> None:
+    """Delete verdicts that lack a stored decision: the process that was to delete them ended in between."""
+    verdicts = run.load(Verdicts)
+    if verdicts is not None and set(read_overrides(run.store)) - set(verdicts.overrides):
+        log.warning("review: a decision came after the verdicts; these and what follows are made again")
+        _delete_artefacts(run, FROM_VERDICTS)
 
 
 def _judged_message(run: Run) -> str:

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from defuse_core.correct import (
 )
 from defuse_core.errors import ComputeError, DataError, ModelError
 from defuse_core.local import LocalCompute
-from defuse_core.models import accuracy, load_classifier
+from defuse_core.models import accuracy, load_classifier, predict
 from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
@@ -211,6 +212,17 @@ def test_a_loss_that_is_not_finite_stops_the_trial_in_one_line(tiny_spec, tiny_m
     )
     with pytest.raises(ModelError, match="diverged"):
         next(fine_tune(tiny_spec, broken, tuning, 1.0, None))
+
+
+def test_further_training_of_a_classifier_that_is_sure_of_every_image_changes_nothing(
+    tiny_spec, tiny_models, tuning
+):
+    last = sorted(name for name in tiny_models.classifier if name.endswith(".bias"))[-1].removesuffix("bias")
+    sure = {k: v * 1e6 if k.startswith(last) else v for k, v in tiny_models.classifier.items()}
+    right = predict(load_classifier(tiny_spec, sure, 10), tuning.train.pixels) == tuning.train.labels
+    known = replace(tuning, train=tuning.train.take(np.flatnonzero(right)))
+    trial = next(fine_tune(tiny_spec, replace(tiny_models, classifier=sure), known, 0.0, None))
+    assert trial.rows[0].train == 1.0
 
 
 def test_scenario_images_are_cycled_through_before_any_comes_twice():

@@ -1,7 +1,9 @@
 import errno
 import multiprocessing
 import os
+import pickle
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -201,6 +203,20 @@ def test_a_second_driver_is_refused_and_told_who_the_first_is(tmp_path, holder):
         FolderStore(tmp_path).lock(),
     ):
         pass
+
+
+def test_a_worker_that_does_not_see_the_drivers_folder_says_that_nodes_must_share_it(tmp_path, monkeypatch):
+    store = FolderStore(tmp_path / "run")
+    with store.lock():
+        there = pickle.loads(pickle.dumps(store))
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(RunBusyError, match="nobody does now"):  # on this machine the run was deleted
+        there.write("a", b"")
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    with pytest.raises(
+        InputError, match="elsewhere does not see its folder; --store must be one that all nodes"
+    ):
+        there.write("a", b"")
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):

@@ -77,6 +77,12 @@ def test_the_embedding_is_the_same_each_time(tiny_spec: RunFile):
     assert first.shape == (60, 2)
 
 
+def test_too_few_codes_for_an_embedding_lie_at_one_point(tiny_spec: RunFile):
+    for count in (1, 2, 3):
+        assert embed(tiny_spec, np.ones((count, 4), np.float32)).shape == (count, 2)
+    assert np.isfinite(embed(tiny_spec, np.eye(4, dtype=np.float32))).all()
+
+
 def test_accuracies_are_those_of_the_models(tiny_spec: RunFile, tiny_models: Models, tmp_path):
     found = findings(tiny_models, FolderStore(tmp_path), accepted=2)
     tuned = Sweep((), None, tiny_models.classifier, ())
