@@ -20,7 +20,43 @@ NOT_A_NUMBER = -1  # in place of an answer
 
 def to_device(module: nn.Module) -> nn.Module:
     """Move `module` to this process's device, in the memory layout in which convolutions are fastest."""
+    if device().type == "cpu":
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d) and _overruns(part):
+                part.register_forward_pre_hook(_crop_for_training)
     return module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _overruns(convolution: nn.Conv2d) -> bool:
+    """Whether oneDNN's weight gradient of this convolution can write past the end of its memory on this CPU.
+
+    That of a 1x1 convolution with a stride does in the layout of to_device, where there are fewer channels than numbers
+    in a vector register, and the stride divides the image (github.com/uxlfoundation/oneDNN/issues/6035). With one
+    channel, or several groups, torch takes another way.
+    """
+    block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    return (
+        convolution.kernel_size == (1, 1)
+        and max(convolution.stride) > 1
+        and convolution.padding in ((0, 0), "valid")
+        and convolution.groups == 1
+        and 1 < convolution.in_channels < block
+    )
+
+
+def _crop_for_training(convolution: nn.Conv2d, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return images (..., channels, H, W) without a last row and column that the stride passes over anyway.
+
+    The stride then no longer divides the image, and oneDNN computes the gradient in another, correct way.
+    """
+    if not torch.is_grad_enabled() or not arguments:  # answers stay as they are, to the last bit
+        return arguments
+    images, *others = arguments
+    height, width = (
+        side - (stride > 1 and side % stride == 0)
+        for side, stride in zip(images.shape[-2:], convolution.stride, strict=True)
+    )
+    return images[..., :height, :width], *others
 
 
 def to_tensor(images: F32) -> Tensor:

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from defuse_core.models import (
     predict_probabilities,
     read_weights,
     set_weights,
+    to_device,
     weights_of,
 )
 from defuse_core.training.precision import answers_as_in_f32
@@ -336,3 +338,22 @@ def test_a_classifier_that_returns_nan_has_no_answer():
         with pytest.raises(ModelError, match="returns nan for 1 of"):
             answer(lambda rows: logits[rows], 3, 2)
         assert answer(lambda rows: logits[1:][rows], 2, 2).tolist() == [0, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's convolutions")
+@pytest.mark.parametrize(("channels", "cropped"), [(1, False), (4, True), (16, False)])
+def test_a_narrow_strided_convolution_is_trained_on_images_that_its_stride_does_not_divide(channels, cropped):
+    """Else oneDNN's gradient writes past the end of its memory; the gradient itself is the same."""
+    plain = nn.Conv2d(channels, 8, 1, stride=2)
+    convolution, seen = to_device(copy.deepcopy(plain)), []
+    convolution.register_forward_hook(lambda _module, images, _found: seen.append(images[0].shape[2]))
+    images = torch.rand(8, channels, 16, 16)
+    found = convolution(images.contiguous(memory_format=torch.channels_last))
+    with torch.inference_mode():
+        convolution(images)
+    assert seen == [15 if cropped else 16, 16]
+    found.square().mean().backward()
+    expected = plain.double()(images.double())
+    expected.square().mean().backward()
+    torch.testing.assert_close(found.double(), expected)
+    torch.testing.assert_close(convolution.weight.grad.double(), plain.weight.grad)
