@@ -35,6 +35,14 @@ class Net(nn.Module):
         return logits
 
 
+class TwoHeads(Net):
+    """A classifier with a second head that its answers do not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(16 * 64, 3)
+
+
 def digits() -> Images:
     """The training images of the tiny run file."""
     return open_splits(tiny().data, 0).train

@@ -73,7 +73,9 @@ def train_vae(
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
     for guide in guides:
         guide.requires_grad_(False)
-    loss = averaged(trained, VaeObjective(spec, vae.train(), head))
+    loss = averaged(
+        trained, VaeObjective(spec, vae.train(), head), all_used=spec.vae.architecture != "custom"
+    )
     images = DeviceImages(splits.train, spec.resources.readers)
     trainer = _VaeTrainer(spec, loss, head is not None, tuple(guides), optimizer, images, progress)
     for epoch in training.epochs(section.epochs):

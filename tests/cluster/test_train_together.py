@@ -57,6 +57,16 @@ def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
     assert max(np.abs(moved[name] - one.weights[name]).max() for name in moved) > 20 * TOLERANCE
 
 
+def test_a_classifier_with_a_head_that_its_answers_do_not_use_is_trained_by_two_workers(
+    tmp_path: Path,
+) -> None:
+    own = {"architecture": "custom", "import_path": "tests.own_classifiers:TwoHeads", "epochs": 2}
+    store = FolderStore(tmp_path)
+    with RayCompute(None, together(classifier=own)) as compute:
+        compute.together("train", train_part, compute.spec, store, "classifier")
+    assert len(checkpoint(store, "classifier").history) == 2
+
+
 def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> None:
     spec = together(classifier={"epochs": 2, "optimizer": "adam", "learning_rate": 1e30})
     with RayCompute(None, spec) as compute, pytest.raises(ModelError, match="the classifier diverged"):
