@@ -190,13 +190,18 @@ class Identifier:
         )
 
     def _screen(self, decoder: Decoder, codes: F32, truth: I64, failed: Bool) -> Bool:
-        """Return `failed` (n, Q) without the draws whose decoding no longer shows the source's class."""
+        """Return `failed` (n, Q) without the draws whose decoding no longer shows the source's class.
+
+        One batch is decoded at a time: with the decodings of all failing draws, memory would grow with Q.
+        """
         if self.references is None or not failed.any():
             return failed
-        image, _ = np.nonzero(failed)
-        decoded = decoder.decode(codes[failed], image)
+        image, draw = np.nonzero(failed)
+        size = self.spec.identify.batch_size
         kept = failed.copy()
-        kept[failed] = self._recognised(decoded, truth[image])
+        for start in range(0, len(image), size):
+            batch = image[start : start + size], draw[start : start + size]
+            kept[batch] = self._recognised(decoder.decode(codes[batch], batch[0]), truth[batch[0]])
         return kept
 
     def _recognised(self, images: F32, truth: I64) -> Bool:

@@ -24,7 +24,7 @@ from defuse_core.identify import (
     shard_key,
 )
 from defuse_core.local import LocalCompute
-from defuse_core.models import decode_codes, encode_images, predict
+from defuse_core.models import Decoder, decode_codes, encode_images, predict
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import mean_probabilities
@@ -127,6 +127,35 @@ def test_screening_keeps_the_failing_draws_that_still_show_their_class(screening
     truth = unscreened.failures.truth[[tuple(c) not in kept for c in unscreened.failures.codes.tolist()]]
     lost = mean_probabilities(screening.references, decode_codes(screening.vae, others.astype(np.float32)))
     assert lost[np.arange(len(lost)), truth].max() < least + 1e-5
+
+
+class CountingDecoder(Decoder):
+    """Remembers how many codes it was asked to decode at once."""
+
+    most = 0
+
+    def decode(self, codes, anchors=None):
+        self.most = max(self.most, len(codes))
+        return super().decode(codes, anchors)
+
+
+def test_screening_decodes_one_batch_at_a_time_with_the_result_of_all_at_once(tiny_models, references):
+    worker = Identifier(recommended(identify={"batch_size": 8}), tiny_models, references)
+    images = worker.train.take(slice(0, 10))
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((10, 7, 4)).astype(np.float32)
+    codes = encode_images(worker.vae, images)[:, None, :] + noise
+    failed = rng.random((10, 7)) < 0.6
+    decoder = CountingDecoder(worker.vae, images, 8)
+    kept = worker._screen(decoder, codes, images.labels, failed)
+    assert decoder.most == 8 < failed.sum()
+
+    image, _ = np.nonzero(failed)
+    seen = mean_probabilities(worker.references, decoder.decode(codes[failed], image), 8)
+    recognised = seen[np.arange(len(image)), images.labels[image]] >= worker.spec.identify.min_probability
+    assert 0 < recognised.sum() < len(image)
+    np.testing.assert_array_equal(kept[failed], recognised)
+    assert not kept[~failed].any()
 
 
 def test_the_counts_of_screening_reach_the_record_of_all_shards(screening, tmp_path):
