@@ -60,6 +60,7 @@ class FileLoader:
             persistent_workers=True,
             multiprocessing_context="forkserver",  # a fork of a process with Ray's threads may stop for ever
             collate_fn=_unchanged,
+            generator=torch.Generator(),  # the loader draws a seed per epoch, else from that of the dropout masks
         )
 
     def __iter__(self) -> Iterator[I64]:

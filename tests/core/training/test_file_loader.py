@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from defuse_core.data import Images, PictureFiles
 from defuse_core.errors import DataError
@@ -34,3 +36,20 @@ def test_processes_that_read_ahead_change_nothing_in_any_epoch_and_name_a_file_t
     (tmp_path / "6.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"^\S*6\.png: expected an image"):
         list(ahead.batches([np.array([1, 2]), np.array([6, 3])]))
+
+
+def test_dropout_masks_are_the_same_whoever_reads_and_wherever_a_training_is_resumed(tmp_path: Path) -> None:
+    images = stored(tmp_path, 4)
+
+    def masks(readers: int, first_epoch: int) -> list[list[float]]:
+        """Of each minibatch of the epochs from `first_epoch` to the third."""
+        loader, found = DeviceImages(images, readers), []
+        for epoch in range(first_epoch, 3):
+            torch.manual_seed(epoch)
+            minibatches = loader.batches([np.array([0, 1]), np.array([2, 3])])
+            found += [F.dropout(torch.ones(16)).tolist() for _ in minibatches]
+        return found
+
+    here = masks(0, 0)
+    assert masks(1, 0) == here
+    assert masks(1, 1) == here[2:]
