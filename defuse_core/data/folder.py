@@ -69,9 +69,10 @@ def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | N
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Return the files of a class, sorted. Raises DataError naming one that is not an image."""
+    """Return the files of a class, sorted, without hidden ones. Raises DataError naming one that is not an image."""
     found: list[str] = []
-    for where, _, names in os.walk(folder, followlinks=True, onerror=_raise):
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        folders[:] = [name for name in folders if not _hidden(name)]  # those that os.walk goes on to
         for name in names:
             if _hidden(name):
                 continue

@@ -42,6 +42,16 @@ def test_hidden_files_are_not_images_of_a_class(tmp_path: Path):
     assert len(open_splits(section("folder", tmp_path), 0).train) == 10
 
 
+def test_nothing_in_a_hidden_folder_is_an_image_of_a_class(tmp_path: Path):
+    cats = write_folder(tmp_path) / "train" / "cat"
+    save_picture(cats / ".ipynb_checkpoints" / "0-checkpoint.png", noise(1, SIZE, SIZE, 3)[0])
+    (cats / ".ipynb_checkpoints" / "notes.txt").touch()
+    save_picture(cats / "indoors" / "5.png", noise(1, SIZE, SIZE, 3)[0])
+    paths = open_splits(section("folder", tmp_path), 0).train.pixels.paths
+    assert len(paths) == 11
+    assert not any("checkpoint" in path for path in paths)
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
