@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
@@ -75,15 +76,34 @@ def read_picture(path: str, channels: int, size: int) -> U8:
 
 
 def fit_picture(picture: Image.Image, channels: int, size: int) -> U8:
-    """Return a picture as (channels, size, size)."""
-    if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips instead of scaling
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    """Return a picture as (channels, size, size). Raises ValueError for floats that are neither 0 to 1 nor 0 to 255."""
+    if picture.mode == "F" or picture.mode.startswith(
+        "I"
+    ):  # Pillow's own conversion clips instead of scaling
+        picture = Image.fromarray(_eight_bits(picture))
     if "transparency" in picture.info:
         picture = picture.convert("RGBA")
     picture = picture.convert("L" if channels == 1 else "RGB")
     if picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def _eight_bits(picture: Image.Image) -> U8:
+    """Return the pixels (H, W) of a picture with 16 or 32 bits a pixel as 0 to 255.
+
+    16 bits are 0 to 65,535. What 32 bits mean is not in the file, so that the brightest pixel of each picture decides:
+    floats are 0 to 1 up to 1, else 0 to 255; integers, which only a TIFF has, are 0 to 255 up to 255, else 0 to 65,535.
+    """
+    pixels = np.asarray(picture)
+    low, high = pixels.min(), pixels.max()
+    if picture.mode == "F":
+        if not (low >= 0 and high <= 255):  # nan is neither
+            raise ValueError(f"floats of {low:g} to {high:g}, where 0 to 1 or 0 to 255 are read")
+        return (np.round(pixels * 255) if high <= 1 else pixels).astype(np.uint8)
+    deep = not isinstance(picture, TiffImageFile) or picture.tag_v2.get(BITSPERSAMPLE) != (32,)
+    shift = 8 if deep or high > 255 else 0
+    return (pixels.astype(np.int64) >> shift).clip(0, 255).astype(np.uint8)
 
 
 def fit_pixels(pixels: U8, channels: int, size: int) -> U8:

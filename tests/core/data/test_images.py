@@ -74,6 +74,36 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path):
     assert (PictureFiles([path], 1, SIZE)[:] == 0x80).all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "stored", "expected"),
+    [
+        (np.float32, (0.0, 0.25, 1.0), (0, 64, 255)),
+        (np.float32, (0.0, 64.9, 255.0), (0, 64, 255)),
+        (np.int32, (0, 64, 255), (0, 64, 255)),
+        (np.int32, (0, 0x4000, 0xFFFF), (0, 0x40, 0xFF)),
+        (np.uint16, (0, 64, 255), (0, 0, 0)),  # a dark picture of 16 bits
+    ],
+)
+def test_tiffs_of_16_and_32_bits_are_scaled_to_0_to_255(
+    tmp_path: Path, kind: Any, stored: tuple[float, ...], expected: tuple[int, ...]
+):
+    path = save_picture(tmp_path / "deep.tif", np.resize(np.array(stored, kind), (SIZE, SIZE)))
+    for channels in (1, 3):
+        found = PictureFiles([path], channels, SIZE)[:]
+        assert (found == np.resize(np.array(expected, np.uint8), (SIZE, SIZE))).all()
+
+
+@pytest.mark.parametrize("pixel", [-0.5, 255.5, np.nan])
+def test_a_tiff_of_floats_in_another_range_is_named(tmp_path: Path, pixel: float):
+    pixels = np.ones((SIZE, SIZE), np.float32)
+    pixels[0, 0] = pixel
+    path = save_picture(tmp_path / "odd.tif", pixels)
+    with pytest.raises(
+        DataError, match=r"odd\.tif: expected an image, found floats of .* where 0 to 1 or 0 to 255"
+    ):
+        PictureFiles([path], 1, SIZE)[:]
+
+
 def test_a_transparent_palette_is_read_as_its_colours(tmp_path: Path):
     picture = Image.new("P", (SIZE, SIZE), 1)
     picture.putpalette([0, 0, 0, 10, 20, 30])
