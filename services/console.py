@@ -1,8 +1,10 @@
-"""Progress of a long command: bars on a terminal, plain lines in a log."""
+"""The terminal, and the progress of a long command: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import time
 from types import TracebackType
 from typing import Self
@@ -13,6 +15,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 log = logging.getLogger("defuse")
 LINE_EVERY_S = 15.0
+WIDTH = 80  # columns where the terminal says that it has none
+
+
+class Terminal(Console):
+    """What a command prints its tables on."""
+
+    def __init__(self, *, stderr: bool = False, markup: bool = True) -> None:
+        super().__init__(stderr=stderr, markup=markup)
+        if self.width < 1:  # COLUMNS=0, as in some editors and containers
+            self.width = WIDTH
+
+    def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError, as click does: rich would exit with 1, which means that a check failed."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def _rate(made: int, elapsed: float) -> str:
@@ -26,7 +42,7 @@ class ProgressDisplay:
     """The protocol `Progress` for people: one bar for the current activity, with its rate and the time left."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Terminal(stderr=True)
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

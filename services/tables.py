@@ -33,6 +33,7 @@ from defuse_core.report.formatting import (
 )
 from defuse_core.runs import Run
 from defuse_core.store import Store
+from services.console import Terminal
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
@@ -53,7 +54,7 @@ ARTEFACTS = {  # step -> what it stores in the run
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
-    console = console or Console()
+    console = console or Terminal()
     _print_text(console, headline(report), "bold")
     for warning in caveats(report):
         _print_text(console, warning, "yellow")
@@ -290,7 +291,7 @@ def _shards(run: Run) -> int:
 
 def print_status(run: Run, console: Console | None = None) -> None:
     """Print the state, the time and the size of each step of a run, the β-VAE's health, and the result."""
-    console = console or Console()
+    console = console or Terminal()
     states = step_states(run)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("Step", "State", "Made (UTC)"):
@@ -350,7 +351,7 @@ def _cost(state: StepState) -> tuple[str, str]:
 
 def print_runs(store: Store, console: Console | None = None) -> None:
     """Print the runs in a store, with the current step of each."""
-    console = console or Console()
+    console = console or Terminal()
     folders = (key.partition("/") for key in store.list())
     names = [name for name, _, rest in folders if rest == "run.yaml"]
     if not names:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 import click
 
@@ -16,8 +21,36 @@ from services.cli.run import report, run, status
 from services.cli.serve import check, promote, rollback, serve
 from services.settings import read_settings, share_cores
 
+CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+class CommandLine(click.Group):
+    """All commands. Where nobody reads what one prints, it ends as SIGPIPE would end it.
+
+    click exits with 1 then, which means that a check failed. Python ignores the signal itself, so that a run whose log
+    nobody reads any more (`defuse run 2>&1 | head`) goes on; its result is stored before it is printed.
+    """
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        with _ending_with_its_reader():  # --help and --version print here
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _ending_with_its_reader():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _ending_with_its_reader() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        sys.exit(CLOSED_PIPE)
+
+
+@click.group(
+    cls=CommandLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="defuse")
 def defuse() -> None:
     """Find the regions where an image classifier is wrong, have people label them, and fix it there.
@@ -56,12 +89,26 @@ def main() -> None:
         ""
     )  # the working directory, from which the user's classifier is imported, as with python -m
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal of ASCII shows ? for β; stderr escapes by itself
+    try:
+        _run_command()
+    finally:
+        for stream in (sys.__stdout__, sys.__stderr__):
+            if stream is not None:
+                _drop_unread(stream)
+
+
+def _run_command() -> None:
     try:
         sys.exit(defuse.main(standalone_mode=False))
     except DefuseError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(BrokenPipeError):
+            error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped; the same command continues from here", 130)
@@ -72,5 +119,14 @@ def main() -> None:
 
 
 def _fail(line: str, exit_code: int) -> None:
-    click.echo(f"defuse: {escape_control_characters(line)}", err=True)
+    with contextlib.suppress(BrokenPipeError):  # the exit code says it, too
+        click.echo(f"defuse: {escape_control_characters(line)}", err=True)
     sys.exit(exit_code)
+
+
+def _drop_unread(stream: TextIO) -> None:
+    """Drop what is left for a pipe that nobody reads, which would turn the exit code into 120."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

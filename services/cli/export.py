@@ -313,9 +313,10 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
 
 def _print_comparison(run_a: str, run_b: str, rows: list[ComparedScenario]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from services.console import Terminal
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in (
@@ -334,7 +335,7 @@ def _print_comparison(run_a: str, run_b: str, rows: list[ComparedScenario]) -> N
         numbers = ("–" if number is None else str(number) for number in (row.number_a, row.number_b))
         shares = (f"{share:.0%}" for share in (row.before_a, row.after_a, row.before_b, row.after_b))
         table.add_row(*map(Text, (row.state, row.label, row.mistaken_for, *numbers, *shares)))
-    console = Console()
+    console = Terminal()
     console.print(f"A: {run_a}, B: {run_b}", markup=False)
     console.print(table)
     states = ("persisting", "fixed", "back again", "new")

@@ -181,7 +181,7 @@ def _environment(names: tuple[str, ...]) -> dict[str, str]:
 def _follow(jobs: Jobs, job_id: str) -> None:
     """Show the job's log until it ends, and exit with the run's exit code."""
     try:
-        job = jobs.follow(job_id, lambda text: click.echo(text, nl=False))
+        job = jobs.follow(job_id, _show)
     except KeyboardInterrupt:
         click.echo(
             f"\njob {job_id} continues: defuse jobs logs|stop {job_id} --address {jobs.address}", err=True
@@ -190,6 +190,14 @@ def _follow(jobs: Jobs, job_id: str) -> None:
     if job.exit_code is None or job.status != "SUCCEEDED":
         click.echo(f"job {job_id}: {_ending(job)}", err=True)
     sys.exit(_exit_code(job))
+
+
+def _show(text: str) -> None:
+    """Print a part of a job's log. Raises KeyboardInterrupt where nobody reads it: the job continues as after that."""
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError as error:  # an OSError, which `follow` would take for a lost connection
+        raise KeyboardInterrupt from error
 
 
 def _exit_code(job: Job) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from defuse_core.store import checked_name
 from services.cli.options import store_option
+from services.console import Terminal
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def status(name: str, store: str) -> None:
     opened, gallery = _open(name, store)
     annotators = LabelStudioAnnotators(opened, read_settings())
     found, state = annotators.status(gallery)
-    console = Console(markup=False)  # what annotators typed is no markup
+    console = Terminal(markup=False)  # what annotators typed is no markup
     print_status(found, console)
     _print_skips(name, found, partial(annotators.client.task_url, state.number), console)
     votes = opened.load(Votes)
@@ -184,7 +185,9 @@ def install() -> None:
 
 
 @label_studio.command()
-@click.option("--port", default=8080, show_default=True, help="Port on loopback.")
+@click.option(
+    "--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port on loopback."
+)
 def up(port: int) -> None:
     """Start the server, installed first if necessary; takes about half a minute the first time."""
     from services.labeling.local_server import up as start_server

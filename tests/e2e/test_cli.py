@@ -1,11 +1,13 @@
 """The command line as a user meets it: exit codes, one line for every failure, resume, documentation that is true."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import yaml
 
 from services.cli import defuse, main
+from services.cli.jobs import _show as show
 from tests.conftest import ROOT, TINY
 
 
@@ -315,6 +318,65 @@ def test_an_unexpected_error_is_one_line_too(runfile, tmp_path, monkeypatch, cap
     code, _, err = call(monkeypatch, capsys, "run", runfile, "--store", tmp_path / "runs", "--on", "local")
     assert code == 4
     assert "unexpected ZeroDivisionError" in one_line(err)
+
+
+@pytest.fixture
+def closed_pipe() -> Iterator[int]:
+    """The end to write to of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def write_to(stream: str, pipe: int, unbuffered: str, *words: object) -> subprocess.CompletedProcess[str]:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: pipe}
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    return subprocess.run(command(*words), cwd=ROOT, env=environment, text=True, check=False, **streams)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--help"], ["status"]])  # printed by click, and by rich
+def test_output_that_nobody_reads_is_no_failed_check(words, unbuffered, closed_pipe, tmp_path):
+    store = ["--store", tmp_path] if words == ["status"] else []
+    ended = write_to("stdout", closed_pipe, unbuffered, *words, *store)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_a_failure_that_nobody_reads_keeps_its_exit_code(closed_pipe):
+    assert write_to("stderr", closed_pipe, "", "status", "no run").returncode == 2
+
+
+def test_a_run_whose_log_nobody_reads_goes_on(closed_pipe, runfile, tmp_path):
+    words = ["run", runfile, "--store", tmp_path / "runs", "--on", "local", "--until", "train"]
+    short = [part for name in ("classifier", "vae") for part in ("--set", f"{name}.epochs=1")]
+    ended = write_to("stderr", closed_pipe, "", *words, *short)
+    assert (ended.returncode, ended.stdout.startswith("tiny: done until train")) == (0, True)
+    assert (tmp_path / "runs/tiny/models.safetensors").exists()
+
+
+def test_a_followed_job_whose_log_nobody_reads_is_left_as_after_ctrl_c(closed_pipe, monkeypatch):
+    with os.fdopen(os.dup(closed_pipe), "w", buffering=1) as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(KeyboardInterrupt):  # a BrokenPipeError would be taken for a lost connection
+            show("a line\n")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+
+
+def test_a_terminal_of_ascii_shows_a_run(copied):
+    words = command("status", "tiny", "--store", copied / "runs")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "0"}
+    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "tiny ? digits ? seed 0" in ended.stdout
+    assert max(map(len, ended.stdout.splitlines())) > 40
+
+
+def test_a_port_that_no_machine_has_is_refused(monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "label-studio", "up", "--port", "99999")
+    assert code == 2
+    assert "99999 is not in the range" in err
 
 
 def every_command(group=defuse, path=()):

@@ -71,6 +71,14 @@ def test_a_report_fits_the_terminal_and_cuts_no_figure(tmp_path: Path, width: in
     assert f"{100 * first.defuse:.1f} %" in row
 
 
+@pytest.mark.parametrize("columns", ["0", "1"])
+def test_a_terminal_without_columns_shows_a_report(columns: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    print_report(build_report(a_run(tmp_path), *sample_findings(5, 2)))
+    longest = max(map(len, capsys.readouterr().out.splitlines()))
+    assert 60 < longest <= 80 if columns == "0" else longest == 1
+
+
 def test_a_report_starts_with_its_caveats(tmp_path: Path):
     console = terminal(200)
     found, evaluation = sample_findings(5, 2)
