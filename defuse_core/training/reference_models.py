@@ -25,7 +25,7 @@ from defuse_core.config import STEPS, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.data.splits import split_tracks
 from defuse_core.device import cpu_threads
-from defuse_core.errors import StoreError
+from defuse_core.errors import DataError, StoreError
 from defuse_core.models import (
     ReferenceCnn,
     ResidualNet,
@@ -232,10 +232,17 @@ def _train_one(
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
-    """Return the part of the training images that the set `name` is trained on."""
+    """Return the part of the training images that the set `name` is trained on. DataError if it is empty."""
     if spec.judges.count and spec.judges.share:
         for_judges, others = split_tracks(train, spec.judges.share, generator(spec.seed, "judges", "split"))
-        train = train.take(for_judges if name == "judges" else others)
+        part = train.take(for_judges if name == "judges" else others)
+        if not len(part) and section.epochs:
+            raise DataError(
+                f"judges.share: {spec.judges.share} of {len(train)} training images leaves none for the "
+                f"{'judges' if name == 'judges' else 'reference models'}; change the share, or set it to 0 to train "
+                "both on all"
+            )
+        train = part
     if section.train_images is not None and section.train_images < len(train):
         rows = generator(spec.seed, name, "sample").choice(len(train), section.train_images, replace=False)
         train = train.take(np.sort(rows))

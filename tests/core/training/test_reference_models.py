@@ -5,6 +5,7 @@ from torch import nn
 
 from defuse_core.artifacts import Gallery, ReferenceSet
 from defuse_core.data import Images, Splits, open_splits
+from defuse_core.errors import DataError
 from defuse_core.local import LocalCompute
 from defuse_core.models import ReferenceCnn, ResidualNet, predict_probabilities
 from defuse_core.progress import silent
@@ -104,6 +105,17 @@ def test_judges_have_another_architecture_and_no_training_image_in_common_with_t
 def test_without_a_share_of_their_own_both_are_trained_on_all_images():
     spec = recommended(judges={"share": 0.0})
     assert made_in_a_run(judges, spec).train_images == 300
+
+
+@pytest.mark.parametrize(
+    ("share", "train", "who"), [(0.01, judges, "judges"), (0.99, reference_models, "reference")]
+)
+def test_a_share_that_leaves_a_set_without_images_is_refused_in_one_line(share, train, who):
+    spec = recommended(judges={"share": share}, data={"train_images": 20})
+    with pytest.raises(
+        DataError, match=f"^judges.share: {share} of 20 training images leaves none for the {who}.*both"
+    ):
+        made_in_a_run(train, spec)
 
 
 def test_a_run_may_have_no_judges(tmp_path, tiny_spec):
