@@ -93,6 +93,7 @@ def _raise(error: OSError) -> None:
 
 
 log = logging.getLogger("defuse")
+NAMED = 5  # classes that a warning names
 OTHER_NAMES = {  # of parts, in other tools
     "val": "validation",
     "valid": "validation",
@@ -105,9 +106,18 @@ BY_THE_SYSTEM = ("thumbs.db", "desktop.ini")  # files that Windows writes into f
 
 
 def log_parts(data: DataSection, splits: Splits) -> None:
-    """Log the parts of the data set with their counts, and warn of folders that are not read."""
+    """Log the parts with their counts; warn of classes without a training image and of folders that are not read."""
     counts = ", ".join(f"{count:,} {part}" for part, count in splits.counts().items())
     log.info("images: %s, of %d classes", counts, len(splits.classes))
+    counted = np.bincount(splits.train.labels, minlength=len(splits.classes))
+    if absent := [name for name, count in zip(splits.classes, counted, strict=True) if not count]:
+        log.warning(
+            "images: %d of %d classes have no training image (%s); add some, lower data.validation_share or raise "
+            "data.train_images",
+            len(absent),
+            len(splits.classes),
+            ", ".join(absent if len(absent) <= NAMED else [*absent[:NAMED], "..."]),
+        )
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root):
             log.warning("data.root %s: %s", data.root, line)

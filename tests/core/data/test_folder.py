@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from data_samples import SIZE, error_of, noise, save_picture, section
 
-from defuse_core.data import PictureFiles, open_splits
+from defuse_core.data import PictureFiles, log_parts, open_splits
 
 
 def write_folder(root: Path, parts: tuple[str, ...] = ("train", "validation", "test")) -> Path:
@@ -35,6 +35,25 @@ def test_a_folder_without_validation_has_a_share_of_its_training_images_held_out
     assert splits.counts() == {"train": 8, "validation": 2}
     kept = open_splits(section("folder", write_folder(tmp_path), validation_share=0.2), 0)
     assert kept.counts()["train"] == 10
+
+
+def test_a_class_whose_only_image_is_held_out_is_named_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    root = write_folder(tmp_path, ("train",))
+    save_picture(root / "train" / "fox" / "0.png", noise(1, SIZE, SIZE, 3)[0])
+    warned = {}
+    for seed in range(20):
+        data = section("folder", root, validation_share=0.3)
+        splits = open_splits(data, seed)
+        caplog.clear()
+        log_parts(data, splits)
+        lost = 2 not in splits.train.labels
+        warned[lost] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned[False] == []
+    assert [line.partition(";")[0] for line in warned[True]] == [
+        "images: 1 of 3 classes have no training image (fox)"
+    ]
 
 
 def test_hidden_files_are_not_images_of_a_class(tmp_path: Path):
