@@ -160,9 +160,11 @@ def _dashboard(address: str | None) -> str:
 
 def _shared(store: str) -> str:
     """Return the store as the job addresses it; print what must hold for a folder."""
-    if "://" in store:
+    from services.storage import store_folder
+
+    if store.startswith("s3://"):
         return store
-    folder = Path(store).absolute()
+    folder = store_folder(store)
     click.echo(
         f"store {folder}: must be the same shared folder on every node; s3://bucket/prefix need not", err=True
     )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from defuse_core.errors import InputError
 from defuse_core.store import FolderStore, Store
+
+URL = re.compile(r"[a-z][a-z0-9+.-]*:/|s3[an]?:|s3//|.*://", re.IGNORECASE)  # gs://x, s3:/x, S3:x
 
 
 def open_store(address: str) -> Store:
@@ -15,6 +20,17 @@ def open_store(address: str) -> Store:
         from services.storage.s3 import open_s3
 
         return open_s3(address)
-    if "://" in address:
-        raise InputError(f"--store {address}: expected a folder or s3://bucket/prefix")
-    return FolderStore(address)
+    return FolderStore(store_folder(address))
+
+
+def store_folder(address: str) -> Path:
+    """Return the folder that an address names; ~ is the user's home, which shells leave alone in --store=~/runs.
+
+    Raises InputError for another kind of address, or a misspelled one, which would become a folder; ./s3:/x is one.
+    """
+    if URL.match(address):
+        raise InputError(f"--store {address}: expected s3://bucket/prefix or a folder")
+    try:
+        return Path(address).expanduser().absolute()
+    except RuntimeError as error:
+        raise InputError(f"--store {address}: expected the home of an existing user after ~") from error

@@ -147,6 +147,13 @@ def test_a_run_file_whose_name_no_run_can_have_asks_for_another(command, runfile
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
+def test_a_misspelled_store_is_refused_before_anything_begins(command, runfile, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, command, runfile, "--store", "s3:/bucket/runs")
+    assert code == 2
+    assert "--store s3:/bucket/runs: expected s3://bucket/prefix or a folder" in one_line(err)
+
+
+@pytest.mark.parametrize("command", ["run", "submit"])
 @pytest.mark.parametrize("option", ["--name", "--store", "--address"])
 def test_the_empty_value_of_an_unset_variable_is_refused(command, option, runfile, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, command, runfile, option, "")

@@ -149,6 +149,39 @@ def test_an_address_of_another_kind_is_bad_input(address: str) -> None:
         open_store(address)
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3:/bucket/runs",
+        "S3://bucket",
+        "s3:bucket",
+        "s3//bucket",
+        "s3a:/bucket",
+        "gs:/x",
+        "file:/x",
+        "C:/runs",
+    ],
+)
+def test_a_misspelled_address_does_not_become_a_folder(address: str) -> None:
+    with pytest.raises(InputError, match="expected s3://bucket/prefix or a folder"):
+        open_store(address)
+
+
+@pytest.mark.parametrize("address", ["a:b", "s3", "s3/bucket", "./s3:/bucket", "runs/a:/b"])
+def test_a_folder_may_have_a_colon_in_its_name(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_store(address).address == str(tmp_path / address)
+
+
+def test_a_tilde_is_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_store("~/runs").address == str(tmp_path / "runs")
+    with pytest.raises(InputError, match="expected the home of an existing user after ~"):
+        open_store("~nobody-of-this-name/runs")
+
+
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="run again") as refused:
