@@ -254,6 +254,13 @@ def _is_label_studio(pid: int) -> bool:
     """Whether `pid` is a running Label Studio server, not another program that reuses the number."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
+    if Path("/proc/self/cmdline").exists():  # slim containers have no `ps`
+        try:
+            return (
+                b"label-studio" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            )  # empty for one that has ended
+        except OSError:
+            return False
     found = subprocess.run(
         ["ps", "-o", "stat=,command=", "-p", str(pid)], capture_output=True, text=True, check=False
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,15 @@ from label_studio_live import free_port, live_home
 from defuse_core.errors import InputError, ServiceError
 from services.cli import defuse
 from services.labeling.client import LabelStudioClient, ProjectSettings
-from services.labeling.local_server import Installation, _run, down, running_server, start, up
+from services.labeling.local_server import (
+    Installation,
+    _is_label_studio,
+    _run,
+    down,
+    running_server,
+    start,
+    up,
+)
 
 SETTINGS = ProjectSettings("kept", "", "<View/>", "", False, False, 1, "Sequential sampling", False, "")
 
@@ -83,6 +93,18 @@ def test_a_slow_start_is_reported_while_it_lasts(cache, monkeypatch):
     with pytest.raises(ServiceError, match="did not start"):
         start(installation, free_port(), None, lines.append)
     assert lines[:2] == [f"still starting after {n} s; its log is {installation.log}" for n in (1, 2)]
+
+
+def test_a_server_is_recognised_without_the_program_ps(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    waiting = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
+    for name, recognised in (("label-studio", True), ("other", False)):
+        with subprocess.Popen([*waiting, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()  # it runs
+            assert _is_label_studio(process.pid) is recognised
+            process.stdin.close()
+            process.wait()
+            assert not _is_label_studio(process.pid)
 
 
 def test_a_failed_installation_says_what_pip_said():
