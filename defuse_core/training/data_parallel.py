@@ -81,7 +81,8 @@ class _LossModule(nn.Module):
 def averaged(trained: nn.Module, loss: Callable[P, R], *, all_used: bool) -> Callable[P, R]:
     """Return `loss`, the backward pass of which averages the gradients of `trained` over the workers.
 
-    `all_used` says that every parameter takes part in the loss, which saves a search for those that do not. On GPUs batch normalisation sees the whole minibatch. Waits until all workers have called it.
+    `all_used` says that every parameter takes part in the loss, which saves a search for those that do not. On GPUs
+    batch normalisation sees the whole minibatch. Waits until all workers have called it.
     """
     if group_size() == 1:
         return loss
