@@ -230,12 +230,10 @@ def _epoch(
 def _require_progress(before: Weights, classifier: nn.Module, optimizer: Optimizer, lam: float) -> None:
     """Raise ModelError where an epoch overflowed or, with λ over 0, left every weight as it was: λ is too large."""
     now = weights_of(classifier)
-    state = optimizer_state(optimizer)
-    finite = all(np.isfinite(array).all() for array in (*now.values(), *state.values()))
+    finite = all(np.isfinite(array).all() for array in (*now.values(), *optimizer_state(optimizer).values()))
     learned = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
-    if finite and (
-        lam == 0 or any(not np.array_equal(before[name], now[name]) for name in learned & set(now))
-    ):
+    changed = any(not np.array_equal(before[name], now[name]) for name in learned & set(now))
+    if finite and (changed or lam == 0):
         return
     what = "changed no weight" if finite else "overflowed"
     raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}; choose a smaller λ")
