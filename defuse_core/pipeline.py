@@ -47,7 +47,6 @@ from defuse_core.review.verdicts import (
     decides_twice,
     doubtful,
     false_discovery_rate,
-    finish_interrupted_decision,
     read_overrides,
 )
 from defuse_core.runs import Run
@@ -88,7 +87,6 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))
-    finish_interrupted_decision(run)
     verdicts = run.once(
         "review", Verdicts, lambda: _verdicts(run, compute, models, scenarios, gallery, votes)
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 import warnings
 from collections.abc import Sequence
@@ -30,8 +29,6 @@ from defuse_core.errors import InputError, RunFileError, StoreError
 from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
 from defuse_core.runs import FROM_VERDICTS, Run
 from defuse_core.store import Store
-
-log = logging.getLogger("defuse")
 
 
 def crowdlab_labels(votes: Votes, probabilities: F32) -> I64:
@@ -326,8 +323,10 @@ def override_verdict(
             raise InputError(_judged_message(run))
     elif redo:
         with run.store.lock():
-            _store(run, entry)
             _delete_artefacts(run, FROM_VERDICTS)
+            _store(
+                run, entry
+            )  # last: beside verdicts that were made without it, it would be recorded and ignored
     else:
         raise InputError(_judged_message(run))
     return f"scenario {scenario} is " + (
@@ -351,14 +350,6 @@ def _store(run: Run, entry: Override) -> str:
     while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(asdict(entry), indent=1).encode()):
         number += 1
     return f"{OVERRIDES}{number:04d}.json"
-
-
-def finish_interrupted_decision(run: Run) -> None:
-    """Delete verdicts that lack a stored decision: the process that was to delete them ended in between."""
-    verdicts = run.load(Verdicts)
-    if verdicts is not None and set(read_overrides(run.store)) - set(verdicts.overrides):
-        log.warning("review: a decision came after the verdicts; these and what follows are made again")
-        _delete_artefacts(run, FROM_VERDICTS)
 
 
 def _judged_message(run: Run) -> str:
