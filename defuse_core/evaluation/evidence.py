@@ -156,9 +156,10 @@ class _Evidence:
         accepted = len(fixes.labels)
         per_scenario = fixes.test.shape[1]
         self.progress("asking the judges", 0, 4, "figures")
-        right = np.stack([self._right(net, self.held_out, self.own) for net in self.classifiers])  # (B, A·n)
+        answers = [_answers(net, self.held_out) for net in self.classifiers]
+        right = np.stack([_hits(each, self.own) for each in answers])  # (B, A·n)
         taught = np.repeat(fixes.labels, per_scenario)
-        one = [self._right(net, self.held_out, taught) for net in self.classifiers]
+        one = [_hits(each, taught) for each in answers]
         shows = np.where(self.own == NONE_OF_THE_ABOVE, np.nan, self.own == taught)
         self.progress("asking the judges", 1, 4, "figures")
         fold_right = self._fold_right(per_scenario)
@@ -182,7 +183,7 @@ class _Evidence:
             else np.full((2, 3), np.nan),
             wider=wider,
             real_failures=np.stack(
-                [_known_share(self._right(net, fresh, truth)) for net in self.classifiers]
+                [_known_share(_hits(_answers(net, fresh), truth)) for net in self.classifiers]
             ),
             real_failure_images=len(truth),
             scenario_purity=_nanmean(shows.reshape(accepted, per_scenario)),
@@ -197,13 +198,6 @@ class _Evidence:
             screen_recall=self._screen_recall(fresh, truth),
         )
 
-    def _right(self, classifier: nn.Module | None, images: F32, labels: I64) -> F64:
-        """Return 1 where the classifier gives the label, 0 where not, nan where either is missing, (n,)."""
-        if classifier is None or not len(images):
-            return np.full(len(images), np.nan)
-        hits = (predict(classifier, images) == labels).astype(np.float64)
-        return np.where(labels == NONE_OF_THE_ABOVE, np.nan, hits)
-
     @staticmethod
     def _share(hits: F64, per_scenario: int) -> F64:
         """Return the mean over scenarios of (A·n,) hits, nan left out, and its 95 % interval, (J,)."""
@@ -216,7 +210,7 @@ class _Evidence:
         right: F64 = np.full(len(self.own), np.nan)
         for number, classifier in enumerate(self.folds):
             rows = np.flatnonzero(fold == number)
-            right[rows] = self._right(classifier, self.held_out[rows], self.own[rows])
+            right[rows] = _hits(_answers(classifier, self.held_out[rows]), self.own[rows])
         return right
 
     def _wider(self) -> F64:
@@ -237,7 +231,8 @@ class _Evidence:
             images = decoder.decode(codes, anchors)
             labels = self.labels(images)
             for column, classifier in enumerate((self.before, self.defuse)):
-                table[row, column] = self._share(self._right(classifier, images, labels), WIDER_IMAGES)
+                hits = _hits(_answers(classifier, images), labels)
+                table[row, column] = self._share(hits, WIDER_IMAGES)
         return table
 
     def _real_failures(self) -> tuple[F32, I64]:
@@ -322,6 +317,19 @@ class _Evidence:
         before, after = (predict(net, test) == test.labels for net in (self.before, classifier))
         gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
         return np.array([gained, lost, mcnemar(gained, lost)])
+
+
+def _answers(classifier: nn.Module | None, images: F32) -> F64:
+    """Return the classifier's answer for each image, (n,); nan without a classifier."""
+    if classifier is None or not len(images):
+        return np.full(len(images), np.nan)
+    return predict(classifier, images).astype(np.float64)
+
+
+def _hits(answers: F64, labels: I64) -> F64:
+    """Return 1 where the answer is the label, 0 where not, nan where either is missing, (n,)."""
+    missing = np.isnan(answers) | (labels == NONE_OF_THE_ABOVE)
+    return np.where(missing, np.nan, answers == labels)
 
 
 def _known_share(hits: F64) -> F64:
