@@ -16,7 +16,6 @@ from defuse_core.errors import ComputeError, InputError, RunFileError
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
 INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
-SHARED_STORE = "--store must be one that all nodes share: s3://bucket/prefix, or a shared folder"
 
 
 def connect(address: str | None) -> bool:

@@ -22,7 +22,6 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from cluster.connection import SHARED_STORE
 from cluster.errors import as_defuse_error, one_line
 from cluster.progress import ProgressListener, count_redone_shard, count_shard, reporting
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, current_location
@@ -33,7 +32,7 @@ from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyErr
 from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
-from defuse_core.store import Store
+from defuse_core.store import SHARED_STORE, Store
 
 log = logging.getLogger("defuse")
 IN_FLIGHT = 2  # shards per worker: the next one waits at the worker when the last is done

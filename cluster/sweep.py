@@ -14,7 +14,6 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.trainable import Trainable
 
-from cluster.connection import SHARED_STORE
 from cluster.errors import as_defuse_error, cause_of, is_worker_lost, one_line
 from cluster.progress import ProgressListener, reporting, set_running_trials
 from cluster.ray_compat import named_trainable, quiet_tune
@@ -32,7 +31,7 @@ from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress
 from defuse_core.protocols import SweepRequest
-from defuse_core.store import Store
+from defuse_core.store import SHARED_STORE, Store
 
 log = logging.getLogger("defuse")
 STEP = "correct"

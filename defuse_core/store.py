@@ -27,6 +27,7 @@ from defuse_core.errors import InputError, RunBusyError, StoreError
 RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions and kept inputs
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 UNFINISHED_S = 600.0
+SHARED_STORE = "--store must be one that all nodes share: s3://bucket/prefix, or a shared folder"
 LOCK = ".lock"
 GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over
 GATE_S = 20.0
@@ -241,8 +242,8 @@ class FolderStore:
         if f" on {platform.node()} " in self.holders[folder]:
             raise self._taken_over(folder, "")
         raise InputError(
-            f"{folder}: {self.holders[folder]} holds this run, and {platform.node()} does not see its folder; --store "
-            "must be one that all nodes share: s3://bucket/prefix, or a shared folder (or was the run deleted?)"
+            f"{folder}: {self.holders[folder]} holds this run, and {platform.node()} does not see its folder; "
+            f"{SHARED_STORE} (or was the run deleted?)"
         )
 
     def _taken_over(self, folder: Path, holder: str) -> RunBusyError:
