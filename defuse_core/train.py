@@ -145,10 +145,9 @@ def train_part(
     vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
     with cpu_threads(spec.resources.train_threads):
         if part == "vae":
+            # A classifier of the user's own that does not fit fails before the β-VAE's hours.
             if spec.classifier.weights is not None or spec.classifier.architecture in EXTERNAL:
-                initial_classifier(
-                    spec, on_disk.train, len(on_disk.classes)
-                )  # the same, before the β-VAE's hours
+                initial_classifier(spec, on_disk.train, len(on_disk.classes))
             splits = on_disk.loaded("train")
             train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
             return

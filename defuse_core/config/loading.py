@@ -21,7 +21,7 @@ from defuse_core.config.run_file import RunFile
 from defuse_core.errors import InputError, RunFileError
 
 
-class OneOfEachKey(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML where a key that is written twice is an error: the second one would replace the first without a word."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -37,7 +37,7 @@ class OneOfEachKey(yaml.SafeLoader):
 def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     """Return the run file at `path` with `a.b=value` overrides applied. Raises RunFileError, in one line."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), OneOfEachKey)
+        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
         raise RunFileError(f"{path}: cannot read this run file ({error.strerror})") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or 2023-02-30
@@ -142,7 +142,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RunFileError(f"--set {override}: {section} is not a section")
     try:
-        value, comment = yaml.load(text, OneOfEachKey), _comment_in(text)
+        value, comment = yaml.load(text, UniqueKeyLoader), _comment_in(text)
     except (yaml.YAMLError, ValueError) as error:
         reason = getattr(error, "problem", None) or error
         raise RunFileError(f"--set {override}: the value is not YAML ({reason})") from error

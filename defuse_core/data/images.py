@@ -77,7 +77,7 @@ def read_picture(path: str, channels: int, size: int) -> U8:
 
 def fit_picture(picture: Image.Image, channels: int, size: int) -> U8:
     """Return a picture as (channels, size, size). Raises ValueError for floats that are neither 0 to 1 nor 0 to 255."""
-    if picture.mode == "F" or picture.mode.startswith("I"):
+    if picture.mode.startswith(("F", "I")):
         picture = Image.fromarray(_eight_bits(picture))  # Pillow's own conversion clips instead of scaling
     if "transparency" in picture.info:
         picture = picture.convert("RGBA")

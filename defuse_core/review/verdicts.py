@@ -324,9 +324,8 @@ def override_verdict(
     elif redo:
         with run.store.lock():
             _delete_artefacts(run, FROM_VERDICTS)
-            _store(
-                run, entry
-            )  # last: beside verdicts that were made without it, it would be recorded and ignored
+            # Last: beside verdicts that were made without it, it would be recorded and ignored.
+            _store(run, entry)
     else:
         raise InputError(_judged_message(run))
     return f"scenario {scenario} is " + (

@@ -11,8 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from defuse_core.artifacts import F32
-from defuse_core.config import DataSection
-from defuse_core.config.loading import first_problem
+from defuse_core.config import DataSection, first_problem
 from defuse_core.data import open_splits, overlooked
 from defuse_core.data.folder import SUFFIXES
 from defuse_core.errors import DataError

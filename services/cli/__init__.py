@@ -90,9 +90,7 @@ def main() -> None:
     )  # the working directory, from which the user's classifier is imported, as with python -m
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal of ASCII shows ? for β; stderr escapes by itself
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows ? for β; stderr escapes by itself
     try:
         _run_command()
     finally:

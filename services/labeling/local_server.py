@@ -256,9 +256,8 @@ def _is_label_studio(pid: int) -> bool:
         os.waitpid(pid, os.WNOHANG)
     if Path("/proc/self/cmdline").exists():  # slim containers have no `ps`
         try:
-            return (
-                b"label-studio" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            )  # empty for one that has ended
+            # empty for a process that has ended
+            return b"label-studio" in Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             return False
     found = subprocess.run(

@@ -17,9 +17,7 @@ from defuse_core.config import ServeSection
 from services.serving.batching import PredictionResult
 from services.serving.model import LoadedModel, ModelOutput
 
-WRONGLY_ENDED = (
-    0.01  # highest probability that a canary within the limits is ever ended by one of its two counts
-)
+WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
 MAX_PENDING_SHADOWS = (
     4  # requests for the shadow above this are dropped: answers have priority over comparisons
 )
