@@ -94,8 +94,9 @@ def _accuracy_table(report: Report) -> Table:
     table = _table("Accuracy (Figure 4)", ("", "Scenarios", "Validation", "Test", "Scenario images"))
     accuracy = report.accuracy
     rows = (("Before", accuracy.before), ("Failures alone", accuracy.baseline), ("Defuse", accuracy.defuse))
+    corrected = report.scenarios.accepted if report.chosen else 0
     for name, row in rows:
-        number = str(report.scenarios.accepted) if name == "Defuse" else NONE
+        number = str(corrected) if name == "Defuse" else NONE
         shares = (percent(row.validation, 2), percent(row.test, 2), percent(row.scenario))
         _add(table, name, number, *shares)
     return table

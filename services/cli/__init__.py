@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -113,6 +114,8 @@ def _run_command() -> None:
     except Exception as error:
         if read_settings().debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _fail("cannot print to the end: no space left there; what the command made is stored", 4)
         _fail(f"unexpected {type(error).__name__}: {error} (DEFUSE_DEBUG=1 shows where)", 4)
 
 
@@ -123,8 +126,8 @@ def _fail(line: str, exit_code: int) -> None:
 
 
 def _drop_unread(stream: TextIO) -> None:
-    """Drop what is left for a pipe that nobody reads, which would turn the exit code into 120."""
+    """Drop what is left for a pipe that nobody reads or a full disk, which would turn the exit code into 120."""
     try:
         stream.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -350,6 +350,15 @@ def test_output_that_nobody_reads_is_no_failed_check(words, unbuffered, closed_p
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_to_a_full_disk_is_one_line(unbuffered):
+    with Path("/dev/full").open("wb") as full:
+        ended = write_to("stdout", full.fileno(), unbuffered, "--help")
+    assert ended.returncode == 4
+    said = "cannot print to the end: no space left there; what the command made is stored"
+    assert ended.stderr == f"defuse: {said}\n"
+
+
 def test_a_failure_that_nobody_reads_keeps_its_exit_code(closed_pipe):
     assert write_to("stderr", closed_pipe, "", "status", "no run").returncode == 2
 

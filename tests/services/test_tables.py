@@ -122,6 +122,14 @@ def test_a_report_without_scenarios_prints_dashes(tmp_path: Path):
     assert "nan" not in text_of(console)
 
 
+def test_a_report_without_a_correction_counts_no_scenario_as_corrected(tmp_path: Path):
+    console = terminal(200)
+    report = build_report(a_run(tmp_path), *sample_findings(5, 2))
+    print_report(report.model_copy(update={"chosen": None}), console)
+    row = next(line.split() for line in text_of(console).splitlines() if line.split()[:1] == ["Defuse"])
+    assert row[1] == "0"
+
+
 def test_a_new_run_has_everything_to_do(tmp_path: Path):
     assert {state.state for state in step_states(a_run(tmp_path))} == {"to do"}
 
