@@ -6,9 +6,10 @@ import contextlib
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.waiting import wait_until
 
 BIN = Path(sys.executable).parent
 
@@ -59,12 +60,11 @@ def _serving(command: list[str], port: int) -> Iterator[None]:
             server.kill()
 
 
-def _await(server: subprocess.Popen[bytes], port: int, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        if server.poll() is not None:
-            raise RuntimeError(f"{server.args!r} ended with {server.returncode}")
-        time.sleep(0.05)
-    raise RuntimeError(f"{server.args!r} does not answer on port {port}")
+def _await(server: subprocess.Popen[bytes], port: int) -> None:
+    def answers() -> bool:
+        assert server.poll() is None, f"{server.args!r} ended with {server.returncode}"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+            return True
+        return False
+
+    wait_until(answers, lambda: f"{server.args!r} does not answer on port {port}")

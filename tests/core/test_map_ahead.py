@@ -7,10 +7,11 @@ import threading
 import pytest
 
 from defuse_core.store import map_ahead
+from tests.waiting import WAIT_S
 
 
 def test_results_come_in_order_although_they_are_made_side_by_side() -> None:
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=WAIT_S)
 
     def meet(item: int) -> int:
         both.wait()  # passes only while two items are worked on at once

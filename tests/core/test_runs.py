@@ -17,6 +17,7 @@ from defuse_core.errors import InputError, RunBusyError, RunMismatchError, Store
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import UNFINISHED, FolderStore
 from tests.conftest import recommended, tiny
+from tests.waiting import WAIT_S
 
 
 def psi(total: int = 3) -> Psi:
@@ -182,7 +183,7 @@ def test_a_damaged_artefact_is_named_and_not_used(tmp_path):
 def hold(folder: Path, held) -> None:
     with FolderStore(folder).lock():
         held.set()
-        time.sleep(60)
+        time.sleep(600)  # until it is killed
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def holder(tmp_path):
     held = context.Event()
     process = context.Process(target=hold, args=(tmp_path, held))
     process.start()
-    assert held.wait(30)
+    assert held.wait(WAIT_S)
     yield process
     process.kill()
     process.join()

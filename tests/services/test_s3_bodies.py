@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -21,6 +20,7 @@ class _Stuttering(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     stalls = False
     halves = 2  # answers that are cut
+    given_up = threading.Event()  # the client reads no more
 
     def do_GET(self) -> None:
         cls = type(self)
@@ -33,7 +33,7 @@ class _Stuttering(BaseHTTPRequestHandler):
             self.wfile.write(CONTENT[: len(CONTENT) // 2])
             self.wfile.flush()
             self.close_connection = True
-            time.sleep(1.0 if cls.stalls else 0.0)
+            cls.given_up.wait(60 if cls.stalls else 0)
         else:
             self.wfile.write(CONTENT)
 
@@ -44,12 +44,14 @@ class _Stuttering(BaseHTTPRequestHandler):
 def stuttering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.S3Store]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
-    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.0)
     s3._client.cache_clear()
     _Stuttering.stalls, _Stuttering.halves = request.param == "stalls", 2
+    _Stuttering.given_up.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), _Stuttering) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield s3.S3Store("bucket", "run/", f"http://127.0.0.1:{server.server_port}", "us-east-1")
+        _Stuttering.given_up.set()
         server.shutdown()
     s3._client.cache_clear()
 
