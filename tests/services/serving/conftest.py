@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from services.serving.candidate import Candidate, prepare_candidate
+from tests.waiting import wait_until
 
-LIGHT = {"cpus_per_replica": 0.1, "poll_s": 0.2}  # many replicas on two cores
+LIGHT = {"cpus_per_replica": 0.1, "poll_s": 0.2, "timeout_s": 60.0}  # many replicas on two cores, both busy
 
 
 @pytest.fixture(scope="session")
@@ -99,14 +99,18 @@ class ServedApplication:
     def __init__(self, port: int, name: str) -> None:
         self.port, self.name, self.prefix = port, name, f"/{name}"
         self.predict = f"/{name}/v1/predict"
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/{name}", timeout=30)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/{name}", timeout=120)
 
-    def wait_for(self, version: str, seconds: float = 15) -> None:
+    def model(self) -> Any:
+        """Return what the application says of the version in production."""
+        return self.http.get("/v1/model").json()
+
+    def wait_for(self, version: str) -> None:
         """Return once the application answers with `version`."""
-        end = time.monotonic() + seconds
-        while (found := self.http.get("/v1/model").json().get("version")) != version:
-            assert time.monotonic() < end, f"still answers with {found}, expected {version}"
-            time.sleep(0.1)
+        wait_until(
+            lambda: self.model().get("version") == version,
+            lambda: f"expected {version}, still answers with {self.model()}",
+        )
 
 
 @pytest.fixture(scope="module")

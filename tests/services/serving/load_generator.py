@@ -38,7 +38,7 @@ class Client:
         self.port = port
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, request: bytes, timeout_s: float = 30.0) -> Reply:
+    async def ask(self, request: bytes, timeout_s: float = 120.0) -> Reply:
         started = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
@@ -100,7 +100,7 @@ def load(
     return asyncio.run(run())
 
 
-def limited(requests: list[bytes], count: int, seconds: float) -> Callable[[], bytes | None]:
+def limited(requests: list[bytes], count: int, seconds: float = 240) -> Callable[[], bytes | None]:
     """Return a function that cycles through `requests` and returns None after `count` calls or `seconds`."""
     end, sent = time.monotonic() + seconds, 0
 

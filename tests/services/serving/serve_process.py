@@ -9,12 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from tests.waiting import wait_until
 
 TOKEN = "a long secret"
 ROOT = Path(__file__).parents[3]
@@ -35,7 +36,7 @@ class ServeProcess:
     def stop(self) -> int:
         """Return the exit code after SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(120)
+        return self.process.wait(200)
 
 
 @contextlib.contextmanager
@@ -50,9 +51,9 @@ def serve_process(folder: Path, *arguments: str, **environment: str) -> Iterator
         process = subprocess.Popen(
             [*command, "--port", str(port)], env=variables, stdout=output, stderr=output
         )
-    running = ServeProcess(process, port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10), log)
+    running = ServeProcess(process, port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60), log)
     try:
-        wait_until(lambda: is_ready(running), 240)
+        wait_until(lambda: is_ready(running), running.output, within_s=240)
         yield running
     finally:
         if process.poll() is None:
@@ -64,13 +65,6 @@ def is_ready(running: ServeProcess) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         return running.http.get("/readyz").status_code in (200, 503) and "serving on" in running.output()
     return False
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true"
-        time.sleep(0.1)
 
 
 def free_port() -> int:

@@ -19,6 +19,7 @@ from defuse_core.runs import Run
 from services.serving.active_versions import InitialModel
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
+from tests.waiting import wait_until
 
 IMAGE = {"Content-Type": "image/png"}
 
@@ -93,7 +94,7 @@ def test_bad_requests_are_rejected_in_one_sentence_and_good_ones_among_them_answ
         request_bytes(b"text", app.predict, "text/plain"),
         request_bytes(b"nothing", app.predict, "multipart/form-data; boundary=x"),
     ]
-    replies = load(app.port, 8, limited([good, *bad], 160, 60))
+    replies = load(app.port, 8, limited([good, *bad], 160))
     by_status = {status: [r for r in replies if r.status == status] for status in {r.status for r in replies}}
     assert set(by_status) == {200, 400, 415, 422}
     assert len(by_status[200]) == 20
@@ -112,7 +113,7 @@ def test_a_body_of_100_mb_is_rejected_before_it_is_read(app):
             yield b"\0" * 1_000_000
 
     head = f"POST {app.predict} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100000000\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", app.port), timeout=10) as raw:
+    with socket.create_connection(("127.0.0.1", app.port), timeout=60) as raw:
         raw.sendall(head.encode() + b"\0" * 1000)
         assert b"413" in raw.recv(4096).split(b"\r\n")[0]
     started = time.monotonic()
@@ -120,7 +121,7 @@ def test_a_body_of_100_mb_is_rejected_before_it_is_read(app):
         status = app.http.post("/v1/predict", content=endless(), headers=IMAGE).status_code
     except (httpx.WriteError, httpx.RemoteProtocolError):
         status = 413  # the server answered and hung up while this was still sending
-    assert status == 413 and time.monotonic() - started < 10
+    assert status == 413 and time.monotonic() - started < 60
     assert app.http.get("/readyz").status_code == 200
 
 
@@ -128,24 +129,24 @@ def test_a_body_of_100_mb_is_rejected_before_it_is_read(app):
 def hurried(serving, planted):
     """An application whose batches wait longer than its timeout."""
     return serving(
-        planted, run="first", pin=True, batch_size=4, batch_wait_s=1, timeout_s=0.3, retry_after_s=2
+        planted, run="first", pin=True, batch_size=4, batch_wait_s=1, timeout_s=0.8, retry_after_s=2
     )
 
 
 def test_a_body_that_does_not_arrive_in_time_is_answered_408(hurried):
     head = f"POST {hurried.predict} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", hurried.port), timeout=10) as raw:
+    with socket.create_connection(("127.0.0.1", hurried.port), timeout=60) as raw:
         raw.sendall(head.encode() + b"\0" * 10)
         reply = b""
         while b"}" not in reply and (more := raw.recv(4096)):
             reply += more
-    assert b"408" in reply.split(b"\r\n")[0] and b"did not arrive within 0.3 s" in reply
+    assert b"408" in reply.split(b"\r\n")[0] and b"did not arrive within 0.8 s" in reply
 
 
 def test_an_answer_that_takes_too_long_is_503_with_retry_after(hurried, pictures):
     reply = hurried.http.post("/v1/predict", content=pictures[0], headers=IMAGE)
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
-    assert reply.json() == {"error": "no answer within 0.3 s"}
+    assert reply.json() == {"error": "no answer within 0.8 s"}
 
 
 def test_a_replica_without_its_required_token_does_not_start(planted, monkeypatch):
@@ -173,13 +174,13 @@ def test_doubtful_answers_are_flagged_counted_and_the_detector_is_in_the_metrics
     assert all(one["explanation"] is None for one in found if not one["flagged"])
     least = {max(one["probabilities"]) for one in flagged}
     assert np.median([*least]) < np.median([max(one["probabilities"]) for one in found])
-    missing = ["defuse_flagged_images", "defuse_expected_errors", 'figure="auroc_low"']
-    end = time.monotonic() + 60
-    while missing:
-        assert time.monotonic() < end, f"not on the metrics page: {missing}"
+    names = ["defuse_flagged_images", "defuse_expected_errors", 'figure="auroc_low"']
+
+    def missing():
         page = app.http.get("/metrics").text
-        missing = [name for name in missing if name not in page]
-        time.sleep(0.5)
+        return [name for name in names if name not in page]
+
+    wait_until(lambda: not missing(), lambda: f"not on the metrics page: {missing()}")
 
 
 def test_an_input_inside_a_failure_scenario_is_marked_and_counted(app, planted, good_spec):
@@ -193,10 +194,10 @@ def test_an_input_inside_a_failure_scenario_is_marked_and_counted(app, planted, 
     hit = app.http.post("/v1/predict", content=png(centre), headers=IMAGE).json()["predictions"][0]
     assert hit["scenarios"][0]["name"] == "3 read as 8 (scenario 0)"
     assert hit["scenarios"][0]["fixed"] and hit["scenarios"][0]["nearer_share"] < 0.01
-    end = time.monotonic() + 30
-    while not [line for line in app.http.get("/metrics").text.splitlines() if is_count(line)]:
-        assert time.monotonic() < end, "no counter of the scenario appeared on the metrics page"
-        time.sleep(0.5)
+    wait_until(
+        lambda: any(is_count(line) for line in app.http.get("/metrics").text.splitlines()),
+        lambda: "no counter of the scenario appeared on the metrics page",
+    )
 
 
 def is_count(line):

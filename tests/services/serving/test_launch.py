@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve_process import TOKEN, listening_addresses, serve_process, wait_until
+from serve_process import TOKEN, listening_addresses, serve_process
 
 from defuse_core.errors import ComputeError, InputError
 from defuse_core.runs import Run
@@ -23,6 +23,7 @@ from services.serving.launch import (
     running_application,
 )
 from services.serving.registry import PromotionRequest, Registry, promote
+from tests.waiting import wait_until
 
 
 def test_defuse_serve_listens_on_loopback_requires_the_token_and_stops_on_a_signal(own_store, short_folder):
@@ -51,7 +52,9 @@ def _check_reported_changes(running, registry):
         )
         promote(registry, candidate, request)
     registry.end_canary(2, "defuse serve", "60 of 1000 images failed")
-    wait_until(lambda: "ended the canary of version 2 (60 of 1000 images failed)" in running.output())
+    wait_until(
+        lambda: "ended the canary of version 2 (60 of 1000 images failed)" in running.output(), running.output
+    )
     assert "ana: version 2 as canary for 50.0% (a drill; forced: a drill)" in running.output()
 
 
@@ -102,7 +105,7 @@ def test_on_a_shared_cluster_a_second_application_is_an_error_and_the_first_goes
         )
         with pytest.raises(InputError, match="already serves an application named defuse"), again:
             pass
-        assert httpx.get(f"{address}/v1/model").json()["run"] == "first"
+        assert httpx.get(f"{address}/v1/model", timeout=60).json()["run"] == "first"
     assert "defuse" not in ray_serve.status().applications
 
 

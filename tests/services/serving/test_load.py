@@ -21,6 +21,7 @@ from defuse_core.store import FolderStore
 from services.serving.candidate import prepare_candidate
 from services.serving.registry import PromotionRequest, Registry, promote
 from services.serving.traffic import read_traffic
+from tests.waiting import WAIT_S, wait_until
 
 
 def requests_for(app, pictures, count=100):
@@ -39,11 +40,11 @@ def statuses(replies: list[Reply]) -> Counter[int]:
 
 
 class Load(threading.Thread):
-    """Load in the background until `stop` is called, for at most a minute or 20,000 requests."""
+    """Load in the background until `stop` is called, for at most 4 minutes or 20,000 requests."""
 
     def __init__(self, port, clients, requests):
         super().__init__(daemon=True)
-        next_request = limited(requests, 20_000, 60)
+        next_request = limited(requests, 20_000)
         self.ended = threading.Event()
         self.replies: list[Reply] = []
         self.work = lambda: load(
@@ -53,12 +54,13 @@ class Load(threading.Thread):
     def run(self):
         self.work()
 
-    def wait_for_answers(self, count, since, timeout_s=45):
+    def wait_for_answers(self, count, since):
         """Wait until `count` requests that were sent after `since` are answered with 200."""
-        end = time.monotonic() + timeout_s
-        while sum(r.status == 200 and r.at - r.seconds > since for r in self.replies.copy()) < count:
-            assert time.monotonic() < end, f"fewer than {count} answers in {timeout_s} s"
-            time.sleep(0.1)
+
+        def answered():
+            return sum(r.status == 200 and r.at - r.seconds > since for r in self.replies.copy())
+
+        wait_until(lambda: answered() >= count, lambda: f"{answered()} of {count} answers")
 
     def stop(self) -> list[Reply]:
         self.ended.set()
@@ -69,23 +71,24 @@ class Load(threading.Thread):
 def test_32_clients_are_all_answered_in_bounded_time(serving, planted, pictures):
     app = serving(planted, run="first", pin=True)
     started = time.monotonic()
-    replies = load(app.port, 32, limited(requests_for(app, pictures), 1500, 60))
+    replies = load(app.port, 32, limited(requests_for(app, pictures), 1500))
     assert statuses(replies) == {200: 1500}
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < WAIT_S
     assert np.quantile([reply.seconds for reply in replies], 0.99) < 5
 
 
 def test_overload_is_answered_503_with_retry_after_at_once(serving, planted, pictures):
     busy = serving(
-        planted, run="first", pin=True, max_ongoing=2, max_queued=2, batch_wait_s=0.5, retry_after_s=3
+        planted, run="first", pin=True, max_ongoing=2, max_queued=2, batch_wait_s=1.0, retry_after_s=3
     )
-    replies = load(busy.port, 24, limited(requests_for(busy, pictures), 200, 60))
+    replies = load(busy.port, 24, limited(requests_for(busy, pictures), 200))
     assert set(statuses(replies)) == {200, 503}
     refused = [reply for reply in replies if reply.status == 503]
     assert len(refused) > 100
     assert {reply.headers.get("retry-after") for reply in refused} == {"3"}
-    assert np.median([reply.seconds for reply in refused]) < 0.5
-    assert statuses(load(busy.port, 1, limited(requests_for(busy, pictures), 3, 60))) == {200: 3}
+    # an accepted one waits a second for its batch
+    assert np.median([reply.seconds for reply in refused]) < 1.0
+    assert statuses(load(busy.port, 1, limited(requests_for(busy, pictures), 3))) == {200: 3}
 
 
 def test_a_killed_replica_loses_only_its_requests_in_flight(serving, planted, pictures):
@@ -93,15 +96,14 @@ def test_a_killed_replica_loses_only_its_requests_in_flight(serving, planted, pi
     clients = 8
     running = Load(app.port, clients, requests_for(app, pictures))
     running.start()
-    time.sleep(1.5)
+    running.wait_for_answers(200, since=0)  # both replicas work
     os.kill(one_replica_of(app.name), signal.SIGKILL)
     killed = time.monotonic()
-    time.sleep(2)
     running.wait_for_answers(50, since=killed + 2)
     replies = running.stop()
     lost = [reply for reply in replies if reply.status != 200]
     assert len(lost) <= clients
-    assert max((reply.at for reply in lost), default=killed) < killed + 5
+    assert max((reply.at for reply in lost), default=killed) < killed + 20
 
 
 def one_replica_of(name: str) -> int:
@@ -133,33 +135,36 @@ def live_app(serving, planted, tmp_path_factory):
     store = FolderStore(tmp_path_factory.mktemp("live"))
     for key in planted.list():
         store.write(key, planted.read(key))
-    return Live(serving(store, run=None), Registry(store), store)
+    return Live(serving(store, run=None, max_canary_s=30), Registry(store), store)
 
 
 @pytest.fixture
 def live(live_app):
     """The same with `first` in production and no canary or shadow."""
     live_app.registry.to_production(live_app.number["first"], "ana", "")
-    end = time.monotonic() + 15
-    while live_app.app.http.get("/readyz").status_code != 200:
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_until(lambda: live_app.app.http.get("/readyz").status_code == 200)
     live_app.app.wait_for(live_app.version("first"))
-    time.sleep(0.5)  # a canary of the previous test has ended too
+    wait_until(lambda: not others(live_app.app))
     return live_app
+
+
+def others(app):
+    """Return the versions that an application has beside production."""
+    page = app.model()
+    return {page["canary"], page["shadow"]} - {None}
 
 
 def test_a_promotion_and_a_rollback_under_load_lose_no_request(live, pictures):
     old, new = live.version("first"), live.version("second")
     running = Load(live.app.port, 8, requests_for(live.app, pictures))
     running.start()
-    time.sleep(1)
+    running.wait_for_answers(50, since=0)
     live.registry.to_production(int(new), "ana", "")
     live.app.wait_for(new)
-    time.sleep(1)
+    running.wait_for_answers(50, since=time.monotonic())
     live.registry.roll_back("bo", "to see it work")
     live.app.wait_for(old)
-    time.sleep(1)
+    running.wait_for_answers(50, since=time.monotonic())
     replies = running.stop()
     assert set(statuses(replies)) == {200}
     versions = [reply.json()["version"] for reply in sorted(replies, key=lambda reply: reply.at)]
@@ -173,13 +178,13 @@ def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(live,
     running = Load(live.app.port, 8, requests)
     running.start()
     live.registry.to_canary(live.number["second"], 0.3, "ana", "")
-    wait_until(lambda: live.app.http.get("/v1/model").json()["canary"] == live.version("second"))
+    wait_until(lambda: others(live.app) == {live.version("second")})
     assert set(statuses(running.stop())) == {200}  # nobody noticed it come
-    replies = load(live.app.port, 8, limited(requests, 600, 60))
+    replies = load(live.app.port, 8, limited(requests, 600))
     assert set(statuses(replies)) == {200}
     share = np.mean([reply.json()["version"] == live.version("second") for reply in replies])
     assert 0.15 < share < 0.45
-    again = [load(live.app.port, 1, limited([request], 3, 60)) for request in requests[:10]]
+    again = [load(live.app.port, 1, limited([request], 3)) for request in requests[:10]]
     assert all(len({reply.json()["version"] for reply in same}) == 1 for same in again)
     assert live.registry.state().canary == live.number["second"]
 
@@ -194,12 +199,8 @@ def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_reques
         live.registry.to_shadow(number, "ana", "")
     else:
         live.registry.to_canary(number, 0.5, "ana", "")
-    wait_until(
-        lambda: (
-            str(number) in (page := live.app.http.get("/v1/model").json(), page["canary"], page["shadow"])[1:]
-        )
-    )
-    replies = load(live.app.port, 8, limited(requests_for(live.app, pictures, 500), 800, 60))
+    wait_until(lambda: others(live.app) == {str(number)})
+    replies = load(live.app.port, 8, limited(requests_for(live.app, pictures, 500), 800))
     wait_until(lambda: not {live.registry.state().canary, live.registry.state().shadow} - {None})
     state = live.registry.state()
     assert set(statuses(replies)) == {200}
@@ -209,13 +210,6 @@ def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_reques
     assert {reply.json()["version"] for reply in replies} == {live.version(side) for side in sides}
 
 
-def wait_until(true, seconds=10):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.1)
-
-
 def test_a_version_that_cannot_be_loaded_leaves_the_current_one_active(serving, own_store, pictures):
     registry = Registry(own_store)
     promote(registry, candidate(own_store, "first"), PromotionRequest("ana", ""))
@@ -223,7 +217,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_current_one_active(serving, 
     registry.store.create("versions/000002.safetensors", b"cut")
     registry.change("version 2 to production", "ana", "", lambda _: {"production": 2})
     time.sleep(1)
-    assert set(statuses(load(app.port, 2, limited(requests_for(app, pictures), 20, 30)))) == {200}
+    assert set(statuses(load(app.port, 2, limited(requests_for(app, pictures), 20)))) == {200}
     promote(
         registry, candidate(own_store, "second"), PromotionRequest("ana", "", force="version 2 is broken")
     )
@@ -236,17 +230,21 @@ def test_a_canary_that_cannot_be_loaded_is_ended_and_the_server_starts(serving, 
     unfit = dataclasses.replace(candidate(own_store, "second"), classifier={}, digest="unfit")
     promote(registry, unfit, PromotionRequest("ana", "", canary=0.5))
     app = serving(own_store, run=None)
-    assert app.http.get("/v1/model").json()["canary"] is None
+    assert app.model()["canary"] is None
     state = registry.state()
     assert state.canary is None and "the weights lack" in state.why
 
 
 def test_inputs_inside_a_scenario_are_stored_up_to_the_limit(serving, own_store, pictures):
     app = serving(own_store, run="first", pin=True, reservoir=3, watch_share=0.2)
-    load(app.port, 4, limited(requests_for(app, pictures, 300), 300, 60))
-    time.sleep(1)
-    traffic = read_traffic(own_store, "first")
-    stored = traffic.scenario.tolist()  # NO_SCENARIO: flagged as probably wrong, outside all scenarios
+    load(app.port, 4, limited(requests_for(app, pictures, 300), 300))
+
+    def stored_scenarios():
+        return read_traffic(own_store, "first").scenario.tolist() if own_store.list("traffic/first") else []
+
+    wait_until(lambda: {stored_scenarios().count(scenario) for scenario in (0, 1)} == {3}, stored_scenarios)
+    time.sleep(1)  # for more than that
+    stored = stored_scenarios()  # NO_SCENARIO: flagged as probably wrong, outside all scenarios
     assert {0, 1} <= set(stored) <= {NO_SCENARIO, 0, 1}
     assert stored.count(0) == stored.count(1) == 3 and stored.count(NO_SCENARIO) <= 3
 
@@ -267,24 +265,29 @@ def slow_app(serving, own_store):
 
 
 def test_a_slow_shadow_leaves_production_its_speed(slow_app, pictures):
-    requests = requests_for(slow_app.app, pictures)
-    rate = request_rate(slow_app.app.port, requests)
-    slow_app.registry.to_shadow(2, "ana", "")
-    wait_until(lambda: slow_app.app.http.get("/v1/model").json()["shadow"] == "2")
-    assert request_rate(slow_app.app.port, requests) > 0.5 * rate
+    app, requests = slow_app.app, requests_for(slow_app.app, pictures)
+    alone, beside = 0.0, 0.0
+    for _ in range(3):  # in turns, since other processes of the machine take their share now and then
+        alone += request_rate(app.port, requests)
+        slow_app.registry.to_shadow(2, "ana", "")
+        wait_until(lambda: others(app) == {"2"})
+        beside += request_rate(app.port, requests)
+        slow_app.registry.end_canary(2, "ana", "")
+        wait_until(lambda: not others(app))
+    assert beside > 0.5 * alone
 
 
 def request_rate(port, requests):
     started = time.monotonic()
-    replies = load(port, 8, limited(requests, 10_000, 4))
+    replies = load(port, 8, limited(requests, 10_000, 2))
     assert set(statuses(replies)) == {200}
     return len(replies) / (time.monotonic() - started)
 
 
 def test_a_canary_that_is_too_slow_is_ended_and_production_answers_for_it(slow_app, pictures):
     slow_app.registry.to_canary(2, 0.5, "ana", "")
-    wait_until(lambda: slow_app.app.http.get("/v1/model").json()["canary"] == "2")
-    replies = load(slow_app.app.port, 8, limited(requests_for(slow_app.app, pictures), 400, 60))
+    wait_until(lambda: slow_app.app.model()["canary"] == "2")
+    replies = load(slow_app.app.port, 8, limited(requests_for(slow_app.app, pictures), 400))
     assert set(statuses(replies)) == {200}
     wait_until(lambda: slow_app.registry.state().canary is None)
     assert "took longer than 0.002 s" in slow_app.registry.state().why

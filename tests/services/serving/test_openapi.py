@@ -20,7 +20,9 @@ CASES = [
 @pytest.fixture(scope="module")
 def routes(serving, planted):
     app = serving(planted, run="first", pin=True)
-    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{app.port}{app.prefix}/openapi.json")
+    schema = schemathesis.openapi.from_url(
+        f"http://127.0.0.1:{app.port}{app.prefix}/openapi.json", timeout=120
+    )
     found = [result.ok() for result in schema.get_all_operations()]
     return {route.label.replace(app.prefix, ""): route for route in found}
 
@@ -42,6 +44,6 @@ def test_every_route_answers_as_the_openapi_page_says(routes, label, mode):
     )
     def ask(case):
         # that the bytes are an image, and which size it has, no schema can say
-        case.call_and_validate(timeout=30, excluded_checks=[positive_data_acceptance])
+        case.call_and_validate(timeout=120, excluded_checks=[positive_data_acceptance])
 
     ask()

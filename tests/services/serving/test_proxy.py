@@ -9,18 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 from ray.serve._private import haproxy_templates
-from serve_process import (
-    TOKEN,
-    listening_addresses,
-    listening_ports,
-    processes_with,
-    serve_process,
-    wait_until,
-)
+from serve_process import TOKEN, listening_addresses, listening_ports, processes_with, serve_process
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from services.serving.launch import Proxy, choose_proxy, is_loopback
+from tests.waiting import wait_until
 
 LOOPBACK = "0100007F"
 ONE, TWO = ServeSection(), ServeSection(max_replicas=2)
@@ -112,7 +106,7 @@ def test_a_direct_replica_that_is_killed_answers_on_the_same_port_again(own_stor
         own_priority = os.getpriority(os.PRIO_PROCESS, 0)
         assert os.getpriority(os.PRIO_PROCESS, replica) == own_priority  # Ray lowers that of its workers
         os.kill(replica, 9)
-        wait_until(lambda: answers(running.http), 60)
+        wait_until(lambda: answers(running.http), running.output)
         assert listening("ServeReplica", running.port) != [replica]
 
 
