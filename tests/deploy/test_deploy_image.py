@@ -110,7 +110,7 @@ def test_what_is_copied_is_enough_to_build_the_package_with_all_its_files(tmp_pa
             copy = shutil.copytree if found.is_dir() else shutil.copy
             copy(found, place)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path)], cwd=context, check=True, timeout=120)
+    subprocess.run([*build, "--wheel-dir", str(tmp_path)], cwd=context, check=True, timeout=270)
     (wheel,) = tmp_path.glob("*.whl")
     assert tracked() - set(zipfile.ZipFile(wheel).namelist()) == set()
 
