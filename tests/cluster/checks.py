@@ -18,6 +18,7 @@ from defuse_core.artifacts import Psi, Shard, Sweep
 from defuse_core.codec import decode
 from defuse_core.identify import shard_key
 from defuse_core.store import Store
+from tests.waiting import WAIT_S, wait_until
 
 
 class Lines(logging.Handler):
@@ -60,32 +61,35 @@ def locations(folder: Path) -> set[str]:
     return {path.read_text() for path in folder.iterdir()}
 
 
-def all_end(processes: set[int], within_s: float) -> bool:
-    """Whether the processes of workers end within so many seconds. Ray gives an idle one back to its pool."""
-    deadline = time.monotonic() + within_s
-    while any(b"ray::IDLE" not in _title(process) for process in processes):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
+def wait_for_the_end_of(processes: set[int]) -> None:
+    """Return once the processes of workers have ended. Ray gives an idle one back to its pool."""
+
+    def working() -> list[int]:
+        return [process for process in processes if b"ray::IDLE" not in title_of(process)]
+
+    wait_until(lambda: not working(), lambda: f"the processes {working()} go on")
 
 
-def _title(process: int) -> bytes:
+def title_of(process: int) -> bytes:
+    """Return what `ps` shows of a process; of one that is gone, what it shows of an idle worker."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes() or b"ray::IDLE"
     except OSError:
-        return b"ray::IDLE"  # it is gone
+        return b"ray::IDLE"
 
 
-def kill_soon(lines: Lines, beginning: str, when: Callable[[], bool]) -> threading.Thread:
-    """Kill the newest process told of in lines that begin so, once `when`."""
+def kill_soon(
+    lines: Lines, beginning: str, when: Callable[[], bool], then: Callable[[], None] = lambda: None
+) -> threading.Thread:
+    """Kill the newest process told of in lines that begin so, once `when`, and call `then`."""
 
     def wait_and_kill() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + WAIT_S
         while time.monotonic() < deadline:
             processes = lines.processes(beginning)
             if processes and when():
                 os.kill(processes[-1], signal.SIGKILL)
+                then()
                 return
             time.sleep(0.02)
 

@@ -69,15 +69,18 @@ class OwnDiskStore(FolderStore):
 
 
 class GatedStore(FolderStore):
-    """Holds who has written something until the gate opens, for two minutes at most."""
+    """Holds whoever writes, once there are `after` keys, until the gate opens, for four minutes at most."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, after: int = 0) -> None:
         super().__init__(folder)
+        self.after = after
         self.gate = folder.with_name(folder.name + "-gate")
 
     def write(self, key: str, data: bytes, unless: Unless = None) -> None:
         super().write(key, data, unless)
-        deadline = time.monotonic() + 120
+        if len(self.list()) < self.after:
+            return
+        deadline = time.monotonic() + 240
         while not self.gate.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -220,7 +223,7 @@ def train_part_dying_once(
 
     def deadly(what: str, done: int, total: int, unit: str) -> None:
         if done > total // 3 and not marker.exists():
-            time.sleep(6)  # until Ray Train knows that all workers have started
+            time.sleep(12)  # until Ray Train knows that all workers have started
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 

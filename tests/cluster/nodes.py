@@ -24,7 +24,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ |= {  # a dead node is known to be dead in seconds
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": "10000",  # of a busy node; a dead one refuses the connection
     "RAY_health_check_failure_threshold": "3",
 }
 
@@ -43,6 +43,7 @@ from defuse_core.protocols import SweepRequest
 from tests.cluster.checks import Lines
 from tests.cluster.fakes import GatedStore
 from tests.conftest import tiny
+from tests.waiting import wait_until
 
 SHORT_SWEEP = {"lambdas": [0.1, 1.0], "epochs": 3}
 
@@ -80,18 +81,9 @@ def in_background(work: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return once `condition` holds."""
-    deadline = time.monotonic() + 90
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError("the scene does not go on")
-        time.sleep(0.05)
-
-
 def wait_for_line(lines: Lines, part: str) -> None:
     """Return once a line with `part` in it was logged."""
-    wait_until(lambda: any(part in line for line in lines.lines))
+    wait_until(lambda: any(part in line for line in lines.lines), lambda: f"no line with {part!r}")
 
 
 @contextlib.contextmanager
@@ -128,7 +120,7 @@ def nodes_come_and_go(cluster: Cluster, models: Models, folder: Path) -> dict[st
         kill_raylet(late)
         wait_for_line(lines, "since worker 1 was lost")
         store.open()
-        thread.join(120)
+        thread.join(200)
     return {"finished": not thread.is_alive()}
 
 
@@ -145,7 +137,7 @@ def the_last_node_dies(cluster: Cluster, models: Models, folder: Path) -> dict[s
         waited = thread.is_alive()
         store.open()
         cluster.add_node(num_cpus=1)
-        thread.join(120)
+        thread.join(200)
     return {"finished": not thread.is_alive(), "waited": waited}
 
 
@@ -162,7 +154,7 @@ def a_node_joins_a_sweep(cluster: Cluster, models: Models, folder: Path) -> dict
         cluster.add_node(num_cpus=1)
         wait_until(lambda: len(set(lines.processes("correct: λ"))) == 2)
         store.open()
-        thread.join(120)
+        thread.join(200)
     return {"finished": not thread.is_alive()}
 
 
@@ -182,7 +174,7 @@ def the_node_of_a_sweep_dies(cluster: Cluster, models: Models, folder: Path) -> 
         wait_for_line(lines, "correct: waiting for a node with room")
         store.open()
         cluster.add_node(num_cpus=1)
-        thread.join(150)
+        thread.join(200)
     return {
         "finished": not thread.is_alive(),
         "rows": [asdict(row) for row in found[0].rows],
@@ -206,14 +198,14 @@ def four_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
         thread = in_background(lambda: compute.identify(spec, models, shards))
         wait_until(lambda: len(set(lines.processes("identify: worker"))) == 4)  # before any of them is done
         shards.open()
-        thread.join(120)
+        thread.join(200)
         store = GatedStore(folder / "trials")
         thread = in_background(
             lambda: compute.sweeps(models, [SweepRequest(spec, made_up(spec), None, store)])[0]
         )
         wait_until(lambda: len(set(lines.processes("correct: λ"))) == 4)  # all run at once
         store.open()
-        thread.join(120)
+        thread.join(200)
     return {"finished": not thread.is_alive()}
 
 

@@ -42,7 +42,7 @@ def test_an_address_without_a_cluster_is_one_line_soon(silent: bool, monkeypatch
             ComputeError, match=rf"^no Ray cluster answers at {address} \(no answer within 5 s\)"
         ):
             connect(address)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 18  # less than by default
 
 
 def test_what_is_no_address_at_all_is_one_line() -> None:

@@ -22,11 +22,12 @@ from cluster import jobs
 from defuse_core.errors import ComputeError
 from tests.conftest import ROOT, TINY
 from tests.s3_servers import free_port
+from tests.waiting import WAIT_S, wait_until
 
+pytestmark = pytest.mark.timeout(900)  # each job starts processes of its own
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
 SECRET = "never-to-be-seen-anywhere"
-WAIT_S = 60.0
 NETWORK = """
 from torch import nn
 
@@ -79,18 +80,18 @@ def head(short_folder: Path, gcs_port: int) -> Iterator[str]:
 def told(head: str, path: str = "") -> Any:
     """Return what the dashboard tells of its jobs to whoever has the token."""
     request = urllib.request.Request(f"{head}/api/jobs/{path}", headers={"Authorization": f"Bearer {TOKEN}"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
 def answering(address: str, log: Path) -> str:
-    deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
+    def answers() -> bool:
         with contextlib.suppress(OSError):
-            assert told(address) == []
-            return address
-        time.sleep(0.2)
-    pytest.fail(f"the head does not answer: {log.read_text()[-2000:]}")
+            return told(address) == []
+        return False
+
+    wait_until(answers, lambda: f"the head does not answer: {log.read_text()[-2000:]}")
+    return address
 
 
 def defuse(*words: str, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +102,7 @@ def defuse(*words: str, cwd: Path = ROOT, **changes: str) -> subprocess.Complete
         env=environment(**changes),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
 
@@ -179,7 +180,7 @@ def test_ray_job_submit_runs_the_installed_defuse_as_well(head: str, place: Path
     run = ["defuse", "run", "own.yaml", "--name", "first", "--store", str(place / "runs"), "--until", "train"]
     ray = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", str(place), "--", *run]
     done = subprocess.run(
-        ray, env=environment(), cwd=place, capture_output=True, text=True, timeout=120, check=False
+        ray, env=environment(), cwd=place, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "first: done until train" in done.stdout + done.stderr
@@ -201,7 +202,7 @@ def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(head: str,
     job = job_of(follower)
     await_status(head, job, "RUNNING")
     follower.send_signal(signal.SIGINT)
-    assert f"jobs logs|stop {job}" in follower.communicate(timeout=30)[1]
+    assert f"jobs logs|stop {job}" in follower.communicate(timeout=WAIT_S)[1]
     assert follower.returncode == 130
     heading, *rows = (line.split() for line in defuse("jobs", "list", "--address", head).stdout.splitlines())
     assert heading == ["id", "status", "started", "took", "run"]
@@ -222,10 +223,7 @@ def job_of(follower: subprocess.Popen[str]) -> str:
 
 
 def await_status(head: str, job: str, status: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while (got := told(head, job)["status"]) != status:
-        assert time.monotonic() < deadline, f"{job} is {got}"
-        time.sleep(0.1)
+    wait_until(lambda: told(head, job)["status"] == status, lambda: f"{job} is {told(head, job)['status']}")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +249,7 @@ def test_joining_without_the_right_token_says_so_soon(
     assert refused.returncode == 4, refused.stderr
     assert "requires another token than this process has: set RAY_AUTH_MODE=token and" in refused.stderr
     assert refused.stderr.count("\n") == 1
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < WAIT_S
 
 
 @pytest.mark.parametrize(
@@ -278,7 +276,7 @@ def test_an_address_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.Mo
         begun = time.monotonic()
         with pytest.raises(ComputeError, match=rf"no Ray dashboard answers at {address} \(ReadTimeout\)"):
             jobs.Jobs(address)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 18  # less than by default
 
 
 @pytest.mark.parametrize("words", [["logs"], ["logs", "--follow"], ["stop"]])

@@ -17,6 +17,7 @@ from ray.tune.experimental.output import get_air_verbosity
 
 from cluster import ray_compat
 from cluster.ray_compat import is_unauthenticated, named_trainable, quiet_job_client, quiet_tune
+from tests.waiting import WAIT_S
 
 
 class Trainable:
@@ -53,21 +54,24 @@ def test_tune_reads_the_variables_that_keep_it_quiet() -> None:
         assert get_air_verbosity(0) is None  # the new output, which prints whatever the verbosity, is off
 
 
-def pids_of_four_tasks() -> set[int]:
+def pids_of_four_tasks(folder: Path) -> set[int]:
     """Return the processes of four tasks that run at the same time; there are two CPUs."""
+    folder.mkdir()
 
     @ray.remote(num_cpus=0.5)
     def pid() -> int:
-        time.sleep(1)
+        (folder / str(os.getpid())).touch()
+        while len(list(folder.iterdir())) < 4:
+            time.sleep(0.05)
         return os.getpid()
 
-    return set(ray.get([pid.remote() for _ in range(4)]))
+    return set(ray.get([pid.remote() for _ in range(4)], timeout=WAIT_S))
 
 
-def test_more_idle_workers_than_cpus_are_kept_for_the_next_tasks(ray_session: None) -> None:
-    first = pids_of_four_tasks()
+def test_more_idle_workers_than_cpus_are_kept_for_the_next_tasks(ray_session: None, tmp_path: Path) -> None:
+    first = pids_of_four_tasks(tmp_path / "first")
     time.sleep(3)  # by default those beyond two would be gone
-    assert pids_of_four_tasks() <= first
+    assert pids_of_four_tasks(tmp_path / "second") <= first
 
 
 def test_the_environment_and_the_loggers_are_put_back() -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,10 +24,17 @@ from defuse_core.identify import finished_shards, gather_shards, shard_fingerpri
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
-from tests.cluster.checks import Lines, all_end, assert_equal_psi, assert_same_psi, kill_soon
+from tests.cluster.checks import (
+    Lines,
+    assert_equal_psi,
+    assert_same_psi,
+    kill_soon,
+    wait_for_the_end_of,
+)
 from tests.cluster.fakes import (
     CountingStore,
     DeadlyStore,
+    GatedStore,
     HiccupStore,
     OwnDiskStore,
     RefusingStore,
@@ -69,35 +72,21 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
     """A worker is killed after so many shards; some shards are there from an earlier driver."""
     spec = tiny(resources={"workers": workers})
     with tempfile.TemporaryDirectory() as name:
-        store = CountingStore(Path(name) / "run", pause_s=0.05)
+        store = GatedStore(Path(name) / "run", after=len(there) + kill_after)  # holds them for the kill
         for key in local_store.list("psi/"):
             if int(Path(key).stem) in there:
                 FolderStore(store.folder).write(key, local_store.read(key))
         lines.lines.clear()
-        killed: list[int] = []
-        killer = threading.Thread(target=kill_a_worker, args=(store, lines, len(there) + kill_after, killed))
-        killer.start()
+        killer = kill_soon(lines, "identify: worker", lambda: len(store.list()) >= store.after, store.open)
         records = finished_shards(store, shard_fingerprint(spec, tiny_models))
         with RayCompute(None, spec) as compute:
             pool = compute._pool(spec, tiny_models, store, None)
             waiting = [index for index in order if index not in records]
             records |= ShardQueue(pool, waiting, SHARDS, silent).run()
         killer.join()
-        assert len(killed) == 1
+        assert store.gate.exists()
         assert np.array_equal(gather_shards(records).codes, local_psi.codes)
         assert_same_psi(SHARDS, store, local_store)
-
-
-def kill_a_worker(store: FolderStore, lines: Lines, after: int, killed: list[int]) -> None:
-    """Kill the newest worker once `after` shards are stored, and note it."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        processes = lines.processes("identify: worker")
-        if processes and len(store.list("psi/")) >= after:
-            os.kill(processes[-1], signal.SIGKILL)
-            killed.append(processes[-1])
-            return
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -172,7 +161,7 @@ def test_a_killed_worker_costs_only_what_it_had_in_hand(
     tmp_path: Path,
     lines: Lines,
 ) -> None:
-    store = CountingStore(tmp_path / "run", pause_s=0.2)
+    store = CountingStore(tmp_path / "run", pause_s=0.5)
     killer = kill_soon(lines, "identify: worker", lambda: bool(store.list("psi/")))
     with RayCompute(None, tiny_spec) as compute:
         psi = compute.identify(tiny_spec, tiny_models, store)
@@ -255,7 +244,7 @@ def test_a_driver_that_lost_its_run_ends_its_workers(
     with RayCompute(None, tiny_spec) as compute:
         with pytest.raises(RunBusyError, match="another driver took the run over"):
             compute.identify(tiny_spec, tiny_models, store)
-        assert all_end(set(lines.processes("identify: worker")), within_s=20)
+        wait_for_the_end_of(set(lines.processes("identify: worker")))
 
 
 def test_a_worker_of_a_driver_that_lost_its_run_is_refused_and_nothing_is_tried_again(

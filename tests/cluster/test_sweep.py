@@ -18,7 +18,14 @@ from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
-from tests.cluster.checks import Lines, all_end, assert_equal_sweeps, kill_soon, locations
+from tests.cluster.checks import (
+    Lines,
+    assert_equal_sweeps,
+    kill_soon,
+    locations,
+    title_of,
+    wait_for_the_end_of,
+)
 from tests.cluster.fakes import (
     CountingStore,
     LocatedStore,
@@ -49,14 +56,14 @@ def test_a_trial_is_shown_under_the_name_of_its_step(
 
     def look(*told: object) -> None:
         for process in lines.processes("correct: λ")[-1:]:
-            titles.add(Path(f"/proc/{process}/cmdline").read_bytes().split(b".")[0].strip(b"\0"))
+            titles.add(title_of(process).split(b".")[0].strip(b"\0"))
 
     spec = tiny(resources={"workers": 1})
     with RayCompute(None, spec, look) as compute:
         compute.sweeps(
             tiny_models, [SweepRequest(spec, fixes, None, CountingStore(tmp_path / "run", pause_s=0.1))]
         )[0]
-    assert titles == {b"ray::correct"}
+    assert titles - {b"ray::IDLE"} == {b"ray::correct"}  # it may have ended before the driver hears of it
 
 
 def test_trials_keep_their_working_directory_so_that_relative_paths_lead_somewhere(
@@ -86,10 +93,10 @@ def test_a_killed_trial_goes_on_at_its_last_finished_epoch(
     spec = tiny(correct={"lambdas": [1.0], "epochs": 4})
     calm = FolderStore(tmp_path / "undisturbed")
     (undisturbed,) = LocalCompute().sweeps(tiny_models, [SweepRequest(spec, fixes, None, calm)])
-    store = CountingStore(tmp_path / "run", pause_s=0.5)
+    store = CountingStore(tmp_path / "run", pause_s=1.0)
     writes = store.writes(trial_key(1.0))
     with RayCompute(None, spec) as compute:
-        killer = kill_soon(lines, "correct: λ = 1", lambda: int(writes) == 2)
+        killer = kill_soon(lines, "correct: λ = 1", lambda: int(writes) in {2, 3})
         (sweep,) = compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
     killer.join()
     assert len(set(lines.processes("correct: λ = 1"))) == 2
@@ -148,7 +155,7 @@ def test_a_driver_that_lost_its_run_ends_its_trials(
     with RayCompute(None, tiny_spec) as compute:
         with pytest.raises(RunBusyError, match="another driver took the run over"):
             compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])
-        assert all_end(set(lines.processes("correct: λ")), within_s=20)
+        wait_for_the_end_of(set(lines.processes("correct: λ")))
 
 
 def test_fewer_epochs_never_replace_more(
