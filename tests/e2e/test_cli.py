@@ -313,7 +313,7 @@ def test_a_second_driver_exits_4(runfile, tmp_path):
     with FolderStore(tmp_path / "runs" / "tiny").lock():
         ended = subprocess.run(
             command("run", runfile, "--store", tmp_path / "runs", "--on", "local"),
-            cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+            cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
     assert ended.returncode == 4
     assert "is writing this run" in ended.stderr

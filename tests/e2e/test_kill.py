@@ -37,7 +37,9 @@ UNDER_WAY = {  # step -> a key that appears in the middle of it, or just before 
     "report": "sweep.safetensors",
 }
 STEPS = list(MADE_BY)
-WAIT_S = 180  # three times what a quiet machine needs
+WAIT_S = 360  # six times what a quiet machine needs
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def start(runfile: Path, where: Sequence[str], store: Path, until: str) -> subprocess.Popen[bytes]:

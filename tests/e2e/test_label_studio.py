@@ -33,6 +33,7 @@ from services.labeling import LabelStudioAnnotators
 from services.labeling.local_server import LocalServer
 from services.labeling.simulate import AnnotatorAccount
 from tests.conftest import tiny
+from tests.waiting import WAIT_S, wait_until
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -160,8 +161,8 @@ class Page:
         self.wait(lambda: self.browser.find_elements(By.CSS_SELECTOR, selector))
         return self.browser.find_element(By.CSS_SELECTOR, selector)
 
-    def wait(self, condition: Callable[[], object], timeout_s: float = 30) -> None:
-        WebDriverWait(self.browser, timeout_s, 0.1).until(lambda _: condition())
+    def wait(self, condition: Callable[[], object]) -> None:
+        WebDriverWait(self.browser, WAIT_S, 0.1).until(lambda _: condition())
 
     def keep(self, name: str) -> None:
         if PICTURES:
@@ -268,10 +269,6 @@ def test_the_list_of_tasks_does_not_show_what_the_scenario_is(
 
 def _first_answers(annotators: LabelStudioAnnotators, gallery, count: int) -> list[tuple[int, int, int]]:  # type: ignore[no-untyped-def]
     """Wait until `count` answers are there, and return them as (scenario, image, answer)."""
-    limit = time.monotonic() + 30
-    while time.monotonic() < limit:
-        votes = annotators.status(gallery)[0].votes
-        if len(votes.answer) >= count:
-            break
-        time.sleep(0.2)
+    wait_until(lambda: len(annotators.status(gallery)[0].votes.answer) >= count)
+    votes = annotators.status(gallery)[0].votes
     return sorted(zip(votes.scenario.tolist(), votes.image.tolist(), votes.answer.tolist(), strict=True))

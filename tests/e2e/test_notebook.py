@@ -33,7 +33,7 @@ def pictures(notebook: Any) -> int:
     )
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_what_it_is_kept_with(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -41,7 +41,9 @@ def test_a_notebook_runs_and_shows_what_it_is_kept_with(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     kept, again = read(path), read(path)
-    NotebookClient(again, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        again, timeout=1100, startup_timeout=240, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     assert shown(again) == shown(kept)
     assert pictures(again) > 20
     assert pictures(kept) > 20

@@ -86,12 +86,18 @@ def test_a_server_that_does_not_start_leads_to_its_log(cache):
 def test_a_slow_start_is_reported_while_it_lasts(cache, monkeypatch):
     monkeypatch.setattr("services.labeling.local_server.REPORT_EVERY_S", 1)
     program = cache / "slow"
-    program.write_text("#!/bin/sh\nsleep 2.5; exit 1\n")
+    program.write_text(f"#!/bin/sh\nuntil [ -e {cache}/end ]; do sleep 0.1; done; exit 1\n")
     program.chmod(0o755)
     installation, lines = Installation(cache), []
     installation.program = program
+
+    def report(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            (cache / "end").touch()
+
     with pytest.raises(ServiceError, match="did not start"):
-        start(installation, free_port(), None, lines.append)
+        start(installation, free_port(), None, report)
     assert lines[:2] == [f"still starting after {n} s; its log is {installation.log}" for n in (1, 2)]
 
 

@@ -22,6 +22,7 @@ from defuse_core.store import FolderStore
 from services.labeling import LabelStudioAnnotators
 from services.settings import BucketAccess
 from services.storage import open_store
+from tests.waiting import wait_until
 
 OWN = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush-hush-hush"}
 PICTURES_ONLY = (
@@ -76,7 +77,7 @@ def test_annotators_see_pictures_over_the_bound_and_read_nothing_else_of_the_run
     assert np.abs(seen - gallery.images[0, 0, 0]).max() < 1 / 254
     picture = f"{annotators.run.store.address}/pictures/s003-i02.png"
     time.sleep(1.5)  # the server of pictures lists a folder anew after a second (--dir-cache-time)
-    assert read_through_label_studio(accounts[0], task.id, picture).status_code == 200
+    wait_until(lambda: read_through_label_studio(accounts[0], task.id, picture).status_code == 200)
     for key in ("run.yaml", "gallery.safetensors", "labeling.json"):
         address = f"{annotators.run.store.address}/{key}"
         assert read_through_label_studio(accounts[0], task.id, address).status_code >= 400

@@ -39,7 +39,7 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
     pushed = cli("review", "push", name).output
     link, invitation = pushed.splitlines()
     assert link == f"label at {server.address}/projects/{review.state.number}/data?labeling=1"
-    signup = httpx.get(invitation.removeprefix("annotators get an account at "), trust_env=False)
+    signup = httpx.get(invitation.removeprefix("annotators get an account at "), timeout=60, trust_env=False)
     assert signup.status_code == 200 and "password" in signup.text
     for account in accounts[:2]:
         for key, task in review.tasks().items():
