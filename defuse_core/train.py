@@ -44,7 +44,7 @@ from defuse_core.store import Store
 from defuse_core.training.adam import Adam
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.checkpoint import Losses, Optimizer, Training, format_row, minibatches, train_step
-from defuse_core.training.data_parallel import averaged, worker_minibatches
+from defuse_core.training.data_parallel import averaged, seed_dropout, worker_minibatches
 from defuse_core.training.precision import accuracy_as_in_f32, autocast
 from defuse_core.training.reference_models import load_reference_models
 from defuse_core.training.train_vae import initial_vae, train_vae
@@ -266,7 +266,7 @@ def _classifier_epoch(
     progress: Progress,
 ) -> float:
     training.module.train()
-    torch.manual_seed(torch_seed(spec.seed, "classifier", epoch))  # for the dropout of a custom classifier
+    seed_dropout(spec.seed, "classifier", epoch)
     total = spec.classifier.epochs * len(images)
     done, losses = epoch * len(images), Losses("the classifier")
     order = minibatches(len(images), spec.classifier.batch_size, generator(spec.seed, "classifier", epoch))

@@ -64,7 +64,8 @@ class ResourcesSection(Section):
     fit into memory; 0: one thread."""
     train_workers: int = Field(1, ge=1)
     """Workers of one training of the classifier or the β-VAE (Ray Train; one GPU or train_threads CPUs each). They
-    share each minibatch, so the result is that of one worker up to rounding. A resumed run must keep it."""
+    share each minibatch, so the result is that of one worker up to rounding and the masks of dropout. A resumed run
+    must keep it."""
     precision: Literal["auto", "f32", "bf16"] | PrecisionSection = "f32"
     """bf16 computes under torch's autocast; auto measures, once per run, where bf16 is faster; a section sets it for
     each kind of computation. A resumed run must keep it. Paper: f32."""

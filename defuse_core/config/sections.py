@@ -363,10 +363,10 @@ class CorrectSection(Section):
     farther out, so that the surroundings of a scenario are corrected, too. Paper: 1."""
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
-    choose_by: Literal["train", "validation", "tune"] = "tune"
+    choose_by: Literal["train", "validation", "tune", "last"] = "tune"
     """Which accuracy picks the epoch and then λ. tune: highest accuracy on the tuned scenario images, in whole percent,
-    and then highest clean accuracy, among the rows that lose at most max_loss of it. Paper: train for MNIST,
-    validation otherwise."""
+    and then highest clean accuracy, among the rows that lose at most max_loss of it. last: the last epoch of the only
+    λ. Paper: train for MNIST, validation otherwise."""
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
     stop_at_loss: float | None = Field(None, gt=0, le=1)
@@ -384,6 +384,8 @@ class CorrectSection(Section):
             raise ValueError("stop_at_loss must be at least max_loss")
         if len(set(self.lambdas)) != len(self.lambdas) or min(self.lambdas) < 0:
             raise ValueError("lambdas must be distinct and not negative")
+        if self.choose_by == "last" and len(self.lambdas) > 1:
+            raise ValueError("choose_by last needs a single λ in lambdas")
         return self
 
 

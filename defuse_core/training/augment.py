@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from defuse_core.artifacts import F64
+from defuse_core.training.data_parallel import MinibatchPart
 
 
 def random_affine(images: Tensor, rng: np.random.Generator) -> Tensor:
@@ -32,20 +33,20 @@ def _transformed(images: Tensor, angle: F64, slant: F64, scale: F64, shift: F64)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
+def augment(images: Tensor, rng: np.random.Generator, part: MinibatchPart | None = None) -> Tensor:
     """Return each image randomly rotated, scaled, shifted, and darkened or brightened; most are blurred.
 
     Blur and darkness matter: decodings are smoother than photographs and of lower contrast, and a person reads them all
-    the same.
+    the same. Numbers are drawn for the whole minibatch of which `images` are this worker's `part`.
     """
-    count = len(images)
-    angle, scale = rng.uniform(-0.2, 0.2, count), rng.uniform(0.85, 1.15, count)
-    shift = rng.uniform(-0.12, 0.12, (count, 2))
-    moved = _transformed(images, angle, np.zeros(count), np.stack([scale, scale], axis=1), shift)
+    count, rows = (len(images), slice(None)) if part is None else (part.count, part.rows)
+    angle, scale = rng.uniform(-0.2, 0.2, count)[rows], rng.uniform(0.85, 1.15, count)[rows]
+    shift = rng.uniform(-0.12, 0.12, (count, 2))[rows]
+    moved = _transformed(images, angle, np.zeros(len(images)), np.stack([scale, scale], axis=1), shift)
     for share in (0.5, 0.25):
         blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
-        moved = torch.where(_column(rng.random(count) < share, images), blurred, moved)
-    bright = _column(rng.uniform(0.4, 1.2, count).astype(np.float32), images)
+        moved = torch.where(_column(rng.random(count)[rows] < share, images), blurred, moved)
+    bright = _column(rng.uniform(0.4, 1.2, count)[rows].astype(np.float32), images)
     return (moved * bright).clamp(0, 1)
 
 

@@ -1,8 +1,9 @@
 """Training by several workers at once: each computes its part of every minibatch, and gradients are averaged.
 
 The workers form a torch process group (cluster/train.py starts them). All see the same minibatches in the same order,
-so together they take the steps of a single worker, but for rounding, and for batch normalisation on CPUs, which sees
-the worker's part of the minibatch. A process without a group is the only worker, and computes what it always did.
+so together they take the steps of a single worker, but for rounding, for dropout, whose masks each worker draws, and
+for batch normalisation on CPUs, which sees the worker's part of the minibatch. A process without a group is the only
+worker, and computes what it always did.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from defuse_core.artifacts import I64
 from defuse_core.device import device
+from defuse_core.seeds import torch_seed
 from defuse_core.training.batches import DeviceImages
 
 P = ParamSpec("P")
@@ -29,9 +31,19 @@ def group_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def worker_number() -> int:
+    """Return the number of this worker, from 0."""
+    return dist.get_rank() if group_size() > 1 else 0
+
+
 def is_first_worker() -> bool:
     """Whether this is the worker that stores checkpoints and reports."""
-    return group_size() == 1 or dist.get_rank() == 0
+    return worker_number() == 0
+
+
+def seed_dropout(seed: int, *path: str | int) -> None:
+    """Seed what a network itself draws in an epoch, so that a resumed training goes on alike; workers draw apart."""
+    torch.manual_seed(torch_seed(seed, *path) + worker_number())
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class MinibatchPart:
         workers = group_size()
         if workers == 1 or count < 2 * workers:
             return MinibatchPart(slice(0, count), count, 1.0)
-        first, after = (count * (dist.get_rank() + more) // workers for more in (0, 1))
+        first, after = (count * (worker_number() + more) // workers for more in (0, 1))
         return MinibatchPart(slice(first, after), count, workers * (after - first) / count)
 
     def weighted(self, loss: Tensor) -> Tensor:

@@ -39,7 +39,13 @@ from defuse_core.training.checkpoint import (
     set_learning_rate,
     train_step,
 )
-from defuse_core.training.data_parallel import averaged, drawn_normal, worker_minibatches
+from defuse_core.training.data_parallel import (
+    MinibatchPart,
+    averaged,
+    drawn_normal,
+    seed_dropout,
+    worker_minibatches,
+)
 from defuse_core.training.precision import autocast
 
 log = logging.getLogger("defuse")
@@ -113,6 +119,7 @@ class _VaeTrainer:
     def epoch(self, epoch: int) -> VaeEpoch:
         """Train for one epoch, counted from 0, and return its figures."""
         spec, section, count = self.spec, self.spec.vae, len(self.images)
+        seed_dropout(spec.seed, "vae", "dropout", epoch)
         noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
         views = generator(spec.seed, "vae", "guide", epoch)
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
@@ -122,7 +129,7 @@ class _VaeTrainer:
         ):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            guide = Guide(self.guides[step % len(self.guides)], views) if self.guides else None
+            guide = Guide(self.guides[step % len(self.guides)], views, part) if self.guides else None
             drawn = drawn_normal(part, section.latent_dim, noise)
             terms = self.loss(images, labels, drawn, beta, guide)
             train_step(part.weighted(terms.total), self.optimizer)
@@ -180,6 +187,7 @@ class Guide(NamedTuple):
 
     module: nn.Module
     views: np.random.Generator
+    part: MinibatchPart  # the decodings' place in the minibatch
 
 
 @dataclass(frozen=True)
@@ -202,7 +210,7 @@ class VaeObjective:
             class_loss = F.cross_entropy(self.head(terms.codes), labels)
             total = total + section.class_weight * class_loss
         if guide is not None:
-            seen = augment(torch.sigmoid(terms.logits), guide.views)
+            seen = augment(torch.sigmoid(terms.logits), guide.views, guide.part)
             guide_loss = F.cross_entropy(guide.module(seen), labels)
             total = total + section.guide_weight * guide_loss
         return VaeLoss(total, terms.reconstruction, terms.divergence, class_loss, guide_loss)

@@ -30,7 +30,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.codec import decode, encode
 from defuse_core.config import CheckSection, RunFile, ServeSection, first_problem, parse_run_file
-from defuse_core.correct import held_out_images
+from defuse_core.correct import ROUNDING, held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError, ModelError, StoreError
@@ -52,7 +52,6 @@ VERSION_SETTINGS = (
     "failure_recall",
     "precision",
 )  # the rest of section serve is the server's
-ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
 class NothingCorrected(InputError):  # noqa: N818 - an outcome, and a good one for `defuse check`

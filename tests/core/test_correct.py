@@ -17,15 +17,16 @@ from defuse_core.correct import (
     run_trial,
     trial_key,
 )
-from defuse_core.errors import ComputeError, DataError, ModelError
+from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
 from defuse_core.local import LocalCompute
-from defuse_core.models import accuracy, load_classifier, predict
+from defuse_core.models import accuracy, load_classifier, predict, weights_of
 from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.training.augment import random_affine
 from defuse_core.training.checkpoint import cycle, train_step
 from tests.conftest import tiny
+from tests.own_classifiers import trained
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,25 @@ def test_further_training_of_a_classifier_that_is_sure_of_every_image_changes_no
     assert trial.rows[0].train == 1.0
 
 
+def test_a_trial_with_lambda_0_learns_nothing_of_the_scenarios_from_batch_statistics(tiny_models, tuning):
+    own = {"architecture": "custom", "import_path": "tests.own_classifiers:trained", "epochs": 1}
+    spec = tiny(classifier=own, correct={"augment": True})
+    models = replace(tiny_models, classifier=weights_of(trained()))
+    without = replace(tuning, tune=tuning.train.take(slice(0, 48)))
+    plain, other = (next(fine_tune(spec, models, data, 0.0, None)).best for data in (tuning, without))
+    for name, array in plain.items():
+        np.testing.assert_array_equal(array, other[name])
+
+
+def test_the_last_epoch_of_the_only_lambda_is_kept_whatever_it_scores(tiny_models, tuning):
+    spec = tiny(correct={"lambdas": [1e-3], "epochs": 3, "choose_by": "last", "learning_rate": 0.1})
+    *_, made = fine_tune(spec, tiny_models, tuning, 1e-3, None)
+    assert made.best_epoch == 3
+    assert collect_sweep(spec, tiny_models, [made]).chosen.epoch == 3
+    with pytest.raises(RunFileError, match="choose_by last needs a single λ"):
+        tiny(correct={"choose_by": "last"})
+
+
 def test_scenario_images_are_cycled_through_before_any_comes_twice():
     rows = np.concatenate(list(itertools.islice(cycle(10, 4, np.random.default_rng(0)), 5)))
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
@@ -265,6 +285,15 @@ def test_the_rule_of_choice_picks_lambda(rule, chosen, tiny_models):
     sweep = collect_sweep(tiny(correct=rule), models_with(0.98, tiny_models), trials)
     assert sweep.chosen.lam == chosen
     assert sweep.weights["w"][0] == np.float32(chosen)
+
+
+def test_a_loss_of_exactly_what_is_allowed_is_allowed(tiny_models):
+    sweep = collect_sweep(
+        tiny(correct={"max_loss": 0.003}),
+        models_with(3004 / 6000, tiny_models),
+        [trial(1.0, (2986 / 6000, 1, 1))],
+    )
+    assert sweep.chosen is not None
 
 
 def test_held_out_and_test_accuracy_choose_nothing(tiny_models):

@@ -86,6 +86,7 @@ def test_plain_training_is_the_chosen_fine_tuning_without_scenarios(finished) ->
     chosen = sweep.chosen
     assert plain_spec(run.spec, sweep).correct.lambdas == (0.0,)
     assert plain_spec(run.spec, sweep).correct.epochs == chosen.epoch
+    assert plain_spec(run.spec, sweep).correct.choose_by == "last"
     assert fold_spec(run.spec, sweep).correct.lambdas == (chosen.lam,)
 
 

@@ -188,6 +188,28 @@ def ready_autoencoder() -> torch.nn.Module:
         return LinearAutoencoder()
 
 
+class WithDropout(LinearAutoencoder):
+    def encode(self, images):
+        return super().encode(F.dropout(images, 0.2, self.training))
+
+
+def test_an_interrupted_training_of_a_vae_with_dropout_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("defuse_core.training.checkpoint.CHECKPOINT_EVERY_S", 0.0)
+
+    def kill(doing: str, done: int, total: int, unit: str) -> None:
+        if doing == "training the β-VAE" and done >= 700:
+            raise KilledError
+
+    path = "tests.core.training.test_train:WithDropout"
+    spec = tiny(vae={"architecture": "custom", "import_path": path, "epochs": 4}, classifier={"epochs": 1})
+    whole = train(spec, progress=silent)
+    with pytest.raises(KilledError):
+        train(spec, FolderStore(tmp_path), progress=kill)
+    resumed = train(spec, FolderStore(tmp_path), progress=silent)
+    for name, array in resumed.vae.items():
+        np.testing.assert_array_equal(array, whole.vae[name])
+
+
 @pytest.mark.parametrize(("what", "at"), [("training the classifier", 2000), ("training the β-VAE", 6000)])
 def test_an_interrupted_training_resumes_to_the_same_weights_bit_for_bit(
     what, at, tmp_path, monkeypatch, tiny_spec, tiny_models
