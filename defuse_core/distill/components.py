@@ -300,7 +300,7 @@ def scenarios_of(
         codes_used=sum(cell.codes for cell in fitted),
         converged=all(cell.fit.converged for cell in fitted),
         iterations=max(cell.fit.iterations for cell in fitted),
-        lower_bound=float(sum(cell.weight * cell.fit.lower_bound for cell in fitted)),
+        lower_bound=float(sum(cell.fit.lower_bound for cell in fitted)),
         cells=cells[kept],
         support=support[kept],
         source_error=_source_error(fitted)[kept],

@@ -306,7 +306,8 @@ def _provenance(run: Run, found: Findings) -> Provenance:
 
 def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
     """Return the figures over all scenarios."""
-    references = None if found.references is None else found.references.test
+    part = "test" if "test" in found.models.accuracy else "validation"
+    references = None if found.references is None else getattr(found.references, part)
     fixes = found.fixes
     errors = most_common_errors(found.gallery, fixes.scenario, fixes.labels)
     known = has_same_confusion_in_other_fold(fixes, errors)

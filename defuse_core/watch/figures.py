@@ -70,7 +70,8 @@ class WatchFigures(FigureModel):
     threshold: float | None
     """Failure probability from which on an input is flagged."""
     validation: DetectionFigures | None
-    """Each image is measured by a detector that was not fitted on it. Null without such images, or without a method."""
+    """Each image is measured by a detector that was not fitted on it. Null without such images, or without a method.
+    Recall is null where the threshold was chosen to reach it on these images (serve.failure_threshold null)."""
     test: DetectionFigures | None
     methods: tuple[MethodFigures, ...]
     """All methods, and the distance from the nearest failure scenario."""
@@ -94,6 +95,8 @@ def watch_figures(watch: FailureWatch, settings: ServeSection, codes: bool = Tru
         )
     threshold = None if problem else failure_threshold(watch, best, settings)
     validation = _detection(best.validation, watch.validation_wrong, threshold)
+    if validation is not None and settings.failure_threshold is None:
+        validation = validation.model_copy(update={"recall": share_of(np.full(3, np.nan))})
     test = _detection(best.test, watch.test_wrong, threshold)
     method = best.detector.method
     return WatchFigures(

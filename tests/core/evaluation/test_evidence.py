@@ -196,6 +196,14 @@ def test_evidence_of_an_earlier_version_has_no_figure_of_the_screen(finished) ->
 NOTHING_CHOSEN = Sweep((), None, {}, ())
 
 
+def test_without_test_images_reference_models_are_measured_on_validation_images_as_the_judges(finished):
+    found, evidence = load_findings(finished[0])[0], finished[0].load(Evidence)
+    right = {name: share for name, share in found.models.accuracy.items() if name != "test"}
+    untested = dataclasses.replace(found, models=dataclasses.replace(found.models, accuracy=right))
+    measured = evidence_figures(untested, evidence).judges.reference_models
+    assert measured == tuple(found.references.validation.tolist())
+
+
 def test_a_classifier_that_was_not_made_has_no_figures(finished) -> None:
     run, _ = finished
     found = dataclasses.replace(load_findings(run)[0], baseline=NOTHING_CHOSEN)
