@@ -118,7 +118,7 @@ def _newcombe(area: float, ones: int, zeros: int) -> tuple[float, float]:
 
     def distance(true: float) -> float:
         variance = true * (1 - true) * (1 + mean * ((1 - true) / (2 - true) + true / (1 + true)))
-        return abs(true - area) - special.ndtri(0.975) * float(np.sqrt(variance / (ones * zeros)))
+        return abs(true - area) - float(special.ndtri(0.975) * np.sqrt(variance / (ones * zeros)))
 
     inside = min(max(area, 1e-9), 1 - 1e-9)  # at 0 and 1 the error is 0
     low = 0.0 if area == 0.0 else brentq(distance, 0.0, inside)

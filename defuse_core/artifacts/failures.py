@@ -144,6 +144,8 @@ class Scenarios:
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
     failures: ComponentFailures | None = None  # with vae.decode: anchored; None where decoded plainly
     last_change: float | None = None  # of a bound in its last iteration, nats; the largest over the fits
+    all_means: F64 | None = None  # (K, Z) of all_weights; None in a run of an earlier version
+    all_covariances: F64 | None = None  # (K, Z, Z)
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})

@@ -291,11 +291,13 @@ def scenarios_of(
     weights = np.concatenate([cell.weights for cell in fitted])
     support = np.concatenate([cell.support for cell in fitted])
     cells = np.concatenate([np.tile(cell.cell, (len(cell.weights), 1)) for cell in fitted])
+    means = np.concatenate([cell.fit.means for cell in fitted])
+    covariances = np.concatenate([cell.fit.covariances for cell in fitted])
     kept, thin = kept_components(fitted, section)
     return Scenarios(
         weights=weights[kept],
-        means=np.concatenate([cell.fit.means for cell in fitted])[kept],
-        covariances=np.concatenate([cell.fit.covariances for cell in fitted])[kept],
+        means=means[kept],
+        covariances=covariances[kept],
         all_weights=weights,
         codes_used=sum(cell.codes for cell in fitted),
         converged=all(cell.fit.converged for cell in fitted),
@@ -306,6 +308,8 @@ def scenarios_of(
         source_error=_source_error(fitted)[kept],
         last_change=_largest_change([cell.fit for cell in fitted]),
         dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),
+        all_means=means,
+        all_covariances=covariances,
     )
 
 

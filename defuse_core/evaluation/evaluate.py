@@ -143,7 +143,7 @@ def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> t
     rows = _some(len(train), spec.report.tsne_images, rng)
     codes = encode_images(load_vae(spec, found.models.vae), train.take(rows))
     failures = subsample_psi(spec, found.psi, store).codes
-    shares = responsibilities(failures, scenarios.weights, scenarios.means, scenarios.covariances)  # (n, S)
+    shares = shares_of_mixture(scenarios, failures)
     if len(accepted):
         near = (shares[:, accepted] > MIN_RESPONSIBILITY).any(axis=1)
         failures, shares = failures[near], shares[near]
@@ -155,6 +155,25 @@ def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> t
     kind = np.concatenate([np.full(len(codes), TRAINING), np.full(len(failures), FAILURE), means])
     component = np.concatenate([train.labels[rows], owner, np.arange(len(scenarios))])
     return points, kind.astype(np.int64), component.astype(np.int64)
+
+
+def shares_of_mixture(scenarios: Scenarios, codes: F32) -> F64:
+    """Return the probability that (n, Z) codes belong to each component of `scenarios`, (n, S).
+
+    Components that were dropped have their share, too, so that a row may sum to less than 1; not in a run of an earlier
+    version, which holds none of them.
+    """
+    if scenarios.all_means is None or scenarios.all_covariances is None:
+        return responsibilities(codes, scenarios.weights, scenarios.means, scenarios.covariances)
+    found = responsibilities(
+        codes,
+        np.concatenate([scenarios.weights, scenarios.all_weights]),
+        np.concatenate([scenarios.means, scenarios.all_means]),
+        np.concatenate([scenarios.covariances, scenarios.all_covariances]),
+    )
+    own, mixture = found[:, : len(scenarios)], found[:, len(scenarios) :]
+    shares: F64 = own / mixture.sum(axis=1, keepdims=True)
+    return shares
 
 
 def _some(count: int, wanted: int, rng: Generator) -> I64:

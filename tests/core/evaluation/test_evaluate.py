@@ -20,6 +20,7 @@ from defuse_core.evaluation.evaluate import (
     class_accuracy,
     embed,
     evaluate,
+    shares_of_mixture,
 )
 from defuse_core.identify import gather_shards, save_shard
 from defuse_core.progress import silent
@@ -127,6 +128,20 @@ def test_the_map_shows_only_failures_near_an_accepted_scenario(tiny_spec, tiny_m
     shown = evaluation.point_component[evaluation.point_kind == FAILURE]
     assert shown.tolist() == [0] * 20
     assert np.isfinite(evaluation.points).all()
+
+
+def test_codes_of_a_dropped_component_belong_to_no_scenario_and_are_not_on_the_map(
+    tiny_spec, tiny_models, tmp_path
+):
+    whole = two_components(len(tiny_models.kl_per_dimension))
+    found = findings(tiny_models, FolderStore(tmp_path), accepted=1)
+    kept = whole.take(np.array([0]), all_means=whole.means, all_covariances=whole.covariances)
+    shares = shares_of_mixture(kept, whole.means.astype(np.float32))
+    np.testing.assert_allclose(shares[:, 0], [1, 0], atol=1e-9)
+    evaluation = evaluate(
+        tiny_spec, dataclasses.replace(found, scenarios=kept), FolderStore(tmp_path), progress=silent
+    )
+    assert (evaluation.point_kind == FAILURE).sum() == 20  # of 40 in Ψ
 
 
 def test_a_data_set_without_validation_and_a_mixture_without_components_have_no_such_figures(
