@@ -165,19 +165,13 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest groups first, so that two processes end at the same time.
-
-    Whichever test of a group is the first one waits for what they share: all may take longer than others.
-    """
+    """Put the longest groups first, so that two processes end at the same time."""
 
     def place(item: pytest.Item) -> int:
         group = group_of(item.nodeid)
         return next((number for number, first in enumerate(FIRST) if group.startswith(first)), len(FIRST))
 
     items.sort(key=place)
-    for item in items:
-        if group_of(item.nodeid) in TOGETHER.values():
-            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -24,7 +24,6 @@ from tests.conftest import ROOT, TINY
 from tests.s3_servers import free_port
 from tests.waiting import WAIT_S, wait_until
 
-pytestmark = pytest.mark.timeout(900)  # each job starts processes of its own
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
 SECRET = "never-to-be-seen-anywhere"

@@ -66,7 +66,6 @@ def runfile(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Pat
     return path
 
 
-pytestmark = pytest.mark.timeout(900)  # several runs, one after the other
 PLAIN = "from services.cli import main; main()"
 HASTY = f"from services.storage import lease; lease.BEAT_S, lease.LEASE_S = 0.5, 3.0\n{PLAIN}"
 

@@ -24,8 +24,6 @@ from tests.cluster.checks import assert_same_psi
 from tests.cluster.nodes import SHORT_SWEEP, made_up
 from tests.conftest import ROOT, tiny
 
-pytestmark = pytest.mark.timeout(900)  # nodes start one after the other
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

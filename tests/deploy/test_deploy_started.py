@@ -21,7 +21,6 @@ from shipped import ENVIRONMENT, ROOT, compose, document, ray_specs
 from tests.s3_servers import free_port
 from tests.waiting import WAIT_S, wait_until
 
-pytestmark = pytest.mark.timeout(900)  # nodes and servers start one after the other
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
 

@@ -39,8 +39,6 @@ UNDER_WAY = {  # step -> a key that appears in the middle of it, or just before 
 STEPS = list(MADE_BY)
 WAIT_S = 360  # six times what a quiet machine needs
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def start(runfile: Path, where: Sequence[str], store: Path, until: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", "from services.cli import main; main()", "run", str(runfile)]
