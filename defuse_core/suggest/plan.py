@@ -16,15 +16,10 @@ from torch.nn import functional as F
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import ModelError
 from defuse_core.models import (
     ReferenceCnn,
-    build_classifier,
     build_vae,
-    check_outputs,
     decode_codes,
-    expect_trainable,
-    load_pretrained,
     predict,
     probe_classifier,
     to_device,
@@ -32,25 +27,18 @@ from defuse_core.models import (
 )
 from defuse_core.models.probe import ClassifierProbe
 from defuse_core.progress import Progress, silent
+from defuse_core.suggest.image_size import ClassifierChoice, fit_image_size
 from defuse_core.suggest.inspect import DataFacts
 
 TRIAL_S = 1.0  # each speed is measured for so long
 TRIAL_BATCH = 64
-VALIDATION_SHARE = 0.15  # held out where the data set has no validation part
 THREADS = 2  # resources.train_threads
 RESERVE = 0.85  # of the time, for reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.35, "identify": 0.15, "references": 0.15, "correct": 0.2}
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
-OTHER_SIZES = (32, 64, 128, 224, 28, 96, 256)  # tried where a classifier fails on the suggested one
-
-
-@dataclass(frozen=True)
-class ClassifierChoice:
-    """Section `classifier` for a classifier of the user, without what the probe finds."""
-
-    fields: dict[str, Any]
+TOO_LONG = 1.5  # times the minutes asked for, from which a plan is worth a warning
 
 
 @dataclass(frozen=True)
@@ -75,12 +63,19 @@ class Plan:
 
 
 def plan_run(
-    facts: DataFacts, choice: ClassifierChoice | None, minutes: float, progress: Progress = silent
+    facts: DataFacts,
+    choice: ClassifierChoice | None,
+    minutes: float,
+    progress: Progress = silent,
+    image_size: int | None = None,
 ) -> Plan:
-    """Return a run file for these images and this classifier, whose run needs about so many minutes here."""
+    """Return a run file for these images and this classifier, whose run needs about so many minutes here.
+
+    Without `image_size`, the size follows from the images and the classifier.
+    """
+    sized = fit_image_size(facts, choice, image_size, progress)
     progress("measuring speeds", 0, 5, "trials")
-    tree = _sections(facts, choice, facts.image_size)
-    classifier, tree = _fitting_classifier(tree, facts, choice)
+    classifier, tree = sized.module, sized.tree
     spec = parse_run_file(tree, "the suggested run file")
     splits = open_splits(spec.data, spec.seed)
     sample = splits.train.take(slice(0, None, max(1, len(splits.train) // 512))).loaded()
@@ -92,83 +87,8 @@ def plan_run(
         speeds = _measured(spec, classifier, sample, progress)
     warnings = _set_sizes(tree, splits, speeds, minutes, own=choice is not None)
     parse_run_file(tree, "the suggested run file")
-    return Plan(tree, facts, speeds, probe, (*facts.warnings, *warnings, *_probe_warnings(probe)))
-
-
-def _sections(facts: DataFacts, choice: ClassifierChoice | None, size: int) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "name": facts.name,
-        "root": str(facts.root),
-        "image_size": size,
-        "channels": facts.channels,
-    }
-    if "validation" not in facts.counts:
-        data["validation_share"] = VALIDATION_SHARE
-    return {
-        "data": data,
-        "classifier": dict(choice.fields) if choice else _own_classifier(facts, size),
-        "vae": _vae(size, facts.channels) | ({"decode": "anchored"} if facts.photographs else {}),
-    }
-
-
-def _own_classifier(facts: DataFacts, size: int) -> dict[str, Any]:
-    """Return section `classifier` where the user has none: Figure 7 for small grey images, else a ResNet-18."""
-    optimizer: dict[str, Any] = {"optimizer": "adam", "learning_rate": 0.001}
-    if facts.channels == 1 and size <= 32:
-        return {"architecture": "cnn", "stages": int(math.log2(size)) - 1, **optimizer}
-    return {"architecture": "resnet18", "stem": "small" if size <= 64 else "imagenet", **optimizer}
-
-
-def _vae(size: int, channels: int) -> dict[str, Any]:
-    """Return the β-VAE for images of a size: stages down to 4 pixels or so, width and codes by size and colour."""
-    stages = 1
-    while size % 2 ** (stages + 1) == 0 and size >> (stages + 1) >= 4:
-        stages += 1
-    small = size <= 32 and channels == 1
-    return {
-        "architecture": "convolutional",
-        "latent_dim": 16 if size <= 32 else 32,
-        "encoder_stages": stages,
-        "channels": 16 if small else 32,
-        "beta": 1.0,
-        "class_weight": 20.0,
-        "learning_rate": 0.003,
-        "schedule": "one_cycle",
-    }
-
-
-def _fitting_classifier(
-    tree: dict[str, Any], facts: DataFacts, choice: ClassifierChoice | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the classifier with its weights, and the sections with the first image size that it accepts."""
-    sizes = [facts.image_size] if facts.name == "npz" or choice is None else [facts.image_size, *OTHER_SIZES]
-    first_error: ModelError | None = None
-    for size in dict.fromkeys(sizes):
-        tried = _sections(facts, choice, size)
-        spec = parse_run_file(tried, "the suggested run file")
-        images = open_splits(spec.data, spec.seed).train
-        for outputs in ("logits", "probabilities"):
-            if choice is not None and outputs == "probabilities":
-                tried["classifier"]["outputs"] = outputs
-            spec = parse_run_file(tried, "the suggested run file")
-            try:
-                classifier = _built(spec, len(facts.classes))
-                check_outputs(classifier, spec.classifier, images, len(facts.classes))
-                expect_trainable(classifier)
-                return classifier, tried
-            except ModelError as error:
-                first_error = first_error or error
-                if "found probabilities" not in str(error):
-                    break
-                first_error = None
-    assert first_error is not None
-    raise first_error
-
-
-def _built(spec: RunFile, classes: int) -> nn.Module:
-    classifier = build_classifier(spec, classes)
-    load_pretrained(classifier, spec.classifier.weights, trained_on=False)
-    return to_device(classifier).eval()
+    noted = [] if sized.note is None else [sized.note]
+    return Plan(tree, facts, speeds, probe, (*facts.warnings, *noted, *warnings, *_probe_warnings(probe)))
 
 
 def _set_probed(section: dict[str, Any], probe: ClassifierProbe) -> None:
@@ -273,12 +193,34 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
             "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
             "--weights to use it as it is"
         )
-    if epochs < FEW_EPOCHS:
+    least = _seconds_planned(tree, count, speeds) / (60 * RESERVE)
+    if least > TOO_LONG * minutes:
+        side = tree["data"]["image_size"]
+        warnings.append(
+            f"{minutes:g} minutes are too few: even with {epochs} epochs for the β-VAE a run of {count:,} images of "
+            f"{side}x{side} pixels takes about {least:,.0f} minutes here; set data.train_images or a smaller "
+            "data.image_size"
+        )
+    elif epochs < FEW_EPOCHS:
         warnings.append(
             f"{minutes:g} minutes leave {epochs} epochs for the β-VAE, which are few; give --minutes more, or set "
             "data.train_images or a smaller data.image_size"
         )
     return warnings
+
+
+def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
+    """Return the seconds of training, identification and fine-tuning as planned, on `count` training images."""
+    reference, correct = tree["review"]["reference"], tree["correct"]
+    reference_images = min(reference.get("train_images", count), count / 2)
+    tunings = 2 * len(correct["lambdas"]) * correct["epochs"] * correct.get("train_images", count)
+    return float(
+        tree["classifier"]["epochs"] * count / speeds.classifier
+        + tree["vae"]["epochs"] * count / speeds.vae
+        + tree["identify"]["draws"] * count / speeds.decode
+        + 8 * reference["epochs"] * reference_images / speeds.reference
+        + 3 * tunings / speeds.classifier
+    )
 
 
 def _reference(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:

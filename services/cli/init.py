@@ -36,13 +36,24 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
     help="Time for the run on this machine.",
 )
 @click.option(
+    "--image-size",
+    type=click.IntRange(8, 512),
+    help="Height and width that pictures are resized to; what your classifier was trained on. [default: from both]",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Run file to write. [default: the name of IMAGES, with .yaml]",
 )
 @click.option("--force", is_flag=True, help="Replace the run file if it exists.")
 def init(
-    images: Path, classifier: str | None, weights: Path | None, minutes: float, out: Path | None, force: bool
+    images: Path,
+    classifier: str | None,
+    weights: Path | None,
+    minutes: float,
+    image_size: int | None,
+    out: Path | None,
+    force: bool,
 ) -> None:
     """Look at IMAGES and a classifier, measure for some seconds, and write a commented run file.
 
@@ -65,7 +76,7 @@ def init(
     expect_writable("--out", path)
     choice = classifier_choice(classifier, weights)
     with ProgressDisplay() as display:
-        plan = plan_run(inspect_data(images.absolute()), choice, minutes, display)
+        plan = plan_run(inspect_data(images.absolute()), choice, minutes, display, image_size)
     with writing("--out", path):
         path.write_text(write_run_file(plan, minutes), encoding="utf-8")
     load_run_file(path)

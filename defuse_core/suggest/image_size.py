@@ -1,0 +1,222 @@
+"""The image size of a run: the pictures' own where a classifier of the user's own takes it, else one that suits it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from defuse_core.config import RunFile, parse_run_file
+from defuse_core.data import Images, open_splits
+from defuse_core.errors import InputError, ModelError
+from defuse_core.models import (
+    build_classifier,
+    check_outputs,
+    expect_trainable,
+    load_pretrained,
+    probe_classifier,
+    to_device,
+)
+from defuse_core.progress import Progress
+from defuse_core.suggest.inspect import DataFacts
+
+VALIDATION_SHARE = 0.15  # held out where the data set has no validation part
+SMALLEST, LARGEST = 8, 512  # of data.image_size
+OTHER_SIZES = (
+    32,
+    64,
+    128,
+    224,
+    28,
+    96,
+    256,
+    16,
+    48,
+)  # tried after the pictures' own size and the suggested one
+DENSE_SIDE = 32  # height and width up to which the β-VAE's dense layers stay small
+SAMPLE = 64  # training images, evenly spaced, on which sizes are compared
+AS_RIGHT = 0.04  # in accuracy: a smaller size that loses no more is taken
+
+
+@dataclass(frozen=True)
+class ClassifierChoice:
+    """Section `classifier` for a classifier of the user, without what the probe finds."""
+
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class SizedClassifier:
+    """A classifier, and the sections data, classifier and vae with the image size that was chosen for it."""
+
+    module: nn.Module
+    tree: dict[str, Any]
+    note: str | None  # where the pictures have another size than their owner's classifier gets
+
+
+def fit_image_size(
+    facts: DataFacts, choice: ClassifierChoice | None, asked: int | None, progress: Progress
+) -> SizedClassifier:
+    """Return the classifier with its weights, and the sections for the size that is asked for or suits it.
+
+    A classifier of the user's own gets the pictures' own size where it takes it and they are square: most were trained
+    on it. Otherwise, one with weights gets the smallest of the usual sizes, from the suggested one on, at which it is
+    about as often right as at any. Raises InputError for a size that cannot be, ModelError where the classifier takes
+    none.
+    """
+    if asked is not None:
+        _expect_usable(asked, facts)
+    try:
+        return _sized(facts, choice, asked, progress)
+    except ModelError as error:
+        if choice is None or "found probabilities" not in str(error):
+            raise
+    fields = choice.fields | {"outputs": "probabilities"}
+    return _sized(facts, replace(choice, fields=fields), asked, progress)
+
+
+def _sized(
+    facts: DataFacts, choice: ClassifierChoice | None, asked: int | None, progress: Progress
+) -> SizedClassifier:
+    sizes = [asked] if asked is not None else _sizes_to_try(facts, own=choice is not None)
+    classifier = _built(_run_file(_sections(facts, choice, sizes[0])), len(facts.classes))
+    expect_trainable(classifier)
+    is_trained = choice is not None and bool(choice.fields.get("weights"))
+    compared = is_trained and len(sizes) > 1 and sizes[0] != _own_side(facts)
+    accuracies: dict[int, float] = {}
+    first_error: ModelError | None = None
+    for done, size in enumerate(sizes):
+        progress("trying image sizes", done, len(sizes), "sizes")
+        spec = _run_file(_sections(facts, choice, size))
+        images = open_splits(spec.data, spec.seed).train
+        try:
+            check_outputs(classifier, spec.classifier, images, len(facts.classes))
+        except ModelError as error:
+            if "found probabilities" in str(error):
+                raise
+            first_error = first_error or error
+            continue
+        accuracies[size] = _accuracy(classifier, spec, images, facts) if compared else 1.0
+        if not compared:
+            break
+    if not accuracies:
+        assert first_error is not None
+        raise _no_size(first_error, sizes)
+    best = max(accuracies.values())
+    as_right = [size for size, right in accuracies.items() if right >= best - AS_RIGHT]
+    size = min(as_right, key=lambda size: (size < facts.image_size, size))
+    note = None if choice is None or asked is not None else _note(facts, size, accuracies, len(images))
+    return SizedClassifier(classifier, _sections(facts, choice, size), note)
+
+
+def _sizes_to_try(facts: DataFacts, own: bool) -> list[int]:
+    """Return sizes in the order in which they are tried; images of an .npz file are never resized."""
+    if not own or facts.name == "npz":
+        return [facts.image_size]
+    side = _own_side(facts)
+    return list(dict.fromkeys([*([] if side is None else [side]), facts.image_size, *OTHER_SIZES]))
+
+
+def _own_side(facts: DataFacts) -> int | None:
+    """Return height and width of the pictures where they are square and the β-VAE can halve them often enough."""
+    side = facts.height
+    usable = SMALLEST <= side <= LARGEST and side % 2 == 0 and side >> vae_stages(side) <= DENSE_SIDE
+    return side if side == facts.width and usable else None
+
+
+def _expect_usable(asked: int, facts: DataFacts) -> None:
+    if facts.name == "npz" and asked != facts.image_size:
+        raise InputError(
+            f"--image-size {asked}: images of an .npz file are used as they are ({facts.width}x{facts.height}); resize "
+            "them in the file"
+        )
+    if asked % 2:
+        raise InputError(f"--image-size {asked}: expected an even number, which the β-VAE can halve")
+
+
+def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> float:
+    """Return the accuracy on SAMPLE training images, in the input range and order of classes that fits best."""
+    rows = np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(np.int64))
+    probe = probe_classifier(classifier, spec.classifier, images.take(rows), facts.classes)
+    return max([*probe.by_range.values(), probe.reordered if probe.class_order else 0.0])
+
+
+def _no_size(first: ModelError, sizes: list[int]) -> ModelError:
+    if len(sizes) == 1:
+        return first
+    tried = ", ".join(map(str, sizes))
+    return ModelError(f"{first}; tried sizes {tried}: give the one that it was trained on with --image-size")
+
+
+def _note(facts: DataFacts, size: int, accuracies: dict[int, float], count: int) -> str | None:
+    """Return what to know where the classifier gets another size than the pictures have."""
+    if (facts.height, facts.width) == (size, size):
+        return None
+    line = f"the classifier gets {size}x{size} pixels, but the pictures have {facts.width}x{facts.height}"
+    if len(accuracies) > 1:
+        by_size = ", ".join(f"{right:.0%} at {side}" for side, right in sorted(accuracies.items()))
+        line += f"; of {min(SAMPLE, count)} training images it is right on {by_size}"
+    return f"{line}; if it was trained on another size, give that with --image-size"
+
+
+def _sections(facts: DataFacts, choice: ClassifierChoice | None, size: int) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": facts.name,
+        "root": str(facts.root),
+        "image_size": size,
+        "channels": facts.channels,
+    }
+    if "validation" not in facts.counts:
+        data["validation_share"] = VALIDATION_SHARE
+    return {
+        "data": data,
+        "classifier": dict(choice.fields) if choice else _new_classifier(facts, size),
+        "vae": _vae(size, facts.channels) | ({"decode": "anchored"} if facts.photographs else {}),
+    }
+
+
+def _new_classifier(facts: DataFacts, size: int) -> dict[str, Any]:
+    """Return section `classifier` where the user has none: Figure 7 for small grey images, else a ResNet-18."""
+    optimizer: dict[str, Any] = {"optimizer": "adam", "learning_rate": 0.001}
+    if facts.channels == 1 and size <= 32:
+        stages = min(int(math.log2(size)) - 1, _halvings(size))
+        return {"architecture": "cnn", "stages": max(1, stages), **optimizer}
+    return {"architecture": "resnet18", "stem": "small" if size <= 64 else "imagenet", **optimizer}
+
+
+def _vae(size: int, channels: int) -> dict[str, Any]:
+    """Return the β-VAE for images of a size: width and codes by size and colour."""
+    small = size <= 32 and channels == 1
+    return {
+        "architecture": "convolutional",
+        "latent_dim": 16 if size <= 32 else 32,
+        "encoder_stages": vae_stages(size),
+        "channels": 16 if small else 32,
+        "beta": 1.0,
+        "class_weight": 20.0,
+        "learning_rate": 0.003,
+        "schedule": "one_cycle",
+    }
+
+
+def vae_stages(size: int) -> int:
+    """Return how often the β-VAE halves images of a size: down to 4 pixels or so, and once at least."""
+    return max(1, min(_halvings(size), int(math.log2(size)) - 2))
+
+
+def _halvings(size: int) -> int:
+    """Return how often a number of pixels can be halved."""
+    return (size & -size).bit_length() - 1
+
+
+def _run_file(tree: dict[str, Any]) -> RunFile:
+    return parse_run_file(tree, "the suggested run file")
+
+
+def _built(spec: RunFile, classes: int) -> nn.Module:
+    classifier = build_classifier(spec, classes)
+    load_pretrained(classifier, spec.classifier.weights, trained_on=False)
+    return to_device(classifier).eval()

@@ -1,0 +1,137 @@
+"""The image size that `defuse init` chooses for a classifier of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from defuse_core.suggest.plan import Speeds
+from tests.e2e.test_cli import call, one_line
+
+HERE = "tests.services.test_init_image_size"
+
+
+@pytest.fixture(autouse=True)
+def _short_trials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("defuse_core.suggest.plan.TRIAL_S", 0.05)
+    monkeypatch.chdir(tmp_path)
+
+
+class Brightness(nn.Module):
+    """Calls dark pictures class 0 and bright ones class 1, where their size is right; any size is taken."""
+
+    def __init__(self, right_at: int | None) -> None:
+        super().__init__()
+        self.right_at, self.scale = right_at, nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        margin = self.scale * (images.mean(dim=(1, 2, 3)) - 0.5)
+        if self.right_at not in (None, images.shape[-1]):
+            margin = 0 * margin
+        return torch.stack([-margin, margin], dim=1)
+
+
+def of_any_size() -> nn.Module:
+    return Brightness(None)
+
+
+def right_at_128() -> nn.Module:
+    return Brightness(128)
+
+
+def of_48() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(48 * 48, 2))
+
+
+def of_8() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 2))
+
+
+def of_40() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(40 * 40, 2))
+
+
+def suggested(monkeypatch, capsys, width: int, height: int, factory: str, *options: object) -> tuple:
+    """Return exit code, section data and what was printed, for dark and bright grey pictures of a size."""
+    for name, level in (("black", 20), ("white", 230)):
+        folder = Path("pictures/train", name)
+        folder.mkdir(parents=True)
+        for number in range(30):
+            Image.fromarray(np.full((height, width), level + number % 3, np.uint8)).save(
+                folder / f"{number}.png"
+            )
+    net = globals()[factory]()
+    save_file(net.state_dict(), "own.safetensors")
+    chosen = ["--classifier", f"{HERE}:{factory}", "--weights", "own.safetensors"]
+    code, out, err = call(monkeypatch, capsys, "init", "pictures", *chosen, "--minutes", 1, *options)
+    data = yaml.safe_load(Path("pictures.yaml").read_text())["data"] if code == 0 else {}
+    return code, data, out + err
+
+
+@pytest.mark.parametrize(
+    ("side", "factory"), [(48, "of_48"), (8, "of_8"), (40, "of_40"), (48, "of_any_size")]
+)
+def test_a_classifier_that_takes_the_pictures_as_they_are_gets_them_so(side, factory, monkeypatch, capsys):
+    code, data, printed = suggested(monkeypatch, capsys, side, side, factory)
+    assert (code, data.get("image_size")) == (0, side), printed
+    assert "pixels, but the pictures have" not in printed
+
+
+def test_where_the_pictures_own_size_cannot_be_the_size_at_which_the_classifier_is_right_is_taken(
+    monkeypatch, capsys
+):
+    code, data, printed = suggested(monkeypatch, capsys, 60, 40, "right_at_128")
+    assert (code, data.get("image_size")) == (0, 128), printed
+    note = (
+        "note        the classifier gets 128x128 pixels, but the pictures have 60x40; of 60 training images"
+    )
+    assert note.replace("60 training", "51 training") in printed  # 15 % are held out
+    assert "% at 64" in printed
+    assert "100% at 128" in printed
+
+
+def test_a_classifier_that_is_right_at_any_size_gets_the_suggested_one(monkeypatch, capsys):
+    code, data, printed = suggested(monkeypatch, capsys, 60, 40, "of_any_size")
+    assert (code, data.get("image_size")) == (0, 32), printed
+
+
+def test_a_size_can_be_asked_for(monkeypatch, capsys):
+    code, data, printed = suggested(monkeypatch, capsys, 60, 40, "of_48", "--image-size", 48)
+    assert (code, data.get("image_size")) == (0, 48), printed
+
+
+def test_the_refusal_of_a_classifier_that_takes_no_tried_size_names_the_option(monkeypatch, capsys):
+    code, _, printed = suggested(monkeypatch, capsys, 60, 60, "of_40")
+    assert code == 2
+    assert "tried sizes 60, 64, 32" in one_line(printed)
+    assert "give the one that it was trained on with --image-size" in printed
+
+
+@pytest.mark.parametrize("size", [27, 4])
+def test_a_size_that_cannot_be_is_refused(size, monkeypatch, capsys):
+    code, _, printed = suggested(monkeypatch, capsys, 48, 48, "of_any_size", "--image-size", size)
+    assert code == 2
+    assert "--image-size" in printed
+
+
+def test_images_of_an_npz_file_are_not_resized_but_may_have_28_pixels(monkeypatch, capsys):
+    images = np.random.default_rng(0).integers(0, 255, (60, 28, 28), np.uint8)
+    np.savez("x.npz", train_images=images, train_labels=np.arange(60) % 3)
+    code, _, err = call(monkeypatch, capsys, "init", "x.npz", "--image-size", 32)
+    assert code == 2
+    assert "images of an .npz file are used as they are (28x28)" in one_line(err)
+    assert call(monkeypatch, capsys, "init", "x.npz", "--minutes", 1)[0] == 0
+
+
+def test_a_plan_that_needs_longer_than_the_minutes_asked_for_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(0.1, 0.1, 0.1, 0.1))
+    code, _, printed = suggested(monkeypatch, capsys, 48, 48, "of_any_size")
+    assert code == 0
+    assert "1 minutes are too few: even with 2 epochs for the β-VAE a run of 51 images" in printed
