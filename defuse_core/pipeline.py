@@ -32,7 +32,8 @@ from defuse_core.evaluation.evaluate import Findings, evaluate
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
-from defuse_core.report import Report, build_report, write_report
+from defuse_core.report import Report, write_report
+from defuse_core.report.build import build_report
 from defuse_core.review.sample import (
     filter_corrections,
     sample_corrections,

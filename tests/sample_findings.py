@@ -26,7 +26,8 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.evaluation.evaluate import ACCEPTED, FAILURE, REJECTED, TRAINING, Findings
-from defuse_core.report import Report, build_report
+from defuse_core.report import Report
+from defuse_core.report.build import build_report
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore

@@ -1,21 +1,22 @@
-"""The report of a run, with the figures of §4: `report.json`, `report.html` and `figures/*.png`."""
+"""The report of a run, with the figures of §4: `report.json`, `report.html` and `figures/*.png`.
+
+To read one, as `defuse status` does, takes no torch: what computes the figures is imported where it is used.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from defuse_core.artifacts import Evaluation
-from defuse_core.evaluation.evaluate import Findings
-from defuse_core.evaluation.evidence import Evidence
-from defuse_core.report.build import build_report
 from defuse_core.report.schema import Report, parse_report
 from defuse_core.runs import Run
-from defuse_core.watch.failure_detector import FailureWatch
 
-__all__ = [
-    "Report",
-    "build_report",
-    "parse_report",
-    "write_report",
-]
+if TYPE_CHECKING:
+    from defuse_core.evaluation.evaluate import Findings
+    from defuse_core.evaluation.evidence import Evidence
+    from defuse_core.watch.failure_detector import FailureWatch
+
+__all__ = ["Report", "parse_report", "write_report"]
 
 
 def write_report(
@@ -26,6 +27,7 @@ def write_report(
     watch: FailureWatch | None = None,
 ) -> Report:
     """Write `report.json`, `report.html` and `figures/*.png` into the run, and return the report."""
+    from defuse_core.report.build import build_report
     from defuse_core.report.figures import draw_figures, png
     from defuse_core.report.html import render_page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from defuse_core.artifacts import F64, Bool
 from defuse_core.config import ServeSection
 from defuse_core.intervals import auroc, share_with_bounds
-from defuse_core.watch.failure_detector import FailureWatch, MeasuredDetector
+
+if TYPE_CHECKING:
+    from defuse_core.watch.failure_detector import FailureWatch, MeasuredDetector
 
 ECE_BINS = 15  # of equally many images: most failure probabilities are near 0
 REGION = "scenario distance"

@@ -350,6 +350,13 @@ def test_output_that_nobody_reads_is_no_failed_check(words, unbuffered, closed_p
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
+def test_runs_are_listed_without_torch_whose_import_takes_seconds(finished_run):
+    code = "import sys; from services.cli.run import status; status(sys.argv[1:], standalone_mode=False); "
+    code += "assert 'torch' not in sys.modules"
+    listed = [sys.executable, "-c", code, "--store", finished_run / "runs"]
+    assert "tiny" in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_to_a_full_disk_is_one_line(unbuffered):
     with Path("/dev/full").open("wb") as full:

@@ -14,7 +14,7 @@ from sample_findings import sample_findings, sample_spec
 
 from defuse_core.artifacts import Checkpoint, Health, VaeEpoch
 from defuse_core.codec import encode
-from defuse_core.report import build_report
+from defuse_core.report.build import build_report
 from defuse_core.report.formatting import percent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore

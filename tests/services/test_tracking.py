@@ -16,7 +16,7 @@ import yaml
 from defuse_core.artifacts import Models, Sweep, SweepRow
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
-from defuse_core.report import build_report
+from defuse_core.report.build import build_report
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from services.settings import read_settings
