@@ -40,13 +40,21 @@ from defuse_core.models import (
     load_pretrained,
     load_vae,
     predict,
+    probe_classifier,
     to_device,
 )
+from defuse_core.models.probe import EXTERNAL
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 
-VERSION: Final = 1
+VERSION: Final = (
+    2  # 1 had no classifier, and asked for the accuracy after where that was no better than before
+)
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
+CLEARLY_MORE = (
+    0.2  # in accuracy, and MOSTLY: from which another input range is likely the one that a classifier expects
+)
+MOSTLY = 0.5  # an uncorrected classifier, which fails on purpose, gets some pictures right in a wrong range
 SHEET = 8  # pictures per row and column of an overview
 
 
@@ -67,7 +75,7 @@ class SuiteScenario(BaseModel):
     after: float
     """And after it."""
     least: float = Field(ge=0, le=1)
-    """Accuracy from which a checked classifier passes. May be edited."""
+    """Accuracy from which a checked classifier passes; 0 asks nothing. May be edited."""
 
     @property
     def name(self) -> str:
@@ -75,12 +83,22 @@ class SuiteScenario(BaseModel):
         return f"{self.label} read as {self.mistaken_for} (scenario {self.number})"
 
 
+class SuiteClassifier(BaseModel):
+    """What the classifier of the run gets and returns: fields of section `classifier`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_range: PrintableText
+    outputs: PrintableText
+    class_order: tuple[int, ...] | None
+
+
 class SuiteDescription(BaseModel):
     """The content of suite.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1]
+    version: Literal[1, 2]
     run: PrintableText
     """The run that it was saved from."""
     annotators: PrintableText
@@ -92,6 +110,8 @@ class SuiteDescription(BaseModel):
     channels: int
     vae: dict[str, Any]
     """Section `vae` of the run file: the architecture of the decoder."""
+    classifier: SuiteClassifier | None = None
+    """None in a suite of version 1."""
     scenarios: tuple[SuiteScenario, ...]
 
 
@@ -115,8 +135,23 @@ class SuiteResult:
     accuracy: float
 
     @property
+    def is_asked(self) -> bool:
+        """Whether a classifier can fail here."""
+        return self.scenario.least > 0
+
+    @property
     def passed(self) -> bool:
         return self.accuracy >= self.scenario.least
+
+
+@dataclass(frozen=True)
+class BetterRange:
+    """An input range in which a classifier is far more often right on a suite than in the one that was given."""
+
+    name: str
+    accuracy: float
+    given: str
+    given_accuracy: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,10 +182,34 @@ class Suite:
         classifier = build_classifier(spec, classes)
         load_pretrained(classifier, spec.classifier.weights, trained_on=False)
         to_device(classifier).eval()
-        pixels = self.pictures.pixels.reshape(-1, *self.pictures.pixels.shape[2:])
-        images = Images(pixels, np.repeat(self.pictures.labels, self.pictures.pixels.shape[1]))
-        check_outputs(classifier, spec.classifier, images, classes)
+        check_outputs(classifier, spec.classifier, self._images(), classes)
         return classifier
+
+    def other_inputs(self, section: dict[str, Any]) -> list[str]:
+        """Return a line for each field in which a section `classifier` differs from that of the suite's run."""
+        asked, given = self.description.classifier, self._run_file(section).classifier
+        if asked is None or given.architecture not in EXTERNAL:
+            return []
+        pairs = [(name, getattr(asked, name), getattr(given, name)) for name in SuiteClassifier.model_fields]
+        run = self.description.run
+        return [
+            f"classifier.{name} is {_text(here)}; for the classifier of run {run} it was {_text(there)}"
+            for name, there, here in pairs
+            if here != there
+        ]
+
+    def better_range(self, classifier: nn.Module, section: dict[str, Any]) -> BetterRange | None:
+        """Return the input range that a classifier of the user's own seems to expect, if it is not the given one."""
+        spec = self._run_file(section)
+        probe = probe_classifier(classifier, spec.classifier, self._images(), self.description.classes)
+        given, best = spec.classifier.input_range, max(probe.by_range, key=lambda name: probe.by_range[name])
+        found = BetterRange(best, probe.by_range[best], given, probe.by_range[given])
+        return found if found.accuracy >= max(MOSTLY, found.given_accuracy + CLEARLY_MORE) else None
+
+    def _images(self) -> Images:
+        """Return the pictures of all scenarios, one after the other."""
+        pixels = self.pictures.pixels.reshape(-1, *self.pictures.pixels.shape[2:])
+        return Images(pixels, np.repeat(self.pictures.labels, self.pictures.pixels.shape[1]))
 
     def _run_file(self, section: dict[str, Any]) -> RunFile:
         data = {
@@ -166,8 +225,9 @@ def save_suite(run: Run, folder: Path) -> Suite:
     """Write the accepted scenarios of a finished run as a suite into a new or empty folder, and return it.
 
     The pictures are the held-out ones. The least accuracy of each scenario is check.min_each_scenario of the run file,
-    or what the corrected classifier reaches where that is less. Raises InputError where the run has no scenario, or the
-    folder is not empty or cannot be written.
+    or what the corrected classifier reaches where that is less. Where it is then not better than the one before, the
+    least is 0: nothing is asked. Raises InputError where the run has no scenario, or the folder is not empty or cannot
+    be written.
     """
     expect_new_folder("--out", folder)
     suite = _frozen(run)
@@ -208,7 +268,28 @@ def load_suite(folder: Path) -> Suite:
     if len(description.scenarios) != len(pictures.labels):
         counts = f"{len(description.scenarios)} scenarios, {TENSORS} has {len(pictures.labels)}"
         raise InputError(f"{folder}: {DESCRIPTION} has {counts}; save the suite again")
+    if description.version == 1:
+        asked = tuple(_asked_before(scenario) for scenario in description.scenarios)
+        description = description.model_copy(update={"scenarios": asked})
     return Suite(description, pictures)
+
+
+def _asked_before(scenario: SuiteScenario) -> SuiteScenario:
+    """Return a scenario of version 1, in which nothing is asked where the uncorrected classifier passed."""
+    is_unedited = scenario.least == scenario.after
+    unasked = is_unedited and scenario.after <= scenario.before
+    return scenario.model_copy(update={"least": 0.0}) if unasked else scenario
+
+
+def _least(limit: float, before: float, after: float) -> float:
+    """Return the accuracy to ask for: the limit, or what the correction reaches; 0 where it then improves nothing."""
+    if after >= limit:
+        return limit
+    return after if after > before else 0.0
+
+
+def _text(value: object) -> str:
+    return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
 
 
 def _frozen(run: Run) -> Suite:
@@ -231,7 +312,7 @@ def _frozen(run: Run) -> Suite:
             pictures=pixels.shape[1],
             before=before[row],
             after=after[row],
-            least=min(spec.check.min_each_scenario, after[row]),
+            least=_least(spec.check.min_each_scenario, before[row], after[row]),
         )
         for row, (component, label) in enumerate(zip(fixes.scenario, fixes.labels, strict=True))
     )
@@ -240,6 +321,7 @@ def _frozen(run: Run) -> Suite:
 
 def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -> SuiteDescription:
     vae = run.spec.vae.model_dump(mode="json")
+    section = run.spec.classifier.model_dump(mode="json", include=set(SuiteClassifier.model_fields))
     return SuiteDescription(
         version=VERSION,
         run=run.name,
@@ -249,6 +331,7 @@ def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -
         image_size=run.spec.data.image_size,
         channels=run.spec.data.channels,
         vae=vae | {"weights": None, "epochs": max(1, vae["epochs"])},
+        classifier=SuiteClassifier.model_validate(section),
         scenarios=scenarios,
     )
 

@@ -14,12 +14,13 @@ from typing import Any, TextIO
 import click
 
 from defuse_core.errors import DefuseError, escape_control_characters
-from services.cli.export import compare, delete, export, suite
+from services.cli.export import compare, delete, export
 from services.cli.init import fields, init
 from services.cli.jobs import jobs, submit
 from services.cli.review import label_studio, review
 from services.cli.run import report, run, status
 from services.cli.serve import check, promote, rollback, serve
+from services.cli.suite import suite
 from services.settings import read_settings, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe

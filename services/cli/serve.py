@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from defuse_core.store import checked_name
-from services.cli.export import SuiteCheck, check_suite, expect_no_suite_options, suite_options
 from services.cli.options import address_option, given, store_option
 from services.cli.review import local_user
+from services.cli.suite import SuiteCheck, check_suite, expect_no_suite_options, suite_options
 from services.settings import read_settings
 
 if TYPE_CHECKING:

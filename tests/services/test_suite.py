@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from junitparser import Failure, JUnitXml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from defuse_core.artifacts import Corrections, Models
+from defuse_core.artifacts import Corrections, Models, Weights
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.export.compare import compare_runs, share_inside
-from defuse_core.export.suite import load_suite, save_suite
+from defuse_core.export.suite import SuitePictures, load_suite, save_suite
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -38,6 +38,18 @@ def the_tiny_cnn() -> torch.nn.Module:
     return build_classifier(tiny(), 10)
 
 
+class Of255(torch.nn.Module):
+    """The tiny CNN behind its own scaling of pixels from 0 to 255."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = the_tiny_cnn()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(images / 255)
+        return logits
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> FolderStore:
     """Runs on one data set: first finds 3 and 8, the others come later."""
@@ -45,14 +57,15 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Fold
     splits = open_splits(spec.data, spec.seed)
     good, swapped = tiny_models.classifier, swap_classes(tiny_models.classifier, (3, 8))
 
-    def plant(name: str, before: object, spec: RunFile = spec) -> Run:
+    def plant(name: str, before: object, spec: RunFile = spec, after: object = good) -> Run:
         again = swap_classes(before, (3, 8))  # make_run swaps the classes of the classifier before
-        return make_run(found, name, spec, dataclasses.replace(tiny_models, classifier=again), splits, good)
+        return make_run(found, name, spec, dataclasses.replace(tiny_models, classifier=again), splits, after)
 
     first = plant("first", swapped)
     plant("same", swapped)
     plant("mended", good)
     plant("relapsed", perturb_weights(swapped, 1))
+    plant("unimproved", swapped, after=swapped)
     fixes = first.load(Corrections)
     one = Corrections(fixes.scenario[:1], fixes.labels[:1], fixes.tune[:1], fixes.test[:1])
     plant("only-three", swapped).store.write("corrections.safetensors", encode(one))
@@ -145,6 +158,19 @@ def test_a_program_and_a_run_are_checked_too(suite, files, store, monkeypatch, c
     assert call(monkeypatch, capsys, "check", "first", "--store", store.address, "--suite", suite)[0] == 0
 
 
+def test_the_junit_file_is_written_also_where_nobody_reads_the_results(
+    suite, files, tmp_path, monkeypatch, capsys
+):
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("click.echo", closed)
+    weights = ["--weights", files / "bad.safetensors", "--junit", tmp_path / "a.xml"]
+    call(monkeypatch, capsys, "check", "--suite", suite, "--classifier", NET, *weights)
+    (tests,) = JUnitXml.fromfile(str(tmp_path / "a.xml"))
+    assert (tests.tests, tests.failures) == (2, 2)
+
+
 def test_results_are_shown_also_where_the_junit_file_cannot_be_written(
     suite, store, tmp_path, monkeypatch, capsys
 ):
@@ -163,7 +189,90 @@ def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
     options = ["--suite", tmp_path / "suite", "--classifier", NET, "--weights", files / "bad.safetensors"]
     code, out, _ = call(monkeypatch, capsys, "check", *options)
     assert code == 1
-    assert (out.count("ok     "), out.count("FAILED ")) == (1, 1)
+    assert (out.count("–      "), out.count("FAILED ")) == (1, 1)
+
+
+def saved(store: FolderStore, name: str, folder: Path, monkeypatch, capsys) -> tuple[dict, str]:
+    """Return suite.json of a run's suite, and what `suite save` printed."""
+    options = ["suite", "save", name, "--store", store.address, "--out", folder]
+    code, out, err = call(monkeypatch, capsys, *options)
+    assert code == 0, err
+    return json.loads((folder / "suite.json").read_text()), out
+
+
+def test_what_the_correction_did_not_improve_is_not_asked(store, files, tmp_path, monkeypatch, capsys):
+    page, out = saved(store, "unimproved", tmp_path / "suite", monkeypatch, capsys)
+    assert [scenario["least"] for scenario in page["scenarios"]] == [0, 0]
+    assert out.count("nothing is asked, since the correction did not improve it") == 2
+    bad = [
+        "check",
+        "--suite",
+        tmp_path / "suite",
+        "--classifier",
+        NET,
+        "--weights",
+        files / "bad.safetensors",
+    ]
+    code, out, _ = call(monkeypatch, capsys, *bad, "--junit", tmp_path / "a.xml")
+    assert (code, out.count("ok "), out.count("–      ")) == (0, 0, 2)
+    assert "nothing is asked" in out
+    (tests,) = JUnitXml.fromfile(str(tmp_path / "a.xml"))
+    assert (tests.tests, tests.failures, tests.skipped) == (2, 0, 2)
+
+
+def half_right_on_eights(weights: Weights, pictures: SuitePictures) -> Weights:
+    """Return weights with a smaller logit of class 8, whose scenario is then half right."""
+    net = the_tiny_cnn()
+    net.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    with torch.inference_mode():
+        logits = net(torch.tensor(pictures.pixels[1] / 255, dtype=torch.float32)).numpy()
+    margin = logits[:, 8] - np.delete(logits, 8, axis=1).max(axis=1)
+    last = sorted(name for name in weights if name.endswith(".bias"))[-1]
+    return weights | {last: weights[last] - np.median(margin) * (np.arange(10) == 8).astype(np.float32)}
+
+
+def test_saving_says_where_less_than_the_limit_is_asked(
+    store, suite, tiny_models, tmp_path, monkeypatch, capsys
+):
+    spec, good = tiny(check={"min_each_scenario": 0.9}), tiny_models.classifier
+    half = half_right_on_eights(good, load_suite(suite).pictures)
+    make_run(store, "half", spec, tiny_models, open_splits(spec.data, spec.seed), half)
+    page, out = saved(store, "half", tmp_path / "half", monkeypatch, capsys)
+    assert [scenario["least"] for scenario in page["scenarios"]] == [0.9, 0.5]
+    assert "8 read as 3 (scenario 1): only 50.0% is asked, which the correction reaches, not 90.0%" in out
+    assert "3 read as 8" not in out
+
+
+def test_a_suite_of_version_1_is_read_and_asks_nothing_where_nothing_was_improved(suite, tmp_path):
+    shutil.copytree(suite, tmp_path / "suite")
+    page = json.loads((suite / "suite.json").read_text())
+    assert page["version"] == 2
+    page["version"] = 1
+    del page["classifier"]
+    page["scenarios"][0] |= {"before": 0.1, "after": 0.1, "least": 0.1}
+    (tmp_path / "suite/suite.json").write_text(json.dumps(page))
+    first, second = load_suite(tmp_path / "suite").description.scenarios
+    assert (first.least, second.least) == (0, page["scenarios"][1]["least"])
+
+
+def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
+    suite, files, tmp_path, monkeypatch, capsys
+):
+    weights = {f"net.{name}": tensor for name, tensor in load_file(files / "good.safetensors").items()}
+    save_file(weights, tmp_path / "own.safetensors")
+    other = ["--classifier", "tests.services.test_suite:Of255", "--weights", tmp_path / "own.safetensors"]
+    code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *other)
+    assert code == 1
+    assert "so it may need --set classifier.input_range=0..255" in one_line(err)
+    ranged = ["--set", "classifier.input_range=0..255"]
+    code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *other, *ranged)
+    assert code == 0
+    line = "note: classifier.input_range is 0..255; for the classifier of run first it was 0..1"
+    assert line in err
+    bad = ["--classifier", NET, "--weights", files / "bad.safetensors"]
+    code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *bad)
+    assert code == 1
+    assert "input_range" not in err
 
 
 @pytest.mark.parametrize(

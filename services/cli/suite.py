@@ -1,0 +1,239 @@
+"""`defuse suite save` and `defuse check --suite`: failure scenarios as a regression suite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from defuse_core.errors import CheckFailed, InputError
+from defuse_core.store import checked_name
+from services.cli.options import CLASSIFIER_HELP, store_option
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from defuse_core.export.suite import Suite, SuiteResult
+
+
+@dataclass(frozen=True)
+class SuiteCheck:
+    """The options of `defuse check --suite`."""
+
+    suite: Path
+    run: str | None
+    store: str
+    as_json: bool
+    classifier: str | None
+    weights: Path | None
+    overrides: tuple[str, ...]
+    junit: Path | None
+
+
+def suite_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `defuse check --suite` to a command."""
+    for option in reversed(
+        [
+            click.option(
+                "--suite", type=click.Path(path_type=Path), help="Folder of a suite to check against."
+            ),
+            click.option("--classifier", help=f"With --suite: {CLASSIFIER_HELP}"),
+            click.option(
+                "--weights", type=click.Path(path_type=Path), help="With --classifier: its state dict."
+            ),
+            click.option(
+                "--set",
+                "overrides",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
+            ),
+            click.option(
+                "--junit", type=click.Path(path_type=Path), help="With --suite: JUnit XML file to write."
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def expect_no_suite_options(
+    classifier: str | None, weights: Path | None, overrides: tuple[str, ...], junit: Path | None
+) -> None:
+    """Raise UsageError for an option of `defuse check --suite` that is given without --suite."""
+    given = {"--classifier": classifier, "--weights": weights, "--set": overrides, "--junit": junit}
+    for option, value in given.items():
+        if value:
+            raise click.UsageError(f"{option} needs --suite FOLDER")
+
+
+@click.group()
+def suite() -> None:
+    """Failure scenarios as a regression suite for any classifier.
+
+    \b
+    defuse suite save digits --out suite/
+    defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors
+    """
+
+
+@suite.command()
+@click.argument("run")
+@store_option
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder to write.")
+def save(run: str, store: str, out: Path) -> None:
+    """Freeze the accepted scenarios of RUN in one portable folder: pictures, codes, decoder, labels, thresholds.
+
+    The least accuracy of each scenario is in OUT/suite.json, and may be edited there; with 0 nothing is asked.
+    """
+    from defuse_core.export.suite import save_suite
+    from defuse_core.runs import Run
+    from services.storage import open_store
+
+    opened = Run.open(open_store(store), checked_name(run))
+    scenarios = save_suite(opened, out).description.scenarios
+    limit = opened.spec.check.min_each_scenario
+    for scenario in scenarios:
+        if 0 < scenario.least < limit:
+            click.echo(
+                f"{scenario.name}: only {scenario.least:.1%} is asked, which the correction reaches, not {limit:.1%} "
+                "(check.min_each_scenario)"
+            )
+        elif scenario.least < limit:
+            click.echo(f"{scenario.name}: nothing is asked, since the correction did not improve it "
+                       f"({scenario.before:.1%} before, {scenario.after:.1%} after)")  # fmt: skip
+    click.echo(f"{out}: {len(scenarios)} scenarios with {scenarios[0].pictures} pictures each; next: "
+               f"defuse check --suite {out} --classifier ...")  # fmt: skip
+
+
+def check_suite(options: SuiteCheck) -> None:
+    """Run a classifier against a suite: print a table or JSON, write JUnit XML. Raises CheckFailed if it fails."""
+    from defuse_core.export.suite import load_suite
+
+    if (options.run is None) == (options.classifier is None):
+        raise click.UsageError("with --suite, give either RUN or --classifier")
+    if options.classifier is None and (options.weights or options.overrides):
+        raise click.UsageError("--weights and --set need --classifier")
+    loaded = load_suite(options.suite)
+    section = _section(options)
+    classifier = loaded.classifier(section) if section else _corrected(loaded, options.run, options.store)
+    results = loaded.check(classifier)
+    name = options.classifier or f"run {options.run}"
+    # the file first: whoever reads what is printed may close the pipe (`| head -1`), which ends the command
+    unwritable = None if options.junit is None else _write_junit(options.junit, name, loaded, results)
+    if options.as_json:
+        click.echo(json.dumps(_page(name, options, results)))
+    else:
+        _print_results(loaded, results)
+    for line in loaded.other_inputs(section) if section else []:
+        click.echo(f"note: {line}", err=True)
+    if unwritable is not None:
+        raise unwritable
+    failed = sum(not result.passed for result in results)
+    if failed:
+        asked = sum(result.is_asked for result in results)
+        hint = _range_hint(loaded, classifier, section)
+        raise CheckFailed(f"suite {options.suite}: {name} fails {failed} of {asked} scenarios{hint}")
+
+
+def _print_results(loaded: Suite, results: list[SuiteResult]) -> None:
+    run = loaded.description.run
+    for result in results:
+        scenario = result.scenario
+        verdict = ("ok" if result.passed else "FAILED") if result.is_asked else "–"
+        click.echo(
+            f"{verdict:<6} {scenario.name}: {_measured(result)} ({run}: {scenario.before:.1%} before, "
+            f"{scenario.after:.1%} after)"
+        )
+
+
+def _measured(result: SuiteResult) -> str:
+    asked = f"at least {result.scenario.least:.1%} is asked" if result.is_asked else "nothing is asked"
+    return f"{result.accuracy:.1%}, {asked}"
+
+
+def _range_hint(loaded: Suite, classifier: nn.Module, section: dict[str, Any] | None) -> str:
+    """Return what to try where a classifier that fails seems to expect other pixels than it gets; else nothing."""
+    found = loaded.better_range(classifier, section) if section else None
+    if found is None:
+        return ""
+    return (
+        f"; it is right on {found.accuracy:.0%} of the pictures in the input range {found.name} and on "
+        f"{found.given_accuracy:.0%} in {found.given}, so it may need --set classifier.input_range={found.name}"
+    )
+
+
+def _section(options: SuiteCheck) -> dict[str, Any] | None:
+    """Return section `classifier` for --classifier, --weights and --set; None for the classifier of a run."""
+    from defuse_core.config import apply_override
+    from services.cli.options import classifier_fields
+
+    if options.classifier is None:
+        return None
+    tree: dict[str, Any] = {"classifier": classifier_fields(options.classifier, options.weights)}
+    for override in options.overrides:
+        if not override.strip().startswith("classifier."):
+            raise InputError(f"--set {override}: expected classifier.field=value")
+        apply_override(tree, override)
+    section: dict[str, Any] = tree["classifier"]
+    return section
+
+
+def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
+    from defuse_core.export.models import corrected_classifier
+    from defuse_core.models import to_device
+    from defuse_core.runs import Run
+    from services.storage import open_store
+
+    run = Run.open(open_store(store), checked_name(name or ""))
+    models, classifier = corrected_classifier(run)
+    data, asked = run.spec.data, loaded.description
+    found = (models.classes, data.image_size, data.channels)
+    if found != (asked.classes, asked.image_size, asked.channels):
+        raise InputError(f"run {name}: its classes or images are not those of the suite (run {asked.run})")
+    return to_device(classifier)
+
+
+def _page(name: str, options: SuiteCheck, results: list[SuiteResult]) -> dict[str, Any]:
+    scenarios = [
+        {
+            **result.scenario.model_dump(),
+            "accuracy": result.accuracy,
+            "asked": result.is_asked,
+            "passed": result.passed,
+        }
+        for result in results
+    ]
+    passed = all(result.passed for result in results)
+    return {"suite": str(options.suite), "classifier": name, "passed": passed, "scenarios": scenarios}
+
+
+def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult]) -> InputError | None:
+    """Write JUnit XML; return the error of a file that cannot be written, so that the results are shown first."""
+    from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
+
+    from defuse_core.export.writing import writing
+
+    tests = TestSuite(f"defuse {loaded.description.run}")
+    for result in results:
+        case = TestCase(result.scenario.name, classname=f"defuse.{loaded.description.run}")
+        line = f"{name}: {_measured(result)}"
+        if not result.passed:
+            case.result = [Failure(line)]
+        elif not result.is_asked:
+            case.result = [Skipped(line)]
+        case.system_out = line
+        tests.add_testcase(case)
+    xml = JUnitXml()
+    xml.add_testsuite(tests)
+    try:
+        with writing("--junit", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            xml.write(str(path), pretty=True)
+    except InputError as error:
+        return error
+    return None
