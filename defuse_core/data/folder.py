@@ -69,10 +69,22 @@ def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | N
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Return the files of a class, sorted, without hidden ones. Raises DataError naming one that is not an image."""
+    """Return the files of a class, sorted, without hidden ones.
+
+    Raises DataError naming one that is not an image, or a link to a folder above it.
+    """
     found: list[str] = []
+    above = {str(folder): {_identity(at) for at in (folder, *folder.resolve().parents)}}
     for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         folders[:] = [name for name in folders if not _hidden(name)]  # those that os.walk goes on to
+        around = above.pop(where)
+        for name in folders:
+            below = Path(where, name)
+            if _identity(below) in around:
+                raise DataError(
+                    f"{below}: this link leads to a folder above it, {below.resolve()}; remove it"
+                )
+            above[str(below)] = around | {_identity(below)}
         for name in names:
             if _hidden(name):
                 continue
@@ -82,6 +94,12 @@ def _image_files(folder: Path) -> list[str]:
                 )
             found.append(os.path.join(where, name))  # noqa: PTH118 - a Path each is slow for millions
     return sorted(found)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Return device and inode, which all paths to one folder share."""
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def _hidden(name: str) -> bool:

@@ -79,12 +79,17 @@ def fit_picture(picture: Image.Image, channels: int, size: int) -> U8:
     """Return a picture as (channels, size, size). Raises ValueError for floats that are neither 0 to 1 nor 0 to 255."""
     if picture.mode.startswith(("F", "I")):
         picture = Image.fromarray(_eight_bits(picture))  # Pillow's own conversion clips instead of scaling
-    if "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    picture = picture.convert("L" if channels == 1 else "RGB")
+    picture = convert_picture(picture, "L" if channels == 1 else "RGB")
     if picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def convert_picture(picture: Image.Image, mode: str) -> Image.Image:
+    """Return a picture as "L" or "RGB", without its transparency."""
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # Pillow warns of a palette with transparency otherwise
+    return picture.convert(mode)
 
 
 def _eight_bits(picture: Image.Image) -> U8:

@@ -28,7 +28,7 @@ def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Im
     if not 0 < count < len(images):
         raise DataError(
             f"data.validation_share: {share} of {len(images)} images is {count}, "
-            "and each part needs at least one; change the share"
+            "and each part needs at least one; add images or change the share"
         )
     order = mixed_order(images.labels, rng)
     return images.take(np.sort(order[count:])), images.take(np.sort(order[:count]))

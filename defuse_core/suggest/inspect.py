@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from pydantic import ValidationError
 
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
-from defuse_core.data import open_splits, overlooked
-from defuse_core.data.folder import SUFFIXES
+from defuse_core.data import Splits, open_splits, overlooked
+from defuse_core.data.folder import NAMED, SUFFIXES
+from defuse_core.data.images import convert_picture
 from defuse_core.errors import DataError
 
 SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve to 4
 LARGEST = 64  # suggested, unless the classifier asks for more: costs grow with the square
 SAMPLE = 200  # pictures that are looked at
+FEWEST = 4  # training images, of which one at least is held out for validation
+FEW = 20  # training images of a class: fewer are worth a warning
 COLOUR = (
     6  # difference of two channels, of 255, from which a pixel counts as coloured (JPEG blurs grey by less)
 )
@@ -63,6 +67,8 @@ def inspect_data(root: Path) -> DataFacts:
     except ValidationError as error:  # an .npz whose images are too small or too large
         raise DataError(f"{root}: {first_problem(error, DataSection)}; resize the images") from error
     splits = open_splits(section, 0)
+    if len(splits.train) < FEWEST:
+        raise DataError(f"{root}: {len(splits.train)} training images are too few; add images")
     some = splits.train.take(slice(0, None, max(1, len(splits.train) // SAMPLE)))
     photographs = channels == 3 and plain_ground(some.batch(slice(0, SAMPLE))) < PLAIN_GROUND
     return DataFacts(
@@ -75,8 +81,28 @@ def inspect_data(root: Path) -> DataFacts:
         photographs,
         splits.classes,
         splits.counts(),
-        tuple(lines),
+        (*lines, *_few_images(splits)),
     )
+
+
+def _few_images(splits: Splits) -> list[str]:
+    """Return a line where some classes have few training images."""
+    counts = np.bincount(splits.train.labels, minlength=len(splits.classes))
+    few = [
+        f"{quoted(name)} ({count})" for name, count in zip(splits.classes, counts, strict=True) if count < FEW
+    ]
+    if not few:
+        return []
+    named = ", ".join(few[:NAMED]) + (", ..." if len(few) > NAMED else "")
+    return [
+        f"{len(few)} of {len(counts)} classes have fewer than {FEW} training images, too few to rely on what is found "
+        f"there; add images: {named}"
+    ]
+
+
+def quoted(name: str) -> str:
+    """Return the name of a class for a list with commas: in quotes where it has a comma or a quote of its own."""
+    return json.dumps(name, ensure_ascii=False) if set(name) & set(',"') else name
 
 
 def plain_ground(images: F32) -> float:
@@ -135,7 +161,7 @@ def _look_at_pictures(train: Path) -> tuple[int, int, int]:
 def _is_coloured(picture: Image.Image) -> bool:
     if picture.mode in {"L", "1", "LA"} or picture.mode.startswith("I"):
         return False
-    pixels = np.asarray(picture.convert("RGB").resize((32, 32))).astype(np.int64)
+    pixels = np.asarray(convert_picture(picture, "RGB").resize((32, 32))).astype(np.int64)
     return bool((np.ptp(pixels, axis=2) > COLOUR).mean() > 0.01)
 
 

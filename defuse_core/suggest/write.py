@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from defuse_core.config.loading import describe_fields
+from defuse_core.suggest.inspect import quoted
 from defuse_core.suggest.plan import Plan
 
 COMMENT_COLUMN = 40
@@ -50,7 +51,7 @@ def _colours(channels: int) -> str:
 
 
 def _listed(names: tuple[str, ...], limit: int = 12) -> str:
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(map(quoted, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 

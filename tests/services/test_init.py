@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -116,13 +117,38 @@ def test_photographs_are_decoded_anchored_and_the_run_file_says_why(tmp_path, mo
 
 def test_colour_drawings_on_a_plain_ground_are_decoded_plainly(tmp_path):
     for name in ("cat", "dog"):
-        path = tmp_path / "train" / name / "0.png"
-        path.parent.mkdir(parents=True)
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
         pixels = np.full((32, 32, 3), (250, 250, 240), np.uint8)
         pixels[8:24, 12:20] = (200, 10, 10)
-        Image.fromarray(pixels).save(path)
+        for number in range(2):
+            Image.fromarray(pixels).save(folder / f"{number}.png")
     facts = inspect_data(tmp_path)
     assert (facts.channels, facts.photographs) == (3, False)
+
+
+def test_a_palette_with_transparency_is_looked_at_without_a_warning(tmp_path):
+    for name in ("cat", "dog"):
+        picture = Image.new("P", (16, 16), 1)
+        picture.putpalette([0, 0, 0, 200, 20, 30])
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(2):
+            picture.save(tmp_path / "train" / name / f"{number}.png", transparency=b"\x00\x80")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert inspect_data(tmp_path).channels == 3
+
+
+def test_classes_with_few_images_are_named_in_a_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("cat, wild", 3), ("dog", 25)):
+        for number in range(count):
+            colour_picture(tmp_path / "digits/train" / name / f"{number}.png", 16, 16)
+    tree, out = start(monkeypatch, capsys, "digits", "--minutes", 1)
+    note = "1 of 2 classes have fewer than 20 training images, too few to rely on what is found there"
+    assert f'{note}; add images: "cat, wild" (3)\n' in out
+    assert '\n# Classes: "cat, wild", dog.\n' in Path("digits.yaml").read_text()
+    assert tree["data"]["validation_share"] == 0.15
 
 
 @pytest.mark.parametrize(
@@ -130,7 +156,8 @@ def test_colour_drawings_on_a_plain_ground_are_decoded_plainly(tmp_path):
 )
 def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, height, size, tmp_path):
     for name in ("cat", "dog"):
-        colour_picture(tmp_path / "train" / name / "0.png", width, height)
+        for number in range(2):
+            colour_picture(tmp_path / "train" / name / f"{number}.png", width, height)
     facts = inspect_data(tmp_path)
     assert (facts.image_size, facts.channels, facts.width, facts.height) == (size, 3, width, height)
 
@@ -138,6 +165,7 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
 @pytest.mark.parametrize(
     ("options", "line"),
     [
+        (["few"], "few: 2 training images are too few; add images"),
         (["nowhere"], "expected a folder of images, or an .npz file, found neither"),
         (["flat"], "move them: mkdir flat/train && mv flat/*/ flat/train/"),
         (["empty"], "expected train/ with one folder of images per class"),
@@ -162,6 +190,8 @@ def test_what_cannot_be_is_refused_in_one_line(options, line, tmp_path, monkeypa
     Path("notes.npz").write_text("notes")
     np.savez("small.npz", train_images=np.zeros((20, 6, 6), np.uint8), train_labels=np.arange(20) % 2)
     colour_picture(tmp_path / "flat/cat/0.png", 16, 16)
+    for name in ("cat", "dog"):
+        colour_picture(tmp_path / "few/train" / name / "0.png", 16, 16)
     code, _, err = call(monkeypatch, capsys, "init", *options)
     assert line in one_line(err).replace(str(tmp_path) + "/", "")
     assert code == 2

@@ -71,6 +71,14 @@ def test_nothing_in_a_hidden_folder_is_an_image_of_a_class(tmp_path: Path):
     assert not any("checkpoint" in path for path in paths)
 
 
+def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
+    root = write_folder(tmp_path / "parts")
+    save_picture(tmp_path / "more/5.png", noise(1, SIZE, SIZE, 3)[0])
+    for name in ("one", "two"):
+        (root / "train/cat" / name).symlink_to(tmp_path / "more")
+    assert len(open_splits(section("folder", root), 0).train) == 12
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
@@ -89,6 +97,14 @@ def test_nothing_in_a_hidden_folder_is_an_image_of_a_class(tmp_path: Path):
             "train/cat: expected images of this class",
         ),
         (lambda root: [f.unlink() for f in (root / "test").glob("*/*")], "test: expected images, found none"),
+        (
+            lambda root: (root / "train/cat/loop").symlink_to(root / "train"),
+            "train/cat/loop: this link leads to a folder above it",
+        ),
+        (
+            lambda root: (root / "train/cat/loop").symlink_to(root),
+            "train/cat/loop: this link leads to a folder above it",
+        ),
     ],
 )
 def test_a_folder_out_of_order_is_refused_in_one_line(
