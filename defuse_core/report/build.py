@@ -64,7 +64,7 @@ from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch
 from defuse_core.watch.figures import share_of, watch_figures
 
-LEAST_SOURCE_ERROR = 0.1  # lower bound from which the failures of a component are those of real images
+LEAST_SOURCE_ERROR = 0.2  # lower bound from which the failures of a component are those of real images
 
 
 def build_report(

@@ -55,10 +55,10 @@ def with_source_errors(support: list[int], error: list[float]):
 def test_a_scenario_is_seen_in_training_images_if_its_sources_are_misclassified_with_certainty(
     tmp_path: Path,
 ):
-    sample = with_source_errors([30, 30, 5, 9], [0.5, 0.1, 0.2, float("nan")])
+    sample = with_source_errors([30, 30, 5, 9], [0.5, 0.3, 0.4, float("nan")])
     rows = report_of(sample, tmp_path).scenarios.list
     assert [row.seen_in_training_images for row in rows] == [True, False, False, False]
-    assert [row.source_error for row in rows] == [0.5, 0.1, 0.2, None]
+    assert [row.source_error for row in rows] == [0.5, 0.3, 0.4, None]
     assert [row.source_images for row in rows] == [30, 30, 5, 9]
 
 
