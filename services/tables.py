@@ -1,80 +1,64 @@
-"""The results and the progress of a run, as tables in the terminal."""
+"""The results of a run, as tables in the terminal."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from defuse_core.artifacts import Models
-from defuse_core.config import STEPS
-from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError
 from defuse_core.report.formatting import (
     NONE,
     caveats,
     change,
     count_of,
-    date_time,
-    duration,
     headline,
     interval,
     is_low,
     lam_text,
     percent,
-    size,
     spread,
     unbroken,
 )
-from defuse_core.runs import Run
-from defuse_core.store import Store
 from services.console import Terminal
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
     from defuse_core.report.schema import EvidenceFigures
 
+DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # of the table of scenarios, in turn, until it fits
+UNBOUNDED = 1000  # columns, in which every table of scenarios fits
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
-WIDE = 110  # columns from which the list of runs also shows when and how long
-ARTEFACTS = {  # step -> what it stores in the run
-    "train": ("models",),
-    "identify": ("psi",),
-    "distill": ("scenarios",),
-    "draw": ("gallery",),
-    "review": ("votes", "verdicts"),
-    "correct": ("corrections", "baseline", "sweep"),
-    "report": ("evaluation",),
-}
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
     console = console or Terminal()
-    _print_text(console, headline(report), "bold")
+    print_text(console, headline(report), "bold")
     for warning in caveats(report):
-        _print_text(console, warning, "yellow")
-    console.print(_accuracy_table(report))
+        print_text(console, warning, "yellow")
+    console.print(accuracy_table(report))
     if report.evidence is not None:
         console.print(_evidence_table(report.evidence))
     if report.scenarios.accepted:
-        console.print(_scenario_table(report, console.width))
+        console.print(_scenario_table(report, console))
     console.print(_agreement_table(report))
     for line in _lines(report):
-        _print_text(console, line, "dim")
+        print_text(console, line, "dim")
 
 
-def _print_text(console: Console, text: str, style: str) -> None:
+def print_text(console: Console, text: str, style: str) -> None:
     """Print text in lines that do not break before a percent sign."""
     lines = textwrap.wrap(unbroken(text), console.width)
     console.print(Text("\n".join(lines).replace("\u00a0", " "), style=style), soft_wrap=True)
 
 
-def _table(title: str | None, columns: Sequence[str], texts: int = 1) -> Table:
+def new_table(title: str | None, columns: Sequence[str], texts: int = 1) -> Table:
     """Return an empty table whose first `texts` columns hold text, and the others numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for place, column in enumerate(columns):
@@ -85,27 +69,28 @@ def _table(title: str | None, columns: Sequence[str], texts: int = 1) -> Table:
     return table
 
 
-def _add(table: Table, *cells: str | Text) -> None:
+def add_row(table: Table, *cells: str | Text) -> None:
     """Add a row; square brackets in a class name are text, not rich's markup."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
 
-def _accuracy_table(report: Report) -> Table:
-    table = _table("Accuracy (Figure 4)", ("", "Scenarios", "Validation", "Test", "Scenario images"))
+def accuracy_table(report: Report) -> Table:
+    """Return the accuracies before and after, on each part and on the scenario images."""
+    table = new_table("Accuracy (Figure 4)", ("", "Scenarios", "Validation", "Test", "Scenario images"))
     accuracy = report.accuracy
     rows = (("Before", accuracy.before), ("Failures alone", accuracy.baseline), ("Defuse", accuracy.defuse))
     corrected = report.scenarios.accepted if report.chosen else 0
     for name, row in rows:
         number = str(corrected) if name == "Defuse" else NONE
         shares = (percent(row.validation, 2), percent(row.test, 2), percent(row.scenario))
-        _add(table, name, number, *shares)
+        add_row(table, name, number, *shares)
     return table
 
 
 def _evidence_table(evidence: EvidenceFigures) -> Table:
     """Return the accuracies that independent models confirm, each with its 95 % interval."""
     title = f"Evidence of {count_of(evidence.judges.count, 'judge')} (plain: further training with λ = 0)"
-    table = _table(title, ("By own label", "Before", "Plain", "Defuse"))
+    table = new_table(title, ("By own label", "Before", "Plain", "Defuse"))
     own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
     rows = (
         ("scenario images", own.before, own.plain, own.defuse),
@@ -113,22 +98,42 @@ def _evidence_table(evidence: EvidenceFigures) -> Table:
         (f"{evidence.real_failure_images:,} real failures", real.before, real.plain, real.defuse),
     )
     for name, *shares in rows:
-        _add(table, name, *(NONE if share is None else interval(share, 0) for share in shares))
+        add_row(table, name, *(NONE if share is None else interval(share, 0) for share in shares))
     return table
 
 
-def _scenario_table(report: Report, width: int) -> Table:
-    columns = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
-    table = _table("Failure scenarios", columns, texts=4)
-    table.caption = "Seen: the classifier is wrong on the training images behind it, too."
-    table.caption_justify = "left"
+def _scenario_table(report: Report, console: Console) -> Table:
+    """Return the accepted scenarios; a narrow terminal shows fewer figures of each, rather than parts of them."""
+    columns = ["", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse"]
+    table = _with_columns(report, columns, console.width)
+    unbounded = console.options.update_width(UNBOUNDED)
+    for name in DROPPED:
+        if Measurement.get(console, unbounded, table).maximum <= console.width:
+            break
+        columns.remove(name)
+        table = _with_columns(report, columns, console.width)
+    return table
+
+
+def _with_columns(report: Report, columns: Sequence[str], width: int) -> Table:
+    table = new_table("Failure scenarios", columns, texts=4 if "Seen" in columns else 3)
+    table.columns[0].min_width = len(str(len(report.scenarios.list)))
+    if "Seen" in columns:
+        table.caption = "Seen: the classifier is wrong on the training images behind it, too."
+        table.caption_justify = "left"
     for row in report.scenarios.list:
         if row.accepted:
-            purity = Text(percent(row.purity, 0), style="yellow" if is_low(row.purity) else "")
-            names = (str(row.number), *(_cut(name or NONE, width) for name in (row.label, row.mistaken_for)))
-            seen = "yes" if row.seen_in_training_images else NONE
-            figures = (percent(row.agreement, 0), percent(row.before), percent(row.defuse))
-            _add(table, *names, seen, purity, *figures)
+            cells: dict[str, str | Text] = {
+                "": str(row.number),
+                "Label": _cut(row.label or NONE, width),
+                "Mistaken for": _cut(row.mistaken_for or NONE, width),
+                "Seen": "yes" if row.seen_in_training_images else NONE,
+                "Purity": Text(percent(row.purity, 0), style="yellow" if is_low(row.purity) else ""),
+                "Agreement": percent(row.agreement, 0),
+                "Before": percent(row.before),
+                "Defuse": percent(row.defuse),
+            }
+            add_row(table, *(cells[name] for name in columns))
     return table
 
 
@@ -140,14 +145,14 @@ def _cut(name: str, width: int) -> str:
 
 def _agreement_table(report: Report) -> Table:
     agreement = report.agreement
-    table = _table("Agreement of the annotators (Figure 6)", ("", "Images", "Agreement"))
+    table = new_table("Agreement of the annotators (Figure 6)", ("", "Images", "Agreement"))
     parts = (
         ("Failure scenarios", agreement.scenario),
         ("Other components", agreement.other),
         ("All", agreement.all),
     )
     for name, mean in parts:
-        _add(table, name, f"{mean.images:,}", spread(mean))
+        add_row(table, name, f"{mean.images:,}", spread(mean))
     return table
 
 
@@ -204,198 +209,3 @@ def _reconstructions(report: Report) -> str:
         return f"{percent(report.vae.reconstruction_flips)} of the reconstructions are misclassified"
     kept = percent(health.kept_right)
     return f"{kept} of the answers of the {health.judged_by} outlast the noise (anchored decoding)"
-
-
-@dataclass(frozen=True)
-class StepState:
-    """The state of one step: "done", "under way", "waits for people" or "to do"."""
-
-    step: str
-    state: str
-    detail: str
-    seconds: float | None
-    bytes: int | None
-    made: str
-
-
-def step_states(run: Run) -> list[StepState]:
-    """Return the state of each step, from what the run's store holds."""
-    keys = set(run.store.list())
-    entries = run.manifest().get("artefacts", {})
-    return [_step_state(run, step, keys, entries) for step in STEPS]
-
-
-def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) -> StepState:
-    names = ARTEFACTS[step]
-    made = [name for name in names if f"{name}.safetensors" in keys]
-    known = [entries[name] for name in made if name in entries]
-    detail = _detail(run, step, keys)
-    if len(made) == len(names) and (step != "report" or "report.json" in keys):
-        state, detail = "done", ""
-    elif step == "review" and run.spec.review.annotators == "label-studio" and "gallery.safetensors" in keys:
-        state = "waits for people"
-    else:
-        state = "under way" if made or detail else "to do"
-    return StepState(
-        step,
-        state,
-        detail,
-        seconds=sum(entry["seconds"] for entry in known) if known else None,
-        bytes=sum(entry["bytes"] for entry in known) if known else None,
-        made=max((entry["made"] for entry in known), default=""),
-    )
-
-
-def _detail(run: Run, step: str, keys: set[str]) -> str:
-    """Return the progress of an unfinished step: epochs kept, shards of Ψ, fine-tunings begun."""
-    if step == "train":
-        return _epochs(run) if "models.safetensors" not in keys else ""
-    if step == "identify":
-        done = sum(key.startswith("psi/") for key in keys)
-        return (
-            f"{done} of {count_of(_shards(run), 'shard')}" if done and "psi.safetensors" not in keys else ""
-        )
-    if step == "correct":
-        total = len(run.spec.correct.lambdas)
-        sweeps = ("baseline", "defuse")
-        begun = {name: sum(key.startswith(f"trials/{name}/") for key in keys) for name in sweeps}
-        return ", ".join(f"{name} {count} of {total} λ begun" for name, count in begun.items() if count)
-    return ""
-
-
-def _epochs(run: Run) -> str:
-    from defuse_core.artifacts import Checkpoint
-    from defuse_core.codec import decode
-
-    trainings = {"classifier": run.spec.classifier.epochs, "vae": run.spec.vae.epochs}
-    kept = []
-    for name, epochs in trainings.items():
-        key, shown = f"training/{name}.safetensors", "β-VAE" if name == "vae" else name
-        if not run.store.exists(key):
-            continue
-        data = run.store.read(key)
-        try:
-            done = len(decode(Checkpoint, data, key).history)
-        except StoreError:  # as in training, which then begins again
-            kept.append(f"{shown} begins again, its checkpoint is damaged")
-        else:
-            kept.append(f"{shown} {done} of {count_of(epochs, 'epoch')}")
-    return ", ".join(kept)
-
-
-def _shards(run: Run) -> int:
-    from defuse_core.identify import shard_count
-
-    models = run.load(Models)
-    return 0 if models is None else shard_count(models.images["train"], run.spec.identify)
-
-
-def print_status(run: Run, console: Console | None = None) -> None:
-    """Print the state, the time and the size of each step of a run, the β-VAE's health, and the result."""
-    console = console or Terminal()
-    states = step_states(run)
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("Step", "State", "Made (UTC)"):
-        table.add_column(name, no_wrap=name == "Step")
-    for name in ("Time", "Size"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for state in states:
-        _add(table, state.step, _state_text(state), date_time(state.made), *_cost(state))
-    seconds = sum(state.seconds or 0 for state in states)
-    console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
-    console.print(table)
-    if models := run.load(Models):
-        _print_health(console, run, models)
-    if report := _stored_report(run):
-        _print_text(console, headline(report), "bold")
-        console.print(_accuracy_table(report))
-    console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
-
-
-def _print_health(console: Console, run: Run, models: Models) -> None:
-    """Print the verdict on the β-VAE with its figures; nothing for a run of a version without one."""
-    from defuse_core.evaluation.health import judge_gets, pictures_judged, with_measured_health
-
-    health = with_measured_health(run, models).health
-    if health is None:
-        return
-    text = (
-        f"β-VAE: {health.verdict}. {judge_gets(health).capitalize()} {percent(health.originals_right)} of "
-        f"{count_of(health.images, 'training image')} right, and {percent(health.reconstructions_right)} of "
-        f"{pictures_judged(health)}; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} "
-        "collapsed."
-    )
-    _print_text(console, text, "" if health.verdict == "fit" else "yellow")
-
-
-def _stored_report(run: Run) -> Report | None:
-    """Return the run's report.json, or None where it is not written yet or another version of Defuse wrote it."""
-    from defuse_core.report import parse_report
-
-    try:
-        return parse_report(run.store.read("report.json"), f"{run.store.address}/report.json")
-    except (FileNotFoundError, InputError):
-        return None
-
-
-def _state_text(state: StepState) -> Text:
-    style = {"done": "green", "to do": "dim"}.get(state.state, "yellow")
-    return Text(f"{state.state}: {state.detail}" if state.detail else state.state, style=style)
-
-
-def _cost(state: StepState) -> tuple[str, str]:
-    return (
-        NONE if state.seconds is None else duration(state.seconds),
-        NONE if state.bytes is None else size(state.bytes),
-    )
-
-
-def print_runs(store: Store, console: Console | None = None) -> None:
-    """Print the runs in a store, with the current step of each."""
-    console = console or Terminal()
-    folders = (key.partition("/") for key in store.list())
-    names = [name for name, _, rest in folders if rest == "run.yaml"]
-    if not names:
-        console.print(Text(f"no runs in {store.address}", overflow="fold"))
-        return
-    made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
-    table = _table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
-    problems = []
-    for name in names:
-        try:
-            row = _run_row(Run.open(store, name))
-        except DefuseError as error:
-            problems.append(str(error))
-            shown = "unreadable run.yaml" if isinstance(error, RunFileError) else "unreadable"
-            row = name, NONE, Text(shown, style="red"), NONE, NONE, NONE, NONE
-        _add(table, *row[: len(table.columns)])
-    console.print(table)
-    for problem in problems:
-        _print_text(console, problem, "red")
-
-
-def _run_row(run: Run) -> tuple[str | Text, ...]:
-    """Return the cells of a run in the list. Raises StoreError for a file that is damaged."""
-    states = step_states(run)
-    at = next((state for state in states if state.state != "done"), None)
-    shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
-    return (
-        run.name,
-        run.spec.data.name,
-        shown,
-        *_outcome(_stored_report(run)),
-        date_time(max(state.made for state in states)),
-        duration(sum(state.seconds or 0 for state in states)),
-    )
-
-
-def _outcome(report: Report | None) -> tuple[str, str]:
-    """Return the accepted scenarios with the accuracy on them, and the accuracy on the test set: before → after."""
-    if report is None:
-        return NONE, NONE
-    before, after = report.accuracy.before, report.accuracy.defuse
-    scenarios = str(report.scenarios.accepted)
-    if report.scenarios.accepted:
-        scenarios += f": {percent(before.scenario, 0)} → {percent(after.scenario, 0)}"
-    return scenarios, NONE if before.test is None else f"{percent(before.test)} → {percent(after.test)}"

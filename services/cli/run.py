@@ -107,8 +107,8 @@ def run(
 def status(name: str | None, store: str) -> None:
     """Show how far the run called NAME is, or list the runs."""
     from defuse_core.runs import Run
+    from services.status_tables import print_runs, print_status
     from services.storage import open_store
-    from services.tables import print_runs, print_status
 
     opened = open_store(store)
     if name is None:

@@ -18,7 +18,8 @@ from defuse_core.report.build import build_report
 from defuse_core.report.formatting import percent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.tables import ARTEFACTS, print_report, print_runs, print_status, step_states
+from services.status_tables import ARTEFACTS, print_runs, print_status, step_states
+from services.tables import print_report
 
 LONG = ("No passing for vehicles over 3.5 metric tons", "Speed limit (30km/h)", "[bold]Stop[/bold]", "Yield")
 ALL = tuple(name for names in ARTEFACTS.values() for name in names)
@@ -69,6 +70,33 @@ def test_a_report_fits_the_terminal_and_cuts_no_figure(tmp_path: Path, width: in
     first = next(row for row in report.scenarios.list if row.accepted)
     row = next(line for line in lines if line.strip().startswith("0 "))
     assert f"{100 * first.defuse:.1f} %" in row
+
+
+@pytest.mark.parametrize("width", [40, 52, 60, 70])
+def test_a_narrow_terminal_shows_fewer_figures_of_a_scenario_and_its_number(tmp_path: Path, width: int):
+    console = terminal(width)
+    report = build_report(a_run(tmp_path), *sample_findings(12, 9, classes=LONG))
+    print_report(report, console)
+    table = (
+        text_of(console).split("Failure scenarios")[1].split("Agreement of the annotators")[0].splitlines()
+    )
+    for row in (row for row in report.scenarios.list if row.accepted):
+        line = next(line for line in table if line.strip().startswith(f"{row.number} "))
+        assert f"{100 * row.before:.1f} %" in line
+        assert f"{100 * row.defuse:.1f} %" in line
+
+
+@pytest.mark.parametrize("width", [22, 30, 40, 50, 60])
+def test_a_narrow_terminal_shows_every_step_with_its_state(tmp_path: Path, width: int):
+    console = terminal(width)
+    run = a_run(tmp_path)
+    finish(run, "models", "psi")
+    print_status(run, console)
+    lines = text_of(console).splitlines()
+    for step in ("train", "identify"):
+        assert any(line.split()[:2] == [step, "done"] for line in lines), text_of(console)
+    assert any(line.split()[:3] == ["distill", "to", "do"] for line in lines)
+    assert "…" not in text_of(console)
 
 
 @pytest.mark.parametrize("columns", ["0", "1"])

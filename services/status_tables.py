@@ -1,0 +1,241 @@
+"""The progress of a run, and the runs in a store, as tables in the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from defuse_core.artifacts import Models
+from defuse_core.config import STEPS
+from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError
+from defuse_core.report.formatting import NONE, count_of, date_time, duration, headline, percent, size
+from defuse_core.runs import Run
+from defuse_core.store import Store
+from services.console import Terminal
+from services.tables import accuracy_table, add_row, new_table, print_text
+
+if TYPE_CHECKING:
+    from defuse_core.report import Report
+
+WIDE = 110  # columns from which the list of runs also shows when and how long
+STATUS_COLUMNS = ("Step", "State", "Made (UTC)", "Time", "Size")
+# columns of the terminal from which `defuse status RUN` shows these
+STATUS_WIDTHS = {"Made (UTC)": 66, "Size": 46, "Time": 36}
+ARTEFACTS = {  # step -> what it stores in the run
+    "train": ("models",),
+    "identify": ("psi",),
+    "distill": ("scenarios",),
+    "draw": ("gallery",),
+    "review": ("votes", "verdicts"),
+    "correct": ("corrections", "baseline", "sweep"),
+    "report": ("evaluation",),
+}
+
+
+@dataclass(frozen=True)
+class StepState:
+    """The state of one step: "done", "under way", "waits for people" or "to do"."""
+
+    step: str
+    state: str
+    detail: str
+    seconds: float | None
+    bytes: int | None
+    made: str
+
+
+def step_states(run: Run) -> list[StepState]:
+    """Return the state of each step, from what the run's store holds."""
+    keys = set(run.store.list())
+    entries = run.manifest().get("artefacts", {})
+    return [_step_state(run, step, keys, entries) for step in STEPS]
+
+
+def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) -> StepState:
+    names = ARTEFACTS[step]
+    made = [name for name in names if f"{name}.safetensors" in keys]
+    known = [entries[name] for name in made if name in entries]
+    detail = _detail(run, step, keys)
+    if len(made) == len(names) and (step != "report" or "report.json" in keys):
+        state, detail = "done", ""
+    elif step == "review" and run.spec.review.annotators == "label-studio" and "gallery.safetensors" in keys:
+        state = "waits for people"
+    else:
+        state = "under way" if made or detail else "to do"
+    return StepState(
+        step,
+        state,
+        detail,
+        seconds=sum(entry["seconds"] for entry in known) if known else None,
+        bytes=sum(entry["bytes"] for entry in known) if known else None,
+        made=max((entry["made"] for entry in known), default=""),
+    )
+
+
+def _detail(run: Run, step: str, keys: set[str]) -> str:
+    """Return the progress of an unfinished step: epochs kept, shards of Ψ, fine-tunings begun."""
+    if step == "train":
+        return _epochs(run) if "models.safetensors" not in keys else ""
+    if step == "identify":
+        done = sum(key.startswith("psi/") for key in keys)
+        return (
+            f"{done} of {count_of(_shards(run), 'shard')}" if done and "psi.safetensors" not in keys else ""
+        )
+    if step == "correct":
+        total = len(run.spec.correct.lambdas)
+        sweeps = ("baseline", "defuse")
+        begun = {name: sum(key.startswith(f"trials/{name}/") for key in keys) for name in sweeps}
+        return ", ".join(f"{name} {count} of {total} λ begun" for name, count in begun.items() if count)
+    return ""
+
+
+def _epochs(run: Run) -> str:
+    from defuse_core.artifacts import Checkpoint
+    from defuse_core.codec import decode
+
+    trainings = {"classifier": run.spec.classifier.epochs, "vae": run.spec.vae.epochs}
+    kept = []
+    for name, epochs in trainings.items():
+        key, shown = f"training/{name}.safetensors", "β-VAE" if name == "vae" else name
+        if not run.store.exists(key):
+            continue
+        data = run.store.read(key)
+        try:
+            done = len(decode(Checkpoint, data, key).history)
+        except StoreError:  # as in training, which then begins again
+            kept.append(f"{shown} begins again, its checkpoint is damaged")
+        else:
+            kept.append(f"{shown} {done} of {count_of(epochs, 'epoch')}")
+    return ", ".join(kept)
+
+
+def _shards(run: Run) -> int:
+    from defuse_core.identify import shard_count
+
+    models = run.load(Models)
+    return 0 if models is None else shard_count(models.images["train"], run.spec.identify)
+
+
+def print_status(run: Run, console: Console | None = None) -> None:
+    """Print the state, the time and the size of each step of a run, the β-VAE's health, and the result."""
+    console = console or Terminal()
+    states = step_states(run)
+    columns = [name for name in STATUS_COLUMNS if console.width >= STATUS_WIDTHS.get(name, 0)]
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in columns:
+        justify: JustifyMethod = "right" if name in {"Time", "Size"} else "left"
+        table.add_column(name, justify=justify, no_wrap=name not in {"State", "Made (UTC)"})
+    table.columns[0].min_width = max(map(len, STEPS))
+    for state in states:
+        time, stored = _cost(state)
+        cells: dict[str, str | Text] = {
+            "Step": state.step,
+            "State": _state_text(state),
+            "Made (UTC)": date_time(state.made),
+            "Time": time,
+            "Size": stored,
+        }
+        add_row(table, *(cells[name] for name in columns))
+    seconds = sum(state.seconds or 0 for state in states)
+    console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
+    console.print(table)
+    if models := run.load(Models):
+        _print_health(console, run, models)
+    if report := _stored_report(run):
+        print_text(console, headline(report), "bold")
+        console.print(accuracy_table(report))
+    console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
+
+
+def _print_health(console: Console, run: Run, models: Models) -> None:
+    """Print the verdict on the β-VAE with its figures; nothing for a run of a version without one."""
+    from defuse_core.evaluation.health import judge_gets, pictures_judged, with_measured_health
+
+    health = with_measured_health(run, models).health
+    if health is None:
+        return
+    text = (
+        f"β-VAE: {health.verdict}. {judge_gets(health).capitalize()} {percent(health.originals_right)} of "
+        f"{count_of(health.images, 'training image')} right, and {percent(health.reconstructions_right)} of "
+        f"{pictures_judged(health)}; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} "
+        "collapsed."
+    )
+    print_text(console, text, "" if health.verdict == "fit" else "yellow")
+
+
+def _stored_report(run: Run) -> Report | None:
+    """Return the run's report.json, or None where it is not written yet or another version of Defuse wrote it."""
+    from defuse_core.report import parse_report
+
+    try:
+        return parse_report(run.store.read("report.json"), f"{run.store.address}/report.json")
+    except (FileNotFoundError, InputError):
+        return None
+
+
+def _state_text(state: StepState) -> Text:
+    style = {"done": "green", "to do": "dim"}.get(state.state, "yellow")
+    return Text(f"{state.state}: {state.detail}" if state.detail else state.state, style=style)
+
+
+def _cost(state: StepState) -> tuple[str, str]:
+    return (
+        NONE if state.seconds is None else duration(state.seconds),
+        NONE if state.bytes is None else size(state.bytes),
+    )
+
+
+def print_runs(store: Store, console: Console | None = None) -> None:
+    """Print the runs in a store, with the current step of each."""
+    console = console or Terminal()
+    folders = (key.partition("/") for key in store.list())
+    names = [name for name, _, rest in folders if rest == "run.yaml"]
+    if not names:
+        console.print(Text(f"no runs in {store.address}", overflow="fold"))
+        return
+    made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
+    table = new_table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
+    problems = []
+    for name in names:
+        try:
+            row = _run_row(Run.open(store, name))
+        except DefuseError as error:
+            problems.append(str(error))
+            shown = "unreadable run.yaml" if isinstance(error, RunFileError) else "unreadable"
+            row = name, NONE, Text(shown, style="red"), NONE, NONE, NONE, NONE
+        add_row(table, *row[: len(table.columns)])
+    console.print(table)
+    for problem in problems:
+        print_text(console, problem, "red")
+
+
+def _run_row(run: Run) -> tuple[str | Text, ...]:
+    """Return the cells of a run in the list. Raises StoreError for a file that is damaged."""
+    states = step_states(run)
+    at = next((state for state in states if state.state != "done"), None)
+    shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
+    return (
+        run.name,
+        run.spec.data.name,
+        shown,
+        *_outcome(_stored_report(run)),
+        date_time(max(state.made for state in states)),
+        duration(sum(state.seconds or 0 for state in states)),
+    )
+
+
+def _outcome(report: Report | None) -> tuple[str, str]:
+    """Return the accepted scenarios with the accuracy on them, and the accuracy on the test set: before → after."""
+    if report is None:
+        return NONE, NONE
+    before, after = report.accuracy.before, report.accuracy.defuse
+    scenarios = str(report.scenarios.accepted)
+    if report.scenarios.accepted:
+        scenarios += f": {percent(before.scenario, 0)} → {percent(after.scenario, 0)}"
+    return scenarios, NONE if before.test is None else f"{percent(before.test)} → {percent(after.test)}"
