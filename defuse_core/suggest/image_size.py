@@ -140,7 +140,8 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
 def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> float:
     """Return the accuracy on SAMPLE training images, in the input range and order of classes that fits best."""
     rows = np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(np.int64))
-    probe = probe_classifier(classifier, spec.classifier, images.take(rows), facts.classes)
+    sample = images.take(rows).loaded()  # the probe reads it once for each input range
+    probe = probe_classifier(classifier, spec.classifier, sample, facts.classes)
     return max([*probe.by_range.values(), probe.reordered if probe.class_order else 0.0])
 
 
