@@ -162,7 +162,8 @@ class Jobs:
         except RuntimeError as error:
             if "404" in str(error) and job_id:
                 raise InputError(f"no job {job_id} at {self.address}; see `defuse jobs list`") from error
-            raise ComputeError(f"{self.address}: {str(error).splitlines()[0]}") from error
+            kind = InputError if "413" in str(error) else ComputeError  # 413: larger than the dashboard takes
+            raise kind(f"{self.address}: {str(error).splitlines()[0]}") from error
 
 
 def _job(details: Any) -> Job:

@@ -143,8 +143,12 @@ class FolderStore:
         return True
 
     def list(self, prefix: str = "") -> list[str]:
-        found = (path for path in self.folder.rglob("*") if path.is_file())
-        keys = (path.relative_to(self.folder).as_posix() for path in found)
+        keys = []
+        # unlike rglob, os.walk passes over a folder that another process deletes meanwhile
+        for folder, folders, names in os.walk(self.folder):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            files = (path for name in names if (path := Path(folder, name)).is_file())
+            keys += [path.relative_to(self.folder).as_posix() for path in files]
         return sorted(key for key in keys if key.startswith(prefix) and not is_hidden(key))
 
     def delete(self, key: str) -> None:
@@ -253,7 +257,8 @@ class FolderStore:
 
     def _sweep(self) -> None:
         """Remove what writers that were killed left behind; a living one writes its file in seconds."""
-        for path in self.folder.rglob(f".*{UNFINISHED}"):
+        found = (Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names)
+        for path in (path for path in found if path.match(f".*{UNFINISHED}")):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > UNFINISHED_S:
                     path.unlink()

@@ -9,18 +9,21 @@ from pathlib import Path
 
 from cluster.connection import require_absolute_root
 from defuse_core.config import RunFile, dump_run_file, model_sections, with_weights
-from defuse_core.errors import ModelError, RunFileError
+from defuse_core.errors import InputError, ModelError, RunFileError
 
 PACKAGES = ("defuse_core", "cluster", "services")
 ROOT = Path(__file__).parents[1]
 RUN_FILE = "run.yaml"
-SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc")
+# Ray would leave out what ignore files name
+SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".gitignore", ".rayignore")
+MOST_MB = 99  # Ray's dashboard takes 100 MiB at most
 
 
 def build_working_dir(spec: RunFile, folder: Path) -> None:
     """Fill `folder` with all that `defuse run run.yaml` needs, apart from the dependencies that nodes have installed.
 
-    Raises RunFileError for a relative data.root and for weights that cannot be read, ModelError for missing code.
+    Raises RunFileError for a relative data.root and for weights that cannot be read, ModelError for missing code,
+    InputError for more than Ray takes.
     """
     require_absolute_root(spec.data.root)
     for package in PACKAGES:
@@ -29,6 +32,18 @@ def build_working_dir(spec: RunFile, folder: Path) -> None:
         if section.import_path:
             _copy_module(f"{name}.import_path", section.import_path, folder)
     (folder / RUN_FILE).write_text(dump_run_file(_with_weights(spec, folder)), encoding="utf-8")
+    _expect_uploadable(folder)
+
+
+def _expect_uploadable(folder: Path) -> None:
+    files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    largest = max(files, key=lambda path: files[path])
+    if sum(files.values()) > MOST_MB * 2**20:
+        raise InputError(
+            f"the job is {sum(files.values()) / 2**20:.0f} MiB, of which {largest.relative_to(folder)} is "
+            f"{files[largest] / 2**20:.0f}, and Ray takes {MOST_MB + 1}: run `defuse run` on a machine of the cluster "
+            "instead, with --address, where the weights are read from a path"
+        )
 
 
 def _with_weights(spec: RunFile, folder: Path) -> RunFile:

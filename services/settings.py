@@ -58,7 +58,7 @@ def read_settings() -> Settings:
         ray_dashboard=get("RAY_API_SERVER_ADDRESS") or None,
         label_studio_url=get("LABEL_STUDIO_URL") or None,
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
-        serve_token=get("DEFUSE_SERVE_TOKEN") or None,
+        serve_token=_without_newline(get("DEFUSE_SERVE_TOKEN")),
         debug=_is_true(get("DEFUSE_DEBUG")),
         label_studio_host=get("LABEL_STUDIO_HOST") or None,
         label_studio_s3=BucketAccess(
@@ -72,6 +72,11 @@ def read_settings() -> Settings:
         mlflow_experiment=get("MLFLOW_EXPERIMENT_NAME") or None,
         cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse").expanduser(),
     )
+
+
+def _without_newline(token: str | None) -> str | None:
+    """Return a token without the space around it, such as the newline of a file, which no header can hold."""
+    return (token.strip() or token) if token else None
 
 
 def _is_true(value: str | None) -> bool:

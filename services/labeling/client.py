@@ -109,6 +109,9 @@ class LabelStudioClient:
             self._sdk: Any = LabelStudio(  # type: ignore[no-untyped-call]
                 base_url=self.address, api_key=token, timeout=timeout_s, max_retries=0, follow_redirects=False
             )
+        # without the slash the token would be sent to the path above a prefix
+        if tokens := self._sdk._client_wrapper._tokens_client:
+            tokens._base_url = f"{self.address}/"
 
     def __repr__(self) -> str:
         return f"LabelStudioClient({self.address!r})"
@@ -282,7 +285,11 @@ def translated_errors(address: str) -> Iterator[None]:
         yield
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise InputError(f"LABEL_STUDIO_URL: {address} is not a usable address") from error
-    except httpx.ConnectError:
+    except httpx.ConnectError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise InputError(
+                f"Label Studio at {address}: its certificate is not trusted; set SSL_CERT_FILE to that of your CA"
+            ) from None
         raise ServiceError(
             f"Label Studio at {address} cannot be reached; start it or correct LABEL_STUDIO_URL, then run again"
         ) from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from defuse_core.config import RunFile, load_run_file
-from defuse_core.errors import ModelError, RunFileError
+from defuse_core.errors import InputError, ModelError, RunFileError
 from services.job_package import RUN_FILE, build_working_dir
 from tests.conftest import tiny
 
@@ -66,6 +68,37 @@ def test_what_the_nodes_could_not_find_is_an_error(tmp_path: Path, monkeypatch: 
         build_working_dir(own_classifier(tmp_path / "gone.pt", "services.nets"), tmp_path / "d")
     with pytest.raises(RunFileError, match=r"data.root images.npz: expected the absolute path"):
         build_working_dir(tiny(data={"name": "npz", "root": "images.npz"}), tmp_path / "c")
+
+
+def test_what_an_ignore_file_of_the_users_package_names_travels_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package, job = tmp_path / "mine", tmp_path / "job"
+    package.mkdir()
+    job.mkdir()
+    for name, text in {"__init__.py": "", "_version.py": "", ".gitignore": "_version.py\n"}.items():
+        (package / name).write_text(text)
+    (tmp_path / "best.safetensors").write_bytes(b"weights")
+    build_working_dir(own_classifier(tmp_path / "best.safetensors"), job)
+    archive = tmp_path / "job.zip"
+    create_package(str(job), archive, include_gitignore=True)
+    assert "mine/_version.py" in zipfile.ZipFile(archive).namelist()
+
+
+def test_a_job_larger_than_ray_takes_is_refused_before_it_is_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("build = None")
+    with (tmp_path / "large.safetensors").open("wb") as large:
+        large.truncate(120 * 2**20)
+    job = tmp_path / "job"
+    job.mkdir()
+    with pytest.raises(
+        InputError, match=r"classifier\.safetensors is 120, and Ray takes 100: run `defuse run`"
+    ):
+        build_working_dir(own_classifier(tmp_path / "large.safetensors"), job)
 
 
 def test_a_folder_of_transformers_is_copied_whole(tmp_path: Path) -> None:

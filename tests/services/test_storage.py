@@ -107,6 +107,28 @@ def test_keys_are_listed_in_order_below_a_prefix(store: Store) -> None:
     assert store.within("elsewhere").list() == []
 
 
+def test_a_folder_is_listed_while_runs_in_it_are_deleted(tmp_path: Path) -> None:
+    store, ended = FolderStore(tmp_path), threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            run = store.within("gone")
+            for number in range(30):
+                run.write(f"psi/{number}/part", b"1")
+            with run.lock():
+                run.delete_all()
+
+    store.write("kept", b"1")
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        for _ in range(150):
+            assert "kept" in store.list()
+    finally:
+        ended.set()
+        other.join()
+
+
 def test_a_deleted_key_is_gone_and_may_be_deleted_again(store: Store) -> None:
     store.write("a", b"1")
     store.delete("a")

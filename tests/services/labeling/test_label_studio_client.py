@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import pickle
+import ssl
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
+import jwt
 import pytest
 from label_studio_live import digits_gallery, free_port, review_run, settings_for
 from proxy import Reply
@@ -68,6 +75,32 @@ def test_overload_is_asked_again_for_reads_and_never_for_writes(proxy, server):
 def test_a_server_that_is_down_is_named(server):
     with pytest.raises(ServiceError, match=r"cannot be reached; start it"):
         LabelStudioClient(f"http://127.0.0.1:{free_port()}", server.token).check_access()
+
+
+def test_below_a_path_prefix_a_personal_access_token_is_sent_to_no_other_application(proxy):
+    later = {"exp": time.time() + 3600}
+    personal = jwt.encode({**later, "token_type": "refresh"}, "k" * 32)
+    access = json.dumps({"access": jwt.encode({**later, "token_type": "access"}, "k" * 32)})
+    account = json.dumps({"id": 1, "email": "ana@example.org"})
+    proxy.rule = lambda method, path: Reply(200, access if path.endswith("/refresh/") else account)
+    for token in ("0123456789abcdef", personal):
+        LabelStudioClient(f"{proxy.address}/labels/", token).check_access()
+    user = "GET /labels/api/current-user/whoami"
+    assert proxy.seen == [user, "POST /labels/api/token/refresh/", user]
+
+
+def test_a_certificate_that_is_not_trusted_is_named(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], capture_output=True, check=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as https:
+        https.socket = context.wrap_socket(https.socket, server_side=True)
+        threading.Thread(target=https.serve_forever, daemon=True).start()
+        with pytest.raises(InputError, match="certificate is not trusted; set SSL_CERT_FILE"):
+            LabelStudioClient(f"https://localhost:{https.server_port}", "0123456789abcdef").check_access()
+        https.shutdown()
 
 
 def test_a_server_that_is_slow_is_named(proxy, server):

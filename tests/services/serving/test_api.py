@@ -19,6 +19,7 @@ from defuse_core.runs import Run
 from services.serving.active_versions import InitialModel
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
+from services.settings import read_settings
 from tests.waiting import wait_until
 
 IMAGE = {"Content-Type": "image/png"}
@@ -153,6 +154,13 @@ def test_a_replica_without_its_required_token_does_not_start(planted, monkeypatc
     monkeypatch.delenv("DEFUSE_SERVE_TOKEN", raising=False)
     with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN is required, and not set"):
         ClassifierDeployment(planted.address, InitialModel(), ServeSection(), {}, require_token=True)
+
+
+def test_a_token_from_a_file_may_end_in_a_newline(monkeypatch):
+    monkeypatch.setenv("DEFUSE_SERVE_TOKEN", "secret\n")
+    assert read_settings().serve_token == "secret"
+    monkeypatch.setenv("DEFUSE_SERVE_TOKEN", "\n")
+    assert read_settings().serve_token  # set, so that nothing is open to everybody
 
 
 def test_the_model_route_describes_the_model_in_production(app):
