@@ -47,14 +47,10 @@ from defuse_core.models.probe import EXTERNAL
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 
-VERSION: Final = (
-    2  # 1 had no classifier, and asked for the accuracy after where that was no better than before
-)
+VERSION: Final = 2  # 1 had no classifier, and asked where the correction improved nothing
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
-CLEARLY_MORE = (
-    0.2  # in accuracy, and MOSTLY: from which another input range is likely the one that a classifier expects
-)
-MOSTLY = 0.5  # an uncorrected classifier, which fails on purpose, gets some pictures right in a wrong range
+# accuracy from which another input range is likely the right one, and how much more than in the given one
+MOSTLY, CLEARLY_MORE = 0.5, 0.2
 SHEET = 8  # pictures per row and column of an overview
 
 

@@ -25,17 +25,8 @@ from defuse_core.suggest.inspect import DataFacts
 
 VALIDATION_SHARE = 0.15  # held out where the data set has no validation part
 SMALLEST, LARGEST = 8, 512  # of data.image_size
-OTHER_SIZES = (
-    32,
-    64,
-    128,
-    224,
-    28,
-    96,
-    256,
-    16,
-    48,
-)  # tried after the pictures' own size and the suggested one
+# tried after the pictures' own size and the suggested one
+OTHER_SIZES = (32, 64, 128, 224, 28, 96, 256, 16, 48)
 DENSE_SIDE = 32  # height and width up to which the β-VAE's dense layers stay small
 SAMPLE = 64  # training images, evenly spaced, on which sizes are compared
 AS_RIGHT = 0.04  # in accuracy: a smaller size that loses no more is taken
