@@ -9,6 +9,7 @@ the author, time and reason of every change stay on record.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,9 +108,9 @@ class Registry:
 
     def state(self) -> RegistryState:
         """Return the current state. Raises StoreError for a registry of another format."""
-        keys = self.store.within("changes").list()
-        if keys:
-            return self._read(int(keys[-1].removesuffix(".json")))
+        sequences = self._sequences()
+        if sequences:
+            return self._read(sequences[-1])
         if self.store.within("standing").list():
             raise StoreError(
                 f"{self.store.address}: an older Defuse wrote this registry (format 1), expected format 2; rename the "
@@ -119,7 +120,7 @@ class Registry:
 
     def history(self) -> list[RegistryState]:
         """Return the state after every change, oldest first."""
-        return [self._read(int(key.removesuffix(".json"))) for key in self.store.within("changes").list()]
+        return [self._read(sequence) for sequence in self._sequences()]
 
     def state_after(self, sequence: int) -> RegistryState | None:
         """Return the current state if there is a change after `sequence`. Costs one lookup where there is none."""
@@ -283,6 +284,11 @@ class Registry:
                 f"version {number} cannot go back into production: {error}; promote another run with "
                 "`defuse promote RUN`"
             ) from error
+
+    def _sequences(self) -> list[int]:
+        """Return the numbers of all changes, ascending; other files there, such as an editor's, do not count."""
+        keys = self.store.within("changes").list()
+        return sorted(int(key.removesuffix(".json")) for key in keys if re.fullmatch(r"\d{6,}\.json", key))
 
     def _read(self, sequence: int) -> RegistryState:
         key = _change_key(sequence)

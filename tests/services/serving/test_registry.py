@@ -128,6 +128,16 @@ def test_concurrent_changes_are_all_kept_in_sequence(registry):
     assert [s.sequence for s in registry.history()] == list(range(1, 13))
 
 
+def test_files_beside_the_changes_do_not_count(registry, candidates):
+    """As an editor's copy, or what a person noted there."""
+    promote(registry, candidates["first"], ANA)
+    for name in ("000003.json~", "3.json", "zz.txt"):
+        registry.store.write(f"changes/{name}", b"not a state")
+    assert promote(registry, candidates["second"], ANA).production == 2
+    assert registry.roll_back("bo", "").production == 1
+    assert [state.sequence for state in registry.history()] == [1, 2, 3, 4, 5]
+
+
 def test_a_version_is_never_overwritten(registry, candidates):
     promote(registry, candidates["first"], ANA)
     before = registry.store.read("versions/000001.safetensors")
