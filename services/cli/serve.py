@@ -93,7 +93,7 @@ def promote(
     defuse promote mnist --canary 5%
     defuse promote mnist --why "canary within limits"
     """
-    from services.serving.registry import PromotionRequest, parse_share
+    from services.serving.registry import PromotionRequest
     from services.serving.registry import promote as promote_candidate
 
     registry = _registry(store)
@@ -211,6 +211,19 @@ def _candidate(store: str, run: str) -> Candidate:
     with ProgressDisplay() as display:
         found = Run.open(open_store(store), checked_name(run))
         return prepare_candidate(found, display, must_store=False)[1]  # a promotion copies it to the registry
+
+
+def parse_share(text: str) -> float:
+    """Return 0.05 for `5%` or `0.05`. Raises InputError for anything but a share above 0 and below 1."""
+    from defuse_core.errors import InputError
+
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise InputError(f"--canary {text}: expected a share such as 5%")
+    return share
 
 
 def _registry(store: str) -> Registry:

@@ -151,9 +151,8 @@ class Registry:
     def add(self, candidate: Candidate, by: str, why: str, forced: bool) -> int:
         """Return the number of this candidate's version, a new one unless an equal one exists."""
         state = self.state()
-        known = [n for n, info in state.versions.items() if info.digest == candidate.digest]
-        if known:
-            return known[-1]
+        if known := _versions_with(candidate.digest, state):
+            return max(known)
         number = max(state.versions, default=0) + 1
         data = encode_candidate(candidate)
         while not self.store.create(_version_key(number), data):
@@ -168,7 +167,19 @@ class Registry:
             annotators=candidate.summary.annotators,
             watch=candidate.watch_figures(candidate.run_file().serve),
         )
-        self.change(f"added version {number}", by, why, lambda s: {"versions": {**s.versions, number: info}})
+
+        def updates(state: RegistryState) -> dict[str, Any]:
+            if _versions_with(candidate.digest, state):
+                raise _AlreadyDone
+            return {"versions": {**state.versions, number: info}}
+
+        try:
+            self.change(f"added version {number}", by, why, updates)
+        except _AlreadyDone:
+            known = self.add(candidate, by, why, forced)
+            if known != number:
+                self.store.delete(_version_key(number))
+            return known
         return number
 
     def change(
@@ -209,9 +220,7 @@ class Registry:
         """Let version `number` answer all requests."""
 
         def updates(state: RegistryState) -> dict[str, Any]:
-            if state.production in (None, number):
-                return {"production": number, **NO_CANARY}
-            return {"production": number, "previous": (*state.previous, state.production), **NO_CANARY}
+            return {"production": number, "previous": _previous(state, number), **NO_CANARY}
 
         return self.change(f"version {number} to production", by, why, updates)
 
@@ -238,13 +247,13 @@ class Registry:
 
         def updates(state: RegistryState) -> dict[str, Any]:
             if number not in (state.canary, state.shadow):
-                raise _AlreadyEnded
+                raise _AlreadyDone
             role = "canary" if number == state.canary else "shadow"
             return {"action": f"ended the {role} of version {number}", **NO_CANARY}
 
         try:
             return self.change(f"ended version {number}", by, why, updates)
-        except _AlreadyEnded:
+        except _AlreadyDone:
             return None
 
     def roll_back(
@@ -301,8 +310,21 @@ class Registry:
             ) from error
 
 
-class _AlreadyEnded(Exception):  # noqa: N818 - not an error: nothing to do
-    """The canary or shadow ended before."""
+def _versions_with(digest: str, state: RegistryState) -> list[int]:
+    return [number for number, info in state.versions.items() if info.digest == digest]
+
+
+def _previous(state: RegistryState, promoted: int) -> tuple[int, ...]:
+    """Return the targets of rollback once `promoted` is in production: each differs from the version after it."""
+    found = [promoted]
+    for number in (state.production, *reversed(state.previous)):
+        if number and state.versions[number].digest != state.versions[found[-1]].digest:
+            found.append(number)
+    return tuple(reversed(found[1:]))
+
+
+class _AlreadyDone(Exception):  # noqa: N818 - not an error: nothing to do
+    """A concurrent change came first: it ended the canary or shadow, or added an equal version."""
 
 
 def _require_other_in_production(state: RegistryState, number: int, option: str) -> None:
@@ -358,17 +380,6 @@ def _interface(candidate: Candidate) -> tuple[int, int, tuple[str, ...]]:
 
 def _describe(channels: int, size: int, classes: tuple[str, ...]) -> str:
     return f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
-
-
-def parse_share(text: str) -> float:
-    """Return 0.05 for `5%` or `0.05`. Raises InputError for anything but a share above 0 and below 1."""
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise InputError(f"--canary {text}: expected a share such as 5%")
-    return share
 
 
 def _version_key(number: int) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 
 import pytest
 
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.runs import Run
+from services.cli.serve import parse_share
 from services.serving.candidate import prepare_candidate
 from services.serving.model import verify_candidate
-from services.serving.registry import PromotionRequest, Registry, parse_share, promote
+from services.serving.registry import PromotionRequest, Registry, promote
 
 ANA = PromotionRequest(by="ana", why="for a test")
 
@@ -126,6 +128,46 @@ def test_concurrent_changes_are_all_kept_in_sequence(registry):
         thread.join()
     assert sorted(registry.state().previous) == list(range(12))
     assert [s.sequence for s in registry.history()] == list(range(1, 13))
+
+
+def test_concurrent_promotions_of_one_run_make_one_version(registry, candidates):
+    promote(registry, candidates["second"], ANA)
+    started = threading.Barrier(6)
+
+    def promote_at_once():
+        started.wait()
+        promote(registry, candidates["first"], ANA)
+
+    threads = [threading.Thread(target=promote_at_once) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    state = registry.state()
+    assert (list(state.versions), state.production, state.previous) == ([1, 2], 2, (1,))
+    assert len(registry.store.within("versions").list()) == 2
+    assert registry.roll_back("bo", "").production == 1
+
+
+def test_a_run_that_was_added_between_look_up_and_change_is_one_version(registry, candidates, monkeypatch):
+    """As of two promotions that both found no equal version."""
+    before = registry.state()
+    promote(registry, candidates["first"], ANA)
+    current = registry.state
+    states = itertools.chain([before], (current() for _ in itertools.count()))
+    monkeypatch.setattr(registry, "state", states.__next__)
+    assert registry.add(candidates["first"], "bo", "", forced=False) == 1
+    assert registry.store.within("versions").list() == ["000001.safetensors"]
+
+
+def test_a_rollback_never_ends_at_an_equal_version(registry, candidates):
+    """As in a registry in which an earlier Defuse added a run twice."""
+    for name in ("first", "second"):
+        promote(registry, candidates[name], ANA)
+    twice = registry.state().versions
+    registry.change("added twice", "ana", "", lambda s: {"versions": {**s.versions, 3: twice[2]}})
+    assert registry.to_production(3, "ana", "").previous == (1,)
+    assert registry.roll_back("bo", "").production == 1
 
 
 def test_files_beside_the_changes_do_not_count(registry, candidates):
