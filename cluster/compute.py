@@ -21,6 +21,7 @@ from cluster.identify import ShardQueue, WorkerPool
 from cluster.partitions import RayPartitions, cancel_all
 from cluster.progress import ProgressListener, reporting
 from cluster.resources import (
+    WARN_AFTER_S,
     capacity,
     current_location,
     on_nodes_with_cpus,
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 T = TypeVar("T")
 POLL_EVERY_S = 0.5
-WARN_AFTER_S = 30.0
 LOST_NODES = 10  # that images are loaded again after, within one step
 
 

@@ -173,7 +173,7 @@ class ShardQueue:
         try:
             while len(self.records) < self.asked:
                 self.pool.store.require_lock()
-                self.monitor.check()
+                self.monitor.check(any(worker.ready for worker in self.workers))
                 self._scale()
                 for reference in self._ready():
                     self._handle_result(reference)

@@ -18,6 +18,7 @@ from defuse_core.errors import ComputeError, RunFileError
 
 log = logging.getLogger("defuse")
 CHECK_EVERY_S = 3.0
+WARN_AFTER_S = 30.0  # of waiting for what other work holds
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
 
 
@@ -158,17 +159,24 @@ def worker_count(section: ResourcesSection) -> int:
 
 
 class CapacityMonitor:
-    """Warns each time that a step begins to wait because no node has room for its workers."""
+    """Warns each time that a step begins to wait: no node has room for its workers, or other work holds the room."""
 
     def __init__(self, step: str, worker: WorkerResources) -> None:
         self.step, self.worker = step, worker
         self.waiting, self.checked_at = False, -math.inf
+        self.warn_at = time.monotonic() + WARN_AFTER_S
 
-    def check(self) -> None:
-        """Compare the nodes with what a worker holds, every few seconds at most."""
-        if time.monotonic() - self.checked_at < CHECK_EVERY_S:
+    def check(self, running: bool) -> None:
+        """Compare the nodes with what a worker holds, every few seconds at most; `running`: whether any worker runs."""
+        now = time.monotonic()
+        if running:
+            self.warn_at = now + WARN_AFTER_S
+        if now - self.checked_at < CHECK_EVERY_S:
             return
-        self.checked_at, room = time.monotonic(), capacity(self.worker)
+        self.checked_at, room = now, capacity(self.worker)
         if not room and not self.waiting:
             log.warning("%s: waiting for a node with room for a worker of %s", self.step, self.worker)
+        if room and now > self.warn_at:
+            self.warn_at = math.inf
+            log.warning("%s: waiting for %s to be free on the cluster", self.step, self.worker)
         self.waiting = not room

@@ -208,9 +208,10 @@ class _SweepProgress(tune.Callback):
         """Show the workers' log lines; warn where all trials wait; end the sweep if the run was taken over."""
         for request in self.sweep.requests:
             request.store.require_lock()
-        set_running_trials(sum(trial.status == TuneTrial.RUNNING for trial in trials))
+        running = sum(trial.status == TuneTrial.RUNNING for trial in trials)
+        set_running_trials(running)
         self.sweep.listener.poll()
-        self.monitor.check()
+        self.monitor.check(running > 0)
 
     def on_trial_result(
         self,

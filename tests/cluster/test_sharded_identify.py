@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -42,6 +44,7 @@ from tests.cluster.fakes import (
     TakenOverStore,
 )
 from tests.conftest import tiny
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SHARDS = 10  # of the tiny run
@@ -151,6 +154,37 @@ def test_shards_that_are_there_are_not_made_again(
         assert_equal_psi(compute.identify(tiny_spec, tiny_models, store), local_psi)
     made = [index for index in range(len(local_psi.codes)) if int(store.writes(shard_key(index)))]
     assert made == [index for index in range(len(local_psi.codes)) if index not in kept]
+
+
+@ray.remote(num_cpus=2)
+class OtherWork:
+    """Holds all CPUs of the cluster."""
+
+    def began(self) -> None:
+        pass
+
+
+def test_waiting_for_what_other_work_holds_is_said(
+    tiny_spec: RunFile,
+    tiny_models: Models,
+    local_psi: Psi,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("cluster.resources.WARN_AFTER_S", 0.5)
+    other = OtherWork.remote()
+    ray.get(other.began.remote())
+
+    def end_other_work() -> None:
+        wait_until(lambda: "identify: waiting for 1 CPU and 0 GPU to be free on the cluster" in caplog.text)
+        ray.kill(other)
+
+    with ThreadPoolExecutor(1) as pool, RayCompute(None, tiny_spec) as compute:
+        ended = pool.submit(end_other_work)
+        psi = compute.identify(tiny_spec, tiny_models, FolderStore(tmp_path))
+        ended.result()
+    assert_equal_psi(psi, local_psi)
 
 
 def test_a_killed_worker_costs_only_what_it_had_in_hand(
