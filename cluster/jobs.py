@@ -162,8 +162,12 @@ class Jobs:
         except RuntimeError as error:
             if "404" in str(error) and job_id:
                 raise InputError(f"no job {job_id} at {self.address}; see `defuse jobs list`") from error
-            kind = InputError if "413" in str(error) else ComputeError  # 413: larger than the dashboard takes
-            raise kind(f"{self.address}: {str(error).splitlines()[0]}") from error
+            if "status code 413" in str(error):
+                raise InputError(
+                    f"{self.address} does not take a job of this size (413); run `defuse run --address` on a machine "
+                    "of the cluster, which reads the weights from their path"
+                ) from error
+            raise ComputeError(f"{self.address}: {str(error).splitlines()[0]}") from error
 
 
 def _job(details: Any) -> Job:

@@ -278,6 +278,26 @@ def test_an_address_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.Mo
     assert time.monotonic() - begun < 18  # less than by default
 
 
+def test_a_job_that_the_dashboard_finds_too_large_is_bad_input(head: str, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(os.urandom(101 * 2**20))
+    submit_unchecked = (
+        "import sys; from pathlib import Path\n"
+        "from cluster.jobs import Jobs; from defuse_core.errors import InputError\n"
+        "try: Jobs(sys.argv[1]).submit('true', Path(sys.argv[2]), 'large', {})\n"
+        "except InputError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", submit_unchecked, head, str(tmp_path)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert f"{head} does not take a job of this size (413); run" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("words", [["logs"], ["logs", "--follow"], ["stop"]])
 def test_an_unknown_job_is_one_line(head: str, words: list[str]) -> None:
     refused = defuse("jobs", *words, "nope", "--address", head)
