@@ -165,7 +165,7 @@ def serve(
     defuse serve mnist
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
-    from services.serving.arguments import ServeArgs, resolve_settings
+    from services.serving.arguments import ServeArgs, resolve_settings, serve_token
     from services.serving.launch import Proxy, choose_proxy, proxy_environment
 
     settings = read_settings()
@@ -173,7 +173,7 @@ def serve(
         store=store,
         run=None if run is None else checked_name(run),
         pin=pin,
-        require_token=bool(settings.serve_token),
+        require_token=bool(serve_token()),
         settings=_serve_fields(overrides),
     )
     section, address = resolve_settings(args), address or settings.ray_address

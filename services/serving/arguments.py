@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,7 @@ from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from services.serving.candidate import with_settings
 from services.serving.registry import Registry
+from services.settings import read_settings
 from services.storage import open_store
 
 
@@ -29,6 +31,16 @@ class ServeArgs(BaseModel):
     """Do not start a replica without DEFUSE_SERVE_TOKEN in its environment."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Fields of section `serve` that replace those of the run file."""
+
+
+def serve_token() -> str | None:
+    """Return DEFUSE_SERVE_TOKEN, None if it is not set. Raises InputError for one that clients cannot send."""
+    token = read_settings().serve_token
+    if token and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise InputError(
+            "DEFUSE_SERVE_TOKEN: expected one word of letters, digits and ASCII signs; `openssl rand -hex 32` makes one"
+        )
+    return token
 
 
 def resolve_settings(args: ServeArgs) -> ServeSection:

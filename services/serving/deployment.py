@@ -19,6 +19,7 @@ from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError, StoreError
 from services.serving.active_versions import AUTHOR, ActiveVersions, InitialModel, RegistryWatcher
+from services.serving.arguments import serve_token
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.canary import Comparison, ShadowRequest, ShadowRunner
 from services.serving.errors import PredictionFailed, Unavailable
@@ -27,7 +28,6 @@ from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
 from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
 from services.serving.traffic import Reservoir, sample_now
-from services.settings import read_settings
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
@@ -47,7 +47,7 @@ class ClassifierDeployment:
     ) -> None:
         torch.set_num_threads(max(1, round(settings.cpus_per_replica)))
         self.settings = settings
-        self.token = read_settings().serve_token
+        self.token = serve_token()
         if require_token and not self.token:
             raise InputError("DEFUSE_SERVE_TOKEN is required, and not set in the environment of this replica")
         opened = open_store(store)

@@ -9,6 +9,7 @@ import time
 import httpx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from load_generator import Client, limited, load, request_bytes
 from synthetic_runs import png
 
@@ -16,6 +17,7 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.models import load_classifier, predict_probabilities
 from defuse_core.runs import Run
+from services.cli.serve import serve
 from services.serving.active_versions import InitialModel
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
@@ -159,8 +161,17 @@ def test_a_replica_without_its_required_token_does_not_start(planted, monkeypatc
 def test_a_token_from_a_file_may_end_in_a_newline(monkeypatch):
     monkeypatch.setenv("DEFUSE_SERVE_TOKEN", "secret\n")
     assert read_settings().serve_token == "secret"
-    monkeypatch.setenv("DEFUSE_SERVE_TOKEN", "\n")
-    assert read_settings().serve_token  # set, so that nothing is open to everybody
+
+
+@pytest.mark.parametrize("token", ["\n", "two words", "ümlaut"])
+def test_a_token_that_no_client_can_send_is_refused_at_the_start(planted, monkeypatch, token):
+    monkeypatch.setenv("DEFUSE_SERVE_TOKEN", token)
+    with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN: expected one word"):
+        ClassifierDeployment(planted.address, InitialModel(), ServeSection(), {}, require_token=True)
+    with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN: expected one word"):
+        CliRunner().invoke(
+            serve, ["first", "--store", planted.address], standalone_mode=False, catch_exceptions=False
+        )
 
 
 def test_the_model_route_describes_the_model_in_production(app):
