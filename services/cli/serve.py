@@ -107,8 +107,11 @@ def promote(
     share = parse_share(canary) if canary else None
     request = PromotionRequest(by or local_user("--by"), why, force or None, share, shadow)
     candidate = _candidate(store, run)
-    click.echo(promote_candidate(registry, candidate, request).action)
-    figures = candidate.watch_figures(candidate.run_file().serve)
+    state = promote_candidate(registry, candidate, request)
+    click.echo(state.action)
+    promoted = state.shadow or state.canary or state.production
+    assert promoted is not None  # it has one of the roles
+    figures = state.versions[promoted].watch
     if figures is not None:
         _print_watch(figures)
 

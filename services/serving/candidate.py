@@ -1,4 +1,4 @@
-"""A candidate: a corrected classifier, the checks that decide on its promotion, and all that a server needs of it."""
+"""A candidate: a corrected classifier, the results of its checks, and all that a server needs of it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
 
 from defuse_core.artifacts import (
     F64,
     I64,
-    Bool,
     Corrections,
     Gallery,
     Models,
@@ -29,21 +27,19 @@ from defuse_core.artifacts import (
     Weights,
 )
 from defuse_core.codec import decode, encode
-from defuse_core.config import CheckSection, RunFile, ServeSection, first_problem, parse_run_file
-from defuse_core.correct import ROUNDING, held_out_images
-from defuse_core.data import Images, Splits, reopen_splits
-from defuse_core.device import cpu_threads
-from defuse_core.errors import CheckFailed, InputError, ModelError, StoreError
+from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
+from defuse_core.data import reopen_splits
+from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.evaluation.health import with_measured_health
-from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import Progress, silent
 from defuse_core.review.verdicts import most_common_errors, why_inconclusive
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
+from services.serving.checks import CandidateReport, Check, evaluate_candidate
 
 log = logging.getLogger("defuse")
-FORMAT = 3  # of the stored candidate; part of its key in the run, so that one of another format is made again
+FORMAT = 4  # of the stored candidate; part of its key in the run, so that one of another format is made again
 VERSION_SETTINGS = (
     "resize",
     "watch",
@@ -52,19 +48,19 @@ VERSION_SETTINGS = (
     "failure_recall",
     "precision",
 )  # the rest of section serve is the server's
+NOT_SERVED = (
+    "run",
+    "spec",
+    "summary",
+    "checks",
+    "digest",
+    "before",
+    "after",
+)  # fields that describe a candidate
 
 
 class NothingCorrected(InputError):  # noqa: N818 - an outcome, and a good one for `defuse check`
     """A finished run without a failure scenario: it has no corrected classifier."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of section `check` and its result."""
-
-    name: str
-    passed: bool
-    line: str  # what was checked, the value found and the limit
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class Candidate:
     vae: Weights
     summary: CorrectionSummary
     checks: tuple[Check, ...]
-    digest: str  # of the weights and VERSION_SETTINGS; candidates with equal digests are one version
+    digest: str  # of all that is served; candidates with equal digests are one version
     scenario: I64  # (A,) index of each failure scenario among the run's components
     labels: I64  # (A,) correct class in the scenario
     most_common_error: I64  # (A,) most frequent wrong answer of the classifier before the correction
@@ -165,7 +161,7 @@ def prepare_candidate(
     stored; without `must_store`, a warning says that it will be made again.
     """
     artifacts = _RunArtifacts.load(run)
-    key = f"candidates/{_digest(run.spec, artifacts.sweep.weights, str(FORMAT))[:16]}.safetensors"
+    key = _key(run.spec, artifacts.sweep.weights)
     try:
         return key, decode_candidate(run.store.read(key), key)
     except FileNotFoundError:
@@ -247,11 +243,23 @@ def weights_digest(weights: Weights) -> str:
     return sha.hexdigest()
 
 
-def _digest(spec: RunFile, weights: Weights, salt: str = "") -> str:
-    """Return the digest of the weights and of the run-file fields that belong to a version."""
+def _key(spec: RunFile, weights: Weights) -> str:
+    """Return where the run's store has the candidate of these weights and run-file fields, of this FORMAT."""
+    made_from = f"{weights_digest(weights)}{_settings(spec)}{FORMAT}"
+    return f"candidates/{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _settings(spec: RunFile) -> str:
+    """Return the run-file fields that belong to a version."""
     fields = spec.serve.model_dump(mode="json", include={*VERSION_SETTINGS, "watch_images"})
-    settings = f"{spec.check.model_dump_json()}{json.dumps(fields, sort_keys=True)}"
-    return hashlib.sha256((weights_digest(weights) + settings + salt).encode()).hexdigest()
+    return f"{spec.check.model_dump_json()}{json.dumps(fields, sort_keys=True)}"
+
+
+def _digest(candidate: Candidate) -> str:
+    """Return a SHA-256, in hex, of FORMAT and all that a server takes from the candidate."""
+    served = {name: value for name, value in vars(candidate).items() if name not in NOT_SERVED}
+    settings = _settings(candidate.run_file())
+    return hashlib.sha256(encode({**served, "settings": settings, "format": FORMAT})).hexdigest()
 
 
 def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
@@ -262,7 +270,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
     progress("checking the corrected classifier", 1, 2, "steps")
     regions, failures = watch_classifier(spec, artifacts.models, corrections, artifacts.sweep.weights, splits)
     progress("checking the corrected classifier", 2, 2, "steps")
-    return Candidate(
+    candidate = Candidate(
         run=run.name,
         spec=spec.model_dump(mode="json"),
         classes=artifacts.models.classes,
@@ -270,7 +278,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
         vae=artifacts.models.vae,
         summary=_summary(artifacts, report),
         checks=tuple(report.checks(spec.check)),
-        digest=_digest(spec, artifacts.sweep.weights),
+        digest="",
         scenario=corrections.scenario,
         labels=corrections.labels,
         most_common_error=most_common_errors(artifacts.gallery, corrections.scenario, corrections.labels),
@@ -279,6 +287,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
         failures=failures,
         **vars(regions),
     )
+    return dataclasses.replace(candidate, digest=_digest(candidate))
 
 
 def _summary(artifacts: _RunArtifacts, report: CandidateReport) -> CorrectionSummary:
@@ -294,105 +303,3 @@ def _summary(artifacts: _RunArtifacts, report: CandidateReport) -> CorrectionSum
         annotators=artifacts.votes.answered_by,
         made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class CandidateReport:
-    """Which answers of both classifiers are right: on clean images, and on held-out images of each scenario."""
-
-    split: str  # the clean images: test, validation or train
-    classes: tuple[str, ...]
-    labels: I64  # (N,)
-    right_before: Bool  # (N,)
-    right_after: Bool  # (N,)
-    scenario_before: F64  # (A,)
-    scenario_after: F64  # (A,)
-    not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
-
-    def checks(self, limits: CheckSection) -> list[Check]:
-        """Return every check of section `check`, in the order in which they are shown."""
-        if self.not_finite:
-            return [Check("finite", False, f"weights: {self.not_finite[0]} has NaN or infinity")]
-        return [
-            Check("finite", True, "weights: all finite"),
-            self._mean_scenario_accuracy(limits.min_scenario_accuracy),
-            self._worst_scenario_accuracy(limits.min_each_scenario),
-            self._improvement(),
-            self._clean_accuracy(limits.max_loss),
-            self._class_accuracy(limits.max_class_loss),
-            self._regressions(limits.max_regressions),
-        ]
-
-    def _mean_scenario_accuracy(self, least: float) -> Check:
-        found = float(self.scenario_after.mean())
-        line = f"scenario accuracy: {found:.2%}, expected at least {least:.2%}"
-        return Check("scenario accuracy", found >= least, line)
-
-    def _worst_scenario_accuracy(self, least: float) -> Check:
-        found = float(self.scenario_after.min())
-        line = f"worst scenario: {found:.2%}, expected at least {least:.2%} in each"
-        return Check("worst scenario", found >= least, line)
-
-    def _improvement(self) -> Check:
-        before, after = float(self.scenario_before.mean()), float(self.scenario_after.mean())
-        line = f"improvement: scenario accuracy {before:.2%} -> {after:.2%}"
-        return Check("improvement", after > before, line)
-
-    def _clean_accuracy(self, most: float) -> Check:
-        before, after = float(self.right_before.mean()), float(self.right_after.mean())
-        line = f"clean accuracy: {before:.2%} -> {after:.2%} on {self.split} images, a loss of {most:.2%} is allowed"
-        return Check("clean accuracy", before - after <= most + ROUNDING, line)
-
-    def _class_accuracy(self, most: float) -> Check:
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        lost = self.right_before.astype(np.int64) - self.right_after
-        loss = np.bincount(self.labels, lost, minlength=len(self.classes)) / np.maximum(counts, 1)
-        worst = int(loss.argmax())
-        line = (
-            f"every class: class {self.classes[worst]} lost {loss[worst]:.2%}, at most {most:.2%} is allowed"
-        )
-        return Check("every class", float(loss[worst]) <= most + ROUNDING, line)
-
-    def _regressions(self, most: float) -> Check:
-        found = float((self.right_before & ~self.right_after).mean())
-        line = f"regressions: {found:.2%} of clean images were right and are wrong now, at most {most:.2%} is allowed"
-        return Check("regressions", found <= most + ROUNDING, line)
-
-
-def evaluate_candidate(
-    spec: RunFile, models: Models, corrections: Corrections, sweep: Sweep, splits: Splits
-) -> CandidateReport:
-    """Return which answers are right before and after the correction."""
-    candidates = (("test", splits.test), ("validation", splits.validation), ("train", splits.train))
-    split, clean = next((name, images) for name, images in candidates if images is not None)
-    not_finite = tuple(name for name, array in sweep.weights.items() if not np.isfinite(array).all())
-    corrected = models.classifier if not_finite else sweep.weights
-    with cpu_threads(spec.resources.train_threads):
-        scenario = held_out_images(load_vae(spec, models.vae), corrections)
-        before, after = (
-            _right(spec, w, len(models.classes), (clean, scenario)) for w in (models.classifier, corrected)
-        )
-    return CandidateReport(
-        split=split,
-        classes=models.classes,
-        labels=clean.labels,
-        right_before=before[0],
-        right_after=after[0],
-        scenario_before=before[1].reshape(len(corrections.labels), -1).mean(axis=1),
-        scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
-        not_finite=not_finite,
-    )
-
-
-def _right(spec: RunFile, weights: Weights, classes: int, parts: tuple[Images, ...]) -> list[Bool]:
-    classifier = load_classifier(spec, weights, classes)
-    return [_right_on(classifier, images) for images in parts]
-
-
-def _right_on(classifier: nn.Module, images: Images) -> Bool:
-    """Return which images the classifier gets right, (n,); none where it returns nan, so that no check passes."""
-    try:
-        right: Bool = predict(classifier, images) == images.labels
-        return right
-    except ModelError:
-        return np.zeros(len(images), np.bool_)

@@ -6,11 +6,15 @@ import dataclasses
 import itertools
 import threading
 
+import numpy as np
 import pytest
 
+from defuse_core.artifacts import Models
+from defuse_core.codec import encode
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.runs import Run
 from services.cli.serve import parse_share
+from services.serving import candidate as candidate_module
 from services.serving.candidate import prepare_candidate
 from services.serving.model import verify_candidate
 from services.serving.registry import PromotionRequest, Registry, promote
@@ -128,6 +132,54 @@ def test_concurrent_changes_are_all_kept_in_sequence(registry):
         thread.join()
     assert sorted(registry.state().previous) == list(range(12))
     assert [s.sequence for s in registry.history()] == list(range(1, 13))
+
+
+def made_again(store, name="first"):
+    """The candidate of a run, made by this version of Defuse as it is now."""
+    run = Run.open(store, name)
+    for key in run.store.list("candidates"):
+        run.store.delete(key)
+    return prepare_candidate(run)[1]
+
+
+def test_a_candidate_that_is_made_again_is_the_same_version(registry, own_store):
+    assert [promote(registry, made_again(own_store), ANA).production for _ in range(2)] == [1, 1]
+
+
+def test_a_candidate_of_another_format_is_another_version(registry, own_store, monkeypatch):
+    promote(registry, made_again(own_store), ANA)
+    monkeypatch.setattr(candidate_module, "FORMAT", candidate_module.FORMAT + 1)
+    assert promote(registry, made_again(own_store), ANA).production == 2
+
+
+@pytest.mark.parametrize("part", ["vae", "regions", "failures"])
+def test_equal_weights_with_another_watch_are_another_version(registry, own_store, monkeypatch, part):
+    promote(registry, made_again(own_store), ANA)
+    watch_classifier = candidate_module.watch_classifier
+
+    def watch_of_another_defuse(*arguments):
+        regions, failures = watch_classifier(*arguments)
+        if part == "regions":
+            return dataclasses.replace(regions, means=regions.means + 1), failures
+        return regions, dataclasses.replace(failures, methods=failures.methods[:1])
+
+    run = Run.open(own_store, "first")
+    if part == "vae":
+        models = run.load(Models)
+        vae = {name: array * np.float32(1.0001) for name, array in models.vae.items()}
+        run.store.write("models.safetensors", encode(dataclasses.replace(models, vae=vae)))
+    else:
+        monkeypatch.setattr(candidate_module, "watch_classifier", watch_of_another_defuse)
+    assert promote(registry, made_again(own_store), ANA).production == 2
+
+
+def test_a_version_of_an_earlier_defuse_stays_beside_the_new_one_of_its_run(registry, candidates):
+    earlier = dataclasses.replace(candidates["first"], failures=None, digest="of weights and settings")
+    promote(registry, earlier, ANA)
+    assert promote(registry, candidates["first"], ANA).production == 2
+    assert registry.load(2).failures is not None and registry.state().versions[2].watch is not None
+    assert registry.roll_back("bo", "", verify_candidate).production == 1
+    assert registry.load(1).failures is None
 
 
 def test_concurrent_promotions_of_one_run_make_one_version(registry, candidates):

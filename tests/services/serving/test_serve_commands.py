@@ -138,6 +138,17 @@ def test_promote_prints_and_records_how_well_failing_inputs_are_found(own_store)
     assert "finds failing inputs (AUROC 0.9" in run(promote, "--store", own_store.address)
 
 
+def test_promote_of_a_known_version_prints_the_figures_that_the_registry_has_of_it(own_store):
+    run(promote, "first", "--store", own_store.address)
+    registry = Registry(own_store)
+    known = registry.state().versions[1]
+    measured = known.model_copy(
+        update={"watch": known.watch.model_copy(update={"verdict": "As measured then."})}
+    )
+    registry.change("measured", "ana", "", lambda state: {"versions": {1: measured}})
+    assert run(promote, "first", "--store", own_store.address).splitlines()[1] == "As measured then."
+
+
 def test_promote_says_where_failing_inputs_are_not_found(own_store):
     lines = run(promote, "broken", "--store", own_store.address, "--force", "a drill").splitlines()
     assert lines[1:] == ["Failing inputs cannot be found: some of the classifier's outputs are not finite."]

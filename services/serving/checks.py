@@ -1,0 +1,127 @@
+"""The checks of section `check` that a corrected classifier must pass before it is promoted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from defuse_core.artifacts import F64, I64, Bool, Corrections, Models, Sweep, Weights
+from defuse_core.config import CheckSection, RunFile
+from defuse_core.correct import ROUNDING, held_out_images
+from defuse_core.data import Images, Splits
+from defuse_core.device import cpu_threads
+from defuse_core.errors import ModelError
+from defuse_core.models import load_classifier, load_vae, predict
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of section `check` and its result."""
+
+    name: str
+    passed: bool
+    line: str  # what was checked, the value found and the limit
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateReport:
+    """Which answers of both classifiers are right: on clean images, and on held-out images of each scenario."""
+
+    split: str  # the clean images: test, validation or train
+    classes: tuple[str, ...]
+    labels: I64  # (N,)
+    right_before: Bool  # (N,)
+    right_after: Bool  # (N,)
+    scenario_before: F64  # (A,)
+    scenario_after: F64  # (A,)
+    not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
+
+    def checks(self, limits: CheckSection) -> list[Check]:
+        """Return every check of section `check`, in the order in which they are shown."""
+        if self.not_finite:
+            return [Check("finite", False, f"weights: {self.not_finite[0]} has NaN or infinity")]
+        return [
+            Check("finite", True, "weights: all finite"),
+            self._mean_scenario_accuracy(limits.min_scenario_accuracy),
+            self._worst_scenario_accuracy(limits.min_each_scenario),
+            self._improvement(),
+            self._clean_accuracy(limits.max_loss),
+            self._class_accuracy(limits.max_class_loss),
+            self._regressions(limits.max_regressions),
+        ]
+
+    def _mean_scenario_accuracy(self, least: float) -> Check:
+        found = float(self.scenario_after.mean())
+        line = f"scenario accuracy: {found:.2%}, expected at least {least:.2%}"
+        return Check("scenario accuracy", found >= least, line)
+
+    def _worst_scenario_accuracy(self, least: float) -> Check:
+        found = float(self.scenario_after.min())
+        line = f"worst scenario: {found:.2%}, expected at least {least:.2%} in each"
+        return Check("worst scenario", found >= least, line)
+
+    def _improvement(self) -> Check:
+        before, after = float(self.scenario_before.mean()), float(self.scenario_after.mean())
+        line = f"improvement: scenario accuracy {before:.2%} -> {after:.2%}"
+        return Check("improvement", after > before, line)
+
+    def _clean_accuracy(self, most: float) -> Check:
+        before, after = float(self.right_before.mean()), float(self.right_after.mean())
+        line = f"clean accuracy: {before:.2%} -> {after:.2%} on {self.split} images, a loss of {most:.2%} is allowed"
+        return Check("clean accuracy", before - after <= most + ROUNDING, line)
+
+    def _class_accuracy(self, most: float) -> Check:
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        lost = self.right_before.astype(np.int64) - self.right_after
+        loss = np.bincount(self.labels, lost, minlength=len(self.classes)) / np.maximum(counts, 1)
+        worst = int(loss.argmax())
+        line = (
+            f"every class: class {self.classes[worst]} lost {loss[worst]:.2%}, at most {most:.2%} is allowed"
+        )
+        return Check("every class", float(loss[worst]) <= most + ROUNDING, line)
+
+    def _regressions(self, most: float) -> Check:
+        found = float((self.right_before & ~self.right_after).mean())
+        line = f"regressions: {found:.2%} of clean images were right and are wrong now, at most {most:.2%} is allowed"
+        return Check("regressions", found <= most + ROUNDING, line)
+
+
+def evaluate_candidate(
+    spec: RunFile, models: Models, corrections: Corrections, sweep: Sweep, splits: Splits
+) -> CandidateReport:
+    """Return which answers are right before and after the correction."""
+    candidates = (("test", splits.test), ("validation", splits.validation), ("train", splits.train))
+    split, clean = next((name, images) for name, images in candidates if images is not None)
+    not_finite = tuple(name for name, array in sweep.weights.items() if not np.isfinite(array).all())
+    corrected = models.classifier if not_finite else sweep.weights
+    with cpu_threads(spec.resources.train_threads):
+        scenario = held_out_images(load_vae(spec, models.vae), corrections)
+        before, after = (
+            _right(spec, w, len(models.classes), (clean, scenario)) for w in (models.classifier, corrected)
+        )
+    return CandidateReport(
+        split=split,
+        classes=models.classes,
+        labels=clean.labels,
+        right_before=before[0],
+        right_after=after[0],
+        scenario_before=before[1].reshape(len(corrections.labels), -1).mean(axis=1),
+        scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
+        not_finite=not_finite,
+    )
+
+
+def _right(spec: RunFile, weights: Weights, classes: int, parts: tuple[Images, ...]) -> list[Bool]:
+    classifier = load_classifier(spec, weights, classes)
+    return [_right_on(classifier, images) for images in parts]
+
+
+def _right_on(classifier: nn.Module, images: Images) -> Bool:
+    """Return which images the classifier gets right, (n,); none where it returns nan, so that no check passes."""
+    try:
+        right: Bool = predict(classifier, images) == images.labels
+        return right
+    except ModelError:
+        return np.zeros(len(images), np.bool_)
