@@ -176,10 +176,10 @@ class Registry:
         try:
             self.change(f"added version {number}", by, why, updates)
         except _AlreadyDone:
-            known = self.add(candidate, by, why, forced)
-            if known != number:
+            equal = self.add(candidate, by, why, forced)
+            if equal != number:
                 self.store.delete(_version_key(number))
-            return known
+            return equal
         return number
 
     def change(
