@@ -17,7 +17,7 @@ import httpx
 
 from tests.waiting import wait_until
 
-TOKEN = "a long secret"
+TOKEN = "a-long-secret"
 ROOT = Path(__file__).parents[3]
 
 
