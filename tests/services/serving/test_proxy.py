@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
         assert answer.status_code == 200 and running.http.get("/v1/model").status_code == 401
         assert running.stop() == 0
     wait_until(lambda: not folder.exists())
+
+
+def test_haproxy_ends_with_a_serve_that_is_killed_and_leaves_the_port(own_store, short_folder):
+    options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
+    with serve_process(short_folder, "first", *options) as running:
+        folder = configuration_of(listening("haproxy.cfg", running.port)[0]).parent.parent
+        running.process.kill()
+        wait_until(lambda: not processes_with(str(folder)), lambda: f"left: {processes_with(str(folder))}")
+        assert not listening_addresses(running.port)
+        shutil.rmtree(folder)
 
 
 def configuration_of(pid: int) -> Path:
