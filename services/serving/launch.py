@@ -54,6 +54,10 @@ FULL_PRIORITY = {
     "RAY_worker_niceness": "0"
 }  # by default, Ray's workers run at nice 15: any other process goes first
 
+# HAProxy takes paths of sockets of at most 97 characters; this folder is followed by /defuse-xxxxxxxx, a folder of
+# Ray's with the 56 characters of the node's number, and /metrics.sock.
+MAX_TEMPORARY_FOLDER = 97 - len("/defuse-xxxxxxxx") - len("/") - 56 - len("/metrics.sock")
+
 # Ray's template of HAProxy's configuration lets every user of the machine change its servers, and shows statistics on
 # every interface. There is no setting for that, so the program that Ray starts as HAProxy edits the file first.
 HAPROXY_PROGRAM = """#!/bin/sh
@@ -93,16 +97,31 @@ def choose_proxy(requested: str, section: ServeSection, host: str) -> Proxy:
 @contextlib.contextmanager
 def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
     """Set the environment of the proxy for Ray processes that start in the block. `port` is the one of the clients."""
-    with tempfile.TemporaryDirectory(prefix="defuse-", ignore_cleanup_errors=True) as folder:  # mode 700
+    with contextlib.ExitStack() as stack:
         if proxy is not Proxy.CLUSTER:
             os.environ.update(FULL_PRIORITY)
         if proxy is Proxy.DIRECT:
             os.environ.update(_direct_environment(port))
         elif proxy is Proxy.HAPROXY:
-            os.environ.update(HAPROXY_ENVIRONMENT | _haproxy_files(Path(folder)))
+            folder = Path(stack.enter_context(_socket_folder()))
+            os.environ.update(HAPROXY_ENVIRONMENT | _haproxy_files(folder))
         elif proxy is Proxy.RAY:
             os.environ.update(HEADER_LIMITS)
         yield
+
+
+def _socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a new folder of mode 700 in that for temporary files; in /tmp where paths of sockets become too long."""
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) > MAX_TEMPORARY_FOLDER:
+        parent = "/tmp"
+    try:
+        return tempfile.TemporaryDirectory(prefix="defuse-", dir=parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"HAProxy's sockets need a folder in {parent}, which cannot be made ({error.strerror}); set TMPDIR to a "
+            f"folder whose path has at most {MAX_TEMPORARY_FOLDER} characters"
+        ) from error
 
 
 def _direct_environment(port: int) -> dict[str, str]:
@@ -328,9 +347,11 @@ def _translate_errors(context: str) -> Iterator[None]:
     """Raise pydantic's errors as InputError, and those of Ray and of the system as ComputeError."""
     from pydantic import ValidationError
 
+    from cluster.errors import one_line
+
     try:
         yield
     except ValidationError as error:
         raise InputError(f"{context}: {error.errors()[0]['msg']}") from error
     except (RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
-        raise ComputeError(f"{context}: {error}") from error
+        raise ComputeError(f"{context}: {one_line(error)}") from error

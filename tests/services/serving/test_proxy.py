@@ -9,12 +9,19 @@ from pathlib import Path
 
 import httpx
 import pytest
+import ray
 from ray.serve._private import haproxy_templates
 from serve_process import TOKEN, listening_addresses, listening_ports, processes_with, serve_process
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import InputError
-from services.serving.launch import Proxy, choose_proxy, is_loopback
+from defuse_core.errors import ComputeError, InputError
+from services.serving.launch import (
+    Proxy,
+    _translate_errors,
+    choose_proxy,
+    is_loopback,
+    proxy_environment,
+)
 from tests.waiting import wait_until
 
 LOOPBACK = "0100007F"
@@ -85,14 +92,38 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
     wait_until(lambda: not folder.exists())
 
 
-def test_haproxy_ends_with_a_serve_that_is_killed_and_leaves_the_port(own_store, short_folder):
+def test_haproxy_starts_where_temporary_files_are_in_a_long_folder_and_ends_with_a_serve_that_is_killed(
+    own_store, short_folder
+):
     options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
-    with serve_process(short_folder, "first", *options) as running:
+    long_folder = short_folder / "temporary"
+    long_folder.mkdir()
+    with serve_process(short_folder, "first", *options, TMPDIR=str(long_folder)) as running:
         folder = configuration_of(listening("haproxy.cfg", running.port)[0]).parent.parent
         running.process.kill()
+        assert folder.parent == Path("/tmp") and stat.S_IMODE(folder.stat().st_mode) == 0o700
         wait_until(lambda: not processes_with(str(folder)), lambda: f"left: {processes_with(str(folder))}")
         assert not listening_addresses(running.port)
         shutil.rmtree(folder)
+
+
+def test_no_folder_for_sockets_is_an_error_that_says_what_to_set(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/no/folder")
+    with (
+        pytest.raises(InputError, match=r"sockets need a folder in /no/folder, .*; set TMPDIR to a folder"),
+        proxy_environment(Proxy.HAPROXY, 8000),
+    ):
+        pass
+
+
+def test_an_error_of_an_actor_is_one_line(ray_session):
+    @ray.remote
+    def fail():
+        raise RuntimeError("HAProxy crashed\nduring startup")
+
+    with pytest.raises(ComputeError) as raised, _translate_errors("Serve did not start"):
+        ray.get(fail.remote())
+    assert str(raised.value) == "Serve did not start: RuntimeError: HAProxy crashed during startup"
 
 
 def configuration_of(pid: int) -> Path:
