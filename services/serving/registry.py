@@ -314,11 +314,16 @@ def _versions_with(digest: str, state: RegistryState) -> list[int]:
     return [number for number, info in state.versions.items() if info.digest == digest]
 
 
+def _digest_of(state: RegistryState, number: int) -> str | int:
+    """Return the digest of a version; its number where the state does not know it, since it equals no other then."""
+    return state.versions[number].digest if number in state.versions else number
+
+
 def _previous(state: RegistryState, promoted: int) -> tuple[int, ...]:
     """Return the targets of rollback once `promoted` is in production: each differs from the version after it."""
     found = [promoted]
     for number in (state.production, *reversed(state.previous)):
-        if number and state.versions[number].digest != state.versions[found[-1]].digest:
+        if number and _digest_of(state, number) != _digest_of(state, found[-1]):
             found.append(number)
     return tuple(reversed(found[1:]))
 

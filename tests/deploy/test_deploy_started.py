@@ -19,9 +19,10 @@ import yaml
 from shipped import ENVIRONMENT, ROOT, compose, document, ray_specs
 
 from tests.s3_servers import free_port
-from tests.waiting import WAIT_S, wait_until
+from tests.waiting import wait_until
 
 BIN = Path(sys.executable).parent
+WAIT_S = 270.0  # a head that starts beside other work took over 120 s
 TOKEN = "0123456789abcdef" * 4
 
 
@@ -67,6 +68,7 @@ def wait_healthy(check: list[str], environment: dict[str, str], log: Path) -> No
     wait_until(
         lambda: healthy(check, environment),
         lambda: f"{shlex.join(check)} does not pass: {log.read_text(errors='replace')[-2000:]}",
+        WAIT_S,
     )
 
 
@@ -189,7 +191,7 @@ def test_head_and_worker_join_and_want_the_token(nodes: dict[str, str]) -> None:
     assert get(f"{dashboard}/api/jobs/", None) == 401
     assert get(f"{dashboard}/api/jobs/", "wrong" * 8) in {401, 403}
     assert get(f"{dashboard}/api/jobs/", TOKEN) == []
-    wait_until(lambda: len(states(dashboard)) >= 2, lambda: Path(nodes["log"]).read_text()[-2000:])
+    wait_until(lambda: len(states(dashboard)) >= 2, lambda: Path(nodes["log"]).read_text()[-2000:], WAIT_S)
     assert states(dashboard) == ["ALIVE", "ALIVE"], Path(nodes["log"]).read_text()[-2000:]
 
 
@@ -262,4 +264,4 @@ def await_status(url: str, token: str | None, wanted: int) -> None:
             got.append(error)
         return got[-1] == wanted
 
-    wait_until(answered, lambda: f"{url}: expected {wanted}, found {got[-1]!r}")
+    wait_until(answered, lambda: f"{url}: expected {wanted}, found {got[-1]!r}", WAIT_S)
