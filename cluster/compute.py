@@ -24,6 +24,7 @@ from cluster.resources import (
     WARN_AFTER_S,
     capacity,
     current_location,
+    log_busy_cluster,
     on_nodes_with_cpus,
     on_this_node,
     task_resources,
@@ -292,8 +293,7 @@ class RayCompute:
                     warn_at = math.inf
                 elif time.monotonic() > warn_at:
                     warn_at = math.inf
-                    resources = task_resources(self.spec.resources)
-                    log.warning("%s: waiting for %s to be free on the cluster", step, resources)
+                    log_busy_cluster(step, task_resources(self.spec.resources))
         except BaseException as error:
             cancel_all(waiting)
             if isinstance(error, RayError):

@@ -265,12 +265,12 @@ def load_suite(folder: Path) -> Suite:
         counts = f"{len(description.scenarios)} scenarios, {TENSORS} has {len(pictures.labels)}"
         raise InputError(f"{folder}: {DESCRIPTION} has {counts}; save the suite again")
     if description.version == 1:
-        asked = tuple(_asked_before(scenario) for scenario in description.scenarios)
+        asked = tuple(_from_version_1(scenario) for scenario in description.scenarios)
         description = description.model_copy(update={"scenarios": asked})
     return Suite(description, pictures)
 
 
-def _asked_before(scenario: SuiteScenario) -> SuiteScenario:
+def _from_version_1(scenario: SuiteScenario) -> SuiteScenario:
     """Return a scenario of version 1, in which nothing is asked where the uncorrected classifier passed."""
     is_unedited = scenario.least == scenario.after
     unasked = is_unedited and scenario.after <= scenario.before
