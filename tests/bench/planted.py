@@ -80,14 +80,20 @@ SIGNS_RUN: Tree = {
         "import_path": "tests.bench.plants.classifier:build_signs",
         "epochs": 10,
     },
-    "vae": {**MNIST_RUN["vae"], "channels": 32, "epochs": 20},
-    "review": {"reference": {"count": 3, "channels": 32, "epochs": 10}},
-}
+    "vae": {  # as in deploy/runs/signs-laptop.yaml
+        **MNIST_RUN["vae"], "decode": "anchored", "latent_dim": 24, "channels": 24, "hidden": 256, "epochs": 8,
+        "batch_size": 64, "kl_warmup_steps": 500,
+    },
+    "identify": {"draws": 4, "scale": 1.5, "min_probability": 0.9},
+    "review": {"reference": {"count": 3, "channels": 24, "epochs": 8, "batch_size": 64}},
+}  # fmt: skip
 SPOTCHECK_RUN: Tree = {
-    **SIGNS_RUN,
+    **MNIST_RUN,
+    "data": SIGNS_RUN["data"],
     "classifier": {
         **MNIST_RUN["classifier"], "import_path": "tests.bench.plants.classifier:build_spotcheck", "epochs": 8,
     },
+    "vae": {**MNIST_RUN["vae"], "channels": 32, "epochs": 20},
     "review": {"reference": {"count": 3, "channels": 16, "epochs": 6}},
 }  # fmt: skip
 RUNS = {"mnist": MNIST_RUN, "signs": SIGNS_RUN, "spotcheck": SPOTCHECK_RUN}
