@@ -135,38 +135,11 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
             yield
 
     api = FastAPI(title="Defuse", summary="A corrected image classifier.", version="1", lifespan=lifespan)
-    handle_request_error = _error_handler(deployment)
-
-    async def handle_memory_error(request: Request, error: Exception) -> Response:
-        log.error("a request was not answered: out of memory (%s)", error)
-        unavailable = Unavailable("this replica is out of memory", deployment.settings.retry_after_s)
-        response: Response = await handle_request_error(request, unavailable)
-        return response
-
-    api.add_exception_handler(RequestError, handle_request_error)
-    api.add_exception_handler(HTTPException, _http_error)
-    api.add_exception_handler(MemoryError, handle_memory_error)
-    api.add_exception_handler(Exception, _internal_error)
+    _add_error_handlers(api, deployment)
     api.add_middleware(BearerAuthMiddleware, token=deployment.token)
 
     async def predict(request: Request) -> Response:
-        media_type = content_type(request)
-        with contextlib.ExitStack() as held:  # the memory of the body, and a slot
-            body = await deployment.uploads.receive(request, held)
-            await deployment.slots.acquire(held)
-            active = deployment.current()
-            spec = active.in_production.input_spec
-            given = request.headers.get("x-request-key")
-            key = given.encode() if given is not None else hashlib.sha256(body).digest()
-            files = [body]
-            if media_type == FORM_TYPE:  # one after the other: the parser holds copies of the body
-                async with deployment.form_parser:
-                    files = await uploaded_files(request, body, spec.max_images)
-            del body  # from here on the parts are all that is held of it
-            pixels = await _decode(deployment, media_type, files, spec, held)
-            del files
-            answer = await deployment.predict(active, pixels, key)
-        return Response(answer.model_dump_json(by_alias=True), media_type=JSON_TYPE)
+        return await _answer(deployment, request)
 
     async def model() -> ModelInfo:
         return deployment.model_info()
@@ -212,6 +185,27 @@ def _describe_authentication(api: FastAPI) -> None:
     schema["security"] = [{"token": []}]
 
 
+async def _answer(deployment: ClassifierDeployment, request: Request) -> Response:
+    """Return the predictions for the images of a request. Raises RequestError."""
+    media_type = content_type(request)
+    with contextlib.ExitStack() as held:  # the memory of the body, and a slot
+        body = await deployment.uploads.receive(request, held)
+        await deployment.slots.acquire(held)
+        active = deployment.current()
+        spec = active.in_production.input_spec
+        given = request.headers.get("x-request-key")
+        key = given.encode() if given is not None else hashlib.sha256(body).digest()
+        files = [body]
+        if media_type == FORM_TYPE:  # one after the other: the parser holds copies of the body
+            async with deployment.form_parser:
+                files = await uploaded_files(request, body, spec.max_images)
+        del body  # from here on the parts are all that is held of it
+        pixels = await _decode(deployment, media_type, files, spec, held)
+        del files
+        answer = await deployment.predict(active, pixels, key)
+    return Response(answer.model_dump_json(by_alias=True), media_type=JSON_TYPE)
+
+
 async def _decode(
     deployment: ClassifierDeployment,
     media_type: str,
@@ -230,13 +224,21 @@ async def _decode(
     return await deployment.decode(media_type, files, spec, held)
 
 
-def _error_handler(deployment: ClassifierDeployment) -> Any:
-    async def handle(_: Request, error: Exception) -> JSONResponse:
+def _add_error_handlers(api: FastAPI, deployment: ClassifierDeployment) -> None:
+    async def handle_request_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
         deployment.metrics.rejected.inc(1, {"status": str(error.status)})
         return JSONResponse({"error": error.message}, error.status, error.headers)
 
-    return handle
+    async def handle_memory_error(request: Request, error: Exception) -> JSONResponse:
+        log.error("a request was not answered: out of memory (%s)", error)
+        unavailable = Unavailable("this replica is out of memory", deployment.settings.retry_after_s)
+        return await handle_request_error(request, unavailable)
+
+    api.add_exception_handler(RequestError, handle_request_error)
+    api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(MemoryError, handle_memory_error)
+    api.add_exception_handler(Exception, _internal_error)
 
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
