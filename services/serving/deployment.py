@@ -22,7 +22,7 @@ from services.serving.active_versions import AUTHOR, ActiveVersions, InitialMode
 from services.serving.arguments import serve_token
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.canary import Comparison, ShadowRequest, ShadowRunner
-from services.serving.errors import PredictionFailed, Unavailable
+from services.serving.errors import RequestError, Unavailable
 from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
@@ -137,7 +137,7 @@ class ClassifierDeployment:
         if isinstance(output, Exception):
             self.metrics.errors.inc(len(pixels), {"version": model.name})
             log.error("version %s failed: %s", model.name, output)
-            raise PredictionFailed("the classifier failed on this input")
+            raise RequestError(500, "the classifier failed on this input")
         if active.shadow is not None:
             self._start(self._shadow.run(self._shadow_request(active, active.shadow, pixels, output)))
         self._count(model, output, pixels)

@@ -30,10 +30,3 @@ class Unavailable(RequestError):  # noqa: N818 - a state of the server
     @property
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after_s)}
-
-
-class PredictionFailed(RequestError):  # noqa: N818 - reads as the outcome that it is
-    """The classifier failed on an input that it should accept."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(500, message)
