@@ -38,7 +38,7 @@ def encode(artefact: object) -> bytes:
     fields = _split(artefact, "", arrays)
     body = json.dumps({"format": FORMAT, "kind": type(artefact).__name__, "fields": fields}, sort_keys=True)
     # one header entry: with several, safetensors writes them in an order that changes from call to call
-    return save_tensors(arrays, metadata={"defuse": json.dumps([_digest(body, arrays), body])})
+    return save_tensors(arrays, metadata={"defuse": json.dumps([array_digest(arrays, body), body])})
 
 
 def decode(
@@ -53,7 +53,7 @@ def decode(
         raise StoreError(
             f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error}); {remedy}"
         ) from error
-    if digest != _digest(text, arrays):
+    if digest != array_digest(arrays, text):
         raise StoreError(f"{where}: its bytes changed since they were written; {remedy}")
     body = json.loads(text)
     if body.get("format") != FORMAT:
@@ -85,8 +85,9 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(alone, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
 
 
-def _digest(body: str, arrays: Arrays) -> str:
-    sha = hashlib.sha256(body.encode())
+def array_digest(arrays: Arrays, text: str = "") -> str:
+    """Return a SHA-256, in hex, over `text` and the arrays' names, types, shapes and bytes."""
+    sha = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         sha.update(f"{name}{array.dtype}{array.shape}".encode())

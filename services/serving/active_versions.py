@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from defuse_core.codec import decode
 from defuse_core.config import ServeSection
 from defuse_core.errors import DefuseError, StoreError
 from defuse_core.store import Store
 from services.serving.canary import CanaryStatistics, is_in_canary
-from services.serving.candidate import VERSION_SETTINGS, Candidate, decode_candidate
+from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, select_device
 from services.serving.registry import EMPTY, DamagedVersionError, Registry, RegistryState
 
@@ -157,10 +158,10 @@ class RegistryWatcher:
         return loaded.get(number) or self._load_warm(self.registry.load(number), number)
 
     def _load_candidate(self, key: str) -> LoadedModel:
-        return self._load_warm(decode_candidate(self.store.read(key), f"{self.store.address}/{key}"))
+        return self._load_warm(decode(Candidate, self.store.read(key), f"{self.store.address}/{key}"))
 
     def _load_warm(self, candidate: Candidate, number: int | None = None) -> LoadedModel:
-        own = candidate.serve_section(self.overrides)
+        own = with_settings(candidate.run_file().serve, self.overrides)
         settings = self.settings.model_copy(update={field: getattr(own, field) for field in VERSION_SETTINGS})
         model = LoadedModel(candidate, settings, number)
         model.warm_up(self.settings.batch_size)

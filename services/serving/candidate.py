@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from defuse_core.artifacts import (
     F64,
@@ -26,7 +25,7 @@ from defuse_core.artifacts import (
     Votes,
     Weights,
 )
-from defuse_core.codec import decode, encode
+from defuse_core.codec import array_digest, decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.data import reopen_splits
 from defuse_core.errors import CheckFailed, InputError, StoreError
@@ -105,10 +104,6 @@ class Candidate:
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")
 
-    def serve_section(self, changes: Mapping[str, Any]) -> ServeSection:
-        """Return section `serve` of the run file with `changes`. Raises InputError naming the first invalid field."""
-        return with_settings(self.run_file().serve, changes)
-
     def failed_checks(self) -> list[str]:
         """Return one line for each check that failed."""
         return [check.line for check in self.checks if not check.passed]
@@ -126,22 +121,6 @@ class Candidate:
     def watch_figures(self, settings: ServeSection) -> WatchFigures | None:
         """Return how well failing inputs are found with these settings; None in versions of an earlier Defuse."""
         return None if self.failures is None else watch_figures(self.failures, settings, settings.watch)
-
-
-def encode_candidate(candidate: Candidate) -> bytes:
-    """Return the candidate as bytes of an artefact."""
-    plain = [dataclasses.asdict(check) for check in candidate.checks]
-    return encode(dataclasses.replace(candidate, checks=plain))  # type: ignore[arg-type]
-
-
-def decode_candidate(data: bytes, where: str) -> Candidate:
-    """Return the candidate in `data`. Raises StoreError, naming `where`, for other, truncated or altered bytes."""
-    stored = decode(Candidate, data, where)
-    return dataclasses.replace(
-        stored,
-        summary=TypeAdapter(CorrectionSummary).validate_python(stored.summary),
-        checks=TypeAdapter(tuple[Check, ...]).validate_python(stored.checks),
-    )
 
 
 def with_settings(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
@@ -163,11 +142,11 @@ def prepare_candidate(
     artifacts = _RunArtifacts.load(run)
     key = _key(run.spec, artifacts.sweep.weights)
     try:
-        return key, decode_candidate(run.store.read(key), key)
+        return key, decode(Candidate, run.store.read(key), key)
     except FileNotFoundError:
         candidate = _make(run, artifacts, progress)
         try:
-            run.store.write(key, encode_candidate(candidate))
+            run.store.write(key, encode(candidate))
         except StoreError as error:
             if must_store:
                 raise
@@ -233,19 +212,9 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
     )
 
 
-def weights_digest(weights: Weights) -> str:
-    """Return a SHA-256, in hex, over names, types, shapes and bytes."""
-    sha = hashlib.sha256()
-    for name in sorted(weights):
-        array = np.ascontiguousarray(weights[name])
-        sha.update(f"{name}{array.dtype}{array.shape}".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
-
-
 def _key(spec: RunFile, weights: Weights) -> str:
     """Return where the run's store has the candidate of these weights and run-file fields, of this FORMAT."""
-    made_from = f"{weights_digest(weights)}{_settings(spec)}{FORMAT}"
+    made_from = f"{array_digest(weights)}{_settings(spec)}{FORMAT}"
     return f"candidates/{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
 
 
@@ -301,5 +270,10 @@ def _summary(artifacts: _RunArtifacts, report: CandidateReport) -> CorrectionSum
         scenario_before=float(report.scenario_before.mean()),
         scenario_after=float(report.scenario_after.mean()),
         annotators=artifacts.votes.answered_by,
-        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        made=utc_now(),
     )
+
+
+def utc_now() -> str:
+    """Return the time in the notation of candidates and of the registry: 2026-01-31T12:00:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -17,10 +17,10 @@ from defuse_core.errors import ModelError
 from defuse_core.models import load_classifier, load_vae
 from defuse_core.watch.failure_detector import FailureDetector
 from defuse_core.watch.figures import WatchFigures
+from defuse_core.watch.scenario_regions import Watch
 from services.serving.candidate import Candidate
 from services.serving.inputs import InputSpec
 from services.serving.registry import RegistryState
-from services.serving.watch import Watch
 
 MAX_FORWARD_IMAGES = 256  # images in one forward pass, for any batch size
 

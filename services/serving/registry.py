@@ -10,7 +10,6 @@ the author, time and reason of every change stay on record.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,10 +17,11 @@ from typing import Any, Literal
 import tenacity
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from defuse_core.codec import decode, encode
 from defuse_core.errors import CheckFailed, DefuseError, InputError, StoreError
 from defuse_core.store import Store
 from defuse_core.watch.figures import WatchFigures
-from services.serving.candidate import Candidate, decode_candidate, encode_candidate
+from services.serving.candidate import Candidate, utc_now
 
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
@@ -144,7 +144,7 @@ class Registry:
                 f"unknown version {number} in {self.store.address}; known versions: {known}"
             ) from error
         try:
-            return decode_candidate(data, f"{self.store.address}/{key}")
+            return decode(Candidate, data, f"{self.store.address}/{key}")
         except StoreError as error:
             raise DamagedVersionError(str(error)) from error
 
@@ -154,7 +154,7 @@ class Registry:
         if known := _versions_with(candidate.digest, state):
             return max(known)
         number = max(state.versions, default=0) + 1
-        data = encode_candidate(candidate)
+        data = encode(candidate)
         while not self.store.create(_version_key(number), data):
             number += 1
         info = VersionInfo(
@@ -393,8 +393,3 @@ def _version_key(number: int) -> str:
 
 def _change_key(sequence: int) -> str:
     return f"changes/{sequence:06d}.json"
-
-
-def utc_now() -> str:
-    """Return the time in the registry's notation: 2026-01-31T12:00:00Z."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

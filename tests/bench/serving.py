@@ -39,11 +39,12 @@ from PIL import Image
 from serve_process import TOKEN, free_port, processes_with, serve_process, wait_until
 from synthetic_runs import perturb_weights, png
 
+from defuse_core.codec import array_digest
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.store import FolderStore
 from defuse_core.watch.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
-from services.serving.candidate import Candidate, CorrectionSummary, weights_digest
+from services.serving.candidate import Candidate, CorrectionSummary
 from services.serving.registry import Registry
 
 CLIENTS = (1, 8, 64)
@@ -73,7 +74,7 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
             made="",
         ),
         checks=(),
-        digest=weights_digest(classifier),
+        digest=array_digest(classifier),
         scenario=np.arange(count),
         labels=np.arange(count),
         most_common_error=np.arange(count) + 1,
@@ -116,7 +117,7 @@ def make_store(folder: Path) -> Registry:
     spec = parse_run_file({"data": {"name": "mnist", "channels": 1, "root": "."}}, "bench")
     registry, first = Registry(FolderStore(folder)), random_candidate(spec)
     weights = perturb_weights(first.classifier, 2)
-    second = Candidate(**{**vars(first), "classifier": weights, "digest": weights_digest(weights)})
+    second = Candidate(**{**vars(first), "classifier": weights, "digest": array_digest(weights)})
     for candidate in (first, second):
         registry.add(candidate, "bench", "", forced=False)
     registry.to_production(1, "bench", "")

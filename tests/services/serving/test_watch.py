@@ -9,13 +9,13 @@ import pytest
 import torch
 from scipy.spatial.distance import mahalanobis as reference
 
+from defuse_core.codec import decode, encode
 from defuse_core.config import ServeSection
 from defuse_core.models import encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.runs import Run
-from defuse_core.watch.scenario_regions import mahalanobis
-from services.serving.candidate import decode_candidate, encode_candidate, prepare_candidate
+from defuse_core.watch.scenario_regions import Watch, mahalanobis
+from services.serving.candidate import Candidate, prepare_candidate
 from services.serving.model import LoadedModel
-from services.serving.watch import Watch
 
 
 def test_distances_are_mahalanobis_distances_from_each_component(candidate, good_spec, pixels):
@@ -97,7 +97,7 @@ def test_a_version_that_cannot_tell_gives_null_and_the_reason(planted, candidate
 
 
 def test_a_version_of_an_earlier_defuse_is_still_served(candidate, pixels):
-    old = decode_candidate(encode_candidate(replace(candidate, failures=None)), "old")
+    old = decode(Candidate, encode(replace(candidate, failures=None)), "old")
     served = LoadedModel(old, ServeSection())
     assert served.watch_figures is None
     assert served.predictions(served.predict(pixels[:1]))[0].failure_probability is None
