@@ -12,7 +12,7 @@ import click
 
 from defuse_core.errors import InputError
 from defuse_core.store import checked_name
-from services.cli.options import store_option
+from services.cli.options import open_run, store_option
 
 if TYPE_CHECKING:
     from defuse_core.export.compare import ComparedScenario
@@ -45,12 +45,10 @@ def export(run: str, store: str, model: Path | None, folder: Path | None) -> Non
     defuse export digits --to model.onnx --scenarios pictures/
     """
     from defuse_core.export import export_model, export_scenarios
-    from defuse_core.runs import Run
-    from services.storage import open_store
 
     if model is None and folder is None:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")
-    opened = Run.open(open_store(store), checked_name(run))
+    opened = open_run(run, store)
     if model is not None:
         done = export_model(opened, model)
         click.echo(
@@ -86,7 +84,7 @@ def delete(run: str, store: str, yes: bool) -> None:
         if not yes and not _confirmed(f"delete {len(keys)} files in {found.address}?"):
             click.echo("defuse: nothing was deleted", err=True)
             sys.exit(130)
-        _expect_unregistered(opened, run)  # it may have been promoted since, while the question stood
+        _expect_unregistered(opened, run)  # it may have been promoted since, while the prompt waited
         sampled = delete_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
         found.delete_all()
     click.echo(f"deleted {run}: {len(keys) + sampled} files")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.config import STEPS
-from defuse_core.errors import InputError
+from defuse_core.config import STEPS, apply_override
+from defuse_core.errors import InputError, RunFileError
 from defuse_core.store import RESERVED, checked_name
 
 if TYPE_CHECKING:
+    from defuse_core.runs import Run
     from defuse_core.suggest import ClassifierChoice
 
 
@@ -55,6 +56,27 @@ def run_name(name: str | None, runfile: Path) -> str:
         return checked_name(runfile.stem)
     except InputError as error:
         raise InputError(f"{error}; this one is the run file's, so choose one with --name") from error
+
+
+def open_run(name: str, store: str) -> Run:
+    """Return the run called `name` in the store at the address `store`. Raises InputError where there is none."""
+    from defuse_core.runs import Run
+    from services.storage import open_store
+
+    return Run.open(open_store(store), checked_name(name))
+
+
+def section_overrides(section: str, overrides: tuple[str, ...], tree: dict[str, Any]) -> dict[str, Any]:
+    """Return `section` of `tree` with the values of --set, which may name fields of that section alone.
+
+    Raises RunFileError for another field, and for no usable value.
+    """
+    for override in overrides:
+        if not override.strip().startswith(f"{section}."):
+            raise RunFileError(f"--set {override}: expected {section}.field=value")
+        apply_override(tree, override)
+    fields: dict[str, Any] = tree.get(section, {})
+    return fields
 
 
 def usable_name(text: str) -> str:

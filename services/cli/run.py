@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.config import STEPS
-from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
     name_option,
+    open_run,
     run_name,
     set_option,
     store_option,
@@ -106,15 +106,13 @@ def run(
 @store_option
 def status(name: str | None, store: str) -> None:
     """Show how far the run called NAME is, or list the runs."""
-    from defuse_core.runs import Run
     from services.status_tables import print_runs, print_status
     from services.storage import open_store
 
-    opened = open_store(store)
     if name is None:
-        print_runs(opened)
+        print_runs(open_store(store))
     else:
-        print_status(Run.open(opened, checked_name(name)))
+        print_status(open_run(name, store))
 
 
 @click.command()
@@ -123,11 +121,9 @@ def status(name: str | None, store: str) -> None:
 def report(name: str, store: str) -> None:
     """Show the report of the run called NAME, and write its page again."""
     from defuse_core.pipeline import rewrite_report
-    from defuse_core.runs import Run
-    from services.storage import open_store
     from services.tables import print_report
 
-    opened = Run.open(open_store(store), checked_name(name))
+    opened = open_run(name, store)
     print_report(rewrite_report(opened))
     click.echo(f"\nreport: {opened.store.address}/report.html")
 

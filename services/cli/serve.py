@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from defuse_core.store import checked_name
-from services.cli.options import address_option, given, store_option
+from services.cli.options import address_option, given, open_run, section_overrides, store_option
 from services.cli.review import local_user
 from services.cli.suite import SuiteCheck, check_suite, expect_no_suite_options, suite_options
 from services.settings import read_settings
@@ -177,7 +177,7 @@ def serve(
         run=None if run is None else checked_name(run),
         pin=pin,
         require_token=bool(serve_token()),
-        settings=_serve_fields(overrides),
+        settings=section_overrides("serve", overrides, {}),
     )
     section, address = resolve_settings(args), address or settings.ray_address
     requested = "haproxy" if haproxy else proxy
@@ -206,14 +206,11 @@ def serve(
 
 
 def _candidate(store: str, run: str) -> Candidate:
-    from defuse_core.runs import Run
     from services.console import ProgressDisplay
     from services.serving.candidate import prepare_candidate
-    from services.storage import open_store
 
-    with ProgressDisplay() as display:
-        found = Run.open(open_store(store), checked_name(run))
-        return prepare_candidate(found, display, must_store=False)[1]  # a promotion copies it to the registry
+    with ProgressDisplay() as display:  # a promotion copies the candidate to the registry
+        return prepare_candidate(open_run(run, store), display, must_store=False)[1]
 
 
 def parse_share(text: str) -> float:
@@ -274,17 +271,3 @@ def _print_watch(figures: WatchFigures) -> None:
                     f"recall {interval(found.recall)}; calibration error {found.calibration_error:.4f}"
                 )
             click.echo(line)
-
-
-def _serve_fields(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Return {"watch": False} for ("serve.watch=false",). Raises RunFileError for anything else."""
-    from defuse_core.config import apply_override
-    from defuse_core.errors import RunFileError
-
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        if not override.strip().startswith("serve."):
-            raise RunFileError(f"--set {override}: expected serve.field=value")
-        apply_override(tree, override)
-    fields: dict[str, Any] = tree.get("serve", {})
-    return fields

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from defuse_core.errors import CheckFailed, InputError
-from defuse_core.store import checked_name
-from services.cli.options import CLASSIFIER_HELP, store_option
+from services.cli.options import CLASSIFIER_HELP, classifier_fields, open_run, section_overrides, store_option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,10 +90,8 @@ def save(run: str, store: str, out: Path) -> None:
     The least accuracy of each scenario is in OUT/suite.json, and may be edited there; with 0 nothing is asked.
     """
     from defuse_core.export.suite import save_suite
-    from defuse_core.runs import Run
-    from services.storage import open_store
 
-    opened = Run.open(open_store(store), checked_name(run))
+    opened = open_run(run, store)
     scenarios = save_suite(opened, out).description.scenarios
     limit = opened.spec.check.min_each_scenario
     for scenario in scenarios:
@@ -169,27 +166,17 @@ def _range_hint(loaded: Suite, classifier: nn.Module, section: dict[str, Any] | 
 
 def _section(options: SuiteCheck) -> dict[str, Any] | None:
     """Return section `classifier` for --classifier, --weights and --set; None for the classifier of a run."""
-    from defuse_core.config import apply_override
-    from services.cli.options import classifier_fields
-
     if options.classifier is None:
         return None
-    tree: dict[str, Any] = {"classifier": classifier_fields(options.classifier, options.weights)}
-    for override in options.overrides:
-        if not override.strip().startswith("classifier."):
-            raise InputError(f"--set {override}: expected classifier.field=value")
-        apply_override(tree, override)
-    section: dict[str, Any] = tree["classifier"]
-    return section
+    given: dict[str, Any] = {"classifier": classifier_fields(options.classifier, options.weights)}
+    return section_overrides("classifier", options.overrides, given)
 
 
 def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
     from defuse_core.export.models import corrected_classifier
     from defuse_core.models import to_device
-    from defuse_core.runs import Run
-    from services.storage import open_store
 
-    run = Run.open(open_store(store), checked_name(name or ""))
+    run = open_run(name or "", store)
     models, classifier = corrected_classifier(run)
     data, asked = run.spec.data, loaded.description
     found = (models.classes, data.image_size, data.channels)

@@ -205,7 +205,7 @@ def test_deleting_asks_first_and_a_no_deletes_nothing(answer, own_store, monkeyp
     assert own_store.exists("digits/run.yaml")
 
 
-def test_a_run_that_is_promoted_while_the_question_stands_is_not_deleted(own_store, monkeypatch, capsys):
+def test_a_run_that_is_promoted_while_the_prompt_waits_is_not_deleted(own_store, monkeypatch, capsys):
     where = ["--store", own_store.address]
 
     def promote_first(question: str) -> bool:
