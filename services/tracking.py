@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from defuse_core.artifacts import Models, Sweep
+from defuse_core.config import flat_fields
 from defuse_core.errors import InputError, LabelsPending
 from defuse_core.evaluation.health import STRIP_KEY
 from defuse_core.runs import ReachedStep, Run
@@ -173,8 +174,8 @@ class MlflowTracking:
     def _send_params(self, client: MlflowClient, run_id: str) -> None:
         from mlflow.entities import Param
 
-        fields = _flat(self.run.spec.model_dump(mode="json"))
-        params = [Param(name, str(value)[:PARAM_LENGTH]) for name, value in fields]
+        fields = flat_fields(self.run.spec.model_dump(mode="json"))
+        params = [Param(name, str(value)[:PARAM_LENGTH]) for name, value in fields.items()]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             client.log_batch(run_id, params=params[start : start + PARAMS_AT_ONCE])
 
@@ -277,16 +278,8 @@ def _figures(name: str, tree: Mapping[str, Any]) -> Figures:
     """Return the finite numbers in a tree by their dotted names; lists, texts, epochs and λ are left out."""
     return {
         field: float(value)
-        for field, value in _flat(tree, f"{name}.")
+        for field, value in flat_fields(tree, f"{name}.").items()
         if isinstance(value, int | float)
         and math.isfinite(value)
         and field.rpartition(".")[2] not in ("epoch", "lam")
     }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

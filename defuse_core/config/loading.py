@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def dump_run_file(spec: RunFile) -> str:
 
 def changed_field(recorded: RunFile, given: RunFile) -> str | None:
     """Return the first field that differs and would change results, as `a.b: 1 in the run, 2 now`, or None."""
-    before, now = _flat(recorded.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
+    before, now = flat_fields(recorded.model_dump(mode="json")), flat_fields(given.model_dump(mode="json"))
     for field in before | now:
         free = field in {"data.root", "data.download", "vae.accept"} or field.startswith(
             ("resources.", "check.", "serve.")
@@ -117,10 +117,11 @@ def with_lambdas(spec: RunFile, lambdas: tuple[float, ...]) -> RunFile:
     return spec.model_copy(update={"correct": spec.correct.model_copy(update={"lambdas": lambdas})})
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their dotted names: {"a.b": 1} for {"a": {"b": 1}}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flat_fields(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 
