@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from cluster.errors import one_line
+from cluster.errors import OTHER_TOKEN, one_line
 from cluster.ray_compat import connection_error, is_unauthenticated, keep_idle_workers, set_private_token
 from defuse_core.errors import ComputeError, InputError, RunFileError
 
@@ -66,10 +66,7 @@ def protect_embedded_ray() -> None:
 
 def _unreachable(address: str, found: str) -> str:
     if any(word in found.lower() for word in ("token", "authenticat", "unauthorized")):
-        return (
-            f"Ray at {address} requires another token than this process has: set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN to the cluster's (`ray get-auth-token` on its head shows it)"
-        )
+        return f"Ray at {address} {OTHER_TOKEN}"
     return f"no Ray cluster answers at {address} ({found}); check --address or RAY_ADDRESS: it is port 6379 of the head"
 
 

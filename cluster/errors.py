@@ -6,6 +6,11 @@ from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetu
 
 from defuse_core.errors import ComputeError, DefuseError
 
+OTHER_TOKEN = (
+    "requires another token than this process has: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "
+    "(`ray get-auth-token` on its head shows it)"
+)
+
 
 def cause_of(error: BaseException) -> BaseException:
     """Return the exception that a task raised, for an error of a task; any other error is its own cause."""

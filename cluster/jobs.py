@@ -15,6 +15,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from tenacity import Retrying, retry_if_exception_type, retry_if_result, wait_fixed
 
+from cluster.errors import OTHER_TOKEN
 from cluster.ray_compat import quiet_job_client
 from defuse_core.errors import ComputeError, InputError
 
@@ -22,6 +23,9 @@ RUN = "defuse_run"  # metadata of our jobs: the run's name
 MAX_DISCONNECTS = 5  # in a row, without a new character of the log
 PAUSE_S = 2.0
 ANSWER_WITHIN_S = 20.0
+WITHOUT_UPLOAD = (
+    "run `defuse run --address` on a machine of the cluster, which reads the weights from their path"
+)
 DISCONNECTED = (ComputeError, RuntimeError, OSError, aiohttp.ClientError)
 
 
@@ -150,10 +154,7 @@ class Jobs:
         try:
             yield
         except AuthenticationError as error:
-            raise ComputeError(
-                f"{self.address} requires another token than this process has: set RAY_AUTH_MODE=token and "
-                "RAY_AUTH_TOKEN to the cluster's (`ray get-auth-token` on its head shows it)"
-            ) from error
+            raise ComputeError(f"{self.address} {OTHER_TOKEN}") from error
         except (ConnectionError, requests.RequestException) as error:
             raise ComputeError(
                 f"no Ray dashboard answers at {self.address} ({type(error).__name__}); check --address: "
@@ -164,8 +165,7 @@ class Jobs:
                 raise InputError(f"no job {job_id} at {self.address}; see `defuse jobs list`") from error
             if "status code 413" in str(error):
                 raise InputError(
-                    f"{self.address} does not take a job of this size (413); run `defuse run --address` on a machine "
-                    "of the cluster, which reads the weights from their path"
+                    f"{self.address} does not take a job of this size (413); {WITHOUT_UPLOAD}"
                 ) from error
             raise ComputeError(f"{self.address}: {str(error).splitlines()[0]}") from error
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from cluster.connection import require_absolute_root
+from cluster.jobs import WITHOUT_UPLOAD
 from defuse_core.config import RunFile, dump_run_file, model_sections, with_weights
 from defuse_core.errors import InputError, ModelError, RunFileError
 
@@ -41,8 +42,7 @@ def _expect_uploadable(folder: Path) -> None:
     if sum(files.values()) > MOST_MB * 2**20:
         raise InputError(
             f"the job is {sum(files.values()) / 2**20:.0f} MiB, of which {largest.relative_to(folder)} is "
-            f"{files[largest] / 2**20:.0f}, and Ray takes {MOST_MB + 1}: run `defuse run` on a machine of the cluster "
-            "instead, with --address, where the weights are read from a path"
+            f"{files[largest] / 2**20:.0f}, and Ray takes {MOST_MB + 1}: {WITHOUT_UPLOAD}"
         )
 
 

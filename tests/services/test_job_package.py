@@ -96,7 +96,7 @@ def test_a_job_larger_than_ray_takes_is_refused_before_it_is_uploaded(
     job = tmp_path / "job"
     job.mkdir()
     with pytest.raises(
-        InputError, match=r"classifier\.safetensors is 120, and Ray takes 100: run `defuse run`"
+        InputError, match=r"classifier\.safetensors is 120, and Ray takes 100: run `defuse run --address`"
     ):
         build_working_dir(own_classifier(tmp_path / "large.safetensors"), job)
 
