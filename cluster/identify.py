@@ -52,7 +52,7 @@ def _warn_not_stored(state: RetryCallState) -> None:
 class ShardWorker:
     """The actor. It opens data and models with its first shard, and returns counts."""
 
-    def __init__(self, spec: RunFile, store: Store, profile: Profile = UNTRACED) -> None:
+    def __init__(self, spec: RunFile, store: Store, profile: Profile) -> None:
         self.spec, self.store, self.profile = spec, store, profile
         self.identifier: Identifier | None = None
 
