@@ -79,6 +79,11 @@ def _without_newline(token: str | None) -> str | None:
     return (token.strip() or token) if token else None
 
 
+def fits_a_header(token: str) -> bool:
+    """Whether an HTTP header can hold the token: one word of letters, digits and ASCII signs."""
+    return re.fullmatch(r"[\x21-\x7e]+", token) is not None
+
+
 def _is_true(value: str | None) -> bool:
     return (value or "0").lower() not in {"0", "false", "no"}
 

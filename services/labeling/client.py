@@ -11,7 +11,6 @@ import contextlib
 import gc
 import json
 import logging
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ import httpx
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
 from services.labeling.api_types import ANNOTATION_ROW, BucketStorage, TaskImport
+from services.settings import fits_a_header
 
 try:
     from label_studio_sdk import LabelStudio
@@ -101,7 +101,7 @@ class LabelStudioClient:
         self.address = checked_address(address)
         self.public_address = checked_address(public_address) if public_address else self.address
         silence_http_log()
-        if not re.fullmatch(r"[\x21-\x7e]+", token):
+        if not fits_a_header(token):
             raise InputError(
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
             )

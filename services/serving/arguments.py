@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +11,7 @@ from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from services.serving.candidate import with_settings
 from services.serving.registry import Registry
-from services.settings import read_settings
+from services.settings import fits_a_header, read_settings
 from services.storage import open_store
 
 
@@ -36,7 +35,7 @@ class ServeArgs(BaseModel):
 def serve_token() -> str | None:
     """Return DEFUSE_SERVE_TOKEN, None if it is not set. Raises InputError for one that clients cannot send."""
     token = read_settings().serve_token
-    if token and not re.fullmatch(r"[\x21-\x7e]+", token):
+    if token and not fits_a_header(token):
         raise InputError(
             "DEFUSE_SERVE_TOKEN: expected one word of letters, digits and ASCII signs; `openssl rand -hex 32` makes one"
         )
