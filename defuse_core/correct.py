@@ -35,10 +35,10 @@ from defuse_core.progress import Progress
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
-from defuse_core.training.adam import Adam
 from defuse_core.training.augment import random_affine
 from defuse_core.training.batches import DeviceImages
-from defuse_core.training.checkpoint import (
+from defuse_core.training.loop import (
+    Adam,
     Losses,
     Optimizer,
     cycle,

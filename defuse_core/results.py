@@ -35,8 +35,7 @@ from defuse_core.models.adapters import adapt
 from defuse_core.pipeline import load_findings
 from defuse_core.report import Report, parse_report
 from defuse_core.report.formatting import headline
-from defuse_core.report.html import scenario_card
-from defuse_core.report.notebook import render_real, render_run, render_scenarios
+from defuse_core.report.html import render_real, render_run, render_scenarios, scenario_card
 from defuse_core.report.schema import Scenario
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch

@@ -1,8 +1,16 @@
 """Data sets -> Splits. Pixels stay uint8 (or on disk) and become float32 in [0, 1] one batch at a time."""
 
-from defuse_core.data.datasets import check_class_names, open_splits, reopen_splits
-from defuse_core.data.folder import log_parts, overlooked
+from __future__ import annotations
+
+import contextlib
+
+from defuse_core.config import DataSection
+from defuse_core.data.digits import open_digits, open_mnist, open_mnist_5000, open_svhn
+from defuse_core.data.folder import folder_classes, log_parts, open_folder, overlooked
+from defuse_core.data.gtsrb import open_signs
 from defuse_core.data.images import Images, PictureFiles, Splits
+from defuse_core.data.npz import npz_classes, open_npz
+from defuse_core.errors import DataError, RunMismatchError
 
 __all__ = [
     "Images",
@@ -14,3 +22,52 @@ __all__ = [
     "overlooked",
     "reopen_splits",
 ]
+
+OPENERS = {
+    "digits": open_digits,
+    "mnist": open_mnist,
+    "mnist-5000": open_mnist_5000,
+    "signs": open_signs,
+    "svhn": open_svhn,
+    "folder": open_folder,
+    "npz": open_npz,
+}
+
+
+def open_splits(data: DataSection, seed: int) -> Splits:
+    """Return the parts of the data set that `data` names. Equal arguments on equal files give equal Splits.
+
+    Validation and test parts are those of the data set. Where it has no validation part, data.validation_share of the
+    training images is held out; data.train_images of the others are drawn. Raises DataError.
+    """
+    try:
+        return OPENERS[data.name](data, seed)
+    except OSError as error:
+        raise DataError(
+            f"data.root: cannot read {error.filename or data.root} ({error.strerror or error})"
+        ) from error
+
+
+def check_class_names(data: DataSection) -> None:
+    """Raise DataError for names of classes that are not usable, without reading an image.
+
+    For the moment at which a run file is read: images that are not on this machine are not asked about.
+    """
+    if data.root is None or not data.root.exists():
+        return
+    with contextlib.suppress(OSError):  # open_splits reports it, on the machine that reads the images
+        if data.name == "folder":
+            folder_classes(data.root / "train")
+        elif data.name == "npz":
+            npz_classes(data.root)
+
+
+def reopen_splits(data: DataSection, seed: int, fingerprint: str) -> Splits:
+    """Return the Splits that a run was trained on. Raises RunMismatchError if the images have changed since."""
+    splits = open_splits(data, seed)
+    if splits.fingerprint() != fingerprint:
+        raise RunMismatchError(
+            f"data.root {data.root}: the images differ from those that the run was trained on; "
+            "restore them, or start a new run"
+        )
+    return splits

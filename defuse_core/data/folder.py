@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from defuse_core.config import DataSection
-from defuse_core.data.images import Images, PictureFiles, Splits, data_root, expect_class_names
-from defuse_core.data.paths import FilePaths
+from defuse_core.data.images import FilePaths, Images, PictureFiles, Splits, data_root, expect_class_names
 from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
 

@@ -7,11 +7,13 @@ from defuse_core.models.architectures import (
     build_classifier,
     import_module,
 )
-from defuse_core.models.decoder import Decoder, decoder_at, decoder_of
 from defuse_core.models.inference import (
+    Decoder,
     accuracy,
     answers_from,
     decode_codes,
+    decoder_at,
+    decoder_of,
     encode_images,
     logits_of,
     map_batches,

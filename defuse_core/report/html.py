@@ -1,12 +1,13 @@
-"""The report as one page that works without a network, `report.html`: what the templates beside this file show."""
+"""What the templates beside this file show: `report.html`, a page that works without a network, and notebooks' HTML."""
 
 from __future__ import annotations
 
 import base64
 import functools
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -39,7 +40,7 @@ class Badge:
 
 
 @dataclass(frozen=True)
-class Shot:
+class ImageTile:
     """One review image."""
 
     address: str  # data: address of its pixels
@@ -55,8 +56,8 @@ class ScenarioCard:
     """One component with its review images (Figure 3), and the real images nearest to it."""
 
     row: Scenario
-    shots: tuple[Shot, ...]
-    real: tuple[Shot, ...]  # empty without judges
+    tiles: tuple[ImageTile, ...]
+    real: tuple[ImageTile, ...]  # empty without judges
 
 
 def render_page(
@@ -136,27 +137,27 @@ def scenario_card(
 ) -> ScenarioCard:
     """Return what the page shows of one component."""
     count = found.gallery.images.shape[1]
-    shots = tuple(_shot(row, place, found, evaluation) for place in range(count))
+    tiles = tuple(_tile(row, place, found, evaluation) for place in range(count))
     if evidence is None or row.evidence is None:
-        return ScenarioCard(row, shots, ())
+        return ScenarioCard(row, tiles, ())
     column = int(np.flatnonzero(found.fixes.scenario == row.number)[0])
-    return ScenarioCard(row, shots, _real_shots(found.models.classes, evidence.real, column))
+    return ScenarioCard(row, tiles, _real_tiles(found.models.classes, evidence.real, column))
 
 
-def _real_shots(classes: tuple[str, ...], real: NearestReal, column: int) -> tuple[Shot, ...]:
+def _real_tiles(classes: tuple[str, ...], real: NearestReal, column: int) -> tuple[ImageTile, ...]:
     """Return the real images nearest to the accepted scenario at place `column`, each once, with the answer before.
 
     There are none where no real image has the scenario's label.
     """
     if np.isnan(real.error[column]):
         return ()
-    shots = []
+    tiles = []
     for pixels, label, answer in zip(
         real.images[column], real.labels[column], real.predicted[column], strict=True
     ):
         badge = Badge(formatting.answer_text(classes, answer), "right" if answer == label else "wrong")
-        shots.append(
-            Shot(
+        tiles.append(
+            ImageTile(
                 address=data_address(pixels.astype(np.float32) / 255),
                 description=f"real image of {classes[label]}; classifier before: {classes[answer]}",
                 pixelated=max(pixels.shape[1:]) <= PIXEL_ART,
@@ -165,10 +166,10 @@ def _real_shots(classes: tuple[str, ...], real: NearestReal, column: int) -> tup
                 own_label=None,
             )
         )
-    return tuple({shot.address: shot for shot in shots}.values())
+    return tuple({tile.address: tile for tile in tiles}.values())
 
 
-def _shot(row: Scenario, place: int, found: Findings, evaluation: Evaluation) -> Shot:
+def _tile(row: Scenario, place: int, found: Findings, evaluation: Evaluation) -> ImageTile:
     classes, image = found.models.classes, found.gallery.images[row.number, place]
     label = int(found.verdicts.image_labels[row.number, place])
     before = int(found.gallery.predicted[row.number, place])
@@ -181,7 +182,7 @@ def _shot(row: Scenario, place: int, found: Findings, evaluation: Evaluation) ->
         return Badge(formatting.answer_text(classes, answer), kind)
 
     differs = row.label is not None and not unlabelled and classes[label] != row.label
-    return Shot(
+    return ImageTile(
         address=data_address(image),
         description=f"annotators: {named}; classifier before: {classes[before]}, after: {classes[after]}",
         pixelated=max(image.shape[1:]) <= PIXEL_ART,
@@ -189,6 +190,52 @@ def _shot(row: Scenario, place: int, found: Findings, evaluation: Evaluation) ->
         after=badge(after),
         own_label=formatting.answer_text(classes, label) if differs else None,
     )
+
+
+def render_run(report: Report | None, headline: str, page: str) -> str:
+    """Return a run in a notebook: headline, caveats, accuracies before and after; the headline alone without report."""
+    rows = []
+    if report is not None:
+        before, after = report.accuracy.before, report.accuracy.defuse
+        for name, field in (
+            ("scenario images", "scenario"),
+            ("validation images", "validation"),
+            ("test images", "test"),
+        ):
+            rows.append((name, getattr(before, field), getattr(after, field)))
+    caveats = [] if report is None else formatting.caveats(report)
+    return _notebook_html("run", report=report, headline=headline, page=page, rows=rows, caveats=caveats)
+
+
+def render_scenarios(cards: Sequence[ScenarioCard], classes: tuple[str, ...]) -> str:
+    """Return the scenarios in a notebook: the reviewed images of each, and what is known of it; rejected ones last."""
+    return _notebook_html(
+        "scenarios",
+        accepted=[card for card in cards if card.row.accepted],
+        others=[card for card in cards if not card.row.accepted],
+        class_numbers=() if formatting.names_are_short(classes) else tuple(enumerate(classes)),
+    )
+
+
+def render_real(images: F32, labels: Sequence[str], answers: Sequence[str], title: str) -> str:
+    """Return real images (n, channels, H, W) as a row in a notebook, each with its class and the answer before."""
+    tiles = [
+        ImageTile(
+            address=data_address(image),
+            description=f"image of {label}; classifier before: {answer}",
+            pixelated=max(image.shape[1:]) <= PIXEL_ART,
+            before=Badge(label, ""),
+            after=Badge(answer, "right" if answer == label else "wrong"),
+            own_label=None,
+        )
+        for image, label, answer in zip(images, labels, answers, strict=True)
+    ]
+    return _notebook_html("real", tiles=tiles, title=title)
+
+
+def _notebook_html(name: str, **values: Any) -> str:
+    text = environment().get_template(f"notebook_{name}.html.j2").render(**values)
+    return formatting.unbroken(text)
 
 
 def data_address(image: F32) -> str:

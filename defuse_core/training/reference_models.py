@@ -45,7 +45,7 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training.augment import augment
 from defuse_core.training.batches import DeviceImages
-from defuse_core.training.checkpoint import Losses, minibatches, train_step
+from defuse_core.training.loop import Losses, minibatches, train_step
 from defuse_core.training.precision import autocast
 
 log = logging.getLogger("defuse")

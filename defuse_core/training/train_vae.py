@@ -27,10 +27,17 @@ from defuse_core.models import (
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
-from defuse_core.training.adam import Adam
 from defuse_core.training.augment import augment
 from defuse_core.training.batches import DeviceImages
-from defuse_core.training.checkpoint import (
+from defuse_core.training.data_parallel import (
+    MinibatchPart,
+    averaged,
+    drawn_normal,
+    seed_dropout,
+    worker_minibatches,
+)
+from defuse_core.training.loop import (
+    Adam,
     Losses,
     Optimizer,
     Training,
@@ -38,13 +45,6 @@ from defuse_core.training.checkpoint import (
     minibatches,
     set_learning_rate,
     train_step,
-)
-from defuse_core.training.data_parallel import (
-    MinibatchPart,
-    averaged,
-    drawn_normal,
-    seed_dropout,
-    worker_minibatches,
 )
 from defuse_core.training.precision import autocast
 

@@ -39,7 +39,7 @@ from cluster.identify import ShardWorker
 from defuse_core.artifacts import I64, U8, Failures, Models, Shard
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, PictureFiles
-from defuse_core.data.paths import FilePaths
+from defuse_core.data.images import FilePaths
 from defuse_core.distill.psi import subsample_psi
 from defuse_core.identify import (
     blocks_per_shard,

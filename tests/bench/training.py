@@ -25,8 +25,7 @@ from torch.nn import functional as F
 from defuse_core.config import Arithmetic, RunFile, load_run_file
 from defuse_core.device import cpu_threads
 from defuse_core.models import build_classifier, build_vae, to_device, to_tensor
-from defuse_core.training.adam import Adam
-from defuse_core.training.checkpoint import train_step
+from defuse_core.training.loop import Adam, train_step
 from defuse_core.training.precision import autocast
 from defuse_core.training.reference_models import build_reference
 from defuse_core.training.train_vae import vae_terms

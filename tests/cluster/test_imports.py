@@ -8,7 +8,7 @@ import pytest
 LATE = ("sklearn", "scipy.stats", "torch._dynamo", "torchvision", "matplotlib")  # what few processes call
 STEP = """
 import torch
-from defuse_core.training.adam import Adam
+from defuse_core.training.loop import Adam
 parameter = torch.nn.Parameter(torch.ones(1))
 optimizer = Adam([parameter], 0.1)
 parameter.sum().backward()

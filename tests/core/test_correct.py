@@ -24,7 +24,7 @@ from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.training.augment import random_affine
-from defuse_core.training.checkpoint import cycle, train_step
+from defuse_core.training.loop import cycle, train_step
 from tests.conftest import tiny
 from tests.own_classifiers import trained
 

@@ -250,7 +250,7 @@ def test_notebooks_show_pictures_and_escape_what_people_wrote(finished):
     assert pages[2].count("<img") == 5
     assert pages[3].count("<img") == 3
     assert all("<script" not in page and "data:image/png" in page for page in pages[1:])
-    from defuse_core.report.notebook import render_real
+    from defuse_core.report.html import render_real
 
     shown = render_real(np.zeros((1, 1, 8, 8), np.float32), ["<b>cat"], ["dog"], "t")
     assert "<b>cat" not in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from data_samples import SIZE, ids, noise, numbered, save_picture
 from PIL import Image
 
 from defuse_core.data import Images, PictureFiles, Splits
+from defuse_core.data.images import FilePaths
 from defuse_core.errors import DataError
+
+NAMES = ["a/0.png", "a/ü.png", os.fsdecode(b"b/\xff.png"), "b/a name with spaces.png"]
 
 
 @pytest.mark.parametrize("rows", [slice(1, 4), np.array([3, 0, 3])])
@@ -161,3 +165,23 @@ def test_a_fingerprint_reads_few_images_of_a_large_set():
     images = Images(Counting(["x"] * 100_000, 1, SIZE), np.zeros(100_000, np.int64))
     assert len(Splits(images, None, None, ("a", "b")).fingerprint()) == 64
     assert 0 < Counting.read <= 128
+
+
+def test_paths_come_back_as_they_were_whatever_their_encoding():
+    paths = FilePaths.pack([f"/data/train/{name}" for name in NAMES], "/data/train/")
+    assert list(paths) == [f"/data/train/{name}" for name in NAMES]
+    assert list(paths.take(np.array([3, 0]))) == [f"/data/train/{NAMES[3]}", f"/data/train/{NAMES[0]}"]
+    assert list(paths.take(slice(1, 3)).take(slice(1, 2))) == [f"/data/train/{NAMES[2]}"]
+
+
+def test_paths_of_several_classes_are_put_together_in_order():
+    parts = [FilePaths.pack([f"/data/{name}"], "/data/") for name in NAMES]
+    assert list(FilePaths.concatenate(parts)) == [f"/data/{name}" for name in NAMES]
+    with pytest.raises(ValueError, match="expected one root"):
+        FilePaths.concatenate([*parts, FilePaths.pack(["/other/0.png"], "/other/")])
+
+
+def test_a_path_takes_little_more_than_the_letters_of_its_name():
+    paths = FilePaths.pack([f"/data/train/cat/{row:07}.png" for row in range(10_000)], "/data/train/")
+    held = paths.names.nbytes + paths.starts.nbytes + paths.lengths.nbytes
+    assert held == 10_000 * (len("cat/0000000.png") + 10)

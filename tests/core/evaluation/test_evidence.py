@@ -33,8 +33,7 @@ from defuse_core.progress import silent
 from defuse_core.report import write_report
 from defuse_core.report.build import evidence_figures
 from defuse_core.report.formatting import caveats
-from defuse_core.report.html import render_page, scenario_card
-from defuse_core.report.notebook import render_scenarios
+from defuse_core.report.html import render_page, render_scenarios, scenario_card
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators

@@ -23,7 +23,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training import batches, checkpoint, measure_precision
 from defuse_core.training.batches import DeviceImages
-from defuse_core.training.checkpoint import Losses
+from defuse_core.training.loop import Losses
 from defuse_core.training.precision import accuracy_as_in_f32, answers_as_in_f32, autocast, margin_bound
 from defuse_core.training.reference_models import reference_models
 from tests.conftest import made_in_a_run, tiny

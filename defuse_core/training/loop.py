@@ -1,17 +1,19 @@
-"""What every training shares: minibatches, optimisation steps, and checkpoints to resume from."""
+"""What every training shares: minibatches, Adam, optimisation steps, and checkpoints to resume from."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
@@ -19,11 +21,9 @@ from defuse_core.config import CorrectSection, VaeSection
 from defuse_core.errors import ModelError, RunMismatchError, StoreError
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import Store
-from defuse_core.training.adam import Adam
 from defuse_core.training.data_parallel import is_first_worker, mean_over_workers
 
 log = logging.getLogger("defuse")
-Optimizer = torch.optim.Optimizer | Adam
 CHECKPOINT_EVERY_S = 20.0  # a killed training repeats at most this much work and one epoch
 CHECK_LOSS_EVERY = 100  # steps after which a training that diverged is noticed at the latest
 
@@ -78,6 +78,55 @@ class Losses:
                 f"training {self.what} diverged: its loss became {wrong[0]}; "
                 "lower the learning rate or check the images"
             )
+
+
+class Adam:
+    """`torch.optim.Adam(fused=True)` (Kingma and Ba, 2015), to the bit and with its state, for one group of parameters.
+
+    The base class of torch's optimisers imports torch._dynamo, a second in the process of each trial.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": lr, "fused": True}]
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    def zero_grad(self) -> None:
+        """Set all gradients to None."""
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Change the parameters that have a gradient."""
+        group = self.param_groups[0]
+        used = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in used:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        states = [self.state[parameter] for parameter in used]
+        adam(
+            used,
+            [parameter.grad for parameter in used],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+Optimizer = torch.optim.Optimizer | Adam
 
 
 def train_step(loss: Tensor, optimizer: Optimizer) -> None:

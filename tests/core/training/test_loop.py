@@ -1,0 +1,113 @@
+"""Adam is torch's to the bit; damaged checkpoints begin again, and none replaces a later one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from defuse_core.artifacts import Checkpoint, ClassifierEpoch
+from defuse_core.codec import decode
+from defuse_core.errors import RunBusyError
+from defuse_core.store import FolderStore
+from defuse_core.training import loop
+from defuse_core.training.loop import Adam, Training, load_optimizer_state, optimizer_state, train_step
+
+KEY = "training/net.safetensors"
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> FolderStore:
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY_S", -1.0)  # after each epoch
+    return FolderStore(tmp_path)
+
+
+def training(store) -> Training:
+    module = nn.Linear(2, 2)
+    return Training(module, torch.optim.Adam(module.parameters()), store, "net", "these images")
+
+
+def train(started: Training, epochs: int) -> None:
+    for epoch in started.epochs(epochs):
+        started.optimizer.zero_grad()
+        started.module(torch.ones(1, 2)).sum().backward()
+        started.optimizer.step()
+        started.history.append(ClassifierEpoch(epoch + 1, 0.5))
+
+
+def epochs_stored(store: FolderStore) -> int:
+    return len(decode(Checkpoint, store.read(KEY), KEY).history)
+
+
+def test_a_training_that_was_given_up_for_lost_replaces_no_later_checkpoint(store):
+    given_up = training(store)
+    train(given_up, 1)
+    train(training(store), 4)
+    train(given_up, 2)
+    assert epochs_stored(store) == 4
+
+
+def test_a_training_whose_driver_lost_the_run_writes_no_checkpoint(store):
+    with store.lock():
+        orphan = training(store)
+        orphan.store = FolderStore(store.folder)
+        orphan.store.holders = dict(store.holders)  # as in a worker, to which the store was sent
+    with store.lock(), pytest.raises(RunBusyError):
+        train(orphan, 1)
+    assert store.list() == []
+
+
+def test_a_damaged_checkpoint_is_logged_and_the_training_begins_again(store, caplog):
+    train(training(store), 2)
+    store.write(KEY, store.read(KEY)[:-7])
+    again = training(store)
+    assert again.history == []
+    assert f"{store.address}/{KEY}: expected a Checkpoint artefact, found unreadable bytes" in caplog.text
+    assert "the training begins again" in caplog.text
+    train(again, 2)
+    assert epochs_stored(store) == 2
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"first": nn.Conv2d(1, 4, 3), "last": nn.Linear(4, 3), "unused": nn.Linear(2, 2)})
+    net["first"].weight.data = net["first"].weight.data.to(memory_format=torch.channels_last)
+    return net
+
+
+def steps(net, optimizer, numbers):
+    for number in numbers:
+        rng = torch.Generator().manual_seed(number)
+        images, labels = torch.randn(8, 1, 6, 6, generator=rng), torch.randint(3, (8,), generator=rng)
+        optimizer.param_groups[0]["lr"] = 0.01 / (1 + number)
+        train_step(F.cross_entropy(net["last"](net["first"](images).mean((2, 3))), labels), optimizer)
+    return [parameter.detach() for parameter in net.parameters()]
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_steps_of_adam_are_those_of_torch_to_the_bit(net):
+    other = copy.deepcopy(net)
+    found = steps(net, Adam(net.parameters(), 0.01), range(20))
+    assert_equal(found, steps(other, torch.optim.Adam(other.parameters(), lr=0.01, fused=True), range(20)))
+
+
+def test_the_state_of_adam_is_that_of_torch_and_continues_to_the_bit(net):
+    other = copy.deepcopy(net)
+    optimizer, oracle = (
+        Adam(net.parameters(), 0.01),
+        torch.optim.Adam(other.parameters(), lr=0.01, fused=True),
+    )
+    steps(net, optimizer, range(10))
+    steps(other, oracle, range(10))
+    state, expected = optimizer_state(optimizer), optimizer_state(oracle)
+    assert state.keys() == expected.keys()
+    assert all((state[name] == expected[name]).all() for name in state)
+    resumed = Adam(net.parameters(), 0.01)
+    load_optimizer_state(resumed, expected)
+    assert_equal(steps(net, resumed, range(10, 20)), steps(other, oracle, range(10, 20)))
