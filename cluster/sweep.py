@@ -21,7 +21,7 @@ from cluster.resources import CapacityMonitor, WorkerResources, current_location
 from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
 from defuse_core.correct import (
-    fine_tuning_data,
+    FineTuningData,
     finished_trials,
     is_trial_failure,
     run_trial,
@@ -133,7 +133,7 @@ def _trial(
     with reporting(progress_actor):
         location = current_location(STEP)
         log.debug("correct: λ = %g in %s", lam, location)
-        data = fine_tuning_data(*ray.get(list(images[number])))
+        data = FineTuningData(*ray.get(list(images[number])))
         trials = run_trial(request.spec, models, data, lam, request.store)
         epochs = 0
         try:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from defuse_core.config import DataSection, RunFile, first_problem, load_run_file, parse_run_file
 from defuse_core.data import Images, open_splits
-from defuse_core.data.npz import Arrays, splits_of
+from defuse_core.data.npz import Arrays, image_shape, splits_of
 from defuse_core.errors import DataError, InputError, RunFileError, RunMismatchError
 from defuse_core.local import LocalCompute
 from defuse_core.models import copy_for_inference, load_program, program_of
@@ -35,7 +35,7 @@ from defuse_core.protocols import Annotators, Compute
 from defuse_core.results import RunResult
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store, checked_name
-from defuse_core.suggest import VALIDATION_SHARE, ClassifierChoice, inspect_data, plan_run
+from defuse_core.suggest import VALIDATION_SHARE, inspect_data, plan_run
 from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
@@ -127,8 +127,7 @@ def _with_moved_images(run: Run) -> RunFile:
     data = run.spec.data
     if data.root is None or data.root.exists() or not run.store.exists(IMAGES):
         return run.spec
-    moved = data.model_copy(update={"root": Path(run.store.address, IMAGES)})
-    return run.spec.model_copy(update={"data": moved})
+    return run.spec.with_fields("data", root=Path(run.store.address, IMAGES))
 
 
 def _folder_store(folder: str | os.PathLike[str]) -> FolderStore:
@@ -245,10 +244,10 @@ class _Given:
     def _planned(self, sections: dict[str, Any], minutes: float, progress: Progress) -> dict[str, Any]:
         """Return what `defuse init` writes for these images."""
         section = sections.get("classifier") or self.settings.get("classifier", {})
-        choice = ClassifierChoice(section) if any(section.get(field) for field in BROUGHT) else None
+        own = section if any(section.get(field) for field in BROUGHT) else None
         facts = inspect_data(Path(sections["data"]["root"]))
         facts = replace(facts, channels=sections["data"]["channels"])
-        plan = plan_run(facts, choice, minutes, progress)
+        plan = plan_run(facts, own, minutes, progress)
         for warning in plan.warnings:
             log.warning("%s", warning)
         return plan.tree
@@ -287,16 +286,13 @@ def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 def _shape(images: npt.NDArray[Any]) -> dict[str, int]:
     """Return size and channels as section data has them. Raises DataError where the array cannot hold images."""
-    if images.ndim == 3:
-        return {"image_size": images.shape[1], "channels": 1}
-    if images.ndim == 4 and images.shape[3] in (1, 3):
-        return {"image_size": images.shape[1], "channels": images.shape[3]}
-    if images.ndim == 4 and images.shape[1] in (1, 3):
-        return {"image_size": images.shape[2], "channels": images.shape[1]}
-    raise DataError(
-        "train: expected images of shape (N, H, W), (N, H, W, c) or (N, c, H, W) with c of 1 or 3, found "
-        f"{images.shape}"
-    )
+    shape = image_shape(images)
+    if shape is None:
+        raise DataError(
+            "train: expected images of shape (N, H, W), (N, H, W, c) or (N, c, H, W) with c of 1 or 3, found "
+            f"{images.shape}"
+        )
+    return {"image_size": shape[0], "channels": shape[2]}
 
 
 def _npz(arrays: Arrays) -> bytes:

@@ -55,22 +55,19 @@ ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
 @dataclass(frozen=True, eq=False)
-class FineTuningData:
-    """Everything that a trial reads: the data set in memory, D_f, and the held-out scenario images."""
+class ScenarioImages:
+    """The images of the scenarios; as many as there are scenarios, whatever the number of training images."""
 
-    train: Images
-    validation: Images | None
-    test: Images | None
     tune: Images  # D_f
     held_out: Images  # plays no part in the choice
 
 
 @dataclass(frozen=True, eq=False)
-class ScenarioImages:
-    """The images of the scenarios; as many as there are scenarios, whatever the number of training images."""
+class FineTuningData:
+    """Everything that a trial reads."""
 
-    tune: Images  # D_f
-    held_out: Images
+    clean: Splits  # in memory
+    scenario: ScenarioImages
 
 
 def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
@@ -85,7 +82,7 @@ def load_fine_tuning_data(
     """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
     clean = load_clean_images(spec, models, held_out_sources(fixes), progress=progress)
     scenario = decode_scenario_images(spec, models, fixes, reviewed, progress=progress)
-    return fine_tuning_data(clean, scenario)
+    return FineTuningData(clean, scenario)
 
 
 def load_clean_images(spec: RunFile, models: Models, left_out: I64, *, progress: Progress) -> Splits:
@@ -115,11 +112,6 @@ def decode_scenario_images(
             tune=reviewed if reviewed is not None else tuning_images(vae, fixes),
             held_out=held_out_images(vae, fixes),
         )
-
-
-def fine_tuning_data(clean: Splits, scenario: ScenarioImages) -> FineTuningData:
-    """Return both together. Copies nothing."""
-    return FineTuningData(clean.train, clean.validation, clean.test, scenario.tune, scenario.held_out)
 
 
 def held_out_sources(fixes: Corrections) -> I64:
@@ -164,7 +156,7 @@ def fine_tune(
     optimizer = Adam(classifier.parameters(), section.learning_rate)
     if trial is not None:
         load_optimizer_state(optimizer, trial.moments)
-    images = DeviceImages(tuning.train, spec.resources.readers), DeviceImages(tuning.tune)
+    images = DeviceImages(tuning.clean.train, spec.resources.readers), DeviceImages(tuning.scenario.tune)
     for epoch in range(len(rows) + 1, section.epochs + 1):
         with cpu_threads(1):
             loss = _epoch(spec, classifier, optimizer, images, lam, epoch)
@@ -238,11 +230,11 @@ def _score(
     spec: RunFile, classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float
 ) -> SweepRow:
     parts = {
-        "train": tuning.train,
-        "validation": tuning.validation,
-        "test": tuning.test,
-        "tune": tuning.tune,
-        "scenario": tuning.held_out,
+        "train": tuning.clean.train,
+        "validation": tuning.clean.validation,
+        "test": tuning.clean.test,
+        "tune": tuning.scenario.tune,
+        "scenario": tuning.scenario.held_out,
     }
     score = partial(accuracy_as_in_f32, classifier, arithmetic=spec.resources.arithmetic("answers"))
     scores = {name: None if images is None else score(images) for name, images in parts.items()}

@@ -35,6 +35,11 @@ def escape_control_characters(text: str) -> str:
     )
 
 
+def one_line(error: Exception, limit: int = 200) -> str:
+    """Return at most `limit` characters of an error's message, on one line."""
+    return " ".join(str(error).split())[:limit]
+
+
 class DefuseError(Exception):
     """Base of the tree. `str(error)` is the one line to show; `exit_code` is what the command exits with."""
 

@@ -29,6 +29,7 @@ from defuse_core.artifacts import (
 from defuse_core.codec import decode, encode
 from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import Images, reopen_splits
+from defuse_core.data.images import evenly_spaced
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import StoreError
 from defuse_core.models import (
@@ -45,7 +46,7 @@ from defuse_core.models import (
 from defuse_core.progress import Progress, silent
 from defuse_core.seeds import generator
 from defuse_core.store import Store, map_ahead
-from defuse_core.training.precision import answers_as_in_f32, margin_bound, spaced_rows
+from defuse_core.training.precision import SAMPLE, answers_as_in_f32, margin_bound
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities
 
 log = logging.getLogger("defuse")
@@ -235,7 +236,7 @@ class Identifier:
 
         These are the same for every worker.
         """
-        images = self.train.take(spaced_rows(len(self.train)))
+        images = self.train.take(evenly_spaced(len(self.train), SAMPLE))
         mu, sigma = encode_posterior(self.vae, images, self.spec.identify.batch_size)
         section = self.spec.identify.model_copy(update={"draws": 1})
         codes = mu + draw_noise(section, sigma, generator(self.spec.seed, "identify", "margin"))[:, 0]

@@ -169,7 +169,7 @@ class RunResult:
         answers = predict(self._before, images)
         given = self._rows.get(name)
         return RealImages(
-            images=images.batch(slice(0, len(images))),
+            images=images.batch(),
             labels=tuple(classes[label] for label in images.labels),
             answers=tuple(classes[answer] for answer in answers),
             rows=rows if given is None else given[rows],

@@ -23,7 +23,6 @@ from defuse_core.config import (
     dump_run_file,
     model_sections,
     parse_run_file,
-    with_lambdas,
 )
 from defuse_core.errors import InputError, RunFileError, RunMismatchError, StoreError
 from defuse_core.store import Store
@@ -114,7 +113,7 @@ class Run:
         recorded = cls.open(store, name).spec
         added = added_lambdas(recorded, spec)
         if added:
-            recorded = with_lambdas(recorded, spec.correct.lambdas)
+            recorded = recorded.with_fields("correct", lambdas=spec.correct.lambdas)
         if not any(key.endswith(".safetensors") for key in run.store.list()):
             run._note_weights()
         elif changed := changed_field(recorded, spec) or run._other_weights():

@@ -54,7 +54,7 @@ def trained(shift: float = 0.0, factor: float = 1.0) -> Net:
     assert len(load_digits().target) > 0
     torch.manual_seed(0)
     images = digits()
-    pixels = (torch.from_numpy(images.batch(slice(0, len(images)))) - shift) / factor
+    pixels = (torch.from_numpy(images.batch()) - shift) / factor
     labels = torch.from_numpy(images.labels)
     net = Net().train()
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)

@@ -9,7 +9,6 @@ from defuse_core.config.loading import (
     flat_fields,
     load_run_file,
     parse_run_file,
-    with_lambdas,
 )
 from defuse_core.config.run_file import (
     STEPS,
@@ -68,6 +67,5 @@ __all__ = [
     "load_run_file",
     "model_sections",
     "parse_run_file",
-    "with_lambdas",
     "with_weights",
 ]

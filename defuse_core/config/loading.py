@@ -112,11 +112,6 @@ def added_lambdas(recorded: RunFile, given: RunFile) -> tuple[float, ...]:
     return tuple(lam for lam in now if lam not in before) if set(before) <= set(now) else ()
 
 
-def with_lambdas(spec: RunFile, lambdas: tuple[float, ...]) -> RunFile:
-    """Return the run file with these values of λ."""
-    return spec.model_copy(update={"correct": spec.correct.model_copy(update={"lambdas": lambdas})})
-
-
 def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of nested mappings by their dotted names: {"a.b": 1} for {"a": {"b": 1}}."""
     flat: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -185,6 +185,10 @@ class RunFile(Section):
     resources: ResourcesSection = ResourcesSection()
     check: CheckSection = CheckSection()
     serve: ServeSection = ServeSection()
+
+    def with_fields(self, section: str, **fields: Any) -> RunFile:
+        """Return the run file with other values, which are not validated, of some fields of a section."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=fields)})
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -157,6 +157,16 @@ def _eight_bits(picture: Image.Image) -> U8:
     return (pixels.astype(np.int64) >> shift).clip(0, 255).astype(np.uint8)
 
 
+def to_levels(pixels: F32) -> U8:
+    """Return pixels of any shape as uint8: 0 for 0 and less, 255 for 1 and more."""
+    return np.round(pixels * 255).clip(0, 255).astype(np.uint8)
+
+
+def to_picture(image: U8) -> Image.Image:
+    """Return an image (1 or 3, H, W) as a grey or a colour picture."""
+    return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
 def fit_pixels(pixels: U8, channels: int, size: int) -> U8:
     """Return pixels (N, c, h, w) as (N, channels, size, size), converted as PictureFiles converts files."""
     if pixels.shape[1:] == (channels, size, size):
@@ -167,10 +177,7 @@ def fit_pixels(pixels: U8, channels: int, size: int) -> U8:
         )  # a view with the grey channel three times
     fitted = np.empty((len(pixels), channels, size, size), np.uint8)
     for out, image in zip(fitted, pixels, strict=True):
-        picture = Image.fromarray(
-            image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
-        )
-        out[:] = fit_picture(picture, channels, size)
+        out[:] = fit_picture(to_picture(image), channels, size)
     return fitted
 
 
@@ -198,8 +205,8 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: slice | I64) -> F32:
-        """Return (n, channels, H, W) in [0, 1], as a new, contiguous and writable array."""
+    def batch(self, rows: slice | I64 = slice(None)) -> F32:
+        """Return some images, or all, (n, channels, H, W) in [0, 1], as a new, contiguous and writable array."""
         raw = self.pixels[rows]
         batch = np.array(raw, dtype=np.float32, order="C")
         if raw.dtype == np.uint8:
@@ -251,13 +258,15 @@ class Splits:
         for name, images in self.parts().items():
             digest.update(f"\0{name} {images.pixels.dtype} {images.pixels.shape}\0".encode())
             digest.update(np.ascontiguousarray(images.labels, "<i8").data)
-            digest.update(_sample(images).tobytes())
+            sample = images.pixels[evenly_spaced(len(images), FINGERPRINT_IMAGES)]
+            digest.update(np.ascontiguousarray(sample).tobytes())
         return digest.hexdigest()
 
 
-def _sample(images: Images) -> npt.NDArray[Any]:
-    rows = np.unique(np.linspace(0, len(images) - 1, min(FINGERPRINT_IMAGES, len(images))).astype(np.int64))
-    return np.ascontiguousarray(images.pixels[rows])
+def evenly_spaced(count: int, most: int) -> I64:
+    """Return at most `most` of `count` rows, evenly spaced from the first to the last."""
+    rows: I64 = np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
+    return rows
 
 
 def expect_labels(labels: I64, classes: int, where: str | Path) -> None:

@@ -29,7 +29,7 @@ def open_npz(data: DataSection, seed: int) -> Splits:
     and train_labels must contain each. Raises DataError naming the file and the array.
     """
     file = data_root(data)
-    return splits_of(_read(file), data, seed, str(file))
+    return splits_of(read_arrays(file), data, seed, str(file))
 
 
 def splits_of(arrays: Arrays, data: DataSection, seed: int, where: str) -> Splits:
@@ -51,7 +51,7 @@ def splits_of(arrays: Arrays, data: DataSection, seed: int, where: str) -> Split
 
 def npz_classes(file: Path) -> tuple[str, ...] | None:
     """Return the class names in the file, None where it has none. Reads no image. Raises DataError."""
-    found = _read(file, {"classes"})
+    found = read_arrays(file, {"classes"})
     return _names(found["classes"], str(file)) if found else None
 
 
@@ -60,7 +60,7 @@ def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
 
     Held out images have their rows in train_images.
     """
-    arrays = _read(data_root(data))
+    arrays = read_arrays(data_root(data))
 
     def numbered(part: str) -> Images:
         labels = arrays[f"{part}_labels"].astype(np.int64)
@@ -79,7 +79,7 @@ def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
     }
 
 
-def _read(file: Path, wanted: set[str] = NAMES) -> Arrays:
+def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
     """Return those of the wanted arrays that are in the file. Nothing is unpickled."""
     try:
         archive = np.load(file, allow_pickle=False)
@@ -174,6 +174,12 @@ def _channels_first(pixels: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     if pixels.ndim == 4 and pixels.shape[3] in (1, 3):
         return pixels.transpose(0, 3, 1, 2)
     return pixels if pixels.ndim == 4 and pixels.shape[1] in (1, 3) else None
+
+
+def image_shape(array: npt.NDArray[Any]) -> tuple[int, int, int] | None:
+    """Return (height, width, channels) of images (N, H, W), (N, H, W, c) or (N, c, H, W); None for another shape."""
+    images = _channels_first(array)
+    return None if images is None else (images.shape[2], images.shape[3], images.shape[1])
 
 
 def _expect_fractions(pixels: npt.NDArray[Any], where: str) -> None:

@@ -22,6 +22,11 @@ def mixed_order(labels: I64, rng: np.random.Generator) -> I64:
     return by_class[np.argsort(position, kind="stable")].astype(np.int64)
 
 
+def random_rows(count: int, most: int, rng: np.random.Generator) -> I64:
+    """Return at most `most` of `count` rows, drawn without replacement, in order."""
+    return np.sort(rng.choice(count, min(count, most), replace=False)).astype(np.int64)
+
+
 def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Images, Images]:
     """Return (kept, held): `share` of each class is held out. DataError if either is empty."""
     count = round(share * len(images))

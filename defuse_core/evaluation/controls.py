@@ -32,10 +32,7 @@ def fold_spec(spec: RunFile, sweep: Sweep) -> RunFile:
 
 def _fine_tuning(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
     epochs = sweep.chosen.epoch if sweep.chosen else spec.correct.epochs
-    section = spec.correct.model_copy(
-        update={"lambdas": (lam,), "epochs": epochs, "choose_by": "last", "stop_at_loss": None}
-    )
-    return spec.model_copy(update={"correct": section})
+    return spec.with_fields("correct", lambdas=(lam,), epochs=epochs, choose_by="last", stop_at_loss=None)
 
 
 def folds(fixes: Corrections, sweep: Sweep) -> Sequence[int]:

@@ -14,6 +14,7 @@ from scipy import ndimage
 from defuse_core.artifacts import F32, F64
 from defuse_core.config import RunFile
 from defuse_core.data import Splits
+from defuse_core.data.splits import random_rows
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.models import decoder_at, encode_images, load_vae
 from defuse_core.review.verdicts import most_common_error
@@ -98,7 +99,7 @@ def describe_scenarios(spec: RunFile, found: Findings, held_out: F32, splits: Sp
         return ()
     real = splits.validation or splits.test or splits.train
     rng = generator(spec.seed, "describe")
-    real = real.take(np.sort(rng.choice(len(real), min(COMPARED_IMAGES, len(real)), replace=False)))
+    real = real.take(random_rows(len(real), COMPARED_IMAGES, rng))
     vae = load_vae(spec, found.models.vae)
     decoded = decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real)))
     per_scenario = held_out.reshape(len(fixes.labels), -1, *held_out.shape[1:])

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.random import Generator
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -29,6 +28,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
+from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.distill.psi import subsample_psi
@@ -140,14 +140,14 @@ def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> t
     """
     rng = generator(spec.seed, "report", "sample")
     scenarios, accepted = found.scenarios, found.verdicts.accepted
-    rows = _some(len(train), spec.report.tsne_images, rng)
+    rows = random_rows(len(train), spec.report.tsne_images, rng)
     codes = encode_images(load_vae(spec, found.models.vae), train.take(rows))
     failures = subsample_psi(spec, found.psi, store).codes
     shares = shares_of_mixture(scenarios, failures)
     if len(accepted):
         near = (shares[:, accepted] > MIN_RESPONSIBILITY).any(axis=1)
         failures, shares = failures[near], shares[near]
-    chosen = _some(len(failures), spec.report.tsne_failures, rng)
+    chosen = random_rows(len(failures), spec.report.tsne_failures, rng)
     failures, shares = failures[chosen], shares[chosen]
     owner = shares.argmax(axis=1) if len(scenarios) else np.full(len(failures), -1)
     means = np.where(np.isin(np.arange(len(scenarios)), accepted), ACCEPTED, REJECTED)
@@ -174,11 +174,6 @@ def shares_of_mixture(scenarios: Scenarios, codes: F32) -> F64:
     own, mixture = found[:, : len(scenarios)], found[:, len(scenarios) :]
     shares: F64 = own / mixture.sum(axis=1, keepdims=True)
     return shares
-
-
-def _some(count: int, wanted: int, rng: Generator) -> I64:
-    """Return at most `wanted` of `count` rows, in order."""
-    return np.sort(rng.choice(count, min(count, wanted), replace=False)).astype(np.int64)
 
 
 def embed(spec: RunFile, codes: F32) -> F32:

@@ -29,6 +29,8 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
 from defuse_core.data import Splits, reopen_splits
+from defuse_core.data.images import to_levels
+from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, distances_from, stacked, wide_draws
 from defuse_core.evaluation.controls import Controls, fold_of
@@ -135,7 +137,7 @@ class _Evidence:
         assert found.judges is not None
         self.judges = load_reference_models(spec, spec.judges, found.judges, self.classes)
         held_out = held_out_images(self.vae, found.fixes)
-        self.held_out = held_out.batch(slice(0, len(held_out)))  # (A·n, channels, H, W)
+        self.held_out = held_out.batch()  # (A·n, channels, H, W)
         self.own = self.labels(self.held_out)  # (A·n,)
 
     def _chosen(self, sweep: Sweep) -> nn.Module | None:
@@ -244,13 +246,12 @@ class _Evidence:
         if self.splits.test is None:
             return nothing
         rng = generator(self.spec.seed, "evidence", "fresh")
-        count = min(FRESH_IMAGES, len(self.splits.test))
-        images = self.splits.test.take(np.sort(rng.choice(len(self.splits.test), count, replace=False)))
+        images = self.splits.test.take(random_rows(len(self.splits.test), FRESH_IMAGES, rng))
         section = self.spec.identify.model_copy(update={"draws": min(FRESH_DRAWS, self.spec.identify.draws)})
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)
         codes = mu[:, None, :] + draw_noise(section, sigma, rng)  # (n, Q, Z)
         decoder = decoder_at(self.spec, self.vae, images)
-        waiting, found, truth = np.arange(count), [], []
+        waiting, found, truth = np.arange(len(images)), [], []
         for draw in range(codes.shape[1]):
             labels = images.labels[waiting]
             decoded = decoder.decode(np.ascontiguousarray(codes[waiting, draw]), waiting)
@@ -290,7 +291,7 @@ class _Evidence:
             errors.append(float(tested.mean()) if len(tested) else float("nan"))
             seen.append(bool(binomial_tail(tested.sum(), len(tested), rate) < SIGNIFICANT))
             kept = np.resize(near, NEAREST) if len(near) else np.zeros(NEAREST, np.int64)
-            shown.append(np.round(255 * real.batch(kept)).astype(np.uint8))
+            shown.append(to_levels(real.batch(kept)))
             labels.append(real.labels[kept])
             answers.append(predicted[kept])
         shape = (len(fixes.labels), NEAREST)

@@ -26,6 +26,7 @@ from torch import nn
 from defuse_core.artifacts import F32, F64, I64, U8, Health, Models, ReferenceSet
 from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
+from defuse_core.data.images import evenly_spaced, to_levels
 from defuse_core.device import cpu_threads
 from defuse_core.errors import VaeHealthError
 from defuse_core.identify import draw_noise, encode_posterior
@@ -64,7 +65,7 @@ def reconstruction_errors(classifier: nn.Module, vae: Vae, images: Images) -> tu
     for start in range(0, len(images), PROBE_BATCH):  # so that memory does not grow with the images' size
         shown = images.take(slice(start, start + PROBE_BATCH))
         decoded = decode_codes(vae, encode_images(vae, shown))
-        squares = (decoded - shown.batch(slice(0, len(shown)))) ** 2
+        squares = (decoded - shown.batch()) ** 2
         errors.append(squares.mean(axis=(1, 2, 3), dtype=np.float64))
         answers.append(predict(classifier, decoded))
     return np.concatenate(errors), np.concatenate(answers)
@@ -93,16 +94,14 @@ def moved_answers(spec: RunFile, vae: Vae, images: Images, answer: Callable[[F32
     rng = generator(spec.seed, "health")
     for start in range(0, len(images), PROBE_BATCH):
         batch = images.take(slice(start, start + PROBE_BATCH))
-        still.append(answer(batch.batch(slice(0, len(batch)))))
+        still.append(answer(batch.batch()))
         moved.append(answer(moved_images(spec, vae, batch, rng)))
     return np.concatenate(still), np.concatenate(moved)
 
 
 def probe_images(train: Images) -> Images:
-    """Return PROBE_IMAGES of the training images, evenly spaced: image files are often sorted by class."""
-    if len(train) <= PROBE_IMAGES:
-        return train
-    return train.take(np.linspace(0, len(train) - 1, PROBE_IMAGES).astype(np.int64))
+    """Return at most PROBE_IMAGES of the training images, evenly spaced: image files are often sorted by class."""
+    return train.take(evenly_spaced(len(train), PROBE_IMAGES))
 
 
 def measure_moved(spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress) -> Health:
@@ -230,7 +229,7 @@ def reconstruction_strip(spec: RunFile, vae: Vae, images: Images) -> bytes:
 
     With vae.decode: anchored a third row has the originals as the noise of identification moves them.
     """
-    rows = np.unique(np.linspace(0, len(images) - 1, STRIP_IMAGES).astype(np.int64))
+    rows = evenly_spaced(len(images), STRIP_IMAGES)
     originals = images.batch(rows)
     shown = [originals, decode_codes(vae, encode_images(vae, originals))]
     if spec.vae.decode == "anchored":
@@ -246,6 +245,6 @@ def reconstruction_strip(spec: RunFile, vae: Vae, images: Images) -> bytes:
 def _tile(grid: F32) -> U8:
     """(rows, columns, channels, H, W) in [0, 1] -> (rows * H, columns * W, 3) as uint8."""
     rows, columns, channels, height, width = grid.shape
-    pixels = (grid * 255).round().astype(np.uint8).transpose(0, 3, 1, 4, 2)
+    pixels = to_levels(grid).transpose(0, 3, 1, 4, 2)
     tiled: U8 = pixels.reshape(rows * height, columns * width, channels)
     return np.broadcast_to(tiled, (*tiled.shape[:2], 3)) if channels == 1 else tiled

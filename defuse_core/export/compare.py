@@ -103,7 +103,7 @@ def _load(run: Run) -> _Side:
     pictures: F32 = np.zeros((0, 0, run.spec.data.channels, size, size), np.float32)
     if len(fixes.labels):
         images = held_out_images(load_vae(run.spec, found.models.vae), fixes)
-        pictures = images.batch(slice(0, len(images)))
+        pictures = images.batch()
         pictures = pictures.reshape(len(fixes.labels), -1, *pictures.shape[1:])
     return _Side(run, found.models, found.gallery, fixes, pictures, *found.classifiers())
 

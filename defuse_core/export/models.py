@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
 from defuse_core.config import ClassifierSection
 from defuse_core.data import reopen_splits
-from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError
+from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, one_line
 from defuse_core.export.writing import writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import as_logits, to_range
@@ -257,7 +257,7 @@ def _failure_named(path: Path) -> Iterator[None]:
     except (InputError, OSError):
         raise
     except Exception as error:  # torch's exporters raise a dozen kinds of errors
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {one_line(error, limit=300)}"
         raise ModelError(
             f"--to {path}: torch cannot export this network ({reason}); use --to model.safetensors"
         ) from error

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import nn
 
 from defuse_core.artifacts import (
@@ -24,6 +23,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
+from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError
 from defuse_core.export.writing import expect_new_folder, writing
 from defuse_core.models import load_classifier, load_vae, predict
@@ -117,7 +117,7 @@ def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64]]]:
     drawn = LabelledPictures(
         "held-out",
         "scenario",
-        held_out.batch(slice(0, len(held_out))),
+        held_out.batch(),
         held_out.labels,
         np.repeat(found.fixes.scenario, found.fixes.test.shape[1]),
     )
@@ -147,7 +147,7 @@ def _write(
         name = f"scenario-{scenario:03d}-{pictures.origin}-{number:03d}.png"
         place = Path(folders[label]) / name
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        to_picture(pixels).save(folder / place)
+        to_picture(to_levels(pixels)).save(folder / place)
         yield PictureRow(
             filepath=place.as_posix(),
             label=classes[label],
@@ -164,9 +164,3 @@ def folder_names(classes: tuple[str, ...]) -> list[str]:
     names = [name.replace("/", "_").lstrip(".") or "_" for name in classes]
     taken = {TABLE, *(name.casefold() for name in names)}  # some file systems do not tell a from A
     return names if len(taken) > len(names) else [f"{index}-{name}" for index, name in enumerate(names)]
-
-
-def to_picture(pixels: F32) -> Image.Image:
-    """Return (1 or 3, H, W) in [0, 1] as a picture."""
-    levels = np.round(pixels * 255).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0)))

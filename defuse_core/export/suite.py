@@ -31,10 +31,12 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images
+from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, StoreError
 from defuse_core.export.pictures import load_finished
 from defuse_core.export.writing import expect_new_folder, writing
 from defuse_core.models import (
+    EXTERNAL,
     build_classifier,
     check_outputs,
     load_pretrained,
@@ -43,7 +45,6 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
-from defuse_core.models.probe import EXTERNAL
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 
@@ -159,14 +160,8 @@ class Suite:
 
     def check(self, classifier: nn.Module) -> list[SuiteResult]:
         """Return what a classifier, from images in [0, 1] to logits, reaches on each scenario."""
-        results = []
-        for scenario, pixels, label in zip(
-            self.description.scenarios, self.pictures.pixels, self.pictures.labels, strict=True
-        ):
-            images = Images(pixels, np.full(len(pixels), label, np.int64))
-            accuracy = float((predict(classifier, images) == label).mean())
-            results.append(SuiteResult(scenario, accuracy))
-        return results
+        accuracies = _accuracies(classifier, self.pictures)
+        return [SuiteResult(*each) for each in zip(self.description.scenarios, accuracies, strict=True)]
 
     def classifier(self, section: dict[str, Any]) -> nn.Module:
         """Return the classifier that a section `classifier` describes, checked on the suite's pictures.
@@ -226,7 +221,7 @@ def save_suite(run: Run, folder: Path) -> Suite:
     be written.
     """
     expect_new_folder("--out", folder)
-    suite = _frozen(run)
+    suite = _suite_of(run)
     with writing("--out", folder):
         _write(suite, folder)
     return suite
@@ -288,15 +283,15 @@ def _text(value: object) -> str:
     return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
 
 
-def _frozen(run: Run) -> Suite:
+def _suite_of(run: Run) -> Suite:
     found = load_finished(run)
     models, gallery, fixes = found.models, found.gallery, found.fixes
     if not len(fixes.labels):
         raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
     spec, classes = run.spec, models.classes
     images = held_out_images(load_vae(spec, models.vae), fixes)
-    floats = images.batch(slice(0, len(images))).reshape(len(fixes.labels), -1, *images.pixels.shape[1:])
-    pixels = np.round(floats * 255).clip(0, 255).astype(np.uint8)
+    floats = images.batch().reshape(len(fixes.labels), -1, *images.pixels.shape[1:])
+    pixels = to_levels(floats)
     pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor)
     before, after = (_accuracies(classifier, pictures) for classifier in found.classifiers())
     errors = most_common_errors(gallery, fixes.scenario, fixes.labels)
@@ -333,6 +328,7 @@ def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -
 
 
 def _accuracies(classifier: nn.Module, pictures: SuitePictures) -> list[float]:
+    """Return the classifier's accuracy on the pictures of each scenario."""
     return [
         float((predict(classifier, Images(pixels, np.full(len(pixels), label, np.int64))) == label).mean())
         for pixels, label in zip(pictures.pixels, pictures.labels, strict=True)
@@ -346,4 +342,4 @@ def _sheet(pixels: U8) -> Image.Image:
     blank = np.full_like(shown[0], 255)
     lines = [np.concatenate([*row, *[blank] * (SHEET - len(row))], axis=2) for row in rows]
     sheet = np.concatenate(lines, axis=1)
-    return Image.fromarray(sheet[0] if len(sheet) == 1 else np.ascontiguousarray(sheet.transpose(1, 2, 0)))
+    return to_picture(sheet)

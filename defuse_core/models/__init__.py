@@ -1,5 +1,6 @@
 """The models of a run: architectures, weights, and inference in batches."""
 
+from defuse_core.models.adapters import EXTERNAL
 from defuse_core.models.architectures import (
     ReferenceCnn,
     ResidualNet,
@@ -24,7 +25,6 @@ from defuse_core.models.inference import (
     to_tensor,
 )
 from defuse_core.models.probe import (
-    EXTERNAL,
     check_outputs,
     expect_trainable,
     log_classifier,

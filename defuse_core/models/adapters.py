@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from defuse_core.config import ClassifierSection
 from defuse_core.errors import ModelError
 
+EXTERNAL = ("custom", "program", "transformers", "timm")  # architectures whose code is not Defuse's
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # (x - shift) / factor, per channel
     "0..1": ((0.0,), (1.0,)),

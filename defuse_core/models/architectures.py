@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
-from defuse_core.models.adapters import IMAGENET_MEAN, IMAGENET_SD, adapt
+from defuse_core.models.adapters import EXTERNAL, IMAGENET_MEAN, IMAGENET_SD, adapt
 from defuse_core.models.programs import (
     load_program,
     open_timm,
@@ -182,7 +182,7 @@ def build_classifier(spec: RunFile, classes: int, stored: Weights | None = None)
     A program or a model of transformers is read from classifier.weights, or rebuilt from `stored`, its state dict.
     """
     section = spec.classifier
-    if section.architecture in {"custom", "program", "transformers", "timm"}:
+    if section.architecture in EXTERNAL:
         module = adapt(_external_classifier(spec, classes, stored), section, classes)
     elif section.architecture == "resnet18":
         module = _resnet18(spec, classes)

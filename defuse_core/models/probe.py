@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from defuse_core.artifacts import F64, I64
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
-from defuse_core.errors import ModelError
-from defuse_core.models.adapters import INPUT_RANGES, as_logits, find_logits, to_range
+from defuse_core.data.images import evenly_spaced
+from defuse_core.errors import ModelError, one_line
+from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, find_logits, to_range
 from defuse_core.models.inference import map_batches, to_tensor
 from defuse_core.models.programs import class_names_of
 
@@ -22,7 +23,6 @@ log = logging.getLogger("defuse")
 BATCH = 8  # images of the check of outputs
 SAMPLE = 512  # training images, evenly spaced, of the accuracies by input range
 CLEARLY_BETTER = 0.05  # in accuracy
-EXTERNAL = ("custom", "program", "transformers", "timm")  # architectures whose code is not Defuse's
 
 
 def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Images, classes: int) -> None:
@@ -30,7 +30,7 @@ def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Ima
 
     Of an architecture that is not Defuse's own, also: that the outputs are what classifier.outputs says.
     """
-    batch = to_tensor(images.take(_evenly(len(images), BATCH)).batch(slice(0, BATCH)))
+    batch = to_tensor(images.take(evenly_spaced(len(images), BATCH)).batch(slice(0, BATCH)))
     classifier.eval()
     with torch.inference_mode():
         logits = _call(classifier, batch[:2])
@@ -62,7 +62,7 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
     except ModelError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, limit=300)
         raise ModelError(
             f"the classifier fails on images of shape {tuple(batch.shape)}: {reason}; check data.image_size and "
             "data.channels, and that the network accepts batches of any size"
@@ -145,7 +145,7 @@ def probe_classifier(
     classifier: nn.Module, section: ClassifierSection, images: Images, classes: Sequence[str]
 ) -> ClassifierProbe:
     """Return what at most 512 training images show: accuracy by input range, and the order of the classes."""
-    sample = images.take(_evenly(len(images), SAMPLE))
+    sample = images.take(evenly_spaced(len(images), SAMPLE))
     external = section.architecture in EXTERNAL
     ranges = list(INPUT_RANGES) if external else [section.input_range]
     logits = {name: _logits(classifier, section, sample, name) for name in ranges}
@@ -190,10 +190,6 @@ def _logits(classifier: nn.Module, section: ClassifierSection, images: Images, i
         return as_logits(_raw(classifier, batch, input_range), section.outputs, section.class_order)
 
     return map_batches(compute, len(images), 64)
-
-
-def _evenly(count: int, wanted: int) -> I64:
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(np.int64))
 
 
 def log_classifier(

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from defuse_core.device import device
-from defuse_core.errors import ModelError
+from defuse_core.errors import ModelError, one_line
 
 SOURCE = "source"  # of a state dict: the bytes that its network is built from
 FILES_OF_PROGRAM = re.compile(
@@ -112,9 +112,9 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
     except ModelError:
         raise
     except Exception as error:  # on broken files both loaders raise a dozen kinds of errors
-        first = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{where}: torch cannot read this {kind} file ({first}); save it again with torch {torch.__version__}"
+            f"{where}: torch cannot read this {kind} file ({one_line(error)}); save it again with torch "
+            f"{torch.__version__}"
         ) from error
     return SelfContainedClassifier(net, data)
 
@@ -140,7 +140,7 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
             net(images)
     except Exception as error:
         raise ModelError(
-            f"the classifier fails on images of shape {tuple(images.shape)}: {_first_line(error)}; check the size and "
+            f"the classifier fails on images of shape {tuple(images.shape)}: {one_line(error)}; check the size and "
             "the channels of the images (settings: data.channels)"
         ) from error
     out = io.BytesIO()
@@ -154,7 +154,7 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
             torch.export.save(torch.export.export(net, (images,), dynamic_shapes=shapes, strict=False), out)
     except Exception as error:  # torch's exporter raises a dozen kinds of errors
         raise ModelError(
-            f"torch.export cannot follow the classifier's code ({_first_line(error)}); name its factory and its "
+            f"torch.export cannot follow the classifier's code ({one_line(error)}); name its factory and its "
             "weights in settings instead (classifier.architecture: custom, import_path, weights)"
         ) from error
     return out.getvalue()
@@ -284,7 +284,7 @@ def open_transformers(folder: Path) -> SelfContainedClassifier:
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32"
         )
     except Exception as error:
-        raise ModelError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
+        raise ModelError(f"{folder}: transformers cannot load it ({one_line(error)})") from error
     return SelfContainedClassifier(net, source)
 
 
@@ -323,7 +323,7 @@ def open_timm(name: str, classes: int, channels: int) -> nn.Module:
         net: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
     except Exception as error:
         raise ModelError(
-            f"classifier.timm_model: timm cannot make {name} ({_first_line(error)}); see timm.list_models()"
+            f"classifier.timm_model: timm cannot make {name} ({one_line(error)}); see timm.list_models()"
         ) from error
     return net
 
@@ -355,7 +355,3 @@ def _transformers() -> Any:
     library: Any = transformers
     library.utils.logging.disable_progress_bar()
     return library
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

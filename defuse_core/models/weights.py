@@ -138,7 +138,7 @@ def load_classifier(
     spec: RunFile, weights: Weights, classes: int, where: str = "the run's classifier"
 ) -> nn.Module:
     """Return the classifier with `weights`, on this process's device, ready to predict."""
-    plain = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"imagenet": False})})
+    plain = spec.with_fields("classifier", imagenet=False)
     return _ready(build_classifier(plain, classes, weights), weights, where)
 
 

@@ -129,16 +129,7 @@ def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
 
 def _health(models: Models) -> HealthFigures | None:
     found = models.health
-    if found is None:
-        return None
-    return HealthFigures(
-        verdict=cast(Literal["fit", "poor", "blind"], found.verdict),
-        originals_right=found.originals_right,
-        reconstructions_right=found.reconstructions_right,
-        kept_right=found.kept_right,
-        anchored=found.anchored,
-        judged_by=found.judged_by,
-    )
+    return None if found is None else HealthFigures.model_validate(found, from_attributes=True)
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -258,7 +249,7 @@ def _tradeoff(spec: RunFile, models: Models, sweep: Sweep) -> tuple[TradeOff, ..
 
 
 def _choice(chosen: SweepRow | None) -> ChosenRow | None:
-    return None if chosen is None else ChosenRow(lam=chosen.lam, epoch=chosen.epoch)
+    return None if chosen is None else ChosenRow.model_validate(chosen, from_attributes=True)
 
 
 def _votes(found: Findings) -> VoteFigures:

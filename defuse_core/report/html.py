@@ -13,10 +13,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from PIL import Image
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.config import RunFile, dump_run_file
+from defuse_core.data.images import to_levels, to_picture
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence, NearestReal
 from defuse_core.report import formatting
@@ -240,8 +240,7 @@ def _notebook_html(name: str, **values: Any) -> str:
 
 def data_address(image: F32) -> str:
     """Return pixels (channels, H, W) in [0, 1] as a data: address."""
-    pixels = np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
-    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    picture = to_picture(to_levels(image))
     buffer = io.BytesIO()
     if max(picture.size) <= PIXEL_ART:
         kind = "png"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, open_splits
+from defuse_core.data.images import evenly_spaced
 from defuse_core.errors import InputError, ModelError
 from defuse_core.models import (
     build_classifier,
@@ -32,13 +32,6 @@ SAMPLE = 64  # training images, evenly spaced, on which sizes are compared
 AS_RIGHT = 0.04  # in accuracy: a smaller size that loses no more is taken
 
 
-@dataclass(frozen=True)
-class ClassifierChoice:
-    """Section `classifier` for a classifier of the user, without what the probe finds."""
-
-    fields: dict[str, Any]
-
-
 @dataclass(frozen=True, eq=False)
 class SizedClassifier:
     """A classifier, and the sections data, classifier and vae with the image size that was chosen for it."""
@@ -49,39 +42,38 @@ class SizedClassifier:
 
 
 def fit_image_size(
-    facts: DataFacts, choice: ClassifierChoice | None, asked: int | None, progress: Progress
+    facts: DataFacts, own: dict[str, Any] | None, asked: int | None, progress: Progress
 ) -> SizedClassifier:
     """Return the classifier with its weights, and the sections for the size that is asked for or suits it.
 
-    A classifier of the user's own gets the pictures' own size where it takes it and they are square: most were trained
-    on it. Otherwise, one with weights gets the smallest of the usual sizes, from the suggested one on, at which it is
-    about as often right as at any. Raises InputError for a size that cannot be, ModelError where the classifier takes
-    none.
+    `own` is section `classifier` for a classifier of the user's own, without what the probe finds. That one gets the
+    pictures' own size where it takes it and they are square: most were trained on it. Otherwise, one with weights gets
+    the smallest of the usual sizes, from the suggested one on, at which it is about as often right as at any. Raises
+    InputError for a size that cannot be, ModelError where the classifier takes none.
     """
     if asked is not None:
         _expect_usable(asked, facts)
     try:
-        return _sized(facts, choice, asked, progress)
+        return _sized(facts, own, asked, progress)
     except ModelError as error:
-        if choice is None or "found probabilities" not in str(error):
+        if own is None or "found probabilities" not in str(error):
             raise
-    fields = choice.fields | {"outputs": "probabilities"}
-    return _sized(facts, replace(choice, fields=fields), asked, progress)
+    return _sized(facts, own | {"outputs": "probabilities"}, asked, progress)
 
 
 def _sized(
-    facts: DataFacts, choice: ClassifierChoice | None, asked: int | None, progress: Progress
+    facts: DataFacts, own: dict[str, Any] | None, asked: int | None, progress: Progress
 ) -> SizedClassifier:
-    sizes = [asked] if asked is not None else _sizes_to_try(facts, own=choice is not None)
-    classifier = _built(_run_file(_sections(facts, choice, sizes[0])), len(facts.classes))
+    sizes = [asked] if asked is not None else _sizes_to_try(facts, own=own is not None)
+    classifier = _built(_run_file(_sections(facts, own, sizes[0])), len(facts.classes))
     expect_trainable(classifier)
-    is_trained = choice is not None and bool(choice.fields.get("weights"))
+    is_trained = own is not None and bool(own.get("weights"))
     compared = is_trained and len(sizes) > 1 and sizes[0] != _own_side(facts)
     accuracies: dict[int, float] = {}
     first_error: ModelError | None = None
     for done, size in enumerate(sizes):
         progress("trying image sizes", done, len(sizes), "sizes")
-        spec = _run_file(_sections(facts, choice, size))
+        spec = _run_file(_sections(facts, own, size))
         images = open_splits(spec.data, spec.seed).train
         try:
             check_outputs(classifier, spec.classifier, images, len(facts.classes))
@@ -99,8 +91,8 @@ def _sized(
     best = max(accuracies.values())
     as_right = [size for size, right in accuracies.items() if right >= best - AS_RIGHT]
     size = min(as_right, key=lambda size: (size < facts.image_size, size))
-    note = None if choice is None or asked is not None else _note(facts, size, accuracies, len(images))
-    return SizedClassifier(classifier, _sections(facts, choice, size), note)
+    note = None if own is None or asked is not None else _note(facts, size, accuracies, len(images))
+    return SizedClassifier(classifier, _sections(facts, own, size), note)
 
 
 def _sizes_to_try(facts: DataFacts, own: bool) -> list[int]:
@@ -130,8 +122,9 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
 
 def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> float:
     """Return the accuracy on SAMPLE training images, in the input range and order of classes that fits best."""
-    rows = np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(np.int64))
-    sample = images.take(rows).loaded()  # the probe reads it once for each input range
+    sample = images.take(
+        evenly_spaced(len(images), SAMPLE)
+    ).loaded()  # the probe reads it once for each input range
     probe = probe_classifier(classifier, spec.classifier, sample, facts.classes)
     return max([*probe.by_range.values(), probe.reordered if probe.class_order else 0.0])
 
@@ -154,7 +147,7 @@ def _note(facts: DataFacts, size: int, accuracies: dict[int, float], count: int)
     return f"{line}; if it was trained on another size, give that with --image-size"
 
 
-def _sections(facts: DataFacts, choice: ClassifierChoice | None, size: int) -> dict[str, Any]:
+def _sections(facts: DataFacts, own: dict[str, Any] | None, size: int) -> dict[str, Any]:
     data: dict[str, Any] = {
         "name": facts.name,
         "root": str(facts.root),
@@ -165,7 +158,7 @@ def _sections(facts: DataFacts, choice: ClassifierChoice | None, size: int) -> d
         data["validation_share"] = VALIDATION_SHARE
     return {
         "data": data,
-        "classifier": dict(choice.fields) if choice else _new_classifier(facts, size),
+        "classifier": dict(own) if own is not None else _new_classifier(facts, size),
         "vae": _vae(size, facts.channels) | ({"decode": "anchored"} if facts.photographs else {}),
     }
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from pydantic import ValidationError
 
@@ -16,6 +15,7 @@ from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
 from defuse_core.data.folder import NAMED, SUFFIXES
 from defuse_core.data.images import convert_picture
+from defuse_core.data.npz import image_shape, read_arrays
 from defuse_core.errors import DataError
 
 SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve to 4
@@ -166,23 +166,18 @@ def _is_coloured(picture: Image.Image) -> bool:
 
 
 def _look_at_npz(file: Path) -> tuple[int, int, int]:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            images: npt.NDArray[np.generic] = archive["train_images"]
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds of errors
+    """Return height, width and channels of train_images."""
+    arrays = read_arrays(file, {"train_images"})
+    if "train_images" not in arrays:
+        raise DataError(f"{file}: expected an .npz file with train_images, found none; save it again")
+    images = arrays["train_images"]
+    shape = image_shape(images)
+    if shape is None:
         raise DataError(
-            f"{file}: expected an .npz file with train_images, found {error}; write it anew"
-        ) from error
-    shape = images.shape
-    if len(shape) == 3:
-        return int(shape[1]), int(shape[2]), 1
-    if len(shape) == 4 and shape[3] in (1, 3):
-        return int(shape[1]), int(shape[2]), int(shape[3])
-    if len(shape) == 4 and shape[1] in (1, 3):
-        return int(shape[2]), int(shape[3]), int(shape[1])
-    raise DataError(
-        f"{file}: train_images: expected shape (N, H, W), (N, H, W, c) or (N, c, H, W), found {shape}; reshape them"
-    )
+            f"{file}: train_images: expected shape (N, H, W), (N, H, W, c) or (N, c, H, W), found {images.shape}; "
+            "reshape them"
+        )
+    return shape
 
 
 def _suggested_size(side: int) -> int:

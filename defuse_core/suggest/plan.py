@@ -27,7 +27,7 @@ from defuse_core.models import (
 )
 from defuse_core.models.probe import ClassifierProbe
 from defuse_core.progress import Progress, silent
-from defuse_core.suggest.image_size import ClassifierChoice, fit_image_size
+from defuse_core.suggest.image_size import fit_image_size
 from defuse_core.suggest.inspect import DataFacts
 
 TRIAL_S = 1.0  # each speed is measured for so long
@@ -64,16 +64,17 @@ class Plan:
 
 def plan_run(
     facts: DataFacts,
-    choice: ClassifierChoice | None,
+    own: dict[str, Any] | None,
     minutes: float,
     progress: Progress = silent,
     image_size: int | None = None,
 ) -> Plan:
     """Return a run file for these images and this classifier, whose run needs about so many minutes here.
 
-    Without `image_size`, the size follows from the images and the classifier.
+    `own` is section `classifier` for a classifier of the user's own, without what the probe finds. Without
+    `image_size`, the size follows from the images and the classifier.
     """
-    sized = fit_image_size(facts, choice, image_size, progress)
+    sized = fit_image_size(facts, own, image_size, progress)
     progress("measuring speeds", 0, 5, "trials")
     classifier, tree = sized.module, sized.tree
     spec = parse_run_file(tree, "the suggested run file")
@@ -81,11 +82,11 @@ def plan_run(
     sample = splits.train.take(slice(0, None, max(1, len(splits.train) // 512))).loaded()
     with cpu_threads(THREADS):
         probe = None
-        if choice is not None:
+        if own is not None:
             probe = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
             _set_probed(tree["classifier"], probe)
         speeds = _measured(spec, classifier, sample, progress)
-    warnings = _set_sizes(tree, splits, speeds, minutes, own=choice is not None)
+    warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     parse_run_file(tree, "the suggested run file")
     noted = [] if sized.note is None else [sized.note]
     return Plan(tree, facts, speeds, probe, (*facts.warnings, *noted, *warnings, *_probe_warnings(probe)))

@@ -67,9 +67,7 @@ def _ratio(f32: float, bf16: float) -> str:
 
 def with_precision(spec: RunFile, measured: MeasuredPrecision) -> RunFile:
     """Return the run file with what was measured in the place of resources.precision: auto."""
-    section = PrecisionSection.model_validate(measured.chosen)
-    resources = spec.resources.model_copy(update={"precision": section})
-    return spec.model_copy(update={"resources": resources})
+    return spec.with_fields("resources", precision=PrecisionSection.model_validate(measured.chosen))
 
 
 def _steps(spec: RunFile, classes: int) -> dict[str, Callable[[Arithmetic], None]]:
@@ -77,7 +75,7 @@ def _steps(spec: RunFile, classes: int) -> dict[str, Callable[[Arithmetic], None
     shape = (STEP_IMAGES, spec.data.channels, spec.data.image_size, spec.data.image_size)
     images = to_tensor(torch.rand(shape).numpy())
     labels = torch.randint(0, classes, (STEP_IMAGES,), device=device())
-    plain = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"imagenet": False})})
+    plain = spec.with_fields("classifier", imagenet=False)
     classifier, vae = to_device(build_classifier(plain, classes)), build_vae(spec)
     to_device(vae)
 

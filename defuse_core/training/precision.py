@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from defuse_core.artifacts import I64
 from defuse_core.config import Arithmetic
 from defuse_core.data import Images
+from defuse_core.data.images import evenly_spaced
 from defuse_core.device import device
 from defuse_core.models import accuracy, answers_from, logits_of, map_batches
 
@@ -29,18 +30,12 @@ def autocast(arithmetic: Arithmetic) -> AbstractContextManager[object]:
     return torch.autocast(device().type, dtype=torch.bfloat16)
 
 
-def spaced_rows(count: int) -> I64:
-    """Return at most SAMPLE of `count` rows, evenly spaced."""
-    rows: I64 = np.unique(np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64))
-    return rows
-
-
 def margin_bound(logits: Callable[[I64], Tensor], count: int) -> float:
     """Return the margin between the two largest logits below which an answer in bf16 may differ from that in f32.
 
     It is SAFETY times the largest error of that margin on at most SAMPLE of the `count` inputs, evenly spaced.
     """
-    rows = spaced_rows(count)
+    rows = evenly_spaced(count, SAMPLE)
     with torch.inference_mode():
         exact = logits(rows).float()
         with autocast("bf16"):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from defuse_core.artifacts import F32, F64, I64, Corrections
 from defuse_core.config import RunFile
 from defuse_core.data import Images
+from defuse_core.data.splits import random_rows
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.models import Decoder, Vae, decoder_of, encode_images
 from defuse_core.seeds import generator
@@ -71,8 +72,7 @@ class Watch(nn.Module):
 def training_codes(spec: RunFile, vae: Vae, train: Images) -> tuple[F32, I64]:
     """Return codes (n, Z) and labels (n,) of at most `serve.watch_images` training images, drawn by seed."""
     rng = generator(spec.seed, "watch")
-    rows = np.sort(rng.choice(len(train), min(len(train), spec.serve.watch_images), replace=False))
-    chosen = train.take(rows)
+    chosen = train.take(random_rows(len(train), spec.serve.watch_images, rng))
     return encode_images(vae, chosen), chosen.labels
 
 

@@ -15,7 +15,6 @@ from defuse_core.store import RESERVED, checked_name
 
 if TYPE_CHECKING:
     from defuse_core.runs import Run
-    from defuse_core.suggest import ClassifierChoice
 
 
 def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -126,14 +125,12 @@ def classifier_fields(text: str, weights: Path | None) -> dict[str, Any]:
     return section | ({"weights": _existing(weights)} if weights is not None else {})
 
 
-def classifier_choice(text: str | None, weights: Path | None) -> ClassifierChoice | None:
-    """Return the classifier that `defuse init` looks at, or None. Raises InputError."""
-    from defuse_core.suggest import ClassifierChoice
-
+def classifier_choice(text: str | None, weights: Path | None) -> dict[str, Any] | None:
+    """Return section `classifier` for the classifier that `defuse init` looks at, or None. Raises InputError."""
     if text is None:
         _expect_none(weights, "(none)", "give --classifier too")
         return None
-    return ClassifierChoice(classifier_fields(text, weights))
+    return classifier_fields(text, weights)
 
 
 def _existing(path: Path) -> str:

@@ -220,14 +220,14 @@ def open_traffic_review(store: Store, run: Run) -> Run:
             "serve it with a larger `serve.reservoir`, or wait for more traffic"
         )
     # Every input is asked about, not only as many as a verdict needs: it measures the served model.
-    changes = {
-        "annotators": "label-studio",
-        "prelabel": False,
-        "stop_early": False,
-        "accept": "share",  # a report on the served model, not a decision about a scenario
-        "consensus": "majority",
-    }
-    spec = run.spec.model_copy(update={"review": run.spec.review.model_copy(update=changes)})
+    spec = run.spec.with_fields(
+        "review",
+        annotators="label-studio",
+        prelabel=False,
+        stop_early=False,
+        accept="share",  # a report on the served model, not a decision about a scenario
+        consensus="majority",
+    )
     number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
     review = Run.start(store, f"{run.name}/traffic-{number}", spec)
     review.once("draw", Gallery, lambda: gallery)

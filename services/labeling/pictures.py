@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from defuse_core.artifacts import F32, Gallery
+from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError
 from defuse_core.store import Store
 from services.labeling.api_types import BucketStorage
@@ -153,8 +153,6 @@ def _check_access(store: S3Store, storage: BucketStorage) -> None:
 
 def png(image: F32) -> bytes:
     """Return one image, (channels, H, W) in [0, 1], as PNG."""
-    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-    shown = Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))
     buffer = io.BytesIO()
-    shown.save(buffer, "PNG", optimize=True)
+    to_picture(to_levels(image)).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

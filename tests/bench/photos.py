@@ -160,9 +160,7 @@ def decodings(store: Path, name: str, picture: Path | None) -> None:
                        sigma, generator(0, "bench"))[:, 0]  # fmt: skip
     decoders = {"plain": Decoder(vae), "anchored": Decoder(vae, test)}
     original = predict(net, test) == test.labels
-    seen = {
-        key: answers(nets, test.batch(slice(0, len(test)))) == test.labels for key, nets in watchers.items()
-    }
+    seen = {key: answers(nets, test.batch()) == test.labels for key, nets in watchers.items()}
     click.echo(f"{len(test)} test images: right {original.mean():.1%}, "
                + ", ".join(f"{key} see {hits.mean():.1%}" for key, hits in seen.items()))  # fmt: skip
     for decode, decoder in decoders.items():

@@ -33,8 +33,7 @@ BLOCK = 8192  # codes that one format works on before the other has its turn
 
 def with_arithmetic(spec: RunFile, arithmetic: Arithmetic) -> RunFile:
     """Return the run file with another number format."""
-    resources = spec.resources.model_copy(update={"precision": arithmetic})
-    return spec.model_copy(update={"resources": resources})
+    return spec.with_fields("resources", precision=arithmetic)
 
 
 def trained(store: str | None, name: str) -> tuple[RunFile, Models]:

@@ -247,7 +247,7 @@ def test_nothing_is_fine_tuned_on_the_images_of_held_out_pictures(finished, tiny
     for used, without in ((fixes, tested), (fixes.take(np.array([0])), None)):
         data = load_fine_tuning_data(SPEC, tiny_models, used, None, progress=silent)
         left_out = set(held_out_sources(used).tolist())
-        assert len(data.train) == len(train) - len(left_out)
+        assert len(data.clean.train) == len(train) - len(left_out)
         if without is not None:
             assert without <= left_out and not left_out & tuned
         assert not left_out & set(sources[used.tune_anchor.ravel()])
@@ -265,7 +265,7 @@ def test_the_reference_models_judge_the_health_of_anchored_decoding(finished, ti
     measured = finished.load(Health)
     assert (measured.judged_by, measured.anchored) == ("reference models", True)
     assert with_measured_health(finished, tiny_models).health == measured
-    wild = SPEC.model_copy(update={"identify": SPEC.identify.model_copy(update={"scale": 300.0})})
+    wild = SPEC.with_fields("identify", scale=300.0)
     lost = measure_moved(wild, tiny_models, references, progress=silent)
     assert lost.kept_right < measured.kept_right
     blind = Models(**{**vars(tiny_models), "health": lost})

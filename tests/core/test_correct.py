@@ -43,18 +43,18 @@ def tuning(tiny_spec, tiny_models, fixes):
 
 
 def test_tuning_pairs_every_decoded_code_with_its_scenarios_label(tuning):
-    assert tuning.tune.labels.tolist() == [8] * 24 + [2] * 24
-    assert tuning.tune.pixels.shape == (48, 1, 16, 16)
-    assert not np.array_equal(tuning.tune.pixels, tuning.held_out.pixels)
+    assert tuning.scenario.tune.labels.tolist() == [8] * 24 + [2] * 24
+    assert tuning.scenario.tune.pixels.shape == (48, 1, 16, 16)
+    assert not np.array_equal(tuning.scenario.tune.pixels, tuning.scenario.held_out.pixels)
 
 
 def test_the_baseline_tunes_on_reviewed_failures_and_is_tested_on_the_same_held_out_images(
     tiny_spec, tiny_models, fixes, tuning
 ):
-    reviewed = tuning.train.take(slice(0, 5))
+    reviewed = tuning.clean.train.take(slice(0, 5))
     baseline = load_fine_tuning_data(tiny_spec, tiny_models, fixes, reviewed, progress=silent)
-    assert len(baseline.tune) == 5
-    np.testing.assert_array_equal(baseline.held_out.pixels, tuning.held_out.pixels)
+    assert len(baseline.scenario.tune) == 5
+    np.testing.assert_array_equal(baseline.scenario.held_out.pixels, tuning.scenario.held_out.pixels)
 
 
 def test_fine_tuning_with_a_large_lambda_learns_the_scenarios(tiny_spec, tiny_models, tuning):
@@ -94,15 +94,15 @@ def test_images_are_augmented_anew_in_every_step_and_only_while_tuning(tiny_mode
         return seen[-1]
 
     monkeypatch.setattr("defuse_core.correct.random_affine", noting)
-    spec = tiny(correct={"epochs": 2, "augment": True, "batch_size": len(tuning.train)})
+    spec = tiny(correct={"epochs": 2, "augment": True, "batch_size": len(tuning.clean.train)})
     *_, done = fine_tune(spec, tiny_models, tuning, 1.0, None)
     images = np.sort(np.stack([step.numpy().sum(axis=(1, 2, 3)) for step in seen]), axis=1)
-    assert images.shape == (2, 2 * len(tuning.train))  # D and as many of D_f, in each of two steps
+    assert images.shape == (2, 2 * len(tuning.clean.train))  # D and as many of D_f, in each of two steps
     assert not np.isclose(images[0], images[1]).all()
     classifier = load_classifier(spec, done.best, 10)
-    assert done.rows[done.best_epoch - 1].validation == accuracy(classifier, tuning.validation)
+    assert done.rows[done.best_epoch - 1].validation == accuracy(classifier, tuning.clean.validation)
     *_, plain = fine_tune(
-        tiny(correct={"epochs": 2, "batch_size": len(tuning.train)}), tiny_models, tuning, 1.0, None
+        tiny(correct={"epochs": 2, "batch_size": len(tuning.clean.train)}), tiny_models, tuning, 1.0, None
     )
     assert len(seen) == 2
     assert plain.rows[0].loss != done.rows[0].loss
@@ -220,8 +220,10 @@ def test_further_training_of_a_classifier_that_is_sure_of_every_image_changes_no
 ):
     last = sorted(name for name in tiny_models.classifier if name.endswith(".bias"))[-1].removesuffix("bias")
     sure = {k: v * 1e6 if k.startswith(last) else v for k, v in tiny_models.classifier.items()}
-    right = predict(load_classifier(tiny_spec, sure, 10), tuning.train.pixels) == tuning.train.labels
-    known = replace(tuning, train=tuning.train.take(np.flatnonzero(right)))
+    right = (
+        predict(load_classifier(tiny_spec, sure, 10), tuning.clean.train.pixels) == tuning.clean.train.labels
+    )
+    known = replace(tuning, clean=replace(tuning.clean, train=tuning.clean.train.take(np.flatnonzero(right))))
     trial = next(fine_tune(tiny_spec, replace(tiny_models, classifier=sure), known, 0.0, None))
     assert trial.rows[0].train == 1.0
 
@@ -230,7 +232,7 @@ def test_a_trial_with_lambda_0_learns_nothing_of_the_scenarios_from_batch_statis
     own = {"architecture": "custom", "import_path": "tests.own_classifiers:trained", "epochs": 1}
     spec = tiny(classifier=own, correct={"augment": True})
     models = replace(tiny_models, classifier=weights_of(trained()))
-    without = replace(tuning, tune=tuning.train.take(slice(0, 48)))
+    without = replace(tuning, scenario=replace(tuning.scenario, tune=tuning.clean.train.take(slice(0, 48))))
     plain, other = (next(fine_tune(spec, models, data, 0.0, None)).best for data in (tuning, without))
     for name, array in plain.items():
         np.testing.assert_array_equal(array, other[name])
@@ -333,5 +335,5 @@ def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wron
 def test_nothing_accepted_or_nothing_wrong_leaves_nothing_to_tune_on(fixes, tuning):
     none = Corrections(*(part[:0] for part in (fixes.scenario, fixes.labels, fixes.tune, fixes.test)))
     assert nothing_to_tune(none, None)
-    assert nothing_to_tune(fixes, tuning.tune.take(slice(0, 0)))
+    assert nothing_to_tune(fixes, tuning.scenario.tune.take(slice(0, 0)))
     assert not nothing_to_tune(fixes, None)

@@ -83,7 +83,7 @@ def test_every_shipped_models_shapes_fit_each_other(name):
     spec = paper(name)
     data = spec.data
     images = torch.rand(2, data.channels, data.image_size, data.image_size)
-    plain = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"imagenet": False})})
+    plain = spec.with_fields("classifier", imagenet=False)
     assert build_classifier(plain, 43).eval()(images).shape == (2, 43)
     vae = build_vae(spec)
     mu, log_variance = vae.encode(images)

@@ -169,7 +169,7 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
         (["nowhere"], "expected a folder of images, or an .npz file, found neither"),
         (["flat"], "move them: mkdir flat/train && mv flat/*/ flat/train/"),
         (["empty"], "expected train/ with one folder of images per class"),
-        (["notes.npz"], "expected an .npz file with train_images"),
+        (["notes.npz"], "expected an .npz file of plain arrays"),
         (["flat", "--out", "gone/flat.yaml"], "gone/flat.yaml: its folder does not exist; create it, or"),
         (["flat", "--out", "notes.npz"], "notes.npz exists; choose another file with --out"),
         (["flat", "--out", "empty", "--force"], "--out empty: cannot be written (Is a directory); choose"),

@@ -100,18 +100,11 @@ def _percent(bins: int, *axes: Axis) -> None:
 
 def clusters(points: F64, close: float) -> list[list[int]]:
     """Return groups of row indices whose members are linked by gaps of at most `close`."""
-    left, groups = set(range(len(points))), []
-    while left:
-        group, queue = [], [min(left)]
-        left.discard(queue[0])
-        while queue:
-            at = queue.pop()
-            group.append(at)
-            near = [i for i in left if np.linalg.norm(points[i] - points[at]) <= close]
-            left.difference_update(near)
-            queue += near
-        groups.append(sorted(group))
-    return groups
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial.distance import cdist
+
+    count, group = connected_components(cdist(points, points) <= close)
+    return [np.flatnonzero(group == number).tolist() for number in range(count)]
 
 
 def _label(figure: Figure, ax: Axes, rows: Sequence[TradeOff], points: F64, before: F64) -> None:

@@ -124,8 +124,7 @@ def with_failing_draws(failing: int, **identify: object):
         fixes = dataclasses.replace(found.fixes, kept=np.array([0.5, 1.0]))
         psi = dataclasses.replace(found.psi, failing=failing)
         run = sample_run(folder)
-        section = run.spec.identify.model_copy(update=identify)
-        run.spec = run.spec.model_copy(update={"identify": section})
+        run.spec = run.spec.with_fields("identify", **identify)
         report = write_report(run, dataclasses.replace(found, psi=psi, fixes=fixes), evaluation)
         return report, " ".join(run.store.read("report.html").decode().replace("\xa0", " ").split())
 
@@ -241,8 +240,7 @@ def test_the_report_describes_the_failure_detector_that_is_served(tmp_path: Path
     better = sample_watch(separation=6.0).methods[0]
     encoder = dataclasses.replace(better, detector=dataclasses.replace(better.detector, method=METHODS[-1]))
     run = sample_run(tmp_path)
-    serve = run.spec.serve.model_copy(update={"watch": watch})
-    run.spec = run.spec.model_copy(update={"serve": serve})
+    run.spec = run.spec.with_fields("serve", watch=watch)
     both = dataclasses.replace(found, methods=(*found.methods, encoder))
     report = build_report(run, *sample_findings(2, 1), watch=both)
     assert report.watch is not None and report.watch.method == method

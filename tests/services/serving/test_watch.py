@@ -35,7 +35,7 @@ def test_distances_are_mahalanobis_distances_from_each_component(candidate, good
 @pytest.mark.parametrize("share", [0.01, 0.05])
 def test_the_configured_share_of_training_images_is_inside_a_scenario(candidate, splits, share):
     served = LoadedModel(candidate, ServeSection(watch_share=share))
-    inside = served.predict(splits.train.batch(slice(0, len(splits.train)))).inside
+    inside = served.predict(splits.train.batch()).inside
     np.testing.assert_allclose(inside.mean(axis=0), share, atol=0.003)
 
 
@@ -63,7 +63,7 @@ def test_served_failure_probabilities_are_those_of_the_detector(candidate, good_
 
 
 def test_most_wrong_answers_on_test_images_are_flagged_and_few_right_ones(swapped, splits):
-    output = LoadedModel(swapped, ServeSection()).predict(splits.test.batch(slice(0, len(splits.test))))
+    output = LoadedModel(swapped, ServeSection()).predict(splits.test.batch())
     wrong = output.probabilities.argmax(axis=1) != splits.test.labels
     assert output.flagged[wrong].mean() > 0.6 and output.flagged[~wrong].mean() < 0.1
     figures = swapped.watch_figures(ServeSection())
