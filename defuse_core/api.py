@@ -41,7 +41,11 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 log = logging.getLogger("defuse")
 CLASSIFIER, IMAGES = "inputs/classifier.pt2", "inputs/images.npz"  # keys within the run
 PROBE_IMAGES = 8  # that two classifiers are compared on
-BROUGHT = ("weights", "import_path", "timm_model")  # fields of a classifier that is not trained by the run
+PRETRAINED_FIELDS = (
+    "weights",
+    "import_path",
+    "timm_model",
+)  # fields of a classifier that is not trained by the run
 
 LabelledImages: TypeAlias = tuple[npt.ArrayLike | Tensor, npt.ArrayLike | Tensor]
 Settings: TypeAlias = Mapping[str, Any] | RunFile | str | os.PathLike[str]
@@ -103,8 +107,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         run = Run.start(opened, name, given.run_file(recorded, minutes, progress))
         _expect_annotators(run, annotators)
         started = nullcontext(LocalCompute(progress)) if compute is None else compute(run)
-        with started as place:
-            run_defuse(run, place, annotators(run, place))
+        with started as running:
+            run_defuse(run, running, annotators(run, running))
     return RunResult(run, classifier)
 
 
@@ -244,7 +248,7 @@ class _Given:
     def _planned(self, sections: dict[str, Any], minutes: float, progress: Progress) -> dict[str, Any]:
         """Return what `defuse init` writes for these images."""
         section = sections.get("classifier") or self.settings.get("classifier", {})
-        own = section if any(section.get(field) for field in BROUGHT) else None
+        own = section if any(section.get(field) for field in PRETRAINED_FIELDS) else None
         facts = inspect_data(Path(sections["data"]["root"]))
         facts = replace(facts, channels=sections["data"]["channels"])
         plan = plan_run(facts, own, minutes, progress)

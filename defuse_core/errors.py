@@ -5,7 +5,7 @@ DefuseError
 ├── InputError               2  something given to Defuse is not usable
 │   ├── RunFileError            the run file, or a --set
 │   ├── DataError               images or labels
-│   ├── ModelError              a model that was brought: its code or its weights
+│   ├── ModelError              a model given by the user: its code or its weights
 │   ├── VaeHealthError          the β-VAE draws images that are of no use (vae.accept)
 │   └── RunMismatchError        the run file no longer matches the run it names
 ├── LabelsPending            3  people have not answered yet; the same command later goes on

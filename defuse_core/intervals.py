@@ -41,9 +41,9 @@ def mean_with_bounds(means: F64, pooled: F64) -> F64:
     return np.array([means.mean(), max(0.0, low), min(1.0, high)])
 
 
-def wilson_lower(hits: I64, total: I64, confidence: float = 0.95) -> F64:
-    """Return the one-sided lower bound of Wilson's of the shares hits/total."""
-    return wilson(hits, total, 2 * confidence - 1)[0]
+def wilson_lower(hits: I64, total: I64) -> F64:
+    """Return Wilson's one-sided lower bound, of 95 %, of the shares hits/total."""
+    return wilson(hits, total, 2 * 0.95 - 1)[0]  # 5 % on either side
 
 
 def chi2_quantile(share: float | F64, dimensions: int) -> F64:

@@ -26,7 +26,7 @@ from defuse_core.correct import reviewed_failures
 from defuse_core.distill.components import distill
 from defuse_core.distill.psi import SAMPLE_CODES
 from defuse_core.distill.sharded import distill_all
-from defuse_core.errors import InputError, StoreError
+from defuse_core.errors import StoreError
 from defuse_core.evaluation.controls import Controls, fold_spec, folds, plain_spec, without_fold
 from defuse_core.evaluation.evaluate import Findings, evaluate
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
@@ -253,23 +253,16 @@ def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, Fail
     Raises InputError where the run is not finished.
     """
     found = Findings(
-        with_measured_health(run, _made(run, Models)),
-        _made(run, Psi),
-        _made(run, Scenarios),
-        _made(run, Gallery),
-        _made(run, Votes),
-        _made(run, Verdicts),
-        _made(run, Corrections),
-        _made(run, Sweep, "baseline"),
-        _made(run, Sweep),
+        with_measured_health(run, run.require(Models)),
+        run.require(Psi),
+        run.require(Scenarios),
+        run.require(Gallery),
+        run.require(Votes),
+        run.require(Verdicts),
+        run.require(Corrections),
+        run.require(Sweep, "baseline"),
+        run.require(Sweep),
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    return found, _made(run, Evaluation), run.load(Evidence), run.load(FailureWatch)
-
-
-def _made(run: Run, kind: type[T], key: str | None = None) -> T:
-    artefact = run.load(kind, key)
-    if artefact is None:
-        raise InputError(f"run {run.name} is not finished; `defuse status {run.name}` shows how far it is")
-    return artefact
+    return found, run.require(Evaluation), run.load(Evidence), run.load(FailureWatch)

@@ -66,7 +66,7 @@ class RunResult:
     """
 
     def __init__(self, run: Run, classifier: nn.Module | None = None) -> None:
-        """`classifier` is the one that was brought, if it is in memory; `corrected` returns a copy of it."""
+        """`classifier` is the one given by the user, if it is in memory; `corrected` returns a copy of it."""
         self.run, self._classifier = run, classifier
 
     @cached_property

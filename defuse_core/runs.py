@@ -29,7 +29,7 @@ from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
-REWRITE = "delete it and run again with the run file that this run was started with"
+REMEDY = "delete it and run again with the run file that this run was started with"
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = (
     "moreimages",
@@ -46,11 +46,11 @@ FROM_VERDICTS = (
 )
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("sweep") :]
 CONTROL_TRIALS = ("trials/plain/", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
-WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file brought
+WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
 
 
 def _weights_digests(spec: RunFile) -> dict[str, str]:
-    """Return the SHA-256 of the files of weights that the run file brings, of those that are there."""
+    """Return the SHA-256 of the files of weights that the run file names, of those that exist."""
     digests = {}
     for name, section in model_sections(spec).items():
         with contextlib.suppress(OSError):  # the code that reads the weights raises it
@@ -77,16 +77,16 @@ class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
 
 
 # section -> what runs did that began before these fields existed; review.failing: rho alone
-FORMER_DEFAULTS = {
+LEGACY_DEFAULTS = {
     "review": {"failing": 0.0},
     "correct": {"widen": 1.0, "schedule": "constant", "augment": False},
 }
 
 
-def _as_begun(tree: dict[str, Any]) -> dict[str, Any]:
+def _with_legacy_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a recorded run file with what it did where it lacks fields that later versions added."""
     return tree | {
-        name: did | tree[name] for name, did in FORMER_DEFAULTS.items() if isinstance(tree.get(name), dict)
+        name: did | tree[name] for name, did in LEGACY_DEFAULTS.items() if isinstance(tree.get(name), dict)
     }
 
 
@@ -104,7 +104,7 @@ class Run:
 
         Raises RunMismatchError if its run file was another one in a field that changes results; a run that has made
         nothing yet takes the new one, and so does every run where no result changes. Weights that the run file
-        brings are known by what is in their files.
+        names are known by what is in their files.
         """
         run = cls(store, name, spec, until)
         if run.store.create("run.yaml", dump_run_file(spec).encode()):
@@ -121,12 +121,12 @@ class Run:
                 f"run {name}: {changed}; choose another --name, or undo the change to resume"
             )
         elif added:
-            run._forget_sweep(added)
+            run._delete_sweep(added)
         if added or recorded != spec:
             run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
 
-    def _forget_sweep(self, added: tuple[float, ...]) -> None:
+    def _delete_sweep(self, added: tuple[float, ...]) -> None:
         """Delete what follows from the sweep. Its trials stay, so that only those of the added λ are run.
 
         The baseline's sweep stays as it is.
@@ -163,10 +163,10 @@ class Run:
         try:
             tree = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: 2023-02-30
-            raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REWRITE}") from error
+            raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REMEDY}") from error
         if not isinstance(tree, dict):
-            raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REWRITE}")
-        return cls(store, name, parse_run_file(_as_begun(tree), f"{name}/run.yaml"))
+            raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REMEDY}")
+        return cls(store, name, parse_run_file(_with_legacy_defaults(tree), f"{name}/run.yaml"))
 
     def once(self, step: str, kind: type[T], make: Callable[[], T], key: str | None = None) -> T:
         """Return the artefact of `kind`: the one stored, or else what `make` returns, stored first.
@@ -179,13 +179,13 @@ class Run:
         stored = self.load(kind, key)
         if stored is not None:
             return stored
-        self.manifest()  # a damaged one is said before the work, not after it
+        self.manifest()  # a damaged one is reported before the work, not after it
         started = time.time()
         artefact = make()
         data = encode(artefact)
         readable = decode(kind, data, key)  # else no later command could read it
         # the manifest first, so that no artefact is ever without its entry
-        self._note(step, key, started, data, _of_the_whole_run(artefact))
+        self._note(step, key, started, data, _manifest_fields(artefact))
         self.store.write(f"{key}.safetensors", data)
         log.info("%s: %s made in %.1f s", step, key, time.time() - started)
         for listener in self.listeners:
@@ -200,6 +200,15 @@ class Run:
         except FileNotFoundError:
             return None
         return decode(kind, data, f"{self.store.address}/{name}")
+
+    def require(self, kind: type[T], key: str | None = None) -> T:
+        """Return the stored artefact of `kind`. Raises InputError where it has not been made yet."""
+        artefact = self.load(kind, key)
+        if artefact is None:
+            raise InputError(
+                f"run {self.name} is not finished; `defuse status {self.name}` shows how far it is"
+            )
+        return artefact
 
     def manifest(self) -> dict[str, Any]:
         """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size."""
@@ -224,14 +233,18 @@ class Run:
     def _note(self, step: str, key: str, started: float, data: bytes, origin: dict[str, str]) -> None:
         manifest = self.manifest() | origin
         seconds = time.time() - started
-        made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started + seconds))
-        entry = {"step": step, "made": made, "seconds": round(seconds, 3), "bytes": len(data)}
+        entry = {"step": step, "made": utc_now(), "seconds": round(seconds, 3), "bytes": len(data)}
         manifest["artefacts"][key] = entry
         manifest["versions"] = versions()
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
 
 
-def _of_the_whole_run(artefact: object) -> dict[str, str]:
+def utc_now() -> str:
+    """Return the time as in manifests, candidates and the registry: 2026-01-31T12:00:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _manifest_fields(artefact: object) -> dict[str, str]:
     """Return what the manifest says beside its entries, as soon as this artefact is made."""
     if isinstance(artefact, Models):
         return {"device": artefact.device, "data_fingerprint": artefact.data_fingerprint}

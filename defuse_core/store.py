@@ -175,7 +175,7 @@ class FolderStore:
                     handle, f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(3)})"
                 )
             try:
-                self._sweep()
+                self._remove_unfinished()
                 yield
             finally:
                 with contextlib.suppress(RunBusyError, OSError):
@@ -255,7 +255,7 @@ class FolderStore:
             f"{folder}: {self.holders[folder]} held this run and no longer does; {holder or 'nobody'} does now"
         )
 
-    def _sweep(self) -> None:
+    def _remove_unfinished(self) -> None:
         """Remove what writers that were killed left behind; a living one writes its file in seconds."""
         found = (Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names)
         for path in (path for path in found if path.match(f".*{UNFINISHED}")):

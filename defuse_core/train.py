@@ -134,7 +134,7 @@ def train_part(
     spec: RunFile,
     store: Store,
     part: Literal["classifier", "vae"],
-    references: ReferenceSet | None = None,
+    references: ReferenceSet | None,
     *,
     progress: Progress,
 ) -> None:

@@ -27,7 +27,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
-        for key, _ in node.value:  # before `<<` is resolved: what it brings along may be written once more
+        for key, _ in node.value:  # before `<<` is resolved: keys merged by `<<` may be repeated
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
                 raise MarkedYAMLError(problem=f"{key.value!r} a second time", problem_mark=key.start_mark)
             seen.add((key.tag, str(key.value)))

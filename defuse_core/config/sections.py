@@ -353,7 +353,7 @@ class CorrectSection(Section):
     schedule: Schedule = "one_cycle"
     """one_cycle: as vae.schedule, over all epochs; the last epoch is the one to choose. Paper: constant."""
     augment: bool = True
-    """Rotate, slant, scale and shift every image of D and D_f a little, anew in each step. Paper: false."""
+    """Rotate, slant, scale and shift every image of D and D_f a little, newly drawn in each step. Paper: false."""
     tune_images: int = Field(256, ge=1)
     """Images per scenario to tune on. Paper: 256."""
     test_images: int = Field(256, ge=1)

@@ -102,7 +102,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in BY_THE_SYSTEM
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def _raise(error: OSError) -> None:
@@ -110,7 +110,7 @@ def _raise(error: OSError) -> None:
 
 
 log = logging.getLogger("defuse")
-NAMED = 5  # classes that a warning names
+MAX_NAMED_CLASSES = 5  # classes that a warning names
 OTHER_NAMES = {  # of parts, in other tools
     "val": "validation",
     "valid": "validation",
@@ -119,7 +119,7 @@ OTHER_NAMES = {  # of parts, in other tools
     "testing": "test",
     "eval": "test",
 }
-BY_THE_SYSTEM = ("thumbs.db", "desktop.ini")  # files that Windows writes into folders of pictures
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # files that Windows writes into folders of pictures
 
 
 def log_parts(data: DataSection, splits: Splits) -> None:
@@ -133,7 +133,7 @@ def log_parts(data: DataSection, splits: Splits) -> None:
             "data.train_images",
             len(absent),
             len(splits.classes),
-            ", ".join(absent if len(absent) <= NAMED else [*absent[:NAMED], "..."]),
+            ", ".join(absent if len(absent) <= MAX_NAMED_CLASSES else [*absent[:MAX_NAMED_CLASSES], "..."]),
         )
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root):
@@ -149,7 +149,7 @@ def overlooked(root: Path) -> list[str]:
             lines.append(f"{entry.name}/ is not read; rename it to {wanted}/ to use its images")
         elif wanted and entry.is_dir():
             lines.append(f"{entry.name}/ is not read, {wanted}/ is")
-    ignored = [path for path in root.glob("*/*/*") if path.name.lower() in BY_THE_SYSTEM]
+    ignored = [path for path in root.glob("*/*/*") if path.name.lower() in SYSTEM_FILES]
     if ignored:
         lines.append(f"{len(ignored)} files such as {ignored[0].relative_to(root)} are ignored")
     return lines

@@ -75,14 +75,14 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
     splits = on_disk.loaded("validation", "test")  # scored again and again; few training images are looked at
     classes = len(found.models.classes)
     before = found.models.classifier
-    trio = (before, found.baseline.weights, found.sweep.weights or before)
+    all_weights = (before, found.baseline.weights, found.sweep.weights or before)
     with cpu_threads(spec.resources.train_threads):
         held_out = held_out_images(load_vae(spec, found.models.vae), found.fixes)
         scores = []
-        for done, weights in enumerate(trio):
-            progress("scoring the classifiers", done, len(trio), "classifiers")
+        for done, weights in enumerate(all_weights):
+            progress("scoring the classifiers", done, len(all_weights), "classifiers")
             scores.append(_score(spec, weights, splits, held_out, found))
-        corrected = load_classifier(spec, trio[-1], classes)
+        corrected = load_classifier(spec, all_weights[-1], classes)
         after = predict(corrected, found.gallery.images.reshape(-1, *found.gallery.images.shape[2:]))
         progress("drawing the latent space", 0, 1, "pictures")
         points, kind, component = latent_map(spec, found, splits.train, store)

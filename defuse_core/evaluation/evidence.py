@@ -160,9 +160,9 @@ class _Evidence:
         self.progress("asking the judges", 0, 4, "figures")
         answers = [_answers(net, self.held_out) for net in self.classifiers]
         right = np.stack([_hits(each, self.own) for each in answers])  # (B, A·n)
-        taught = np.repeat(fixes.labels, per_scenario)
-        one = [_hits(each, taught) for each in answers]
-        shows = np.where(self.own == NONE_OF_THE_ABOVE, np.nan, self.own == taught)
+        scenario_labels = np.repeat(fixes.labels, per_scenario)
+        one = [_hits(each, scenario_labels) for each in answers]
+        shows = np.where(self.own == NONE_OF_THE_ABOVE, np.nan, self.own == scenario_labels)
         self.progress("asking the judges", 1, 4, "figures")
         fold_right = self._fold_right(per_scenario)
         wider = self._wider()

@@ -17,7 +17,6 @@ import io
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -42,11 +41,9 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.progress import Progress
+from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities
-
-if TYPE_CHECKING:
-    from defuse_core.runs import Run
 
 log = logging.getLogger("defuse")
 REFERENCES = "reference models"  # Health.judged_by

@@ -26,6 +26,7 @@ from defuse_core.models.adapters import as_logits, to_range
 from defuse_core.models.programs import SOURCE
 from defuse_core.runs import Run
 
+SUFFIXES = (".safetensors", ".pt2", ".onnx")
 COMPARED_IMAGES = 1000
 BATCH = 100
 TOLERANCE = 1e-3  # of the largest logit: other kernels add in another order
@@ -51,9 +52,8 @@ def export_model(run: Run, path: Path) -> ExportedModel:
     images in [0, 1] to logits, for batches of any size. Raises InputError where the run has no corrected classifier
     or `path` cannot be written, ModelError where the file's answers differ.
     """
-    writers = {".safetensors": _write_safetensors, ".pt2": _write_program, ".onnx": _write_onnx}
-    if path.suffix not in writers:
-        raise InputError(f"--to {path}: expected a file that ends in {', '.join(writers)}")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"--to {path}: expected a file that ends in {', '.join(SUFFIXES)}")
     models, classifier = corrected_classifier(run)
     section, example = run.spec.classifier, _example(run)
     with writing("--to", path):
@@ -61,8 +61,10 @@ def export_model(run: Run, path: Path) -> ExportedModel:
     with _failure_named(path):
         if path.suffix == ".safetensors":
             answer = _write_safetensors(run, models, classifier, path)
+        elif path.suffix == ".pt2":
+            answer = _write_program(ClassifierForExport(classifier, section), example, path)
         else:
-            answer = writers[path.suffix](Exported(classifier, section), example, path)  # type: ignore[operator]
+            answer = _write_onnx(ClassifierForExport(classifier, section), example, path)
     images, source = compared_images(run, models)
     return _compared(path, classifier, answer, images, source)
 
@@ -93,7 +95,7 @@ def _on_cpu(module: nn.Module) -> nn.Module:
     return moved.eval()
 
 
-class Exported(nn.Module):
+class ClassifierForExport(nn.Module):
     """The network with what classifier.input_range, outputs and class_order say, and without the file it came from."""
 
     def __init__(self, classifier: nn.Module, section: ClassifierSection) -> None:

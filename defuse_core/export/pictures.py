@@ -76,11 +76,14 @@ class FinishedRun:
 
 def load_finished(run: Run) -> FinishedRun:
     """Return what is stored of a finished run. Raises InputError for one that is not finished."""
-    models, gallery, verdicts = run.load(Models), run.load(Gallery), run.load(Verdicts)
-    fixes, sweep = run.load(Corrections), run.load(Sweep)
-    if models is None or gallery is None or verdicts is None or fixes is None or sweep is None:
-        raise InputError(f"run {run.name} is not finished; finish it with `defuse run`")
-    return FinishedRun(run.spec, models, gallery, verdicts, fixes, sweep)
+    return FinishedRun(
+        run.spec,
+        run.require(Models),
+        run.require(Gallery),
+        run.require(Verdicts),
+        run.require(Corrections),
+        run.require(Sweep),
+    )
 
 
 def export_scenarios(run: Run, folder: Path) -> int:

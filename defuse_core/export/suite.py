@@ -9,7 +9,6 @@ Nothing in it is unpickled, and it needs no run, no store and no data set.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -46,7 +45,7 @@ from defuse_core.models import (
     to_device,
 )
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.runs import Run
+from defuse_core.runs import Run, utc_now
 
 VERSION: Final = 2  # 1 had no classifier, and asked where the correction improved nothing
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
@@ -317,7 +316,7 @@ def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -
         version=VERSION,
         run=run.name,
         annotators=str(run.manifest().get("annotators", "unknown")),
-        saved=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        saved=utc_now(),
         classes=models.classes,
         image_size=run.spec.data.image_size,
         channels=run.spec.data.channels,

@@ -125,11 +125,11 @@ def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_siz
     return map_batches(lambda rows: logits(rows).softmax(1), len(source), batch_size)
 
 
-def predict_logits(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:
+def predict_logits(classifier: nn.Module, images: Images | F32) -> F32:
     """Return the classifier's logits, (n, C), of at least one image."""
     source = _as_images(images)
     logits = logits_of(classifier, source)
-    found: F32 = map_batches(lambda rows: logits(rows).float(), len(source), batch_size)
+    found: F32 = map_batches(lambda rows: logits(rows).float(), len(source), 256)
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import ReviewSection
 from defuse_core.errors import InputError, RunFileError, StoreError
 from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
-from defuse_core.runs import FROM_VERDICTS, Run
+from defuse_core.runs import FROM_VERDICTS, Run, utc_now
 from defuse_core.store import Store
 
 
@@ -313,7 +312,7 @@ def override_verdict(
     if not reason.strip():
         raise InputError("--reason: expected a sentence for the readers of the report, found none")
     index = None if label is None else class_index(label, gallery.classes)
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    when = utc_now()
     entry = Override(scenario, index, author, " ".join(reason.split()), when)
     if run.load(Verdicts) is None:
         key = _store(run, entry)

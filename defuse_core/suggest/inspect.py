@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
-from defuse_core.data.folder import NAMED, SUFFIXES
+from defuse_core.data.folder import MAX_NAMED_CLASSES, SUFFIXES
 from defuse_core.data.images import convert_picture
 from defuse_core.data.npz import image_shape, read_arrays
 from defuse_core.errors import DataError
@@ -93,7 +93,7 @@ def _few_images(splits: Splits) -> list[str]:
     ]
     if not few:
         return []
-    named = ", ".join(few[:NAMED]) + (", ..." if len(few) > NAMED else "")
+    named = ", ".join(few[:MAX_NAMED_CLASSES]) + (", ..." if len(few) > MAX_NAMED_CLASSES else "")
     return [
         f"{len(few)} of {len(counts)} classes have fewer than {FEW} training images, too few to rely on what is found "
         f"there; add images: {named}"

@@ -20,6 +20,7 @@ from defuse_core.models import accuracy, answers_from, logits_of, map_batches
 
 SAMPLE = 512  # inputs on which the error of bf16 is measured
 SAFETY = 2.0  # factor on the largest error that was seen
+BATCH = 256  # images of accuracy_as_in_f32 at once
 WORTHWHILE = 2048  # inputs from which on measuring the error pays
 
 
@@ -77,12 +78,10 @@ def answers_as_in_f32(logits: Callable[[I64], Tensor], count: int, batch_size: i
     return found
 
 
-def accuracy_as_in_f32(
-    classifier: nn.Module, images: Images, arithmetic: Arithmetic, batch_size: int = 256
-) -> float:
+def accuracy_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithmetic) -> float:
     """Return the share of images that the classifier gets right, nan for no images: the figure of f32, in either."""
     if arithmetic == "f32" or len(images) < WORTHWHILE:
         return accuracy(classifier, images)
     logits = logits_of(classifier, images)
-    found = answers_as_in_f32(logits, len(images), batch_size, margin_bound(logits, len(images)))
+    found = answers_as_in_f32(logits, len(images), BATCH, margin_bound(logits, len(images)))
     return float((found == images.labels).mean())

@@ -210,7 +210,10 @@ def open_traffic_review(store: Store, run: Run) -> Run:
     if known and known[-1].load(Votes) is None:
         return known[-1]
     shown = {
-        image.tobytes() for review in known for scenario in _gallery(review).images for image in scenario
+        image.tobytes()
+        for review in known
+        for scenario in review.require(Gallery).images
+        for image in scenario
     }
     traffic, wanted = read_traffic(store, run.name, run.load(Gallery)), run.spec.review.images
     gallery = traffic.without(shown).gallery(wanted)
@@ -239,9 +242,3 @@ def store_traffic_verdicts(review: Run, status: ReviewStatus, state: ProjectStat
     votes = review.once("review", Votes, lambda: status.final_votes(state))
     gallery = status.tasks.gallery
     return review.once("review", Verdicts, lambda: decide_verdicts(gallery, votes, review.spec.review.rho))
-
-
-def _gallery(review: Run) -> Gallery:
-    gallery = review.load(Gallery)
-    assert gallery is not None  # traffic_reviews lists no others
-    return gallery

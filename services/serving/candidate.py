@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,7 @@ from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.progress import Progress, silent
 from defuse_core.review.verdicts import most_common_errors, why_inconclusive
-from defuse_core.runs import Run
+from defuse_core.runs import Run, utc_now
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
@@ -272,8 +271,3 @@ def _summary(artifacts: _RunArtifacts, report: CandidateReport) -> CorrectionSum
         annotators=artifacts.votes.answered_by,
         made=utc_now(),
     )
-
-
-def utc_now() -> str:
-    """Return the time in the notation of candidates and of the registry: 2026-01-31T12:00:00Z."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from defuse_core.codec import decode, encode
 from defuse_core.errors import CheckFailed, DefuseError, InputError, StoreError
+from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from defuse_core.watch.figures import WatchFigures
-from services.serving.candidate import Candidate, utc_now
+from services.serving.candidate import Candidate
 
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}

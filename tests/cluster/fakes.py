@@ -227,7 +227,7 @@ def train_part_dying_once(
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train_part(spec, store, part, progress=progress if is_first_worker() else deadly)
+    train_part(spec, store, part, None, progress=progress if is_first_worker() else deadly)
 
 
 def load_numbers(tally: Path, number: int) -> I64:

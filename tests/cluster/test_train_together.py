@@ -38,7 +38,7 @@ def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
 ) -> None:
     """300 images in minibatches of 50: each worker computes 25."""
     spec, here, there = together(), FolderStore(tmp_path / "one"), FolderStore(tmp_path / "two")
-    train_part(spec, here, "vae", progress=silent)
+    train_part(spec, here, "vae", None, progress=silent)
     with RayCompute(None, spec) as compute:
         compute.together("train", train_part_dying_once, spec, there, "vae", tmp_path / "killed")
     assert (tmp_path / "killed").exists()
@@ -52,7 +52,7 @@ def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
     for name, weights in one.weights.items():
         np.testing.assert_allclose(two.weights[name], weights, atol=TOLERANCE, err_msg=name)
     start = tiny(vae={"epochs": 1, "class_weight": 2.0, "batch_size": 50})
-    train_part(start, FolderStore(tmp_path / "start"), "vae", progress=silent)
+    train_part(start, FolderStore(tmp_path / "start"), "vae", None, progress=silent)
     moved = checkpoint(FolderStore(tmp_path / "start"), "vae").weights
     assert max(np.abs(moved[name] - one.weights[name]).max() for name in moved) > 20 * TOLERANCE
 
