@@ -88,11 +88,13 @@ def load_fine_tuning_data(
 def load_clean_images(spec: RunFile, models: Models, left_out: I64, *, progress: Progress) -> Splits:
     """Return the data set in memory, with the training images that correct.train_images asks for.
 
-    D has no training image of `left_out`, at which only held-out scenario images are anchored.
+    D has no training image of `left_out`, at which only held-out scenario images are anchored, nor one of their tracks.
     """
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
+    if train.tracks is not None:
+        left_out = np.flatnonzero(np.isin(train.tracks, train.tracks[left_out])).astype(np.int64)
     if wanted is not None and wanted < len(train):
         rows = np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False))
         train, left_out = train.take(rows), np.flatnonzero(np.isin(rows, left_out)).astype(np.int64)

@@ -73,8 +73,9 @@ class DataSection(Section):
     train_images: int | None = Field(None, ge=1)
     """Use only so many training images, drawn by seed (whole tracks of the signs). Paper: all."""
     validation_share: float = Field(0.0, ge=0, lt=1)
-    """Share of the training images held out for validation where the data set has no validation part of its own
-    (all but signs and svhn, whose test sets are halved in any case). Paper: 0 for MNIST."""
+    """Share of the training images held out for validation where the data set has no validation part of its own. signs
+    and svhn: 0 halves the official test set into validation and test (the halves of the signs show the same physical
+    signs); signs with a share hold out whole training tracks, and the test part is the official one. Paper: 0."""
 
 
 class ClassifierSection(Section):

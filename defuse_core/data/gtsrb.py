@@ -10,7 +10,7 @@ import numpy as np
 
 from defuse_core.config import DataSection
 from defuse_core.data.images import Images, PictureFiles, Splits, data_root, expect_labels, reading
-from defuse_core.data.splits import halves, sample_tracks
+from defuse_core.data.splits import halves, sample_tracks, with_validation
 from defuse_core.errors import DataError
 
 LAYOUT = "the signs as gtsrb/GTSRB/Training, gtsrb/GTSRB/Final_Test/Images and gtsrb/GT-final_test.csv"
@@ -65,16 +65,21 @@ SIGNS = (  # Figure 25
 def open_signs(data: DataSection, seed: int) -> Splits:
     """Return the German signs; the random halves of the official test set are validation and test (Appendix B.3).
 
-    Training images are tracks of frames of one sign, so data.train_images takes whole tracks.
+    These halves show the same physical signs. With data.validation_share, validation is that share of the training
+    tracks (frames of one sign) in place of the first half, and the whole official test set is the test part.
+    data.train_images takes whole tracks, too.
     """
     base = _base(data)
     files = sorted((base / "GTSRB" / "Training").glob("*/*.ppm"))
     train = _pictures(files, [_class_of(file) for file in files], data, base)
-    names, tracks = np.unique([track_of(file) for file in files], return_inverse=True)
-    train = replace(train, tracks=tracks.astype(np.int64))
-    train = sample_tracks(train, names[tracks].tolist(), data.train_images, seed)
-    validation, test = halves(_official_test(base, data), seed)
-    return Splits(train, validation, test, SIGNS)
+    _, tracks = np.unique([track_of(file) for file in files], return_inverse=True)
+    train, validation = with_validation(
+        replace(train, tracks=tracks.astype(np.int64)), data.validation_share, seed
+    )
+    test = _official_test(base, data)
+    if validation is None:
+        validation, test = halves(test, seed)
+    return Splits(sample_tracks(train, data.train_images, seed), validation, test, SIGNS)
 
 
 def track_of(file: Path) -> str:

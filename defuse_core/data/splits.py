@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from defuse_core.artifacts import I64
@@ -28,7 +26,15 @@ def random_rows(count: int, most: int, rng: np.random.Generator) -> I64:
 
 
 def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Images, Images]:
-    """Return (kept, held): `share` of each class is held out. DataError if either is empty."""
+    """Return (kept, held): `share` of each class, or of its tracks, is held out. DataError if either is empty."""
+    if images.tracks is not None:
+        held, kept = split_tracks(images, share, rng)
+        if not (len(held) and len(kept)):
+            raise DataError(
+                f"data.validation_share: {share} of {len(np.unique(images.tracks))} tracks leaves a part empty; "
+                "add images or change the share"
+            )
+        return images.take(kept), images.take(held)
     count = round(share * len(images))
     if not 0 < count < len(images):
         raise DataError(
@@ -78,15 +84,12 @@ def sample(train: Images, limit: int | None, seed: int) -> Images:
     return train.take(np.sort(mixed_order(train.labels, generator(seed, "split", "sample"))[:limit]))
 
 
-def sample_tracks(train: Images, tracks: Sequence[str], limit: int | None, seed: int) -> Images:
-    """Return at most `limit` training images in whole tracks, but at least one track.
-
-    `tracks` names the track of each image: frames of one sign, which stay together.
-    """
+def sample_tracks(train: Images, limit: int | None, seed: int) -> Images:
+    """Return at most `limit` training images in whole tracks (frames of one sign), but at least one track."""
     if limit is None or limit >= len(train):
         return train
     _, first, track, frames = np.unique(
-        np.array(tracks), return_index=True, return_inverse=True, return_counts=True
+        train.tracks, return_index=True, return_inverse=True, return_counts=True
     )
     order = mixed_order(train.labels[first], generator(seed, "split", "sample"))
     fitting = max(1, int(np.searchsorted(np.cumsum(frames[order]), limit, side="right")))

@@ -184,7 +184,8 @@ def wide_draws(
 def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:
     """Return FAILURES_KEPT of the failures of each component, from as many images as there are, up to IMAGES_KEPT.
 
-    They are drawn by seed, and each image gives as many as the others where it has so many.
+    They are drawn by seed, and each image gives as many as the others where it has so many. Images of one track are
+    held out together, since they show the same object.
     """
     chosen = [
         own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
@@ -195,18 +196,21 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
     pixels = train.take(used).pixels[:]
     codes = np.stack([own.codes for own in chosen])
     anchor = anchor.reshape(sources.shape).astype(np.int64)
-    held_out = held_out_half(anchor, len(used), generator(seed, "distill", "held out"))
+    units = used if train.tracks is None else train.tracks[used]
+    names, unit = np.unique(units, return_inverse=True)
+    held_out = held_out_half(unit[anchor], len(names), generator(seed, "distill", "held out"))[unit]
     return ComponentFailures(codes, anchor, Anchors(pixels, used, held_out))
 
 
-def held_out_half(anchor: I64, images: int, rng: np.random.Generator) -> Bool:
-    """Return which images held-out draws are anchored at, (images,): about half of those of each row of `anchor`.
+def held_out_half(used: I64, units: int, rng: np.random.Generator) -> Bool:
+    """Return which units (images, or tracks of them) held-out draws are anchored at, (units,).
 
-    An image is in the same half for all components that it belongs to, so that none is tuned on by one and held out by
-    another, unless a component has no image in one of the halves. Components of few images choose first.
+    They are about half of those that each component uses, a row of `used` (S, L). A unit is in the same half for all
+    components, so that none is tuned on by one and held out by another, unless a component has no unit in one of the
+    halves. Components of few units choose first.
     """
-    held, free = np.zeros(images, np.bool_), np.ones(images, np.bool_)
-    for own in sorted(map(np.unique, anchor), key=len):
+    held, free = np.zeros(units, np.bool_), np.ones(units, np.bool_)
+    for own in sorted(map(np.unique, used), key=len):
         missing = max(0, len(own) // 2 - int(held[own].sum()))
         held[rng.permutation(own[free[own]])[:missing]] = True
         free[own] = False

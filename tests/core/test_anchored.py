@@ -162,6 +162,20 @@ def test_an_image_of_two_components_is_held_out_by_both_or_by_none():
     np.testing.assert_array_equal(shared.take(np.array([1])).anchors.held_out, shared.anchors.held_out[1:])
 
 
+def test_images_of_one_track_are_held_out_together():
+    failures = [
+        Failures(np.zeros((20, 3), np.float32), np.arange(first, first + 20), *np.zeros((2, 20), np.int64))
+        for first in (0, 10)
+    ]
+    tracks = np.repeat(np.arange(10), 3)
+    train = Images(np.zeros((30, 1, 4, 4), np.uint8), np.zeros(30, np.int64), tracks)
+    anchors = component_failures(failures, train, seed=0).anchors
+    held_out = anchors.held_out
+    for track in range(10):
+        assert len(set(held_out[tracks[anchors.source] == track])) == 1
+    assert {int(held_out[:20].sum()), int(held_out[10:].sum())} <= set(range(6, 15))
+
+
 def test_a_component_of_a_single_image_is_drawn_at_that_image_alone():
     spec, scenarios = tiny(), one_component(images=1)
     for held_out in (False, True):

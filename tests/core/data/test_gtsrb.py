@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from data_samples import SIZE, error_of, noise, save_picture, section
 
+from defuse_core.correct import load_clean_images
 from defuse_core.data import PictureFiles, open_splits
 from defuse_core.data.gtsrb import SIGNS
+from defuse_core.progress import silent
+from tests.conftest import tiny
 
 
 def write_signs(root: Path, tracks: dict[int, int], frames: int = 3, test: int = 7) -> Path:
@@ -75,6 +80,28 @@ def test_signs_know_their_track_which_no_other_class_shares(tmp_path: Path):
     some = train.take(slice(1, 3)).loaded()
     assert some.tracks is not None
     assert some.tracks.tolist() == [0, 1]
+
+
+def test_validation_is_held_out_of_the_training_tracks_where_a_share_is_asked_for(tmp_path: Path):
+    root = write_signs(tmp_path, {0: 6, 4: 6}, frames=3)
+    train = open_splits(section("signs", root), 0).train
+    splits = open_splits(section("signs", root, validation_share=0.34), 0)
+    assert splits.counts() == {"train": 24, "validation": 12, "test": 7}
+    assert not set(splits.train.tracks) & set(splits.validation.tracks)
+    assert sorted([*splits.train.tracks, *splits.validation.tracks]) == train.tracks.tolist()
+    assert np.bincount(splits.validation.labels).tolist() == [6, 0, 0, 0, 6]
+    some = open_splits(section("signs", root, validation_share=0.34, train_images=10), 0)
+    assert some.counts() == {"train": 9, "validation": 12, "test": 7}
+    assert "validation_share: 0.01 of 12 tracks" in error_of(section("signs", root, validation_share=0.01))
+
+
+def test_no_image_of_a_track_with_held_out_pictures_is_fine_tuned_on(tmp_path: Path):
+    data = section("signs", write_signs(tmp_path, {0: 3, 4: 2}, frames=3))
+    splits = open_splits(data, 0)
+    spec = tiny(data=data.model_dump())
+    models: Any = SimpleNamespace(data_fingerprint=splits.fingerprint())
+    clean = load_clean_images(spec, models, np.array([4, 13]), progress=silent)
+    assert clean.train.tracks.tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 3]
 
 
 def test_signs_stay_on_disk_until_they_are_loaded(tmp_path: Path):

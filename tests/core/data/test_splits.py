@@ -43,8 +43,8 @@ def test_a_track_is_sampled_whole_or_not_at_all(lengths: list[int], limit: int, 
     tracks = np.repeat([f"{i % 3}/{i:05d}" for i in range(len(lengths))], lengths)
     count = len(tracks)
     labels = np.repeat(np.arange(len(lengths)) % 3, lengths)
-    images = Images(numbered(count).pixels, labels)
-    taken = np.array(ids(sample_tracks(images, tracks.tolist(), limit, seed)))
+    images = Images(numbered(count).pixels, labels, np.unique(tracks, return_inverse=True)[1])
+    taken = np.array(ids(sample_tracks(images, limit, seed)))
     left = np.setdiff1d(np.arange(count), taken)
     assert not set(tracks[taken]) & set(tracks[left])
     assert len(taken) <= limit or len(set(tracks[taken])) == 1
