@@ -21,7 +21,7 @@ from defuse_core.progress import silent
 from defuse_core.protocols import Call
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.training import batches, checkpoint, measure_precision
+from defuse_core.training import batches, loop, measure_precision
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.loop import Losses
 from defuse_core.training.precision import accuracy_as_in_f32, answers_as_in_f32, autocast, margin_bound
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_is_noticed_before_the_epoch_ends():
     assert losses.mean() == (1.5, [4.0])
     losses.add(torch.tensor(torch.inf), torch.tensor(0.0))
     with pytest.raises(ModelError, match="training f diverged: its loss became inf"):
-        for _ in range(checkpoint.CHECK_LOSS_EVERY):
+        for _ in range(loop.CHECK_LOSS_EVERY):
             losses.add(torch.tensor(1.0), torch.tensor(1.0))
 
 
