@@ -103,9 +103,10 @@ def describe_scenarios(spec: RunFile, found: Findings, held_out: F32, splits: Sp
     vae = load_vae(spec, found.models.vae)
     decoded = decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real)))
     per_scenario = held_out.reshape(len(fixes.labels), -1, *held_out.shape[1:])
+    image_labels = found.verdicts.image_labels
     names = []
     for number, label, images in zip(fixes.scenario, fixes.labels, per_scenario, strict=True):
-        mistaken = most_common_error(found.gallery.predicted[number], label)
+        mistaken = most_common_error(found.gallery.predicted[number], label, image_labels[number])
         title = classes[label] if mistaken is None else f"{classes[label]} read as {classes[mistaken]}"
         words = deviation_words(images, decoded[real.labels == label])
         names.append(f"{title}: {words}" if words else title)

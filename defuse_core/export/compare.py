@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
-from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Weights
+from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Verdicts, Weights
 from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.distill.mixture import sample_covariance
@@ -48,6 +48,7 @@ class _Side:
     run: Run
     models: Models
     gallery: Gallery
+    verdicts: Verdicts
     fixes: Corrections
     pictures: F32  # (A, n, channels, H, W)
     before: nn.Module
@@ -59,7 +60,7 @@ class _Side:
 
     @cached_property
     def errors(self) -> I64:
-        return most_common_errors(self.gallery, self.fixes.scenario, self.labels)
+        return most_common_errors(self.gallery, self.verdicts, self.fixes.scenario)
 
     def mistaken_for(self, row: int) -> str:
         return self.models.classes[int(self.errors[row])]
@@ -105,7 +106,7 @@ def _load(run: Run) -> _Side:
         images = held_out_images(load_vae(run.spec, found.models.vae), fixes)
         pictures = images.batch()
         pictures = pictures.reshape(len(fixes.labels), -1, *pictures.shape[1:])
-    return _Side(run, found.models, found.gallery, fixes, pictures, *found.classifiers())
+    return _Side(run, found.models, found.gallery, found.verdicts, fixes, pictures, *found.classifiers())
 
 
 def _expect_comparable(a: Run, b: Run) -> None:

@@ -284,7 +284,7 @@ def _text(value: object) -> str:
 
 def _suite_of(run: Run) -> Suite:
     found = load_finished(run)
-    models, gallery, fixes = found.models, found.gallery, found.fixes
+    models, fixes = found.models, found.fixes
     if not len(fixes.labels):
         raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
     spec, classes = run.spec, models.classes
@@ -293,7 +293,7 @@ def _suite_of(run: Run) -> Suite:
     pixels = to_levels(floats)
     pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor)
     before, after = (_accuracies(classifier, pictures) for classifier in found.classifiers())
-    errors = most_common_errors(gallery, fixes.scenario, fixes.labels)
+    errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
     scenarios = tuple(
         SuiteScenario(
             number=int(component),

@@ -193,7 +193,9 @@ def _scenario(
     mistaken = (
         None
         if column is None
-        else most_common_error(found.gallery.predicted[number], verdicts.labels[number])
+        else most_common_error(
+            found.gallery.predicted[number], verdicts.labels[number], verdicts.image_labels[number]
+        )
     )
     return Scenario(
         number=number,
@@ -300,7 +302,7 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
     part = "test" if "test" in found.models.accuracy else "validation"
     references = None if found.references is None else getattr(found.references, part)
     fixes = found.fixes
-    errors = most_common_errors(found.gallery, fixes.scenario, fixes.labels)
+    errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
     known = has_same_confusion_in_other_fold(fixes, errors)
     return EvidenceFigures(
         judges=Judges(

@@ -92,18 +92,26 @@ def is_misclassified(predicted: I64, labels: I64) -> Bool:
     return wrong
 
 
-def most_common_error(predicted: I64, label: int) -> int | None:
-    """Return the most common wrong answer among a component's (R,) images, the lowest of equals; None without one."""
-    wrong = predicted[predicted != label]
+def most_common_error(predicted: I64, label: int, image_labels: I64) -> int | None:
+    """Return the most common wrong answer among a component's (R,) images, the lowest of equals; None without one.
+
+    An answer is wrong if it is neither the component's label nor the image's own. Where no image with a label of its
+    own has one, as in components that an override accepts, it is wrong if it is not the component's label.
+    """
+    other = predicted != label
+    misclassified = other & is_misclassified(predicted, image_labels)
+    wrong = predicted[misclassified if misclassified.any() else other]
     return int(np.bincount(wrong).argmax()) if len(wrong) else None
 
 
-def most_common_errors(gallery: Gallery, components: I64, labels: I64) -> I64:
-    """Return the most common wrong answer among the images of each component, (A,); its label where none is wrong."""
-    errors = labels.copy()
-    for row, (component, label) in enumerate(zip(components.tolist(), labels.tolist(), strict=True)):
-        wrong = most_common_error(gallery.predicted[component], label)
-        errors[row] = label if wrong is None else wrong
+def most_common_errors(gallery: Gallery, verdicts: Verdicts, components: I64) -> I64:
+    """Return the most common wrong answer among the images of accepted components, (A,); the label where none is."""
+    errors: I64 = verdicts.labels[components]
+    for row, component in enumerate(components.tolist()):
+        wrong = most_common_error(
+            gallery.predicted[component], int(errors[row]), verdicts.image_labels[component]
+        )
+        errors[row] = errors[row] if wrong is None else wrong
     return errors
 
 

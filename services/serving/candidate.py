@@ -37,7 +37,7 @@ from defuse_core.watch.figures import WatchFigures, watch_figures
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
 
 log = logging.getLogger("defuse")
-FORMAT = 4  # of the stored candidate; part of its key in the run, so that one of another format is made again
+FORMAT = 5  # of the stored candidate; part of its key in the run, so that one of another format is made again
 VERSION_SETTINGS = (
     "resize",
     "watch",
@@ -249,7 +249,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
         digest="",
         scenario=corrections.scenario,
         labels=corrections.labels,
-        most_common_error=most_common_errors(artifacts.gallery, corrections.scenario, corrections.labels),
+        most_common_error=most_common_errors(artifacts.gallery, artifacts.verdicts, corrections.scenario),
         before=report.scenario_before,
         after=report.scenario_after,
         failures=failures,

@@ -173,7 +173,7 @@ def candidates(run: Run) -> list[Candidate]:
         voted = int(np.bincount(named).argmax()) if len(named) else -1
         label = int(verdicts.labels[component])
         accepted = label >= 0
-        answer = most_common_error(gallery.predicted[component], label if accepted else voted)
+        answer = most_common_error(gallery.predicted[component], label if accepted else voted, seen)
         found.append(
             Candidate(
                 component,

@@ -15,6 +15,8 @@ from defuse_core.review.verdicts import (
     doubtful,
     false_discovery_rate,
     most_common,
+    most_common_error,
+    most_common_errors,
     read_overrides,
 )
 from defuse_core.store import FolderStore
@@ -70,6 +72,39 @@ def test_none_of_the_above_is_discarded_before_the_majority_and_the_share():
     assert verdict.agreement[0, 0] == 1.0
     assert np.isnan(verdict.agreement[0, 1])
     assert (verdict.ties, verdict.no_class_chosen) == (0, 1)
+
+
+def test_the_most_common_error_is_no_answer_that_is_right_by_the_images_own_label():
+    predicted, own = np.array([1, 1, 1, 3, 3, 8]), np.array([1, 1, 1, 8, 8, 8])  # three clear 1s among 8s
+    assert most_common_error(predicted, 8, own) == 3
+
+
+def test_the_most_common_error_is_never_the_scenarios_own_label():
+    assert (
+        most_common_error(np.array([8, 8, 3]), 8, np.array([1, 1, 8])) == 3
+    )  # right by the label, wrong by their own
+
+
+def test_without_a_misclassified_image_the_most_common_error_is_any_answer_but_the_label():
+    assert most_common_error(np.array([1, 1, 3]), 8, np.array([1, 1, NO])) == 1  # accepted by an override
+    assert most_common_error(np.array([8, 8]), 8, np.array([8, 8])) is None
+
+
+def test_each_accepted_component_has_its_most_common_error_or_its_label():
+    predicted = np.array([[1, 1, 3, 3, 3], [4, 4, 4, 4, 4]])
+    gallery = Gallery(
+        np.zeros((2, 5, 1, 2, 2), np.float32),
+        np.zeros((2, 5, 2), np.float32),
+        predicted,
+        tuple("0123456789"),
+    )
+    own = np.array([[8, 8, 3, 3, 3], [4, 4, 4, 4, 4]])
+    scenario, image = (axis.ravel() for axis in np.indices(own.shape))
+    zeros = np.zeros(own.size, np.int64)
+    votes = Votes(scenario, image, zeros, own.ravel(), zeros.astype(float), ("a",), "people", {})
+    overrides = [Override(0, 8, "ann", "they are 8s", WHEN), Override(1, 4, "ann", "as voted", WHEN)]
+    verdict = decide_verdicts(gallery, votes, 0.5, overrides)
+    assert most_common_errors(gallery, verdict, verdict.accepted).tolist() == [1, 4]
 
 
 def test_a_component_without_any_label_is_rejected():
