@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from defuse_core.artifacts import I64
 from defuse_core.device import device
+from defuse_core.errors import ComputeError
 from defuse_core.seeds import torch_seed
 from defuse_core.training.batches import DeviceImages
 
@@ -110,6 +111,17 @@ def mean_over_workers(values: Tensor) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total / group_size()
+
+
+def require_same_on_all_workers(number: int, what: str) -> None:
+    """Raise ComputeError on all workers, which all call this at the same time, where they have different numbers."""
+    if group_size() == 1:
+        return
+    extremes = torch.tensor([number, -number], device=device())
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    most, least = int(extremes[0]), -int(extremes[1])
+    if most != least:
+        raise ComputeError(f"the workers of one training differ in {what}: one has {least}, another {most}")
 
 
 def drawn_normal(part: MinibatchPart, width: int, noise: torch.Generator) -> Tensor:

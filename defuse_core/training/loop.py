@@ -20,8 +20,8 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import CorrectSection, VaeSection
 from defuse_core.errors import ModelError, RunMismatchError, StoreError
 from defuse_core.models import set_weights, weights_of
-from defuse_core.store import Store
-from defuse_core.training.data_parallel import is_first_worker, mean_over_workers
+from defuse_core.store import SHARED_STORE, Store
+from defuse_core.training.data_parallel import is_first_worker, mean_over_workers, require_same_on_all_workers
 
 log = logging.getLogger("defuse")
 CHECKPOINT_EVERY_S = 20.0  # a killed training repeats at most this much work and one epoch
@@ -189,7 +189,9 @@ class Training:
         name: str,
         data_fingerprint: str,
     ) -> None:
-        """Resume from the checkpoint if one exists. Raises RunMismatchError if it was trained on other images."""
+        """Resume from the checkpoint if one exists. Raises RunMismatchError if it was trained on other images,
+        ComputeError where several workers train and do not find the same checkpoint.
+        """
         self.module, self.optimizer, self.store = module, optimizer, store
         self.data_fingerprint = data_fingerprint
         self.key = f"training/{name}.safetensors"
@@ -198,6 +200,9 @@ class Training:
         self.saved_at = time.monotonic()
         if store is not None and store.exists(self.key):
             self._resume(store, store.read(self.key))
+        require_same_on_all_workers(
+            len(self.history), f"the epochs of their checkpoint {self.key} ({SHARED_STORE})"
+        )
 
     def _resume(self, store: Store, data: bytes) -> None:
         try:

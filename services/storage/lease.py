@@ -195,10 +195,14 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(found: LeaseObject) -> Iterator[Lease]:
-    """Hold the lease inside the block. Raises RunBusyError, naming the holder, if another driver has it."""
+def hold(found: LeaseObject, beating: LeaseObject) -> Iterator[Lease]:
+    """Hold the lease inside the block. Raises RunBusyError, naming the holder, if another driver has it.
+
+    `beating` is the same object for the heartbeat; it waits for no answer as long as LEASE_S.
+    """
     lease = Lease(found, f"process {os.getpid()} on {platform.node()}")
     lease.take()
+    lease.object = beating
     keeper = threading.Thread(target=lease.keep, name="defuse-lease", daemon=True)
     keeper.start()
     try:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -30,14 +29,15 @@ from defuse_core.errors import InputError, RunBusyError, StoreError
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseState, hold
 from services.storage.s3_errors import BROKEN, code_of, status_of, translated_errors
+from services.storage.s3_lease import LeaseInBucket
 
 log = logging.getLogger("defuse")
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
 PART_BYTES = 16 * 2**20
 LIST_PAGE = 1000
 PARTS_AT_ONCE = 4
-READ_AGAIN_S = 0.1
-READ_TIMEOUT_S = 60
+READ_TIMEOUT_S = 60.0
+HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S = 2, 5.0  # well within LEASE_S
 READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off, stalled or arrived altered
 WRITE_PAUSE_S, WRITE_ATTEMPTS = 0.5, 8  # of an object that others write at the same time
 PATIENCE = 10  # attempts with exponential back-off: about a minute without an answer
@@ -109,7 +109,7 @@ class S3Store:
     def check(self) -> None:
         """Raise StoreError if the bucket cannot be listed; does not wait long for an answer."""
         with self._errors():
-            _client(self.endpoint, self.region, 2).list_objects_v2(
+            _client(self.endpoint, self.region, 2, READ_TIMEOUT_S).list_objects_v2(
                 Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1
             )
 
@@ -215,7 +215,8 @@ class S3Store:
 
         Raises RunBusyError if another driver holds it; takes LEASE_S to find out that a holder is dead.
         """
-        with hold(_LeaseInBucket(self)) as lease:
+        beating = _HeartbeatStore(self.bucket, self.prefix, self.endpoint, self.region)
+        with hold(LeaseInBucket(self), LeaseInBucket(beating)) as lease:
             self.leases[self.prefix] = lease
             self.fences[self.prefix] = Fence(self.prefix, lease.token, lease.state.holder)
             try:
@@ -230,7 +231,7 @@ class S3Store:
 
     @property
     def _client(self) -> Any:
-        return _client(self.endpoint, self.region, PATIENCE)
+        return _client(self.endpoint, self.region, PATIENCE, READ_TIMEOUT_S)
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
@@ -247,7 +248,7 @@ class S3Store:
         if fence is None:
             return
         locked = S3Store(self.bucket, fence.prefix, self.endpoint, self.region)
-        seen = _LeaseInBucket(locked).read()
+        seen = LeaseInBucket(locked).read()
         state = LeaseState("nobody", released=True) if seen is None else LeaseState.parse(seen[1])
         if state.token != fence.token or state.released:
             holder = "nobody" if state.released else state.holder
@@ -310,13 +311,15 @@ class S3Store:
                     raise
             return self._put(key, data)
 
-    def _put(self, key: str, data: bytes, **condition: str) -> str:
+    def _put(self, key: str, data: bytes, **condition: str) -> str | None:
         if len(data) >= LARGE_BYTES:
             return self._put_parts(key, data, condition)
         return str(self._client.put_object(**self._at(key), Body=data, **condition)["ETag"])
 
-    def _put_parts(self, key: str, data: bytes, condition: dict[str, str]) -> str:
-        """Send a large object in parts. (boto3's own upload takes no condition.)"""
+    def _put_parts(self, key: str, data: bytes, condition: dict[str, str]) -> str | None:
+        """Send a large object in parts, and check before the last step, since the parts take a while, what was checked
+        before the first. (boto3's own upload takes no condition.)
+        """
         client, at = self._client, self._at(key)
         at["UploadId"] = client.create_multipart_upload(**at)["UploadId"]
 
@@ -329,6 +332,10 @@ class S3Store:
         try:
             with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
                 parts = list(pool.map(send, range(1, -(-len(data) // PART_BYTES) + 1)))
+            self._require_fence()
+            if condition and self._version(key) != condition.get("IfMatch"):
+                client.abort_multipart_upload(**at)
+                return None
             done = client.complete_multipart_upload(**at, MultipartUpload={"Parts": parts}, **condition)
         except BaseException:
             with contextlib.suppress(aws.ClientError, aws.BotoCoreError):
@@ -346,48 +353,21 @@ class Fence:
     holder: str
 
 
-class _LeaseInBucket:
-    """The lease of a store as an object."""
+class _HeartbeatStore(S3Store):
+    """The store of a heartbeat: it asks again soon where an answer stalls, before others take the lease over."""
 
-    def __init__(self, store: S3Store) -> None:
-        self.store = store
-        self.address = store.address
-
-    def read(self) -> tuple[str, bytes] | None:
-        """Read twice before returning None: some servers replace an object in two steps."""
-        seen = self._read()
-        if seen is None:
-            time.sleep(READ_AGAIN_S)
-            seen = self._read()
-        return seen
-
-    def _read(self) -> tuple[str, bytes] | None:
-        with contextlib.suppress(FileNotFoundError):
-            return self.store._fetch(KEY)
-        return None
-
-    def write_if(self, data: bytes, version: str | None) -> str | None:
-        seen = self.read()
-        if (seen and seen[0]) != version:  # all that a server without conditional writes can do
-            return None
-        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-        return self.store._put_if(KEY, data, **condition)
-
-    def delete_if(self, version: str) -> None:
-        self.store._delete_if(KEY, version)
-
-    def is_conditional(self, data: bytes) -> bool:
-        conditions = ({"IfNoneMatch": "*"}, {"IfMatch": '"of no object"'})  # neither holds
-        return all(self.store._put_if(KEY, data, **condition) is None for condition in conditions)
+    @property
+    def _client(self) -> Any:
+        return _client(self.endpoint, self.region, HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S)
 
 
 @functools.cache
-def _client(endpoint: str | None, region: str | None, attempts: int) -> Any:
+def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: float) -> Any:
     """Return this process's client: thread-safe, with retries that back off exponentially."""
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=5,
-        read_timeout=READ_TIMEOUT_S,
+        read_timeout=timeout_s,
         max_pool_connections=16,
     )
     return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)

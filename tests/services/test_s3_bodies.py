@@ -10,6 +10,7 @@ import pytest
 
 from defuse_core.errors import StoreError
 from services.storage import s3
+from services.storage.s3_lease import LeaseInBucket
 
 CONTENT = b"0123456789" * 10
 
@@ -61,7 +62,7 @@ def test_an_object_whose_body_breaks_off_is_read_again(stuttering: s3.S3Store) -
 
 
 def test_a_lease_whose_body_breaks_off_is_read_again(stuttering: s3.S3Store) -> None:
-    assert s3._LeaseInBucket(stuttering).read() == ('"1"', CONTENT)
+    assert LeaseInBucket(stuttering).read() == ('"1"', CONTENT)
 
 
 def test_an_object_whose_body_always_breaks_off_is_one_line(stuttering: s3.S3Store) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 import boto3
@@ -617,6 +618,37 @@ def test_a_server_that_ignores_conditions_is_told_and_settled(
             raise AssertionError("both hold the run")
 
 
+@pytest.mark.parametrize("taken_over", [True, False], ids=["of the next driver", "of a faster worker"])
+def test_a_large_write_replaces_nothing_that_was_written_while_its_parts_were_sent(
+    taken_over: bool, tmp_path: Path, aws: pytest.MonkeyPatch
+) -> None:
+    """On a server that ignores conditions."""
+    (tmp_path / "bucket").mkdir()
+    aws.setattr(lease, "SETTLE_S", 0.3)
+    aws.setattr(lease, "BEAT_S", 1000.0)
+    aws.setattr(s3, "LARGE_BYTES", 5 * 2**20)
+    aws.setattr(s3, "PART_BYTES", 5 * 2**20)
+    with rclone_server(tmp_path, *KEYS.values()) as endpoint:
+        aws.setenv("AWS_ENDPOINT_URL", endpoint)
+        store, other = open_store("s3://bucket/run"), open_store("s3://bucket/run")
+        assert isinstance(store, s3.S3Store)
+        send = store._client.upload_part
+
+        def send_late(**part: Any) -> Any:
+            if not other.exists("models"):
+                if taken_over:
+                    steal(other)
+                other.write("models", b"theirs")
+            return send(**part)
+
+        with store.lock():
+            aws.setattr(store._client, "upload_part", send_late)
+            expected = pytest.raises(RunBusyError) if taken_over else contextlib.nullcontext()
+            with expected:
+                store.write("models", bytes(6 * 2**20), unless=lambda stored: stored == b"theirs")
+        assert other.read("models") == b"theirs"
+
+
 def _refused(aws: pytest.MonkeyPatch, address: str = "s3://bucket/run") -> str:
     s3._client.cache_clear()
     with pytest.raises(StoreError) as refused:
@@ -664,6 +696,7 @@ class _Flaky(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     upstream = ""
+    every = 5
     calls = 0
     failed = 0
     lock = threading.Lock()
@@ -672,7 +705,7 @@ class _Flaky(BaseHTTPRequestHandler):
         cls = type(self)
         with cls.lock:
             cls.calls += 1
-            fails, how = cls.calls % 5 == 0, cls.calls // 5 % 3
+            fails, how = cls.calls % cls.every == 0, cls.calls // cls.every % 3
             cls.failed += fails
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if fails and how == 0:
@@ -731,3 +764,40 @@ def test_an_object_is_created_although_the_answer_is_lost(flaky: Callable[[], in
     made = [store.create(f"{number}", b"%d" % number) for number in range(30)]
     assert all(made) and flaky() >= 9
     assert not any(store.create(f"{number}", b"other") for number in range(30))
+
+
+class _Stalling(_Flaky):
+    """A proxy to moto that, once armed, answers one heartbeat never, and all else."""
+
+    every = 10**9
+    armed, stalled, freed = threading.Event(), threading.Event(), threading.Event()
+
+    def do_PUT(self) -> None:
+        cls = type(self)
+        if cls.armed.is_set() and not cls.stalled.is_set() and self.path.endswith(lease.KEY):
+            cls.stalled.set()
+            cls.freed.wait()
+            self.close_connection = True
+        else:
+            self._pass()
+
+
+def test_a_heartbeat_that_gets_no_answer_is_followed_by_another_before_the_lease_ends(
+    moto: str, aws: pytest.MonkeyPatch
+) -> None:
+    aws.setattr(lease, "BEAT_S", 0.2)
+    _Stalling.upstream = moto
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Stalling) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        watching = s3.S3Store("bucket", "stalled/", moto, "us-east-1")
+        try:
+            with open_store("s3://bucket/stalled").lock():
+                _Stalling.armed.set()
+                assert _Stalling.stalled.wait(60)
+                begun, content = time.monotonic(), watching.read(lease.KEY)
+                wait_until(lambda: watching.read(lease.KEY) != content)
+                assert time.monotonic() - begun < lease.LEASE_S
+        finally:
+            _Stalling.freed.set()
+            proxy.shutdown()

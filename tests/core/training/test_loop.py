@@ -1,15 +1,16 @@
 """Adam is torch's to the bit; damaged checkpoints begin again, and none replaces a later one."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import Checkpoint, ClassifierEpoch
 from defuse_core.codec import decode
-from defuse_core.errors import RunBusyError
+from defuse_core.errors import ComputeError, RunBusyError
 from defuse_core.store import FolderStore
 from defuse_core.training import loop
 from defuse_core.training.loop import Adam, Training, load_optimizer_state, optimizer_state, train_step
@@ -34,6 +35,18 @@ def train(started: Training, epochs: int) -> None:
         started.module(torch.ones(1, 2)).sum().backward()
         started.optimizer.step()
         started.history.append(ClassifierEpoch(epoch + 1, 0.5))
+
+
+def resume_in_group(rank: int, folder: Path, meeting: Path) -> None:
+    """Be one of two workers that train together, the second of which does not see the store of the first."""
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    with pytest.raises(ComputeError, match=r"one has 0, another 3"):
+        training(FolderStore(folder / str(rank)))
+
+
+def test_workers_that_find_different_checkpoints_do_not_train_together(tmp_path):
+    train(training(FolderStore(tmp_path / "0")), 3)
+    torch.multiprocessing.spawn(resume_in_group, (tmp_path, tmp_path / "meeting"), nprocs=2)
 
 
 def epochs_stored(store: FolderStore) -> int:
