@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -136,3 +137,11 @@ def not_a_module() -> Any:
 
 def with_arguments(size: int) -> nn.Module:
     return nn.Linear(size, size)
+
+
+def that_exits() -> nn.Module:
+    raise SystemExit(0)
+
+
+def exits_later() -> nn.Module:
+    return Returning(lambda logits: sys.exit(0))

@@ -7,13 +7,15 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import click
 
-from defuse_core.errors import DefuseError, escape_control_characters
+from defuse_core.errors import DefuseError, InputError, escape_control_characters
 from services.cli.export import compare, delete, export
 from services.cli.init import fields, init
 from services.cli.jobs import jobs, submit
@@ -47,7 +49,7 @@ def _ending_with_its_reader() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        sys.exit(CLOSED_PIPE)
+        raise click.exceptions.Exit(CLOSED_PIPE) from None
 
 
 @click.group(
@@ -103,7 +105,11 @@ def main() -> None:
 
 def _run_command() -> None:
     try:
-        sys.exit(defuse.main(standalone_mode=False))
+        code = defuse.main(standalone_mode=False)
+    except SystemExit as error:  # commands end with click's Exit
+        if error.code == signal.SIGTERM:  # Ray's handler of the signal
+            raise
+        _fail(_exit_of_other_code(error), InputError.exit_code)
     except DefuseError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -118,9 +124,20 @@ def _run_command() -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             _fail("cannot print to the end: no space left there; what the command made is stored", 4)
         _fail(f"unexpected {type(error).__name__}: {error} (DEFUSE_DEBUG=1 shows where)", 4)
+    else:
+        sys.exit(code)
 
 
-def _fail(line: str, exit_code: int) -> None:
+def _exit_of_other_code(error: SystemExit) -> str:
+    """Return the line for code, such as the user's network, that ended the command by sys.exit."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{place.filename}, line {place.lineno}: exits the program (SystemExit: {error}); expected code that returns "
+        "or raises an error, so remove that"
+    )
+
+
+def _fail(line: str, exit_code: int) -> NoReturn:
     with contextlib.suppress(BrokenPipeError):  # the exit code says it, too
         click.echo(f"defuse: {escape_control_characters(line)}", err=True)
     sys.exit(exit_code)

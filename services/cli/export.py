@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +82,7 @@ def delete(run: str, store: str, yes: bool) -> None:
         keys = found.list()
         if not yes and not _confirmed(f"delete {len(keys)} files in {found.address}?"):
             click.echo("defuse: nothing was deleted", err=True)
-            sys.exit(130)
+            raise click.exceptions.Exit(130)
         _expect_unregistered(opened, run)  # it may have been promoted since, while the prompt waited
         sampled = delete_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
         found.delete_all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -188,10 +187,10 @@ def _follow(jobs: Jobs, job_id: str) -> None:
         click.echo(
             f"\njob {job_id} continues: defuse jobs logs|stop {job_id} --address {jobs.address}", err=True
         )
-        sys.exit(130)
+        raise click.exceptions.Exit(130) from None
     if job.exit_code is None or job.status != "SUCCEEDED":
         click.echo(f"job {job_id}: {_ending(job)}", err=True)
-    sys.exit(_exit_code(job))
+    raise click.exceptions.Exit(_exit_code(job))
 
 
 def _show(text: str) -> None:

@@ -34,6 +34,8 @@ REFUSED = [  # what is wrong, section classifier, the line
     ("no such function", own("nothing"), "has no attribute 'nothing'"),
     ("a factory with arguments", own("with_arguments"), "callable without arguments"),
     ("no module", own("not_a_module"), "expected an nn.Module, found int"),
+    ("a factory that exits", own("that_exits"), 'below `if __name__ == "__main__":`'),
+    ("a network that exits", own("exits_later"), "own_classifiers.py, line"),
     ("a dict without logits", own("with_odd_dict"), "found a dict with a, b; wrap it"),
     ("a text", own("with_text"), "the first of a tuple, found str"),
     ("NaN", own("with_nan"), "expected finite logits, found NaN or infinity for 8 of 8 training images"),
