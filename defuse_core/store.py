@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import itertools
@@ -31,6 +32,8 @@ SHARED_STORE = "--store must be one that all nodes share: s3://bucket/prefix, or
 LOCK = ".lock"
 GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over
 GATE_S = 20.0
+CREATING = ".creating"  # locked while a key is created, on file systems without hard links
+NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
 READ_AHEAD = 8  # objects that are read at once
 A = TypeVar("A")
 B = TypeVar("B")
@@ -140,14 +143,19 @@ class FolderStore:
                 os.link(temporary, target)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+                return _renamed_if_absent(temporary, target)
         return True
 
     def list(self, prefix: str = "") -> list[str]:
         keys = []
         # unlike rglob, os.walk passes over a folder that another process deletes meanwhile
-        for folder, folders, names in os.walk(self.folder):
+        for folder, folders, names in os.walk(self.folder, onerror=_expect_gone):
             folders[:] = [name for name in folders if not is_hidden(name)]
-            files = (path for name in names if (path := Path(folder, name)).is_file())
+            with _explained(Path(folder)):
+                files = [path for name in names if (path := Path(folder, name)).is_file()]
             keys += [path.relative_to(self.folder).as_posix() for path in files]
         return sorted(key for key in keys if key.startswith(prefix) and not is_hidden(key))
 
@@ -156,9 +164,15 @@ class FolderStore:
             (self.folder / key).unlink(missing_ok=True)
 
     def delete_all(self) -> None:
-        """Delete the folder: it is renamed first, so that a driver that begins the run again loses no file."""
+        """Delete the folder. `run.yaml` is the last file, so that a deletion that was killed can be repeated.
+
+        Then the folder is renamed first, so that a driver that begins the run again loses no file.
+        """
         doomed = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(3)}{DELETED}")
         with _explained(self.folder), self._holding(alone=True):
+            for key in self.list():
+                if key != "run.yaml":
+                    (self.folder / key).unlink(missing_ok=True)
             self.folder.rename(doomed)
         self._remove_deleted()
 
@@ -303,10 +317,29 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
+    except (NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"{path}: expected a folder at --store, found a file in its place") from error
     except OSError as error:
         raise StoreError(
             f"{path}: {error.strerror}; free space or fix access, then run again to continue"
         ) from error
+
+
+def _expect_gone(error: OSError) -> None:
+    """Raise the error of a folder that cannot be listed, which must not count as empty; one that is gone is."""
+    if not isinstance(error, FileNotFoundError):
+        with _explained(Path(error.filename)):
+            raise error
+
+
+def _renamed_if_absent(temporary: Path, target: Path) -> bool:
+    """Rename a file unless its target exists, on file systems without hard links; False where it exists."""
+    with (target.parent / CREATING).open("a+") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        if target.exists():
+            return False
+        temporary.replace(target)
+        return True
 
 
 @contextlib.contextmanager

@@ -1,0 +1,77 @@
+"""A store in a folder, where the file system refuses something. What all stores do is in tests/services."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from defuse_core.errors import StoreError
+from defuse_core.store import FolderStore
+
+
+@pytest.fixture
+def unlistable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that cannot be listed, for root too."""
+    folder, scandir = tmp_path / "registry" / "changes", os.scandir
+
+    def refusing(path: Any) -> Any:
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    FolderStore(folder).write("000001.json", b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refusing)
+        yield folder
+
+
+def test_a_folder_that_cannot_be_listed_does_not_count_as_empty(unlistable: Path, tmp_path: Path) -> None:
+    for store in (FolderStore(tmp_path), FolderStore(unlistable)):
+        with pytest.raises(StoreError, match="registry/changes: Permission denied"):
+            store.list()
+    assert FolderStore(tmp_path / "nothing").list() == []
+
+
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOTSUP])
+def test_keys_are_created_once_on_a_file_system_without_hard_links(
+    refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: object) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "link", without)
+    run = FolderStore(tmp_path / "run")
+    with run.lock(), ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: run.create("run.yaml", b"%d" % number), range(8)))
+    assert won.count(True) == 1
+    assert run.read("run.yaml") == b"%d" % won.index(True)
+    assert FolderStore(tmp_path).list() == ["run/run.yaml"]
+
+
+def test_a_deletion_that_is_killed_leaves_the_run_file_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FolderStore(tmp_path / "run")
+    for key in ("run.yaml", "models.safetensors", "psi/1", "zebra"):
+        run.write(key, b"1")
+    with monkeypatch.context() as patch, run.lock():
+        unlink, left = Path.unlink, iter(range(2))
+
+        def killed(path: Path, missing_ok: bool = False) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.delete_all()
+        assert run.list() == ["run.yaml", "zebra"]
+    with run.lock():
+        run.delete_all()
+    assert list(tmp_path.iterdir()) == []
