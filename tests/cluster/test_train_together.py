@@ -63,14 +63,14 @@ def test_a_classifier_with_a_head_that_its_answers_do_not_use_is_trained_by_two_
     own = {"architecture": "custom", "import_path": "tests.own_classifiers:TwoHeads", "epochs": 2}
     store = FolderStore(tmp_path)
     with RayCompute(None, together(classifier=own)) as compute:
-        compute.together("train", train_part, compute.spec, store, "classifier")
+        compute.together("train", train_part, compute.spec, store, "classifier", None)
     assert len(checkpoint(store, "classifier").history) == 2
 
 
 def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> None:
     spec = together(classifier={"epochs": 2, "optimizer": "adam", "learning_rate": 1e30})
     with RayCompute(None, spec) as compute, pytest.raises(ModelError, match="the classifier diverged"):
-        compute.together("train", train_part, spec, FolderStore(tmp_path), "classifier")
+        compute.together("train", train_part, spec, FolderStore(tmp_path), "classifier", None)
     assert len(set(lines.processes("train: worker 0"))) == 1
 
 
@@ -88,4 +88,4 @@ def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:
         RayCompute(None, spec) as compute,
         pytest.raises(RunFileError, match="train_workers: 3 workers .* room for 2"),
     ):
-        compute.together("train", train_part, spec, FolderStore(tmp_path), "vae")
+        compute.together("train", train_part, spec, FolderStore(tmp_path), "vae", None)
