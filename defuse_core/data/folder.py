@@ -140,6 +140,12 @@ def log_parts(data: DataSection, splits: Splits) -> None:
             log.warning("data.root %s: %s", data.root, line)
 
 
+def part_of(name: str) -> str | None:
+    """Return the part that a folder of this name holds, by whatever name other tools call it; None for no part."""
+    lower = name.lower()
+    return lower if lower in OTHER_NAMES.values() else OTHER_NAMES.get(lower)
+
+
 def overlooked(root: Path) -> list[str]:
     """Return one line for each folder beside `train` that looks like a part, and for files of the system."""
     lines = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
-from defuse_core.data.folder import MAX_NAMED_CLASSES, SUFFIXES
+from defuse_core.data.folder import MAX_NAMED_CLASSES, SUFFIXES, part_of
 from defuse_core.data.images import convert_picture
 from defuse_core.data.npz import image_shape, read_arrays
 from defuse_core.errors import DataError
@@ -116,14 +117,30 @@ def plain_ground(images: F32) -> float:
 
 
 def _expect_train(root: Path) -> None:
-    """Raise DataError, with the command that mends it, for a folder of class folders without `train`."""
+    """Raise DataError, with what mends it, for a folder of class folders, or of parts with other names."""
     if (root / "train").is_dir():
         return
-    holding = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and _pictures(entry, 1)]
+    parts = {
+        entry.name: part
+        for entry in sorted(root.iterdir())
+        if entry.is_dir() and (part := part_of(entry.name))
+    }
+    if "train" in parts.values():
+        renames = ", ".join(f"{name}/ to {part}/" for name, part in parts.items() if name != part)
+        raise DataError(
+            f"{root}: expected train/ with a folder per class, found {', '.join(parts)}; rename {renames}"
+        )
+    holding = [
+        entry
+        for entry in sorted(root.iterdir())
+        if entry.is_dir() and entry.name not in parts and _pictures(entry, 1)
+    ]
     if holding:
+        at = shlex.quote(str(root))  # hidden, since `*/` would match train/ too
+        command = f": mkdir {at}/.train && mv {at}/*/ {at}/.train && mv {at}/.train {at}/train"
         raise DataError(
             f"{root}: expected train/ with a folder per class, found class folders such as {holding[0].name}/; "
-            f"move them: mkdir {root}/train && mv {root}/*/ {root}/train/"
+            f"move them into train/{command if not parts else ''}"
         )
     raise DataError(f"{root}: expected train/ with one folder of images per class, found no train/; make it")
 

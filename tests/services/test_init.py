@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.config.loading import describe_fields
+from defuse_core.errors import DataError
 from defuse_core.suggest import inspect_data
 from services.cli.options import run_name
 from tests.e2e.test_cli import call, one_line
@@ -41,6 +44,17 @@ def start(monkeypatch, capsys, *options: object) -> tuple[dict, str]:
     code, out, err = call(monkeypatch, capsys, "init", *options)
     assert code == 0, err
     return yaml.safe_load(Path("digits.yaml").read_text()), out
+
+
+def test_class_folders_are_moved_by_the_command_that_is_suggested(pictures, tmp_path, monkeypatch, capsys):
+    flat = tmp_path / "it's flat"
+    shutil.copytree(pictures / "train", flat)
+    with pytest.raises(DataError) as refused:
+        inspect_data(flat)
+    command = str(refused.value).partition("move them into train/: ")[2]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert [path.name for path in flat.iterdir()] == ["train"]
+    assert inspect_data(flat).counts["train"] > 0
 
 
 def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, monkeypatch, capsys):
@@ -167,7 +181,8 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
     [
         (["few"], "few: 2 training images are too few; add images"),
         (["nowhere"], "expected a folder of images, or an .npz file, found neither"),
-        (["flat"], "move them: mkdir flat/train && mv flat/*/ flat/train/"),
+        (["splits"], "found testing, training; rename testing/ to test/, training/ to train/"),
+        (["part"], "found class folders such as cat/; move them into train/"),
         (["empty"], "expected train/ with one folder of images per class"),
         (["notes.npz"], "expected an .npz file of plain arrays"),
         (["flat", "--out", "gone/flat.yaml"], "gone/flat.yaml: its folder does not exist; create it, or"),
@@ -189,7 +204,8 @@ def test_what_cannot_be_is_refused_in_one_line(options, line, tmp_path, monkeypa
     Path("empty").mkdir()
     Path("notes.npz").write_text("notes")
     np.savez("small.npz", train_images=np.zeros((20, 6, 6), np.uint8), train_labels=np.arange(20) % 2)
-    colour_picture(tmp_path / "flat/cat/0.png", 16, 16)
+    for name in ("flat/cat", "splits/training/cat", "splits/testing/cat", "part/cat", "part/val/cat"):
+        colour_picture(tmp_path / name / "0.png", 16, 16)
     for name in ("cat", "dog"):
         colour_picture(tmp_path / "few/train" / name / "0.png", 16, 16)
     code, _, err = call(monkeypatch, capsys, "init", *options)
