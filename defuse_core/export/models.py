@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 from torch import Tensor, nn
 
 from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
 from defuse_core.config import ClassifierSection
 from defuse_core.data import reopen_splits
 from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, one_line
-from defuse_core.export.writing import writing
+from defuse_core.export.writing import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import as_logits, to_range
 from defuse_core.models.programs import SOURCE
@@ -49,8 +49,9 @@ def export_model(run: Run, path: Path) -> ExportedModel:
     """Write the corrected classifier of a finished run to `path`, and compare the file's answers with the run's.
 
     .safetensors holds the state dict under the network's own names; .pt2 and .onnx hold the whole network, from
-    images in [0, 1] to logits, for batches of any size. Raises InputError where the run has no corrected classifier
-    or `path` cannot be written, ModelError where the file's answers differ.
+    images in [0, 1] to logits, for batches of any size. A file at `path` is replaced only by one that passes. Raises
+    InputError where the run has no corrected classifier or `path` cannot be written, ModelError where the answers
+    differ.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"--to {path}: expected a file that ends in {', '.join(SUFFIXES)}")
@@ -58,15 +59,18 @@ def export_model(run: Run, path: Path) -> ExportedModel:
     section, example = run.spec.classifier, _example(run)
     with writing("--to", path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    expect_writable("--to", path)
     with _failure_named(path):
         if path.suffix == ".safetensors":
-            answer = _write_safetensors(run, models, classifier, path)
+            data, answer = _as_safetensors(run, models, classifier, path)
         elif path.suffix == ".pt2":
-            answer = _write_program(ClassifierForExport(classifier, section), example, path)
+            data, answer = _as_program(ClassifierForExport(classifier, section), example)
         else:
-            answer = _write_onnx(ClassifierForExport(classifier, section), example, path)
+            data, answer = _as_onnx(ClassifierForExport(classifier, section), example, path)
     images, source = compared_images(run, models)
-    return _compared(path, classifier, answer, images, source)
+    done = _compared(path, classifier, answer, images, source)
+    replace_file("--to", path, data)
+    return done
 
 
 def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
@@ -123,7 +127,7 @@ def plain_weights(classifier: nn.Module) -> Weights:
     return {names[name]: tensor.cpu().contiguous().numpy() for name, tensor in state.items()}
 
 
-def _write_safetensors(run: Run, models: Models, classifier: nn.Module, path: Path) -> Answer:
+def _as_safetensors(run: Run, models: Models, classifier: nn.Module, path: Path) -> tuple[bytes, Answer]:
     section = run.spec.classifier
     imagenet = section.architecture == "resnet18"
     facts = {
@@ -133,11 +137,9 @@ def _write_safetensors(run: Run, models: Models, classifier: nn.Module, path: Pa
         "architecture": section.architecture,
         "input_range": "imagenet" if imagenet else section.input_range,
     }
-    data = save(plain_weights(classifier), metadata=facts)  # save_file hides the errors of the file system
-    with writing("--to", path):
-        path.write_bytes(data)
-    again = load_classifier(run.spec, _full(classifier, load_file(path)), len(models.classes), str(path))
-    return _answers_of(_on_cpu(again))
+    data = save(plain_weights(classifier), metadata=facts)
+    again = load_classifier(run.spec, _full(classifier, load(data)), len(models.classes), str(path))
+    return data, _answers_of(_on_cpu(again))
 
 
 def _full(classifier: nn.Module, plain: Weights) -> Weights:
@@ -150,17 +152,14 @@ def _full(classifier: nn.Module, plain: Weights) -> Weights:
     return full
 
 
-def _write_program(module: nn.Module, example: Tensor, path: Path) -> Answer:
-    exported = io.BytesIO()  # given a path, torch hides the errors of the file system
+def _as_program(module: nn.Module, example: Tensor) -> tuple[bytes, Answer]:
+    exported = io.BytesIO()
     torch.export.save(_traced(module, example), exported)
-    with writing("--to", path):
-        path.write_bytes(exported.getvalue())
-    with path.open("rb") as file:
-        program = torch.export.load(io.BytesIO(file.read()))
-    return _answers_of(program.module())
+    program = torch.export.load(io.BytesIO(exported.getvalue()))
+    return exported.getvalue(), _answers_of(program.module())
 
 
-def _write_onnx(module: nn.Module, example: Tensor, path: Path) -> Answer:
+def _as_onnx(module: nn.Module, example: Tensor, path: Path) -> tuple[bytes, Answer]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
@@ -178,16 +177,15 @@ def _write_onnx(module: nn.Module, example: Tensor, path: Path) -> Answer:
         verbose=False,
     )
     assert exported is not None  # without a file name, torch returns the program
-    with writing("--to", path):
-        exported.save(path, external_data=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    data: bytes = exported.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def answer(images: F32) -> F32:
         logits: F32 = session.run(None, {name: images})[0]
         return logits
 
-    return answer
+    return data, answer
 
 
 def _traced(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -241,10 +239,10 @@ def _compared(path: Path, classifier: nn.Module, answer: Answer, images: F32, so
     expected, found = (np.concatenate(logits) for logits in zip(*pairs, strict=True))
     difference = float(np.abs(expected - found).max())
     same = int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
-    if difference > TOLERANCE * max(1.0, float(np.abs(expected).max())):
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):  # nan is no small difference
         raise ModelError(
-            f"{path}: its logits differ from the run's by up to {difference:.3g} on {len(images)} {source} images, so "
-            "do not use it; try another format"
+            f"--to {path}: not written, since its logits differ from the run's by up to {difference:.3g} on "
+            f"{len(images)} {source} images; try another format"
         )
     return ExportedModel(path, len(images), source, same, difference)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def expect_writable(option: str, path: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def replace_file(option: str, path: Path, data: bytes) -> None:
+    """Write a file whole, or leave what was there."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(3)}.unfinished")
+    with writing(option, path):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def expect_new_folder(option: str, folder: Path) -> None:

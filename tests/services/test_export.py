@@ -16,6 +16,7 @@ from defuse_core.artifacts import Models, Sweep
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
+from defuse_core.errors import ModelError
 from defuse_core.export import export_model, export_scenarios
 from defuse_core.export.models import corrected_classifier, plain_weights
 from defuse_core.export.pictures import folder_names
@@ -75,6 +76,28 @@ def test_the_network_answers_alike_for_batches_of_any_size(suffix, store, tmp_pa
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (found,) = session.run(["logits"], {"images": images.numpy()})
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("difference", [1.0, float("nan")])
+def test_a_file_is_replaced_only_by_one_with_the_runs_answers(difference, store, tmp_path, monkeypatch):
+    load = torch.export.load
+
+    class Changed(torch.nn.Module):
+        def __init__(self, program: torch.export.ExportedProgram) -> None:
+            super().__init__()
+            self.net = program.module()
+
+        def module(self) -> torch.nn.Module:
+            return self
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.net(images) + difference
+
+    monkeypatch.setattr("torch.export.load", lambda file: Changed(load(file)))
+    (tmp_path / "model.pt2").write_bytes(b"the last good one")
+    with pytest.raises(ModelError, match=r"not written, since its logits differ from the run's by up to"):
+        export_model(opened(store), tmp_path / "model.pt2")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the last good one"]
 
 
 def test_a_program_in_another_range_is_exported_for_images_from_0_to_1(store, tmp_path):
