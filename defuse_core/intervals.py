@@ -7,6 +7,8 @@ from scipy import special  # scipy.stats takes half a second to import, in every
 
 from defuse_core.artifacts import F64, I64, Bool
 
+SIGNIFICANT = 0.05  # p-value below which a test counts
+
 
 def wilson(hits: I64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
     """Return Wilson's bounds of the shares hits/total, low and high, two-sided; 0 and 1 where total is 0."""
@@ -57,6 +59,13 @@ def binomial_tail(hits: I64 | int, total: I64 | int, share: float | F64) -> F64:
     from scipy.stats import binom
 
     return np.where(np.asarray(total) > 0, binom.sf(hits - 1, total, share), 1.0)
+
+
+def hypergeometric_tail(hits: int, drawn: int, marked: int, total: int) -> float:
+    """Return P(X >= hits) for the marked ones among `drawn` of `total` without replacement; 1 where none is drawn."""
+    from scipy.stats import hypergeom
+
+    return float(hypergeom.sf(hits - 1, total, marked, drawn)) if drawn else 1.0
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -4,7 +4,7 @@ The paper scores a correction by the one label of each scenario. That figure ris
 to give every picture of a scenario the same answer. Here every generated image has its own label, the majority of the
 judges. Controls are the baseline and *plain further training*: the same fine-tuning with λ = 0.
 
-Axes, beside those of artifacts/__init__.py: B = 4 classifiers (before, baseline, plain, defuse), E nearest real images,
+Axes, beside those of artifacts/__init__.py: B = 4 classifiers (before, baseline, plain, defuse),
 J = 3 numbers of a share (share, low, high).
 """
 
@@ -21,7 +21,6 @@ from defuse_core.artifacts import (
     F64,
     I64,
     NONE_OF_THE_ABOVE,
-    U8,
     Bool,
     Sweep,
     Votes,
@@ -29,19 +28,18 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.correct import held_out_images
 from defuse_core.data import Splits, reopen_splits
-from defuse_core.data.images import to_levels
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import anchors_of, distances_from, stacked, wide_draws
+from defuse_core.distill.draws import anchors_of, stacked, wide_draws
 from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation.nearest_real import NearestReal, find_nearest_real
 from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.intervals import binomial_tail, mcnemar, mean_with_bounds, share_with_bounds
+from defuse_core.intervals import SIGNIFICANT, binomial_tail, mcnemar, mean_with_bounds, share_with_bounds
 from defuse_core.models import (
     decoder_at,
     decoder_of,
-    encode_images,
     load_classifier,
     load_vae,
     predict,
@@ -58,27 +56,9 @@ from defuse_core.training.reference_models import (
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
 WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those reviewed
 WIDER_IMAGES = 64  # per scenario and factor
-NEAREST = 12  # real images shown beside a scenario
-NEAREST_TESTED = 50  # real images whose error is compared with that of all
 FRESH_IMAGES = 2000  # test images that fresh noise is added to
 FRESH_DRAWS = 10  # per image
 AT_FAULT_PURITY = (0.5, 0.9)  # below the first the β-VAE is at fault, from the second on the classifier
-SIGNIFICANT = 0.05
-
-
-@dataclass(frozen=True, eq=False)
-class NearestReal:
-    """Real images of a scenario's label that are nearest to it, and the error of the classifier before on them.
-
-    Where the label has fewer than E images, they follow again from the first.
-    """
-
-    images: U8  # (A, E, channels, H, W)
-    labels: I64  # (A, E)
-    predicted: I64  # (A, E)
-    error: F64  # (A,) on the NEAREST_TESTED nearest; nan where no image has the label: then the images mean nothing
-    error_of_all: float  # on all real images
-    seen: Bool  # (A,) whether `error` is significantly larger than on all real images of the same label
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +71,7 @@ class Evidence:
     judges: F64  # (W,) test accuracy of each judge (validation where there is no test set)
     before_test: float  # the classifier's own, on the same images as the judges'
     labelled: float  # share of the held-out images on which most judges agree
-    purity: F64  # (J,) share of held-out images of accepted scenarios that show the scenario's label
+    purity: F64  # (J,) share of held-out images of accepted scenarios that show its label; a tie shows none
     own_label: F64  # (B, J) accuracy on held-out images by the judges' own label of each
     one_label: F64  # (B, J) accuracy on the same images by the scenario's label (the paper's figure)
     left_out: F64  # (2, J) before, defuse: own-label accuracy on scenarios left out of the tuning (two folds)
@@ -162,14 +142,17 @@ class _Evidence:
         right = np.stack([_hits(each, self.own) for each in answers])  # (B, A·n)
         scenario_labels = np.repeat(fixes.labels, per_scenario)
         one = [_hits(each, scenario_labels) for each in answers]
-        shows = np.where(self.own == NONE_OF_THE_ABOVE, np.nan, self.own == scenario_labels)
+        shows = (self.own == scenario_labels).astype(
+            np.float64
+        )  # an image that judges disagree on shows no label
         self.progress("asking the judges", 1, 4, "figures")
         fold_right = self._fold_right(per_scenario)
         wider = self._wider()
         self.progress("asking the judges", 2, 4, "figures")
         fresh, truth = self._real_failures()
         self.progress("asking the judges", 3, 4, "figures")
-        real = self._nearest_real()
+        real_images = self.splits.validation or self.splits.test or self.splits.train
+        real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, real_images)
         by_scenario = right.reshape(len(CLASSIFIERS), accepted, per_scenario)
         has_test = self.splits.test is not None
         assert found.judges is not None
@@ -271,42 +254,6 @@ class _Evidence:
         seen = mean_probabilities(models, images)[np.arange(len(truth)), truth]
         return share_with_bounds(int((seen >= spec.identify.min_probability).sum()), len(truth))
 
-    def _nearest_real(self) -> NearestReal:
-        """Return, per accepted scenario, the nearest real images by Mahalanobis distance, and f's error on them.
-
-        Only images of the scenario's label are compared: its pictures show that class.
-        """
-        real = self.splits.validation or self.splits.test or self.splits.train
-        scenarios, fixes = self.found.scenarios, self.found.fixes
-        codes = encode_images(self.vae, real)
-        predicted = predict(self.before, real)
-        wrong = predicted != real.labels
-        shown, labels, answers, errors, seen = [], [], [], [], []
-        for number, label in zip(fixes.scenario, fixes.labels, strict=True):
-            rows = np.flatnonzero(real.labels == label)
-            distance = distances_from(scenarios, number, codes[rows])
-            near = rows[np.argsort(distance, kind="stable")]
-            tested = wrong[near[:NEAREST_TESTED]]
-            rate = float(wrong[rows].mean()) if len(rows) else float("nan")
-            errors.append(float(tested.mean()) if len(tested) else float("nan"))
-            seen.append(bool(binomial_tail(tested.sum(), len(tested), rate) < SIGNIFICANT))
-            kept = np.resize(near, NEAREST) if len(near) else np.zeros(NEAREST, np.int64)
-            shown.append(to_levels(real.batch(kept)))
-            labels.append(real.labels[kept])
-            answers.append(predicted[kept])
-        shape = (len(fixes.labels), NEAREST)
-        pictures = (
-            np.array(shown, np.uint8) if shown else np.zeros((*shape, *real.pixels.shape[1:]), np.uint8)
-        )
-        return NearestReal(
-            images=pictures,
-            labels=np.array(labels, np.int64).reshape(shape),
-            predicted=np.array(answers, np.int64).reshape(shape),
-            error=np.array(errors, np.float64),
-            error_of_all=float(wrong.mean()),
-            seen=np.array(seen, np.bool_),
-        )
-
     def _mcnemar(self, classifier: nn.Module | None) -> F64:
         """Return images that became right, that became wrong, and McNemar's exact p-value, on the test set, (3,).
 
@@ -365,7 +312,7 @@ def _better(before: F64, after: F64, anchors: I64 | None) -> Bool:
 
 
 def _at_fault(purity: float) -> str:
-    """Return whose fault a scenario is: the β-VAE's where its pictures show another class than they should."""
+    """Return whose fault a scenario is: the β-VAE's where most of its pictures do not show the label."""
     low, high = AT_FAULT_PURITY
     if purity >= high:
         return "classifier"

@@ -340,7 +340,7 @@ def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
 def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> ScenarioEvidence:
     """Return the figures of the accepted scenario at place `column` of the accepted ones."""
     support = found.scenarios.support
-    number = int(found.fixes.scenario[column])
+    number, real, testable = int(found.fixes.scenario[column]), evidence.real, evidence.real.testable
     right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
     return ScenarioEvidence(
         name=evidence.names[column],
@@ -353,9 +353,9 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         confirmed=None if found.sweep.chosen is None else bool(evidence.confirmed[column]),
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
         support=None if support is None else int(support[number]),
-        real_error=defined(evidence.real.error[column]),
-        real_error_of_all=defined(evidence.real.error_of_all),
-        seen_in_real_data=bool(evidence.real.seen[column]),
+        real_error=defined(real.error[column]),
+        real_error_of_all=defined(real.error_of_all),
+        seen_in_real_data=None if testable is not None and not testable[column] else bool(real.seen[column]),
     )
 
 

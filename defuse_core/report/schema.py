@@ -90,7 +90,8 @@ class EvidenceFigures(ReportModel):
 
     judges: Judges
     purity: Share
-    """Share of held-out images of accepted scenarios that show the scenario's label."""
+    """Share of held-out images of accepted scenarios that show the scenario's label; one that judges disagree on shows
+    none."""
     own_label: FourShares
     """Accuracy on held-out images of accepted scenarios by their own label."""
     one_label: FourShares
@@ -132,15 +133,16 @@ class ScenarioEvidence(ReportModel):
     """Whether the correction is right significantly more often than the classifier before, by own label. Null where
     nothing was corrected."""
     at_fault: Literal["classifier", "β-VAE", "unclear"]
-    """The β-VAE where most held-out images show another class than the label."""
+    """The β-VAE where most held-out images do not show the label."""
     support: int | None
     """Training images that its codes come from."""
     real_error: float | None
-    """Error of the classifier before on the real images nearest to it."""
+    """Error of the classifier before on the 50 real images nearest to it; on a quarter of its class's below 200."""
     real_error_of_all: float | None
     """Its error on all real images."""
-    seen_in_real_data: bool
-    """Whether real_error is significantly larger than on all real images of the same class."""
+    seen_in_real_data: bool | None
+    """Whether real_error is significantly larger than among all real images of the same class. Null where the class has
+    too few errors, or images, for any error of the nearest ones to be."""
 
 
 class Scenario(ReportModel):

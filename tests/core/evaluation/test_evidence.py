@@ -192,6 +192,37 @@ def test_evidence_of_an_earlier_version_has_no_figure_of_the_screen(finished) ->
     assert read.real_failure_images == made.real_failure_images
 
 
+def test_pictures_that_the_judges_disagree_on_do_not_show_the_scenarios_label(finished) -> None:
+    run, _ = finished
+    found = load_findings(run)[0]
+    first = found.judges.models[0]
+    contrary = {  # the same judge, which answers the next class: both never agree
+        name: np.roll(array, 1, axis=0) if name.startswith("head.1") else array
+        for name, array in first.items()
+    }
+    found = dataclasses.replace(found, judges=dataclasses.replace(found.judges, models=(first, contrary)))
+    made = gather_evidence(run.spec, found, Controls(run.load(Sweep, "plain"), ()), progress=silent)
+    assert made.labelled == 0
+    assert not made.scenario_purity.any() and made.purity[0] == 0
+    assert set(made.at_fault) == {"β-VAE"}
+
+
+def test_the_page_says_where_too_few_real_errors_tell_whether_a_scenario_is_real(finished, tmp_path) -> None:
+    run, _ = finished
+    found, evaluation, evidence, watch = load_findings(run)
+    unknown = np.zeros(len(evidence.names), np.bool_)
+    evidence = dataclasses.replace(
+        evidence, real=dataclasses.replace(evidence.real, seen=unknown, testable=unknown)
+    )
+    other = Run.start(FolderStore(tmp_path), "a", run.spec)
+    report = write_report(other, found, evaluation, evidence, watch)
+    accepted = [row for row in report.scenarios.list if row.accepted]
+    assert {row.evidence.seen_in_real_data for row in accepted} == {None}
+    page = " ".join(other.store.read("report.html").decode().split())
+    generated = sum(not row.seen_in_training_images for row in accepted)
+    assert page.count("too few real errors to tell") == generated and "generated only:" not in page
+
+
 NOTHING_CHOSEN = Sweep((), None, {}, ())
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from sample_findings import sample_findings, sample_run, sample_watch, with_verdicts
 
 from defuse_core.artifacts import FailedTrial, Override
-from defuse_core.evaluation.evidence import NearestReal
+from defuse_core.evaluation.nearest_real import NearestReal
 from defuse_core.report import write_report
 from defuse_core.report.formatting import caveats, headline
 from defuse_core.report.html import _real_tiles, data_address

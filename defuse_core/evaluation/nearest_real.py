@@ -1,0 +1,91 @@
+"""The real images nearest to each scenario: does the classifier fail on them, too, or on generated ones alone?
+
+Axes, beside those of artifacts/__init__.py: E nearest real images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from defuse_core.artifacts import F64, I64, U8, Bool, Corrections, Scenarios
+from defuse_core.data import Images
+from defuse_core.data.images import to_levels
+from defuse_core.distill.draws import distances_from
+from defuse_core.intervals import SIGNIFICANT, hypergeometric_tail
+from defuse_core.models import Vae, encode_images, predict
+
+NEAREST = 12  # real images shown beside a scenario
+NEAREST_TESTED = (
+    50  # real images whose error is compared with that of all; a quarter where there are under 200
+)
+
+
+@dataclass(frozen=True, eq=False)
+class NearestReal:
+    """Real images of a scenario's label that are nearest to it, and the error of the classifier before on them.
+
+    Where the label has fewer than E images, they follow again from the first.
+    """
+
+    images: U8  # (A, E, channels, H, W)
+    labels: I64  # (A, E)
+    predicted: I64  # (A, E)
+    error: F64  # (A,) on the nearest, as many as are tested; nan where no image has the label: images mean nothing
+    error_of_all: float  # on all real images
+    seen: Bool  # (A,) whether `error` is significantly larger than among all real images of the same label
+    testable: Bool | None = (
+        None  # (A,) False where the label has too few errors, or images, for `error` to be
+    )
+
+
+def find_nearest_real(
+    vae: Vae, before: nn.Module, scenarios: Scenarios, fixes: Corrections, real: Images
+) -> NearestReal:
+    """Return, per accepted scenario, the nearest real images by Mahalanobis distance, and f's error on them.
+
+    Only images of the scenario's label are compared: its pictures show that class.
+    """
+    codes = encode_images(vae, real)
+    predicted = predict(before, real)
+    wrong = predicted != real.labels
+    shown, labels, answers, tests = [], [], [], list[tuple[float, bool, bool]]()
+    for number, label in zip(fixes.scenario, fixes.labels, strict=True):
+        rows = np.flatnonzero(real.labels == label)
+        distance = distances_from(scenarios, number, codes[rows])
+        near = rows[np.argsort(distance, kind="stable")]
+        tests.append(_error_nearby(wrong[near]))
+        kept = np.resize(near, NEAREST) if len(near) else np.zeros(NEAREST, np.int64)
+        shown.append(to_levels(real.batch(kept)))
+        labels.append(real.labels[kept])
+        answers.append(predicted[kept])
+    shape = (len(fixes.labels), NEAREST)
+    pictures = np.array(shown, np.uint8) if shown else np.zeros((*shape, *real.pixels.shape[1:]), np.uint8)
+    error, seen, testable = np.array(tests, np.float64).reshape(-1, 3).T
+    return NearestReal(
+        images=pictures,
+        labels=np.array(labels, np.int64).reshape(shape),
+        predicted=np.array(answers, np.int64).reshape(shape),
+        error=error,
+        error_of_all=float(wrong.mean()),
+        seen=seen > 0,
+        testable=testable > 0,
+    )
+
+
+def _error_nearby(wrong: Bool) -> tuple[float, bool, bool]:
+    """Return the error on the nearest of n images, whether it is significant, and whether any error could be.
+
+    `wrong` (n,) is in order of distance. The test is hypergeometric, since the nearest are a part of all.
+    """
+    count = len(wrong)
+    tested = wrong[: max(1, min(NEAREST_TESTED, count // 4))]
+    if not len(tested):
+        return float("nan"), False, False
+    hits, of_all = int(tested.sum()), int(wrong.sum())
+    most = of_all or len(tested)  # without any error, whether there are images enough
+    largest = hypergeometric_tail(min(most, len(tested)), len(tested), most, count)
+    seen = hypergeometric_tail(hits, len(tested), of_all, count) < SIGNIFICANT
+    return float(tested.mean()), seen, largest < SIGNIFICANT
