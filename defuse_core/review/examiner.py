@@ -8,12 +8,17 @@ from typing import TypeVar
 
 import numpy as np
 
-from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Models, ReferenceSet, Scenarios
+from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Models, ReferenceSet, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.distill.draws import Draws, anchors_of
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.protocols import Call, Compute
-from defuse_core.training.reference_models import load_reference_models, model_probabilities
+from defuse_core.review.verdicts import majority, tally
+from defuse_core.training.reference_models import (
+    load_reference_models,
+    model_probabilities,
+    votes_of_models,
+)
 
 T = TypeVar("T")
 ROWS_PER_TASK = 8  # components or scenarios that one task examines
@@ -28,6 +33,7 @@ class Examiner:
         self.classifier = load_classifier(spec, models.classifier, self.classes)
         self.references = load_reference_models(spec, spec.review.reference, references, self.classes)
         self.min_probability = spec.identify.min_probability
+        self.min_confidence = spec.review.reference.min_confidence
 
     def examine(self, draws: Draws) -> tuple[I64, I64]:
         """Return for n draws the classifier's answers and the labels that the reference models see, each (n,).
@@ -35,11 +41,25 @@ class Examiner:
         A label is a class of which every reference model is sure, to identify.min_probability at least; an image
         without such a class has none. Where only their mean is sure, independent models often see another class.
         """
-        images = self.decoder.decode(draws.codes, draws.anchors)
-        seen = model_probabilities(self.references, images).min(axis=0)  # (n, C)
+        predicted, probabilities = self._answers(draws)
+        seen = probabilities.min(axis=0)  # (n, C)
         clear = seen.max(axis=1) >= self.min_probability
         labels = np.where(clear, seen.argmax(axis=1), NONE_OF_THE_ABOVE).astype(np.int64)
-        return predict(self.classifier, images), labels
+        return predicted, labels
+
+    def review(self, draws: Draws) -> tuple[I64, I64]:
+        """Return for n draws the classifier's answers and the labels that a review gives them, each (n,).
+
+        A label is the majority of the reference models' votes, as it is for the images of the gallery.
+        """
+        predicted, probabilities = self._answers(draws)
+        votes = votes_of_models(probabilities[:, None], self.min_confidence)
+        return predicted, majority(tally(votes, (1, len(predicted)), self.classes))[0]
+
+    def _answers(self, draws: Draws) -> tuple[I64, F32]:
+        """Return the classifier's answers, (n,), and the reference models' probabilities, (W, n, C)."""
+        images = self.decoder.decode(draws.codes, draws.anchors)
+        return predict(self.classifier, images), model_probabilities(self.references, images)
 
 
 def in_tasks(

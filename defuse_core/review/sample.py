@@ -72,7 +72,10 @@ def sample_more_images(
     *,
     progress: Progress,
 ) -> MoreImages:
-    """Return review.more_images further draws of each doubtful component, (S,), as the reference models label them."""
+    """Return review.more_images further draws of each doubtful component, (S,), as the reference models label them.
+
+    Their label is the majority of the models' votes, also where review.consensus is crowdlab.
+    """
     drawn, labelled, wrong = np.zeros((3, len(scenarios)), np.int64)
     with cpu_threads(1):
         examiner = Examiner(spec, models, references, scenarios)
@@ -81,7 +84,7 @@ def sample_more_images(
             progress("drawing more images", done, len(components), "components")
             rng = generator(spec.seed, "gallery", component, "more")
             draws = draw_codes(spec, scenarios, component, spec.review.more_images, rng)
-            predicted, labels = examiner.examine(draws)
+            predicted, labels = examiner.review(draws)
             drawn[component] = len(labels)
             labelled[component] = (labels != NONE_OF_THE_ABOVE).sum()
             wrong[component] = is_misclassified(predicted, labels).sum()
