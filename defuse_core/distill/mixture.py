@@ -11,7 +11,7 @@ Axes: n codes, Z latent dimensions, K components, P monomials of a code up to de
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from defuse_core.artifacts import F32, F64, I64
 from defuse_core.device import device
 
 BLOCK_ROWS = 512
+KEPT_MONOMIALS = 2**28  # bytes of monomials that a fit keeps; more are made again in every pass
 MIN_COUNT = 10 * np.finfo(np.float64).eps  # added to every count, as scikit-learn does
 REGULARISATION = 1e-6  # added to the diagonal of every covariance, as scikit-learn does
 
@@ -125,13 +126,13 @@ def fit_dirichlet_process_mixture(
     from sklearn.cluster import KMeans  # late: its import takes a second
 
     center = codes.mean(axis=0)  # sums of squares about the mean keep their digits
-    monomials = _monomials(torch.from_numpy(codes - center).to(device()))
+    rows = _Rows.of(torch.from_numpy(codes - center).to(device()))
     prior = default_prior(components, np.atleast_2d(np.cov(codes.T)))
     labels = KMeans(n_clusters=components, n_init=1, random_state=seed).fit(codes).labels_
-    start = maximise(prior, _hard_statistics(monomials, labels.astype(np.int64), components))
+    start = maximise(prior, _hard_statistics(rows, labels.astype(np.int64), components))
     fit = VariationalFit(start, prior, center, max_iterations=max_iterations, tolerance=tolerance)
     while not fit.done:
-        fit.step(_expect(monomials, fit.coefficients()))
+        fit.step(_expect(rows, fit.coefficients()))
     return fit.fitted()
 
 
@@ -156,24 +157,46 @@ def _monomials(rows: Tensor) -> Tensor:
     return torch.cat([ones, rows, rows[:, upper[0]] * rows[:, upper[1]]], dim=1)
 
 
-def _hard_statistics(monomials: Tensor, labels: I64, components: int) -> Statistics:
+def _monomial_count(width: int) -> int:
+    """Return P for Z = `width`."""
+    return (width + 1) * (width + 2) // 2
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """All codes of a fit, in blocks of monomials, which are kept from pass to pass where they are small."""
+
+    centred: Tensor  # (n, Z)
+    monomials: Tensor | None  # (n, P)
+
+    @classmethod
+    def of(cls, centred: Tensor) -> _Rows:
+        size = centred.element_size() * len(centred) * _monomial_count(centred.shape[1])
+        return cls(centred, _monomials(centred) if size <= KEPT_MONOMIALS else None)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Return (BLOCK_ROWS, P) monomials after each other; the last ones may be fewer."""
+        for start in range(0, len(self.centred), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            yield _monomials(self.centred[block]) if self.monomials is None else self.monomials[block]
+
+
+def _hard_statistics(rows: _Rows, labels: I64, components: int) -> Statistics:
     """Return the statistics of the k-means partition that the fit starts from."""
-    sums = monomials.new_zeros(components, monomials.shape[1])
-    assigned = torch.from_numpy(labels).to(monomials.device)
-    for start in range(0, len(monomials), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        share = torch.nn.functional.one_hot(assigned[block], components).to(monomials.dtype)
-        sums += share.T @ monomials[block]
+    sums = rows.centred.new_zeros(components, _monomial_count(rows.centred.shape[1]))
+    assigned = torch.from_numpy(labels).to(sums.device)
+    for number, block in enumerate(rows.blocks()):
+        own = assigned[number * BLOCK_ROWS :][:BLOCK_ROWS]
+        sums += torch.nn.functional.one_hot(own, components).to(block.dtype).T @ block
     return _unpacked(sums, 0.0)
 
 
-def _expect(monomials: Tensor, table: F64) -> Statistics:
+def _expect(rows: _Rows, table: F64) -> Statistics:
     """The E step: return the sums over all rows under the responsibilities that the (P, K) coefficients give."""
-    coefficients = torch.from_numpy(table).to(monomials.device)
-    sums = monomials.new_zeros(coefficients.T.shape)
-    log_evidence = monomials.new_zeros(())
-    for start in range(0, len(monomials), BLOCK_ROWS):
-        log_evidence += _add_block(monomials[start : start + BLOCK_ROWS], coefficients, sums)
+    coefficients = torch.from_numpy(table).to(rows.centred.device)
+    sums, log_evidence = coefficients.new_zeros(coefficients.T.shape), coefficients.new_zeros(())
+    for block in rows.blocks():
+        log_evidence += _add_block(block, coefficients, sums)
     return soft_statistics(sums, log_evidence, coefficients)
 
 
@@ -220,7 +243,7 @@ def summed_statistics(partial: Sequence[tuple[F64, float]], table: F64) -> Stati
 
 def one_component(width: int) -> F64:
     """Return (P, 1) coefficients under which every row belongs to one component."""
-    return np.zeros(((width + 1) * (width + 2) // 2, 1))
+    return np.zeros((_monomial_count(width), 1))
 
 
 def sample_covariance(codes: F64) -> F64:

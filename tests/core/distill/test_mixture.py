@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import multivariate_normal
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
@@ -15,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from defuse_core.artifacts import F64
 from defuse_core.device import cpu_threads
+from defuse_core.distill import mixture
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
@@ -54,7 +56,7 @@ CASES = {
 
 
 def oracle(codes: F64, components: int, iterations: int) -> BayesianGaussianMixture:
-    mixture = BayesianGaussianMixture(
+    sklearn_mixture = BayesianGaussianMixture(
         n_components=components,
         weight_concentration_prior_type="dirichlet_process",
         max_iter=iterations,
@@ -63,7 +65,7 @@ def oracle(codes: F64, components: int, iterations: int) -> BayesianGaussianMixt
     )
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return mixture.fit(codes)
+        return sklearn_mixture.fit(codes)
 
 
 def fitted(codes: F64, components: int, iterations: int) -> FittedMixture:
@@ -137,3 +139,18 @@ def test_no_component_gives_no_responsibilities() -> None:
 def test_a_single_code_has_no_covariance_and_one_dimension_is_a_matrix_too() -> None:
     assert sample_covariance(np.ones((1, 3))).tolist() == np.zeros((3, 3)).tolist()
     assert sample_covariance(np.array([[1.0], [3.0]])).tolist() == [[2.0]]
+
+
+def test_a_fit_that_keeps_no_monomials_has_the_same_bits(monkeypatch) -> None:
+    codes, components, iterations = CASES["three blocks of rows, the last one short"]
+    kept = fitted(codes, components, iterations)
+    monkeypatch.setattr(mixture, "KEPT_MONOMIALS", 0)
+    made_again = fitted(codes, components, iterations)
+    for name, value in vars(kept).items():
+        np.testing.assert_array_equal(getattr(made_again, name), value)
+
+
+def test_monomials_are_kept_only_where_they_are_small() -> None:
+    small, large = torch.zeros(2000, 8, dtype=torch.float64), torch.zeros(5000, 128, dtype=torch.float64)
+    assert mixture._Rows.of(small).monomials is not None
+    assert mixture._Rows.of(large).monomials is None  # 5,000 x 8,385 numbers would take 335 MB
