@@ -34,6 +34,9 @@ LEVELS = np.unique(
     np.concatenate([np.linspace(0, 0.1, 201), np.linspace(0.1, 1, 91)])
 )  # dense at small shares
 VARIANCE_FLOOR = 1e-3  # share of the mean variance that is added to each: unused dimensions have almost none
+LEAST_VARIANCE = (
+    1e-12  # added at least, so that codes that are all equal have a covariance that can be inverted
+)
 SHRINKAGE = 2  # times Z: images of all classes that the covariance of one class counts beside its own
 
 
@@ -130,7 +133,7 @@ def _fit_gaussians(decoder: Decoder, corrections: Corrections, least: float) -> 
 
 
 def _floor(variance: float, latent: int) -> F64:
-    return VARIANCE_FLOOR * variance * np.eye(latent)
+    return max(VARIANCE_FLOOR * variance, LEAST_VARIANCE) * np.eye(latent)
 
 
 def class_gaussians(codes: F32, labels: I64, classes: int) -> tuple[F64, F64]:

@@ -8,7 +8,12 @@ from defuse_core.artifacts import Corrections
 from defuse_core.data import open_splits
 from defuse_core.export.compare import share_inside
 from defuse_core.models import load_vae
-from defuse_core.watch.scenario_regions import fit_regions, training_codes
+from defuse_core.watch.scenario_regions import (
+    class_gaussians,
+    fit_regions,
+    mahalanobis,
+    training_codes,
+)
 
 
 def test_a_scenario_with_a_single_image_has_a_region(tiny_spec, tiny_models):
@@ -25,3 +30,20 @@ def test_a_scenario_with_a_single_image_has_a_region(tiny_spec, tiny_models):
 def test_a_single_picture_is_inside_itself_alone():
     one = np.ones((1, 3), np.float32)
     assert share_inside(np.concatenate([one, one + 1]), one) == 0.5
+
+
+def test_codes_that_are_all_equal_have_a_region(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    alike = np.ones((40, 4), np.float32)  # of a β-VAE whose encoder ignores the image
+    means, covariances = class_gaussians(alike, np.arange(40) % 10, 10)
+    assert (mahalanobis(alike, means, covariances) == 0).all()
+    single = np.zeros((1, 1, 4), np.float32)
+    regions = fit_regions(vae, Corrections(np.array([0]), np.array([3]), single, single), alike)
+    assert np.isfinite(regions.distances).all()
+
+
+def test_a_class_gaussian_needs_one_image_of_each_class():
+    codes = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
+    means, covariances = class_gaussians(codes, np.arange(10), 10)
+    found = mahalanobis(codes, means, covariances)
+    assert np.isfinite(found).all() and (found.argmin(axis=1) == np.arange(10)).all()
