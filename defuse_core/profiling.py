@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity
 
+from defuse_core.device import release_memory
 from defuse_core.progress import Progress, silent
 from defuse_core.store import Store
 
@@ -38,10 +39,14 @@ class Profile:
     ) -> T:
         """Return function(*args, progress=...), traced where `step` is the one to trace.
 
-        `task` is the number of the call among those of the same function that run together.
+        `task` is the number of the call among those of the same function that run together. The memory that the call
+        freed is returned to the system: a worker may wait long for its next task, and a notebook is not the run alone.
         """
-        with self.trace(step, function.__name__, progress, task) as reporting:
-            return function(*args, progress=reporting)
+        try:
+            with self.trace(step, function.__name__, progress, task) as reporting:
+                return function(*args, progress=reporting)
+        finally:
+            release_memory()
 
     @contextlib.contextmanager
     def trace(self, step: str, name: str, progress: Progress, task: int = 0) -> Iterator[Progress]:

@@ -68,7 +68,7 @@ class ResourcesSection(Section):
     must keep it."""
     precision: Literal["auto", "f32", "bf16"] | PrecisionSection = "f32"
     """bf16 computes under torch's autocast; auto measures, once per run, where bf16 is faster; a section sets it for
-    each kind of computation. A resumed run must keep it. Paper: f32."""
+    each kind of computation. f32 is without TF32, on GPUs too. A resumed run must keep it. Paper: f32."""
 
     def arithmetic(self, kind: str) -> Arithmetic:
         """Return the number format of a kind of computation, a field of PrecisionSection; f32 before auto measured."""

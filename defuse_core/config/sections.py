@@ -166,9 +166,8 @@ class VaeSection(Section):
     then dropped: reconstructions keep their class more often. Paper: 0."""
     guide_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of the reference models on the decodings, moved and blurred at random, under the
-    images' labels: models recognise them more often. f takes no part in it. Look at
-    reconstructions.png: a large weight can teach the decoder noise that models read, judges included, and people
-    do not. Paper: 0."""
+    images' labels: models recognise them more often. f takes no part in it. Not reproducible on a GPU. A large weight
+    can teach the decoder noise that only models read, judges included: look at reconstructions.png. Paper: 0."""
     kl_warmup_steps: int = Field(500, ge=0)
     """Optimisation steps over which the KL term grows linearly from 0. Paper: 500; 5000 for SVHN."""
     accept: Literal["fit", "poor", "blind"] = "poor"
