@@ -317,9 +317,11 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"{path}: expected a folder at --store, found a file in its place") from error
     except OSError as error:
+        if isinstance(error, NotADirectoryError | FileExistsError) and any(
+            at.is_file() for at in (path, *path.parents)
+        ):
+            raise InputError(f"{path}: expected a folder at --store, found a file in its place") from error
         raise StoreError(
             f"{path}: {error.strerror}; free space or fix access, then run again to continue"
         ) from error
