@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -28,9 +29,14 @@ from defuse_core.report.formatting import (
 from services.console import Terminal
 
 if TYPE_CHECKING:
+    from defuse_core.export.compare import ComparedScenario
     from defuse_core.report import Report
     from defuse_core.report.schema import EvidenceFigures
 
+SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
+STATES = ("persisting", "fixed", "back again", "new")
+COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
+DROPPED_COMPARED = ("B after", "A before", "Mistaken for", "In B", "A after")  # in turn, until the table fits
 DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # of the table of scenarios, in turn, until it fits
 UNBOUNDED = 1000  # columns, in which every table of scenarios fits
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
@@ -46,7 +52,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.evidence is not None:
         console.print(_evidence_table(report.evidence))
     if report.scenarios.accepted:
-        console.print(_scenario_table(report, console))
+        make = functools.partial(_scenario_table, report, console.width)
+        console.print(_fitting(make, SCENARIO_COLUMNS, DROPPED, console))
     console.print(_agreement_table(report))
     for line in _lines(report):
         print_text(console, line, "dim")
@@ -102,20 +109,47 @@ def _evidence_table(evidence: EvidenceFigures) -> Table:
     return table
 
 
-def _scenario_table(report: Report, console: Console) -> Table:
-    """Return the accepted scenarios; a narrow terminal shows fewer figures of each, rather than parts of them."""
-    columns = ["", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse"]
-    table = _with_columns(report, columns, console.width)
-    unbounded = console.options.update_width(UNBOUNDED)
-    for name in DROPPED:
-        if Measurement.get(console, unbounded, table).maximum <= console.width:
-            break
-        columns.remove(name)
-        table = _with_columns(report, columns, console.width)
+def print_comparison(
+    run_a: str, run_b: str, rows: Sequence[ComparedScenario], console: Console | None = None
+) -> None:
+    """Print the scenarios of two runs side by side, and how many persist, are fixed, are back again or are new."""
+    console = console or Terminal()
+    console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
+    make = functools.partial(_comparison_table, rows, console.width)
+    console.print(_fitting(make, COMPARED, DROPPED_COMPARED, console))
+    counts = (f"{sum(row.state == state for row in rows)} {state}" for state in STATES)
+    print_text(console, ", ".join(counts), "")
+
+
+def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Sequence[str]) -> Table:
+    table = new_table(None, columns, texts=3 if "Mistaken for" in columns else 2)
+    table.columns[0].min_width = max(map(len, STATES))
+    for row in rows:
+        numbers = (NONE if number is None else str(number) for number in (row.number_a, row.number_b))
+        shares = (percent(share, 0) for share in (row.before_a, row.after_a, row.before_b, row.after_b))
+        labels = (_cut(name, width) for name in (row.label, row.mistaken_for))
+        cells = dict(zip(COMPARED, (row.state, *labels, *numbers, *shares), strict=True))
+        add_row(table, *(cells[name] for name in columns))
     return table
 
 
-def _with_columns(report: Report, columns: Sequence[str], width: int) -> Table:
+def _fitting(
+    make: Callable[[Sequence[str]], Table], columns: Sequence[str], dropped: Sequence[str], console: Console
+) -> Table:
+    """Return make(columns); a narrow terminal shows fewer of them, rather than parts of each."""
+    shown = list(columns)
+    table = make(shown)
+    unbounded = console.options.update_width(UNBOUNDED)
+    for name in dropped:
+        if Measurement.get(console, unbounded, table).maximum <= console.width:
+            break
+        shown.remove(name)
+        table = make(shown)
+    return table
+
+
+def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table:
+    """Return the accepted scenarios."""
     table = new_table("Failure scenarios", columns, texts=4 if "Seen" in columns else 3)
     table.columns[0].min_width = len(str(len(report.scenarios.list)))
     if "Seen" in columns:

@@ -121,6 +121,9 @@ class SuitePictures:
     vae: Weights
     anchors: Anchors | None = None  # images that the codes are decoded at, with vae.decode: anchored
     anchor: I64 | None = None  # (A, n) index into anchors
+    numbers: I64 | None = (
+        None  # (A,) SuiteScenario.number; None in earlier suites, whose scenarios are in its order
+    )
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,8 @@ def save_suite(run: Run, folder: Path) -> Suite:
 
     The pictures are the held-out ones. The least accuracy of each scenario is check.min_each_scenario of the run file,
     or what the corrected classifier reaches where that is less. Where it is then not better than the one before, the
-    least is 0: nothing is asked. Raises InputError where the run has no scenario, or the folder is not empty or cannot
-    be written.
+    least is 0: nothing is asked. Raises InputError where the run has no scenario or corrected nothing, or the folder is
+    not empty or cannot be written.
     """
     expect_new_folder("--out", folder)
     suite = _suite_of(run)
@@ -252,16 +255,45 @@ def load_suite(folder: Path) -> Suite:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
+        if place == "version":
+            raise InputError(
+                f"{folder / DESCRIPTION}: version: expected 1 or {VERSION}, found {first['input']}; use the Defuse "
+                "that saved it, or save the suite again with this one"
+            ) from error
         raise InputError(f"{folder / DESCRIPTION}: {place}: {first['msg']}; undo the edit") from error
     except StoreError as error:
         raise InputError(str(error)) from error
-    if len(description.scenarios) != len(pictures.labels):
-        counts = f"{len(description.scenarios)} scenarios, {TENSORS} has {len(pictures.labels)}"
-        raise InputError(f"{folder}: {DESCRIPTION} has {counts}; save the suite again")
+    scenarios = _in_order_of(pictures, description, folder)
     if description.version == 1:
-        asked = tuple(_from_version_1(scenario) for scenario in description.scenarios)
-        description = description.model_copy(update={"scenarios": asked})
-    return Suite(description, pictures)
+        scenarios = [_from_version_1(scenario) for scenario in scenarios]
+    return Suite(description.model_copy(update={"scenarios": tuple(scenarios)}), pictures)
+
+
+def _in_order_of(pictures: SuitePictures, description: SuiteDescription, folder: Path) -> list[SuiteScenario]:
+    """Return the scenarios of suite.json in the order of the pictures, whatever theirs is.
+
+    Raises InputError where they are not those of the pictures.
+    """
+    found = sorted(description.scenarios, key=lambda scenario: scenario.number)
+    if len(found) != len(pictures.labels):
+        counts = f"{len(found)} scenarios, {TENSORS} has {len(pictures.labels)}"
+        raise InputError(f"{folder}: {DESCRIPTION} has {counts}; save the suite again")
+    if pictures.numbers is not None:
+        by_number = {scenario.number: scenario for scenario in found}
+        if sorted(by_number) != sorted(pictures.numbers.tolist()):
+            raise InputError(
+                f"{folder / DESCRIPTION}: scenarios: expected the numbers {_text(tuple(pictures.numbers.tolist()))}, "
+                f"found {_text(tuple(scenario.number for scenario in found))}; undo the edit"
+            )
+        found = [by_number[number] for number in pictures.numbers.tolist()]
+    classes, count = dict(enumerate(description.classes)), pictures.pixels.shape[1]
+    for scenario, label in zip(found, pictures.labels.tolist(), strict=True):
+        if (scenario.label, scenario.pictures) != (classes.get(label), count):
+            raise InputError(
+                f"{folder / DESCRIPTION}: scenario {scenario.number}: expected label {classes.get(label)} and {count} "
+                f"pictures, as in {TENSORS}, found {scenario.label} and {scenario.pictures}; undo the edit"
+            )
+    return found
 
 
 def _from_version_1(scenario: SuiteScenario) -> SuiteScenario:
@@ -287,11 +319,18 @@ def _suite_of(run: Run) -> Suite:
     models, fixes = found.models, found.fixes
     if not len(fixes.labels):
         raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
+    if not found.sweep.weights:
+        raise InputError(
+            f"run {run.name} corrected nothing, so a suite of it would ask nothing; every λ costs more clean accuracy "
+            "than correct.max_loss allows"
+        )
     spec, classes = run.spec, models.classes
     images = held_out_images(load_vae(spec, models.vae), fixes)
     floats = images.batch().reshape(len(fixes.labels), -1, *images.pixels.shape[1:])
     pixels = to_levels(floats)
-    pictures = SuitePictures(pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor)
+    pictures = SuitePictures(
+        pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor, fixes.scenario
+    )
     before, after = (_accuracies(classifier, pictures) for classifier in found.classifiers())
     errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
     scenarios = tuple(

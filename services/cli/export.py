@@ -14,7 +14,6 @@ from defuse_core.store import checked_name
 from services.cli.options import open_run, store_option
 
 if TYPE_CHECKING:
-    from defuse_core.export.compare import ComparedScenario
     from defuse_core.store import Store
 
 
@@ -125,6 +124,7 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     from defuse_core.export.compare import compare_runs
     from defuse_core.runs import Run
     from services.storage import open_store
+    from services.tables import print_comparison
 
     opened = open_store(store)
     rows = compare_runs(Run.open(opened, checked_name(run_a)), Run.open(opened, checked_name(run_b)))
@@ -135,36 +135,4 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     elif not rows:
         click.echo(f"neither {run_a} nor {run_b} accepted a failure scenario")
     else:
-        _print_comparison(run_a, run_b, rows)
-
-
-def _print_comparison(run_a: str, run_b: str, rows: list[ComparedScenario]) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from services.console import Terminal
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in (
-        "State",
-        "Label",
-        "Mistaken for",
-        "In A",
-        "In B",
-        "A before",
-        "A after",
-        "B before",
-        "B after",
-    ):
-        table.add_column(column)
-    for row in rows:
-        numbers = ("–" if number is None else str(number) for number in (row.number_a, row.number_b))
-        shares = (f"{share:.0%}" for share in (row.before_a, row.after_a, row.before_b, row.after_b))
-        table.add_row(*map(Text, (row.state, row.label, row.mistaken_for, *numbers, *shares)))
-    console = Terminal()
-    console.print(f"A: {run_a}, B: {run_b}", markup=False)
-    console.print(table)
-    states = ("persisting", "fixed", "back again", "new")
-    counts = ", ".join(f"{sum(row.state == state for row in rows)} {state}" for state in states)
-    console.print(counts, markup=False)
+        print_comparison(run_a, run_b, rows)

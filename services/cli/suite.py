@@ -88,6 +88,7 @@ def save(run: str, store: str, out: Path) -> None:
     """Freeze the accepted scenarios of RUN in one portable folder: pictures, codes, decoder, labels, thresholds.
 
     The least accuracy of each scenario is in OUT/suite.json, and may be edited there; with 0 nothing is asked.
+    A suite in which nothing is asked of any scenario passes no check.
     """
     from defuse_core.export.suite import save_suite
 
@@ -108,7 +109,10 @@ def save(run: str, store: str, out: Path) -> None:
 
 
 def check_suite(options: SuiteCheck) -> None:
-    """Run a classifier against a suite: print a table or JSON, write JUnit XML. Raises CheckFailed if it fails."""
+    """Run a classifier against a suite: print a table or JSON, write JUnit XML. Raises CheckFailed if it fails.
+
+    Raises InputError where the suite asks nothing.
+    """
     from defuse_core.export.suite import load_suite
 
     if (options.run is None) == (options.classifier is None):
@@ -130,11 +134,19 @@ def check_suite(options: SuiteCheck) -> None:
         click.echo(f"note: {line}", err=True)
     if unwritable is not None:
         raise unwritable
-    failed = sum(not result.passed for result in results)
+    failed, asked = sum(not result.passed for result in results), _count_asked(results)
+    if not asked:
+        raise InputError(
+            f"suite {options.suite}: nothing is asked of any scenario, so every classifier would pass; set `least` of "
+            "some in suite.json, or save a suite of a run whose correction improved them"
+        )
     if failed:
-        asked = sum(result.is_asked for result in results)
         hint = _range_hint(loaded, classifier, section)
         raise CheckFailed(f"suite {options.suite}: {name} fails {failed} of {asked} scenarios{hint}")
+
+
+def _count_asked(results: list[SuiteResult]) -> int:
+    return sum(result.is_asked for result in results)
 
 
 def _print_results(loaded: Suite, results: list[SuiteResult]) -> None:
@@ -195,7 +207,7 @@ def _page(name: str, options: SuiteCheck, results: list[SuiteResult]) -> dict[st
         }
         for result in results
     ]
-    passed = all(result.passed for result in results)
+    passed = _count_asked(results) > 0 and all(result.passed for result in results)
     return {"suite": str(options.suite), "classifier": name, "passed": passed, "scenarios": scenarios}
 
 

@@ -1,10 +1,11 @@
-"""Failure scenarios over time: a suite that any classifier is checked against, and two runs side by side."""
+"""Failure scenarios over time: a suite that any classifier is checked against."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ import torch
 from junitparser import Failure, JUnitXml
 from safetensors.torch import load_file, save_file
 
-from defuse_core.artifacts import Corrections, Models, Weights
+from defuse_core.artifacts import Corrections, Models, Sweep, Weights
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
-from defuse_core.export.compare import compare_runs, share_inside
+from defuse_core.errors import InputError
 from defuse_core.export.suite import SuitePictures, load_suite, save_suite
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -50,10 +51,9 @@ class Of255(torch.nn.Module):
         return logits
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> FolderStore:
-    """Runs on one data set: first finds 3 and 8, the others come later."""
-    found, spec = FolderStore(tmp_path_factory.mktemp("store")), tiny(**EASY)
+def planted_runs(folder: Path, tiny_models: Models) -> FolderStore:
+    """Return runs on one data set: first finds 3 and 8, the others come later."""
+    found, spec = FolderStore(folder), tiny(**EASY)
     splits = open_splits(spec.data, spec.seed)
     good, swapped = tiny_models.classifier, swap_classes(tiny_models.classifier, (3, 8))
 
@@ -71,8 +71,14 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Fold
     plant("only-three", swapped).store.write("corrections.safetensors", encode(one))
     none = Corrections(fixes.scenario[:0], fixes.labels[:0], fixes.tune[:0], fixes.test[:0])
     plant("nothing", swapped).store.write("corrections.safetensors", encode(none))
+    plant("uncorrected", swapped).store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
     Run.start(found, "begun", spec)
     return found
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> FolderStore:
+    return planted_runs(tmp_path_factory.mktemp("store"), tiny_models)
 
 
 @pytest.fixture(scope="module")
@@ -213,11 +219,56 @@ def test_what_the_correction_did_not_improve_is_not_asked(store, files, tmp_path
         "--weights",
         files / "bad.safetensors",
     ]
-    code, out, _ = call(monkeypatch, capsys, *bad, "--junit", tmp_path / "a.xml")
-    assert (code, out.count("ok "), out.count("–      ")) == (0, 0, 2)
+    code, out, err = call(monkeypatch, capsys, *bad, "--junit", tmp_path / "a.xml")
+    assert (code, out.count("ok "), out.count("–      ")) == (2, 0, 2)
     assert "nothing is asked" in out
+    assert "nothing is asked of any scenario, so every classifier would pass" in one_line(err)
     (tests,) = JUnitXml.fromfile(str(tmp_path / "a.xml"))
     assert (tests.tests, tests.failures, tests.skipped) == (2, 0, 2)
+    code, out, _ = call(monkeypatch, capsys, *bad, "--json")
+    assert (code, json.loads(out)["passed"]) == (2, False)
+
+
+def with_scenarios(suite: Path, folder: Path, change: Callable[[list[dict]], object]) -> Path:
+    """Return a copy of a suite whose scenarios in suite.json were edited."""
+    shutil.copytree(suite, folder)
+    page = json.loads((suite / "suite.json").read_text())
+    change(page["scenarios"])
+    (folder / "suite.json").write_text(json.dumps(page))
+    return folder
+
+
+@pytest.mark.parametrize("numbered", [True, False], ids=["numbered", "of an earlier version"])
+def test_scenarios_may_be_sorted_in_the_description(numbered, suite, tmp_path):
+    edited = with_scenarios(suite, tmp_path / "suite", lambda scenarios: scenarios.reverse())
+    if not numbered:
+        pictures = dataclasses.replace(load_suite(suite).pictures, numbers=None)
+        (edited / "suite.safetensors").write_bytes(encode(pictures))
+    assert load_suite(edited).description == load_suite(suite).description
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda rows: rows[0].update(number=7), "expected the numbers [0, 1], found [1, 7]; undo the edit"),
+        (lambda rows: rows[0].update(number=1), "expected the numbers [0, 1], found [1, 1]"),
+        (lambda rows: rows[0].update(label="8"), "scenario 0: expected label 3 and 24 pictures, as in"),
+        (lambda rows: rows[1].update(pictures=5), "scenario 1: expected label 8 and 24 pictures, as in"),
+        (lambda rows: rows.pop(), "suite.json has 1 scenarios, suite.safetensors has 2"),
+    ],
+)
+def test_a_description_of_other_pictures_is_refused(change, line, suite, tmp_path):
+    with pytest.raises(InputError) as refused:
+        load_suite(with_scenarios(suite, tmp_path / "suite", change))
+    assert line in str(refused.value)
+
+
+def test_a_suite_of_a_newer_version_is_no_edit(suite, tmp_path):
+    shutil.copytree(suite, tmp_path / "suite")
+    page = json.loads((suite / "suite.json").read_text()) | {"version": 3, "more": 1}
+    (tmp_path / "suite/suite.json").write_text(json.dumps(page))
+    with pytest.raises(InputError, match=r"expected 1 or 2, found 3; use the Defuse that saved it"):
+        load_suite(tmp_path / "suite")
 
 
 def half_right_on_eights(weights: Weights, pictures: SuitePictures) -> Weights:
@@ -314,6 +365,7 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
             "new: cannot be written (Not a directory)",
         ),
         (["suite", "save", "nothing", "--out", "new"], "accepted no failure scenario"),
+        (["suite", "save", "uncorrected", "--out", "new"], "corrected nothing, so a suite of it would ask"),
         (["suite", "save", "begun", "--out", "new"], "run begun is not finished"),
         (["compare", "first", "begun"], "run begun is not finished"),
         (["compare", "first", "gone"], "no run called gone"),
@@ -333,48 +385,3 @@ def test_what_cannot_be_is_refused_in_one_line(options, line, suite, store, tmp_
     code, _, err = call(monkeypatch, capsys, *options, *where)
     assert line in err
     assert code == 2
-
-
-def test_scenarios_persist_are_fixed_or_come_back(store):
-    def states(later: str) -> dict[str, str]:
-        rows = compare_runs(Run.open(store, "first"), Run.open(store, later))
-        return {row.label: row.state for row in rows}
-
-    assert states("same") == {"3": "persisting", "8": "persisting"}
-    assert states("mended") == {"3": "fixed", "8": "fixed"}
-    assert states("relapsed") == {"3": "back again", "8": "back again"}
-
-
-def test_a_scenario_without_a_match_is_new_and_matches_have_both_numbers(store):
-    rows = compare_runs(Run.open(store, "only-three"), Run.open(store, "same"))
-    assert [(row.label, row.state, row.number_a, row.number_b) for row in rows] == [
-        ("3", "persisting", 0, 0),
-        ("8", "new", None, 1),
-    ]
-    assert rows[0].before_a < 0.5 < rows[0].after_a
-
-
-def test_the_comparison_is_printed_with_accuracies_side_by_side(store, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "120")
-    code, out, _ = call(monkeypatch, capsys, "compare", "first", "relapsed", "--store", store.address)
-    assert code == 0
-    assert "0 persisting, 0 fixed, 2 back again, 0 new" in out
-    assert "Mistaken for" in out
-    code, out, _ = call(monkeypatch, capsys, "compare", "first", "mended", "--store", store.address, "--json")
-    assert {row["state"] for row in json.loads(out)["scenarios"]} == {"fixed"}
-    code, out, _ = call(monkeypatch, capsys, "compare", "nothing", "nothing", "--store", store.address)
-    assert "neither nothing nor nothing accepted" in out
-
-
-def test_runs_on_other_images_cannot_be_compared(store, monkeypatch, capsys):
-    Run.start(store, "larger", tiny(data={"image_size": 32}))
-    code, _, err = call(monkeypatch, capsys, "compare", "first", "larger", "--store", store.address)
-    assert code == 2
-    assert "cannot be compared: data.image_size is 16 in one, 32 in the other" in one_line(err)
-
-
-def test_codes_of_one_cloud_lie_inside_it_and_not_inside_another():
-    rng = np.random.default_rng(0)
-    cloud, same = rng.normal(size=(200, 3)), rng.normal(size=(100, 3))
-    assert share_inside(same.astype(np.float32), cloud.astype(np.float32)) > 0.97
-    assert share_inside((same + 9).astype(np.float32), cloud.astype(np.float32)) == 0

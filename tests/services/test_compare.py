@@ -1,0 +1,71 @@
+"""Failure scenarios over time: two runs side by side."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Models
+from defuse_core.export.compare import compare_runs, share_inside
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from tests.conftest import tiny
+from tests.e2e.test_cli import call, one_line
+from tests.services.test_suite import planted_runs
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> FolderStore:
+    return planted_runs(tmp_path_factory.mktemp("store"), tiny_models)
+
+
+def test_scenarios_persist_are_fixed_or_come_back(store):
+    def states(later: str) -> dict[str, str]:
+        rows = compare_runs(Run.open(store, "first"), Run.open(store, later))
+        return {row.label: row.state for row in rows}
+
+    assert states("same") == {"3": "persisting", "8": "persisting"}
+    assert states("mended") == {"3": "fixed", "8": "fixed"}
+    assert states("relapsed") == {"3": "back again", "8": "back again"}
+
+
+def test_a_scenario_without_a_match_is_new_and_matches_have_both_numbers(store):
+    rows = compare_runs(Run.open(store, "only-three"), Run.open(store, "same"))
+    assert [(row.label, row.state, row.number_a, row.number_b) for row in rows] == [
+        ("3", "persisting", 0, 0),
+        ("8", "new", None, 1),
+    ]
+    assert rows[0].before_a < 0.5 < rows[0].after_a
+
+
+def test_the_comparison_is_printed_with_accuracies_side_by_side(store, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = call(monkeypatch, capsys, "compare", "first", "relapsed", "--store", store.address)
+    assert code == 0
+    assert "0 persisting, 0 fixed, 2 back again, 0 new" in out
+    assert "Mistaken for" in out
+    for columns in (80, 60, 40):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        out = call(monkeypatch, capsys, "compare", "first", "relapsed", "--store", store.address)[1]
+        assert "…" not in out and "back again" in out and "B before" in out
+        assert max(map(len, out.splitlines())) <= columns
+    code, out, _ = call(monkeypatch, capsys, "compare", "first", "mended", "--store", store.address, "--json")
+    assert {row["state"] for row in json.loads(out)["scenarios"]} == {"fixed"}
+    code, out, _ = call(monkeypatch, capsys, "compare", "nothing", "nothing", "--store", store.address)
+    assert "neither nothing nor nothing accepted" in out
+
+
+def test_runs_on_other_images_cannot_be_compared(store, monkeypatch, capsys):
+    Run.start(store, "larger", tiny(data={"image_size": 32}))
+    code, _, err = call(monkeypatch, capsys, "compare", "first", "larger", "--store", store.address)
+    assert code == 2
+    assert "cannot be compared: data.image_size is 16 in one, 32 in the other" in one_line(err)
+
+
+def test_codes_of_one_cloud_lie_inside_it_and_not_inside_another():
+    rng = np.random.default_rng(0)
+    cloud, same = rng.normal(size=(200, 3)), rng.normal(size=(100, 3))
+    assert share_inside(same.astype(np.float32), cloud.astype(np.float32)) > 0.97
+    assert share_inside((same + 9).astype(np.float32), cloud.astype(np.float32)) == 0
