@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from defuse_core.config import STEPS, apply_override
-from defuse_core.errors import InputError, RunFileError
+from defuse_core.errors import InputError, RunFileError, has_control_characters
 from defuse_core.store import RESERVED, checked_name
 
 if TYPE_CHECKING:
@@ -22,6 +22,15 @@ def given(context: click.Context, parameter: click.Parameter, value: str | None)
     if value == "":
         raise click.BadParameter(
             "expected a value, found an empty one; is the variable set?", context, parameter
+        )
+    return value
+
+
+def printable(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Return the value of an option. Raises BadParameter for control characters, which act on others' terminals."""
+    if value is not None and has_control_characters(value):
+        raise click.BadParameter(
+            f"expected text on one line without control characters, found {value!r}", context, parameter
         )
     return value
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from defuse_core.errors import CheckFailed, InputError, escape_control_characters
 from defuse_core.store import checked_name
-from services.cli.options import address_option, given, open_run, section_overrides, store_option
+from services.cli.options import address_option, given, open_run, printable, section_overrides, store_option
 from services.cli.review import local_user
 from services.cli.suite import SuiteCheck, check_suite, expect_no_suite_options, suite_options
 from services.settings import read_settings
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
     from services.serving.candidate import Candidate
     from services.serving.registry import Registry, VersionInfo
 
-by_option = click.option("--by", help="Author of the change. [default: the user of this machine]")
-why_option = click.option("--why", default="", help="Reason for the change, stored in the registry.")
+by_option = click.option(
+    "--by", callback=printable, help="Author of the change. [default: the user of this machine]"
+)
+why_option = click.option(
+    "--why", default="", callback=printable, help="Reason for the change, stored in the registry."
+)
 
 
 @click.command()
@@ -49,25 +54,34 @@ def check(run: str | None, store: str, as_json: bool, suite: Path | None, **opti
 
 
 def _check_run(run: str, store: str, as_json: bool) -> None:
-    from defuse_core.errors import CheckFailed
     from services.serving.candidate import NothingCorrected
 
     try:
         candidate = _candidate(store, run)
     except NothingCorrected as nothing:
-        page: dict[str, Any] = {"run": run, "passed": True, "annotators": None, "checks": []}
-        click.echo(json.dumps(page) if as_json else f"ok     {nothing}")
+        click.echo(_unchecked(run, True, nothing) if as_json else f"ok     {nothing}")
         return
+    except CheckFailed as failure:
+        if as_json:
+            click.echo(_unchecked(run, False, failure))
+        raise
     failed, annotators = candidate.failed_checks(), candidate.summary.annotators
     if as_json:
         checks = [asdict(result) for result in candidate.checks]
-        click.echo(json.dumps({"run": run, "passed": not failed, "annotators": annotators, "checks": checks}))
+        page = {"run": run, "passed": not failed, "annotators": annotators, "checks": checks, "reason": None}
+        click.echo(json.dumps(page))
     else:
         for result in candidate.checks:
             click.echo(f"{'ok    ' if result.passed else 'FAILED'} {result.line}")
         click.echo(f"       its failure scenarios were labelled by {annotators}")
     if failed:
         raise CheckFailed(f"run {run}: {len(failed)} of {len(candidate.checks)} checks failed")
+
+
+def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> str:
+    """Return the JSON object of `defuse check --json` for a run without a corrected classifier."""
+    page = {"run": run, "passed": passed, "annotators": None, "checks": [], "reason": str(reason)}
+    return json.dumps(page)
 
 
 @click.command()
@@ -79,7 +93,9 @@ def _check_run(run: str, store: str, as_json: bool) -> None:
 @click.option(
     "--shadow", is_flag=True, help="Compare it with the version in production, which goes on answering."
 )
-@click.option("--force", metavar="REASON", help="Promote although checks fail, for this reason.")
+@click.option(
+    "--force", metavar="REASON", callback=printable, help="Promote although checks fail, for this reason."
+)
 @by_option
 @why_option
 def promote(
@@ -215,8 +231,6 @@ def _candidate(store: str, run: str) -> Candidate:
 
 def parse_share(text: str) -> float:
     """Return 0.05 for `5%` or `0.05`. Raises InputError for anything but a share above 0 and below 1."""
-    from defuse_core.errors import InputError
-
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -240,9 +254,10 @@ def _show(registry: Registry) -> None:
         role = {**roles, state.shadow: "shadow"}.get(number, "")
         forced = " (forced)" if info.forced else ""
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
-        click.echo(f"{number:>4}  {role:<12} {origin}; by {info.by} on {info.when} {info.why}".rstrip())
+        line = f"{number:>4}  {role:<12} {origin}; by {info.by} on {info.when} {info.why}".rstrip()
+        click.echo(escape_control_characters(line))
     author = f", by {state.by} on {state.when} {state.why}".rstrip() if state.sequence else ""
-    click.echo(f"last change: {state.action}{author}")
+    click.echo(escape_control_characters(f"last change: {state.action}{author}"))
 
 
 def _watch_in_short(info: VersionInfo) -> str:

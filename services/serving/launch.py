@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import ComputeError, InputError, StoreError
+from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
 
 if TYPE_CHECKING:
     from services.serving.arguments import ServeArgs
@@ -223,12 +223,18 @@ def running_application(
         )
     try:
         deploy(args)
-        yield f"http://{'127.0.0.1' if actual_host == '0.0.0.0' else actual_host}:{actual_port}"
+        yield f"http://{_url_host(actual_host)}:{actual_port}"
     finally:
         if shared:
             serve.delete(APPLICATION)
         else:
             serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _url_host(host: str) -> str:
+    """Return the host of an address at which this machine reaches what listens on `host`."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{reached}]" if ":" in reached else reached
 
 
 def _require_free_port(host: str, port: int) -> None:
@@ -336,7 +342,8 @@ def registry_changes(registry: Registry, shutdown: ShutdownSignal, poll_s: float
             for state in registry.changes_after(sequence):
                 sequence = state.sequence
                 reason = f" ({state.why})" if state.why else ""
-                yield f"{state.when} {state.by}: {state.action}{reason}; version {state.production} is in production"
+                line = f"{state.when} {state.by}: {state.action}{reason}; version {state.production} is in production"
+                yield escape_control_characters(line)
         except StoreError as error:
             log.warning("the registry cannot be read: %s", error)
             shutdown.wait(poll_s)

@@ -19,7 +19,9 @@ from services.serving.arguments import ServeArgs
 from services.serving.candidate import prepare_candidate
 from services.serving.launch import (
     ShutdownSignal,
+    _url_host,
     ray_connection,
+    registry_changes,
     running_application,
 )
 from services.serving.registry import PromotionRequest, Registry, promote
@@ -139,3 +141,35 @@ def _check_browser_login(http):
     assert http.get("/v1/model", auth=("anyone", "a-long-secret")).status_code == 401
     described = http.get("/openapi.json", auth=("anyone", "a-long-secret")).json()
     assert described["components"]["securitySchemes"]["token"] == {"type": "http", "scheme": "bearer"}
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::1", "[::1]"),
+        ("::", "[::1]"),
+        ("head", "head"),
+    ],
+)
+def test_an_address_of_ipv6_has_brackets(host, address):
+    assert _url_host(host) == address
+
+
+def test_a_change_that_another_program_wrote_cannot_act_on_the_servers_terminal(tmp_path):
+    registry = Registry(FolderStore(tmp_path))
+
+    class ThirdWait:
+        """Lets the registry change at the second wait, and ends at the third."""
+
+        waits = 0
+
+        def wait(self, timeout_s: float | None = None) -> bool:
+            self.waits += 1
+            if self.waits == 2:
+                registry.change("a change", "eve\x1b[2J", "a\nb", lambda state: {})
+            return self.waits == 3
+
+    (line,) = registry_changes(registry, ThirdWait(), 0)
+    assert r"eve\x1b[2J: a change (a\nb)" in line

@@ -17,7 +17,9 @@ from defuse_core.errors import CheckFailed, InputError, RunFileError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli.serve import check, promote, rollback, serve
-from services.serving.registry import Registry
+from services.serving.candidate import prepare_candidate
+from services.serving.registry import PromotionRequest, Registry
+from services.serving.registry import promote as promote_candidate
 from tests.sample_findings import sample_findings
 
 
@@ -53,6 +55,15 @@ def test_check_works_on_a_store_that_cannot_be_written(own_store, tmp_path, capl
     assert "made again next time, since the store cannot be written" in caplog.text
 
 
+def failed_json(store: FolderStore) -> dict:
+    """Return what `check first --json` printed of a run without a corrected classifier."""
+    result = CliRunner().invoke(check, ["first", "--store", store.address, "--json"], standalone_mode=False)
+    assert isinstance(result.exception, CheckFailed)
+    page = json.loads(result.output)
+    assert (page["run"], page["passed"], page["checks"]) == ("first", False, [])
+    return page
+
+
 def without_correction(run_dir: Run, accepted: bool, verdict: str = "fit") -> None:
     """Rewrite a run as one that chose no λ, or that accepted no scenario either; `verdict` on its β-VAE."""
     models = run_dir.load(Models)
@@ -71,12 +82,14 @@ def test_a_run_in_which_every_lambda_costs_too_much_never_passes_a_check(own_sto
     for command in (check, promote):
         with pytest.raises(CheckFailed, match="every λ costs more clean accuracy"):
             run(command, "first", "--store", own_store.address)
+    assert "every λ costs more clean accuracy" in failed_json(own_store)["reason"]
 
 
 def test_a_classifier_without_failure_scenarios_passes_and_there_is_nothing_to_promote(own_store):
     without_correction(Run.open(own_store, "first"), accepted=False)
     assert run(check, "first", "--store", own_store.address).startswith("ok     run first corrected nothing")
-    assert json.loads(run(check, "first", "--store", own_store.address, "--json"))["passed"]
+    page = json.loads(run(check, "first", "--store", own_store.address, "--json"))
+    assert page["passed"] and "no failure scenario was accepted" in page["reason"]
     with pytest.raises(InputError, match="no failure scenario was accepted"):
         run(promote, "first", "--store", own_store.address)
 
@@ -90,6 +103,7 @@ def test_a_run_that_could_not_tell_never_passes_a_check(own_store, verdict):
     for command in (check, promote):
         with pytest.raises(CheckFailed, match=f"could not tell .* its β-VAE is {verdict}"):
             run(command, "first", "--store", own_store.address)
+    assert "could not tell" in failed_json(own_store)["reason"]
 
 
 def test_a_run_whose_screen_kept_nothing_never_passes_a_check(own_store):
@@ -106,6 +120,20 @@ def test_check_of_an_unfinished_run_names_the_missing_step(planted, good_spec, t
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     with pytest.raises(InputError, match=r"begun has no corrected classifier yet \(models is missing\)"):
         run(check, "begun", "--store", str(tmp_path))
+
+
+@pytest.mark.parametrize("option", ["--by", "--why", "--force"])
+def test_text_that_acts_on_other_peoples_terminals_is_refused_and_escaped(option, own_store):
+    store = ("--store", own_store.address)
+    with pytest.raises(UsageError, match=r"found 'a\\nb\\x1b\[2J'"):
+        run(promote, "first", *store, option, "a\nb\x1b[2J")
+    registry = Registry(own_store)
+    promote_candidate(
+        registry, prepare_candidate(Run.open(own_store, "first"))[1], PromotionRequest("eve\x1b[2J", "a\nb")
+    )
+    shown = run(promote, *store)
+    assert r"by eve\x1b[2J on" in shown and r"a\nb" in shown
+    assert "\x1b" not in shown and shown.count("\n") == 2
 
 
 def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
