@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -23,7 +23,7 @@ from cluster.progress import ProgressListener, reporting
 from cluster.resources import (
     WARN_AFTER_S,
     capacity,
-    current_location,
+    claim_devices,
     log_busy_cluster,
     on_nodes_with_cpus,
     on_this_node,
@@ -132,6 +132,7 @@ class RayCompute:
 
         listener, workers = self._ready(), self.spec.resources.train_workers
         resources = task_resources(self.spec.resources)
+        resources = replace(resources, gpus=min(1, math.ceil(resources.gpus)))  # NCCL: none is shared
         if (room := capacity(resources)) < workers:
             raise RunFileError(
                 f"resources.train_workers: {workers} workers of {resources} each asked for, but the cluster has room "
@@ -314,5 +315,5 @@ def _in_worker(
     step: str, task: int, function: Callable[..., T], profile: Profile, progress_actor: Any, *args: object
 ) -> tuple[None, T]:
     with reporting(progress_actor, task) as progress:
-        log.debug("%s: in %s", step, current_location(step))
+        log.debug("%s: in %s", step, claim_devices(step))
         return None, profile.call(step, function, *args, progress=progress, task=task)

@@ -10,7 +10,13 @@ from typing import Any
 import ray
 
 from cluster.errors import OTHER_TOKEN, one_line
-from cluster.ray_compat import connection_error, is_unauthenticated, keep_idle_workers, set_private_token
+from cluster.ray_compat import (
+    connection_error,
+    is_unauthenticated,
+    keep_idle_workers,
+    limit_memory_retries,
+    set_private_token,
+)
 from defuse_core.errors import ComputeError, InputError, RunFileError
 
 log = logging.getLogger("defuse")
@@ -27,6 +33,7 @@ def connect(address: str | None) -> bool:
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    limit_memory_retries()
     if address is None:
         protect_embedded_ray()
         keep_idle_workers()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from defuse_core.errors import ComputeError, DefuseError
 
@@ -38,13 +38,19 @@ def one_line(error: BaseException) -> str:
         return _flat(cause)
     if isinstance(error, RayTaskError):
         return _of_task(error, cause)
+    if isinstance(cause, RayError):
+        return _of_ray(cause)
+    return f"{type(cause).__name__}: {_flat(cause)}"
+
+
+def _of_ray(cause: RayError) -> str:
     if isinstance(cause, RuntimeEnvSetupError):
         return f"a node could not set up the job's environment: {_last_line(cause)}"
+    if isinstance(cause, OutOfMemoryError):
+        return f"{_first_line(cause)}; use nodes with more memory, or let fewer tasks run on a node (section resources)"
     if isinstance(cause, RayActorError):
         return f"its worker process died ({_first_line(cause)})"
-    if isinstance(cause, RayError):
-        return _first_line(cause)
-    return f"{type(cause).__name__}: {_flat(cause)}"
+    return _first_line(cause)
 
 
 def _of_task(error: RayTaskError, cause: BaseException) -> str:

@@ -19,12 +19,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from cluster.errors import as_defuse_error, one_line
 from cluster.progress import ProgressListener, count_redone_shard, count_shard, reporting
-from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, current_location
+from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, claim_devices
 from defuse_core.artifacts import Models, ReferenceSet, Shard
 from defuse_core.config import RunFile
 from defuse_core.data import Images
@@ -59,7 +65,7 @@ class ShardWorker:
     def ping(self, progress_actor: Any) -> WorkerLocation:
         """Return where this actor runs."""
         with reporting(progress_actor):
-            return current_location("identify")
+            return claim_devices("identify")
 
     def shard(
         self, index: int, weights: tuple[Models, ReferenceSet | None], train: Images, progress_actor: Any
@@ -118,6 +124,8 @@ class Worker:
     actor: Any
     location: WorkerLocation | None = None  # from its latest ping
     ready: bool = False  # has answered a ping since it was last lost
+    silent: bool = False  # its last ping failed, and the next one is due with the next _scale
+    left_out: bool = False  # cannot start, and is not replaced
     shards: list[int] = field(default_factory=list)  # in flight
 
 
@@ -184,7 +192,7 @@ class ShardQueue:
                 ray.kill(worker.actor)
 
     def _scale(self) -> None:
-        """Start as many workers as are wanted; nodes that joined since the last call get workers, too."""
+        """Start as many workers as are wanted, on nodes that have joined, too; ping silent ones again."""
         now = time.monotonic()
         if now - self.scaled_at < SCALE_EVERY_S:
             return
@@ -193,6 +201,9 @@ class ShardQueue:
             worker = Worker(len(self.workers), self.pool.start(len(self.workers)))
             self.workers.append(worker)
             self._ping(worker)
+        for worker in self.workers:
+            if worker.silent:
+                self._ping(worker)
 
     def _ready(self) -> list[Any]:
         """Return the references whose results have arrived, after POLL_EVERY_S at most."""
@@ -203,7 +214,7 @@ class ShardQueue:
         return ready
 
     def _ping(self, worker: Worker) -> None:
-        worker.ready = False
+        worker.ready = worker.silent = False
         reference = worker.actor.ping.options(max_task_retries=-1).remote(self.pool.listener.actor)
         self.pings[reference] = worker
 
@@ -217,18 +228,23 @@ class ShardQueue:
             self._dispatch(worker)
 
     def _handle_ping(self, reference: Any, worker: Worker) -> None:
-        """The worker is ready, or was lost and is pinged again, or cannot start."""
+        """The worker is ready, or is pinged again later, or cannot start, such as on a node that lacks something."""
         try:
             worker.location, worker.ready = ray.get(reference), True
             log.info("identify: worker %d is %s", worker.number, worker.location)
         except RayTaskError as error:
             raise as_defuse_error(error, "identify") from error
-        except ActorDiedError as error:
-            raise ComputeError(
-                f"identify: worker {worker.number} does not start: {one_line(error)}"
-            ) from error
+        except (ActorDiedError, ActorUnschedulableError, RuntimeEnvSetupError) as error:
+            self._leave_out(worker, error)
         except RayError:
-            self._ping(worker)
+            worker.silent = True
+
+    def _leave_out(self, worker: Worker, error: RayError) -> None:
+        """Go on without a worker that cannot start. Raises ComputeError where no other is left."""
+        worker.left_out, why = True, f"worker {worker.number} does not start: {one_line(error)}"
+        if all(each.left_out for each in self.workers):
+            raise ComputeError(f"identify: {why}") from error
+        log.warning("identify: going on without a worker: %s", why)
 
     def _handle_shard(self, reference: Any, worker: Worker, index: int) -> None:
         """The shard is finished, or has failed, or its worker was lost and is pinged until it is back."""

@@ -17,7 +17,7 @@ from tenacity import Retrying, retry_if_exception_type, retry_if_result, wait_fi
 
 from cluster.errors import OTHER_TOKEN
 from cluster.ray_compat import quiet_job_client
-from defuse_core.errors import ComputeError, InputError
+from defuse_core.errors import ComputeError, InputError, without_credentials
 
 RUN = "defuse_run"  # metadata of our jobs: the run's name
 MAX_DISCONNECTS = 5  # in a row, without a new character of the log
@@ -73,9 +73,10 @@ class Jobs:
         """Connect. Raises InputError for another kind of address, ComputeError where no head answers."""
         if not address.startswith(("http://", "https://")):
             raise InputError(
-                f"--address {address}: expected the address of Ray's dashboard, http://HEAD:8265"
+                f"--address {without_credentials(address)}: expected the address of Ray's dashboard, http://HEAD:8265"
             )
         self.address = address
+        self.shown = without_credentials(address)  # in messages
         quiet_job_client(address)
         with self._errors_translated():
             requests.get(
@@ -137,7 +138,9 @@ class Jobs:
         try:
             return retry(tail)
         except DISCONNECTED as error:
-            raise ComputeError(f"job {job_id}: lost the connection to {self.address} ({error})") from error
+            raise ComputeError(
+                f"job {job_id}: lost the connection to {self.shown} ({self._without_credentials(error)})"
+            ) from error
 
     async def _tail(self, job_id: str, show: Callable[[str], None], log: FollowedLog) -> None:
         """Show what was not shown before: each connection sends the log from its beginning."""
@@ -149,25 +152,28 @@ class Jobs:
                 show(fresh)
             log.shown = max(log.shown, position)
 
+    def _without_credentials(self, error: Exception) -> str:
+        return without_credentials(str(error), self.address)
+
     @contextlib.contextmanager
     def _errors_translated(self, job_id: str = "") -> Iterator[None]:
         try:
             yield
         except AuthenticationError as error:
-            raise ComputeError(f"{self.address} {OTHER_TOKEN}") from error
+            raise ComputeError(f"{self.shown} {OTHER_TOKEN}") from error
         except (ConnectionError, requests.RequestException) as error:
             raise ComputeError(
-                f"no Ray dashboard answers at {self.address} ({type(error).__name__}); check --address: "
+                f"no Ray dashboard answers at {self.shown} ({type(error).__name__}); check --address: "
                 "it is the head's port 8265, not 6379"
             ) from error
         except RuntimeError as error:
             if "404" in str(error) and job_id:
-                raise InputError(f"no job {job_id} at {self.address}; see `defuse jobs list`") from error
+                raise InputError(f"no job {job_id} at {self.shown}; see `defuse jobs list`") from error
             if "status code 413" in str(error):
                 raise InputError(
-                    f"{self.address} does not take a job of this size (413); {WITHOUT_UPLOAD}"
+                    f"{self.shown} does not take a job of this size (413); {WITHOUT_UPLOAD}"
                 ) from error
-            raise ComputeError(f"{self.address}: {str(error).splitlines()[0]}") from error
+            raise ComputeError(f"{self.shown}: {self._without_credentials(error).splitlines()[0]}") from error
 
 
 def _job(details: Any) -> Job:

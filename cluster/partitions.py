@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from cluster.errors import as_defuse_error
 from cluster.progress import ProgressListener
-from cluster.resources import on_nodes_with_cpus, worker_count
+from cluster.resources import hide_other_gpus, on_nodes_with_cpus, worker_count
 from defuse_core.config import ResourcesSection
 
 T = TypeVar("T")
@@ -47,15 +47,15 @@ class RayPartitions:
 
     def load(self, function: Callable[..., object], arguments: Sequence[tuple[object, ...]]) -> Self:
         """Load the parts that function(*arguments) returns, spread over the nodes."""
-        remote = ray.remote(function).options(**self.options, scheduling_strategy="SPREAD")
-        self.parts = self._wait([partial(remote.remote, *each) for each in arguments])
+        remote = ray.remote(_in_worker).options(**self.options, scheduling_strategy="SPREAD")
+        self.parts = self._wait([partial(remote.remote, function, *each) for each in arguments])
         return self
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
         """Return function(part, *args) of every part, in order. Raises its error."""
-        remote: Any = ray.remote(function).options(**self.options)
+        remote: Any = ray.remote(_in_worker).options(**self.options)
         shared = [ray.put(argument) for argument in args]
-        references = self._wait([partial(remote.remote, part, *shared) for part in self.parts])
+        references = self._wait([partial(remote.remote, function, part, *shared) for part in self.parts])
         try:
             return ray.get(references)
         except RayError as error:
@@ -89,6 +89,11 @@ class RayPartitions:
             ended, left = ray.wait(running, num_returns=wanted, timeout=POLL_EVERY_S, fetch_local=False)
             if ended:
                 return list(left)
+
+
+def _in_worker(function: Callable[..., T], *args: object) -> T:
+    hide_other_gpus()
+    return function(*args)
 
 
 def cancel_all(tasks: Sequence[Any]) -> None:

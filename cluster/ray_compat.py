@@ -21,6 +21,7 @@ TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Tune handles Ctrl-C in place of the driver
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a table whatever the verbosity
 }
+MEMORY_RETRIES = 4  # of a task whose process was killed since its node ran out of memory
 TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
 JOB_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -137,6 +138,14 @@ def keep_idle_workers() -> None:
     By default it ends those beyond one a CPU after a second, and each new one imports torch again, 2 to 4 seconds.
     """
     os.environ.setdefault("RAY_num_workers_soft_limit", str(8 + (os.cpu_count() or 1)))
+
+
+def limit_memory_retries() -> None:
+    """Let tasks that this process starts fail when memory runs out once too often; by default Ray retries without end.
+
+    Ray counts these retries apart from a task's max_retries, and reads the variable when this process connects.
+    """
+    os.environ.setdefault("RAY_task_oom_retries", str(MEMORY_RETRIES))
 
 
 def quiet_job_client(address: str) -> None:

@@ -53,10 +53,23 @@ class WorkerLocation:
         return f"process {self.pid} on {self.node}, {gpus}"
 
 
-def current_location(step: str) -> WorkerLocation:
-    """Return the location of this process; warn if it holds a GPU that torch cannot use."""
+def hide_other_gpus() -> None:
+    """Leave torch no GPU in a process that Ray granted none: by default Ray shows it every GPU of the node.
+
+    Has an effect only before torch looks for GPUs.
+    """
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def claim_devices(step: str) -> WorkerLocation:
+    """Hide the GPUs that this process was not granted, and return its location; warn of one that torch cannot use.
+
+    Every worker calls it before its work.
+    """
     import torch
 
+    hide_other_gpus()
     gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

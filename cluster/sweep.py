@@ -17,7 +17,7 @@ from ray.tune.trainable import Trainable
 from cluster.errors import as_defuse_error, cause_of, is_worker_lost, one_line
 from cluster.progress import ProgressListener, reporting, set_running_trials
 from cluster.ray_compat import named_trainable, quiet_tune
-from cluster.resources import CapacityMonitor, WorkerResources, current_location
+from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
 from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
 from defuse_core.correct import (
@@ -131,7 +131,7 @@ def _trial(
     number, lam = config["trial"]
     request = requests[number]
     with reporting(progress_actor):
-        location = current_location(STEP)
+        location = claim_devices(STEP)
         log.debug("correct: λ = %g in %s", lam, location)
         data = FineTuningData(*ray.get(list(images[number])))
         trials = run_trial(request.spec, models, data, lam, request.store)

@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cluster.errors import as_defuse_error
 from cluster.progress import reporting
 from cluster.ray_compat import kept_working_dir
-from cluster.resources import WorkerResources, current_location
+from cluster.resources import WorkerResources, claim_devices
 from defuse_core.errors import DefuseError, ModelError
 from defuse_core.progress import Progress, silent
 
@@ -80,7 +80,7 @@ def _worker(config: dict[str, Any]) -> ModelError | None:
     rank = train.get_context().get_world_rank()
     actor = config["progress_actor"]
     with reporting(actor) if rank == 0 else contextlib.nullcontext(silent) as progress:
-        log.debug("train: worker %d in %s", rank, current_location("train"))
+        log.debug("train: worker %d in %s", rank, claim_devices("train"))
         try:
             config["function"](*config["args"], progress=progress)
         except ModelError as error:

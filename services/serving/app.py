@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
+from cluster.resources import hide_other_gpus
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
@@ -28,6 +29,10 @@ MIN_SHUTDOWN_S = 30.0  # a stopping replica gets at least this time to finish it
 
 class ClassifierIngress(ClassifierDeployment):
     """The deployment with its HTTP interface."""
+
+    def __init__(self, *args: Any) -> None:
+        hide_other_gpus()
+        super().__init__(*args)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self)

@@ -251,7 +251,10 @@ def distance_thresholds(candidate: Candidate, share: float) -> F64:
 def select_device(name: str) -> torch.device:
     """Return the device of section `serve`. Raises ModelError where cuda is requested and unavailable."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("serve.device: cuda, but torch finds no usable GPU; set it to auto or cpu")
+        raise ModelError(
+            "serve.device: cuda, but torch finds no GPU of this replica; set it to auto or cpu, or "
+            "serve.gpus_per_replica to 1"
+        )
     return device() if name == "auto" else torch.device(name)
 
 

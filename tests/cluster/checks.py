@@ -56,8 +56,8 @@ def assert_equal_sweeps(sweep: Sweep, other: Sweep) -> None:
     assert all(np.array_equal(sweep.weights[key], other.weights[key]) for key in other.weights)
 
 
-def locations(folder: Path) -> set[str]:
-    """Return the working directories that processes noted in `folder` (fakes.note_working_dir)."""
+def noted(folder: Path) -> set[str]:
+    """Return what processes noted in `folder`, such as their working directories (fakes.note_working_dir)."""
     return {path.read_text() for path in folder.iterdir()}
 
 

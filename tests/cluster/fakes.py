@@ -100,6 +100,18 @@ class LocatedStore(FolderStore):
         note_working_dir(self.locations, progress=silent)
 
 
+class GpuStore(FolderStore):
+    """Notes CUDA_VISIBLE_DEVICES of each process that writes."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.notes = folder.with_name(folder.name + "-gpus")
+
+    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
+        super().write(key, data, unless)
+        note_visible_gpus(self.notes, progress=silent)
+
+
 class RefusingStore(FolderStore):
     """Never takes keys that hold `part`; fails as a bug would if `with_bug`."""
 
@@ -165,6 +177,17 @@ class TakenOverStore(CountingStore):
     def require_lock(self) -> None:
         if self.list():
             raise RunBusyError("another driver took the run over")
+
+
+def note_visible_gpus(folder: Path, *, progress: Progress) -> None:
+    """Write down CUDA_VISIBLE_DEVICES of this process."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{os.getpid()}").write_text(visible_gpus(0))
+
+
+def visible_gpus(number: int) -> str:
+    """Return CUDA_VISIBLE_DEVICES of this process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 
 
 def sleeping(pid: Path, *, progress: Progress) -> None:

@@ -39,9 +39,10 @@ from cluster.resources import WorkerResources, capacity
 from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
+from defuse_core.errors import RunFileError
 from defuse_core.protocols import SweepRequest
 from tests.cluster.checks import Lines
-from tests.cluster.fakes import GatedStore
+from tests.cluster.fakes import GatedStore, note_working_dir
 from tests.conftest import tiny
 from tests.waiting import wait_until
 
@@ -209,11 +210,24 @@ def four_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
     return {"finished": not thread.is_alive()}
 
 
+def more_training_workers_than_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
+    """Five training workers, four GPUs that are not there, and half a GPU for each other worker."""
+    cluster.add_node(num_cpus=8, num_gpus=4)
+    spec = tiny(resources={"gpus_per_worker": 0.5, "train_workers": 5, "train_threads": 1})
+    try:
+        with RayCompute(None, spec) as compute:
+            compute.together("train", note_working_dir, folder)
+    except RunFileError as error:
+        return {"finished": True, "refused": str(error)}
+    return {"finished": True, "refused": None}
+
+
 SCENES = {
     "nodes": nodes_come_and_go,
     "last": the_last_node_dies,
     "sweep": a_node_joins_a_sweep,
     "gpus": four_gpus,
+    "shared-gpus": more_training_workers_than_gpus,
     "lost": the_node_of_a_sweep_dies,
 }
 

@@ -17,6 +17,7 @@ from ray.tune.experimental.output import get_air_verbosity
 
 from cluster import ray_compat
 from cluster.ray_compat import is_unauthenticated, named_trainable, quiet_job_client, quiet_tune
+from tests.conftest import ROOT
 from tests.waiting import WAIT_S
 
 
@@ -72,6 +73,36 @@ def test_more_idle_workers_than_cpus_are_kept_for_the_next_tasks(ray_session: No
     first = pids_of_four_tasks(tmp_path / "first")
     time.sleep(3)  # by default those beyond two would be gone
     assert pids_of_four_tasks(tmp_path / "second") <= first
+
+
+NEVER_ENOUGH_MEMORY = """
+import sys
+from pathlib import Path
+from cluster import ray_compat
+from cluster.compute import RayCompute
+from tests.cluster.fakes import sleeping
+from tests.conftest import tiny
+
+ray_compat.MEMORY_RETRIES = 1
+with RayCompute(None, tiny()) as compute:
+    compute.task("train", sleeping, Path(sys.argv[1]))
+"""
+
+
+def test_a_task_that_runs_out_of_memory_again_and_again_is_an_error(tmp_path: Path) -> None:
+    """In a Ray that finds its memory full as soon as a task runs."""
+    full = {"RAY_memory_usage_threshold": "0.0", "RAY_memory_monitor_refresh_ms": "250"}
+    done = subprocess.run(
+        [sys.executable, "-c", NEVER_ENOUGH_MEMORY, str(tmp_path / "pid")],
+        env=os.environ | full,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3 * WAIT_S,
+        check=False,
+    )
+    assert "ComputeError: train: 1 worker(s) were killed" in done.stderr
+    assert "use nodes with more memory" in done.stderr
 
 
 def test_the_environment_and_the_loggers_are_put_back() -> None:

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
+from cluster.compute import RayCompute
 from cluster.resources import WorkerResources, fitting
-from defuse_core.artifacts import Models, Psi
+from defuse_core.artifacts import Corrections, Models, Psi
 from defuse_core.codec import encode
 from defuse_core.local import LocalCompute
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
-from tests.cluster.checks import assert_same_psi
+from tests.cluster.checks import assert_same_psi, noted
+from tests.cluster.fakes import GpuStore, note_visible_gpus, visible_gpus
 from tests.cluster.nodes import SHORT_SWEEP, made_up
 from tests.conftest import ROOT, tiny
 
@@ -103,6 +105,30 @@ def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
     ]
     assert {line.split(":")[0] for line in loud} == {"identify", "correct"}
     assert_same_psi(len(local_psi.codes), FolderStore(folder / "gpus"), local_store)
+
+
+def test_workers_that_train_together_get_a_gpu_each(play: Play) -> None:
+    """Five of half a GPU would fit on four GPUs; NCCL refuses two workers on one."""
+    refused = play("shared-gpus")["refused"]
+    assert refused == (
+        "resources.train_workers: 5 workers of 1 CPU and 1 GPU each asked for, but the cluster has room for 4"
+    )
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_workers_that_were_granted_no_gpu_see_none(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path
+) -> None:
+    spec = tiny(resources={"train_workers": 2, "train_threads": 1})
+    shards, trials = GpuStore(tmp_path / "shards"), GpuStore(tmp_path / "trials")
+    with RayCompute(None, spec) as compute:
+        compute.task("train", note_visible_gpus, tmp_path / "task")
+        compute.together("train", note_visible_gpus, tmp_path / "together")
+        assert compute.partitions("distill", visible_gpus, [(0,)]).map(str) == [""]
+        compute.identify(spec, tiny_models, shards)
+        compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, trials)])
+    for folder in (tmp_path / "task", tmp_path / "together", shards.notes, trials.notes):
+        assert noted(folder) == {""}, folder
 
 
 @pytest.mark.parametrize(

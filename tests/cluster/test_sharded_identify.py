@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.compute import RayCompute
-from cluster.identify import ShardQueue
+from cluster.identify import ShardQueue, ShardWorker, WorkerPool
 from defuse_core.artifacts import Models, Psi
 from defuse_core.config import RunFile
 from defuse_core.data import PictureFiles, open_splits
@@ -25,7 +29,7 @@ from defuse_core.errors import ComputeError, DataError, InputError, RunBusyError
 from defuse_core.identify import finished_shards, gather_shards, shard_fingerprint, shard_key
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.progress import silent
-from defuse_core.store import FolderStore
+from defuse_core.store import FolderStore, Store
 from tests.cluster.checks import (
     Lines,
     assert_equal_psi,
@@ -44,7 +48,7 @@ from tests.cluster.fakes import (
     TakenOverStore,
 )
 from tests.conftest import tiny
-from tests.waiting import wait_until
+from tests.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SHARDS = 10  # of the tiny run
@@ -258,6 +262,90 @@ def test_a_shard_that_kills_its_worker_each_time_stops_the_run_and_is_named(
     with RayCompute(None, tiny_spec) as compute, pytest.raises(ComputeError) as raised:
         compute.identify(tiny_spec, tiny_models, store)
     assert "shard 3 of 10 (training images 96 to 127) was lost 5 times with its worker" in str(raised.value)
+
+
+class BrokenNodes(WorkerPool):
+    """Nodes that cannot set up the environment of the workers with these numbers."""
+
+    broken: Collection[int] = ()
+
+    def start(self, number: int) -> Any:
+        if number not in self.broken:
+            return super().start(number)
+        remote = ray.remote(ShardWorker).options(
+            max_restarts=-1, runtime_env={"working_dir": "https://127.0.0.1:9/none.zip"}
+        )
+        return remote.remote(self.spec, self.store, self.profile)
+
+
+def queue_on_broken_nodes(
+    compute: RayCompute, models: Models, store: Store, broken: Collection[int]
+) -> ShardQueue:
+    pool = BrokenNodes(**vars(compute._pool(compute.spec, models, store, None)))
+    pool.broken = broken
+    return ShardQueue(pool, range(SHARDS), SHARDS, silent)
+
+
+def end_in_time(store: FolderStore) -> None:
+    """End an identification that goes on for ever."""
+    end = time.monotonic() + WAIT_S
+
+    def require_lock() -> None:
+        assert time.monotonic() < end, "the identification does not end"
+
+    store.require_lock = require_lock  # type: ignore[method-assign]
+
+
+def test_a_node_that_cannot_set_up_the_environment_is_left_out(
+    tiny_models: Models, local_psi: Psi, tmp_path: Path, lines: Lines
+) -> None:
+    store = FolderStore(tmp_path)
+    with RayCompute(None, tiny(resources={"workers": 2})) as compute:
+        queue = queue_on_broken_nodes(compute, tiny_models, store, [1])
+        queue.waiting.clear()  # all wait until worker 1 has been left out
+        end_in_time(store)
+        while not queue.workers or not queue.workers[1].left_out:
+            queue._scale()
+            for reference in queue._ready():
+                queue._handle_result(reference)
+            store.require_lock()
+        queue.waiting.extend(range(SHARDS))
+        queue._dispatch(queue.workers[0])
+        assert np.array_equal(gather_shards(queue.run()).codes, local_psi.codes)
+    (said,) = [line for line in lines.lines if "going on without a worker: worker 1 does not start" in line]
+    assert "a node could not set up the job's environment" in said
+
+
+def test_nodes_none_of_which_can_set_up_the_environment_are_an_error(
+    tiny_models: Models, tmp_path: Path
+) -> None:
+    store = FolderStore(tmp_path)
+    with RayCompute(None, tiny(resources={"workers": 2})) as compute:
+        queue = queue_on_broken_nodes(compute, tiny_models, store, [0, 1])
+        end_in_time(store)
+        with pytest.raises(
+            ComputeError, match=r"^identify: worker \d does not start: a node could not set up"
+        ):
+            queue.run()
+
+
+def test_a_worker_whose_ping_fails_is_pinged_again_later_and_not_at_once(
+    tiny_models: Models, tmp_path: Path
+) -> None:
+    crashed = ray.remote(lambda: os._exit(1)).options(max_retries=0).remote()
+    with RayCompute(None, tiny(resources={"workers": 1})) as compute:
+        queue = ShardQueue(
+            compute._pool(compute.spec, tiny_models, FolderStore(tmp_path), None), [0], 1, silent
+        )
+        queue._scale()
+        (worker,) = queue.workers
+        queue.pings.clear()
+        queue._handle_ping(crashed, worker)
+        assert not queue.pings
+        queue.scaled_at = -math.inf
+        queue._scale()
+        assert list(queue.pings.values()) == [worker]
+        ray.kill(worker.actor)
 
 
 def test_a_store_that_the_workers_do_not_share_is_said_with_the_first_shard(

@@ -22,7 +22,7 @@ from tests.cluster.checks import (
     Lines,
     assert_equal_sweeps,
     kill_soon,
-    locations,
+    noted,
     title_of,
     wait_for_the_end_of,
 )
@@ -74,7 +74,7 @@ def test_trials_keep_their_working_directory_so_that_relative_paths_lead_somewhe
     with RayCompute(None, spec) as compute:
         compute.task("train", note_working_dir, tmp_path / "task")
         compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
-    assert locations(store.locations) == locations(tmp_path / "task")
+    assert noted(store.locations) == noted(tmp_path / "task")
 
 
 def test_a_sweep_over_nothing_starts_nothing(tiny_spec: RunFile, tiny_models: Models, tmp_path: Path) -> None:

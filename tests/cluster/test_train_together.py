@@ -15,7 +15,7 @@ from defuse_core.errors import ModelError, RunFileError
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
 from defuse_core.train import train_part
-from tests.cluster.checks import Lines, locations
+from tests.cluster.checks import Lines, noted
 from tests.cluster.fakes import note_working_dir, train_part_dying_once
 from tests.conftest import tiny
 
@@ -79,7 +79,7 @@ def test_workers_keep_their_working_directory_so_that_relative_paths_lead_somewh
         compute.task("train", note_working_dir, tmp_path / "alone")
         compute.together("train", note_working_dir, tmp_path / "together")
     assert len(list((tmp_path / "together").iterdir())) == 2
-    assert locations(tmp_path / "together") == locations(tmp_path / "alone")
+    assert noted(tmp_path / "together") == noted(tmp_path / "alone")
 
 
 def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:

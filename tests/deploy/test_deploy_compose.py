@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
+import ray
 from packaging.requirements import Requirement
+from ray._private.services import determine_plasma_store_config
 from shipped import DEPLOY, ENVIRONMENT, ROOT, arguments, compose, load
 from test_deploy_constraints import pinned_version
 
@@ -74,6 +76,19 @@ def test_every_port_is_bound_to_loopback_and_listened_on() -> None:
                 " 8000" if name == "ray-head" else ""
             )  # Serve's, when deployed
             assert inside in re.findall(r"\d+", listens), binding
+
+
+@pytest.mark.parametrize("name", ["ray-head", "ray-worker"])
+@pytest.mark.parametrize("memory", [4, 8, 32, 64, 512])
+def test_the_object_store_fits_into_shared_memory_whatever_memory_a_node_has(
+    name: str, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it does not, Ray keeps it in files in /tmp."""
+    found = re.fullmatch(r"(\d+)gb", services()[name]["shm_size"])
+    assert found
+    monkeypatch.setattr(ray._private.utils, "get_shared_memory_bytes", lambda: int(found[1]) * 2**30)
+    store = ray._private.utils.resolve_object_store_memory(memory * 2**30)
+    assert determine_plasma_store_config(store, "/tmp/ray")[0] == "/dev/shm"
 
 
 def test_no_secret_is_written_down() -> None:

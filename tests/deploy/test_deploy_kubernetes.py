@@ -157,6 +157,11 @@ def test_a_run_file_is_in_the_image_where_the_job_looks_for_it() -> None:
 def test_the_service_serves_what_serve_yaml_serves() -> None:
     ours = yaml.safe_load(document("RayService")["spec"]["serveConfigV2"])
     theirs = load(DEPLOY / "serve.yaml")
+    # `auto` is 0 where Serve is configured before the nodes with GPUs have joined, as on Kubernetes
+    settings = ours["applications"][0]["args"].pop("settings")
+    worker = document("RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    limits = worker["containers"][0]["resources"]["limits"]
+    assert settings == {"gpus_per_replica": limits["nvidia.com/gpu"]}
     for application in (*ours["applications"], *theirs["applications"]):
         assert application["args"].pop("require_token") is True
         application["args"].pop("store")

@@ -8,13 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
-from services.serving.app import classifier_deployment
+from services.serving.active_versions import InitialModel
+from services.serving.app import ClassifierIngress, classifier_deployment
 from services.serving.arguments import ServeArgs, resolve_settings
+
+
+def test_a_replica_that_was_granted_no_gpu_sees_none(planted, ray_session):
+    @ray.remote
+    def visible_gpus(store: str) -> str:
+        ClassifierIngress(store, InitialModel(), ServeSection(), {}, False)
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+
+    assert ray.get(visible_gpus.remote(planted.address)) == ""
 
 
 @pytest.mark.parametrize(
