@@ -38,6 +38,7 @@ class PictureRow:
 
     filepath: str  # below the folder
     label: str
+    class_index: int  # of the label, as the classifier numbers its classes; ImageFolder numbers the folders
     label_from: str  # votes: the majority on this very picture; scenario: the one label of its scenario
     scenario: int
     origin: str  # reviewed by the annotators, or held-out: drawn to measure the correction
@@ -154,6 +155,7 @@ def _write(
         yield PictureRow(
             filepath=place.as_posix(),
             label=classes[label],
+            class_index=int(label),
             label_from=pictures.label_from,
             scenario=int(scenario),
             origin=pictures.origin,

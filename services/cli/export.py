@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     "--scenarios",
     "folder",
     type=click.Path(path_type=Path),
-    help="New folder for the pictures of the failure scenarios: CLASS/*.png and labels.csv.",
+    help="New folder for the pictures of the failure scenarios: CLASS/*.png and labels.csv, whose column class_index "
+    "has the classifier's class numbers. torchvision's ImageFolder numbers the folders.",
 )
 def export(run: str, store: str, model: Path | None, folder: Path | None) -> None:
     """Write the corrected classifier of RUN, or the pictures of its failure scenarios, for other tools.
@@ -55,7 +56,10 @@ def export(run: str, store: str, model: Path | None, folder: Path | None) -> Non
         )
     if folder is not None:
         count = export_scenarios(opened, folder)
-        click.echo(f"{folder}: {count:,} pictures, with labels.csv")
+        click.echo(
+            f"{folder}: {count:,} pictures, with labels.csv; its column class_index has the classifier's class numbers "
+            "(ImageFolder numbers the folders)"
+        )
 
 
 @click.command()

@@ -141,6 +141,7 @@ def test_the_pictures_are_a_folder_per_class_with_a_table(store, tmp_path):
     rows = list(csv.DictReader((tmp_path / "pictures/labels.csv").open()))
     assert len(rows) == count
     for row in rows:
+        assert row["class_index"] == row["label"]  # the digit, which ImageFolder numbers 0 or 1
         with Image.open(tmp_path / "pictures" / row["filepath"]) as picture:
             assert picture.size == (16, 16)
         assert row["filepath"].startswith(
@@ -169,7 +170,7 @@ def test_the_command_writes_both_and_names_the_comparison(store, tmp_path, monke
     code, out, _ = call(monkeypatch, capsys, "export", "digits", *where, *paths)
     assert code == 0
     assert "the same answer as the run's classifier on" in out
-    assert "58 pictures, with labels.csv" in out
+    assert "58 pictures, with labels.csv; its column class_index has the classifier's class numbers" in out
 
 
 @pytest.mark.parametrize(
