@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from defuse_core.config import DataSection, RunFile, first_problem, load_run_file, parse_run_file
 from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, image_shape, splits_of
-from defuse_core.errors import DataError, InputError, RunFileError, RunMismatchError
+from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError
 from defuse_core.local import LocalCompute
 from defuse_core.models import copy_for_inference, load_program, program_of
 from defuse_core.models.adapters import find_logits
@@ -81,7 +81,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
             (N, H, W), (N, H, W, c) or (N, c, H, W), with H = W and c of 1 or 3. Without `validation`, 15 % of the
             training images are held out.
         classes: The names of the classes; a label is an index into them. Default: the labels themselves.
-        store: Folder of runs, or another Store where `settings` name images and weights in files.
+        store: Folder of runs, where ~ is the user's home, or another Store where `settings` name images and weights
+            in files.
         name: Name of the run. It becomes a folder in the store.
         settings: With `train`: the fields that differ from what `defuse init` suggests for these images, such as
             `{"vae": {"epochs": 20}}`. Or a whole run file: its path, or a RunFile. `defuse fields` lists all fields.
@@ -94,10 +95,11 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
 
     Raises:
         DataError: The images or labels are not as described.
-        ModelError: The classifier fails on the images, or torch.export cannot follow its code.
+        ModelError: The classifier is no nn.Module or fails on the images, or torch.export cannot follow its code.
         RunMismatchError: A run of this name began with other images, another classifier or other settings.
         LabelsPending: People have not answered yet; the same call continues later.
     """
+    _expect_module(classifier)
     opened = _folder_store(store) if isinstance(store, str | os.PathLike) else store
     arrays = _arrays({"train": train, "validation": validation, "test": test}, classes)
     run_store = opened.within(checked_name(name))
@@ -140,7 +142,22 @@ def _folder_store(folder: str | os.PathLike[str]) -> FolderStore:
         raise InputError(
             f"store {path}: expected a folder; for S3 give store=services.storage.open_store('s3://bucket/prefix')"
         )
-    return FolderStore(path)
+    try:
+        return FolderStore(Path(path).expanduser())
+    except RuntimeError as error:
+        raise InputError(f"store {path}: expected the home of an existing user after ~") from error
+
+
+def _expect_module(classifier: object) -> None:
+    """Raise ModelError for what is neither a network nor None."""
+    if isinstance(classifier, nn.Module | None):
+        return
+    if isinstance(classifier, type) and issubclass(classifier, nn.Module):
+        raise ModelError(f"classifier: expected an nn.Module, found the class {classifier.__name__}; call it")
+    raise ModelError(
+        f"classifier: expected an nn.Module, found {type(classifier).__name__}; wrap it in a module whose forward maps "
+        "images to logits, and which has parameters to fine-tune"
+    )
 
 
 def _expect_annotators(run: Run, annotators: object) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.svm import SVC
 from torch import nn
 
 import defuse_core as defuse
@@ -334,6 +335,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ModelError,
         "expected parameters to fine-tune, found none",
     ),
+    "a class": ({"classifier": Net}, ModelError, "expected an nn.Module, found the class Net; call it"),
+    "a function": ({"classifier": len}, ModelError, "found builtin_function_or_method; wrap it in a module"),
+    "scikit-learn": ({"classifier": SVC()}, ModelError, "expected an nn.Module, found SVC; wrap it"),
+    "nobody's home": ({"store": "~nobody-of-this-name/runs"}, InputError, "the home of an existing user after ~"),
     "unknown setting": ({"settings": {"vea": {}}}, RunFileError, "vea: unknown field"),
     "S3": ({"store": "s3://bucket/runs"}, InputError, "store=services.storage.open_store"),
     "a bad name": ({"name": "../up"}, InputError, "run name"),
@@ -351,6 +356,12 @@ def test_what_cannot_be_is_refused_in_one_line(case, tmp_path):
     with pytest.raises(kind, match=line):
         defuse.debug(**{**arguments(tmp_path), **changes})
     assert not list(tmp_path.rglob("models.safetensors"))
+
+
+def test_a_tilde_in_the_store_is_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match=rf"no run called parts in {tmp_path}/runs"):
+        defuse.open("~/runs/parts")
 
 
 class Branching(nn.Module):
