@@ -18,6 +18,7 @@ DefuseError
 A message is one line: what was expected, what was found and what to do. All of them pickle, since Ray carries them.
 """
 
+import re
 import unicodedata
 
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
@@ -33,6 +34,18 @@ def escape_control_characters(text: str) -> str:
     return "".join(
         ascii(letter)[1:-1] if unicodedata.category(letter) in CONTROL else letter for letter in text
     )
+
+
+def without_credentials(text: str, address: str | None = None) -> str:
+    """Return `text` with user names and passwords of addresses, as in http://ana:secret@host, replaced by ***.
+
+    Those of `address` are replaced wherever they occur: an error can quote a part of an address.
+    """
+    scheme, _, rest = (address or "").partition("://")
+    if scheme in ("http", "https"):
+        for part in filter(None, re.split("[/?#]", rest.rpartition("@")[0])):
+            text = text.replace(part, "***")
+    return re.sub(r"(?<=://)\S*@", "***@", text)
 
 
 def one_line(error: Exception, limit: int = 200) -> str:

@@ -32,6 +32,7 @@ class Settings:
     label_studio_api_key: str | None = field(repr=False)  # LABEL_STUDIO_API_KEY
     serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN
     debug: bool  # DEFUSE_DEBUG: show tracebacks
+    forwarded_for: bool = False  # DEFUSE_FORWARDED_FOR: a proxy on this machine adds X-Forwarded-For
     cache: Path = Path("~/.cache/defuse")  # DEFUSE_CACHE, else below XDG_CACHE_HOME: the local Label Studio
     label_studio_host: str | None = (
         None  # LABEL_STUDIO_HOST: the address that annotators open, if it is another
@@ -60,6 +61,7 @@ def read_settings() -> Settings:
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
         serve_token=_without_newline(get("DEFUSE_SERVE_TOKEN")),
         debug=_is_true(get("DEFUSE_DEBUG")),
+        forwarded_for=_is_true(get("DEFUSE_FORWARDED_FOR")),
         label_studio_host=get("LABEL_STUDIO_HOST") or None,
         label_studio_s3=BucketAccess(
             access_key_id=get("LABEL_STUDIO_S3_ACCESS_KEY_ID") or None,
@@ -86,18 +88,6 @@ def fits_a_header(token: str) -> bool:
 
 def _is_true(value: str | None) -> bool:
     return (value or "0").lower() not in {"0", "false", "no"}
-
-
-def without_credentials(text: str, address: str | None = None) -> str:
-    """Return `text` with user names and passwords of addresses, as in http://ana:secret@host, replaced by ***.
-
-    Those of `address` are replaced wherever they occur: an error can quote a part of an address.
-    """
-    scheme, _, rest = (address or "").partition("://")
-    if scheme in ("http", "https"):
-        for part in filter(None, re.split("[/?#]", rest.rpartition("@")[0])):
-            text = text.replace(part, "***")
-    return re.sub(r"(?<=://)\S*@", "***@", text)
 
 
 def variables(names: Iterable[str]) -> dict[str, str]:

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from defuse_core.artifacts import Models, Sweep
 from defuse_core.config import flat_fields
-from defuse_core.errors import InputError, LabelsPending
+from defuse_core.errors import InputError, LabelsPending, without_credentials
 from defuse_core.evaluation.health import STRIP_KEY
 from defuse_core.runs import ReachedStep, Run
-from services.settings import Settings, without_credentials
+from services.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -90,7 +90,7 @@ def submit(
     if detach:
         click.echo(job_id)
         return
-    click.echo(f"job {job_id}: run {run} on {jobs.address}", err=True)
+    click.echo(f"job {job_id}: run {run} on {jobs.shown}", err=True)
     _follow(jobs, job_id)
 
 
@@ -185,7 +185,7 @@ def _follow(jobs: Jobs, job_id: str) -> None:
         job = jobs.follow(job_id, _show)
     except KeyboardInterrupt:
         click.echo(
-            f"\njob {job_id} continues: defuse jobs logs|stop {job_id} --address {jobs.address}", err=True
+            f"\njob {job_id} continues: defuse jobs logs|stop {job_id} --address {jobs.shown}", err=True
         )
         raise click.exceptions.Exit(130) from None
     if job.exit_code is None or job.status != "SUCCEEDED":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from botocore import exceptions as aws
 
-from defuse_core.errors import StoreError
+from defuse_core.errors import StoreError, without_credentials
 
 BROKEN = (  # what a body that is read can raise
     aws.ResponseStreamingError,
@@ -37,21 +37,22 @@ NO_ANSWER = (
 @contextlib.contextmanager
 def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
     """Raise botocore's errors as FileNotFoundError for a missing key, as StoreError in one line for all else."""
+    server = without_credentials(endpoint or "AWS")
     try:
         yield
     except aws.ClientError as error:
-        raise _translated(error, where, endpoint) from error
+        raise _translated(error, where, server) from error
     except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
         raise StoreError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.ProfileNotFound as error:
         raise StoreError(f"{where}: {error}; check AWS_PROFILE") from error
     except NO_ANSWER as error:
         raise StoreError(
-            f"{where}: no answer from {endpoint or 'AWS'} ({type(error).__name__}); check AWS_ENDPOINT_URL "
+            f"{where}: no answer from {server} ({type(error).__name__}); check AWS_ENDPOINT_URL "
             "and the network, then run again to continue"
         ) from error
     except aws.BotoCoreError as error:
-        raise StoreError(f"{where}: {error}") from error
+        raise StoreError(f"{where}: {without_credentials(str(error), endpoint)}") from error
 
 
 def code_of(error: aws.ClientError) -> str:
@@ -64,8 +65,8 @@ def status_of(error: aws.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exception:
-    code, server = code_of(error), endpoint or "AWS"
+def _translated(error: aws.ClientError, where: str, server: str) -> Exception:
+    code = code_of(error)
     if code == "NoSuchBucket":
         return StoreError(f"{where}: {server} has no such bucket; create it, or check --store")
     if code in {"NoSuchKey", "404", "NotFound"}:

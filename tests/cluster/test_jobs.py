@@ -255,6 +255,8 @@ def test_joining_without_the_right_token_says_so_soon(
     ("address", "exit_code", "says"),
     [
         ("http://127.0.0.1:1", 4, "no Ray dashboard answers at http://127.0.0.1:1"),
+        ("http://ana:secret@127.0.0.1:1", 4, "no Ray dashboard answers at http://***@127.0.0.1:1 ("),
+        ("ray://ana:secret@head", 2, "--address ray://***@head: expected the address of Ray's dashboard"),
         ("127.0.0.1:6379", 2, "expected the address of Ray's dashboard"),
     ],
 )

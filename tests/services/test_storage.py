@@ -691,6 +691,8 @@ def test_an_endpoint_that_is_down_is_said_at_once(aws: pytest.MonkeyPatch) -> No
     begun = time.monotonic()
     assert "no answer from http://127.0.0.1:9" in _refused(aws)
     assert time.monotonic() - begun < 60
+    aws.setenv("AWS_ENDPOINT_URL", "http://ana:secret@127.0.0.1:9")
+    assert "no answer from http://***@127.0.0.1:9 (" in _refused(aws)
 
 
 def test_an_endpoint_without_its_scheme_is_said(aws: pytest.MonkeyPatch) -> None:
