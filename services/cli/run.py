@@ -83,6 +83,8 @@ def run(
     from services.tables import print_report
     from services.tracking import MlflowTracking, expect_mlflow
 
+    if where == "local" and address is not None:
+        raise click.UsageError("--address goes with --on ray; --on local computes in this process")
     spec = load_run_file(runfile, overrides)
     check_class_names(spec.data)
     opened, name = open_store(store), run_name(name, runfile)
@@ -90,13 +92,16 @@ def run(
         expect_mlflow(read_settings())
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)
+        traces = started.store.list("profile/")
         try:
             tracking = MlflowTracking(started, read_settings()) if track else contextlib.nullcontext()
             with tracking, _compute(where, address, started, display, profile) as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
         except ReachedStep:
+            _note_untraced(started, profile, traces)
             click.echo(f"{name}: done until {until}; run again without --until to continue")
             return
+    _note_untraced(started, profile, traces)
     print_report(found)
     click.echo(f"\nreport: {started.store.address}/report.html")
 
@@ -142,6 +147,16 @@ def _compute(
 
     found = address or read_settings().ray_address
     return RayCompute(found, run.spec, display, require_lock=run.store.require_lock, profile=traced)
+
+
+def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:
+    """Say that --profile had no effect, where the run has no more traces than before."""
+    if profile is not None and run.store.list("profile/") == traces:
+        click.echo(
+            f"note: --profile {profile}: nothing was traced, since this step was made before; to trace it, run it "
+            "under another --name",
+            err=True,
+        )
 
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:

@@ -99,7 +99,9 @@ class LabelStudioClient:
     ) -> None:
         """`public_address` is the one that annotators open, if it is another than `address`."""
         self.address = checked_address(address)
-        self.public_address = checked_address(public_address) if public_address else self.address
+        self.public_address = (
+            checked_address(public_address, "LABEL_STUDIO_HOST") if public_address else self.address
+        )
         silence_http_log()
         if not fits_a_header(token):
             raise InputError(
@@ -257,7 +259,7 @@ def silence_http_log() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def checked_address(address: str) -> str:
+def checked_address(address: str, variable: str = "LABEL_STUDIO_URL") -> str:
     """Return the address without a slash at its end.
 
     Raises InputError for anything but a plain http(s) address.
@@ -267,10 +269,10 @@ def checked_address(address: str) -> str:
     except ValueError:
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError("LABEL_STUDIO_URL: expected an address such as https://labels.example.org")
+        raise InputError(f"{variable}: expected an address such as https://labels.example.org")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise InputError(
-            "LABEL_STUDIO_URL: expected a plain address; set the token in LABEL_STUDIO_API_KEY instead"
+            f"{variable}: expected a plain address; set the token in LABEL_STUDIO_API_KEY instead"
         )
     return address.strip().rstrip("/")
 

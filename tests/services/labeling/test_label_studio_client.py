@@ -173,3 +173,10 @@ def test_without_the_client_library_it_is_said_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "services.labeling.client")
     with pytest.raises(InputError, match=r"pip install 'defuse\[label-studio\]'"):
         importlib.import_module("services.labeling.client")
+
+
+@pytest.mark.parametrize("public", ["labels.example.org", "https://ana:secret@labels.example.org"])
+def test_an_unusable_address_for_annotators_is_named_by_its_own_variable(public):
+    with pytest.raises(InputError, match=r"^LABEL_STUDIO_HOST: expected a") as refused:
+        LabelStudioClient("http://127.0.0.1:1", "token", public_address=public)
+    assert "secret" not in str(refused.value)
