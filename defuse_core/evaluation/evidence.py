@@ -142,9 +142,8 @@ class _Evidence:
         right = np.stack([_hits(each, self.own) for each in answers])  # (B, A·n)
         scenario_labels = np.repeat(fixes.labels, per_scenario)
         one = [_hits(each, scenario_labels) for each in answers]
-        shows = (self.own == scenario_labels).astype(
-            np.float64
-        )  # an image that judges disagree on shows no label
+        # an image that judges disagree on shows no label
+        shows = (self.own == scenario_labels).astype(np.float64)
         self.progress("asking the judges", 1, 4, "figures")
         fold_right = self._fold_right(per_scenario)
         wider = self._wider()
