@@ -85,10 +85,9 @@ def sample(train: Images, limit: int | None, seed: int) -> Images:
 
 
 def sample_tracks(train: Images, limit: int | None, seed: int) -> Images:
-    """Return at most `limit` training images in whole tracks (frames of one sign), but at least one track."""
-    if limit is None or limit >= len(train):
-        return train
-    assert train.tracks is not None  # the signs have them
+    """Return at most `limit` training images in whole tracks, but at least one; of images without tracks a sample."""
+    if train.tracks is None or limit is None or limit >= len(train):
+        return sample(train, limit, seed)
     _, first, track, frames = np.unique(
         train.tracks, return_index=True, return_inverse=True, return_counts=True
     )

@@ -18,9 +18,8 @@ from defuse_core.intervals import SIGNIFICANT, hypergeometric_tail
 from defuse_core.models import Vae, encode_images, predict
 
 NEAREST = 12  # real images shown beside a scenario
-NEAREST_TESTED = (
-    50  # real images whose error is compared with that of all; a quarter where there are under 200
-)
+# Real images whose error is compared with that of all of the label; a quarter of these where there are under 200.
+NEAREST_TESTED = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +35,8 @@ class NearestReal:
     error: F64  # (A,) on the nearest, as many as are tested; nan where no image has the label: images mean nothing
     error_of_all: float  # on all real images
     seen: Bool  # (A,) whether `error` is significantly larger than among all real images of the same label
-    testable: Bool | None = (
-        None  # (A,) False where the label has too few errors, or images, for `error` to be
-    )
+    # (A,) False where the label has too few errors, or images, for `error` to be significantly larger.
+    testable: Bool | None = None
 
 
 def find_nearest_real(
