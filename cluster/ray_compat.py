@@ -32,18 +32,38 @@ JOB_LOGGERS = (
 
 @contextlib.contextmanager
 def quiet_tune() -> Iterator[None]:
-    """Keep Tune from writing log files, printing and handling Ctrl-C, and its trials in their working directory."""
+    """Keep Tune from writing log files, printing and handling Ctrl-C, and its trials in their working directory.
+
+    At the end what tune.with_parameters holds of Ray's store is released.
+    """
     loggers = [logging.getLogger(name) for name in TUNE_LOGGERS]
     levels = [logger.level for logger in loggers]
     withhold_credentials()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with _environment(TUNE_ENVIRONMENT):
+        with _environment(TUNE_ENVIRONMENT), _released_parameters():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _released_parameters() -> Iterator[None]:
+    """Remove the hooks by which Ray keeps what was passed to tune.with_parameters inside until the process ends."""
+    from ray._private import worker
+    from ray.tune.registry import _ParameterRegistry
+
+    before = list(worker._post_init_hooks)
+    try:
+        yield
+    finally:
+        worker._post_init_hooks[:] = [
+            hook
+            for hook in worker._post_init_hooks
+            if hook in before or not isinstance(getattr(hook, "__self__", None), _ParameterRegistry)
+        ]
 
 
 def kept_working_dir() -> AbstractContextManager[None]:

@@ -47,6 +47,7 @@ HAPROXY_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # on one machine, the proxy learns of a change at once
+    "DEFUSE_FORWARDED_FOR": "1",  # HAPROXY_PROGRAM adds X-Forwarded-For
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a prediction is safe to repeat
 }
 
@@ -204,7 +205,9 @@ def running_application(
     from ray.serve.config import HTTPOptions
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if not shared:
+    if shared:
+        _require_reachable_replicas(host)
+    else:
         _require_free_port(host, port)
     proxy_port = _free_port() if proxy is Proxy.DIRECT else port  # Ray's own proxy runs too
     with _translate_errors("Serve did not start"):
@@ -229,6 +232,25 @@ def running_application(
             serve.delete(APPLICATION)
         else:
             serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _require_reachable_replicas(host: str) -> None:
+    """Raise InputError where a cluster's HAProxy would ask replicas on other nodes that listen on loopback only."""
+    import ray
+    from ray.serve._private import constants
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    listening = host if client is None else str(client.http_config.host)
+    if not constants.RAY_SERVE_ENABLE_HA_PROXY or not is_loopback(listening):
+        return
+    here, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()  # type: ignore[no-untyped-call]
+    if any(node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != here for node in nodes):
+        raise InputError(
+            f"--host {listening}: HAProxy of this cluster could not reach replicas on other nodes; set "
+            "DEFUSE_SERVE_TOKEN on all nodes and use --host 0.0.0.0 (where Serve already runs, end it before with "
+            "`serve shutdown`)"
+        )
 
 
 def _url_host(host: str) -> str:

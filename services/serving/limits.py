@@ -19,6 +19,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from defuse_core.config import ServeSection
 from services.serving.errors import RejectedInput, Unavailable
+from services.settings import read_settings
 
 FAST_UPLOAD_S = 1.0  # a body that arrives within this time counts as fast, and is never limited
 MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them as ongoing requests
@@ -41,6 +42,7 @@ class UploadLimits:
         self._timeout_s = settings.timeout_s
         self._max_slow = settings.slow_uploads
         self._retry_after_s = settings.retry_after_s
+        self._forwarded_for = read_settings().forwarded_for
         self._slow: Counter[str] = Counter()  # slow uploads by address
         self._budget = self._max_bytes * settings.max_ongoing  # bytes that may still be buffered
 
@@ -107,7 +109,7 @@ class _Upload:
         return bool(message.get("more_body", False))
 
     def _become_slow(self) -> None:
-        slow, address = self._limits._slow, client_address(self._request)
+        slow, address = self._limits._slow, client_address(self._request, self._limits._forwarded_for)
         if slow[address] >= self._limits._max_slow and slow.total() >= MANY_SLOW_UPLOADS:
             raise RejectedInput(
                 408,
@@ -129,10 +131,13 @@ class _Upload:
                 del self._limits._slow[self._slow_address]
 
 
-def client_address(request: Request) -> str:
-    """Return the address of the client; behind a proxy on this machine, the one that the proxy adds."""
+def client_address(request: Request, forwarded_for: bool) -> str:
+    """Return the address of the client; with `forwarded_for`, the one that a proxy on this machine adds.
+
+    Without such a proxy the header is the client's own.
+    """
     peer = request.client.host if request.client is not None else ""
-    if peer in ("127.0.0.1", "::1"):
+    if forwarded_for and peer in ("127.0.0.1", "::1"):
         forwarded = request.headers.getlist("x-forwarded-for")
         if forwarded:
             return forwarded[-1].rpartition(",")[2].strip()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import ray
+from ray import tune
+from ray._private import worker
 from ray.tune.execution import class_cache
 from ray.tune.experimental.output import get_air_verbosity
 
@@ -53,6 +57,18 @@ def test_tune_reads_the_variables_that_keep_it_quiet() -> None:
     assert [name for name in ray_compat.TUNE_ENVIRONMENT if name not in code] == []
     with quiet_tune():
         assert get_air_verbosity(0) is None  # the new output, which prints whatever the verbosity, is off
+
+
+def test_the_parameters_of_a_sweep_are_released_at_its_end(ray_session: None) -> None:
+    before = list(worker._post_init_hooks)
+    with quiet_tune():
+        tune.with_parameters(lambda config, images: None, images=ray.put("images"))
+        (hook,) = [hook for hook in worker._post_init_hooks if hook not in before]
+        holder = weakref.ref(hook.__self__)
+    del hook
+    gc.collect()
+    assert worker._post_init_hooks == before
+    assert holder() is None
 
 
 def pids_of_four_tasks(folder: Path) -> set[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import ray
 from serve_process import TOKEN, listening_addresses, serve_process
 
 from defuse_core.errors import ComputeError, InputError
@@ -19,6 +20,7 @@ from services.serving.arguments import ServeArgs
 from services.serving.candidate import prepare_candidate
 from services.serving.launch import (
     ShutdownSignal,
+    _require_reachable_replicas,
     _url_host,
     ray_connection,
     registry_changes,
@@ -109,6 +111,20 @@ def test_on_a_shared_cluster_a_second_application_is_an_error_and_the_first_goes
             pass
         assert httpx.get(f"{address}/v1/model", timeout=60).json()["run"] == "first"
     assert "defuse" not in ray_serve.status().applications
+
+
+def test_on_a_cluster_with_haproxy_replicas_of_several_nodes_do_not_listen_on_loopback(
+    planted, serve_port, monkeypatch
+):
+    monkeypatch.setattr("ray.serve._private.constants.RAY_SERVE_ENABLE_HA_PROXY", True)
+    other = {"NodeID": "another", "Alive": True, "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [other])
+    started = running_application(ServeArgs(store=planted.address), "127.0.0.1", serve_port, shared=True)
+    with pytest.raises(InputError, match=r"^--host 127\.0\.0\.1: .* use --host 0\.0\.0\.0"), started:
+        pass
+    for harmless in ({"Alive": False}, {"Resources": {}}):  # no replica starts on such a node
+        monkeypatch.setattr(ray, "nodes", lambda node=other | harmless: [node])
+        _require_reachable_replicas("127.0.0.1")
 
 
 def test_the_error_of_a_replica_that_cannot_start_is_reported(planted, serve_port):

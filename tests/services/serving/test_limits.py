@@ -231,7 +231,8 @@ def test_a_body_in_many_small_pieces_is_read_now_and_then_and_is_whole(monkeypat
 def test_the_address_of_a_client_is_the_one_that_a_proxy_on_this_machine_adds(peer, forwarded, address):
     headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
     request = Request({"type": "http", "client": (peer, 1234), "headers": headers})
-    assert client_address(request) == address
+    assert client_address(request, forwarded_for=True) == address
+    assert client_address(request, forwarded_for=False) == peer  # the header may be the client's
 
 
 async def answer(send):
