@@ -17,7 +17,7 @@ from cluster.ray_compat import (
     limit_memory_retries,
     set_private_token,
 )
-from defuse_core.errors import ComputeError, InputError, RunFileError
+from defuse_core.errors import ComputeError, InputError, RunFileError, without_credentials
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
@@ -41,8 +41,8 @@ def connect(address: str | None) -> bool:
         return True
     if "://" in address:
         raise InputError(
-            f"--address {address}: expected HOST:PORT of a cluster that this machine is a node of, or auto; from "
-            "elsewhere `defuse submit` takes the dashboard's http:// address"
+            f"--address {without_credentials(address)}: expected HOST:PORT of a cluster that this machine is a "
+            "node of, or auto; from elsewhere `defuse submit` takes the dashboard's http:// address"
         )
     if found := connection_error(address, CONNECT_WITHIN_S):
         raise ComputeError(_unreachable(address, found))

@@ -143,5 +143,10 @@ def that_exits() -> nn.Module:
     raise SystemExit(0)
 
 
-def exits_later() -> nn.Module:
+def that_exits_when_called() -> nn.Module:
     return Returning(lambda logits: sys.exit(0))
+
+
+class ThatExitsInTraining(Net):
+    def forward(self, images: Tensor) -> Tensor:
+        return sys.exit(0) if self.training else super().forward(images)

@@ -61,6 +61,10 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
         logits: Tensor = classifier(batch)
     except ModelError:
         raise
+    except SystemExit as error:  # a worker of Ray would end by it
+        raise ModelError(
+            f"the classifier exits (SystemExit: {error}) when it is called; remove that"
+        ) from error
     except Exception as error:
         reason = one_line(error, limit=300)
         raise ModelError(

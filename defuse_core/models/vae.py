@@ -152,6 +152,8 @@ def expect_autoencoder(vae: Vae, images: Tensor, latent_dim: int) -> None:
         _expect_tensor("decoded images", decoded, tuple(images.shape))
     except ModelError:
         raise
+    except SystemExit as error:  # a worker of Ray would end by it
+        raise ModelError(f"the β-VAE exits (SystemExit: {error}) when it is called; remove that") from error
     except Exception as error:
         raise ModelError(
             f"the β-VAE cannot encode and decode images of shape {tuple(images.shape)}: "

@@ -20,10 +20,11 @@ def not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.connection.ray.is_initialized", lambda: False)
 
 
-@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001"])
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://ana:secret@head:10001"])
 def test_an_address_of_another_kind_is_refused_with_what_to_do(address: str) -> None:
-    with pytest.raises(InputError, match="expected HOST:PORT .* `defuse submit`"):
+    with pytest.raises(InputError, match="expected HOST:PORT .* `defuse submit`") as refused:
         connect(address)
+    assert "secret" not in str(refused.value)
 
 
 def test_it_takes_20_seconds_to_give_an_address_up() -> None:
