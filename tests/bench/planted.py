@@ -272,8 +272,8 @@ def show(rows: list[Row]) -> None:
         for way, found in row.funnels.items():
             groups = row.outcomes[f"Defuse {way}"].groups
             print(
-                f"    {way}: {from_plant(found)} of {groups} accepted scenarios have at least {ENOUGH:.0%} of their codes "
-                "from training images of the plant"
+                f"    {way}: {from_plant(found)} of {groups} accepted scenarios have {ENOUGH:.0%} of their codes from "
+                "training images of the plant"
             )
     print(f"\n{sum(row.slice.learnt for row in rows)} of {len(rows)} plants were learnt\n")
     print(f"{'':32} {'P@10':>18} {'P@10 >= 0.8':>18} {'union rule':>18} {'not the plant':>18} {'false':>18}")
