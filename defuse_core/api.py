@@ -34,7 +34,7 @@ from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.results import RunResult
 from defuse_core.runs import Run
-from defuse_core.store import FolderStore, Store, checked_name
+from defuse_core.store import FolderStore, Store, checked_name, folder_store
 from defuse_core.suggest import VALIDATION_SHARE, inspect_data, plan_run
 from defuse_core.training.reference_models import ReferenceAnnotators
 
@@ -143,7 +143,7 @@ def _folder_store(folder: str | os.PathLike[str]) -> FolderStore:
             f"store {path}: expected a folder; for S3 give store=services.storage.open_store('s3://bucket/prefix')"
         )
     try:
-        return FolderStore(Path(path).expanduser())
+        return folder_store(Path(path).expanduser())
     except RuntimeError as error:
         raise InputError(f"store {path}: expected the home of an existing user after ~") from error
 

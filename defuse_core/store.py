@@ -283,6 +283,13 @@ class FolderStore:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
+def folder_store(folder: Path) -> FolderStore:
+    """Return the store in a folder, which need not exist. Raises InputError where a file is in its place."""
+    if any(at.is_file() for at in (folder, *folder.parents)):
+        raise InputError(f"store {folder}: expected a folder, found a file in its place")
+    return FolderStore(folder)
+
+
 def is_hidden(key: str) -> bool:
     """Whether a key is one that a store keeps for itself, such as its lock."""
     return any(part.startswith(".") for part in key.split("/"))
@@ -318,10 +325,6 @@ def _explained(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        if isinstance(error, NotADirectoryError | FileExistsError) and any(
-            at.is_file() for at in (path, *path.parents)
-        ):
-            raise InputError(f"{path}: expected a folder at --store, found a file in its place") from error
         raise StoreError(
             f"{path}: {error.strerror}; free space or fix access, then run again to continue"
         ) from error

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from defuse_core.errors import InputError
-from defuse_core.store import FolderStore, Store
+from defuse_core.store import Store, folder_store
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*:/|s3[an]?:|s3//|.*://", re.IGNORECASE)  # gs://x, s3:/x, S3:x
 
@@ -14,13 +14,13 @@ URL = re.compile(r"[a-z][a-z0-9+.-]*:/|s3[an]?:|s3//|.*://", re.IGNORECASE)  # g
 def open_store(address: str) -> Store:
     """Return the store at `address`: a folder, or s3://bucket/prefix.
 
-    Raises InputError for another kind of address, StoreError if a bucket does not answer.
+    Raises InputError for another kind of address or a file, StoreError if a bucket does not answer.
     """
     if address.startswith("s3://"):
         from services.storage.s3 import open_s3
 
         return open_s3(address)
-    return FolderStore(store_folder(address))
+    return folder_store(store_folder(address))
 
 
 def store_folder(address: str) -> Path:

@@ -206,19 +206,18 @@ def test_a_tilde_is_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_store("~nobody-of-this-name/runs")
 
 
-def test_a_store_that_is_a_file_is_bad_input(tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", ["", "/runs"])
+def test_a_store_that_is_a_file_is_bad_input(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    store = open_store(str(tmp_path / "file"))
-    run = store.within("run")
-    for use in (
-        store.list,
-        run.list,
-        lambda: run.write("a", b""),
-        lambda: run.create("a", b""),
-        run.lock().__enter__,
-    ):
-        with pytest.raises(InputError, match="expected a folder at --store, found a file in its place"):
-            use()
+    with pytest.raises(InputError, match="file.*: expected a folder, found a file in its place"):
+        open_store(f"{tmp_path}/file{below}")
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="run again") as refused:
+        FolderStore(tmp_path / "file").write("a", b"")
+    assert "\n" not in str(refused.value)
 
 
 # ---- only a bucket
