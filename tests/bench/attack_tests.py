@@ -16,7 +16,7 @@ class AttackTest:
     tests: tuple[str, ...]
 
 
-STORAGE = "tests/services/test_storage.py::"
+STORAGE = "tests/services/storage/"
 SWEEP = "tests/cluster/test_sweep.py::"
 IDENTIFY = "tests/cluster/test_sharded_identify.py::"
 ANNOTATIONS = "tests/services/labeling/test_annotations.py::"
@@ -34,8 +34,9 @@ TESTS = (
         "replaces the next driver's",
         "refused",
         (
-            STORAGE + "test_a_worker_of_a_driver_before_replaces_creates_and_deletes_nothing",
-            STORAGE + "test_a_driver_paused_in_the_middle_of_a_write_replaces_nothing",
+            STORAGE
+            + "test_workers.py::test_a_worker_of_a_driver_before_replaces_creates_and_deletes_nothing",
+            STORAGE + "test_lease.py::test_a_driver_paused_in_the_middle_of_a_write_replaces_nothing",
             IDENTIFY + "test_a_worker_of_a_driver_that_lost_its_run_is_refused_and_nothing_is_tried_again",
         ),
     ),
@@ -66,8 +67,8 @@ TESTS = (
         "one's own lease counts as somebody else's",
         "one's own is recognised, no clock decides",
         (
-            STORAGE + "test_a_heartbeat_whose_answer_was_lost_is_ones_own",
-            STORAGE + "test_a_driver_that_was_paused_replaces_nothing_whatever_its_clocks_say",
+            STORAGE + "test_lease.py::test_a_heartbeat_whose_answer_was_lost_is_ones_own",
+            STORAGE + "test_lease.py::test_a_driver_that_was_paused_replaces_nothing_whatever_its_clocks_say",
         ),
     ),
     AttackTest(
@@ -234,10 +235,11 @@ TESTS = (
         "a lock stays",
         "nothing stays, nothing of others is lost",
         (
-            STORAGE + "test_a_deleted_run_leaves_no_lock_and_no_unfinished_writes",
-            STORAGE + "test_the_run_is_held_until_the_last_of_it_is_deleted",
-            STORAGE + "test_a_driver_that_begins_a_folder_again_while_it_is_deleted_loses_nothing",
-            STORAGE + "test_a_worker_of_a_deleted_run_writes_nothing",
+            STORAGE + "test_deletion.py::test_a_deleted_run_leaves_no_lock_and_no_unfinished_writes",
+            STORAGE + "test_deletion.py::test_the_run_is_held_until_the_last_of_it_is_deleted",
+            STORAGE
+            + "test_deletion.py::test_a_driver_that_begins_a_folder_again_while_it_is_deleted_loses_nothing",
+            STORAGE + "test_deletion.py::test_a_worker_of_a_deleted_run_writes_nothing",
         ),
     ),
 )

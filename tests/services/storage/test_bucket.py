@@ -1,0 +1,98 @@
+"""What only a bucket can do, and how it refuses."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from buckets import KEYS
+from s3_servers import rclone_server
+
+from defuse_core.artifacts import Psi
+from defuse_core.codec import decode, encode
+from defuse_core.errors import InputError, StoreError
+from defuse_core.store import Store
+from services.storage import open_store, s3
+
+
+def test_more_keys_than_fit_on_a_page_are_all_listed(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "LIST_PAGE", 3)
+    for number in range(10):
+        bucket.write(f"{number}", b"")
+    assert bucket.list() == [f"{number}" for number in range(10)]
+
+
+def test_a_large_object_goes_in_parts(bucket: Store, moto: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "LARGE_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    data = os.urandom(11 * 2**20)
+    with bucket.lock():
+        bucket.write("large", data[::-1])
+        bucket.write("large", data)
+    assert bucket.read("large") == data
+    assert isinstance(bucket, s3.S3Store)
+    etag = bucket._client.head_object(Bucket="bucket", Key=bucket.prefix + "large")["ETag"]
+    assert etag.strip('"').endswith("-3")
+
+
+def test_altered_bytes_are_noticed_by_the_digest_in_the_artefact(bucket: Store) -> None:
+    counts = np.array([3, 4])
+    bucket.write("psi.safetensors", encode(Psi(counts, 10, 40, 3, 1, 0.5)))
+    bucket.write("psi.safetensors", bucket.read("psi.safetensors").replace(counts.tobytes(), bytes(16)))
+    with pytest.raises(
+        StoreError, match="its bytes changed since they were written; delete it and run again"
+    ):
+        decode(Psi, bucket.read("psi.safetensors"), "psi.safetensors")
+
+
+def test_an_object_that_another_tool_wrote_is_read(bucket: Store) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    bucket._client.put_object(Bucket="bucket", Key=bucket.prefix + "notes.json", Body=b"[]")
+    assert bucket.read("notes.json") == b"[]"
+
+
+def _refused(aws: pytest.MonkeyPatch, address: str = "s3://bucket/run") -> str:
+    s3._client.cache_clear()
+    with pytest.raises(StoreError) as refused:
+        open_store(address).write("a", b"1")
+    line = str(refused.value)
+    assert "\n" not in line
+    assert KEYS["AWS_SECRET_ACCESS_KEY"] not in line and "wrong-secret" not in line
+    return line
+
+
+def test_every_way_to_be_refused_says_what_to_do(tmp_path: Path, aws: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bucket").mkdir()
+    with rclone_server(tmp_path, *KEYS.values()) as endpoint:
+        aws.setenv("AWS_ENDPOINT_URL", endpoint)
+        open_store("s3://bucket/run").write("a", b"1")
+        assert "has no such bucket; create it" in _refused(aws, "s3://other/run")
+        aws.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+        assert "refused the credentials (SignatureDoesNotMatch)" in _refused(aws)
+        aws.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        assert "refused the credentials" in _refused(aws)
+        aws.delenv("AWS_SECRET_ACCESS_KEY")
+        assert "no complete AWS credentials found" in _refused(aws)
+        aws.delenv("AWS_ACCESS_KEY_ID")
+        assert "no complete AWS credentials found" in _refused(aws)
+        aws.setenv("AWS_PROFILE", "nobody's")
+        assert "check AWS_PROFILE" in _refused(aws)
+    assert (tmp_path / "bucket" / "run" / "a").read_bytes() == b"1"
+
+
+def test_an_endpoint_that_is_down_is_said_at_once(aws: pytest.MonkeyPatch) -> None:
+    aws.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    begun = time.monotonic()
+    assert "no answer from http://127.0.0.1:9" in _refused(aws)
+    assert time.monotonic() - begun < 60
+    aws.setenv("AWS_ENDPOINT_URL", "http://ana:secret@127.0.0.1:9")
+    assert "no answer from http://***@127.0.0.1:9 (" in _refused(aws)
+
+
+def test_an_endpoint_without_its_scheme_is_said(aws: pytest.MonkeyPatch) -> None:
+    aws.setenv("AWS_ENDPOINT_URL", "minio:9000")
+    with pytest.raises(InputError, match="AWS_ENDPOINT_URL: expected such as http://host:9000"):
+        open_store("s3://bucket/runs")

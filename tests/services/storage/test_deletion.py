@@ -1,0 +1,129 @@
+"""Deleting a run, on both stores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from buckets import THIEF, steal
+
+from defuse_core.errors import RunBusyError, StoreError
+from defuse_core.store import FolderStore, Store
+from services.storage import lease, s3
+
+
+def everything(store: Store) -> list[str]:
+    """The files or objects of a store, with those that `list` does not show, and uploads that were not finished."""
+    if isinstance(store, FolderStore):
+        return sorted(str(path.relative_to(store.folder)) for path in store.folder.rglob("*"))
+    assert isinstance(store, s3.S3Store)
+    below = {"Bucket": store.bucket, "Prefix": store.prefix}
+    found = store._client.list_objects_v2(**below).get("Contents", [])
+    found += store._client.list_multipart_uploads(**below).get("Uploads", [])
+    return [one["Key"] for one in found]
+
+
+def test_a_deleted_run_leaves_no_lock_and_no_unfinished_writes(store: Store) -> None:
+    for key in ("run.yaml", "psi/1.safetensors", ".odd", "traffic-1/.lease.json"):
+        store.write(f"run/{key}", b"1")
+    run = store.within("run")
+    if isinstance(run, s3.S3Store):
+        run._client.create_multipart_upload(Bucket="bucket", Key=run.prefix + "models.safetensors")
+    with run.lock():
+        run.write("models.safetensors", b"1")
+        run.delete_all()
+    assert everything(store) == []
+    with run.lock():
+        run.write("run.yaml", b"another run of that name")
+    assert store.list() == ["run/run.yaml"]
+
+
+def test_the_run_is_held_until_the_last_of_it_is_deleted(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    run = bucket.within("run")
+    with run.lock():
+        run.write("run.yaml", b"1")
+        run.delete_all()
+        with pytest.raises(RunBusyError, match=f"process {os.getpid()} on "), bucket.within("run").lock():
+            raise AssertionError("another driver has begun before the deletion was over")
+    assert everything(bucket) == []
+
+
+def test_a_driver_that_begins_a_folder_again_while_it_is_deleted_loses_nothing(tmp_path: Path) -> None:
+    deleter, begun = FolderStore(tmp_path / "run"), FolderStore(tmp_path / "run")
+    with contextlib.ExitStack() as held:
+        with deleter.lock():
+            deleter.write("run.yaml", b"1")
+            deleter.delete_all()
+            held.enter_context(begun.lock())
+            begun.write("run.yaml", b"2")
+        begun.write("psi/1", b"2")
+        with pytest.raises(RunBusyError), FolderStore(tmp_path / "run").lock():
+            raise AssertionError("the end of the deletion took the lock away")
+    assert FolderStore(tmp_path).list() == ["run/psi/1", "run/run.yaml"]
+
+
+def test_a_deletion_that_was_killed_is_finished_by_the_next_driver(tmp_path: Path) -> None:
+    (tmp_path / ".run.a1b2c3.deleted" / "psi").mkdir(parents=True)
+    (tmp_path / ".run.a1b2c3.deleted" / "psi" / "1").touch()
+    (tmp_path / ".run.a1b2c3.deleted" / "run.yaml").touch()
+    assert FolderStore(tmp_path).list() == []
+    with FolderStore(tmp_path / "run").lock():
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_bucket_keeps_the_run_file_until_all_else_is_deleted(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("a", "run.yaml", "trials/1"):
+        bucket.write(key, b"1")
+    delete = s3.S3Store.delete
+
+    def killed_before_the_last(store: s3.S3Store, key: str) -> None:
+        if store.list() == ["run.yaml"]:
+            raise StoreError("killed")
+        delete(store, key)
+
+    monkeypatch.setattr(s3.S3Store, "delete", killed_before_the_last)
+    with pytest.raises(StoreError, match="killed"), bucket.lock():
+        bucket.delete_all()
+    assert bucket.list() == ["run.yaml"]
+    monkeypatch.setattr(s3.S3Store, "delete", delete)
+    with bucket.lock():  # the lease was released, not left
+        bucket.delete_all()
+    assert everything(bucket) == []
+
+
+def test_a_deleter_that_lost_its_lease_deletes_nothing_more(bucket: Store) -> None:
+    with bucket.lock():
+        bucket.write("run.yaml", b"1")
+        steal(bucket)
+        with pytest.raises(RunBusyError, match="a thief does now"):
+            bucket.delete_all()
+    assert bucket.list() == ["run.yaml"]
+
+
+def test_a_deleter_leaves_the_lease_of_a_driver_that_took_it_over(bucket: Store) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    with bucket.lock():
+        bucket.delete_all()
+        steal(bucket)
+    assert bucket._client.get_object(Bucket="bucket", Key=bucket.prefix + lease.KEY)["Body"].read() == THIEF
+
+
+def test_a_worker_of_a_deleted_run_writes_nothing(store: Store) -> None:
+    run = store.within("run")
+    with run.lock():
+        run.write("run.yaml", b"1")
+        orphan: Store = pickle.loads(pickle.dumps(run.within("trials")))
+        run.delete_all()
+    for write in (orphan.write, orphan.create):
+        with pytest.raises(RunBusyError, match="nobody does now"):
+            write("lam-1.0", b"1")
+    assert everything(store) == []
