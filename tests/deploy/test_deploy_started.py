@@ -218,7 +218,9 @@ def test_the_service_of_kubernetes_comes_up_on_these_nodes_and_waits_for_a_versi
     config = yaml.safe_load(document("RayService")["spec"]["serveConfigV2"])
     config["proxy_location"] = "HeadOnly"  # two nodes of one host cannot both have the port
     config["http_options"] = {"host": "127.0.0.1", "port": port}
-    config["applications"][0]["args"]["store"] = str(tmp_path / "runs")
+    arguments = config["applications"][0]["args"]
+    arguments["store"] = str(tmp_path / "runs")
+    arguments["settings"]["gpus_per_replica"] = 0  # these nodes have none
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": nodes["token"]}
     address = ["--address", f"http://127.0.0.1:{nodes['dashboard']}"]
