@@ -206,6 +206,21 @@ def unconfirmed(report: Report) -> str | None:
     )
 
 
+def no_better_than_plain_training(report: Report) -> str | None:
+    """Return that the same fine-tuning without scenarios may do as much for them, or None where it certainly does less.
+
+    It does where its accuracy on the held-out scenario images is within the interval of the correction's, or above.
+    """
+    own = None if report.evidence is None else report.evidence.own_label
+    if own is None or own.plain.value is None or own.defuse.low is None or own.plain.value < own.defuse.low:
+        return None
+    return (
+        f"Plain further training may do as much. By the judges' label {percent(own.plain.value)} of the held-out "
+        "scenario images are right after the same fine-tuning without scenarios (λ = 0), and "
+        f"{percent(own.defuse.value)} ({percent(own.defuse.low)} to {percent(own.defuse.high)}) after the correction."
+    )
+
+
 def unfit_vae(report: Report) -> str | None:
     """Return what a poor or blind β-VAE means for the result, or None where it is fit or was not measured."""
     health = report.vae.health
@@ -249,6 +264,7 @@ def caveats(report: Report) -> list[str]:
     notices = (
         unfit_vae(report),
         unconfirmed(report),
+        no_better_than_plain_training(report),
         answered_by_models(report),
         prelabelled(report),
         purity_warning(report),

@@ -20,10 +20,13 @@ from defuse_core.report.formatting import (
     headline,
     lam_ranges,
     lam_text,
+    no_better_than_plain_training,
     purity_warning,
     size,
     text_of,
 )
+from defuse_core.report.schema import EvidenceFigures, FourShares
+from defuse_core.watch.figures import Share
 
 
 def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
@@ -87,6 +90,29 @@ def test_only_a_low_purity_gives_a_warning(tmp_path: Path):
     high = report_of(with_verdicts(sample, purity=np.array([1.0, 0.9])), tmp_path)
     assert "Purity is 65 %" in (purity_warning(low) or "")
     assert purity_warning(high) is None
+
+
+@pytest.mark.parametrize(
+    ("plain", "defuse", "told"),
+    [
+        ((0.975, 0.93, 1.0), (0.942, 0.78, 1.0), True),
+        ((0.80, 0.7, 0.9), (0.942, 0.78, 1.0), True),  # within the interval of the correction
+        ((0.77, 0.7, 0.9), (0.942, 0.78, 1.0), False),
+        ((0.975, 0.93, 1.0), (None, None, None), False),  # nothing was corrected
+    ],
+)
+def test_a_correction_that_does_no_more_than_plain_training_is_told(
+    tmp_path: Path, plain, defuse, told: bool
+):
+    report = report_of(sample_findings(), tmp_path)
+    assert no_better_than_plain_training(report) is None  # without judges
+    figures = {"plain": Share(value=plain[0], low=plain[1], high=plain[2])}
+    figures["defuse"] = Share(value=defuse[0], low=defuse[1], high=defuse[2])
+    own = FourShares.model_construct(**figures)
+    judged = report.model_copy(update={"evidence": EvidenceFigures.model_construct(own_label=own)})
+    text = no_better_than_plain_training(judged) or ""
+    assert ("97.5 % of" in text or "80.0 % of" in text) == told
+    assert text.startswith("Plain further training may do as much. ") == told
 
 
 def test_a_notice_appears_where_models_answered_in_place_of_people(tmp_path: Path):
