@@ -41,6 +41,7 @@ from defuse_core.correct import (
     held_out_sources,
     load_clean_images,
     nothing_to_tune,
+    tuned_sources,
 )
 from defuse_core.errors import RunFileError
 from defuse_core.identify import (
@@ -234,10 +235,10 @@ class RayCompute:
         shared: dict[object, Any] = {}
         clean = []
         for each in requests:
-            left_out = held_out_sources(each.fixes)
-            key = each.spec.correct.train_images, left_out.tobytes()
+            sources = held_out_sources(each.fixes), tuned_sources(each.fixes)
+            key = each.spec.correct.train_images, *(rows.tobytes() for rows in sources)
             if key not in shared:
-                shared[key] = self._held_images("correct", load_clean_images, each.spec, models, left_out)
+                shared[key] = self._held_images("correct", load_clean_images, each.spec, models, *sources)
             clean.append(shared[key])
         self._wait("correct", *(done for done, _ in drawn))
         # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn

@@ -28,6 +28,7 @@ from defuse_core.artifacts import (
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
+from defuse_core.data.splits import track_mates
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
 from defuse_core.models import Vae, decoder_of, load_classifier, load_vae, weights_of
@@ -80,21 +81,25 @@ def load_fine_tuning_data(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
 ) -> FineTuningData:
     """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
-    clean = load_clean_images(spec, models, held_out_sources(fixes), progress=progress)
+    clean = load_clean_images(spec, models, held_out_sources(fixes), tuned_sources(fixes), progress=progress)
     scenario = decode_scenario_images(spec, models, fixes, reviewed, progress=progress)
     return FineTuningData(clean, scenario)
 
 
-def load_clean_images(spec: RunFile, models: Models, left_out: I64, *, progress: Progress) -> Splits:
+def load_clean_images(
+    spec: RunFile, models: Models, left_out: I64, tuned: I64, *, progress: Progress
+) -> Splits:
     """Return the data set in memory, with the training images that correct.train_images asks for.
 
-    D has no training image of `left_out`, at which only held-out scenario images are anchored, nor one of their tracks.
+    D has no training image of `left_out`, at which only held-out scenario images are anchored: the classifier would
+    learn what it is measured on. Nor has it one of their tracks, unless the track has an image of `tuned` or D would
+    lose its class.
     """
     progress("loading images to fine-tune on", 0, 1, "sets")
     splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
-    if train.tracks is not None:
-        left_out = np.flatnonzero(np.isin(train.tracks, train.tracks[left_out])).astype(np.int64)
+    if len(left_out):
+        left_out = np.union1d(left_out, track_mates(train, left_out, tuned))
     if wanted is not None and wanted < len(train):
         rows = np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False))
         train, left_out = train.take(rows), np.flatnonzero(np.isin(rows, left_out)).astype(np.int64)
@@ -117,14 +122,17 @@ def decode_scenario_images(
 
 
 def held_out_sources(fixes: Corrections) -> I64:
-    """Return the training images at which only held-out scenario images are anchored; none with plain decoding.
-
-    Nothing is fine-tuned on them: the classifier would learn the pictures that it is measured on.
-    """
+    """Return the training images at which only held-out scenario images are anchored; none with plain decoding."""
     if fixes.anchors is None or fixes.tune_anchor is None:
         return np.zeros(0, np.int64)
-    used = np.isin(np.arange(len(fixes.anchors.source)), fixes.tune_anchor)
-    return fixes.anchors.source[~used]
+    return np.setdiff1d(fixes.anchors.source, tuned_sources(fixes))
+
+
+def tuned_sources(fixes: Corrections) -> I64:
+    """Return the training images at which images of D_f are anchored; none with plain decoding."""
+    if fixes.anchors is None or fixes.tune_anchor is None:
+        return np.zeros(0, np.int64)
+    return np.unique(fixes.anchors.source[fixes.tune_anchor])
 
 
 def tuning_images(vae: Vae, fixes: Corrections) -> Images:

@@ -166,13 +166,14 @@ class FolderStore:
     def delete_all(self) -> None:
         """Delete the folder. `run.yaml` is the last file, so that a deletion that was killed can be repeated.
 
-        Then the folder is renamed first, so that a driver that begins the run again loses no file.
+        The newest files go first: what a killed deletion leaves is the run at an earlier point, which can go on. At the
+        end the folder is renamed before it goes, so that a driver that begins the run again loses no file.
         """
         doomed = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(3)}{DELETED}")
         with _explained(self.folder), self._holding(alone=True):
-            for key in self.list():
-                if key != "run.yaml":
-                    (self.folder / key).unlink(missing_ok=True)
+            files = [self.folder / key for key in self.list() if key != "run.yaml"]
+            for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+                file.unlink(missing_ok=True)
             self.folder.rename(doomed)
         self._remove_deleted()
 
@@ -285,7 +286,9 @@ class FolderStore:
 
 def folder_store(folder: Path) -> FolderStore:
     """Return the store in a folder, which need not exist. Raises InputError where a file is in its place."""
-    if any(at.is_file() for at in (folder, *folder.parents)):
+    with _explained(folder):
+        blocked = any(at.is_file() for at in (folder, *folder.parents))
+    if blocked:
         raise InputError(f"store {folder}: expected a folder, found a file in its place")
     return FolderStore(folder)
 

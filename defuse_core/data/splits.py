@@ -66,6 +66,17 @@ def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tupl
     return np.flatnonzero(in_first), np.flatnonzero(~in_first)
 
 
+def track_mates(images: Images, rows: I64, others: I64) -> I64:
+    """Return the images of the tracks of `rows`, but for tracks of `others` and classes that would lose all images."""
+    if images.tracks is None:
+        return np.zeros(0, np.int64)
+    mates = np.isin(images.tracks, np.setdiff1d(images.tracks[rows], images.tracks[others]))
+    left = ~mates
+    left[rows] = False
+    mates &= np.isin(images.labels, images.labels[left])
+    return np.flatnonzero(mates).astype(np.int64)
+
+
 def halves(images: Images, seed: int) -> tuple[Images, Images]:
     """Return two random halves, validation and test of the German signs and SVHN (Appendix B)."""
     if len(images) < 2:

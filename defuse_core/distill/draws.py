@@ -185,7 +185,7 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
     """Return FAILURES_KEPT of the failures of each component, from as many images as there are, up to IMAGES_KEPT.
 
     They are drawn by seed, and each image gives as many as the others where it has so many. Images of one track are
-    held out together, since they show the same object.
+    held out together, since they show the same object, but where a component has images of a single track.
     """
     chosen = [
         own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
@@ -198,7 +198,11 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
     anchor = anchor.reshape(sources.shape).astype(np.int64)
     units = used if train.tracks is None else train.tracks[used]
     names, unit = np.unique(units, return_inverse=True)
-    held_out = held_out_half(unit[anchor], len(names), generator(seed, "distill", "held out"))[unit]
+    rng = generator(seed, "distill", "held out")
+    held_out = held_out_half(unit[anchor], len(names), rng)[unit]
+    for own in map(np.unique, anchor if train.tracks is not None else ()):
+        if len(own) > 1 and len(np.unique(unit[own])) == 1:
+            held_out[own] = np.isin(own, rng.permutation(own)[: len(own) // 2])
     return ComponentFailures(codes, anchor, Anchors(pixels, used, held_out))
 
 

@@ -255,7 +255,7 @@ def load_suite(folder: Path) -> Suite:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        if place == "version":
+        if place == "version" and first["type"] == "literal_error":
             raise InputError(
                 f"{folder / DESCRIPTION}: version: expected 1 or {VERSION}, found {first['input']}; use the Defuse "
                 "that saved it, or save the suite again with this one"

@@ -211,7 +211,7 @@ def no_better_than_plain_training(report: Report) -> str | None:
 
     It does where its accuracy on the held-out scenario images is within the interval of the correction's, or above.
     """
-    own = None if report.evidence is None else report.evidence.own_label
+    own = None if report.evidence is None or report.chosen is None else report.evidence.own_label
     if own is None or own.plain.value is None or own.defuse.low is None or own.plain.value < own.defuse.low:
         return None
     return (

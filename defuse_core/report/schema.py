@@ -141,8 +141,8 @@ class ScenarioEvidence(ReportModel):
     real_error_of_all: float | None
     """Its error on all real images."""
     seen_in_real_data: bool | None
-    """Whether real_error is significantly larger than among all real images of the same class. Null where the class has
-    too few errors, or images, for any error of the nearest ones to be."""
+    """Whether real_error is significantly larger than among all real images of the same class. Null where no
+    error of the nearest ones could be: the class has too few images or errors, or nearly all of it is wrong."""
 
 
 class Scenario(ReportModel):

@@ -58,8 +58,9 @@ def test_a_deletion_that_is_killed_leaves_the_run_file_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = FolderStore(tmp_path / "run")
-    for key in ("run.yaml", "models.safetensors", "psi/1", "zebra"):
+    for second, key in enumerate(("run.yaml", "models.safetensors", "psi/1", "baseline")):
         run.write(key, b"1")
+        os.utime(run.folder / key, (second, second))
     with monkeypatch.context() as patch, run.lock():
         unlink, left = Path.unlink, iter(range(2))
 
@@ -71,7 +72,7 @@ def test_a_deletion_that_is_killed_leaves_the_run_file_and_can_be_repeated(
         patch.setattr(Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
             run.delete_all()
-        assert run.list() == ["run.yaml", "zebra"]
+        assert run.list() == ["models.safetensors", "run.yaml"]  # as it was before the newest two
     with run.lock():
         run.delete_all()
     assert list(tmp_path.iterdir()) == []

@@ -100,8 +100,14 @@ def test_no_image_of_a_track_with_held_out_pictures_is_fine_tuned_on(tmp_path: P
     splits = open_splits(data, 0)
     spec = tiny(data=data.model_dump())
     models: Any = SimpleNamespace(data_fingerprint=splits.fingerprint())
-    clean = load_clean_images(spec, models, np.array([4, 13]), progress=silent)
-    assert clean.train.tracks.tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 3]
+    for left_out, tuned, expected in (
+        ([4, 13], [], [0, 0, 0, 2, 2, 2, 3, 3, 3]),
+        ([4, 13], [3], [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3]),  # 3 to 5 are of the track of 4, too
+        ([4, 9, 13], [], [0, 0, 0, 2, 2, 2, 3, 3, 4, 4]),  # its class would be empty
+        ([], [], [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]),
+    ):
+        rows = np.array(left_out, np.int64), np.array(tuned, np.int64)
+        assert load_clean_images(spec, models, *rows, progress=silent).train.tracks.tolist() == expected
 
 
 def test_signs_stay_on_disk_until_they_are_loaded(tmp_path: Path):

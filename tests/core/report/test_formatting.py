@@ -110,6 +110,7 @@ def test_a_correction_that_does_no_more_than_plain_training_is_told(
     figures["defuse"] = Share(value=defuse[0], low=defuse[1], high=defuse[2])
     own = FourShares.model_construct(**figures)
     judged = report.model_copy(update={"evidence": EvidenceFigures.model_construct(own_label=own)})
+    assert no_better_than_plain_training(judged.model_copy(update={"chosen": None})) is None
     text = no_better_than_plain_training(judged) or ""
     assert ("97.5 % of" in text or "80.0 % of" in text) == told
     assert text.startswith("Plain further training may do as much. ") == told
