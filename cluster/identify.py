@@ -255,7 +255,7 @@ class ShardQueue:
             self._on_shard_failed(index, error)
         except RayError as error:
             self._on_worker_lost(worker, index, error)
-            if worker not in self.pings.values():
+            if not worker.left_out and worker not in self.pings.values():
                 self._ping(worker)
 
     def _on_shard_done(self, worker: Worker, index: int, record: ShardRecord) -> None:

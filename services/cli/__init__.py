@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
@@ -89,9 +90,7 @@ for command in (
 def main() -> None:
     """Run one command. Every failure ends in one line on stderr and the exit code of its error."""
     share_cores()
-    sys.path.append(
-        ""
-    )  # the working directory, from which the user's classifier is imported, as with python -m
+    sys.path.append("")  # the working directory, where the user's classifier is, as with python -m
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows ? for β; stderr escapes by itself
@@ -107,9 +106,13 @@ def _run_command() -> None:
     try:
         code = defuse.main(standalone_mode=False)
     except SystemExit as error:  # commands end with click's Exit
-        if error.code == signal.SIGTERM:  # Ray's handler of the signal
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        completed = (
+            Path(place.filename).parent == Path(click.__file__).parent
+        )  # a shell asked for completions
+        if completed or error.code == signal.SIGTERM:  # Ray's handler of the signal
             raise
-        _fail(_exit_of_other_code(error), InputError.exit_code)
+        _fail(_exit_of_other_code(error, place), InputError.exit_code)
     except DefuseError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -128,9 +131,8 @@ def _run_command() -> None:
         sys.exit(code)
 
 
-def _exit_of_other_code(error: SystemExit) -> str:
+def _exit_of_other_code(error: SystemExit, place: traceback.FrameSummary) -> str:
     """Return the line for code, such as the user's network, that ended the command by sys.exit."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"{place.filename}, line {place.lineno}: exits the program (SystemExit: {error}); expected code that returns "
         "or raises an error, so remove that"

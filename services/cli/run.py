@@ -83,6 +83,8 @@ def run(
     from services.tables import print_report
     from services.tracking import MlflowTracking, expect_mlflow
 
+    if profile is not None and STEPS.index(profile) > STEPS.index(until):
+        raise click.UsageError(f"--profile {profile} comes after --until {until}, so nothing would be traced")
     if where == "local" and address is not None:
         raise click.UsageError("--address goes with --on ray; --on local computes in this process")
     spec = load_run_file(runfile, overrides)
@@ -153,8 +155,8 @@ def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:
     """Say that --profile had no effect, where the run has no more traces than before."""
     if profile is not None and run.store.list("profile/") == traces:
         click.echo(
-            f"note: --profile {profile}: nothing was traced, since this step was made before; to trace it, run it "
-            "under another --name",
+            f"note: --profile {profile}: nothing was traced, since nothing was left to compute in this step; to trace "
+            "it, run it under another --name",
             err=True,
         )
 

@@ -210,4 +210,5 @@ def hold(found: LeaseObject, beating: LeaseObject) -> Iterator[Lease]:
     finally:
         lease.ended.set()
         keeper.join()
+        lease.object = found  # which tries longer
         lease.release()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.e2e.test_cli import call, one_line
+from tests.waiting import WAIT_S
 
 
 @pytest.fixture
@@ -27,5 +32,25 @@ def test_a_step_that_was_made_before_is_not_traced_in_silence(finished, monkeypa
     for until in ([], ["--until", "train"]):
         code, out, err = call(monkeypatch, capsys, *finished, "--profile", "train", *until)
         assert code == 0, err
-        assert one_line(err).startswith("note: --profile train: nothing was traced, since this step was made")
+        assert one_line(err).startswith("note: --profile train: nothing was traced, since nothing was left")
     assert "done until train" in out
+
+
+def test_a_step_that_is_not_reached_is_not_traced_in_silence(finished, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, *finished, "--profile", "correct", "--until", "train")
+    assert code == 2
+    assert "--profile correct comes after --until train" in err
+
+
+def test_a_shell_gets_its_completions() -> None:
+    asked = os.environ | {"_DEFUSE_COMPLETE": "bash_complete", "COMP_WORDS": "defuse sta", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("defuse"))],
+        env=asked,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "plain,status\n", "")

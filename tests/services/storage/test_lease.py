@@ -15,6 +15,7 @@ from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.storage import lease, s3
+from services.storage.s3_lease import LeaseInBucket
 from tests.conftest import tiny
 from tests.waiting import wait_until
 
@@ -169,3 +170,20 @@ def test_a_run_whose_driver_lost_its_lease_makes_no_more(
         with pytest.raises(RunBusyError, match="took the run over"):
             run.store.within("trials/defuse").write("lam-1.0.safetensors", b"1")
         bucket.within("another").write("a", b"1")
+
+
+def test_a_lease_is_released_by_the_client_that_waits_longer_than_the_heartbeats(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    release, released = lease.Lease.release, []
+
+    def noted(self: lease.Lease) -> None:
+        released.append(self.object)
+        release(self)
+
+    monkeypatch.setattr(lease.Lease, "release", noted)
+    found, beating = LeaseInBucket(bucket), LeaseInBucket(bucket)
+    with lease.hold(found, beating) as held:
+        assert held.object is beating
+    assert len(released) == 1 and released[0] is found
