@@ -88,28 +88,16 @@ class GatedStore(FolderStore):
         self.gate.touch()
 
 
-class LocatedStore(FolderStore):
-    """Notes the working directory of each process that writes."""
+class NotingStore(FolderStore):
+    """Calls note(notes, progress=...) in each process that writes, such as note_working_dir below."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, note: Callable[..., None]) -> None:
         super().__init__(folder)
-        self.locations = folder.with_name(folder.name + "-locations")
+        self.note, self.notes = note, folder.with_name(folder.name + "-notes")
 
     def write(self, key: str, data: bytes, unless: Unless = None) -> None:
         super().write(key, data, unless)
-        note_working_dir(self.locations, progress=silent)
-
-
-class GpuStore(FolderStore):
-    """Notes CUDA_VISIBLE_DEVICES of each process that writes."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.notes = folder.with_name(folder.name + "-gpus")
-
-    def write(self, key: str, data: bytes, unless: Unless = None) -> None:
-        super().write(key, data, unless)
-        note_visible_gpus(self.notes, progress=silent)
+        self.note(self.notes, progress=silent)
 
 
 class RefusingStore(FolderStore):

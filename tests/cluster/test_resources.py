@@ -22,7 +22,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_same_psi, noted
-from tests.cluster.fakes import GpuStore, note_visible_gpus, visible_gpus
+from tests.cluster.fakes import NotingStore, note_visible_gpus, visible_gpus
 from tests.cluster.nodes import SHORT_SWEEP, made_up
 from tests.conftest import ROOT, tiny
 
@@ -120,7 +120,7 @@ def test_workers_that_were_granted_no_gpu_see_none(
     tiny_models: Models, fixes: Corrections, tmp_path: Path
 ) -> None:
     spec = tiny(resources={"train_workers": 2, "train_threads": 1})
-    shards, trials = GpuStore(tmp_path / "shards"), GpuStore(tmp_path / "trials")
+    shards, trials = (NotingStore(tmp_path / name, note_visible_gpus) for name in ("shards", "trials"))
     with RayCompute(None, spec) as compute:
         compute.task("train", note_visible_gpus, tmp_path / "task")
         compute.together("train", note_visible_gpus, tmp_path / "together")

@@ -28,7 +28,7 @@ from tests.cluster.checks import (
 )
 from tests.cluster.fakes import (
     CountingStore,
-    LocatedStore,
+    NotingStore,
     OwnDiskStore,
     RefusingStore,
     TakenOverStore,
@@ -70,11 +70,11 @@ def test_trials_keep_their_working_directory_so_that_relative_paths_lead_somewhe
     tiny_models: Models, fixes: Corrections, tmp_path: Path
 ) -> None:
     spec = tiny(correct={"lambdas": [1.0], "epochs": 1})
-    store = LocatedStore(tmp_path / "run")
+    store = NotingStore(tmp_path / "run", note_working_dir)
     with RayCompute(None, spec) as compute:
         compute.task("train", note_working_dir, tmp_path / "task")
         compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
-    assert noted(store.locations) == noted(tmp_path / "task")
+    assert noted(store.notes) == noted(tmp_path / "task")
 
 
 def test_a_sweep_over_nothing_starts_nothing(tiny_spec: RunFile, tiny_models: Models, tmp_path: Path) -> None:
