@@ -94,7 +94,7 @@ def run(
         expect_mlflow(read_settings())
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)
-        traces = started.store.list("profile/")
+        traces = started.store.list("profile/") if profile is not None else []
         try:
             tracking = MlflowTracking(started, read_settings()) if track else contextlib.nullcontext()
             with tracking, _compute(where, address, started, display, profile) as compute:
