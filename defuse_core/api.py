@@ -41,11 +41,8 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 log = logging.getLogger("defuse")
 CLASSIFIER, IMAGES = "inputs/classifier.pt2", "inputs/images.npz"  # keys within the run
 PROBE_IMAGES = 8  # that two classifiers are compared on
-PRETRAINED_FIELDS = (
-    "weights",
-    "import_path",
-    "timm_model",
-)  # fields of a classifier that is not trained by the run
+# Fields of a classifier that is not trained by the run.
+PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")
 
 LabelledImages: TypeAlias = tuple[npt.ArrayLike | Tensor, npt.ArrayLike | Tensor]
 Settings: TypeAlias = Mapping[str, Any] | RunFile | str | os.PathLike[str]

@@ -200,9 +200,10 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
     names, unit = np.unique(units, return_inverse=True)
     rng = generator(seed, "distill", "held out")
     held_out = held_out_half(unit[anchor], len(names), rng)[unit]
-    for own in map(np.unique, anchor if train.tracks is not None else ()):
-        if len(own) > 1 and len(np.unique(unit[own])) == 1:
-            held_out[own] = np.isin(own, rng.permutation(own)[: len(own) // 2])
+    for own in map(np.unique, anchor):
+        if len(own) > 1 and len(np.unique(unit[own])) == 1:  # of a single track
+            held_out[own] = False
+            held_out[rng.permutation(own)[: len(own) // 2]] = True
     return ComponentFailures(codes, anchor, Anchors(pixels, used, held_out))
 
 

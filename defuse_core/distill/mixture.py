@@ -153,9 +153,8 @@ def _monomials(rows: Tensor) -> Tensor:
     The exponent of a Gaussian is linear in them, and so are the sums that an update needs.
     """
     ones = torch.ones(len(rows), 1, dtype=rows.dtype, device=rows.device)
-    products = (
-        rows[:, i : i + 1] * rows[:, i:] for i in range(rows.shape[1])
-    )  # a third of the time of indexing
+    # a third of the time of indexing the upper triangle
+    products = (rows[:, i : i + 1] * rows[:, i:] for i in range(rows.shape[1]))
     return torch.cat([ones, rows, *products], dim=1)
 
 

@@ -80,12 +80,12 @@ def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
         raise InputError(f"run {run.name} has no corrected classifier yet; finish it with `defuse run`")
     if not sweep.weights:
         raise InputError(
-            f"run {run.name} corrected nothing ({_reason(run)}), so there is no corrected classifier"
+            f"run {run.name} corrected nothing ({why_not_corrected(run)}), so there is no corrected classifier"
         )
     return models, _on_cpu(load_classifier(run.spec, sweep.weights, len(models.classes)))
 
 
-def _reason(run: Run) -> str:
+def why_not_corrected(run: Run) -> str:
     """Return why a finished run has no corrected classifier."""
     verdicts = run.load(Verdicts)
     if verdicts is not None and len(verdicts.accepted):

@@ -32,6 +32,7 @@ from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, StoreError
+from defuse_core.export.models import why_not_corrected
 from defuse_core.export.pictures import load_finished
 from defuse_core.export.writing import expect_new_folder, writing
 from defuse_core.models import (
@@ -121,9 +122,8 @@ class SuitePictures:
     vae: Weights
     anchors: Anchors | None = None  # images that the codes are decoded at, with vae.decode: anchored
     anchor: I64 | None = None  # (A, n) index into anchors
-    numbers: I64 | None = (
-        None  # (A,) SuiteScenario.number; None in earlier suites, whose scenarios are in its order
-    )
+    # (A,) SuiteScenario.number; None in earlier suites, whose scenarios are in its order.
+    numbers: I64 | None = None
 
 
 @dataclass(frozen=True)
@@ -321,8 +321,7 @@ def _suite_of(run: Run) -> Suite:
         raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
     if not found.sweep.weights:
         raise InputError(
-            f"run {run.name} corrected nothing, so a suite of it would ask nothing; every λ costs more clean accuracy "
-            "than correct.max_loss allows"
+            f"run {run.name} corrected nothing, so a suite of it would ask nothing; {why_not_corrected(run)}"
         )
     spec, classes = run.spec, models.classes
     images = held_out_images(load_vae(spec, models.vae), fixes)

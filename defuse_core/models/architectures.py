@@ -43,9 +43,8 @@ def import_module(field: str, path: str) -> nn.Module:
     module_name, _, factory = path.partition(":")
     try:
         module = getattr(importlib.import_module(module_name), factory)()
-    except (
-        SystemExit
-    ) as error:  # such as a training script without that guard; a worker of Ray would end by it
+    except SystemExit as error:
+        # such as a training script without that guard; a worker of Ray would end by it
         raise ModelError(
             f"{field} {path}: it exits (SystemExit: {error}) when it is imported or called; put what it does as a "
             'program below `if __name__ == "__main__":`'

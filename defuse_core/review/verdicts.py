@@ -111,7 +111,8 @@ def most_common_errors(gallery: Gallery, verdicts: Verdicts, components: I64) ->
         wrong = most_common_error(
             gallery.predicted[component], int(errors[row]), verdicts.image_labels[component]
         )
-        errors[row] = errors[row] if wrong is None else wrong
+        if wrong is not None:
+            errors[row] = wrong
     return errors
 
 

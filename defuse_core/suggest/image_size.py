@@ -122,9 +122,8 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
 
 def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> float:
     """Return the accuracy on SAMPLE training images, in the input range and order of classes that fits best."""
-    sample = images.take(
-        evenly_spaced(len(images), SAMPLE)
-    ).loaded()  # the probe reads it once for each input range
+    rows = evenly_spaced(len(images), SAMPLE)
+    sample = images.take(rows).loaded()  # the probe reads it once for each input range
     probe = probe_classifier(classifier, spec.classifier, sample, facts.classes)
     return max([*probe.by_range.values(), probe.reordered if probe.class_order else 0.0])
 

@@ -107,10 +107,8 @@ def _run_command() -> None:
         code = defuse.main(standalone_mode=False)
     except SystemExit as error:  # commands end with click's Exit
         place = traceback.extract_tb(error.__traceback__)[-1]
-        completed = (
-            Path(place.filename).parent == Path(click.__file__).parent
-        )  # a shell asked for completions
-        if completed or error.code == signal.SIGTERM:  # Ray's handler of the signal
+        # click itself exits where a shell asked for completions, and Ray's handler exits on SIGTERM
+        if Path(place.filename).parent == Path(click.__file__).parent or error.code == signal.SIGTERM:
             raise
         _fail(_exit_of_other_code(error, place), InputError.exit_code)
     except DefuseError as error:
