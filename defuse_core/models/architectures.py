@@ -6,6 +6,7 @@ import importlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,14 @@ def dense_layers(*widths: int) -> Iterator[nn.Module]:
         yield nn.ReLU()
 
 
+_IMPORTED: WeakSet[nn.Module] = WeakSet()  # the modules in use that users' factories built in this process
+
+
 def import_module(field: str, path: str) -> nn.Module:
-    """Return what the factory at `package.module:factory` returns. Raises ModelError, naming the run file's field."""
+    """Return the new module that the factory at `package.module:factory` builds.
+
+    Raises ModelError, naming the run file's field.
+    """
     module_name, _, factory = path.partition(":")
     try:
         module = getattr(importlib.import_module(module_name), factory)()
@@ -56,6 +63,12 @@ def import_module(field: str, path: str) -> nn.Module:
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(f"{field} {path}: expected an nn.Module, found {type(module).__name__}")
+    if module in _IMPORTED:
+        raise ModelError(
+            f"{field} {path}: it returned the same module as before, which Defuse has changed since; let it build a "
+            "new one, or return a copy.deepcopy of it, at each call"
+        )
+    _IMPORTED.add(module)
     return module
 
 

@@ -6,6 +6,7 @@ import gc
 import importlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -117,8 +118,10 @@ def test_a_task_that_runs_out_of_memory_again_and_again_is_an_error(tmp_path: Pa
         timeout=3 * WAIT_S,
         check=False,
     )
-    assert "ComputeError: train: 1 worker(s) were killed" in done.stderr
-    assert "use nodes with more memory" in done.stderr
+    # which of Ray's sentences it is depends on what its monitor saw first
+    assert re.search(
+        "ComputeError: train: .*memory.*; use nodes with more memory", done.stderr, re.IGNORECASE
+    )
 
 
 def test_the_environment_and_the_loggers_are_put_back() -> None:

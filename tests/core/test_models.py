@@ -204,6 +204,23 @@ def test_a_custom_classifier_is_built_by_its_import_path():
     assert build_classifier(spec, 10)(torch.rand(2, 1, 16, 16)).shape == (2, 10)
 
 
+ONE_NET = custom_net()
+
+
+def one_net() -> nn.Module:
+    return ONE_NET
+
+
+def test_a_factory_that_returns_its_one_module_again_is_an_error_that_says_what_to_do():
+    """That module would be adapted twice, and hold the weights of another classifier of the run."""
+    spec = tiny(classifier={"architecture": "custom", "import_path": "tests.core.test_models:one_net"})
+    build_classifier(spec, 10)
+    with pytest.raises(
+        ModelError, match=r"test_models:one_net: it returned the same module.*let it build a new one"
+    ):
+        build_classifier(spec, 10)
+
+
 @pytest.mark.parametrize(
     "path", ["no.such:thing", "tests.core.test_models:missing", "json:dumps", "builtins:dict"]
 )

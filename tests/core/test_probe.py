@@ -50,13 +50,10 @@ def test_the_input_range_that_a_classifier_was_trained_on_is_found_and_then_give
     found = probe.best_range("0..1")
     assert probe.by_range[wanted] > 0.9
     assert probe.by_range[found] >= probe.by_range[wanted] - 0.05  # batch normalisation makes ranges alike
-    net._forward_hooks.clear()
     adapted = adapt(net, section(input_range=wanted), 10)
     assert accuracy(adapted, splits.train) == pytest.approx(probe.by_range[wanted])
     again = probe_classifier(adapted, section(input_range=wanted), splits.train, splits.classes)
     assert again.by_range == probe.by_range
-    net._forward_hooks.clear()
-    net._forward_pre_hooks.clear()
 
 
 def test_another_order_of_the_classes_is_found_and_then_set_right(splits, caplog):
@@ -85,7 +82,6 @@ def test_a_good_classifier_gives_no_warning(splits, caplog):
     net = adapt(trained(), section(), 10)
     log_classifier(tiny(classifier={**CUSTOM}), net, splits, {"train": accuracy(net, splits.train)})
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    net._forward_hooks.clear()
 
 
 def test_probabilities_become_logits_that_give_the_same_probabilities_back():

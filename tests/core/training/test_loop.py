@@ -42,6 +42,7 @@ def resume_in_group(rank: int, folder: Path, meeting: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     with pytest.raises(ComputeError, match=r"one has 0, another 3"):
         training(FolderStore(folder / str(rank)))
+    distributed.destroy_process_group()
 
 
 def test_workers_that_find_different_checkpoints_do_not_train_together(tmp_path):
