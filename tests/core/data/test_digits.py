@@ -27,13 +27,19 @@ def test_digits_are_scaled_up_divided_by_class_and_the_same_for_one_seed():
     assert open_splits(data, 3).fingerprint() == splits.fingerprint() != open_splits(data, 4).fingerprint()
 
 
-def test_no_digit_is_in_two_parts():
+def test_the_digits_are_those_of_scikit_learn_and_none_is_in_two_parts():
     from sklearn.datasets import load_digits
 
     splits = open_splits(section("digits", channels=1, validation_share=0.2), 0)
-    together = np.concatenate([part.pixels[:] for part in splits.parts().values()])
-    original = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
-    assert sorted(image.tobytes() for image in together) == sorted(image.tobytes() for image in original)
+    together = [
+        (image.tobytes(), int(label))
+        for part in splits.parts().values()
+        for image, label in zip(part.pixels[:], part.labels, strict=True)
+    ]
+    original = load_digits()
+    pixels = np.round(original.images * (255 / 16)).astype(np.uint8)
+    labelled = zip(pixels, original.target, strict=True)
+    assert sorted(together) == sorted((image.tobytes(), int(label)) for image, label in labelled)
 
 
 def test_colour_digits_repeat_the_grey_ones():
