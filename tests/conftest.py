@@ -23,6 +23,7 @@ os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 os.environ |= {
     "RAY_worker_niceness": "0",  # default 15: the other process of tests would starve the workers
     "RAY_metrics_report_interval_ms": "3000",  # default 10 s
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2 s: so much later the end of a training is seen
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # else it looks for new logs ten times a second, and nobody reads them
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
 }

@@ -241,6 +241,13 @@ def train_part_dying_once(
     train_part(spec, store, part, None, progress=progress if is_first_worker() else deadly)
 
 
+def train_part_noting(spec: RunFile, store: Store, part: Any, notes: Path, *, progress: Progress) -> None:
+    """Train with others; each worker writes down its working directory and the GPUs that it sees."""
+    note_working_dir(notes / "working directories", progress=silent)
+    note_visible_gpus(notes / "gpus", progress=silent)
+    train_part(spec, store, part, None, progress=progress)
+
+
 def load_numbers(tally: Path, number: int) -> I64:
     """Count the call, and return a part of five numbers."""
     Tally(tally).add()

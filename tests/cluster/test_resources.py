@@ -119,15 +119,15 @@ def test_workers_that_train_together_get_a_gpu_each(play: Play) -> None:
 def test_workers_that_were_granted_no_gpu_see_none(
     tiny_models: Models, fixes: Corrections, tmp_path: Path
 ) -> None:
-    spec = tiny(resources={"train_workers": 2, "train_threads": 1})
+    """Workers that train together: test_train_together.py."""
+    spec = tiny()
     shards, trials = (NotingStore(tmp_path / name, note_visible_gpus) for name in ("shards", "trials"))
     with RayCompute(None, spec) as compute:
         compute.task("train", note_visible_gpus, tmp_path / "task")
-        compute.together("train", note_visible_gpus, tmp_path / "together")
         assert compute.partitions("distill", visible_gpus, [(0,)]).map(str) == [""]
         compute.identify(spec, tiny_models, shards)
         compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, trials)])
-    for folder in (tmp_path / "task", tmp_path / "together", shards.notes, trials.notes):
+    for folder in (tmp_path / "task", shards.notes, trials.notes):
         assert noted(folder) == {""}, folder
 
 

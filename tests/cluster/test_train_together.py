@@ -16,7 +16,7 @@ from defuse_core.progress import silent
 from defuse_core.store import FolderStore
 from defuse_core.train import train_part
 from tests.cluster.checks import Lines, noted
-from tests.cluster.fakes import note_working_dir, train_part_dying_once
+from tests.cluster.fakes import note_working_dir, train_part_dying_once, train_part_noting
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -57,14 +57,35 @@ def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
     assert max(np.abs(moved[name] - one.weights[name]).max() for name in moved) > 20 * TOLERANCE
 
 
-def test_a_classifier_with_a_head_that_its_answers_do_not_use_is_trained_by_two_workers(
-    tmp_path: Path,
-) -> None:
+@pytest.fixture(scope="module")
+def two_heads(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what two workers trained, a classifier of two heads, and with what they noted."""
+    folder = tmp_path_factory.mktemp("two-heads")
     own = {"architecture": "custom", "import_path": "tests.own_classifiers:TwoHeads", "epochs": 2}
-    store = FolderStore(tmp_path)
     with RayCompute(None, together(classifier=own)) as compute:
-        compute.together("train", train_part, compute.spec, store, "classifier", None)
-    assert len(checkpoint(store, "classifier").history) == 2
+        compute.together(
+            "train", train_part_noting, compute.spec, FolderStore(folder / "store"), "classifier", folder
+        )
+    return folder
+
+
+def test_a_classifier_with_a_head_that_its_answers_do_not_use_is_trained_by_two_workers(
+    two_heads: Path,
+) -> None:
+    assert len(checkpoint(FolderStore(two_heads / "store"), "classifier").history) == 2
+
+
+def test_workers_keep_their_working_directory_so_that_relative_paths_lead_somewhere(
+    two_heads: Path, tmp_path: Path
+) -> None:
+    with RayCompute(None, together()) as compute:
+        compute.task("train", note_working_dir, tmp_path / "alone")
+    assert len(list((two_heads / "working directories").iterdir())) == 2
+    assert noted(two_heads / "working directories") == noted(tmp_path / "alone")
+
+
+def test_training_workers_that_were_granted_no_gpu_see_none(two_heads: Path) -> None:
+    assert noted(two_heads / "gpus") == {""}
 
 
 def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> None:
@@ -72,14 +93,6 @@ def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> 
     with RayCompute(None, spec) as compute, pytest.raises(ModelError, match="the classifier diverged"):
         compute.together("train", train_part, spec, FolderStore(tmp_path), "classifier", None)
     assert len(set(lines.processes("train: worker 0"))) == 1
-
-
-def test_workers_keep_their_working_directory_so_that_relative_paths_lead_somewhere(tmp_path: Path) -> None:
-    with RayCompute(None, together()) as compute:
-        compute.task("train", note_working_dir, tmp_path / "alone")
-        compute.together("train", note_working_dir, tmp_path / "together")
-    assert len(list((tmp_path / "together").iterdir())) == 2
-    assert noted(tmp_path / "together") == noted(tmp_path / "alone")
 
 
 def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:
