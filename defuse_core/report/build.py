@@ -82,7 +82,7 @@ def build_report(
         annotators=found.votes.answered_by,
         accuracy=_accuracies(evaluation.accuracy),
         scenarios=_scenarios(found, evaluation, evidence),
-        agreement=_agreement(verdicts),
+        agreement=_agreement(run.spec, verdicts),
         tradeoff=_tradeoff(run.spec, models, found.sweep),
         chosen=_choice(found.sweep.chosen),
         baseline_chosen=_choice(found.baseline.chosen),
@@ -220,18 +220,26 @@ def _scenario(
     )
 
 
-def _agreement(verdicts: Verdicts) -> Agreement:
+def _agreement(spec: RunFile, verdicts: Verdicts) -> Agreement:
     inside = verdicts.labels != NONE_OF_THE_ABOVE
     shares = verdicts.agreement
-    return Agreement(scenario=_spread(shares[inside]), other=_spread(shares[~inside]), all=_spread(shares))
+    # one answer for all images of a scenario is one observation
+    whole = spec.review.annotators == "label-studio" and spec.review.form == "scenario"
+    return Agreement(
+        scenario=_spread(shares[inside], whole),
+        other=_spread(shares[~inside], whole),
+        all=_spread(shares, whole),
+    )
 
 
-def _spread(shares: F64) -> Mean:
-    """Mean and standard error, sd (ddof 1) / sqrt(n), over the labelled images."""
-    shares = shares[np.isfinite(shares)]
-    n = len(shares)
-    error = float(shares.std(ddof=1)) / math.sqrt(n) if n > 1 else None
-    return Mean(mean=float(shares.mean()) if n else None, standard_error=error, images=n)
+def _spread(shares: F64, whole: bool) -> Mean:
+    """Mean and standard error, sd (ddof 1) / sqrt(n), of (S, R) shares over images, or, if `whole`, over scenarios."""
+    known = np.isfinite(shares)
+    means = [row[of].mean() for row, of in zip(shares, known, strict=True) if of.any()]
+    values: F64 = np.array(means, np.float64) if whole else shares[known]
+    n = len(values)
+    error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+    return Mean(mean=float(values.mean()) if n else None, standard_error=error, images=int(known.sum()))
 
 
 def _tradeoff(spec: RunFile, models: Models, sweep: Sweep) -> tuple[TradeOff, ...]:
@@ -258,7 +266,7 @@ def _votes(found: Findings) -> VoteFigures:
     votes, labels = found.votes, found.verdicts.image_labels
     labelled = int((labels != NONE_OF_THE_ABOVE).sum())
     return VoteFigures(
-        annotators=len(votes.annotators),
+        annotators=len(np.unique(votes.annotator)),  # some may have given discarded answers alone
         answers=len(votes.answer),
         images=labels.size,
         labelled=labelled,

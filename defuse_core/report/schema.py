@@ -166,7 +166,8 @@ class Scenario(ReportModel):
     purity: float | None
     """Share of its review images whose own label is the scenario's."""
     agreement: float | None
-    """Mean over its labelled review images of the share of votes for the majority; none-of-the-above is left out."""
+    """Mean over its labelled review images of the share of votes for the majority; none-of-the-above and images with a
+    single vote are left out."""
     mistaken_for: str | None
     """Most common wrong answer of the classifier on its review images; null where rejected."""
     before: float | None
@@ -205,11 +206,13 @@ class ScenarioSummary(ReportModel):
 class Mean(ReportModel):
     mean: float | None
     standard_error: float | None
+    """Over images; over scenarios with review.form scenario, where one answer is for all images of a scenario."""
     images: int
 
 
 class Agreement(ReportModel):
-    """Figure 6: share of an image's votes for its majority label, none-of-the-above left out; over labelled images."""
+    """Figure 6: share of an image's votes for its majority label, none-of-the-above left out; over labelled images
+    with two votes or more."""
 
     scenario: Mean
     other: Mean
@@ -293,6 +296,7 @@ class Mixture(ReportModel):
 
 class VoteFigures(ReportModel):
     annotators: int
+    """Those of whom an answer is counted."""
     answers: int
     images: int
     labelled: int

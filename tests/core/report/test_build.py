@@ -34,6 +34,24 @@ def test_agreement_is_the_mean_over_labelled_images_with_its_standard_error(tmp_
     assert agreement.all.standard_error == pytest.approx(0.2 / np.sqrt(3))
 
 
+def test_one_answer_for_a_whole_scenario_counts_once_in_the_agreement(tmp_path: Path):
+    shares = np.array([[1.0, 1.0], [0.6, np.nan], [np.nan, np.nan]])
+    sample = with_verdicts(sample_findings(3, 1, images=2), agreement=shares)
+    run = sample_run(tmp_path)
+    run.spec = run.spec.with_fields("review", annotators="label-studio", form="scenario")
+    found = build_report(run, *sample).agreement.all
+    assert (found.mean, found.standard_error) == pytest.approx((0.8, 0.2))  # sd 0.28 over the root of 2
+    assert found.images == 3
+
+
+def test_annotators_without_a_counted_answer_are_not_counted(tmp_path: Path):
+    found, evaluation = sample_findings(2, 1)
+    names = (*found.votes.annotators, "gave discarded answers alone")
+    votes = dataclasses.replace(found.votes, annotators=names)
+    report = report_of((dataclasses.replace(found, votes=votes), evaluation), tmp_path)
+    assert report.votes.annotators == len(names) - 1
+
+
 def test_purity_is_the_mean_over_accepted_scenarios_alone(tmp_path: Path):
     sample = with_verdicts(
         sample_findings(3, 2),

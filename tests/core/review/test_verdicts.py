@@ -66,7 +66,7 @@ def test_a_tied_image_has_no_label_and_is_counted():
 
 
 def test_none_of_the_above_is_discarded_before_the_majority_and_the_share():
-    verdict = verdicts([[NO, NO], [NO, NO], [8, NO]], predicted=[1, 1])
+    verdict = verdicts([[NO, NO], [8, NO], [8, NO]], predicted=[1, 1])
     assert verdict.image_labels.tolist() == [[8, NO]]
     assert verdict.misclassified[0] == 1.0
     assert verdict.agreement[0, 0] == 1.0
@@ -131,6 +131,12 @@ def test_where_only_further_images_have_labels_the_reason_says_so():
 def test_agreement_is_the_share_of_votes_for_the_majority():
     verdict = verdicts([[8], [8], [8], [3], [NO]], predicted=[1])
     assert verdict.agreement[0, 0] == pytest.approx(3 / 4)
+
+
+def test_a_single_vote_agrees_with_nobody():
+    verdict = verdicts([[8, 8], [NO, 8]], predicted=[1, 1])
+    assert verdict.image_labels.tolist() == [[8, 8]]
+    np.testing.assert_array_equal(verdict.agreement, [[np.nan, 1.0]])
 
 
 def test_purity_counts_unlabelled_images_against_the_scenario():
