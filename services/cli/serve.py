@@ -20,7 +20,8 @@ from services.settings import read_settings
 if TYPE_CHECKING:
     from defuse_core.watch.figures import WatchFigures
     from services.serving.candidate import Candidate
-    from services.serving.registry import Registry, VersionInfo
+    from services.serving.registry import Registry
+    from services.serving.registry_state import VersionInfo
 
 by_option = click.option(
     "--by", callback=printable, help="Author of the change. [default: the user of this machine]"

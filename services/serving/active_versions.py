@@ -14,7 +14,8 @@ from defuse_core.store import Store
 from services.serving.canary import CanaryStatistics, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, select_device
-from services.serving.registry import EMPTY, DamagedVersionError, Registry, RegistryState
+from services.serving.registry import REMEDY, DamagedVersionError, Registry
+from services.serving.registry_state import EMPTY, RegistryState
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes in the registry
@@ -87,7 +88,7 @@ class RegistryWatcher:
             return self.load_changes(own) or own
         except DefuseError as error:
             log.error("the registry's version cannot be loaded: %s", error)
-            return replace(own, error=f"the version in production cannot be loaded: {error}")
+            return replace(own, error=_reason_for_clients(error))
 
     def load_changes(self, current: ActiveVersions) -> ActiveVersions | None:
         """Return the versions after a change of the registry, loaded and warm; None without a change.
@@ -166,3 +167,10 @@ class RegistryWatcher:
         model = LoadedModel(candidate, settings, number)
         model.warm_up(self.settings.batch_size)
         return model
+
+
+def _reason_for_clients(error: DefuseError) -> str:
+    """Return why no version answers, without the paths of the store: clients read it without a token."""
+    if isinstance(error, DamagedVersionError):
+        return f"the version in production is damaged or missing: {REMEDY}"
+    return "the version in production cannot be loaded; the log of the server says why"

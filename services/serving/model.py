@@ -20,7 +20,7 @@ from defuse_core.watch.figures import WatchFigures
 from defuse_core.watch.scenario_regions import Watch
 from services.serving.candidate import Candidate
 from services.serving.inputs import InputSpec
-from services.serving.registry import RegistryState
+from services.serving.registry_state import RegistryState
 
 MAX_FORWARD_IMAGES = 256  # images in one forward pass, for any batch size
 

@@ -1,6 +1,6 @@
 """The registry: immutable versions, which of them is in production, and the changes of that.
 
-    registry/versions/000002.safetensors   a Candidate, written once
+    registry/versions/000002.safetensors   a Candidate, written once, and again only where it is damaged
     registry/changes/000007.json           the RegistryState after the seventh change; the highest number is current
 
 Every change is a new file that only one writer can create. So concurrent promotions cannot overwrite each other, and
@@ -9,81 +9,26 @@ the author, time and reason of every change stay on record.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import tenacity
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from defuse_core.codec import decode, encode
 from defuse_core.errors import CheckFailed, DefuseError, InputError, StoreError
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
-from defuse_core.watch.figures import WatchFigures
 from services.serving.candidate import Candidate
+from services.serving.registry_state import EMPTY, ChangeInfo, RegistryState, VersionInfo
 
+log = logging.getLogger("defuse")
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
-
-
-class VersionInfo(BaseModel):
-    """The origin of a version, and who added it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    run: str
-    digest: str
-    by: str
-    when: str
-    why: str
-    forced: bool  # added although checks failed
-    annotators: str  # who labelled its scenarios: people, or reference models
-    watch: WatchFigures | None = None  # how well its failing inputs are found; None from an earlier Defuse
-
-
-class ChangeInfo(BaseModel):
-    """The number, author, time and reason of a change."""
-
-    model_config = ConfigDict(frozen=True)
-
-    change: int
-    by: str
-    when: str
-    why: str
-
-
-class RegistryState(BaseModel):
-    """Which versions exist, and which of them answer requests."""
-
-    model_config = ConfigDict(frozen=True)
-
-    format: Literal[2]
-    """Of this file. Format 1 was stored in registry/standing."""
-    sequence: int = 0
-    """The number of changes so far."""
-    production: int | None = None
-    """The version that answers."""
-    since: ChangeInfo | None = None
-    """The change that put this version into production."""
-    previous: tuple[int, ...] = ()
-    """Versions in production before it, oldest first: the targets of rollback."""
-    canary: int | None = None
-    """A version that answers a share of the requests."""
-    share: float = 0.0
-    """That share, 0 to 1."""
-    shadow: int | None = None
-    """A version that receives a copy of the requests and whose answers are only compared."""
-    action: str = "nothing was promoted yet"
-    by: str = ""
-    when: str = ""
-    why: str = ""
-    versions: dict[int, VersionInfo] = {}
-    """All versions by number."""
-
-
-EMPTY = RegistryState(format=2)
+REMEDY = "promote its run again, or restore the file"
 
 
 @dataclass(frozen=True)
@@ -98,7 +43,7 @@ class PromotionRequest:
 
 
 class DamagedVersionError(StoreError):
-    """The file of a version holds other bytes than were written: to read it again does not help."""
+    """The file of a version is missing, or holds other bytes than were written: to read it again does not help."""
 
 
 class Registry:
@@ -135,24 +80,33 @@ class Registry:
         return found
 
     def load(self, number: int) -> Candidate:
-        """Return version `number`. Raises InputError for an unknown one, DamagedVersionError for a damaged one."""
+        """Return version `number`. Raises InputError for an unknown one, and DamagedVersionError."""
         key = _version_key(number)
         try:
             data = self.store.read(key)
         except FileNotFoundError as error:
-            known = ", ".join(str(n) for n in self.state().versions) or "none"
+            versions = self.state().versions
+            if number in versions:
+                raise DamagedVersionError(
+                    f"{self.store.address}/{key}: the file of version {number} is missing; {REMEDY}"
+                ) from error
+            known = ", ".join(str(n) for n in versions) or "none"
             raise InputError(
                 f"unknown version {number} in {self.store.address}; known versions: {known}"
             ) from error
         try:
-            return decode(Candidate, data, f"{self.store.address}/{key}")
+            return decode(Candidate, data, f"{self.store.address}/{key}", REMEDY)
         except StoreError as error:
             raise DamagedVersionError(str(error)) from error
 
     def add(self, candidate: Candidate, by: str, why: str, forced: bool) -> int:
-        """Return the number of this candidate's version, a new one unless an equal one exists."""
+        """Return the number of this candidate's version, a new one unless an equal one exists.
+
+        The file of an equal one is written again where it is damaged or missing.
+        """
         state = self.state()
         if known := _versions_with(candidate.digest, state):
+            self._repair(max(known), candidate)
             return max(known)
         number = max(state.versions, default=0) + 1
         data = encode(candidate)
@@ -182,6 +136,16 @@ class Registry:
                 self.store.delete(_version_key(number))
             return equal
         return number
+
+    def _repair(self, number: int, candidate: Candidate) -> None:
+        """Write version `number` again, which equals `candidate`, where its file is damaged or missing."""
+        try:
+            self.load(number)
+        except DamagedVersionError:
+            self.store.write(_version_key(number), encode(candidate))
+            log.warning(
+                "version %d was damaged or missing; it is written again from run %s", number, candidate.run
+            )
 
     def change(
         self, action: str, by: str, why: str, updates: Callable[[RegistryState], dict[str, Any]]
@@ -359,9 +323,9 @@ def promote(registry: Registry, candidate: Candidate, request: PromotionRequest)
 
 def promotion_errors(registry: Registry, candidate: Candidate) -> list[str]:
     """Return the reasons against promoting `candidate`, one line each."""
-    failed = candidate.failed_checks()
-    production = registry.state().production
-    if production is None:
+    failed, state = candidate.failed_checks(), registry.state()
+    production = state.production
+    if production is None or candidate.digest == _digest_of(state, production):
         return failed
     try:
         current = _interface(registry.load(production))

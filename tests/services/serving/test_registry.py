@@ -17,7 +17,7 @@ from services.cli.serve import parse_share
 from services.serving import candidate as candidate_module
 from services.serving.candidate import prepare_candidate
 from services.serving.model import verify_candidate
-from services.serving.registry import PromotionRequest, Registry, promote
+from services.serving.registry import DamagedVersionError, PromotionRequest, Registry, promote
 
 ANA = PromotionRequest(by="ana", why="for a test")
 
@@ -239,6 +239,18 @@ def test_a_version_is_never_overwritten(registry, candidates):
     registry.store.create("versions/000002.safetensors", b"left by a promotion that died")
     assert promote(registry, candidates["second"], ANA).production == 3
     assert registry.store.read("versions/000001.safetensors") == before
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_promoting_the_run_of_a_damaged_or_missing_version_writes_it_again(registry, candidates, how):
+    promote(registry, candidates["first"], ANA)
+    key = "versions/000001.safetensors"
+    whole = registry.store.read(key)
+    registry.store.write(key, whole[:-1]) if how == "damaged" else registry.store.delete(key)
+    with pytest.raises(DamagedVersionError, match=r"000001.*; promote its run again, or restore the file"):
+        registry.load(1)
+    assert promote(registry, candidates["first"], ANA).production == 1
+    assert registry.store.read(key) == whole
 
 
 def test_the_error_for_an_unknown_version_names_the_known_ones(registry, candidates):

@@ -1,0 +1,67 @@
+"""What the registry stores of a change: its author and reason, the versions, and their roles after it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from defuse_core.watch.figures import WatchFigures
+
+
+class VersionInfo(BaseModel):
+    """The origin of a version, and who added it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    digest: str
+    by: str
+    when: str
+    why: str
+    forced: bool  # added although checks failed
+    annotators: str  # who labelled its scenarios: people, or reference models
+    watch: WatchFigures | None = None  # how well its failing inputs are found; None from an earlier Defuse
+
+
+class ChangeInfo(BaseModel):
+    """The number, author, time and reason of a change."""
+
+    model_config = ConfigDict(frozen=True)
+
+    change: int
+    by: str
+    when: str
+    why: str
+
+
+class RegistryState(BaseModel):
+    """Which versions exist, and which of them answer requests."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal[2]
+    """Of this file. Format 1 was stored in registry/standing."""
+    sequence: int = 0
+    """The number of changes so far."""
+    production: int | None = None
+    """The version that answers."""
+    since: ChangeInfo | None = None
+    """The change that put this version into production."""
+    previous: tuple[int, ...] = ()
+    """Versions in production before it, oldest first: the targets of rollback."""
+    canary: int | None = None
+    """A version that answers a share of the requests."""
+    share: float = 0.0
+    """That share, 0 to 1."""
+    shadow: int | None = None
+    """A version that receives a copy of the requests and whose answers are only compared."""
+    action: str = "nothing was promoted yet"
+    by: str = ""
+    when: str = ""
+    why: str = ""
+    versions: dict[int, VersionInfo] = {}
+    """All versions by number."""
+
+
+EMPTY = RegistryState(format=2)
