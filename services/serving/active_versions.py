@@ -72,11 +72,15 @@ class RegistryWatcher:
         """`overrides` are fields of section `serve` that take precedence over every version's run file."""
         self.store, self.initial, self.settings, self.overrides = store, initial, settings, overrides
         self.registry = Registry(store)
-        self.sequence = initial.state.sequence  # of the last change that was loaded completely
+        self.sequence = 0  # of the last change that was loaded completely
+        self.ended: int | None = (
+            None  # the canary or shadow that this replica ended and the registry still has
+        )
+        self._skipped: int | None = None  # `ended` before the registry was read
         self._is_complete = True  # whether the canary or shadow of the last change was loaded, or ended
 
     def load_initial(self) -> ActiveVersions:
-        """Return the versions to start with; without production before the first promotion.
+        """Return the versions to start with, a canary or shadow among them; none before the first promotion.
 
         Where the registry's versions cannot be loaded, requests are answered with the reason until they can: a
         replica that does not start has no way to say it. Raises DefuseError for the model of `initial`.
@@ -97,6 +101,7 @@ class RegistryWatcher:
         """
         if self.initial.pin:
             return None
+        self._skipped = self.ended
         state = self.registry.state_after(self.sequence)
         if state is None:
             return None
@@ -131,7 +136,12 @@ class RegistryWatcher:
     def _load_canary(
         self, number: int | None, loaded: Mapping[int | None, LoadedModel]
     ) -> LoadedModel | None:
-        """Return a canary or shadow; None for one that cannot be loaded, so that production is not affected."""
+        """Return a canary or shadow; None for one that this replica ended, or that cannot be loaded.
+
+        So production is not affected.
+        """
+        if number == self._skipped:
+            return None
         try:
             return self._load_version(number, loaded)
         except Exception as error:  # for example out of GPU memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -18,12 +19,14 @@ from defuse_core.runs import Run
 from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
 from services.serving.arguments import ServeArgs, resolve_settings
-from services.serving.candidate import prepare_candidate
+from services.serving.candidate import Candidate, prepare_candidate
 from services.serving.deployment import ClassifierDeployment
 from services.serving.limits import MAX_UPLOADS
-from services.serving.registry import Registry
+from services.serving.registry import DamagedVersionError, Registry
+from services.serving.registry_state import RegistryState
 from services.storage import open_store
 
+log = logging.getLogger("defuse")
 MIN_SHUTDOWN_S = 30.0  # a stopping replica gets at least this time to finish its requests
 
 
@@ -46,14 +49,42 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     args = ServeArgs.model_validate(args)
     settings = resolve_settings(args)
     store = open_store(args.store)
-    initial = InitialModel()
+    registry, initial = Registry(store), InitialModel()
     if args.run is not None:
-        key, _ = prepare_candidate(Run.open(store, args.run))
-        initial = InitialModel(f"{args.run}/{key}", Registry(store).state(), args.pin)
+        key, candidate = prepare_candidate(Run.open(store, args.run))
+        initial = InitialModel(f"{args.run}/{key}", registry.state(), args.pin)
+        if not args.pin:
+            _warn_of_other_version(initial.state, candidate)
+    else:
+        _warn_of_damage(registry)
     application: Application = classifier_deployment(settings).bind(
         store.address, initial, settings, args.settings, args.require_token
     )
     return application
+
+
+def _warn_of_other_version(state: RegistryState, candidate: Candidate) -> None:
+    """Warn where the registry has another model in production than the candidate, which is served."""
+    number = state.production
+    if number is None or number not in state.versions or state.versions[number].digest == candidate.digest:
+        return
+    log.warning(
+        "version %d (run %s) is in production, and this server answers with run %s until the next promotion; without "
+        "RUN it answers with the version in production",
+        number,
+        state.versions[number].run,
+        candidate.run,
+    )
+
+
+def _warn_of_damage(registry: Registry) -> None:
+    """Warn where the version in production is damaged or missing."""
+    number = registry.state().production
+    try:
+        if number is not None:
+            registry.load(number)
+    except DamagedVersionError as error:
+        log.warning("%s; requests are answered 503 until then", error)
 
 
 def classifier_deployment(settings: ServeSection) -> Any:

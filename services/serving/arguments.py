@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
+from defuse_core.store import Store
 from services.serving.candidate import with_settings
-from services.serving.registry import Registry
+from services.serving.registry import DamagedVersionError, Registry
 from services.settings import fits_a_header, read_settings
 from services.storage import open_store
 
@@ -43,14 +45,30 @@ def serve_token() -> str | None:
 
 
 def resolve_settings(args: ServeArgs) -> ServeSection:
-    """Return section `serve` of the model that these arguments name, with their changes. Raises InputError."""
+    """Return section `serve` of the run that these arguments name, with their changes. Raises InputError.
+
+    Without a run, it is that of the version in production.
+    """
     if args.pin and args.run is None:
         raise InputError("--pin needs a RUN to keep")
     store = open_store(args.store)
-    if args.run is not None:
-        section = Run.open(store, args.run).spec.serve
-    else:
-        registry = Registry(store)
-        production = registry.state().production
-        section = ServeSection() if production is None else registry.load(production).run_file().serve
+    section = _section_of_production(store) if args.run is None else Run.open(store, args.run).spec.serve
     return with_settings(section, args.settings)
+
+
+def _section_of_production(store: Store) -> ServeSection:
+    """Return section `serve` for the version in production: of its run's file as it is now, else of the version's copy.
+
+    Returns the defaults where neither can be read: the server answers 503 then, until the version can be.
+    """
+    registry = Registry(store)
+    state = registry.state()
+    if state.production is None:
+        return ServeSection()
+    if state.production in state.versions:
+        with contextlib.suppress(InputError):  # the run was deleted, or its file is damaged
+            return Run.open(store, state.versions[state.production].run).spec.serve
+    try:
+        return registry.load(state.production).run_file().serve
+    except (InputError, DamagedVersionError):
+        return ServeSection()

@@ -229,6 +229,7 @@ class ClassifierDeployment:
             log.error("version %s failed: %s", other.name, theirs)
         reason = statistics.reason_to_end(self.settings)
         if reason and other in self.active.by_role().values():
+            self.watcher.ended = other.number
             self._activate(ActiveVersions(self.active.production, state=self.active.state))
             self._start(self._end_canary(other, reason))
 
@@ -252,6 +253,8 @@ class ClassifierDeployment:
             ),
         )
         await retrying(asyncio.to_thread, self.watcher.registry.end_canary, model.number, AUTHOR, reason)
+        if self.watcher.ended == model.number:
+            self.watcher.ended = None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

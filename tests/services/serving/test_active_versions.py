@@ -57,6 +57,36 @@ def test_a_canary_or_shadow_does_not_replace_the_run_of_a_server(own_store):
     assert answering(replica(own_store, initial)) == answering(after)
 
 
+def test_a_server_of_a_run_that_starts_during_a_canary_has_it_at_once(own_store):
+    put(own_store, "first")
+    put(own_store, "second", PromotionRequest("ana", "", canary=0.1))
+    watcher = RegistryWatcher(own_store, own_run(own_store), ServeSection(), {})
+    begun = watcher.load_initial()
+    assert answering(begun) == {"production": "first", "canary": "2"}
+    assert watcher.load_changes(begun) is None
+
+
+@pytest.mark.parametrize("role", ["canary", "shadow"])
+def test_a_canary_whose_end_is_not_stored_yet_stays_ended_after_another_change(own_store, role):
+    put(own_store, "first")
+    put(
+        own_store,
+        "second",
+        PromotionRequest("ana", "", **({"canary": 0.1} if role == "canary" else {"shadow": True})),
+    )
+    watcher = RegistryWatcher(own_store, InitialModel(), ServeSection(), {})
+    begun = watcher.load_initial()
+    assert answering(begun) == {"production": "1", role: "2"}
+    watcher.ended = 2
+    after_end = ActiveVersions(begun.production, state=begun.state)
+    Registry(own_store).change("another change", "ana", "", lambda state: {})
+    after = watcher.load_changes(after_end)
+    assert after is not None and answering(after) == {"production": "1"}
+    put(own_store, "swapped", PromotionRequest("ana", "", force="a drill", canary=0.1))
+    after = watcher.load_changes(after)
+    assert after is not None and answering(after) == {"production": "1", "canary": "3"}
+
+
 def test_promoting_the_version_in_production_again_replaces_the_run_of_a_server(own_store):
     put(own_store, "second")
     watcher = RegistryWatcher(own_store, own_run(own_store), ServeSection(), {})

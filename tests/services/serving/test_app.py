@@ -14,9 +14,12 @@ from ray.serve.schema import ServeDeploySchema
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
+from defuse_core.runs import Run
 from services.serving.active_versions import InitialModel
-from services.serving.app import ClassifierIngress, classifier_deployment
+from services.serving.app import ClassifierIngress, build, classifier_deployment
 from services.serving.arguments import ServeArgs, resolve_settings
+from services.serving.candidate import prepare_candidate
+from services.serving.registry import PromotionRequest, Registry, promote
 
 
 def test_a_replica_that_was_granted_no_gpu_sees_none(planted, ray_session):
@@ -39,6 +42,42 @@ def test_a_replica_that_was_granted_no_gpu_sees_none(planted, ray_session):
 def test_an_invalid_setting_is_named(planted, settings, words):
     with pytest.raises(InputError, match=words):
         resolve_settings(ServeArgs(store=planted.address, run="first", settings=settings))
+
+
+@pytest.fixture
+def promoted(own_store):
+    """A store with run `first` in production."""
+    promote(
+        Registry(own_store), prepare_candidate(Run.open(own_store, "first"))[1], PromotionRequest("ana", "")
+    )
+    return own_store
+
+
+def test_settings_of_the_server_come_from_the_run_file_of_the_version_in_production_as_it_is_now(
+    promoted, good_spec
+):
+    serve = good_spec.serve.model_copy(update={"max_images": 7, "reservoir": 50})
+    Run.start(promoted, "first", good_spec.model_copy(update={"serve": serve}))
+    settings = resolve_settings(ServeArgs(store=promoted.address))
+    assert (settings.max_images, settings.reservoir) == (7, 50)
+    promoted.delete("first/run.yaml")  # the version's copy is left
+    assert resolve_settings(ServeArgs(store=promoted.address)) == good_spec.serve
+
+
+def test_a_server_starts_beside_a_damaged_version_and_warns(promoted, caplog):
+    promoted.write("registry/versions/000001.safetensors", b"cut")
+    promoted.delete("first/run.yaml")
+    assert resolve_settings(ServeArgs(store=promoted.address)) == ServeSection()
+    build(ServeArgs(store=promoted.address))
+    assert "promote its run again, or restore the file; requests are answered 503 until then" in caplog.text
+
+
+def test_a_server_of_a_run_warns_of_another_version_in_production(promoted, caplog):
+    build(ServeArgs(store=promoted.address, run="first"))
+    build(ServeArgs(store=promoted.address, run="second", pin=True))
+    assert "in production" not in caplog.text
+    build(ServeArgs(store=promoted.address, run="second"))
+    assert "version 1 (run first) is in production, and this server answers with run second" in caplog.text
 
 
 def test_serve_build_writes_the_application(planted, tmp_path):

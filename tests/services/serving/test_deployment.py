@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from defuse_core.config import ServeSection
+from defuse_core.errors import StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
+from services.serving.canary import CanaryStatistics
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
 from services.serving.errors import Unavailable
@@ -126,6 +128,32 @@ def test_a_request_that_production_does_not_answer_leaves_nothing_to_the_canary(
 
     asyncio.run(ask())
     assert len(cancelled) == 2  # that of production and that of the canary
+
+
+def test_a_canary_whose_end_cannot_be_stored_is_remembered_until_it_is(own_store, pictures, monkeypatch):
+    put(own_store, "first")
+    second = prepare_candidate(Run.open(own_store, "second"))[1]
+    promote(Registry(own_store), second, PromotionRequest("ana", "", canary=0.999))
+    replica = new_replica(own_store, poll_s=0.1)
+    assert replica.active.names() == {"production": "1", "canary": "2"}
+    monkeypatch.setattr(CanaryStatistics, "reason_to_end", lambda *_: "too slow")
+    end_canary, calls = replica.watcher.registry.end_canary, []
+
+    def fail_once(*change):
+        calls.append(replica.watcher.ended)
+        if len(calls) == 1:
+            raise StoreError("no access")
+        return end_canary(*change)
+
+    monkeypatch.setattr(replica.watcher.registry, "end_canary", fail_once)
+
+    async def answer_and_end():
+        assert (await post(replica, pictures[0])).status_code == 200
+        await asyncio.gather(*replica._tasks)
+
+    asyncio.run(answer_and_end())
+    assert calls == [2, 2] and replica.watcher.ended is None
+    assert Registry(own_store).state().canary is None
 
 
 def test_a_request_that_is_too_late_for_its_batch_leaves_the_queue(candidate):
