@@ -80,6 +80,7 @@ def test_a_scenario_is_seen_in_training_images_if_its_sources_are_misclassified_
     assert [row.source_images for row in rows] == [30, 30, 5, 9]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_page_says_how_many_source_images_of_a_scenario_are_misclassified(tmp_path: Path):
     run = sample_run(tmp_path)
     write_report(run, *with_source_errors([30, 12], [0.5, 0.25]))
@@ -149,6 +150,7 @@ def with_failing_draws(failing: int, **identify: object):
     return write
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_report_says_how_many_failing_draws_the_screen_keeps(tmp_path: Path):
     report, page = with_failing_draws(2064, max_per_image=7)(tmp_path)
     assert (report.psi.failing_draws, report.psi.kept_share, report.psi.screened) == (2064, 0.25, True)
@@ -171,6 +173,7 @@ def test_the_kept_share_is_left_out_where_it_is_not_known(
     assert "are kept" not in page
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_report_says_on_how_many_draws_the_reference_models_agree_with_the_label(tmp_path: Path):
     report, page = with_failing_draws(0)(tmp_path)
     assert report.scenarios.tuning_agreement == 0.75
@@ -179,6 +182,7 @@ def test_the_report_says_on_how_many_draws_the_reference_models_agree_with_the_l
     assert report_of(sample_findings(3, 2), tmp_path).scenarios.tuning_agreement is None
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_report_says_how_many_accepted_scenarios_are_expected_to_be_false(tmp_path: Path):
     run, sample = sample_run(tmp_path), sample_findings(3, 2)
     assert (
@@ -205,6 +209,7 @@ def test_a_figure_that_does_not_exist_is_null(tmp_path: Path):
     assert (tree["tradeoff"], tree["chosen"], tree["per_class"]) == ([], None, [])
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_report_json_has_its_documented_fields(tmp_path: Path):
     run = sample_run(tmp_path)
     write_report(run, *sample_findings(3, 2, images=3), watch=sample_watch())

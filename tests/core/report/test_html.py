@@ -107,6 +107,7 @@ def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(t
     assert rows == {"chosen": (True, True, True, False), "none": (False, False, False, True)}
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("separation", "words"),
     [(3.0, "Finds failing inputs by max-softmax"), (0.0, "No method finds failing inputs: the AUROC")],
@@ -120,6 +121,7 @@ def test_the_page_says_whether_failing_inputs_are_found(tmp_path: Path, separati
     assert "Finding failing inputs" in text and words in text and "scenario distance" in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
     found, evaluation = sample_findings(2, 1, answered_by="people")
     refused = {
