@@ -27,7 +27,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     s3._client.cache_clear()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
     with moto_server() as address:
         client = boto3.client(
@@ -45,7 +45,8 @@ def moto() -> Iterator[str]:
 def bucket(moto: str, aws: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
     """A store in a bucket, below a prefix of this test's own."""
     aws.setenv("AWS_ENDPOINT_URL", moto)
-    return open_store(f"s3://bucket/{request.node.name.replace('[', '/').strip(']')}")
+    name = request.node.name.replace("[", "/").strip("]")
+    return open_store(f"s3://bucket/{request.path.stem}/{name}")
 
 
 @pytest.fixture(params=["folder", "s3"])
