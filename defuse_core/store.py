@@ -25,7 +25,8 @@ from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wa
 
 from defuse_core.errors import InputError, RunBusyError, StoreError
 
-RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions and kept inputs
+# folders that the store keeps for versions and kept inputs; annotators may read what is below `pictures`
+RESERVED = {"registry", "traffic", "pictures"}
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 UNFINISHED_S = 600.0
 SHARED_STORE = "--store must be one that all nodes share: s3://bucket/prefix, or a shared folder"
@@ -44,7 +45,7 @@ def checked_name(name: str) -> str:
     """Return the name of a run if it can name a folder everywhere. Raises InputError."""
     if name in RESERVED:
         raise InputError(
-            f"run name {name}: expected another name, since the store keeps versions and traffic under it"
+            f"run name {name}: expected another name, since the store keeps versions, traffic or pictures under it"
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InputError(

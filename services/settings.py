@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from defuse_core.errors import InputError
+
 
 @dataclass(frozen=True)
 class BucketAccess:
@@ -60,15 +62,15 @@ def read_settings() -> Settings:
         label_studio_url=get("LABEL_STUDIO_URL") or None,
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
         serve_token=_without_newline(get("DEFUSE_SERVE_TOKEN")),
-        debug=_is_true(get("DEFUSE_DEBUG")),
-        forwarded_for=_is_true(get("DEFUSE_FORWARDED_FOR")),
+        debug=_is_on("DEFUSE_DEBUG"),
+        forwarded_for=_is_on("DEFUSE_FORWARDED_FOR"),
         label_studio_host=get("LABEL_STUDIO_HOST") or None,
         label_studio_s3=BucketAccess(
             access_key_id=get("LABEL_STUDIO_S3_ACCESS_KEY_ID") or None,
             secret_access_key=get("LABEL_STUDIO_S3_SECRET_ACCESS_KEY") or None,
             session_token=get("LABEL_STUDIO_S3_SESSION_TOKEN") or None,
             endpoint=get("LABEL_STUDIO_S3_ENDPOINT") or None,
-            share_own=_is_true(get("LABEL_STUDIO_S3_SHARE_CREDENTIALS")),
+            share_own=_is_on("LABEL_STUDIO_S3_SHARE_CREDENTIALS"),
         ),
         mlflow_uri=get("MLFLOW_TRACKING_URI") or None,
         mlflow_experiment=get("MLFLOW_EXPERIMENT_NAME") or None,
@@ -86,8 +88,14 @@ def fits_a_header(token: str) -> bool:
     return re.fullmatch(r"[\x21-\x7e]+", token) is not None
 
 
-def _is_true(value: str | None) -> bool:
-    return (value or "0").lower() not in {"0", "false", "no"}
+def _is_on(name: str) -> bool:
+    """Return whether a variable is on; unset and empty ones are off. Raises InputError for anything but yes or no."""
+    value = os.environ.get(name, "").strip().lower()
+    if value in {"1", "true", "yes", "on"}:
+        return True
+    if value in {"", "0", "false", "no", "off"}:
+        return False
+    raise InputError(f"{name}: expected 1 or 0 (or true, yes, on, false, no, off), found {value!r}")
 
 
 def variables(names: Iterable[str]) -> dict[str, str]:

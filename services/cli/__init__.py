@@ -120,13 +120,21 @@ def _run_command() -> None:
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped; the same command continues from here", 130)
     except Exception as error:
-        if read_settings().debug:
+        if _is_debugging():
             raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             _fail("cannot print to the end: no space left there; what the command made is stored", 4)
         _fail(f"unexpected {type(error).__name__}: {error} (DEFUSE_DEBUG=1 shows where)", 4)
     else:
         sys.exit(code)
+
+
+def _is_debugging() -> bool:
+    """Whether tracebacks are shown; also where the environment has a wrong value, as the error is not about that."""
+    try:
+        return read_settings().debug
+    except InputError:
+        return True
 
 
 def _exit_of_other_code(error: SystemExit, place: traceback.FrameSummary) -> str:
