@@ -38,10 +38,8 @@ from defuse_core.correct import (
     collect_sweep,
     decode_scenario_images,
     finished_trials,
-    held_out_sources,
     load_clean_images,
     nothing_to_tune,
-    tuned_sources,
 )
 from defuse_core.errors import RunFileError
 from defuse_core.identify import (
@@ -235,7 +233,8 @@ class RayCompute:
         shared: dict[object, Any] = {}
         clean = []
         for each in requests:
-            sources = held_out_sources(each.fixes), tuned_sources(each.fixes)
+            of_d = each.all_fixes or each.fixes
+            sources = of_d.held_out_sources(), of_d.tuned_sources()
             key = each.spec.correct.train_images, *(rows.tobytes() for rows in sources)
             if key not in shared:
                 shared[key] = self._held_images("correct", load_clean_images, each.spec, models, *sources)

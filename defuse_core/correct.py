@@ -78,12 +78,18 @@ def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
 
 
 def load_fine_tuning_data(
-    spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
+    spec: RunFile,
+    models: Models,
+    fixes: Corrections,
+    reviewed: Images | None,
+    all_fixes: Corrections | None = None,
+    *,
+    progress: Progress,
 ) -> FineTuningData:
-    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed` if that is given."""
-    clean = load_clean_images(spec, models, held_out_sources(fixes), tuned_sources(fixes), progress=progress)
-    scenario = decode_scenario_images(spec, models, fixes, reviewed, progress=progress)
-    return FineTuningData(clean, scenario)
+    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed`; D is that of `all_fixes`."""
+    of_d = all_fixes or fixes
+    clean = load_clean_images(spec, models, of_d.held_out_sources(), of_d.tuned_sources(), progress=progress)
+    return FineTuningData(clean, decode_scenario_images(spec, models, fixes, reviewed, progress=progress))
 
 
 def load_clean_images(
@@ -119,20 +125,6 @@ def decode_scenario_images(
             tune=reviewed if reviewed is not None else tuning_images(vae, fixes),
             held_out=held_out_images(vae, fixes),
         )
-
-
-def held_out_sources(fixes: Corrections) -> I64:
-    """Return the training images at which only held-out scenario images are anchored; none with plain decoding."""
-    if fixes.anchors is None or fixes.tune_anchor is None:
-        return np.zeros(0, np.int64)
-    return np.setdiff1d(fixes.anchors.source, tuned_sources(fixes))
-
-
-def tuned_sources(fixes: Corrections) -> I64:
-    """Return the training images at which images of D_f are anchored; none with plain decoding."""
-    if fixes.anchors is None or fixes.tune_anchor is None:
-        return np.zeros(0, np.int64)
-    return np.unique(fixes.anchors.source[fixes.tune_anchor])
 
 
 def tuning_images(vae: Vae, fixes: Corrections) -> Images:

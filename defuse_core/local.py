@@ -90,7 +90,8 @@ class LocalCompute:
         spec = request.spec
         if nothing_to_tune(request.fixes, request.reviewed):
             return collect_sweep(spec, models, [])
-        tuning = load_fine_tuning_data(spec, models, request.fixes, request.reviewed, progress=self.progress)
+        asked = spec, models, request.fixes, request.reviewed, request.all_fixes
+        tuning = load_fine_tuning_data(*asked, progress=self.progress)
         trials, failures = [], dict[float, DefuseError]()
         for index, lam in enumerate(spec.correct.lambdas):
             try:

@@ -153,7 +153,7 @@ def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
         "report",
         found.models,
         **{
-            name: SweepRequest(changed, kept, None, run.store.within(f"trials/{name}"))
+            name: SweepRequest(changed, kept, None, run.store.within(f"trials/{name}"), fixes)
             for name, (changed, kept) in requests.items()
         },
     ).values()

@@ -48,6 +48,9 @@ class SweepRequest:
     fixes: Corrections  # D_f, and the held-out images
     reviewed: Images | None  # tuned on in the place of D_f: the baseline
     store: Store  # of its trials; those that it holds already resume after their last finished epoch
+    all_fixes: Corrections | None = (
+        None  # where `fixes` are a part of them: D is the same whatever part it is
+    )
 
 
 class Compute(Protocol):

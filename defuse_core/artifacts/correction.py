@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from defuse_core.artifacts.arrays import F32, F64, I64, Weights, expect_shapes
 from defuse_core.artifacts.failures import Anchors
 
@@ -32,6 +34,20 @@ class Corrections:
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **per_scenario)
+
+    def held_out_sources(self) -> I64:
+        """Return the training images at which only held-out scenario images are anchored; none with plain decoding."""
+        if self.anchors is None or self.tune_anchor is None:
+            return np.zeros(0, np.int64)
+        sources: I64 = np.setdiff1d(self.anchors.source, self.tuned_sources())
+        return sources
+
+    def tuned_sources(self) -> I64:
+        """Return the training images at which images of D_f are anchored; none with plain decoding."""
+        if self.anchors is None or self.tune_anchor is None:
+            return np.zeros(0, np.int64)
+        sources: I64 = np.unique(self.anchors.source[self.tune_anchor])
+        return sources
 
 
 @dataclass(frozen=True)

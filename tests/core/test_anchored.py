@@ -19,7 +19,6 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import changed_field
 from defuse_core.correct import (
     held_out_images,
-    held_out_sources,
     load_fine_tuning_data,
     tuning_images,
 )
@@ -39,7 +38,7 @@ from defuse_core.export.suite import save_suite
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
 from defuse_core.local import LocalCompute
 from defuse_core.models import Decoder, decode_codes, encode_images, load_classifier, load_vae, predict
-from defuse_core.pipeline import run_defuse
+from defuse_core.pipeline import _controls, load_findings, run_defuse
 from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
@@ -266,11 +265,36 @@ def test_nothing_is_fine_tuned_on_the_images_of_held_out_pictures(finished, tiny
     assert tested and not tested & tuned
     for used, without in ((fixes, tested), (fixes.take(np.array([0])), None)):
         data = load_fine_tuning_data(SPEC, tiny_models, used, None, progress=silent)
-        left_out = set(held_out_sources(used).tolist())
+        left_out = set(used.held_out_sources().tolist())
         assert len(data.clean.train) == len(train) - len(left_out)
         if without is not None:
             assert without <= left_out and not left_out & tuned
         assert not left_out & set(sources[used.tune_anchor.ravel()])
+
+
+def test_the_controls_that_leave_scenarios_out_are_tuned_on_the_clean_images_of_plain_training(
+    finished, tmp_path: Path
+):
+    found = load_findings(finished)[0]
+    assert len(found.fixes.labels) > 1, "no scenario can be left out of one"
+    asked = []
+
+    class Recording(LocalCompute):
+        def sweeps(self, models, requests):
+            asked.extend(requests)
+            return [found.sweep for _ in requests]
+
+    other = Run.start(FolderStore(tmp_path), "run", SPEC)
+    _controls(other, Recording(), found)
+    clean = [
+        load_fine_tuning_data(
+            each.spec, found.models, each.fixes, each.reviewed, each.all_fixes, progress=silent
+        ).clean.train.pixels
+        for each in asked
+    ]
+    assert len(clean) == 3
+    for images in clean[1:]:
+        np.testing.assert_array_equal(images, clean[0])
 
 
 def test_a_suite_holds_the_images_that_its_codes_are_decoded_at(finished, tiny_models, tmp_path: Path):
