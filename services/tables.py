@@ -31,7 +31,7 @@ from services.console import Terminal
 if TYPE_CHECKING:
     from defuse_core.export.compare import ComparedScenario
     from defuse_core.report import Report
-    from defuse_core.report.schema import EvidenceFigures
+    from defuse_core.report.evidence_schema import EvidenceFigures
 
 SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
 STATES = ("persisting", "fixed", "back again", "new")

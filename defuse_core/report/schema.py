@@ -1,4 +1,4 @@
-"""The fields of `report.json`."""
+"""The fields of `report.json`; those of its evidence are in evidence_schema.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from defuse_core.artifacts import Override
 from defuse_core.errors import InputError
-from defuse_core.watch.figures import Share, WatchFigures
+from defuse_core.report.evidence_schema import EvidenceFigures, ScenarioEvidence
+from defuse_core.watch.figures import WatchFigures
 
 VERSION: Final = 2  # of report.json; grows when a field is renamed or removed
 
@@ -33,116 +34,6 @@ class Accuracies(ReportModel):
     baseline: Accuracy
     """Fine-tuned on the reviewed, misclassified images: the paper's "unrestricted adversarial examples"."""
     defuse: Accuracy
-
-
-class FourShares(ReportModel):
-    """One figure for each classifier."""
-
-    before: Share
-    baseline: Share
-    plain: Share
-    """Further training without the scenarios: λ = 0, for as many epochs."""
-    defuse: Share
-
-
-class BeforeAfter(ReportModel):
-    before: Share
-    defuse: Share
-
-
-class WiderDraws(BeforeAfter):
-    factor: float
-    """On τ."""
-
-
-class LeftOutScenarios(ReportModel):
-    """Some of the scenarios that were left out of the tuning."""
-
-    count: int
-    accuracy: float | None
-    """Mean over the scenarios, by own label."""
-
-
-class Judges(ReportModel):
-    """Models that took no part in the run."""
-
-    count: int
-    accuracy: tuple[float | None, ...]
-    """Of each judge, on test images, or on validation images where there are none."""
-    reference_models: tuple[float | None, ...]
-    """Of each reference model, likewise; empty where none took part."""
-    classifier: float | None
-    """Of the classifier before, on images of the same kind."""
-    labelled: float | None
-    """Share of the held-out images on which most judges agree. Only these have an own label."""
-
-
-class McNemar(ReportModel):
-    """Test images that the classifier before got wrong and that are right now, and the reverse; exact p-value."""
-
-    gained: int
-    lost: int
-    p_value: float
-
-
-class EvidenceFigures(ReportModel):
-    """What the judges find. `own` means: by the label that most judges give to each image."""
-
-    judges: Judges
-    purity: Share
-    """Share of held-out images of accepted scenarios that show the scenario's label; one that judges disagree on shows
-    none."""
-    own_label: FourShares
-    """Accuracy on held-out images of accepted scenarios by their own label."""
-    one_label: FourShares
-    """Accuracy on the same images by the scenario's label, the paper's figure."""
-    left_out: BeforeAfter
-    """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
-    left_out_known_confusion: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
-    """Of these, the scenarios whose label and most common wrong answer are those of one that was tuned on."""
-    left_out_new_confusion: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
-    """The other ones."""
-    wider: tuple[WiderDraws, ...]
-    """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
-    real_failures: FourShares
-    """Accuracy on failing draws around test images in which the judges still see the image's class."""
-    real_failure_images: int
-    screen_recall: Share = Share(value=None, low=None, high=None)
-    """Of these failing draws, the share in which the reference models see the class, too: those that identify.screen
-    would keep. Null three times without a screen, and for a run of an earlier version."""
-    mcnemar_plain: McNemar | None
-    mcnemar_defuse: McNemar | None
-    krippendorff: float | None
-    """α of the reviewers' answers (nominal)."""
-
-
-class ScenarioEvidence(ReportModel):
-    """What the judges find on the held-out images of one accepted scenario."""
-
-    name: str
-    """What sets its pictures apart from its class: `7 read as 2: thin, slanted to the right`."""
-    purity: float | None
-    before: float | None
-    baseline: float | None
-    plain: float | None
-    defuse: float | None
-    """Accuracy by own label."""
-    left_out: float | None
-    """The same for a classifier that was not tuned on this scenario."""
-    confirmed: bool | None
-    """Whether the correction is right significantly more often than the classifier before, by own label. Null where
-    nothing was corrected."""
-    at_fault: Literal["classifier", "β-VAE", "unclear"]
-    """The β-VAE where most held-out images do not show the label."""
-    support: int | None
-    """Training images that its codes come from."""
-    real_error: float | None
-    """Error of the classifier before on the 50 real images nearest to it; on a quarter of its class's below 200."""
-    real_error_of_all: float | None
-    """Its error on all real images."""
-    seen_in_real_data: bool | None
-    """Whether real_error is significantly larger than among all real images of the same class. Null where no
-    error of the nearest ones could be: the class has too few images or errors, or nearly all of it is wrong."""
 
 
 class Scenario(ReportModel):

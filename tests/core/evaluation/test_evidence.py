@@ -31,7 +31,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
 from defuse_core.report import write_report
-from defuse_core.report.build import evidence_figures
+from defuse_core.report.build_evidence import evidence_figures
 from defuse_core.report.formatting import caveats
 from defuse_core.report.html import render_page, render_scenarios, scenario_card
 from defuse_core.runs import Run

@@ -10,6 +10,7 @@ import pytest
 from sample_findings import report_of, sample_findings, with_verdicts
 
 from defuse_core.artifacts import Health
+from defuse_core.report.evidence_schema import EvidenceFigures, FourShares
 from defuse_core.report.formatting import (
     answered_by_models,
     caveats,
@@ -25,7 +26,6 @@ from defuse_core.report.formatting import (
     size,
     text_of,
 )
-from defuse_core.report.schema import EvidenceFigures, FourShares
 from defuse_core.watch.figures import Share
 
 

@@ -1,0 +1,106 @@
+"""Compute the evidence of a report from the artefacts of its run."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast
+
+import numpy as np
+
+from defuse_core.artifacts import F64, Bool
+from defuse_core.evaluation.controls import has_same_confusion_in_other_fold
+from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation.evidence import CLASSIFIERS, WIDER, Evidence
+from defuse_core.report.evidence_schema import (
+    BeforeAfter,
+    EvidenceFigures,
+    FourShares,
+    Judges,
+    LeftOutScenarios,
+    McNemar,
+    ScenarioEvidence,
+    WiderDraws,
+)
+from defuse_core.review.verdicts import most_common_errors
+from defuse_core.watch.figures import share_of
+
+
+def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
+    """Return the figures over all scenarios."""
+    part = "test" if "test" in found.models.accuracy else "validation"
+    references = None if found.references is None else getattr(found.references, part)
+    fixes = found.fixes
+    errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
+    known = has_same_confusion_in_other_fold(fixes, errors)
+    return EvidenceFigures(
+        judges=Judges(
+            count=len(evidence.judges),
+            accuracy=_values(evidence.judges),
+            reference_models=() if references is None else _values(references),
+            classifier=defined(evidence.before_test),
+            labelled=defined(evidence.labelled),
+        ),
+        purity=share_of(evidence.purity),
+        own_label=_four(evidence.own_label),
+        one_label=_four(evidence.one_label),
+        left_out=BeforeAfter(before=share_of(evidence.left_out[0]), defuse=share_of(evidence.left_out[1])),
+        left_out_known_confusion=_left_out(evidence, known),
+        left_out_new_confusion=_left_out(evidence, ~known),
+        wider=tuple(
+            WiderDraws(factor=factor, before=share_of(row[0]), defuse=share_of(row[1]))
+            for factor, row in zip(WIDER, evidence.wider, strict=True)
+        ),
+        real_failures=_four(evidence.real_failures),
+        real_failure_images=evidence.real_failure_images,
+        screen_recall=share_of(evidence.screen_recall),
+        mcnemar_plain=_mcnemar(evidence.mcnemar[0]),
+        mcnemar_defuse=_mcnemar(evidence.mcnemar[1]),
+        krippendorff=defined(evidence.krippendorff),
+    )
+
+
+def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
+    # the judges may agree on no image of a scenario
+    right = evidence.scenario_left_out[which & np.isfinite(evidence.scenario_left_out)]
+    return LeftOutScenarios(count=len(right), accuracy=float(right.mean()) if len(right) else None)
+
+
+def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> ScenarioEvidence:
+    """Return the figures of the accepted scenario at place `column` of the accepted ones."""
+    support = found.scenarios.support
+    number, real, testable = int(found.fixes.scenario[column]), evidence.real, evidence.real.testable
+    right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
+    return ScenarioEvidence(
+        name=evidence.names[column],
+        purity=defined(evidence.scenario_purity[column]),
+        before=right["before"],
+        baseline=right["baseline"],
+        plain=right["plain"],
+        defuse=right["defuse"],
+        left_out=defined(evidence.scenario_left_out[column]),
+        confirmed=None if found.sweep.chosen is None else bool(evidence.confirmed[column]),
+        at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
+        support=None if support is None else int(support[number]),
+        real_error=defined(real.error[column]),
+        real_error_of_all=defined(real.error_of_all),
+        seen_in_real_data=None if testable is not None and not testable[column] else bool(real.seen[column]),
+    )
+
+
+def defined(value: float | None) -> float | None:
+    """Return the value, or None where it is missing, nan or infinite."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _values(values: F64) -> tuple[float | None, ...]:
+    return tuple(defined(value) for value in values.tolist())
+
+
+def _four(table: F64) -> FourShares:
+    return FourShares(**{name: share_of(row) for name, row in zip(CLASSIFIERS, table, strict=True)})
+
+
+def _mcnemar(row: F64) -> McNemar | None:
+    if not np.isfinite(row).all():
+        return None
+    return McNemar(gained=int(row[0]), lost=int(row[1]), p_value=float(row[2]))
