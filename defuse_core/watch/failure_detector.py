@@ -19,7 +19,6 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -156,6 +155,7 @@ def answer_scores(
 
 def fit_temperature(logits: F64, labels: I64) -> float:
     """Return the temperature of least cross-entropy on n logits (n, C), within e^-3 and e^3."""
+    from scipy.optimize import minimize_scalar  # takes a quarter of a second to import, in every replica
 
     rows = np.arange(len(labels))
 

@@ -4,7 +4,14 @@ import json
 import subprocess
 import sys
 
-LATE = ("sklearn", "scipy.stats", "torch._dynamo", "torchvision", "matplotlib")  # what few processes call
+LATE = (  # what few processes call
+    "sklearn",
+    "scipy.optimize",
+    "scipy.stats",
+    "torch._dynamo",
+    "torchvision",
+    "matplotlib",
+)
 STEP = """
 import torch
 from defuse_core.training.loop import Adam
