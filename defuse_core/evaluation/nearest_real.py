@@ -14,12 +14,15 @@ from defuse_core.artifacts import F64, I64, U8, Bool, Corrections, Scenarios
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels
 from defuse_core.distill.draws import distances_from
-from defuse_core.intervals import SIGNIFICANT, hypergeometric_tail
+from defuse_core.intervals import SIGNIFICANT, binomial_tail, hypergeometric_tail
 from defuse_core.models import Vae, encode_images, predict
 
 NEAREST = 12  # real images shown beside a scenario
 # Real images whose error is compared with that of all of the label; a quarter of these where there are under 200.
 NEAREST_TESTED = 50
+LEAST_REAL_ERROR = (
+    0.2  # lower bound of an error on real images from which they show the failures of a component
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +37,12 @@ class NearestReal:
     predicted: I64  # (A, E)
     error: F64  # (A,) on the nearest, as many as are tested; nan where no image has the label: images mean nothing
     error_of_all: float  # on all real images
-    seen: Bool  # (A,) whether `error` is significantly larger than among all real images of the same label
-    # (A,) False where the label has too few errors, or images, for `error` to be significantly larger.
-    testable: Bool | None = None
+    # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR
+    seen: Bool
+    testable: Bool | None = None  # (A,) False where the label has too few errors, or images, for `seen`
+    error_of_label: F64 | None = (
+        None  # (A,) on all real images of the label; None in a run of an earlier version
+    )
 
 
 def find_nearest_real(
@@ -50,8 +56,10 @@ def find_nearest_real(
     predicted = predict(before, real)
     wrong = predicted != real.labels
     shown, labels, answers, tests = [], [], [], list[tuple[float, bool, bool]]()
-    for number, label in zip(fixes.scenario, fixes.labels, strict=True):
+    of_label: F64 = np.full(len(fixes.labels), np.nan)
+    for place, (number, label) in enumerate(zip(fixes.scenario, fixes.labels, strict=True)):
         rows = np.flatnonzero(real.labels == label)
+        of_label[place] = wrong[rows].mean() if len(rows) else np.nan
         distance = distances_from(scenarios, number, codes[rows])
         near = rows[np.argsort(distance, kind="stable")]
         tests.append(_error_nearby(wrong[near]))
@@ -70,13 +78,15 @@ def find_nearest_real(
         error_of_all=float(wrong.mean()),
         seen=seen > 0,
         testable=testable > 0,
+        error_of_label=of_label,
     )
 
 
 def _error_nearby(wrong: Bool) -> tuple[float, bool, bool]:
     """Return the error on the nearest of n images, whether it is significant, and whether any error could be.
 
-    `wrong` (n,) is in order of distance. The test is hypergeometric, since the nearest are a part of all.
+    `wrong` (n,) is in order of distance. Against the error of all n the test is hypergeometric, since the nearest are a
+    part of all. It says nothing where a class fails as a whole, so that an error over LEAST_REAL_ERROR is enough, too.
     """
     count = len(wrong)
     tested = wrong[: max(1, min(NEAREST_TESTED, count // 4))]
@@ -84,6 +94,10 @@ def _error_nearby(wrong: Bool) -> tuple[float, bool, bool]:
         return float("nan"), False, False
     hits, of_all = int(tested.sum()), int(wrong.sum())
     most = of_all or len(tested)  # without any error, whether there are images enough
-    largest = hypergeometric_tail(min(most, len(tested)), len(tested), most, count)
-    seen = hypergeometric_tail(hits, len(tested), of_all, count) < SIGNIFICANT
-    return float(tested.mean()), seen, largest < SIGNIFICANT
+
+    def significant(hits: int, of_all: int) -> bool:
+        over_all = hypergeometric_tail(hits, len(tested), of_all, count)
+        over_least = float(binomial_tail(hits, len(tested), LEAST_REAL_ERROR))
+        return min(over_all, over_least) < SIGNIFICANT
+
+    return float(tested.mean()), significant(hits, of_all), significant(min(most, len(tested)), most)

@@ -27,6 +27,7 @@ from defuse_core.distill.components import certain_error
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
+from defuse_core.evaluation.nearest_real import LEAST_REAL_ERROR
 from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence
 from defuse_core.report.schema import (
     VERSION,
@@ -55,8 +56,6 @@ from defuse_core.review.verdicts import is_misclassified, most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch
 from defuse_core.watch.figures import watch_figures
-
-LEAST_SOURCE_ERROR = 0.2  # lower bound from which the failures of a component are those of real images
 
 
 def build_report(
@@ -298,11 +297,11 @@ def _provenance(run: Run, found: Findings) -> Provenance:
 
 
 def seen_in_training_images(scenarios: Scenarios) -> Bool:
-    """Return the components whose source images f certainly gets wrong itself, (S,): more than LEAST_SOURCE_ERROR.
+    """Return the components whose source images f certainly gets wrong itself, (S,): more than LEAST_REAL_ERROR.
 
     f fails on the others in decodings alone, which may be a fault of the β-VAE.
     """
     if scenarios.source_error is None or scenarios.support is None:
         return np.zeros(len(scenarios), np.bool_)
-    seen: Bool = certain_error(scenarios.support, scenarios.source_error) > LEAST_SOURCE_ERROR
+    seen: Bool = certain_error(scenarios.support, scenarios.source_error) > LEAST_REAL_ERROR
     return seen

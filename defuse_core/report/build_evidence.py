@@ -82,6 +82,7 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
         support=None if support is None else int(support[number]),
         real_error=defined(real.error[column]),
+        real_error_of_class=None if real.error_of_label is None else defined(real.error_of_label[column]),
         real_error_of_all=defined(real.error_of_all),
         seen_in_real_data=None if testable is not None and not testable[column] else bool(real.seen[column]),
     )

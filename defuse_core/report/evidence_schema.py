@@ -110,8 +110,10 @@ class ScenarioEvidence(FigureModel):
     """Training images that its codes come from."""
     real_error: float | None
     """Error of the classifier before on the 50 real images nearest to it; on a quarter of its class's below 200."""
+    real_error_of_class: float | None = None
+    """Its error on all real images of the same class; null for a run of an earlier version."""
     real_error_of_all: float | None
     """Its error on all real images."""
     seen_in_real_data: bool | None
-    """Whether real_error is significantly larger than among all real images of the same class. Null where no
-    error of the nearest ones could be: the class has too few images or errors, or nearly all of it is wrong."""
+    """Whether real_error is significantly larger than real_error_of_class, or than 20 %. Null where no error of the
+    nearest ones could be: the class has too few images or errors."""

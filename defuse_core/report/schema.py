@@ -47,7 +47,7 @@ class Scenario(ReportModel):
     source_error: float | None = None
     """Share of these that the classifier before gets wrong in the image itself; likewise."""
     seen_in_training_images: bool = False
-    """Whether source_error is certainly over 20 % (lower 95 % bound), so that the failures are not generated only."""
+    """Whether source_error is certainly over 20 % (lower 95 % bound), so that real images show the failures."""
     accepted: bool
     label: str | None
     """Class, by the majority of the annotators or an override; null where rejected."""

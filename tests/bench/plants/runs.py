@@ -219,7 +219,7 @@ def accepted_of(run: Run) -> list[Candidate]:
 def seen_in_real_data(run: Run) -> list[Candidate]:
     """Return the accepted scenarios whose source images the classifier itself gets wrong, in their order.
 
-    The report marks the others as generated only.
+    The failures of the others may be of decodings alone.
     """
     seen = seen_in_training_images(load(run, Scenarios))
     return [found for found in accepted_of(run) if seen[found.component]]

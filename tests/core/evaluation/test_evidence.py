@@ -220,7 +220,28 @@ def test_the_page_says_where_too_few_real_errors_tell_whether_a_scenario_is_real
     assert {row.evidence.seen_in_real_data for row in accepted} == {None}
     page = " ".join(other.store.read("report.html").decode().split())
     generated = sum(not row.seen_in_training_images for row in accepted)
-    assert page.count("real images cannot tell") == generated and "generated only:" not in page
+    assert page.count("real images cannot tell") == generated and "not seen in real data:" not in page
+
+
+def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_their_class(finished, tmp_path):
+    run, _ = finished
+    found, evaluation, evidence, watch = load_findings(run)
+    scenarios = len(evidence.names)
+    real = dataclasses.replace(
+        evidence.real,
+        error=np.full(scenarios, 0.57),
+        error_of_label=np.full(scenarios, 0.33),
+        seen=np.arange(scenarios) > 0,
+        testable=np.ones(scenarios, np.bool_),
+    )
+    unseen = dataclasses.replace(found, scenarios=dataclasses.replace(found.scenarios, source_error=None))
+    other = Run.start(FolderStore(tmp_path), "a", run.spec)
+    write_report(other, unseen, evaluation, dataclasses.replace(evidence, real=real), watch)
+    page = " ".join(other.store.read("report.html").decode().replace("\xa0", " ").split())
+    told = "not seen in real data: error 57 % on the nearest real images, as often as on its class (33 %)"
+    assert page.count(told) == 1
+    told = "seen in real data: error 57 % on the nearest real images, 33 % on its class"
+    assert page.count(told) == scenarios - 1
 
 
 NOTHING_CHOSEN = Sweep((), None, {}, ())

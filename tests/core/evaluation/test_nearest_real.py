@@ -34,6 +34,17 @@ def test_errors_that_are_spread_over_the_class_are_not_around_the_scenario():
     assert _error_nearby(wrong) == (0.1, False, True)
 
 
+def test_errors_of_a_class_that_fails_as_a_whole_are_seen_around_each_of_its_scenarios():
+    assert _error_nearby(np.arange(200) % 5 != 0) == (
+        0.8,
+        True,
+        True,
+    )  # 80 % of the class, 80 % of the nearest
+    assert _error_nearby(np.ones(200, np.bool_))[1:] == (True, True)
+    assert _error_nearby(np.arange(200) % 4 == 0)[1] is False  # 26 % of 50 may be 20 %
+    assert _error_nearby(np.ones(4, np.bool_))[1:] == (False, False)  # one image tells nothing
+
+
 def test_a_chance_of_five_percent_is_kept_where_the_scenario_has_nothing_to_do_with_the_errors():
     rng = np.random.default_rng(0)
     seen = [_error_nearby(rng.permutation(in_order(9, 0, 60)))[1] for _ in range(1000)]
