@@ -81,16 +81,15 @@ class LabelStudioAnnotators:
         Raises LabelsPending before that; with `wait`, polls the server instead, less often while nothing changes.
         """
         state = self.push(gallery)
-        status = self._pull(gallery, state)
+        status, state = self._pull(gallery, state)
         while status.outstanding:
-            state = self._store_annotators(state, status)
             if not self.wait:
                 raise LabelsPending(f"{self._pending(status, state)}, then give the same command again")
             log.info("%s", self._pending(status, state))
-            status = self._poll(gallery, state, status.given)
+            status, state = self._poll(gallery, state, status.given)
         self.push(gallery)  # raises if the project was edited in the meantime
         log.info("review: all answers are in; %d were not needed any more", status.saved)
-        return status.final_votes(self._store_annotators(state, status))
+        return status.final_votes(state)
 
     def push(self, gallery: Gallery, repair: bool = False) -> ProjectState:
         """Create or complete the run's project, and return its state."""
@@ -112,22 +111,23 @@ class LabelStudioAnnotators:
             raise InputError(
                 f"run {self.run.name} was not pushed yet; `defuse review push {self.run.name}` does"
             )
-        status = self._pull(gallery, state)
-        return status, self._store_annotators(state, status)
+        return self._pull(gallery, state)
 
-    def _pull(self, gallery: Gallery, state: ProjectState) -> ReviewStatus:
+    def _pull(self, gallery: Gallery, state: ProjectState) -> tuple[ReviewStatus, ProjectState]:
+        """Return the status now, and the state, which numbers all annotators."""
         started = monotonic()
         tasks, authors = self._tasks(gallery), read_authors(self.run.store)
         pulled = read_annotations(ReviewProject(self.client, self.run, tasks).pull(), tasks, authors)
         store_authors(self.run.store, authors, pulled)
+        state = self._store_annotators(state, pulled)
         overridden = [override.scenario for override in read_overrides(self.run.store)]
         status = review_status(tasks, pulled, self._names(pulled, state), overridden)
         update_queue(self.client, status)
         self.pull_s = monotonic() - started
-        return status
+        return status, state
 
-    def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> ReviewStatus:
-        """Return the next status with another number of answers than `given`.
+    def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> tuple[ReviewStatus, ProjectState]:
+        """Return the next status with another number of answers than `given`, and the state.
 
         A server that cannot be reached for a while is waited for.
         """
@@ -135,7 +135,7 @@ class LabelStudioAnnotators:
         growing = wait_exponential(self.first_pause_s * 1.5, self.longest_pause_s, exp_base=1.5)
         polling = Retrying(
             retry=retry_if_exception_type(ServiceError)
-            | retry_if_result(lambda status: status.given == given and status.outstanding),
+            | retry_if_result(lambda found: found[0].given == given and found[0].outstanding),
             wait=lambda attempt: max(growing(attempt), self.pull_s * PAUSE_PER_PULL),
             before_sleep=_log_failure,
             sleep=sleep,
@@ -151,16 +151,14 @@ class LabelStudioAnnotators:
             + f"label at {self.client.labeling_url(state.number)}"
         )
 
-    def _store_annotators(self, state: ProjectState, status: ReviewStatus) -> ProjectState:
-        """Store the numbers of the pseudonyms, in the state that other commands may have changed."""
-        annotators = status.pulled.annotators()
+    def _store_annotators(self, state: ProjectState, pulled: PulledAnnotations) -> ProjectState:
+        """Store the numbers of the pseudonyms, in the state that other commands may have changed, and return it."""
+        annotators = pulled.annotators()
         return update_state(self.run.store, state, lambda known: known.with_annotators(annotators))
 
     def _names(self, pulled: PulledAnnotations, state: ProjectState) -> dict[int, str]:
-        """Return the annotators' names in the run, by user id."""
-        annotators = pulled.annotators()
-        numbered = state.with_annotators(annotators)
-        pseudonyms = {annotator: numbered.pseudonym(annotator) for annotator in annotators}
+        """Return the annotators' names in the run, by user id; `state` numbers them."""
+        pseudonyms = {annotator: state.pseudonym(annotator) for annotator in pulled.annotators()}
         if not self.run.spec.review.real_names:
             return pseudonyms
         names = self.client.user_names()

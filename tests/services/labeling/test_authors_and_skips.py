@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 
 import httpx
 import pytest
@@ -58,6 +59,29 @@ def test_a_deleted_account_that_was_never_seen_counts_as_one_annotator_and_drive
     assert {discarded.reason for discarded in status.pulled.discarded} == {
         "may be of the same person as a later answer: the account was deleted"
     }
+
+
+def test_votes_name_the_annotators_as_the_other_commands_do_that_ran_during_a_poll(
+    make_review, accounts, monkeypatch
+):
+    review = make_review(answers_per_task=1)
+    review.annotators.push(review.gallery)
+    first, second, *others = review.tasks().values()
+    accounts[0].answer(first.id, "image", "8")
+
+    def another_command_sees_a_skip_first(_):
+        accounts[1].submit(second.id, [], was_cancelled=True)
+        review.through(review.api.address).status(review.gallery)
+        accounts[2].answer(second.id, "image", "8")
+        for task in others:
+            accounts[1].answer(task.id, "image", "8")
+
+    monkeypatch.setattr("services.labeling.annotators.sleep", another_command_sees_a_skip_first)
+    review.annotators.wait = True
+    votes = review.annotators.review(review.gallery)
+    counts = dict(Counter(votes.annotators[annotator] for annotator in votes.annotator))
+    assert counts == {"annotator-1": 1, "annotator-2": 10, "annotator-3": 1}
+    assert review.annotators.status(review.gallery)[0].per_annotator() == counts
 
 
 def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_task_out_again(
