@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from defuse_core.store import checked_name
-from services.cli.options import store_option
+from services.cli.options import printable, store_option
 from services.console import Terminal
 from services.settings import read_settings
 
@@ -103,8 +103,10 @@ def status(name: str, store: str) -> None:
     "--label", metavar="NAME_OR_INDEX", help="Accept the scenario as a failure, with this class as label."
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
-@click.option("--reason", required=True, help="The reason, which the report shows.")
-@click.option("--author", help="The person who decides. [default: the user of this machine]")
+@click.option("--reason", required=True, callback=printable, help="The reason, which the report shows.")
+@click.option(
+    "--author", callback=printable, help="The person who decides. [default: the user of this machine]"
+)
 @click.option("--redo", is_flag=True, help="Delete the verdicts and corrections that exist already.")
 def set_(
     name: str,

@@ -168,6 +168,7 @@ class Reservoir:
         self._kept: dict[
             tuple[str, int], list[tuple[float, int]]
         ] = {}  # (run, scenario) -> heap of (key, slot)
+        self._bounded: set[str] = set()  # folders without slots above the capacity
         self._random = np.random.default_rng()
         self._pending = 0
         self._thread = ThreadPoolExecutor(1, "reservoir")
@@ -186,12 +187,24 @@ class Reservoir:
         self._thread.submit(self._write, f"{run}/{folder}/{slot:04d}.safetensors", sampled)
 
     def _write(self, key: str, sampled: SampledInput) -> None:
+        folder = key.rpartition("/")[0]
         try:
+            if folder not in self._bounded:
+                self._delete_slots_above(folder)
+                self._bounded.add(folder)
             self.store.write(key, encode(sampled))
         except DefuseError as error:
             log.warning("an input was not stored: %s", error)
         finally:
             self._pending -= 1
+
+    def _delete_slots_above(self, folder: str) -> None:
+        """Delete the inputs that a larger serve.reservoir stored: no replica would replace them."""
+        slots = self.store.within(folder)
+        for key in slots.list():
+            number = key.removesuffix(".safetensors")
+            if number.isdecimal() and int(number) >= self.capacity:
+                slots.delete(key)
 
 
 def sample_now(

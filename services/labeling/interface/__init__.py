@@ -110,7 +110,9 @@ def choice_names(classes: Sequence[str]) -> tuple[str, ...]:
     for index, name in enumerate(classes):
         # a $ would be replaced with a field of the task
         shown = " ".join(name.replace("$", "＄").split()) or f"class {index}"
-        names.append(f"{shown} (class {index})" if shown in (*names, NONE) else shown)
+        while shown in (*names, NONE):
+            shown = f"{shown} (class {index})"
+        names.append(shown)
     return (*names, NONE)
 
 

@@ -47,6 +47,12 @@ def test_classes_that_look_alike_or_like_none_of_the_above_are_told_apart():
     assert sorted(answers_by_name(names).values()) == [-1, 0, 1, 2, 3, 4]
 
 
+def test_a_name_that_was_made_distinct_is_no_other_class_of_that_name():
+    names = ("a", "a (class 2)", "a", "b", "b", "b (class 4)")
+    assert len(set(choice_names(names))) == 7
+    assert sorted(answers_by_name(names).values()) == [-1, 0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("form", ["image", "scenario"])
 def test_instructions_hold_an_example_with_the_classes(form):
     shown = instructions(form, ("<cat>", "dog"))

@@ -92,6 +92,12 @@ def test_set_wants_either_a_label_or_a_rejection(cli, make_review, choice):
     assert done.exit_code == 2 and "either --label NAME_OR_INDEX or --reject" in done.output
 
 
+@pytest.mark.parametrize("option", ["--author", "--reason"])
+def test_set_refuses_text_that_acts_on_other_peoples_terminals(cli, option):
+    done = cli("review", "set", "any", "2", "--reject", "--reason", "why", option, "a\x1b[2J")
+    assert done.exit_code == 2 and r"found 'a\x1b[2J'" in done.output
+
+
 def test_a_run_without_images_says_how_far_it_is(cli, make_review):
     review = make_review()
     review.run.store.delete("gallery.safetensors")

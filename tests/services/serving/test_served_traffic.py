@@ -29,6 +29,19 @@ def test_the_reservoir_stays_bounded_and_samples_evenly(tmp_path):
     assert (np.diff(traffic.when) >= 0).all()
 
 
+def test_a_smaller_reservoir_deletes_what_a_larger_one_stored_above_it(tmp_path):
+    store = FolderStore(tmp_path)
+    for capacity, scenarios in ((20, (3, NO_SCENARIO)), (4, (3,))):
+        reservoir = Reservoir(store, capacity)
+        for number in range(30):
+            image = np.full((1, 2, 2), number / 30, np.float32)
+            for scenario in scenarios:
+                reservoir.offer("mnist", sample_now(image, scenario, 0, "1", ("a",)))
+        reservoir._thread.shutdown()
+    assert store.within("traffic/mnist/003").list() == [f"{slot:04d}.safetensors" for slot in range(4)]
+    assert len(store.within("traffic/mnist/none").list()) == 20  # nothing was offered to it since
+
+
 class RecordingExecutor:
     """An executor that records the writes in place of making them."""
 
