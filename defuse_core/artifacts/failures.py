@@ -18,6 +18,7 @@ class Anchors:
     pixels: U8 | F32  # (M, channels, H, W), uint8 0 to 255 or float32 in [0, 1], as in Images
     source: I64  # (M,) index into the training set, ascending
     held_out: Bool | None = None  # (M,) whether held-out draws are anchored there; None: an earlier version's
+    track: I64 | None = None  # (M,) as Images.tracks; None where they have none, and in an earlier version's
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"pixels": "M c H W", "source": "M"})
@@ -25,7 +26,8 @@ class Anchors:
     def take(self, rows: I64) -> Anchors:
         """Return the images `rows`."""
         held_out = None if self.held_out is None else self.held_out[rows]
-        return Anchors(self.pixels[rows], self.source[rows], held_out)
+        track = None if self.track is None else self.track[rows]
+        return Anchors(self.pixels[rows], self.source[rows], held_out, track)
 
 
 @dataclass(frozen=True, eq=False)

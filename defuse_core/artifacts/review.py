@@ -21,12 +21,18 @@ class Gallery:
     numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are, or NO_SCENARIO; empty: all
     failure: F64 | None = None  # (S, R) failure probability, nan for none; None unless inputs from traffic
     source: I64 | None = None  # (S, R) training image that each is anchored at; None where decoded plainly
+    track: I64 | None = None  # (S, R) track of that image; None where it has none, or of an earlier version
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def unit(self) -> I64 | None:
+        """(S, R) what each shows, a track or an image of the training set; None where each shows something else."""
+        return self.source if self.track is None else self.track
 
     def number(self, scenario: int) -> int:
         """Return the number under which people see the component at index `scenario`."""
@@ -63,11 +69,13 @@ class Override:
 
 @dataclass(frozen=True, eq=False)
 class MoreImages:
-    """Further images of components whose verdict is in doubt, as reference models label them (counts only)."""
+    """Further images of components whose verdict is in doubt, as reference models label them (no pixels)."""
 
     drawn: I64  # (S,) 0 where the gallery settles the verdict
     labelled: I64  # (S,) of those, the images with a majority label
     misclassified: I64  # (S,) of those, the images that f gets wrong
+    unit: I64 | None = None  # (S, M) as Gallery.unit; None where decoded plainly, and in earlier versions
+    outcome: I64 | None = None  # (S, M) with unit: 1 misclassified, 0 right, -1 without a label or not drawn
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"drawn": "S", "labelled": "S", "misclassified": "S"})
@@ -87,8 +95,11 @@ class Verdicts:
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
     overrides: tuple[Override, ...]  # oldest first
     labelled: I64 | None = None  # (S,) images that the share rests on, further draws included
-    lower: F64 | None = None  # (S,) lower 95 % bound (Wilson) of the share misclassified
+    lower: F64 | None = None  # (S,) lower 95 % bound (Wilson) of that share, or that of units
     false_share: float = 0.0  # expected share of accepted scenarios whose true share is at most rho
+    # images that the labelled ones are anchored at, or their tracks; None where decoded plainly
+    units: I64 | None = None  # (S,)
+    failing_units: I64 | None = None  # (S,) of those, the ones whose images are misclassified in over rho
 
     def __post_init__(self) -> None:
         expect_shapes(

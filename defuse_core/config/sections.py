@@ -314,8 +314,8 @@ class ReviewSection(Section):
     """How an image's label follows from its votes: crowdlab (`pip install 'defuse[crowdlab]'`) weighs annotators by
     their agreement with each other and with the reference models; for people's votes. Paper: majority."""
     accept: Literal["lower-bound", "share"] = "lower-bound"
-    """share compares the share itself with rho; lower-bound accepts a component only if its share is significantly
-    more than rho, at a false discovery rate of max_false (Benjamini and Hochberg). Paper: share."""
+    """share compares the share itself with rho; lower-bound asks for significantly more, at a false discovery rate of
+    max_false (Benjamini and Hochberg), where pictures anchored at one image, or track, are one. Paper: share."""
     max_false: float = Field(0.05, gt=0, lt=1)
     """accept lower-bound: false discovery rate over all components; two decisions share it (more_images). Ours."""
     more_images: int = Field(40, ge=0)

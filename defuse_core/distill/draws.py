@@ -106,14 +106,44 @@ def failure_rows(
 
     Where all its images are in one half (it has but one, or shares them), both draws are at these.
     """
+    return rng.choice(_half(failures, component, held_out), count).astype(np.int64)
+
+
+def spread_draws(
+    spec: RunFile, scenarios: Scenarios, component: int, count: int, rng: np.random.Generator, after: int = 0
+) -> Draws:
+    """Return what `draw_codes` does, for review: no image is drawn at a second time before all others were.
+
+    The order of the images, in which those of different tracks take turns, follows from the seed alone; the draws are
+    at those behind the first `after`.
+    """
+    if scenarios.failures is None:
+        return draw_codes(spec, scenarios, component, count, rng)
+    order = _image_order(scenarios.failures, component, generator(spec.seed, "gallery", component, "images"))
+    half = _half(scenarios.failures, component, held_out=False)
+    anchor = scenarios.failures.anchor[component, half]
+    images = order[np.arange(after, after + count) % len(order)]
+    rows = np.array([rng.choice(half[anchor == image]) for image in images], np.int64)
+    return near_failures(scenarios, component, rows, tau_of(spec, scenarios, component), rng)
+
+
+def _image_order(failures: ComponentFailures, component: int, rng: np.random.Generator) -> I64:
+    """Return the images that are not held out, shuffled: one of each track, then a second one of each, and so on."""
+    half = _half(failures, component, held_out=False)
+    images: I64 = rng.permutation(np.unique(failures.anchor[component, half]))
+    track = failures.anchors.track
+    return images if track is None else images[np.argsort(_turns(track[images]), kind="stable")]
+
+
+def _half(failures: ComponentFailures, component: int, held_out: bool) -> I64:
+    """Return the failures of one component at its held-out images, or at the others."""
     anchor = failures.anchor[component]
     if failures.anchors.held_out is None:  # a run of an earlier version
         held = np.unique(anchor, return_inverse=True)[1] % 2 == 1
     else:
         held = failures.anchors.held_out[anchor]
     half = np.flatnonzero(held == held_out)
-    rows = half if len(half) else np.arange(len(anchor))
-    return rng.choice(rows, count).astype(np.int64)
+    return half.astype(np.int64) if len(half) else np.arange(len(anchor))
 
 
 def near_failures(
@@ -204,7 +234,8 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
         if len(own) > 1 and len(np.unique(unit[own])) == 1:  # of a single track
             held_out[own] = False
             held_out[rng.permutation(own)[: len(own) // 2]] = True
-    return ComponentFailures(codes, anchor, Anchors(pixels, used, held_out))
+    track = None if train.tracks is None else train.tracks[used]
+    return ComponentFailures(codes, anchor, Anchors(pixels, used, held_out, track))
 
 
 def held_out_half(used: I64, units: int, rng: np.random.Generator) -> Bool:
@@ -227,11 +258,16 @@ def _spread(source: I64, rng: np.random.Generator) -> I64:
     rows = rng.permutation(len(source))
     images, of_image = np.unique(source[rows], return_inverse=True)
     rows = rows[np.isin(of_image, rng.permutation(len(images))[:IMAGES_KEPT])]
-    order = np.argsort(source[rows], kind="stable")
-    _, first, counts = np.unique(source[rows][order], return_index=True, return_counts=True)
-    turn = np.empty(len(rows), np.int64)  # how many failures of the same image come before
-    turn[order] = np.arange(len(rows)) - np.repeat(first, counts)
-    return np.resize(rows[np.argsort(turn, kind="stable")], FAILURES_KEPT)
+    return np.resize(rows[np.argsort(_turns(source[rows]), kind="stable")], FAILURES_KEPT)
+
+
+def _turns(groups: I64) -> I64:
+    """Return for each of (n,) elements how many equal ones come before it."""
+    order = np.argsort(groups, kind="stable")
+    _, first, counts = np.unique(groups[order], return_index=True, return_counts=True)
+    turn = np.empty(len(groups), np.int64)
+    turn[order] = np.arange(len(groups)) - np.repeat(first, counts)
+    return turn
 
 
 def distances_from(scenarios: Scenarios, component: int, codes: F32) -> F64:

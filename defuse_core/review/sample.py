@@ -24,12 +24,14 @@ from defuse_core.distill.draws import (
     Draws,
     anchors_of,
     draw_codes,
+    spread_draws,
     stacked,
     wide_draws,
 )
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute
+from defuse_core.review.decision import outcomes
 from defuse_core.review.examiner import Examiner, in_tasks
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator
@@ -44,7 +46,7 @@ def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progr
     review = spec.review
     progress("drawing images to review", 0, 1, "galleries")
     draws = [
-        draw_codes(spec, scenarios, component, review.images, generator(spec.seed, "gallery", component))
+        spread_draws(spec, scenarios, component, review.images, generator(spec.seed, "gallery", component))
         for component in range(len(scenarios))
     ]
     codes, anchors = stacked(draws, review.images, spec.vae.latent_dim)  # (S, R, Z), (S, R)
@@ -60,6 +62,7 @@ def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progr
         predicted.reshape(shape),
         models.classes,
         source=None if images is None or anchors is None else images.source[anchors],
+        track=None if images is None or anchors is None or images.track is None else images.track[anchors],
     )
 
 
@@ -74,21 +77,27 @@ def sample_more_images(
 ) -> MoreImages:
     """Return review.more_images further draws of each doubtful component, (S,), as the reference models label them.
 
-    Their label is the majority of the models' votes, also where review.consensus is crowdlab.
+    Their label is the majority of the models' votes, also where review.consensus is crowdlab. With vae.decode: anchored
+    they are at images behind those of the gallery.
     """
+    count, images = spec.review.more_images, anchors_of(scenarios)
     drawn, labelled, wrong = np.zeros((3, len(scenarios)), np.int64)
+    unit, outcome = np.full((2, len(scenarios), count), NONE_OF_THE_ABOVE, np.int64)
     with cpu_threads(1):
         examiner = Examiner(spec, models, references, scenarios)
         components = np.flatnonzero(doubtful).tolist()
         for done, component in enumerate(components):
             progress("drawing more images", done, len(components), "components")
             rng = generator(spec.seed, "gallery", component, "more")
-            draws = draw_codes(spec, scenarios, component, spec.review.more_images, rng)
+            draws = spread_draws(spec, scenarios, component, count, rng, after=spec.review.images)
             predicted, labels = examiner.review(draws)
             drawn[component] = len(labels)
             labelled[component] = (labels != NONE_OF_THE_ABOVE).sum()
             wrong[component] = is_misclassified(predicted, labels).sum()
-    return MoreImages(drawn, labelled, wrong)
+            outcome[component] = outcomes(predicted, labels)
+            if images is not None and draws.anchors is not None:
+                unit[component] = (images.source if images.track is None else images.track)[draws.anchors]
+    return MoreImages(drawn, labelled, wrong, *(() if images is None else (unit, outcome)))
 
 
 def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:

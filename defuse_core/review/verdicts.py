@@ -26,6 +26,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import ReviewSection
 from defuse_core.errors import InputError, RunFileError, StoreError
 from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
+from defuse_core.review.decision import Shares, count_units, decide
 from defuse_core.runs import FROM_VERDICTS, Run, utc_now
 from defuse_core.store import Store
 
@@ -195,7 +196,8 @@ def decide_verdicts(
     label (§4.4). The newest override of a component, if any, replaces the vote.
 
     With `max_false` the share has to be significantly more than rho, at that false discovery rate over all components,
-    and counts the images of `more` as well. `image_labels` (S, R) replaces the majority over annotators.
+    and counts the images of `more` as well. With vae.decode: anchored it is then the share of units (`count_units`).
+    `image_labels` (S, R) replaces the majority over annotators.
     """
     scenarios, per_scenario = gallery.predicted.shape
     counts = tally(votes, (scenarios, per_scenario), len(gallery.classes))
@@ -204,12 +206,14 @@ def decide_verdicts(
     voted = images.voted()
     with np.errstate(invalid="ignore", divide="ignore"):
         misclassified = hits / total
-        fails = misclassified > rho if max_false is None else significantly_over(hits, total, rho, max_false)
-    threshold = f"{rho:.0%}" if max_false is None else f"{rho:.0%} with certainty"
+    units = count_units(gallery, images.labels, more, rho)
+    tested = (hits, total) if units is None else (units.failing, units.total)
+    fails = misclassified > rho if max_false is None else significantly_over(*tested, rho, max_false)
+    shares = Shares(misclassified, total, rho, max_false, units)
     reviewed = images.labelled.sum(axis=1) > 0
-    labels, reasons = _decide(fails, voted, reviewed, (misclassified, total), threshold, gallery.classes)
+    labels, reasons = decide(fails, voted, reviewed, shares, gallery.classes)
     accepted = labels != NONE_OF_THE_ABOVE
-    false = probability_not_over(hits, total, rho)[accepted]
+    false = probability_not_over(*tested, rho)[accepted]
     _apply(overrides, labels, reasons, gallery.classes)
     leading = np.where(labels == NONE_OF_THE_ABOVE, voted, labels)
     return Verdicts(
@@ -223,8 +227,10 @@ def decide_verdicts(
         reasons=tuple(reasons),
         overrides=tuple(overrides),
         labelled=total,
-        lower=wilson_lower(hits, total),
+        lower=wilson_lower(*tested),
         false_share=float(false.mean()) if len(false) else 0.0,
+        units=None if units is None else units.total,
+        failing_units=None if units is None else units.failing,
     )
 
 
@@ -232,6 +238,8 @@ def doubtful(verdicts: Verdicts, rho: float) -> Bool:
     """Return which components are rejected although their true share may be more than rho, (S,)."""
     total = np.zeros(len(verdicts.labels), np.int64) if verdicts.labelled is None else verdicts.labelled
     hits = np.rint(np.nan_to_num(verdicts.misclassified) * total).astype(np.int64)
+    if verdicts.units is not None and verdicts.failing_units is not None:
+        hits, total = verdicts.failing_units, verdicts.units
     high = wilson(hits, total, 0.9)[1]
     unsure: Bool = (verdicts.labels == NONE_OF_THE_ABOVE) & (high > rho)
     return unsure
@@ -250,34 +258,6 @@ def why_inconclusive(
     if health not in (None, "fit"):
         return "β-VAE"
     return "screen" if failing and not kept else None
-
-
-def _decide(
-    fails: Bool,
-    voted: I64,
-    reviewed: Bool,
-    shares: tuple[F64, I64],
-    threshold: str,
-    classes: tuple[str, ...],
-) -> tuple[I64, list[str]]:
-    labels, reasons = np.full(len(voted), NONE_OF_THE_ABOVE, np.int64), []
-    for component, label in enumerate(voted):
-        share, count = float(shares[0][component]), int(shares[1][component])
-        if count == 0:
-            reasons.append("rejected: no image has a label")
-        elif not fails[component]:
-            reasons.append(
-                f"rejected: {share:.0%} of {count} labelled images are misclassified, not over {threshold}"
-            )
-        elif label == NONE_OF_THE_ABOVE:
-            why = "labels are tied" if reviewed[component] else "no reviewed image has a label"
-            reasons.append(f"rejected: {share:.0%} of {count} labelled images are misclassified, but {why}")
-        else:
-            labels[component] = label
-            reasons.append(
-                f"accepted as {classes[label]}: {share:.0%} of {count} labelled images are misclassified"
-            )
-    return labels, reasons
 
 
 def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], classes: tuple[str, ...]) -> None:

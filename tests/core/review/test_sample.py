@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from defuse_core.artifacts import Scenarios
+from defuse_core.artifacts import Anchors, ComponentFailures, Scenarios
 from defuse_core.progress import silent
 from defuse_core.review.sample import sample_more_images
 from tests.conftest import TINY, recommended
@@ -26,3 +26,20 @@ def test_further_images_have_the_majoritys_label_as_those_of_the_gallery(tiny_mo
     doubtful = np.array([True, False])
     more = sample_more_images(spec, tiny_models, models, scenarios, doubtful, progress=silent)
     assert more.drawn.tolist() == more.labelled.tolist() == [spec.review.more_images, 0]
+
+
+def test_further_images_know_the_training_images_or_tracks_that_they_show(tiny_models, references):
+    one, rng = np.ones(1), np.random.default_rng(0)
+    pixels = rng.integers(256, size=(6, 1, 16, 16)).astype(np.uint8)
+    anchors = Anchors(pixels, 100 + np.arange(6), np.arange(6) % 2 == 1)  # 100, 102 and 104 are reviewed
+    failures = ComponentFailures(rng.normal(size=(1, 6, 4)).astype(np.float32), np.arange(6)[None], anchors)
+    scenarios = Scenarios(one, np.zeros((1, 4)), np.eye(4)[None], one, 6, True, 5, -1.0, failures=failures)
+    spec = recommended(review={"tau": 0.1, "more_images": 20})
+    more = sample_more_images(spec, tiny_models, references, scenarios, np.array([True]), progress=silent)
+    assert set(more.unit[0].tolist()) == {100, 102, 104}
+    assert (more.outcome[0] >= 0).sum() == more.labelled[0]
+    assert (more.outcome[0] == 1).sum() == more.misclassified[0]
+    tracks = replace(failures, anchors=replace(anchors, track=np.repeat([7, 8], 3)))
+    of_tracks = replace(scenarios, failures=tracks)
+    more = sample_more_images(spec, tiny_models, references, of_tracks, np.array([True]), progress=silent)
+    assert set(more.unit[0].tolist()) == {7, 8}

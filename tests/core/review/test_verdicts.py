@@ -26,8 +26,8 @@ NO = NONE_OF_THE_ABOVE
 WHEN = "2026-01-01T00:00:00Z"
 
 
-def verdicts(answers, predicted, rho=0.5, overrides=(), **rule) -> Verdicts:
-    """Judge one component: answers[annotator][image], predicted[image]."""
+def verdicts(answers, predicted, rho=0.5, overrides=(), source=None, track=None, **rule) -> Verdicts:
+    """Judge one component: answers[annotator][image], predicted[image], and the unit of each image, if any."""
     answers, predicted = np.array(answers), np.array([predicted])
     images = predicted.shape[1]
     gallery = Gallery(
@@ -35,6 +35,8 @@ def verdicts(answers, predicted, rho=0.5, overrides=(), **rule) -> Verdicts:
         np.zeros((1, images, 2), np.float32),
         predicted,
         tuple("0123456789"),
+        source=None if source is None else np.array([source]),
+        track=None if track is None else np.array([track]),
     )
     annotator, image = (axis.ravel() for axis in np.indices(answers.shape))
     zeros = np.zeros(answers.size, np.int64)
@@ -171,6 +173,75 @@ def test_more_images_decide_a_doubtful_verdict():
     assert verdict.labels[0] == 8
     assert verdict.labelled[0] == 48
     assert verdict.misclassified[0] == pytest.approx(36 / 48)
+
+
+def test_pictures_of_one_photograph_are_one_piece_of_evidence():
+    answers, predicted = [[8] * 10] * 3, [1] * 10
+    one, six = [7] * 10, [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
+    alone = verdicts(answers, predicted, source=one, max_false=0.025)
+    assert alone.labels[0] == NO
+    assert alone.reasons[0] == (
+        "rejected: 100% of 10 labelled images of 1 photograph are misclassified, not over 50% with certainty, "
+        "for which at least 6 photographs are needed"
+    )
+    assert (alone.units[0], alone.failing_units[0]) == (1, 1)
+    assert doubtful(alone, 0.5).tolist() == [True]
+    accepted = verdicts(answers, predicted, source=six, max_false=0.025)
+    assert accepted.reasons == (
+        "accepted as 8: 100% of 10 labelled images of 6 photographs are misclassified",
+    )
+    assert accepted.false_share == pytest.approx(0.5**7)
+    tracks = verdicts(answers, predicted, source=six, track=[1, 1, 1, 2, 2, 2, 1, 1, 1, 2], max_false=0.025)
+    assert tracks.labels[0] == NO
+    assert "of 2 tracks are misclassified" in tracks.reasons[0]
+    assert verdicts(answers, predicted, source=one).labels[0] == 8  # review.accept: share
+
+
+def test_a_photograph_fails_where_over_rho_of_its_labelled_pictures_are_misclassified():
+    answers = [[8, 8, 8, 8, NO, 8]]
+    verdict = verdicts(answers, [1, 1, 8, 8, 1, 1], source=[1, 1, 1, 2, 3, 4], max_false=0.4)
+    assert (verdict.units[0], verdict.failing_units[0]) == (3, 2)
+    assert verdict.reasons[0].startswith(
+        "rejected: 60% of 5 labelled images of 3 photographs are misclassified, over 50% at 2 of them, not over"
+    )
+
+
+def test_more_images_count_by_the_photographs_that_they_add():
+    answers, predicted = [[8] * 4], [1] * 4
+    more = MoreImages(
+        *(np.array([n]) for n in (6, 5, 4)),
+        unit=np.array([[1, 5, 6, 7, 8, 9]]),
+        outcome=np.array([[0, 1, 1, 1, 1, -1]]),
+    )
+    verdict = verdicts(answers, predicted, source=[1, 1, 2, 3], max_false=0.025, more=more)
+    assert (verdict.units[0], verdict.failing_units[0]) == (7, 7)
+    assert "89% of 9 labelled images of 7 photographs" in verdict.reasons[0]
+    assert verdict.labels[0] == 8
+    of_an_earlier_version = MoreImages(*(np.array([n]) for n in (6, 5, 4)))
+    assert (
+        verdicts(answers, predicted, source=[1, 1, 2, 3], max_false=0.025, more=of_an_earlier_version).units[
+            0
+        ]
+        == 3
+    )
+
+
+@pytest.mark.parametrize("photographs", [1, 3, 8])
+def test_components_just_at_rho_are_seldom_accepted_however_few_photographs_they_have(photographs):
+    rng, components = np.random.default_rng(0), 200
+    source = np.tile(np.arange(10) % photographs, (components, 1))
+    wrong = np.take_along_axis(rng.random((components, photographs)) < 0.5, source, 1)
+    gallery = Gallery(
+        np.zeros((components, 10, 1, 2, 2), np.float32),
+        np.zeros((components, 10, 2), np.float32),
+        wrong.astype(np.int64),
+        ("a", "b"),
+        source=source,
+    )
+    scenario, image = (axis.ravel() for axis in np.indices(source.shape))
+    zeros = np.zeros(source.size, np.int64)
+    votes = Votes(scenario, image, zeros, zeros, zeros.astype(float), ("a",), "people", {})
+    assert len(decide_verdicts(gallery, votes, 0.5, max_false=0.05).accepted) <= 0.05 * components
 
 
 @pytest.mark.parametrize("images", [5, 10, 13, 20])
