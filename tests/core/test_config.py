@@ -105,7 +105,9 @@ def test_the_laptops_run_files_and_a_new_one_have_the_recommended_method(name, s
     for spec in (shipped, new):
         assert spec.correct.augment is (name != "signs-laptop" or spec is new)
         assert (spec.identify.noise, spec.identify.screen) == ("posterior", "reference-models")
-        assert (spec.distill.by, spec.review.tau, spec.review.accept) == ("cell", "auto", "lower-bound")
+        assert (spec.distill.by, spec.review.tau) == ("cell", "auto")
+        # a component of the signs seldom has the six tracks that certainty needs
+        assert spec.review.accept == ("share" if spec.data.name == "signs" else "lower-bound")
         assert spec.correct.filter == "reference-models"
         assert spec.judges.count >= 3
         assert spec.judges.share > 0 or spec.data.name == "mnist-5000"
