@@ -1,14 +1,12 @@
 """A driver killed with kill -9 in the middle of each step, and the same command again."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked_commands
 import pytest
 import ray
 
@@ -16,7 +14,6 @@ from defuse_core.artifacts import Psi
 from defuse_core.codec import decode
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_equal_psi, assert_same_psi
-from tests.conftest import ROOT
 
 MADE_BY = {  # step -> its artefacts
     "train": ("models",),
@@ -40,16 +37,9 @@ STEPS = list(MADE_BY)
 WAIT_S = 360  # six times what a quiet machine needs
 
 
-def start(runfile: Path, where: Sequence[str], store: Path, until: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "from services.cli import main; main()", "run", str(runfile)]
-    with (store.parent / f"{store.name}.log").open("ab") as log:
-        return subprocess.Popen(
-            [*command, *where, "--store", str(store), "--until", until],
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+def start(runfile: Path, where: Sequence[str], store: Path, until: str) -> BaseProcess:
+    words = ["run", str(runfile), *where, "--store", str(store), "--until", until]
+    return forked_commands.start(words, store.parent / f"{store.name}.log")
 
 
 @pytest.fixture
@@ -70,15 +60,15 @@ def copy_until(whole: Path, run: Path, step: str) -> None:
         shutil.copy(whole / "references.safetensors", run)
 
 
-def kill_once_there(driver: subprocess.Popen[bytes], key: Path) -> bool:
+def kill_once_there(driver: BaseProcess, key: Path) -> bool:
     """Kill the driver as soon as `key` exists; False if it ended before."""
     deadline = time.monotonic() + WAIT_S
     while not key.exists():
-        if driver.poll() is not None or time.monotonic() > deadline:
+        if not driver.is_alive() or time.monotonic() > deadline:
             return False
         time.sleep(0.005)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
+    driver.kill()
+    driver.join()
     return True
 
 
@@ -117,7 +107,8 @@ def test_a_driver_killed_in_the_middle_of_each_step_goes_on_to_the_same_artefact
         assert kill_once_there(start(runfile, place, store, steps[-1]), run / UNDER_WAY[step]), step
         assert not (run / f"{MADE_BY[step][-1]}.safetensors").exists(), f"{step} had ended before the kill"
     driver = start(runfile, place, store, steps[-1])
-    assert driver.wait(WAIT_S) == 0, (tmp_path / "killed.log").read_text()[-2000:]
+    driver.join(WAIT_S)
+    assert driver.exitcode == 0, (tmp_path / "killed.log").read_text()[-2000:]
     for name in (name for step in steps for name in MADE_BY[step] if name != "psi"):
         key = f"{name}.safetensors"
         assert (run / key).read_bytes() == (whole / key).read_bytes(), name

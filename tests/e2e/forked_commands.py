@@ -1,0 +1,40 @@
+"""Commands in processes of their own that need not import torch: they are forked from a process that has done so."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+IMPORTED = [
+    "defuse_core.local",
+    "defuse_core.pipeline",
+    "defuse_core.report.html",
+    "services.cli",
+    "sklearn.mixture",
+]
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(IMPORTED)
+
+
+def start(words: Sequence[str], log: Path) -> BaseProcess:
+    """Start `defuse WORDS` in a session of its own, with its output in `log`."""
+    process = context.Process(target=_run, args=(words, log, dict(os.environ)), daemon=True)
+    process.start()
+    return process
+
+
+def _run(words: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+    from services.cli import main
+
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(output, stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["defuse", *words]
+    main()
