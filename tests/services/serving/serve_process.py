@@ -89,6 +89,11 @@ def listening_ports(pid: int) -> set[tuple[str, int]]:
     return {(address, port) for address, port, inode in _listening_sockets() if inode in inodes}
 
 
+def listening(command: str, port: int) -> list[int]:
+    """Return the processes with `command` in their command line that listen on `port`."""
+    return [pid for pid in processes_with(command) if any(at == port for _, at in listening_ports(pid))]
+
+
 def _listening_sockets() -> Iterator[tuple[str, int, str]]:
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import ray
-from serve_process import TOKEN, listening_addresses, serve_process
+from serve_process import TOKEN, listening, listening_addresses, serve_process
 
 from defuse_core.errors import ComputeError, InputError
 from defuse_core.runs import Run
@@ -30,7 +30,9 @@ from services.serving.registry import PromotionRequest, Registry, promote
 from tests.waiting import wait_until
 
 
-def test_defuse_serve_listens_on_loopback_requires_the_token_and_stops_on_a_signal(own_store, short_folder):
+def test_defuse_serve_listens_on_loopback_requires_the_token_replaces_a_killed_replica_and_stops_on_a_signal(
+    own_store, short_folder
+):
     options = (
         "--store",
         own_store.address,
@@ -43,6 +45,7 @@ def test_defuse_serve_listens_on_loopback_requires_the_token_and_stops_on_a_sign
         _check_authentication(running.http)
         assert listening_addresses(running.port) == {"0100007F"}
         _check_reported_changes(running, Registry(own_store))
+        _check_that_a_killed_replica_answers_on_the_same_port_again(running)
         assert running.stop() == 0
     assert TOKEN not in running.output()
 
@@ -60,6 +63,22 @@ def _check_reported_changes(running, registry):
         lambda: "ended the canary of version 2 (60 of 1000 images failed)" in running.output(), running.output
     )
     assert "ana: version 2 as canary for 50.0% (a drill; forced: a drill)" in running.output()
+
+
+def _check_that_a_killed_replica_answers_on_the_same_port_again(running):
+    (replica,) = listening("ServeReplica", running.port)
+    own_priority = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, replica) == own_priority  # Ray lowers that of its workers
+    os.kill(replica, signal.SIGKILL)
+    wait_until(lambda: answers(running.http), running.output)
+    assert listening("ServeReplica", running.port) != [replica]
+
+
+def answers(http):
+    try:
+        return http.get("/healthz").status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def registry_store(registry):

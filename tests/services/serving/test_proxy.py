@@ -7,11 +7,17 @@ import shutil
 import stat
 from pathlib import Path
 
-import httpx
 import pytest
 import ray
 from ray.serve._private import haproxy_templates
-from serve_process import TOKEN, listening_addresses, listening_ports, processes_with, serve_process
+from serve_process import (
+    TOKEN,
+    listening,
+    listening_addresses,
+    listening_ports,
+    processes_with,
+    serve_process,
+)
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError
@@ -131,29 +137,6 @@ def configuration_of(pid: int) -> Path:
     return Path(arguments[arguments.index(b"-f") + 1].decode())
 
 
-def listening(command: str, port: int) -> list[int]:
-    """Return the processes with `command` in their command line that listen on `port`."""
-    return [pid for pid in processes_with(command) if any(at == port for _, at in listening_ports(pid))]
-
-
 def replica_addresses() -> set[str]:
     """Return the addresses on which ports of replicas listen."""
     return set().union(*(listening_addresses(port) for port in range(30_000, 30_010)))
-
-
-def test_a_direct_replica_that_is_killed_answers_on_the_same_port_again(own_store, short_folder):
-    options = ("--store", own_store.address, "--set", "serve.cpus_per_replica=0.5")
-    with serve_process(short_folder, "first", *options) as running:
-        (replica,) = listening("ServeReplica", running.port)
-        own_priority = os.getpriority(os.PRIO_PROCESS, 0)
-        assert os.getpriority(os.PRIO_PROCESS, replica) == own_priority  # Ray lowers that of its workers
-        os.kill(replica, 9)
-        wait_until(lambda: answers(running.http), running.output)
-        assert listening("ServeReplica", running.port) != [replica]
-
-
-def answers(http: httpx.Client) -> bool:
-    try:
-        return http.get("/healthz").status_code == 200
-    except httpx.HTTPError:
-        return False
