@@ -63,7 +63,12 @@ def head(short_folder: Path, gcs_port: int) -> Iterator[str]:
     command += ["--object-store-memory=100000000"]
     with (folder / "log").open("wb") as out:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=out, stderr=out, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment(RAY_worker_niceness="0"),  # as in tests/conftest.py
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
         yield answering(f"http://127.0.0.1:{port}", folder / "log")

@@ -58,10 +58,10 @@ def test_a_trial_is_shown_under_the_name_of_its_step(
         for process in lines.processes("correct: λ")[-1:]:
             titles.add(title_of(process).split(b".")[0].strip(b"\0"))
 
-    spec = tiny(resources={"workers": 1})
+    spec = tiny(correct={"lambdas": [1.0], "epochs": 4})
     with RayCompute(None, spec, look) as compute:
         compute.sweeps(
-            tiny_models, [SweepRequest(spec, fixes, None, CountingStore(tmp_path / "run", pause_s=0.1))]
+            tiny_models, [SweepRequest(spec, fixes, None, CountingStore(tmp_path / "run", pause_s=0.5))]
         )[0]
     assert titles - {b"ray::IDLE"} == {b"ray::correct"}  # it may have ended before the driver hears of it
 

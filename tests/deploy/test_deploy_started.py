@@ -141,11 +141,14 @@ def nodes(short_folder: Path) -> Iterator[dict[str, str]]:
     }
     worker = {"ray-head:6379": f"127.0.0.1:{gcs}", ":52365": f":{worker_agent}"}
     environments = {}
-    haproxy = {f"RAY_SERVE_HAPROXY_{what}_PORT": str(free_port()) for what in ("METRICS", "STATS")}
-    haproxy["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0"
+    own = {f"RAY_SERVE_HAPROXY_{what}_PORT": str(free_port()) for what in ("METRICS", "STATS")}
+    own |= {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_worker_niceness": "0",  # as in tests/conftest.py
+    }
     for name in ("ray-head", "ray-worker"):
         given = services[name]["environment"] | {"RAY_AUTH_TOKEN_PATH": str(token)}
-        environments[name] = clean() | given | {"HOME": str(folder)} | haproxy
+        environments[name] = clean() | given | {"HOME": str(folder)} | own
     with contextlib.ExitStack() as stack:
         for name, places, agent in (("ray-head", head, head_agent), ("ray-worker", worker, worker_agent)):
             command = changed(services[name]["command"], places) + one_host(folder / name[4:5], agent)
