@@ -22,8 +22,11 @@ def wilson(hits: I64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
     return np.where(nothing, 0.0, low), np.where(nothing, 1.0, high)
 
 
-def share_with_bounds(hits: int, total: int) -> F64:
-    """Return the share hits/total and Wilson's bounds of it, low and high, (3,); nan where total is 0."""
+def share_with_bounds(hits: float, total: int) -> F64:
+    """Return the share hits/total and Wilson's bounds of it, low and high, (3,); nan where total is 0.
+
+    Hits are a fraction where the observations of `total` units are averaged within each.
+    """
     if not total:
         return np.full(3, np.nan)
     low, high = wilson(np.array([hits]), np.array([total]))

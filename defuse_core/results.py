@@ -278,7 +278,10 @@ class ScenarioView:
 
     @property
     def confirmed(self) -> bool | None:
-        """Whether the judges confirm the correction, image by image; None without judges, and where none was made."""
+        """Whether it is significantly more often right on held-out images than plain further training, by the judges.
+
+        None without judges, without a correction, and with too few images to tell.
+        """
         return None if self.row.evidence is None else self.row.evidence.confirmed
 
     @property

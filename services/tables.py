@@ -101,11 +101,11 @@ def _evidence_table(evidence: EvidenceFigures) -> Table:
     own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
     rows = (
         ("scenario images", own.before, own.plain, own.defuse),
-        ("left-out scenarios", left_out.before, None, left_out.defuse),
+        ("left-out scenarios", left_out.before, left_out.plain, left_out.defuse),
         (f"{evidence.real_failure_images:,} real failures", real.before, real.plain, real.defuse),
     )
     for name, *shares in rows:
-        add_row(table, name, *(NONE if share is None else interval(share, 0) for share in shares))
+        add_row(table, name, *(interval(share, 0) for share in shares))
     return table
 
 

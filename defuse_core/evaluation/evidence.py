@@ -31,12 +31,13 @@ from defuse_core.data import Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, stacked, wide_draws
+from defuse_core.evaluation.against_plain import is_better, pairs_of, tracks_of, units_of
 from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.nearest_real import NearestReal, find_nearest_real
 from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.intervals import SIGNIFICANT, binomial_tail, mcnemar, mean_with_bounds, share_with_bounds
+from defuse_core.intervals import mcnemar, mean_with_bounds, share_with_bounds
 from defuse_core.models import (
     decoder_at,
     decoder_of,
@@ -65,6 +66,8 @@ AT_FAULT_PURITY = (0.5, 0.9)  # below the first the β-VAE is at fault, from the
 class Evidence:
     """What the judges find. A share is nan three times where it cannot be measured, or its classifier was not made.
 
+    Pictures that are anchored at the same image, or track, are one draw for an interval or a test.
+
     Where nothing was corrected, defuse is the classifier before, as in Evaluation.
     """
 
@@ -74,14 +77,18 @@ class Evidence:
     purity: F64  # (J,) share of held-out images of accepted scenarios that show its label; a tie shows none
     own_label: F64  # (B, J) accuracy on held-out images by the judges' own label of each
     one_label: F64  # (B, J) accuracy on the same images by the scenario's label (the paper's figure)
-    left_out: F64  # (2, J) before, defuse: own-label accuracy on scenarios left out of the tuning (two folds)
+    # (3, J) before, defuse, plain: own-label accuracy on scenarios left out of the tuning (two folds); without plain in
+    # runs of earlier versions
+    left_out: F64
     wider: F64  # (2, 2, J) factor of τ x (before, defuse): own-label accuracy on wider draws
     real_failures: F64  # (B, J) accuracy on failing draws around test images that judges still recognise
     real_failure_images: int
     scenario_purity: F64  # (A,) share of held-out images that show the label
     scenario_own_label: F64  # (A, B) own-label accuracy
     scenario_left_out: F64  # (A,) own-label accuracy of a classifier that was not tuned on the scenario
-    confirmed: Bool  # (A,) whether the correction is better than before, significantly, by own labels
+    # (A,) whether the correction is better than plain further training, significantly, by own labels; in runs of
+    # earlier versions, which have no pairs, than before
+    confirmed: Bool
     names: tuple[
         str, ...
     ]  # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
@@ -91,6 +98,9 @@ class Evidence:
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
     # (J,) of the real failures, the share that identify.screen keeps; nan without it and in runs of earlier versions
     screen_recall: F64 = field(default_factory=lambda: np.full(3, np.nan))
+    # (A, 3) of each scenario: draws, those on which defuse, and plain, is more often right; None in earlier versions
+    pairs: I64 | None = None
+    real_failure_pairs: I64 | None = None  # (3,) likewise, of the real failures
 
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:
@@ -119,6 +129,9 @@ class _Evidence:
         held_out = held_out_images(self.vae, found.fixes)
         self.held_out = held_out.batch()  # (A·n, channels, H, W)
         self.own = self.labels(self.held_out)  # (A·n,)
+        self.units = units_of(
+            found.fixes.anchors, found.fixes.test_anchor, splits.train, len(self.own)
+        )  # (A·n,)
 
     def _chosen(self, sweep: Sweep) -> nn.Module | None:
         """Return the classifier that a sweep chose; None where it chose none."""
@@ -146,47 +159,44 @@ class _Evidence:
         shows = (self.own == scenario_labels).astype(np.float64)
         self.progress("asking the judges", 1, 4, "figures")
         fold_right = self._fold_right(per_scenario)
+        left_out = np.where(np.isnan(fold_right), np.nan, [right[0], fold_right, right[2]])
         wider = self._wider()
         self.progress("asking the judges", 2, 4, "figures")
-        fresh, truth = self._real_failures()
+        fresh, truth, fresh_units = self._real_failures()
+        fresh_right = np.stack([_hits(_answers(net, fresh), truth) for net in self.classifiers])
         self.progress("asking the judges", 3, 4, "figures")
         real_images = self.splits.validation or self.splits.test or self.splits.train
         real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, real_images)
         by_scenario = right.reshape(len(CLASSIFIERS), accepted, per_scenario)
+        units = self.units.reshape(accepted, per_scenario)
+        rows = zip(by_scenario[3], by_scenario[2], units, strict=True)
+        pairs = np.array([pairs_of(*row) for row in rows], np.int64).reshape(-1, 3)
         has_test = self.splits.test is not None
         assert found.judges is not None
         return Evidence(
             judges=found.judges.test if has_test else found.judges.validation,
             before_test=found.models.accuracy.get("test" if has_test else "validation", float("nan")),
             labelled=float((self.own != NONE_OF_THE_ABOVE).mean()) if len(self.own) else float("nan"),
-            purity=self._share(shows, per_scenario),
-            own_label=np.stack([self._share(row, per_scenario) for row in right]),
-            one_label=np.stack([self._share(row, per_scenario) for row in one]),
-            left_out=np.stack([self._share(row, per_scenario) for row in (right[0], fold_right)])
-            if self.folds
-            else np.full((2, 3), np.nan),
+            purity=_share(shows, per_scenario, self.units),
+            own_label=np.stack([_share(row, per_scenario, self.units) for row in right]),
+            one_label=np.stack([_share(row, per_scenario, self.units) for row in one]),
+            left_out=np.stack([_share(row, per_scenario, self.units) for row in left_out]),
             wider=wider,
-            real_failures=np.stack(
-                [_known_share(_hits(_answers(net, fresh), truth)) for net in self.classifiers]
-            ),
+            real_failures=np.stack([_known_share(row, fresh_units) for row in fresh_right]),
             real_failure_images=len(truth),
             scenario_purity=_nanmean(shows.reshape(accepted, per_scenario)),
             scenario_own_label=_nanmean(by_scenario).T,
             scenario_left_out=_nanmean(fold_right.reshape(accepted, per_scenario)),
-            confirmed=_better(by_scenario[0], by_scenario[-1], fixes.test_anchor),
+            confirmed=is_better(pairs),
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
             at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, per_scenario)))),
             real=real,
             mcnemar=np.stack([self._mcnemar(self.plain), self._mcnemar(self.corrected)]),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
-            screen_recall=self._screen_recall(fresh, truth),
+            screen_recall=self._screen_recall(fresh, truth, fresh_units),
+            pairs=pairs,
+            real_failure_pairs=pairs_of(fresh_right[3], fresh_right[2], fresh_units),
         )
-
-    @staticmethod
-    def _share(hits: F64, per_scenario: int) -> F64:
-        """Return the mean over scenarios of (A·n,) hits, nan left out, and its 95 % interval, (J,)."""
-        means = _nanmean(hits.reshape(-1, max(1, per_scenario)))
-        return mean_with_bounds(means[np.isfinite(means)], _known_share(hits))
 
     def _fold_right(self, per_scenario: int) -> F64:
         """Return whether each held-out image is right after a correction without its scenario's fold, (A·n,)."""
@@ -214,21 +224,23 @@ class _Evidence:
             codes, anchors = stacked(draws, WIDER_IMAGES, scenarios.means.shape[1])
             images = decoder.decode(codes, anchors)
             labels = self.labels(images)
+            units = units_of(anchors_of(scenarios), anchors, self.splits.train, len(images))
             for column, classifier in enumerate((self.before, self.defuse)):
                 hits = _hits(_answers(classifier, images), labels)
-                table[row, column] = self._share(hits, WIDER_IMAGES)
+                table[row, column] = _share(hits, WIDER_IMAGES, units)
         return table
 
-    def _real_failures(self) -> tuple[F32, I64]:
-        """Return failing draws around test images in which the judges still see the image's class, and the classes.
+    def _real_failures(self) -> tuple[F32, I64, I64]:
+        """Return failing draws around test images in which the judges still see the image's class, classes and tracks.
 
         At most one draw an image, the first, so that they are independent. No step has seen these images or draws.
         """
-        nothing = np.zeros((0, *self.found.gallery.images.shape[2:]), np.float32), np.zeros(0, np.int64)
+        none = np.zeros(0, np.int64)
         if self.splits.test is None:
-            return nothing
+            return np.zeros((0, *self.found.gallery.images.shape[2:]), np.float32), none, none
         rng = generator(self.spec.seed, "evidence", "fresh")
         images = self.splits.test.take(random_rows(len(self.splits.test), FRESH_IMAGES, rng))
+        tracks, units = tracks_of(images), []
         section = self.spec.identify.model_copy(update={"draws": min(FRESH_DRAWS, self.spec.identify.draws)})
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)
         codes = mu[:, None, :] + draw_noise(section, sigma, rng)  # (n, Q, Z)
@@ -241,17 +253,18 @@ class _Evidence:
             real = failing[self.labels(decoded[failing]) == labels[failing]]
             found.append(decoded[real])
             truth.append(labels[real])
+            units.append(tracks[waiting[real]])
             waiting = np.delete(waiting, real)
-        return np.concatenate(found), np.concatenate(truth)
+        return np.concatenate(found), np.concatenate(truth), np.concatenate(units)
 
-    def _screen_recall(self, images: F32, truth: I64) -> F64:
+    def _screen_recall(self, images: F32, truth: I64, units: I64) -> F64:
         """Return the share of real failures (n, channels, H, W) in which the screen sees their classes, (J,)."""
         spec, references = self.spec, self.found.references
         if spec.identify.screen == "none" or references is None or not len(images):
             return np.full(3, np.nan)
         models = load_reference_models(spec, spec.review.reference, references, self.classes)
         seen = mean_probabilities(models, images)[np.arange(len(truth)), truth]
-        return share_with_bounds(int((seen >= spec.identify.min_probability).sum()), len(truth))
+        return _known_share((seen >= spec.identify.min_probability).astype(np.float64), units)
 
     def _mcnemar(self, classifier: nn.Module | None) -> F64:
         """Return images that became right, that became wrong, and McNemar's exact p-value, on the test set, (3,).
@@ -279,10 +292,17 @@ def _hits(answers: F64, labels: I64) -> F64:
     return np.where(missing, np.nan, answers == labels)
 
 
-def _known_share(hits: F64) -> F64:
-    """Return the share of hits, nan left out, with Wilson's interval, (J,)."""
-    known = hits[np.isfinite(hits)]
-    return share_with_bounds(int(known.sum()), len(known))
+def _share(hits: F64, per_scenario: int, units: I64) -> F64:
+    """Return the mean over scenarios of (A·n,) hits, nan left out, and its 95 % interval, (J,)."""
+    means = _nanmean(hits.reshape(-1, max(1, per_scenario)))
+    return mean_with_bounds(means[np.isfinite(means)], _known_share(hits, units))
+
+
+def _known_share(hits: F64, units: I64) -> F64:
+    """Return the share of hits, nan left out, with Wilson's interval of as many draws as they have units, (J,)."""
+    known = np.isfinite(hits)
+    draws = len(np.unique(units[known]))
+    return share_with_bounds(hits[known].sum() * draws / max(1, known.sum()), draws)
 
 
 def _nanmean(table: F64) -> F64:
@@ -291,23 +311,6 @@ def _nanmean(table: F64) -> F64:
     with np.errstate(invalid="ignore"):
         means: F64 = np.where(known, table, 0.0).sum(axis=-1) / known.sum(axis=-1)
     return means
-
-
-def _better(before: F64, after: F64, anchors: I64 | None) -> Bool:
-    """Return which scenarios are significantly more often right after than before, (A,): McNemar's test, one-sided.
-
-    Pictures that are anchored at the same image are no independent evidence: they count as one, by their mean.
-    """
-    changes = list(after - before)  # A of (n,)
-    if anchors is not None:
-        changes = [
-            np.array([_nanmean(row[of == image]) for image in np.unique(of)])
-            for row, of in zip(changes, anchors, strict=True)
-        ]
-    gained = np.array([(row > 0).sum() for row in changes], np.int64)  # nan is neither
-    lost = np.array([(row < 0).sum() for row in changes], np.int64)
-    better: Bool = binomial_tail(gained, gained + lost, 0.5) < SIGNIFICANT
-    return better
 
 
 def _at_fault(purity: float) -> str:

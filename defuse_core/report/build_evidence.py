@@ -7,22 +7,28 @@ from typing import Literal, cast
 
 import numpy as np
 
-from defuse_core.artifacts import F64, Bool
+from defuse_core.artifacts import F64, I64, Bool
+from defuse_core.evaluation.against_plain import is_testable, pairs_of
 from defuse_core.evaluation.controls import has_same_confusion_in_other_fold
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import CLASSIFIERS, WIDER, Evidence
+from defuse_core.intervals import mcnemar
 from defuse_core.report.evidence_schema import (
-    BeforeAfter,
+    AgainstPlain,
     EvidenceFigures,
     FourShares,
     Judges,
     LeftOutScenarios,
+    LeftOutShares,
     McNemar,
+    Pairs,
     ScenarioEvidence,
     WiderDraws,
 )
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.watch.figures import share_of
+from defuse_core.watch.figures import Share, share_of
+
+PLAIN, DEFUSE = CLASSIFIERS.index("plain"), CLASSIFIERS.index("defuse")
 
 
 def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
@@ -43,20 +49,57 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
         purity=share_of(evidence.purity),
         own_label=_four(evidence.own_label),
         one_label=_four(evidence.one_label),
-        left_out=BeforeAfter(before=share_of(evidence.left_out[0]), defuse=share_of(evidence.left_out[1])),
+        left_out=_left_out_shares(evidence),
         left_out_known_confusion=_left_out(evidence, known),
         left_out_new_confusion=_left_out(evidence, ~known),
         wider=tuple(
             WiderDraws(factor=factor, before=share_of(row[0]), defuse=share_of(row[1]))
             for factor, row in zip(WIDER, evidence.wider, strict=True)
         ),
-        real_failures=_four(evidence.real_failures),
+        real_failures=_real_failures(evidence),
         real_failure_images=evidence.real_failure_images,
         screen_recall=share_of(evidence.screen_recall),
+        against_plain=_against_plain(found, evidence),
         mcnemar_plain=_mcnemar(evidence.mcnemar[0]),
         mcnemar_defuse=_mcnemar(evidence.mcnemar[1]),
         krippendorff=defined(evidence.krippendorff),
     )
+
+
+def _left_out_shares(evidence: Evidence) -> LeftOutShares:
+    before, defuse, *plain = evidence.left_out
+    if not plain and np.isfinite(
+        defuse[0]
+    ):  # of an earlier version: plain further training on all of the scenarios
+        plain = [evidence.own_label[PLAIN]]
+    shares = {"plain": share_of(plain[0])} if plain else {}
+    return LeftOutShares(before=share_of(before), defuse=share_of(defuse), **shares)
+
+
+def _real_failures(evidence: Evidence) -> FourShares:
+    shares = _four(evidence.real_failures)
+    value = shares.before.value
+    return shares.model_copy(update={"before": Share(value=value, low=None, high=None)})
+
+
+def _against_plain(found: Findings, evidence: Evidence) -> AgainstPlain:
+    real = evidence.real_failure_pairs
+    if found.sweep.chosen is None or not np.isfinite(evidence.own_label[PLAIN, 0]):
+        return AgainstPlain(scenarios=None, left_out=None, real_failures=None)
+    plain = evidence.scenario_own_label[:, PLAIN]
+    own, left_out = (
+        pairs_of(right, plain, np.arange(len(plain)))
+        for right in (evidence.scenario_own_label[:, DEFUSE], evidence.scenario_left_out)
+    )
+    return AgainstPlain(
+        scenarios=_pairs(own), left_out=_pairs(left_out), real_failures=None if real is None else _pairs(real)
+    )
+
+
+def _pairs(pairs: I64) -> Pairs | None:
+    """Return the figures of `pairs_of`; None without any pair."""
+    count, better, worse = map(int, pairs)
+    return Pairs(better=better, worse=worse, p_value=mcnemar(better, worse)) if count else None
 
 
 def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
@@ -69,6 +112,9 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
     """Return the figures of the accepted scenario at place `column` of the accepted ones."""
     support = found.scenarios.support
     number, real, testable = int(found.fixes.scenario[column]), evidence.real, evidence.real.testable
+    draws = None
+    if found.sweep.chosen is not None and evidence.pairs is not None:
+        draws = int(evidence.pairs[column, 0])
     right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
     return ScenarioEvidence(
         name=evidence.names[column],
@@ -78,7 +124,8 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         plain=right["plain"],
         defuse=right["defuse"],
         left_out=defined(evidence.scenario_left_out[column]),
-        confirmed=None if found.sweep.chosen is None else bool(evidence.confirmed[column]),
+        confirmed=bool(evidence.confirmed[column]) if draws and is_testable(draws) else None,
+        draws=draws,
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
         support=None if support is None else int(support[number]),
         real_error=defined(real.error[column]),

@@ -27,6 +27,11 @@ class WiderDraws(BeforeAfter):
     """On τ."""
 
 
+class LeftOutShares(BeforeAfter):
+    plain: Share = Share(value=None, low=None, high=None)
+    """Plain further training, which is not tuned on them either, on the same pictures."""
+
+
 class LeftOutScenarios(FigureModel):
     """Some of the scenarios that were left out of the tuning."""
 
@@ -57,6 +62,28 @@ class McNemar(FigureModel):
     p_value: float
 
 
+class Pairs(FigureModel):
+    """The correction against plain further training, pair by pair."""
+
+    better: int
+    """Pairs in which the correction is more often right."""
+    worse: int
+    """Pairs in which plain further training is. All others are equal."""
+    p_value: float
+    """Of the exact sign test, two-sided."""
+
+
+class AgainstPlain(FigureModel):
+    """By the judges' own labels. Null where nothing was corrected, and where it was not measured."""
+
+    scenarios: Pairs | None
+    """A pair is an accepted scenario, on its held-out images."""
+    left_out: Pairs | None
+    """The same for corrections that were not tuned on the scenario."""
+    real_failures: Pairs | None
+    """A pair is a real failure, or a track of them. Null for a run of an earlier version."""
+
+
 class EvidenceFigures(FigureModel):
     """What the judges find. `own` means: by the label that most judges give to each image."""
 
@@ -68,7 +95,7 @@ class EvidenceFigures(FigureModel):
     """Accuracy on held-out images of accepted scenarios by their own label."""
     one_label: FourShares
     """Accuracy on the same images by the scenario's label, the paper's figure."""
-    left_out: BeforeAfter
+    left_out: LeftOutShares
     """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
     left_out_known_confusion: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
     """Of these, the scenarios whose label and most common wrong answer are those of one that was tuned on."""
@@ -77,11 +104,13 @@ class EvidenceFigures(FigureModel):
     wider: tuple[WiderDraws, ...]
     """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
     real_failures: FourShares
-    """Accuracy on failing draws around test images in which the judges still see the image's class."""
+    """Accuracy on failing draws around test images in which the judges still see the image's class. The classifier
+    before is wrong on them by definition, so that its 0 has no interval."""
     real_failure_images: int
     screen_recall: Share = Share(value=None, low=None, high=None)
     """Of these failing draws, the share in which the reference models see the class, too: those that identify.screen
     would keep. Null three times without a screen, and for a run of an earlier version."""
+    against_plain: AgainstPlain = AgainstPlain(scenarios=None, left_out=None, real_failures=None)
     mcnemar_plain: McNemar | None
     mcnemar_defuse: McNemar | None
     krippendorff: float | None
@@ -102,8 +131,12 @@ class ScenarioEvidence(FigureModel):
     left_out: float | None
     """The same for a classifier that was not tuned on this scenario."""
     confirmed: bool | None
-    """Whether the correction is right significantly more often than the classifier before, by own label. Null where
-    nothing was corrected."""
+    """Whether the correction is right significantly more often than plain further training, by own label (sign test
+    over `draws`, one-sided). Null where nothing was corrected, where there are too few draws to tell, and for a run of
+    an earlier version."""
+    draws: int | None = None
+    """Independent held-out images: those that are anchored at one image, or at images of one track, count once. Null
+    where nothing was corrected, and for a run of an earlier version."""
     at_fault: Literal["classifier", "β-VAE", "unclear"]
     """The β-VAE where most held-out images do not show the label."""
     support: int | None

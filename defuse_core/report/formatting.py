@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from defuse_core.intervals import SIGNIFICANT
+from defuse_core.report.evidence_schema import Pairs
 from defuse_core.report.schema import Mean, Report
 from defuse_core.review.verdicts import why_inconclusive
 from defuse_core.watch.figures import Share
@@ -28,9 +30,9 @@ def spread(mean: Mean) -> str:
 
 
 def interval(share: Share, digits: int = 1) -> str:
-    """Return a share with its 95 % interval: 98.5 % (97.2–99.1)."""
+    """Return a share with its 95 % interval: 98.5 % (97.2–99.1); alone where it is no measurement."""
     if share.value is None or share.low is None or share.high is None:
-        return NONE
+        return percent(share.value, digits)
     return f"{percent(share.value, digits)} ({100 * share.low:.{digits}f}–{100 * share.high:.{digits}f})"
 
 
@@ -192,32 +194,68 @@ def purity_warning(report: Report) -> str | None:
     )
 
 
+def pairs_text(pairs: Pairs | None) -> str:
+    """Return how many pairs are better and worse than with plain further training: +54 −82, p = 0.02."""
+    return NONE if pairs is None else f"+{pairs.better} −{pairs.worse}, p = {pairs.p_value:.2g}"
+
+
+def pairs_in_words(pairs: Pairs) -> str:
+    """Return the same for a sentence: better on 54, worse on 82, p = 0.02."""
+    return f"better on {pairs.better}, worse on {pairs.worse}, p = {pairs.p_value:.2g}"
+
+
 def unconfirmed(report: Report) -> str | None:
-    """Return which scenarios the judges do not find corrected, or None where all are, or nothing was corrected."""
-    rows = [
-        row for row in report.scenarios.list if row.evidence is not None and row.evidence.confirmed is False
+    """Return on which scenarios the correction does no more than plain further training, or None where on none.
+
+    Scenarios with too few images to tell are no failures of a test.
+    """
+    tested = [
+        row
+        for row in report.scenarios.list
+        if row.evidence is not None and row.evidence.confirmed is not None
     ]
+    rows = [row for row in tested if row.evidence is not None and not row.evidence.confirmed]
     if not rows:
         return None
     numbers = ", ".join(str(row.number) for row in rows)
     return (
-        f"The correction of {count_of(len(rows), 'scenario')} is not confirmed. By the judges' label of each held-out "
-        f"image the classifier is not significantly more often right than before on: {numbers}."
+        f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}. By the "
+        "judges' label of each held-out image the classifier is not significantly more often right than after plain "
+        f"further training (λ = 0), which has not seen the scenarios, on: {numbers}."
     )
 
 
 def no_better_than_plain_training(report: Report) -> str | None:
-    """Return that the same fine-tuning without scenarios may do as much for them, or None where it certainly does less.
-
-    It does where its accuracy on the held-out scenario images is within the interval of the correction's, or above.
-    """
-    own = None if report.evidence is None or report.chosen is None else report.evidence.own_label
-    if own is None or own.plain.value is None or own.defuse.low is None or own.plain.value < own.defuse.low:
+    """Return on what the same fine-tuning without scenarios does as much or more; None where it does less."""
+    evidence = report.evidence
+    if evidence is None or report.chosen is None:
         return None
+    pairs, own, real = evidence.against_plain, evidence.own_label, evidence.real_failures
+    parts = [
+        ("the scenarios", own.defuse, own.plain, pairs.scenarios),
+        (
+            "scenarios left out of the tuning",
+            evidence.left_out.defuse,
+            evidence.left_out.plain,
+            pairs.left_out,
+        ),
+        ("real failures", real.defuse, real.plain, pairs.real_failures),
+    ]
+    doubtful = [
+        (f"{name} {percent(defuse.value)} and {percent(plain.value)} ({pairs_in_words(pair)})", name, pair)
+        for name, defuse, plain, pair in parts
+        if pair is not None and not (pair.better > pair.worse and pair.p_value < SIGNIFICANT)
+    ]
+    if not doubtful:
+        return None
+    worse = [name for _, name, pair in doubtful if pair.worse > pair.better and pair.p_value < SIGNIFICANT]
+    equal = [name for _, name, _ in doubtful if name not in worse]
+    claims = [f"does more for {' and '.join(worse)}"] * bool(worse)
+    claims += [f"may do as much for {' and '.join(equal)}"] * bool(equal)
     return (
-        f"Plain further training may do as much. By the judges' label {percent(own.plain.value)} of the held-out "
-        "scenario images are right after the same fine-tuning without scenarios (λ = 0), and "
-        f"{percent(own.defuse.value)} ({percent(own.defuse.low)} to {percent(own.defuse.high)}) after the correction."
+        f"Plain further training {', and '.join(claims)}. It is the same fine-tuning without scenarios (λ = 0). By the "
+        "judges' labels are right, after the correction and after plain further training: "
+        f"{', '.join(text for text, _, _ in doubtful)}."
     )
 
 

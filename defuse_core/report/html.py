@@ -120,6 +120,7 @@ def environment() -> Environment:
         is_low=formatting.is_low,
         lam_text=formatting.lam_text,
         interval=formatting.interval,
+        pairs_text=formatting.pairs_text,
         percent=formatting.percent,
         score=formatting.score,
         size=formatting.size,

@@ -52,7 +52,9 @@ def row_of(folder: Path) -> Row:
         "accepted of candidates": f"{found['accepted']} of {found['components']}",
         "purity": _share(evidence["purity"]),
         "own label: before, plain, corrected": _shares(own["before"], own["plain"], own["defuse"]),
-        "left out of the tuning": _shares(left["before"], left["defuse"]),
+        "left out of the tuning: before, plain, corrected": _shares(
+            left["before"], left["plain"], left["defuse"]
+        ),
         "real failures: plain, corrected": _shares(real["plain"], real["defuse"])
         + f" of {evidence['real_failure_images']}",
         "test: before, failures alone, corrected": _accuracies(accuracy, "test"),

@@ -8,8 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Corrections, Sweep, Votes
+from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
 from defuse_core.codec import decode, encode
+from defuse_core.data import Images
+from defuse_core.evaluation.against_plain import is_better, is_testable, pairs_of, units_of
 from defuse_core.evaluation.controls import (
     Controls,
     fold_of,
@@ -22,7 +24,6 @@ from defuse_core.evaluation.controls import (
 from defuse_core.evaluation.evidence import (
     Evidence,
     _at_fault,
-    _better,
     _known_share,
     gather_evidence,
     krippendorff_alpha,
@@ -31,7 +32,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
 from defuse_core.report import write_report
-from defuse_core.report.build_evidence import evidence_figures
+from defuse_core.report.build_evidence import evidence_figures, scenario_evidence
 from defuse_core.report.formatting import caveats
 from defuse_core.report.html import render_page, render_scenarios, scenario_card
 from defuse_core.runs import Run
@@ -104,29 +105,55 @@ def test_alpha_is_undefined_for_one_annotator_or_one_answer() -> None:
     assert np.isnan(krippendorff_alpha(votes([[1, 1], [1, 1]]), 2))
 
 
-def test_a_scenario_is_confirmed_only_where_more_images_are_right_than_chance_explains() -> None:
-    before = np.zeros((3, 40))
-    after = np.stack([np.ones(40), np.r_[np.ones(2), np.zeros(38)], np.full(40, np.nan)])
-    assert _better(before, after, None).tolist() == [True, False, False]
+def confirmed(defuse: np.ndarray, plain: np.ndarray, units: np.ndarray) -> bool:
+    pairs = pairs_of(defuse, plain, units)
+    return bool(is_better(pairs[None])[0])
 
 
-def test_a_correction_that_breaks_as_many_images_as_it_mends_is_not_confirmed() -> None:
-    before = np.r_[np.ones(20), np.zeros(20)][None]
-    assert not _better(before, 1 - before, None)[0]
+def test_a_scenario_is_confirmed_only_where_more_images_are_right_than_after_plain_training() -> None:
+    plain, units = np.zeros(40), np.arange(40)
+    assert confirmed(np.ones(40), plain, units)
+    assert not confirmed(np.ones(40), np.ones(40), units)  # wrong before, and right after either
+    assert not confirmed(np.r_[np.ones(2), np.zeros(38)], plain, units)
+    assert not confirmed(np.full(40, np.nan), plain, units)
+    half = np.r_[np.ones(20), np.zeros(20)]
+    assert not confirmed(half, 1 - half, units)
 
 
-def test_pictures_of_one_photograph_confirm_a_scenario_no_more_than_one_picture() -> None:
-    before, after = np.zeros((2, 40)), np.ones((2, 40))
-    anchors = np.stack([np.arange(40) % 2, np.arange(40) % 8])
-    assert _better(before, after, anchors).tolist() == [False, True]
-    assert _better(before[:0], after[:0], anchors[:0]).tolist() == []
+def test_pictures_of_one_photograph_or_track_confirm_a_scenario_no_more_than_one_picture() -> None:
+    plain, defuse = np.zeros(40), np.ones(40)
+    assert not confirmed(defuse, plain, np.arange(40) % 2)
+    assert confirmed(defuse, plain, np.arange(40) % 8)
+    assert pairs_of(np.r_[1.0, 0, 0], np.r_[0.0, 1, 0], np.zeros(3)).tolist() == [
+        1,
+        0,
+        0,
+    ]  # equal on the whole
+    assert [bool(is_testable(units)) for units in (1, 4, 5)] == [False, False, True]
+
+
+def test_pictures_of_images_of_one_track_have_one_unit() -> None:
+    train = Images(np.zeros((6, 1, 2, 2), np.float32), np.zeros(6, np.int64), np.array([7, 7, 7, 8, 8, 9]))
+    anchors = Anchors(train.pixels[1:5], np.array([1, 2, 3, 4]))
+    anchor = np.array([[0, 1, 3], [2, 2, 0]])
+    assert units_of(anchors, anchor, train, 6).tolist() == [7, 7, 8, 8, 8, 7]
+    alone = Images(train.pixels, train.labels)
+    assert units_of(anchors, anchor, alone, 6).tolist() == [1, 2, 4, 3, 3, 1]
+    assert units_of(None, None, train, 3).tolist() == [0, 1, 2]  # plain decoding
+
+
+def test_an_interval_counts_pictures_of_one_image_once() -> None:
+    hits = np.r_[np.ones(96), np.zeros(32)]
+    independent, one = _known_share(hits, np.arange(128)), _known_share(hits, np.zeros(128))
+    assert independent[0] == one[0] == 0.75
+    assert one[1] < 0.3 < independent[1] and independent[2] < 0.9 < one[2]
 
 
 def test_an_interval_leaves_out_images_without_a_label() -> None:
-    share, low, high = _known_share(np.array([1.0, 1.0, np.nan, 0.0]))
+    share, low, high = _known_share(np.array([1.0, 1.0, np.nan, 0.0]), np.arange(4))
     assert share == pytest.approx(2 / 3)
     assert 0 < low < share < high < 1
-    assert np.isnan(_known_share(np.full(4, np.nan))).all()
+    assert np.isnan(_known_share(np.full(4, np.nan), np.arange(4))).all()
 
 
 @pytest.mark.parametrize(("purity", "culprit"), [(0.95, "classifier"), (0.7, "unclear"), (0.1, "β-VAE")])
@@ -152,9 +179,19 @@ def test_a_run_reports_what_its_judges_find(finished) -> None:
     for figure in ("before", "baseline", "plain", "defuse"):
         share = stored["own_label"][figure]
         assert share["low"] <= share["value"] <= share["high"]
-    assert (
-        stored["real_failures"]["before"]["value"] == 0.0
-    )  # failures of the classifier before, by construction
+    # failures of the classifier before, by definition
+    assert stored["real_failures"]["before"] == {"value": 0.0, "low": None, "high": None}
+    same = [
+        row.evidence for row in report.scenarios.list if row.accepted and row.evidence.left_out is not None
+    ]
+    assert stored["left_out"]["plain"]["value"] == pytest.approx(np.mean([row.plain for row in same]))
+    against = stored["against_plain"]
+    assert against["scenarios"]["better"] == sum(row.defuse > row.plain for row in same)
+    assert against["left_out"]["worse"] == sum(row.left_out < row.plain for row in same)
+    lost, gained = against["real_failures"]["worse"], against["real_failures"]["better"]
+    failures = report.evidence.real_failures
+    change = (failures.defuse.value - failures.plain.value) * report.evidence.real_failure_images
+    assert gained - lost == pytest.approx(change)
     assert {row.evidence is None for row in report.scenarios.list if row.accepted} == {False}
 
 
@@ -181,15 +218,21 @@ def test_the_screen_is_measured_on_real_failures(finished) -> None:
     assert "leaves out the others (identify.screen)" in run.store.read("report.html").decode()
 
 
-def test_evidence_of_an_earlier_version_has_no_figure_of_the_screen(finished) -> None:
+def test_evidence_of_an_earlier_version_has_no_figures_of_the_screen_and_of_pairs(finished) -> None:
     run, _ = finished
     made = run.load(Evidence)
     fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     assert np.isfinite(fields.pop("screen_recall")).all()
+    assert len(fields.pop("pairs")) == len(made.names) and len(fields.pop("real_failure_pairs")) == 3
+    fields["left_out"] = fields["left_out"][:2]
     earlier = dataclasses.make_dataclass("Evidence", fields)(**fields)
     read = decode(Evidence, encode(earlier), "evidence.safetensors")
     assert np.isnan(read.screen_recall).all()
     assert read.real_failure_images == made.real_failure_images
+    found = load_findings(run)[0]
+    figures = evidence_figures(found, read)
+    assert figures.left_out.plain == figures.own_label.plain and figures.against_plain.real_failures is None
+    assert scenario_evidence(found, read, 0).confirmed is None  # it was held against the classifier before
 
 
 def test_pictures_that_the_judges_disagree_on_do_not_show_the_scenarios_label(finished) -> None:
@@ -310,9 +353,9 @@ def test_a_correction_that_was_not_made_is_not_called_unconfirmed(finished, tmp_
 def test_the_page_names_scenarios_whose_correction_is_not_confirmed(finished) -> None:
     run, report = finished
     page = run.store.read("report.html").decode()
-    unconfirmed = [row for row in report.scenarios.list if row.evidence and not row.evidence.confirmed]
+    unconfirmed = [row for row in report.scenarios.list if row.evidence and row.evidence.confirmed is False]
     assert unconfirmed, "the tiny run is too weak for all its corrections to be confirmed"
-    assert "is not confirmed" in page
+    assert "The correction is confirmed on" in page
     assert "not confirmed" in page.split('id="scenarios"')[1]
 
 

@@ -10,7 +10,15 @@ import pytest
 from sample_findings import report_of, sample_findings, with_verdicts
 
 from defuse_core.artifacts import Health
-from defuse_core.report.evidence_schema import EvidenceFigures, FourShares
+from defuse_core.intervals import mcnemar
+from defuse_core.report.evidence_schema import (
+    AgainstPlain,
+    EvidenceFigures,
+    FourShares,
+    LeftOutShares,
+    Pairs,
+    ScenarioEvidence,
+)
 from defuse_core.report.formatting import (
     answered_by_models,
     caveats,
@@ -19,12 +27,14 @@ from defuse_core.report.formatting import (
     date_time,
     duration,
     headline,
+    interval,
     lam_ranges,
     lam_text,
     no_better_than_plain_training,
     purity_warning,
     size,
     text_of,
+    unconfirmed,
 )
 from defuse_core.watch.figures import Share
 
@@ -92,28 +102,79 @@ def test_only_a_low_purity_gives_a_warning(tmp_path: Path):
     assert purity_warning(high) is None
 
 
+def judged(report, own=None, left_out=None, real=None):
+    """The report with so many pairs, better and worse, against plain further training."""
+    pairs = {
+        name: None if counts is None else Pairs(better=counts[0], worse=counts[1], p_value=mcnemar(*counts))
+        for name, counts in (("scenarios", own), ("left_out", left_out), ("real_failures", real))
+    }
+    share = Share(value=0.84, low=0.7, high=0.9)
+    shares = FourShares(before=share, baseline=share, plain=share, defuse=share)
+    evidence = EvidenceFigures.model_construct(
+        own_label=shares,
+        real_failures=shares,
+        left_out=LeftOutShares(before=share, plain=share, defuse=share),
+        against_plain=AgainstPlain(**pairs),
+    )
+    return report.model_copy(update={"evidence": evidence})
+
+
 @pytest.mark.parametrize(
-    ("plain", "defuse", "told"),
+    ("pairs", "title"),
     [
-        ((0.975, 0.93, 1.0), (0.942, 0.78, 1.0), True),
-        ((0.80, 0.7, 0.9), (0.942, 0.78, 1.0), True),  # within the interval of the correction
-        ((0.77, 0.7, 0.9), (0.942, 0.78, 1.0), False),
-        ((0.975, 0.93, 1.0), (None, None, None), False),  # nothing was corrected
+        (((11, 0), (9, 1), (80, 50)), None),  # certainly better on all
+        (((4, 0), (9, 1), (80, 50)), "may do as much for the scenarios"),  # 4 of 4 may be chance
+        (
+            ((11, 0), (7, 5), (27, 15)),
+            "may do as much for scenarios left out of the tuning and real failures",
+        ),
+        (((11, 0), None, (54, 82)), "does more for real failures"),
+        (
+            ((4, 0), (9, 1), (54, 82)),
+            "does more for real failures, and may do as much for the scenarios",
+        ),
+        ((None, None, None), None),  # not measured
     ],
 )
-def test_a_correction_that_does_no_more_than_plain_training_is_told(
-    tmp_path: Path, plain, defuse, told: bool
-):
+def test_a_correction_that_does_no_more_than_plain_training_is_told(tmp_path: Path, pairs, title):
     report = report_of(sample_findings(), tmp_path)
     assert no_better_than_plain_training(report) is None  # without judges
-    figures = {"plain": Share(value=plain[0], low=plain[1], high=plain[2])}
-    figures["defuse"] = Share(value=defuse[0], low=defuse[1], high=defuse[2])
-    own = FourShares.model_construct(**figures)
-    judged = report.model_copy(update={"evidence": EvidenceFigures.model_construct(own_label=own)})
-    assert no_better_than_plain_training(judged.model_copy(update={"chosen": None})) is None
-    text = no_better_than_plain_training(judged) or ""
-    assert ("97.5 % of" in text or "80.0 % of" in text) == told
-    assert text.startswith("Plain further training may do as much. ") == told
+    compared = judged(report, *pairs)
+    assert no_better_than_plain_training(compared.model_copy(update={"chosen": None})) is None
+    text = no_better_than_plain_training(compared)
+    assert (None if text is None else text.partition(". ")[0]) == (
+        None if title is None else f"Plain further training {title}"
+    )
+
+
+def test_the_notice_has_the_pairs_on_real_failures(tmp_path: Path):
+    text = no_better_than_plain_training(judged(report_of(sample_findings(), tmp_path), real=(54, 82)))
+    assert "real failures 84.0 % and 84.0 % (better on 54, worse on 82, p = 0.02)" in (text or "")
+
+
+def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfirmed(tmp_path: Path):
+    report = report_of(sample_findings(4, 4), tmp_path)
+    rows = [
+        row.model_copy(update={"evidence": ScenarioEvidence.model_construct(confirmed=confirmed)})
+        for row, confirmed in zip(report.scenarios.list, (True, False, None, True), strict=True)
+    ]
+    text = unconfirmed(
+        report.model_copy(update={"scenarios": report.scenarios.model_copy(update={"list": rows})})
+    )
+    assert (text or "").startswith("The correction is confirmed on 2 of 3 scenarios. ")
+    assert (text or "").endswith("on: 1.")
+    few = [row.model_copy(update={"evidence": None}) for row in rows[1:2]] + rows[2:]
+    assert (
+        unconfirmed(
+            report.model_copy(update={"scenarios": report.scenarios.model_copy(update={"list": few})})
+        )
+        is None
+    )
+
+
+def test_a_share_by_definition_has_no_interval():
+    assert interval(Share(value=0.0, low=None, high=None), 0) == "0 %"
+    assert interval(Share(value=None, low=None, high=None)) == "–"
 
 
 def test_a_notice_appears_where_models_answered_in_place_of_people(tmp_path: Path):
