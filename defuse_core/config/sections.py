@@ -146,8 +146,7 @@ class VaeSection(Section):
     """paper: 4x4 stride-2 transpose convolutions of the decoder; the dense layers feed image_size / 2^stages squared.
     Paper: 4 for MNIST and SVHN, 5 for signs."""
     channels: int = Field(32, ge=1)
-    """Channels of each convolution (convolutional: of the first, doubled at each stage). Paper: 32 for MNIST, 64
-    otherwise."""
+    """Channels of each convolution (convolutional: of the first, doubled at each stage). Paper: 32 (MNIST) or 64."""
     hidden: int = Field(256, ge=1)
     """Width of the fully connected layers. Paper: 256."""
     beta: float = Field(0.4, ge=0)
@@ -195,9 +194,8 @@ class IdentifySection(Section):
     """reference-models keeps a failing draw only if the reference models (review.reference) still recognise the class
     of its source image in it. Paper: none."""
     min_probability: float = Field(0.7, ge=0, le=1)
-    """Least probability of a class that the reference models see. screen: their mean, of the class of the source image;
-    review.tau: auto and correct.filter: each of them, of the label of an image. The better these models, the higher:
-    0.9 where they get 99 % of images right. Ours."""
+    """Least probability of a class that the reference models see: their mean (screen), or each (review.tau: auto,
+    correct.filter). The better these models, the higher: 0.9 where they get 99 % of images right. Ours."""
     originals: Literal["none", "misclassified"] = "none"
     """misclassified adds to Ψ the code μ of each training image that f gets wrong in the image itself, beside the
     failing draws and outside max_per_image; screen then asks the reference models about the image. Paper: none."""
@@ -257,8 +255,10 @@ class ClassifierSet(Section):
     """A .safetensors (or weights-only .pt) file of a pretrained model, with epochs 0 and count 1."""
     channels: int = Field(32, ge=1)
     """cnn, residual: channels of the first stage; doubled at each further stage."""
+    normalize_contrast: bool = False
+    """Give the models each image with mean 0 and standard deviation 1, for images of very different light."""
     epochs: int = Field(6, ge=0)
-    """Passes over the training images. 0 uses a pretrained model unchanged: `weights`, or what import_path returns."""
+    """Passes over the training images. 0 uses a pretrained model: `weights`, or what import_path returns."""
     batch_size: int = Field(128, ge=2)
     """Images."""
     train_images: int | None = Field(None, ge=1)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
@@ -49,6 +49,7 @@ from defuse_core.training.loop import Losses, minibatches, train_step
 from defuse_core.training.precision import autocast
 
 log = logging.getLogger("defuse")
+LEAST_CONTRAST = 0.02  # standard deviation of pixels in [0, 1], so that noise of a dark image is not blown up
 SetName = Literal["reference", "judges"]
 
 
@@ -291,6 +292,20 @@ def train_reference(
 
 def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.Module:
     """Return an untrained model of the set that `section` describes."""
+    model = _network(spec, section, classes)
+    if section.normalize_contrast:
+        model.register_forward_pre_hook(_with_normalized_contrast)
+    return model
+
+
+def _with_normalized_contrast(_model: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return images (n, channels, H, W) with mean 0 and standard deviation 1 each; one of a single colour is all 0."""
+    images, *others = arguments
+    sd, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True)
+    return ((images - mean) / (sd + LEAST_CONTRAST), *others)
+
+
+def _network(spec: RunFile, section: ClassifierSet, classes: int) -> nn.Module:
     size, channels = spec.data.image_size, spec.data.channels
     if section.import_path is not None:
         return import_module("import_path", section.import_path)

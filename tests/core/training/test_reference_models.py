@@ -137,6 +137,19 @@ def test_the_papers_way_needs_no_reference_models(sections, expected):
     assert references_take_part(tiny(**sections)) is expected
 
 
+def test_models_with_normalized_contrast_see_the_same_in_dim_images_and_dark_ones_stay_finite():
+    spec = tiny(review={"reference": {"count": 1, "normalize_contrast": True, "epochs": 8}})
+    made = made_in_a_run(reference_models, spec)
+    bright = open_splits(spec.data, 0).train.batch(slice(0, 50))
+    images = np.concatenate([bright, bright * 0.5 + 0.1, np.zeros_like(bright)])
+    seen = model_probabilities(load_reference_models(spec, spec.review.reference, made, 10), images)[0]
+    np.testing.assert_allclose(seen[:50], seen[50:100], atol=0.15)
+    assert np.isfinite(seen).all()
+    as_it_is = spec.review.reference.model_copy(update={"normalize_contrast": False})
+    seen = model_probabilities(load_reference_models(spec, as_it_is, made, 10), images)[0]
+    assert np.abs(seen[:50] - seen[50:100]).max() > 0.3
+
+
 class Dark(nn.Module):
     """Sees class 1 in dark images, else class 0."""
 
