@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from defuse_core.config import DataSection
+from defuse_core.data.appearance import odd_images
 from defuse_core.data.images import FilePaths, Images, PictureFiles, Splits, data_root, expect_class_names
 from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError
@@ -68,14 +70,23 @@ def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | N
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Return the files of a class, sorted, without hidden ones.
-
-    Raises DataError naming one that is not an image, or a link to a folder above it.
-    """
+    """Return the files of a class, sorted. Raises DataError naming one that is not an image."""
     found: list[str] = []
+    for path in walk_files(folder):
+        if not path.lower().endswith(SUFFIXES):
+            raise DataError(f"{path}: expected an image ({' '.join(SUFFIXES)}); remove this file")
+        found.append(path)
+    return sorted(found)
+
+
+def walk_files(folder: Path) -> Iterator[str]:
+    """Yield the files below a folder, folder by folder, without hidden ones; links are followed.
+
+    Raises DataError naming a link to a folder above it.
+    """
     above = {str(folder): {_identity(at) for at in (folder, *folder.resolve().parents)}}
     for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders[:] = [name for name in folders if not _hidden(name)]  # those that os.walk goes on to
+        folders[:] = sorted(name for name in folders if not _hidden(name))  # those that os.walk goes on to
         around = above.pop(where)
         for name in folders:
             below = Path(where, name)
@@ -84,15 +95,9 @@ def _image_files(folder: Path) -> list[str]:
                     f"{below}: this link leads to a folder above it, {below.resolve()}; remove it"
                 )
             above[str(below)] = around | {_identity(below)}
-        for name in names:
-            if _hidden(name):
-                continue
-            if not name.lower().endswith(SUFFIXES):
-                raise DataError(
-                    f"{Path(where, name)}: expected an image ({' '.join(SUFFIXES)}); remove this file"
-                )
-            found.append(os.path.join(where, name))  # noqa: PTH118 - a Path each is slow for millions
-    return sorted(found)
+        for name in sorted(names):
+            if not _hidden(name):
+                yield os.path.join(where, name)  # noqa: PTH118 - a Path each is slow for millions
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -123,7 +128,7 @@ SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # files that Windows writes into fo
 
 
 def log_parts(data: DataSection, splits: Splits) -> None:
-    """Log the parts with their counts; warn of classes without a training image and of folders that are not read."""
+    """Log the parts with their counts; warn of classes without a training image, folders not read and odd images."""
     counts = ", ".join(f"{count:,} {part}" for part, count in splits.counts().items())
     log.info("images: %s, of %d classes", counts, len(splits.classes))
     counted = np.bincount(splits.train.labels, minlength=len(splits.classes))
@@ -138,6 +143,8 @@ def log_parts(data: DataSection, splits: Splits) -> None:
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root):
             log.warning("data.root %s: %s", data.root, line)
+    for line in odd_images(splits.train):
+        log.warning("images: %s", line)
 
 
 def part_of(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from pydantic import ValidationError
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
-from defuse_core.data.folder import MAX_NAMED_CLASSES, SUFFIXES, part_of
+from defuse_core.data.appearance import odd_images
+from defuse_core.data.folder import MAX_NAMED_CLASSES, SUFFIXES, folder_classes, part_of, walk_files
 from defuse_core.data.images import convert_picture
 from defuse_core.data.npz import image_shape, read_arrays
 from defuse_core.errors import DataError
@@ -82,7 +84,7 @@ def inspect_data(root: Path) -> DataFacts:
         photographs,
         splits.classes,
         splits.counts(),
-        (*lines, *_few_images(splits)),
+        (*lines, *_few_images(splits), *odd_images(splits.train)),
     )
 
 
@@ -133,7 +135,7 @@ def _expect_train(root: Path) -> None:
     holding = [
         entry
         for entry in sorted(root.iterdir())
-        if entry.is_dir() and entry.name not in parts and _pictures(entry, 1)
+        if entry.is_dir() and entry.name not in parts and _has_pictures(entry)
     ]
     if holding:
         at = shlex.quote(str(root))  # hidden, since `*/` would match train/ too
@@ -145,19 +147,22 @@ def _expect_train(root: Path) -> None:
     raise DataError(f"{root}: expected train/ with one folder of images per class, found no train/; make it")
 
 
-def _pictures(folder: Path, limit: int) -> list[Path]:
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            found.append(path)
-            if len(found) == limit:
-                break
-    return found
+def _has_pictures(folder: Path) -> bool:
+    try:
+        return bool(_pictures(folder, 1))
+    except (OSError, DataError):  # a folder that no run reads
+        return False
+
+
+def _pictures(folder: Path, limit: int) -> list[str]:
+    """Return the first files of a class, as a run reads them."""
+    images = (path for path in walk_files(folder) if path.lower().endswith(SUFFIXES))
+    return list(itertools.islice(images, limit))
 
 
 def _look_at_pictures(train: Path) -> tuple[int, int, int]:
     """Return median height, median width, and 1 or 3 channels of pictures of every class."""
-    folders = [entry for entry in sorted(train.iterdir()) if entry.is_dir()]
+    folders = [train / name for name in folder_classes(train)]
     each = max(1, SAMPLE // max(1, len(folders)))
     sizes, coloured = [], False
     for path in [path for folder in folders for path in _pictures(folder, each)]:

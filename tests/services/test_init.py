@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from defuse_core.config import RunFile, load_run_file
 from defuse_core.config.loading import describe_fields
 from defuse_core.errors import DataError
 from defuse_core.suggest import inspect_data
+from defuse_core.suggest.inspect import _pictures
 from services.cli.options import run_name
 from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import digits, trained
@@ -163,6 +165,33 @@ def test_classes_with_few_images_are_named_in_a_note(tmp_path, monkeypatch, caps
     assert f'{note}; add images: "cat, wild" (3)\n' in out
     assert '\n# Classes: "cat, wild", dog.\n' in Path("digits.yaml").read_text()
     assert tree["data"]["validation_share"] == 0.15
+
+
+def test_pictures_are_looked_at_through_links_and_not_in_hidden_folders_as_a_run_reads_them(tmp_path):
+    for name in ("cat", "dog"):
+        for number in range(2):
+            colour_picture(tmp_path / "elsewhere" / name / "more" / f"{number}.png", 40, 40)
+        folder = tmp_path / "parts" / "train" / name
+        folder.mkdir(parents=True)
+        (folder / "linked").symlink_to(tmp_path / "elsewhere" / name)
+        for number in range(9):
+            colour_picture(folder / ".thumbnails" / f"{number}.png", 16, 16)
+    colour_picture(tmp_path / "parts" / "train" / ".trash" / "0.png", 16, 16)
+    facts = inspect_data(tmp_path / "parts")
+    assert (facts.classes, facts.counts["train"], facts.width) == (("cat", "dog"), 4, 40)
+
+
+def test_only_as_many_files_are_listed_as_are_looked_at(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        for number in range(3):
+            colour_picture(tmp_path / folder / f"{number}.png", 16, 16)
+    walked = []
+    walk = os.walk
+    monkeypatch.setattr(
+        os, "walk", lambda *args, **more: (walked.append(at) or at for at in walk(*args, **more))
+    )
+    assert len(_pictures(tmp_path, 2)) == 2
+    assert [Path(where).name for where, _, _ in walked] == [tmp_path.name, "a"]
 
 
 @pytest.mark.parametrize(
