@@ -128,9 +128,11 @@ def promote(
     click.echo(state.action)
     promoted = state.shadow or state.canary or state.production
     assert promoted is not None  # it has one of the roles
-    figures = state.versions[promoted].watch
-    if figures is not None:
-        _print_watch(figures)
+    version = state.versions[promoted]
+    if version.run != run:
+        click.echo(f"the model of run {run} equals version {promoted}, which is of run {version.run}")
+    if version.watch is not None:
+        _print_watch(version.watch)
 
 
 @click.command()
@@ -250,15 +252,18 @@ def _registry(store: str) -> Registry:
 
 def _show(registry: Registry) -> None:
     state = registry.state()
+    forced_now = state.since is not None and bool(state.since.failed_checks)
     for number, info in state.versions.items():
         roles = {state.production: "production", state.canary: f"canary {state.share:.1%}"}
         role = {**roles, state.shadow: "shadow"}.get(number, "")
-        forced = " (forced)" if info.forced else ""
+        forced = " (forced)" if info.forced or (number == state.production and forced_now) else ""
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
         line = f"{number:>4}  {role:<12} {origin}; by {info.by} on {info.when} {info.why}".rstrip()
         click.echo(escape_control_characters(line))
     author = f", by {state.by} on {state.when} {state.why}".rstrip() if state.sequence else ""
     click.echo(escape_control_characters(f"last change: {state.action}{author}"))
+    for line in state.failed_checks or ():
+        click.echo(escape_control_characters(f"  forced over: {line}"))
 
 
 def _watch_in_short(info: VersionInfo) -> str:

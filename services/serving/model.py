@@ -313,7 +313,8 @@ class ModelInfo(BaseModel):
     ) -> ModelInfo:
         """Return the page of the version in production, with the names of the versions beside it."""
         summary, settings = model.candidate.summary, model.settings
-        since = state.since if model.name == str(state.production) else None
+        since = state.since if model.number is not None and model.number == state.production else None
+        failed = None if since is None else since.failed_checks
         return cls(
             version=model.name,
             run=model.candidate.run,
@@ -334,7 +335,7 @@ class ModelInfo(BaseModel):
             watch=model.settings.watch and bool(len(model.candidate.scenario)),
             failures=model.watch_figures,
             scenarios=_scenario_infos(model, settings.watch_share),
-            failed_checks=model.candidate.failed_checks(),
+            failed_checks=model.candidate.failed_checks() if failed is None else list(failed),
             canary=canary,
             canary_share=state.share if canary else 0.0,
             shadow=shadow,

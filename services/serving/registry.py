@@ -28,6 +28,7 @@ from services.serving.registry_state import EMPTY, ChangeInfo, RegistryState, Ve
 log = logging.getLogger("defuse")
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
+FailedChecks = tuple[str, ...] | None  # of a promotion; None where nothing was checked
 REMEDY = "promote its run again, or restore the file"
 
 
@@ -173,37 +174,41 @@ class Registry:
     ) -> RegistryState | None:
         """Return the new state, or None where a concurrent change came first."""
         current = self.state()
-        sequence, when, changes = current.sequence + 1, utc_now(), updates(current)
+        sequence, when, changes = current.sequence + 1, utc_now(), {"failed_checks": None, **updates(current)}
         if "production" in changes:
-            changes["since"] = ChangeInfo(change=sequence, by=by, when=when, why=why)
+            failed = changes["failed_checks"]
+            changes["since"] = ChangeInfo(change=sequence, by=by, when=when, why=why, failed_checks=failed)
         changes = {"action": action, **changes, "sequence": sequence, "by": by, "when": when, "why": why}
         state = current.model_copy(update=changes)
         created = self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode())
         return state if created else None
 
-    def to_production(self, number: int, by: str, why: str) -> RegistryState:
+    def to_production(self, number: int, by: str, why: str, failed: FailedChecks = None) -> RegistryState:
         """Let version `number` answer all requests."""
 
         def updates(state: RegistryState) -> dict[str, Any]:
-            return {"production": number, "previous": _previous(state, number), **NO_CANARY}
+            previous = _previous(state, number)
+            return {"production": number, "previous": previous, "failed_checks": failed, **NO_CANARY}
 
         return self.change(f"version {number} to production", by, why, updates)
 
-    def to_canary(self, number: int, share: float, by: str, why: str) -> RegistryState:
+    def to_canary(
+        self, number: int, share: float, by: str, why: str, failed: FailedChecks = None
+    ) -> RegistryState:
         """Let version `number` answer a share of the requests. Raises InputError without another in production."""
 
         def updates(state: RegistryState) -> dict[str, Any]:
             _require_other_in_production(state, number, "--canary")
-            return NO_CANARY | {"canary": number, "share": share}
+            return NO_CANARY | {"canary": number, "share": share, "failed_checks": failed}
 
         return self.change(f"version {number} as canary for {share:.1%}", by, why, updates)
 
-    def to_shadow(self, number: int, by: str, why: str) -> RegistryState:
+    def to_shadow(self, number: int, by: str, why: str, failed: FailedChecks = None) -> RegistryState:
         """Compare version `number` with production. Raises InputError without another version in production."""
 
         def updates(state: RegistryState) -> dict[str, Any]:
             _require_other_in_production(state, number, "--shadow")
-            return NO_CANARY | {"shadow": number}
+            return NO_CANARY | {"shadow": number, "failed_checks": failed}
 
         return self.change(f"version {number} as shadow", by, why, updates)
 
@@ -315,10 +320,10 @@ def promote(registry: Registry, candidate: Candidate, request: PromotionRequest)
     why = f"{request.why}; forced: {request.force}".lstrip("; ") if request.force else request.why
     number = registry.add(candidate, request.by, why, forced=bool(failed))
     if request.shadow:
-        return registry.to_shadow(number, request.by, why)
+        return registry.to_shadow(number, request.by, why, tuple(failed))
     if request.canary is not None:
-        return registry.to_canary(number, request.canary, request.by, why)
-    return registry.to_production(number, request.by, why)
+        return registry.to_canary(number, request.canary, request.by, why, tuple(failed))
+    return registry.to_production(number, request.by, why, tuple(failed))
 
 
 def promotion_errors(registry: Registry, candidate: Candidate) -> list[str]:

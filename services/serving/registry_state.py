@@ -33,6 +33,7 @@ class ChangeInfo(BaseModel):
     by: str
     when: str
     why: str
+    failed_checks: tuple[str, ...] | None = None  # what a promotion was forced over; None of any other change
 
 
 class RegistryState(BaseModel):
@@ -60,6 +61,9 @@ class RegistryState(BaseModel):
     by: str = ""
     when: str = ""
     why: str = ""
+    failed_checks: tuple[str, ...] | None = None
+    """What spoke against this promotion, which was forced if there is any; None for another change, and from an earlier
+    Defuse."""
     versions: dict[int, VersionInfo] = {}
     """All versions by number."""
 

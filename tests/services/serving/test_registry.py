@@ -11,12 +11,14 @@ import pytest
 
 from defuse_core.artifacts import Models
 from defuse_core.codec import encode
+from defuse_core.config import ServeSection
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.runs import Run
 from services.cli.serve import parse_share
 from services.serving import candidate as candidate_module
 from services.serving.candidate import prepare_candidate
-from services.serving.model import verify_candidate
+from services.serving.checks import Check
+from services.serving.model import LoadedModel, ModelInfo, verify_candidate
 from services.serving.registry import DamagedVersionError, PromotionRequest, Registry, promote
 
 ANA = PromotionRequest(by="ana", why="for a test")
@@ -54,6 +56,22 @@ def test_a_candidate_that_fails_its_checks_is_promoted_only_with_a_reason(regist
     state = promote(registry, candidates["swapped"], PromotionRequest("ana", "", force="to see it fail"))
     note = state.versions[1]
     assert note.forced and "to see it fail" in note.why
+
+
+def test_a_promotion_forced_for_an_equal_version_keeps_what_it_was_forced_over(registry, candidates):
+    """As of a run with the same weights whose clean images are others."""
+    for name in ("first", "second"):
+        promote(registry, candidates[name], ANA)
+    failed = Check("clean accuracy", False, "clean accuracy: 99% -> 60%")
+    nightly = dataclasses.replace(candidates["first"], run="nightly", checks=(failed,))
+    state = promote(registry, nightly, PromotionRequest("bo", "", force="in a hurry"))
+    assert (state.production, state.failed_checks) == (1, (failed.line,))
+    assert state.since is not None and state.since.failed_checks == (failed.line,)
+    ended = promote(registry, candidates["second"], PromotionRequest("ana", "", canary=0.1))
+    assert ended.failed_checks == () and ended.since == state.since
+    model = LoadedModel(registry.load(1), ServeSection(), 1)
+    assert ModelInfo.of(model, ended, None, None).failed_checks == [failed.line]
+    assert registry.roll_back("bo", "").failed_checks is None
 
 
 def test_swapped_class_names_are_another_interface(registry, candidates):

@@ -19,6 +19,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli.serve import check, promote, rollback, serve
 from services.serving.candidate import prepare_candidate
+from services.serving.checks import Check
 from services.serving.registry import PromotionRequest, Registry
 from services.serving.registry import promote as promote_candidate
 from tests.sample_findings import sample_findings
@@ -190,6 +191,20 @@ def test_promote_of_a_failing_candidate_needs_a_reason(own_store):
         run(promote, "swapped", "--store", own_store.address)
     run(promote, "swapped", "--store", own_store.address, "--force", "a drill")
     assert Registry(own_store).state().versions[1].forced
+
+
+def test_promote_says_which_version_it_equals_and_what_it_was_forced_over(own_store):
+    store = ("--store", own_store.address)
+    run(promote, "first", *store)
+    for key in own_store.list("first/"):
+        own_store.write(key.replace("first", "nightly", 1), own_store.read(key))
+    key, candidate = prepare_candidate(Run.open(own_store, "nightly"))
+    failing = replace(candidate, run="nightly", checks=(Check("clean", False, "clean: 60%"),))
+    own_store.write(f"nightly/{key}", encode(failing))
+    lines = run(promote, "nightly", *store, "--force", "in a hurry").splitlines()
+    assert lines[1] == "the model of run nightly equals version 1, which is of run first"
+    shown = run(promote, *store).splitlines()
+    assert "run first (forced)" in shown[0] and shown[-1] == "  forced over: clean: 60%"
 
 
 @pytest.mark.parametrize(
