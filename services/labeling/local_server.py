@@ -112,14 +112,16 @@ def install(cache: Path, report: Callable[[str], None] = _silent) -> Installatio
 
 
 def up(cache: Path, port: int = 8080, report: Callable[[str], None] = _silent) -> LocalServer:
-    """Return the running local server, installed and started first if necessary.
+    """Return the running local server, installed and started first if necessary, once it is healthy.
 
     Raises ServiceError, InputError.
     """
     installation = install(cache, report)
     with installation.lock():
         known = installation.read_server()
-        if known is not None and known.is_healthy() and _is_label_studio(known.pid):
+        if known is not None and _is_label_studio(known.pid):
+            running = known.pid  # an `up` that was killed may have left it starting
+            _wait_until_healthy(known, lambda: not _is_label_studio(running), installation.log, report)
             return known
         report("starting Label Studio: some seconds, or about half a minute the first time")
         return start(installation, port, known, report)
@@ -134,7 +136,7 @@ def start(
 ) -> LocalServer:
     """Start the server on loopback and return it once it is healthy.
 
-    It keeps the login and token of `known`, an earlier start.
+    It keeps the login and token of `known`, an earlier start. Where this is interrupted, the server is stopped.
     """
     if _port_in_use(port):
         raise InputError(f"port {port} of this machine is in use; choose another with --port")
@@ -162,8 +164,12 @@ def start(
             start_new_session=True,
         )
     server = LocalServer(address, port, process.pid, USERNAME, password, token)
-    installation.write_server(server)
-    _wait_until_healthy(server, process, installation.log, report)
+    try:
+        installation.write_server(server)
+        _wait_until_healthy(server, lambda: process.poll() is not None, installation.log, report)
+    except BaseException:  # Ctrl-C, too: a second server on the same database would follow
+        stop(server)
+        raise
     return server
 
 
@@ -223,13 +229,14 @@ def _prepare_database(data: Path) -> None:
 
 
 def _wait_until_healthy(
-    server: LocalServer, process: subprocess.Popen[bytes], log: Path, report: Callable[[str], None]
+    server: LocalServer, has_ended: Callable[[], bool], log: Path, report: Callable[[str], None]
 ) -> None:
+    """Return once the server is healthy. Raises ServiceError, after stopping it, where it is not in START_TIMEOUT_S."""
     for waited_s in range(0, START_TIMEOUT_S, REPORT_EVERY_S):
-        if _wait_until(lambda: server.is_healthy() or process.poll() is not None, REPORT_EVERY_S):
+        if _wait_until(lambda: server.is_healthy() or has_ended(), REPORT_EVERY_S):
             break
         report(f"still starting after {waited_s + REPORT_EVERY_S} s; its log is {log}")
-    if process.poll() is not None or not server.is_healthy():
+    if has_ended() or not server.is_healthy():
         stop(server)
         raise ServiceError(f"Label Studio did not start on {server.address}; its log is {log}")
 

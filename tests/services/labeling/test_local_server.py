@@ -101,6 +101,55 @@ def test_a_slow_start_is_reported_while_it_lasts(cache, monkeypatch):
     assert lines[:2] == [f"still starting after {n} s; its log is {installation.log}" for n in (1, 2)]
 
 
+def test_an_interrupted_start_leaves_no_server(cache, monkeypatch):
+    monkeypatch.setattr("services.labeling.local_server.REPORT_EVERY_S", 1)
+    program = cache / "label-studio-program"
+    program.write_text("#!/bin/sh\nsleep 600\n")
+    program.chmod(0o755)
+    installation = Installation(cache)
+    installation.program = program
+
+    def interrupt(line: str) -> None:
+        assert _is_label_studio(installation.read_server().pid)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(installation, free_port(), None, interrupt)
+    assert not _is_label_studio(installation.read_server().pid)
+
+
+STARTING = """
+import http.server, sys, time
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+print(flush=True)
+sys.stdin.readline()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Health).serve_forever()
+"""
+
+
+def test_up_waits_for_a_server_that_is_starting(cache, server, monkeypatch):
+    """As one whose first `up` was killed: a second server would use the same database."""
+    monkeypatch.setattr("services.labeling.local_server.REPORT_EVERY_S", 1)
+    port, installation = free_port(), Installation(cache)
+    command = [sys.executable, "-c", STARTING, "label-studio", str(port)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        begun = replace(server, port=port, address=f"http://127.0.0.1:{port}", pid=process.pid)
+        installation.write_server(begun)
+
+        def report(line: str) -> None:
+            assert line.startswith("still starting")
+            print(file=process.stdin, flush=True)
+
+        try:
+            assert up(cache, port, report) == begun
+        finally:
+            process.kill()
+
+
 def test_a_server_is_recognised_without_the_program_ps(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     waiting = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
