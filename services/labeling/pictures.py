@@ -116,10 +116,13 @@ def _key(store: S3Store, access: BucketAccess) -> BucketKey:
 
 
 def _check_access(store: S3Store, storage: BucketStorage) -> None:
-    """Raise InputError if the storage's credentials cannot list and read the pictures; warn if they can read more."""
+    """Raise InputError if the storage's credentials cannot list and read the pictures; warn if they can read more.
+
+    An address that Label Studio alone reaches is left to Label Studio, which connects to it next, with a warning.
+    """
     import boto3
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, EndpointConnectionError
 
     client = boto3.client(
         "s3",
@@ -134,6 +137,14 @@ def _check_access(store: S3Store, storage: BucketStorage) -> None:
         listed = client.list_objects_v2(Bucket=store.bucket, Prefix=storage.prefix, MaxKeys=1)
         client.head_object(Bucket=store.bucket, Key=listed["Contents"][0]["Key"])
     except (ClientError, BotoCoreError, KeyError) as error:
+        unreachable = isinstance(error, EndpointConnectionError | ConnectTimeoutError)
+        if unreachable and storage.s3endpoint != store.endpoint:
+            log.warning(
+                "%s is not reached from here, so whether Label Studio's credentials can read the pictures, and nothing "
+                "else, is left unchecked (LABEL_STUDIO_S3_ENDPOINT)",
+                storage.s3endpoint,
+            )
+            return
         raise InputError(
             f"Label Studio's credentials for the bucket cannot list and read {store.address}/{FOLDER} ({error}): "
             "grant them s3:ListBucket and s3:GetObject there, or correct LABEL_STUDIO_S3_ACCESS_KEY_ID, "

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from label_studio_live import digits_gallery, pictures_address, review_run, settings_for
+from label_studio_live import digits_gallery, free_port, pictures_address, review_run, settings_for
 from PIL import Image
 from s3_servers import rclone_server
 
@@ -20,6 +20,7 @@ from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.labeling import LabelStudioAnnotators
+from services.labeling.pictures import bucket_storage
 from services.settings import BucketAccess
 from services.storage import open_store
 from tests.waiting import wait_until
@@ -125,6 +126,13 @@ def test_wrong_credentials_are_found_before_anything_is_pushed(access, bucket, s
     with pytest.raises(InputError, match="cannot list and read"):
         annotators.push(gallery)
     assert not annotators.run.store.exists("labeling.json")
+
+
+def test_an_address_that_label_studio_alone_reaches_is_left_to_it_with_a_warning(access, bucket, caplog):
+    bucket.write("pictures/s000-i00.png", b"picture")
+    elsewhere = replace(access, endpoint=f"http://127.0.0.1:{free_port()}")  # nothing listens there
+    assert bucket_storage(bucket, "elsewhere", elsewhere).s3endpoint == elsewhere.endpoint
+    assert f"{elsewhere.endpoint} is not reached from here" in caplog.text
 
 
 def test_a_bucket_that_label_studio_blocks_is_named_with_the_cause_before_any_task_is_pushed(bucket, server):
