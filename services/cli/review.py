@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from defuse_core.store import checked_name
 from services.cli.options import printable, store_option
+from services.cli.review_tables import print_closed, print_result, print_skips, print_status
 from services.console import Terminal
 from services.settings import read_settings
 
 if TYPE_CHECKING:
-    from defuse_core.artifacts import Gallery
+    from defuse_core.artifacts import Gallery, Votes
     from defuse_core.runs import Run
-    from services.labeling.status import ReviewStatus
-    from services.labeling.tasks import TaskSubject
-
-ROWS_SHOWN = 20
+    from services.labeling import LabelStudioAnnotators
 
 
 @click.group()
@@ -72,27 +65,51 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 @click.argument("name", metavar="RUN")
 @store_option
 def status(name: str, store: str) -> None:
-    """Show the answers so far of RUN, the missing ones, and the address to label at."""
-    from defuse_core.artifacts import Votes
+    """Show the answers so far of RUN, the missing ones, and the address to label at.
+
+    Once the votes are stored, show them and the verdicts; that works without Label Studio, too.
+    """
+    from defuse_core.artifacts import Verdicts, Votes
     from services.labeling import LabelStudioAnnotators
     from services.labeling.annotators import store_traffic_verdicts
 
     opened, gallery = _open(name, store)
     annotators = LabelStudioAnnotators(opened, read_settings())
-    found, state = annotators.status(gallery)
     console = Terminal(markup=False)  # what annotators typed is no markup
-    print_status(found, console)
-    _print_skips(name, found, partial(annotators.client.task_url, state.number), console)
-    votes = opened.load(Votes)
-    if votes is not None:
-        _print_closed(name, found.answers_since(votes), console)
-    else:
-        console.print(f"Label at {annotators.client.labeling_url(state.number)}", soft_wrap=True)
-        console.print(f"Annotators get an account at {annotators.client.invitation()}", soft_wrap=True)
-    if "/" in name and votes is None and not found.outstanding:  # `defuse run` finishes a run's own review
+    votes, verdicts = opened.load(Votes), opened.load(Verdicts)
+    if votes is not None and verdicts is None and "/" in name:
         with opened.store.lock():
-            store_traffic_verdicts(opened, found, state)
+            verdicts = store_traffic_verdicts(opened, votes)
+    if votes is not None and verdicts is not None:
+        print_result(gallery, votes, verdicts, console)
+        print_closed(name, *_later_answers(annotators, gallery, votes), console)
+        return
+    found, state = annotators.status(gallery)
+    print_status(found, console)
+    print_skips(name, found, partial(annotators.client.task_url, state.number), console)
+    if votes is not None:
+        print_closed(name, found.answers_since(votes), None, console)
+        return
+    console.print(f"Label at {annotators.client.labeling_url(state.number)}", soft_wrap=True)
+    console.print(f"Annotators get an account at {annotators.client.invitation()}", soft_wrap=True)
+    if "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
+        with opened.store.lock():
+            store_traffic_verdicts(opened, found.final_votes(state))
         click.echo(f"all answers are in, and stored in {opened.store.address}")
+
+
+def _later_answers(
+    annotators: LabelStudioAnnotators, gallery: Gallery, votes: Votes
+) -> tuple[int, str | None]:
+    """Return how many answers came after the votes, and why that is not known, where it is not."""
+    from defuse_core.errors import InputError, ServiceError
+
+    if annotators.run.spec.review.annotators != "label-studio":
+        return 0, None
+    try:
+        return annotators.status(gallery)[0].answers_since(votes), None
+    except (InputError, ServiceError) as error:
+        return 0, str(error)
 
 
 @review.command(name="set")
@@ -281,100 +298,3 @@ def _open(name: str, store: str) -> tuple[Run, Gallery]:
             f"run {name} has no images to review yet; `defuse status {name}` shows how far it is"
         )
     return opened, gallery
-
-
-def print_status(status: ReviewStatus, console: Console) -> None:
-    """Print answers, annotators, agreement, scenarios, and discarded annotations."""
-    import numpy as np
-
-    console.print(
-        f"{status.given} of {status.requested} answers are in; {status.outstanding} are still wanted."
-    )
-    if status.saved:
-        console.print(f"{status.saved} more are not needed: their scenarios are decided.")
-    for name, count in status.per_annotator().items():
-        console.print(f"  {name}: {count}", highlight=False)
-    agreement = status.verdicts().agreement
-    if not np.isnan(agreement).all():
-        console.print(
-            f"Agreement so far: {np.nanmean(agreement):.1%} of an image's votes are for its majority label."
-        )
-    if status.tasks.review.consensus == "crowdlab":
-        console.print(
-            "The verdicts below are by majority; `defuse run` decides with review.consensus: crowdlab.",
-            soft_wrap=True,
-        )
-    console.print(_scenario_table(status))
-    _print_discarded(status, console)
-
-
-def _scenario_table(status: ReviewStatus) -> Table:
-    """Return a row per scenario; for inputs from traffic with the share that the server expects to be wrong."""
-    gallery = status.tasks.gallery
-    expected = () if gallery.failure is None else ("expected wrong",)
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("scenario", "answers missing", *expected, "state"):
-        table.add_column(heading, justify="left" if heading == "state" else "right")
-    reasons = status.verdicts().reasons
-    for scenario, decided in enumerate(status.decided):
-        state = "open"
-        if decided:
-            state = "decided above the vote" if status.overridden[scenario] else reasons[scenario]
-        cells = [_scenario_number(gallery, scenario), str(int(status.missing[scenario].sum()))]
-        if gallery.failure is not None:
-            share = float(gallery.failure[scenario].mean())
-            cells.append("unknown" if math.isnan(share) else f"{share:.0%}")
-        table.add_row(*cells, state)
-    return table
-
-
-def _scenario_number(gallery: Gallery, scenario: int) -> str:
-    from defuse_core.artifacts import NO_SCENARIO
-
-    number = gallery.number(scenario)
-    return "none" if number == NO_SCENARIO else str(number)
-
-
-def _print_discarded(status: ReviewStatus, console: Console) -> None:
-    for discarded in status.pulled.discarded[:ROWS_SHOWN]:
-        place = _place(status, discarded.subject)
-        console.print(
-            f"Not counted: {status.name_of(discarded)} on {place}: {discarded.reason}", soft_wrap=True
-        )
-    more = len(status.pulled.discarded) - ROWS_SHOWN
-    if more > 0:
-        console.print(f"... and {more} more that are not counted")
-
-
-def _print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str], console: Console) -> None:
-    """Print the skips that keep a task from its answers, and how to resolve them."""
-    skips = status.blocking_skips()
-    for skip in skips[:ROWS_SHOWN]:
-        place = _place(status, status.tasks.subject(skip.index))
-        console.print(
-            f"Skipped: {status.name_of(skip)} on {place}, {task_url(skip.task)}",
-            soft_wrap=True,
-        )
-    if skips:
-        console.print(
-            f"{len(skips)} skipped, in tasks that lack answers. Label Studio does not hand these out to the same "
-            f"people again: let others answer, or `defuse review push {name} --repair` deletes the "
-            "skips.",
-            soft_wrap=True,
-        )
-
-
-def _print_closed(name: str, later: int, console: Console) -> None:
-    """Print that answers are not taken in any more."""
-    console.print(f"Voting is closed: the votes of {name} are stored.")
-    if later:
-        console.print(
-            f"{later} given or changed since then, not counted; `defuse review reopen {name}` takes all answers in.",
-            soft_wrap=True,
-        )
-
-
-def _place(status: ReviewStatus, subject: TaskSubject) -> str:
-    number = _scenario_number(status.tasks.gallery, subject.scenario)
-    place = "no scenario" if number == "none" else f"scenario {number}"
-    return place if subject.image is None else f"{place}, image {subject.image}"

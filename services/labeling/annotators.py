@@ -235,8 +235,7 @@ def open_traffic_review(store: Store, run: Run) -> Run:
     return review
 
 
-def store_traffic_verdicts(review: Run, status: ReviewStatus, state: ProjectState) -> Verdicts:
-    """Store the votes of a review of traffic and the verdicts that follow from them, once all answers are in."""
-    votes = review.once("review", Votes, lambda: status.final_votes(state))
-    gallery = status.tasks.gallery
-    return review.once("review", Verdicts, lambda: decide_verdicts(gallery, votes, review.spec.review.rho))
+def store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
+    """Store the votes of a review of traffic, once all answers are in, and the verdicts that follow from them."""
+    stored, gallery = review.once("review", Votes, lambda: votes), review.require(Gallery)
+    return review.once("review", Verdicts, lambda: decide_verdicts(gallery, stored, review.spec.review.rho))

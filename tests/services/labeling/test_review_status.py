@@ -11,7 +11,7 @@ from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Votes
 from defuse_core.review.verdicts import decide_verdicts, tally
-from services.cli.review import print_status
+from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.state import ProjectState
 from services.labeling.status import review_status, verdict_is_final

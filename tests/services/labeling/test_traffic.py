@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from label_studio_live import digits_gallery, review_run
+from label_studio_live import digits_gallery, free_port, review_run
 
 from defuse_core.artifacts import NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.errors import InputError
@@ -58,7 +58,9 @@ def taken(slots: int) -> list[tuple[float, int]]:
     return [(0.0, slot) for slot in range(slots)]
 
 
-def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served, accounts, server, tmp_path):
+def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
+    cli, served, accounts, server, tmp_path, monkeypatch
+):
     name = f"{served.name}/traffic-1"
     assert (
         f"`defuse review status {name}` shows the answers"
@@ -80,6 +82,14 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(cli, served
     assert votes is not None and votes.answered_by == "people" and votes.answer.tolist() == [0, 0, 0]
     assert verdicts is not None and verdicts.labels.tolist() == [0]
     assert served.load(Votes) is None and not served.store.exists("labeling.json")
+    assert "Voting is closed" in (closed := cli("status", name).output) and "not known" not in closed
+    review.store.delete("verdicts.safetensors")  # as where the command was killed between both
+    monkeypatch.setenv("LABEL_STUDIO_URL", f"http://127.0.0.1:{free_port()}")
+    shown = " ".join(cli("status", name).output.split())
+    assert "3 votes of people are stored. annotator-1: 3" in shown
+    assert "2 unknown accepted as 0: 100% of 3 labelled images are misclassified" in shown
+    assert "Whether answers came since then is not known: Label Studio at http://127.0.0.1" in shown
+    assert review.load(Verdicts) is not None
 
 
 def test_an_input_that_was_swapped_in_label_studio_is_not_concluded(cli, served, accounts, server, tmp_path):

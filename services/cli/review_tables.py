@@ -1,0 +1,146 @@
+"""What `defuse review status` prints: the answers so far, or the result that is stored."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from defuse_core.artifacts import Gallery, Verdicts, Votes
+    from services.labeling.status import ReviewStatus
+    from services.labeling.tasks import TaskSubject
+
+ROWS_SHOWN = 20
+
+
+def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Console) -> None:
+    """Print the stored votes of a review and the verdicts on its scenarios."""
+    import numpy as np
+
+    console.print(f"{len(votes.answer)} votes of {votes.answered_by} are stored.")
+    for number, count in sorted(Counter(votes.annotator.tolist()).items()):
+        console.print(f"  {votes.annotators[number]}: {count}", highlight=False)
+    if not np.isnan(verdicts.agreement).all():
+        console.print(
+            f"Agreement: {np.nanmean(verdicts.agreement):.1%} of an image's votes are for its majority label."
+        )
+    table = _table(gallery, "verdict")
+    for scenario, reason in enumerate(verdicts.reasons):
+        table.add_row(*_scenario_cells(gallery, scenario), reason)
+    console.print(table)
+
+
+def print_status(status: ReviewStatus, console: Console) -> None:
+    """Print answers, annotators, agreement, scenarios, and discarded annotations."""
+    import numpy as np
+
+    console.print(
+        f"{status.given} of {status.requested} answers are in; {status.outstanding} are still wanted."
+    )
+    if status.saved:
+        console.print(f"{status.saved} more are not needed: their scenarios are decided.")
+    for name, count in status.per_annotator().items():
+        console.print(f"  {name}: {count}", highlight=False)
+    agreement = status.verdicts().agreement
+    if not np.isnan(agreement).all():
+        console.print(
+            f"Agreement so far: {np.nanmean(agreement):.1%} of an image's votes are for its majority label."
+        )
+    if status.tasks.review.consensus == "crowdlab":
+        console.print(
+            "The verdicts below are by majority; `defuse run` decides with review.consensus: crowdlab.",
+            soft_wrap=True,
+        )
+    console.print(_scenario_table(status))
+    _print_discarded(status, console)
+
+
+def _scenario_table(status: ReviewStatus) -> Table:
+    """Return a row per scenario; for inputs from traffic with the share that the server expects to be wrong."""
+    gallery = status.tasks.gallery
+    table = _table(gallery, "state", "answers missing")
+    reasons = status.verdicts().reasons
+    for scenario, decided in enumerate(status.decided):
+        state = "open"
+        if decided:
+            state = "decided above the vote" if status.overridden[scenario] else reasons[scenario]
+        missing = str(int(status.missing[scenario].sum()))
+        table.add_row(*_scenario_cells(gallery, scenario, missing), state)
+    return table
+
+
+def _table(gallery: Gallery, last: str, *beside: str) -> Table:
+    """Return a table without rows; `last` is its last column, of text, and `beside` are those beside the scenario's."""
+    expected = () if gallery.failure is None else ("expected wrong",)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("scenario", *beside, *expected, last):
+        table.add_column(heading, justify="left" if heading == last else "right")
+    return table
+
+
+def _scenario_cells(gallery: Gallery, scenario: int, *beside: str) -> list[str]:
+    cells = [_scenario_number(gallery, scenario), *beside]
+    if gallery.failure is not None:
+        share = float(gallery.failure[scenario].mean())
+        cells.append("unknown" if math.isnan(share) else f"{share:.0%}")
+    return cells
+
+
+def _scenario_number(gallery: Gallery, scenario: int) -> str:
+    from defuse_core.artifacts import NO_SCENARIO
+
+    number = gallery.number(scenario)
+    return "none" if number == NO_SCENARIO else str(number)
+
+
+def _print_discarded(status: ReviewStatus, console: Console) -> None:
+    for discarded in status.pulled.discarded[:ROWS_SHOWN]:
+        place = _place(status, discarded.subject)
+        console.print(
+            f"Not counted: {status.name_of(discarded)} on {place}: {discarded.reason}", soft_wrap=True
+        )
+    more = len(status.pulled.discarded) - ROWS_SHOWN
+    if more > 0:
+        console.print(f"... and {more} more that are not counted")
+
+
+def print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str], console: Console) -> None:
+    """Print the skips that keep a task from its answers, and how to resolve them."""
+    skips = status.blocking_skips()
+    for skip in skips[:ROWS_SHOWN]:
+        place = _place(status, status.tasks.subject(skip.index))
+        console.print(
+            f"Skipped: {status.name_of(skip)} on {place}, {task_url(skip.task)}",
+            soft_wrap=True,
+        )
+    if skips:
+        console.print(
+            f"{len(skips)} skipped, in tasks that lack answers. Label Studio does not hand these out to the same "
+            f"people again: let others answer, or `defuse review push {name} --repair` deletes the "
+            "skips.",
+            soft_wrap=True,
+        )
+
+
+def print_closed(name: str, later: int, unknown: str | None, console: Console) -> None:
+    """Print that answers are not taken in any more; `later` came since, unless that is `unknown` for a reason."""
+    console.print(f"Voting is closed: the votes of {name} are stored.")
+    if unknown is not None:
+        console.print(f"Whether answers came since then is not known: {unknown}", soft_wrap=True)
+    if later:
+        console.print(
+            f"{later} given or changed since then, not counted; `defuse review reopen {name}` takes all answers in.",
+            soft_wrap=True,
+        )
+
+
+def _place(status: ReviewStatus, subject: TaskSubject) -> str:
+    number = _scenario_number(status.tasks.gallery, subject.scenario)
+    place = "no scenario" if number == "none" else f"scenario {number}"
+    return place if subject.image is None else f"{place}, image {subject.image}"
