@@ -233,8 +233,8 @@ class RayCompute:
         shared: dict[object, Any] = {}
         clean = []
         for each in requests:
-            of_d = each.all_fixes or each.fixes
-            sources = of_d.held_out_sources(), of_d.tuned_sources()
+            whole = each.all_fixes or each.fixes
+            sources = whole.held_out_sources(), whole.tuned_sources()
             key = each.spec.correct.train_images, *(rows.tobytes() for rows in sources)
             if key not in shared:
                 shared[key] = self._held_images("correct", load_clean_images, each.spec, models, *sources)

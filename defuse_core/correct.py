@@ -87,8 +87,9 @@ def load_fine_tuning_data(
     progress: Progress,
 ) -> FineTuningData:
     """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed`; D is that of `all_fixes`."""
-    of_d = all_fixes or fixes
-    clean = load_clean_images(spec, models, of_d.held_out_sources(), of_d.tuned_sources(), progress=progress)
+    whole = all_fixes or fixes
+    sources = whole.held_out_sources(), whole.tuned_sources()
+    clean = load_clean_images(spec, models, *sources, progress=progress)
     return FineTuningData(clean, decode_scenario_images(spec, models, fixes, reviewed, progress=progress))
 
 

@@ -90,8 +90,9 @@ class LocalCompute:
         spec = request.spec
         if nothing_to_tune(request.fixes, request.reviewed):
             return collect_sweep(spec, models, [])
-        asked = spec, models, request.fixes, request.reviewed, request.all_fixes
-        tuning = load_fine_tuning_data(*asked, progress=self.progress)
+        tuning = load_fine_tuning_data(
+            spec, models, request.fixes, request.reviewed, request.all_fixes, progress=self.progress
+        )
         trials, failures = [], dict[float, DefuseError]()
         for index, lam in enumerate(spec.correct.lambdas):
             try:

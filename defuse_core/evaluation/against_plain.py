@@ -48,7 +48,6 @@ def is_better(pairs: I64) -> Bool:
     return better
 
 
-def is_testable(units: I64 | int) -> Bool:
+def is_testable(units: int) -> bool:
     """Whether `is_better` could be true of so many units, if all were better."""
-    testable: Bool = np.asarray(0.5**units < SIGNIFICANT)
-    return testable
+    return bool(0.5**units < SIGNIFICANT)

@@ -55,6 +55,7 @@ from defuse_core.training.reference_models import (
 )
 
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
+BEFORE, _, PLAIN, DEFUSE = range(len(CLASSIFIERS))
 WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those reviewed
 WIDER_IMAGES = 64  # per scenario and factor
 FRESH_IMAGES = 2000  # test images that fresh noise is added to
@@ -66,8 +67,7 @@ AT_FAULT_PURITY = (0.5, 0.9)  # below the first the β-VAE is at fault, from the
 class Evidence:
     """What the judges find. A share is nan three times where it cannot be measured, or its classifier was not made.
 
-    Pictures that are anchored at the same image, or track, are one draw for an interval or a test.
-
+    For an interval or a test, pictures that are anchored at the same image, or track, count once: they are one unit.
     Where nothing was corrected, defuse is the classifier before, as in Evaluation.
     """
 
@@ -98,7 +98,7 @@ class Evidence:
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
     # (J,) of the real failures, the share that identify.screen keeps; nan without it and in runs of earlier versions
     screen_recall: F64 = field(default_factory=lambda: np.full(3, np.nan))
-    # (A, 3) of each scenario: draws, those on which defuse, and plain, is more often right; None in earlier versions
+    # (A, 3) of each scenario: units, those on which defuse, and plain, is more often right; None in earlier versions
     pairs: I64 | None = None
     real_failure_pairs: I64 | None = None  # (3,) likewise, of the real failures
 
@@ -159,7 +159,7 @@ class _Evidence:
         shows = (self.own == scenario_labels).astype(np.float64)
         self.progress("asking the judges", 1, 4, "figures")
         fold_right = self._fold_right(per_scenario)
-        left_out = np.where(np.isnan(fold_right), np.nan, [right[0], fold_right, right[2]])
+        left_out = np.where(np.isnan(fold_right), np.nan, [right[BEFORE], fold_right, right[PLAIN]])
         wider = self._wider()
         self.progress("asking the judges", 2, 4, "figures")
         fresh, truth, fresh_units = self._real_failures()
@@ -169,7 +169,7 @@ class _Evidence:
         real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, real_images)
         by_scenario = right.reshape(len(CLASSIFIERS), accepted, per_scenario)
         units = self.units.reshape(accepted, per_scenario)
-        rows = zip(by_scenario[3], by_scenario[2], units, strict=True)
+        rows = zip(by_scenario[DEFUSE], by_scenario[PLAIN], units, strict=True)
         pairs = np.array([pairs_of(*row) for row in rows], np.int64).reshape(-1, 3)
         has_test = self.splits.test is not None
         assert found.judges is not None
@@ -195,7 +195,7 @@ class _Evidence:
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
             screen_recall=self._screen_recall(fresh, truth, fresh_units),
             pairs=pairs,
-            real_failure_pairs=pairs_of(fresh_right[3], fresh_right[2], fresh_units),
+            real_failure_pairs=pairs_of(fresh_right[DEFUSE], fresh_right[PLAIN], fresh_units),
         )
 
     def _fold_right(self, per_scenario: int) -> F64:

@@ -20,9 +20,8 @@ from defuse_core.models import Vae, encode_images, predict
 NEAREST = 12  # real images shown beside a scenario
 # Real images whose error is compared with that of all of the label; a quarter of these where there are under 200.
 NEAREST_TESTED = 50
-LEAST_REAL_ERROR = (
-    0.2  # lower bound of an error on real images from which they show the failures of a component
-)
+# Lower bound of an error on real images from which they show the failures of a component.
+LEAST_REAL_ERROR = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +36,10 @@ class NearestReal:
     predicted: I64  # (A, E)
     error: F64  # (A,) on the nearest, as many as are tested; nan where no image has the label: images mean nothing
     error_of_all: float  # on all real images
-    # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR
-    seen: Bool
+    seen: Bool  # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR
     testable: Bool | None = None  # (A,) False where the label has too few errors, or images, for `seen`
-    error_of_label: F64 | None = (
-        None  # (A,) on all real images of the label; None in a run of an earlier version
-    )
+    # (A,) on all real images of the label; None in a run of an earlier version
+    error_of_label: F64 | None = None
 
 
 def find_nearest_real(

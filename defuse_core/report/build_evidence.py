@@ -11,7 +11,7 @@ from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.evaluation.against_plain import is_testable, pairs_of
 from defuse_core.evaluation.controls import has_same_confusion_in_other_fold
 from defuse_core.evaluation.evaluate import Findings
-from defuse_core.evaluation.evidence import CLASSIFIERS, WIDER, Evidence
+from defuse_core.evaluation.evidence import CLASSIFIERS, DEFUSE, PLAIN, WIDER, Evidence
 from defuse_core.intervals import mcnemar
 from defuse_core.report.evidence_schema import (
     AgainstPlain,
@@ -27,8 +27,6 @@ from defuse_core.report.evidence_schema import (
 )
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.watch.figures import Share, share_of
-
-PLAIN, DEFUSE = CLASSIFIERS.index("plain"), CLASSIFIERS.index("defuse")
 
 
 def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
@@ -68,10 +66,8 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
 
 def _left_out_shares(evidence: Evidence) -> LeftOutShares:
     before, defuse, *plain = evidence.left_out
-    if not plain and np.isfinite(
-        defuse[0]
-    ):  # of an earlier version: plain further training on all of the scenarios
-        plain = [evidence.own_label[PLAIN]]
+    if not plain and np.isfinite(defuse[0]):
+        plain = [evidence.own_label[PLAIN]]  # an earlier version measured it on all scenarios alone
     shares = {"plain": share_of(plain[0])} if plain else {}
     return LeftOutShares(before=share_of(before), defuse=share_of(defuse), **shares)
 
@@ -112,9 +108,9 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
     """Return the figures of the accepted scenario at place `column` of the accepted ones."""
     support = found.scenarios.support
     number, real, testable = int(found.fixes.scenario[column]), evidence.real, evidence.real.testable
-    draws = None
+    units = None
     if found.sweep.chosen is not None and evidence.pairs is not None:
-        draws = int(evidence.pairs[column, 0])
+        units = int(evidence.pairs[column, 0])
     right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
     return ScenarioEvidence(
         name=evidence.names[column],
@@ -124,8 +120,8 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         plain=right["plain"],
         defuse=right["defuse"],
         left_out=defined(evidence.scenario_left_out[column]),
-        confirmed=bool(evidence.confirmed[column]) if draws and is_testable(draws) else None,
-        draws=draws,
+        confirmed=bool(evidence.confirmed[column]) if units and is_testable(units) else None,
+        independent_images=units,
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
         support=None if support is None else int(support[number]),
         real_error=defined(real.error[column]),

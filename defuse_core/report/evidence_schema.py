@@ -132,11 +132,11 @@ class ScenarioEvidence(FigureModel):
     """The same for a classifier that was not tuned on this scenario."""
     confirmed: bool | None
     """Whether the correction is right significantly more often than plain further training, by own label (sign test
-    over `draws`, one-sided). Null where nothing was corrected, where there are too few draws to tell, and for a run of
-    an earlier version."""
-    draws: int | None = None
-    """Independent held-out images: those that are anchored at one image, or at images of one track, count once. Null
-    where nothing was corrected, and for a run of an earlier version."""
+    over `independent_images`, one-sided). Null where nothing was corrected, where there are too few of these to tell,
+    and for a run of an earlier version."""
+    independent_images: int | None = None
+    """Held-out images, of which those that are anchored at one image, or at images of one track, count once. Null where
+    nothing was corrected, and for a run of an earlier version."""
     at_fault: Literal["classifier", "β-VAE", "unclear"]
     """The β-VAE where most held-out images do not show the label."""
     support: int | None

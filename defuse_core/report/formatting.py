@@ -230,32 +230,32 @@ def no_better_than_plain_training(report: Report) -> str | None:
     evidence = report.evidence
     if evidence is None or report.chosen is None:
         return None
-    pairs, own, real = evidence.against_plain, evidence.own_label, evidence.real_failures
-    parts = [
-        ("the scenarios", own.defuse, own.plain, pairs.scenarios),
-        (
-            "scenarios left out of the tuning",
-            evidence.left_out.defuse,
-            evidence.left_out.plain,
-            pairs.left_out,
-        ),
-        ("real failures", real.defuse, real.plain, pairs.real_failures),
-    ]
-    doubtful = [
-        (f"{name} {percent(defuse.value)} and {percent(plain.value)} ({pairs_in_words(pair)})", name, pair)
-        for name, defuse, plain, pair in parts
-        if pair is not None and not (pair.better > pair.worse and pair.p_value < SIGNIFICANT)
-    ]
-    if not doubtful:
+    against, own, left_out = evidence.against_plain, evidence.own_label, evidence.left_out
+    worse, equal, figures = list[str](), list[str](), list[str]()
+    for name, shares, pairs in (
+        ("the scenarios", own, against.scenarios),
+        ("scenarios left out of the tuning", left_out, against.left_out),
+        ("real failures", evidence.real_failures, against.real_failures),
+    ):
+        if pairs is None:
+            continue
+        certain = pairs.p_value < SIGNIFICANT
+        if certain and pairs.better > pairs.worse:
+            continue
+        (worse if certain and pairs.worse > pairs.better else equal).append(name)
+        defuse, plain = percent(shares.defuse.value), percent(shares.plain.value)
+        figures.append(f"{name} {defuse} and {plain} ({pairs_in_words(pairs)})")
+    claims = []
+    if worse:
+        claims.append(f"does more for {' and '.join(worse)}")
+    if equal:
+        claims.append(f"may do as much for {' and '.join(equal)}")
+    if not claims:
         return None
-    worse = [name for _, name, pair in doubtful if pair.worse > pair.better and pair.p_value < SIGNIFICANT]
-    equal = [name for _, name, _ in doubtful if name not in worse]
-    claims = [f"does more for {' and '.join(worse)}"] * bool(worse)
-    claims += [f"may do as much for {' and '.join(equal)}"] * bool(equal)
     return (
         f"Plain further training {', and '.join(claims)}. It is the same fine-tuning without scenarios (λ = 0). By the "
         "judges' labels are right, after the correction and after plain further training: "
-        f"{', '.join(text for text, _, _ in doubtful)}."
+        f"{', '.join(figures)}."
     )
 
 

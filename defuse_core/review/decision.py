@@ -70,13 +70,13 @@ class Shares:
         """Return the requirement that one component does not meet."""
         if self.max_false is None:
             return f"not over {self.rho:.0%}"
-        needed = fewest(self.rho, self.max_false)
+        needed = fewest_units(self.rho, self.max_false)
         if self.units is None or self.units.total[component] >= needed:
             return f"not over {self.rho:.0%} with certainty"
         return f"not over {self.rho:.0%} with certainty, for which at least {needed} {self.units.name}s are needed"
 
 
-def fewest(rho: float, max_false: float) -> int:
+def fewest_units(rho: float, max_false: float) -> int:
     """Return the fewest units that can show a share over rho at a false discovery rate: all of them failing."""
     return 1 if rho == 0 else max(1, math.ceil(math.log(max_false) / math.log(rho)))
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from defuse_core.artifacts import (
-    NONE_OF_THE_ABOVE,
     Bool,
     Corrections,
     Gallery,
@@ -33,7 +32,6 @@ from defuse_core.progress import Progress
 from defuse_core.protocols import Compute
 from defuse_core.review.decision import outcomes
 from defuse_core.review.examiner import Examiner, in_tasks
-from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator
 
 log = logging.getLogger("defuse")
@@ -78,11 +76,11 @@ def sample_more_images(
     """Return review.more_images further draws of each doubtful component, (S,), as the reference models label them.
 
     Their label is the majority of the models' votes, also where review.consensus is crowdlab. With vae.decode: anchored
-    they are at images behind those of the gallery.
+    they are at other images than those of the gallery, as long as there are any.
     """
     count, images = spec.review.more_images, anchors_of(scenarios)
-    drawn, labelled, wrong = np.zeros((3, len(scenarios)), np.int64)
-    unit, outcome = np.full((2, len(scenarios), count), NONE_OF_THE_ABOVE, np.int64)
+    drawn = np.zeros(len(scenarios), np.int64)
+    unit, outcome = np.full((2, len(scenarios), count), -1, np.int64)
     with cpu_threads(1):
         examiner = Examiner(spec, models, references, scenarios)
         components = np.flatnonzero(doubtful).tolist()
@@ -90,13 +88,11 @@ def sample_more_images(
             progress("drawing more images", done, len(components), "components")
             rng = generator(spec.seed, "gallery", component, "more")
             draws = spread_draws(spec, scenarios, component, count, rng, after=spec.review.images)
-            predicted, labels = examiner.review(draws)
-            drawn[component] = len(labels)
-            labelled[component] = (labels != NONE_OF_THE_ABOVE).sum()
-            wrong[component] = is_misclassified(predicted, labels).sum()
-            outcome[component] = outcomes(predicted, labels)
+            outcome[component] = outcomes(*examiner.review(draws))
+            drawn[component] = count
             if images is not None and draws.anchors is not None:
-                unit[component] = (images.source if images.track is None else images.track)[draws.anchors]
+                unit[component] = images.unit[draws.anchors]
+    labelled, wrong = (outcome >= 0).sum(axis=1), (outcome == 1).sum(axis=1)
     return MoreImages(drawn, labelled, wrong, *(() if images is None else (unit, outcome)))
 
 

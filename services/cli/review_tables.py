@@ -21,15 +21,10 @@ ROWS_SHOWN = 20
 
 def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Console) -> None:
     """Print the stored votes of a review and the verdicts on its scenarios."""
-    import numpy as np
-
     console.print(f"{len(votes.answer)} votes of {votes.answered_by} are stored.")
     for number, count in sorted(Counter(votes.annotator.tolist()).items()):
         console.print(f"  {votes.annotators[number]}: {count}", highlight=False)
-    if not np.isnan(verdicts.agreement).all():
-        console.print(
-            f"Agreement: {np.nanmean(verdicts.agreement):.1%} of an image's votes are for its majority label."
-        )
+    _print_agreement("Agreement", verdicts, console)
     table = _table(gallery, "verdict")
     for scenario, reason in enumerate(verdicts.reasons):
         table.add_row(*_scenario_cells(gallery, scenario), reason)
@@ -38,8 +33,6 @@ def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Co
 
 def print_status(status: ReviewStatus, console: Console) -> None:
     """Print answers, annotators, agreement, scenarios, and discarded annotations."""
-    import numpy as np
-
     console.print(
         f"{status.given} of {status.requested} answers are in; {status.outstanding} are still wanted."
     )
@@ -47,11 +40,7 @@ def print_status(status: ReviewStatus, console: Console) -> None:
         console.print(f"{status.saved} more are not needed: their scenarios are decided.")
     for name, count in status.per_annotator().items():
         console.print(f"  {name}: {count}", highlight=False)
-    agreement = status.verdicts().agreement
-    if not np.isnan(agreement).all():
-        console.print(
-            f"Agreement so far: {np.nanmean(agreement):.1%} of an image's votes are for its majority label."
-        )
+    _print_agreement("Agreement so far", status.verdicts(), console)
     if status.tasks.review.consensus == "crowdlab":
         console.print(
             "The verdicts below are by majority; `defuse run` decides with review.consensus: crowdlab.",
@@ -59,6 +48,15 @@ def print_status(status: ReviewStatus, console: Console) -> None:
         )
     console.print(_scenario_table(status))
     _print_discarded(status, console)
+
+
+def _print_agreement(title: str, verdicts: Verdicts, console: Console) -> None:
+    """Print the mean agreement; nothing where no image has two votes."""
+    import numpy as np
+
+    if not np.isnan(verdicts.agreement).all():
+        mean = np.nanmean(verdicts.agreement)
+        console.print(f"{title}: {mean:.1%} of an image's votes are for its majority label.")
 
 
 def _scenario_table(status: ReviewStatus) -> Table:

@@ -73,9 +73,8 @@ class RegistryWatcher:
         self.store, self.initial, self.settings, self.overrides = store, initial, settings, overrides
         self.registry = Registry(store)
         self.sequence = 0  # of the last change that was loaded completely
-        self.ended: int | None = (
-            None  # the canary or shadow that this replica ended and the registry still has
-        )
+        # the canary or shadow that this replica ended and the registry still has
+        self.ended: int | None = None
         self._skipped: int | None = None  # `ended` before the registry was read
         self._is_complete = True  # whether the canary or shadow of the last change was loaded, or ended
 

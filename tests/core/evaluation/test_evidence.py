@@ -124,11 +124,8 @@ def test_pictures_of_one_photograph_or_track_confirm_a_scenario_no_more_than_one
     plain, defuse = np.zeros(40), np.ones(40)
     assert not confirmed(defuse, plain, np.arange(40) % 2)
     assert confirmed(defuse, plain, np.arange(40) % 8)
-    assert pairs_of(np.r_[1.0, 0, 0], np.r_[0.0, 1, 0], np.zeros(3)).tolist() == [
-        1,
-        0,
-        0,
-    ]  # equal on the whole
+    equal_on_the_whole = pairs_of(np.r_[1.0, 0, 0], np.r_[0.0, 1, 0], np.zeros(3))
+    assert equal_on_the_whole.tolist() == [1, 0, 0]
     assert [bool(is_testable(units)) for units in (1, 4, 5)] == [False, False, True]
 
 
