@@ -61,7 +61,7 @@ def of_40() -> nn.Module:
 def suggested(monkeypatch, capsys, width: int, height: int, factory: str, *options: object) -> tuple:
     """Return exit code, section data and what was printed, for dark and bright grey pictures of a size."""
     for name, level in (("black", 20), ("white", 230)):
-        folder = Path("pictures/train", name)
+        folder = Path("photos/train", name)
         folder.mkdir(parents=True)
         for number in range(30):
             Image.fromarray(np.full((height, width), level + number % 3, np.uint8)).save(
@@ -70,8 +70,8 @@ def suggested(monkeypatch, capsys, width: int, height: int, factory: str, *optio
     net = globals()[factory]()
     save_file(net.state_dict(), "own.safetensors")
     chosen = ["--classifier", f"{HERE}:{factory}", "--weights", "own.safetensors"]
-    code, out, err = call(monkeypatch, capsys, "init", "pictures", *chosen, "--minutes", 1, *options)
-    data = yaml.safe_load(Path("pictures.yaml").read_text())["data"] if code == 0 else {}
+    code, out, err = call(monkeypatch, capsys, "init", "photos", *chosen, "--minutes", 1, *options)
+    data = yaml.safe_load(Path("photos.yaml").read_text())["data"] if code == 0 else {}
     return code, data, out + err
 
 
