@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from defuse_core.report.evidence_schema import EvidenceFigures
 
 SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
-STATES = ("persisting", "fixed", "back again", "new")
+STATES = ("persisting", "fixed", "back again", "was right", "new", "found now")
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
 DROPPED_COMPARED = ("B after", "A before", "Mistaken for", "In B", "A after")  # in turn, until the table fits
 DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # of the table of scenarios, in turn, until it fits
@@ -112,13 +113,13 @@ def _evidence_table(evidence: EvidenceFigures) -> Table:
 def print_comparison(
     run_a: str, run_b: str, rows: Sequence[ComparedScenario], console: Console | None = None
 ) -> None:
-    """Print the scenarios of two runs side by side, and how many persist, are fixed, are back again or are new."""
+    """Print the scenarios of two runs side by side, and how many there are of each state that occurs."""
     console = console or Terminal()
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
     make = functools.partial(_comparison_table, rows, console.width)
     console.print(_fitting(make, COMPARED, DROPPED_COMPARED, console))
-    counts = (f"{sum(row.state == state for row in rows)} {state}" for state in STATES)
-    print_text(console, ", ".join(counts), "")
+    counts = Counter[str](row.state for row in rows)
+    print_text(console, ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), "")
 
 
 def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Sequence[str]) -> Table:

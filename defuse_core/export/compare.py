@@ -1,4 +1,4 @@
-"""The failure scenarios of two runs side by side: which persist, which are fixed, back again, or new."""
+"""The failure scenarios of two runs side by side: which persist, which are fixed, back again, new, or found now."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from defuse_core.models import encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 
-State = Literal["persisting", "fixed", "back again", "new"]
+State = Literal["persisting", "fixed", "back again", "was right", "new", "found now"]
 INSIDE = 0.999  # of a scenario's own pictures are within the distance that counts as inside
 MATCHING_SHARE = 0.5  # of the pictures of one scenario that are inside another one that it matches
 RIDGE = 1e-3  # of the mean variance, added to each: the β-VAE may not use a dimension
@@ -69,10 +69,13 @@ class _Side:
 def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     """Return the accepted scenarios of run A, then those of run B that match none of A's.
 
-    A scenario of A is fixed if the classifier that run B debugged is right on its pictures (check.min_scenario_accuracy
-    of B), back again if the correction of A was right and that classifier, another one, is not, and persisting
-    otherwise. Scenarios match if they have the same label, and if most pictures of A's are inside the ellipsoid of B's
-    in the latent space of B. Raises InputError for unfinished runs and for other classes or images.
+    A classifier is right on a scenario if it reaches check.min_scenario_accuracy of B on its pictures. A scenario of A
+    is fixed if the classifier that run B debugged is right there ("was right" if the one that A debugged was, too),
+    back again if the correction of A was right and that classifier, another one, is not, and persisting
+    otherwise. A scenario of B alone is new if the classifier that A debugged is right there; if it is not, it is no
+    new failure, but found now. Scenarios match if they have the same label, and if most pictures of A's are inside
+    the ellipsoid of B's in the latent space of B. Raises InputError for unfinished runs and for other classes or
+    images.
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
@@ -82,18 +85,20 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     rows = []
     for row in range(len(side_a.labels)):
         scores = _scores(side_a, side_b, side_a.pictures[row], int(side_a.labels[row]))
-        state = _state(scores[1], scores[2], fixed_at, same_classifier)
+        state = _state(scores, fixed_at, same_classifier)
         rows.append(_compared(state, side_a, row, scores, matches.get(row), side_b))
     for row in range(len(side_b.labels)):
         if row not in matches.values():
             scores = _scores(side_a, side_b, side_b.pictures[row], int(side_b.labels[row]))
-            rows.append(_new(side_b, row, scores))
+            rows.append(_of_b_alone("new" if scores[0] >= fixed_at else "found now", side_b, row, scores))
     return rows
 
 
-def _state(after_a: float, before_b: float, fixed_at: float, same_classifier: bool) -> State:
+def _state(scores: tuple[float, float, float, float], fixed_at: float, same_classifier: bool) -> State:
+    """Return the state of a scenario of A by its accuracies."""
+    before_a, after_a, before_b, _ = scores
     if before_b >= fixed_at:
-        return "fixed"
+        return "was right" if before_a >= fixed_at else "fixed"
     return "back again" if after_a >= fixed_at and not same_classifier else "persisting"
 
 
@@ -173,6 +178,8 @@ def _compared(
     return ComparedScenario(state, label, a.mistaken_for(row), int(a.fixes.scenario[row]), number_b, *scores)
 
 
-def _new(b: _Side, row: int, scores: tuple[float, float, float, float]) -> ComparedScenario:
+def _of_b_alone(
+    state: State, b: _Side, row: int, scores: tuple[float, float, float, float]
+) -> ComparedScenario:
     label = b.models.classes[int(b.labels[row])]
-    return ComparedScenario("new", label, b.mistaken_for(row), None, int(b.fixes.scenario[row]), *scores)
+    return ComparedScenario(state, label, b.mistaken_for(row), None, int(b.fixes.scenario[row]), *scores)

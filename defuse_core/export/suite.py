@@ -218,9 +218,10 @@ def save_suite(run: Run, folder: Path) -> Suite:
     """Write the accepted scenarios of a finished run as a suite into a new or empty folder, and return it.
 
     The pictures are the held-out ones. The least accuracy of each scenario is check.min_each_scenario of the run file,
-    or what the corrected classifier reaches where that is less. Where it is then not better than the one before, the
-    least is 0: nothing is asked. Raises InputError where the run has no scenario or corrected nothing, or the folder is
-    not empty or cannot be written.
+    or what the corrected classifier reaches where that is less; where the classifier before reaches that, too, one
+    picture more than it does. Where the correction is not better than the classifier before, the least is 0: nothing
+    is asked. So the classifier before fails every scenario of which something is asked. Raises InputError where the run
+    has no scenario or corrected nothing, or the folder is not empty or cannot be written.
     """
     expect_new_folder("--out", folder)
     suite = _suite_of(run)
@@ -303,11 +304,15 @@ def _from_version_1(scenario: SuiteScenario) -> SuiteScenario:
     return scenario.model_copy(update={"least": 0.0}) if unasked else scenario
 
 
-def _least(limit: float, before: float, after: float) -> float:
-    """Return the accuracy to ask for: the limit, or what the correction reaches; 0 where it then improves nothing."""
-    if after >= limit:
-        return limit
-    return after if after > before else 0.0
+def least_accuracy(limit: float, before: float, after: float, pictures: int) -> float:
+    """Return the accuracy to ask for: over that before, not over that of the correction; 0 where it is not better.
+
+    before and after are shares of the pictures that are right; limit is check.min_each_scenario.
+    """
+    if after <= before:
+        return 0.0
+    one_more = (round(before * pictures) + 1) / pictures
+    return min(max(limit, one_more), after)
 
 
 def _text(value: object) -> str:
@@ -340,7 +345,7 @@ def _suite_of(run: Run) -> Suite:
             pictures=pixels.shape[1],
             before=before[row],
             after=after[row],
-            least=_least(spec.check.min_each_scenario, before[row], after[row]),
+            least=least_accuracy(spec.check.min_each_scenario, before[row], after[row], pixels.shape[1]),
         )
         for row, (component, label) in enumerate(zip(fixes.scenario, fixes.labels, strict=True))
     )

@@ -118,9 +118,11 @@ def _expect_unregistered(store: Store, run: str) -> None:
 @store_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
-    """Show what became of the failure scenarios of run A in the later run B: persisting, fixed, back again, new.
+    """Show what became of the failure scenarios of run A in the later run B, and which ones B found.
 
-    Accuracies are those of each run's classifier before and after its correction, on the scenario's held-out pictures.
+    Those of A are persisting, fixed or back again ("was right" where A's own classifier passes, too). Those that only B
+    found are new where A's classifier passes, and otherwise found now. Accuracies are those of each run's
+    classifier before and after its correction, on the scenario's held-out pictures.
 
     \b
     defuse compare parts-v1 parts-v2

@@ -96,12 +96,17 @@ def save(run: str, store: str, out: Path) -> None:
     scenarios = save_suite(opened, out).description.scenarios
     limit = opened.spec.check.min_each_scenario
     for scenario in scenarios:
-        if 0 < scenario.least < limit:
+        if limit <= scenario.before < scenario.least:
+            click.echo(
+                f"{scenario.name}: {scenario.least:.1%} is asked, since the classifier before has "
+                f"{scenario.before:.1%}, not under {limit:.1%} (check.min_each_scenario)"
+            )
+        elif 0 < scenario.least < limit:
             click.echo(
                 f"{scenario.name}: only {scenario.least:.1%} is asked, which the correction reaches, not {limit:.1%} "
                 "(check.min_each_scenario)"
             )
-        elif scenario.least < limit:
+        elif not scenario.least:
             click.echo(f"{scenario.name}: nothing is asked, since the correction did not improve it "
                        f"({scenario.before:.1%} before, {scenario.after:.1%} after)")  # fmt: skip
     click.echo(f"{out}: {len(scenarios)} scenarios with {scenarios[0].pictures} pictures each; next: "

@@ -31,20 +31,29 @@ def test_scenarios_persist_are_fixed_or_come_back(store):
     assert states("relapsed") == {"3": "back again", "8": "back again"}
 
 
-def test_a_scenario_without_a_match_is_new_and_matches_have_both_numbers(store):
+def test_a_scenario_of_the_later_run_alone_is_found_now_where_the_earlier_classifier_fails_too(store):
     rows = compare_runs(Run.open(store, "only-three"), Run.open(store, "same"))
     assert [(row.label, row.state, row.number_a, row.number_b) for row in rows] == [
         ("3", "persisting", 0, 0),
-        ("8", "new", None, 1),
+        ("8", "found now", None, 1),
     ]
     assert rows[0].before_a < 0.5 < rows[0].after_a
+
+
+def test_scenarios_that_the_earlier_classifier_passes_are_new_or_right_in_both(store):
+    def states(earlier: str, later: str) -> dict[str, str]:
+        rows = compare_runs(Run.open(store, earlier), Run.open(store, later))
+        return {row.label: row.state for row in rows}
+
+    assert states("never-wrong", "first") == {"3": "new", "8": "new"}
+    assert states("mended", "mended") == {"3": "was right", "8": "was right"}
 
 
 def test_the_comparison_is_printed_with_accuracies_side_by_side(store, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     code, out, _ = call(monkeypatch, capsys, "compare", "first", "relapsed", "--store", store.address)
     assert code == 0
-    assert "0 persisting, 0 fixed, 2 back again, 0 new" in out
+    assert out.splitlines()[-1].strip() == "2 back again"
     assert "Mistaken for" in out
     for columns in (80, 60, 40):
         monkeypatch.setenv("COLUMNS", str(columns))

@@ -19,7 +19,7 @@ from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError
-from defuse_core.export.suite import SuitePictures, load_suite, save_suite
+from defuse_core.export.suite import SuitePictures, least_accuracy, load_suite, save_suite
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -71,6 +71,7 @@ def planted_runs(folder: Path, tiny_models: Models) -> FolderStore:
     plant("only-three", swapped).store.write("corrections.safetensors", encode(one))
     none = Corrections(fixes.scenario[:0], fixes.labels[:0], fixes.tune[:0], fixes.test[:0])
     plant("nothing", swapped).store.write("corrections.safetensors", encode(none))
+    plant("never-wrong", good).store.write("corrections.safetensors", encode(none))
     plant("uncorrected", swapped).store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
     Run.start(found, "begun", spec)
     return found
@@ -292,6 +293,27 @@ def test_saving_says_where_less_than_the_limit_is_asked(
     assert [scenario["least"] for scenario in page["scenarios"]] == [0.9, 0.5]
     assert "8 read as 3 (scenario 1): only 50.0% is asked, which the correction reaches, not 90.0%" in out
     assert "3 read as 8" not in out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "least"),
+    [(0.2, 1.0, 0.9), (0.2, 0.8, 0.8), (0.95, 1.0, 0.96), (0.995, 1.0, 1.0), (0.95, 0.95, 0), (0.3, 0.1, 0)],
+)
+def test_what_is_asked_is_over_the_classifier_before_and_within_reach_of_the_correction(before, after, least):
+    assert least_accuracy(0.9, before, after, 100) == pytest.approx(least)
+
+
+def test_saving_says_where_the_classifier_before_is_over_the_limit(
+    store, suite, tiny_models, tmp_path, monkeypatch, capsys
+):
+    spec, good = tiny(check={"min_each_scenario": 0.2}), tiny_models.classifier
+    half = half_right_on_eights(good, load_suite(suite).pictures)
+    before = dataclasses.replace(tiny_models, classifier=swap_classes(half, (3, 8)))
+    make_run(store, "half-before", spec, before, open_splits(spec.data, spec.seed), good)
+    page, out = saved(store, "half-before", tmp_path / "half-before", monkeypatch, capsys)
+    eights = page["scenarios"][1]
+    assert eights["before"] < eights["least"] < eights["after"]
+    assert f"(scenario 1): {eights['least']:.1%} is asked, since the classifier before has" in out
 
 
 def test_a_suite_of_version_1_is_read_and_asks_nothing_where_nothing_was_improved(suite, tmp_path):
