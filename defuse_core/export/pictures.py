@@ -22,7 +22,8 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import RunFile
-from defuse_core.correct import held_out_images
+from defuse_core.correct import held_out_images, tuning_images
+from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError
 from defuse_core.export.writing import expect_new_folder, writing
@@ -41,7 +42,9 @@ class PictureRow:
     class_index: int  # of the label, as the classifier numbers its classes; ImageFolder numbers the folders
     label_from: str  # votes: the majority on this very picture; scenario: the one label of its scenario
     scenario: int
-    origin: str  # reviewed by the annotators, or held-out: drawn to measure the correction
+    origin: (
+        str  # reviewed by the annotators; tuned: drawn to tune on; held-out: drawn to measure the correction
+    )
     before: str  # answer of the classifier before the correction
     after: str  # and after it
 
@@ -50,6 +53,7 @@ class PictureRow:
 class LabelledPictures:
     """Pictures of the scenarios with their labels, for one origin."""
 
+    part: str  # train or test
     origin: str
     label_from: str
     images: F32  # (n, channels, H, W)
@@ -88,9 +92,11 @@ def load_finished(run: Run) -> FinishedRun:
 
 
 def export_scenarios(run: Run, folder: Path) -> int:
-    """Write FOLDER/CLASS/*.png and labels.csv for the accepted scenarios; return how many pictures.
+    """Write FOLDER/train/CLASS/*.png, FOLDER/test/CLASS/*.png and labels.csv; return how many pictures.
 
-    Raises InputError where the run accepted no scenario, or the folder is not empty or cannot be written.
+    Those in `test` are the held-out ones of the accepted scenarios, which a suite checks as well; those in `train` are
+    the reviewed ones and D_f. Raises InputError where the run accepted no scenario, or the folder is not empty or cannot
+    be written.
     """
     expect_new_folder("--scenarios", folder)
     models, parts = _load(run)
@@ -117,16 +123,19 @@ def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64]]]:
     if not len(found.verdicts.accepted):
         raise InputError(f"run {run.name} accepted no failure scenario, so there are no pictures to export")
     before, after = found.classifiers()
-    held_out = held_out_images(load_vae(run.spec, found.models.vae), found.fixes)
-    drawn = LabelledPictures(
-        "held-out",
-        "scenario",
-        held_out.batch(),
-        held_out.labels,
-        np.repeat(found.fixes.scenario, found.fixes.test.shape[1]),
-    )
-    parts = [_reviewed(found.gallery, found.verdicts), drawn]
+    vae, fixes = load_vae(run.spec, found.models.vae), found.fixes
+    parts = [
+        _reviewed(found.gallery, found.verdicts),
+        _drawn("train", "tuned", tuning_images(vae, fixes), fixes.scenario),
+        _drawn("test", "held-out", held_out_images(vae, fixes), fixes.scenario),
+    ]
     return found.models, [(p, predict(before, p.images), predict(after, p.images)) for p in parts]
+
+
+def _drawn(part: str, origin: str, images: Images, scenarios: I64) -> LabelledPictures:
+    """Return images that were drawn from each of `scenarios` in turn, under the label of the scenario."""
+    each = np.repeat(scenarios, len(images) // len(scenarios))
+    return LabelledPictures(part, origin, "scenario", images.batch(), images.labels, each)
 
 
 def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:
@@ -135,7 +144,7 @@ def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:
     labelled = labels != NONE_OF_THE_ABOVE
     scenario = np.repeat(accepted[:, None], labels.shape[1], axis=1)
     return LabelledPictures(
-        "reviewed", "votes", gallery.images[accepted][labelled], labels[labelled], scenario[labelled]
+        "train", "reviewed", "votes", gallery.images[accepted][labelled], labels[labelled], scenario[labelled]
     )
 
 
@@ -149,7 +158,7 @@ def _write(
     ):
         number = counts[int(scenario)] = counts.get(int(scenario), -1) + 1
         name = f"scenario-{scenario:03d}-{pictures.origin}-{number:03d}.png"
-        place = Path(folders[label]) / name
+        place = Path(pictures.part, folders[label], name)
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         to_picture(to_levels(pixels)).save(folder / place)
         yield PictureRow(
@@ -167,5 +176,5 @@ def _write(
 def folder_names(classes: tuple[str, ...]) -> list[str]:
     """Return the folder of each class: its name, or number and name of all where two would share one."""
     names = [name.replace("/", "_").lstrip(".") or "_" for name in classes]
-    taken = {TABLE, *(name.casefold() for name in names)}  # some file systems do not tell a from A
-    return names if len(taken) > len(names) else [f"{index}-{name}" for index, name in enumerate(names)]
+    taken = {name.casefold() for name in names}  # some file systems do not tell a from A
+    return names if len(taken) == len(names) else [f"{index}-{name}" for index, name in enumerate(names)]

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     "--scenarios",
     "folder",
     type=click.Path(path_type=Path),
-    help="New folder for the pictures of the failure scenarios: CLASS/*.png and labels.csv, whose column class_index "
-    "has the classifier's class numbers. torchvision's ImageFolder numbers the folders.",
+    help="New folder for the pictures of the failure scenarios: train/CLASS/*.png (reviewed, and drawn to tune on), "
+    "test/CLASS/*.png (held out; a suite checks the same ones) and labels.csv, whose column class_index has the "
+    "classifier's class numbers. torchvision's ImageFolder numbers the folders.",
 )
 def export(run: str, store: str, model: Path | None, folder: Path | None) -> None:
     """Write the corrected classifier of RUN, or the pictures of its failure scenarios, for other tools.

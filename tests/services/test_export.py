@@ -20,6 +20,7 @@ from defuse_core.errors import ModelError
 from defuse_core.export import export_model, export_scenarios
 from defuse_core.export.models import corrected_classifier, plain_weights
 from defuse_core.export.pictures import folder_names
+from defuse_core.export.suite import load_suite, save_suite
 from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -135,20 +136,23 @@ def test_the_pictures_are_a_folder_per_class_with_a_table(store, tmp_path):
     from torchvision.datasets import ImageFolder
 
     count = export_scenarios(opened(store), tmp_path / "pictures")
-    folder = ImageFolder(str(tmp_path / "pictures"))
-    assert folder.classes == ["3", "8"]
-    assert len(folder) == count == 2 * (5 + 24)
+    folders = {part: ImageFolder(str(tmp_path / "pictures" / part)) for part in ("train", "test")}
+    assert {tuple(folder.classes) for folder in folders.values()} == {("3", "8")}
+    assert {part: len(folder) for part, folder in folders.items()} == {"train": 2 * (5 + 24), "test": 2 * 24}
+    assert count == 2 * (5 + 24 + 24)
     rows = list(csv.DictReader((tmp_path / "pictures/labels.csv").open()))
     assert len(rows) == count
     for row in rows:
         assert row["class_index"] == row["label"]  # the digit, which ImageFolder numbers 0 or 1
         with Image.open(tmp_path / "pictures" / row["filepath"]) as picture:
             assert picture.size == (16, 16)
+        part = "test" if row["origin"] == "held-out" else "train"
         assert row["filepath"].startswith(
-            f"{row['label']}/scenario-{int(row['scenario']):03d}-{row['origin']}"
+            f"{part}/{row['label']}/scenario-{int(row['scenario']):03d}-{row['origin']}"
         )
     assert {(row["origin"], row["label_from"]) for row in rows} == {
         ("reviewed", "votes"),
+        ("tuned", "scenario"),
         ("held-out", "scenario"),
     }
     before = np.mean([row["before"] == row["label"] for row in rows])
@@ -156,11 +160,26 @@ def test_the_pictures_are_a_folder_per_class_with_a_table(store, tmp_path):
     assert before < after  # the planted classifier before takes 3 for 8
 
 
-def test_no_two_classes_share_a_folder_and_none_is_in_the_way_of_the_table():
+def test_a_suite_checks_no_picture_that_is_exported_to_train_on(store, tmp_path):
+    export_scenarios(opened(store), tmp_path / "pictures")
+    save_suite(opened(store), tmp_path / "suite")
+    asked = {
+        picture.tobytes() for picture in load_suite(tmp_path / "suite").pictures.pixels.reshape(-1, 16 * 16)
+    }
+
+    def exported(part: str) -> set[bytes]:
+        files = (tmp_path / "pictures" / part).glob("*/*.png")
+        return {np.asarray(Image.open(file)).tobytes() for file in files}
+
+    assert exported("test") == asked
+    assert not exported("train") & asked
+
+
+def test_no_two_classes_share_a_folder():
     assert folder_names(("3", "8", ".hidden")) == ["3", "8", "hidden"]
-    for classes in (("a/b", "a_b"), ("A", "a"), ("labels.csv", "b"), ("a/b", "a_b", "0-a_b")):
+    for classes in (("a/b", "a_b"), ("A", "a"), ("a/b", "a_b", "0-a_b")):
         folders = folder_names(classes)
-        assert len({name.casefold() for name in (*folders, "labels.csv")}) == len(classes) + 1
+        assert len({name.casefold() for name in folders}) == len(classes)
         assert not any("/" in name for name in folders)
 
 
@@ -170,7 +189,7 @@ def test_the_command_writes_both_and_names_the_comparison(store, tmp_path, monke
     code, out, _ = call(monkeypatch, capsys, "export", "digits", *where, *paths)
     assert code == 0
     assert "the same answer as the run's classifier on" in out
-    assert "58 pictures, with labels.csv; its column class_index has the classifier's class numbers" in out
+    assert "106 pictures, with labels.csv; its column class_index has the classifier's class numbers" in out
 
 
 @pytest.mark.parametrize(
