@@ -95,8 +95,8 @@ def export_scenarios(run: Run, folder: Path) -> int:
     """Write FOLDER/train/CLASS/*.png, FOLDER/test/CLASS/*.png and labels.csv; return how many pictures.
 
     Those in `test` are the held-out ones of the accepted scenarios, which a suite checks as well; those in `train` are
-    the reviewed ones and D_f. Raises InputError where the run accepted no scenario, or the folder is not empty or cannot
-    be written.
+    the reviewed ones and D_f. Raises InputError where the run accepted no scenario, or the folder is not empty or
+    cannot be written.
     """
     expect_new_folder("--scenarios", folder)
     models, parts = _load(run)
