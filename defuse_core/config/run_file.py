@@ -67,8 +67,9 @@ class ResourcesSection(Section):
     share each minibatch, so the result is that of one worker up to rounding and the masks of dropout. A resumed run
     must keep it."""
     precision: Literal["auto", "f32", "bf16"] | PrecisionSection = "f32"
-    """bf16 computes under torch's autocast; auto measures, once per run, where bf16 is faster; a section sets it for
-    each kind of computation. f32 is without TF32, on GPUs too. A resumed run must keep it. Paper: f32."""
+    """bf16 computes under torch's autocast; auto measures, once per run, where bf16 is faster; a section with fields
+    classifier, vae, reference, judges and answers (decoding and classifying) sets f32 or bf16 for each. f32 is without
+    TF32, on GPUs too. A resumed run must keep it. Paper: f32."""
 
     def arithmetic(self, kind: str) -> Arithmetic:
         """Return the number format of a kind of computation, a field of PrecisionSection; f32 before auto measured."""

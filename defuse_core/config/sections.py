@@ -62,12 +62,12 @@ class DataSection(Section):
     signs) and svhn are torchvision's; folder is ROOT/train, ROOT/validation and ROOT/test in ImageFolder layout; npz is
     one file. Paper: mnist, signs, svhn."""
     root: UserPath | None = None
-    """Folder of the images (for npz: the file). Not needed for digits and mnist-5000. May differ when a run is
-    resumed."""
+    """Folder of the images (npz: the file); digits and mnist-5000 need none. May differ when a run is resumed."""
     download: bool = False
     """Whether a data set that is not at root may be downloaded there."""
     image_size: int = Field(32, ge=8, le=512)
-    """Height and width, pixels, that images are resized to. Paper: 32 for MNIST (28 padded) and SVHN, 128 for signs."""
+    """Height and width, pixels. Pictures are stretched to this square, without crop or padding; those of an .npz have
+    that size already. Paper: 32 for MNIST (28 padded, here too) and SVHN, 128 for signs."""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour."""
     train_images: int | None = Field(None, ge=1)
@@ -92,7 +92,7 @@ class ClassifierSection(Section):
     timm_model: str | None = None
     """timm: the name of the architecture, such as resnet18 or convnext_tiny. Nothing is downloaded."""
     input_range: Literal["0..1", "-1..1", "imagenet", "0..255"] = "0..1"
-    """What pixels are converted to before the classifier sees them, unless it is cnn or resnet18: imagenet subtracts
+    """What pixels are converted to before the classifier sees them, unless it is cnn or resnet18; imagenet subtracts
     ImageNet's mean and divides by its standard deviation."""
     outputs: Literal["logits", "probabilities"] = "logits"
     """What the classifier returns, unless it is cnn or resnet18; of probabilities the logarithm is used."""
@@ -102,8 +102,8 @@ class ClassifierSection(Section):
     """resnet18: start from torchvision's ImageNet weights (downloaded if data.download), unless `weights` names a file.
     Paper: true."""
     stem: Literal["imagenet", "small"] = "imagenet"
-    """resnet18: imagenet is the 7x7 stride-2 convolution with max-pooling; small a 3x3 stride-2 convolution without
-    pooling, for images of about 32 pixels. Paper: imagenet."""
+    """resnet18: imagenet is the 7x7 stride-2 convolution with max-pooling; small is a 3x3 stride-2
+    convolution without pooling, for some 32 pixels. Paper: imagenet."""
     stages: int = Field(4, ge=1, le=8)
     """cnn: number of 4x4 stride-2 convolutions. Paper: 4."""
     channels: int = Field(64, ge=1)
@@ -115,7 +115,7 @@ class ClassifierSection(Section):
     learning_rate: float = Field(1.0, gt=0)
     """Paper: 1 for MNIST, 0.001 otherwise."""
     epochs: int = Field(5, ge=0)
-    """Paper: 5 for MNIST, 20 for signs, 10 for SVHN. 0 uses `weights` unchanged."""
+    """0 uses `weights` unchanged. Paper: 5 for MNIST, 20 for signs, 10 for SVHN."""
     batch_size: int = Field(64, ge=2)
     """Images. Paper: 64 for MNIST, 256 for signs, 2048 for SVHN."""
     keep: Literal["last", "best_validation"] = "last"
@@ -126,14 +126,14 @@ class VaeSection(Section):
     """The β-VAE that models the manifold of legitimate images (§2)."""
 
     architecture: Literal["paper", "convolutional", "custom"] = "paper"
-    """paper is Figures 8-13; convolutional doubles its channels at each stage and has batch normalisation, which needs
-    far fewer epochs; custom is import_path. Paper: paper."""
+    """paper is Figures 8-13; convolutional has batch normalisation and channels that double at each stage; it needs far
+    fewer epochs; custom is import_path. Paper: paper."""
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module with the methods
     `encode(images) -> mean, log-variance` and `decode(codes) -> images`, images in [0, 1]."""
     decode: Literal["plain", "anchored"] = "plain"
-    """plain shows a code z as p(z); anchored, for photographs, as the training image x that it is near to, moved as
-    its plain decoding moves: clip(x + p(z) - p(μ(x))). Paper: plain."""
+    """plain shows a code z as p(z); anchored, for photographs, moves the training image x that z is near to. It shows
+    clip(x + p(z) - p(μ(x))): x, moved as its plain decoding moves. Paper: plain."""
     weights: UserPath | None = None
     """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional where the factory
     loads its own."""
@@ -152,14 +152,14 @@ class VaeSection(Section):
     beta: float = Field(0.4, ge=0)
     """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
     epochs: int = Field(800, ge=0)
-    """Paper: 800 for MNIST and signs, 400 for SVHN. 0 uses `weights` (or a custom module) unchanged."""
+    """0 uses `weights` (or a custom module) unchanged. Paper: 800 for MNIST and signs, 400 for SVHN."""
     batch_size: int = Field(2048, ge=2)
     """Images. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
     """Adam. Paper: 0.001."""
     schedule: Schedule = "constant"
-    """one_cycle: the learning rate grows linearly over the first tenth of the steps, then falls to 0 on a half cosine.
-    Paper: constant."""
+    """Of the learning rate. one_cycle: linear growth over a tenth of the steps, then a half cosine to 0. Paper:
+    constant."""
     class_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of a linear classifier of the codes, trained with the β-VAE on the images' labels and
     then dropped: reconstructions keep their class more often. Paper: 0."""
@@ -224,8 +224,7 @@ class DistillSection(Section):
     """Components whose codes come from fewer training images are dropped. Paper: 1, which drops none."""
     order: Literal["weight", "source-error"] = "weight"
     """Order of the scenarios. source-error puts first the components whose source images, the training images that
-    their codes come from, f itself gets wrong most certainly (lower 95 % bound): these failures are real. Paper:
-    weight."""
+    their codes come from, f gets wrong most certainly (lower 95 % bound): these are real. Paper: weight."""
     engine: Literal["torch", "scikit-learn"] = "torch"
     """torch computes the updates of scikit-learn's mixture in blocks, on the GPU if there is one, several times as fast
     and equal to rounding. Paper: scikit-learn."""
@@ -328,7 +327,8 @@ class ReviewSection(Section):
     answers_per_task: int = Field(5, ge=1)
     """Label Studio: people asked per task (its overlap). Paper: 5."""
     stop_early: bool = True
-    """Label Studio, accept share: stop asking about a scenario whose verdict and label can no longer change. Ours."""
+    """Label Studio, with accept share and consensus majority: stop asking about a scenario whose verdict and label can
+    no longer change. Ours."""
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
     inline_kb: int = Field(64, ge=1)

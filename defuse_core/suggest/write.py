@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 
-from defuse_core.config.loading import describe_fields
+from defuse_core.config.loading import FieldDescription, describe_fields
 from defuse_core.suggest.inspect import quoted
 from defuse_core.suggest.plan import Plan
 
@@ -16,10 +17,10 @@ COMMENT_WIDTH = 78
 
 def write_run_file(plan: Plan, minutes: float) -> str:
     """Return the run file as text: what was found at its top, and each field with its meaning."""
-    meanings = {field.name: field.meaning for field in describe_fields()}
+    described = {field.name: field for field in describe_fields()}
     lines = [f"# {line}".rstrip() for line in _header(plan, minutes)]
     for section, fields in plan.tree.items():
-        lines += ["", f"{section}:", *_fields(fields, section, meanings, 1)]
+        lines += ["", f"{section}:", *_fields(fields, section, described, 1)]
     lines += ["", "# All other fields have their defaults: `defuse fields` lists them.", ""]
     return "\n".join(lines)
 
@@ -55,15 +56,17 @@ def _listed(names: tuple[str, ...], limit: int = 12) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _fields(fields: dict[str, Any], prefix: str, meanings: dict[str, str], depth: int) -> list[str]:
+def _fields(
+    fields: dict[str, Any], prefix: str, described: dict[str, FieldDescription], depth: int
+) -> list[str]:
     lines = []
     for name, value in fields.items():
         indent = "  " * depth
         if isinstance(value, dict):
-            lines += [f"{indent}{name}:", *_fields(value, f"{prefix}.{name}", meanings, depth + 1)]
+            lines += [f"{indent}{name}:", *_fields(value, f"{prefix}.{name}", described, depth + 1)]
             continue
         text = f"{indent}{name}: {_as_yaml(value)}"
-        comment = _short(meanings.get(f"{prefix}.{name}", ""))
+        comment = _comment(described[f"{prefix}.{name}"], value)
         lines.append(f"{text:<{COMMENT_COLUMN}}  # {comment}" if comment else text)
     return lines
 
@@ -76,11 +79,29 @@ def _as_yaml(value: Any) -> str:
     )
 
 
-def _short(meaning: str) -> str:
-    """Return a meaning without what the paper has, cut at the end of a sentence or a word."""
-    text = meaning.partition(" Paper:")[0].removesuffix(" Ours.").rstrip(".")
+def _comment(field: FieldDescription, value: Any) -> str:
+    """Return what the field means, without what the paper has; of a field with named values, nothing about others."""
+    text = field.meaning.partition(" Paper:")[0].removesuffix(" Ours.").rstrip(".")
     if text.startswith(("Paper:", "Ours")):
         return ""
+    names = field.values.split(" | ")
+    if not (isinstance(value, str) and value in names):
+        return _short(text)
+    clauses = re.split("[.;] ", text)
+    own = [clause for clause in clauses if _explains(clause, value)]
+    if not any(_explains(clauses[0], name) for name in names):
+        own.append(clauses[0])
+    fitting = [clause for clause in own if len(clause) <= COMMENT_WIDTH]
+    return (fitting or [_short(clause) for clause in own] or [""])[0]
+
+
+def _explains(clause: str, name: str) -> bool:
+    """Whether a clause begins with a named value, as in `small is ...`, or `resnet18: small is ...`."""
+    return re.match(rf"([^:]*: )?{re.escape(name)}(?![\w-])", clause) is not None
+
+
+def _short(text: str) -> str:
+    """Return a text cut at the end of a sentence, a clause or a word."""
     for part in (text, text.partition(". ")[0], text.partition("; ")[0]):
         if len(part) <= COMMENT_WIDTH:
             return part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from defuse_core.config.loading import describe_fields
 from defuse_core.errors import DataError
 from defuse_core.suggest import inspect_data
 from defuse_core.suggest.inspect import _pictures
+from defuse_core.suggest.write import _comment
 from services.cli.options import run_name
 from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import digits, trained
@@ -73,6 +75,40 @@ def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, m
     text = Path("digits.yaml").read_text()
     assert text.startswith("# Written by `defuse init` for about 5 minutes")
     assert "# Q, draws per image" in text
+
+
+def test_comments_explain_the_value_that_is_written(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start(monkeypatch, capsys, pictures, "--minutes", 1)
+    lines = [" ".join(line.split()) for line in Path("digits.yaml").read_text().splitlines()]
+    assert "name: folder # folder is ROOT/train, ROOT/validation and ROOT/test in ImageFolder layout" in lines
+    assert "architecture: cnn # cnn is Figure 7" in lines
+    written = "\n".join(lines)
+    assert "architecture: convolutional # convolutional has batch normalisation" in written
+    assert re.search(r"^epochs: \d+ # 0 uses `weights` unchanged$", written, re.MULTILINE)
+    assert re.search(
+        r"^epochs: \d+ # 0 uses `weights` \(or a custom module\) unchanged$", written, re.MULTILINE
+    )
+
+
+def test_no_comment_explains_another_value_than_the_one_beside_it():
+    wrong = []
+    for field in describe_fields():
+        names = field.values.split(" | ")
+        for value in names:
+            comment = _comment(field, value)
+            begins = {comment.partition(" ")[0], comment.partition(": ")[2].partition(" ")[0]}
+            if {word.rstrip(":,") for word in begins} & set(names) - {value}:
+                wrong.append((field.name, value, comment))
+    assert wrong == []
+
+
+def test_a_comment_prefers_the_clause_of_the_value_and_else_says_what_all_values_are():
+    described = {field.name: field for field in describe_fields()}
+    assert _comment(described["classifier.stem"], "small").startswith("small is a 3x3 stride-2 convolution")
+    assert _comment(described["vae.decode"], "anchored").startswith("anchored, for photographs, moves")
+    assert _comment(described["classifier.keep"], "last") == "Which epoch's weights are kept"
+    assert _comment(described["distill.engine"], "scikit-learn") == ""
 
 
 def test_more_minutes_give_more_epochs(pictures, tmp_path, monkeypatch, capsys):
