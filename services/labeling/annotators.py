@@ -214,11 +214,20 @@ def open_traffic_review(store: Store, run: Run) -> Run:
         for image in scenario
     }
     traffic, wanted = read_traffic(store, run.name, run.load(Gallery)), run.spec.review.images
-    gallery = traffic.without(shown).gallery(wanted)
+    new = traffic.without(shown)
+    gallery = new.gallery(wanted)
     if not len(gallery):
         raise InputError(
             f"no scenario of run {run.name} has {wanted} inputs that were not reviewed yet, of {len(traffic)} kept; "
             "serve it with a larger `serve.reservoir`, or wait for more traffic"
+        )
+    met = len(set(new.scenario.tolist()))
+    if met > len(gallery):
+        log.info(
+            "review: left out %d of %d scenarios, which have fewer than %d inputs that no review has shown",
+            met - len(gallery),
+            met,
+            wanted,
         )
     # Every input is asked about, not only as many as a verdict needs: it measures the served model.
     spec = run.spec.with_fields(

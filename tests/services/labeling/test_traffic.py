@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,21 @@ def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, account
     assert f"{served.name}/traffic-2" in cli("push", served.name, "--from-traffic").output
     second = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-2").load(Gallery)
     assert second is not None and second.numbers == (3,)
+
+
+def test_scenarios_with_too_few_inputs_are_left_out_and_counted(served, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    meet(served, tmp_path, 1, 1)
+    review = open_traffic_review(FolderStore(tmp_path), served)
+    assert review.require(Gallery).numbers == (2,)
+    assert "left out 2 of 3 scenarios, which have fewer than 3 inputs" in caplog.text
+
+
+def test_nothing_is_said_where_every_scenario_is_shown(served, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    meet(served, tmp_path, 3, 2, first=2)
+    assert open_traffic_review(FolderStore(tmp_path), served).require(Gallery).numbers == (2, 3)
+    assert "left out" not in caplog.text
 
 
 def test_an_input_that_came_more_than_once_is_shown_once(cli, served, tmp_path):
