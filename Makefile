@@ -15,7 +15,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml deploy/constraints.txt  # compileall uses all cores, pip one; it fails where a package has a file for other Pythons
-	$(PYTHON) -c 'import sys; sys.exit("Defuse needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Defuse needs Python 3.11 to 3.13; set PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --quiet --no-compile --constraint deploy/constraints.txt --editable '.[dev]'
