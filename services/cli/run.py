@@ -69,7 +69,8 @@ def run(
     """Debug the classifier that RUNFILE describes. The same command again continues where the last one stopped.
 
     \b
-    Exit codes: 0 done, 1 a check failed, 2 bad input, 3 waiting for people, 4 the machinery failed.
+    Exit codes: 0 finished, whatever was found (`defuse check` says whether it is good), 2 bad input,
+    3 waiting for people, 4 the machinery failed.
     \b
     defuse run deploy/runs/digits.yaml
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review

@@ -39,6 +39,8 @@ why_option = click.option(
 def check(run: str | None, store: str, as_json: bool, suite: Path | None, **options: Any) -> None:
     """Check the corrected classifier of RUN against section `check` of its run file. Exits 1 if a check fails.
 
+    The limits are those in STORE/RUN/run.yaml. After a change of check.* in your own file give `defuse run` again.
+
     With --suite, check RUN, or any other classifier, against a suite that `defuse suite save` wrote.
 
     \b
