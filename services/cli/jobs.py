@@ -63,13 +63,13 @@ def submit(
 ) -> None:
     """Run RUNFILE as a job on a Ray cluster, follow its log, and end with its exit code.
 
-    Uploads the run file, the weights and the classifier's code that it names, and Defuse itself: the nodes need only
-    its dependencies (deploy/Dockerfile is an image with them). No environment variable is uploaded but those that --env
-    names: nodes have their own AWS_* and LABEL_STUDIO_*. With token authentication set RAY_AUTH_MODE=token and
-    RAY_AUTH_TOKEN here.
+    Uploads the run file, the weights that it names, the top-level package or module of each import_path, and Defuse
+    itself. Nodes need its dependencies (deploy/Dockerfile is an image with them), and other modules that this package
+    imports. No environment variable is uploaded but those that --env names: nodes have their own AWS_* and
+    LABEL_STUDIO_*. With token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here.
 
     \b
-    defuse submit deploy/runs/mnist.yaml --address http://head:8265 --store s3://bucket/runs --set data.root=/data
+    defuse submit deploy/runs/mnist-laptop.yaml --address http://head:8265 --store s3://our/runs --set data.root=/data
     """
     from cluster.jobs import Jobs
     from defuse_core.config import load_run_file
