@@ -31,6 +31,7 @@ from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import component_failures
+from defuse_core.distill.held_out import without_undivided
 from defuse_core.distill.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
 from defuse_core.distill.psi import subsample_psi
 from defuse_core.intervals import wilson_lower
@@ -57,7 +58,8 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     scenarios = fits.scenarios()
     if spec.vae.decode == "anchored" and len(scenarios):
         train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
-        scenarios = replace(scenarios, failures=component_failures(fits.members(), train, spec.seed))
+        anchored = component_failures(fits.members(), train, spec.seed)
+        scenarios = without_undivided(replace(scenarios, failures=anchored))
     log_scenarios(spec, scenarios)
     return scenarios
 
