@@ -34,11 +34,13 @@ class NearestReal:
     images: U8  # (A, E, channels, H, W)
     labels: I64  # (A, E)
     predicted: I64  # (A, E)
-    error: F64  # (A,) on the nearest, as many as are tested; nan where no image has the label: images mean nothing
+    # (A,) on the nearest, as many as are tested; of tracks, where images have any; nan where no image has the label:
+    # images mean nothing
+    error: F64
     error_of_all: float  # on all real images
     seen: Bool  # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR
     testable: Bool | None = None  # (A,) False where the label has too few errors, or images, for `seen`
-    # (A,) on all real images of the label; None in a run of an earlier version
+    # (A,) on all real images of the label, or on all of their tracks; None in a run of an earlier version
     error_of_label: F64 | None = None
 
 
@@ -47,7 +49,8 @@ def find_nearest_real(
 ) -> NearestReal:
     """Return, per accepted scenario, the nearest real images by Mahalanobis distance, and f's error on them.
 
-    Only images of the scenario's label are compared: its pictures show that class.
+    Only images of the scenario's label are compared: its pictures show that class. Images of one track count once,
+    where the nearest of them is.
     """
     codes = encode_images(vae, real)
     predicted = predict(before, real)
@@ -56,10 +59,11 @@ def find_nearest_real(
     of_label: F64 = np.full(len(fixes.labels), np.nan)
     for place, (number, label) in enumerate(zip(fixes.scenario, fixes.labels, strict=True)):
         rows = np.flatnonzero(real.labels == label)
-        of_label[place] = wrong[rows].mean() if len(rows) else np.nan
         distance = distances_from(scenarios, number, codes[rows])
         near = rows[np.argsort(distance, kind="stable")]
-        tests.append(_error_nearby(wrong[near]))
+        outcomes = _outcomes(wrong[near], None if real.tracks is None else real.tracks[near])
+        of_label[place] = outcomes.mean() if len(rows) else np.nan
+        tests.append(_error_nearby(outcomes))
         kept = np.resize(near, NEAREST) if len(near) else np.zeros(NEAREST, np.int64)
         shown.append(to_levels(real.batch(kept)))
         labels.append(real.labels[kept])
@@ -79,8 +83,20 @@ def find_nearest_real(
     )
 
 
+def _outcomes(wrong: Bool, tracks: I64 | None) -> Bool:
+    """Return whether each track is wrong, that is most of its images, in the order in which (n,) images name them.
+
+    `wrong` itself where images have no tracks.
+    """
+    if tracks is None:
+        return wrong
+    _, first, track = np.unique(tracks, return_index=True, return_inverse=True)
+    most: Bool = 2 * np.bincount(track, wrong) > np.bincount(track)
+    return most[np.argsort(first)]
+
+
 def _error_nearby(wrong: Bool) -> tuple[float, bool, bool]:
-    """Return the error on the nearest of n images, whether it is significant, and whether any error could be.
+    """Return the error on the nearest of n images or tracks, whether it is significant, and whether any error could be.
 
     `wrong` (n,) is in order of distance. Against the error of all n the test is hypergeometric, since the nearest are a
     part of all. It says nothing where a class fails as a whole, so that an error over LEAST_REAL_ERROR is enough, too.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from defuse_core.evaluation.nearest_real import _error_nearby
+from defuse_core.evaluation.nearest_real import _error_nearby, _outcomes
 
 
 def in_order(near: int, far: int, images: int) -> np.ndarray:  # type: ignore[type-arg]
@@ -57,3 +57,18 @@ def test_a_chance_of_five_percent_is_kept_where_the_scenario_has_nothing_to_do_w
 )
 def test_no_error_of_the_nearest_can_be_significant_with_few_errors_or_images(near, images, testable):
     assert _error_nearby(in_order(near, 0, images))[1:] == (False, testable)
+
+
+def test_frames_of_one_sign_count_once_where_the_nearest_of_them_is():
+    # track 7 is the nearest, with three of four frames wrong; 5 has one of two wrong, which is not most of them
+    tracks = np.array([7, 5, 7, 2, 7, 7, 5])
+    wrong = np.array([True, True, False, False, True, True, False])
+    assert _outcomes(wrong, tracks).tolist() == [True, False, False]
+    assert _outcomes(wrong, None) is wrong
+
+
+def test_thirty_wrong_frames_of_one_sign_do_not_show_the_failures_of_a_scenario():
+    tracks = np.repeat(np.arange(20), 30)
+    wrong = tracks == 0
+    assert _error_nearby(wrong)[1:] == (True, True)
+    assert _error_nearby(_outcomes(wrong, tracks))[1:] == (False, False)
