@@ -149,5 +149,6 @@ class ScenarioEvidence(FigureModel):
     real_error_of_all: float | None
     """Its error on all real images."""
     seen_in_real_data: bool | None
-    """Whether real_error is significantly larger than real_error_of_class, or than 20 %. Null where no error of the
-    nearest ones could be: the class has too few images or errors."""
+    """Whether real_error is significantly larger than real_error_of_class, or than 20 %, at a false discovery rate of
+    5 % over the accepted scenarios. False does not say that the errors are equal. Null where no error of the nearest
+    ones could be: the class has too few images or errors."""
