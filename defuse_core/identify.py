@@ -174,11 +174,15 @@ class Identifier:
         screened = self._screen(decoder, codes, truth, failed)
         kept = nearest_failures(screened, np.linalg.norm(noise, axis=2), section.max_per_image)
         image, _ = np.nonzero(kept)
-        failures = Failures(codes[kept], rows[image], truth[image], predicted[kept], wrong[image])
+
+        def of_source(image: I64) -> tuple[Bool, I64 | None]:
+            return wrong[image], None if images.tracks is None else images.tracks[image]
+
+        failures = Failures(codes[kept], rows[image], truth[image], predicted[kept], *of_source(image))
         if section.originals == "misclassified":
             own = np.flatnonzero(wrong)
             own = own[self._recognised(images.batch(own), truth[own])]
-            originals = Failures(mu[own], rows[own], truth[own], answers[own], wrong[own])
+            originals = Failures(mu[own], rows[own], truth[own], answers[own], *of_source(own))
             failures = Failures.concatenate([failures, originals])
         return Shard(
             failures=failures,

@@ -154,7 +154,9 @@ def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table
     table = new_table("Failure scenarios", columns, texts=4 if "Seen" in columns else 3)
     table.columns[0].min_width = len(str(len(report.scenarios.list)))
     if "Seen" in columns:
-        table.caption = "Seen: the classifier is wrong on the training images behind it, too."
+        table.caption = (
+            "Seen: the classifier is certainly wrong on over a fifth of the training images behind it."
+        )
         table.caption_justify = "left"
     for row in report.scenarios.list:
         if row.accepted:

@@ -62,6 +62,9 @@ class Failures:
     truth: I64  # (F,) label of the source image
     predicted: I64  # (F,) never equal to truth
     source_wrong: Bool | None = None  # (F,) whether f gets the source image itself wrong; None where unknown
+    source_track: I64 | None = (
+        None  # (F,) track of the source image; None without tracks, or of an earlier version
+    )
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
@@ -72,19 +75,27 @@ class Failures:
     def take(self, rows: I64 | Bool) -> Failures:
         """Return the failures of `rows`."""
         wrong = None if self.source_wrong is None else self.source_wrong[rows]
-        return Failures(self.codes[rows], self.source[rows], self.truth[rows], self.predicted[rows], wrong)
+        track = None if self.source_track is None else self.source_track[rows]
+        return Failures(
+            self.codes[rows], self.source[rows], self.truth[rows], self.predicted[rows], wrong, track
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[Failures]) -> Failures:
-        """Return the failures of all parts, in order; source_wrong is None where a part with failures lacks it."""
-        held = [part.source_wrong for part in parts if len(part)]
-        wrong = [of_part for of_part in held if of_part is not None]
+        """Return the failures of all parts, in order.
+
+        source_wrong and source_track are None where a part with failures lacks them.
+        """
+        held = [part for part in parts if len(part)]
+        wrong = [part.source_wrong for part in held if part.source_wrong is not None]
+        track = [part.source_track for part in held if part.source_track is not None]
         return Failures(
             np.concatenate([part.codes for part in parts]),
             np.concatenate([part.source for part in parts]),
             np.concatenate([part.truth for part in parts]),
             np.concatenate([part.predicted for part in parts]),
             np.concatenate(wrong) if wrong and len(wrong) == len(held) else None,
+            np.concatenate(track) if track and len(track) == len(held) else None,
         )
 
 
@@ -147,6 +158,10 @@ class Scenarios:
     cells: I64 | None = None  # (S, 2) class of the source images, answer of f; -1 each for a single mixture
     support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
     source_error: F64 | None = None  # (S,) share of these that f gets wrong in the image itself
+    source_tracks: I64 | None = (
+        None  # (S,) tracks of these images; None without tracks, or in an earlier version's
+    )
+    wrong_tracks: F64 | None = None  # (S,) how many of these tracks f gets most of these images of wrong
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
     failures: ComponentFailures | None = None  # with vae.decode: anchored; None where decoded plainly
@@ -162,9 +177,10 @@ class Scenarios:
 
     def take(self, rows: I64, **changed: Any) -> Scenarios:
         """Return the components `rows`, with the fields of `changed` replaced."""
+        names = ("weights", "means", "covariances", "cells", "support", "source_error", "taus")
         per_component = {
             name: value[rows]
-            for name in ("weights", "means", "covariances", "cells", "support", "source_error", "taus")
+            for name in (*names, "source_tracks", "wrong_tracks")
             if (value := getattr(self, name)) is not None
         }
         failures = None if self.failures is None else self.failures.take(rows)

@@ -221,10 +221,10 @@ class DistillSection(Section):
     min_weight: float = Field(0.01, ge=0, lt=1)
     """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
     min_support: int = Field(5, ge=1)
-    """Components whose codes come from fewer training images are dropped. Paper: 1, which drops none."""
+    """Components with codes of fewer training images (of a track, each) are dropped. Paper: 1, which drops none."""
     order: Literal["weight", "source-error"] = "weight"
     """Order of the scenarios. source-error puts first the components whose source images, the training images that
-    their codes come from, f gets wrong most certainly (lower 95 % bound): these are real. Paper: weight."""
+    their codes come from, f gets wrong most certainly (lower 95 % bound, by tracks): these are real. Paper: weight."""
     engine: Literal["torch", "scikit-learn"] = "torch"
     """torch computes the updates of scikit-learn's mixture in blocks, on the GPU if there is one, several times as fast
     and equal to rounding. Paper: scikit-learn."""

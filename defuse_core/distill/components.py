@@ -31,9 +31,16 @@ from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import component_failures
+from defuse_core.distill.held_out import without_undivided
 from defuse_core.distill.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
 from defuse_core.distill.psi import subsample_psi
-from defuse_core.intervals import wilson_lower
+from defuse_core.distill.sources import (
+    Sources,
+    certain_source_error,
+    count_sources,
+    source_error,
+    wrong_tracks,
+)
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
 from defuse_core.store import Store
@@ -57,7 +64,8 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     scenarios = fits.scenarios()
     if spec.vae.decode == "anchored" and len(scenarios):
         train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
-        scenarios = replace(scenarios, failures=component_failures(fits.members(), train, spec.seed))
+        anchored = component_failures(fits.members(), train, spec.seed)
+        scenarios = without_undivided(replace(scenarios, failures=anchored))
     log_scenarios(spec, scenarios)
     return scenarios
 
@@ -135,8 +143,7 @@ class FittedCell:
     cell: tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
     codes: int
     weight: float
-    support: I64  # (k,) distinct training images of the codes that belong most to each component
-    wrong: F64  # (k,) how many of these images f itself gets wrong; nan where not known
+    sources: Sources
 
     @property
     def weights(self) -> F64:
@@ -160,20 +167,6 @@ def failures_by_component(fit: FittedMixture, members: Failures) -> list[Failure
     with threadpool_limits(1):
         owner = responsibilities(members.codes, fit.weights, fit.means, fit.covariances).argmax(axis=1)
     return [members.take(owner == component) for component in range(len(fit.weights))]
-
-
-def count_sources(by_component: Sequence[Failures]) -> tuple[I64, F64]:
-    """Return each component's number of distinct training images, (k,), and how many of them f itself gets wrong.
-
-    The second is nan where it is not known.
-    """
-    support, wrong = np.zeros(len(by_component), np.int64), np.full(len(by_component), np.nan)
-    for row, failures in enumerate(by_component):
-        images, first = np.unique(failures.source, return_index=True)
-        support[row] = len(images)
-        if failures.source_wrong is not None:
-            wrong[row] = failures.source_wrong[first].sum()
-    return support, wrong
 
 
 def fit_mixture(
@@ -242,7 +235,7 @@ class Fits:
     def cells(self) -> list[FittedCell]:
         """The mixtures with the support of their components."""
         return [
-            FittedCell(part.fit, part.cell, len(part.members), part.weight, *count_sources(own))
+            FittedCell(part.fit, part.cell, len(part.members), part.weight, count_sources(own))
             for part, own in zip(self.parts, self.by_component, strict=True)
         ]
 
@@ -261,27 +254,14 @@ class Fits:
 def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tuple[I64, I64]:
     """Return the components over ε in the order of `section.order`: those with enough support, and the others."""
     weights = np.concatenate([cell.weights for cell in cells])
-    support = np.concatenate([cell.support for cell in cells])
+    sources = [cell.sources for cell in cells]
+    support = np.concatenate([part.support for part in sources])
     over = np.flatnonzero(weights > section.min_weight)
     over = over[np.argsort(-weights[over], kind="stable")]
     if section.order == "source-error":
-        error = _source_error(cells)
-        over = over[np.argsort(-certain_error(support[over], error[over]), kind="stable")]
+        over = over[np.argsort(-certain_source_error(sources)[over], kind="stable")]
     enough = support[over] >= section.min_support
     return over[enough], over[~enough]
-
-
-def _source_error(cells: Sequence[FittedCell]) -> F64:
-    """Return the share of the source images of each component that f itself gets wrong; nan where not known."""
-    support = np.concatenate([cell.support for cell in cells])
-    error: F64 = np.concatenate([cell.wrong for cell in cells]) / np.maximum(support, 1)
-    return np.where(support > 0, error, np.nan)
-
-
-def certain_error(support: I64, error: F64) -> F64:
-    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 where not known."""
-    wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
-    return wilson_lower(wrong, support)
 
 
 def scenarios_of(
@@ -289,7 +269,9 @@ def scenarios_of(
 ) -> Scenarios:
     """Return the components of all mixtures over ε with enough support, in the order of `section.order`."""
     weights = np.concatenate([cell.weights for cell in fitted])
-    support = np.concatenate([cell.support for cell in fitted])
+    sources = [cell.sources for cell in fitted]
+    support = np.concatenate([part.support for part in sources])
+    tracks, wrong = wrong_tracks(sources)
     cells = np.concatenate([np.tile(cell.cell, (len(cell.weights), 1)) for cell in fitted])
     means = np.concatenate([cell.fit.means for cell in fitted])
     covariances = np.concatenate([cell.fit.covariances for cell in fitted])
@@ -305,7 +287,9 @@ def scenarios_of(
         lower_bound=float(sum(cell.fit.lower_bound for cell in fitted)),
         cells=cells[kept],
         support=support[kept],
-        source_error=_source_error(fitted)[kept],
+        source_error=source_error(sources)[kept],
+        source_tracks=None if tracks is None else tracks[kept],
+        wrong_tracks=None if wrong is None else wrong[kept],
         last_change=_largest_change([cell.fit for cell in fitted]),
         dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),
         all_means=means,

@@ -12,6 +12,7 @@ from scipy.spatial.distance import cdist
 from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.data import Images
+from defuse_core.distill.held_out import held_out_half
 from defuse_core.intervals import chi2_quantile
 from defuse_core.seeds import generator
 
@@ -104,7 +105,7 @@ def failure_rows(
 ) -> I64:
     """Return `count` random failures of one component, (count,): at its held-out images, or at the others.
 
-    Where all its images are in one half (it has but one, or shares them), both draws are at these.
+    Where all its images are in one half, both draws are at these: a run of an earlier version may have such components.
     """
     return rng.choice(_half(failures, component, held_out), count).astype(np.int64)
 
@@ -215,7 +216,8 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
     """Return FAILURES_KEPT of the failures of each component, from as many images as there are, up to IMAGES_KEPT.
 
     They are drawn by seed, and each image gives as many as the others where it has so many. Images of one track are
-    held out together, since they show the same object, but where a component has images of a single track.
+    held out together, since they show the same object. Components whose images are all in one half are among them
+    (see `without_undivided`).
     """
     chosen = [
         own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
@@ -230,27 +232,8 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
     names, unit = np.unique(units, return_inverse=True)
     rng = generator(seed, "distill", "held out")
     held_out = held_out_half(unit[anchor], len(names), rng)[unit]
-    for own in map(np.unique, anchor):
-        if len(own) > 1 and len(np.unique(unit[own])) == 1:  # of a single track
-            held_out[own] = False
-            held_out[rng.permutation(own)[: len(own) // 2]] = True
     track = None if train.tracks is None else train.tracks[used]
     return ComponentFailures(codes, anchor, Anchors(pixels, used, held_out, track))
-
-
-def held_out_half(used: I64, units: int, rng: np.random.Generator) -> Bool:
-    """Return which units (images, or tracks of them) held-out draws are anchored at, (units,).
-
-    They are about half of those that each component uses, a row of `used` (S, L). A unit is in the same half for all
-    components, so that none is tuned on by one and held out by another, unless a component has no unit in one of the
-    halves. Components of few units choose first.
-    """
-    held, free = np.zeros(units, np.bool_), np.ones(units, np.bool_)
-    for own in sorted(map(np.unique, used), key=len):
-        missing = max(0, len(own) // 2 - int(held[own].sum()))
-        held[rng.permutation(own[free[own]])[:missing]] = True
-        free[own] = False
-    return held
 
 
 def _spread(source: I64, rng: np.random.Generator) -> I64:

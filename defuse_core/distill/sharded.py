@@ -21,7 +21,6 @@ from defuse_core.distill.components import (
     WHOLE,
     FittedCell,
     components_of,
-    count_sources,
     failures_by_component,
     fit_mixture,
     kept_components,
@@ -31,6 +30,7 @@ from defuse_core.distill.components import (
     small_cell,
 )
 from defuse_core.distill.draws import component_failures
+from defuse_core.distill.held_out import without_undivided
 from defuse_core.distill.mixture import (
     FittedMixture,
     VariationalFit,
@@ -43,6 +43,7 @@ from defuse_core.distill.mixture import (
     summed_statistics,
 )
 from defuse_core.distill.psi import shard_of_psi, subsample_psi
+from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute, Partitions
 from defuse_core.store import Store
@@ -100,7 +101,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     scenarios = scenarios_of(fitted, spec.distill, small)
     if spec.vae.decode == "anchored" and len(scenarios):
         failures = compute.task("distill", sampled_failures, spec, psi, store, data_fingerprint, fitted)
-        scenarios = replace(scenarios, failures=failures)
+        scenarios = without_undivided(replace(scenarios, failures=failures))
     log_scenarios(spec, scenarios)
     return scenarios
 
@@ -235,7 +236,7 @@ def part_sums(
         }
 
 
-def part_support(part: CellCodes, fits: dict[Cell, FittedMixture]) -> dict[Cell, tuple[I64, F64]]:
+def part_support(part: CellCodes, fits: dict[Cell, FittedMixture]) -> dict[Cell, Sources]:
     """Return count_sources of each component within a part."""
     counts = {}
     for cell, fit in fits.items():
@@ -253,11 +254,9 @@ def _with_support(
     counted = parts.map(part_support, fits)
     fitted = []
     for cell, fit in fits.items():
-        support, wrong = zip(*(part[cell] for part in counted if cell in part), strict=True)
+        sources = Sources.joined([part[cell] for part in counted if cell in part])
         count = cells[cell].count
-        fitted.append(
-            FittedCell(fit, cell, count, count / psi.total, np.sum(support, axis=0), np.sum(wrong, axis=0))
-        )
+        fitted.append(FittedCell(fit, cell, count, count / psi.total, sources))
     return fitted
 
 

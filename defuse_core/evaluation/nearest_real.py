@@ -14,7 +14,7 @@ from defuse_core.artifacts import F64, I64, U8, Bool, Corrections, Scenarios
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels
 from defuse_core.distill.draws import distances_from
-from defuse_core.intervals import SIGNIFICANT, binomial_tail, hypergeometric_tail
+from defuse_core.intervals import SIGNIFICANT, binomial_tail, discoveries, hypergeometric_tail
 from defuse_core.models import Vae, encode_images, predict
 
 NEAREST = 12  # real images shown beside a scenario
@@ -34,11 +34,14 @@ class NearestReal:
     images: U8  # (A, E, channels, H, W)
     labels: I64  # (A, E)
     predicted: I64  # (A, E)
-    error: F64  # (A,) on the nearest, as many as are tested; nan where no image has the label: images mean nothing
+    # (A,) on the nearest, as many as are tested; of tracks, where images have any; nan where no image has the label:
+    # images mean nothing
+    error: F64
     error_of_all: float  # on all real images
-    seen: Bool  # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR
+    # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR, among all scenarios
+    seen: Bool
     testable: Bool | None = None  # (A,) False where the label has too few errors, or images, for `seen`
-    # (A,) on all real images of the label; None in a run of an earlier version
+    # (A,) on all real images of the label, or on all of their tracks; None in a run of an earlier version
     error_of_label: F64 | None = None
 
 
@@ -47,40 +50,55 @@ def find_nearest_real(
 ) -> NearestReal:
     """Return, per accepted scenario, the nearest real images by Mahalanobis distance, and f's error on them.
 
-    Only images of the scenario's label are compared: its pictures show that class.
+    Only images of the scenario's label are compared: its pictures show that class. Images of one track count once,
+    where the nearest of them is. Of the scenarios that are seen, a share SIGNIFICANT is expected to be false at most.
     """
     codes = encode_images(vae, real)
     predicted = predict(before, real)
     wrong = predicted != real.labels
-    shown, labels, answers, tests = [], [], [], list[tuple[float, bool, bool]]()
+    shown, labels, answers, tests = [], [], [], list[tuple[float, float, bool]]()
     of_label: F64 = np.full(len(fixes.labels), np.nan)
     for place, (number, label) in enumerate(zip(fixes.scenario, fixes.labels, strict=True)):
         rows = np.flatnonzero(real.labels == label)
-        of_label[place] = wrong[rows].mean() if len(rows) else np.nan
         distance = distances_from(scenarios, number, codes[rows])
         near = rows[np.argsort(distance, kind="stable")]
-        tests.append(_error_nearby(wrong[near]))
+        outcomes = _outcomes(wrong[near], None if real.tracks is None else real.tracks[near])
+        of_label[place] = outcomes.mean() if len(rows) else np.nan
+        tests.append(_error_nearby(outcomes))
         kept = np.resize(near, NEAREST) if len(near) else np.zeros(NEAREST, np.int64)
         shown.append(to_levels(real.batch(kept)))
         labels.append(real.labels[kept])
         answers.append(predicted[kept])
     shape = (len(fixes.labels), NEAREST)
     pictures = np.array(shown, np.uint8) if shown else np.zeros((*shape, *real.pixels.shape[1:]), np.uint8)
-    error, seen, testable = np.array(tests, np.float64).reshape(-1, 3).T
+    error, p_values, can_tell = np.array(tests, np.float64).reshape(-1, 3).T
+    testable = can_tell > 0
     return NearestReal(
         images=pictures,
         labels=np.array(labels, np.int64).reshape(shape),
         predicted=np.array(answers, np.int64).reshape(shape),
         error=error,
         error_of_all=float(wrong.mean()),
-        seen=seen > 0,
-        testable=testable > 0,
+        seen=_seen(p_values, testable),
+        testable=testable,
         error_of_label=of_label,
     )
 
 
-def _error_nearby(wrong: Bool) -> tuple[float, bool, bool]:
-    """Return the error on the nearest of n images, whether it is significant, and whether any error could be.
+def _outcomes(wrong: Bool, tracks: I64 | None) -> Bool:
+    """Return whether each track is wrong, that is most of its images, in the order in which (n,) images name them.
+
+    `wrong` itself where images have no tracks.
+    """
+    if tracks is None:
+        return wrong
+    _, first, track = np.unique(tracks, return_index=True, return_inverse=True)
+    most: Bool = 2 * np.bincount(track, wrong) > np.bincount(track)
+    return most[np.argsort(first)]
+
+
+def _error_nearby(wrong: Bool) -> tuple[float, float, bool]:
+    """Return the error on the nearest of n images or tracks, its p-value, and whether any error could be significant.
 
     `wrong` (n,) is in order of distance. Against the error of all n the test is hypergeometric, since the nearest are a
     part of all. It says nothing where a class fails as a whole, so that an error over LEAST_REAL_ERROR is enough, too.
@@ -88,13 +106,20 @@ def _error_nearby(wrong: Bool) -> tuple[float, bool, bool]:
     count = len(wrong)
     tested = wrong[: max(1, min(NEAREST_TESTED, count // 4))]
     if not len(tested):
-        return float("nan"), False, False
+        return float("nan"), 1.0, False
     hits, of_all = int(tested.sum()), int(wrong.sum())
     most = of_all or len(tested)  # without any error, whether there are images enough
 
-    def significant(hits: int, of_all: int) -> bool:
+    def p_value(hits: int, of_all: int) -> float:
         over_all = hypergeometric_tail(hits, len(tested), of_all, count)
-        over_least = float(binomial_tail(hits, len(tested), LEAST_REAL_ERROR))
-        return min(over_all, over_least) < SIGNIFICANT
+        return min(over_all, float(binomial_tail(hits, len(tested), LEAST_REAL_ERROR)))
 
-    return float(tested.mean()), significant(hits, of_all), significant(min(most, len(tested)), most)
+    testable = p_value(min(most, len(tested)), most) < SIGNIFICANT
+    return float(tested.mean()), p_value(hits, of_all), testable
+
+
+def _seen(p_values: F64, testable: Bool) -> Bool:
+    """Return which scenarios are significant among those that could be, (A,), at a false discovery rate."""
+    seen = np.zeros(len(testable), np.bool_)
+    seen[testable] = discoveries(p_values[testable], SIGNIFICANT)
+    return seen

@@ -23,7 +23,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
-from defuse_core.distill.components import certain_error
+from defuse_core.distill.sources import certain_error_of
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
@@ -193,6 +193,7 @@ def _scenario(
         weight=float(scenarios.weights[number]),
         source_images=None if scenarios.support is None else int(scenarios.support[number]),
         source_error=None if scenarios.source_error is None else defined(scenarios.source_error[number]),
+        source_tracks=None if scenarios.source_tracks is None else int(scenarios.source_tracks[number]),
         seen_in_training_images=bool(seen_in_training_images(scenarios)[number]),
         accepted=column is not None,
         label=None if column is None else classes[verdicts.labels[number]],
@@ -299,9 +300,7 @@ def _provenance(run: Run, found: Findings) -> Provenance:
 def seen_in_training_images(scenarios: Scenarios) -> Bool:
     """Return the components whose source images f certainly gets wrong itself, (S,): more than LEAST_REAL_ERROR.
 
-    f fails on the others in decodings alone, which may be a fault of the β-VAE.
+    Images of one track count once. f fails on the others in decodings alone, which may be a fault of the β-VAE.
     """
-    if scenarios.source_error is None or scenarios.support is None:
-        return np.zeros(len(scenarios), np.bool_)
-    seen: Bool = certain_error(scenarios.support, scenarios.source_error) > LEAST_REAL_ERROR
+    seen: Bool = certain_error_of(scenarios) > LEAST_REAL_ERROR
     return seen

@@ -142,11 +142,13 @@ class ScenarioEvidence(FigureModel):
     support: int | None
     """Training images that its codes come from."""
     real_error: float | None
-    """Error of the classifier before on the 50 real images nearest to it; on a quarter of its class's below 200."""
+    """Error of the classifier before on the 50 real images nearest to it; on a quarter of its class's below 200.
+    Images of one track count once, as wrong if most of them are."""
     real_error_of_class: float | None = None
-    """Its error on all real images of the same class; null for a run of an earlier version."""
+    """Its error on all real images of the same class, likewise; null for a run of an earlier version."""
     real_error_of_all: float | None
     """Its error on all real images."""
     seen_in_real_data: bool | None
-    """Whether real_error is significantly larger than real_error_of_class, or than 20 %. Null where no error of the
-    nearest ones could be: the class has too few images or errors."""
+    """Whether real_error is significantly larger than real_error_of_class, or than 20 %, at a false discovery rate of
+    5 % over the accepted scenarios. False does not say that the errors are equal. Null where no error of the nearest
+    ones could be: the class has too few images or errors."""

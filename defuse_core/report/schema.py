@@ -46,8 +46,11 @@ class Scenario(ReportModel):
     """Training images that its codes come from; null for a run of an earlier version."""
     source_error: float | None = None
     """Share of these that the classifier before gets wrong in the image itself; likewise."""
+    source_tracks: int | None = None
+    """Tracks that these images are of; null where images have no tracks, and likewise."""
     seen_in_training_images: bool = False
-    """Whether source_error is certainly over 20 % (lower 95 % bound), so that real images show the failures."""
+    """Whether source_error is certainly over 20 % (lower 95 % bound), so that real images show the failures. Images of
+    one track count once, as wrong if most of them are."""
     accepted: bool
     label: str | None
     """Class, by the majority of the annotators or an override; null where rejected."""

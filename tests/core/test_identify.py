@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from defuse_core.artifacts import Failures
 from defuse_core.config import IdentifySection
 from defuse_core.distill.psi import subsample_psi
 from defuse_core.errors import RunMismatchError, StoreError
@@ -169,6 +170,19 @@ def test_every_code_knows_whether_the_classifier_gets_its_source_image_wrong(ide
     found = identifier.shard(0).failures
     answers = predict(identifier.classifier, identifier.train.take(found.source))
     np.testing.assert_array_equal(found.source_wrong, answers != found.truth)
+
+
+def test_every_code_knows_the_track_of_its_source_image(tiny_models):
+    worker = Identifier(tiny(identify={"originals": "misclassified"}), tiny_models)
+    assert worker.shard(0).failures.source_track is None
+    tracks = np.arange(len(worker.train)) // 3
+    worker.train = replace(worker.train, tracks=tracks)
+    found = worker.shard(0).failures
+    np.testing.assert_array_equal(found.source_track, tracks[found.source])
+    halves = [found.take(np.arange(3)), found.take(np.arange(3, len(found)))]
+    np.testing.assert_array_equal(Failures.concatenate(halves).source_track, found.source_track)
+    halves[0] = replace(halves[0], source_track=None)
+    assert Failures.concatenate(halves).source_track is None
 
 
 def misled(models, references=None) -> Identifier:

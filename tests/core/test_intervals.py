@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 from defuse_core.intervals import (
     auroc,
     binomial_tail,
+    exact_lower,
     mcnemar,
     mean_with_bounds,
     probability_not_over,
@@ -120,3 +121,11 @@ def test_an_interval_over_equal_groups_is_no_point():
     of_all = share_with_bounds(512, 512)
     assert mean_with_bounds(np.ones(2), of_all).tolist() == of_all.tolist()
     assert mean_with_bounds(np.ones(1), of_all) is of_all
+
+
+def test_the_exact_bound_of_a_share_holds_for_a_single_observation_too():
+    hits, total = np.array([1, 2, 3, 0, 0]), np.array([1, 2, 10, 4, 0])
+    low = exact_lower(hits, total)
+    np.testing.assert_allclose(low[:2], [0.05, 0.05**0.5])
+    np.testing.assert_allclose(binomial_tail(hits[:3], total[:3], low[:3]), 0.05)
+    assert low[3:].tolist() == [0.0, 0.0]

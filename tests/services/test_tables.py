@@ -122,6 +122,13 @@ def test_a_report_starts_with_its_caveats(tmp_path: Path):
     assert "2 of 10 dimensions collapsed" in text
 
 
+def test_the_caption_of_seen_says_what_the_rule_is(tmp_path: Path):
+    console = terminal(200)
+    print_report(build_report(a_run(tmp_path), *sample_findings(5, 2)), console)
+    caption = "Seen: the classifier is certainly wrong on over a fifth of the training images behind it."
+    assert caption in " ".join(text_of(console).split())
+
+
 def test_a_report_says_what_the_screen_keeps_and_how_far_the_scenarios_can_be_trusted(tmp_path: Path):
     found, evaluation = sample_findings(3, 2)
     found = dataclasses.replace(

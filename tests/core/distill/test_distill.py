@@ -5,11 +5,13 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Psi, Scenarios, Shard
 from defuse_core.config import DistillSection
-from defuse_core.distill.components import certain_error, fit_all, fit_cells
+from defuse_core.distill.components import fit_all, fit_cells
 from defuse_core.distill.draws import gaussian_codes
 from defuse_core.distill.psi import subsample_psi
+from defuse_core.distill.sources import Sources, certain_error, certain_error_of, count_sources
 from defuse_core.errors import StoreError
 from defuse_core.identify import save_shard
+from defuse_core.intervals import exact_lower
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -139,6 +141,35 @@ def test_components_whose_source_images_are_misclassified_come_first_where_asked
 def test_a_high_error_on_few_source_images_is_less_certain_than_a_lower_one_on_many():
     certain = certain_error(np.array([2, 40, 0]), np.array([1.0, 0.8, np.nan]))
     assert certain.argsort().tolist() == [2, 0, 1]
+
+
+def test_frames_of_one_track_count_once_in_the_certainty_of_the_source_error():
+    codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
+    known = with_wrong_sources(failures(codes), range(300, 360))  # of the second cluster
+    distill = section(max_components=5, min_weight=0.05, order="source-error", min_support=200)
+    by_image = fit_all(known, distill, seed=0).scenarios()
+    assert by_image.source_tracks is None and certain_error_of(by_image)[0] > 0.2
+    # the wrong ones are of two tracks of 30, the others of ten of 14
+    track = np.concatenate([np.arange(300), np.repeat([300, 301], 30), np.repeat(np.arange(302, 312), 14)])
+    found = fit_all(replace(known, source_track=track), distill, seed=0).scenarios()
+    assert (found.support.tolist(), found.source_tracks.tolist()) == ([200, 300], [12, 300])
+    np.testing.assert_array_equal(found.source_error, by_image.source_error)
+    np.testing.assert_array_equal(found.wrong_tracks, [2, 0])
+    np.testing.assert_allclose(certain_error_of(found)[0], exact_lower(np.array([2]), np.array([12]))[0])
+    assert certain_error_of(found.take(np.array([1]))).tolist() == [0.0]
+
+
+def test_a_track_in_several_parts_of_psi_is_one_track():
+    codes = np.zeros((6, 2), np.float32)
+    known = replace(failures(codes), source_track=np.array([0, 0, 0, 0, 1, 1]))
+    known = with_wrong_sources(known, range(1, 4))  # three images of four
+    parts = [count_sources([known.take(rows)]) for rows in (np.arange(3), np.arange(3, 6))]
+    joined, whole = Sources.joined(parts), count_sources([known])
+    assert (joined.support.tolist(), joined.wrong.tolist()) == ([6], [3.0])
+    for counted in (joined, whole):
+        tracks, wrong = counted.wrong_tracks()
+        assert (tracks.tolist(), wrong.tolist()) == ([2], [1.0])
+    assert Sources.joined([*parts, count_sources([failures(codes)])]).tracks is None
 
 
 def test_one_mixture_per_cell_keeps_overlapping_classes_apart():

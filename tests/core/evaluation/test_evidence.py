@@ -34,7 +34,7 @@ from defuse_core.progress import silent
 from defuse_core.report import write_report
 from defuse_core.report.build_evidence import evidence_figures, scenario_evidence
 from defuse_core.report.formatting import caveats
-from defuse_core.report.html import render_page, render_scenarios, scenario_card
+from defuse_core.report.html import ScenarioCard, render_page, render_scenarios, scenario_card
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -278,10 +278,23 @@ def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_the
     other = Run.start(FolderStore(tmp_path), "a", run.spec)
     write_report(other, unseen, evaluation, dataclasses.replace(evidence, real=real), watch)
     page = " ".join(other.store.read("report.html").decode().replace("\xa0", " ").split())
-    told = "not seen in real data: error 57 % on the nearest real images, as often as on its class (33 %)"
-    assert page.count(told) == 1
-    told = "seen in real data: error 57 % on the nearest real images, 33 % on its class"
-    assert page.count(told) == scenarios - 1
+    nearest = "seen in real data: error 57 % on the nearest real images,"
+    assert page.count(f"not {nearest} not significantly more often than on its class (33 %)") == 1
+    assert page.count(f"{nearest} 33 % on its class") == scenarios - 1
+
+
+def test_a_notebook_does_not_call_a_correction_that_is_not_confirmed_equal_to_plain_training(
+    finished, tmp_path
+):
+    found, evaluation, evidence, watch = load_findings(finished[0])
+    report = write_report(
+        Run.start(FolderStore(tmp_path), "a", finished[0].spec), found, evaluation, evidence, watch
+    )
+    row = next(row for row in report.scenarios.list if row.accepted)
+    unconfirmed = row.model_copy(update={"evidence": row.evidence.model_copy(update={"confirmed": False})})
+    shown = render_scenarios([ScenarioCard(unconfirmed, (), ())], found.models.classes)
+    told = "not confirmed by the judges: not significantly more often right than plain further training"
+    assert told in " ".join(shown.replace("\xa0", " ").split())
 
 
 NOTHING_CHOSEN = Sweep((), None, {}, ())

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from defuse_core.evaluation.nearest_real import _error_nearby
+from defuse_core.data import Images, open_splits
+from defuse_core.evaluation.nearest_real import _error_nearby, _outcomes, _seen, find_nearest_real
+from defuse_core.intervals import SIGNIFICANT
+from defuse_core.models import load_classifier, load_vae, predict
+from tests.sample_findings import sample_findings
+
+
+def judged(wrong: np.ndarray) -> tuple[float, bool, bool]:  # type: ignore[type-arg]
+    """Return the error on the nearest, whether it is significant for one scenario alone, and whether any could be."""
+    error, p_value, testable = _error_nearby(wrong)
+    return error, p_value < SIGNIFICANT, testable
 
 
 def in_order(near: int, far: int, images: int) -> np.ndarray:  # type: ignore[type-arg]
@@ -26,28 +38,28 @@ def in_order(near: int, far: int, images: int) -> np.ndarray:  # type: ignore[ty
     ],
 )
 def test_errors_around_a_scenario_are_seen_in_real_data_in_small_classes_too(near, far, images, seen):
-    assert _error_nearby(in_order(near, far, images))[1:] == (seen, True)
+    assert judged(in_order(near, far, images))[1:] == (seen, True)
 
 
 def test_errors_that_are_spread_over_the_class_are_not_around_the_scenario():
     wrong = np.arange(400) % 10 == 0
-    assert _error_nearby(wrong) == (0.1, False, True)
+    assert judged(wrong) == (0.1, False, True)
 
 
 def test_errors_of_a_class_that_fails_as_a_whole_are_seen_around_each_of_its_scenarios():
-    assert _error_nearby(np.arange(200) % 5 != 0) == (
+    assert judged(np.arange(200) % 5 != 0) == (
         0.8,
         True,
         True,
     )  # 80 % of the class, 80 % of the nearest
-    assert _error_nearby(np.ones(200, np.bool_))[1:] == (True, True)
-    assert _error_nearby(np.arange(200) % 4 == 0)[1] is False  # 26 % of 50 may be 20 %
-    assert _error_nearby(np.ones(4, np.bool_))[1:] == (False, False)  # one image tells nothing
+    assert judged(np.ones(200, np.bool_))[1:] == (True, True)
+    assert judged(np.arange(200) % 4 == 0)[1] is False  # 26 % of 50 may be 20 %
+    assert judged(np.ones(4, np.bool_))[1:] == (False, False)  # one image tells nothing
 
 
 def test_a_chance_of_five_percent_is_kept_where_the_scenario_has_nothing_to_do_with_the_errors():
     rng = np.random.default_rng(0)
-    seen = [_error_nearby(rng.permutation(in_order(9, 0, 60)))[1] for _ in range(1000)]
+    seen = [judged(rng.permutation(in_order(9, 0, 60)))[1] for _ in range(1000)]
     assert np.mean(seen) <= 0.05
 
 
@@ -56,4 +68,51 @@ def test_a_chance_of_five_percent_is_kept_where_the_scenario_has_nothing_to_do_w
     [(1, 30, False), (1, 3, False), (0, 5, False), (0, 100, True), (0, 0, False)],
 )
 def test_no_error_of_the_nearest_can_be_significant_with_few_errors_or_images(near, images, testable):
-    assert _error_nearby(in_order(near, 0, images))[1:] == (False, testable)
+    assert judged(in_order(near, 0, images))[1:] == (False, testable)
+
+
+def test_frames_of_one_sign_count_once_where_the_nearest_of_them_is():
+    # track 7 is the nearest, with three of four frames wrong; 5 has one of two wrong, which is not most of them
+    tracks = np.array([7, 5, 7, 2, 7, 7, 5])
+    wrong = np.array([True, True, False, False, True, True, False])
+    assert _outcomes(wrong, tracks).tolist() == [True, False, False]
+    assert _outcomes(wrong, None) is wrong
+
+
+def test_thirty_wrong_frames_of_one_sign_do_not_show_the_failures_of_a_scenario():
+    tracks = np.repeat(np.arange(20), 30)
+    wrong = tracks == 0
+    assert judged(wrong)[1:] == (True, True)
+    assert judged(_outcomes(wrong, tracks))[1:] == (False, False)
+
+
+def test_of_many_scenarios_that_chance_favours_a_little_none_is_seen_in_real_data():
+    p_values, all_testable = np.linspace(0.03, 0.99, 20), np.ones(20, np.bool_)
+    assert not _seen(p_values, all_testable).any()
+    assert _seen(p_values, p_values < 0.05).tolist() == [True] + 19 * [False]  # the others could not be
+    assert _seen(np.full(20, 0.03), all_testable).all()
+    assert _seen(p_values, ~all_testable).tolist() == 20 * [False]
+
+
+def test_the_tracks_of_real_images_are_what_is_compared(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    before = load_classifier(tiny_spec, tiny_models.classifier, len(tiny_models.classes))
+    images = open_splits(tiny_spec.data, tiny_spec.seed).train.take(np.arange(200))
+    answers = predict(before, images)
+    # most images of the first ten tracks carry another class's label
+    labels = np.where(np.arange(200) < 100, 3, answers)
+    tracks = np.where(np.arange(200) < 100, np.arange(200) // 10, 100 + np.arange(200))
+    real = Images(images.pixels, labels, tracks)
+    found, _ = sample_findings(1, 1)
+    width = len(tiny_models.kl_per_dimension)
+    scenarios = dataclasses.replace(
+        found.scenarios, means=np.zeros((1, width)), covariances=np.eye(width)[None], cells=None
+    )
+    fixes = dataclasses.replace(found.fixes, labels=np.array([3]), scenario=np.array([0]))
+    nearest = find_nearest_real(vae, before, scenarios, fixes, real)
+    of_label = [(answers[(tracks == track) & (labels == 3)] != 3) for track in np.unique(tracks[labels == 3])]
+    expected = np.mean([wrong.mean() > 0.5 for wrong in of_label])
+    assert nearest.error_of_label[0] == pytest.approx(expected)
+    without = find_nearest_real(vae, before, scenarios, fixes, Images(images.pixels, labels))
+    assert without.error_of_label[0] == pytest.approx((answers[labels == 3] != 3).mean())
+    assert expected != without.error_of_label[0]

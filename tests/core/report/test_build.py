@@ -88,6 +88,20 @@ def test_the_page_says_how_many_source_images_of_a_scenario_are_misclassified(tm
     assert "from 30 training images, of which the classifier gets <b>50 %</b> wrong" in page
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_frames_of_a_single_sign_do_not_make_a_scenario_seen_in_training_images(tmp_path: Path):
+    found, evaluation = with_source_errors([30, 30], [1.0, 1.0])
+    scenarios = dataclasses.replace(
+        found.scenarios, source_tracks=np.array([1, 10]), wrong_tracks=np.array([1.0, 10.0])
+    )
+    run, found = sample_run(tmp_path), dataclasses.replace(found, scenarios=scenarios)
+    rows = write_report(run, found, evaluation).scenarios.list
+    assert [row.source_tracks for row in rows] == [1, 10]
+    assert [row.seen_in_training_images for row in rows] == [False, True]
+    page = run.store.read("report.html").decode().replace("\xa0", " ")
+    assert "from 30 training images of 1 track, of which the classifier gets <b>100 %</b> wrong" in page
+
+
 def test_a_report_of_findings_without_source_errors_leaves_them_out(tmp_path: Path):
     rows = report_of(sample_findings(2, 1), tmp_path).scenarios.list
     assert {(row.source_images, row.source_error) for row in rows} == {(None, None)}

@@ -1,0 +1,114 @@
+"""The training images that the codes of components come from, and how surely f gets these wrong itself.
+
+Axis, beside those of artifacts/__init__.py: k components of one mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from defuse_core.artifacts import F64, I64, Failures, Scenarios
+from defuse_core.intervals import exact_lower, wilson_lower
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """The training images of k components. Those of one track show the same object: together they count once."""
+
+    support: I64  # (k,) distinct training images of the codes that belong most to each component
+    wrong: F64  # (k,) how many of these images f itself gets wrong; nan where not known
+    # k of (n, 3): the tracks of these images, how many images each has, and how many of them f gets wrong; None where
+    # images have no tracks, and with codes of an earlier version
+    tracks: tuple[F64, ...] | None = None
+
+    @staticmethod
+    def joined(parts: Sequence[Sources]) -> Sources:
+        """Return the sources of the same components over all parts of Ψ, which have no image in common."""
+        support = np.sum([part.support for part in parts], axis=0)
+        wrong = np.sum([part.wrong for part in parts], axis=0)
+        tables = [part.tracks for part in parts if part.tracks is not None]
+        if len(tables) < len(parts):
+            return Sources(support, wrong)
+        return Sources(support, wrong, tuple(_merged(of_parts) for of_parts in zip(*tables, strict=True)))
+
+    def wrong_tracks(self) -> tuple[I64, F64] | None:
+        """Return how many tracks each component has, (k,), and of how many f gets most images wrong; None without."""
+        if self.tracks is None:
+            return None
+        count = np.array([len(table) for table in self.tracks], np.int64)
+        wrong = [
+            np.where(np.isnan(table[:, 2]), np.nan, 2 * table[:, 2] > table[:, 1]) for table in self.tracks
+        ]
+        return count, np.array([of_tracks.sum() for of_tracks in wrong], np.float64)
+
+
+def count_sources(by_component: Sequence[Failures]) -> Sources:
+    """Return the training images that the failures of each component come from."""
+    support, wrong = np.zeros(len(by_component), np.int64), np.full(len(by_component), np.nan)
+    tables = list[F64]()
+    for row, failures in enumerate(by_component):
+        images, first = np.unique(failures.source, return_index=True)
+        support[row] = len(images)
+        of_image: F64 = np.full(len(images), np.nan)
+        if failures.source_wrong is not None:
+            of_image = failures.source_wrong[first].astype(np.float64)
+            wrong[row] = of_image.sum()
+        if failures.source_track is not None:
+            table = [failures.source_track[first], np.ones(len(images)), of_image]
+            tables.append(_merged([np.stack(table, axis=1)]))
+    return Sources(support, wrong, tuple(tables) if len(tables) == len(by_component) else None)
+
+
+def _merged(tables: Sequence[F64]) -> F64:
+    """Return one row of each track, (n, 3), with the sums over its rows in all tables."""
+    rows = np.concatenate(tables)
+    tracks, of_track = np.unique(rows[:, 0], return_inverse=True)
+    counts = [np.bincount(of_track, rows[:, column], minlength=len(tracks)) for column in (1, 2)]
+    return np.stack([tracks, *counts], axis=1)
+
+
+def wrong_tracks(parts: Sequence[Sources]) -> tuple[I64 | None, F64 | None]:
+    """Return `Sources.wrong_tracks` of the components of all mixtures; None twice where one has no tracks."""
+    counted = [found for part in parts if (found := part.wrong_tracks()) is not None]
+    if len(counted) < len(parts):
+        return None, None
+    count, wrong = zip(*counted, strict=True)
+    return np.concatenate(count), np.concatenate(wrong)
+
+
+def source_error(parts: Sequence[Sources]) -> F64:
+    """Return the share of the source images of each component that f itself gets wrong; nan where not known."""
+    support = np.concatenate([part.support for part in parts])
+    error: F64 = np.concatenate([part.wrong for part in parts]) / np.maximum(support, 1)
+    return np.where(support > 0, error, np.nan)
+
+
+def certain_error(support: I64, error: F64) -> F64:
+    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 where not known."""
+    wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
+    return wilson_lower(wrong, support)
+
+
+def certain_error_of_tracks(tracks: I64, wrong: F64) -> F64:
+    """Return the same for the error on tracks, (k,); they may be one or two, so that the bound is exact."""
+    return exact_lower(np.nan_to_num(wrong).astype(np.int64), tracks)
+
+
+def certain_source_error(parts: Sequence[Sources]) -> F64:
+    """Return the lower 95 % bound of the error on the source images of each component, (k,), or on their tracks."""
+    tracks, wrong = wrong_tracks(parts)
+    if tracks is None or wrong is None:
+        return certain_error(np.concatenate([part.support for part in parts]), source_error(parts))
+    return certain_error_of_tracks(tracks, wrong)
+
+
+def certain_error_of(scenarios: Scenarios) -> F64:
+    """Return `certain_source_error` of the components that were kept, (S,); 0 where not known."""
+    if scenarios.source_tracks is not None and scenarios.wrong_tracks is not None:
+        return certain_error_of_tracks(scenarios.source_tracks, scenarios.wrong_tracks)
+    if scenarios.source_error is None or scenarios.support is None:
+        return np.zeros(len(scenarios))
+    return certain_error(scenarios.support, scenarios.source_error)
