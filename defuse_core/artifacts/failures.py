@@ -130,6 +130,8 @@ class DroppedComponent:
     answer: int  # of f, likewise
     support: int  # distinct training images that its codes come from
     reason: str
+    # its draws are of one class and f is right on them, at every tau; False where that is not known
+    right: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,6 +52,7 @@ from defuse_core.report.schema import (
     VaeFigures,
     VoteFigures,
 )
+from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import is_misclassified, most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch
@@ -72,7 +73,7 @@ def build_report(
         run=_run_figures(run.name, run.spec, found),
         annotators=found.votes.answered_by,
         accuracy=_accuracies(evaluation.accuracy),
-        scenarios=_scenarios(found, evaluation, evidence),
+        scenarios=_scenarios(run.spec, found, evaluation, evidence),
         agreement=_agreement(run.spec, verdicts),
         tradeoff=_tradeoff(run.spec, models, found.sweep),
         chosen=_choice(found.sweep.chosen),
@@ -148,7 +149,9 @@ def _accuracies(table: F64) -> Accuracies:
     return Accuracies(before=rows[0], baseline=rows[1], defuse=rows[2])
 
 
-def _scenarios(found: Findings, evaluation: Evaluation, evidence: Evidence | None) -> ScenarioSummary:
+def _scenarios(
+    spec: RunFile, found: Findings, evaluation: Evaluation, evidence: Evidence | None
+) -> ScenarioSummary:
     accepted = found.verdicts.accepted
     place = {int(number): column for column, number in enumerate(accepted)}
     rows = tuple(_scenario(found, evaluation, evidence, n, place.get(n)) for n in range(len(found.scenarios)))
@@ -161,6 +164,9 @@ def _scenarios(found: Findings, evaluation: Evaluation, evidence: Evidence | Non
         expected_false_share=found.verdicts.false_share
         or None,  # 0: none accepted by the vote, or an earlier version
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
+        undecided=why_undecided(
+            spec.review, found.gallery, found.verdicts, scenarios=found.scenarios, codes=found.psi.total
+        ),
     )
 
 

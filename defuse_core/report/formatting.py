@@ -136,19 +136,9 @@ def answer_text(classes: tuple[str, ...], answer: int) -> str:
 def headline(report: Report) -> str:
     """Return the result of the run in one or two sentences."""
     components, accepted = report.scenarios.components, report.scenarios.accepted
-    health = None if report.vae.health is None else report.vae.health.verdict
-    failing = report.psi.failing_draws or 0
-    cause = why_inconclusive(accepted, health, failing, report.psi.codes)
-    if cause == "β-VAE":
-        return (
-            "Could not tell: no component is a failure scenario, but the β-VAE's pictures are too "
-            f"{'poor' if health == 'poor' else 'bad'} to find one."
-        )
-    if cause == "screen":
-        return (
-            "Could not tell: the reference models see the class of the image in none of "
-            f"{count_of(failing, 'failing draw')}; train better ones, or lower identify.min_probability."
-        )
+    unknown = _could_not_tell(report)
+    if unknown is not None:
+        return f"Could not tell: {unknown}."
     if not components:
         return "No failure scenario was found: identification and distillation left nothing to review."
     if not accepted:
@@ -161,6 +151,24 @@ def headline(report: Report) -> str:
             f"{result} Nothing was corrected: every λ costs more clean accuracy than correct.max_loss allows."
         )
     return f"{result} {_effect(report)}"
+
+
+def _could_not_tell(report: Report) -> str | None:
+    """Return why a run without a failure scenario could not tell whether there is any; None where it could."""
+    health = None if report.vae.health is None else report.vae.health.verdict
+    failing = report.psi.failing_draws or 0
+    cause = why_inconclusive(report.scenarios.accepted, health, failing, report.psi.codes)
+    if cause == "β-VAE":
+        return (
+            "no component is a failure scenario, but the β-VAE's pictures are too "
+            f"{'poor' if health == 'poor' else 'bad'} to find one"
+        )
+    if cause == "screen":
+        return (
+            "the reference models see the class of the image in none of "
+            f"{count_of(failing, 'failing draw')}; train better ones, or lower identify.min_probability"
+        )
+    return report.scenarios.undecided
 
 
 def _effect(report: Report) -> str:

@@ -92,6 +92,9 @@ class ScenarioSummary(ReportModel):
     classifier gets at most review.rho of a scenario wrong, mean over them. Null without any."""
     tuning_agreement: float | None = None
     """Mean over the accepted."""
+    undecided: str | None = None
+    """Why none of the components, or too few of them, could be decided. Null where they were, and where any is accepted
+    or the β-VAE or the screen is the cause."""
 
 
 class Mean(ReportModel):

@@ -19,6 +19,7 @@ from defuse_core.artifacts import (
     Gallery,
     Models,
     Psi,
+    Scenarios,
     Sweep,
     Verdicts,
     Votes,
@@ -30,6 +31,7 @@ from defuse_core.data import reopen_splits
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.progress import Progress, silent
+from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors, why_inconclusive
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
@@ -205,6 +207,18 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
             f"run {run.name}: could not tell whether the classifier has failure scenarios: the reference models "
             "see the class of the image in no failing draw; train better ones, or lower identify.min_probability, "
             "and run it under another --name"
+        )
+    undecided = why_undecided(
+        run.spec.review,
+        artifacts.gallery,
+        artifacts.verdicts,
+        scenarios=run.load(Scenarios),
+        codes=kept,
+    )
+    if undecided is not None:
+        return CheckFailed(
+            f"run {run.name}: could not tell whether the classifier has failure scenarios: {undecided}; run it under "
+            "another --name"
         )
     return NothingCorrected(
         f"run {run.name} corrected nothing (no failure scenario was accepted), so it has no model to serve"
