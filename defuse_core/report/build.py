@@ -25,7 +25,7 @@ from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.distill.components import certain_error
 from defuse_core.evaluation.evaluate import Findings
-from defuse_core.evaluation.evidence import Evidence
+from defuse_core.evaluation.evidence import BEFORE, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.evaluation.nearest_real import LEAST_REAL_ERROR
 from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence
@@ -164,10 +164,17 @@ def _scenarios(
         expected_false_share=found.verdicts.false_share
         or None,  # 0: none accepted by the vote, or an earlier version
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
+        false_by_judges=None if evidence is None else _false_by_judges(evidence, spec.review.rho),
         undecided=why_undecided(
             spec.review, found.gallery, found.verdicts, scenarios=found.scenarios, codes=found.psi.total
         ),
     )
+
+
+def _false_by_judges(evidence: Evidence, rho: float) -> int:
+    """Return on how many scenarios the classifier before is wrong on at most rho of the judged held-out images."""
+    right = evidence.scenario_own_label[:, BEFORE]
+    return int((1 - right <= rho).sum())
 
 
 def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:

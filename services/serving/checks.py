@@ -13,6 +13,8 @@ from defuse_core.correct import ROUNDING, held_out_images
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError
+from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
+from defuse_core.intervals import SIGNIFICANT, hypergeometric_tail
 from defuse_core.models import load_classifier, load_vae, predict
 
 
@@ -23,6 +25,48 @@ class Check:
     name: str
     passed: bool
     line: str  # what was checked, the value found and the limit
+
+
+@dataclass(frozen=True, eq=False)
+class OwnLabelAccuracy:
+    """Accuracy on the held-out images of some scenarios, each judged by the label that most judges give it."""
+
+    scenario: I64  # (M,) index among the run's components
+    before: F64  # (M,)
+    after: F64  # (M,)
+    units: I64  # (M,) labelled images, or photographs or tracks that they show
+
+    def check(self) -> Check:
+        """Return whether no scenario is significantly worse after the correction; it names the worst one."""
+        chance = self._chance()
+        worst = int(np.lexsort((self.after - self.before, chance >= SIGNIFICANT))[0])
+        before, after = self.before[worst], self.after[worst]
+        line = (
+            f"own label: scenario {self.scenario[worst]} {before:.2%} -> {after:.2%} by the judges' label of each "
+            "image, no significant loss is allowed in any"
+        )
+        return Check("own label", bool((chance >= SIGNIFICANT).all()), line)
+
+    def _chance(self) -> F64:
+        """Return how likely losses as large are by chance, (M,): Fisher's exact test, one-sided, on the units."""
+        right = (np.rint(np.stack([self.before, self.after]) * self.units)).astype(np.int64).T.tolist()
+        tests = [
+            hypergeometric_tail(before, units, before + after, 2 * units)
+            for (before, after), units in zip(right, self.units.tolist(), strict=True)
+        ]
+        return np.array(tests)
+
+
+def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> OwnLabelAccuracy | None:
+    """Return the accuracies of the scenarios that judges label; None where there is none, or no number of units."""
+    if evidence is None or evidence.pairs is None:
+        return None
+    before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
+    units = evidence.pairs[:, 0]
+    rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after) & (units > 0))
+    if not len(rows):
+        return None
+    return OwnLabelAccuracy(corrections.scenario[rows], before[rows], after[rows], units[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +81,7 @@ class CandidateReport:
     scenario_before: F64  # (A,)
     scenario_after: F64  # (A,)
     not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
+    own_label: OwnLabelAccuracy | None = None  # None without judges, and in runs of earlier versions
 
     def checks(self, limits: CheckSection) -> list[Check]:
         """Return every check of section `check`, in the order in which they are shown."""
@@ -47,6 +92,7 @@ class CandidateReport:
             self._mean_scenario_accuracy(limits.min_scenario_accuracy),
             self._worst_scenario_accuracy(limits.min_each_scenario),
             self._improvement(),
+            *([] if self.own_label is None else [self.own_label.check()]),
             self._clean_accuracy(limits.max_loss),
             self._class_accuracy(limits.max_class_loss),
             self._regressions(limits.max_regressions),

@@ -87,7 +87,9 @@ def test_every_review_image_is_described_for_those_who_cannot_see_it(hostile: Ru
     assert all("annotators: " in text and "before: " in text for text in texts)
 
 
-@pytest.mark.parametrize(("scenarios", "text"), [(2, "None of the 2 components"), (0, "Could not tell: Ψ has 516 codes")])
+@pytest.mark.parametrize(
+    ("scenarios", "text"), [(2, "None of the 2 components"), (0, "Could not tell: Ψ has")]
+)
 def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scenarios: int, text: str):
     run = sample_run(tmp_path)
     report = write_report(run, *sample_findings(scenarios, 0))
