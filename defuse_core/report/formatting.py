@@ -215,21 +215,23 @@ def pairs_in_words(pairs: Pairs) -> str:
 def unconfirmed(report: Report) -> str | None:
     """Return on which scenarios the correction does no more than plain further training, or None where on none.
 
-    Scenarios with too few images to tell are no failures of a test.
+    Scenarios with too few images to tell are no failures of a test; where none has enough, it says so.
     """
-    tested = [
-        row
-        for row in report.scenarios.list
-        if row.evidence is not None and row.evidence.confirmed is not None
-    ]
-    rows = [row for row in tested if row.evidence is not None and not row.evidence.confirmed]
+    judged = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
+    tested = [(number, found) for number, found in judged if found.confirmed is not None]
+    few = sum(found.confirmed is None and found.independent_images is not None for _, found in judged)
+    untold = f"On {count_of(few, 'scenario')} there are too few photographs to tell" if few else ""
+    if few and not tested:
+        return f"{untold} whether the correction does more than plain further training (λ = 0)."
+    rows = [number for number, found in tested if not found.confirmed]
     if not rows:
         return None
-    numbers = ", ".join(str(row.number) for row in rows)
+    numbers = ", ".join(map(str, rows))
     return (
         f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}. By the "
         "judges' label of each held-out image the classifier is not significantly more often right than after plain "
         f"further training (λ = 0), which has not seen the scenarios, on: {numbers}."
+        + (f" {untold}." if few else "")
     )
 
 
@@ -239,7 +241,8 @@ def no_better_than_plain_training(report: Report) -> str | None:
     if evidence is None or report.chosen is None:
         return None
     against, own, left_out = evidence.against_plain, evidence.own_label, evidence.left_out
-    worse, equal, figures = list[str](), list[str](), list[str]()
+    worse, equal, untold, figures = list[str](), list[str](), list[str](), list[str]()
+    scenarios = report.scenarios.accepted
     for name, shares, pairs in (
         ("the scenarios", own, against.scenarios),
         ("scenarios left out of the tuning", left_out, against.left_out),
@@ -250,21 +253,30 @@ def no_better_than_plain_training(report: Report) -> str | None:
         certain = pairs.p_value < SIGNIFICANT
         if certain and pairs.better > pairs.worse:
             continue
-        (worse if certain and pairs.worse > pairs.better else equal).append(name)
+        too_few = name != "real failures" and not can_be_significant(scenarios)
+        (worse if certain else untold if too_few else equal).append(name)
         defuse, plain = percent(shares.defuse.value), percent(shares.plain.value)
         figures.append(f"{name} {defuse} and {plain} ({pairs_in_words(pairs)})")
-    claims = []
-    if worse:
-        claims.append(f"does more for {' and '.join(worse)}")
+    claims = [f"does more for {' and '.join(worse)}"] if worse else []
     if equal:
         claims.append(f"may do as much for {' and '.join(equal)}")
-    if not claims:
+    notices = [f"Plain further training {', and '.join(claims)}."] if claims else []
+    if untold:
+        notices.append(
+            f"{count_of(scenarios, 'scenario')} {'is' if scenarios == 1 else 'are'} too few to tell whether plain "
+            f"further training does as much for {' and '.join(untold)}."
+        )
+    if not notices:
         return None
     return (
-        f"Plain further training {', and '.join(claims)}. It is the same fine-tuning without scenarios (λ = 0). By the "
-        "judges' labels are right, after the correction and after plain further training: "
-        f"{', '.join(figures)}."
+        f"{' '.join(notices)} It is the same fine-tuning without scenarios (λ = 0). By the judges' labels are right, "
+        f"after the correction and after plain further training: {', '.join(figures)}."
     )
+
+
+def can_be_significant(pairs: int) -> bool:
+    """Whether the two-sided sign test over so many pairs could be significant, if all were better."""
+    return bool(2 * 0.5**pairs < SIGNIFICANT)
 
 
 def unfit_vae(report: Report) -> str | None:

@@ -137,7 +137,7 @@ def judged(report, own=None, left_out=None, real=None):
     ],
 )
 def test_a_correction_that_does_no_more_than_plain_training_is_told(tmp_path: Path, pairs, title):
-    report = report_of(sample_findings(), tmp_path)
+    report = report_of(sample_findings(12, 12), tmp_path)
     assert no_better_than_plain_training(report) is None  # without judges
     compared = judged(report, *pairs)
     assert no_better_than_plain_training(compared.model_copy(update={"chosen": None})) is None
@@ -145,6 +145,30 @@ def test_a_correction_that_does_no_more_than_plain_training_is_told(tmp_path: Pa
     assert (None if text is None else text.partition(". ")[0]) == (
         None if title is None else f"Plain further training {title}"
     )
+
+
+@pytest.mark.parametrize(
+    ("scenarios", "pairs", "start"),
+    [
+        (
+            5,
+            ((5, 0), (4, 1), (80, 50)),
+            "5 scenarios are too few to tell whether plain further training does as ",
+        ),
+        (1, ((1, 0), None, None), "1 scenario is too few to tell"),
+        (6, ((5, 0), None, None), "Plain further training may do as much for the scenarios."),
+        (
+            5,
+            ((5, 0), None, (20, 18)),
+            "Plain further training may do as much for real failures. 5 scenarios are too few to tell whether",
+        ),
+    ],
+)
+def test_scenarios_too_few_for_a_significant_difference_are_not_put_down_to_plain_training(
+    tmp_path: Path, scenarios: int, pairs, start: str
+):
+    report = report_of(sample_findings(scenarios, scenarios), tmp_path)
+    assert (no_better_than_plain_training(judged(report, *pairs)) or "").startswith(start)
 
 
 def test_the_notice_has_the_pairs_on_real_failures(tmp_path: Path):
@@ -170,6 +194,28 @@ def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfi
         )
         is None
     )
+
+
+def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path: Path):
+    report = report_of(sample_findings(3, 3), tmp_path)
+
+    def told(*confirmed: bool | None) -> str | None:
+        rows = [
+            row.model_copy(
+                update={
+                    "evidence": ScenarioEvidence.model_construct(confirmed=answer, independent_images=4),
+                }
+            )
+            for row, answer in zip(report.scenarios.list, confirmed, strict=True)
+        ]
+        scenarios = report.scenarios.model_copy(update={"list": rows})
+        return unconfirmed(report.model_copy(update={"scenarios": scenarios}))
+
+    assert (told(None, None, None) or "").startswith("On 3 scenarios there are too few photographs to tell")
+    assert (told(None, False, True) or "").endswith(
+        "on: 1. On 1 scenario there are too few photographs to tell."
+    )
+    assert told(True, True, None) is None
 
 
 def test_a_share_by_definition_has_no_interval():
