@@ -13,6 +13,8 @@ from defuse_core.watch.figures import Share
 
 # Below this the images of the scenarios show several classes, and accuracy on their one label means little.
 LOW_PURITY = 0.8
+# A best judge whose accuracy on real images is so much below the classifier's is often wrong where that one is right.
+WORSE_JUDGE = 0.02
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SHORT = 3  # class names with at most so many letters fit on an image; other classes are shown by number
 NONE = "–"
@@ -175,7 +177,7 @@ def _effect(report: Report) -> str:
     before, after = report.accuracy.before, report.accuracy.defuse
     them = "it" if report.scenarios.accepted == 1 else "them"
     text = f"On {them} the classifier goes from {percent(before.scenario)} to {percent(after.scenario)}"
-    own = None if report.evidence is None else report.evidence.own_label
+    own = None if report.evidence is None or worse_judges(report) else report.evidence.own_label
     if own is not None and own.before.value is not None:
         text = f"Judged image by image, the classifier goes on {them} from {percent(own.before.value)} to "
         text += percent(own.defuse.value)
@@ -199,6 +201,22 @@ def purity_warning(report: Report) -> str | None:
         "so on mixed images a high accuracy is not yet a fix. Judged each by its own label, "
         f"{percent(own.before)} of the reviewed images were classified correctly before, and "
         f"{percent(own.defuse)} are now."
+    )
+
+
+def worse_judges(report: Report) -> str | None:
+    """Return what judges that are worse than the classifier mean, or None where they are not, or nobody judged."""
+    if report.evidence is None:
+        return None
+    judges = report.evidence.judges
+    best = max((value for value in judges.accuracy if value is not None), default=None)
+    if best is None or judges.classifier is None or best >= judges.classifier - WORSE_JUDGE:
+        return None
+    return (
+        f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
+        f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where both differ the judges "
+        "may be wrong, so no figure by own label, no purity by the judges, no confirmed scenario and no verdict on "
+        "what is at fault can be relied on; train better judges (section judges of the run file)."
     )
 
 
@@ -321,6 +339,7 @@ def caveats(report: Report) -> list[str]:
     """Return what a reader must know before the figures. The first sentence of each is its title."""
     notices = (
         unfit_vae(report),
+        worse_judges(report),
         unconfirmed(report),
         no_better_than_plain_training(report),
         answered_by_models(report),

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_findings import report_of, sample_findings, with_verdicts
+from sample_evidence import sample_evidence
+from sample_findings import report_of, sample_findings, sample_run, with_verdicts
 
 from defuse_core.artifacts import Health
 from defuse_core.intervals import mcnemar
+from defuse_core.report import write_report
 from defuse_core.report.evidence_schema import (
     AgainstPlain,
     EvidenceFigures,
@@ -35,6 +37,7 @@ from defuse_core.report.formatting import (
     size,
     text_of,
     unconfirmed,
+    worse_judges,
 )
 from defuse_core.watch.figures import Share
 
@@ -194,6 +197,21 @@ def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfi
         )
         is None
     )
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("judges", "worse"), [(0.46, True), (0.71, False), (0.75, False)])
+def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_headline(
+    tmp_path: Path, judges: float, worse: bool
+):
+    run, own = sample_run(tmp_path), np.array([[0.1, 0.6, 0.7, 0.9]] * 2)
+    report = write_report(run, *sample_findings(), sample_evidence(own, judges=judges, before=0.72))
+    assert ("Judged image by image" in headline(report)) is not worse
+    text = worse_judges(report)
+    assert (text is not None) is worse and (text in caveats(report)) is worse
+    page = run.store.read("report.html").decode()
+    assert ("On the scenarios, image by image" in page) is not worse
+    assert text is None or "the best of 3 judges gets 46.0 % right, and the classifier before 72.0 %" in text
 
 
 def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path: Path):
