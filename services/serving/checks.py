@@ -81,6 +81,7 @@ class CandidateReport:
     scenario_before: F64  # (A,)
     scenario_after: F64  # (A,)
     not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
+    dependence: str = ""  # what the correction has seen of the clean images; empty where nothing
     own_label: OwnLabelAccuracy | None = None  # None without judges, and in runs of earlier versions
 
     def checks(self, limits: CheckSection) -> list[Check]:
@@ -116,16 +117,22 @@ class CandidateReport:
     def _clean_accuracy(self, most: float) -> Check:
         before, after = float(self.right_before.mean()), float(self.right_after.mean())
         line = f"clean accuracy: {before:.2%} -> {after:.2%} on {self.split} images, a loss of {most:.2%} is allowed"
+        if self.dependence:
+            line += f" (not independent: {self.dependence})"
         return Check("clean accuracy", before - after <= most + ROUNDING, line)
 
     def _class_accuracy(self, most: float) -> Check:
         counts = np.bincount(self.labels, minlength=len(self.classes))
         lost = self.right_before.astype(np.int64) - self.right_after
         loss = np.bincount(self.labels, lost, minlength=len(self.classes)) / np.maximum(counts, 1)
-        worst = int(loss.argmax())
+        measured = counts > 0
+        worst = int(np.where(measured, loss, -np.inf).argmax())
         line = (
             f"every class: class {self.classes[worst]} lost {loss[worst]:.2%}, at most {most:.2%} is allowed"
         )
+        if not measured.all():
+            unknown = [self.classes[number] for number in np.flatnonzero(~measured)]
+            line += f"; not measured, since no {self.split} image shows them: {', '.join(unknown)}"
         return Check("every class", float(loss[worst]) <= most + ROUNDING, line)
 
     def _regressions(self, most: float) -> Check:
@@ -156,7 +163,16 @@ def evaluate_candidate(
         scenario_before=before[1].reshape(len(corrections.labels), -1).mean(axis=1),
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,
+        dependence=_dependence(spec, split),
     )
+
+
+def _dependence(spec: RunFile, split: str) -> str:
+    """Return what the correction has seen of the images of one part; empty where nothing."""
+    if split == "train":
+        return "the classifier was trained on these images"
+    chosen = split == "validation" and spec.correct.choose_by in ("tune", "validation")
+    return "λ was chosen on these images" if chosen else ""
 
 
 def _right(spec: RunFile, weights: Weights, classes: int, parts: tuple[Images, ...]) -> list[Bool]:

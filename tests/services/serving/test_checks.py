@@ -9,11 +9,13 @@ import pytest
 from sample_evidence import sample_evidence
 from sample_findings import sample_findings
 
+from defuse_core.artifacts import Corrections, Models, Sweep
 from defuse_core.codec import encode
+from defuse_core.config import CheckSection
 from defuse_core.errors import CheckFailed
 from defuse_core.runs import Run
 from services.serving.candidate import prepare_candidate
-from services.serving.checks import own_label_accuracy
+from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
 from tests.services.serving.test_serve_commands import check, run
 
 
@@ -57,3 +59,54 @@ def test_check_fails_a_run_whose_judges_find_a_scenario_worse_also_after_a_check
     key, candidate = prepare_candidate(Run.open(own_store, "first"))
     assert key != before
     assert candidate.failed_checks()[0].startswith("own label: scenario 1 60.00% -> 30.00%")
+
+
+def report_on(labels: list[int], right_after: list[bool]) -> CandidateReport:
+    """A report on clean images that the classifier before gets right, and one corrected scenario."""
+    right = np.ones(len(labels), np.bool_)
+    after = np.array(right_after)
+    names = ("cat", "dog", "eel", "fox")
+    return CandidateReport("test", names, np.array(labels), right, after, np.zeros(1), np.ones(1), ())
+
+
+@pytest.mark.parametrize(
+    ("parts", "choose_by", "end"),
+    [
+        ({}, "tune", "is allowed"),
+        ({"test": None}, "tune", "is allowed (not independent: λ was chosen on these images)"),
+        ({"test": None}, "last", "is allowed"),
+        (
+            {"test": None, "validation": None},
+            "tune",
+            "is allowed (not independent: the classifier was trained on these images)",
+        ),
+    ],
+)
+def test_clean_accuracy_on_images_that_the_correction_has_seen_says_so(
+    own_store, splits, parts, choose_by: str, end: str
+):
+    stored = Run.open(own_store, "first")
+    correct = stored.spec.correct.model_copy(update={"choose_by": choose_by})
+    spec = stored.spec.model_copy(update={"correct": correct})
+    artefacts = (stored.require(Models), stored.require(Corrections), stored.require(Sweep))
+    report = evaluate_candidate(spec, *artefacts, replace(splits, **parts))
+    (line,) = (check.line for check in report.checks(spec.check) if check.name == "clean accuracy")
+    assert line.endswith(end)
+
+
+def test_every_class_means_those_with_images_and_the_others_are_named():
+    def every_class(labels: list[int], right_after: list[bool]) -> Check:
+        (found,) = (
+            check
+            for check in report_on(labels, right_after).checks(CheckSection())
+            if check.name == "every class"
+        )
+        return found
+
+    assert "not measured" not in every_class([0, 1, 2, 3], [True] * 4).line
+    partly = every_class([1, 1, 2], [True, False, False])
+    assert not partly.passed and "class eel lost 100.00%" in partly.line
+    assert partly.line.endswith("; not measured, since no test image shows them: cat, fox")
+    # not that of a class without images
+    kept = every_class([1, 2], [True, True])
+    assert kept.passed and "class dog lost 0.00%" in kept.line
