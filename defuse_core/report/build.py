@@ -159,7 +159,7 @@ def _scenarios(
         components=len(rows),
         accepted=len(accepted),
         purity=_mean(found.verdicts.purity[accepted]),
-        own_labels=_own_labels(found, evaluation),
+        own_labels=_own_labels(found, evaluation, tuned_on=spec.vae.decode == "anchored"),
         list=rows,
         expected_false_share=found.verdicts.false_share
         or None,  # 0: none accepted by the vote, or an earlier version
@@ -177,7 +177,7 @@ def _false_by_judges(evidence: Evidence, rho: float) -> int:
     return int((1 - right <= rho).sum())
 
 
-def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
+def _own_labels(found: Findings, evaluation: Evaluation, *, tuned_on: bool) -> OwnLabels:
     accepted = found.verdicts.accepted
     labels = found.verdicts.image_labels[accepted]
     labelled = labels != NONE_OF_THE_ABOVE
@@ -186,7 +186,7 @@ def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
         _ratio(int((labelled & (answers[accepted] == labels)).sum()), images)
         for answers in (found.gallery.predicted, evaluation.gallery_after)
     )
-    return OwnLabels(before=before, defuse=after, images=images)
+    return OwnLabels(before=before, defuse=after, images=images, tuned_on=tuned_on)
 
 
 def _scenario(

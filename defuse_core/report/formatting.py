@@ -193,14 +193,31 @@ def purity_warning(report: Report) -> str | None:
     purity = report.scenarios.purity
     if purity is None or not is_low(purity):
         return None
-    own = report.scenarios.own_labels
     return (
         f"Purity is {percent(purity, 0)}. Of the images reviewed in the failure scenarios, "
         f"{percent(1 - purity, 0)} show another class than their scenario's label, or no clear class. "
         "Scenario accuracy counts the scenario's one label as right for all of them, "
-        "so on mixed images a high accuracy is not yet a fix. Judged each by its own label, "
-        f"{percent(own.before)} of the reviewed images were classified correctly before, and "
-        f"{percent(own.defuse)} are now."
+        f"so on mixed images a high accuracy is not yet a fix. {_by_own_label(report)}"
+    )
+
+
+def _by_own_label(report: Report) -> str:
+    """Return the accuracy by own label that can be trusted most: the judges' on held-out images, where it exists."""
+    own = report.scenarios.own_labels
+    judged = None if report.evidence is None or worse_judges(report) else report.evidence.own_label
+    if judged is not None and judged.before.value is not None:
+        return (
+            "By the judges' label of each held-out image the classifier was right on "
+            f"{percent(judged.before.value)} of them before, and is on {percent(judged.defuse.value)} now."
+        )
+    if own.tuned_on:
+        return (
+            "No figure by own label is independent: the reviewed images are at photographs that are tuned on "
+            f"({percent(own.before)} right before, {percent(own.defuse)} now), and no judge labels held-out ones."
+        )
+    return (
+        f"Judged each by its own label, {percent(own.before)} of the reviewed images were classified correctly "
+        f"before, and {percent(own.defuse)} are now."
     )
 
 

@@ -78,6 +78,8 @@ class OwnLabels(ReportModel):
     before: float | None
     defuse: float | None
     images: int
+    tuned_on: bool = False
+    """Whether vae.decode is anchored: then the correction is tuned on the photographs that these images show."""
 
 
 class ScenarioSummary(ReportModel):

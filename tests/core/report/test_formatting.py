@@ -13,6 +13,7 @@ from sample_findings import report_of, sample_findings, sample_run, with_verdict
 from defuse_core.artifacts import Health
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
+from defuse_core.report.build import build_report
 from defuse_core.report.evidence_schema import (
     AgainstPlain,
     EvidenceFigures,
@@ -39,6 +40,7 @@ from defuse_core.report.formatting import (
     unconfirmed,
     worse_judges,
 )
+from defuse_core.runs import Run
 from defuse_core.watch.figures import Share
 
 
@@ -103,6 +105,44 @@ def test_only_a_low_purity_gives_a_warning(tmp_path: Path):
     high = report_of(with_verdicts(sample, purity=np.array([1.0, 0.9])), tmp_path)
     assert "Purity is 65 %" in (purity_warning(low) or "")
     assert purity_warning(high) is None
+
+
+def test_the_warning_of_mixed_images_rests_on_what_was_not_tuned_on(tmp_path: Path):
+    sample = with_verdicts(sample_findings(2, 2), purity=np.array([0.7, 0.6]))
+    run, evidence = sample_run(tmp_path), sample_evidence(np.array([[0.1, 0.5, 0.5, 0.8]] * 2))
+    anchored_vae = run.spec.vae.model_copy(update={"decode": "anchored"})
+    anchored = Run(run.store, run.name, run.spec.model_copy(update={"vae": anchored_vae}))
+
+    def warning(of: Run, *judged) -> str:
+        return purity_warning(build_report(of, *sample, *judged)) or ""
+
+    assert "Judged each by its own label, " in warning(run)
+    assert "No figure by own label is independent: the reviewed images are at photographs that" in warning(
+        anchored
+    )
+    for of in (run, anchored):
+        text = warning(of, evidence)
+        assert (
+            "was right on 10.0 % of them before, and is on 80.0 % now." in text
+            and "reviewed images" not in text
+        )
+    blind = sample_evidence(evidence.scenario_own_label, judges=0.4)
+    assert "No figure by own label is independent" in warning(anchored, blind)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("decode", ["plain", "anchored"])
+def test_the_page_says_where_reviewed_images_are_at_photographs_that_are_tuned_on(tmp_path: Path, decode):
+    run = sample_run(tmp_path)
+    vae = run.spec.vae.model_copy(update={"decode": decode})
+    anchored = Run(run.store, run.name, run.spec.model_copy(update={"vae": vae}))
+    write_report(anchored, *sample_findings())
+    words = " ".join(anchored.store.read("report.html").decode().split())
+    found = (
+        "of the failure scenarios, at photographs that are tuned on, each judged by its own label" in words
+    )
+    assert found is (decode == "anchored")
+    assert found or "of the failure scenarios, each judged by its own label" in words
 
 
 def judged(report, own=None, left_out=None, real=None):
