@@ -234,7 +234,11 @@ def _screen(report: Report) -> list[str]:
 def _verdicts(report: Report) -> list[str]:
     """Return how far the accepted scenarios can be trusted, as a line; none where neither figure exists."""
     false, agreement = report.scenarios.expected_false_share, report.scenarios.tuning_agreement
-    parts = [] if false is None else [f"{percent(false)} of the accepted are expected to be false"]
+    parts, judged = list[str](), report.scenarios.false_by_judges
+    if false is not None:
+        parts.append(f"{percent(false)} of the accepted are expected to be false, if the labels are right")
+        if judged is not None:
+            parts.append(f"the judges see {judged} of {report.scenarios.accepted} as false")
     if agreement is not None:
         parts.append(f"the reference models see the label in {percent(agreement)} of the draws to tune on")
     return [f"Scenarios: {'; '.join(parts)}."] if parts else []

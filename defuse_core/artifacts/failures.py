@@ -141,6 +141,9 @@ class DroppedComponent:
     answer: int  # of f, likewise
     support: int  # distinct training images that its codes come from
     reason: str
+    # its draws are of one class and f is right on them, at every tau; False where that is not known
+    right: bool = False
+    small: bool = False  # its codes, or the training images that they come from, are too few for a scenario
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
 from defuse_core.distill.sources import certain_error_of
 from defuse_core.evaluation.evaluate import Findings
-from defuse_core.evaluation.evidence import Evidence
+from defuse_core.evaluation.evidence import BEFORE, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.evaluation.nearest_real import LEAST_REAL_ERROR
 from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence
@@ -52,6 +52,7 @@ from defuse_core.report.schema import (
     VaeFigures,
     VoteFigures,
 )
+from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import is_misclassified, most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch
@@ -72,7 +73,7 @@ def build_report(
         run=_run_figures(run.name, run.spec, found),
         annotators=found.votes.answered_by,
         accuracy=_accuracies(evaluation.accuracy),
-        scenarios=_scenarios(found, evaluation, evidence),
+        scenarios=_scenarios(run.spec, found, evaluation, evidence),
         agreement=_agreement(run.spec, verdicts),
         tradeoff=_tradeoff(run.spec, models, found.sweep),
         chosen=_choice(found.sweep.chosen),
@@ -148,7 +149,9 @@ def _accuracies(table: F64) -> Accuracies:
     return Accuracies(before=rows[0], baseline=rows[1], defuse=rows[2])
 
 
-def _scenarios(found: Findings, evaluation: Evaluation, evidence: Evidence | None) -> ScenarioSummary:
+def _scenarios(
+    spec: RunFile, found: Findings, evaluation: Evaluation, evidence: Evidence | None
+) -> ScenarioSummary:
     accepted = found.verdicts.accepted
     place = {int(number): column for column, number in enumerate(accepted)}
     rows = tuple(_scenario(found, evaluation, evidence, n, place.get(n)) for n in range(len(found.scenarios)))
@@ -156,15 +159,25 @@ def _scenarios(found: Findings, evaluation: Evaluation, evidence: Evidence | Non
         components=len(rows),
         accepted=len(accepted),
         purity=_mean(found.verdicts.purity[accepted]),
-        own_labels=_own_labels(found, evaluation),
+        own_labels=_own_labels(found, evaluation, tuned_on=spec.vae.decode == "anchored"),
         list=rows,
         expected_false_share=found.verdicts.false_share
         or None,  # 0: none accepted by the vote, or an earlier version
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
+        false_by_judges=None if evidence is None else _false_by_judges(evidence, spec.review.rho),
+        undecided=why_undecided(
+            spec.review, found.gallery, found.verdicts, scenarios=found.scenarios, codes=found.psi.total
+        ),
     )
 
 
-def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
+def _false_by_judges(evidence: Evidence, rho: float) -> int:
+    """Return on how many scenarios the classifier before is wrong on at most rho of the judged held-out images."""
+    right = evidence.scenario_own_label[:, BEFORE]
+    return int((1 - right <= rho).sum())
+
+
+def _own_labels(found: Findings, evaluation: Evaluation, *, tuned_on: bool) -> OwnLabels:
     accepted = found.verdicts.accepted
     labels = found.verdicts.image_labels[accepted]
     labelled = labels != NONE_OF_THE_ABOVE
@@ -173,7 +186,7 @@ def _own_labels(found: Findings, evaluation: Evaluation) -> OwnLabels:
         _ratio(int((labelled & (answers[accepted] == labels)).sum()), images)
         for answers in (found.gallery.predicted, evaluation.gallery_after)
     )
-    return OwnLabels(before=before, defuse=after, images=images)
+    return OwnLabels(before=before, defuse=after, images=images, tuned_on=tuned_on)
 
 
 def _scenario(

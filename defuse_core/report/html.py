@@ -78,6 +78,7 @@ def render_page(
         report=report,
         headline=formatting.headline(report),
         caveats=formatting.caveats(report),
+        judges_are_good=formatting.worse_judges(report) is None,
         pictures={name: Markup(svg(figures[name], name)) if name in figures else None for name in IN_PAGE},
         accepted=[card for card in cards if card.row.accepted],
         rejected=[card for card in cards if not card.row.accepted],

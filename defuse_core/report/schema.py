@@ -81,6 +81,8 @@ class OwnLabels(ReportModel):
     before: float | None
     defuse: float | None
     images: int
+    tuned_on: bool = False
+    """Whether vae.decode is anchored: then the correction is tuned on the photographs that these images show."""
 
 
 class ScenarioSummary(ReportModel):
@@ -95,6 +97,12 @@ class ScenarioSummary(ReportModel):
     classifier gets at most review.rho of a scenario wrong, mean over them. Null without any."""
     tuning_agreement: float | None = None
     """Mean over the accepted."""
+    false_by_judges: int | None = None
+    """Accepted scenarios on whose held-out images, by the judges' labels, the classifier before is wrong on at most
+    review.rho. Null without judges, and for a run of an earlier version."""
+    undecided: str | None = None
+    """Why none of the components, or too few of them, could be decided. Null where they were, and where any is accepted
+    or the β-VAE or the screen is the cause."""
 
 
 class Mean(ReportModel):

@@ -74,7 +74,7 @@ def find_taus(
 def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) -> Scenarios:
     """Return the components that have a tau, with it; the others become dropped ones."""
     dropped = [
-        _dropped(scenarios, component, narrowest.reason(spec))
+        replace(_dropped(scenarios, component, narrowest.reason(spec)), right=narrowest.right)
         for component, (tau, narrowest) in enumerate(found)
         if tau is None
     ]
@@ -92,6 +92,9 @@ class _Outcome:
     labelled: int
     wrong: int  # labelled draws that the classifier gets wrong
     draws: int = DRAWS
+    right: bool = (
+        False  # pure, and f is not wrong on over rho of the labelled draws, here or where else it is pure
+    )
 
     @property
     def purity(self) -> float:
@@ -144,11 +147,15 @@ class _Search:
 
         All are tried, since the share that the classifier gets wrong may fall towards the mean.
         """
+        review, pure = self.spec.review, list[_Outcome]()
         for tau in TAUS:
             outcome = self._outcome(tau)
             if outcome.passes(self.spec):
                 return tau, outcome
-        return None, outcome
+            if outcome.purity >= review.purity:
+                pure.append(outcome)
+        right = outcome in pure and all(one.wrong <= review.rho * one.labelled for one in pure)
+        return None, replace(outcome, right=right)
 
     def _outcome(self, tau: float) -> _Outcome:
         predicted, labels = self.examine(self._draws(tau))

@@ -74,7 +74,7 @@ class WatchFigures(FigureModel):
     """Failure probability from which on an input is flagged."""
     validation: DetectionFigures | None
     """Each image is measured by a detector that was not fitted on it. Null without such images, or without a method.
-    Recall is null where the threshold was chosen to reach it on these images (serve.failure_threshold null)."""
+    Precision and recall are null where the threshold was chosen on these images (serve.failure_threshold null)."""
     test: DetectionFigures | None
     methods: tuple[MethodFigures, ...]
     """All methods, and the distance from the nearest failure scenario."""
@@ -99,7 +99,8 @@ def watch_figures(watch: FailureWatch, settings: ServeSection, codes: bool = Tru
     threshold = None if problem else failure_threshold(watch, best, settings)
     validation = _detection(best.validation, watch.validation_wrong, threshold)
     if validation is not None and settings.failure_threshold is None:
-        validation = validation.model_copy(update={"recall": share_of(np.full(3, np.nan))})
+        unknown = share_of(np.full(3, np.nan))
+        validation = validation.model_copy(update={"precision": unknown, "recall": unknown})
     test = _detection(best.test, watch.test_wrong, threshold)
     method = best.detector.method
     return WatchFigures(
@@ -118,11 +119,14 @@ def _found(part: str, figures: DetectionFigures | None) -> str:
     if figures is None or not figures.errors or figures.flagged is None:
         return ""
     area = figures.auroc
-    right = round((figures.precision.value or 0) * figures.flagged)
-    return (
+    found = (
         f"; on {part} images AUROC {area.value:.2f} ({area.low:.2f}–{area.high:.2f}), and {figures.flagged:,} of "
-        f"{figures.images:,} are flagged, among them {right} of the {figures.errors} wrong ones"
+        f"{figures.images:,} are flagged"
     )
+    if figures.recall.value is None:
+        return found
+    right = round(figures.recall.value * figures.errors)
+    return f"{found}, among them {right} of the {figures.errors} wrong ones"
 
 
 def _detection(probability: F64, wrong: Bool, threshold: float | None) -> DetectionFigures | None:

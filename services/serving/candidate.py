@@ -19,6 +19,7 @@ from defuse_core.artifacts import (
     Gallery,
     Models,
     Psi,
+    Scenarios,
     Sweep,
     Verdicts,
     Votes,
@@ -28,16 +29,18 @@ from defuse_core.codec import array_digest, decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.data import reopen_splits
 from defuse_core.errors import CheckFailed, InputError, StoreError
+from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.progress import Progress, silent
+from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors, why_inconclusive
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
-from services.serving.checks import CandidateReport, Check, evaluate_candidate
+from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
 
 log = logging.getLogger("defuse")
-FORMAT = 5  # of the stored candidate; part of its key in the run, so that one of another format is made again
+FORMAT = 6  # of the stored candidate; part of its key in the run, so that one of another format is made again
 VERSION_SETTINGS = (
     "resize",
     "watch",
@@ -139,7 +142,7 @@ def prepare_candidate(
     stored; without `must_store`, a warning says that it will be made again.
     """
     artifacts = _RunArtifacts.load(run)
-    key = _key(run.spec, artifacts.sweep.weights)
+    key = _key(run.spec, artifacts.sweep.weights, artifacts.evidence is not None)
     try:
         return key, decode(Candidate, run.store.read(key), key)
     except FileNotFoundError:
@@ -163,6 +166,7 @@ class _RunArtifacts:
     verdicts: Verdicts
     corrections: Corrections
     sweep: Sweep
+    evidence: Evidence | None  # None without judges, and where it is not yet gathered
 
     @classmethod
     def load(cls, run: Run) -> _RunArtifacts:
@@ -174,6 +178,7 @@ class _RunArtifacts:
                     f"run {run.name} has no corrected classifier yet ({kind.__name__.lower()} is missing); "
                     f"finish it with `defuse run`"
                 )
+        loaded.append(run.load(Evidence))
         artifacts = cls(*loaded)
         if not artifacts.sweep.weights:
             raise _nothing_to_serve(run, artifacts)
@@ -206,14 +211,29 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
             "see the class of the image in no failing draw; train better ones, or lower identify.min_probability, "
             "and run it under another --name"
         )
+    undecided = why_undecided(
+        run.spec.review,
+        artifacts.gallery,
+        artifacts.verdicts,
+        scenarios=run.load(Scenarios),
+        codes=kept,
+    )
+    if undecided is not None:
+        return CheckFailed(
+            f"run {run.name}: could not tell whether the classifier has failure scenarios: {undecided}; run it under "
+            "another --name"
+        )
     return NothingCorrected(
         f"run {run.name} corrected nothing (no failure scenario was accepted), so it has no model to serve"
     )
 
 
-def _key(spec: RunFile, weights: Weights) -> str:
-    """Return where the run's store has the candidate of these weights and run-file fields, of this FORMAT."""
-    made_from = f"{array_digest(weights)}{_settings(spec)}{FORMAT}"
+def _key(spec: RunFile, weights: Weights, judged: bool) -> str:
+    """Return where the run's store has the candidate of these weights and run-file fields, of this FORMAT.
+
+    `judged` is whether the run has evidence, which may be gathered after a first check.
+    """
+    made_from = f"{array_digest(weights)}{_settings(spec)}{FORMAT}{judged}"
     return f"candidates/{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
 
 
@@ -235,6 +255,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
     splits = reopen_splits(spec.data, spec.seed, artifacts.models.data_fingerprint)
     progress("checking the corrected classifier", 0, 2, "steps")
     report = evaluate_candidate(spec, artifacts.models, corrections, artifacts.sweep, splits)
+    report = dataclasses.replace(report, own_label=own_label_accuracy(corrections, artifacts.evidence))
     progress("checking the corrected classifier", 1, 2, "steps")
     regions, failures = watch_classifier(spec, artifacts.models, corrections, artifacts.sweep.weights, splits)
     progress("checking the corrected classifier", 2, 2, "steps")

@@ -13,6 +13,8 @@ from defuse_core.correct import ROUNDING, held_out_images
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError
+from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
+from defuse_core.intervals import SIGNIFICANT, hypergeometric_tail
 from defuse_core.models import load_classifier, load_vae, predict
 
 
@@ -23,6 +25,48 @@ class Check:
     name: str
     passed: bool
     line: str  # what was checked, the value found and the limit
+
+
+@dataclass(frozen=True, eq=False)
+class OwnLabelAccuracy:
+    """Accuracy on the held-out images of some scenarios, each judged by the label that most judges give it."""
+
+    scenario: I64  # (M,) index among the run's components
+    before: F64  # (M,)
+    after: F64  # (M,)
+    units: I64  # (M,) labelled images, or photographs or tracks that they show
+
+    def check(self) -> Check:
+        """Return whether no scenario is significantly worse after the correction; it names the worst one."""
+        chance = self._chance()
+        worst = int(np.lexsort((self.after - self.before, chance >= SIGNIFICANT))[0])
+        before, after = self.before[worst], self.after[worst]
+        line = (
+            f"own label: scenario {self.scenario[worst]} {before:.2%} -> {after:.2%} by the judges' label of each "
+            "image, no significant loss is allowed in any"
+        )
+        return Check("own label", bool((chance >= SIGNIFICANT).all()), line)
+
+    def _chance(self) -> F64:
+        """Return how likely losses as large are by chance, (M,): Fisher's exact test, one-sided, on the units."""
+        right = (np.rint(np.stack([self.before, self.after]) * self.units)).astype(np.int64).T.tolist()
+        tests = [
+            hypergeometric_tail(before, units, before + after, 2 * units)
+            for (before, after), units in zip(right, self.units.tolist(), strict=True)
+        ]
+        return np.array(tests)
+
+
+def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> OwnLabelAccuracy | None:
+    """Return the accuracies of the scenarios that judges label; None where there is none, or no number of units."""
+    if evidence is None or evidence.pairs is None:
+        return None
+    before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
+    units = evidence.pairs[:, 0]
+    rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after) & (units > 0))
+    if not len(rows):
+        return None
+    return OwnLabelAccuracy(corrections.scenario[rows], before[rows], after[rows], units[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +81,8 @@ class CandidateReport:
     scenario_before: F64  # (A,)
     scenario_after: F64  # (A,)
     not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
+    dependence: str = ""  # what the correction has seen of the clean images; empty where nothing
+    own_label: OwnLabelAccuracy | None = None  # None without judges, and in runs of earlier versions
 
     def checks(self, limits: CheckSection) -> list[Check]:
         """Return every check of section `check`, in the order in which they are shown."""
@@ -47,6 +93,7 @@ class CandidateReport:
             self._mean_scenario_accuracy(limits.min_scenario_accuracy),
             self._worst_scenario_accuracy(limits.min_each_scenario),
             self._improvement(),
+            *([] if self.own_label is None else [self.own_label.check()]),
             self._clean_accuracy(limits.max_loss),
             self._class_accuracy(limits.max_class_loss),
             self._regressions(limits.max_regressions),
@@ -70,16 +117,22 @@ class CandidateReport:
     def _clean_accuracy(self, most: float) -> Check:
         before, after = float(self.right_before.mean()), float(self.right_after.mean())
         line = f"clean accuracy: {before:.2%} -> {after:.2%} on {self.split} images, a loss of {most:.2%} is allowed"
+        if self.dependence:
+            line += f" (not independent: {self.dependence})"
         return Check("clean accuracy", before - after <= most + ROUNDING, line)
 
     def _class_accuracy(self, most: float) -> Check:
         counts = np.bincount(self.labels, minlength=len(self.classes))
         lost = self.right_before.astype(np.int64) - self.right_after
         loss = np.bincount(self.labels, lost, minlength=len(self.classes)) / np.maximum(counts, 1)
-        worst = int(loss.argmax())
+        measured = counts > 0
+        worst = int(np.where(measured, loss, -np.inf).argmax())
         line = (
             f"every class: class {self.classes[worst]} lost {loss[worst]:.2%}, at most {most:.2%} is allowed"
         )
+        if not measured.all():
+            unknown = [self.classes[number] for number in np.flatnonzero(~measured)]
+            line += f"; not measured, since no {self.split} image shows them: {', '.join(unknown)}"
         return Check("every class", float(loss[worst]) <= most + ROUNDING, line)
 
     def _regressions(self, most: float) -> Check:
@@ -110,7 +163,16 @@ def evaluate_candidate(
         scenario_before=before[1].reshape(len(corrections.labels), -1).mean(axis=1),
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,
+        dependence=_dependence(spec, split),
     )
+
+
+def _dependence(spec: RunFile, split: str) -> str:
+    """Return what the correction has seen of the images of one part; empty where nothing."""
+    if split == "train":
+        return "the classifier was trained on these images"
+    chosen = split == "validation" and spec.correct.choose_by in ("tune", "validation")
+    return "λ was chosen on these images" if chosen else ""
 
 
 def _right(spec: RunFile, weights: Weights, classes: int, parts: tuple[Images, ...]) -> list[Bool]:

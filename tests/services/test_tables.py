@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from sample_findings import sample_findings, sample_spec
+from sample_evidence import sample_evidence
+from sample_findings import sample_findings, sample_spec, with_verdicts
 
 from defuse_core.artifacts import Checkpoint, Health, VaeEpoch
 from defuse_core.codec import encode
@@ -140,8 +141,16 @@ def test_a_report_says_what_the_screen_keeps_and_how_far_the_scenarios_can_be_tr
     console = terminal(200)
     print_report(build_report(a_run(tmp_path), found, evaluation), console)
     assert "Ψ keeps 25.0 % of 2,064 failing draws." in text_of(console)
-    trusted = "3.1 % of the accepted are expected to be false; the reference models see the label in 75.0 %"
+    trusted = "3.1 % of the accepted are expected to be false, if the labels are right; "
+    trusted += "the reference models see the label in 75.0 %"
     assert f"Scenarios: {trusted} of the draws to tune on." in text_of(console)
+
+
+def test_a_report_says_how_many_scenarios_the_judges_see_as_false(tmp_path: Path):
+    console, sample = terminal(200), with_verdicts(sample_findings(3, 2), false_share=0.031)
+    judged = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0]]))
+    print_report(build_report(a_run(tmp_path), *sample, judged), console)
+    assert "if the labels are right; the judges see 1 of 2 as false." in text_of(console)
 
 
 def test_brackets_in_a_class_name_are_printed_as_they_are(tmp_path: Path):
@@ -153,7 +162,7 @@ def test_brackets_in_a_class_name_are_printed_as_they_are(tmp_path: Path):
 def test_a_report_without_scenarios_prints_dashes(tmp_path: Path):
     console = terminal()
     print_report(build_report(a_run(tmp_path), *sample_findings(0, 0)), console)
-    assert "No failure scenario was found" in text_of(console)
+    assert "Could not tell: Ψ has 516 codes" in text_of(console)
     assert "nan" not in text_of(console)
 
 

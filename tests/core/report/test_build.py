@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_evidence import sample_evidence
 from sample_findings import report_of, sample_findings, sample_run, sample_watch, with_verdicts
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Sweep, SweepRow
@@ -203,8 +204,18 @@ def test_the_report_says_how_many_accepted_scenarios_are_expected_to_be_false(tm
         write_report(run, *with_verdicts(sample, false_share=0.031)).scenarios.expected_false_share == 0.031
     )
     page = run.store.read("report.html").decode().replace("\xa0", " ")
-    assert '<b class="unbroken">3.1 %</b> are expected to be false' in page
+    assert '<b class="unbroken">3.1 %</b> are expected to be false, if\nthe labels are right: on' in page
     assert report_of(with_verdicts(sample, false_share=0.0), tmp_path).scenarios.expected_false_share is None
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_report_says_how_many_accepted_scenarios_the_judges_see_as_false(tmp_path: Path):
+    run, sample = sample_run(tmp_path), with_verdicts(sample_findings(3, 2), false_share=0.031)
+    judged = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.5, 0.9, 0.9, 1.0]]))
+    assert write_report(run, *sample, judged).scenarios.false_by_judges == 1
+    page = run.store.read("report.html").decode().replace("\xa0", " ")
+    assert '<b class="unbroken">1 of 2</b>.' in page
+    assert report_of(sample, tmp_path).scenarios.false_by_judges is None
 
 
 def test_collapsed_dimensions_are_counted(tmp_path: Path):
@@ -232,6 +243,7 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     assert tree["annotators"] == "reference models"
     assert set(tree["accuracy"]["defuse"]) == {"validation", "test", "scenario"}
     figures = {"components", "accepted", "purity", "own_labels", "expected_false_share", "tuning_agreement"}
+    figures |= {"false_by_judges", "undecided"}
     assert figures | {"list"} == set(tree["scenarios"])
     assert {"lam", "epoch", "test", "scenario"} <= set(tree["tradeoff"][0])
     assert {"codes", "images_with_any", "zero_noise_flip_rate"} <= set(tree["psi"])

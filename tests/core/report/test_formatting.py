@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_findings import report_of, sample_findings, with_verdicts
+from sample_evidence import sample_evidence
+from sample_findings import report_of, sample_findings, sample_run, with_verdicts
 
 from defuse_core.artifacts import Health
 from defuse_core.intervals import mcnemar
+from defuse_core.report import write_report
+from defuse_core.report.build import build_report
 from defuse_core.report.evidence_schema import (
     AgainstPlain,
     EvidenceFigures,
@@ -35,7 +38,9 @@ from defuse_core.report.formatting import (
     size,
     text_of,
     unconfirmed,
+    worse_judges,
 )
+from defuse_core.runs import Run
 from defuse_core.watch.figures import Share
 
 
@@ -102,6 +107,44 @@ def test_only_a_low_purity_gives_a_warning(tmp_path: Path):
     assert purity_warning(high) is None
 
 
+def test_the_warning_of_mixed_images_rests_on_what_was_not_tuned_on(tmp_path: Path):
+    sample = with_verdicts(sample_findings(2, 2), purity=np.array([0.7, 0.6]))
+    run, evidence = sample_run(tmp_path), sample_evidence(np.array([[0.1, 0.5, 0.5, 0.8]] * 2))
+    anchored_vae = run.spec.vae.model_copy(update={"decode": "anchored"})
+    anchored = Run(run.store, run.name, run.spec.model_copy(update={"vae": anchored_vae}))
+
+    def warning(of: Run, *judged) -> str:
+        return purity_warning(build_report(of, *sample, *judged)) or ""
+
+    assert "Judged each by its own label, " in warning(run)
+    assert "No figure by own label is independent: the reviewed images are at photographs that" in warning(
+        anchored
+    )
+    for of in (run, anchored):
+        text = warning(of, evidence)
+        assert (
+            "was right on 10.0 % of them before, and is on 80.0 % now." in text
+            and "reviewed images" not in text
+        )
+    blind = sample_evidence(evidence.scenario_own_label, judges=0.4)
+    assert "No figure by own label is independent" in warning(anchored, blind)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("decode", ["plain", "anchored"])
+def test_the_page_says_where_reviewed_images_are_at_photographs_that_are_tuned_on(tmp_path: Path, decode):
+    run = sample_run(tmp_path)
+    vae = run.spec.vae.model_copy(update={"decode": decode})
+    anchored = Run(run.store, run.name, run.spec.model_copy(update={"vae": vae}))
+    write_report(anchored, *sample_findings())
+    words = " ".join(anchored.store.read("report.html").decode().split())
+    found = (
+        "of the failure scenarios, at photographs that are tuned on, each judged by its own label" in words
+    )
+    assert found is (decode == "anchored")
+    assert found or "of the failure scenarios, each judged by its own label" in words
+
+
 def judged(report, own=None, left_out=None, real=None):
     """The report with so many pairs, better and worse, against plain further training."""
     pairs = {
@@ -137,7 +180,7 @@ def judged(report, own=None, left_out=None, real=None):
     ],
 )
 def test_a_correction_that_does_no_more_than_plain_training_is_told(tmp_path: Path, pairs, title):
-    report = report_of(sample_findings(), tmp_path)
+    report = report_of(sample_findings(12, 12), tmp_path)
     assert no_better_than_plain_training(report) is None  # without judges
     compared = judged(report, *pairs)
     assert no_better_than_plain_training(compared.model_copy(update={"chosen": None})) is None
@@ -145,6 +188,30 @@ def test_a_correction_that_does_no_more_than_plain_training_is_told(tmp_path: Pa
     assert (None if text is None else text.partition(". ")[0]) == (
         None if title is None else f"Plain further training {title}"
     )
+
+
+@pytest.mark.parametrize(
+    ("scenarios", "pairs", "start"),
+    [
+        (
+            5,
+            ((5, 0), (4, 1), (80, 50)),
+            "5 scenarios are too few to tell whether plain further training does as ",
+        ),
+        (1, ((1, 0), None, None), "1 scenario is too few to tell"),
+        (6, ((5, 0), None, None), "Plain further training may do as much for the scenarios."),
+        (
+            5,
+            ((5, 0), None, (20, 18)),
+            "Plain further training may do as much for real failures. 5 scenarios are too few to tell whether",
+        ),
+    ],
+)
+def test_scenarios_too_few_for_a_significant_difference_are_not_put_down_to_plain_training(
+    tmp_path: Path, scenarios: int, pairs, start: str
+):
+    report = report_of(sample_findings(scenarios, scenarios), tmp_path)
+    assert (no_better_than_plain_training(judged(report, *pairs)) or "").startswith(start)
 
 
 def test_the_notice_has_the_pairs_on_real_failures(tmp_path: Path):
@@ -170,6 +237,43 @@ def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfi
         )
         is None
     )
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("judges", "worse"), [(0.46, True), (0.71, False), (0.75, False)])
+def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_headline(
+    tmp_path: Path, judges: float, worse: bool
+):
+    run, own = sample_run(tmp_path), np.array([[0.1, 0.6, 0.7, 0.9]] * 2)
+    report = write_report(run, *sample_findings(), sample_evidence(own, judges=judges, before=0.72))
+    assert ("Judged image by image" in headline(report)) is not worse
+    text = worse_judges(report)
+    assert (text is not None) is worse and (text in caveats(report)) is worse
+    page = run.store.read("report.html").decode()
+    assert ("On the scenarios, image by image" in page) is not worse
+    assert text is None or "the best of 3 judges gets 46.0 % right, and the classifier before 72.0 %" in text
+
+
+def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path: Path):
+    report = report_of(sample_findings(3, 3), tmp_path)
+
+    def told(*confirmed: bool | None) -> str | None:
+        rows = [
+            row.model_copy(
+                update={
+                    "evidence": ScenarioEvidence.model_construct(confirmed=answer, independent_images=4),
+                }
+            )
+            for row, answer in zip(report.scenarios.list, confirmed, strict=True)
+        ]
+        scenarios = report.scenarios.model_copy(update={"list": rows})
+        return unconfirmed(report.model_copy(update={"scenarios": scenarios}))
+
+    assert (told(None, None, None) or "").startswith("On 3 scenarios there are too few photographs to tell")
+    assert (told(None, False, True) or "").endswith(
+        "on: 1. On 1 scenario there are too few photographs to tell."
+    )
+    assert told(True, True, None) is None
 
 
 def test_a_share_by_definition_has_no_interval():

@@ -59,12 +59,30 @@ def test_a_component_that_is_impure_at_its_mean_is_dropped_with_its_cell_and_sup
     (dropped,) = found.dropped
     assert (dropped.source, dropped.answer, dropped.support) == (8, 3, 40)
     assert "90% are asked for" in dropped.reason
+    assert not dropped.right
 
 
 def test_a_component_that_the_classifier_gets_right_is_dropped():
     found = tightened(lambda draws: (np.full(len(draws.codes), 8),) * 2)
     assert len(found) == 0
     assert "at τ = 0.015625 f is wrong on 0 of 64 labelled draws" in found.dropped[0].reason
+    assert found.dropped[0].right
+
+
+def test_a_dropped_component_is_right_only_where_it_is_pure_and_wrong_on_few_at_every_tau():
+    def wrong_on(share, of_wide):
+        """The classifier is wrong on such a share of the draws, and of those at τ over 0.5."""
+
+        def examine(draws):
+            wide = np.linalg.norm(draws.codes, axis=1).max() > 1.3
+            count = round((of_wide if wide else share) * len(draws.codes))
+            return np.where(np.arange(len(draws.codes)) < count, 3, 8), np.full(len(draws.codes), 8)
+
+        return examine
+
+    for shares, right in (((0.05, 0.05), True), ((0.3, 0.3), False), ((0.05, 0.3), False)):
+        (dropped,) = tightened(wrong_on(*shares)).dropped
+        assert dropped.right is right
 
 
 def test_a_component_that_fails_around_its_mean_and_not_at_it_is_kept():

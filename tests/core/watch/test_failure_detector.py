@@ -65,12 +65,23 @@ def test_the_area_is_that_of_scikit_learn(confused):
 
 def test_the_threshold_flags_the_wanted_share_of_the_wrong_answers_on_validation_images(confused):
     for recall in (0.5, 0.8, 1.0):
-        found = watch_figures(confused, ServeSection(failure_recall=recall)).validation
-        flagged = found.precision.value * found.flagged / found.errors
-        assert flagged == pytest.approx(recall, abs=0.01)
-        assert found.recall.value is None  # the threshold was chosen to reach it here: it measures nothing
+        figures = watch_figures(confused, ServeSection(failure_recall=recall))
+        flagged = confused.best().validation[confused.validation_wrong] >= figures.threshold
+        assert flagged.mean() == pytest.approx(recall, abs=0.01)
+
+
+def test_what_the_threshold_was_chosen_to_reach_is_no_measurement_in_figures_and_sentence(confused):
+    figures = watch_figures(confused, ServeSection())
+    found = figures.validation
+    assert (found.recall.value, found.precision.value) == (None, None)
+    assert found.flagged > 0
+    on_validation, on_test = figures.verdict.split("; on ")[1:]
+    assert on_validation.endswith(f"{found.flagged:,} of {found.images:,} are flagged")
+    right = round(figures.test.recall.value * figures.test.errors)
+    assert f"are flagged, among them {right} of the {figures.test.errors} wrong ones" in on_test
     fixed = watch_figures(confused, ServeSection(failure_threshold=0.5))
-    assert fixed.validation.recall.value > 0
+    assert fixed.validation.recall.value > 0 and fixed.validation.precision.value > 0
+    assert fixed.verdict.count("among them") == 2
     assert fixed.threshold == 0.5 and fixed.test.precision.value > 0.5
 
 

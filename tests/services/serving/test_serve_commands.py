@@ -118,6 +118,18 @@ def test_a_run_whose_screen_kept_nothing_never_passes_a_check(own_store):
             run(command, "first", "--store", own_store.address)
 
 
+def test_a_run_in_which_nothing_could_be_decided_never_passes_a_check(own_store):
+    run_dir = Run.open(own_store, "first")
+    without_correction(run_dir, accepted=False)
+    verdicts = run_dir.load(Verdicts)
+    nobody = np.full_like(verdicts.image_labels, NONE_OF_THE_ABOVE)
+    run_dir.store.write("verdicts.safetensors", encode(replace(verdicts, image_labels=nobody)))
+    for command in (check, promote):
+        with pytest.raises(CheckFailed, match="could not tell .* no reviewed image has a label"):
+            run(command, "first", "--store", own_store.address)
+    assert "could not tell" in failed_json(own_store)["reason"]
+
+
 def test_check_of_an_unfinished_run_names_the_missing_step(planted, good_spec, tmp_path):
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     with pytest.raises(InputError, match=r"begun has no corrected classifier yet \(models is missing\)"):

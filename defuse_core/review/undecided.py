@@ -1,0 +1,79 @@
+"""Whether a run without a failure scenario shows that there is none, or could not tell."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Scenarios, Verdicts
+from defuse_core.config import ReviewSection
+from defuse_core.review.decision import fewest_units
+from defuse_core.review.verdicts import false_discovery_rate
+
+
+def why_undecided(
+    review: ReviewSection, gallery: Gallery, verdicts: Verdicts, *, scenarios: Scenarios | None, codes: int
+) -> str | None:
+    """Return why a run that accepted nothing could decide nothing, and what to do; None where it decided.
+
+    `codes` counts Ψ. A component that a person rejected is decided, and so is one that the classifier gets right.
+    """
+    if len(verdicts.accepted):
+        return None
+    if not len(gallery):
+        return None if scenarios is None else _all_dropped(review, scenarios, codes)
+    open_ones = np.ones(len(gallery), np.bool_)
+    open_ones[[override.scenario for override in verdicts.overrides]] = False
+    if open_ones.all() and (verdicts.image_labels == NONE_OF_THE_ABOVE).all():
+        return (
+            "no reviewed image has a label, since nobody chose a class or the votes are tied; ask more annotators, or "
+            "see why the images show no class"
+        )
+    return _too_few_units(review, gallery, verdicts, open_ones)
+
+
+def _too_few_units(
+    review: ReviewSection, gallery: Gallery, verdicts: Verdicts, open_ones: Bool
+) -> str | None:
+    """Return how many components are misclassified in over rho, but in too few pictures to be certain."""
+    max_false = false_discovery_rate(review)
+    if max_false is None or verdicts.labelled is None:
+        return None
+    needed = fewest_units(review.rho, max_false)
+    total, over, noun = _units(review.rho, gallery, verdicts)
+    few = int((open_ones & over & (total < needed)).sum())
+    if not few:
+        return None
+    of = f"{few} of {len(gallery)} component{'' if len(gallery) == 1 else 's'}"
+    return (
+        f"{of} fail{'s' if few == 1 else ''} in over {review.rho:.0%} (review.rho), but show{'s' if few == 1 else ''} "
+        f"fewer than the {needed} {noun}s that certainty takes; review more images of each (review.images), or give "
+        "identification more photographs"
+    )
+
+
+def _units(rho: float, gallery: Gallery, verdicts: Verdicts) -> tuple[I64, Bool, str]:
+    """Return how many units each component shows, (S,), whether over rho of them fail, (S,), and what one is."""
+    assert verdicts.labelled is not None
+    if verdicts.units is None or verdicts.failing_units is None:
+        return verdicts.labelled, np.nan_to_num(verdicts.misclassified) > rho, "image"
+    noun = "photograph" if gallery.track is None else "track"
+    return verdicts.units, verdicts.failing_units > rho * verdicts.units, noun
+
+
+def _all_dropped(review: ReviewSection, scenarios: Scenarios, codes: int) -> str | None:
+    """Return why no component was left to review; None where that says that the classifier does not fail.
+
+    It does not where components are small, since few codes are no scenario, and where it is right on most of the other
+    ones: those hold more codes than the ones whose draws could not be judged.
+    """
+    unclear = [one for one in scenarios.dropped if not (one.small or one.right)]
+    right = sum(one.weight for one in scenarios.dropped if one.right)
+    if not codes or not unclear or right > sum(one.weight for one in unclear):
+        return None
+    heaviest = max(unclear, key=lambda one: one.weight)
+    settings = ", or a smaller review.purity or review.failing" if review.tau == "auto" else ""
+    return (
+        f"Ψ has {codes:,} code{'' if codes == 1 else 's'}, but no component was left to review ({len(unclear)} could "
+        f"not be judged, the heaviest since {heaviest.reason}); try more identify.draws, better reference models"
+        f"{settings}"
+    )

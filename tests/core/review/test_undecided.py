@@ -1,0 +1,104 @@
+"""Runs without a failure scenario: those that decided so, and those that could not tell."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_findings import report_of, sample_findings, sample_run, with_verdicts
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Override
+from defuse_core.config import ReviewSection
+from defuse_core.report.build import build_report
+from defuse_core.report.formatting import headline
+from defuse_core.review.undecided import why_undecided
+
+COUNT = 4
+
+
+def undecided(sample, **review) -> str | None:
+    found, _ = sample
+    section = ReviewSection(**review)
+    return why_undecided(
+        section, found.gallery, found.verdicts, scenarios=found.scenarios, codes=found.psi.total
+    )
+
+
+def without_labels(*, rejected_by_people: int = 0):
+    """Findings in which no reviewed image has a label; so many components were rejected by a person."""
+    sample = sample_findings(COUNT, 0)
+    nobody = np.full_like(sample[0].verdicts.image_labels, NONE_OF_THE_ABOVE)
+    overrides = tuple(Override(row, None, "eve", "no digit", "") for row in range(rejected_by_people))
+    return with_verdicts(sample, image_labels=nobody, overrides=overrides)
+
+
+def test_a_review_that_gave_no_image_a_label_could_not_tell(tmp_path: Path):
+    assert undecided(sample_findings(COUNT, 0)) is None
+    assert undecided(sample_findings(COUNT, 1)) is None
+    text = headline(report_of(without_labels(), tmp_path))
+    assert text.startswith("Could not tell: no reviewed image has a label,")
+    assert undecided(without_labels(rejected_by_people=COUNT)) is None
+
+
+def with_units(failing: list[int], total: list[int], **changes):
+    """Findings with so many failing photographs of so many in each component."""
+    sample = sample_findings(len(total), 0)
+    return with_verdicts(sample, units=np.array(total), failing_units=np.array(failing), **changes)
+
+
+@pytest.mark.parametrize(
+    ("failing", "total", "found"),
+    [
+        ([0, 3, 1], [9, 3, 9], "1 of 3 components fails in over 50%"),
+        ([4, 3, 1], [4, 3, 9], "2 of 3 components fail in over 50%"),
+        ([0, 1, 1], [9, 3, 9], None),  # few, but most are right
+        ([5, 6, 0], [9, 11, 9], None),  # over rho, not certainly: enough to decide
+    ],
+)
+def test_components_that_fail_in_too_few_photographs_to_be_certain_are_undecided(failing, total, found):
+    text = undecided(with_units(failing, total))
+    assert (text or "").partition(" (")[0] == (found or "")
+    if text is not None:
+        assert "fewer than the 6 photographs that certainty takes" in text
+    assert undecided(with_units(failing, total), accept="share") is None
+
+
+def test_what_people_rejected_is_decided():
+    rejected = (Override(1, None, "eve", "no digit", ""),)
+    assert undecided(with_units([0, 3, 1], [9, 3, 9], overrides=rejected)) is None
+
+
+def dropped(
+    right: bool = False, small: bool = False, weight: float = 0.1, reason: str = "its draws"
+) -> DroppedComponent:
+    return DroppedComponent(weight, 8, 3, 2, reason, right, small)
+
+
+@pytest.mark.parametrize(
+    ("components", "words"),
+    [
+        ((dropped(),), "Could not tell: Ψ has 516 codes, but no component was left to review"),
+        (
+            (dropped(), dropped(weight=0.2, reason="images")),
+            "(2 could not be judged, the heaviest since images)",
+        ),
+        ((), "No failure scenario was found"),
+        ((dropped(small=True, weight=0.4),), "No failure scenario was found"),
+        ((dropped(small=True, weight=0.4), dropped()), "Could not tell: "),
+        ((dropped(right=True), dropped(weight=0.2)), "Could not tell: "),
+        ((dropped(right=True),), "No failure scenario was found"),
+        ((dropped(right=True, weight=0.2), dropped()), "No failure scenario was found"),
+    ],
+)
+def test_failures_of_which_no_component_was_left_are_undecided_unless_the_classifier_is_right(
+    tmp_path: Path, components, words: str
+):
+    found, evaluation = sample_findings(0, 0)
+    scenarios = dataclasses.replace(found.scenarios, dropped=components)
+    found = dataclasses.replace(found, scenarios=scenarios)
+    assert words in headline(report_of((found, evaluation), tmp_path))
+    nothing = dataclasses.replace(found, psi=dataclasses.replace(found.psi, codes=np.zeros(1, np.int64)))
+    report = build_report(sample_run(tmp_path), nothing, evaluation)
+    assert headline(report).startswith("No failure scenario was found")

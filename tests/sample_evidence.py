@@ -1,0 +1,52 @@
+"""Constructed evidence, without any judge."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from defuse_core.artifacts import F64
+from defuse_core.evaluation.evidence import DEFUSE, PLAIN, Evidence
+from defuse_core.evaluation.nearest_real import NearestReal
+
+
+def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, before: float = 0.98) -> Evidence:
+    """Evidence with the accuracies (A, B) by own label on the scenarios, each on so many labelled units.
+
+    `judges` is the accuracy of each of three judges on real images, and `before` that of the classifier.
+    """
+    count, nothing = len(own_label), np.full(3, np.nan)
+    mean = own_label.mean(axis=0)
+    shares = np.stack([mean, np.maximum(mean - 0.05, 0), np.minimum(mean + 0.05, 1)], axis=1)
+    better = np.rint(units * np.maximum(own_label[:, DEFUSE] - own_label[:, PLAIN], 0)).astype(np.int64)
+    pairs = np.stack([np.full(count, units), better, np.zeros(count, np.int64)], axis=1)
+    real = np.zeros((count, 1, 1, 32, 32), np.uint8)
+    return Evidence(
+        judges=np.full(3, judges),
+        before_test=before,
+        labelled=1.0,
+        purity=np.array([0.9, 0.8, 1.0]),
+        own_label=shares,
+        one_label=shares,
+        left_out=shares[[0, 3, 2]],
+        wider=np.stack([shares[[0, 3]]] * 2),
+        real_failures=shares,
+        real_failure_images=200,
+        scenario_purity=np.full(count, 0.9),
+        scenario_own_label=own_label,
+        scenario_left_out=own_label[:, DEFUSE],
+        confirmed=better > 10,
+        names=("8 read as 3",) * count,
+        at_fault=("classifier",) * count,
+        real=NearestReal(
+            real,
+            np.zeros((count, 1), np.int64),
+            np.zeros((count, 1), np.int64),
+            np.full(count, 0.1),
+            0.02,
+            np.zeros(count, np.bool_),
+        ),
+        mcnemar=np.stack([nothing, nothing]),
+        krippendorff=0.9,
+        pairs=pairs,
+        real_failure_pairs=np.array([200, 60, 20]),
+    )

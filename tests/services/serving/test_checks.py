@@ -1,0 +1,112 @@
+"""The checks of a corrected classifier, on answers that are given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sample_evidence import sample_evidence
+from sample_findings import sample_findings
+
+from defuse_core.artifacts import Corrections, Models, Sweep
+from defuse_core.codec import encode
+from defuse_core.config import CheckSection
+from defuse_core.errors import CheckFailed
+from defuse_core.runs import Run
+from services.serving.candidate import prepare_candidate
+from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
+from tests.services.serving.test_serve_commands import check, run
+
+
+def own_labels(before: list[float], after: list[float]) -> np.ndarray:
+    """Accuracies (A, B) by own label, alike for baseline and plain further training."""
+    return np.stack([before, [0.7] * len(before), [0.7] * len(before), after], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "units", "passed", "worst"),
+    [
+        ([0.10, 0.5547], [0.99, 0.4531], 256, False, "scenario 1 55.47% -> 45.31%"),
+        ([0.10, 0.5547], [0.99, 0.4531], 20, True, "scenario 1 55.47% -> 45.31%"),  # may be chance
+        ([0.55, 0.30], [0.55, 1.00], 256, True, "scenario 0 55.00% -> 55.00%"),
+        ([0.60, 1.00], [0.30, 0.50], 256, False, "scenario 1 100.00% -> 50.00%"),
+    ],
+)
+def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, units, passed, worst):
+    corrections = sample_findings(4, 2)[0].fixes
+    evidence = sample_evidence(own_labels(before, after), units)
+    found = own_label_accuracy(corrections, evidence).check()
+    assert (found.name, found.passed) == ("own label", passed)
+    assert found.line.startswith(f"own label: {worst} by the judges' label of each image")
+
+
+def test_without_judged_units_there_is_no_check_by_own_label():
+    corrections = sample_findings(4, 2)[0].fixes
+    evidence = sample_evidence(own_labels([0.9, 0.9], [0.1, 0.1]))
+    assert own_label_accuracy(corrections, None) is None
+    assert own_label_accuracy(corrections, replace(evidence, pairs=None)) is None  # of an earlier version
+    nobody = own_labels([np.nan, np.nan], [np.nan, np.nan])
+    assert own_label_accuracy(corrections, replace(evidence, scenario_own_label=nobody)) is None
+
+
+def test_check_fails_a_run_whose_judges_find_a_scenario_worse_also_after_a_check_without_them(own_store):
+    before = prepare_candidate(Run.open(own_store, "first"))[0]
+    evidence = sample_evidence(own_labels([0.1, 0.6], [1.0, 0.3]))
+    Run.open(own_store, "first").store.write("evidence.safetensors", encode(evidence))
+    with pytest.raises(CheckFailed, match="1 of 8 checks failed"):
+        run(check, "first", "--store", own_store.address)
+    key, candidate = prepare_candidate(Run.open(own_store, "first"))
+    assert key != before
+    assert candidate.failed_checks()[0].startswith("own label: scenario 1 60.00% -> 30.00%")
+
+
+def report_on(labels: list[int], right_after: list[bool]) -> CandidateReport:
+    """A report on clean images that the classifier before gets right, and one corrected scenario."""
+    right = np.ones(len(labels), np.bool_)
+    after = np.array(right_after)
+    names = ("cat", "dog", "eel", "fox")
+    return CandidateReport("test", names, np.array(labels), right, after, np.zeros(1), np.ones(1), ())
+
+
+@pytest.mark.parametrize(
+    ("parts", "choose_by", "end"),
+    [
+        ({}, "tune", "is allowed"),
+        ({"test": None}, "tune", "is allowed (not independent: λ was chosen on these images)"),
+        ({"test": None}, "last", "is allowed"),
+        (
+            {"test": None, "validation": None},
+            "tune",
+            "is allowed (not independent: the classifier was trained on these images)",
+        ),
+    ],
+)
+def test_clean_accuracy_on_images_that_the_correction_has_seen_says_so(
+    own_store, splits, parts, choose_by: str, end: str
+):
+    stored = Run.open(own_store, "first")
+    correct = stored.spec.correct.model_copy(update={"choose_by": choose_by})
+    spec = stored.spec.model_copy(update={"correct": correct})
+    artefacts = (stored.require(Models), stored.require(Corrections), stored.require(Sweep))
+    report = evaluate_candidate(spec, *artefacts, replace(splits, **parts))
+    (line,) = (check.line for check in report.checks(spec.check) if check.name == "clean accuracy")
+    assert line.endswith(end)
+
+
+def test_every_class_means_those_with_images_and_the_others_are_named():
+    def every_class(labels: list[int], right_after: list[bool]) -> Check:
+        (found,) = (
+            check
+            for check in report_on(labels, right_after).checks(CheckSection())
+            if check.name == "every class"
+        )
+        return found
+
+    assert "not measured" not in every_class([0, 1, 2, 3], [True] * 4).line
+    partly = every_class([1, 1, 2], [True, False, False])
+    assert not partly.passed and "class eel lost 100.00%" in partly.line
+    assert partly.line.endswith("; not measured, since no test image shows them: cat, fox")
+    # not that of a class without images
+    kept = every_class([1, 2], [True, True])
+    assert kept.passed and "class dog lost 0.00%" in kept.line
