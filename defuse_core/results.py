@@ -278,11 +278,16 @@ class ScenarioView:
 
     @property
     def confirmed(self) -> bool | None:
-        """Whether it is significantly more often right on held-out images than plain further training, by the judges.
+        """Whether it is significantly more often right on held-out images than each plain training, by the judges.
 
         None without judges, without a correction, and with too few images to tell.
         """
         return None if self.row.evidence is None else self.row.evidence.confirmed
+
+    @property
+    def worse(self) -> bool | None:
+        """Whether each plain training is significantly more often right there than it; None likewise."""
+        return None if self.row.evidence is None else self.row.evidence.worse
 
     @property
     def images(self) -> F32:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from defuse_core.intervals import SIGNIFICANT
-from defuse_core.report.evidence_schema import Pairs
+from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs
 from defuse_core.report.schema import Mean, Report
 from defuse_core.review.verdicts import why_inconclusive
 from defuse_core.watch.figures import Share
@@ -34,6 +34,14 @@ def interval(share: Share, digits: int = 1) -> str:
     if share.value is None or share.low is None or share.high is None:
         return percent(share.value, digits)
     return f"{percent(share.value, digits)} ({100 * share.low:.{digits}f}–{100 * share.high:.{digits}f})"
+
+
+def spread_of(values: Sequence[float | None], digits: int = 1) -> str:
+    """Return the lowest and highest of several shares, in percent: 69.0–89.1 %; empty for fewer than two."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return ""
+    return f"{100 * min(known):.{digits}f}–{percent(max(known), digits)}"
 
 
 def score(share: Share) -> str:
@@ -205,7 +213,7 @@ def pairs_in_words(pairs: Pairs) -> str:
 
 
 def unconfirmed(report: Report) -> str | None:
-    """Return on which scenarios the correction does no more than plain further training, or None where on none.
+    """Return on which scenarios the correction does no more, or less, than plain further training; None where on none.
 
     Scenarios with too few images to tell are no failures of a test.
     """
@@ -217,12 +225,19 @@ def unconfirmed(report: Report) -> str | None:
     rows = [row for row in tested if row.evidence is not None and not row.evidence.confirmed]
     if not rows:
         return None
-    numbers = ", ".join(str(row.number) for row in rows)
-    return (
-        f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}. By the "
-        "judges' label of each held-out image the classifier is not significantly more often right than after plain "
-        f"further training (λ = 0), which has not seen the scenarios, on: {numbers}."
-    )
+    worse = [str(row.number) for row in rows if row.evidence is not None and row.evidence.worse]
+    equal = [str(row.number) for row in rows if row.evidence is not None and not row.evidence.worse]
+    than = "than after plain further training (λ = 0), which has not seen the scenarios, on: "
+    claims = []
+    if worse:
+        claims.append(f"significantly less often right {than}{', '.join(worse)}")
+        than = "on: "
+    if equal:
+        claims.append(f"not significantly more often right {than}{', '.join(equal)}")
+    title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
+    if worse:
+        title += f", and worse than plain further training on {len(worse)}"
+    return f"{title}. By the judges' label of each held-out image the classifier is {'; '.join(claims)}."
 
 
 def no_better_than_plain_training(report: Report) -> str | None:
@@ -230,12 +245,13 @@ def no_better_than_plain_training(report: Report) -> str | None:
     evidence = report.evidence
     if evidence is None or report.chosen is None:
         return None
-    against, own, left_out = evidence.against_plain, evidence.own_label, evidence.left_out
+    against, own = evidence.against_plain, evidence.own_label
     worse, equal, figures = list[str](), list[str](), list[str]()
-    for name, shares, pairs in (
-        ("the scenarios", own, against.scenarios),
-        ("scenarios left out of the tuning", left_out, against.left_out),
-        ("real failures", evidence.real_failures, against.real_failures),
+    real = evidence.real_failures
+    for name, after, plain, pairs in (
+        ("the scenarios", own.defuse.value, own.plain.value, against.scenarios),
+        _left_out_against_plain(evidence),
+        ("real failures", real.defuse.value, real.plain.value, against.real_failures),
     ):
         if pairs is None:
             continue
@@ -243,8 +259,7 @@ def no_better_than_plain_training(report: Report) -> str | None:
         if certain and pairs.better > pairs.worse:
             continue
         (worse if certain and pairs.worse > pairs.better else equal).append(name)
-        defuse, plain = percent(shares.defuse.value), percent(shares.plain.value)
-        figures.append(f"{name} {defuse} and {plain} ({pairs_in_words(pairs)})")
+        figures.append(f"{name} {percent(after)} and {percent(plain)} ({pairs_in_words(pairs)})")
     claims = []
     if worse:
         claims.append(f"does more for {' and '.join(worse)}")
@@ -254,8 +269,32 @@ def no_better_than_plain_training(report: Report) -> str | None:
         return None
     return (
         f"Plain further training {', and '.join(claims)}. It is the same fine-tuning without scenarios (λ = 0). By the "
-        "judges' labels are right, after the correction and after plain further training: "
+        f"judges' labels are right, after the correction and after plain further training{_mean_of(own)}: "
         f"{', '.join(figures)}."
+    )
+
+
+def _left_out_against_plain(
+    evidence: EvidenceFigures,
+) -> tuple[str, float | None, float | None, Pairs | None]:
+    """Return name, accuracy after both, and pairs of the left-out scenarios: those with a new confusion where any are.
+
+    The others are near to what is tuned on.
+    """
+    new, all_of_them = evidence.left_out_new_confusion, evidence.left_out
+    if new.count:
+        return "left-out scenarios with a new confusion", new.defuse, new.plain, new.against_plain
+    pairs = evidence.against_plain.left_out
+    return "scenarios left out of the tuning", all_of_them.defuse.value, all_of_them.plain.value, pairs
+
+
+def _mean_of(own: FourShares) -> str:
+    """Return what the figures of plain further training are, where there are several."""
+    count = len(own.plain_each)
+    return (
+        f" (mean of {count} trainings; in brackets the least favourable one to the correction)"
+        if count > 1
+        else ""
     )
 
 

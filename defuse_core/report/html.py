@@ -125,6 +125,7 @@ def environment() -> Environment:
         score=formatting.score,
         size=formatting.size,
         spread=formatting.spread,
+        spread_of=formatting.spread_of,
         text_of=formatting.text_of,
     )
     return made
