@@ -99,8 +99,8 @@ def accuracy_table(report: Report) -> Table:
 def _evidence_table(evidence: EvidenceFigures) -> Table:
     """Return the accuracies that independent models confirm, each with its 95 % interval."""
     count = len(evidence.own_label.plain_each)
-    several = f", mean of {count}" if count > 1 else ""
-    title = f"Evidence of {count_of(evidence.judges.count, 'judge')} (plain: further training with λ = 0{several})"
+    plain = f"λ = 0, mean of {count} trainings" if count > 1 else "further training with λ = 0"
+    title = f"Evidence of {count_of(evidence.judges.count, 'judge')} (plain: {plain})"
     table = new_table(title, ("By own label", "Before", "Plain", "Defuse"))
     own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
     rows = (

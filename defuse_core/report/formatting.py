@@ -292,7 +292,7 @@ def _mean_of(own: FourShares) -> str:
     """Return what the figures of plain further training are, where there are several."""
     count = len(own.plain_each)
     return (
-        f" (mean of {count} trainings; in brackets the least favourable one to the correction)"
+        f" (mean of {count} trainings; in brackets against the one least favourable to the correction)"
         if count > 1
         else ""
     )
