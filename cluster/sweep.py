@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,8 @@ def _trial(
     with reporting(progress_actor):
         location = claim_devices(STEP)
         log.debug("correct: λ = %g in %s", lam, location)
-        data = FineTuningData(*ray.get(list(images[number])))
+        clean, scenario = ray.get(list(images[number]))
+        data = FineTuningData(clean, scenario, request.repetition)
         trials = run_trial(request.spec, models, data, lam, request.store)
         epochs = 0
         try:
@@ -148,7 +149,9 @@ def _trial(
 
 def _trainable(sweep: SweepContext) -> type[Trainable]:
     """Return a trial with its inputs, under the name that Ray shows of its actors and processes."""
-    requests = [SweepRequest(each.spec, _no_codes(each.fixes), None, each.store) for each in sweep.requests]
+    requests = [
+        replace(each, fixes=_no_codes(each.fixes), reviewed=None, all_fixes=None) for each in sweep.requests
+    ]
     function = tune.with_parameters(
         _trial,
         requests=requests,

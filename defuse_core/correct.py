@@ -69,6 +69,8 @@ class FineTuningData:
 
     clean: Splits  # in memory
     scenario: ScenarioImages
+    # another number is the same fine-tuning with other random numbers: order of the minibatches, augmentation, dropout
+    repetition: int = 0
 
 
 def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
@@ -160,9 +162,11 @@ def fine_tune(
     if trial is not None:
         load_optimizer_state(optimizer, trial.moments)
     images = DeviceImages(tuning.clean.train, spec.resources.readers), DeviceImages(tuning.scenario.tune)
+    # split and sample of the images have streams of their own: every repetition is on the same ones
+    streams = ("correct", "repetition", tuning.repetition) if tuning.repetition else ("correct",)
     for epoch in range(len(rows) + 1, section.epochs + 1):
         with cpu_threads(1):
-            loss = _epoch(spec, classifier, optimizer, images, lam, epoch)
+            loss = _epoch(spec, classifier, optimizer, images, lam, epoch, streams)
             rows = (*rows, _score(spec, classifier, tuning, lam, epoch, loss))
         weights = weights_of(classifier)
         if best_epoch == 0 or _rank(spec, models, rows[-1]) > _rank(spec, models, rows[best_epoch - 1]):
@@ -183,15 +187,17 @@ def _epoch(
     images: tuple[DeviceImages, DeviceImages],
     lam: float,
     epoch: int,
+    streams: tuple[str | int, ...],
 ) -> float:
     """One pass over D, with as many images of D_f in every step; `images` holds both. Returns the mean loss.
 
     Both form one batch, so that batch normalisation sees the mixture of both in training; with λ = 0 it sees D alone.
+    `streams` begins the names of its random streams.
     """
-    torch.manual_seed(torch_seed(spec.seed, "correct", epoch))  # for dropout, independent of what ran before
+    torch.manual_seed(torch_seed(spec.seed, *streams, epoch))  # for dropout, independent of what ran before
     classifier.train()
     train, tune, size = *images, spec.correct.batch_size
-    seeded = partial(generator, spec.seed, "correct")
+    seeded = partial(generator, spec.seed, *streams)
     scenario_rows = cycle(len(tune), min(size, len(train)), seeded("scenarios", epoch))
     affine_rng = seeded("moves", epoch)
     losses, before = Losses(f"with λ = {lam:g}"), weights_of(classifier)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
@@ -93,6 +94,7 @@ class LocalCompute:
         tuning = load_fine_tuning_data(
             spec, models, request.fixes, request.reviewed, request.all_fixes, progress=self.progress
         )
+        tuning = replace(tuning, repetition=request.repetition)
         trials, failures = [], dict[float, DefuseError]()
         for index, lam in enumerate(spec.correct.lambdas):
             try:

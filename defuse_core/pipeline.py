@@ -27,7 +27,7 @@ from defuse_core.distill.components import distill
 from defuse_core.distill.psi import SAMPLE_CODES
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import StoreError
-from defuse_core.evaluation.controls import Controls, fold_spec, folds, plain_spec, without_fold
+from defuse_core.evaluation.controls import Controls, fold_spec, folds, plain_names, plain_spec, without_fold
 from defuse_core.evaluation.evaluate import Findings, evaluate
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
@@ -136,28 +136,24 @@ def _evaluations(
         return compute.tasks("report", [calls[name][1] for name in names])
 
     made = _once_each(run, "report", {name: kind for name, (kind, _) in calls.items()}, make)
-    return made["evaluation"], made["failurewatch"], made.get("evidence")
+    return made["evaluation"], made["failurewatch"], run.load(Evidence)
 
 
 def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
-    """Fine-tune the controls that the correction is held against; None with judges.count 0."""
-    if found.judges is None:
+    """Fine-tune the controls that the correction is held against; None with judges.count 0, and with evidence made."""
+    if found.judges is None or run.load(Evidence) is not None:
         return None
     spec, fixes = run.spec, found.fixes
-    requests = {"plain": (plain_spec(spec, found.sweep), fixes)}
-    for fold in folds(fixes, found.sweep):
-        requests[f"left_out_{fold}"] = (fold_spec(spec, found.sweep), without_fold(fixes, fold))
-    plain, *tuned = _sweeps(
-        run,
-        compute,
-        "report",
-        found.models,
-        **{
-            name: SweepRequest(changed, kept, None, run.store.within(f"trials/{name}"), fixes)
-            for name, (changed, kept) in requests.items()
-        },
-    ).values()
-    return Controls(plain, tuple(tuned))
+    plain, tuned = plain_names(), [f"left_out_{fold}" for fold in folds(fixes, found.sweep)]
+    requests = {}
+    for number, name in enumerate(plain):
+        store = run.store.within(f"trials/{name}")
+        requests[name] = SweepRequest(plain_spec(spec, found.sweep), fixes, None, store, fixes, number)
+    for fold, name in enumerate(tuned):
+        store, kept = run.store.within(f"trials/{name}"), without_fold(fixes, fold)
+        requests[name] = SweepRequest(fold_spec(spec, found.sweep), kept, None, store, fixes)
+    made = _sweeps(run, compute, "report", found.models, **requests)
+    return Controls(tuple(made[name] for name in plain), tuple(made[name] for name in tuned))
 
 
 def _sweeps(

@@ -50,6 +50,7 @@ class SweepRequest:
     store: Store  # of its trials; those that it holds already resume after their last finished epoch
     # all of the fixes, where `fixes` leave some out for a control: clean images follow from all, and so are the same
     all_fixes: Corrections | None = None
+    repetition: int = 0  # as of FineTuningData
 
 
 class Compute(Protocol):

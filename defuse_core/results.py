@@ -34,8 +34,8 @@ from defuse_core.models import (
 from defuse_core.models.adapters import adapt
 from defuse_core.pipeline import load_findings
 from defuse_core.report import Report, parse_report
-from defuse_core.report.formatting import headline
 from defuse_core.report.html import render_real, render_run, render_scenarios, scenario_card
+from defuse_core.report.notices import headline
 from defuse_core.report.schema import Scenario
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch
@@ -278,11 +278,16 @@ class ScenarioView:
 
     @property
     def confirmed(self) -> bool | None:
-        """Whether it is significantly more often right on held-out images than plain further training, by the judges.
+        """Whether it is significantly more often right on held-out images than each plain training, by the judges.
 
         None without judges, without a correction, and with too few images to tell.
         """
         return None if self.row.evidence is None else self.row.evidence.confirmed
+
+    @property
+    def worse(self) -> bool | None:
+        """Whether each plain training is significantly more often right there than it; None likewise."""
+        return None if self.row.evidence is None else self.row.evidence.worse
 
     @property
     def images(self) -> F32:

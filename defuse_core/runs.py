@@ -38,6 +38,8 @@ FROM_VERDICTS = (
     "baseline",
     "sweep",
     "plain",
+    "plain_1",
+    "plain_2",
     "left_out_0",
     "left_out_1",
     "evaluation",
@@ -45,7 +47,7 @@ FROM_VERDICTS = (
     "evidence",
 )
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("sweep") :]
-CONTROL_TRIALS = ("trials/plain/", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
+CONTROL_TRIALS = ("trials/plain", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
 
 

@@ -16,17 +16,17 @@ from rich.text import Text
 
 from defuse_core.report.formatting import (
     NONE,
-    caveats,
     change,
     count_of,
-    headline,
     interval,
     is_low,
     lam_text,
+    pairs_text,
     percent,
     spread,
     unbroken,
 )
+from defuse_core.report.notices import caveats, headline
 from services.console import Terminal
 
 if TYPE_CHECKING:
@@ -97,7 +97,9 @@ def accuracy_table(report: Report) -> Table:
 
 def _evidence_table(evidence: EvidenceFigures) -> Table:
     """Return the accuracies that independent models confirm, each with its 95 % interval."""
-    title = f"Evidence of {count_of(evidence.judges.count, 'judge')} (plain: further training with λ = 0)"
+    count = len(evidence.own_label.plain_each)
+    plain = f"λ = 0, mean of {count} trainings" if count > 1 else "further training with λ = 0"
+    title = f"Evidence of {count_of(evidence.judges.count, 'judge')} (plain: {plain})"
     table = new_table(title, ("By own label", "Before", "Plain", "Defuse"))
     own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
     rows = (
@@ -204,6 +206,7 @@ def _lines(report: Report) -> list[str]:
         f"{vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
         f"squared error {vae.reconstruction:.4f} per pixel.",
         *_verdicts(report),
+        *_left_out(report),
     ]
     if report.chosen is not None:
         moved = change(report.accuracy.before.test, report.accuracy.defuse.test)
@@ -229,6 +232,21 @@ def _screen(report: Report) -> list[str]:
     if report.evidence is not None and report.evidence.screen_recall.value is not None:
         line += f"; the screen would keep {interval(report.evidence.screen_recall, 0)} of the real failures"
     return [f"{line}."]
+
+
+def _left_out(report: Report) -> list[str]:
+    """Return what becomes of left-out scenarios whose confusion is tuned on, and of the others, as a line."""
+    if report.evidence is None:
+        return []
+    known, new = report.evidence.left_out_known_confusion, report.evidence.left_out_new_confusion
+    parts = [
+        f"{each.count} with a {name} confusion {percent(each.before, 0)} before, {percent(each.plain, 0)} plain, "
+        f"{percent(each.defuse, 0)} Defuse ({pairs_text(each.against_plain)})"
+        if each.count
+        else f"{NONE} with a {name} confusion"
+        for name, each in (("known", known), ("new", new))
+    ]
+    return [f"Left out of the tuning: {'; '.join(parts)}."]
 
 
 def _verdicts(report: Report) -> list[str]:

@@ -1,7 +1,8 @@
 """Whether a correction does more than plain further training (λ = 0) does, on the same pictures.
 
 Components were accepted since the classifier before is wrong there, so that nearly every other model is better than it
-on them. Plain further training shows what they owe to the scenarios.
+on them. Plain further training shows what they owe to the scenarios. What one such training does on a scenario depends
+on the order of its minibatches, so that there are P of them, and the correction is held against each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64, Anchors, Bool
 from defuse_core.data import Images
-from defuse_core.intervals import SIGNIFICANT, binomial_tail
+from defuse_core.intervals import SIGNIFICANT, binomial_tail, significantly_over
 
 
 def units_of(anchors: Anchors | None, anchor: I64 | None, train: Images, count: int) -> I64:
@@ -42,12 +43,38 @@ def pairs_of(defuse: F64, plain: F64, units: I64) -> I64:
     return np.array([len(numbers), (total > 0).sum(), (total < 0).sum()], np.int64)
 
 
+def least_favourable(pairs: I64) -> I64:
+    """Return of the `pairs_of` each plain training, (P, ..., 3), those that speak least for the correction, (..., 3).
+
+    Their p-value of the sign test, one-sided, is the largest.
+    """
+    _, better, worse = np.moveaxis(pairs, -1, 0)
+    tails = binomial_tail(better, better + worse, 0.5)
+    # the second key tells +0 −0 from +0 −10
+    order = np.lexsort((worse - better, tails), axis=0)
+    found: I64 = np.take_along_axis(pairs, order[-1:, ..., None], axis=0)[0]
+    return found
+
+
 def is_better(pairs: I64) -> Bool:
-    """Return which rows of (A, 3) `pairs_of` are significantly more often right, (A,): a sign test, one-sided."""
-    better: Bool = binomial_tail(pairs[:, 1], pairs[:, 1] + pairs[:, 2], 0.5) < SIGNIFICANT
-    return better
+    """Return on which of the scenarios the correction is significantly better than each plain training, (A,).
+
+    `pairs` (P, A, 3) are those of `pairs_of`. The p-value of a scenario is the largest of its sign tests, one-sided;
+    the false discovery rate over the scenarios with enough units is SIGNIFICANT (Benjamini and Hochberg).
+    """
+    units, better, worse = least_favourable(pairs).T
+    found: Bool = np.zeros(len(units), np.bool_)
+    tested = is_testable(units)
+    found[tested] = significantly_over(better[tested], (better + worse)[tested], 0.5, SIGNIFICANT)
+    return found
 
 
-def is_testable(units: int) -> bool:
-    """Whether `is_better` could be true of so many units, if all were better."""
-    return bool(0.5**units < SIGNIFICANT)
+def is_worse(pairs: I64) -> Bool:
+    """Return likewise on which scenarios each plain training is significantly better than the correction, (A,)."""
+    return is_better(pairs[..., [0, 2, 1]])
+
+
+def is_testable(units: I64) -> Bool:
+    """Return where the sign test could be significant of so many units, if all were better."""
+    testable: Bool = 0.5**units < SIGNIFICANT
+    return testable

@@ -10,18 +10,26 @@ import numpy as np
 from defuse_core.artifacts import I64, Bool, Corrections, Sweep
 from defuse_core.config import RunFile
 
+# Trainings with λ = 0. One alone is no measure: another order of the minibatches may turn half of a scenario's images.
+PLAIN_TRAININGS = 3
+
 
 @dataclass(frozen=True, eq=False)
 class Controls:
     """Corrections that only evidence needs."""
 
-    plain: Sweep  # λ = 0
+    plain: tuple[Sweep, ...]  # P of λ = 0, which differ in their random numbers alone; never empty
     folds: tuple[Sweep, ...]  # each tuned without its fold's scenarios; empty with fewer than two scenarios
 
 
 def plain_spec(spec: RunFile, sweep: Sweep) -> RunFile:
     """Return the run file of plain further training: λ = 0 for as many epochs as the chosen correction."""
     return _fine_tuning(spec, 0.0, sweep)
+
+
+def plain_names() -> tuple[str, ...]:
+    """Return the names of the plain trainings in a run, (P,); the place of each is the repetition that it is."""
+    return ("plain", *(f"plain_{number}" for number in range(1, PLAIN_TRAININGS)))
 
 
 def fold_spec(spec: RunFile, sweep: Sweep) -> RunFile:

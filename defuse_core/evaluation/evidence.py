@@ -2,15 +2,17 @@
 
 The paper scores a correction by the one label of each scenario. That figure rises even where the classifier only learns
 to give every picture of a scenario the same answer. Here every generated image has its own label, the majority of the
-judges. Controls are the baseline and *plain further training*: the same fine-tuning with λ = 0.
+judges. Controls are the baseline and *plain further training*: the same fine-tuning with λ = 0, several times with
+other random numbers. Its figures are the means over these trainings.
 
-Axes, beside those of artifacts/__init__.py: B = 4 classifiers (before, baseline, plain, defuse),
+Axes, beside those of artifacts/__init__.py: B = 4 classifiers (before, baseline, plain, defuse), P plain trainings,
 J = 3 numbers of a share (share, low, high).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import krippendorff
 import numpy as np
@@ -31,7 +33,7 @@ from defuse_core.data import Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, stacked, wide_draws
-from defuse_core.evaluation.against_plain import is_better, pairs_of, tracks_of, units_of
+from defuse_core.evaluation.against_plain import is_better, is_worse, pairs_of, tracks_of, units_of
 from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
@@ -56,6 +58,7 @@ from defuse_core.training.reference_models import (
 
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
 BEFORE, _, PLAIN, DEFUSE = range(len(CLASSIFIERS))
+IN_EACH = ("own_label", "one_label", "left_out", "real_failures")  # figures of each plain training
 WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those reviewed
 WIDER_IMAGES = 64  # per scenario and factor
 FRESH_IMAGES = 2000  # test images that fresh noise is added to
@@ -80,27 +83,36 @@ class Evidence:
     # (3, J) before, defuse, plain: own-label accuracy on scenarios left out of the tuning (two folds); without plain in
     # runs of earlier versions
     left_out: F64
-    wider: F64  # (2, 2, J) factor of τ x (before, defuse): own-label accuracy on wider draws
+    # (2, 3, J) factor of τ x (before, defuse, plain): own-label accuracy on wider draws; likewise
+    wider: F64
     real_failures: F64  # (B, J) accuracy on failing draws around test images that judges still recognise
     real_failure_images: int
     scenario_purity: F64  # (A,) share of held-out images that show the label
     scenario_own_label: F64  # (A, B) own-label accuracy
     scenario_left_out: F64  # (A,) own-label accuracy of a classifier that was not tuned on the scenario
-    # (A,) whether the correction is better than plain further training, significantly, by own labels; in runs of
-    # earlier versions, which have no pairs, than before
+    # (A,) whether the correction is better than each plain training, significantly, by own labels; in runs of earlier
+    # versions, whose pairs have no P, than one of them or than before
     confirmed: Bool
     names: tuple[
         str, ...
     ]  # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
     at_fault: tuple[str, ...]  # (A,) "classifier", "β-VAE" or "unclear"
     real: NearestReal
-    mcnemar: F64  # (2, 3) plain, defuse against before on the test set: gained, lost, p-value
+    # (2, 3) the first plain training, defuse against before on the test set: gained, lost, p-value
+    mcnemar: F64
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
     # (J,) of the real failures, the share that identify.screen keeps; nan without it and in runs of earlier versions
     screen_recall: F64 = field(default_factory=lambda: np.full(3, np.nan))
-    # (A, 3) of each scenario: units, those on which defuse, and plain, is more often right; None in earlier versions
+    # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right; in earlier
+    # versions (A, 3), of one plain training, or None
     pairs: I64 | None = None
-    real_failure_pairs: I64 | None = None  # (3,) likewise, of the real failures
+    real_failure_pairs: I64 | None = (
+        None  # (P, 3) likewise, of the real failures; in earlier versions (3,) or None
+    )
+    # the next three are None in runs of earlier versions
+    worse: Bool | None = None  # (A,) whether the correction is worse than each plain training, likewise
+    plain_each: F64 | None = None  # (4, P) IN_EACH x share after each plain training
+    scenario_plain: F64 | None = None  # (P, A) own-label accuracy after each plain training
 
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:
@@ -120,10 +132,11 @@ class _Evidence:
         self.splits, self.classes = splits, len(found.models.classes)
         self.vae = load_vae(spec, found.models.vae)
         self.before = load_classifier(spec, found.models.classifier, self.classes)
-        sweeps = (found.baseline, controls.plain, found.sweep, *controls.folds)
-        self.baseline, self.plain, self.corrected, *self.folds = map(self._chosen, sweeps)
+        self.baseline, self.corrected = self._chosen(found.baseline), self._chosen(found.sweep)
+        self.plain, self.folds = (
+            [self._chosen(sweep) for sweep in sweeps] for sweeps in (controls.plain, controls.folds)
+        )
         self.defuse = self.before if self.corrected is None else self.corrected
-        self.classifiers = (self.before, self.baseline, self.plain, self.defuse)
         assert found.judges is not None
         self.judges = load_reference_models(spec, spec.judges, found.judges, self.classes)
         held_out = held_out_images(self.vae, found.fixes)
@@ -150,37 +163,41 @@ class _Evidence:
         found, fixes = self.found, self.found.fixes
         accepted = len(fixes.labels)
         per_scenario = fixes.test.shape[1]
+        share = partial(_share, per_scenario=per_scenario, units=self.units)
         self.progress("asking the judges", 0, 4, "figures")
-        answers = [_answers(net, self.held_out) for net in self.classifiers]
-        right = np.stack([_hits(each, self.own) for each in answers])  # (B, A·n)
+        answers = self._all_answers(self.held_out)
+        right, plain = _right(answers, self.own)  # (B, A·n), (P, A·n)
         scenario_labels = np.repeat(fixes.labels, per_scenario)
-        one = [_hits(each, scenario_labels) for each in answers]
+        one, plain_one = _right(answers, scenario_labels)
         # an image that judges disagree on shows no label
         shows = (self.own == scenario_labels).astype(np.float64)
         self.progress("asking the judges", 1, 4, "figures")
         fold_right = self._fold_right(per_scenario)
-        left_out = np.where(np.isnan(fold_right), np.nan, [right[BEFORE], fold_right, right[PLAIN]])
+        left_out = np.where(np.isnan(fold_right), np.nan, [right[BEFORE], fold_right, right[PLAIN], *plain])
         wider = self._wider()
         self.progress("asking the judges", 2, 4, "figures")
         fresh, truth, fresh_units = self._real_failures()
-        fresh_right = np.stack([_hits(_answers(net, fresh), truth) for net in self.classifiers])
+        fresh_right, fresh_plain = _right(self._all_answers(fresh), truth)
         self.progress("asking the judges", 3, 4, "figures")
         real_images = self.splits.validation or self.splits.test or self.splits.train
         real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, real_images)
         by_scenario = right.reshape(len(CLASSIFIERS), accepted, per_scenario)
         units = self.units.reshape(accepted, per_scenario)
-        rows = zip(by_scenario[DEFUSE], by_scenario[PLAIN], units, strict=True)
-        pairs = np.array([pairs_of(*row) for row in rows], np.int64).reshape(-1, 3)
+        plain_by_scenario = plain.reshape(len(plain), accepted, per_scenario)
+        pairs = np.zeros((len(plain), accepted, 3), np.int64)
+        for number, scenario in np.ndindex(pairs.shape[:2]):
+            both = by_scenario[DEFUSE, scenario], plain_by_scenario[number, scenario]
+            pairs[number, scenario] = pairs_of(*both, units[scenario])
         has_test = self.splits.test is not None
         assert found.judges is not None
         return Evidence(
             judges=found.judges.test if has_test else found.judges.validation,
             before_test=found.models.accuracy.get("test" if has_test else "validation", float("nan")),
             labelled=float((self.own != NONE_OF_THE_ABOVE).mean()) if len(self.own) else float("nan"),
-            purity=_share(shows, per_scenario, self.units),
-            own_label=np.stack([_share(row, per_scenario, self.units) for row in right]),
-            one_label=np.stack([_share(row, per_scenario, self.units) for row in one]),
-            left_out=np.stack([_share(row, per_scenario, self.units) for row in left_out]),
+            purity=share(shows),
+            own_label=np.stack([share(row) for row in right]),
+            one_label=np.stack([share(row) for row in one]),
+            left_out=np.stack([share(row) for row in left_out[:3]]),
             wider=wider,
             real_failures=np.stack([_known_share(row, fresh_units) for row in fresh_right]),
             real_failure_images=len(truth),
@@ -191,12 +208,27 @@ class _Evidence:
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
             at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, per_scenario)))),
             real=real,
-            mcnemar=np.stack([self._mcnemar(self.plain), self._mcnemar(self.corrected)]),
+            mcnemar=np.stack([self._mcnemar(self.plain[0]), self._mcnemar(self.corrected)]),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
             screen_recall=self._screen_recall(fresh, truth, fresh_units),
             pairs=pairs,
-            real_failure_pairs=pairs_of(fresh_right[DEFUSE], fresh_right[PLAIN], fresh_units),
+            real_failure_pairs=np.stack(
+                [pairs_of(fresh_right[DEFUSE], row, fresh_units) for row in fresh_plain]
+            ),
+            worse=is_worse(pairs),
+            plain_each=np.array(
+                [
+                    *([share(row)[0] for row in rows] for rows in (plain, plain_one, left_out[3:])),
+                    [_known_share(row, fresh_units)[0] for row in fresh_plain],
+                ]
+            ),
+            scenario_plain=_nanmean(plain_by_scenario),
         )
+
+    def _all_answers(self, images: F32) -> F64:
+        """Return the answers of before, baseline, defuse and each plain training, (3 + P, n); nan without one."""
+        classifiers = (self.before, self.baseline, self.defuse, *self.plain)
+        return np.stack([_answers(classifier, images) for classifier in classifiers])
 
     def _fold_right(self, per_scenario: int) -> F64:
         """Return whether each held-out image is right after a correction without its scenario's fold, (A·n,)."""
@@ -208,9 +240,9 @@ class _Evidence:
         return right
 
     def _wider(self) -> F64:
-        """Return own-label accuracy before and after on draws at WIDER times τ, (2, 2, J)."""
+        """Return own-label accuracy before, after and plain on draws at WIDER times τ, (2, 3, J)."""
         scenarios, fixes = self.found.scenarios, self.found.fixes
-        table = np.full((len(WIDER), 2, 3), np.nan)
+        table = np.full((len(WIDER), 3, 3), np.nan)
         decoder = decoder_of(self.vae, anchors_of(scenarios))
         for row, factor in enumerate(WIDER):
             draws = []
@@ -225,9 +257,8 @@ class _Evidence:
             images = decoder.decode(codes, anchors)
             labels = self.labels(images)
             units = units_of(anchors_of(scenarios), anchors, self.splits.train, len(images))
-            for column, classifier in enumerate((self.before, self.defuse)):
-                hits = _hits(_answers(classifier, images), labels)
-                table[row, column] = _share(hits, WIDER_IMAGES, units)
+            right, _ = _right(self._all_answers(images), labels)
+            table[row] = [_share(right[place], WIDER_IMAGES, units) for place in (BEFORE, DEFUSE, PLAIN)]
         return table
 
     def _real_failures(self) -> tuple[F32, I64, I64]:
@@ -286,8 +317,17 @@ def _answers(classifier: nn.Module | None, images: F32) -> F64:
     return predict(classifier, images).astype(np.float64)
 
 
+def _right(answers: F64, labels: I64) -> tuple[F64, F64]:
+    """Return `_hits` of each classifier, (B, n), and of each plain training, (P, n), for `_all_answers`.
+
+    Those of plain are the means over its trainings.
+    """
+    before, baseline, defuse, *plain = _hits(answers, labels)
+    return np.stack([before, baseline, np.mean(plain, axis=0), defuse]), np.stack(plain)
+
+
 def _hits(answers: F64, labels: I64) -> F64:
-    """Return 1 where the answer is the label, 0 where not, nan where either is missing, (n,)."""
+    """Return 1 where the answer is the label, 0 where not, nan where either is missing, (..., n)."""
     missing = np.isnan(answers) | (labels == NONE_OF_THE_ABOVE)
     return np.where(missing, np.nan, answers == labels)
 

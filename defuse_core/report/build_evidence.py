@@ -8,10 +8,10 @@ from typing import Literal, cast
 import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
-from defuse_core.evaluation.against_plain import is_testable, pairs_of
+from defuse_core.evaluation.against_plain import is_testable, least_favourable, pairs_of
 from defuse_core.evaluation.controls import has_same_confusion_in_other_fold
 from defuse_core.evaluation.evaluate import Findings
-from defuse_core.evaluation.evidence import CLASSIFIERS, DEFUSE, PLAIN, WIDER, Evidence
+from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
 from defuse_core.intervals import mcnemar
 from defuse_core.report.evidence_schema import (
     AgainstPlain,
@@ -45,13 +45,16 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
             labelled=defined(evidence.labelled),
         ),
         purity=share_of(evidence.purity),
-        own_label=_four(evidence.own_label),
-        one_label=_four(evidence.one_label),
+        own_label=_four(evidence, "own_label"),
+        one_label=_four(evidence, "one_label"),
         left_out=_left_out_shares(evidence),
         left_out_known_confusion=_left_out(evidence, known),
         left_out_new_confusion=_left_out(evidence, ~known),
         wider=tuple(
-            WiderDraws(factor=factor, before=share_of(row[0]), defuse=share_of(row[1]))
+            # before, defuse, plain; without plain in an earlier version
+            WiderDraws(
+                factor=factor, **dict(zip(("before", "defuse", "plain"), map(share_of, row), strict=False))
+            )
             for factor, row in zip(WIDER, evidence.wider, strict=True)
         ),
         real_failures=_real_failures(evidence),
@@ -69,11 +72,16 @@ def _left_out_shares(evidence: Evidence) -> LeftOutShares:
     if not plain and np.isfinite(defuse[0]):
         plain = [evidence.own_label[PLAIN]]  # an earlier version measured it on all scenarios alone
     shares = {"plain": share_of(plain[0])} if plain else {}
-    return LeftOutShares(before=share_of(before), defuse=share_of(defuse), **shares)
+    each = _plain_each(evidence, "left_out")
+    return LeftOutShares(before=share_of(before), defuse=share_of(defuse), plain_each=each, **shares)
+
+
+def _plain_each(evidence: Evidence, figure: str) -> tuple[float | None, ...]:
+    return () if evidence.plain_each is None else _values(evidence.plain_each[IN_EACH.index(figure)])
 
 
 def _real_failures(evidence: Evidence) -> FourShares:
-    shares = _four(evidence.real_failures)
+    shares = _four(evidence, "real_failures")
     value = shares.before.value
     return shares.model_copy(update={"before": Share(value=value, low=None, high=None)})
 
@@ -82,35 +90,53 @@ def _against_plain(found: Findings, evidence: Evidence) -> AgainstPlain:
     real = evidence.real_failure_pairs
     if found.sweep.chosen is None or not np.isfinite(evidence.own_label[PLAIN, 0]):
         return AgainstPlain(scenarios=None, left_out=None, real_failures=None)
-    plain = evidence.scenario_own_label[:, PLAIN]
-    own, left_out = (
-        pairs_of(right, plain, np.arange(len(plain)))
-        for right in (evidence.scenario_own_label[:, DEFUSE], evidence.scenario_left_out)
-    )
     return AgainstPlain(
-        scenarios=_pairs(own), left_out=_pairs(left_out), real_failures=None if real is None else _pairs(real)
+        scenarios=_scenario_pairs(evidence, evidence.scenario_own_label[:, DEFUSE]),
+        left_out=_scenario_pairs(evidence, evidence.scenario_left_out),
+        real_failures=None if real is None else _pairs(np.atleast_2d(real)),
     )
+
+
+def _scenario_pairs(evidence: Evidence, right: F64) -> Pairs | None:
+    """Return how many scenarios of (A,) accuracies, nan left out, are more and less often right than after plain."""
+    plain = evidence.scenario_plain
+    if plain is None:  # an earlier version, which had one plain training
+        plain = evidence.scenario_own_label[:, PLAIN][None]
+    return _pairs(np.stack([pairs_of(right, row, np.arange(len(right))) for row in plain]))
 
 
 def _pairs(pairs: I64) -> Pairs | None:
-    """Return the figures of `pairs_of`; None without any pair."""
-    count, better, worse = map(int, pairs)
+    """Return the figures of (P, 3) `pairs_of`, the least favourable ones; None without any pair."""
+    count, better, worse = map(int, least_favourable(pairs))
     return Pairs(better=better, worse=worse, p_value=mcnemar(better, worse)) if count else None
 
 
 def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
     # the judges may agree on no image of a scenario
-    right = evidence.scenario_left_out[which & np.isfinite(evidence.scenario_left_out)]
-    return LeftOutScenarios(count=len(right), accuracy=float(right.mean()) if len(right) else None)
+    which = which & np.isfinite(evidence.scenario_left_out)
+    if not which.any():
+        return LeftOutScenarios(count=0)
+    right = evidence.scenario_left_out
+    before, plain = (defined(evidence.scenario_own_label[which, column].mean()) for column in (BEFORE, PLAIN))
+    return LeftOutScenarios(
+        count=int(which.sum()),
+        before=before,
+        plain=plain,
+        defuse=float(right[which].mean()),
+        against_plain=_scenario_pairs(evidence, np.where(which, right, np.nan)),
+    )
 
 
 def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> ScenarioEvidence:
     """Return the figures of the accepted scenario at place `column` of the accepted ones."""
     support = found.scenarios.support
     number, real, testable = int(found.fixes.scenario[column]), evidence.real, evidence.real.testable
-    units = None
-    if found.sweep.chosen is not None and evidence.pairs is not None:
-        units = int(evidence.pairs[column, 0])
+    units, confirmed, worse = None, None, None
+    # in an earlier version `confirmed` had another meaning
+    if found.sweep.chosen is not None and evidence.pairs is not None and evidence.worse is not None:
+        units = int(evidence.pairs[0, column, 0])
+        if is_testable(np.array(units)):
+            confirmed, worse = bool(evidence.confirmed[column]), bool(evidence.worse[column])
     right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
     return ScenarioEvidence(
         name=evidence.names[column],
@@ -120,7 +146,9 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         plain=right["plain"],
         defuse=right["defuse"],
         left_out=defined(evidence.scenario_left_out[column]),
-        confirmed=bool(evidence.confirmed[column]) if units and is_testable(units) else None,
+        confirmed=confirmed,
+        worse=worse,
+        plain_each=() if evidence.scenario_plain is None else _values(evidence.scenario_plain[:, column]),
         independent_images=units,
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
         support=None if support is None else int(support[number]),
@@ -140,8 +168,10 @@ def _values(values: F64) -> tuple[float | None, ...]:
     return tuple(defined(value) for value in values.tolist())
 
 
-def _four(table: F64) -> FourShares:
-    return FourShares(**{name: share_of(row) for name, row in zip(CLASSIFIERS, table, strict=True)})
+def _four(evidence: Evidence, figure: Literal["own_label", "one_label", "real_failures"]) -> FourShares:
+    table: F64 = getattr(evidence, figure)
+    shares = {name: share_of(row) for name, row in zip(CLASSIFIERS, table, strict=True)}
+    return FourShares(**shares, plain_each=_plain_each(evidence, figure))
 
 
 def _mcnemar(row: F64) -> McNemar | None:

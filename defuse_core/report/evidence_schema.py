@@ -13,8 +13,10 @@ class FourShares(FigureModel):
     before: Share
     baseline: Share
     plain: Share
-    """Further training without the scenarios: λ = 0, for as many epochs."""
+    """Further training without the scenarios: λ = 0, for as many epochs. The mean of several, see `plain_each`."""
     defuse: Share
+    plain_each: tuple[float | None, ...] = ()
+    """After each plain training; they differ in their random numbers alone. Empty for a run of an earlier version."""
 
 
 class BeforeAfter(FigureModel):
@@ -25,19 +27,15 @@ class BeforeAfter(FigureModel):
 class WiderDraws(BeforeAfter):
     factor: float
     """On τ."""
+    plain: Share = Share(value=None, low=None, high=None)
+    """Plain further training, the mean; null three times for a run of an earlier version."""
 
 
 class LeftOutShares(BeforeAfter):
     plain: Share = Share(value=None, low=None, high=None)
-    """Plain further training, which is not tuned on them either, on the same pictures."""
-
-
-class LeftOutScenarios(FigureModel):
-    """Some of the scenarios that were left out of the tuning."""
-
-    count: int
-    accuracy: float | None
-    """Mean over the scenarios, by own label."""
+    """Plain further training, which is not tuned on them either, on the same pictures; the mean."""
+    plain_each: tuple[float | None, ...] = ()
+    """As of FourShares."""
 
 
 class Judges(FigureModel):
@@ -73,8 +71,21 @@ class Pairs(FigureModel):
     """Of the exact sign test, two-sided."""
 
 
+class LeftOutScenarios(FigureModel):
+    """Some of the scenarios that were left out of the tuning. Accuracies are means over them, by own label."""
+
+    count: int
+    before: float | None = None
+    plain: float | None = None
+    defuse: float | None = None
+    """Of corrections that were not tuned on the scenario."""
+    against_plain: Pairs | None = None
+    """A pair is a scenario. Null without scenarios, and where nothing was corrected."""
+
+
 class AgainstPlain(FigureModel):
-    """By the judges' own labels. Null where nothing was corrected, and where it was not measured."""
+    """By the judges' own labels, against the plain training that the correction does least against. Null where nothing
+    was corrected, and where it was not measured."""
 
     scenarios: Pairs | None
     """A pair is an accepted scenario, on its held-out images."""
@@ -97,9 +108,9 @@ class EvidenceFigures(FigureModel):
     """Accuracy on the same images by the scenario's label, the paper's figure."""
     left_out: LeftOutShares
     """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
-    left_out_known_confusion: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
+    left_out_known_confusion: LeftOutScenarios = LeftOutScenarios(count=0)
     """Of these, the scenarios whose label and most common wrong answer are those of one that was tuned on."""
-    left_out_new_confusion: LeftOutScenarios = LeftOutScenarios(count=0, accuracy=None)
+    left_out_new_confusion: LeftOutScenarios = LeftOutScenarios(count=0)
     """The other ones."""
     wider: tuple[WiderDraws, ...]
     """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
@@ -112,6 +123,7 @@ class EvidenceFigures(FigureModel):
     would keep. Null three times without a screen, and for a run of an earlier version."""
     against_plain: AgainstPlain = AgainstPlain(scenarios=None, left_out=None, real_failures=None)
     mcnemar_plain: McNemar | None
+    """Of the first plain training."""
     mcnemar_defuse: McNemar | None
     krippendorff: float | None
     """α of the reviewers' answers (nominal)."""
@@ -127,13 +139,17 @@ class ScenarioEvidence(FigureModel):
     baseline: float | None
     plain: float | None
     defuse: float | None
-    """Accuracy by own label."""
+    """Accuracy by own label; `plain` is the mean over the plain trainings."""
     left_out: float | None
     """The same for a classifier that was not tuned on this scenario."""
     confirmed: bool | None
-    """Whether the correction is right significantly more often than plain further training, by own label (sign test
-    over `independent_images`, one-sided). Null where nothing was corrected, where there are too few of these to tell,
-    and for a run of an earlier version."""
+    """Whether the correction is right significantly more often than each plain training, by own label (sign tests over
+    `independent_images`, one-sided, at a false discovery rate of 5 % over the scenarios). Null where nothing was
+    corrected, where there are too few of these to tell, and for a run of an earlier version."""
+    worse: bool | None = None
+    """Whether each plain training is right significantly more often than the correction, likewise."""
+    plain_each: tuple[float | None, ...] = ()
+    """As of FourShares."""
     independent_images: int | None = None
     """Held-out images, of which those that are anchored at one image, or at images of one track, count once. Null where
     nothing was corrected, and for a run of an earlier version."""

@@ -20,7 +20,7 @@ from defuse_core.data.images import to_levels, to_picture
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.nearest_real import NearestReal
-from defuse_core.report import formatting
+from defuse_core.report import formatting, notices
 from defuse_core.report.figures import svg
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
@@ -76,9 +76,9 @@ def render_page(
     page = environment().get_template("report.html.j2")
     text = page.render(
         report=report,
-        headline=formatting.headline(report),
-        caveats=formatting.caveats(report),
-        judges_are_good=formatting.worse_judges(report) is None,
+        headline=notices.headline(report),
+        caveats=notices.caveats(report),
+        judges_are_good=notices.worse_judges(report) is None,
         pictures={name: Markup(svg(figures[name], name)) if name in figures else None for name in IN_PAGE},
         accepted=[card for card in cards if card.row.accepted],
         rejected=[card for card in cards if not card.row.accepted],
@@ -126,6 +126,7 @@ def environment() -> Environment:
         score=formatting.score,
         size=formatting.size,
         spread=formatting.spread,
+        spread_of=formatting.spread_of,
         text_of=formatting.text_of,
     )
     return made
@@ -206,7 +207,7 @@ def render_run(report: Report | None, headline: str, page: str) -> str:
             ("test images", "test"),
         ):
             rows.append((name, getattr(before, field), getattr(after, field)))
-    caveats = [] if report is None else formatting.caveats(report)
+    caveats = [] if report is None else notices.caveats(report)
     return _notebook_html("run", report=report, headline=headline, page=page, rows=rows, caveats=caveats)
 
 

@@ -49,6 +49,23 @@ def test_the_sweep_equals_the_local_one(
     assert ("fine-tuning over λ", 6, 6, "epochs") in told
 
 
+def test_repetitions_that_run_together_equal_the_local_ones(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path
+) -> None:
+    spec = tiny(correct={"lambdas": (0.0,), "epochs": 1})
+
+    def requests(place: str) -> list[SweepRequest]:
+        stores = [FolderStore(tmp_path / place / str(number)) for number in range(3)]
+        return [SweepRequest(spec, fixes, None, store, fixes, number) for number, store in enumerate(stores)]
+
+    with RayCompute(None, spec) as compute:
+        made = compute.sweeps(tiny_models, requests("ray"))
+    local = LocalCompute().sweeps(tiny_models, requests("local"))
+    for sweep, other in zip(made, local, strict=True):
+        assert_equal_sweeps(sweep, other)
+    assert len({sweep.rows[0].loss for sweep in made}) == 3
+
+
 def test_a_trial_is_shown_under_the_name_of_its_step(
     tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
 ) -> None:

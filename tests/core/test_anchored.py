@@ -33,6 +33,7 @@ from defuse_core.distill.draws import (
     wide_draws,
 )
 from defuse_core.errors import VaeHealthError
+from defuse_core.evaluation.controls import PLAIN_TRAININGS
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.export.suite import save_suite
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
@@ -292,7 +293,7 @@ def test_the_controls_that_leave_scenarios_out_are_tuned_on_the_clean_images_of_
         ).clean.train.pixels
         for each in asked
     ]
-    assert len(clean) == 3
+    assert len(clean) == PLAIN_TRAININGS + 2
     for images in clean[1:]:
         np.testing.assert_array_equal(images, clean[0])
 

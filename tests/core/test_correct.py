@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial, Verdicts
+from defuse_core.codec import encode
 from defuse_core.correct import (
     best_rows,
     collect_sweep,
@@ -337,3 +338,32 @@ def test_nothing_accepted_or_nothing_wrong_leaves_nothing_to_tune_on(fixes, tuni
     assert nothing_to_tune(none, None)
     assert nothing_to_tune(fixes, tuning.scenario.tune.take(slice(0, 0)))
     assert not nothing_to_tune(fixes, None)
+
+
+def test_a_repetition_has_the_same_images_in_another_order(tiny_spec, tiny_models, fixes):
+    """The first is the fine-tuning of the sweep. Augmentation and order are of the repetition, the images are not."""
+    spec = tiny(correct={"lambdas": (0.0,), "epochs": 1, "train_images": 100})
+    data = load_fine_tuning_data(spec, tiny_models, fixes, None, progress=silent)
+    assert data.repetition == 0
+    trained = [
+        [*fine_tune(spec, tiny_models, replace(data, repetition=number), 0.0, None)][-1].best
+        for number in (0, 0, 1, 2)
+    ]
+    alike = [
+        [all(np.array_equal(first[key], other[key]) for key in first) for other in trained]
+        for first in trained
+    ]
+    assert alike[0] == [True, True, False, False] and alike[2] == [False, False, True, False]
+
+
+def test_a_repetition_that_was_stopped_goes_on_as_the_same_one(tiny_spec, tiny_models, fixes, tmp_path):
+    spec = tiny(correct={"lambdas": (0.0,), "epochs": 2})
+    data = load_fine_tuning_data(spec, tiny_models, fixes, None, progress=silent)
+    data = replace(data, repetition=1)
+    *_, whole = run_trial(spec, tiny_models, data, 0.0, FolderStore(tmp_path / "whole"))
+    next(run_trial(spec, tiny_models, data, 0.0, FolderStore(tmp_path / "stopped")))
+    *_, resumed = run_trial(spec, tiny_models, data, 0.0, FolderStore(tmp_path / "stopped"))
+    assert encode(resumed) == encode(whole)
+    request = SweepRequest(spec, fixes, None, FolderStore(tmp_path / "asked"), repetition=1)
+    (sweep,) = LocalCompute().sweeps(tiny_models, [request])
+    assert all(np.array_equal(sweep.weights[key], whole.best[key]) for key in whole.best)

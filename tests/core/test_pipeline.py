@@ -42,7 +42,7 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
     before = {
         key: FolderStore(tmp_path / "a").read(key) for key in ("baseline.safetensors", "psi.safetensors")
     }
-    remade = ("sweep", "plain", "evaluation", "failurewatch", "evidence")
+    remade = ("sweep", "plain", "plain_1", "plain_2", "evaluation", "failurewatch", "evidence")
     entries = finished[0].manifest()["artefacts"]
     tuned = []
 

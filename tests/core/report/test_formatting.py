@@ -23,20 +23,22 @@ from defuse_core.report.evidence_schema import (
     ScenarioEvidence,
 )
 from defuse_core.report.formatting import (
-    answered_by_models,
-    caveats,
     change,
     count_of,
     date_time,
     duration,
-    headline,
     interval,
     lam_ranges,
     lam_text,
-    no_better_than_plain_training,
-    purity_warning,
     size,
     text_of,
+)
+from defuse_core.report.notices import (
+    answered_by_models,
+    caveats,
+    headline,
+    no_better_than_plain_training,
+    purity_warning,
     unconfirmed,
     worse_judges,
 )
@@ -196,14 +198,14 @@ def test_a_correction_that_does_no_more_than_plain_training_is_told(tmp_path: Pa
         (
             5,
             ((5, 0), (4, 1), (80, 50)),
-            "5 scenarios are too few to tell whether plain further training does as ",
+            "There are too few of the scenarios and ",
         ),
-        (1, ((1, 0), None, None), "1 scenario is too few to tell"),
+        (1, ((1, 0), None, None), "There are too few of the scenarios to tell whether"),
         (6, ((5, 0), None, None), "Plain further training may do as much for the scenarios."),
         (
             5,
             ((5, 0), None, (20, 18)),
-            "Plain further training may do as much for real failures. 5 scenarios are too few to tell whether",
+            "Plain further training may do as much for real failures. There are too few of the scenarios to tell whether",
         ),
     ],
 )

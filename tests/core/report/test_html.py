@@ -16,8 +16,8 @@ from sample_findings import sample_findings, sample_run, sample_watch, with_verd
 from defuse_core.artifacts import FailedTrial, Override
 from defuse_core.evaluation.nearest_real import NearestReal
 from defuse_core.report import write_report
-from defuse_core.report.formatting import caveats, headline
 from defuse_core.report.html import _real_tiles, data_address
+from defuse_core.report.notices import caveats, headline
 from defuse_core.runs import Run
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")

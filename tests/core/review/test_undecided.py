@@ -12,7 +12,7 @@ from sample_findings import report_of, sample_findings, sample_run, with_verdict
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Override
 from defuse_core.config import ReviewSection
 from defuse_core.report.build import build_report
-from defuse_core.report.formatting import headline
+from defuse_core.report.notices import headline
 from defuse_core.review.undecided import why_undecided
 
 COUNT = 4

@@ -1,0 +1,271 @@
+"""The headline of a report, and the notices that stand beside it in the page, the notebook and the terminal."""
+
+from __future__ import annotations
+
+from defuse_core.intervals import SIGNIFICANT
+from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs
+from defuse_core.report.formatting import count_of, is_low, pairs_in_words, percent
+from defuse_core.report.schema import Report
+from defuse_core.review.verdicts import why_inconclusive
+
+# A best judge whose accuracy on real images is so much below the classifier's is often wrong where that one is right.
+WORSE_JUDGE = 0.02
+
+
+def headline(report: Report) -> str:
+    """Return the result of the run in one or two sentences."""
+    components, accepted = report.scenarios.components, report.scenarios.accepted
+    unknown = _could_not_tell(report)
+    if unknown is not None:
+        return f"Could not tell: {unknown}."
+    if not components:
+        return "No failure scenario was found: identification and distillation left nothing to review."
+    if not accepted:
+        none = "The only component is not" if components == 1 else f"None of the {components} components is"
+        return f"{none} a failure scenario, so the classifier was left as it is."
+    verb = "is a failure scenario" if accepted == 1 else "are failure scenarios"
+    result = f"{accepted} of {count_of(components, 'component')} {verb}."
+    if report.chosen is None:
+        return (
+            f"{result} Nothing was corrected: every λ costs more clean accuracy than correct.max_loss allows."
+        )
+    return f"{result} {_effect(report)}"
+
+
+def _could_not_tell(report: Report) -> str | None:
+    """Return why a run without a failure scenario could not tell whether there is any; None where it could."""
+    health = None if report.vae.health is None else report.vae.health.verdict
+    failing = report.psi.failing_draws or 0
+    cause = why_inconclusive(report.scenarios.accepted, health, failing, report.psi.codes)
+    if cause == "β-VAE":
+        return (
+            "no component is a failure scenario, but the β-VAE's pictures are too "
+            f"{'poor' if health == 'poor' else 'bad'} to find one"
+        )
+    if cause == "screen":
+        return (
+            "the reference models see the class of the image in none of "
+            f"{count_of(failing, 'failing draw')}; train better ones, or lower identify.min_probability"
+        )
+    return report.scenarios.undecided
+
+
+def _effect(report: Report) -> str:
+    before, after = report.accuracy.before, report.accuracy.defuse
+    them = "it" if report.scenarios.accepted == 1 else "them"
+    text = f"On {them} the classifier goes from {percent(before.scenario)} to {percent(after.scenario)}"
+    own = None if report.evidence is None or worse_judges(report) else report.evidence.own_label
+    if own is not None and own.before.value is not None:
+        text = f"Judged image by image, the classifier goes on {them} from {percent(own.before.value)} to "
+        text += percent(own.defuse.value)
+    clean = (("test", before.test, after.test), ("validation", before.validation, after.validation))
+    for split, was, now in clean:
+        if was is not None and now is not None:
+            return f"{text}; on the {split} set from {percent(was, 2)} to {percent(now, 2)}."
+    return f"{text}."
+
+
+def purity_warning(report: Report) -> str | None:
+    """Return what a low purity means for the accuracy on the scenarios, or None where purity is not low."""
+    purity = report.scenarios.purity
+    if purity is None or not is_low(purity):
+        return None
+    return (
+        f"Purity is {percent(purity, 0)}. Of the images reviewed in the failure scenarios, "
+        f"{percent(1 - purity, 0)} show another class than their scenario's label, or no clear class. "
+        "Scenario accuracy counts the scenario's one label as right for all of them, "
+        f"so on mixed images a high accuracy is not yet a fix. {_by_own_label(report)}"
+    )
+
+
+def _by_own_label(report: Report) -> str:
+    """Return the accuracy by own label that can be trusted most: the judges' on held-out images, where it exists."""
+    own = report.scenarios.own_labels
+    judged = None if report.evidence is None or worse_judges(report) else report.evidence.own_label
+    if judged is not None and judged.before.value is not None:
+        return (
+            "By the judges' label of each held-out image the classifier was right on "
+            f"{percent(judged.before.value)} of them before, and is on {percent(judged.defuse.value)} now."
+        )
+    if own.tuned_on:
+        return (
+            "No figure by own label is independent: the reviewed images are at photographs that are tuned on "
+            f"({percent(own.before)} right before, {percent(own.defuse)} now), and no judge labels held-out ones."
+        )
+    return (
+        f"Judged each by its own label, {percent(own.before)} of the reviewed images were classified correctly "
+        f"before, and {percent(own.defuse)} are now."
+    )
+
+
+def worse_judges(report: Report) -> str | None:
+    """Return what judges that are worse than the classifier mean, or None where they are not, or nobody judged."""
+    if report.evidence is None:
+        return None
+    judges = report.evidence.judges
+    best = max((value for value in judges.accuracy if value is not None), default=None)
+    if best is None or judges.classifier is None or best >= judges.classifier - WORSE_JUDGE:
+        return None
+    return (
+        f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
+        f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where both differ the judges "
+        "may be wrong, so no figure by own label, no purity by the judges, no confirmed scenario and no verdict on "
+        "what is at fault can be relied on; train better judges (section judges of the run file)."
+    )
+
+
+def unconfirmed(report: Report) -> str | None:
+    """Return on which scenarios the correction does no more, or less, than plain further training; None where on none.
+
+    Scenarios with too few images to tell are no failures of a test; where none has enough, it says so.
+    """
+    judged = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
+    tested = [(number, found) for number, found in judged if found.confirmed is not None]
+    few = sum(found.confirmed is None and found.independent_images is not None for _, found in judged)
+    untold = f"On {count_of(few, 'scenario')} there are too few photographs to tell" if few else ""
+    if few and not tested:
+        return f"{untold} whether the correction does more than plain further training (λ = 0)."
+    rows = [number for number, found in tested if not found.confirmed]
+    if not rows:
+        return None
+    worse = [str(number) for number, found in tested if found.worse]
+    equal = [str(number) for number, found in tested if not (found.confirmed or found.worse)]
+    than = "than after plain further training (λ = 0), which has not seen the scenarios, on: "
+    claims = []
+    if worse:
+        claims.append(f"significantly less often right {than}{', '.join(worse)}")
+        than = "on: "
+    if equal:
+        claims.append(f"not significantly more often right {than}{', '.join(equal)}")
+    title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
+    if worse:
+        title += f", and worse than plain further training on {len(worse)}"
+    return f"{title}. By the judges' label of each held-out image the classifier is {'; '.join(claims)}." + (
+        f" {untold}." if few else ""
+    )
+
+
+def no_better_than_plain_training(report: Report) -> str | None:
+    """Return on what the same fine-tuning without scenarios does as much or more; None where it does less."""
+    evidence = report.evidence
+    if evidence is None or report.chosen is None:
+        return None
+    against, own = evidence.against_plain, evidence.own_label
+    worse, equal, untold, figures = list[str](), list[str](), list[str](), list[str]()
+    count, real = report.scenarios.accepted, evidence.real_failures
+    for name, possible, after, plain, pairs in (
+        ("the scenarios", count, own.defuse.value, own.plain.value, against.scenarios),
+        _left_out_against_plain(evidence, count),
+        (
+            "real failures",
+            evidence.real_failure_images,
+            real.defuse.value,
+            real.plain.value,
+            against.real_failures,
+        ),
+    ):
+        if pairs is None:
+            continue
+        certain = pairs.p_value < SIGNIFICANT
+        if certain and pairs.better > pairs.worse:
+            continue
+        too_few = possible is not None and not can_be_significant(possible)
+        less = certain and pairs.worse > pairs.better
+        (worse if less else untold if too_few else equal).append(name)
+        figures.append(f"{name} {percent(after)} and {percent(plain)} ({pairs_in_words(pairs)})")
+    claims = [f"does more for {' and '.join(worse)}"] if worse else []
+    if equal:
+        claims.append(f"may do as much for {' and '.join(equal)}")
+    notices = [f"Plain further training {', and '.join(claims)}."] if claims else []
+    if untold:
+        notices.append(
+            f"There are too few of {' and '.join(untold)} to tell whether plain further training does as much for them."
+        )
+    if not notices:
+        return None
+    return (
+        f"{' '.join(notices)} It is the same fine-tuning without scenarios (λ = 0). By the judges' labels are right, "
+        f"after the correction and after plain further training{_mean_of(own)}: {', '.join(figures)}."
+    )
+
+
+def can_be_significant(pairs: int) -> bool:
+    """Whether the two-sided sign test over so many pairs could be significant, if all were better."""
+    return bool(2 * 0.5**pairs < SIGNIFICANT)
+
+
+def _left_out_against_plain(
+    evidence: EvidenceFigures, accepted: int
+) -> tuple[str, int, float | None, float | None, Pairs | None]:
+    """Return name, number, accuracy after both, and pairs of the left-out scenarios.
+
+    They are those with a new confusion, where there are any, since the others are near to what is tuned on.
+    """
+    new, all_of_them = evidence.left_out_new_confusion, evidence.left_out
+    if new.count:
+        return "left-out scenarios with a new confusion", new.count, new.defuse, new.plain, new.against_plain
+    pairs = evidence.against_plain.left_out
+    shares = all_of_them.defuse.value, all_of_them.plain.value
+    return "scenarios left out of the tuning", accepted, *shares, pairs
+
+
+def _mean_of(own: FourShares) -> str:
+    """Return what the figures of plain further training are, where there are several."""
+    count = len(own.plain_each)
+    return (
+        f" (mean of {count} trainings; in brackets against the one least favourable to the correction)"
+        if count > 1
+        else ""
+    )
+
+
+def unfit_vae(report: Report) -> str | None:
+    """Return what a poor or blind β-VAE means for the result, or None where it is fit or was not measured."""
+    health = report.vae.health
+    if health is None or health.verdict == "fit":
+        return None
+    if health.anchored:
+        judges = "reference models get" if health.judged_by != "classifier" else "classifier gets"
+        return (
+            f"The β-VAE is {health.verdict}. The {judges} {percent(health.originals_right)} of the training images "
+            f"right, and {percent(health.reconstructions_right)} of them once the noise has moved them, so many of the "
+            "failures found may show no class any more. Compare reconstructions.png, and lower identify.scale."
+        )
+    return (
+        f"The β-VAE is {health.verdict}. The classifier gets {percent(health.originals_right)} of the training images "
+        f"right, and {percent(health.reconstructions_right)} of their reconstructions, so many of the failures found "
+        "may be failures of the β-VAE. Compare reconstructions.png, and train it longer, or with "
+        "a smaller vae.beta or vae.architecture: convolutional."
+    )
+
+
+def answered_by_models(report: Report) -> str | None:
+    """Return the notice that no person answered, or None where people did."""
+    if report.annotators == "people":
+        return None
+    return (
+        "Reference models answered, not people. "
+        f"The labels below come from {count_of(report.votes.annotators, 'classifier')} in place of annotators; "
+        "use them as a rehearsal, not as ground truth."
+    )
+
+
+def prelabelled(report: Report) -> str | None:
+    """Return the notice that annotators saw a preselected answer, or None where they did not."""
+    if "prelabel" not in report.votes.notes:
+        return None
+    return f"Answers were preselected. In the review {report.votes.notes['prelabel']}."
+
+
+def caveats(report: Report) -> list[str]:
+    """Return what a reader must know before the figures. The first sentence of each is its title."""
+    notices = (
+        unfit_vae(report),
+        worse_judges(report),
+        unconfirmed(report),
+        no_better_than_plain_training(report),
+        answered_by_models(report),
+        prelabelled(report),
+        purity_warning(report),
+    )
+    return [text for text in notices if text]
