@@ -158,7 +158,7 @@ def no_better_than_plain_training(report: Report) -> str | None:
         _left_out_against_plain(evidence, count),
         (
             "real failures",
-            evidence.real_failure_images,
+            None,
             real.defuse.value,
             real.plain.value,
             against.real_failures,

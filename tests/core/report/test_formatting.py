@@ -205,7 +205,7 @@ def test_a_correction_that_does_no_more_than_plain_training_is_told(tmp_path: Pa
         (
             5,
             ((5, 0), None, (20, 18)),
-            "Plain further training may do as much for real failures. There are too few of the scenarios to tell whether",
+            "Plain further training may do as much for real failures. There are too few of the scenarios to tell",
         ),
     ],
 )
