@@ -31,7 +31,12 @@ def interval(share: Share, digits: int = 1) -> str:
     """Return a share with its 95 % interval: 98.5 % (97.2–99.1); alone where it is no measurement."""
     if share.value is None or share.low is None or share.high is None:
         return percent(share.value, digits)
-    return f"{percent(share.value, digits)} ({100 * share.low:.{digits}f}–{100 * share.high:.{digits}f})"
+    return f"{percent(share.value, digits)} ({range_text(share.low, share.high, digits)})"
+
+
+def range_text(low: float | None, high: float | None, digits: int = 1) -> str:
+    """Return the ends of an interval in percent, without the sign: 4.7–11.3; empty where there is none."""
+    return "" if low is None or high is None else f"{100 * low:.{digits}f}–{100 * high:.{digits}f}"
 
 
 def spread_of(values: Sequence[float | None], digits: int = 1) -> str:

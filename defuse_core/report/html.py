@@ -123,6 +123,7 @@ def environment() -> Environment:
         interval=formatting.interval,
         pairs_text=formatting.pairs_text,
         percent=formatting.percent,
+        range_text=formatting.range_text,
         score=formatting.score,
         size=formatting.size,
         spread=formatting.spread,

@@ -172,7 +172,7 @@ def test_the_page_has_plain_training_on_wider_draws_and_where_these_are(finished
         )
         assert name in page
     assert "Images to tune on are drawn at 16 times the reviewed τ (correct.widen)" in page
-    assert f"<small>{spread_of(report.evidence.own_label.plain_each)}</small>" in page
+    assert f"each {spread_of(report.evidence.own_label.plain_each)}</small>" in page
 
 
 def test_a_run_whose_evidence_is_made_tunes_no_controls_again(finished) -> None:
