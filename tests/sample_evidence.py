@@ -18,7 +18,8 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
     mean = own_label.mean(axis=0)
     shares = np.stack([mean, np.maximum(mean - 0.05, 0), np.minimum(mean + 0.05, 1)], axis=1)
     better = np.rint(units * np.maximum(own_label[:, DEFUSE] - own_label[:, PLAIN], 0)).astype(np.int64)
-    pairs = np.stack([np.full(count, units), better, np.zeros(count, np.int64)], axis=1)
+    # of two plain trainings that do the same
+    pairs = np.stack([np.stack([np.full(count, units), better, np.zeros(count, np.int64)], axis=1)] * 2)
     real = np.zeros((count, 1, 1, 32, 32), np.uint8)
     return Evidence(
         judges=np.full(3, judges),
@@ -28,7 +29,7 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
         own_label=shares,
         one_label=shares,
         left_out=shares[[0, 3, 2]],
-        wider=np.stack([shares[[0, 3]]] * 2),
+        wider=np.stack([shares[[0, 3, 2]]] * 2),
         real_failures=shares,
         real_failure_images=200,
         scenario_purity=np.full(count, 0.9),
@@ -48,5 +49,8 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
         mcnemar=np.stack([nothing, nothing]),
         krippendorff=0.9,
         pairs=pairs,
-        real_failure_pairs=np.array([200, 60, 20]),
+        real_failure_pairs=np.array([[200, 60, 20]] * 2),
+        worse=np.zeros(count, np.bool_),
+        plain_each=np.stack([shares[PLAIN, :1]] * 2, axis=1).repeat(4, axis=0),
+        scenario_plain=np.stack([own_label[:, PLAIN]] * 2),
     )

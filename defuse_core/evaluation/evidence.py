@@ -106,13 +106,20 @@ class Evidence:
     # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right; in earlier
     # versions (A, 3), of one plain training, or None
     pairs: I64 | None = None
-    real_failure_pairs: I64 | None = (
-        None  # (P, 3) likewise, of the real failures; in earlier versions (3,) or None
-    )
+    # (P, 3) likewise, of the real failures; in earlier versions (3,) or None
+    real_failure_pairs: I64 | None = None
     # the next three are None in runs of earlier versions
     worse: Bool | None = None  # (A,) whether the correction is worse than each plain training, likewise
     plain_each: F64 | None = None  # (4, P) IN_EACH x share after each plain training
     scenario_plain: F64 | None = None  # (P, A) own-label accuracy after each plain training
+
+    @property
+    def units(self) -> I64 | None:
+        """Photographs or tracks that the judged held-out images of each scenario show, (A,); None where not counted."""
+        if self.pairs is None:
+            return None
+        units: I64 = self.pairs.reshape(-1, len(self.names), 3)[0, :, 0]
+        return units
 
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:

@@ -133,8 +133,8 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
     number, real, testable = int(found.fixes.scenario[column]), evidence.real, evidence.real.testable
     units, confirmed, worse = None, None, None
     # in an earlier version `confirmed` had another meaning
-    if found.sweep.chosen is not None and evidence.pairs is not None and evidence.worse is not None:
-        units = int(evidence.pairs[0, column, 0])
+    if found.sweep.chosen is not None and evidence.units is not None and evidence.worse is not None:
+        units = int(evidence.units[column])
         if is_testable(np.array(units)):
             confirmed, worse = bool(evidence.confirmed[column]), bool(evidence.worse[column])
     right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))

@@ -59,10 +59,10 @@ class OwnLabelAccuracy:
 
 def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> OwnLabelAccuracy | None:
     """Return the accuracies of the scenarios that judges label; None where there is none, or no number of units."""
-    if evidence is None or evidence.pairs is None:
+    if evidence is None or evidence.units is None:
         return None
     before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
-    units = evidence.pairs[:, 0]
+    units = evidence.units
     rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after) & (units > 0))
     if not len(rows):
         return None
