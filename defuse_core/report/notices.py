@@ -58,6 +58,8 @@ def _effect(report: Report) -> str:
     if own is not None and own.before.value is not None:
         text = f"Judged image by image, the classifier goes on {them} from {percent(own.before.value)} to "
         text += percent(own.defuse.value)
+        if own.plain.value is not None:
+            text += f" ({percent(own.plain.value)} by plain further training)"
     clean = (("test", before.test, after.test), ("validation", before.validation, after.validation))
     for split, was, now in clean:
         if was is not None and now is not None:
