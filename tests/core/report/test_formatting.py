@@ -248,7 +248,9 @@ def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_
 ):
     run, own = sample_run(tmp_path), np.array([[0.1, 0.6, 0.7, 0.9]] * 2)
     report = write_report(run, *sample_findings(), sample_evidence(own, judges=judges, before=0.72))
-    judged = "Judged image by image, the classifier goes on them from 10.0 % to 90.0 % (70.0 % by plain further"
+    judged = (
+        "Judged image by image, the classifier goes on them from 10.0 % to 90.0 % (70.0 % by plain further"
+    )
     assert (judged in headline(report)) is not worse
     text = worse_judges(report)
     assert (text is not None) is worse and (text in caveats(report)) is worse
