@@ -239,6 +239,8 @@ def _left_out(report: Report) -> list[str]:
     if report.evidence is None:
         return []
     known, new = report.evidence.left_out_known_confusion, report.evidence.left_out_new_confusion
+    if not (known.count or new.count):
+        return []
     parts = [
         f"{each.count} with a {name} confusion {percent(each.before, 0)} before, {percent(each.plain, 0)} plain, "
         f"{percent(each.defuse, 0)} Defuse ({pairs_text(each.against_plain)})"

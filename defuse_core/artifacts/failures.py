@@ -86,7 +86,7 @@ class Failures:
 
         source_wrong and source_track are None where a part with failures lacks them.
         """
-        held = [part for part in parts if len(part)]
+        held = [part for part in parts if len(part)] or list(parts)
         wrong = [part.source_wrong for part in held if part.source_wrong is not None]
         track = [part.source_track for part in held if part.source_track is not None]
         return Failures(
@@ -141,9 +141,11 @@ class DroppedComponent:
     answer: int  # of f, likewise
     support: int  # distinct training images that its codes come from
     reason: str
-    # its draws are of one class and f is right on them, at every tau; False where that is not known
-    right: bool = False
-    small: bool = False  # its codes, or the training images that they come from, are too few for a scenario
+    # both None with components of an earlier version
+    right: bool | None = None  # its draws are of one class and f is right on them, at every tau
+    small: bool | None = (
+        None  # its codes, or the training images that they come from, are too few for a scenario
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -132,7 +132,7 @@ def small_cell(
 ) -> DroppedComponent:
     """Return a cell that is dropped, since it holds no component over ε."""
     reason = f"the cell's {codes} codes are too few for a weight over {section.min_weight:g}"
-    return DroppedComponent(weight, *cell, support, reason, small=True)
+    return DroppedComponent(weight, *cell, support, reason, right=False, small=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,7 +308,9 @@ def _without_support(
 ) -> DroppedComponent:
     source, answer = cells[row].tolist()
     reason = f"its codes come from {support[row]} training images, fewer than {section.min_support}"
-    return DroppedComponent(float(weights[row]), source, answer, int(support[row]), reason, small=True)
+    return DroppedComponent(
+        float(weights[row]), source, answer, int(support[row]), reason, right=False, small=True
+    )
 
 
 def no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:

@@ -11,6 +11,7 @@ import numpy as np
 from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, DroppedComponent, Scenarios
 
 REPAIRS = 5000  # units that change halves at most
+UNDIVIDED = "too few photographs to hold out"  # the reason why a component is dropped begins with it
 SIDEWAYS = 0.1  # share of the repairs that change a random unit
 
 
@@ -88,5 +89,6 @@ def _dropped(scenarios: Scenarios, component: int) -> DroppedComponent:
     images = 0 if support is None else int(support[component])
     what = "photograph" if anchors.track is None else "track"
     some = f"all are of one {what}" if units == 1 else f"other components share its {units} {what}s"
-    reason = f"too few photographs to hold out: {some}"
-    return DroppedComponent(float(scenarios.weights[component]), source, answer, images, reason)
+    reason = f"{UNDIVIDED}: {some}"
+    weight = float(scenarios.weights[component])
+    return DroppedComponent(weight, source, answer, images, reason, right=False, small=False)

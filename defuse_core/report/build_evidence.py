@@ -12,7 +12,7 @@ from defuse_core.evaluation.against_plain import is_testable, least_favourable, 
 from defuse_core.evaluation.controls import has_same_confusion_in_other_fold
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
-from defuse_core.intervals import mcnemar
+from defuse_core.intervals import SIGNIFICANT, mcnemar
 from defuse_core.report.evidence_schema import (
     AgainstPlain,
     EvidenceFigures,
@@ -108,7 +108,16 @@ def _scenario_pairs(evidence: Evidence, right: F64) -> Pairs | None:
 def _pairs(pairs: I64) -> Pairs | None:
     """Return the figures of (P, 3) `pairs_of`, the least favourable ones; None without any pair."""
     count, better, worse = map(int, least_favourable(pairs))
-    return Pairs(better=better, worse=worse, p_value=mcnemar(better, worse)) if count else None
+    if not count:
+        return None
+    # of the training that is most favourable to the correction
+    _, least_worse, most_better = map(int, least_favourable(pairs[:, [0, 2, 1]]))
+    return Pairs(
+        better=better,
+        worse=worse,
+        p_value=mcnemar(better, worse),
+        worse_than_each=least_worse > most_better and mcnemar(most_better, least_worse) < SIGNIFICANT,
+    )
 
 
 def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:

@@ -69,6 +69,9 @@ class Pairs(FigureModel):
     """Pairs in which plain further training is. All others are equal."""
     p_value: float
     """Of the exact sign test, two-sided."""
+    worse_than_each: bool = False
+    """Whether the correction is significantly more often worse than each plain training; the other numbers are of the
+    one that is least favourable to it."""
 
 
 class LeftOutScenarios(FigureModel):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from defuse_core.evaluation.evidence import judges_are_worse
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs
 from defuse_core.report.formatting import count_of, is_low, pairs_in_words, percent
 from defuse_core.report.schema import Report
 from defuse_core.review.verdicts import why_inconclusive
-
-# A best judge whose accuracy on real images is so much below the classifier's is often wrong where that one is right.
-WORSE_JUDGE = 0.02
 
 
 def headline(report: Report) -> str:
@@ -106,7 +104,7 @@ def worse_judges(report: Report) -> str | None:
         return None
     judges = report.evidence.judges
     best = max((value for value in judges.accuracy if value is not None), default=None)
-    if best is None or judges.classifier is None or best >= judges.classifier - WORSE_JUDGE:
+    if best is None or not judges_are_worse(judges.accuracy, judges.classifier):
         return None
     return (
         f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
@@ -172,8 +170,7 @@ def no_better_than_plain_training(report: Report) -> str | None:
         if certain and pairs.better > pairs.worse:
             continue
         too_few = possible is not None and not can_be_significant(possible)
-        less = certain and pairs.worse > pairs.better
-        (worse if less else untold if too_few else equal).append(name)
+        (worse if pairs.worse_than_each else untold if too_few else equal).append(name)
         figures.append(f"{name} {percent(after)} and {percent(plain)} ({pairs_in_words(pairs)})")
     claims = [f"does more for {' and '.join(worse)}"] if worse else []
     if equal:

@@ -99,10 +99,10 @@ class ScenarioSummary(ReportModel):
     """Mean over the accepted."""
     false_by_judges: int | None = None
     """Accepted scenarios on whose held-out images, by the judges' labels, the classifier before is wrong on at most
-    review.rho. Null without judges, and for a run of an earlier version."""
+    review.rho. Null without judges."""
     undecided: str | None = None
-    """Why none of the components, or too few of them, could be decided. Null where they were, and where any is accepted
-    or the β-VAE or the screen is the cause."""
+    """Why none of the components, or too few of them, could be decided. Null where they were, and with accepted ones.
+    Where the β-VAE or the screen is the cause, the headline names that one."""
 
 
 class Mean(ReportModel):

@@ -74,7 +74,7 @@ def find_taus(
 def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) -> Scenarios:
     """Return the components that have a tau, with it; the others become dropped ones."""
     dropped = [
-        replace(_dropped(scenarios, component, narrowest.reason(spec)), right=narrowest.right)
+        replace(_dropped(scenarios, component, narrowest.reason(spec)), right=narrowest.right, small=False)
         for component, (tau, narrowest) in enumerate(found)
         if tau is None
     ]
@@ -92,9 +92,8 @@ class _Outcome:
     labelled: int
     wrong: int  # labelled draws that the classifier gets wrong
     draws: int = DRAWS
-    right: bool = (
-        False  # pure, and f is not wrong on over rho of the labelled draws, here or where else it is pure
-    )
+    # pure, and f is not wrong on over rho of the labelled draws, here or where else it is pure
+    right: bool = False
 
     @property
     def purity(self) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 
 from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Scenarios, Verdicts
 from defuse_core.config import ReviewSection
+from defuse_core.distill.held_out import UNDIVIDED
 from defuse_core.review.decision import fewest_units
 from defuse_core.review.verdicts import false_discovery_rate
 
@@ -61,19 +62,26 @@ def _units(rho: float, gallery: Gallery, verdicts: Verdicts) -> tuple[I64, Bool,
 
 
 def _all_dropped(review: ReviewSection, scenarios: Scenarios, codes: int) -> str | None:
-    """Return why no component was left to review; None where that says that the classifier does not fail.
+    """Return why no component was left to review; None where that says that the classifier does not fail, or where an
+    earlier version, which did not tell why, dropped them.
 
     It does not where components are small, since few codes are no scenario, and where it is right on most of the other
     ones: those hold more codes than the ones whose draws could not be judged.
     """
-    unclear = [one for one in scenarios.dropped if not (one.small or one.right)]
-    right = sum(one.weight for one in scenarios.dropped if one.right)
-    if not codes or not unclear or right > sum(one.weight for one in unclear):
+    dropped = scenarios.dropped
+    if not codes or any(one.right is None or one.small is None for one in dropped):
+        return None
+    unclear = [one for one in dropped if not (one.small or one.right)]
+    right = sum(one.weight for one in dropped if one.right)
+    if not unclear or right > sum(one.weight for one in unclear):
         return None
     heaviest = max(unclear, key=lambda one: one.weight)
-    settings = ", or a smaller review.purity or review.failing" if review.tau == "auto" else ""
+    remedy = "more identify.draws or better reference models"
+    if heaviest.reason.startswith(UNDIVIDED):
+        remedy = "more photographs or tracks of these classes (data.train_images)"
+    elif review.tau == "auto":
+        remedy = "more identify.draws, better reference models, or a smaller review.purity or review.failing"
     return (
         f"Ψ has {codes:,} code{'' if codes == 1 else 's'}, but no component was left to review ({len(unclear)} could "
-        f"not be judged, the heaviest since {heaviest.reason}); try more identify.draws, better reference models"
-        f"{settings}"
+        f"not be judged, the heaviest since {heaviest.reason}); try {remedy}"
     )

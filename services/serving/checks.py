@@ -13,8 +13,8 @@ from defuse_core.correct import ROUNDING, held_out_images
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError
-from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
-from defuse_core.intervals import SIGNIFICANT, hypergeometric_tail
+from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence, judges_are_worse
+from defuse_core.intervals import SIGNIFICANT, discoveries, hypergeometric_tail
 from defuse_core.models import load_classifier, load_vae, predict
 
 
@@ -37,15 +37,18 @@ class OwnLabelAccuracy:
     units: I64  # (M,) labelled images, or photographs or tracks that they show
 
     def check(self) -> Check:
-        """Return whether no scenario is significantly worse after the correction; it names the worst one."""
-        chance = self._chance()
-        worst = int(np.lexsort((self.after - self.before, chance >= SIGNIFICANT))[0])
+        """Return whether no scenario is significantly worse after the correction; it names the worst one.
+
+        The false discovery rate over the scenarios is SIGNIFICANT.
+        """
+        lost = discoveries(self._chance(), SIGNIFICANT)
+        worst = int(np.lexsort((self.after - self.before, ~lost))[0])
         before, after = self.before[worst], self.after[worst]
         line = (
             f"own label: scenario {self.scenario[worst]} {before:.2%} -> {after:.2%} by the judges' label of each "
             "image, no significant loss is allowed in any"
         )
-        return Check("own label", bool((chance >= SIGNIFICANT).all()), line)
+        return Check("own label", not lost.any(), line)
 
     def _chance(self) -> F64:
         """Return how likely losses as large are by chance, (M,): Fisher's exact test, one-sided, on the units."""
@@ -58,8 +61,13 @@ class OwnLabelAccuracy:
 
 
 def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> OwnLabelAccuracy | None:
-    """Return the accuracies of the scenarios that judges label; None where there is none, or no number of units."""
+    """Return the accuracies of the scenarios that judges label; None where there is none, or no number of units.
+
+    None, too, where the judges are worse than the classifier: what they say of its answers is not reliable.
+    """
     if evidence is None or evidence.units is None:
+        return None
+    if judges_are_worse(evidence.judges.tolist(), evidence.before_test):
         return None
     before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
     units = evidence.units
@@ -82,7 +90,7 @@ class CandidateReport:
     scenario_after: F64  # (A,)
     not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
     dependence: str = ""  # what the correction has seen of the clean images; empty where nothing
-    own_label: OwnLabelAccuracy | None = None  # None without judges, and in runs of earlier versions
+    own_label: OwnLabelAccuracy | None = None  # None without judges that are as good as the classifier
 
     def checks(self, limits: CheckSection) -> list[Check]:
         """Return every check of section `check`, in the order in which they are shown."""

@@ -15,7 +15,7 @@ from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
-from defuse_core.report.build_evidence import evidence_figures
+from defuse_core.report.build_evidence import _pairs, evidence_figures
 from defuse_core.report.formatting import spread_of
 from defuse_core.report.notices import no_better_than_plain_training, unconfirmed
 from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, Run
@@ -68,6 +68,13 @@ def finished(tmp_path_factory):
     )
     compute = LocalCompute()
     return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
+
+
+def test_plain_training_does_more_only_where_each_of_them_does() -> None:
+    twice_better = _pairs(np.array([[10, 9, 1], [10, 9, 1], [9, 0, 9]]))
+    assert (twice_better.better, twice_better.worse, twice_better.worse_than_each) == (0, 9, False)
+    assert _pairs(np.array([[10, 1, 9], [9, 0, 9]])).worse_than_each
+    assert not _pairs(np.array([[10, 3, 7], [9, 0, 9]])).worse_than_each
 
 
 def test_plain_trainings_are_stored_apart_and_differ_from_each_other(finished) -> None:

@@ -150,7 +150,14 @@ def test_the_page_says_where_reviewed_images_are_at_photographs_that_are_tuned_o
 def judged(report, own=None, left_out=None, real=None):
     """The report with so many pairs, better and worse, against plain further training."""
     pairs = {
-        name: None if counts is None else Pairs(better=counts[0], worse=counts[1], p_value=mcnemar(*counts))
+        name: None
+        if counts is None
+        else Pairs(
+            better=counts[0],
+            worse=counts[1],
+            p_value=mcnemar(*counts),
+            worse_than_each=counts[0] < counts[1] and mcnemar(*counts) < 0.05,
+        )
         for name, counts in (("scenarios", own), ("left_out", left_out), ("real_failures", real))
     }
     share = Share(value=0.84, low=0.7, high=0.9)

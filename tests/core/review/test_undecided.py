@@ -11,6 +11,7 @@ from sample_findings import report_of, sample_findings, sample_run, with_verdict
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Override
 from defuse_core.config import ReviewSection
+from defuse_core.distill.held_out import UNDIVIDED
 from defuse_core.report.build import build_report
 from defuse_core.report.notices import headline
 from defuse_core.review.undecided import why_undecided
@@ -76,6 +77,9 @@ def dropped(
     return DroppedComponent(weight, 8, 3, 2, reason, right, small)
 
 
+EARLIER = DroppedComponent(0.1, 8, 3, 2, "its draws")
+
+
 @pytest.mark.parametrize(
     ("components", "words"),
     [
@@ -86,6 +90,9 @@ def dropped(
         ),
         ((), "No failure scenario was found"),
         ((dropped(small=True, weight=0.4),), "No failure scenario was found"),
+        # an earlier version, which did not tell why
+        ((dropped(), EARLIER), "No failure scenario was found"),
+        ((dropped(reason=f"{UNDIVIDED}: one track"),), "one track); try more photographs or tracks of these"),
         ((dropped(small=True, weight=0.4), dropped()), "Could not tell: "),
         ((dropped(right=True), dropped(weight=0.2)), "Could not tell: "),
         ((dropped(right=True),), "No failure scenario was found"),

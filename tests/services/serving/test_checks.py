@@ -31,14 +31,23 @@ def own_labels(before: list[float], after: list[float]) -> np.ndarray:
         ([0.10, 0.5547], [0.99, 0.4531], 20, True, "scenario 1 55.47% -> 45.31%"),  # may be chance
         ([0.55, 0.30], [0.55, 1.00], 256, True, "scenario 0 55.00% -> 55.00%"),
         ([0.60, 1.00], [0.30, 0.50], 256, False, "scenario 1 100.00% -> 50.00%"),
+        # p = 0.013, which one of thirty has by chance
+        ([0.5547, *[0.10] * 29], [0.4531, *[0.99] * 29], 256, True, "scenario 0 55.47% -> 45.31%"),
     ],
 )
 def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, units, passed, worst):
-    corrections = sample_findings(4, 2)[0].fixes
+    corrections = sample_findings(32, len(before))[0].fixes
     evidence = sample_evidence(own_labels(before, after), units)
     found = own_label_accuracy(corrections, evidence).check()
     assert (found.name, found.passed) == ("own label", passed)
     assert found.line.startswith(f"own label: {worst} by the judges' label of each image")
+
+
+def test_judges_that_are_worse_than_the_classifier_decide_no_check():
+    corrections = sample_findings(4, 2)[0].fixes
+    lost = own_labels([0.9, 0.9], [0.1, 0.1])
+    assert own_label_accuracy(corrections, sample_evidence(lost, judges=0.6, before=0.95)) is None
+    assert not own_label_accuracy(corrections, sample_evidence(lost, judges=0.94, before=0.95)).check().passed
 
 
 def test_without_judged_units_there_is_no_check_by_own_label():
