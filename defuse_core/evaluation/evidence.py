@@ -11,7 +11,6 @@ J = 3 numbers of a share (share, low, high).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -60,8 +59,6 @@ from defuse_core.training.reference_models import (
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
 BEFORE, _, PLAIN, DEFUSE = range(len(CLASSIFIERS))
 IN_EACH = ("own_label", "one_label", "left_out", "real_failures")  # figures of each plain training
-# A best judge whose accuracy on real images is so much below the classifier's is often wrong where that one is right.
-WORSE_JUDGE = 0.02
 WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those reviewed
 WIDER_IMAGES = 64  # per scenario and factor
 FRESH_IMAGES = 2000  # test images that fresh noise is added to
@@ -123,12 +120,6 @@ class Evidence:
             return None
         units: I64 = (self.pairs[0] if self.pairs.ndim == 3 else self.pairs)[:, 0]
         return units
-
-
-def judges_are_worse(judges: Sequence[float | None], classifier: float | None) -> bool:
-    """Whether the best judge is right on clearly fewer real images than the classifier before, where both are known."""
-    best = max((value for value in judges if value is not None), default=None)
-    return best is not None and classifier is not None and best < classifier - WORSE_JUDGE
 
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:

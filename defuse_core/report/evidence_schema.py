@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from defuse_core.watch.figures import FigureModel, Share
+
+# A best judge whose accuracy on real images is so much below the classifier's is often wrong where that one is right.
+WORSE_JUDGE = 0.02
+
+
+def judges_are_worse(judges: Sequence[float | None], classifier: float | None) -> bool:
+    """Whether the best judge is right on clearly fewer real images than the classifier before, where both are known."""
+    best = max((value for value in judges if value is not None), default=None)
+    return best is not None and classifier is not None and best < classifier - WORSE_JUDGE
 
 
 class FourShares(FigureModel):

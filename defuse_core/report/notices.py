@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from defuse_core.evaluation.evidence import judges_are_worse
 from defuse_core.intervals import SIGNIFICANT
-from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs
+from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs, judges_are_worse
 from defuse_core.report.formatting import count_of, is_low, pairs_in_words, percent
 from defuse_core.report.schema import Report
 from defuse_core.review.verdicts import why_inconclusive

@@ -13,9 +13,10 @@ from defuse_core.correct import ROUNDING, held_out_images
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError
-from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence, judges_are_worse
+from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import SIGNIFICANT, discoveries, hypergeometric_tail
 from defuse_core.models import load_classifier, load_vae, predict
+from defuse_core.report.evidence_schema import judges_are_worse
 
 
 @dataclass(frozen=True)
