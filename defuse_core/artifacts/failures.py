@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from defuse_core.artifacts.arrays import F32, F64, I64, U8, Bool, expect_shapes
+from defuse_core.artifacts.arrays import F32, F64, I64, NONE_OF_THE_ABOVE, U8, Bool, expect_shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +62,8 @@ class Failures:
     truth: I64  # (F,) label of the source image
     predicted: I64  # (F,) never equal to truth
     source_wrong: Bool | None = None  # (F,) whether f gets the source image itself wrong; None where unknown
-    source_track: I64 | None = (
-        None  # (F,) track of the source image; None without tracks, or of an earlier version
-    )
+    # (F,) track of the source image; None without tracks, or of an earlier version
+    source_track: I64 | None = None
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
@@ -143,9 +142,8 @@ class DroppedComponent:
     reason: str
     # both None with components of an earlier version
     right: bool | None = None  # its draws are of one class and f is right on them, at every tau
-    small: bool | None = (
-        None  # its codes, or the training images that they come from, are too few for a scenario
-    )
+    # its codes, or the training images that they come from, are too few for a scenario
+    small: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +161,8 @@ class Scenarios:
     cells: I64 | None = None  # (S, 2) class of the source images, answer of f; -1 each for a single mixture
     support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
     source_error: F64 | None = None  # (S,) share of these that f gets wrong in the image itself
-    source_tracks: I64 | None = (
-        None  # (S,) tracks of these images; None without tracks, or in an earlier version's
-    )
+    # (S,) tracks of these images; None without tracks, or in an earlier version's
+    source_tracks: I64 | None = None
     wrong_tracks: F64 | None = None  # (S,) how many of these tracks f gets most of these images of wrong
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
@@ -190,3 +187,11 @@ class Scenarios:
         }
         failures = None if self.failures is None else self.failures.take(rows)
         return replace(self, **per_component | {"failures": failures} | changed)
+
+    def dropped_component(self, row: int, reason: str, *, right: bool = False) -> DroppedComponent:
+        """Return the component of one row, large enough for a scenario, as one that is dropped for `reason`."""
+        source, answer = (NONE_OF_THE_ABOVE,) * 2 if self.cells is None else self.cells[row].tolist()
+        support = 0 if self.support is None else int(self.support[row])
+        return DroppedComponent(
+            float(self.weights[row]), source, answer, support, reason, right=right, small=False
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, DroppedComponent, Scenarios
+from defuse_core.artifacts import I64, Bool, ComponentFailures, Scenarios
 
 REPAIRS = 5000  # units that change halves at most
 UNDIVIDED = "too few photographs to hold out"  # the reason why a component is dropped begins with it
@@ -77,18 +77,14 @@ def without_undivided(scenarios: Scenarios) -> Scenarios:
     undivided = held.all(axis=1) | ~held.any(axis=1)
     if not undivided.any():
         return scenarios
-    dropped = [_dropped(scenarios, component) for component in np.flatnonzero(undivided).tolist()]
+    dropped = [
+        scenarios.dropped_component(component, f"{UNDIVIDED}: {_why_undivided(failures, component)}")
+        for component in np.flatnonzero(undivided).tolist()
+    ]
     return scenarios.take(np.flatnonzero(~undivided), dropped=(*scenarios.dropped, *dropped))
 
 
-def _dropped(scenarios: Scenarios, component: int) -> DroppedComponent:
-    assert scenarios.failures is not None
-    anchors, cells, support = scenarios.failures.anchors, scenarios.cells, scenarios.support
-    units = len(np.unique(anchors.unit[scenarios.failures.anchor[component]]))
-    source, answer = (NONE_OF_THE_ABOVE,) * 2 if cells is None else cells[component].tolist()
-    images = 0 if support is None else int(support[component])
-    what = "photograph" if anchors.track is None else "track"
-    some = f"all are of one {what}" if units == 1 else f"other components share its {units} {what}s"
-    reason = f"{UNDIVIDED}: {some}"
-    weight = float(scenarios.weights[component])
-    return DroppedComponent(weight, source, answer, images, reason, right=False, small=False)
+def _why_undivided(failures: ComponentFailures, component: int) -> str:
+    units = len(np.unique(failures.anchors.unit[failures.anchor[component]]))
+    what = "photograph" if failures.anchors.track is None else "track"
+    return f"all are of one {what}" if units == 1 else f"other components share its {units} {what}s"

@@ -42,9 +42,8 @@ class PictureRow:
     class_index: int  # of the label, as the classifier numbers its classes; ImageFolder numbers the folders
     label_from: str  # votes: the majority on this very picture; scenario: the one label of its scenario
     scenario: int
-    origin: (
-        str  # reviewed by the annotators; tuned: drawn to tune on; held-out: drawn to measure the correction
-    )
+    # reviewed by the annotators; tuned: drawn to tune on; held-out: drawn to measure the correction
+    origin: str
     before: str  # answer of the classifier before the correction
     after: str  # and after it
 

@@ -12,7 +12,6 @@ from defuse_core.artifacts import (
     F64,
     I64,
     NONE_OF_THE_ABOVE,
-    DroppedComponent,
     Models,
     ReferenceSet,
     Scenarios,
@@ -74,7 +73,7 @@ def find_taus(
 def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) -> Scenarios:
     """Return the components that have a tau, with it; the others become dropped ones."""
     dropped = [
-        replace(_dropped(scenarios, component, narrowest.reason(spec)), right=narrowest.right, small=False)
+        scenarios.dropped_component(component, narrowest.reason(spec), right=narrowest.right)
         for component, (tau, narrowest) in enumerate(found)
         if tau is None
     ]
@@ -169,11 +168,3 @@ class _Search:
             return smoothed(scenarios, component, self.failures, tau, self.normal)
         covariance = tau * scenarios.covariances[component]
         return Draws(truncated_codes(scenarios.means[component], covariance, self.normal))
-
-
-def _dropped(scenarios: Scenarios, component: int, reason: str) -> DroppedComponent:
-    cells, support = scenarios.cells, scenarios.support
-    none = NONE_OF_THE_ABOVE
-    source, answer = (none, none) if cells is None else (int(cells[component, 0]), int(cells[component, 1]))
-    images = 0 if support is None else int(support[component])
-    return DroppedComponent(float(scenarios.weights[component]), source, answer, images, reason)
