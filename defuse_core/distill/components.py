@@ -34,13 +34,7 @@ from defuse_core.distill.draws import component_failures
 from defuse_core.distill.held_out import without_undivided
 from defuse_core.distill.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
 from defuse_core.distill.psi import subsample_psi
-from defuse_core.distill.sources import (
-    Sources,
-    certain_source_error,
-    count_sources,
-    source_error,
-    wrong_tracks,
-)
+from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
 from defuse_core.store import Store
@@ -254,13 +248,12 @@ class Fits:
 def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tuple[I64, I64]:
     """Return the components over ε in the order of `section.order`: those with enough support, and the others."""
     weights = np.concatenate([cell.weights for cell in cells])
-    sources = [cell.sources for cell in cells]
-    support = np.concatenate([part.support for part in sources])
+    sources = Sources.of_all([cell.sources for cell in cells])
     over = np.flatnonzero(weights > section.min_weight)
     over = over[np.argsort(-weights[over], kind="stable")]
     if section.order == "source-error":
-        over = over[np.argsort(-certain_source_error(sources)[over], kind="stable")]
-    enough = support[over] >= section.min_support
+        over = over[np.argsort(-sources.certain_error()[over], kind="stable")]
+    enough = sources.support[over] >= section.min_support
     return over[enough], over[~enough]
 
 
@@ -269,9 +262,8 @@ def scenarios_of(
 ) -> Scenarios:
     """Return the components of all mixtures over ε with enough support, in the order of `section.order`."""
     weights = np.concatenate([cell.weights for cell in fitted])
-    sources = [cell.sources for cell in fitted]
-    support = np.concatenate([part.support for part in sources])
-    tracks, wrong = wrong_tracks(sources)
+    sources = Sources.of_all([cell.sources for cell in fitted])
+    tracks, wrong = sources.wrong_tracks() or (None, None)
     cells = np.concatenate([np.tile(cell.cell, (len(cell.weights), 1)) for cell in fitted])
     means = np.concatenate([cell.fit.means for cell in fitted])
     covariances = np.concatenate([cell.fit.covariances for cell in fitted])
@@ -286,12 +278,13 @@ def scenarios_of(
         iterations=max(cell.fit.iterations for cell in fitted),
         lower_bound=float(sum(cell.fit.lower_bound for cell in fitted)),
         cells=cells[kept],
-        support=support[kept],
-        source_error=source_error(sources)[kept],
+        support=sources.support[kept],
+        source_error=sources.error()[kept],
         source_tracks=None if tracks is None else tracks[kept],
         wrong_tracks=None if wrong is None else wrong[kept],
         last_change=_largest_change([cell.fit for cell in fitted]),
-        dropped=small + tuple(_without_support(weights, cells, support, row, section) for row in thin),
+        dropped=small
+        + tuple(_without_support(weights, cells, sources.support, row, section) for row in thin),
         all_means=means,
         all_covariances=covariances,
     )

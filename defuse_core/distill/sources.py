@@ -5,6 +5,7 @@ Axis, beside those of artifacts/__init__.py: k components of one mixture.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,30 @@ class Sources:
         if len(tables) < len(parts):
             return Sources(support, wrong)
         return Sources(support, wrong, tuple(_merged(of_parts) for of_parts in zip(*tables, strict=True)))
+
+    @staticmethod
+    def of_all(mixtures: Sequence[Sources]) -> Sources:
+        """Return the sources of the components of all mixtures, one mixture after the other."""
+        tables = [part.tracks for part in mixtures if part.tracks is not None]
+        return Sources(
+            np.concatenate([part.support for part in mixtures]),
+            np.concatenate([part.wrong for part in mixtures]),
+            tuple(itertools.chain(*tables)) if len(tables) == len(mixtures) else None,
+        )
+
+    def error(self) -> F64:
+        """Return the share of the images of each component that f itself gets wrong, (k,); nan where not known."""
+        error: F64 = self.wrong / np.maximum(self.support, 1)
+        return np.where(self.support > 0, error, np.nan)
+
+    def certain_error(self) -> F64:
+        """Return the lower 95 % bound of this error, (k,), or of that on the tracks; 0 where not known."""
+        counted = self.wrong_tracks()
+        return (
+            certain_error(self.support, self.error())
+            if counted is None
+            else certain_error_of_tracks(*counted)
+        )
 
     def wrong_tracks(self) -> tuple[I64, F64] | None:
         """Return how many tracks each component has, (k,), and of how many f gets most images wrong; None without."""
@@ -70,22 +95,6 @@ def _merged(tables: Sequence[F64]) -> F64:
     return np.stack([tracks, *counts], axis=1)
 
 
-def wrong_tracks(parts: Sequence[Sources]) -> tuple[I64 | None, F64 | None]:
-    """Return `Sources.wrong_tracks` of the components of all mixtures; None twice where one has no tracks."""
-    counted = [found for part in parts if (found := part.wrong_tracks()) is not None]
-    if len(counted) < len(parts):
-        return None, None
-    count, wrong = zip(*counted, strict=True)
-    return np.concatenate(count), np.concatenate(wrong)
-
-
-def source_error(parts: Sequence[Sources]) -> F64:
-    """Return the share of the source images of each component that f itself gets wrong; nan where not known."""
-    support = np.concatenate([part.support for part in parts])
-    error: F64 = np.concatenate([part.wrong for part in parts]) / np.maximum(support, 1)
-    return np.where(support > 0, error, np.nan)
-
-
 def certain_error(support: I64, error: F64) -> F64:
     """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 where not known."""
     wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
@@ -97,16 +106,8 @@ def certain_error_of_tracks(tracks: I64, wrong: F64) -> F64:
     return exact_lower(np.nan_to_num(wrong).astype(np.int64), tracks)
 
 
-def certain_source_error(parts: Sequence[Sources]) -> F64:
-    """Return the lower 95 % bound of the error on the source images of each component, (k,), or on their tracks."""
-    tracks, wrong = wrong_tracks(parts)
-    if tracks is None or wrong is None:
-        return certain_error(np.concatenate([part.support for part in parts]), source_error(parts))
-    return certain_error_of_tracks(tracks, wrong)
-
-
 def certain_error_of(scenarios: Scenarios) -> F64:
-    """Return `certain_source_error` of the components that were kept, (S,); 0 where not known."""
+    """Return `Sources.certain_error` of the components that were kept, (S,); 0 where not known."""
     if scenarios.source_tracks is not None and scenarios.wrong_tracks is not None:
         return certain_error_of_tracks(scenarios.source_tracks, scenarios.wrong_tracks)
     if scenarios.source_error is None or scenarios.support is None:
