@@ -42,9 +42,7 @@ def range_text(low: float | None, high: float | None, digits: int = 1) -> str:
 def spread_of(values: Sequence[float | None], digits: int = 1) -> str:
     """Return the lowest and highest of several shares, in percent: 69.0–89.1 %; empty for fewer than two."""
     known = [value for value in values if value is not None]
-    if len(known) < 2:
-        return ""
-    return f"{100 * min(known):.{digits}f}–{percent(max(known), digits)}"
+    return f"{range_text(min(known), max(known), digits)} %" if len(known) > 1 else ""
 
 
 def score(share: Share) -> str:
