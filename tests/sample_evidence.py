@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from defuse_core.artifacts import F64
-from defuse_core.evaluation.evidence import DEFUSE, PLAIN, Evidence
+from defuse_core.evaluation.evidence import BEFORE, DEFUSE, PLAIN, Evidence
 from defuse_core.evaluation.nearest_real import NearestReal
 
 
@@ -20,6 +20,8 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
     better = np.rint(units * np.maximum(own_label[:, DEFUSE] - own_label[:, PLAIN], 0)).astype(np.int64)
     # of two plain trainings that do the same
     pairs = np.stack([np.stack([np.full(count, units), better, np.zeros(count, np.int64)], axis=1)] * 2)
+    change = np.rint(units * (own_label[:, DEFUSE] - own_label[:, BEFORE])).astype(np.int64)
+    with_before = np.stack([np.full(count, units), np.maximum(change, 0), np.maximum(-change, 0)], axis=1)
     real = np.zeros((count, 1, 1, 32, 32), np.uint8)
     return Evidence(
         judges=np.full(3, judges),
@@ -53,4 +55,5 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
         worse=np.zeros(count, np.bool_),
         plain_each=np.stack([shares[PLAIN, :1]] * 2, axis=1).repeat(4, axis=0),
         scenario_plain=np.stack([own_label[:, PLAIN]] * 2),
+        pairs_with_before=with_before,
     )

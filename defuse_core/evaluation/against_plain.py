@@ -43,6 +43,12 @@ def pairs_of(defuse: F64, plain: F64, units: I64) -> I64:
     return np.array([len(numbers), (total > 0).sum(), (total < 0).sum()], np.int64)
 
 
+def pairs_by_scenario(defuse: F64, plain: F64, units: I64) -> I64:
+    """Return the `pairs_of` each scenario, (A, 3), for arrays (A, n)."""
+    rows = [pairs_of(*each) for each in zip(defuse, plain, units, strict=True)]
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
 def least_favourable(pairs: I64) -> I64:
     """Return of the `pairs_of` each plain training, (P, ..., 3), those that speak least for the correction, (..., 3).
 

@@ -33,7 +33,14 @@ from defuse_core.data import Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, stacked, wide_draws
-from defuse_core.evaluation.against_plain import is_better, is_worse, pairs_of, tracks_of, units_of
+from defuse_core.evaluation.against_plain import (
+    is_better,
+    is_worse,
+    pairs_by_scenario,
+    pairs_of,
+    tracks_of,
+    units_of,
+)
 from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
@@ -108,10 +115,12 @@ class Evidence:
     pairs: I64 | None = None
     # (P, 3) likewise, of the real failures; in earlier versions (3,) or None
     real_failure_pairs: I64 | None = None
-    # the next three are None in runs of earlier versions
+    # the next four are None in runs of earlier versions
     worse: Bool | None = None  # (A,) whether the correction is worse than each plain training, likewise
     plain_each: F64 | None = None  # (4, P) IN_EACH x share after each plain training
     scenario_plain: F64 | None = None  # (P, A) own-label accuracy after each plain training
+    # (A, 3) as in `pairs`, with the classifier before in the place of a plain training
+    pairs_with_before: I64 | None = None
 
     @property
     def units(self) -> I64 | None:
@@ -191,10 +200,9 @@ class _Evidence:
         by_scenario = right.reshape(len(CLASSIFIERS), accepted, per_scenario)
         units = self.units.reshape(accepted, per_scenario)
         plain_by_scenario = plain.reshape(len(plain), accepted, per_scenario)
-        pairs = np.zeros((len(plain), accepted, 3), np.int64)
-        for number, scenario in np.ndindex(pairs.shape[:2]):
-            both = by_scenario[DEFUSE, scenario], plain_by_scenario[number, scenario]
-            pairs[number, scenario] = pairs_of(*both, units[scenario])
+        others = np.concatenate([by_scenario[[BEFORE]], plain_by_scenario])
+        pairs_with_before, *rows = [pairs_by_scenario(by_scenario[DEFUSE], other, units) for other in others]
+        pairs = np.stack(rows)
         has_test = self.splits.test is not None
         assert found.judges is not None
         return Evidence(
@@ -230,6 +238,7 @@ class _Evidence:
                 ]
             ),
             scenario_plain=_nanmean(plain_by_scenario),
+            pairs_with_before=pairs_with_before,
         )
 
     def _all_answers(self, images: F32) -> F64:

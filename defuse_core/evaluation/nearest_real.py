@@ -112,7 +112,8 @@ def _error_nearby(wrong: Bool) -> tuple[float, float, bool]:
 
     def p_value(hits: int, of_all: int) -> float:
         over_all = hypergeometric_tail(hits, len(tested), of_all, count)
-        return min(over_all, float(binomial_tail(hits, len(tested), LEAST_REAL_ERROR)))
+        over_least = float(binomial_tail(hits, len(tested), LEAST_REAL_ERROR))
+        return min(1.0, 2 * min(over_all, over_least))  # Bonferroni: either of two tests is enough
 
     testable = p_value(min(most, len(tested)), most) < SIGNIFICANT
     return float(tested.mean()), p_value(hits, of_all), testable

@@ -40,7 +40,7 @@ from defuse_core.watch.figures import WatchFigures, watch_figures
 from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
 
 log = logging.getLogger("defuse")
-FORMAT = 5  # of the stored candidate; part of its key in the run, so that one of another format is made again
+FORMAT = 6  # of the stored candidate; part of its key in the run, so that one of another format is made again
 VERSION_SETTINGS = (
     "resize",
     "watch",

@@ -13,8 +13,8 @@ from defuse_core.correct import ROUNDING, held_out_images
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError
+from defuse_core.evaluation.against_plain import is_worse
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
-from defuse_core.intervals import SIGNIFICANT, discoveries, hypergeometric_tail
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.report.evidence_schema import judges_are_worse
 
@@ -35,47 +35,37 @@ class OwnLabelAccuracy:
     scenario: I64  # (M,) index among the run's components
     before: F64  # (M,)
     after: F64  # (M,)
-    units: I64  # (M,) labelled images, or photographs or tracks that they show
+    worse: Bool  # (M,) whether the loss is significant, as in `is_worse`
 
     def check(self) -> Check:
         """Return whether no scenario is significantly worse after the correction; it names the worst one.
 
-        The false discovery rate over the scenarios is SIGNIFICANT.
+        Before and after are compared picture by picture; those of one photograph or track count once.
         """
-        lost = discoveries(self._chance(), SIGNIFICANT)
-        worst = int(np.lexsort((self.after - self.before, ~lost))[0])
+        worst = int(np.lexsort((self.after - self.before, ~self.worse))[0])
         before, after = self.before[worst], self.after[worst]
         line = (
             f"own label: scenario {self.scenario[worst]} {before:.2%} -> {after:.2%} by the judges' label of each "
             "image, no significant loss is allowed in any"
         )
-        return Check("own label", not lost.any(), line)
-
-    def _chance(self) -> F64:
-        """Return how likely losses as large are by chance, (M,): Fisher's exact test, one-sided, on the units."""
-        right = (np.rint(np.stack([self.before, self.after]) * self.units)).astype(np.int64).T.tolist()
-        tests = [
-            hypergeometric_tail(before, units, before + after, 2 * units)
-            for (before, after), units in zip(right, self.units.tolist(), strict=True)
-        ]
-        return np.array(tests)
+        return Check("own label", not self.worse.any(), line)
 
 
 def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> OwnLabelAccuracy | None:
-    """Return the accuracies of the scenarios that judges label; None where there is none, or no number of units.
+    """Return the accuracies of the scenarios that judges label; None where there is none, or in an earlier version.
 
     None, too, where the judges are worse than the classifier: what they say of its answers is not reliable.
     """
-    if evidence is None or evidence.units is None:
+    if evidence is None or evidence.pairs_with_before is None:
         return None
     if judges_are_worse(evidence.judges.tolist(), evidence.before_test):
         return None
     before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
-    units = evidence.units
-    rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after) & (units > 0))
+    rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after))
     if not len(rows):
         return None
-    return OwnLabelAccuracy(corrections.scenario[rows], before[rows], after[rows], units[rows])
+    worse = is_worse(evidence.pairs_with_before[None])
+    return OwnLabelAccuracy(corrections.scenario[rows], before[rows], after[rows], worse[rows])
 
 
 @dataclass(frozen=True, eq=False)

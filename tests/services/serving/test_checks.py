@@ -25,19 +25,23 @@ def own_labels(before: list[float], after: list[float]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "units", "passed", "worst"),
+    ("before", "after", "pairs", "passed", "worst"),
     [
-        ([0.10, 0.5547], [0.99, 0.4531], 256, False, "scenario 1 55.47% -> 45.31%"),
-        ([0.10, 0.5547], [0.99, 0.4531], 20, True, "scenario 1 55.47% -> 45.31%"),  # may be chance
-        ([0.55, 0.30], [0.55, 1.00], 256, True, "scenario 0 55.00% -> 55.00%"),
-        ([0.60, 1.00], [0.30, 0.50], 256, False, "scenario 1 100.00% -> 50.00%"),
+        ([0.10, 0.5547], [0.99, 0.4531], [256, 0, 26], False, "scenario 1 55.47% -> 45.31%"),
+        # each image was right before or after: may be chance
+        ([0.10, 0.5547], [0.99, 0.4531], [256, 116, 142], True, "scenario 1 55.47% -> 45.31%"),
+        ([0.55, 0.30], [0.55, 1.00], [256, 179, 0], True, "scenario 0 55.00% -> 55.00%"),
+        ([0.60, 1.00], [0.30, 0.50], [256, 0, 128], False, "scenario 1 100.00% -> 50.00%"),
+        # four photographs tell nothing, however many pictures show them
+        ([0.60, 1.00], [0.99, 0.00], [4, 0, 4], True, "scenario 1 100.00% -> 0.00%"),
         # p = 0.013, which one of thirty has by chance
-        ([0.5547, *[0.10] * 29], [0.4531, *[0.99] * 29], 256, True, "scenario 0 55.47% -> 45.31%"),
+        ([0.10] * 29 + [0.6], [0.99] * 29 + [0.5], [256, 23, 42], True, "scenario 29 60.00% -> 50.00%"),
     ],
 )
-def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, units, passed, worst):
+def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, pairs, passed, worst):
     corrections = sample_findings(32, len(before))[0].fixes
-    evidence = sample_evidence(own_labels(before, after), units)
+    evidence = sample_evidence(own_labels(before, after))
+    evidence.pairs_with_before[-1] = pairs
     found = own_label_accuracy(corrections, evidence).check()
     assert (found.name, found.passed) == ("own label", passed)
     assert found.line.startswith(f"own label: {worst} by the judges' label of each image")
@@ -54,7 +58,9 @@ def test_without_judged_units_there_is_no_check_by_own_label():
     corrections = sample_findings(4, 2)[0].fixes
     evidence = sample_evidence(own_labels([0.9, 0.9], [0.1, 0.1]))
     assert own_label_accuracy(corrections, None) is None
-    assert own_label_accuracy(corrections, replace(evidence, pairs=None)) is None  # of an earlier version
+    assert (
+        own_label_accuracy(corrections, replace(evidence, pairs_with_before=None)) is None
+    )  # of an earlier version
     nobody = own_labels([np.nan, np.nan], [np.nan, np.nan])
     assert own_label_accuracy(corrections, replace(evidence, scenario_own_label=nobody)) is None
 
