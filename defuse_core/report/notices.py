@@ -6,15 +6,13 @@ from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs, judges_are_worse
 from defuse_core.report.formatting import count_of, is_low, pairs_in_words, percent
 from defuse_core.report.schema import Report
-from defuse_core.review.verdicts import why_inconclusive
 
 
 def headline(report: Report) -> str:
     """Return the result of the run in one or two sentences."""
     components, accepted = report.scenarios.components, report.scenarios.accepted
-    unknown = _could_not_tell(report)
-    if unknown is not None:
-        return f"Could not tell: {unknown}."
+    if report.scenarios.undecided is not None:
+        return f"Could not tell: {report.scenarios.undecided}."
     if not components:
         return "No failure scenario was found: identification and distillation left nothing to review."
     if not accepted:
@@ -27,24 +25,6 @@ def headline(report: Report) -> str:
             f"{result} Nothing was corrected: every λ costs more clean accuracy than correct.max_loss allows."
         )
     return f"{result} {_effect(report)}"
-
-
-def _could_not_tell(report: Report) -> str | None:
-    """Return why a run without a failure scenario could not tell whether there is any; None where it could."""
-    health = None if report.vae.health is None else report.vae.health.verdict
-    failing = report.psi.failing_draws or 0
-    cause = why_inconclusive(report.scenarios.accepted, health, failing, report.psi.codes)
-    if cause == "β-VAE":
-        return (
-            "no component is a failure scenario, but the β-VAE's pictures are too "
-            f"{'poor' if health == 'poor' else 'bad'} to find one"
-        )
-    if cause == "screen":
-        return (
-            "the reference models see the class of the image in none of "
-            f"{count_of(failing, 'failing draw')}; train better ones, or lower identify.min_probability"
-        )
-    return report.scenarios.undecided
 
 
 def _effect(report: Report) -> str:

@@ -101,8 +101,8 @@ class ScenarioSummary(ReportModel):
     """Accepted scenarios on whose held-out images, by the judges' labels, the classifier before is wrong on at most
     review.rho. Null without judges."""
     undecided: str | None = None
-    """Why none of the components, or too few of them, could be decided. Null where they were, and with accepted ones.
-    Where the β-VAE or the screen is the cause, the headline names that one."""
+    """Why the run could not tell whether the classifier has failure scenarios, and what to do. Null where it could, and
+    with accepted ones."""
 
 
 class Mean(ReportModel):

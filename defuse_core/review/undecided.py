@@ -1,10 +1,10 @@
-"""Whether a run without a failure scenario shows that there is none, or could not tell."""
+"""Whether a run without a failure scenario shows that the classifier has none, or could not tell."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Scenarios, Verdicts
+from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Health, Psi, Scenarios, Verdicts
 from defuse_core.config import ReviewSection
 from defuse_core.distill.held_out import UNDIVIDED
 from defuse_core.review.decision import fewest_units
@@ -12,14 +12,33 @@ from defuse_core.review.verdicts import false_discovery_rate
 
 
 def why_undecided(
-    review: ReviewSection, gallery: Gallery, verdicts: Verdicts, *, scenarios: Scenarios | None, codes: int
+    review: ReviewSection,
+    gallery: Gallery,
+    verdicts: Verdicts,
+    *,
+    health: Health | None,
+    psi: Psi | None,
+    scenarios: Scenarios | None,
 ) -> str | None:
     """Return why a run that accepted nothing could decide nothing, and what to do; None where it decided.
 
-    `codes` counts Ψ. A component that a person rejected is decided, and so is one that the classifier gets right.
+    A component that a person rejected is decided, and so is one that the classifier gets right. What is None is not
+    known.
     """
     if len(verdicts.accepted):
         return None
+    if health is not None and health.verdict != "fit":
+        pictures = "images moved by the noise" if health.anchored else "reconstructions"
+        return (
+            f"the β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on {pictures}), so "
+            "its pictures show no failures; improve section vae of the run file"
+        )
+    codes, failing = (0, 0) if psi is None else (psi.total, psi.failing)
+    if failing and not codes:
+        return (
+            f"the reference models see the class of the image in none of {failing:,} failing "
+            f"draw{'' if failing == 1 else 's'}; train better ones, or lower identify.min_probability"
+        )
     if not len(gallery):
         return None if scenarios is None else _all_dropped(review, scenarios, codes)
     open_ones = np.ones(len(gallery), np.bool_)

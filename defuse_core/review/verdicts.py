@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -243,21 +242,6 @@ def doubtful(verdicts: Verdicts, rho: float) -> Bool:
     high = wilson(hits, total, 0.9)[1]
     unsure: Bool = (verdicts.labels == NONE_OF_THE_ABOVE) & (high > rho)
     return unsure
-
-
-def why_inconclusive(
-    accepted: int, health: str | None, failing: int, kept: int
-) -> Literal["β-VAE", "screen"] | None:
-    """Return why a run that accepted nothing is no evidence that nothing fails; None for all other runs.
-
-    "β-VAE": it is not fit to show failures. "screen": it keeps no failing draw. `accepted` counts scenarios, `health`
-    is the verdict on the β-VAE, `failing` counts draws that the classifier gets wrong, and `kept` those of them in Ψ.
-    """
-    if accepted:
-        return None
-    if health not in (None, "fit"):
-        return "β-VAE"
-    return "screen" if failing and not kept else None
 
 
 def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], classes: tuple[str, ...]) -> None:

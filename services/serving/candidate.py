@@ -33,7 +33,7 @@ from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.progress import Progress, silent
 from defuse_core.review.undecided import why_undecided
-from defuse_core.review.verdicts import most_common_errors, why_inconclusive
+from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
@@ -193,30 +193,13 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
             f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
             "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
         )
-    health = with_measured_health(run, artifacts.models).health
-    psi = run.load(Psi)
-    failing, kept = (psi.failing, psi.total) if psi is not None else (0, 0)
-    cause = why_inconclusive(accepted, None if health is None else health.verdict, failing, kept)
-    if cause == "β-VAE":
-        assert health is not None
-        pictures = "images moved by the noise" if health.anchored else "reconstructions"
-        return CheckFailed(
-            f"run {run.name}: could not tell whether the classifier has failure scenarios: none was accepted, and "
-            f"its β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on "
-            f"{pictures}); improve section vae of the run file and run it under another --name"
-        )
-    if cause == "screen":
-        return CheckFailed(
-            f"run {run.name}: could not tell whether the classifier has failure scenarios: the reference models "
-            "see the class of the image in no failing draw; train better ones, or lower identify.min_probability, "
-            "and run it under another --name"
-        )
     undecided = why_undecided(
         run.spec.review,
         artifacts.gallery,
         artifacts.verdicts,
+        health=with_measured_health(run, artifacts.models).health,
+        psi=run.load(Psi),
         scenarios=run.load(Scenarios),
-        codes=kept,
     )
     if undecided is not None:
         return CheckFailed(

@@ -23,7 +23,7 @@ def undecided(sample, **review) -> str | None:
     found, _ = sample
     section = ReviewSection(**review)
     return why_undecided(
-        section, found.gallery, found.verdicts, scenarios=found.scenarios, codes=found.psi.total
+        section, found.gallery, found.verdicts, health=None, psi=found.psi, scenarios=found.scenarios
     )
 
 

@@ -103,7 +103,7 @@ def test_a_run_that_could_not_tell_never_passes_a_check(own_store, verdict):
     health = Health(1000, 0.97, 0.4, 0.41, 3, 0.6, 1, 10, verdict)
     run_dir.store.write("models.safetensors", encode(replace(run_dir.load(Models), health=health)))
     for command in (check, promote):
-        with pytest.raises(CheckFailed, match=f"could not tell .* its β-VAE is {verdict}"):
+        with pytest.raises(CheckFailed, match=f"could not tell .* the β-VAE is {verdict}"):
             run(command, "first", "--store", own_store.address)
     assert "could not tell" in failed_json(own_store)["reason"]
 
@@ -114,7 +114,7 @@ def test_a_run_whose_screen_kept_nothing_never_passes_a_check(own_store):
     psi = sample_findings(4, 0)[0].psi
     run_dir.store.write("psi.safetensors", encode(replace(psi, codes=psi.codes * 0, failing=800)))
     for command in (check, promote):
-        with pytest.raises(CheckFailed, match="could not tell .* in no failing draw"):
+        with pytest.raises(CheckFailed, match="could not tell .* in none of 800 failing draws"):
             run(command, "first", "--store", own_store.address)
 
 
