@@ -28,7 +28,7 @@ from defuse_core.artifacts import (
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
-from defuse_core.data.splits import track_mates
+from defuse_core.data.splits import mixed_order, track_mates
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
 from defuse_core.models import Vae, decoder_of, load_classifier, load_vae, weights_of
@@ -110,7 +110,8 @@ def load_clean_images(
     if len(left_out):
         left_out = np.union1d(left_out, track_mates(train, left_out, tuned))
     if wanted is not None and wanted < len(train):
-        rows = np.sort(generator(spec.seed, "correct", "sample").choice(len(train), wanted, replace=False))
+        order = mixed_order(train.labels, generator(spec.seed, "correct", "sample"))
+        rows = np.sort(order[:wanted])
         train, left_out = train.take(rows), np.flatnonzero(np.isin(rows, left_out)).astype(np.int64)
     if len(left_out):
         train = train.take(np.delete(np.arange(len(train)), left_out))

@@ -265,7 +265,7 @@ def _classifier_epoch(
     progress: Progress,
 ) -> float:
     training.module.train()
-    seed_dropout(spec.seed, "classifier", epoch)
+    seed_dropout(spec.seed, "classifier", "dropout", epoch)
     total = spec.classifier.epochs * len(images)
     done, losses = epoch * len(images), Losses("the classifier")
     order = minibatches(len(images), spec.classifier.batch_size, generator(spec.seed, "classifier", epoch))

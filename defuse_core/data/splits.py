@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from defuse_core.artifacts import I64
+from defuse_core.artifacts import F64, I64
 from defuse_core.data.images import Images
 from defuse_core.errors import DataError
 from defuse_core.seeds import generator
@@ -12,12 +12,27 @@ from defuse_core.seeds import generator
 
 def mixed_order(labels: I64, rng: np.random.Generator) -> I64:
     """Return all rows (N,) in a random order in which every prefix has about the same class proportions."""
+    rows, position = _spread(labels, rng)
+    return rows[np.argsort(position, kind="stable")]
+
+
+def divide(labels: I64, share: float, rng: np.random.Generator) -> tuple[I64, I64]:
+    """Return the rows of two random parts, each in order; `share` of each class, rounded up or down, are in the first.
+
+    So a class of two is in both halves.
+    """
+    rows, position = _spread(labels, rng)
+    return np.sort(rows[position < share]), np.sort(rows[position >= share])
+
+
+def _spread(labels: I64, rng: np.random.Generator) -> tuple[I64, F64]:
+    """Return all rows (N,), class by class, each class in a random order and at even places, (N,), from 0 to 1."""
     shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, counts = np.unique(labels, return_counts=True)
     rank = np.concatenate([np.arange(n) for n in counts])
     position = (rank + rng.random(len(labels))) / np.repeat(counts, counts)
-    return by_class[np.argsort(position, kind="stable")].astype(np.int64)
+    return by_class.astype(np.int64), position
 
 
 def random_rows(count: int, most: int, rng: np.random.Generator) -> I64:
@@ -53,16 +68,12 @@ def with_validation(train: Images, share: float, seed: int) -> tuple[Images, Ima
 def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tuple[I64, I64]:
     """Return the rows of two parts without a track in common, each in order; `share` of the tracks form the first part.
 
-    Tracks are divided class by class, so that a class with few of them is in both. Images without tracks are divided
-    one by one.
+    Tracks, or images without tracks, are divided class by class, so that a class with few of them is in both.
     """
     if images.tracks is None:
-        order = rng.permutation(len(images))
-        middle = round(share * len(images))
-        return np.sort(order[:middle]), np.sort(order[middle:])
+        return divide(images.labels, share, rng)
     _, first, track = np.unique(images.tracks, return_index=True, return_inverse=True)
-    order = mixed_order(images.labels[first], rng)
-    in_first = np.isin(track, order[: round(share * len(order))])
+    in_first = np.isin(track, divide(images.labels[first], share, rng)[0])
     return np.flatnonzero(in_first), np.flatnonzero(~in_first)
 
 

@@ -32,7 +32,13 @@ from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import component_failures
 from defuse_core.distill.held_out import without_undivided
-from defuse_core.distill.mixture import FittedMixture, fit_dirichlet_process_mixture, responsibilities
+from defuse_core.distill.mixture import (
+    FittedMixture,
+    fit_dirichlet_process_mixture,
+    prior_covariance,
+    responsibilities,
+    sample_covariance,
+)
 from defuse_core.distill.psi import subsample_psi
 from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.progress import Progress
@@ -168,9 +174,9 @@ def fit_mixture(
 ) -> FittedMixture:
     """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM) and defaults.
 
-    One thread, so that sums round alike on every machine. There are at most as many components as codes.
+    One thread, so that sums round alike on every machine. There are at most as many components as different codes.
     """
-    components = min(components, len(codes))
+    components = min(components, len(np.unique(codes, axis=0)))
     random_state = int(generator(seed, "distill", "fit", *cell).integers(2**31))
     if section.engine == "torch":
         with threadpool_limits(1), cpu_threads(1):
@@ -191,6 +197,7 @@ def fit_mixture(
         max_iter=section.max_iterations,
         tol=section.tolerance,
         random_state=random_state,
+        covariance_prior=prior_covariance(sample_covariance(codes.astype(np.float64))),
     )
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the report states it

@@ -2,8 +2,9 @@
 
 The initialisation, the variational updates and the lower bound are those of
 `sklearn.mixture.BayesianGaussianMixture(covariance_type="full")` (Bishop, Pattern Recognition and Machine Learning,
-§10.2; Blei and Jordan 2006). Every update reads the codes only through sums over rows, so each pass goes over blocks
-that fit into the cache. On a GPU the codes stay there.
+§10.2; Blei and Jordan 2006), but that the prior's covariance is regularised, too (`prior_covariance`). Every update
+reads the codes only through sums over rows, so each pass goes over blocks that fit into the cache. On a GPU the codes
+stay there.
 
 Axes: n codes, Z latent dimensions, K components, P monomials of a code up to degree 2.
 """
@@ -120,14 +121,13 @@ def fit_dirichlet_process_mixture(
     """Return the mixture of `components` Gaussians over (n, Z) `codes`, n >= `components`.
 
     The fit has converged once the lower bound changes by less than `tolerance` nats in one iteration. Computes on
-    this process's GPU or on as many CPU threads as torch has now. Raises ValueError for a covariance that is not
-    positive definite.
+    this process's GPU or on as many CPU threads as torch has now.
     """
     from sklearn.cluster import KMeans  # late: its import takes a second
 
     center = codes.mean(axis=0)  # sums of squares about the mean keep their digits
     rows = _Rows.of(torch.from_numpy(codes - center).to(device()))
-    prior = default_prior(components, np.atleast_2d(np.cov(codes.T)))
+    prior = default_prior(components, sample_covariance(codes))
     labels = KMeans(n_clusters=components, n_init=1, random_state=seed).fit(codes).labels_
     start = maximise(prior, _hard_statistics(rows, labels.astype(np.int64), components))
     fit = VariationalFit(start, prior, center, max_iterations=max_iterations, tolerance=tolerance)
@@ -141,10 +141,20 @@ def default_prior(components: int, covariance: F64) -> Prior:
     return Prior(
         concentration=1 / components,
         mean=np.zeros(len(covariance)),
-        covariance=covariance,
+        covariance=prior_covariance(covariance),
         mean_precision=1.0,
         degrees_of_freedom=float(len(covariance)),
     )
+
+
+def prior_covariance(covariance: F64) -> F64:
+    """Return the (Z, Z) covariance of the prior for codes of this one.
+
+    It has REGULARISATION on its diagonal, since that of a component without codes is the prior's, and few codes, or
+    many equal ones, have a singular covariance.
+    """
+    regular: F64 = covariance + REGULARISATION * np.eye(len(covariance))
+    return regular
 
 
 def _monomials(rows: Tensor) -> Tensor:
@@ -325,13 +335,7 @@ def maximise(prior: Prior, statistics: Statistics) -> Posterior:
 
 
 def _precision_roots(covariances: F64) -> F64:
-    try:
-        roots = np.linalg.cholesky(covariances)
-    except np.linalg.LinAlgError as error:
-        raise ValueError(
-            "a covariance of the mixture is not positive definite; are codes duplicated?"
-        ) from error
-    inverse: F64 = np.linalg.inv(roots)
+    inverse: F64 = np.linalg.inv(np.linalg.cholesky(covariances))
     return np.ascontiguousarray(np.tril(inverse).transpose(0, 2, 1))
 
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
+from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import STEPS, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
-from defuse_core.data.splits import split_tracks
+from defuse_core.data.splits import mixed_order, split_tracks
 from defuse_core.device import cpu_threads
 from defuse_core.errors import DataError, StoreError
 from defuse_core.models import (
@@ -226,10 +226,24 @@ def _train_one(
     spec: RunFile, name: SetName, number: int, splits: Splits, progress: Progress
 ) -> TrainedClassifier:
     train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
+    if number == 0:
+        _tell_missing_classes(spec, name, splits, train.labels)
     with cpu_threads(spec.resources.train_threads):
         model = train_reference(spec, name, train, len(splits.classes), number, progress)
         validation, test = _scores(model, splits)
     return TrainedClassifier(weights_of(model), len(train), validation, test, splits.fingerprint())
+
+
+def _tell_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: I64) -> None:
+    """Log the classes that have training images, but none among those with `labels` that a set is trained on."""
+    missing = np.setdiff1d(splits.train.labels, labels)
+    if set_section(spec, name).epochs and len(missing):
+        log.warning(
+            "train: the %s learn nothing of %s, whose few images are not among theirs; they see no failure of such a "
+            "class. Add images of it, or set judges.share to 0 to train both sets on all",
+            "judges" if name == "judges" else "reference models",
+            ", ".join(splits.classes[label] for label in missing),
+        )
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
@@ -245,8 +259,8 @@ def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train
             )
         train = part
     if section.train_images is not None and section.train_images < len(train):
-        rows = generator(spec.seed, name, "sample").choice(len(train), section.train_images, replace=False)
-        train = train.take(np.sort(rows))
+        order = mixed_order(train.labels, generator(spec.seed, name, "sample"))
+        train = train.take(np.sort(order[: section.train_images]))
     return train
 
 

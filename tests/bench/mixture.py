@@ -18,7 +18,11 @@ from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
 
 from defuse_core.device import cpu_threads
-from defuse_core.distill.mixture import fit_dirichlet_process_mixture
+from defuse_core.distill.mixture import (
+    fit_dirichlet_process_mixture,
+    prior_covariance,
+    sample_covariance,
+)
 
 WIDTH, CLUSTERS, SEED = 10, 20, 5
 
@@ -48,6 +52,7 @@ def main() -> None:
             weight_concentration_prior_type="dirichlet_process",
             max_iter=arguments.iterations,
             random_state=SEED,
+            covariance_prior=prior_covariance(sample_covariance(codes)),
         ).fit(codes)
         sklearn_s = time.perf_counter() - begun
         begun = time.perf_counter()

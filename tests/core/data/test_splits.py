@@ -61,6 +61,17 @@ def test_two_parts_have_no_track_in_common_and_every_class_in_both():
     assert set(labels[first]) == set(labels[second]) == set(range(10))
 
 
+@given(st.lists(st.integers(2, 5), min_size=1, max_size=30), st.integers(0, 1000))
+def test_every_class_of_two_images_or_more_is_in_both_halves_and_in_a_small_sample(
+    sizes: list[int], seed: int
+):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    images = Images(numbered(len(labels)).pixels, labels)
+    first, second = split_tracks(images, 0.5, generator(seed, "test"))
+    assert sorted([*first, *second]) == list(range(len(labels)))
+    assert set(labels[first]) == set(labels[second]) == set(labels)
+
+
 def test_images_without_tracks_are_divided_one_by_one():
     first, second = split_tracks(numbered(10), 0.3, generator(0, "test"))
     assert (len(first), sorted([*first, *second])) == (3, list(range(10)))

@@ -47,6 +47,18 @@ def test_planted_clusters_are_recovered_heaviest_first():
     np.testing.assert_allclose(found.weights, [0.6, 0.3, 0.1], atol=0.03)
 
 
+@pytest.mark.parametrize("engine", ["torch", "scikit-learn"])
+def test_pictures_that_are_stored_twice_leave_a_mixture(engine: str):
+    rng = np.random.default_rng(0)
+    different = rng.standard_normal((7, 10)).astype(np.float32)
+    codes = np.concatenate(
+        [different, different[[0] * 33]]
+    )  # more codes than dimensions, and fewer different ones
+    found = fit_codes(codes, section(max_components=20, min_weight=0.02, engine=engine), seed=0)
+    assert np.isfinite(found.covariances).all()
+    assert len(found.all_weights) == 7
+
+
 def test_components_of_low_weight_are_dropped():
     codes, _ = planted(np.random.default_rng(0))
     found = fit_codes(codes, section(max_components=10, min_weight=0.2), seed=0)

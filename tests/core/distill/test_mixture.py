@@ -20,6 +20,7 @@ from defuse_core.distill import mixture
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
+    prior_covariance,
     responsibilities,
     sample_covariance,
 )
@@ -50,6 +51,8 @@ CASES = {
     "two codes": (planted(1, 3, 2), 2, 10),
     "every code five times": (np.repeat(planted(2, 3, 12), 5, axis=0), 6, 30),
     "codes on a line": (np.outer(np.linspace(-1, 1, 80), [1.0, 2.0, -1.0]), 5, 20),
+    "fewer different codes than dimensions": (np.repeat(planted(1, 16, 7), 6, axis=0), 7, 30),
+    "codes that hardly differ": (1e-4 * planted(2, 10, 20), 8, 30),
     "far from the origin": (planted(4, 3, 80) + 1000.0, 6, 30),
     "converged before the last iteration": (planted(2, 2, 400), 2, 200),
 }
@@ -62,6 +65,7 @@ def oracle(codes: F64, components: int, iterations: int) -> BayesianGaussianMixt
         max_iter=iterations,
         tol=TOLERANCE,
         random_state=3,
+        covariance_prior=prior_covariance(sample_covariance(codes)),
     )
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -13,6 +13,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
     _scores,
+    _tell_missing_classes,
     ask_models,
     gallery_probabilities,
     judges,
@@ -94,7 +95,8 @@ def test_judges_have_another_architecture_and_no_training_image_in_common_with_t
 ):
     spec = recommended()
     parts = [references, made_in_a_run(judges, spec)]
-    assert [part.train_images for part in parts] == [210, 90]
+    assert sum(part.train_images for part in parts) == 300
+    assert parts[1].train_images == pytest.approx(90, abs=5)  # 0.3 of each class, rounded
     kinds = [
         type(load_reference_models(spec, section, part, 10)[0])
         for section, part in zip((spec.review.reference, spec.judges), parts, strict=True)
@@ -108,7 +110,7 @@ def test_without_a_share_of_their_own_both_are_trained_on_all_images():
 
 
 @pytest.mark.parametrize(
-    ("share", "train", "who"), [(0.01, judges, "judges"), (0.99, reference_models, "reference")]
+    ("share", "train", "who"), [(0.001, judges, "judges"), (0.999, reference_models, "reference")]
 )
 def test_a_share_that_leaves_a_set_without_images_is_refused_in_one_line(share, train, who):
     spec = recommended(judges={"share": share}, data={"train_images": 20})
@@ -116,6 +118,16 @@ def test_a_share_that_leaves_a_set_without_images_is_refused_in_one_line(share, 
         DataError, match=f"^judges.share: {share} of 20 training images leaves none for the {who}.*both"
     ):
         made_in_a_run(train, spec)
+
+
+def test_classes_that_a_set_learns_nothing_of_are_named(tiny_spec, caplog):
+    labels = np.array([3, *[5] * 9])
+    splits = Splits(Images(np.zeros((10, 1, 4, 4), np.uint8), labels), None, None, tuple("0123456789"))
+    with caplog.at_level("WARNING", "defuse"):
+        _tell_missing_classes(tiny_spec, "judges", splits, labels)
+        assert not caplog.text
+        _tell_missing_classes(tiny_spec, "reference", splits, labels[1:])
+    assert "the reference models learn nothing of 3, whose few images" in caplog.text
 
 
 def test_a_run_may_have_no_judges(tmp_path, tiny_spec):
