@@ -108,13 +108,21 @@ def probability_not_over(hits: I64, total: I64, share: float) -> F64:
     return probability
 
 
-def auroc(scores: F64, positive: Bool) -> F64:
+def share_of_units(hits: int, rows: Bool, units: I64 | None) -> F64:
+    """Return the share of `rows` (n,) that are hits, with Wilson's bounds of as many draws as they have units, (3,)."""
+    count = int(rows.sum())
+    draws = count if units is None else len(np.unique(units[rows]))
+    return share_with_bounds(hits * draws / max(1, count), draws)
+
+
+def auroc(scores: F64, positive: Bool, units: I64 | None = None) -> F64:
     """Return the area under the ROC curve of (n,) scores with its 95 % interval: value, low, high.
 
     The interval is the wider, at each end, of two: that of DeLong, DeLong and Clarke-Pearson (1988) on the logit, with
     Student's t, is too narrow for ten or twenty positives near 1; Newcombe's (2006, method 5) is too narrow where both
     kinds are spread unequally. For an area of 0 or 1 the rule of three, 3/n of the rarer kind, takes the place of the
-    first. nan three times where one kind is missing.
+    first. nan three times where one kind is missing. Rows with one number in `units` (n,), such as the photographs of a
+    track, are no independent evidence: then the first is Obuchowski's (1997), and units are counted.
     """
     from scipy.stats import rankdata
 
@@ -124,12 +132,20 @@ def auroc(scores: F64, positive: Bool) -> F64:
     ranks = rankdata(scores)
     above = (ranks[positive] - rankdata(ones)) / len(zeros)  # of each positive: share of negatives below it
     below = 1 - (ranks[~positive] - rankdata(zeros)) / len(ones)
-    area, rarer = float(above.mean()), min(len(ones), len(zeros))
-    low, high = _newcombe(area, len(ones), len(zeros))
+    area = float(above.mean())
+    numbers = np.arange(len(scores)) if units is None else np.unique(units, return_inverse=True)[1]
+    counts = len(np.unique(numbers[positive])), len(np.unique(numbers[~positive]))
+    rarer = min(counts)
+    low, high = _newcombe(area, *counts)
     if area in (0.0, 1.0) or rarer < 2:
         bounds = area + np.array([-3, 3]) / rarer
     else:
-        error = np.sqrt(above.var(ddof=1) / len(ones) + below.var(ddof=1) / len(zeros))
+        of_ones = np.bincount(numbers[positive], above - area, numbers.max() + 1) / len(ones)
+        of_zeros = np.bincount(numbers[~positive], below - area, numbers.max() + 1) / len(zeros)
+        terms = (of_ones**2, of_zeros**2, 2 * of_ones * of_zeros)
+        sizes = (*counts, len(np.unique(numbers)))
+        variance = sum(n / (n - 1) * term.sum() for n, term in zip(sizes, terms, strict=True))
+        error = np.sqrt(max(0.0, variance))
         half = special.stdtrit(rarer - 1, 0.975) * error / (area * (1 - area))
         bounds = special.expit(special.logit(area) + np.array([-half, half]))
     return np.array([area, max(0.0, min(low, bounds[0])), min(1.0, max(high, bounds[1]))])

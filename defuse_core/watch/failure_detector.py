@@ -104,6 +104,10 @@ class FailureWatch:
         F64  # (U,) minus the share of training images nearer to the nearest scenario: the old alarm
     )
     test_region: F64  # (T,) likewise; nan without scenarios
+    # (U,) of validation images of one track, which are no independent evidence; None where images have no tracks, and
+    # in versions of an earlier Defuse
+    validation_tracks: I64 | None = None
+    test_tracks: I64 | None = None  # (T,) likewise
 
     def best(self, codes: bool = True) -> MeasuredDetector | None:
         """Return the method of least log loss; a more complex one only where it is better by a standard error.
@@ -116,7 +120,7 @@ class FailureWatch:
         found = allowed[0]
         for other in allowed[1:]:
             gain = found.losses(self.validation_wrong) - other.losses(self.validation_wrong)
-            if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)):
+            if gain.mean() > _standard_error(gain, self.validation_tracks):
                 found = other
         return found
 
@@ -124,13 +128,22 @@ class FailureWatch:
         """Return why `chosen` gives no failure probability, as a sentence; empty where it does."""
         if chosen is None:
             return self.problem or "No method was fitted."
-        area, low, high = auroc(chosen.validation, self.validation_wrong)
+        area, low, high = auroc(chosen.validation, self.validation_wrong, self.validation_tracks)
         if low >= CHANCE:
             return ""
         return (
             f"No method finds failing inputs: the AUROC of the best, {chosen.detector.method}, is {area:.2f} "
             f"({low:.2f}–{high:.2f}) on validation images, and 0.5 is chance."
         )
+
+
+def _standard_error(values: F64, tracks: I64 | None) -> float:
+    """Return that of the mean of (n,) values, of which those of one track are no independent ones."""
+    deviation = values - values.mean()
+    if tracks is not None:
+        deviation = np.bincount(np.unique(tracks, return_inverse=True)[1], deviation)
+    units = len(deviation)
+    return float(np.sqrt(units / (units - 1) * (deviation**2).sum()) / len(values))
 
 
 def answer_scores(
@@ -174,6 +187,7 @@ class Answers:
     labels: I64  # (n,)
     distance: F64  # (n,) of the codes from those of the predicted class
     region: F64  # (n,) as in FailureWatch
+    tracks: I64 | None = None  # (n,) likewise
 
     @property
     def wrong(self) -> Bool:
@@ -181,7 +195,8 @@ class Answers:
         return found
 
     def take(self, rows: I64) -> Answers:
-        return Answers(self.logits[rows], self.labels[rows], self.distance[rows], self.region[rows])
+        tracks = None if self.tracks is None else self.tracks[rows]
+        return Answers(self.logits[rows], self.labels[rows], self.distance[rows], self.region[rows], tracks)
 
 
 def fit_detector(method: str, answers: Answers) -> FailureDetector:
@@ -196,12 +211,19 @@ def fit_detector(method: str, answers: Answers) -> FailureDetector:
 
 
 def measure_detector(method: str, validation: Answers, test: Answers, seed: int) -> MeasuredDetector:
-    """Return the method fitted on all validation images, and what it gives those (out of fold) and the test images."""
-    from sklearn.model_selection import StratifiedKFold  # late: its import takes a second
+    """Return the method fitted on all validation images, and what it gives those (out of fold) and the test images.
+
+    All images of a track are in one fold.
+    """
+    from sklearn.model_selection import (
+        StratifiedGroupKFold,
+        StratifiedKFold,
+    )  # late: its import takes a second
 
     out_of_fold = np.zeros(len(validation.labels))
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=torch_seed(seed, "watch", "folds") % 2**32)
-    for kept, held in folds.split(validation.logits, validation.wrong):
+    kind = StratifiedKFold if validation.tracks is None else StratifiedGroupKFold
+    folds = kind(FOLDS, shuffle=True, random_state=torch_seed(seed, "watch", "folds") % 2**32)
+    for kept, held in folds.split(validation.logits, validation.wrong, validation.tracks):
         fitted = fit_detector(method, validation.take(kept))
         out_of_fold[held] = fitted.probability(validation.logits[held], validation.distance[held])
     detector = fit_detector(method, validation)
@@ -255,7 +277,7 @@ def _answers(
     own = mahalanobis(latent, *gaussians)[np.arange(len(latent)), table.argmax(axis=1)]
     shares = regions.nearer_share(latent)
     region = -shares.min(axis=1) if shares.shape[1] else np.full(len(latent), np.nan)
-    return Answers(table, images.labels, own, region)
+    return Answers(table, images.labels, own, region, images.tracks)
 
 
 def _measure(spec: RunFile, validation: Answers, test: Answers, gaussians: tuple[F64, F64]) -> FailureWatch:
@@ -273,6 +295,8 @@ def _measure(spec: RunFile, validation: Answers, test: Answers, gaussians: tuple
         test_wrong=test.wrong,
         validation_region=validation.region,
         test_region=test.region,
+        validation_tracks=validation.tracks,
+        test_tracks=test.tracks,
     )
     best = watch.best()
     log.info("watch: %s", watch.objection(best) or (best and f"{best.detector.method} finds failing inputs"))
@@ -289,9 +313,13 @@ def _problem(validation: Answers, test: Answers) -> str:
         )
     if not np.isfinite(validation.logits).all() or not np.isfinite(test.logits).all():
         return "Failing inputs cannot be found: some of the classifier's outputs are not finite."
+    found = f"Failing inputs cannot be found: {errors} of {images} answers on validation images are wrong"
+    needed = f"at least {MIN_ANSWERS} wrong and {MIN_ANSWERS} right ones"
     if min(errors, images - errors) < MIN_ANSWERS:
-        return (
-            f"Failing inputs cannot be found: {errors} of {images} answers on validation images are wrong, and at "
-            f"least {MIN_ANSWERS} wrong and {MIN_ANSWERS} right ones are needed to calibrate a probability."
-        )
+        return f"{found}, and {needed} are needed to calibrate a probability."
+    if validation.tracks is None:
+        return ""
+    wrong, right = (len(np.unique(validation.tracks[rows])) for rows in (validation.wrong, ~validation.wrong))
+    if min(wrong, right) < MIN_ANSWERS:
+        return f"{found}, in {wrong} tracks, and {needed} of different tracks are needed to calibrate a probability."
     return ""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from defuse_core.artifacts import F64, Bool
+from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ServeSection
-from defuse_core.intervals import auroc, share_with_bounds
+from defuse_core.intervals import auroc, share_of_units
 
 if TYPE_CHECKING:
     from defuse_core.watch.failure_detector import FailureWatch, MeasuredDetector
@@ -34,7 +34,10 @@ class Share(FigureModel):
 
 
 class DetectionFigures(FigureModel):
-    """How well failing inputs are found among the real images of one part of the data."""
+    """How well failing inputs are found among the real images of one part of the data.
+
+    Intervals count the images of one track once.
+    """
 
     images: int
     errors: int
@@ -97,11 +100,11 @@ def watch_figures(watch: FailureWatch, settings: ServeSection, codes: bool = Tru
             method=None, verdict=problem, threshold=None, validation=None, test=None, methods=_methods(watch)
         )
     threshold = None if problem else failure_threshold(watch, best, settings)
-    validation = _detection(best.validation, watch.validation_wrong, threshold)
+    validation = _detection(best.validation, watch.validation_wrong, watch.validation_tracks, threshold)
     if validation is not None and settings.failure_threshold is None:
         unknown = share_of(np.full(3, np.nan))
         validation = validation.model_copy(update={"precision": unknown, "recall": unknown})
-    test = _detection(best.test, watch.test_wrong, threshold)
+    test = _detection(best.test, watch.test_wrong, watch.test_tracks, threshold)
     method = best.detector.method
     return WatchFigures(
         method=None if problem else method,
@@ -119,17 +122,17 @@ def _found(part: str, figures: DetectionFigures | None) -> str:
     if figures is None or not figures.errors or figures.flagged is None:
         return ""
     area = figures.auroc
-    found = (
-        f"; on {part} images AUROC {area.value:.2f} ({area.low:.2f}–{area.high:.2f}), and {figures.flagged:,} of "
-        f"{figures.images:,} are flagged"
-    )
+    told = "" if area.value is None else f" AUROC {area.value:.2f} ({area.low:.2f}–{area.high:.2f}), and"
+    found = f"; on {part} images{told} {figures.flagged:,} of {figures.images:,} are flagged"
     if figures.recall.value is None:
         return found
     right = round(figures.recall.value * figures.errors)
     return f"{found}, among them {right} of the {figures.errors} wrong ones"
 
 
-def _detection(probability: F64, wrong: Bool, threshold: float | None) -> DetectionFigures | None:
+def _detection(
+    probability: F64, wrong: Bool, tracks: I64 | None, threshold: float | None
+) -> DetectionFigures | None:
     """Return the figures of failure probabilities (n,); None for no images."""
     if not len(wrong):
         return None
@@ -140,11 +143,11 @@ def _detection(probability: F64, wrong: Bool, threshold: float | None) -> Detect
     return DetectionFigures(
         images=len(wrong),
         errors=int(wrong.sum()),
-        auroc=share_of(auroc(probability, wrong)),
+        auroc=share_of(auroc(probability, wrong, tracks)),
         average_precision=float(average_precision_score(wrong, probability)) if wrong.any() else None,
         flagged=None if threshold is None else int(flagged.sum()),
-        precision=share_of(share_with_bounds(hits, 0 if threshold is None else int(flagged.sum()))),
-        recall=share_of(share_with_bounds(hits, 0 if threshold is None else int(wrong.sum()))),
+        precision=share_of(share_of_units(hits, flagged, tracks)),
+        recall=share_of(share_of_units(hits, wrong & (threshold is not None), tracks)),
         calibration_error=None if threshold is None else calibration_error(probability, wrong),
     )
 
@@ -162,16 +165,16 @@ def _methods(watch: FailureWatch) -> tuple[MethodFigures, ...]:
         MethodFigures(
             method=one.detector.method,
             log_loss=float(one.losses(watch.validation_wrong).mean()),
-            validation=share_of(auroc(one.validation, watch.validation_wrong)),
-            test=share_of(auroc(one.test, watch.test_wrong)),
+            validation=share_of(auroc(one.validation, watch.validation_wrong, watch.validation_tracks)),
+            test=share_of(auroc(one.test, watch.test_wrong, watch.test_tracks)),
         )
         for one in watch.methods
     ]
     region = MethodFigures(
         method=REGION,
         log_loss=None,
-        validation=share_of(auroc(watch.validation_region, watch.validation_wrong)),
-        test=share_of(auroc(watch.test_region, watch.test_wrong)),
+        validation=share_of(auroc(watch.validation_region, watch.validation_wrong, watch.validation_tracks)),
+        test=share_of(auroc(watch.test_region, watch.test_wrong, watch.test_tracks)),
     )
     return (*rows, region)
 

@@ -95,6 +95,24 @@ def test_the_interval_of_the_area_contains_the_true_area_at_its_confidence(true,
     assert np.mean(hits) >= 0.92
 
 
+def test_the_area_of_a_score_that_says_nothing_is_chance_however_many_photographs_a_track_has():
+    tracks, covered, claimed = 200, 0, 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        wrong = np.repeat(rng.permutation(tracks) < 8, 30)
+        scores = np.repeat(rng.standard_normal(tracks), 30) + 0.5 * rng.standard_normal(30 * tracks)
+        _, low, high = auroc(scores, wrong, np.repeat(rng.permutation(tracks), 30))
+        covered += low <= 0.5 <= high
+        claimed += low > 0.6
+    assert covered >= 92 and claimed <= 3
+
+
+def test_photographs_of_a_track_each_have_the_same_interval_as_photographs_without_tracks():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.random(200), np.arange(200) >= 160
+    np.testing.assert_allclose(auroc(scores, positive, rng.permutation(200)), auroc(scores, positive))
+
+
 def test_the_interval_of_an_area_among_equal_scores_is_no_point():
     area, low, high = auroc(np.ones(40), np.arange(40) >= 30)
     assert area == 0.5 and low < 0.4 and high > 0.6

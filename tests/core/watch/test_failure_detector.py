@@ -123,6 +123,44 @@ def test_a_detector_at_chance_says_so_and_gives_no_threshold():
     assert figures.test.auroc.low < 0.6 and figures.test.precision.value is None
 
 
+def of_tracks(wrong_tracks: int, seed: int) -> Answers:
+    """Answers on 100 tracks of 20 frames; each track is as certain as it is, and wrong or right, by chance."""
+    rng = np.random.default_rng(seed)
+    tracks = np.repeat(np.arange(100), 20)
+    logits = 0.2 * rng.standard_normal((2000, 3))
+    logits[:, 0] = np.repeat(6 + rng.standard_normal(100), 20) + 0.3 * rng.standard_normal(2000)
+    labels = np.where(np.repeat(rng.permutation(100) < wrong_tracks, 20), 2, 0)
+    distance = np.exp(np.repeat(rng.standard_normal(100), 20))
+    return Answers(logits, labels, distance, np.full(2000, np.nan), tracks)
+
+
+def test_chance_among_the_frames_of_a_few_tracks_is_no_detector():
+    few = watch_figures(watch(of_tracks(3, 0), of_tracks(3, 1)), ServeSection())
+    assert (
+        "60 of 2000 answers on validation images are wrong, in 3 tracks, and at least 10 wrong" in few.verdict
+    )
+    found = [watch(of_tracks(12, seed), of_tracks(12, seed + 1)) for seed in range(8)]
+    assert not any(watch_figures(one, ServeSection()).method for one in found)
+
+
+def test_intervals_of_what_is_flagged_count_tracks(confused):
+    tracks = np.arange(3000) // 100
+    grouped = dataclasses.replace(confused, validation_tracks=tracks, test_tracks=tracks)
+    settings = ServeSection(failure_threshold=0.5)
+    alone, together = watch_figures(confused, settings).test, watch_figures(grouped, settings).test
+    for share, wider in ((alone.precision, together.precision), (alone.recall, together.recall)):
+        assert share.value == wider.value
+        assert wider.high - wider.low > 1.5 * (share.high - share.low)
+
+
+@pytest.mark.parametrize("test", [answers(3, 1), answers(1, 1)])
+def test_a_test_part_whose_answers_are_all_wrong_has_no_area(confused, test):
+    wrong = dataclasses.replace(test, labels=(test.logits.argmax(axis=1) + 1) % CLASSES)
+    figures = watch_figures(watch(answers(3000, 0), wrong), ServeSection())
+    assert figures.test.auroc.value is None
+    assert f"; on test images {figures.test.flagged} of {len(test.labels)} are flagged" in figures.verdict
+
+
 def without(answers: Answers, wrong: int) -> Answers:
     """The answers with only so many wrong ones."""
     rows = np.flatnonzero(answers.wrong)
