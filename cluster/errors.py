@@ -11,6 +11,8 @@ OTHER_TOKEN = (
     "(`ray get-auth-token` on its head shows it)"
 )
 
+MORE_MEMORY = "use nodes with more memory, or let fewer tasks run on a node or GPU (section resources)"
+
 
 def cause_of(error: BaseException) -> BaseException:
     """Return the exception that a task raised, for an error of a task; any other error is its own cause."""
@@ -47,7 +49,7 @@ def _of_ray(cause: RayError) -> str:
     if isinstance(cause, RuntimeEnvSetupError):
         return f"a node could not set up the job's environment: {_last_line(cause)}"
     if isinstance(cause, OutOfMemoryError):
-        return f"{_first_line(cause)}; use nodes with more memory, or let fewer tasks run on a node (section resources)"
+        return f"{_first_line(cause)}; {MORE_MEMORY}"
     if isinstance(cause, RayActorError):
         return f"its worker process died ({_first_line(cause)})"
     return _first_line(cause)
@@ -58,7 +60,10 @@ def _of_task(error: RayTaskError, cause: BaseException) -> str:
         return f"{_last_line(cause)}; install it on every node, or use `defuse submit`, which uploads it"
     if isinstance(cause, RayTaskError):  # the exception could not be pickled: only its text arrived
         return _last_line(error)
-    return f"{type(cause).__name__}: {_flat(cause)}"
+    from defuse_core.device import is_out_of_memory  # late: torch takes a second
+
+    remedy = f"; {MORE_MEMORY}" if is_out_of_memory(cause) else ""
+    return f"{type(cause).__name__}: {_flat(cause)}{remedy}"
 
 
 def _flat(error: BaseException) -> str:

@@ -29,7 +29,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import mixed_order, track_mates
-from defuse_core.device import cpu_threads
+from defuse_core.device import cpu_threads, is_out_of_memory
 from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
 from defuse_core.models import Vae, decoder_of, load_classifier, load_vae, weights_of
 from defuse_core.progress import Progress
@@ -351,7 +351,8 @@ def nothing_to_tune(fixes: Corrections, reviewed: Images | None) -> bool:
 
 def is_trial_failure(error: BaseException) -> bool:
     """Return whether the sweep leaves out a trial with this error: not if images, store or machines failed."""
-    return isinstance(error, ModelError) or not isinstance(error, DefuseError | OSError)
+    machines = isinstance(error, DefuseError | OSError) or is_out_of_memory(error)
+    return isinstance(error, ModelError) or not machines
 
 
 def collect_sweep(

@@ -43,6 +43,14 @@ def cpu_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of this machine or of its GPU was missing, which says nothing about what was computed."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("can't allocate memory", "_STATUS_ALLOC_FAILED")  # torch on a CPU; the libraries of a GPU
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def release_memory() -> None:
     """Return freed memory to the system, some 0.1 ms for each MB. After cpu_threads the process keeps it otherwise."""
     with contextlib.suppress(OSError, AttributeError):

@@ -17,7 +17,8 @@ from defuse_core.correct import (
     nothing_to_tune,
     run_trial,
 )
-from defuse_core.errors import ComputeError, DefuseError
+from defuse_core.device import is_out_of_memory
+from defuse_core.errors import ComputeError, DefuseError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, ProgressSum, silent
@@ -102,6 +103,11 @@ class LocalCompute:
                 *_, trial = self.profile.first("correct", f"lambda-{lam:g}", made)
                 trials.append(trial)
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise ComputeError(
+                        f"correct: λ = {lam:g}: out of memory ({one_line(error)}); free memory, or lower "
+                        "correct.batch_size, and run again to continue"
+                    ) from error
                 if not is_trial_failure(error):
                     raise
                 cause = (

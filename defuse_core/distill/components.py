@@ -93,11 +93,11 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
 
 def fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
     """Return the paper's single mixture over all codes; none over fewer than two."""
-    parts = []
-    if len(failures) > 1:
-        fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
-        parts = [CellMixture(fit, failures, 1.0, WHOLE)]
-    return Fits(parts, failures, section)
+    if len(failures) < 2:
+        small = [small_cell(WHOLE, 1, 1.0, 1, section)] * len(failures)
+        return Fits([], failures, section, tuple(small))
+    fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
+    return Fits([CellMixture(fit, failures, 1.0, WHOLE)], failures, section)
 
 
 def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
@@ -130,8 +130,10 @@ def components_of(weight: float, section: DistillSection) -> int:
 def small_cell(
     cell: tuple[int, int], codes: int, weight: float, support: int, section: DistillSection
 ) -> DroppedComponent:
-    """Return a cell that is dropped, since it holds no component over ε."""
+    """Return a cell that is dropped, since it holds no component over ε, or a single code, which is no cluster."""
     reason = f"the cell's {codes} codes are too few for a weight over {section.min_weight:g}"
+    if codes < 2:
+        reason = "a single code is no cluster"
     return DroppedComponent(weight, *cell, support, reason, right=False, small=True)
 
 

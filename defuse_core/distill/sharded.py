@@ -86,17 +86,17 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     kept = {
         cell: summary
         for cell, summary in cells.items()
-        if summary.count / psi.total > spec.distill.min_weight or cell == WHOLE
+        if summary.count > 1 and (summary.count / psi.total > spec.distill.min_weight or cell == WHOLE)
     }
     sample = compute.task("distill", fit_samples, spec, psi, store, kept)
     small = tuple(
         small_cell(cell, summary.count, summary.count / psi.total, summary.support, spec.distill)
         for cell, summary in cells.items()
-        if cell not in sample
+        if cell not in kept
     )
-    if not sample:
+    if not kept:
         return no_scenarios(spec.vae.latent_dim, psi.total, small)
-    fits = _fit(spec, parts, cells, sample, compute.progress)
+    fits = _fit(spec, parts, kept, sample, compute.progress)
     fitted = _with_support(psi, cells, fits, parts)
     scenarios = scenarios_of(fitted, spec.distill, small)
     if spec.vae.decode == "anchored" and len(scenarios):
@@ -183,16 +183,20 @@ def _fit(
     sample: dict[Cell, FittedMixture],
     progress: Progress,
 ) -> dict[Cell, FittedMixture]:
-    """Return the mixtures over all codes, begun from those over a sample. Every iteration reads all codes once."""
-    centers = {cell: cells[cell].total / cells[cell].count for cell in sample}
-    spreads = _summed(parts, centers, {cell: one_component(len(centers[cell])) for cell in sample})
-    tables = {cell: mixture_coefficients(fit, centers[cell]) for cell, fit in sample.items()}
+    """Return the mixtures over all codes, begun from those over a sample. Every iteration reads all codes once.
+
+    A cell that the sample has none of begins, and stays, with one component.
+    """
+    centers = {cell: summary.total / summary.count for cell, summary in cells.items()}
+    single = {cell: one_component(len(center)) for cell, center in centers.items()}
+    spreads = _summed(parts, centers, single)
+    tables = single | {cell: mixture_coefficients(fit, centers[cell]) for cell, fit in sample.items()}
     first = _summed(parts, centers, tables)
     fits = {}
-    for cell, start in sample.items():
-        prior = default_prior(len(start.weights), covariance_of(spreads[cell]))
+    for cell, table in tables.items():
+        prior = default_prior(table.shape[1], covariance_of(spreads[cell]))
         with cpu_threads(1):
-            posterior = maximise(prior, summed_statistics(first[cell], tables[cell]))
+            posterior = maximise(prior, summed_statistics(first[cell], table))
         limits = spec.distill.max_iterations, spec.distill.tolerance
         fits[cell] = VariationalFit(
             posterior, prior, centers[cell], max_iterations=limits[0], tolerance=limits[1]

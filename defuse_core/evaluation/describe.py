@@ -34,6 +34,8 @@ MEASUREMENTS = (  # word for a low value, word for a high value
     ("high up", "low down"),
     ("narrow", "wide"),
 )
+# Least standard deviations of the MEASUREMENTS, since less cannot be seen; sizes and places are in pixels.
+VISIBLE = np.array([1 / 255, 1 / 255, 0.01, 0.1, 0.1, 0.02, 0.1, 0.1, 0.02])
 
 
 def measure(images: F32) -> F64:
@@ -86,7 +88,8 @@ def deviation_words(images: F32, compared: F32) -> str:
     if not len(images) or len(compared) < 2:
         return ""
     others = measure(compared)
-    scores = (measure(images).mean(axis=0) - others.mean(axis=0)) / np.maximum(others.std(axis=0), 1e-9)
+    spread = np.maximum(others.std(axis=0), VISIBLE)
+    scores = (measure(images).mean(axis=0) - others.mean(axis=0)) / spread
     order = np.argsort(-np.abs(scores), kind="stable")[:MOST_WORDS]
     words = [MEASUREMENTS[m][int(scores[m] > 0)] for m in order if abs(scores[m]) >= LEAST_DEVIATION]
     return ", ".join(words)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from ray.exceptions import RayTaskError
 
 from cluster.compute import RayCompute
+from cluster.sweep import _failure
 from defuse_core.artifacts import Corrections, FailedTrial, Models, Sweep, Trial
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
@@ -129,6 +132,14 @@ def test_a_trial_that_fails_for_good_is_left_out_and_told(
         (sweep,) = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])
     assert sweep.failed == (FailedTrial(1.0, "ZeroDivisionError: of a pixel by nothing"),)
     assert sweep.rows == tuple(row for row in local_sweep.rows if row.lam != 1.0)
+
+
+def test_a_trial_that_runs_out_of_memory_ends_the_sweep_with_what_to_do() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(
+        ComputeError, match="λ = 1: OutOfMemoryError: CUDA out of memory.* fewer tasks run on a node or GPU"
+    ):
+        _failure(RayTaskError("trial", "", error), 1.0)
 
 
 def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is_back(

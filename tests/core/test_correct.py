@@ -87,6 +87,25 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_memory_that_is_missing_stops_the_sweep_and_leaves_no_lambda_out(
+    tiny_spec, tiny_models, fixes, tmp_path, monkeypatch, error
+):
+    def full(*asked):
+        raise error
+
+    monkeypatch.setattr("defuse_core.local.run_trial", full)
+    with pytest.raises(ComputeError, match=r"λ = 0\.001: out of memory .* run again to continue"):
+        LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
+
+
 def test_images_are_augmented_anew_in_every_step_and_only_while_tuning(tiny_models, tuning, monkeypatch):
     seen = []
 

@@ -205,6 +205,12 @@ def test_a_cell_too_small_for_a_component_is_listed():
     assert "4 codes are too few for a weight over 0.01" in dropped.reason
 
 
+def test_a_single_code_is_dropped_and_told_in_both_ways():
+    one = failures(np.zeros((1, 3), np.float32))
+    for found in (fit_all(one, section(), 0).scenarios(), fit_cells(one, section(), 0, silent).scenarios()):
+        assert [dropped.reason for dropped in found.dropped] == ["a single code is no cluster"]
+
+
 def test_without_any_code_there_is_no_cell():
     found = fit_cells(failures(np.zeros((0, 3), np.float32)), section(), 0, silent).scenarios()
     assert (len(found), found.means.shape, found.dropped) == (0, (0, 3), ())

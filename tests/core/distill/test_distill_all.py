@@ -85,6 +85,21 @@ def test_from_a_sample_it_finds_what_all_codes_say(
     assert np.abs(sample.means[short] - whole.means[other]).max() > 0.05
 
 
+def test_a_cell_over_epsilon_that_the_sample_misses_is_one_component(
+    stored: tuple[Psi, FolderStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psi, store = stored
+    spec = all_codes("cell", min_weight=0.002)  # the third cell holds 0.003 of the codes
+    monkeypatch.setattr("defuse_core.distill.psi.SAMPLE_CODES", 20)
+    found = distill_all(spec, psi, store, "", LocalCompute())
+    failures = subsample_psi(spec.with_fields("distill", max_codes=1000), psi, store)
+    rare = failures.codes[failures.truth == 5]
+    (number,) = np.flatnonzero(found.cells[:, 0] == 5)
+    assert found.weights[number] == pytest.approx(0.003, abs=1e-6)
+    assert not any(dropped.source == 5 for dropped in found.dropped)
+    np.testing.assert_allclose(found.means[number], rare.mean(axis=0), atol=1.0)
+
+
 def test_parts_cover_all_shards_in_order_and_depend_on_psi_alone() -> None:
     codes = np.random.default_rng(0).integers(0, 40_000, 5_000)
     spans = part_spans(codes)

@@ -50,6 +50,14 @@ def test_a_change_of_the_images_is_named(word: str, sevens: F32) -> None:
     assert word in deviation_words(each(sevens[:50], CHANGES[word]), sevens[50:])
 
 
+def test_what_nobody_can_see_is_not_named() -> None:
+    rng = np.random.default_rng(0)
+    squares = np.zeros((50, 1, 32, 32), np.float32)  # all of them from black to white
+    for square, (x, y) in zip(squares, rng.integers(4, 12, (50, 2)), strict=True):
+        square[0, x : x + 12, y : y + 8] = 1
+    assert deviation_words(0.9999 * squares[:10], squares) == deviation_words(squares[:10], squares)
+
+
 def test_images_that_are_like_their_class_get_no_words(sevens: F32) -> None:
     assert deviation_words(sevens[:100], sevens[100:]) == ""
 
