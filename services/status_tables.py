@@ -27,7 +27,7 @@ WIDE = 110  # columns from which the list of runs also shows when and how long
 STATUS_COLUMNS = ("Step", "State", "Made (UTC)", "Time", "Size")
 # columns of the terminal from which `defuse status RUN` shows these
 STATUS_WIDTHS = {"Made (UTC)": 66, "Size": 46, "Time": 36}
-ARTEFACTS = {  # step -> what it stores in the run
+ARTEFACTS = {  # step -> what it has stored in the run when it is done, apart from the report
     "train": ("models",),
     "identify": ("psi",),
     "distill": ("scenarios",),
@@ -60,14 +60,18 @@ def step_states(run: Run) -> list[StepState]:
 def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) -> StepState:
     names = ARTEFACTS[step]
     made = [name for name in names if f"{name}.safetensors" in keys]
-    known = [entries[name] for name in made if name in entries]
+    known = [
+        entry
+        for name, entry in entries.items()
+        if f"{name}.safetensors" in keys and entry["step"] == step  # an added λ deletes files alone
+    ]
     detail = _detail(run, step, keys)
     if len(made) == len(names) and (step != "report" or "report.json" in keys):
         state, detail = "done", ""
     elif step == "review" and run.spec.review.annotators == "label-studio" and "gallery.safetensors" in keys:
         state = "waits for people"
     else:
-        state = "under way" if made or detail else "to do"
+        state = "under way" if made or known or detail else "to do"
     return StepState(
         step,
         state,
