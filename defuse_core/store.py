@@ -82,6 +82,9 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> list[str]:
         """All keys that start with `prefix`, sorted; without hidden ones, which the store keeps for itself."""
 
+    def folders(self) -> list[str]:
+        """The first parts of all keys that have more than one, sorted; as in `list` without hidden ones."""
+
     def delete(self, key: str) -> None:
         """Forget `key`; nothing happens if it is absent."""
 
@@ -119,7 +122,8 @@ class FolderStore:
         return below
 
     def exists(self, key: str) -> bool:
-        return (self.folder / key).is_file()
+        with _explained(self.folder / key):
+            return (self.folder / key).is_file()
 
     def read(self, key: str) -> bytes:
         with _explained(self.folder / key):
@@ -159,6 +163,11 @@ class FolderStore:
                 files = [path for name in names if (path := Path(folder, name)).is_file()]
             keys += [path.relative_to(self.folder).as_posix() for path in files]
         return sorted(key for key in keys if key.startswith(prefix) and not is_hidden(key))
+
+    def folders(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError), _explained(self.folder):
+            return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+        return []
 
     def delete(self, key: str) -> None:
         with _explained(self.folder / key), self._holding():

@@ -60,11 +60,9 @@ def step_states(run: Run) -> list[StepState]:
 def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) -> StepState:
     names = ARTEFACTS[step]
     made = [name for name in names if f"{name}.safetensors" in keys]
-    known = [
-        entry
-        for name, entry in entries.items()
-        if f"{name}.safetensors" in keys and entry["step"] == step  # an added λ deletes files alone
-    ]
+    # an entry stays when an added λ deletes its file
+    stored = [entry for name, entry in entries.items() if f"{name}.safetensors" in keys]
+    known = [entry for entry in stored if entry["step"] == step]
     detail = _detail(run, step, keys)
     if len(made) == len(names) and (step != "report" or "report.json" in keys):
         state, detail = "done", ""
@@ -198,23 +196,23 @@ def _cost(state: StepState) -> tuple[str, str]:
 def print_runs(store: Store, console: Console | None = None) -> None:
     """Print the runs in a store, with the current step of each."""
     console = console or Terminal()
-    folders = (key.partition("/") for key in store.list())
-    names = [name for name, _, rest in folders if rest == "run.yaml"]
-    if not names:
-        console.print(Text(f"no runs in {store.address}", overflow="fold"))
-        return
     made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
     table = new_table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
     problems = []
-    for name in names:
+    for name in store.folders():
         try:
+            if not store.exists(f"{name}/run.yaml"):
+                continue
             row = _run_row(Run.open(store, name))
         except DefuseError as error:
             problems.append(str(error))
             shown = "unreadable run.yaml" if isinstance(error, RunFileError) else "unreadable"
             row = name, NONE, Text(shown, style="red"), NONE, NONE, NONE, NONE
         add_row(table, *row[: len(table.columns)])
+    if not table.row_count:
+        console.print(Text(f"no runs in {store.address}", overflow="fold"))
+        return
     console.print(table)
     for problem in problems:
         print_text(console, problem, "red")

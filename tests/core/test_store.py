@@ -13,6 +13,7 @@ import pytest
 
 from defuse_core.errors import StoreError
 from defuse_core.store import FolderStore
+from tests.no_access import refuse_access
 
 
 @pytest.fixture
@@ -36,6 +37,14 @@ def test_a_folder_that_cannot_be_listed_does_not_count_as_empty(unlistable: Path
         with pytest.raises(StoreError, match="registry/changes: Permission denied"):
             store.list()
     assert FolderStore(tmp_path / "nothing").list() == []
+
+
+def test_a_key_in_a_folder_that_cannot_be_entered_does_not_count_as_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="run.yaml: Permission denied; free"):
+        refuse_access(patch, tmp_path / "private")
+        FolderStore(tmp_path).exists("private/run.yaml")
 
 
 @pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOTSUP])

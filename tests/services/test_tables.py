@@ -21,6 +21,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.status_tables import ARTEFACTS, print_runs, print_status, step_states
 from services.tables import print_report
+from tests.no_access import refuse_access
 
 LONG = ("No passing for vehicles over 3.5 metric tons", "Speed limit (30km/h)", "[bold]Stop[/bold]", "Yield")
 BESIDE = {"measuredprecision": "train", "moreimages": "review", "plain": "report", "evidence": "report"}
@@ -277,6 +278,23 @@ def test_a_run_that_cannot_be_listed_is_named_with_what_is_damaged_in_it(tmp_pat
     assert "damaged JSON; delete it and run again" in lines[f"{tmp_path}/damaged/manifest.json:"]
     assert "unreadable run.yaml" in lines["broken"]
     assert "found no YAML; delete it and run again with" in lines[f"{tmp_path}/broken/run.yaml:"]
+
+
+def test_a_folder_that_cannot_be_entered_is_a_row_beside_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    a_run(tmp_path, "mine")
+    for name in ("lost+found", "notes"):
+        (tmp_path / name).mkdir()
+    console = terminal(300)
+    with monkeypatch.context() as patch:
+        refuse_access(patch, tmp_path / "lost+found")
+        print_runs(FolderStore(tmp_path), console)
+    lines = {line.split()[0]: line for line in text_of(console).splitlines() if line.strip()}
+    assert "train, to do" in lines["mine"]
+    assert "unreadable " in lines["lost+found"]
+    assert "Permission denied" in lines[f"{tmp_path}/lost+found/run.yaml:"]
+    assert "notes" not in lines
 
 
 def test_an_empty_store_is_reported(tmp_path: Path):
