@@ -35,6 +35,7 @@ GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver th
 GATE_S = 20.0
 CREATING = ".creating"  # locked while a key is created, on file systems without hard links
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 READ_AHEAD = 8  # objects that are read at once
 A = TypeVar("A")
 B = TypeVar("B")
@@ -241,10 +242,9 @@ class FolderStore:
                     f"{self.folder}: a worker of an earlier driver is in the middle of a write; end it and run again"
                 ) from error
             handle.truncate(0)
-            os.write(handle.fileno(), holder.encode())  # in a buffer it would be written again when closed
             self.holders.pop(self.folder, None)
             if holder:
-                self.holders[self.folder] = holder
+                self.holders[self.folder] = _written_name(handle, holder)
 
     @contextlib.contextmanager
     def _holding(self, alone: bool = False) -> Iterator[None]:
@@ -320,6 +320,20 @@ def map_ahead(function: Callable[[A], B], items: Iterable[A], ahead: int = READ_
             result = due.popleft().result()
             due.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
             yield result
+
+
+def _written_name(handle: TextIO, holder: str) -> str:
+    """Write who holds a folder to its empty lock file, and return what the file holds then.
+
+    That is nothing on a full disk, where the lock of the operating system is enough to delete the run.
+    """
+    try:
+        os.write(handle.fileno(), holder.encode())  # in a buffer it would be written again when closed
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        return ""
+    return holder
 
 
 def _locked_at_once(handle: TextIO) -> bool:
