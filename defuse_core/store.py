@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -83,7 +83,7 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> list[str]:
         """All keys that start with `prefix`, sorted; without hidden ones, which the store keeps for itself."""
 
-    def folders(self) -> list[str]:
+    def folders(self) -> Sequence[str]:
         """The first parts of all keys that have more than one, sorted; as in `list` without hidden ones."""
 
     def delete(self, key: str) -> None:
@@ -165,9 +165,11 @@ class FolderStore:
             keys += [path.relative_to(self.folder).as_posix() for path in files]
         return sorted(key for key in keys if key.startswith(prefix) and not is_hidden(key))
 
-    def folders(self) -> list[str]:
+    def folders(self) -> Sequence[str]:
         with contextlib.suppress(FileNotFoundError), _explained(self.folder):
-            return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+            return sorted(
+                path.name for path in self.folder.iterdir() if path.is_dir() and not is_hidden(path.name)
+            )
         return []
 
     def delete(self, key: str) -> None:

@@ -182,7 +182,7 @@ class S3Store:
             ]
         return sorted(keys)
 
-    def folders(self) -> list[str]:
+    def folders(self) -> Sequence[str]:
         with self._errors():
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self.prefix, Delimiter="/"

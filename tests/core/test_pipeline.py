@@ -4,7 +4,15 @@ import shutil
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Psi, ReferenceSet, Scenarios, Sweep, Verdicts
+from defuse_core.artifacts import (
+    NONE_OF_THE_ABOVE,
+    Corrections,
+    Psi,
+    ReferenceSet,
+    Scenarios,
+    Sweep,
+    Verdicts,
+)
 from defuse_core.config import STEPS
 from defuse_core.correct import run_trial, trial_key
 from defuse_core.errors import InputError, RunMismatchError, StoreError

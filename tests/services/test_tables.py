@@ -60,7 +60,12 @@ def finish(run: Run, *keys: str) -> None:
     entries = {}
     for key in keys:
         run.store.write(f"{key}.safetensors", encode(found.models))
-        entries[key] = {"step": steps[key], "made": "2025-01-01T10:00:00Z", "seconds": 60.0, "bytes": 2_000_000}
+        entries[key] = {
+            "step": steps[key],
+            "made": "2025-01-01T10:00:00Z",
+            "seconds": 60.0,
+            "bytes": 2_000_000,
+        }
     run.store.write("manifest.json", json.dumps({"artefacts": entries}).encode())
 
 
