@@ -67,7 +67,8 @@ def filling(option: str, folder: Path) -> Iterator[Path]:
     with writing(option, folder):
         shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
         try:
-            unfinished.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished.mkdir()
             yield unfinished
             for path in unfinished.iterdir():
                 path.rename(folder / path.name)

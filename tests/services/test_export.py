@@ -226,7 +226,10 @@ def test_the_command_writes_both_and_names_the_comparison(store, tmp_path, monke
         (["--to", "file/model.pt2"], "--to file/model.pt2: cannot be written (file: File exists); choose"),
         (["--to", "made.safetensors"], "--to made.safetensors: cannot be written (Is a directory); choose"),
         (["--to", "made.pt2"], "--to made.pt2: cannot be written (Is a directory)"),
-        (["--scenarios", "file/pictures"], "--scenarios file/pictures: cannot be written (file/"),
+        (
+            ["--scenarios", "file/pictures"],
+            "--scenarios file/pictures: cannot be written (Not a directory); choose",
+        ),
     ],
 )
 def test_an_export_that_cannot_be_is_refused(options, line, store, tmp_path, monkeypatch, capsys):
