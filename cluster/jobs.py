@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ RUN = "defuse_run"  # metadata of our jobs: the run's name
 MAX_DISCONNECTS = 5  # in a row, without a new character of the log
 PAUSE_S = 2.0
 ANSWER_WITHIN_S = 20.0
+STATUS_EVERY_S = 20.0  # while a log is followed, whose connection can die without a word
 WITHOUT_UPLOAD = (
     "run `defuse run --address` on a machine of the cluster, which reads the weights from their path"
 )
-DISCONNECTED = (ComputeError, RuntimeError, OSError, aiohttp.ClientError)
+DISCONNECTED = (RuntimeError, OSError, aiohttp.ClientError)  # what Ray's client raises
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,16 @@ class FollowedLog:
         before = self.shown
         try:
             yield
-        except DISCONNECTED:
+        except ComputeError:
             self.disconnects = 1 if self.shown > before else self.disconnects + 1
             raise
         self.disconnects = 0
+
+    def fresh(self, text: str, position: int) -> str:
+        """Return what of `text`, at this position of the log, was not shown before, and count it as shown."""
+        fresh = text[max(0, self.shown - position) :]
+        self.shown = max(self.shown, position + len(text))
+        return fresh
 
 
 class Jobs:
@@ -78,11 +85,14 @@ class Jobs:
         self.address = address
         self.shown = without_credentials(address)  # in messages
         quiet_job_client(address)
+        self._expect_answer()
         with self._errors_translated():
-            requests.get(
-                address, timeout=ANSWER_WITHIN_S, stream=True
-            ).close()  # Ray's client waits without limit
             self.client = JobSubmissionClient(address)
+
+    def _expect_answer(self) -> None:
+        """Raise ComputeError unless the dashboard answers soon: Ray's client waits for it without limit."""
+        with self._errors_translated():
+            requests.get(self.address, timeout=ANSWER_WITHIN_S, stream=True).close()
 
     def submit(self, command: str, folder: Path, run: str, variables: dict[str, str]) -> str:
         """Run `command` in a copy of `folder` on the cluster, and return the job's id."""
@@ -120,7 +130,10 @@ class Jobs:
         )
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
-        """Show what the job writes until it ends, across lost connections, and return it as it ended."""
+        """Show what the job writes until it ends, across lost connections, and return it as it ended.
+
+        Raises ComputeError where the connection is lost for good, and what `show` raises.
+        """
         self.get(job_id)  # raises at once for an unknown job or an address without a dashboard
         log = FollowedLog()
 
@@ -130,27 +143,44 @@ class Jobs:
                 return self.get(job_id)
 
         retry = Retrying(
-            retry=retry_if_exception_type(DISCONNECTED) | retry_if_result(lambda job: not job.is_over),
+            retry=retry_if_exception_type(ComputeError) | retry_if_result(lambda job: not job.is_over),
             stop=lambda state: log.disconnects > MAX_DISCONNECTS,
             wait=wait_fixed(PAUSE_S),
             reraise=True,
         )
         try:
             return retry(tail)
-        except DISCONNECTED as error:
-            raise ComputeError(
-                f"job {job_id}: lost the connection to {self.shown} ({self._without_credentials(error)})"
-            ) from error
+        except ComputeError as error:
+            raise ComputeError(f"job {job_id}: lost the connection to {self.shown} ({error})") from error
 
     async def _tail(self, job_id: str, show: Callable[[str], None], log: FollowedLog) -> None:
+        """Show what the job writes until the connection ends, or the job, even if the connection does not notice."""
+        tail = asyncio.create_task(self._show_tail(job_id, show, log))
+        is_over = False
+        while not (await asyncio.wait({tail}, timeout=STATUS_EVERY_S))[0]:
+            self._expect_answer()
+            if is_over:  # for a while, and the rest of the log has not come
+                tail.cancel()
+                show(log.fresh(self.logs(job_id), 0))
+                return
+            is_over = self.get(job_id).is_over
+        tail.result()  # raises what ended it
+
+    async def _show_tail(self, job_id: str, show: Callable[[str], None], log: FollowedLog) -> None:
         """Show what was not shown before: each connection sends the log from its beginning."""
         position = 0
-        async for text in self.client.tail_job_logs(job_id):
-            fresh = text[max(0, log.shown - position) :]
-            position += len(text)
-            if fresh:
+        async for text in self._received(job_id):
+            if fresh := log.fresh(text, position):
                 show(fresh)
-            log.shown = max(log.shown, position)
+            position += len(text)
+
+    async def _received(self, job_id: str) -> AsyncIterator[str]:
+        """Yield the log as it arrives. Raises ComputeError for a lost connection."""
+        try:
+            async for text in self.client.tail_job_logs(job_id):
+                yield text
+        except DISCONNECTED as error:
+            raise ComputeError(self._without_credentials(error)) from error
 
     def _without_credentials(self, error: Exception) -> str:
         return without_credentials(str(error), self.address)

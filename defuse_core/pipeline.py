@@ -199,11 +199,12 @@ def _verdicts(
     run: Run, compute: Compute, models: Models, scenarios: Scenarios, gallery: Gallery, votes: Votes
 ) -> Verdicts:
     """Decide on every component; where reference models annotate and doubt remains, again on more images."""
-    review, overrides = run.spec.review, read_overrides(run.store)
-    rate, labels = false_discovery_rate(review), None
+    review, labels = run.spec.review, None
     if review.consensus == "crowdlab":
         labels = crowdlab_labels(votes, ask_models(run, compute, gallery).mean(axis=0))
-    first = decide_verdicts(gallery, votes, review.rho, overrides, max_false=rate, image_labels=labels)
+    rate = false_discovery_rate(review)
+    decide = partial(decide_verdicts, gallery, votes, review.rho, max_false=rate, image_labels=labels)
+    first = decide(read_overrides(run.store))
     unsure = doubtful(first, review.rho)
     if not decides_twice(review) or not unsure.any():
         return first
@@ -213,9 +214,7 @@ def _verdicts(
         MoreImages,
         lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
     )
-    return decide_verdicts(
-        gallery, votes, review.rho, overrides, max_false=rate, more=more, image_labels=labels
-    )
+    return decide(read_overrides(run.store), more=more)  # people may have decided in the meantime
 
 
 def _corrections(

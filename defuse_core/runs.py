@@ -99,6 +99,7 @@ class Run:
         self.name, self.spec, self.until = name, spec, until
         self.store = store.within(name)
         self.listeners: list[Callable[[], None]] = []  # called after each artefact is stored
+        self.made_s = 0.0  # what all artefacts made so far took
 
     @classmethod
     def start(cls, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> Run:
@@ -182,12 +183,15 @@ class Run:
         if stored is not None:
             return stored
         self.manifest()  # a damaged one is reported before the work, not after it
-        started = time.time()
+        started, before_s = time.time(), self.made_s
         artefact = make()
         data = encode(artefact)
         readable = decode(kind, data, key)  # else no later command could read it
         # the manifest first, so that no artefact is ever without its entry
-        self._note(step, key, started, data, _manifest_fields(artefact))
+        # without what artefacts that `make` made took, which have entries of their own
+        seconds = time.time() - started - (self.made_s - before_s)
+        self.made_s += seconds
+        self._note(step, key, seconds, data, _manifest_fields(artefact))
         self.store.write(f"{key}.safetensors", data)
         log.info("%s: %s made in %.1f s", step, key, time.time() - started)
         for listener in self.listeners:
@@ -213,7 +217,10 @@ class Run:
         return artefact
 
     def manifest(self) -> dict[str, Any]:
-        """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size."""
+        """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size.
+
+        The time of an artefact does not hold that of others which were made while it was.
+        """
         manifest = self._read_json("manifest.json", "only the times of the steps so far are lost")
         return {"name": self.name, "seed": self.spec.seed, "artefacts": {}} | manifest
 
@@ -232,9 +239,8 @@ class Run:
             )
         return found
 
-    def _note(self, step: str, key: str, started: float, data: bytes, origin: dict[str, str]) -> None:
+    def _note(self, step: str, key: str, seconds: float, data: bytes, origin: dict[str, str]) -> None:
         manifest = self.manifest() | origin
-        seconds = time.time() - started
         entry = {"step": step, "made": utc_now(), "seconds": round(seconds, 3), "bytes": len(data)}
         manifest["artefacts"][key] = entry
         manifest["versions"] = versions()

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,6 +35,7 @@ GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver th
 GATE_S = 20.0
 CREATING = ".creating"  # locked while a key is created, on file systems without hard links
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 READ_AHEAD = 8  # objects that are read at once
 A = TypeVar("A")
 B = TypeVar("B")
@@ -82,6 +83,9 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> list[str]:
         """All keys that start with `prefix`, sorted; without hidden ones, which the store keeps for itself."""
 
+    def folders(self) -> Sequence[str]:
+        """The first parts of all keys that have more than one, sorted; as in `list` without hidden ones."""
+
     def delete(self, key: str) -> None:
         """Forget `key`; nothing happens if it is absent."""
 
@@ -119,7 +123,8 @@ class FolderStore:
         return below
 
     def exists(self, key: str) -> bool:
-        return (self.folder / key).is_file()
+        with _explained(self.folder / key):
+            return (self.folder / key).is_file()
 
     def read(self, key: str) -> bytes:
         with _explained(self.folder / key):
@@ -159,6 +164,13 @@ class FolderStore:
                 files = [path for name in names if (path := Path(folder, name)).is_file()]
             keys += [path.relative_to(self.folder).as_posix() for path in files]
         return sorted(key for key in keys if key.startswith(prefix) and not is_hidden(key))
+
+    def folders(self) -> Sequence[str]:
+        with contextlib.suppress(FileNotFoundError), _explained(self.folder):
+            return sorted(
+                path.name for path in self.folder.iterdir() if path.is_dir() and not is_hidden(path.name)
+            )
+        return []
 
     def delete(self, key: str) -> None:
         with _explained(self.folder / key), self._holding():
@@ -232,10 +244,9 @@ class FolderStore:
                     f"{self.folder}: a worker of an earlier driver is in the middle of a write; end it and run again"
                 ) from error
             handle.truncate(0)
-            os.write(handle.fileno(), holder.encode())  # in a buffer it would be written again when closed
             self.holders.pop(self.folder, None)
             if holder:
-                self.holders[self.folder] = holder
+                self.holders[self.folder] = _written_name(handle, holder)
 
     @contextlib.contextmanager
     def _holding(self, alone: bool = False) -> Iterator[None]:
@@ -311,6 +322,20 @@ def map_ahead(function: Callable[[A], B], items: Iterable[A], ahead: int = READ_
             result = due.popleft().result()
             due.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
             yield result
+
+
+def _written_name(handle: TextIO, holder: str) -> str:
+    """Write who holds a folder to its empty lock file, and return what the file holds then.
+
+    That is nothing on a full disk, where the lock of the operating system is enough to delete the run.
+    """
+    try:
+        os.write(handle.fileno(), holder.encode())  # in a buffer it would be written again when closed
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        return ""
+    return holder
 
 
 def _locked_at_once(handle: TextIO) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.connection import require_absolute_root
@@ -23,8 +25,8 @@ MOST_MB = 99  # Ray's dashboard takes 100 MiB at most
 def build_working_dir(spec: RunFile, folder: Path) -> None:
     """Fill `folder` with all that `defuse run run.yaml` needs, apart from the dependencies that nodes have installed.
 
-    Raises RunFileError for a relative data.root and for weights that cannot be read, ModelError for missing code,
-    InputError for more than Ray takes.
+    Raises RunFileError for a relative data.root and for weights or code that cannot be read, ModelError for missing
+    code, InputError for more than Ray takes.
     """
     require_absolute_root(spec.data.root)
     for package in PACKAGES:
@@ -58,13 +60,21 @@ def _with_weights(spec: RunFile, folder: Path) -> RunFile:
 
 def _copy(source: Path, target: Path, field: str) -> None:
     target.parent.mkdir(exist_ok=True)
-    try:
+    with _reading(field, source):
         if source.is_dir():  # of Hugging Face's
             shutil.copytree(source, target, ignore=SKIPPED)
         else:
             shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def _reading(field: str, source: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise RunFileError(f"{field} {source}: cannot be read ({error.strerror})") from error
+        # copytree raises one error for all files: source, target and reason of each
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise RunFileError(f"{field} {source}: cannot be read ({reason})") from error
 
 
 def _copy_module(field: str, import_path: str, folder: Path) -> None:
@@ -81,7 +91,9 @@ def _copy_module(field: str, import_path: str, folder: Path) -> None:
         source = Path(str(found.origin))
     if "site-packages" in source.parts or (folder / source.name).exists():
         return
-    if source.is_dir():
-        shutil.copytree(source, folder / source.name, ignore=SKIPPED)
-    else:
-        shutil.copyfile(source, folder / source.name)
+    with _reading(field, source):
+        if source.is_dir():
+            # Emacs locks a file by a link to nothing
+            shutil.copytree(source, folder / source.name, ignore=SKIPPED, ignore_dangling_symlinks=True)
+        else:
+            shutil.copyfile(source, folder / source.name)

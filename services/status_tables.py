@@ -27,7 +27,7 @@ WIDE = 110  # columns from which the list of runs also shows when and how long
 STATUS_COLUMNS = ("Step", "State", "Made (UTC)", "Time", "Size")
 # columns of the terminal from which `defuse status RUN` shows these
 STATUS_WIDTHS = {"Made (UTC)": 66, "Size": 46, "Time": 36}
-ARTEFACTS = {  # step -> what it stores in the run
+ARTEFACTS = {  # step -> what it has stored in the run when it is done, apart from the report
     "train": ("models",),
     "identify": ("psi",),
     "distill": ("scenarios",),
@@ -60,14 +60,16 @@ def step_states(run: Run) -> list[StepState]:
 def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) -> StepState:
     names = ARTEFACTS[step]
     made = [name for name in names if f"{name}.safetensors" in keys]
-    known = [entries[name] for name in made if name in entries]
+    # an entry stays when an added λ deletes its file
+    stored = [entry for name, entry in entries.items() if f"{name}.safetensors" in keys]
+    known = [entry for entry in stored if entry["step"] == step]
     detail = _detail(run, step, keys)
     if len(made) == len(names) and (step != "report" or "report.json" in keys):
         state, detail = "done", ""
     elif step == "review" and run.spec.review.annotators == "label-studio" and "gallery.safetensors" in keys:
         state = "waits for people"
     else:
-        state = "under way" if made or detail else "to do"
+        state = "under way" if made or known or detail else "to do"
     return StepState(
         step,
         state,
@@ -194,23 +196,23 @@ def _cost(state: StepState) -> tuple[str, str]:
 def print_runs(store: Store, console: Console | None = None) -> None:
     """Print the runs in a store, with the current step of each."""
     console = console or Terminal()
-    folders = (key.partition("/") for key in store.list())
-    names = [name for name, _, rest in folders if rest == "run.yaml"]
-    if not names:
-        console.print(Text(f"no runs in {store.address}", overflow="fold"))
-        return
     made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
     table = new_table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
     problems = []
-    for name in names:
+    for name in store.folders():
         try:
+            if not store.exists(f"{name}/run.yaml"):
+                continue
             row = _run_row(Run.open(store, name))
         except DefuseError as error:
             problems.append(str(error))
             shown = "unreadable run.yaml" if isinstance(error, RunFileError) else "unreadable"
             row = name, NONE, Text(shown, style="red"), NONE, NONE, NONE, NONE
         add_row(table, *row[: len(table.columns)])
+    if not table.row_count:
+        console.print(Text(f"no runs in {store.address}", overflow="fold"))
+        return
     console.print(table)
     for problem in problems:
         print_text(console, problem, "red")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -115,19 +116,18 @@ def _load(run: Run) -> _Side:
 
 
 def _expect_comparable(a: Run, b: Run) -> None:
-    """Raise InputError where the runs have other classes, or images of another shape."""
-    models = [run.load(Models) for run in (a, b)]
-    classes = [None if found is None else found.classes for found in models]
-    pairs = {
-        "data.image_size": (a.spec.data.image_size, b.spec.data.image_size),
-        "data.channels": (a.spec.data.channels, b.spec.data.channels),
-        "the list of classes": (classes[0], classes[1] or classes[0]),
-    }
-    for name, (first, second) in pairs.items():
-        if first != second:
-            raise InputError(
-                f"runs {a.name} and {b.name} cannot be compared: {name} is {first} in one, {second} in the other"
-            )
+    """Raise InputError where the runs have other classes, or images of another shape, or no models yet."""
+    for field in ("image_size", "channels"):
+        _expect_same(a, b, f"data.{field}", [getattr(run.spec.data, field) for run in (a, b)])
+    _expect_same(a, b, "the list of classes", [run.require(Models).classes for run in (a, b)])
+
+
+def _expect_same(a: Run, b: Run, name: str, values: Sequence[object]) -> None:
+    first, second = values
+    if first != second:
+        raise InputError(
+            f"runs {a.name} and {b.name} cannot be compared: {name} is {first} in one, {second} in the other"
+        )
 
 
 def _equal(first: Weights, second: Weights) -> bool:

@@ -26,7 +26,7 @@ from defuse_core.correct import held_out_images, tuning_images
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError
-from defuse_core.export.writing import expect_new_folder, writing
+from defuse_core.export.writing import expect_new_folder, filling
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.runs import Run
 
@@ -99,8 +99,8 @@ def export_scenarios(run: Run, folder: Path) -> int:
     """
     expect_new_folder("--scenarios", folder)
     models, parts = _load(run)
-    with writing("--scenarios", folder):
-        return _write_pictures(parts, models.classes, folder)
+    with filling("--scenarios", folder) as unfinished:
+        return _write_pictures(parts, models.classes, unfinished)
 
 
 def _write_pictures(

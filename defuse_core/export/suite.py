@@ -34,7 +34,7 @@ from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, StoreError
 from defuse_core.export.models import why_not_corrected
 from defuse_core.export.pictures import load_finished
-from defuse_core.export.writing import expect_new_folder, writing
+from defuse_core.export.writing import expect_new_folder, filling
 from defuse_core.models import (
     EXTERNAL,
     build_classifier,
@@ -225,13 +225,12 @@ def save_suite(run: Run, folder: Path) -> Suite:
     """
     expect_new_folder("--out", folder)
     suite = _suite_of(run)
-    with writing("--out", folder):
-        _write(suite, folder)
+    with filling("--out", folder) as unfinished:
+        _write(suite, unfinished)
     return suite
 
 
 def _write(suite: Suite, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / PICTURES).mkdir()
     for scenario, pixels in zip(suite.description.scenarios, suite.pictures.pixels, strict=True):
         _sheet(pixels).save(folder / PICTURES / f"scenario-{scenario.number:03d}.png")

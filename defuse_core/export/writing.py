@@ -6,10 +6,13 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from defuse_core.errors import InputError
+
+UNFINISHED = ".unfinished"  # end of the name of what is being written
 
 
 @contextlib.contextmanager
@@ -35,7 +38,7 @@ def expect_writable(option: str, path: Path) -> None:
 
 def replace_file(option: str, path: Path, data: bytes) -> None:
     """Write a file whole, or leave what was there."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(3)}.unfinished")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(3)}{UNFINISHED}")
     with writing(option, path):
         try:
             temporary.write_bytes(data)
@@ -47,7 +50,27 @@ def replace_file(option: str, path: Path, data: bytes) -> None:
 def expect_new_folder(option: str, folder: Path) -> None:
     """Raise InputError for a folder that is not empty, or is none."""
     with writing(option, folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(p.name != UNFINISHED for p in folder.iterdir())):
             raise InputError(
                 f"{option} {folder}: expected an empty or new folder, found files; choose another one"
             )
+
+
+@contextlib.contextmanager
+def filling(option: str, folder: Path) -> Iterator[Path]:
+    """Yield a new folder, whose content is moved to `folder` at the end, and deleted after an error.
+
+    It is inside `folder`, which may be the working directory or the root of a volume, so that the same command can be
+    given again. Raises InputError where the file system refuses something.
+    """
+    unfinished = folder / UNFINISHED
+    with writing(option, folder):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished.mkdir()
+            yield unfinished
+            for path in unfinished.iterdir():
+                path.rename(folder / path.name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)

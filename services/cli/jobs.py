@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,8 +183,8 @@ def _environment(names: tuple[str, ...]) -> dict[str, str]:
 def _follow(jobs: Jobs, job_id: str) -> None:
     """Show the job's log until it ends, and exit with the run's exit code."""
     try:
-        job = jobs.follow(job_id, _show)
-    except KeyboardInterrupt:
+        job = jobs.follow(job_id, partial(click.echo, nl=False))
+    except (KeyboardInterrupt, BrokenPipeError):  # nobody reads it any more
         click.echo(
             f"\njob {job_id} continues: defuse jobs logs|stop {job_id} --address {jobs.shown}", err=True
         )
@@ -191,14 +192,6 @@ def _follow(jobs: Jobs, job_id: str) -> None:
     if job.exit_code is None or job.status != "SUCCEEDED":
         click.echo(f"job {job_id}: {_ending(job)}", err=True)
     raise click.exceptions.Exit(_exit_code(job))
-
-
-def _show(text: str) -> None:
-    """Print a part of a job's log. Raises KeyboardInterrupt where nobody reads it: the job continues as after that."""
-    try:
-        click.echo(text, nl=False)
-    except BrokenPipeError as error:  # an OSError, which `follow` would take for a lost connection
-        raise KeyboardInterrupt from error
 
 
 def _exit_code(job: Job) -> int:

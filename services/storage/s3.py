@@ -182,6 +182,15 @@ class S3Store:
             ]
         return sorted(keys)
 
+    def folders(self) -> Sequence[str]:
+        with self._errors():
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self.prefix, Delimiter="/"
+            )
+            found = [each["Prefix"] for page in pages for each in page.get("CommonPrefixes", [])]
+        names = [prefix.removeprefix(self.prefix).rstrip("/") for prefix in found]
+        return sorted(name for name in names if not is_hidden(name))
+
     def delete(self, key: str) -> None:
         if self._fence() is not None:
             self._repeat_until_done(key, lambda: self._delete_unchanged(key))

@@ -4,12 +4,21 @@ import shutil
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Corrections, Psi, ReferenceSet, Scenarios, Sweep
+from defuse_core.artifacts import (
+    NONE_OF_THE_ABOVE,
+    Corrections,
+    Psi,
+    ReferenceSet,
+    Scenarios,
+    Sweep,
+    Verdicts,
+)
 from defuse_core.config import STEPS
 from defuse_core.correct import run_trial, trial_key
 from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
+from defuse_core.review.verdicts import override_verdict
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -61,6 +70,28 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
     assert "3.0" in run.store.read("report.json").decode()
     with pytest.raises(RunMismatchError, match=r"correct\.lambdas"):
         whole_run(tmp_path, tiny(correct={"lambdas": lambdas[1:]}))
+
+
+@pytest.mark.parametrize("review", [{"consensus": "crowdlab"}, {"accept": "lower-bound", "more_images": 20}])
+def test_a_decision_of_a_person_counts_while_models_are_asked_about_other_images(finished, tmp_path, review):
+    shutil.copytree(finished[0].store.folder, tmp_path / "a")
+    judged, store = finished[0].load(Verdicts), FolderStore(tmp_path)
+    store.delete("a/verdicts.safetensors")
+    doubted = int(np.argmax(judged.misclassified))
+
+    class Meanwhile(LocalCompute):
+        def task(self, step, function, *args):
+            result = super().task(step, function, *args)
+            override_verdict(Run.open(store, "a"), doubted, None, author="Ada", reason="no digit")
+            return result
+
+    run = Run(store, "a", finished[0].spec.with_fields("review", **review), until="review")
+    compute = Meanwhile()
+    with pytest.raises(ReachedStep):
+        run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    verdicts = run.load(Verdicts)
+    assert [override.author for override in verdicts.overrides] == ["Ada"]
+    assert verdicts.labels[doubted] == NONE_OF_THE_ABOVE != judged.labels[doubted]
 
 
 def test_report_json_has_the_promised_fields(finished):

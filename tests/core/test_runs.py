@@ -67,6 +67,20 @@ def test_the_manifest_tells_what_was_made_with_what(tmp_path):
     assert {"python", "torch", "numpy", "scikit-learn"} <= manifest["versions"].keys()
 
 
+def test_the_time_of_an_artefact_that_was_made_inside_another_counts_once(tmp_path):
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+
+    def inside() -> Psi:
+        time.sleep(0.3)
+        return psi()
+
+    started = time.time()
+    run.once("distill", Psi, lambda: run.once("identify", Psi, inside), "outer")
+    entries = run.manifest()["artefacts"]
+    assert entries["psi"]["seconds"] >= 0.3
+    assert sum(entry["seconds"] for entry in entries.values()) <= time.time() - started
+
+
 def test_the_manifest_has_an_entry_of_every_artefact_whenever_the_driver_dies(tmp_path):
     class Dying(FolderStore):
         def write(self, key, data, unless=None):

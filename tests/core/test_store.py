@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from defuse_core.errors import StoreError
+from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import FolderStore
+from tests.no_access import refuse_access
 
 
 @pytest.fixture
@@ -36,6 +37,14 @@ def test_a_folder_that_cannot_be_listed_does_not_count_as_empty(unlistable: Path
         with pytest.raises(StoreError, match="registry/changes: Permission denied"):
             store.list()
     assert FolderStore(tmp_path / "nothing").list() == []
+
+
+def test_a_key_in_a_folder_that_cannot_be_entered_does_not_count_as_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="run.yaml: Permission denied; free"):
+        refuse_access(patch, tmp_path / "private")
+        FolderStore(tmp_path).exists("private/run.yaml")
 
 
 @pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOTSUP])
@@ -75,4 +84,28 @@ def test_a_deletion_that_is_killed_leaves_the_run_file_and_can_be_repeated(
         assert run.list() == ["models.safetensors", "run.yaml"]  # as it was before the newest two
     with run.lock():
         run.delete_all()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_on_a_full_disk_can_be_deleted_while_a_second_driver_is_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FolderStore(tmp_path / "run")
+    for key in ("run.yaml", "models.safetensors"):
+        run.write(key, b"1")
+    killed = FolderStore(run.folder)
+    killed.holders[run.folder] = "process 1 on node (abc)"  # as a worker of an earlier driver has it
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with run.lock():
+            for other in (FolderStore(run.folder).lock(), killed.lock()):
+                with pytest.raises(RunBusyError, match="another driver is writing this run"), other:
+                    pass
+            with pytest.raises(RunBusyError, match="process 1 on node"):
+                killed.write("models.safetensors", b"2")
+            run.delete_all()
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from services.cli import defuse, main
-from services.cli.jobs import _show as show
 from tests.conftest import ROOT, TINY
 
 
@@ -376,15 +375,6 @@ def test_a_run_whose_log_nobody_reads_goes_on(closed_pipe, runfile, tmp_path):
     ended = write_to("stderr", closed_pipe, "", *words, *short)
     assert (ended.returncode, ended.stdout.startswith("tiny: done until train")) == (0, True)
     assert (tmp_path / "runs/tiny/models.safetensors").exists()
-
-
-def test_a_followed_job_whose_log_nobody_reads_is_left_as_after_ctrl_c(closed_pipe, monkeypatch):
-    with os.fdopen(os.dup(closed_pipe), "w", buffering=1) as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        with pytest.raises(KeyboardInterrupt):  # a BrokenPipeError would be taken for a lost connection
-            show("a line\n")
-        monkeypatch.undo()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
 
 
 def test_a_terminal_of_ascii_shows_a_run(copied):

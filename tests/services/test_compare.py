@@ -73,6 +73,13 @@ def test_runs_on_other_images_cannot_be_compared(store, monkeypatch, capsys):
     assert "cannot be compared: data.image_size is 16 in one, 32 in the other" in one_line(err)
 
 
+@pytest.mark.parametrize("pair", [("begun", "first"), ("first", "begun"), ("begun", "begun")])
+def test_a_run_that_is_not_finished_is_named_on_either_side(pair, store, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "compare", *pair, "--store", store.address)
+    assert code == 2
+    assert "run begun is not finished; `defuse status begun` shows how far it is" in one_line(err)
+
+
 def test_codes_of_one_cloud_lie_inside_it_and_not_inside_another():
     rng = np.random.default_rng(0)
     cloud, same = rng.normal(size=(200, 3)), rng.normal(size=(100, 3))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from defuse_core.artifacts import Models, Sweep
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
-from defuse_core.errors import ModelError
+from defuse_core.errors import InputError, ModelError
 from defuse_core.export import export_model, export_scenarios
 from defuse_core.export.models import corrected_classifier, plain_weights
 from defuse_core.export.pictures import folder_names
@@ -175,6 +177,29 @@ def test_a_suite_checks_no_picture_that_is_exported_to_train_on(store, tmp_path)
     assert not exported("train") & asked
 
 
+@pytest.mark.parametrize("write", [export_scenarios, save_suite])
+def test_a_disk_that_fills_leaves_nothing_and_the_same_command_works_again(
+    write, store, tmp_path, monkeypatch
+):
+    (tmp_path / ".unfinished" / "train").mkdir(parents=True)  # of a command that was killed
+    (tmp_path / ".unfinished" / "train" / "half.png").touch()
+    save, left = Image.Image.save, iter(range(1))
+
+    def filling(picture: Image.Image, path: Path) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(picture, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", filling)
+        with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+            write(opened(store), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    write(opened(store), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert not list(tmp_path.rglob("half.png"))
+
+
 def test_no_two_classes_share_a_folder():
     assert folder_names(("3", "8", ".hidden")) == ["3", "8", "hidden"]
     for classes in (("a/b", "a_b"), ("A", "a"), ("a/b", "a_b", "0-a_b")):
@@ -201,7 +226,10 @@ def test_the_command_writes_both_and_names_the_comparison(store, tmp_path, monke
         (["--to", "file/model.pt2"], "--to file/model.pt2: cannot be written (file: File exists); choose"),
         (["--to", "made.safetensors"], "--to made.safetensors: cannot be written (Is a directory); choose"),
         (["--to", "made.pt2"], "--to made.pt2: cannot be written (Is a directory)"),
-        (["--scenarios", "file/pictures"], "--scenarios file/pictures: cannot be written (file/"),
+        (
+            ["--scenarios", "file/pictures"],
+            "--scenarios file/pictures: cannot be written (Not a directory); choose",
+        ),
     ],
 )
 def test_an_export_that_cannot_be_is_refused(options, line, store, tmp_path, monkeypatch, capsys):

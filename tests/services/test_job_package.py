@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -84,6 +85,37 @@ def test_what_an_ignore_file_of_the_users_package_names_travels_too(
     archive = tmp_path / "job.zip"
     create_package(str(job), archive, include_gitignore=True)
     assert "mine/_version.py" in zipfile.ZipFile(archive).namelist()
+
+
+def test_a_link_to_nothing_in_the_users_package_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package, job = tmp_path / "mine", tmp_path / "job"
+    package.mkdir()
+    job.mkdir()
+    (package / "__init__.py").touch()
+    (package / ".#net.py").symlink_to("ana@laptop.4711")  # Emacs locks a file that is edited by such a link
+    (tmp_path / "best.safetensors").write_bytes(b"weights")
+    build_working_dir(own_classifier(tmp_path / "best.safetensors"), job)
+    assert [path.name for path in (job / "mine").iterdir()] == ["__init__.py"]
+
+
+def test_a_file_of_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "vit", "job", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine" / "__init__.py").touch()
+    os.mkfifo(tmp_path / "mine" / "pipe")  # which nobody reads, root neither
+    (tmp_path / "best.safetensors").write_bytes(b"weights")
+    with pytest.raises(RunFileError, match=r"classifier.import_path .*mine: cannot be read \(.*mine/pipe"):
+        build_working_dir(own_classifier(tmp_path / "best.safetensors"), tmp_path / "job")
+    (tmp_path / "vit" / "model.safetensors").symlink_to("gone")
+    fields = {"architecture": "transformers", "weights": str(tmp_path / "vit"), "epochs": 0}
+    with pytest.raises(RunFileError, match=r"classifier.weights .*vit: cannot be read \(.*No such file"):
+        build_working_dir(tiny(classifier=fields), tmp_path / "other")
 
 
 def test_a_job_larger_than_ray_takes_is_refused_before_it_is_uploaded(

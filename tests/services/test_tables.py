@@ -21,8 +21,10 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.status_tables import ARTEFACTS, print_runs, print_status, step_states
 from services.tables import print_report
+from tests.no_access import refuse_access
 
 LONG = ("No passing for vehicles over 3.5 metric tons", "Speed limit (30km/h)", "[bold]Stop[/bold]", "Yield")
+BESIDE = {"measuredprecision": "train", "moreimages": "review", "plain": "report", "evidence": "report"}
 ALL = tuple(name for names in ARTEFACTS.values() for name in names)
 
 
@@ -54,10 +56,16 @@ def a_run(folder: Path, name: str = "sample", **review: object) -> Run:
 def finish(run: Run, *keys: str) -> None:
     """Leave artefacts in the run, as if their steps had taken a minute each."""
     found, _ = sample_findings()
+    steps = {name: step for step, names in ARTEFACTS.items() for name in names} | BESIDE
     entries = {}
     for key in keys:
         run.store.write(f"{key}.safetensors", encode(found.models))
-        entries[key] = {"step": "", "made": "2025-01-01T10:00:00Z", "seconds": 60.0, "bytes": 2_000_000}
+        entries[key] = {
+            "step": steps[key],
+            "made": "2025-01-01T10:00:00Z",
+            "seconds": 60.0,
+            "bytes": 2_000_000,
+        }
     run.store.write("manifest.json", json.dumps({"artefacts": entries}).encode())
 
 
@@ -230,6 +238,25 @@ def test_status_shows_each_step_with_its_time_and_size(tmp_path: Path):
     assert all("done" in lines[step] for step in ("train", "identify", "distill", "draw", "review", "report"))
 
 
+def test_the_time_and_size_of_a_step_are_those_of_all_that_it_made(tmp_path: Path):
+    run = a_run(tmp_path)
+    finish(run, *ALL, *BESIDE)
+    run.store.delete("evidence.safetensors")  # its entry stays, as after a λ is added
+    run.store.write("report.json", b"{}")
+    states = {state.step: state for state in step_states(run)}
+    assert (states["train"].seconds, states["train"].bytes) == (120.0, 4_000_000)
+    assert (states["review"].seconds, states["report"].seconds) == (180.0, 120.0)
+    console = terminal(120)
+    print_runs(FolderStore(tmp_path), console)
+    assert "13 min 00 s" in text_of(console)
+
+
+def test_a_step_that_has_made_something_is_under_way(tmp_path: Path):
+    run = a_run(tmp_path)
+    finish(run, "measuredprecision")
+    assert step_states(run)[0].state == "under way"
+
+
 def test_runs_are_listed_with_where_they_are(tmp_path: Path):
     done, begun = a_run(tmp_path, "finished"), a_run(tmp_path, "begun")
     finish(done, *ALL)
@@ -256,6 +283,23 @@ def test_a_run_that_cannot_be_listed_is_named_with_what_is_damaged_in_it(tmp_pat
     assert "damaged JSON; delete it and run again" in lines[f"{tmp_path}/damaged/manifest.json:"]
     assert "unreadable run.yaml" in lines["broken"]
     assert "found no YAML; delete it and run again with" in lines[f"{tmp_path}/broken/run.yaml:"]
+
+
+def test_a_folder_that_cannot_be_entered_is_a_row_beside_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    a_run(tmp_path, "mine")
+    for name in ("lost+found", "notes"):
+        (tmp_path / name).mkdir()
+    console = terminal(300)
+    with monkeypatch.context() as patch:
+        refuse_access(patch, tmp_path / "lost+found")
+        print_runs(FolderStore(tmp_path), console)
+    lines = {line.split()[0]: line for line in text_of(console).splitlines() if line.strip()}
+    assert "train, to do" in lines["mine"]
+    assert "unreadable " in lines["lost+found"]
+    assert "Permission denied" in lines[f"{tmp_path}/lost+found/run.yaml:"]
+    assert "notes" not in lines
 
 
 def test_an_empty_store_is_reported(tmp_path: Path):

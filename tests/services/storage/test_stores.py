@@ -54,6 +54,14 @@ def test_keys_are_listed_in_order_below_a_prefix(store: Store) -> None:
     assert store.within("elsewhere").list() == []
 
 
+def test_folders_are_listed_without_what_is_in_them(store: Store) -> None:
+    assert store.folders() == []
+    for key in ("runs/b/psi/1", "runs/b/run.yaml", "runs/a/run.yaml", "runs/file", "runs/.gone/run.yaml"):
+        store.write(key, b"")
+    assert store.folders() == ["runs"]
+    assert store.within("runs").folders() == ["a", "b"]
+
+
 def test_a_folder_is_listed_while_runs_in_it_are_deleted(tmp_path: Path) -> None:
     store, ended = FolderStore(tmp_path), threading.Event()
 

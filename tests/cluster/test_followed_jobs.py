@@ -1,0 +1,129 @@
+"""Following a job whose dashboard falls silent, as behind a dead network or tunnel."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from cluster import jobs
+from defuse_core.errors import ComputeError
+from tests.conftest import ROOT
+from tests.s3_servers import free_port
+
+LOG = "first line\nlast line\n"
+
+
+class Head:
+    """The routes of a dashboard that Ray's client asks for one job, whose log ends to arrive in the middle."""
+
+    def __init__(self) -> None:
+        self.status, self.is_silent, self.tails = "RUNNING", False, 0
+        self.address = f"http://127.0.0.1:{free_port()}"
+
+    async def start(self) -> web.AppRunner:
+        app = web.Application()
+        answers: dict[str, Callable[[], Any]] = {
+            "/": dict,
+            "/api/version": lambda: {"version": "4", "ray_version": "2.50.0", "ray_commit": ""},
+            "/api/jobs/j1": lambda: (
+                {"type": "SUBMISSION", "entrypoint": "", "status": self.status}
+                | {"submission_id": "j1", "driver_exit_code": 0}
+            ),
+            "/api/jobs/j1/logs": lambda: {"logs": LOG},
+        }
+        for path, answer in answers.items():
+            app.router.add_get(path, lambda _, answer=answer: self._answer(answer))
+        app.router.add_get("/api/jobs/j1/logs/tail", self._tail)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", int(self.address.rpartition(":")[2])).start()
+        return runner
+
+    async def _answer(self, answer: Callable[[], Any]) -> web.Response:
+        while self.is_silent:
+            await asyncio.sleep(0.05)
+        return web.json_response(answer())
+
+    async def _tail(self, request: web.Request) -> web.WebSocketResponse:
+        self.tails += 1
+        socket = web.WebSocketResponse(autoping=False)
+        await socket.prepare(request)
+        await socket.send_str(LOG[:15])
+        await asyncio.sleep(60)
+        return socket
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # which the client replaces
+    for name, seconds in {"STATUS_EVERY_S": 0.3, "ANSWER_WITHIN_S": 0.3, "PAUSE_S": 0.05}.items():
+        assert getattr(jobs, name) >= 2
+        monkeypatch.setattr(jobs, name, seconds)
+    found, loop = Head(), asyncio.new_event_loop()
+    runner = loop.run_until_complete(found.start())
+    server = threading.Thread(target=loop.run_forever)
+    server.start()
+    yield found
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    server.join()
+    loop.close()
+
+
+def test_a_job_that_ends_while_its_log_has_fallen_silent_is_shown_to_its_end(head: Head) -> None:
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        head.status = "SUCCEEDED"
+
+    job = jobs.Jobs(head.address).follow("j1", show)
+    assert (job.status, job.exit_code, shown) == ("SUCCEEDED", 0, [LOG[:15], LOG[15:]])
+
+
+def test_a_dashboard_that_falls_silent_is_a_lost_connection(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MAX_DISCONNECTS", 1)
+
+    def show(_: str) -> None:
+        head.is_silent = True
+
+    with pytest.raises(ComputeError, match=r"job j1: lost the connection to .*ReadTimeout"):
+        jobs.Jobs(head.address).follow("j1", show)
+
+
+def test_a_log_that_cannot_be_printed_is_not_a_lost_connection(head: Head) -> None:
+    def show(_: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        jobs.Jobs(head.address).follow("j1", show)
+    assert head.tails == 1
+
+
+def test_a_followed_job_whose_log_nobody_reads_is_left_as_after_ctrl_c(head: Head) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = ["-m", "services.cli", "jobs", "logs", "j1", "--follow", "--address", head.address]
+    left = subprocess.run(
+        [sys.executable, *words],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(write)
+    line = f"job j1 continues: defuse jobs logs|stop j1 --address {head.address}"
+    assert (left.returncode, left.stderr.strip()) == (130, line)

@@ -1,0 +1,31 @@
+"""A folder of another user, for a test that runs as root, whom no mode keeps out."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def refuse_access(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the system refuse to list `folder` and to say anything of what is in it."""
+    stat, scandir = os.stat, os.scandir
+
+    def refused(path: Any) -> PermissionError:
+        return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def stat_elsewhere(path: Any, **options: Any) -> os.stat_result:
+        if not isinstance(path, int) and folder in Path(path).parents:
+            raise refused(path)
+        return stat(path, **options)
+
+    def scandir_elsewhere(path: Any) -> Any:
+        if Path(path) == folder:
+            raise refused(path)
+        return scandir(path)
+
+    patch.setattr(os, "stat", stat_elsewhere)
+    patch.setattr(os, "scandir", scandir_elsewhere)
