@@ -109,6 +109,16 @@ def test_clean_accuracy_on_images_that_the_correction_has_seen_says_so(
     assert line.endswith(end)
 
 
+def test_scenario_accuracies_that_equal_the_limit_pass():
+    report = replace(report_on([1], [True]), scenario_before=np.zeros(3), scenario_after=np.full(3, 0.7))
+    limits = CheckSection(min_scenario_accuracy=0.7, min_each_scenario=0.7)
+    found = {check.name: check for check in report.checks(limits)}
+    assert report.scenario_after.mean() < 0.7  # by the rounding of floats alone
+    assert found["scenario accuracy"].passed and found["worst scenario"].passed
+    below = {check.name: check for check in replace(report, scenario_after=np.full(3, 0.69)).checks(limits)}
+    assert not below["scenario accuracy"].passed and not below["worst scenario"].passed
+
+
 def test_every_class_means_those_with_images_and_the_others_are_named():
     def every_class(labels: list[int], right_after: list[bool]) -> Check:
         (found,) = (
