@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import logging
 from urllib.parse import urlsplit
 
 import ray
 
 from defuse_core.errors import ComputeError
 
+log = logging.getLogger("defuse")
 ANSWER_S = 5.0  # within which /healthz is answered
 MAX_FAILURES = 3  # in a row
 
@@ -28,6 +30,8 @@ class LivenessCheck:
             self._failures = 0
             return
         self._failures += 1
+        if self._failures == 1:  # Ray may end this process before an error is shown
+            log.warning("nothing answers at %s, and Ray has no node left to start a replica on", self._url)
         if self._failures >= MAX_FAILURES:
             raise ComputeError(
                 f"nothing answers at {self._url}, and Ray, which would start a replica, has ended (a process of it was "
