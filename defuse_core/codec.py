@@ -34,11 +34,22 @@ FLOAT = "float"  # nan, inf or -inf; in an optional field they become None
 
 def encode(artefact: object) -> bytes:
     """Return the artefact as safetensors bytes. Equal artefacts give equal bytes."""
-    arrays: Arrays = {}
-    fields = _split(artefact, "", arrays)
-    body = json.dumps({"format": FORMAT, "kind": type(artefact).__name__, "fields": fields}, sort_keys=True)
+    arrays, body = _parts(artefact)
     # one header entry: with several, safetensors writes them in an order that changes from call to call
     return save_tensors(arrays, metadata={"defuse": json.dumps([array_digest(arrays, body), body])})
+
+
+def artefact_digest(artefact: object) -> str:
+    """Return the SHA-256, in hex, that `encode` stores of the artefact; nothing is copied."""
+    return array_digest(*_parts(artefact))
+
+
+def _parts(artefact: object) -> tuple[Arrays, str]:
+    """Return the arrays of the artefact, and everything else as JSON."""
+    arrays: Arrays = {}
+    fields = _split(artefact, "", arrays)
+    body = {"format": FORMAT, "kind": type(artefact).__name__, "fields": fields}
+    return arrays, json.dumps(body, sort_keys=True)
 
 
 def decode(

@@ -35,7 +35,8 @@ class Settings:
     serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN
     debug: bool  # DEFUSE_DEBUG: show tracebacks
     forwarded_for: bool = False  # DEFUSE_FORWARDED_FOR: a proxy on this machine adds X-Forwarded-For
-    cache: Path = Path("~/.cache/defuse")  # DEFUSE_CACHE, else below XDG_CACHE_HOME: the local Label Studio
+    # DEFUSE_CACHE, else below XDG_CACHE_HOME: the local Label Studio; `~` is expanded where it is used
+    cache: Path = Path("~/.cache/defuse")
     label_studio_host: str | None = (
         None  # LABEL_STUDIO_HOST: the address that annotators open, if it is another
     )
@@ -62,19 +63,19 @@ def read_settings() -> Settings:
         label_studio_url=get("LABEL_STUDIO_URL") or None,
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
         serve_token=_without_newline(get("DEFUSE_SERVE_TOKEN")),
-        debug=_is_on("DEFUSE_DEBUG"),
-        forwarded_for=_is_on("DEFUSE_FORWARDED_FOR"),
+        debug=is_on("DEFUSE_DEBUG"),
+        forwarded_for=is_on("DEFUSE_FORWARDED_FOR"),
         label_studio_host=get("LABEL_STUDIO_HOST") or None,
         label_studio_s3=BucketAccess(
             access_key_id=get("LABEL_STUDIO_S3_ACCESS_KEY_ID") or None,
             secret_access_key=get("LABEL_STUDIO_S3_SECRET_ACCESS_KEY") or None,
             session_token=get("LABEL_STUDIO_S3_SESSION_TOKEN") or None,
             endpoint=get("LABEL_STUDIO_S3_ENDPOINT") or None,
-            share_own=_is_on("LABEL_STUDIO_S3_SHARE_CREDENTIALS"),
+            share_own=is_on("LABEL_STUDIO_S3_SHARE_CREDENTIALS"),
         ),
         mlflow_uri=get("MLFLOW_TRACKING_URI") or None,
         mlflow_experiment=get("MLFLOW_EXPERIMENT_NAME") or None,
-        cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse").expanduser(),
+        cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse"),
     )
 
 
@@ -88,7 +89,7 @@ def fits_a_header(token: str) -> bool:
     return re.fullmatch(r"[\x21-\x7e]+", token) is not None
 
 
-def _is_on(name: str) -> bool:
+def is_on(name: str) -> bool:
     """Return whether a variable is on; unset and empty ones are off. Raises InputError for anything but yes or no."""
     value = os.environ.get(name, "").strip().lower()
     if value in {"1", "true", "yes", "on"}:

@@ -24,7 +24,7 @@ from services.cli.review import label_studio, review
 from services.cli.run import report, run, status
 from services.cli.serve import check, promote, rollback, serve
 from services.cli.suite import suite
-from services.settings import read_settings, share_cores
+from services.settings import is_on, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
 
@@ -120,19 +120,22 @@ def _run_command() -> None:
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped; the same command continues from here", 130)
     except Exception as error:
-        if _is_debugging():
-            raise
+        debugging = _is_debugging()
+        if debugging:
+            with contextlib.suppress(OSError):  # the exit code says it, too
+                traceback.print_exc()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             _fail("cannot print to the end: no space left there; what the command made is stored", 4)
-        _fail(f"unexpected {type(error).__name__}: {error} (DEFUSE_DEBUG=1 shows where)", 4)
+        remedy = "" if debugging else " (DEFUSE_DEBUG=1 shows where)"
+        _fail(f"unexpected {type(error).__name__}: {error}{remedy}", 4)
     else:
         sys.exit(code)
 
 
 def _is_debugging() -> bool:
-    """Whether tracebacks are shown; also where the environment has a wrong value, as the error is not about that."""
+    """Whether tracebacks are shown; also where DEFUSE_DEBUG has a wrong value, as the error is not about that."""
     try:
-        return read_settings().debug
+        return is_on("DEFUSE_DEBUG")
     except InputError:
         return True
 

@@ -211,6 +211,7 @@ def serve(
             registry_changes,
             running_application,
         )
+        from services.serving.liveness import LivenessCheck
 
         with ray_connection(address, total_cpus(section)):
             shutdown = ShutdownSignal()
@@ -222,7 +223,8 @@ def serve(
                 running as url,
             ):  # a signal may arrive during the start
                 click.echo(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
-                for line in registry_changes(_registry(store), shutdown, section.poll_s):
+                alive = LivenessCheck(url)
+                for line in registry_changes(_registry(store), shutdown, section.poll_s, check=alive):
                     click.echo(line)
 
 

@@ -54,10 +54,19 @@ class LocalServer:
 
 
 class Installation:
-    """The files of the local server: its environment below the user's cache, its data there or in `folder`."""
+    """The files of the local server: its environment below the user's cache, its data there or in `folder`.
+
+    Raises InputError for a cache below a home folder that is not known.
+    """
 
     def __init__(self, cache: Path, folder: Path | None = None) -> None:
-        self.env = cache.expanduser() / "label-studio" / "env"
+        try:
+            self.env = cache.expanduser() / "label-studio" / "env"
+        except RuntimeError as error:
+            raise InputError(
+                f"{cache}: this machine knows no such home folder ({error}); set DEFUSE_CACHE, XDG_CACHE_HOME or HOME "
+                "to a folder"
+            ) from error
         self.folder = folder or self.env.parent
         self.program = self.env / "bin" / "label-studio"
         self.data = self.folder / "data"

@@ -82,16 +82,24 @@ class RegistryWatcher:
         """Return the versions to start with, a canary or shadow among them; none before the first promotion.
 
         Where the registry's versions cannot be loaded, requests are answered with the reason until they can: a
-        replica that does not start has no way to say it. Raises DefuseError for the model of `initial`.
+        replica that does not start has no way to say it. Raises DefuseError for the model of `initial`, unless
+        another version has replaced it.
         """
         select_device(self.settings.device)
-        key = self.initial.key
-        own = ActiveVersions() if key is None else ActiveVersions(self._load_candidate(key))
+        own, failure = ActiveVersions(), None
+        if self.initial.key is not None:
+            try:
+                own = ActiveVersions(self._load_candidate(self.initial.key))
+            except DefuseError as error:
+                failure = error
         try:
-            return self.load_changes(own) or own
+            active = self.load_changes(own) or own
         except DefuseError as error:
             log.error("the registry's version cannot be loaded: %s", error)
-            return replace(own, error=_reason_for_clients(error))
+            active = replace(own, error=_reason_for_clients(error))
+        if failure is not None and active.production is None:
+            raise failure
+        return active
 
     def load_changes(self, current: ActiveVersions) -> ActiveVersions | None:
         """Return the versions after a change of the registry, loaded and warm; None without a change.
@@ -123,11 +131,13 @@ class RegistryWatcher:
         if self.initial.key is None or state.since != self.initial.state.since:
             production = self._load_version(state.production, loaded) or production
         same_canary = (state.canary, state.shadow) == (current.state.canary, current.state.shadow)
+        # a canary is compared with production, and ended for all servers; no server of another run decides that
+        comparable = _is_in_production(production, state)
         return ActiveVersions(
             production=production,
-            canary=self._load_canary(state.canary, loaded),
+            canary=self._load_canary(state.canary, loaded) if comparable else None,
             share=state.share,
-            shadow=self._load_canary(state.shadow, loaded),
+            shadow=self._load_canary(state.shadow, loaded) if comparable else None,
             state=state,
             statistics=current.statistics if same_canary else CanaryStatistics(),
         )
@@ -168,7 +178,15 @@ class RegistryWatcher:
         return loaded.get(number) or self._load_warm(self.registry.load(number), number)
 
     def _load_candidate(self, key: str) -> LoadedModel:
-        return self._load_warm(decode(Candidate, self.store.read(key), f"{self.store.address}/{key}"))
+        path = f"{self.store.address}/{key}"
+        try:
+            data = self.store.read(key)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{path}: the model that this server was started with is missing, as after `defuse delete`; promote "
+                "a run with `defuse promote RUN`, or serve another one"
+            ) from error
+        return self._load_warm(decode(Candidate, data, path))
 
     def _load_warm(self, candidate: Candidate, number: int | None = None) -> LoadedModel:
         own = with_settings(candidate.run_file().serve, self.overrides)
@@ -176,6 +194,16 @@ class RegistryWatcher:
         model = LoadedModel(candidate, settings, number)
         model.warm_up(self.settings.batch_size)
         return model
+
+
+def _is_in_production(model: LoadedModel | None, state: RegistryState) -> bool:
+    """Return whether `model`, a version or that of a run, equals the registry's version in production."""
+    if model is None or state.production is None:
+        return False
+    if model.number == state.production:
+        return True
+    info = state.versions.get(state.production)
+    return info is not None and info.digest == model.candidate.digest
 
 
 def _reason_for_clients(error: DefuseError) -> str:

@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
     Votes,
     Weights,
 )
-from defuse_core.codec import array_digest, decode, encode
+from defuse_core.codec import artefact_digest, decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.data import reopen_splits
 from defuse_core.errors import CheckFailed, InputError, StoreError
@@ -142,7 +142,7 @@ def prepare_candidate(
     stored; without `must_store`, a warning says that it will be made again.
     """
     artifacts = _RunArtifacts.load(run)
-    key = _key(run.spec, artifacts.sweep.weights, artifacts.evidence is not None)
+    key = _key(run.spec, artifacts)
     try:
         return key, decode(Candidate, run.store.read(key), key)
     except FileNotFoundError:
@@ -211,12 +211,14 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
     )
 
 
-def _key(spec: RunFile, weights: Weights, judged: bool) -> str:
-    """Return where the run's store has the candidate of these weights and run-file fields, of this FORMAT.
+def _key(spec: RunFile, artifacts: _RunArtifacts) -> str:
+    """Return where the run's store has the candidate of these artefacts and run-file fields, of this FORMAT.
 
-    `judged` is whether the run has evidence, which may be gathered after a first check.
+    Equal weights do not make equal candidates: with λ = 0 they are the same whatever was accepted, and evidence may be
+    gathered after a first check.
     """
-    made_from = f"{array_digest(weights)}{_settings(spec)}{FORMAT}{judged}"
+    parts = (artifacts.sweep.weights, artifacts.corrections, artifacts.verdicts, artifacts.evidence)
+    made_from = f"{[artefact_digest(part) for part in parts]}{_settings(spec)}{FORMAT}"
     return f"candidates/{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
 
 

@@ -101,12 +101,12 @@ class CandidateReport:
     def _mean_scenario_accuracy(self, least: float) -> Check:
         found = float(self.scenario_after.mean())
         line = f"scenario accuracy: {found:.2%}, expected at least {least:.2%}"
-        return Check("scenario accuracy", found >= least, line)
+        return Check("scenario accuracy", found >= least - ROUNDING, line)
 
     def _worst_scenario_accuracy(self, least: float) -> Check:
         found = float(self.scenario_after.min())
         line = f"worst scenario: {found:.2%}, expected at least {least:.2%} in each"
-        return Check("worst scenario", found >= least, line)
+        return Check("worst scenario", found >= least - ROUNDING, line)
 
     def _improvement(self) -> Check:
         before, after = float(self.scenario_before.mean()), float(self.scenario_after.mean())

@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -354,10 +354,13 @@ class ShutdownSignal:
         return self._received.wait(timeout_s)
 
 
-def registry_changes(registry: Registry, shutdown: ShutdownSignal, poll_s: float) -> Iterator[str]:
-    """Yield a line for each change of the registry, until a signal arrives."""
+def registry_changes(
+    registry: Registry, shutdown: ShutdownSignal, poll_s: float, *, check: Callable[[], None]
+) -> Iterator[str]:
+    """Yield a line for each change of the registry, until a signal arrives. Calls `check` at each poll."""
     sequence: int | None = None
     while not shutdown.wait(0 if sequence is None else poll_s):
+        check()
         try:
             if sequence is None:
                 sequence = registry.state().sequence

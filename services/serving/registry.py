@@ -302,7 +302,8 @@ class _AlreadyDone(Exception):  # noqa: N818 - not an error: nothing to do
     """A concurrent change came first: it ended the canary or shadow, or added an equal version."""
 
 
-def _require_other_in_production(state: RegistryState, number: int, option: str) -> None:
+def _require_other_in_production(state: RegistryState, number: int | None, option: str) -> None:
+    """Raise InputError unless production is another version than `number`, which is None for one to be added."""
     if state.production is None:
         raise InputError(
             f"{option} needs another version in production, and there is none; promote without it first"
@@ -312,12 +313,21 @@ def _require_other_in_production(state: RegistryState, number: int, option: str)
 
 
 def promote(registry: Registry, candidate: Candidate, request: PromotionRequest) -> RegistryState:
-    """Return the state after `candidate` got its role. Raises CheckFailed naming the first reason against it."""
+    """Return the state after `candidate` got its role.
+
+    Raises CheckFailed naming the first reason against it, and InputError for a canary or shadow without another version
+    in production; both leave the registry unchanged.
+    """
     failed = promotion_errors(registry, candidate)
     if failed and request.force is None:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise CheckFailed(f"run {candidate.run} is not promoted: {failed[0]}{more}; --force REASON overrides")
     why = f"{request.why}; forced: {request.force}".lstrip("; ") if request.force else request.why
+    # before the version is added, since a run with a version cannot be deleted
+    if request.shadow or request.canary is not None:
+        state, option = registry.state(), "--shadow" if request.shadow else "--canary"
+        known = max(_versions_with(candidate.digest, state), default=None)
+        _require_other_in_production(state, known, option)
     number = registry.add(candidate, request.by, why, forced=bool(failed))
     if request.shadow:
         return registry.to_shadow(number, request.by, why, tuple(failed))

@@ -30,3 +30,9 @@ def test_switches_are_off_where_they_are_not_set(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     settings = read_settings()
     assert not (settings.debug or settings.forwarded_for or settings.label_studio_s3.share_own)
+
+
+def test_a_cache_below_an_unknown_home_does_not_keep_the_other_settings_from_being_read(monkeypatch):
+    monkeypatch.setenv("DEFUSE_CACHE", "~nosuchuser/cache")
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert read_settings().ray_address == "head:6379"

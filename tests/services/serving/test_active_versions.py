@@ -53,7 +53,7 @@ def test_a_canary_or_shadow_does_not_replace_the_run_of_a_server(own_store):
     assert answering(begun) == {"production": "first"}
     put(own_store, "swapped", PromotionRequest("ana", "", force="a drill", shadow=True))
     after = watcher.load_changes(begun)
-    assert after is not None and answering(after) == {"production": "first", "shadow": "2"}
+    assert after is not None and answering(after) == {"production": "first"}
     assert answering(replica(own_store, initial)) == answering(after)
 
 
@@ -64,6 +64,57 @@ def test_a_server_of_a_run_that_starts_during_a_canary_has_it_at_once(own_store)
     begun = watcher.load_initial()
     assert answering(begun) == {"production": "first", "canary": "2"}
     assert watcher.load_changes(begun) is None
+
+
+ROLES = pytest.mark.parametrize(
+    "role", [PromotionRequest("ana", "", canary=0.1), PromotionRequest("ana", "", shadow=True)]
+)
+
+
+@ROLES
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_server_of_another_run_than_production_neither_loads_nor_ends_a_canary(own_store, role, damaged):
+    """It would compare the canary with its run, and end it for the servers of production."""
+    put(own_store, "first")
+    put(own_store, "second", role)
+    if damaged:
+        own_store.write("registry/versions/000002.safetensors", b"cut")
+    before = Registry(own_store).state()
+    watcher = RegistryWatcher(own_store, own_run(own_store, "swapped"), ServeSection(), {})
+    begun = watcher.load_initial()
+    assert answering(begun) == {"production": "swapped"}
+    assert Registry(own_store).state() == before and watcher.load_changes(begun) is None
+
+
+def test_a_server_of_a_run_follows_canaries_once_a_version_has_replaced_the_run(own_store):
+    watcher = RegistryWatcher(own_store, own_run(own_store, "swapped"), ServeSection(), {})
+    begun = watcher.load_initial()
+    put(own_store, "first")
+    put(own_store, "second", PromotionRequest("ana", "", canary=0.1))
+    after = watcher.load_changes(begun)
+    assert after is not None and answering(after) == {"production": "1", "canary": "2"}
+
+
+def delete_run(store: FolderStore, name: str) -> None:
+    for key in store.list(f"{name}/"):
+        store.delete(key)
+
+
+def test_a_replica_starts_with_the_version_in_production_after_the_run_of_its_server_was_deleted(own_store):
+    initial = own_run(own_store, "swapped")
+    put(own_store, "first")
+    delete_run(own_store, "swapped")
+    assert answering(replica(own_store, initial)) == {"production": "1"}
+
+
+def test_a_deleted_run_that_no_version_has_replaced_is_an_error_that_says_what_to_do(own_store):
+    initial = own_run(own_store, "swapped")
+    put(own_store, "first")
+    served_since = own_run(own_store, "swapped")
+    delete_run(own_store, "swapped")
+    for start in (served_since, InitialModel(initial.key, pin=True)):
+        with pytest.raises(StoreError, match=r"swapped/candidates/.* is missing, .* `defuse promote RUN`"):
+            replica(own_store, start)
 
 
 @pytest.mark.parametrize("role", ["canary", "shadow"])
@@ -106,11 +157,6 @@ def test_a_run_whose_name_is_a_number_is_not_confused_with_a_version(
     after = watcher.load_changes(begun)
     assert after is not None and after.production is not None
     assert after.production.candidate.run == "second"
-
-
-ROLES = pytest.mark.parametrize(
-    "role", [PromotionRequest("ana", "", canary=0.1), PromotionRequest("ana", "", shadow=True)]
-)
 
 
 @ROLES

@@ -9,10 +9,11 @@ import pytest
 from sample_evidence import sample_evidence
 from sample_findings import sample_findings
 
-from defuse_core.artifacts import Corrections, Models, Sweep
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Models, Scenarios, Sweep, Verdicts
 from defuse_core.codec import encode
 from defuse_core.config import CheckSection
 from defuse_core.errors import CheckFailed
+from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
 from services.serving.candidate import prepare_candidate
 from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
@@ -76,6 +77,29 @@ def test_check_fails_a_run_whose_judges_find_a_scenario_worse_also_after_a_check
     assert candidate.failed_checks()[0].startswith("own label: scenario 1 60.00% -> 30.00%")
 
 
+def test_a_candidate_is_made_again_after_a_changed_verdict_or_evidence_with_equal_weights(own_store):
+    """As where λ = 0 was chosen, whose weights do not depend on what was accepted."""
+    run_dir = Run.open(own_store, "first")
+    key, before = prepare_candidate(run_dir)
+    verdicts = run_dir.require(Verdicts)
+    first, *others = verdicts.accepted
+    labels = np.where(np.arange(len(verdicts.labels)) == first, NONE_OF_THE_ABOVE, verdicts.labels)
+    verdicts = replace(verdicts, labels=labels)
+    corrections = sample_corrections(run_dir.spec, run_dir.require(Scenarios), verdicts)
+    for artefact in (verdicts, corrections):
+        run_dir.store.write(f"{type(artefact).__name__.lower()}.safetensors", encode(artefact))
+    after_review = prepare_candidate(run_dir)
+    assert before.scenario.tolist() == [first, *others] and after_review[1].scenario.tolist() == others
+    keys = {key, after_review[0]}
+    for own_label in (1.0, 0.3):
+        evidence = sample_evidence(own_labels([0.6], [own_label]))
+        run_dir.store.write("evidence.safetensors", encode(evidence))
+        key, judged = prepare_candidate(run_dir)
+        assert [c.passed for c in judged.checks if c.name == "own label"] == [own_label == 1.0]
+        keys.add(key)
+    assert len(keys) == 4 and prepare_candidate(run_dir)[0] == key
+
+
 def report_on(labels: list[int], right_after: list[bool]) -> CandidateReport:
     """A report on clean images that the classifier before gets right, and one corrected scenario."""
     right = np.ones(len(labels), np.bool_)
@@ -107,6 +131,16 @@ def test_clean_accuracy_on_images_that_the_correction_has_seen_says_so(
     report = evaluate_candidate(spec, *artefacts, replace(splits, **parts))
     (line,) = (check.line for check in report.checks(spec.check) if check.name == "clean accuracy")
     assert line.endswith(end)
+
+
+def test_scenario_accuracies_that_equal_the_limit_pass():
+    report = replace(report_on([1], [True]), scenario_before=np.zeros(3), scenario_after=np.full(3, 0.7))
+    limits = CheckSection(min_scenario_accuracy=0.7, min_each_scenario=0.7)
+    found = {check.name: check for check in report.checks(limits)}
+    assert report.scenario_after.mean() < 0.7  # by the rounding of floats alone
+    assert found["scenario accuracy"].passed and found["worst scenario"].passed
+    below = {check.name: check for check in replace(report, scenario_after=np.full(3, 0.69)).checks(limits)}
+    assert not below["scenario accuracy"].passed and not below["worst scenario"].passed
 
 
 def test_every_class_means_those_with_images_and_the_others_are_named():

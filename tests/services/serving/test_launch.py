@@ -206,5 +206,5 @@ def test_a_change_that_another_program_wrote_cannot_act_on_the_servers_terminal(
                 registry.change("a change", "eve\x1b[2J", "a\nb", lambda state: {})
             return self.waits == 3
 
-    (line,) = registry_changes(registry, ThirdWait(), 0)
+    (line,) = registry_changes(registry, ThirdWait(), 0, check=lambda: None)
     assert r"eve\x1b[2J: a change (a\nb)" in line

@@ -139,6 +139,21 @@ def test_a_canary_needs_another_version_in_production(registry, candidates):
         promote(registry, candidates["first"], PromotionRequest("ana", "", shadow=True))
 
 
+@pytest.mark.parametrize(
+    "how", [PromotionRequest("ana", "", canary=0.05), PromotionRequest("ana", "", shadow=True)]
+)
+def test_a_canary_without_another_version_in_production_leaves_no_version(registry, candidates, how):
+    """A run with a version can no longer be deleted."""
+    with pytest.raises(InputError, match="promote without it first"):
+        promote(registry, candidates["first"], how)
+    assert registry.state().sequence == 0 and registry.store.list() == []
+    promote(registry, candidates["first"], ANA)
+    before = registry.state()
+    with pytest.raises(InputError, match="version 1 is already in production"):
+        promote(registry, candidates["first"], how)
+    assert registry.state() == before
+
+
 def test_concurrent_changes_are_all_kept_in_sequence(registry):
     def change(who):
         registry.change(f"by {who}", str(who), "", lambda state: {"previous": (*state.previous, who)})

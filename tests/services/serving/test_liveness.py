@@ -1,0 +1,107 @@
+"""Finding that a server can no longer answer."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import ray
+
+from defuse_core.errors import ComputeError
+from defuse_core.store import FolderStore
+from services.serving.launch import registry_changes
+from services.serving.liveness import MAX_FAILURES, LivenessCheck
+from services.serving.registry import Registry
+
+NODE, DEAD = {"Alive": True}, {"Alive": False}
+
+
+class Healthy(BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/healthz" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class WithoutReplica(Healthy):
+    """As a proxy answers."""
+
+    status = 503
+
+
+class ManyWaits:
+    """Waits ten times, and then ends."""
+
+    waits = 0
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        self.waits += 1
+        return self.waits > 10
+
+
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Yield the address of a server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def nobody() -> str:
+    """An address at which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def ask(check: LivenessCheck) -> None:
+    for _ in range(3 * MAX_FAILURES):
+        check()
+
+
+def test_the_command_ends_with_an_error_where_nothing_answers_and_ray_has_no_node(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(ray, "nodes", lambda: [DEAD])
+    url, shutdown = nobody(), ManyWaits()
+    with pytest.raises(ComputeError, match=f"nothing answers at {url}, and Ray.* has ended") as failure:
+        list(registry_changes(Registry(FolderStore(tmp_path)), shutdown, 0, check=LivenessCheck(url)))
+    assert shutdown.waits == MAX_FAILURES and failure.value.exit_code == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        f"nothing answers at {url}, and Ray has no node left to start a replica on"
+    ]
+
+
+def test_a_proxy_without_a_replica_does_not_count_as_an_answer(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [DEAD])
+    with serving(WithoutReplica) as url, pytest.raises(ComputeError):
+        ask(LivenessCheck(url))
+
+
+def test_a_replica_that_is_replaced_is_no_failure_however_long_it_takes(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [DEAD, NODE])
+    ask(LivenessCheck(nobody()))
+
+
+def test_a_replica_that_answers_is_left_alone_though_ray_has_ended(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [DEAD])
+    with serving(Healthy) as url:
+        ask(LivenessCheck(url))
+
+
+def test_failures_that_are_not_in_a_row_do_not_add_up(monkeypatch):
+    check = LivenessCheck(nobody())
+    for nodes in ([DEAD], [NODE]) * MAX_FAILURES:
+        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
+        check()

@@ -1,0 +1,47 @@
+"""What `main` makes of errors that nobody expected."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.test_cli import call, one_line
+
+
+@pytest.fixture
+def broken(monkeypatch, tmp_path) -> list[object]:
+    """The words of a command that ends with an error that nobody expected."""
+    monkeypatch.setattr("services.storage.open_store", lambda *_: 1 / 0)
+    return ["status", "--store", tmp_path]
+
+
+@pytest.mark.parametrize("value", ["1", "wrong"])
+def test_with_tracebacks_the_exit_code_is_the_same(broken, monkeypatch, capsys, value):
+    """It was that of a failed check."""
+    monkeypatch.setenv("DEFUSE_DEBUG", value)
+    code, _, err = call(monkeypatch, capsys, *broken)
+    assert code == 4
+    assert err.startswith("Traceback") and err.endswith(
+        "defuse: unexpected ZeroDivisionError: division by zero\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["DEFUSE_FORWARDED_FOR", "DEFUSE_CACHE"])
+def test_a_wrong_value_of_another_variable_shows_no_traceback(broken, monkeypatch, capsys, name):
+    monkeypatch.delenv("DEFUSE_DEBUG", raising=False)
+    monkeypatch.setenv(name, "~nosuchuser/cache")
+    code, _, err = call(monkeypatch, capsys, *broken)
+    assert code == 4
+    assert one_line(err).endswith("division by zero (DEFUSE_DEBUG=1 shows where)")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("DEFUSE_CACHE", "~nosuchuser/cache"), ("XDG_CACHE_HOME", "~nosuchuser/cache/defuse")],
+)
+def test_a_cache_below_an_unknown_home_is_one_line_for_what_uses_it(monkeypatch, capsys, name, shown):
+    monkeypatch.delenv("DEFUSE_CACHE", raising=False)
+    monkeypatch.setenv(name, "~nosuchuser/cache")
+    code, _, err = call(monkeypatch, capsys, "label-studio", "status")
+    assert code == 2
+    assert one_line(err).startswith(f"defuse: {shown}: this machine knows no such home folder")
+    assert one_line(err).endswith("set DEFUSE_CACHE, XDG_CACHE_HOME or HOME to a folder")
