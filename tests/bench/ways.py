@@ -55,13 +55,22 @@ def row_of(folder: Path) -> Row:
         "left out of the tuning: before, plain, corrected": _shares(
             left["before"], left["plain"], left["defuse"]
         ),
+        "left out with a confusion that is tuned on: plain, corrected": _confusion(
+            evidence["left_out_known_confusion"]
+        ),
+        "left out with a new confusion: plain, corrected": _confusion(evidence["left_out_new_confusion"]),
         "real failures: plain, corrected": _shares(real["plain"], real["defuse"])
         + f" of {evidence['real_failure_images']}",
+        "better and worse than plain: scenarios; real failures": "; ".join(
+            _pairs(evidence["against_plain"][key]) for key in ("scenarios", "real_failures")
+        ),
+        "scenarios confirmed; worse": "; ".join(
+            f"{sum(bool((each['evidence'] or {}).get(key)) for each in found['list'])} of {found['accepted']}"
+            for key in ("confirmed", "worse")
+        ),
         "test: before, failures alone, corrected": _accuracies(accuracy, "test"),
         "validation": _accuracies(accuracy, "validation"),
-        "McNemar": f"+{mcnemar['gained']:.0f} -{mcnemar['lost']:.0f}, p {mcnemar['p_value']:.2g}"
-        if mcnemar
-        else "-",
+        "test, gained and lost: plain; corrected": f"{_changes(evidence['mcnemar_plain'])}; {_changes(mcnemar)}",
         "answers per accepted scenario": f"{report['votes']['answers'] / max(1, found['accepted']):.0f}",
         "seconds": seconds.read_text() if seconds.exists() else "-",
     }
@@ -76,6 +85,19 @@ def _shares(*shares: dict[str, Any] | None) -> str:
     return " -> ".join(
         "-" if each is None or each["value"] is None else f"{each['value']:.1%}" for each in shares
     )
+
+
+def _confusion(part: dict[str, Any]) -> str:
+    shares = _shares(*({"value": part[key]} for key in ("plain", "defuse")))
+    return f"{shares} of {part['count']}" if part["count"] else "-"
+
+
+def _pairs(pairs: dict[str, Any] | None) -> str:
+    return f"+{pairs['better']} -{pairs['worse']}, p {pairs['p_value']:.1g}" if pairs else "-"
+
+
+def _changes(test: dict[str, Any] | None) -> str:
+    return f"+{test['gained']:.0f} -{test['lost']:.0f}, p {test['p_value']:.1g}" if test else "-"
 
 
 def _accuracies(accuracy: dict[str, Any], part: str) -> str:
