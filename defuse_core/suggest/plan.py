@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
+from defuse_core.evaluation.controls import PLAIN_TRAININGS
 from defuse_core.models import (
     ReferenceCnn,
     build_vae,
@@ -34,7 +35,8 @@ TRIAL_S = 1.0  # each speed is measured for so long
 TRIAL_BATCH = 64
 THREADS = 2  # resources.train_threads
 RESERVE = 0.85  # of the time, for reading images, the mixture and the report
-SHARES = {"classifier": 0.15, "vae": 0.35, "identify": 0.15, "references": 0.15, "correct": 0.2}
+SHARES = {"classifier": 0.15, "vae": 0.3, "identify": 0.1, "references": 0.15, "correct": 0.3}
+CONTROLS = PLAIN_TRAININGS + 2  # trainings of evidence beside the two sweeps; the others are of the two folds
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
@@ -214,7 +216,8 @@ def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
     """Return the seconds of training, identification and fine-tuning as planned, on `count` training images."""
     reference, correct = tree["review"]["reference"], tree["correct"]
     reference_images = min(reference.get("train_images", count), count / 2)
-    tunings = 2 * len(correct["lambdas"]) * correct["epochs"] * correct.get("train_images", count)
+    trainings = 2 * len(correct["lambdas"]) + CONTROLS
+    tunings = trainings * correct["epochs"] * correct.get("train_images", count)
     return float(
         tree["classifier"]["epochs"] * count / speeds.classifier
         + tree["vae"]["epochs"] * count / speeds.vae
@@ -238,10 +241,14 @@ def _reference(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
 
 
 def _correct(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
-    """Return section correct. Two sweeps; an epoch visits every image of D, and as many of D_f, and scores both."""
+    """Return section correct: two sweeps and the controls.
+
+    An epoch visits every image of D, and as many of D_f, and scores both.
+    """
     epochs, visits = 3, seconds * speeds.classifier
-    per_lambda = 2 * epochs * 3.0 * count
-    lambdas = _clamp(visits / per_lambda, 2, 4)
+    per_training = epochs * 3.0 * count
+    lambdas = _clamp((visits / per_training - CONTROLS) / 2, 2, 4)
+    all_trainings = (2 * lambdas + CONTROLS) * per_training
     section: dict[str, Any] = {
         "lambdas": LAMBDAS[lambdas],
         "epochs": epochs,
@@ -249,8 +256,8 @@ def _correct(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
         "choose_by": "tune",
         "max_loss": 0.005,
     }
-    if visits < lambdas * per_lambda:
-        section["train_images"] = max(min(count, 500), int(count * visits / (lambdas * per_lambda)))
+    if visits < all_trainings:
+        section["train_images"] = max(min(count, 500), int(count * visits / all_trainings))
     return section
 
 

@@ -21,6 +21,7 @@ from defuse_core.config.loading import describe_fields
 from defuse_core.errors import DataError
 from defuse_core.suggest import inspect_data
 from defuse_core.suggest.inspect import _pictures
+from defuse_core.suggest.plan import Speeds, _correct
 from defuse_core.suggest.write import _comment
 from services.cli.options import run_name
 from tests.e2e.test_cli import call, one_line
@@ -327,3 +328,12 @@ def test_fields_shows_values_bounds_and_defaults(monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "fields", "vea")
     assert code == 2
     assert "no such section or field; it has seed, data, classifier" in one_line(err)
+
+
+@pytest.mark.parametrize("seconds", [60, 200, 1000])
+def test_the_time_to_correct_holds_the_sweeps_and_the_trainings_that_evidence_compares_with(seconds: int):
+    section = _correct(20_000, seconds, Speeds(1.0, 1.0, 3000.0, 1.0))
+    trainings = 2 * len(section["lambdas"]) + 3 + 2  # plain ones, and those without a fold
+    visits = 3 * trainings * section["epochs"] * section.get("train_images", 20_000)
+    assert visits == pytest.approx(seconds * 3000, rel=0.25)
+    assert visits <= seconds * 3000
