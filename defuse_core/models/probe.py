@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defuse_core.artifacts import F64, I64
+from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
@@ -23,6 +23,7 @@ log = logging.getLogger("defuse")
 BATCH = 8  # images of the check of outputs
 SAMPLE = 512  # training images, evenly spaced, of the accuracies by input range
 CLEARLY_BETTER = 0.05  # in accuracy
+SIGNIFICANT = 3.0  # standard errors of images gained less images lost
 
 
 def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Images, classes: int) -> None:
@@ -132,10 +133,9 @@ class ClassifierProbe:
 
     images: int
     by_range: dict[str, float]  # input range -> accuracy
-    class_order: (
-        tuple[int, ...] | None
-    )  # index of each class's logit, where another order fits clearly better
-    reordered: float  # accuracy in that order
+    # index of each class's logit, where another order is clearly better on images it was not fitted to
+    class_order: tuple[int, ...] | None
+    reordered: float  # accuracy in that order, on those images
     names: tuple[str, ...] | None  # class names of the model's own configuration, in the order of its logits
     answers: int  # different classes among its answers
 
@@ -148,7 +148,11 @@ class ClassifierProbe:
 def probe_classifier(
     classifier: nn.Module, section: ClassifierSection, images: Images, classes: Sequence[str]
 ) -> ClassifierProbe:
-    """Return what at most 512 training images show: accuracy by input range, and the order of the classes."""
+    """Return what at most 512 training images show: accuracy by input range, and the order of the classes.
+
+    The order is that of the model's own class names where it has those of the data set; else it is fitted. It counts
+    where it is clearly better on half of the images, which the order that is judged was not fitted to.
+    """
     sample = images.take(evenly_spaced(len(images), SAMPLE))
     external = section.architecture in EXTERNAL
     ranges = list(INPUT_RANGES) if external else [section.input_range]
@@ -156,33 +160,46 @@ def probe_classifier(
     by_range = {name: float((found.argmax(axis=1) == sample.labels).mean()) for name, found in logits.items()}
     best = max(by_range, key=lambda name: (by_range[name], name == section.input_range))
     answers = logits[best].argmax(axis=1)
-    order, reordered = fitting_order(answers, sample.labels, len(classes))
     names = class_names_of(classifier)
+    by_class = np.argsort(sample.labels, kind="stable")
+    fitted, unseen = by_class[::2], by_class[1::2]  # both have images of every class that has two
     if names is not None and set(names) == set(classes):
-        order = np.array([names.index(name) for name in classes])
-        reordered = float((order[sample.labels] == answers).mean())
+        order = judged = np.array([names.index(name) for name in classes])
+    else:
+        order = fitting_order(answers, sample.labels, len(classes))
+        judged = fitting_order(answers[fitted], sample.labels[fitted], len(classes))
+    before = answers[unseen] == sample.labels[unseen]
+    after = answers[unseen] == judged[sample.labels[unseen]]
+    clearly = _clearly_better(before, after)
     if section.class_order is not None:  # the logits were reordered already
         order = np.array(section.class_order)[order]
-    is_other = tuple(order) != (section.class_order or tuple(range(len(classes))))
-    clearly = is_other and reordered > by_range[best] + CLEARLY_BETTER
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,
         class_order=tuple(int(index) for index in order) if clearly else None,
-        reordered=reordered,
+        reordered=float(after.mean()) if len(after) else 0.0,
         names=names,
         answers=len(np.unique(answers)),
     )
 
 
-def fitting_order(answers: I64, labels: I64, classes: int) -> tuple[I64, float]:
-    """Return for each class the answer that fits it in the best one-to-one assignment, and the accuracy under it."""
+def fitting_order(answers: I64, labels: I64, classes: int) -> I64:
+    """Return for each class the answer that fits it in the best one-to-one assignment.
+
+    A class without an image keeps its own answer, unless another class takes it.
+    """
     from scipy.optimize import linear_sum_assignment  # takes a quarter of a second to import, in every worker
 
-    table = np.zeros((classes, classes))
+    table = 0.5 * np.eye(classes)  # less than one image
     np.add.at(table, (labels, answers), 1)
-    _, order = linear_sum_assignment(table, maximize=True)
-    return order, float(table[np.arange(classes), order].sum() / max(1, len(labels)))
+    order: I64 = linear_sum_assignment(table, maximize=True)[1]
+    return order
+
+
+def _clearly_better(before: Bool, after: Bool) -> bool:
+    """Whether more of the same images are right after a change, by much, and by more than chance explains."""
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    return gained - lost > max(CLEARLY_BETTER * len(before), SIGNIFICANT * (gained + lost) ** 0.5)
 
 
 def _logits(classifier: nn.Module, section: ClassifierSection, images: Images, input_range: str) -> F64:

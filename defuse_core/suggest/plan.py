@@ -83,24 +83,30 @@ def plan_run(
     splits = open_splits(spec.data, spec.seed)
     sample = splits.train.take(slice(0, None, max(1, len(splits.train) // 512))).loaded()
     with cpu_threads(THREADS):
-        probe = None
+        probe, noted = None, [] if sized.note is None else [sized.note]
         if own is not None:
             probe = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
-            _set_probed(tree["classifier"], probe)
+            noted += _set_probed(tree["classifier"], probe)
         speeds = _measured(spec, classifier, sample, progress)
     warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     parse_run_file(tree, "the suggested run file")
-    noted = [] if sized.note is None else [sized.note]
     return Plan(tree, facts, speeds, probe, (*facts.warnings, *noted, *warnings, *_probe_warnings(probe)))
 
 
-def _set_probed(section: dict[str, Any], probe: ClassifierProbe) -> None:
-    """Write what the probe found into section `classifier`."""
+def _set_probed(section: dict[str, Any], probe: ClassifierProbe) -> list[str]:
+    """Write what the probe found into section `classifier`. Returns notes of what was written."""
+    notes = list[str]()
     best = probe.best_range(section.get("input_range", "0..1"))
     if best != "0..1":
         section["input_range"] = best
     if probe.class_order is not None:
         section["class_order"] = list(probe.class_order)
+        notes.append(
+            f"classifier.class_order is set, since the classifier seems to number the classes otherwise: right on "
+            f"{probe.reordered:.0%} of training images that the order was not fitted to; remove it if that is a fault of "
+            "the classifier"
+        )
+    return notes
 
 
 def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:

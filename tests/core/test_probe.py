@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from defuse_core.config import ClassifierSection
-from defuse_core.data import Splits, open_splits
+from defuse_core.data import Images, Splits, open_splits
 from defuse_core.errors import ModelError
 from defuse_core.models import accuracy, check_outputs, log_classifier, probe_classifier
 from defuse_core.models.adapters import adapt, as_logits, find_logits, to_range
@@ -100,9 +100,43 @@ def test_logits_are_found_wherever_classifiers_put_them():
 
 
 def test_the_best_order_is_a_one_to_one_assignment():
-    order, share = fitting_order(np.array([1, 1, 2, 0]), np.array([0, 0, 1, 2]), 3)
-    assert order.tolist() == [1, 2, 0]
-    assert share == 1.0
+    assert fitting_order(np.array([1, 1, 2, 0]), np.array([0, 0, 1, 2]), 3).tolist() == [1, 2, 0]
+
+
+class Reading(nn.Module):
+    """Answers with the level of the one pixel that an image has."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answers = (255 * images.flatten()).round().long().clamp(0, self.classes - 1)
+        return nn.functional.one_hot(answers, self.classes).float()
+
+
+def order_found(answers: np.ndarray, labels: np.ndarray, classes: int) -> tuple[int, ...] | None:
+    images = Images(answers.astype(np.uint8).reshape(-1, 1, 1, 1), labels)
+    return probe_classifier(Reading(classes), section(), images, [*map(str, range(classes))]).class_order
+
+
+@pytest.mark.parametrize(("classes", "right"), [(200, 0.7), (200, 0.5), (100, 0.8), (250, 0.0)])
+def test_an_order_that_explains_the_errors_of_few_images_alone_is_not_found(classes, right):
+    labels = np.repeat(np.arange(classes), 2)
+    wrong = np.random.default_rng(0).random(len(labels)) >= right
+    others = np.random.default_rng(1).integers(0, classes, len(labels))
+    assert order_found(np.where(wrong, others, labels), labels, classes) is None
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_another_order_of_many_classes_is_found_however_the_images_are_sorted(in_turn):
+    labels = np.arange(400) % 40 if in_turn else np.repeat(np.arange(40), 10)
+    order = np.random.default_rng(0).permutation(40)
+    assert order_found(order[labels], labels, 40) == tuple(order)
+
+
+def test_a_class_without_images_keeps_its_own_answer():
+    assert fitting_order(np.array([1, 0]), np.array([0, 1]), 4).tolist() == [1, 0, 2, 3]
 
 
 def test_a_class_order_that_is_no_permutation_is_refused():

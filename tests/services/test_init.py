@@ -146,6 +146,21 @@ def test_a_state_dict_with_its_factory_is_taken(pictures, tmp_path, monkeypatch,
     assert "class_order" not in tree["classifier"]
 
 
+def test_another_order_of_the_classes_is_written_with_a_note(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    weights = trained().state_dict()
+    rolled = {name: weights[name].roll(3, dims=0) for name in ("body.5.weight", "body.5.bias")}
+    torch.save(weights | rolled, "own.pth")
+    tree, out = start(
+        monkeypatch, capsys, pictures, "--classifier", "tests.own_classifiers:plain", "--weights", "own.pth"
+    )
+    assert tree["classifier"]["class_order"] == [3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
+    assert (
+        "note        classifier.class_order is set, since the classifier seems to number the classes" in out
+    )
+    assert "# Note: classifier.class_order is set" in Path("digits.yaml").read_text()
+
+
 def colour_picture(path: Path, width: int, height: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
