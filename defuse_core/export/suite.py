@@ -45,13 +45,12 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
+from defuse_core.models.probe import far_better_range
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
 
 VERSION: Final = 2  # 1 had no classifier, and asked where the correction improved nothing
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
-# accuracy from which another input range is likely the right one, and how much more than in the given one
-MOSTLY, CLEARLY_MORE = 0.5, 0.2
 SHEET = 8  # pictures per row and column of an overview
 
 
@@ -195,9 +194,11 @@ class Suite:
         """Return the input range that a classifier of the user's own seems to expect, if it is not the given one."""
         spec = self._run_file(section)
         probe = probe_classifier(classifier, spec.classifier, self._images(), self.description.classes)
-        given, best = spec.classifier.input_range, max(probe.by_range, key=lambda name: probe.by_range[name])
-        found = BetterRange(best, probe.by_range[best], given, probe.by_range[given])
-        return found if found.accuracy >= max(MOSTLY, found.given_accuracy + CLEARLY_MORE) else None
+        given = spec.classifier.input_range
+        best = far_better_range(probe.by_range, given)
+        if best is None:
+            return None
+        return BetterRange(best, probe.by_range[best], given, probe.by_range[given])
 
     def _images(self) -> Images:
         """Return the pictures of all scenarios, one after the other."""

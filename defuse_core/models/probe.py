@@ -23,6 +23,8 @@ log = logging.getLogger("defuse")
 BATCH = 8  # images of the check of outputs
 SAMPLE = 512  # training images, evenly spaced, of the accuracies by input range
 CLEARLY_BETTER = 0.05  # in accuracy
+# accuracy from which another input range is likely the right one, and how much more than in the given one
+MOSTLY, FAR_BETTER = 0.5, 0.2
 SIGNIFICANT = 3.0  # standard errors of images gained less images lost
 
 
@@ -133,6 +135,9 @@ class ClassifierProbe:
 
     images: int
     by_range: dict[str, float]  # input range -> accuracy
+    needed_range: (
+        str  # the given one, unless it is right on under half of the images and another is far better
+    )
     # index of each class's logit, where another order is clearly better on images it was not fitted to
     class_order: tuple[int, ...] | None
     reordered: float  # accuracy in that order, on those images
@@ -143,6 +148,12 @@ class ClassifierProbe:
         """Return the input range that is clearly better than the given one, or the given one."""
         best = max(self.by_range, key=lambda name: self.by_range[name])
         return best if self.by_range[best] > self.by_range[given] + CLEARLY_BETTER else given
+
+
+def far_better_range(by_range: dict[str, float], given: str) -> str | None:
+    """Return the input range that is far more often right than the given one, and mostly right; None without one."""
+    best = max(by_range, key=lambda name: by_range[name])
+    return best if by_range[best] >= max(MOSTLY, by_range[given] + FAR_BETTER) else None
 
 
 def probe_classifier(
@@ -158,8 +169,10 @@ def probe_classifier(
     ranges = list(INPUT_RANGES) if external else [section.input_range]
     logits = {name: _logits(classifier, section, sample, name) for name in ranges}
     by_range = {name: float((found.argmax(axis=1) == sample.labels).mean()) for name, found in logits.items()}
-    best = max(by_range, key=lambda name: (by_range[name], name == section.input_range))
-    answers = logits[best].argmax(axis=1)
+    needed: str = section.input_range
+    if by_range[needed] < MOSTLY:
+        needed = far_better_range(by_range, needed) or needed
+    answers = logits[needed].argmax(axis=1)
     names = class_names_of(classifier)
     by_class = np.argsort(sample.labels, kind="stable")
     fitted, unseen = by_class[::2], by_class[1::2]  # both have images of every class that has two
@@ -176,6 +189,7 @@ def probe_classifier(
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,
+        needed_range=needed,
         class_order=tuple(int(index) for index in order) if clearly else None,
         reordered=float(after.mean()) if len(after) else 0.0,
         names=names,
@@ -199,7 +213,7 @@ def fitting_order(answers: I64, labels: I64, classes: int) -> I64:
 def _clearly_better(before: Bool, after: Bool) -> bool:
     """Whether more of the same images are right after a change, by much, and by more than chance explains."""
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-    return gained - lost > max(CLEARLY_BETTER * len(before), SIGNIFICANT * (gained + lost) ** 0.5)
+    return bool(gained - lost > max(CLEARLY_BETTER * len(before), SIGNIFICANT * (gained + lost) ** 0.5))
 
 
 def _logits(classifier: nn.Module, section: ClassifierSection, images: Images, input_range: str) -> F64:
@@ -240,14 +254,14 @@ def warnings_of(
     best = probe.best_range(section.input_range)
     if best != section.input_range:
         lines.append(
-            f"it seems to expect pixels in the range {best} ({probe.by_range[best]:.1%} right, "
-            f"{probe.by_range[section.input_range]:.1%} with {section.input_range}); "
-            f"set classifier.input_range: {best}"
+            f"it is right on {probe.by_range[best]:.1%} of {probe.images} training images with pixels in the range "
+            f"{best}, on {probe.by_range[section.input_range]:.1%} with {section.input_range}; set "
+            f"classifier.input_range: {best} if it was trained on that"
         )
     if probe.class_order is not None:
         lines.append(
-            f"it seems to number the classes otherwise ({probe.reordered:.1%} right in another order); set "
-            f"classifier.class_order: {list(probe.class_order)}"
+            f"it seems to number the classes otherwise ({probe.reordered:.1%} right in another order); if it does, "
+            f"set classifier.class_order: {list(probe.class_order)}"
         )
     elif probe.names is not None and set(probe.names) != set(classes):
         lines.append(f"its configuration names other classes than the data set: {_listed(probe.names)}")

@@ -26,7 +26,7 @@ from defuse_core.models import (
     to_device,
     to_tensor,
 )
-from defuse_core.models.probe import ClassifierProbe
+from defuse_core.models.probe import MOSTLY, ClassifierProbe
 from defuse_core.progress import Progress, silent
 from defuse_core.suggest.image_size import fit_image_size
 from defuse_core.suggest.inspect import DataFacts
@@ -94,19 +94,44 @@ def plan_run(
 
 
 def _set_probed(section: dict[str, Any], probe: ClassifierProbe) -> list[str]:
-    """Write what the probe found into section `classifier`. Returns notes of what was written."""
-    notes = list[str]()
-    best = probe.best_range(section.get("input_range", "0..1"))
-    if best != "0..1":
-        section["input_range"] = best
-    if probe.class_order is not None:
-        section["class_order"] = list(probe.class_order)
-        notes.append(
-            f"classifier.class_order is set, since the classifier seems to number the classes otherwise: right on "
-            f"{probe.reordered:.0%} of training images that the order was not fitted to; remove it if that is a fault of "
-            "the classifier"
-        )
+    """Write into section `classifier` what the classifier plainly needs and the section does not say.
+
+    Returns notes of what was written, and of what is only better, since that may be due to the fault that is sought.
+    """
+    notes = []
+    if "input_range" not in section:
+        notes += _set_range(section, probe, "0..1")
+    if "class_order" not in section and probe.class_order is not None:
+        notes.append(_set_order(section, probe, list(probe.class_order)))
     return notes
+
+
+def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> list[str]:
+    best = probe.best_range(given)
+    if best == given:
+        return []
+    right = (
+        f"right on {probe.by_range[best]:.1%} of {probe.images} training images with pixels in the range {best}, on "
+        f"{probe.by_range[given]:.1%} with {given}"
+    )
+    if probe.needed_range == given:
+        return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
+    section["input_range"] = best
+    return [f"classifier.input_range is set to {best}: {right}; remove it if it was trained on {given}"]
+
+
+def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
+    right = f"right on {probe.reordered:.1%} of training images that the order was not fitted to"
+    if probe.reordered < MOSTLY or probe.by_range[probe.needed_range] >= MOSTLY:
+        return (
+            f"the classifier seems to number the classes otherwise ({right}); set classifier.class_order: {order} if "
+            "it does"
+        )
+    section["class_order"] = order
+    return (
+        f"classifier.class_order is set, since the classifier seems to number the classes otherwise ({right}); remove "
+        "it if it does not"
+    )
 
 
 def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:

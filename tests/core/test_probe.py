@@ -12,7 +12,7 @@ from defuse_core.data import Images, Splits, open_splits
 from defuse_core.errors import ModelError
 from defuse_core.models import accuracy, check_outputs, log_classifier, probe_classifier
 from defuse_core.models.adapters import adapt, as_logits, find_logits, to_range
-from defuse_core.models.probe import fitting_order
+from defuse_core.models.probe import far_better_range, fitting_order
 from tests.conftest import tiny
 from tests.own_classifiers import IMAGENET, digits, trained
 
@@ -54,6 +54,19 @@ def test_the_input_range_that_a_classifier_was_trained_on_is_found_and_then_give
     assert accuracy(adapted, splits.train) == pytest.approx(probe.by_range[wanted])
     again = probe_classifier(adapted, section(input_range=wanted), splits.train, splits.classes)
     assert again.by_range == probe.by_range
+
+
+@pytest.mark.parametrize(("bias", "far", "needed"), [(6, False, False), (9, True, False), (20, True, True)])
+def test_an_input_range_that_heals_a_fault_is_better_and_needed_only_where_most_answers_are_wrong(
+    bias, far, needed, splits
+):
+    net = trained()
+    with torch.no_grad():
+        net.body[-1].bias[8] += bias
+    probe = probe_classifier(net, section(), splits.train, splits.classes)
+    assert probe.best_range("0..1") != "0..1"
+    assert (far_better_range(probe.by_range, "0..1") is not None) == far
+    assert (probe.needed_range != "0..1") == needed
 
 
 def test_another_order_of_the_classes_is_found_and_then_set_right(splits, caplog):

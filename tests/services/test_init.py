@@ -132,6 +132,7 @@ def test_the_range_that_a_program_expects_and_its_probabilities_are_written(
     assert (section["epochs"], section["outputs"]) == (0, "probabilities")
     assert section.get("input_range") == "0..255"
     assert "0..255 " in out
+    assert "note        classifier.input_range is set to 0..255: right on" in out
     load_run_file(Path("digits.yaml"))
 
 
@@ -144,6 +145,22 @@ def test_a_state_dict_with_its_factory_is_taken(pictures, tmp_path, monkeypatch,
     assert tree["classifier"]["import_path"] == "tests.own_classifiers:plain"
     assert tree["classifier"]["epochs"] == 0
     assert "class_order" not in tree["classifier"]
+
+
+def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_not_written(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    weights = trained().state_dict()
+    weights["body.5.bias"] = weights["body.5.bias"] + 8 * torch.eye(10)[8]  # takes many images for an 8
+    torch.save(weights, "own.pth")
+    tree, out = start(
+        monkeypatch, capsys, pictures, "--classifier", "tests.own_classifiers:plain", "--weights", "own.pth"
+    )
+    assert "input_range" not in tree["classifier"]
+    assert re.search(
+        r"note +the classifier is right on 99.\d% of 204 .* set classifier.input_range: imagenet if", out
+    )
 
 
 def test_another_order_of_the_classes_is_written_with_a_note(pictures, tmp_path, monkeypatch, capsys):
