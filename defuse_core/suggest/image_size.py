@@ -121,7 +121,7 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
 
 
 def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> float:
-    """Return the accuracy on SAMPLE training images, in the input range and order of classes that fits best."""
+    """Return the accuracy on SAMPLE training images, in the best input range or confirmed order of classes."""
     rows = evenly_spaced(len(images), SAMPLE)
     sample = images.take(rows).loaded()  # the probe reads it once for each input range
     probe = probe_classifier(classifier, spec.classifier, sample, facts.classes)

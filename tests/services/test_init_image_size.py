@@ -12,7 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from defuse_core.data import Images
+from defuse_core.data.images import evenly_spaced
+from defuse_core.suggest import DataFacts
+from defuse_core.suggest.image_size import _accuracy
 from defuse_core.suggest.plan import Speeds
+from tests.conftest import tiny
+from tests.core.test_probe import CUSTOM, Reading
 from tests.e2e.test_cli import call, one_line
 
 HERE = "tests.services.test_init_image_size"
@@ -95,6 +101,18 @@ def test_where_the_pictures_own_size_cannot_be_the_size_at_which_the_classifier_
     assert note.replace("60 training", "51 training") in printed  # 15 % are held out
     assert "% at 64" in printed
     assert "100% at 128" in printed
+
+
+@pytest.mark.parametrize("classes", [50, 200])
+def test_sizes_are_compared_without_an_order_of_classes_that_explains_the_errors_of_few_images(classes):
+    labels = np.arange(classes)
+    wrong = np.random.default_rng(0).random(classes) < 0.6
+    answers = np.where(wrong, np.random.default_rng(1).integers(0, classes, classes), labels)
+    images = Images(answers.astype(np.uint8).reshape(-1, 1, 1, 1), labels)
+    sample = evenly_spaced(classes, 64)
+    facts = DataFacts("folder", Path(), 1, 1, 16, 1, False, tuple(map(str, labels)), {}, ())
+    right = _accuracy(Reading(classes), tiny(classifier=CUSTOM), images, facts)
+    assert right == (answers == labels)[sample].mean()
 
 
 def test_a_classifier_that_is_right_at_any_size_gets_the_suggested_one(monkeypatch, capsys):
