@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -38,7 +38,9 @@ class SizedClassifier:
 
     module: nn.Module
     tree: dict[str, Any]
-    note: str | None  # where the pictures have another size than their owner's classifier gets
+    notes: tuple[
+        str, ...
+    ]  # where the pictures have other sizes or colours than their owner's classifier gets
 
 
 def fit_image_size(
@@ -48,11 +50,40 @@ def fit_image_size(
 
     `own` is section `classifier` for a classifier of the user's own, without what the probe finds. That one gets the
     pictures' own size where it takes it and they are square: most were trained on it. Otherwise, one with weights gets
-    the smallest of the usual sizes, from the suggested one on, at which it is about as often right as at any. Raises
-    InputError for a size that cannot be, ModelError where the classifier takes none.
+    the smallest of the usual sizes, from the suggested one on, at which it is about as often right as at any. One that
+    takes no size of them gets the pictures in colour instead of grey, or in grey instead of colour, if it takes those.
+    Raises InputError for a size that cannot be, ModelError where the classifier takes none.
     """
     if asked is not None:
         _expect_usable(asked, facts)
+    try:
+        return _with_outputs(facts, own, asked, progress)
+    except ModelError:
+        if own is None or (facts.name == "npz" and facts.channels == 3):  # colour arrays are not made grey
+            raise
+        sized = _in_other_colours(facts, own, asked, progress)
+        if sized is None:
+            raise
+        return sized
+
+
+def _in_other_colours(
+    facts: DataFacts, own: dict[str, Any], asked: int | None, progress: Progress
+) -> SizedClassifier | None:
+    """Return the classifier for grey pictures in colour, or colour ones in grey; None where it does not take them."""
+    channels, look, takes = (3, "grey", "colour") if facts.channels == 1 else (1, "in colour", "grey")
+    try:
+        sized = _with_outputs(replace(facts, channels=channels), own, asked, progress)
+    except ModelError:
+        return None
+    note = f"the pictures look {look}, but the classifier takes {takes} ones, so data.channels is {channels}"
+    return replace(sized, notes=(*sized.notes, note))
+
+
+def _with_outputs(
+    facts: DataFacts, own: dict[str, Any] | None, asked: int | None, progress: Progress
+) -> SizedClassifier:
+    """Return the sized classifier, with outputs: probabilities where it returns those."""
     try:
         return _sized(facts, own, asked, progress)
     except ModelError as error:
@@ -91,8 +122,8 @@ def _sized(
     best = max(accuracies.values())
     as_right = [size for size, right in accuracies.items() if right >= best - AS_RIGHT]
     size = min(as_right, key=lambda size: (size < facts.image_size, size))
-    note = None if own is None or asked is not None else _note(facts, size, accuracies, len(images))
-    return SizedClassifier(classifier, _sections(facts, own, size), note)
+    notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, len(images))
+    return SizedClassifier(classifier, _sections(facts, own, size), tuple(notes))
 
 
 def _sizes_to_try(facts: DataFacts, own: bool) -> list[int]:
@@ -135,15 +166,15 @@ def _no_size(first: ModelError, sizes: list[int]) -> ModelError:
     return ModelError(f"{first}; tried sizes {tried}: give the one that it was trained on with --image-size")
 
 
-def _note(facts: DataFacts, size: int, accuracies: dict[int, float], count: int) -> str | None:
+def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int) -> list[str]:
     """Return what to know where the classifier gets another size than the pictures have."""
     if (facts.height, facts.width) == (size, size):
-        return None
+        return []
     line = f"the classifier gets {size}x{size} pixels, but the pictures have {facts.width}x{facts.height}"
     if len(accuracies) > 1:
         by_size = ", ".join(f"{right:.0%} at {side}" for side, right in sorted(accuracies.items()))
         line += f"; of {min(SAMPLE, count)} training images it is right on {by_size}"
-    return f"{line}; if it was trained on another size, give that with --image-size"
+    return [f"{line}; if it was trained on another size, give that with --image-size"]
 
 
 def _sections(facts: DataFacts, own: dict[str, Any] | None, size: int) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def plan_run(
     splits = open_splits(spec.data, spec.seed)
     sample = splits.train.take(slice(0, None, max(1, len(splits.train) // 512))).loaded()
     with cpu_threads(THREADS):
-        probe, noted = None, [] if sized.note is None else [sized.note]
+        probe, noted = None, list(sized.notes)
         if own is not None:
             probe = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
             noted += _set_probed(tree["classifier"], probe)

@@ -89,7 +89,7 @@ def _print_plan(plan: Plan, path: Path, minutes: float) -> None:
     data = plan.tree["data"]
     click.echo(f"images      {counts}; {len(facts.classes)} classes; {facts.width}x{facts.height} pixels")
     click.echo(
-        f"used as     {data['image_size']}x{data['image_size']}, {'grey' if facts.channels == 1 else 'colour'}"
+        f"used as     {data['image_size']}x{data['image_size']}, {'grey' if data['channels'] == 1 else 'colour'}"
     )
     if plan.probe is not None:
         ranges = ", ".join(f"{name} {share:.1%}" for name, share in plan.probe.by_range.items())

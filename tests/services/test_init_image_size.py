@@ -56,6 +56,10 @@ def of_48() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(48 * 48, 2))
 
 
+def of_48_in_colour() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 1, 1), nn.Flatten(), nn.Linear(48 * 48, 2))
+
+
 def of_8() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 2))
 
@@ -64,15 +68,17 @@ def of_40() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(40 * 40, 2))
 
 
-def suggested(monkeypatch, capsys, width: int, height: int, factory: str, *options: object) -> tuple:
-    """Return exit code, section data and what was printed, for dark and bright grey pictures of a size."""
+def suggested(
+    monkeypatch, capsys, width: int, height: int, factory: str, *options: object, coloured: bool = False
+) -> tuple:
+    """Return exit code, section data and what was printed, for dark and bright pictures of a size."""
     for name, level in (("black", 20), ("white", 230)):
         folder = Path("photos/train", name)
         folder.mkdir(parents=True)
         for number in range(30):
-            Image.fromarray(np.full((height, width), level + number % 3, np.uint8)).save(
-                folder / f"{number}.png"
-            )
+            pixels = np.full((height, width, 3), level + number % 3, np.uint8)
+            pixels[..., 0] += 20 * coloured
+            Image.fromarray(pixels).save(folder / f"{number}.png")
     net = globals()[factory]()
     save_file(net.state_dict(), "own.safetensors")
     chosen = ["--classifier", f"{HERE}:{factory}", "--weights", "own.safetensors"]
@@ -118,6 +124,22 @@ def test_sizes_are_compared_without_an_order_of_classes_that_explains_the_errors
 def test_a_classifier_that_is_right_at_any_size_gets_the_suggested_one(monkeypatch, capsys):
     code, data, printed = suggested(monkeypatch, capsys, 60, 40, "of_any_size")
     assert (code, data.get("image_size")) == (0, 32), printed
+
+
+def test_a_classifier_of_colour_pictures_gets_grey_ones_in_colour_and_a_note_says_so(monkeypatch, capsys):
+    code, data, printed = suggested(monkeypatch, capsys, 48, 48, "of_48_in_colour")
+    assert (code, data.get("image_size"), data.get("channels")) == (0, 48, 3), printed
+    assert "used as     48x48, colour" in printed
+    assert (
+        "note        the pictures look grey, but the classifier takes colour ones, so data.channels is 3"
+        in printed
+    )
+
+
+def test_a_classifier_of_grey_pictures_gets_colour_ones_in_grey(monkeypatch, capsys):
+    code, data, printed = suggested(monkeypatch, capsys, 48, 48, "of_48", coloured=True)
+    assert (code, data.get("image_size"), data.get("channels")) == (0, 48, 1), printed
+    assert "the pictures look in colour, but the classifier takes grey ones, so data.channels is 1" in printed
 
 
 def test_a_size_can_be_asked_for(monkeypatch, capsys):
