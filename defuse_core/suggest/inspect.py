@@ -17,7 +17,7 @@ from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
 from defuse_core.data.appearance import odd_images
 from defuse_core.data.folder import MAX_NAMED_CLASSES, SUFFIXES, folder_classes, part_of, walk_files
-from defuse_core.data.images import convert_picture
+from defuse_core.data.images import convert_picture, evenly_spaced
 from defuse_core.data.npz import image_shape, read_arrays
 from defuse_core.errors import DataError
 
@@ -154,18 +154,24 @@ def _has_pictures(folder: Path) -> bool:
         return False
 
 
-def _pictures(folder: Path, limit: int) -> list[str]:
-    """Return the first files of a class, as a run reads them."""
+def _pictures(folder: Path, limit: int | None = None) -> list[str]:
+    """Return the first files of a class, or all, as a run reads them."""
     images = (path for path in walk_files(folder) if path.lower().endswith(SUFFIXES))
     return list(itertools.islice(images, limit))
 
 
+def _some_pictures(folder: Path, most: int) -> list[str]:
+    """Return evenly spaced files of a class, since files of one source often come first."""
+    found = sorted(_pictures(folder))
+    return [found[row] for row in evenly_spaced(len(found), most)]
+
+
 def _look_at_pictures(train: Path) -> tuple[int, int, int]:
-    """Return median height, median width, and 1 or 3 channels of pictures of every class."""
+    """Return median height, median width, and 1 or 3 channels of pictures of every class, evenly spaced."""
     folders = [train / name for name in folder_classes(train)]
-    each = max(1, SAMPLE // max(1, len(folders)))
+    each = max(2, SAMPLE // len(folders))
     sizes, coloured = [], False
-    for path in [path for folder in folders for path in _pictures(folder, each)]:
+    for path in [path for folder in folders for path in _some_pictures(folder, each)]:
         try:
             with Image.open(path) as picture:
                 sizes.append((picture.height, picture.width))

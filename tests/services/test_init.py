@@ -224,6 +224,16 @@ def test_a_palette_with_transparency_is_looked_at_without_a_warning(tmp_path):
         assert inspect_data(tmp_path).channels == 3
 
 
+@pytest.mark.parametrize("classes", [2, 120])
+def test_colour_is_found_where_the_first_pictures_of_each_class_are_grey(classes, tmp_path):
+    for name in range(classes):
+        (tmp_path / "train" / str(name)).mkdir(parents=True)
+        for number in range(480 // classes):
+            colour = (90, 90, 90) if number < 300 // classes else (200, 90, 90)
+            Image.new("RGB", (16, 16), colour).save(tmp_path / "train" / str(name) / f"{number:03}.png")
+    assert inspect_data(tmp_path).channels == 3
+
+
 def test_classes_with_few_images_are_named_in_a_note(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, count in (("cat, wild", 3), ("dog", 25)):
