@@ -37,6 +37,9 @@ THREADS = 2  # resources.train_threads
 RESERVE = 0.85  # of the time, for reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.3, "identify": 0.1, "references": 0.15, "correct": 0.3}
 CONTROLS = PLAIN_TRAININGS + 2  # trainings of evidence beside the two sweeps; the others are of the two folds
+PER_CLASS = (
+    20  # least images of a class, where there are so many, for reference models, judges and the correction
+)
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
@@ -217,22 +220,29 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
     draws = _clamp(seconds * shares["identify"] * speeds.decode / count, 2, 50)
     tree["identify"] = {"draws": draws, "scale": SCALE}
     tree["distill"] = {"order": "source-error"}
-    reference = _reference(count, seconds * shares["references"], speeds)
+    least = max(500, PER_CLASS * len(splits.classes))
+    reference = _reference(count, seconds * shares["references"], speeds, least)
     tree["review"] = {"reference": reference}
     tree["judges"] = dict(reference)
-    tree["correct"] = _correct(count, seconds * shares["correct"], speeds)
+    tree["correct"] = _correct(count, seconds * shares["correct"], speeds, least)
     warnings = []
+    each = min(reference.get("train_images", count), count // 2) / len(splits.classes)
+    if each < PER_CLASS:
+        warnings.append(
+            f"the reference models and judges are trained on {each:.3g} images per class, too few to rely on their "
+            "answers; add images"
+        )
     if own and tree["classifier"]["epochs"]:
         warnings.append(
             "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
             "--weights to use it as it is"
         )
-    least = _seconds_planned(tree, count, speeds) / (60 * RESERVE)
-    if least > TOO_LONG * minutes:
+    planned = _seconds_planned(tree, count, speeds) / (60 * RESERVE)
+    if planned > TOO_LONG * minutes:
         side = tree["data"]["image_size"]
         warnings.append(
             f"{minutes:g} minutes are too few: even with {epochs} epochs for the β-VAE a run of {count:,} images of "
-            f"{side}x{side} pixels takes about {least:,.0f} minutes here; set data.train_images or a smaller "
+            f"{side}x{side} pixels takes about {planned:,.0f} minutes here; set data.train_images or a smaller "
             "data.image_size"
         )
     elif epochs < FEW_EPOCHS:
@@ -258,23 +268,24 @@ def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
     )
 
 
-def _reference(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
+def _reference(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str, Any]:
     """Return the training of the reference models and judges: eight in all, each on half of the images.
 
-    They get fewer images where four epochs on all would need too long.
+    They get fewer images, but at least `least` where half of all are so many, where four epochs on all would need too
+    long.
     """
     visits = seconds * speeds.reference / 8
     epochs = _clamp(2 * visits / count, 4, 20)
     section: dict[str, Any] = {"epochs": epochs, "batch_size": _batch(count, 128)}
     if 2 * visits < epochs * count:
-        section["train_images"] = max(min(count // 2, 500), int(visits / epochs))
+        section["train_images"] = max(min(count // 2, least), int(visits / epochs))
     return section
 
 
-def _correct(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
+def _correct(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str, Any]:
     """Return section correct: two sweeps and the controls.
 
-    An epoch visits every image of D, and as many of D_f, and scores both.
+    An epoch visits every image of D, and as many of D_f, and scores both. D has at least `least` images, or all.
     """
     epochs, visits = 3, seconds * speeds.classifier
     per_training = epochs * 3.0 * count
@@ -288,7 +299,7 @@ def _correct(count: int, seconds: float, speeds: Speeds) -> dict[str, Any]:
         "max_loss": 0.005,
     }
     if visits < all_trainings:
-        section["train_images"] = max(min(count, 500), int(count * visits / all_trainings))
+        section["train_images"] = max(min(count, least), int(count * visits / all_trainings))
     return section
 
 
