@@ -123,6 +123,7 @@ def _sized(
     as_right = [size for size, right in accuracies.items() if right >= best - AS_RIGHT]
     size = min(as_right, key=lambda size: (size < facts.image_size, size))
     notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, len(images))
+    notes += _dense_notes(size)
     return SizedClassifier(classifier, _sections(facts, own, size), tuple(notes))
 
 
@@ -175,6 +176,17 @@ def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int
         by_size = ", ".join(f"{right:.0%} at {side}" for side, right in sorted(accuracies.items()))
         line += f"; of {min(SAMPLE, count)} training images it is right on {by_size}"
     return [f"{line}; if it was trained on another size, give that with --image-size"]
+
+
+def _dense_notes(size: int) -> list[str]:
+    """Return what to know where the β-VAE cannot halve a size down to DENSE_SIDE."""
+    dense = size >> vae_stages(size)
+    if dense <= DENSE_SIDE:
+        return []
+    return [
+        f"the β-VAE can halve {size} pixels only to {dense}, so its dense layers are large and slow; pad or resize the "
+        "images to a multiple of 16"
+    ]
 
 
 def _sections(facts: DataFacts, own: dict[str, Any] | None, size: int) -> dict[str, Any]:

@@ -205,6 +205,12 @@ def _look_at_npz(file: Path) -> tuple[int, int, int]:
             f"{file}: train_images: expected shape (N, H, W), (N, H, W, c) or (N, c, H, W), found {images.shape}; "
             "reshape them"
         )
+    height, width, _ = shape
+    if height % 2 or width % 2:
+        raise DataError(
+            f"{file}: train_images: expected an even height and width, which the β-VAE can halve, found "
+            f"{width}x{height} pixels; pad or resize them, best to a multiple of 16"
+        )
     return shape
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from defuse_core.data import Images
 from defuse_core.data.images import evenly_spaced
-from defuse_core.suggest import DataFacts
-from defuse_core.suggest.image_size import _accuracy
+from defuse_core.errors import DataError
+from defuse_core.progress import silent
+from defuse_core.suggest import DataFacts, inspect_data
+from defuse_core.suggest.image_size import _accuracy, fit_image_size
 from defuse_core.suggest.plan import Speeds
 from tests.conftest import tiny
 from tests.core.test_probe import CUSTOM, Reading
@@ -168,6 +170,22 @@ def test_images_of_an_npz_file_are_not_resized_but_may_have_28_pixels(monkeypatc
     assert code == 2
     assert "images of an .npz file are used as they are (28x28)" in one_line(err)
     assert call(monkeypatch, capsys, "init", "x.npz", "--minutes", 1)[0] == 0
+
+
+def test_images_of_an_npz_file_with_an_odd_side_are_refused_with_what_to_do():
+    np.savez("x.npz", train_images=np.zeros((60, 75, 75), np.uint8), train_labels=np.arange(60) % 3)
+    with pytest.raises(
+        DataError, match=r"even height and width, .* found 75x75 pixels; pad or resize them, best to"
+    ):
+        inspect_data(Path("x.npz"))
+
+
+@pytest.mark.parametrize(("side", "noted"), [(250, True), (66, True), (96, False), (28, False)])
+def test_a_size_that_leaves_the_vae_large_dense_layers_is_noted(side, noted):
+    facts = DataFacts("npz", Path("x.npz"), side, side, side, 1, False, ("a", "b"), {}, ())
+    np.savez("x.npz", train_images=np.zeros((8, side, side), np.uint8), train_labels=np.arange(8) % 2)
+    notes = fit_image_size(facts, None, None, silent).notes
+    assert [note.partition(" only ")[0] for note in notes] == [f"the β-VAE can halve {side} pixels"] * noted
 
 
 def test_a_plan_that_needs_longer_than_the_minutes_asked_for_says_so(monkeypatch, capsys):
