@@ -39,8 +39,11 @@ def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Ima
         logits = _call(classifier, batch[:2])
         expected = (len(batch[:2]), classes)
         if tuple(logits.shape) != expected:
+            single = classes == 2 and logits.numel() == len(logits)
+            remedy = "; for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
             raise ModelError(
                 f"the classifier: expected logits of shape {expected} (images, classes), found {tuple(logits.shape)}"
+                f"{remedy if single else ''}"
             )
         whole = _call(classifier, batch)
         _expect_finite(whole)
@@ -80,16 +83,25 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
 
 
 def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tensor) -> None:
-    """Raise ModelError where probabilities come as logits, or the reverse. Logs where the logits were found."""
+    """Raise ModelError where probabilities come as logits, or the reverse.
+
+    Logs where the logits were found, and warns where they look like what a sigmoid returns.
+    """
     values, where = find_logits(_raw(classifier, batch, section.input_range))
     if where != "a tensor":
         log.info("the classifier returns more than logits; used: %s", where)
     sums = values.sum(dim=1)
-    probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
+    fractions = bool((values >= 0).all() and (values <= 1).all())
+    probabilities = fractions and bool((sums - 1).abs().max() < 1e-3)
     if probabilities and section.outputs == "logits":
         raise ModelError(
             "the classifier: expected logits, found probabilities (each row sums to 1); set classifier.outputs: "
             "probabilities, or return what its softmax is given"
+        )
+    if fractions and section.outputs == "logits":
+        log.warning(
+            "classifier: its logits all lie in [0, 1], as a sigmoid's outputs do; if it ends in one, return what its "
+            "sigmoid is given"
         )
     if not probabilities and section.outputs == "probabilities":
         raise ModelError(

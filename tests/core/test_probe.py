@@ -157,6 +157,26 @@ def test_a_class_order_that_is_no_permutation_is_refused():
         adapt(trained(), section(class_order=(0, 0)), 10)
 
 
+@pytest.mark.parametrize("ends", ["sigmoid", "logits"])
+def test_outputs_of_a_sigmoid_are_warned_of_with_what_to_return(ends, caplog):
+    net = nn.Sequential(trained(), *([nn.Sigmoid()] if ends == "sigmoid" else []))
+    check_outputs(adapt(net, section(), 10), section(), digits(), 10)
+    warned = "if it ends in one, return what its sigmoid is given" in caplog.text
+    assert warned == (ends == "sigmoid")
+
+
+@pytest.mark.parametrize(("classes", "flat"), [(2, False), (2, True), (3, False)])
+def test_a_single_logit_for_two_classes_is_refused_with_what_to_return(classes, flat):
+    head = [nn.Flatten(), nn.Linear(256, 1), *([nn.Flatten(0)] if flat else [])]
+    with pytest.raises(ModelError, match="expected logits of shape") as refused:
+        check_outputs(adapt(nn.Sequential(*head), section(), classes), section(), digits(), classes)
+    advice = "for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
+    assert (advice in str(refused.value)) == (classes == 2)
+    z = torch.randn(5, 1)
+    two = torch.cat([torch.zeros_like(z), z], 1)
+    torch.testing.assert_close(two.softmax(1)[:, 1:], z.sigmoid())
+
+
 def test_a_single_answer_for_everything_is_warned_of(splits, caplog):
     class Constant(nn.Module):
         def forward(self, images):
