@@ -174,9 +174,10 @@ def failures_by_component(fit: FittedMixture, members: Failures) -> list[Failure
 def fit_mixture(
     codes: F32, components: int, section: DistillSection, seed: int, cell: tuple[int, ...]
 ) -> FittedMixture:
-    """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM) and defaults.
+    """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM).
 
-    One thread, so that sums round alike on every machine. There are at most as many components as different codes.
+    The defaults are scikit-learn's, too, but for `prior_covariance`. One thread, so that sums round alike on every
+    machine. There are at most as many components as different codes.
     """
     components = min(components, len(np.unique(codes, axis=0)))
     random_state = int(generator(seed, "distill", "fit", *cell).integers(2**31))
