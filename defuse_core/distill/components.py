@@ -88,7 +88,12 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
         scenarios.iterations,
     )
     if scenarios.dropped:
-        log.info("dropped %d components or cells with too few codes or images", len(scenarios.dropped))
+        share = 100 * sum(one.weight for one in scenarios.dropped)
+        log.info(
+            "dropped %d components or cells with too few codes or images, which hold %.0f %% of the codes",
+            len(scenarios.dropped),
+            share,
+        )
 
 
 def fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:

@@ -337,3 +337,11 @@ def test_the_time_to_correct_holds_the_sweeps_and_the_trainings_that_evidence_co
     visits = 3 * trainings * section["epochs"] * section.get("train_images", 20_000)
     assert visits == pytest.approx(seconds * 3000, rel=0.25)
     assert visits <= seconds * 3000
+
+
+def test_more_classes_leave_cells_of_less_weight(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 255, (400, 16, 16), np.uint8)
+    np.savez("many.npz", train_images=images, train_labels=np.arange(400) % 100)
+    assert call(monkeypatch, capsys, "init", "many.npz", "--minutes", 1)[0] == 0
+    assert load_run_file(Path("many.yaml")).distill.min_weight == 0.002
