@@ -158,12 +158,13 @@ class Jobs:
         tail = asyncio.create_task(self._show_tail(job_id, show, log))
         is_over = False
         while not (await asyncio.wait({tail}, timeout=STATUS_EVERY_S))[0]:
-            self._expect_answer()
+            # in threads: a call that blocks this one would keep Ctrl-C waiting
+            await asyncio.to_thread(self._expect_answer)
             if is_over:  # for a while, and the rest of the log has not come
                 tail.cancel()
-                show(log.fresh(self.logs(job_id), 0))
+                show(log.fresh(await asyncio.to_thread(self.logs, job_id), 0))
                 return
-            is_over = self.get(job_id).is_over
+            is_over = (await asyncio.to_thread(self.get, job_id)).is_over
         tail.result()  # raises what ended it
 
     async def _show_tail(self, job_id: str, show: Callable[[str], None], log: FollowedLog) -> None:

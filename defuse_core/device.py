@@ -47,7 +47,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory of this machine or of its GPU was missing, which says nothing about what was computed."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    words = ("can't allocate memory", "_STATUS_ALLOC_FAILED")  # torch on a CPU; the libraries of a GPU
+    # of torch on a CPU; of a GPU outside torch's own allocator; of its libraries
+    words = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

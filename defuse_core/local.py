@@ -105,8 +105,8 @@ class LocalCompute:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise ComputeError(
-                        f"correct: λ = {lam:g}: out of memory ({one_line(error)}); free memory, or lower "
-                        "correct.batch_size, and run again to continue"
+                        f"correct: λ = {lam:g}: out of memory ({one_line(error)}); free memory and run again to "
+                        "continue, or lower correct.batch_size under another --name"
                     ) from error
                 if not is_trial_failure(error):
                     raise

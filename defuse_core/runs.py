@@ -219,7 +219,8 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size.
 
-        The time of an artefact does not hold that of others which were made while it was.
+        The time of an artefact does not hold that of others that it had made first. Of artefacts that are made
+        together, the first has the time of all.
         """
         manifest = self._read_json("manifest.json", "only the times of the steps so far are lost")
         return {"name": self.name, "seed": self.spec.seed, "artefacts": {}} | manifest

@@ -167,9 +167,8 @@ class FolderStore:
 
     def folders(self) -> Sequence[str]:
         with contextlib.suppress(FileNotFoundError), _explained(self.folder):
-            return sorted(
-                path.name for path in self.folder.iterdir() if path.is_dir() and not is_hidden(path.name)
-            )
+            found = filter(_is_folder, self.folder.iterdir())
+            return sorted(path.name for path in found if not is_hidden(path.name))
         return []
 
     def delete(self, key: str) -> None:
@@ -270,7 +269,7 @@ class FolderStore:
         folder = next((folder for folder in self.holders if self.folder.is_relative_to(folder)), None)
         if folder is None or (folder / LOCK).exists():
             return folder
-        if f" on {platform.node()} " in self.holders[folder]:
+        if not self.holders[folder] or f" on {platform.node()} " in self.holders[folder]:
             raise self._taken_over(folder, "")
         raise InputError(
             f"{folder}: {self.holders[folder]} holds this run, and {platform.node()} does not see its folder; "
@@ -279,7 +278,7 @@ class FolderStore:
 
     def _taken_over(self, folder: Path, holder: str) -> RunBusyError:
         return RunBusyError(
-            f"{folder}: {self.holders[folder]} held this run and no longer does; {holder or 'nobody'} does now"
+            f"{folder}: {self.holders[folder] or 'a driver'} held this run, no longer; {holder or 'nobody'} does now"
         )
 
     def _remove_unfinished(self) -> None:
@@ -294,6 +293,14 @@ class FolderStore:
         """Remove the folder that `delete_all` renamed, and those whose deletion was killed."""
         for doomed in self.folder.parent.glob(f".{glob.escape(self.folder.name)}.??????{DELETED}"):
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder, or a link to where this process may not look."""
+    try:
+        return path.is_dir()
+    except PermissionError:
+        return True
 
 
 def folder_store(folder: Path) -> FolderStore:

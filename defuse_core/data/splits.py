@@ -73,7 +73,8 @@ def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tupl
     if images.tracks is None:
         return divide(images.labels, share, rng)
     _, first, track = np.unique(images.tracks, return_index=True, return_inverse=True)
-    in_first = np.isin(track, divide(images.labels[first], share, rng)[0])
+    order = mixed_order(images.labels[first], rng)
+    in_first = np.isin(track, order[: round(share * len(order))])
     return np.flatnonzero(in_first), np.flatnonzero(~in_first)
 
 

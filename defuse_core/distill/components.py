@@ -88,7 +88,12 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
         scenarios.iterations,
     )
     if scenarios.dropped:
-        log.info("dropped %d components or cells with too few codes or images", len(scenarios.dropped))
+        share = 100 * sum(one.weight for one in scenarios.dropped)
+        log.info(
+            "dropped %d components or cells with too few codes or images, which hold %.0f %% of the codes",
+            len(scenarios.dropped),
+            share,
+        )
 
 
 def fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
@@ -174,9 +179,10 @@ def failures_by_component(fit: FittedMixture, members: Failures) -> list[Failure
 def fit_mixture(
     codes: F32, components: int, section: DistillSection, seed: int, cell: tuple[int, ...]
 ) -> FittedMixture:
-    """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM) and defaults.
+    """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM).
 
-    One thread, so that sums round alike on every machine. There are at most as many components as different codes.
+    The defaults are scikit-learn's, too, but for `prior_covariance`. One thread, so that sums round alike on every
+    machine. There are at most as many components as different codes.
     """
     components = min(components, len(np.unique(codes, axis=0)))
     random_state = int(generator(seed, "distill", "fit", *cell).integers(2**31))

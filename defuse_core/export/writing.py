@@ -7,12 +7,14 @@ import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from defuse_core.errors import InputError
 
 UNFINISHED = ".unfinished"  # end of the name of what is being written
+UNFINISHED_S = 3600.0  # after which it is of a command that was killed
 
 
 @contextlib.contextmanager
@@ -50,10 +52,14 @@ def replace_file(option: str, path: Path, data: bytes) -> None:
 def expect_new_folder(option: str, folder: Path) -> None:
     """Raise InputError for a folder that is not empty, or is none."""
     with writing(option, folder):
-        if folder.exists() and (not folder.is_dir() or any(p.name != UNFINISHED for p in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(map(_is_finished, folder.iterdir()))):
             raise InputError(
                 f"{option} {folder}: expected an empty or new folder, found files; choose another one"
             )
+
+
+def _is_finished(path: Path) -> bool:
+    return not (path.name.startswith(".") and path.name.endswith(UNFINISHED))
 
 
 @contextlib.contextmanager
@@ -61,16 +67,24 @@ def filling(option: str, folder: Path) -> Iterator[Path]:
     """Yield a new folder, whose content is moved to `folder` at the end, and deleted after an error.
 
     It is inside `folder`, which may be the working directory or the root of a volume, so that the same command can be
-    given again. Raises InputError where the file system refuses something.
+    given again. Raises InputError where the file system refuses something, and where another command was faster.
     """
-    unfinished = folder / UNFINISHED
+    unfinished = folder / f".{secrets.token_hex(3)}{UNFINISHED}"
+    moved: list[Path] = []
     with writing(option, folder):
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
         try:
             folder.mkdir(parents=True, exist_ok=True)
             unfinished.mkdir()
             yield unfinished
-            for path in unfinished.iterdir():
-                path.rename(folder / path.name)
+            expect_new_folder(option, folder)
+            for path in sorted(unfinished.iterdir()):
+                moved.append(path.rename(folder / path.name))
+        except BaseException:
+            for path in moved:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+        for path in folder.glob(f".*{UNFINISHED}"):
+            if time.time() - path.stat().st_mtime > UNFINISHED_S:
+                shutil.rmtree(path, ignore_errors=True)

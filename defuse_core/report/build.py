@@ -166,7 +166,7 @@ def _scenarios(
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
         false_by_judges=None if evidence is None else _false_by_judges(evidence, spec.review.rho),
         undecided=why_undecided(
-            spec.review,
+            spec,
             found.gallery,
             found.verdicts,
             health=found.models.health,

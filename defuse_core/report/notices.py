@@ -209,6 +209,12 @@ def unfit_vae(report: Report) -> str | None:
             f"right, and {percent(health.reconstructions_right)} of them once the noise has moved them, so many of the "
             "failures found may show no class any more. Compare reconstructions.png, and lower identify.scale."
         )
+    collapsed, dimensions = report.vae.collapsed, len(report.vae.kl_per_dimension)
+    if 2 * collapsed >= dimensions:
+        return (
+            f"The β-VAE is {health.verdict}. {collapsed} of {dimensions} latent dimensions are collapsed, so its "
+            "pictures show few of the failures that there may be. Use a smaller vae.beta or vae.latent_dim."
+        )
     return (
         f"The β-VAE is {health.verdict}. The classifier gets {percent(health.originals_right)} of the training images "
         f"right, and {percent(health.reconstructions_right)} of their reconstructions, so many of the failures found "
@@ -219,7 +225,7 @@ def unfit_vae(report: Report) -> str | None:
 
 def answered_by_models(report: Report) -> str | None:
     """Return the notice that no person answered, or None where people did."""
-    if report.annotators == "people":
+    if report.annotators == "people" or not report.votes.answers:
         return None
     return (
         "Reference models answered, not people. "

@@ -11,7 +11,7 @@ from defuse_core.errors import InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, ScenarioEvidence
 from defuse_core.watch.figures import WatchFigures
 
-VERSION: Final = 3  # of report.json; grows when a field is renamed or removed, or gets another meaning
+VERSION: Final = 4  # of report.json; grows when a field is renamed or removed, or gets another meaning
 
 
 class ReportModel(BaseModel):
@@ -258,7 +258,7 @@ class Provenance(ReportModel):
 class Report(ReportModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
-    version: Literal[3]
+    version: Literal[4]
     run: RunFigures
     annotators: str
     """"reference models" or "people"."""

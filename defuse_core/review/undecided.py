@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Health, Psi, Scenarios, Verdicts
-from defuse_core.config import ReviewSection
+from defuse_core.config import ReviewSection, RunFile
 from defuse_core.distill.held_out import UNDIVIDED
 from defuse_core.review.decision import fewest_units
 from defuse_core.review.verdicts import false_discovery_rate
 
+FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
+MOST_LIGHT = 0.5  # share of Ψ in cells of little weight from which on a run decides nothing
+
 
 def why_undecided(
-    review: ReviewSection,
+    spec: RunFile,
     gallery: Gallery,
     verdicts: Verdicts,
     *,
@@ -27,20 +30,13 @@ def why_undecided(
     """
     if len(verdicts.accepted):
         return None
-    if health is not None and health.verdict != "fit":
-        pictures = "images moved by the noise" if health.anchored else "reconstructions"
-        return (
-            f"the β-VAE is {health.verdict} ({health.kept_right:.0%} of the right answers are kept on {pictures}), so "
-            "its pictures show no failures; improve section vae of the run file"
-        )
-    codes, failing = (0, 0) if psi is None else (psi.total, psi.failing)
-    if failing and not codes:
-        return (
-            f"the reference models see the class of the image in none of {failing:,} failing "
-            f"draw{'' if failing == 1 else 's'}; train better ones, or lower identify.min_probability"
-        )
-    if not len(gallery):
-        return None if scenarios is None else _all_dropped(review, scenarios, codes)
+    cause = _of_vae_or_screen(health, psi)
+    if cause is None and scenarios is not None:
+        cause = _all_light(spec, scenarios)
+        if cause is None and not len(gallery) and psi is not None:
+            cause = _all_dropped(spec.review, scenarios, psi.total)
+    if cause is not None or not len(gallery):
+        return cause
     open_ones = np.ones(len(gallery), np.bool_)
     open_ones[[override.scenario for override in verdicts.overrides]] = False
     if open_ones.all() and (verdicts.image_labels == NONE_OF_THE_ABOVE).all():
@@ -48,7 +44,41 @@ def why_undecided(
             "no reviewed image has a label, since nobody chose a class or the votes are tied; ask more annotators, or "
             "see why the images show no class"
         )
-    return _too_few_units(review, gallery, verdicts, open_ones)
+    return _too_few_units(spec.review, gallery, verdicts, open_ones)
+
+
+def _of_vae_or_screen(health: Health | None, psi: Psi | None) -> str | None:
+    """Return why the β-VAE shows no failures, or why the screen kept none of them."""
+    if health is not None and health.verdict != "fit":
+        why = (
+            f"{health.collapsed} of {health.dimensions} latent dimensions are collapsed), so its pictures show few of "
+            "the failures; lower vae.beta or vae.latent_dim"
+        )
+        if 2 * health.collapsed < health.dimensions:
+            pictures = "images moved by the noise" if health.anchored else "reconstructions"
+            why = (
+                f"{health.kept_right:.0%} of the right answers are kept on {pictures}), so its pictures show no "
+                "failures; improve section vae of the run file"
+            )
+        return f"the β-VAE is {health.verdict} ({why}"
+    if psi is not None and psi.failing and not psi.total:
+        return (
+            f"the reference models see the class of the image in none of {psi.failing:,} failing "
+            f"draw{'' if psi.failing == 1 else 's'}; train better ones, or lower identify.min_probability"
+        )
+    return None
+
+
+def _all_light(spec: RunFile, scenarios: Scenarios) -> str | None:
+    """Return that most of Ψ is in cells that were dropped for their weight, although not of few images."""
+    enough = max(spec.distill.min_support, FEW_IMAGES)
+    light = [one.weight for one in scenarios.dropped if one.small and one.support >= enough]
+    if sum(light) <= MOST_LIGHT:
+        return None
+    return (
+        f"{sum(light):.0%} of the codes of Ψ are in {len(light)} cells (class, answer) of at most "
+        f"{spec.distill.min_weight:g} of them each; lower distill.min_weight"
+    )
 
 
 def _too_few_units(

@@ -37,11 +37,11 @@ THREADS = 2  # resources.train_threads
 RESERVE = 0.85  # of the time, for reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.3, "identify": 0.1, "references": 0.15, "correct": 0.3}
 CONTROLS = PLAIN_TRAININGS + 2  # trainings of evidence beside the two sweeps; the others are of the two folds
-PER_CLASS = (
-    20  # least images of a class, where there are so many, for reference models, judges and the correction
-)
+# least images of a class, where there are so many, for reference models, judges and the correction
+PER_CLASS = 20
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
+MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
 TOO_LONG = 1.5  # times the minutes asked for, from which a plan is worth a warning
 
@@ -220,6 +220,8 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
     draws = _clamp(seconds * shares["identify"] * speeds.decode / count, 2, 50)
     tree["identify"] = {"draws": draws, "scale": SCALE}
     tree["distill"] = {"order": "source-error"}
+    if len(splits.classes) > MANY_CLASSES:  # each has several cells (class, answer), which share all codes
+        tree["distill"]["min_weight"] = round(LEAST_WEIGHT * MANY_CLASSES / len(splits.classes), 5)
     least = max(500, PER_CLASS * len(splits.classes))
     reference = _reference(count, seconds * shares["references"], speeds, least)
     tree["review"] = {"reference": reference}

@@ -239,10 +239,11 @@ def _tell_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: 
     missing = np.setdiff1d(splits.train.labels, labels)
     if set_section(spec, name).epochs and len(missing):
         log.warning(
-            "train: the %s learn nothing of %s, whose few images are not among theirs; they see no failure of such a "
-            "class. Add images of it, or set judges.share to 0 to train both sets on all",
+            "train: the %s learn nothing of %s, since their images (judges.share, %s.train_images) show none; they see "
+            "no failure of such a class",
             "judges" if name == "judges" else "reference models",
             ", ".join(splits.classes[label] for label in missing),
+            "judges" if name == "judges" else "review.reference",
         )
 
 

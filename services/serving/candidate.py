@@ -194,7 +194,7 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
             "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
         )
     undecided = why_undecided(
-        run.spec.review,
+        run.spec,
         artifacts.gallery,
         artifacts.verdicts,
         health=with_measured_health(run, artifacts.models).health,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -99,6 +100,19 @@ def test_a_dashboard_that_falls_silent_is_a_lost_connection(
         head.is_silent = True
 
     with pytest.raises(ComputeError, match=r"job j1: lost the connection to .*ReadTimeout"):
+        jobs.Jobs(head.address).follow("j1", show)
+
+
+def test_ctrl_c_ends_the_following_of_a_dashboard_that_is_silent(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "ANSWER_WITHIN_S", 3)
+
+    def show(_: str) -> None:
+        head.is_silent = True
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt):
         jobs.Jobs(head.address).follow("j1", show)
 
 

@@ -93,6 +93,7 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
         MemoryError("no room"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
     ],
 )
 def test_memory_that_is_missing_stops_the_sweep_and_leaves_no_lambda_out(
@@ -102,7 +103,7 @@ def test_memory_that_is_missing_stops_the_sweep_and_leaves_no_lambda_out(
         raise error
 
     monkeypatch.setattr("defuse_core.local.run_trial", full)
-    with pytest.raises(ComputeError, match=r"λ = 0\.001: out of memory .* run again to continue"):
+    with pytest.raises(ComputeError, match=r"λ = 0\.001: out of memory .* run again to continue, or"):
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 

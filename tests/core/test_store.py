@@ -107,5 +107,9 @@ def test_a_run_on_a_full_disk_can_be_deleted_while_a_second_driver_is_kept_out(
                     pass
             with pytest.raises(RunBusyError, match="process 1 on node"):
                 killed.write("models.safetensors", b"2")
+            worker = FolderStore(run.folder)
+            worker.holders.update(run.holders)
             run.delete_all()
+            with pytest.raises(RunBusyError, match="a driver held this run, no longer; nobody does now"):
+                worker.write("models.safetensors", b"2")
     assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from defuse_core.export import export_model, export_scenarios
 from defuse_core.export.models import corrected_classifier, plain_weights
 from defuse_core.export.pictures import folder_names
 from defuse_core.export.suite import load_suite, save_suite
+from defuse_core.export.writing import filling
 from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -181,8 +182,9 @@ def test_a_suite_checks_no_picture_that_is_exported_to_train_on(store, tmp_path)
 def test_a_disk_that_fills_leaves_nothing_and_the_same_command_works_again(
     write, store, tmp_path, monkeypatch
 ):
-    (tmp_path / ".unfinished" / "train").mkdir(parents=True)  # of a command that was killed
-    (tmp_path / ".unfinished" / "train" / "half.png").touch()
+    (tmp_path / ".a.unfinished" / "train").mkdir(parents=True)  # of a command that was killed
+    (tmp_path / ".a.unfinished" / "train" / "half.png").touch()
+    os.utime(tmp_path / ".a.unfinished", (0, 0))
     save, left = Image.Image.save, iter(range(1))
 
     def filling(picture: Image.Image, path: Path) -> None:
@@ -194,10 +196,40 @@ def test_a_disk_that_fills_leaves_nothing_and_the_same_command_works_again(
         patch.setattr(Image.Image, "save", filling)
         with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
             write(opened(store), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".a.unfinished"]
     write(opened(store), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     assert not list(tmp_path.rglob("half.png"))
+
+
+def test_of_two_commands_that_fill_one_folder_the_second_to_end_leaves_the_first_alone(tmp_path):
+    with (
+        pytest.raises(InputError, match="expected an empty or new folder"),
+        filling("--to", tmp_path) as slow,
+    ):
+        (slow / "labels.csv").write_text("slow")
+        with filling("--to", tmp_path) as fast:
+            for name in ("labels.csv", "train"):
+                (fast / name).write_text("fast")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "labels.csv": "fast",
+        "train": "fast",
+    }
+
+
+def test_a_move_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
+    rename, left = Path.rename, iter(range(2))
+
+    def refusing(path: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(InputError, match="Input/output error"), filling("--to", tmp_path) as folder:
+        for name in "abc":
+            (folder / name).mkdir()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_two_classes_share_a_folder():

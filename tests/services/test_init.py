@@ -18,11 +18,9 @@ from PIL import Image
 
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.config.loading import describe_fields
-from defuse_core.data import Images, Splits
 from defuse_core.errors import DataError
 from defuse_core.suggest import inspect_data
 from defuse_core.suggest.inspect import _pictures
-from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
 from defuse_core.suggest.write import _comment
 from services.cli.options import run_name
 from tests.e2e.test_cli import call, one_line
@@ -373,28 +371,9 @@ def test_fields_shows_values_bounds_and_defaults(monkeypatch, capsys):
     assert "no such section or field; it has seed, data, classifier" in one_line(err)
 
 
-@pytest.mark.parametrize("seconds", [60, 200, 1000])
-def test_the_time_to_correct_holds_the_sweeps_and_the_trainings_that_evidence_compares_with(seconds: int):
-    section = _correct(20_000, seconds, Speeds(1.0, 1.0, 3000.0, 1.0), 500)
-    trainings = 2 * len(section["lambdas"]) + 3 + 2  # plain ones, and those without a fold
-    visits = 3 * trainings * section["epochs"] * section.get("train_images", 20_000)
-    assert visits == pytest.approx(seconds * 3000, rel=0.25)
-    assert visits <= seconds * 3000
-
-
-@pytest.mark.parametrize(
-    ("each", "reference", "correct", "few"), [(100, 4000, 4000, False), (30, 3000, 4000, True)]
-)
-def test_little_time_leaves_reference_models_and_correction_twenty_images_of_each_class(
-    each, reference, correct, few
-):
-    labels = np.repeat(np.arange(200), each)
-    images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
-    tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
-    splits = Splits(images, None, None, tuple(map(str, range(200))))
-    warnings = _set_sizes(tree, splits, Speeds(10.0, 10.0, 10.0, 10.0), 1, own=False)
-    assert tree["review"]["reference"]["train_images"] == reference
-    assert tree["judges"]["train_images"] == reference
-    assert tree["correct"]["train_images"] == correct
-    line = "the reference models and judges are trained on 15 images per class, too few"
-    assert any(warning.startswith(line) for warning in warnings) == few
+def test_more_classes_leave_cells_of_less_weight(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 255, (400, 16, 16), np.uint8)
+    np.savez("many.npz", train_images=images, train_labels=np.arange(400) % 100)
+    assert call(monkeypatch, capsys, "init", "many.npz", "--minutes", 1)[0] == 0
+    assert load_run_file(Path("many.yaml")).distill.min_weight == 0.002

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_findings import report_of, sample_findings, sample_run, with_verdicts
+from sample_findings import report_of, sample_findings, sample_run, sample_spec, with_verdicts
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Override
-from defuse_core.config import ReviewSection
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Health, Override
 from defuse_core.distill.held_out import UNDIVIDED
 from defuse_core.report.build import build_report
-from defuse_core.report.notices import headline
+from defuse_core.report.notices import caveats, headline
 from defuse_core.review.undecided import why_undecided
 
 COUNT = 4
@@ -21,9 +20,9 @@ COUNT = 4
 
 def undecided(sample, **review) -> str | None:
     found, _ = sample
-    section = ReviewSection(**review)
+    spec = sample_spec().with_fields("review", **review)
     return why_undecided(
-        section, found.gallery, found.verdicts, health=None, psi=found.psi, scenarios=found.scenarios
+        spec, found.gallery, found.verdicts, health=None, psi=found.psi, scenarios=found.scenarios
     )
 
 
@@ -109,3 +108,28 @@ def test_failures_of_which_no_component_was_left_are_undecided_unless_the_classi
     nothing = dataclasses.replace(found, psi=dataclasses.replace(found.psi, codes=np.zeros(1, np.int64)))
     report = build_report(sample_run(tmp_path), nothing, evaluation)
     assert headline(report).startswith("No failure scenario was found")
+
+
+def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_path: Path):
+    found, evaluation = sample_findings(0, 0)
+    cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 100  # of 8 images each
+    scenarios = dataclasses.replace(found.scenarios, dropped=cells)
+    text = headline(report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path))
+    assert text.startswith(
+        "Could not tell: 60% of the codes of Ψ are in 100 cells (class, answer) of at most 0.01"
+    )
+    assert "lower distill.min_weight" in text
+    few = tuple(dataclasses.replace(cell, support=2) for cell in cells)
+    scenarios = dataclasses.replace(found.scenarios, dropped=few)
+    text = headline(report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path))
+    assert text.startswith("No failure scenario was found")
+
+
+def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path):
+    found, evaluation = sample_findings(COUNT, 0)
+    health = Health(1000, 1.0, 1.0, 1.0, 3, 0.6, 9, 16, "poor")
+    kl = np.repeat([0.0, 1.0], [9, 7])
+    models = dataclasses.replace(found.models, health=health, kl_per_dimension=kl)
+    report = report_of((dataclasses.replace(found, models=models), evaluation), tmp_path)
+    for text in (headline(report), " ".join(caveats(report))):
+        assert "9 of 16 latent dimensions are collapsed" in text and "100" not in text

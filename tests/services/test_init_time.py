@@ -1,0 +1,36 @@
+"""How `defuse init` divides the time of a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from defuse_core.data import Images, Splits
+from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
+
+
+@pytest.mark.parametrize("seconds", [60, 200, 1000])
+def test_the_time_to_correct_holds_the_sweeps_and_the_trainings_that_evidence_compares_with(seconds: int):
+    section = _correct(20_000, seconds, Speeds(1.0, 1.0, 3000.0, 1.0), 500)
+    trainings = 2 * len(section["lambdas"]) + 3 + 2  # plain ones, and those without a fold
+    visits = 3 * trainings * section["epochs"] * section.get("train_images", 20_000)
+    assert visits == pytest.approx(seconds * 3000, rel=0.25)
+    assert visits <= seconds * 3000
+
+
+@pytest.mark.parametrize(
+    ("each", "reference", "correct", "few"), [(100, 4000, 4000, False), (30, 3000, 4000, True)]
+)
+def test_little_time_leaves_reference_models_and_correction_twenty_images_of_each_class(
+    each, reference, correct, few
+):
+    labels = np.repeat(np.arange(200), each)
+    images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
+    tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
+    splits = Splits(images, None, None, tuple(map(str, range(200))))
+    warnings = _set_sizes(tree, splits, Speeds(10.0, 10.0, 10.0, 10.0), 1, own=False)
+    assert tree["review"]["reference"]["train_images"] == reference
+    assert tree["judges"]["train_images"] == reference
+    assert tree["correct"]["train_images"] == correct
+    line = "the reference models and judges are trained on 15 images per class, too few"
+    assert any(warning.startswith(line) for warning in warnings) == few
