@@ -21,6 +21,7 @@ from defuse_core.config.loading import describe_fields
 from defuse_core.errors import DataError
 from defuse_core.suggest import inspect_data
 from defuse_core.suggest.inspect import _pictures
+from defuse_core.suggest.plan import Speeds
 from defuse_core.suggest.write import _comment
 from services.cli.options import run_name
 from tests.e2e.test_cli import call, one_line
@@ -150,6 +151,7 @@ def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_
     pictures, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     weights = trained().state_dict()
     weights["body.5.bias"] = weights["body.5.bias"] + 8 * torch.eye(10)[8]  # takes many images for an 8
     torch.save(weights, "own.pth")
@@ -164,6 +166,7 @@ def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_
 
 def test_another_order_of_the_classes_is_written_with_a_note(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     weights = trained().state_dict()
     rolled = {name: weights[name].roll(3, dims=0) for name in ("body.5.weight", "body.5.bias")}
     torch.save(weights | rolled, "own.pth")
