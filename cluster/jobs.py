@@ -158,7 +158,7 @@ class Jobs:
         tail = asyncio.create_task(self._show_tail(job_id, show, log))
         is_over = False
         while not (await asyncio.wait({tail}, timeout=STATUS_EVERY_S))[0]:
-            # in threads: a call that blocks this one would keep Ctrl-C waiting
+            # in threads, else Ctrl-C would be lost; it still waits for the answer, or for ANSWER_WITHIN_S
             await asyncio.to_thread(self._expect_answer)
             if is_over:  # for a while, and the rest of the log has not come
                 tail.cancel()

@@ -268,6 +268,10 @@ class _Given:
         plan = plan_run(facts, own, minutes, progress)
         for warning in plan.warnings:
             log.warning("%s", warning)
+        if "channels" not in self.settings.get("data", {}):
+            sections["data"]["channels"] = plan.tree["data"][
+                "channels"
+            ]  # which the classifier may need otherwise
         return plan.tree
 
     def _keep(self, key: str, what: str, is_same: Callable[[bytes], bool], made: Callable[[], bytes]) -> None:

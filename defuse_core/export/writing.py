@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from defuse_core.errors import InputError
 
 UNFINISHED = ".unfinished"  # end of the name of what is being written
-UNFINISHED_S = 3600.0  # after which it is of a command that was killed
 
 
 @contextlib.contextmanager
@@ -63,6 +62,28 @@ def _is_finished(path: Path) -> bool:
 
 
 @contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Yield whether this process alone holds the folder inside, until it is killed at the latest."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held, or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what a command that was killed was writing."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _held(folder) as is_abandoned:
+        if is_abandoned:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def filling(option: str, folder: Path) -> Iterator[Path]:
     """Yield a new folder, whose content is moved to `folder` at the end, and deleted after an error.
 
@@ -71,10 +92,13 @@ def filling(option: str, folder: Path) -> Iterator[Path]:
     """
     unfinished = folder / f".{secrets.token_hex(3)}{UNFINISHED}"
     moved: list[Path] = []
-    with writing(option, folder):
+    with writing(option, folder), contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(f".*{UNFINISHED}"):
+                _remove_abandoned(path)
             unfinished.mkdir()
+            held.enter_context(_held(unfinished))
             yield unfinished
             expect_new_folder(option, folder)
             for path in sorted(unfinished.iterdir()):
@@ -85,6 +109,3 @@ def filling(option: str, folder: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        for path in folder.glob(f".*{UNFINISHED}"):
-            if time.time() - path.stat().st_mtime > UNFINISHED_S:
-                shutil.rmtree(path, ignore_errors=True)

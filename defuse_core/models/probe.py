@@ -25,6 +25,9 @@ SAMPLE = 512  # training images, evenly spaced, of the accuracies by input range
 CLEARLY_BETTER = 0.05  # in accuracy
 # accuracy from which another input range is likely the right one, and how much more than in the given one
 MOSTLY, FAR_BETTER = 0.5, 0.2
+LIKE_SIGMOID = (
+    "its logits all lie in [0, 1], as after a sigmoid; if it ends in one, return what its sigmoid is given"
+)
 SIGNIFICANT = 3.0  # standard errors of images gained less images lost
 
 
@@ -83,25 +86,16 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
 
 
 def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tensor) -> None:
-    """Raise ModelError where probabilities come as logits, or the reverse.
-
-    Logs where the logits were found, and warns where they look like what a sigmoid returns.
-    """
+    """Raise ModelError where probabilities come as logits, or the reverse. Logs where the logits were found."""
     values, where = find_logits(_raw(classifier, batch, section.input_range))
     if where != "a tensor":
         log.info("the classifier returns more than logits; used: %s", where)
     sums = values.sum(dim=1)
-    fractions = bool((values >= 0).all() and (values <= 1).all())
-    probabilities = fractions and bool((sums - 1).abs().max() < 1e-3)
+    probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
     if probabilities and section.outputs == "logits":
         raise ModelError(
             "the classifier: expected logits, found probabilities (each row sums to 1); set classifier.outputs: "
             "probabilities, or return what its softmax is given"
-        )
-    if fractions and section.outputs == "logits":
-        log.warning(
-            "classifier: its logits all lie in [0, 1], as a sigmoid's outputs do; if it ends in one, return what its "
-            "sigmoid is given"
         )
     if not probabilities and section.outputs == "probabilities":
         raise ModelError(
@@ -147,19 +141,34 @@ class ClassifierProbe:
 
     images: int
     by_range: dict[str, float]  # input range -> accuracy
-    needed_range: (
-        str  # the given one, unless it is right on under half of the images and another is far better
-    )
+    constant: float  # accuracy of the best constant answer
+    # the given one, unless it is right on under half of the images, or hardly better than a constant answer, and
+    # another one is far better
+    needed_range: str
     # index of each class's logit, where another order is clearly better on images it was not fitted to
     class_order: tuple[int, ...] | None
-    reordered: float  # accuracy in that order, on those images
+    certain: bool  # whether the orders that fit either half of the images are one
+    reordered: float  # accuracy in the other order, on images it was not fitted to
     names: tuple[str, ...] | None  # class names of the model's own configuration, in the order of its logits
     answers: int  # different classes among its answers
+    like_sigmoid: bool  # whether all logits lie in [0, 1]
 
     def best_range(self, given: str) -> str:
-        """Return the input range that is clearly better than the given one, or the given one."""
+        """Return the needed input range, or one that is clearly better where no order of the classes explains that."""
         best = max(self.by_range, key=lambda name: self.by_range[name])
+        if self.needed_range != given or self.class_order is not None:
+            return self.needed_range
         return best if self.by_range[best] > self.by_range[given] + CLEARLY_BETTER else given
+
+    @property
+    def plainly_wrong(self) -> float:
+        """Accuracy below which a classifier cannot be one of these images."""
+        return plainly_wrong(self.constant)
+
+
+def plainly_wrong(constant: float) -> float:
+    """Return the accuracy below which a classifier cannot be one of images of which so many are of one class."""
+    return max(MOSTLY, constant + CLEARLY_BETTER * (1 - constant))
 
 
 def far_better_range(by_range: dict[str, float], given: str) -> str | None:
@@ -173,7 +182,7 @@ def probe_classifier(
 ) -> ClassifierProbe:
     """Return what at most 512 training images show: accuracy by input range, and the order of the classes.
 
-    The order is that of the model's own class names where it has those of the data set; else it is fitted. It counts
+    The order is that of the model's own class names where it has those of the data set. Else it is fitted, and counts
     where it is clearly better on half of the images, which the order that is judged was not fitted to.
     """
     sample = images.take(evenly_spaced(len(images), SAMPLE))
@@ -181,31 +190,68 @@ def probe_classifier(
     ranges = list(INPUT_RANGES) if external else [section.input_range]
     logits = {name: _logits(classifier, section, sample, name) for name in ranges}
     by_range = {name: float((found.argmax(axis=1) == sample.labels).mean()) for name, found in logits.items()}
-    needed: str = section.input_range
-    if by_range[needed] < MOSTLY:
-        needed = far_better_range(by_range, needed) or needed
-    answers = logits[needed].argmax(axis=1)
+    constant = float(np.bincount(sample.labels).max() / len(sample))
+    answers = {name: found.argmax(axis=1) for name, found in logits.items()}
     names = class_names_of(classifier)
-    by_class = np.argsort(sample.labels, kind="stable")
-    fitted, unseen = by_class[::2], by_class[1::2]  # both have images of every class that has two
     if names is not None and set(names) == set(classes):
-        order = judged = np.array([names.index(name) for name in classes])
+        named = np.array([names.index(name) for name in classes])
+        orders = {name: _named_order(found, sample.labels, named) for name, found in answers.items()}
     else:
-        order = fitting_order(answers, sample.labels, len(classes))
-        judged = fitting_order(answers[fitted], sample.labels[fitted], len(classes))
-    before = answers[unseen] == sample.labels[unseen]
-    after = answers[unseen] == judged[sample.labels[unseen]]
-    clearly = _clearly_better(before, after)
+        orders = {name: _fitted_order(found, sample.labels, len(classes)) for name, found in answers.items()}
+    needed: str = section.input_range
+    if by_range[needed] < plainly_wrong(constant):
+        reached = {name: max(by_range[name], orders[name].reached) for name in ranges}
+        if reached[needed] < plainly_wrong(constant):
+            reached[needed] = max(by_range[needed], constant)
+            needed = far_better_range(reached, needed) or needed
+    order = orders[needed].order
     if section.class_order is not None:  # the logits were reordered already
         order = np.array(section.class_order)[order]
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,
+        constant=constant,
         needed_range=needed,
-        class_order=tuple(int(index) for index in order) if clearly else None,
-        reordered=float(after.mean()) if len(after) else 0.0,
+        class_order=tuple(int(index) for index in order) if orders[needed].is_clearly_better else None,
+        certain=orders[needed].is_certain,
+        reordered=orders[needed].right,
         names=names,
-        answers=len(np.unique(answers)),
+        answers=len(np.unique(answers[needed])),
+        like_sigmoid=bool(external and ((logits[needed] >= 0) & (logits[needed] <= 1)).all()),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """An order of the logits, and what it does on images that it was not fitted to."""
+
+    order: I64  # (C,) index of each class's logit
+    is_clearly_better: bool
+    is_certain: bool
+    right: float
+
+    @property
+    def reached(self) -> float:
+        return self.right if self.is_clearly_better else 0.0
+
+
+def _named_order(answers: I64, labels: I64, order: I64) -> _Order:
+    """Return the order of the model's own class names, which is not fitted, so that all images count."""
+    before, after = float((answers == labels).mean()), float((answers == order[labels]).mean())
+    return _Order(order, after > before + CLEARLY_BETTER, True, after)
+
+
+def _fitted_order(answers: I64, labels: I64, classes: int) -> _Order:
+    """Return the order that fits all images; that which fits one half of each class is judged on the other."""
+    by_class = np.argsort(labels, kind="stable")
+    fitted, unseen = by_class[::2], by_class[1::2]  # both have images of every class that has two
+    one, other = (fitting_order(answers[half], labels[half], classes) for half in (fitted, unseen))
+    before, after = answers[unseen] == labels[unseen], answers[unseen] == one[labels[unseen]]
+    return _Order(
+        order=fitting_order(answers, labels, classes),
+        is_clearly_better=_clearly_better(before, after),
+        is_certain=bool((one == other)[np.unique(labels)].all()),
+        right=float(after.mean()) if len(after) else 0.0,
     )
 
 
@@ -277,6 +323,8 @@ def warnings_of(
         )
     elif probe.names is not None and set(probe.names) != set(classes):
         lines.append(f"its configuration names other classes than the data set: {_listed(probe.names)}")
+    if probe.like_sigmoid:
+        lines.append(LIKE_SIGMOID)
     if probe.answers == 1:
         lines.append(f"it gives one answer for all of {probe.images} training images")
     if accuracy < 0.5:

@@ -202,18 +202,18 @@ def unfit_vae(report: Report) -> str | None:
     health = report.vae.health
     if health is None or health.verdict == "fit":
         return None
+    collapsed, dimensions = report.vae.collapsed, len(report.vae.kl_per_dimension)
+    if 2 * collapsed >= dimensions:
+        return (
+            f"The β-VAE is {health.verdict}. {collapsed} of {dimensions} latent dimensions are collapsed, so its "
+            "pictures show few of the failures that there may be. Use a smaller vae.beta or vae.latent_dim."
+        )
     if health.anchored:
         judges = "reference models get" if health.judged_by != "classifier" else "classifier gets"
         return (
             f"The β-VAE is {health.verdict}. The {judges} {percent(health.originals_right)} of the training images "
             f"right, and {percent(health.reconstructions_right)} of them once the noise has moved them, so many of the "
             "failures found may show no class any more. Compare reconstructions.png, and lower identify.scale."
-        )
-    collapsed, dimensions = report.vae.collapsed, len(report.vae.kl_per_dimension)
-    if 2 * collapsed >= dimensions:
-        return (
-            f"The β-VAE is {health.verdict}. {collapsed} of {dimensions} latent dimensions are collapsed, so its "
-            "pictures show few of the failures that there may be. Use a smaller vae.beta or vae.latent_dim."
         )
     return (
         f"The β-VAE is {health.verdict}. The classifier gets {percent(health.originals_right)} of the training images "

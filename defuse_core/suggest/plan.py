@@ -26,7 +26,7 @@ from defuse_core.models import (
     to_device,
     to_tensor,
 )
-from defuse_core.models.probe import MOSTLY, ClassifierProbe
+from defuse_core.models.probe import LIKE_SIGMOID, MOSTLY, ClassifierProbe
 from defuse_core.progress import Progress, silent
 from defuse_core.suggest.image_size import fit_image_size
 from defuse_core.suggest.inspect import DataFacts
@@ -37,7 +37,7 @@ THREADS = 2  # resources.train_threads
 RESERVE = 0.85  # of the time, for reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.3, "identify": 0.1, "references": 0.15, "correct": 0.3}
 CONTROLS = PLAIN_TRAININGS + 2  # trainings of evidence beside the two sweeps; the others are of the two folds
-# least images of a class, where there are so many, for reference models, judges and the correction
+# images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
@@ -120,15 +120,20 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
     if probe.needed_range == given:
         return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
     section["input_range"] = best
-    return [f"classifier.input_range is set to {best}: {right}; remove it if it was trained on {given}"]
+    order = "" if probe.class_order is None else ", before the classes are ordered otherwise"
+    return [
+        f"classifier.input_range is set to {best}: {right}{order}; remove it if it was trained on {given}"
+    ]
 
 
 def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
     right = f"right on {probe.reordered:.1%} of training images that the order was not fitted to"
-    if probe.reordered < MOSTLY or probe.by_range[probe.needed_range] >= MOSTLY:
+    wrong = probe.by_range[probe.needed_range] < probe.plainly_wrong <= probe.reordered
+    if not (wrong and probe.certain):
+        some = "" if probe.certain else ", perhaps not for every class"
         return (
             f"the classifier seems to number the classes otherwise ({right}); set classifier.class_order: {order} if "
-            "it does"
+            f"it does{some}"
         )
     section["class_order"] = order
     return (
@@ -140,13 +145,19 @@ def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]
 def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:
     if probe is None:
         return []
+    lines = [f"the classifier: {LIKE_SIGMOID}"] if probe.like_sigmoid else []
     right = max([*probe.by_range.values(), probe.reordered if probe.class_order else 0.0])
-    if right >= 0.5:
-        return []
-    return [
-        f"the classifier is right on only {right:.0%} of {probe.images} training images, in every input range and "
-        "order of the classes; check its weights and what it expects"
-    ]
+    if probe.answers == 1 and probe.constant < 1:
+        lines.append(
+            f"the classifier gives all of {probe.images} training images one answer; check its weights and what it "
+            "expects"
+        )
+    elif right < MOSTLY:
+        lines.append(
+            f"the classifier is right on only {right:.0%} of {probe.images} training images, in every input range and "
+            "order of the classes; check its weights and what it expects"
+        )
+    return lines
 
 
 def _measured(spec: RunFile, classifier: nn.Module, sample: Images, progress: Progress) -> Speeds:

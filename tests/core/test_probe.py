@@ -12,7 +12,8 @@ from defuse_core.data import Images, Splits, open_splits
 from defuse_core.errors import ModelError
 from defuse_core.models import accuracy, check_outputs, log_classifier, probe_classifier
 from defuse_core.models.adapters import adapt, as_logits, find_logits, to_range
-from defuse_core.models.probe import far_better_range, fitting_order
+from defuse_core.models.probe import far_better_range, fitting_order, warnings_of
+from defuse_core.suggest.plan import _probe_warnings, _set_probed
 from tests.conftest import tiny
 from tests.own_classifiers import IMAGENET, digits, trained
 
@@ -159,10 +160,62 @@ def test_a_class_order_that_is_no_permutation_is_refused():
 
 @pytest.mark.parametrize("ends", ["sigmoid", "logits"])
 def test_outputs_of_a_sigmoid_are_warned_of_with_what_to_return(ends, caplog):
-    net = nn.Sequential(trained(), *([nn.Sigmoid()] if ends == "sigmoid" else []))
-    check_outputs(adapt(net, section(), 10), section(), digits(), 10)
-    warned = "if it ends in one, return what its sigmoid is given" in caplog.text
-    assert warned == (ends == "sigmoid")
+    net = adapt(nn.Sequential(trained(), *([nn.Sigmoid()] if ends == "sigmoid" else [])), section(), 10)
+    check_outputs(net, section(), digits(), 10)
+    assert not caplog.text  # `init` tries several sizes
+    probe = probe_classifier(net, section(), digits(), list("0123456789"))
+    for told in (warnings_of(probe, section(), list("0123456789"), 1.0), _probe_warnings(probe)):
+        assert any("if it ends in one, return what its sigmoid is given" in line for line in told) == (
+            ends == "sigmoid"
+        )
+
+
+def swapped(range_trained_on: str) -> nn.Module:
+    """A classifier of dark (0) and bright (1) images that numbers them the other way, and is constant otherwise."""
+
+    class Swapped(nn.Module):
+        def forward(self, images):
+            low, high = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0)}[range_trained_on]
+            mean = images.flatten(1).mean(1)
+            dark = (mean < (low + high) / 2).float()
+            known = (images.amin((1, 2, 3)) >= low - 0.01) & (images.amin((1, 2, 3)) < low + 0.01)
+            return torch.stack([torch.where(known, 1 - dark, 1.0), torch.where(known, dark, 0.0)], 1) * 9
+
+    return Swapped()
+
+
+@pytest.mark.parametrize("range_trained_on", ["0..1", "-1..1"])
+def test_a_swapped_order_of_two_classes_is_found_with_its_range(range_trained_on):
+    labels = np.arange(80) % 2
+    pixels = np.where(labels[:, None, None, None], 220, 30) + np.arange(80)[:, None, None, None] % 7
+    pixels = np.broadcast_to(pixels, (80, 1, 8, 8)).astype(np.uint8).copy()
+    pixels[:, :, 0, 0] = 0
+    net = adapt(swapped(range_trained_on), section(), 2)
+    written: dict[str, object] = {}
+    _set_probed(written, probe_classifier(net, section(), Images(pixels, labels), ["dark", "bright"]))
+    expected = {} if range_trained_on == "0..1" else {"input_range": range_trained_on}
+    assert written == {**expected, "class_order": [1, 0]}
+
+
+def test_an_order_that_may_be_wrong_for_some_classes_is_noted_and_not_written():
+    rng = np.random.default_rng(0)
+    labels, order = np.repeat(np.arange(100), 5), rng.permutation(100)
+    wrong = rng.random(500) < 0.2
+    answers = np.where(wrong, rng.integers(0, 100, 500), order[labels])
+
+    class Numbered(nn.Module):
+        def forward(self, images):
+            rows = (images[:, 0, 0, 0] * 255).round().long() * 256 + (images[:, 0, 0, 1] * 255).round().long()
+            return 9 * torch.nn.functional.one_hot(torch.tensor(answers)[rows.clamp(0, 499)], 100).float()
+
+    pixels = np.zeros((500, 1, 8, 8), np.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = np.divmod(np.arange(500), 256)
+    names = [str(number) for number in range(100)]
+    probe = probe_classifier(adapt(Numbered(), section(), 100), section(), Images(pixels, labels), names)
+    written: dict[str, object] = {}
+    (note,) = _set_probed(written, probe)
+    assert probe.class_order is not None and written == {}
+    assert "seems to number the classes otherwise" in note and "perhaps not for every class" in note
 
 
 @pytest.mark.parametrize(("classes", "flat"), [(2, False), (2, True), (3, False)])

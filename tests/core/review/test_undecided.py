@@ -125,9 +125,10 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
     assert text.startswith("No failure scenario was found")
 
 
-def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path):
+@pytest.mark.parametrize("anchored", [False, True])
+def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path, anchored: bool):
     found, evaluation = sample_findings(COUNT, 0)
-    health = Health(1000, 1.0, 1.0, 1.0, 3, 0.6, 9, 16, "poor")
+    health = Health(1000, 1.0, 1.0, 1.0, 3, 0.6, 9, 16, "poor", anchored)
     kl = np.repeat([0.0, 1.0], [9, 7])
     models = dataclasses.replace(found.models, health=health, kl_per_dimension=kl)
     report = report_of((dataclasses.replace(found, models=models), evaluation), tmp_path)
