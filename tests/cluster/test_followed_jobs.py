@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,17 +104,27 @@ def test_a_dashboard_that_falls_silent_is_a_lost_connection(
         jobs.Jobs(head.address).follow("j1", show)
 
 
-def test_ctrl_c_ends_the_following_of_a_dashboard_that_is_silent(
-    head: Head, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jobs, "ANSWER_WITHIN_S", 3)
+FOLLOW = """
+import signal, sys
+from cluster import jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the process of the tests may ignore
+jobs.STATUS_EVERY_S, jobs.ANSWER_WITHIN_S, jobs.PAUSE_S = 0.3, 3, 0.05
+jobs.Jobs(sys.argv[1]).follow("j1", lambda text: print(text, flush=True))
+"""
 
-    def show(_: str) -> None:
+
+def test_ctrl_c_ends_the_following_of_a_dashboard_that_is_silent(head: Head) -> None:
+    words = [sys.executable, "-c", FOLLOW, head.address]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as follower:
+        assert follower.stdout is not None
+        follower.stdout.readline()
         head.is_silent = True
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-    with pytest.raises(KeyboardInterrupt):
-        jobs.Jobs(head.address).follow("j1", show)
+        time.sleep(1)  # it waits for an answer now
+        follower.send_signal(signal.SIGINT)
+        _, errors = follower.communicate(timeout=60)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_a_log_that_cannot_be_printed_is_not_a_lost_connection(head: Head) -> None:
