@@ -147,7 +147,7 @@ class ClassifierProbe:
     needed_range: str
     # index of each class's logit, where another order is clearly better on images it was not fitted to
     class_order: tuple[int, ...] | None
-    certain: bool  # whether the orders that fit either half of the images are one
+    order_is_certain: bool  # whether the orders that fit either half of the images are one
     reordered: float  # accuracy in the other order, on images it was not fitted to
     names: tuple[str, ...] | None  # class names of the model's own configuration, in the order of its logits
     answers: int  # different classes among its answers
@@ -161,12 +161,12 @@ class ClassifierProbe:
         return best if self.by_range[best] > self.by_range[given] + CLEARLY_BETTER else given
 
     @property
-    def plainly_wrong(self) -> float:
+    def least_plausible(self) -> float:
         """Accuracy below which a classifier cannot be one of these images."""
-        return plainly_wrong(self.constant)
+        return least_plausible(self.constant)
 
 
-def plainly_wrong(constant: float) -> float:
+def least_plausible(constant: float) -> float:
     """Return the accuracy below which a classifier cannot be one of images of which so many are of one class."""
     return max(MOSTLY, constant + CLEARLY_BETTER * (1 - constant))
 
@@ -193,18 +193,22 @@ def probe_classifier(
     constant = float(np.bincount(sample.labels).max() / len(sample))
     answers = {name: found.argmax(axis=1) for name, found in logits.items()}
     names = class_names_of(classifier)
-    if names is not None and set(names) == set(classes):
-        named = np.array([names.index(name) for name in classes])
-        orders = {name: _named_order(found, sample.labels, named) for name, found in answers.items()}
-    else:
-        orders = {name: _fitted_order(found, sample.labels, len(classes)) for name, found in answers.items()}
+
+    def order_in(input_range: str) -> _Order:
+        if names is not None and set(names) == set(classes):
+            named = np.array([names.index(name) for name in classes])
+            return _named_order(answers[input_range], sample.labels, named)
+        return _fitted_order(answers[input_range], sample.labels, len(classes))
+
     needed: str = section.input_range
-    if by_range[needed] < plainly_wrong(constant):
+    other = order_in(needed)
+    if max(by_range[needed], other.reached) < least_plausible(constant):
+        orders = {name: order_in(name) for name in ranges}  # each costs three assignments of all classes
         reached = {name: max(by_range[name], orders[name].reached) for name in ranges}
-        if reached[needed] < plainly_wrong(constant):
-            reached[needed] = max(by_range[needed], constant)
-            needed = far_better_range(reached, needed) or needed
-    order = orders[needed].order
+        reached[needed] = max(by_range[needed], constant)
+        needed = far_better_range(reached, needed) or needed
+        other = orders[needed]
+    order = other.order
     if section.class_order is not None:  # the logits were reordered already
         order = np.array(section.class_order)[order]
     return ClassifierProbe(
@@ -212,9 +216,9 @@ def probe_classifier(
         by_range=by_range,
         constant=constant,
         needed_range=needed,
-        class_order=tuple(int(index) for index in order) if orders[needed].is_clearly_better else None,
-        certain=orders[needed].is_certain,
-        reordered=orders[needed].right,
+        class_order=tuple(int(index) for index in order) if other.is_clearly_better else None,
+        order_is_certain=other.is_certain,
+        reordered=other.right,
         names=names,
         answers=len(np.unique(answers[needed])),
         like_sigmoid=bool(external and ((logits[needed] >= 0) & (logits[needed] <= 1)).all()),

@@ -128,9 +128,9 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
 
 def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
     right = f"right on {probe.reordered:.1%} of training images that the order was not fitted to"
-    wrong = probe.by_range[probe.needed_range] < probe.plainly_wrong <= probe.reordered
-    if not (wrong and probe.certain):
-        some = "" if probe.certain else ", perhaps not for every class"
+    wrong = probe.by_range[probe.needed_range] < probe.least_plausible <= probe.reordered
+    if not (wrong and probe.order_is_certain):
+        some = "" if probe.order_is_certain else ", perhaps not for every class"
         return (
             f"the classifier seems to number the classes otherwise ({right}); set classifier.class_order: {order} if "
             f"it does{some}"
