@@ -108,7 +108,7 @@ def probability_not_over(hits: I64, total: I64, share: float) -> F64:
     return probability
 
 
-def share_of_units(hits: int, rows: Bool, units: I64 | None) -> F64:
+def share_of_units(hits: float, rows: Bool, units: I64 | None) -> F64:
     """Return the share of `rows` (n,) that are hits, with Wilson's bounds of as many draws as they have units, (3,)."""
     count = int(rows.sum())
     draws = count if units is None else len(np.unique(units[rows]))

@@ -46,7 +46,7 @@ from defuse_core.evaluation.describe import describe_scenarios
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.nearest_real import NearestReal, find_nearest_real
 from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.intervals import mcnemar, mean_with_bounds, share_with_bounds
+from defuse_core.intervals import mcnemar, mean_with_bounds, share_of_units
 from defuse_core.models import (
     decoder_at,
     decoder_of,
@@ -357,8 +357,7 @@ def _share(hits: F64, per_scenario: int, units: I64) -> F64:
 def _known_share(hits: F64, units: I64) -> F64:
     """Return the share of hits, nan left out, with Wilson's interval of as many draws as they have units, (J,)."""
     known = np.isfinite(hits)
-    draws = len(np.unique(units[known]))
-    return share_with_bounds(hits[known].sum() * draws / max(1, known.sum()), draws)
+    return share_of_units(hits[known].sum(), known, units)
 
 
 def _nanmean(table: F64) -> F64:
