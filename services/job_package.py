@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.machinery
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.connection import require_absolute_root
@@ -58,19 +56,14 @@ def _with_weights(spec: RunFile, folder: Path) -> RunFile:
     return with_weights(spec, copies)
 
 
-def _copy(source: Path, target: Path, field: str) -> None:
+def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True) -> None:
+    """Copy a file or folder. Raises RunFileError for what cannot be read, such as a link to nothing, if these count."""
     target.parent.mkdir(exist_ok=True)
-    with _reading(field, source):
-        if source.is_dir():  # of Hugging Face's
-            shutil.copytree(source, target, ignore=SKIPPED)
+    try:
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=SKIPPED, ignore_dangling_symlinks=not dangling_links)
         else:
             shutil.copyfile(source, target)
-
-
-@contextlib.contextmanager
-def _reading(field: str, source: Path) -> Iterator[None]:
-    try:
-        yield
     except OSError as error:
         # copytree raises one error for all files: source, target and reason of each
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
@@ -91,9 +84,6 @@ def _copy_module(field: str, import_path: str, folder: Path) -> None:
         source = Path(str(found.origin))
     if "site-packages" in source.parts or (folder / source.name).exists():
         return
-    with _reading(field, source):
-        if source.is_dir():
-            # Emacs locks a file by a link to nothing
-            shutil.copytree(source, folder / source.name, ignore=SKIPPED, ignore_dangling_symlinks=True)
-        else:
-            shutil.copyfile(source, folder / source.name)
+    _copy(
+        source, folder / source.name, field, dangling_links=False
+    )  # Emacs locks a file by a link to nothing

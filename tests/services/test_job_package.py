@@ -71,32 +71,30 @@ def test_what_the_nodes_could_not_find_is_an_error(tmp_path: Path, monkeypatch: 
         build_working_dir(tiny(data={"name": "npz", "root": "images.npz"}), tmp_path / "c")
 
 
-def test_what_an_ignore_file_of_the_users_package_names_travels_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the user's package, beside a file of weights and an empty folder for the job."""
     monkeypatch.chdir(tmp_path)
-    package, job = tmp_path / "mine", tmp_path / "job"
-    package.mkdir()
-    job.mkdir()
+    for name in ("mine", "job"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "best.safetensors").write_bytes(b"weights")
+    return tmp_path / "mine"
+
+
+def test_what_an_ignore_file_of_the_users_package_names_travels_too(tmp_path: Path, package: Path) -> None:
+    job = tmp_path / "job"
     for name, text in {"__init__.py": "", "_version.py": "", ".gitignore": "_version.py\n"}.items():
         (package / name).write_text(text)
-    (tmp_path / "best.safetensors").write_bytes(b"weights")
     build_working_dir(own_classifier(tmp_path / "best.safetensors"), job)
     archive = tmp_path / "job.zip"
     create_package(str(job), archive, include_gitignore=True)
     assert "mine/_version.py" in zipfile.ZipFile(archive).namelist()
 
 
-def test_a_link_to_nothing_in_the_users_package_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    package, job = tmp_path / "mine", tmp_path / "job"
-    package.mkdir()
-    job.mkdir()
+def test_a_link_to_nothing_in_the_users_package_is_left_out(tmp_path: Path, package: Path) -> None:
+    job = tmp_path / "job"
     (package / "__init__.py").touch()
     (package / ".#net.py").symlink_to("ana@laptop.4711")  # Emacs locks a file that is edited by such a link
-    (tmp_path / "best.safetensors").write_bytes(b"weights")
     build_working_dir(own_classifier(tmp_path / "best.safetensors"), job)
     assert [path.name for path in (job / "mine").iterdir()] == ["__init__.py"]
 
