@@ -11,7 +11,7 @@ from defuse_core.review.decision import fewest_units
 from defuse_core.review.verdicts import false_discovery_rate
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
-MOST_LIGHT = 0.5  # share of Ψ in cells of little weight from which on a run decides nothing
+MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight from which on a run decides nothing
 
 
 def why_undecided(
@@ -30,9 +30,9 @@ def why_undecided(
     """
     if len(verdicts.accepted):
         return None
-    cause = _of_vae_or_screen(health, psi)
+    cause = _fault_of_vae_or_screen(health, psi)
     if cause is None and scenarios is not None:
-        cause = _all_light(spec, scenarios)
+        cause = _cells_of_low_weight(spec, scenarios)
         if cause is None and not len(gallery) and psi is not None:
             cause = _all_dropped(spec.review, scenarios, psi.total)
     if cause is not None or not len(gallery):
@@ -47,7 +47,7 @@ def why_undecided(
     return _too_few_units(spec.review, gallery, verdicts, open_ones)
 
 
-def _of_vae_or_screen(health: Health | None, psi: Psi | None) -> str | None:
+def _fault_of_vae_or_screen(health: Health | None, psi: Psi | None) -> str | None:
     """Return why the β-VAE shows no failures, or why the screen kept none of them."""
     if health is not None and health.verdict != "fit":
         why = (
@@ -69,14 +69,14 @@ def _of_vae_or_screen(health: Health | None, psi: Psi | None) -> str | None:
     return None
 
 
-def _all_light(spec: RunFile, scenarios: Scenarios) -> str | None:
+def _cells_of_low_weight(spec: RunFile, scenarios: Scenarios) -> str | None:
     """Return that most of Ψ is in cells that were dropped for their weight, although not of few images."""
     enough = max(spec.distill.min_support, FEW_IMAGES)
-    light = [one.weight for one in scenarios.dropped if one.small and one.support >= enough]
-    if sum(light) <= MOST_LIGHT:
+    low = [one.weight for one in scenarios.dropped if one.small and one.support >= enough]
+    if sum(low) <= MOST_LOW_WEIGHT:
         return None
     return (
-        f"{sum(light):.0%} of the codes of Ψ are in {len(light)} cells (class, answer) of at most "
+        f"{sum(low):.0%} of the codes of Ψ are in {len(low)} cells (class, answer) of at most "
         f"{spec.distill.min_weight:g} of them each; lower distill.min_weight"
     )
 
