@@ -137,7 +137,7 @@ def fit_dirichlet_process_mixture(
 
 
 def default_prior(components: int, covariance: F64) -> Prior:
-    """Return scikit-learn's default prior for codes of mean 0 and this (Z, Z) covariance."""
+    """Return scikit-learn's default prior for codes of mean 0 and this (Z, Z) covariance, which is regularised here."""
     return Prior(
         concentration=1 / components,
         mean=np.zeros(len(covariance)),

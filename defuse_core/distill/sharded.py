@@ -185,7 +185,7 @@ def _fit(
 ) -> dict[Cell, FittedMixture]:
     """Return the mixtures over all codes, begun from those over a sample. Every iteration reads all codes once.
 
-    A cell that the sample has none of begins, and stays, with one component.
+    A cell of which the sample has fewer than two codes begins, and stays, with one component.
     """
     centers = {cell: summary.total / summary.count for cell, summary in cells.items()}
     single = {cell: one_component(len(center)) for cell, center in centers.items()}

@@ -51,14 +51,12 @@ def replace_file(option: str, path: Path, data: bytes) -> None:
 def expect_new_folder(option: str, folder: Path) -> None:
     """Raise InputError for a folder that is not empty, or is none."""
     with writing(option, folder):
-        if folder.exists() and (not folder.is_dir() or any(map(_is_finished, folder.iterdir()))):
+        if folder.exists() and (
+            not folder.is_dir() or not all(path.match(f".*{UNFINISHED}") for path in folder.iterdir())
+        ):
             raise InputError(
                 f"{option} {folder}: expected an empty or new folder, found files; choose another one"
             )
-
-
-def _is_finished(path: Path) -> bool:
-    return not (path.name.startswith(".") and path.name.endswith(UNFINISHED))
 
 
 @contextlib.contextmanager
