@@ -34,13 +34,7 @@ from cluster.resources import (
 )
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import (
-    collect_sweep,
-    decode_scenario_images,
-    finished_trials,
-    load_clean_images,
-    nothing_to_tune,
-)
+from defuse_core.correct import collect_sweep, finished_trials, nothing_to_tune
 from defuse_core.errors import RunFileError
 from defuse_core.identify import (
     finished_shards,
@@ -54,6 +48,7 @@ from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Call, SweepRequest, numbered
 from defuse_core.runs import Run
 from defuse_core.store import Store
+from defuse_core.tuning_data import decode_scenario_images, load_clean_images
 
 if TYPE_CHECKING:
     from cluster.sweep import Outcome, SweepContext

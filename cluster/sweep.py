@@ -20,18 +20,13 @@ from cluster.ray_compat import named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
 from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
-from defuse_core.correct import (
-    FineTuningData,
-    finished_trials,
-    is_trial_failure,
-    run_trial,
-    trial_key,
-)
+from defuse_core.correct import finished_trials, is_trial_failure, run_trial, trial_key
 from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import SHARED_STORE, Store
+from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
 STEP = "correct"

@@ -10,13 +10,7 @@ from typing import Any, TypeVar
 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import (
-    collect_sweep,
-    is_trial_failure,
-    load_fine_tuning_data,
-    nothing_to_tune,
-    run_trial,
-)
+from defuse_core.correct import collect_sweep, is_trial_failure, nothing_to_tune, run_trial
 from defuse_core.device import is_out_of_memory
 from defuse_core.errors import ComputeError, DefuseError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
@@ -24,6 +18,7 @@ from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, ProgressSum, silent
 from defuse_core.protocols import Call, SweepRequest, numbered
 from defuse_core.store import Store
+from defuse_core.tuning_data import load_fine_tuning_data
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")

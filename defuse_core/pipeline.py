@@ -22,7 +22,6 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
-from defuse_core.correct import reviewed_failures
 from defuse_core.distill.components import distill
 from defuse_core.distill.psi import SAMPLE_CODES
 from defuse_core.distill.sharded import distill_all
@@ -39,6 +38,7 @@ from defuse_core.review.sample import (
     sample_corrections,
     sample_gallery,
     sample_more_images,
+    unreviewed_failures,
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
@@ -60,6 +60,7 @@ from defuse_core.training.reference_models import (
     references_take_part,
     training_calls,
 )
+from defuse_core.tuning_data import reviewed_failures
 from defuse_core.watch.failure_detector import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
@@ -92,7 +93,9 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         "review", Verdicts, lambda: _verdicts(run, compute, models, scenarios, gallery, votes)
     )
     fixes = run.once(
-        "correct", Corrections, lambda: _corrections(run, compute, models, references, scenarios, verdicts)
+        "correct",
+        Corrections,
+        lambda: _corrections(run, compute, models, references, psi, scenarios, verdicts),
     )
     reviewed = reviewed_failures(gallery, verdicts)
     sweeps = _sweeps(
@@ -150,7 +153,7 @@ def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
         store = run.store.within(f"trials/{name}")
         requests[name] = SweepRequest(plain_spec(spec, found.sweep), fixes, None, store, fixes, number)
     for fold, name in enumerate(tuned):
-        store, kept = run.store.within(f"trials/{name}"), without_fold(fixes, fold)
+        store, kept = run.store.within(f"trials/{name}"), without_fold(found, fold)
         requests[name] = SweepRequest(fold_spec(spec, found.sweep), kept, None, store, fixes)
     made = _sweeps(run, compute, "report", found.models, **requests)
     return Controls(tuple(made[name] for name in plain), tuple(made[name] for name in tuned))
@@ -222,14 +225,20 @@ def _corrections(
     compute: Compute,
     models: Models,
     references: ReferenceSet | None,
+    psi: Psi,
     scenarios: Scenarios,
     verdicts: Verdicts,
 ) -> Corrections:
-    """Sample D_f and, with correct.filter, keep what the reference models agree on."""
-    fixes = sample_corrections(run.spec, scenarios, verdicts)
-    if run.spec.correct.filter == "none" or references is None:
+    """Sample D_f; with correct.filter, keep what the reference models agree on, and add screened failures."""
+    spec = run.spec
+    fixes = sample_corrections(spec, scenarios, verdicts)
+    if spec.correct.filter == "none" or references is None:
         return with_used_anchors(fixes)
-    return with_used_anchors(filter_corrections(run.spec, models, references, scenarios, fixes, compute))
+    fixes = with_used_anchors(filter_corrections(spec, models, references, scenarios, fixes, compute))
+    if spec.identify.screen == "none" or not spec.correct.unreviewed_images or not len(fixes.labels):
+        return fixes
+    of_psi = spec, psi, run.store, scenarios, verdicts, fixes
+    return replace(fixes, unreviewed=compute.task("correct", unreviewed_failures, *of_psi))
 
 
 def rewrite_report(run: Run) -> Report:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from defuse_core.artifacts.arrays import F32, F64, I64, Weights, expect_shapes
-from defuse_core.artifacts.failures import Anchors
+from defuse_core.artifacts.failures import Anchors, Failures
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,7 @@ class Corrections:
     anchors: Anchors | None = None  # with vae.decode: anchored; None where codes are decoded plainly
     tune_anchor: I64 | None = None  # (A, n_tune) index into anchors
     test_anchor: I64 | None = None  # (A, n_test) likewise; other images, where a scenario has several
+    unreviewed: Failures | None = None  # codes of Ψ to tune on, too; None without correct.unreviewed_images
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
@@ -41,6 +42,13 @@ class Corrections:
             return np.zeros(0, np.int64)
         sources: I64 = np.setdiff1d(self.anchors.source, self.tuned_sources())
         return sources
+
+    def held_out_units(self) -> I64:
+        """Return these images by their Anchors.unit."""
+        if self.anchors is None:
+            return np.zeros(0, np.int64)
+        units: I64 = np.unique(self.anchors.unit[np.isin(self.anchors.source, self.held_out_sources())])
+        return units
 
     def tuned_sources(self) -> I64:
         """Return the training images at which images of D_f are anchored; none with plain decoding."""

@@ -71,6 +71,11 @@ class Failures:
     def __len__(self) -> int:
         return len(self.codes)
 
+    @property
+    def unit(self) -> I64:
+        """(F,) as Anchors.unit, of the source images."""
+        return self.source if self.source_track is None else self.source_track
+
     def take(self, rows: I64 | Bool) -> Failures:
         """Return the failures of `rows`."""
         wrong = None if self.source_wrong is None else self.source_wrong[rows]

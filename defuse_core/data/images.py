@@ -218,6 +218,11 @@ class Images:
         pixels = self.pixels.at(rows) if isinstance(self.pixels, PictureFiles) else self.pixels[rows]
         return Images(pixels, self.labels[rows], None if self.tracks is None else self.tracks[rows])
 
+    def joined(self, others: Images) -> Images:
+        """Return these images and then `others`, in memory, as float32 and without tracks."""
+        pixels = np.concatenate([self.batch(), others.batch()])
+        return Images(pixels, np.concatenate([self.labels, others.labels]))
+
     def loaded(self) -> Images:
         """Return the images with their pixels in memory, as uint8; more than MAX_LOADED bytes stay in their files."""
         if not isinstance(self.pixels, PictureFiles) or math.prod(self.pixels.shape) > MAX_LOADED:

@@ -16,6 +16,7 @@ from defuse_core.distill.held_out import held_out_half
 from defuse_core.intervals import chi2_quantile
 from defuse_core.seeds import generator
 
+REGION = 0.99  # share of a Gaussian within its region
 COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part nearest to its mean
 FAILURES_KEPT = 256  # L, with vae.decode: anchored
 IMAGES_KEPT = 64  # training images that the failures of one component come from at most
@@ -251,6 +252,13 @@ def _turns(groups: I64) -> I64:
     turn = np.empty(len(groups), np.int64)
     turn[order] = np.arange(len(groups)) - np.repeat(first, counts)
     return turn
+
+
+def in_region(scenarios: Scenarios, component: int, codes: F32) -> Bool:
+    """Return which of (n, Z) codes lie within the ellipsoid that holds REGION of one component, (n,)."""
+    limit = chi2_quantile(REGION, codes.shape[1])
+    inside: Bool = distances_from(scenarios, component, codes) ** 2 <= limit
+    return inside
 
 
 def distances_from(scenarios: Scenarios, component: int, codes: F32) -> F64:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from defuse_core.artifacts import I64, Bool, Corrections, Sweep
 from defuse_core.config import RunFile
+from defuse_core.distill.draws import in_region
+from defuse_core.evaluation.evaluate import Findings
+from defuse_core.review.verdicts import most_common_errors
 
 # Trainings with λ = 0. One alone is no measure: another order of the minibatches may turn half of a scenario's images.
 PLAIN_TRAININGS = 3
@@ -62,7 +65,19 @@ def has_same_confusion_in_other_fold(fixes: Corrections, errors: I64) -> Bool:
     return found
 
 
-def without_fold(fixes: Corrections, fold: int) -> Corrections:
-    """Return the corrections of all scenarios outside `fold`."""
-    rows = np.flatnonzero(fold_of(fixes) != fold)
-    return fixes.take(rows)
+def without_fold(found: Findings, fold: int) -> Corrections:
+    """Return the corrections of all scenarios outside `fold`, without the unreviewed failures near one of it.
+
+    Near are codes in its region or with its confusion, and all other codes of the same source images or tracks.
+    """
+    fixes, fold_out = found.fixes, fold_of(found.fixes) == fold
+    kept = fixes.take(np.flatnonzero(~fold_out))
+    codes = fixes.unreviewed
+    if codes is None:
+        return kept
+    errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
+    near = np.zeros(len(codes), np.bool_)
+    for row in np.flatnonzero(fold_out):
+        near |= in_region(found.scenarios, int(fixes.scenario[row]), codes.codes)
+        near |= (codes.truth == fixes.labels[row]) & (codes.predicted == errors[row])
+    return replace(kept, unreviewed=codes.take(~np.isin(codes.unit, codes.unit[near])))

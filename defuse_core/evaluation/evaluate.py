@@ -26,7 +26,6 @@ from defuse_core.artifacts import (
     Weights,
 )
 from defuse_core.config import RunFile
-from defuse_core.correct import held_out_images
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
@@ -36,6 +35,7 @@ from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
+from defuse_core.tuning_data import held_out_images
 
 MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure scenario are left out
 MIN_CODES = 4  # for a perplexity of 1

@@ -28,7 +28,6 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config import RunFile
-from defuse_core.correct import held_out_images
 from defuse_core.data import Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
@@ -62,6 +61,7 @@ from defuse_core.training.reference_models import (
     mean_probabilities,
     model_probabilities,
 )
+from defuse_core.tuning_data import held_out_images
 
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
 BEFORE, _, PLAIN, DEFUSE = range(len(CLASSIFIERS))

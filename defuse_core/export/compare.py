@@ -11,7 +11,6 @@ import numpy as np
 from torch import nn
 
 from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Verdicts, Weights
-from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
@@ -20,6 +19,7 @@ from defuse_core.intervals import chi2_quantile
 from defuse_core.models import encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
+from defuse_core.tuning_data import held_out_images
 
 State = Literal["persisting", "fixed", "back again", "was right", "new", "found now"]
 INSIDE = 0.999  # of a scenario's own pictures are within the distance that counts as inside

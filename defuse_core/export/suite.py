@@ -28,7 +28,6 @@ from defuse_core.artifacts import (
 )
 from defuse_core.codec import decode, encode
 from defuse_core.config import PrintableText, RunFile, parse_run_file
-from defuse_core.correct import held_out_images
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, StoreError
@@ -48,6 +47,7 @@ from defuse_core.models import (
 from defuse_core.models.probe import far_better_range
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
+from defuse_core.tuning_data import held_out_images
 
 VERSION: Final = 2  # 1 had no classifier, and asked where the correction improved nothing
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"

@@ -9,7 +9,7 @@ from torch import nn
 
 from defuse_core.artifacts import F64, I64, Bool, Corrections, Models, Sweep, Weights
 from defuse_core.config import CheckSection, RunFile
-from defuse_core.correct import ROUNDING, held_out_images
+from defuse_core.correct import ROUNDING
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError
@@ -17,6 +17,7 @@ from defuse_core.evaluation.against_plain import is_worse
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.report.evidence_schema import judges_are_worse
+from defuse_core.tuning_data import held_out_images
 
 
 @dataclass(frozen=True)

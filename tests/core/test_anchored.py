@@ -17,11 +17,6 @@ from defuse_core.artifacts import (
 )
 from defuse_core.codec import decode, encode
 from defuse_core.config import changed_field
-from defuse_core.correct import (
-    held_out_images,
-    load_fine_tuning_data,
-    tuning_images,
-)
 from defuse_core.data import Images, open_splits
 from defuse_core.distill.draws import (
     FAILURES_KEPT,
@@ -45,6 +40,7 @@ from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
+from defuse_core.tuning_data import held_out_images, load_fine_tuning_data, tuning_images
 from tests.conftest import recommended, tiny
 
 ANCHORED = {"decode": "anchored"}

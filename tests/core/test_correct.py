@@ -8,16 +8,7 @@ from torch.nn import functional
 
 from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial, Verdicts
 from defuse_core.codec import encode
-from defuse_core.correct import (
-    best_rows,
-    collect_sweep,
-    fine_tune,
-    load_fine_tuning_data,
-    nothing_to_tune,
-    reviewed_failures,
-    run_trial,
-    trial_key,
-)
+from defuse_core.correct import best_rows, collect_sweep, fine_tune, nothing_to_tune, run_trial, trial_key
 from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy, load_classifier, predict, weights_of
@@ -26,6 +17,7 @@ from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.training.augment import random_affine
 from defuse_core.training.loop import cycle, train_step
+from defuse_core.tuning_data import load_fine_tuning_data, reviewed_failures
 from tests.conftest import tiny
 from tests.own_classifiers import trained
 

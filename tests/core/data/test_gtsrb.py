@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from data_samples import SIZE, error_of, noise, save_picture, section
 
-from defuse_core.correct import load_clean_images
 from defuse_core.data import PictureFiles, open_splits
 from defuse_core.data.gtsrb import SIGNS
 from defuse_core.progress import silent
+from defuse_core.tuning_data import load_clean_images
 from tests.conftest import tiny
 
 
