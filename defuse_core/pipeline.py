@@ -235,7 +235,7 @@ def _corrections(
     if spec.correct.filter == "none" or references is None:
         return with_used_anchors(fixes)
     fixes = with_used_anchors(filter_corrections(spec, models, references, scenarios, fixes, compute))
-    if spec.identify.screen == "none" or not spec.correct.unreviewed_images or not len(fixes.labels):
+    if spec.identify.screen == "none" or not spec.correct.unreviewed or not len(fixes.labels):
         return fixes
     of_psi = spec, psi, run.store, scenarios, verdicts, fixes
     return replace(fixes, unreviewed=compute.task("correct", unreviewed_failures, *of_psi))

@@ -81,7 +81,7 @@ class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
 # section -> what runs did that began before these fields existed; review.failing: rho alone
 LEGACY_DEFAULTS = {
     "review": {"failing": 0.0},
-    "correct": {"widen": 1.0, "schedule": "constant", "augment": False, "unreviewed_images": 0},
+    "correct": {"widen": 1.0, "schedule": "constant", "augment": False, "unreviewed": False},
 }
 
 

@@ -21,8 +21,13 @@ from defuse_core.seeds import generator
 class ScenarioImages:
     """The images of the scenarios; as many as there are scenarios, whatever the number of training images."""
 
-    tune: Images  # D_f, and behind it those of unreviewed failures
+    tune: Images  # of D_f, scenario after scenario
     held_out: Images  # plays no part in the choice
+    unreviewed: Images | None = None  # of D_f, too: failures that nobody reviewed
+
+    def all_tuned(self) -> Images:
+        """Return D_f."""
+        return self.tune if self.unreviewed is None else self.tune.joined(self.unreviewed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +92,12 @@ def decode_scenario_images(
     progress("drawing images to fine-tune on", 0, 1, "sets")
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
-        tune = tuning_images(vae, fixes) if reviewed is None else reviewed
-        if reviewed is None and fixes.unreviewed is not None:
-            tune = tune.joined(_unreviewed_images(spec, models, vae, fixes.unreviewed))
-        return ScenarioImages(tune, held_out_images(vae, fixes))
+        held_out = held_out_images(vae, fixes)
+        if reviewed is not None:
+            return ScenarioImages(reviewed, held_out)
+        codes = fixes.unreviewed
+        unreviewed = None if codes is None else _unreviewed_images(spec, models, vae, codes)
+        return ScenarioImages(tuning_images(vae, fixes), held_out, unreviewed)
 
 
 def _unreviewed_images(spec: RunFile, models: Models, vae: Vae, failures: Failures) -> Images:

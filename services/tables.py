@@ -261,6 +261,8 @@ def _verdicts(report: Report) -> list[str]:
             parts.append(f"the judges see {judged} of {report.scenarios.accepted} as false")
     if agreement is not None:
         parts.append(f"the reference models see the label in {percent(agreement)} of the draws to tune on")
+    if unreviewed := report.scenarios.unreviewed_images:
+        parts.append(f"{unreviewed:,} failing draws that nobody reviewed are tuned on, too")
     return [f"Scenarios: {'; '.join(parts)}."] if parts else []
 
 

@@ -22,7 +22,7 @@ class Corrections:
     anchors: Anchors | None = None  # with vae.decode: anchored; None where codes are decoded plainly
     tune_anchor: I64 | None = None  # (A, n_tune) index into anchors
     test_anchor: I64 | None = None  # (A, n_test) likewise; other images, where a scenario has several
-    unreviewed: Failures | None = None  # codes of Ψ to tune on, too; None without correct.unreviewed_images
+    unreviewed: Failures | None = None  # codes of Ψ to tune on, too; None without correct.unreviewed
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})

@@ -361,9 +361,9 @@ class CorrectSection(Section):
     widen: float = Field(16.0, ge=1)
     """filter reference-models: images to tune on are drawn at so many times the reviewed τ, which lies the root of it
     farther out, so that the surroundings of a scenario are corrected, too. Paper: 1."""
-    unreviewed_images: int = Field(5000, ge=0)
-    """identify.screen, filter reference-models: codes of Ψ, at most so many, are tuned on beside the scenarios, each
-    under the class of its source image, which the screen requires; none that reviewers see otherwise. Paper: 0."""
+    unreviewed: bool = True
+    """With identify.screen and filter: tune on codes of Ψ, too, at most as many as images of the scenarios, under the
+    class of their source image, which the screen requires; none where reviewers see another. Paper: false."""
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune", "last"] = "tune"

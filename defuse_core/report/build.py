@@ -164,6 +164,7 @@ def _scenarios(
         expected_false_share=found.verdicts.false_share
         or None,  # 0: none accepted by the vote, or an earlier version
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
+        unreviewed_images=0 if found.fixes.unreviewed is None else len(found.fixes.unreviewed),
         false_by_judges=None if evidence is None else _false_by_judges(evidence, spec.review.rho),
         undecided=why_undecided(
             spec,

@@ -97,6 +97,8 @@ class ScenarioSummary(ReportModel):
     classifier gets at most review.rho of a scenario wrong, mean over them. Null without any."""
     tuning_agreement: float | None = None
     """Mean over the accepted."""
+    unreviewed_images: int = 0
+    """Codes of Ψ that nobody reviewed and that are tuned on beside the scenarios (correct.unreviewed)."""
     false_by_judges: int | None = None
     """Accepted scenarios on whose held-out images, by the judges' labels, the classifier before is wrong on at most
     review.rho. Null without judges."""

@@ -178,7 +178,7 @@ def unreviewed_failures(
     *,
     progress: Progress,
 ) -> Failures:
-    """Return the codes of Ψ to tune on beside the scenarios, correct.unreviewed_images at most, drawn by seed.
+    """Return the codes of Ψ to tune on beside the scenarios, as many as images of these at most, drawn by seed.
 
     Nobody reviews them: each is tuned on under the class of its source image, which the reference models see in it
     (identify.screen). So none is in the region of a component that the reviewers rejected or gave another label, and
@@ -190,7 +190,7 @@ def unreviewed_failures(
     for component, label in enumerate(verdicts.labels.tolist()):
         allowed &= (codes.truth == label) | ~in_region(scenarios, component, codes.codes)
     rows = np.flatnonzero(allowed)
-    most = spec.correct.unreviewed_images
+    most = len(fixes.labels) * spec.correct.tune_images
     if len(rows) > most:
         rows = np.sort(generator(spec.seed, "corrections", "unreviewed").choice(rows, most, replace=False))
     return codes.take(rows)
