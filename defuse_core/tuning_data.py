@@ -26,8 +26,11 @@ class ScenarioImages:
     unreviewed: Images | None = None  # of D_f, too: failures that nobody reviewed
 
     def all_tuned(self) -> Images:
-        """Return D_f."""
-        return self.tune if self.unreviewed is None else self.tune.joined(self.unreviewed)
+        """Return D_f: where failures were not reviewed, as many of them, repeated, as images of the scenarios."""
+        if self.unreviewed is None or not len(self.unreviewed):
+            return self.tune
+        repeated = np.resize(np.arange(len(self.unreviewed)), len(self.tune))
+        return self.tune.joined(self.unreviewed.take(repeated))
 
 
 @dataclass(frozen=True, eq=False)

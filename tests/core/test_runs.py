@@ -145,13 +145,13 @@ def test_a_run_that_began_before_a_field_existed_goes_on_as_it_began(tmp_path):
     tree = yaml.safe_load(store.read("a/run.yaml"))
     for section, name in (
         ("review", "failing"),
-        *(("correct", each) for each in ("widen", "schedule", "augment")),
+        *(("correct", each) for each in ("widen", "schedule", "augment", "unreviewed")),
     ):
         del tree[section][name]
     store.write("a/run.yaml", yaml.safe_dump(tree).encode())
     before = Run.open(store, "a").spec
     assert (before.review.failing, before.correct.widen, before.correct.schedule) == (0.0, 1.0, "constant")
-    assert before.correct.augment is False
+    assert before.correct.augment is before.correct.unreviewed is False
     with pytest.raises(RunMismatchError, match=r"review\.failing: 0\.0 in the run, 0\.1 now"):
         Run.start(store, "a", recommended())
 

@@ -63,9 +63,8 @@ def test_the_least_favourable_plain_training_is_the_one_that_the_correction_is_l
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run, and its report."""
-    run = Run.start(
-        FolderStore(tmp_path_factory.mktemp("plain")), "a", recommended(judges={"count": 3, "epochs": 20})
-    )
+    spec = recommended(judges={"count": 3, "epochs": 20}, correct={"unreviewed": False})
+    run = Run.start(FolderStore(tmp_path_factory.mktemp("plain")), "a", spec)
     compute = LocalCompute()
     return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
 

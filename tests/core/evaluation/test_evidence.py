@@ -16,12 +16,10 @@ from defuse_core.evaluation.against_plain import is_better, is_testable, pairs_o
 from defuse_core.evaluation.controls import (
     PLAIN_TRAININGS,
     Controls,
-    fold_of,
     fold_spec,
     folds,
     has_same_confusion_in_other_fold,
     plain_spec,
-    without_fold,
 )
 from defuse_core.evaluation.evidence import (
     Evidence,
@@ -55,15 +53,6 @@ def votes(answers: list[list[int | None]]) -> Votes:
     scenario = np.zeros(len(kept), np.int64)
     names = tuple(f"annotator {person}" for person in range(len(answers)))
     return Votes(scenario, kept[:, 0], kept[:, 1], kept[:, 2], np.zeros(len(kept)), names, "people", {})
-
-
-def test_the_two_folds_hold_every_scenario_once() -> None:
-    fixes = corrections(5)
-    left = [without_fold(fixes, fold) for fold in (0, 1)]
-    tuned = np.concatenate([part.scenario for part in left])
-    assert sorted(tuned.tolist()) == fixes.scenario.tolist()
-    assert [part.tune[:, 0, 0].tolist() for part in left] == [[1, 3], [0, 2, 4]]
-    assert fold_of(fixes).tolist() == [0, 1, 0, 1, 0]
 
 
 def test_nothing_is_left_out_of_one_scenario_or_where_nothing_was_corrected(finished) -> None:

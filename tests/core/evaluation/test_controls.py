@@ -1,0 +1,56 @@
+"""What a correction without a fold of the scenarios is tuned on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from defuse_core.artifacts import Corrections, Failures
+from defuse_core.evaluation.controls import fold_of, without_fold
+from defuse_core.evaluation.evaluate import Findings
+from defuse_core.review.verdicts import most_common_errors
+from tests.sample_findings import sample_findings
+
+
+def found_with(count: int, unreviewed: Failures | None = None) -> Findings:
+    """Findings with so many accepted scenarios; their components are far from each other, at 0, 100, 200, ..."""
+    found, _ = sample_findings(scenarios=count, accepted=count)
+    far = 100.0 * np.arange(count)[:, None] * np.ones((1, 3))
+    scenarios = dataclasses.replace(found.scenarios, means=far, covariances=np.stack([np.eye(3)] * count))
+    codes = np.arange(count, dtype=np.float32)[:, None, None] * np.ones((1, 3, 3), np.float32)
+    fixes = Corrections(np.arange(count), found.verdicts.labels, codes, codes, unreviewed=unreviewed)
+    return dataclasses.replace(found, scenarios=scenarios, fixes=fixes)
+
+
+def test_the_two_folds_hold_every_scenario_once() -> None:
+    found = found_with(5)
+    left = [without_fold(found, fold) for fold in (0, 1)]
+    tuned = np.concatenate([part.scenario for part in left])
+    assert sorted(tuned.tolist()) == found.fixes.scenario.tolist()
+    assert [part.tune[:, 0, 0].tolist() for part in left] == [[1, 3], [0, 2, 4]]
+    assert fold_of(found.fixes).tolist() == [0, 1, 0, 1, 0]
+    assert [part.unreviewed for part in left] == [None, None]
+
+
+def test_unreviewed_failures_near_a_left_out_scenario_are_left_out_with_all_of_their_images() -> None:
+    found = found_with(2)
+    labels = found.verdicts.labels.tolist()
+    wrong = most_common_errors(found.gallery, found.verdicts, found.fixes.scenario).tolist()
+    other = next(each for each in range(10) if each not in (*labels, *wrong))
+    far = np.full(3, 50.0)
+    rows = [  # code, source image, its class, the answer
+        (np.zeros(3), 1, other, wrong[1]),  # in the region of scenario 0
+        (far, 2, labels[0], wrong[0]),  # with its confusion
+        (far, 2, labels[0], other),  # of the same image as that
+        (far, 3, labels[0], other),
+        (np.full(3, 100.0), 4, other, wrong[0]),  # in the region of scenario 1
+        (far, 5, labels[1], wrong[1]),
+    ]
+    codes, source, truth, predicted = map(np.array, zip(*rows, strict=True))
+    failures = Failures(codes.astype(np.float32), source, truth, predicted)
+    kept = [without_fold(found_with(2, failures), fold).unreviewed.source.tolist() for fold in (0, 1)]
+    assert kept == [[3, 4, 5], [1, 2, 2, 3]]
+    of_tracks = dataclasses.replace(failures, source_track=np.array([9, 9, 9, 9, 8, 8]))
+    kept = [without_fold(found_with(2, of_tracks), fold).unreviewed.source.tolist() for fold in (0, 1)]
+    assert kept == [[4, 5], [1, 2, 2, 3]]

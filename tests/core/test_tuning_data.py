@@ -1,0 +1,80 @@
+"""Failures that nobody reviewed are tuned on beside the images of the scenarios."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Corrections, Failures, Models, ReferenceSet
+from defuse_core.data import Images, open_splits
+from defuse_core.local import LocalCompute
+from defuse_core.models import Decoder, decode_codes, load_vae
+from defuse_core.pipeline import load_findings, run_defuse
+from defuse_core.progress import silent
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import ReferenceAnnotators
+from defuse_core.tuning_data import decode_scenario_images
+from tests.conftest import recommended
+
+
+@pytest.fixture
+def failures() -> Failures:
+    """Codes of the training images 7, 3 and 7."""
+    codes = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    return Failures(codes, np.array([7, 3, 7]), np.array([1, 2, 3]), np.array([4, 5, 6]))
+
+
+def fixes_with(failures: Failures | None) -> Corrections:
+    codes = np.zeros((2, 5, 4), np.float32)
+    return Corrections(np.array([0, 1]), np.array([8, 9]), codes, codes, unreviewed=failures)
+
+
+def test_unreviewed_failures_are_tuned_on_under_the_class_of_their_training_image(tiny_models, failures):
+    spec = recommended()
+    made = decode_scenario_images(spec, tiny_models, fixes_with(failures), None, progress=silent)
+    assert made.all_tuned().labels.tolist() == [8] * 5 + [9] * 5 + [1, 2, 3]
+    shown = decode_codes(load_vae(spec, tiny_models.vae), failures.codes)
+    np.testing.assert_allclose(made.all_tuned().batch()[10:], shown, atol=1e-6)
+    assert made.tune.labels.tolist() == made.held_out.labels.tolist() == [8] * 5 + [9] * 5
+    without = decode_scenario_images(spec, tiny_models, fixes_with(None), None, progress=silent)
+    assert without.all_tuned().labels.tolist() == [8] * 5 + [9] * 5
+
+
+def test_with_anchored_decoding_each_is_shown_at_its_own_training_image(tiny_models, failures):
+    spec = recommended(vae={"decode": "anchored"})
+    fixes = replace(fixes_with(failures), anchors=None)
+    made = decode_scenario_images(spec, tiny_models, fixes, None, progress=silent)
+    train = open_splits(spec.data, spec.seed).train
+    decoder = Decoder(load_vae(spec, tiny_models.vae), train.take(np.array([3, 7])))
+    expected = decoder.decode(failures.codes, np.array([1, 0, 1]))
+    np.testing.assert_allclose(made.unreviewed.batch(), expected, atol=1e-6)
+
+
+def test_the_baseline_is_tuned_on_the_reviewed_images_alone(tiny_models, failures):
+    reviewed = Images(np.zeros((2, 1, 16, 16), np.float32), np.array([5, 6]))
+    made = decode_scenario_images(recommended(), tiny_models, fixes_with(failures), reviewed, progress=silent)
+    assert made.all_tuned().labels.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("sections", "tuned"),
+    [({}, True), ({"correct": {"unreviewed": False}}, False), ({"correct": {"filter": "none"}}, False)],
+)
+def test_a_run_tunes_on_unreviewed_failures_only_where_they_are_screened_and_wanted(
+    tmp_path, tiny_models, references, sections, tuned
+):
+    run = Run.start(FolderStore(tmp_path), "a", recommended(judges={"count": 0}, **sections))
+    run.once("train", Models, lambda: tiny_models)
+    run.once("train", ReferenceSet, lambda: references, "references")
+    compute = LocalCompute()
+    report = run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    codes = load_findings(run)[0].fixes.unreviewed
+    assert (codes is not None) == tuned
+    assert report.scenarios.unreviewed_images == (len(codes) if tuned else 0)
+    if tuned:
+        assert 0 < len(codes) <= report.scenarios.accepted * run.spec.correct.tune_images
+        page = run.store.read("report.html").decode()
+        assert f'<b class="unbroken">{len(codes):,}</b> failing draws that nobody' in page
