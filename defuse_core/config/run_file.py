@@ -17,7 +17,6 @@ from defuse_core.config.sections import (
     GpuShare,
     IdentifySection,
     JudgesSection,
-    ReportSection,
     ReviewSection,
     Section,
     VaeSection,
@@ -77,6 +76,17 @@ class ResourcesSection(Section):
             found: Arithmetic = getattr(self.precision, kind)
             return found
         return "bf16" if self.precision == "bf16" else "f32"
+
+
+class ReportSection(Section):
+    """The figures of the report."""
+
+    tsne_images: int = Field(10_000, ge=10)
+    """Training codes in the t-SNE figure (Figure 2). Paper: 10,000."""
+    tsne_failures: int = Field(516, ge=1)
+    """Codes of Ψ in the t-SNE figure. Paper: 516."""
+    perplexity: float = Field(30.0, gt=1)
+    """Of t-SNE. Paper: 30."""
 
 
 class CheckSection(Section):

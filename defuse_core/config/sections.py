@@ -362,8 +362,8 @@ class CorrectSection(Section):
     """filter reference-models: images to tune on are drawn at so many times the reviewed τ, which lies the root of it
     farther out, so that the surroundings of a scenario are corrected, too. Paper: 1."""
     unreviewed: bool = True
-    """With identify.screen and filter: tune on codes of Ψ, too, at most as many as images of the scenarios, under the
-    class of their source image, which the screen requires; none where reviewers see another. Paper: false."""
+    """With identify.screen and filter: half of the images to tune on are of codes of Ψ, under the class of their source
+    image, which the screen requires; none where reviewers see another. Paper: false."""
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune", "last"] = "tune"
@@ -390,14 +390,3 @@ class CorrectSection(Section):
         if self.choose_by == "last" and len(self.lambdas) > 1:
             raise ValueError("choose_by last needs a single λ in lambdas")
         return self
-
-
-class ReportSection(Section):
-    """The figures of the report."""
-
-    tsne_images: int = Field(10_000, ge=10)
-    """Training codes in the t-SNE figure (Figure 2). Paper: 10,000."""
-    tsne_failures: int = Field(516, ge=1)
-    """Codes of Ψ in the t-SNE figure. Paper: 516."""
-    perplexity: float = Field(30.0, gt=1)
-    """Of t-SNE. Paper: 30."""
