@@ -11,7 +11,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import mixed_order, track_mates
 from defuse_core.device import cpu_threads
-from defuse_core.models import Vae, decoder_at, decoder_of, load_vae
+from defuse_core.models import Decoder, Vae, decode_codes, decoder_of, load_vae
 from defuse_core.progress import Progress
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator
@@ -104,10 +104,12 @@ def decode_scenario_images(
 
 
 def _unreviewed_images(spec: RunFile, models: Models, vae: Vae, failures: Failures) -> Images:
-    """Return the images of codes of Ψ, each decoded near its source image and under the class of that."""
+    """Return the images of codes of Ψ, each under the class of its source image and, if so decoded, anchored at that."""
+    if spec.vae.decode == "plain":
+        return Images(decode_codes(vae, failures.codes), failures.truth)
     train = reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
     used, anchor = np.unique(failures.source, return_inverse=True)
-    decoder = decoder_at(spec, vae, train.take(used.astype(np.int64)))
+    decoder = Decoder(vae, train.take(used.astype(np.int64)))
     return Images(decoder.decode(failures.codes, anchor), failures.truth)
 
 

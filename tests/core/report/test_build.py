@@ -243,7 +243,7 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     assert tree["annotators"] == "reference models"
     assert set(tree["accuracy"]["defuse"]) == {"validation", "test", "scenario"}
     figures = {"components", "accepted", "purity", "own_labels", "expected_false_share", "tuning_agreement"}
-    figures |= {"false_by_judges", "undecided"}
+    figures |= {"false_by_judges", "undecided", "unreviewed_images"}
     assert figures | {"list"} == set(tree["scenarios"])
     assert {"lam", "epoch", "test", "scenario"} <= set(tree["tradeoff"][0])
     assert {"codes", "images_with_any", "zero_noise_flip_rate"} <= set(tree["psi"])
@@ -259,7 +259,7 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
 def test_a_report_from_before_some_figures_is_still_read(tmp_path: Path):
     tree = json.loads(report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True))
     added = {
-        "scenarios": ("expected_false_share", "tuning_agreement"),
+        "scenarios": ("expected_false_share", "tuning_agreement", "unreviewed_images"),
         "psi": ("failing_draws", "kept_share", "screened"),
     }
     del tree["watch"]
