@@ -104,7 +104,7 @@ def decode_scenario_images(
 
 
 def _unreviewed_images(spec: RunFile, models: Models, vae: Vae, failures: Failures) -> Images:
-    """Return the images of codes of Ψ, each under the class of its source image and, if so decoded, anchored at that."""
+    """Return the images of codes of Ψ, each under the class of its source image, and anchored there (vae.decode)."""
     if spec.vae.decode == "plain":
         return Images(decode_codes(vae, failures.codes), failures.truth)
     train = reopen_splits(spec.data, spec.seed, models.data_fingerprint).train

@@ -35,9 +35,9 @@ def fixes_with(failures: Failures | None) -> Corrections:
 def test_unreviewed_failures_are_tuned_on_under_the_class_of_their_training_image(tiny_models, failures):
     spec = recommended()
     made = decode_scenario_images(spec, tiny_models, fixes_with(failures), None, progress=silent)
-    assert made.all_tuned().labels.tolist() == [8] * 5 + [9] * 5 + [1, 2, 3]
+    assert made.all_tuned().labels.tolist() == [8] * 5 + [9] * 5 + [1, 2, 3] * 3 + [1]  # half of all
     shown = decode_codes(load_vae(spec, tiny_models.vae), failures.codes)
-    np.testing.assert_allclose(made.all_tuned().batch()[10:], shown, atol=1e-6)
+    np.testing.assert_allclose(made.all_tuned().batch()[10:13], shown, atol=1e-6)
     assert made.tune.labels.tolist() == made.held_out.labels.tolist() == [8] * 5 + [9] * 5
     without = decode_scenario_images(spec, tiny_models, fixes_with(None), None, progress=silent)
     assert without.all_tuned().labels.tolist() == [8] * 5 + [9] * 5
