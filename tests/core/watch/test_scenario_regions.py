@@ -52,6 +52,19 @@ def test_a_class_gaussian_needs_one_image_of_each_class():
     assert np.isfinite(found).all() and (found.argmin(axis=1) == np.arange(10)).all()
 
 
+def test_the_gaussian_of_a_class_counts_twice_z_images_of_all_classes():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [4, 200])
+    codes = (rng.standard_normal((204, 3)) * np.where(labels == 0, 3, 1)[:, None]).astype(np.float32)
+    means, covariances = class_gaussians(codes, labels, 3)
+    few, many = (np.cov(codes[labels == label].T, bias=True) for label in (0, 1))
+    within = (4 * few + 200 * many) / 204
+    np.testing.assert_allclose(covariances[0], (4 * few + 6 * within) / 10, atol=0.01)
+    np.testing.assert_allclose(covariances[1], (200 * many + 6 * within) / 206, atol=0.01)
+    np.testing.assert_allclose(covariances[2], within, atol=0.01)
+    np.testing.assert_allclose(means[2], codes.mean(axis=0), atol=1e-5)
+
+
 def test_what_an_answer_is_measured_by_does_not_know_its_label(tiny_spec, tiny_models):
     splits = open_splits(tiny_spec.data, tiny_spec.seed)
     vae = load_vae(tiny_spec, tiny_models.vae)
