@@ -130,6 +130,7 @@ def test_left_out_scenarios_are_judged_after_the_correction_without_their_fold(s
     np.testing.assert_allclose(evidence.plain_each[2], [own[by].mean() for by in (2, 0, 1)])
     alone = gather_evidence(setting.spec, setting.found, Controls((setting.shifted(2),), ()), progress=silent)
     assert np.isnan(alone.left_out).all() and np.isnan(alone.scenario_left_out).all()
+    assert np.isnan(alone.plain_each[2]).all() and np.isfinite(alone.plain_each[0]).all()
 
 
 def test_wider_draws_and_pairs_tell_the_correction_from_plain_training(setting, evidence):
@@ -167,6 +168,11 @@ def test_real_failures_are_the_first_failing_draws_in_which_the_judges_see_the_c
     np.testing.assert_allclose(evidence.real_failures[:, 0], [0, right[1], np.mean(plain), 0])
     np.testing.assert_allclose(evidence.plain_each[3], plain)
     assert evidence.real_failure_pairs[2].tolist() == [len(images), 0, round(right[1] * len(images))]
+    found = dataclasses.replace(
+        setting.found, sweep=setting.shifted(1)
+    )  # the classifier before is what fails
+    other = gather_evidence(spec, found, Controls((setting.shifted(0),), ()), progress=silent)
+    np.testing.assert_allclose(other.real_failures[:, 0], [0, right[1], 0, right[1]])
     references = load_reference_models(spec, spec.review.reference, setting.references, 10)
     seen = model_probabilities(references, shown).mean(axis=0)[np.arange(len(truth)), truth]
     assert evidence.screen_recall[0] == pytest.approx((seen >= spec.identify.min_probability).mean())
