@@ -55,6 +55,13 @@ def test_a_change_of_the_images_is_named(word: str, sevens: F32) -> None:
     assert word in deviation_words(each(sevens[:50], CHANGES[word]), sevens[50:])
 
 
+def test_a_bar_is_as_wide_as_its_sides_are() -> None:
+    bars = np.zeros((2, 1, 16, 16), np.float32)
+    bars[0, 0, 6:10, 2:14] = bars[1, 0, 2:14, 6:10] = 1  # 12 pixels wide and 4 high, and upright
+    wide = np.sqrt((12**2 - 1) / (4**2 - 1))  # of the standard deviations of 12 and of 4 pixels in a row
+    np.testing.assert_allclose(measure(bars)[:, -1], [wide, 1 / wide], rtol=1e-6)
+
+
 def test_what_nobody_can_see_is_not_named() -> None:
     rng = np.random.default_rng(0)
     squares = np.zeros((50, 1, 32, 32), np.float32)  # all of them from black to white
