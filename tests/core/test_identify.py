@@ -2,6 +2,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from scipy.spatial.distance import cdist
 
 from defuse_core.artifacts import Failures
 from defuse_core.config import IdentifySection
@@ -25,7 +27,7 @@ from defuse_core.identify import (
     shard_key,
 )
 from defuse_core.local import LocalCompute
-from defuse_core.models import Decoder, decode_codes, encode_images, predict
+from defuse_core.models import Decoder, decode_codes, encode_images, predict, to_tensor
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import mean_probabilities
@@ -83,6 +85,26 @@ def test_the_cap_keeps_the_failures_nearest_to_mu():
     assert nearest_failures(failed, distance, None).tolist() == failed.tolist()
 
 
+def test_every_block_has_noise_of_its_own(identifier):
+    blocks = [identifier.shard(index).failures for index in (0, 1)]
+    first, second = (
+        found.codes - encode_images(identifier.vae, identifier.train.take(found.source)) for found in blocks
+    )
+    assert cdist(first, second).min() > 1e-4
+
+
+def test_of_the_failing_draws_around_an_image_those_nearest_to_its_own_code_are_kept(tiny_models):
+    every, nearest = (
+        Identifier(tiny(identify={"max_per_image": cap}), tiny_models).shard(0).failures for cap in (None, 1)
+    )
+    assert len(nearest) < len(every)
+    worker = Identifier(tiny(), tiny_models)
+    for source, code in zip(nearest.source, nearest.codes, strict=True):
+        mu = encode_images(worker.vae, worker.train.take(np.array([source])))
+        others = every.codes[every.source == source]
+        assert np.linalg.norm(code - mu) <= np.linalg.norm(others - mu, axis=1).min() + 1e-5
+
+
 def test_the_cap_never_adds_a_draw_that_did_not_fail():
     failed = np.array([[False, True, False]])
     assert nearest_failures(failed, np.zeros((1, 3), np.float32), 2).tolist() == failed.tolist()
@@ -94,6 +116,8 @@ def test_noise_is_the_papers_unless_centred(center, mean):
     noise = beta_noise(section, (20_000, 3), generator(0, "test"))
     assert noise.mean() == pytest.approx(2 * mean, abs=0.01)
     assert noise.std() == pytest.approx(2 * 0.5 / np.sqrt(101), abs=0.005)  # sd of Beta(50, 50)
+    oblique = IdentifySection(a=20, b=60, center=center)
+    assert beta_noise(oblique, (20_000, 3), generator(0, "test")).mean() == pytest.approx(mean / 2, abs=0.01)
 
 
 def test_posterior_noise_is_as_wide_as_the_encoder_is_unsure():
@@ -113,13 +137,17 @@ def screening(tiny_models, references) -> Identifier:
 def test_the_encoder_says_how_unsure_it_is(screening):
     mu, sigma = encode_posterior(screening.vae, screening.train.take(slice(0, 50)), 64)
     np.testing.assert_array_equal(mu, encode_images(screening.vae, screening.train.take(slice(0, 50)), 64))
-    assert (sigma > 0).all()
+    with torch.no_grad():
+        _, log_variance = screening.vae.encode(to_tensor(screening.train.batch(slice(0, 50))))
+    np.testing.assert_allclose(sigma**2, np.exp(log_variance.cpu().numpy()), rtol=1e-4)
 
 
 def test_screening_keeps_the_failing_draws_that_still_show_their_class(screening, tiny_models):
     unscreened = Identifier(screening.spec, tiny_models).shard(0)
     shard = screening.shard(0)
     assert 0 < len(shard.failures) < len(unscreened.failures) == shard.failing == unscreened.failing
+    assert len(np.unique(shard.failures.source)) < shard.images_with_any  # before screening
+    assert shard.images_with_any == len(np.unique(unscreened.failures.source))
     seen = mean_probabilities(screening.references, decode_codes(screening.vae, shard.failures.codes))
     least = screening.spec.identify.min_probability
     assert seen[np.arange(len(seen)), shard.failures.truth].min() >= least - 1e-5
@@ -205,6 +233,14 @@ def test_the_codes_of_misclassified_training_images_join_the_failing_draws(tiny_
     np.testing.assert_allclose(originals.codes, encode_images(worker.vae, images), atol=1e-5)
     np.testing.assert_array_equal(originals.predicted, predict(worker.classifier, images))
     assert originals.source_wrong.all()
+
+
+def test_flips_at_zero_noise_are_decodings_that_do_not_get_the_label(tiny_models):
+    worker = misled(tiny_models)
+    shard = worker.shard(0)
+    images = worker.train.take(slice(0, shard.images))
+    answers = predict(worker.classifier, decode_codes(worker.vae, encode_images(worker.vae, images)))
+    assert shard.zero_noise_flips == (answers != images.labels).sum() >= 10
 
 
 def test_misclassified_images_in_which_the_reference_models_see_another_class_are_screened(
@@ -298,6 +334,12 @@ def test_the_fingerprint_depends_on_the_weights_and_not_on_the_resources(tiny_mo
     name, array = next(iter(tiny_models.vae.items()))
     other = replace(tiny_models, vae=tiny_models.vae | {name: array + 1})
     assert shard_fingerprint(tiny(), other) != identifier.fingerprint
+
+
+def test_the_fingerprint_depends_on_the_models_that_screen(tiny_models, references):
+    other = replace(references, models=references.models[::-1])
+    prints = {shard_fingerprint(recommended(), tiny_models, models) for models in (None, references, other)}
+    assert len(prints) == 3
 
 
 def test_a_store_that_fails_is_not_taken_for_a_damaged_shard(two_shards, identifier, monkeypatch):

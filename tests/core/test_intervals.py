@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
@@ -11,6 +11,7 @@ from defuse_core.intervals import (
     mcnemar,
     mean_with_bounds,
     probability_not_over,
+    share_of_units,
     share_with_bounds,
     significantly_over,
     wilson,
@@ -113,6 +114,55 @@ def test_photographs_of_a_track_each_have_the_same_interval_as_photographs_witho
     np.testing.assert_allclose(auroc(scores, positive, rng.permutation(200)), auroc(scores, positive))
 
 
+def test_copies_of_each_photograph_in_a_track_change_no_interval():
+    rng = np.random.default_rng(0)
+    positive = np.arange(40) >= 30
+    scores = rng.standard_normal(40) + positive
+    copies = auroc(np.repeat(scores, 5), np.repeat(positive, 5), np.repeat(rng.permutation(40), 5))
+    np.testing.assert_allclose(copies, auroc(scores, positive))
+
+
+def logit_interval(area: float, error: float, freedom: int) -> np.ndarray:
+    half = stats.t.ppf(0.975, freedom) * error / (area * (1 - area))
+    return special.expit(special.logit(area) + np.array([-half, half]))
+
+
+def test_where_positives_are_spread_widely_the_interval_is_that_of_delong():
+    rng = np.random.default_rng(0)
+    ones, zeros = np.repeat([-4.0, 4.0], 5) + 0.3 * np.arange(10), rng.standard_normal(60)
+    below = (ones[:, None] > zeros).astype(float)  # (10, 60)
+    variance = below.mean(axis=1).var(ddof=1) / 10 + below.mean(axis=0).var(ddof=1) / 60
+    area, low, high = auroc(np.concatenate([ones, zeros]), np.arange(70) < 10)
+    assert area == pytest.approx(below.mean())
+    assert (low, high) == pytest.approx(tuple(logit_interval(area, np.sqrt(variance), 9)))
+
+
+def test_where_tracks_hold_both_kinds_the_interval_is_that_of_obuchowski():
+    rng, tracks, each = np.random.default_rng(0), 12, 4  # in four tracks the order is reversed
+    shift = np.repeat(np.where(np.arange(tracks) < 4, -4.0, 4.0), 2 * each)
+    units, positive = np.repeat(np.arange(tracks), 2 * each), np.tile(np.arange(2 * each) < each, tracks)
+    scores = rng.standard_normal(len(units)) + np.where(positive, shift, -shift)
+    below = (scores[positive][:, None] > scores[~positive]).astype(float)
+    of_ones, of_zeros = below.mean(axis=1) - below.mean(), below.mean(axis=0) - below.mean()
+    ones, zeros = (
+        np.array([of[units[kind] == track].sum() / kind.sum() for track in range(tracks)])
+        for of, kind in ((of_ones, positive), (of_zeros, ~positive))
+    )
+    variance = tracks / (tracks - 1) * ((ones + zeros) ** 2).sum()
+    area, low, high = auroc(scores, positive, units)
+    assert (low, high) == pytest.approx(tuple(logit_interval(area, np.sqrt(variance), tracks - 1)))
+
+
+def test_where_positives_are_all_alike_the_interval_is_that_of_newcombe():
+    scores = np.concatenate([np.arange(200.0), 150.5 + 0.01 * np.arange(15)])
+    area, low, high = auroc(scores, np.arange(215) >= 200)
+    size = (200 + 15) / 2 - 1
+    for bound in (low, high):  # Hanley and McNeil's error in their own form
+        squares = bound / (2 - bound) + 2 * bound**2 / (1 + bound) - 2 * bound**2
+        error = np.sqrt((bound * (1 - bound) + size * squares) / (200 * 15))
+        assert abs(bound - area) == pytest.approx(1.959964 * error, rel=1e-5)
+
+
 def test_the_interval_of_an_area_among_equal_scores_is_no_point():
     area, low, high = auroc(np.ones(40), np.arange(40) >= 30)
     assert area == 0.5 and low < 0.4 and high > 0.6
@@ -139,6 +189,21 @@ def test_an_interval_over_equal_groups_is_no_point():
     of_all = share_with_bounds(512, 512)
     assert mean_with_bounds(np.ones(2), of_all).tolist() == of_all.tolist()
     assert mean_with_bounds(np.ones(1), of_all) is of_all
+
+
+def test_an_interval_over_groups_is_students_within_0_and_1():
+    point = np.full(3, 0.5)
+    means = np.array([0.2, 0.4, 0.9])
+    expected = stats.t.interval(0.95, 2, means.mean(), stats.sem(means))
+    assert mean_with_bounds(0.1 * means + 0.4, point)[1:] == pytest.approx([0.4 + 0.1 * x for x in expected])
+    assert mean_with_bounds(np.array([0.5, 1.0]), point).tolist() == [0.75, 0.0, 1.0]
+
+
+def test_a_share_of_units_has_the_interval_of_as_many_draws_as_its_rows_have_units():
+    rows, units = np.arange(9) < 6, np.array([7, 7, 7, 4, 4, 4, 1, 2, 3])
+    assert share_of_units(3, rows, units).tolist() == share_with_bounds(1, 2).tolist()
+    assert share_of_units(3, rows, None).tolist() == share_with_bounds(3, 6).tolist()
+    assert np.isnan(share_of_units(0, rows & False, units)).all()
 
 
 def test_the_exact_bound_of_a_share_holds_for_a_single_observation_too():

@@ -118,6 +118,7 @@ def test_a_component_of_too_few_training_images_is_dropped_and_listed():
     (dropped,) = found.dropped
     assert (dropped.support, dropped.source) == (2, NONE_OF_THE_ABOVE)
     assert "2 training images, fewer than 3" in dropped.reason
+    assert dropped.small and not dropped.right
 
 
 def with_wrong_sources(found: Failures, wrong: range) -> Failures:
@@ -153,6 +154,17 @@ def test_components_whose_source_images_are_misclassified_come_first_where_asked
 def test_a_high_error_on_few_source_images_is_less_certain_than_a_lower_one_on_many():
     certain = certain_error(np.array([2, 40, 0]), np.array([1.0, 0.8, np.nan]))
     assert certain.argsort().tolist() == [2, 0, 1]
+
+
+def test_few_wrong_source_images_do_not_put_a_component_before_one_with_many():
+    codes, centres = planted(np.random.default_rng(0), sizes=(300, 200))
+    source = np.concatenate([np.arange(300), 300 + np.arange(200) % 2])  # two images in the second cluster
+    known = with_wrong_sources(failures(codes, source=source), range(60, 302))
+    found = fit_all(
+        known, section(max_components=5, min_weight=0.05, order="source-error"), seed=0
+    ).scenarios()
+    np.testing.assert_allclose(found.source_error, [0.8, 1.0])
+    np.testing.assert_allclose(found.means, centres[:2], atol=0.5)
 
 
 def test_frames_of_one_track_count_once_in_the_certainty_of_the_source_error():
@@ -203,6 +215,24 @@ def test_a_cell_too_small_for_a_component_is_listed():
     assert (dropped.source, dropped.answer, dropped.support) == (3, 5, 4)
     assert dropped.weight == pytest.approx(4 / 504)
     assert "4 codes are too few for a weight over 0.01" in dropped.reason
+
+
+def test_a_cell_of_exactly_the_least_weight_is_listed():
+    codes, _ = planted(np.random.default_rng(0), sizes=(40,))
+    cells = Failures.concatenate([failures(codes[:20]), failures(codes[20:], truth=3, predicted=5)])
+    found = fit_cells(cells, section(min_weight=0.5), 0, silent).scenarios()
+    assert [(dropped.weight, dropped.small) for dropped in found.dropped] == [(0.5, True)] * 2
+
+
+def test_cells_share_the_components_by_their_weight_and_the_slowest_fit_is_that_of_all():
+    rng = np.random.default_rng(0)
+    codes = rng.standard_normal((900, 3)).astype(np.float32)
+    cells = Failures.concatenate([failures(codes[:750], 4, 9), failures(codes[750:], 7, 2)])
+    fits = fit_cells(cells, section(max_components=6, max_iterations=4), 0, silent)
+    assert [len(part.fit.weights) for part in fits.parts] == [5, 1]
+    found, changes = fits.scenarios(), [abs(part.fit.last_change) for part in fits.parts]
+    assert [part.fit.converged for part in fits.parts] == [False, True]
+    assert not found.converged and found.last_change == max(changes) > min(changes)
 
 
 def test_a_single_code_is_dropped_and_told_in_both_ways():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from defuse_core.artifacts import Failures, Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
-from defuse_core.distill.draws import component_failures, draw_codes, spread_draws
+from defuse_core.distill.draws import component_failures, draw_codes, spread_draws, wide_draws
 from defuse_core.seeds import generator
 from tests.conftest import tiny
 
@@ -45,6 +47,29 @@ def test_plain_draws_for_review_are_those_of_the_component():
     plain = Scenarios(one, np.zeros((1, 3)), np.eye(3)[None], one, 5, True, 1, 0.0)
     for_review = spread_draws(SPEC, plain, 0, 10, generator(0, "a"))
     np.testing.assert_array_equal(for_review.codes, draw_codes(SPEC, plain, 0, 10, generator(0, "a")).codes)
+
+
+def test_wide_draws_have_a_multiple_of_the_reviewed_covariance_and_are_not_truncated():
+    one = np.ones(1)
+    plain = Scenarios(one, np.ones((1, 3)), 2 * np.eye(3)[None], one, 5, True, 1, 0.0)
+    for scenarios, tau in (
+        (plain, SPEC.review.tau),
+        (plain.take(np.array([0]), taus=np.array([0.25])), 0.25),
+    ):
+        codes = wide_draws(SPEC, scenarios, 0, 20_000, 4.0, generator(0, "a")).codes
+        np.testing.assert_allclose(np.cov(codes.T), 4 * tau * 2 * np.eye(3), atol=0.1 * tau * 8)
+        np.testing.assert_allclose(codes.mean(axis=0), 1, atol=0.05)
+
+
+@pytest.mark.parametrize("tau", [None, 0.25])
+def test_wide_draws_near_failures_have_wider_noise_and_keep_their_failures(tau):
+    scenarios = one_component(16, None)
+    failures = replace(scenarios.failures, codes=np.full_like(scenarios.failures.codes, 5))
+    scenarios = replace(scenarios, failures=failures, taus=None if tau is None else np.array([tau]))
+    used = SPEC.review.tau if tau is None else tau
+    codes = wide_draws(SPEC, scenarios, 0, 20_000, 4.0, generator(0, "a")).codes
+    np.testing.assert_allclose(codes.mean(axis=0), 5 * np.sqrt(1 - used), atol=0.05)
+    np.testing.assert_allclose(np.cov(codes.T), 4 * used * np.eye(3), atol=0.2 * used)
 
 
 def test_the_tracks_of_anchors_are_stored():

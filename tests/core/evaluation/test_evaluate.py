@@ -11,6 +11,7 @@ from sample_findings import sample_findings
 from defuse_core.artifacts import Corrections, Failures, Models, Psi, Scenarios, Shard, Sweep
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
+from defuse_core.data.splits import random_rows
 from defuse_core.evaluation.evaluate import (
     ACCEPTED,
     FAILURE,
@@ -23,7 +24,9 @@ from defuse_core.evaluation.evaluate import (
     shares_of_mixture,
 )
 from defuse_core.identify import gather_shards, save_shard
+from defuse_core.models import decode_codes, load_classifier, load_vae, predict
 from defuse_core.progress import silent
+from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 
 NOTHING = Sweep((), None, {}, ())
@@ -97,10 +100,25 @@ def test_accuracies_are_those_of_the_models(tiny_spec: RunFile, tiny_models: Mod
     assert (evaluation.per_class[0] * counts).sum() / counts.sum() == pytest.approx(expected[1])
 
 
+def test_answers_after_the_correction_are_those_of_the_corrected_classifier(tiny_spec, tiny_models, tmp_path):
+    last = sorted(name for name in tiny_models.classifier if name.endswith(".bias"))[-1]
+    layer = (last, last.replace("bias", "weight"))
+    shifted = {  # answers the class after that of the classifier before
+        name: np.roll(array, 1, axis=0) if name in layer else array
+        for name, array in tiny_models.classifier.items()
+    }
+    found = dataclasses.replace(
+        findings(tiny_models, FolderStore(tmp_path), accepted=1), sweep=Sweep((), None, shifted, ())
+    )
+    evaluation = evaluate(tiny_spec, found, FolderStore(tmp_path), progress=silent)
+    before = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    answers = predict(before, found.gallery.images.reshape(-1, 1, 16, 16))
+    assert evaluation.gallery_after.ravel().tolist() == ((answers + 1) % 10).tolist()
+    assert evaluation.accuracy[2, 1] < 0.5 < evaluation.accuracy[0, 1] == tiny_models.accuracy["test"]
+
+
 def test_held_out_images_are_scored_per_scenario_against_its_label(tiny_spec, tiny_models, tmp_path):
     """Codes of one place in each scenario: the classifier has one answer, right in one scenario only."""
-    from defuse_core.models import decode_codes, load_classifier, load_vae, predict
-
     found = findings(tiny_models, FolderStore(tmp_path), accepted=2)
     means = decode_codes(load_vae(tiny_spec, tiny_models.vae), found.scenarios.means.astype(np.float32))
     answers = predict(load_classifier(tiny_spec, tiny_models.classifier, 10), means)
@@ -127,6 +145,12 @@ def test_the_map_shows_only_failures_near_an_accepted_scenario(tiny_spec, tiny_m
     evaluation = evaluate(tiny_spec, found, FolderStore(tmp_path), progress=silent)
     shown = evaluation.point_component[evaluation.point_kind == FAILURE]
     assert shown.tolist() == [0] * 20
+    train = open_splits(tiny_spec.data, tiny_spec.seed).train
+    rows = random_rows(
+        len(train), tiny_spec.report.tsne_images, generator(tiny_spec.seed, "report", "sample")
+    )
+    of_class = evaluation.point_component[evaluation.point_kind == TRAINING]
+    np.testing.assert_array_equal(of_class, train.labels[rows])
     assert np.isfinite(evaluation.points).all()
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from defuse_core.data import Images, open_splits
 from defuse_core.evaluation.nearest_real import _error_nearby, _outcomes, _seen, find_nearest_real
@@ -61,6 +62,18 @@ def test_a_chance_of_five_percent_is_kept_where_the_scenario_has_nothing_to_do_w
     rng = np.random.default_rng(0)
     seen = [judged(rng.permutation(in_order(9, 0, 60)))[1] for _ in range(1000)]
     assert np.mean(seen) <= 0.05
+
+
+@pytest.mark.parametrize(("near", "far", "images"), [(6, 6, 50), (8, 32, 50)])
+def test_the_p_value_is_twice_the_smaller_of_two_tests(near, far, images):
+    tested = images // 4
+    over_all = stats.fisher_exact(
+        [[near, tested - near], [far, images - tested - far]], alternative="greater"
+    ).pvalue
+    over_least = stats.binomtest(near, tested, 0.2, alternative="greater").pvalue
+    error, p_value, _ = _error_nearby(in_order(near, far, images))
+    assert error == near / tested
+    assert p_value == pytest.approx(2 * min(over_all, over_least))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy import stats
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Anchors, ComponentFailures, Scenarios
 from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
 from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
@@ -83,6 +86,45 @@ def test_a_dropped_component_is_right_only_where_it_is_pure_and_wrong_on_few_at_
     for shares, right in (((0.05, 0.05), True), ((0.3, 0.3), False), ((0.05, 0.3), False)):
         (dropped,) = tightened(wrong_on(*shares)).dropped
         assert dropped.right is right
+
+
+def found_at_any_tau(pure: int, wrong: int, labelled: int = 64, **review) -> float | None:
+    """Return the τ where so many of 64 draws show class 8, the other labelled ones class 1, and `wrong` fail."""
+    labels = np.where(np.arange(64) < pure, 8, np.where(np.arange(64) < labelled, 1, NONE_OF_THE_ABOVE))
+    answers = np.where(np.arange(64) < wrong, 3, labels)
+    spec = tiny(review={"tau": "auto", "purity": 0.9, "failing": 0.5} | review)
+    ((tau, _),) = find_taus(spec, one_component(), range(1), lambda draws: (answers, labels), silent)
+    return tau
+
+
+def test_requirements_are_on_the_lower_bounds_of_the_shares():
+    # Wilson's bounds of 60/64 and 63/64: 0.87 and 0.93; of 36/64 and 40/64: 0.46 and 0.52; of 20/20: 0.88
+    assert found_at_any_tau(pure=60, wrong=64) is None
+    assert found_at_any_tau(pure=63, wrong=64) == 1
+    assert found_at_any_tau(pure=64, wrong=36) is None
+    assert found_at_any_tau(pure=64, wrong=40) == 1
+    assert found_at_any_tau(pure=20, wrong=20, labelled=20, purity=0.2) == 1
+
+
+def test_what_rho_rejects_is_not_found_whatever_share_is_asked_for():
+    assert found_at_any_tau(pure=64, wrong=36, failing=0.1, rho=0.5) is None
+    assert found_at_any_tau(pure=64, wrong=36, failing=0.1, rho=0.4) == 1
+
+
+def test_draws_near_failures_are_examined_within_the_ellipsoid_that_they_are_drawn_from():
+    anchors = Anchors(np.zeros((2, 1, 4, 4), np.uint8), np.arange(2), np.array([False, True]))
+    failures = ComponentFailures(np.zeros((1, 40, 2), np.float32), np.arange(40)[None] % 2, anchors)
+    seen = []
+
+    def examine(draws):
+        seen.append(draws)
+        return np.full(len(draws.codes), 8), np.full(len(draws.codes), 8)
+
+    scenarios = replace(one_component(), failures=failures)
+    find_taus(SPEC, scenarios, range(1), examine, silent)
+    widest = (seen[0].codes ** 2).sum(axis=1).max()
+    assert 2 < widest < stats.chi2.ppf(0.9, 2)
+    assert set(seen[0].anchors.tolist()) == {0}  # the image that is not held out
 
 
 def test_a_component_that_fails_around_its_mean_and_not_at_it_is_kept():

@@ -55,6 +55,8 @@ def with_units(failing: list[int], total: list[int], **changes):
         ([4, 3, 1], [4, 3, 9], "2 of 3 components fail in over 50%"),
         ([0, 1, 1], [9, 3, 9], None),  # few, but most are right
         ([5, 6, 0], [9, 11, 9], None),  # over rho, not certainly: enough to decide
+        ([5, 0, 0], [6, 9, 9], None),  # just enough photographs
+        ([1, 0, 0], [2, 9, 9], None),  # not over rho
     ],
 )
 def test_components_that_fail_in_too_few_photographs_to_be_certain_are_undecided(failing, total, found):
@@ -119,18 +121,29 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
         "Could not tell: 60% of the codes of Ψ are in 100 cells (class, answer) of at most 0.01"
     )
     assert "lower distill.min_weight" in text
-    few = tuple(dataclasses.replace(cell, support=2) for cell in cells)
+    few = tuple(dataclasses.replace(cell, support=4) for cell in cells)
     scenarios = dataclasses.replace(found.scenarios, dropped=few)
+    text = headline(report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path))
+    assert text.startswith("No failure scenario was found")
+    low = sample_spec().with_fields("distill", min_support=1)  # four images are no scenario all the same
+    known = {"health": None, "psi": None, "scenarios": scenarios}
+    assert why_undecided(low, found.gallery, found.verdicts, **known) is None
+
+
+def test_a_heavy_component_that_the_classifier_gets_right_is_no_cell_of_little_weight(tmp_path: Path):
+    found, evaluation = sample_findings(0, 0)
+    heavy = (DroppedComponent(0.6, 8, 3, 40, "its draws", True, False),)
+    scenarios = dataclasses.replace(found.scenarios, dropped=heavy)
     text = headline(report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path))
     assert text.startswith("No failure scenario was found")
 
 
-@pytest.mark.parametrize("anchored", [False, True])
-def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path, anchored: bool):
+@pytest.mark.parametrize(("anchored", "collapsed"), [(False, 9), (True, 9), (False, 8)])
+def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path, anchored: bool, collapsed: int):
     found, evaluation = sample_findings(COUNT, 0)
-    health = Health(1000, 1.0, 1.0, 1.0, 3, 0.6, 9, 16, "poor", anchored)
-    kl = np.repeat([0.0, 1.0], [9, 7])
+    health = Health(1000, 1.0, 1.0, 1.0, 3, 0.6, collapsed, 16, "poor", anchored)
+    kl = np.repeat([0.0, 1.0], [collapsed, 16 - collapsed])
     models = dataclasses.replace(found.models, health=health, kl_per_dimension=kl)
     report = report_of((dataclasses.replace(found, models=models), evaluation), tmp_path)
     for text in (headline(report), " ".join(caveats(report))):
-        assert "9 of 16 latent dimensions are collapsed" in text and "100" not in text
+        assert f"{collapsed} of 16 latent dimensions are collapsed" in text and "100" not in text

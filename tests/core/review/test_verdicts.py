@@ -7,7 +7,7 @@ from scipy.stats import binom
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, MoreImages, Override, Verdicts, Votes
 from defuse_core.errors import StoreError
-from defuse_core.intervals import binomial_tail, significantly_over, wilson
+from defuse_core.intervals import binomial_tail, significantly_over, wilson, wilson_lower
 from defuse_core.review.verdicts import (
     OVERRIDES,
     decide_verdicts,
@@ -162,6 +162,37 @@ def test_all_of_ten_wrong_are_beyond_doubt():
     assert not doubtful(careful, 0.5).any()
 
 
+def test_a_share_is_in_doubt_up_to_its_upper_bound_of_95_percent():
+    found = [
+        verdicts([[8] * 10] * 3, [1] * wrong + [8] * (10 - wrong), max_false=0.05) for wrong in (2, 3)
+    ]  # Wilson's bounds of 2/10 and 3/10: 0.45 and 0.55
+    assert [doubtful(verdict, 0.5).item() for verdict in found] == [False, True]
+
+
+def test_a_component_of_two_photographs_is_in_doubt_however_many_pictures_are_right():
+    verdict = verdicts([[8] * 40], [8] * 40, source=[1, 2] * 20, max_false=0.05)
+    assert doubtful(verdict, 0.5).tolist() == [True]
+    np.testing.assert_array_equal(verdict.lower, wilson_lower(np.array([0]), np.array([2])))
+    failing = verdicts([[8] * 40], [1] * 40, source=[1, 2] * 20, max_false=0.05)
+    np.testing.assert_array_equal(failing.lower, wilson_lower(np.array([2]), np.array([2])))
+
+
+def test_the_share_that_is_expected_to_be_false_is_that_of_the_accepted_components():
+    predicted = np.array([[1] * 10, [8] * 10])  # accepted, and rejected
+    gallery = Gallery(
+        np.zeros((2, 10, 1, 2, 2), np.float32),
+        np.zeros((2, 10, 2), np.float32),
+        predicted,
+        tuple("0123456789"),
+    )
+    scenario, image = (axis.ravel() for axis in np.indices(predicted.shape))
+    zeros = np.zeros(20, np.int64)
+    votes = Votes(scenario, image, zeros, zeros + 8, zeros.astype(float), ("a",), "people", {})
+    found = decide_verdicts(gallery, votes, 0.5, max_false=0.05)
+    assert found.labels.tolist() == [8, NO]
+    assert found.false_share == pytest.approx(0.5**11)  # of Beta(11, 1), under a half
+
+
 def test_none_of_ten_wrong_is_rejected_beyond_doubt():
     assert not doubtful(verdicts([[8] * 10] * 3, [8] * 10, max_false=0.05), 0.5).any()
 
@@ -204,6 +235,16 @@ def test_a_photograph_fails_where_over_rho_of_its_labelled_pictures_are_misclass
     assert verdict.reasons[0].startswith(
         "rejected: 60% of 5 labelled images of 3 photographs are misclassified, over 50% at 2 of them, not over"
     )
+
+
+def test_a_photograph_with_half_of_its_pictures_misclassified_does_not_fail():
+    verdict = verdicts([[8] * 4], [1, 8, 1, 1], source=[1, 1, 2, 2], max_false=0.4)
+    assert (verdict.units[0], verdict.failing_units[0]) == (2, 1)
+
+
+def test_where_there_are_photographs_enough_the_reason_asks_for_no_more():
+    verdict = verdicts([[8] * 6], [1] * 5 + [8], source=[1, 2, 3, 4, 5, 6], max_false=0.025)
+    assert verdict.reasons[0].endswith("over 50% at 5 of them, not over 50% with certainty")
 
 
 def test_more_images_count_by_the_photographs_that_they_add():
@@ -260,6 +301,12 @@ def test_two_decisions_together_accept_no_more_false_components_than_max_false(i
     assert (chance * (at_first[:, None] | (in_doubt[:, None] & then))).sum() <= review.max_false
 
 
+def test_a_single_decision_has_all_of_max_false():
+    review = recommended(review={"more_images": 0, "max_false": 0.2}).review
+    assert false_discovery_rate(review) == 0.2
+    assert false_discovery_rate(recommended(review={"max_false": 0.2}).review) == 0.1
+
+
 def test_the_most_common_label_leaves_out_images_without_one():
     assert most_common(np.array([NO, NO, 4, 7, 7])) == 7
     assert most_common(np.array([NO])) is None
@@ -271,6 +318,13 @@ def test_a_human_decision_stands_above_the_vote_and_says_who_and_why(label, expe
     verdict = verdicts([[8, 8, 8]] * 5, predicted=[1, 1, 1], overrides=[override])
     assert verdict.labels[0] == expected
     assert "by ada: a 5 with a broken top" in verdict.reasons[0]
+
+
+@pytest.mark.parametrize(("label", "purity"), [(5, 1 / 3), (None, 2 / 3)])
+def test_purity_is_of_the_label_that_a_person_gave_and_of_the_votes_where_a_person_rejected(label, purity):
+    override = Override(0, label, "ada", "a 5 with a broken top", WHEN)
+    verdict = verdicts([[8, 8, 5]] * 5, predicted=[1, 1, 1], overrides=[override])
+    assert verdict.purity[0] == pytest.approx(purity)
 
 
 def test_the_newest_of_several_decisions_counts():

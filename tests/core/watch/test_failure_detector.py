@@ -167,6 +167,13 @@ def without(answers: Answers, wrong: int) -> Answers:
     return answers.take(np.setdiff1d(np.arange(len(answers.labels)), rows[wrong:]))
 
 
+def nearly_all_wrong(images: int, right: int) -> Answers:
+    """Answers of which so many are right."""
+    given = answers(images, 0)
+    best = given.logits.argmax(axis=1)
+    return dataclasses.replace(given, labels=np.where(np.arange(images) < right, best, (best + 1) % CLASSES))
+
+
 @pytest.mark.parametrize(
     ("validation", "reason"),
     [
@@ -174,6 +181,10 @@ def without(answers: Answers, wrong: int) -> Answers:
         (
             without(answers(1000, 0), 4),
             "4 of .* answers on validation images are wrong, and at least 10 wrong",
+        ),
+        (
+            nearly_all_wrong(30, right=9),
+            "21 of 30 answers on validation images are wrong, and .* 10 right ones",
         ),
         (
             dataclasses.replace(answers(1000, 0), logits=np.full((1000, CLASSES), np.inf)),

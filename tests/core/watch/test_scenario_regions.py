@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from scipy.spatial import distance
 
 from defuse_core.artifacts import Corrections
 from defuse_core.data import open_splits
 from defuse_core.export.compare import share_inside
-from defuse_core.models import load_vae
+from defuse_core.models import encode_images, load_classifier, load_vae, predict
+from defuse_core.watch.failure_detector import _answers
 from defuse_core.watch.scenario_regions import (
     class_gaussians,
     fit_regions,
@@ -47,3 +50,36 @@ def test_a_class_gaussian_needs_one_image_of_each_class():
     means, covariances = class_gaussians(codes, np.arange(10), 10)
     found = mahalanobis(codes, means, covariances)
     assert np.isfinite(found).all() and (found.argmin(axis=1) == np.arange(10)).all()
+
+
+def test_the_gaussian_of_a_class_counts_twice_z_images_of_all_classes():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [4, 200])
+    codes = (rng.standard_normal((204, 3)) * np.where(labels == 0, 3, 1)[:, None]).astype(np.float32)
+    means, covariances = class_gaussians(codes, labels, 3)
+    few, many = (np.cov(codes[labels == label].T, bias=True) for label in (0, 1))
+    within = (4 * few + 200 * many) / 204
+    np.testing.assert_allclose(covariances[0], (4 * few + 6 * within) / 10, atol=0.01)
+    np.testing.assert_allclose(covariances[1], (200 * many + 6 * within) / 206, atol=0.01)
+    np.testing.assert_allclose(covariances[2], within, atol=0.01)
+    np.testing.assert_allclose(means[2], codes.mean(axis=0), atol=1e-5)
+
+
+def test_what_an_answer_is_measured_by_does_not_know_its_label(tiny_spec, tiny_models):
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    codes, labels = training_codes(tiny_spec, vae, splits.train)
+    two = codes[:2, None]
+    regions = fit_regions(vae, Corrections(np.arange(2), labels[:2], two, two), codes)
+    gaussians = class_gaussians(codes, labels, 10)
+    test = splits.test
+    found = _answers(classifier, vae, test, regions, gaussians)
+    assert 0 < found.wrong.sum() < len(found.labels)
+    latent, predicted = encode_images(vae, test.batch()), predict(classifier, test)
+    for row in (0, *np.flatnonzero(found.wrong)[:3]):
+        mean, covariance = (part[predicted[row]] for part in gaussians)
+        expected = distance.mahalanobis(latent[row], mean, np.linalg.inv(covariance))
+        assert found.distance[row] == pytest.approx(expected, rel=1e-3)
+    np.testing.assert_allclose(found.region, -regions.nearer_share(latent).min(axis=1), atol=1e-3)
+    assert np.ptp(found.region) > 0.5  # 0 in the scenario, -1 far from all

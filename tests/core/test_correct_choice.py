@@ -1,0 +1,97 @@
+"""What each epoch of fine-tuning is scored on, which row is chosen, and which clean images are left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Corrections, Models, SweepRow, Trial
+from defuse_core.config import RunFile
+from defuse_core.correct import (
+    best_rows,
+    collect_sweep,
+    fine_tune,
+    load_clean_images,
+    load_fine_tuning_data,
+)
+from defuse_core.models import accuracy, load_classifier
+from defuse_core.progress import silent
+from tests.conftest import tiny
+
+Row = tuple[float, float | None, float]
+
+
+def with_accuracy(models: Models, clean: float) -> Models:
+    return replace(models, accuracy={"train": clean, "validation": clean})
+
+
+def rows_of(lam: float, *rows: Row) -> tuple[SweepRow, ...]:
+    """Return an epoch for each (train, validation, tune)."""
+    return tuple(
+        SweepRow(lam, epoch, 0.1, train=train, validation=validation, test=0.0, tune=tune, scenario=0.0)
+        for epoch, (train, validation, tune) in enumerate(rows, 1)
+    )
+
+
+def chosen(spec: RunFile, models: Models, *rows: Row) -> int | None:
+    """Return which of so many λ is chosen, after one epoch each."""
+    trials = [Trial(lam, rows_of(lam, row), {}, {}, {}, 1, True) for lam, row in enumerate(rows)]
+    found = collect_sweep(spec, with_accuracy(models, 0.9), trials).chosen
+    return None if found is None else int(found.lam)
+
+
+def test_each_part_of_the_data_is_scored_as_itself(tiny_models):
+    rng = np.random.default_rng(0)
+    codes = rng.standard_normal((2, 24, 4)).astype(np.float32)
+    fixes = Corrections(np.arange(2), np.array([8, 2]), codes, -codes)
+    spec = tiny(correct={"epochs": 1})
+    data = load_fine_tuning_data(spec, tiny_models, fixes, None, progress=silent)
+    *_, made = fine_tune(spec, tiny_models, data, 1.0, None)
+    classifier, (row,) = load_classifier(spec, made.best, 10), made.rows
+    found = (row.train, row.validation, row.test, row.tune, row.scenario)
+    parts = (data.clean.train, data.clean.validation, data.clean.test, data.scenario.tune)
+    expected = [accuracy(classifier, part) for part in (*parts, data.scenario.held_out)]
+    assert found == pytest.approx(tuple(expected))
+
+
+def test_accuracies_on_tuning_images_that_are_equal_in_whole_percent_leave_the_choice_to_the_clean_one(
+    tiny_models,
+):
+    spec = tiny(correct={"choose_by": "tune", "max_loss": 0.1})
+    assert chosen(spec, tiny_models, (0.9, 0.87, 0.904), (0.9, 0.88, 0.896)) == 1
+    assert chosen(spec, tiny_models, (0.9, 0.87, 0.906), (0.9, 0.88, 0.896)) == 0
+    assert chosen(spec, tiny_models, (0.9, 0.88, 0.896), (0.9, 0.88, 0.904)) == 1
+    assert chosen(spec, tiny_models, (0.91, 0.87, 0.9), (0.89, 0.88, 0.9)) == 1
+    assert chosen(spec, tiny_models, (0.87, None, 0.9), (0.88, None, 0.9)) == 1
+
+
+def test_clean_accuracy_is_that_on_validation_images_and_on_training_images_where_there_are_none(tiny_models):
+    spec = tiny(correct={"choose_by": "tune", "max_loss": 0.1})
+    assert chosen(spec, tiny_models, (1.0, 0.7, 1.0)) is None
+    assert chosen(spec, tiny_models, (0.7, 0.9, 1.0)) == 0
+    assert chosen(spec, tiny_models, (0.7, None, 1.0)) is None
+    assert chosen(spec, tiny_models, (0.9, None, 1.0)) == 0
+
+
+def test_where_every_epoch_loses_too_much_the_one_that_loses_least_is_shown(tiny_models):
+    spec = tiny(correct={"choose_by": "tune", "max_loss": 0.1})
+    rows = rows_of(1.0, (0.5, 0.5, 1.0), (0.6, 0.6, 0.9), (0.55, 0.55, 0.95))
+    (best,) = best_rows(spec, with_accuracy(tiny_models, 0.9), rows)
+    assert best.epoch == 2
+
+
+def test_of_a_sample_of_the_training_images_those_that_are_left_out_are_missing(tiny_models):
+    spec = tiny(correct={"train_images": 100})
+    none = np.zeros(0, np.int64)
+    whole, sample = (
+        load_clean_images(each, tiny_models, none, none, progress=silent).train for each in (tiny(), spec)
+    )
+    row_of = {image.tobytes(): row for row, image in enumerate(whole.pixels)}
+    rows = np.array([row_of[image.tobytes()] for image in sample.pixels])
+    assert len(row_of) == len(whole) and len(rows) == 100
+    others = np.setdiff1d(np.arange(len(whole)), rows)
+    left_out = np.sort(np.concatenate([rows[::10], others[:20]]))
+    found = load_clean_images(spec, tiny_models, left_out, none, progress=silent).train
+    np.testing.assert_array_equal(found.pixels, np.delete(sample.pixels, np.arange(0, 100, 10), axis=0))
