@@ -33,7 +33,7 @@ from defuse_core.pipeline import run_defuse
 from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.results import RunResult
-from defuse_core.runs import Run
+from defuse_core.runs import Run, has_made_something
 from defuse_core.store import FolderStore, Store, checked_name, folder_store
 from defuse_core.suggest import VALIDATION_SHARE, inspect_data, plan_run
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -204,7 +204,7 @@ class _Given:
             )
         self.store, self.classifier, self.arrays = store, classifier, arrays
         self.settings, self.is_run_file = _tree(settings), not isinstance(settings, Mapping | None)
-        self.begun = any(key.endswith(".safetensors") for key in store.list())
+        self.begun = has_made_something(store)
 
     def run_file(self, recorded: RunFile | None, minutes: float, progress: Progress) -> RunFile:
         """Return the run file, once the images and the classifier that it names are in place."""

@@ -51,6 +51,14 @@ CONTROL_TRIALS = ("trials/plain", "trials/left_out_")  # trials whose λ and epo
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
 
 
+MEASURED_PRECISION = "measuredprecision.safetensors"  # made before anything can follow from the weights
+
+
+def has_made_something(store: Store) -> bool:
+    """Whether the run in `store` has stored what follows from its run file, apart from its measured precision."""
+    return any(key.endswith(".safetensors") and key != MEASURED_PRECISION for key in store.list())
+
+
 def _weights_digests(spec: RunFile) -> dict[str, str]:
     """Return the SHA-256 of the files of weights that the run file names, of those that exist."""
     digests = {}
@@ -117,7 +125,9 @@ class Run:
         added = added_lambdas(recorded, spec)
         if added:
             recorded = recorded.with_fields("correct", lambdas=spec.correct.lambdas)
-        if not any(key.endswith(".safetensors") for key in run.store.list()):
+        if not has_made_something(run.store):
+            if recorded != spec or run._other_weights():
+                run.store.delete(MEASURED_PRECISION)
             run._note_weights()
         elif changed := changed_field(recorded, spec) or run._other_weights():
             raise RunMismatchError(

@@ -94,7 +94,8 @@ def test_a_job_that_ends_while_its_log_has_fallen_silent_is_shown_to_its_end(hea
 
 
 @pytest.mark.parametrize(
-    ("job_code", "code", "ending"), [(1, 4, "look at the job's log"), (127, 4, "job's log"), (2, 2, "code 2\n")]
+    ("job_code", "code", "ending"),
+    [(1, 4, "look at the job's log"), (127, 4, "job's log"), (2, 2, "code 2\n")],
 )
 def test_only_the_exit_codes_of_a_run_are_passed_on(
     head: Head,
