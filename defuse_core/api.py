@@ -33,13 +33,13 @@ from defuse_core.pipeline import run_defuse
 from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Annotators, Compute
 from defuse_core.results import RunResult
-from defuse_core.runs import Run, has_made_something
+from defuse_core.runs import IMAGES, Run, has_made_something
 from defuse_core.store import FolderStore, Store, checked_name, folder_store
 from defuse_core.suggest import VALIDATION_SHARE, inspect_data, plan_run
 from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
-CLASSIFIER, IMAGES = "inputs/classifier.pt2", "inputs/images.npz"  # keys within the run
+CLASSIFIER = "inputs/classifier.pt2"  # key within the run
 PROBE_IMAGES = 8  # that two classifiers are compared on
 # Fields of a classifier that is not trained by the run.
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")
@@ -120,17 +120,7 @@ def open(run: str | os.PathLike[str], store: Store | None = None) -> RunResult:
     name = os.fspath(run)
     if store is None:
         store, name = _folder_store(Path(name).parent), Path(name).name
-    found = Run.open(store, checked_name(name))
-    found.spec = _with_moved_images(found)
-    return RunResult(found)
-
-
-def _with_moved_images(run: Run) -> RunFile:
-    """Return the run file with data.root inside the run, where its images came from memory and it was moved."""
-    data = run.spec.data
-    if data.root is None or data.root.exists() or not run.store.exists(IMAGES):
-        return run.spec
-    return run.spec.with_fields("data", root=Path(run.store.address, IMAGES))
+    return RunResult(Run.open(store, checked_name(name)))
 
 
 def _folder_store(folder: str | os.PathLike[str]) -> FolderStore:

@@ -30,6 +30,7 @@ from defuse_core.errors import (
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
+from tests.e2e.test_cli import call
 from tests.own_classifiers import Net, trained
 from tests.services.serving.synthetic_runs import make_run
 
@@ -202,13 +203,16 @@ def test_an_opened_run_shows_the_same_and_corrects_alike(finished, store):
         opened.corrected(like=nn.Linear(2, 2))
 
 
-def test_a_run_whose_folder_was_moved_finds_its_images(finished, store, tmp_path):
+def test_a_run_whose_folder_was_moved_finds_its_images(finished, store, tmp_path, monkeypatch, capsys):
     shutil.copytree(store, tmp_path / "elsewhere")
     moved = Run.open(FolderStore(tmp_path / "elsewhere"), "parts")
     text = moved.store.read("run.yaml").decode().replace(str(store), "/gone")
     moved.store.write("run.yaml", text.encode())
     opened = defuse.open(tmp_path / "elsewhere" / "parts")
     assert len(opened.scenarios[0].nearest_training(2)) == 2
+    to = ("--to", tmp_path / "net.pt2", "--store", tmp_path / "elsewhere")
+    code, out, err = call(monkeypatch, capsys, "export", "parts", *to)
+    assert (code, "the same answer as" in out) == (0, True), (out, err)
 
 
 def test_the_same_call_returns_at_once_where_the_run_is_finished(finished, store):
