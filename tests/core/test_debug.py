@@ -215,6 +215,19 @@ def test_a_run_whose_folder_was_moved_finds_its_images(finished, store, tmp_path
     assert (code, "the same answer as" in out) == (0, True), (out, err)
 
 
+def test_a_report_of_another_version_is_computed_again(finished, store, tmp_path):
+    shutil.copytree(store / "parts", tmp_path / "parts")
+    (tmp_path / "parts" / "report.json").write_text('{"version": 3}')
+    opened = defuse.open(tmp_path / "parts")
+    assert opened.report.accuracy == finished.report.accuracy
+    assert len(opened.scenarios) == len(finished.scenarios)
+    assert repr(opened).partition(":")[2] == repr(finished).partition(":")[2]
+    (tmp_path / "parts" / "psi.safetensors").unlink()
+    opened = defuse.open(tmp_path / "parts")
+    assert "run parts is not finished" in repr(opened)
+    assert "run parts is not finished" in opened._repr_html_()
+
+
 def test_the_same_call_returns_at_once_where_the_run_is_finished(finished, store):
     again = defuse.debug(**arguments(store, compute=no_compute))
     assert again.report.accuracy == finished.report.accuracy
