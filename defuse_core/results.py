@@ -198,6 +198,17 @@ class RunResult:
         return render_scenarios(cards, self._models.classes)
 
 
+def is_complete(result: RunResult) -> bool:
+    """Whether nothing of the run is left to make, and its report is written, by this version of Defuse."""
+    store, judges = result.run.store, result.run.spec.judges.count
+    try:
+        parse_report(store.read("report.json"), store.address)
+        _, _, evidence, watch = result._findings
+    except (FileNotFoundError, InputError):
+        return False
+    return watch is not None and (evidence is not None or not judges) and store.exists("report.html")
+
+
 def _shown(address: str) -> str:
     """Return an address as it is shown: below the working directory without the way there."""
     path = Path(address)
