@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from defuse_core.config import DataSection, RunFile, first_problem, load_run_file, parse_run_file
+from defuse_core.config import (
+    DataSection,
+    RunFile,
+    first_problem,
+    flat_fields,
+    load_run_file,
+    parse_run_file,
+)
 from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, image_shape, splits_of
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError
@@ -32,14 +40,14 @@ from defuse_core.models.adapters import find_logits
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Annotators, Compute
-from defuse_core.results import RunResult
-from defuse_core.runs import Run
+from defuse_core.results import RunResult, is_complete
+from defuse_core.runs import IMAGES, Run, has_made_something
 from defuse_core.store import FolderStore, Store, checked_name, folder_store
 from defuse_core.suggest import VALIDATION_SHARE, inspect_data, plan_run
 from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
-CLASSIFIER, IMAGES = "inputs/classifier.pt2", "inputs/images.npz"  # keys within the run
+CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
 PROBE_IMAGES = 8  # that two classifiers are compared on
 # Fields of a classifier that is not trained by the run.
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")
@@ -83,6 +91,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         name: Name of the run. It becomes a folder in the store.
         settings: With `train`: the fields that differ from what `defuse init` suggests for these images, such as
             `{"vae": {"epochs": 20}}`. Or a whole run file: its path, or a RunFile. `defuse fields` lists all fields.
+            Fields that a later call leaves out stay as the run began; a warning names them.
         minutes: Time that a new run is planned for, on this machine. A run file has its own sizes.
         compute: Where to compute. Default: in this process. On Ray: `cluster.compute.on_ray("head:6379")`.
         annotators: Who labels the scenarios. Default: the reference models of the run. People:
@@ -105,6 +114,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         recorded = Run.open(opened, name).spec if given.begun else None
         run = Run.start(opened, name, given.run_file(recorded, minutes, progress))
         _expect_annotators(run, annotators)
+        if run.spec == recorded and is_complete(result := RunResult(run, classifier)):
+            return result
         started = nullcontext(LocalCompute(progress)) if compute is None else compute(run)
         with started as running:
             run_defuse(run, running, annotators(run, running))
@@ -120,17 +131,7 @@ def open(run: str | os.PathLike[str], store: Store | None = None) -> RunResult:
     name = os.fspath(run)
     if store is None:
         store, name = _folder_store(Path(name).parent), Path(name).name
-    found = Run.open(store, checked_name(name))
-    found.spec = _with_moved_images(found)
-    return RunResult(found)
-
-
-def _with_moved_images(run: Run) -> RunFile:
-    """Return the run file with data.root inside the run, where its images came from memory and it was moved."""
-    data = run.spec.data
-    if data.root is None or data.root.exists() or not run.store.exists(IMAGES):
-        return run.spec
-    return run.spec.with_fields("data", root=Path(run.store.address, IMAGES))
+    return RunResult(Run.open(store, checked_name(name)))
 
 
 def _folder_store(folder: str | os.PathLike[str]) -> FolderStore:
@@ -204,7 +205,7 @@ class _Given:
             )
         self.store, self.classifier, self.arrays = store, classifier, arrays
         self.settings, self.is_run_file = _tree(settings), not isinstance(settings, Mapping | None)
-        self.begun = any(key.endswith(".safetensors") for key in store.list())
+        self.begun = has_made_something(store)
 
     def run_file(self, recorded: RunFile | None, minutes: float, progress: Progress) -> RunFile:
         """Return the run file, once the images and the classifier that it names are in place."""
@@ -220,6 +221,7 @@ class _Given:
         base: dict[str, Any] = {}
         if self.arrays and not self.is_run_file:
             base = self._planned(sections, minutes, progress) if recorded is None else _tree(recorded)
+            self._keep_settings(recorded)
         return parse_run_file(_merged(_merged(base, self.settings), sections), "settings")
 
     def _data(self) -> tuple[dict[str, Any], Images]:
@@ -258,6 +260,21 @@ class _Given:
         # not what a probe would suggest: what looks like another input range or order can be the fault that is sought
         meant = {"input_range": section.get("input_range", "0..1"), "class_order": section.get("class_order")}
         return {**section, **fixed, **meant, "epochs": epochs}
+
+    def _keep_settings(self, recorded: RunFile | None) -> None:
+        """Store the given settings; of a run that has begun, log those that hold although they are left out now."""
+        given = flat_fields(self.settings)
+        if recorded is None:
+            self.store.write(SETTINGS, json.dumps(given, default=str, indent=1).encode())
+        elif self.store.exists(SETTINGS):
+            left_out = [name for name in json.loads(self.store.read(SETTINGS)) if name not in given]
+            if left_out:
+                log.warning(
+                    "%s: settings that the run began with and that are left out now still hold: %s%s",
+                    self.store.address,
+                    ", ".join(left_out[:3]),
+                    f" and {len(left_out) - 3} more" if len(left_out) > 3 else "",
+                )
 
     def _planned(self, sections: dict[str, Any], minutes: float, progress: Progress) -> dict[str, Any]:
         """Return what `defuse init` writes for these images."""

@@ -89,9 +89,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))
-    verdicts = run.once(
-        "review", Verdicts, lambda: _verdicts(run, compute, models, scenarios, gallery, votes)
-    )
+    verdicts = _with_all_overrides(run, lambda: _verdicts(run, compute, models, scenarios, gallery, votes))
     fixes = run.once(
         "correct",
         Corrections,
@@ -196,6 +194,18 @@ def _scenarios(
     if run.spec.review.tau != "auto" or references is None:
         return scenarios
     return tighten(run.spec, models, references, scenarios, compute)
+
+
+def _with_all_overrides(run: Run, decide: Callable[[], Verdicts]) -> Verdicts:
+    """Return the run's verdicts. Decide again where a person decided after `decide` had read the overrides.
+
+    That decision was accepted, since the run had no verdicts; once anything follows from them, they stay.
+    """
+    verdicts = run.once("review", Verdicts, decide)
+    while verdicts.overrides != read_overrides(run.store) and run.load(Corrections) is None:
+        run.store.delete("verdicts.safetensors")
+        verdicts = run.once("review", Verdicts, decide)
+    return verdicts
 
 
 def _verdicts(

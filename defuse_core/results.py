@@ -18,7 +18,7 @@ from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
 from defuse_core.data import Images, PictureFiles, Splits, reopen_splits
 from defuse_core.data.npz import rows_in_file
 from defuse_core.distill.draws import distances_from
-from defuse_core.errors import InputError
+from defuse_core.errors import DefuseError, InputError
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
@@ -34,6 +34,7 @@ from defuse_core.models import (
 from defuse_core.models.adapters import adapt
 from defuse_core.pipeline import load_findings
 from defuse_core.report import Report, parse_report
+from defuse_core.report.build import build_report
 from defuse_core.report.html import render_real, render_run, render_scenarios, scenario_card
 from defuse_core.report.notices import headline
 from defuse_core.report.schema import Scenario
@@ -71,14 +72,20 @@ class RunResult:
 
     @cached_property
     def report(self) -> Report:
-        """All figures, as in report.json: `run.report.accuracy.before.test`. Raises InputError before the run's end."""
+        """All figures, as in report.json: `run.report.accuracy.before.test`. Raises InputError before the run's end.
+
+        Where another version of Defuse wrote report.json, they are computed again from what the run has stored.
+        """
         try:
             text = self.run.store.read("report.json")
         except FileNotFoundError as error:
             raise InputError(
                 f"run {self.run.name} is not finished; the call or command that started it continues it"
             ) from error
-        return parse_report(text, f"{self.run.store.address}/report.json")
+        try:
+            return parse_report(text, f"{self.run.store.address}/report.json")
+        except InputError:
+            return build_report(self.run, *self._findings)
 
     @property
     def page(self) -> str:
@@ -116,12 +123,20 @@ class RunResult:
         return f"<run {_shown(self.run.store.address)}: {self._summary()}>"
 
     def _repr_html_(self) -> str:
-        if not self.run.store.exists("report.json"):
-            return render_run(None, self._summary(), _shown(self.page))
-        return render_run(self.report, headline(self.report), _shown(self.page))
+        try:
+            report = self.report
+        except DefuseError:
+            report = None
+        return render_run(report, self._summary(), _shown(self.page))
 
     def _summary(self) -> str:
-        return headline(self.report) if self.run.store.exists("report.json") else "not finished"
+        """Return the headline, or in its place why there is none: a notebook shows what it has."""
+        if not self.run.store.exists("report.json"):
+            return "not finished"
+        try:
+            return headline(self.report)
+        except DefuseError as error:
+            return str(error)
 
     @cached_property
     def _models(self) -> Models:
@@ -181,6 +196,17 @@ class RunResult:
     def _show(self, scenarios: Sequence[ScenarioView]) -> str:
         cards = [scenario_card(scenario.row, *self._findings[:3]) for scenario in scenarios]
         return render_scenarios(cards, self._models.classes)
+
+
+def is_complete(result: RunResult) -> bool:
+    """Whether nothing of the run is left to make, and its report is written, by this version of Defuse."""
+    store, judges = result.run.store, result.run.spec.judges.count
+    try:
+        parse_report(store.read("report.json"), store.address)
+        _, _, evidence, watch = result._findings
+    except (FileNotFoundError, InputError):
+        return False
+    return watch is not None and (evidence is not None or not judges) and store.exists("report.html")
 
 
 def _shown(address: str) -> str:

@@ -48,7 +48,16 @@ FROM_VERDICTS = (
 )
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("sweep") :]
 CONTROL_TRIALS = ("trials/plain", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
+IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
+
+
+MEASURED_PRECISION = "measuredprecision.safetensors"  # made before anything can follow from the weights
+
+
+def has_made_something(store: Store) -> bool:
+    """Whether the run in `store` has stored what follows from its run file, apart from its measured precision."""
+    return any(key.endswith(".safetensors") and key != MEASURED_PRECISION for key in store.list())
 
 
 def _weights_digests(spec: RunFile) -> dict[str, str]:
@@ -117,7 +126,9 @@ class Run:
         added = added_lambdas(recorded, spec)
         if added:
             recorded = recorded.with_fields("correct", lambdas=spec.correct.lambdas)
-        if not any(key.endswith(".safetensors") for key in run.store.list()):
+        if not has_made_something(run.store):
+            if recorded != spec or run._other_weights():
+                run.store.delete(MEASURED_PRECISION)
             run._note_weights()
         elif changed := changed_field(recorded, spec) or run._other_weights():
             raise RunMismatchError(
@@ -169,7 +180,11 @@ class Run:
             raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REMEDY}") from error
         if not isinstance(tree, dict):
             raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REMEDY}")
-        return cls(store, name, parse_run_file(_with_legacy_defaults(tree), f"{name}/run.yaml"))
+        run = cls(store, name, parse_run_file(_with_legacy_defaults(tree), f"{name}/run.yaml"))
+        root, own = run.spec.data.root, Path(run.store.address, IMAGES)
+        if root is not None and root.as_posix().endswith(f"/{IMAGES}") and own.exists():
+            run.spec = run.spec.with_fields("data", root=own)  # its folder may have been moved
+        return run
 
     def once(self, step: str, kind: type[T], make: Callable[[], T], key: str | None = None) -> T:
         """Return the artefact of `kind`: the one stored, or else what `make` returns, stored first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -76,14 +77,16 @@ def _copy_module(field: str, import_path: str, folder: Path) -> None:
     if name in PACKAGES:
         raise ModelError(f"{field} {import_path}: {name} is a package of Defuse; rename yours")
     found = importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])
+    if found is None and name != "__main__":
+        found = importlib.util.find_spec(name)  # by the finders that editable installs have
     if found is None:
         raise ModelError(f"{field} {import_path}: no module {name} in this folder or on PYTHONPATH")
     if found.submodule_search_locations:
         source = Path(next(iter(found.submodule_search_locations)))
+        target = folder / name
     else:
         source = Path(str(found.origin))
-    if "site-packages" in source.parts or (folder / source.name).exists():
+        target = folder / source.name
+    if "site-packages" in source.parts or target.exists():
         return
-    _copy(
-        source, folder / source.name, field, dangling_links=False
-    )  # Emacs locks a file by a link to nothing
+    _copy(source, target, field, dangling_links=False)  # Emacs locks a file by a link to nothing

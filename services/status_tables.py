@@ -66,7 +66,7 @@ def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) ->
     detail = _detail(run, step, keys)
     if len(made) == len(names) and (step != "report" or "report.json" in keys):
         state, detail = "done", ""
-    elif step == "review" and run.spec.review.annotators == "label-studio" and "gallery.safetensors" in keys:
+    elif step == "review" and _waits_for_people(run, keys):
         state = "waits for people"
     else:
         state = "under way" if made or known or detail else "to do"
@@ -78,6 +78,12 @@ def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) ->
         bytes=sum(entry["bytes"] for entry in known) if known else None,
         made=max((entry["made"] for entry in known), default=""),
     )
+
+
+def _waits_for_people(run: Run, keys: set[str]) -> bool:
+    """Whether people are asked: not once the votes are stored, as after `defuse review set --redo`."""
+    asked = run.spec.review.annotators == "label-studio" and "gallery.safetensors" in keys
+    return asked and "votes.safetensors" not in keys
 
 
 def _detail(run: Run, step: str, keys: set[str]) -> str:
@@ -152,6 +158,8 @@ def print_status(run: Run, console: Console | None = None) -> None:
     if report := _stored_report(run):
         print_text(console, headline(report), "bold")
         console.print(accuracy_table(report))
+    elif run.store.exists("report.json"):
+        print_text(console, _unread_report(run), "yellow")
     console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
 
 
@@ -181,6 +189,10 @@ def _stored_report(run: Run) -> Report | None:
         return None
 
 
+def _unread_report(run: Run) -> str:
+    return f"{run.name}: report.json is another version's, or damaged: `defuse report {run.name}` writes it again"
+
+
 def _state_text(state: StepState) -> Text:
     style = {"done": "green", "to do": "dim"}.get(state.state, "yellow")
     return Text(f"{state.state}: {state.detail}" if state.detail else state.state, style=style)
@@ -199,12 +211,16 @@ def print_runs(store: Store, console: Console | None = None) -> None:
     made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
     table = new_table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
-    problems = []
+    problems, notes = [], []
     for name in store.folders():
         try:
             if not store.exists(f"{name}/run.yaml"):
                 continue
-            row = _run_row(Run.open(store, name))
+            run = Run.open(store, name)
+            report = _stored_report(run)
+            row = _run_row(run, report)
+            if report is None and run.store.exists("report.json"):
+                notes.append(_unread_report(run))
         except DefuseError as error:
             problems.append(str(error))
             shown = "unreadable run.yaml" if isinstance(error, RunFileError) else "unreadable"
@@ -214,11 +230,13 @@ def print_runs(store: Store, console: Console | None = None) -> None:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
         return
     console.print(table)
+    for note in notes:
+        print_text(console, note, "yellow")
     for problem in problems:
         print_text(console, problem, "red")
 
 
-def _run_row(run: Run) -> tuple[str | Text, ...]:
+def _run_row(run: Run, report: Report | None) -> tuple[str | Text, ...]:
     """Return the cells of a run in the list. Raises StoreError for a file that is damaged."""
     states = step_states(run)
     at = next((state for state in states if state.state != "done"), None)
@@ -227,7 +245,7 @@ def _run_row(run: Run) -> tuple[str | Text, ...]:
         run.name,
         run.spec.data.name,
         shown,
-        *_outcome(_stored_report(run)),
+        *_outcome(report),
         date_time(max(state.made for state in states)),
         duration(sum(state.seconds or 0 for state in states)),
     )

@@ -66,12 +66,17 @@ def expect_mlflow(settings: Settings) -> None:
 
 
 class MlflowTracking:
-    """One MLflow run for one run of Defuse, which is the same when that is continued. A context manager."""
+    """One MLflow run for one run of Defuse, which is the same when that is continued. A context manager.
+
+    A run that goes on with another run file is another one in MLflow, whose parameters cannot be changed.
+    """
 
     def __init__(self, run: Run, settings: Settings) -> None:
         self.run, self.uri = run, settings.mlflow_uri
         self.experiment = settings.mlflow_experiment or EXPERIMENT
         self.failed = False
+        fields = flat_fields(run.spec.model_dump(mode="json"))  # before the run settles `auto`
+        self._params = {name: str(value)[:PARAM_LENGTH] for name, value in fields.items()}
         self._digests: dict[str, str] = {}  # of files that do not change while this process has the run
 
     def __enter__(self) -> Self:
@@ -106,11 +111,15 @@ class MlflowTracking:
         from mlflow import MlflowClient
 
         client, state = MlflowClient(self.uri), self._state()
+        params = hashlib.sha256(json.dumps(self._params).encode()).hexdigest()
+        if state["sent"].get("params") not in (None, "", params):
+            log.info("mlflow: the run file has changed; a new MLflow run is begun")
+            state |= {"run_id": None, "sent": {}}
         run_id = self._run_id(client, state)
         sent = state["sent"]
         if "params" not in sent:  # a server changes no parameter, so they are sent once
             self._send_params(client, run_id)
-            self._record(state, "params", "")
+            self._record(state, "params", params)
         for part, key in SOURCES.items():
             digest = self._digest(key)
             if digest is not None and sent.get(part) != digest:
@@ -174,8 +183,7 @@ class MlflowTracking:
     def _send_params(self, client: MlflowClient, run_id: str) -> None:
         from mlflow.entities import Param
 
-        fields = flat_fields(self.run.spec.model_dump(mode="json"))
-        params = [Param(name, str(value)[:PARAM_LENGTH]) for name, value in fields.items()]
+        params = [Param(name, value) for name, value in self._params.items()]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             client.log_batch(run_id, params=params[start : start + PARAMS_AT_ONCE])
 

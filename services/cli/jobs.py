@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+RUN_EXIT_CODES = (2, 3, 4)  # of a `defuse run` that did not finish
 
 address_option = click.option(
     "--address",
@@ -195,12 +196,18 @@ def _follow(jobs: Jobs, job_id: str) -> None:
 
 
 def _exit_code(job: Job) -> int:
-    """Return the run's own exit code; 4 for a job that was stopped, was killed or never began."""
+    """Return the run's own exit code; 4 for a job that was stopped, was killed or never began.
+
+    A 1 is the interpreter's, such as for a missing dependency: `defuse run` never ends with it.
+    """
     if job.status == "SUCCEEDED":
         return 0
-    return job.exit_code if job.status == "FAILED" and job.exit_code in (1, 2, 3) else 4
+    return job.exit_code if job.status == "FAILED" and job.exit_code in RUN_EXIT_CODES else 4
 
 
 def _ending(job: Job) -> str:
-    message = " ".join(job.message.split())
-    return f"exit code {job.exit_code}" if job.exit_code is not None else f"{job.status.lower()}: {message}"
+    if job.exit_code is None:
+        return f"{job.status.lower()}: {' '.join(job.message.split())}"
+    if job.exit_code in RUN_EXIT_CODES:
+        return f"exit code {job.exit_code}"
+    return f"exit code {job.exit_code}, which is not one of `defuse run`: look at the job's log for what ended it"

@@ -110,7 +110,10 @@ CLASSIFIER_HELP = (
 
 def classifier_fields(text: str, weights: Path | None) -> dict[str, Any]:
     """Return section `classifier` of a run file for --classifier and --weights. Raises InputError."""
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"--classifier {text}: expected the home of an existing user after ~") from error
     if text.startswith("timm:"):
         if weights is None:
             raise InputError(f"--classifier {text}: needs --weights with a file, since nothing is downloaded")

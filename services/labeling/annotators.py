@@ -131,7 +131,7 @@ class LabelStudioAnnotators:
 
         A server that cannot be reached for a while is waited for.
         """
-        sleep(self.first_pause_s)
+        sleep(max(self.first_pause_s, self.pull_s * PAUSE_PER_PULL))
         growing = wait_exponential(self.first_pause_s * 1.5, self.longest_pause_s, exp_base=1.5)
         polling = Retrying(
             retry=retry_if_exception_type(ServiceError)

@@ -24,7 +24,7 @@ from services.labeling.api_types import BucketStorage, TaskImport
 from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.pictures import bucket_storage
-from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state, write_state
+from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
 from services.labeling.tasks import PRELABEL_MODEL, Prelabel, ReviewTasks, batches, is_edited
 from services.settings import BucketAccess
 
@@ -65,13 +65,13 @@ class ReviewProject:
     def push(self) -> ProjectState:
         """Create the project if it does not exist, import the tasks that it lacks, and return the new state."""
         storage = self._bucket_storage()
-        write_state(self.run.store, self.state)  # the mark, before a project bears it
+        self._update_state(lambda known: known)  # stores the mark, before a project bears it
         project = self.find()
         if project is None:
             if self.state.project is not None:  # a replacement of a lost project needs a mark of its own
-                people = self.state.people
-                self.state = ProjectState(new_mark(), self.state.gallery, new_secret(), people=people)
-                write_state(self.run.store, self.state)
+                self._update_state(
+                    lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=known.people)
+                )
             project = self.create()
         number = project.id
         self._update_state(lambda known: replace(known, project=number, address=self.client.address))

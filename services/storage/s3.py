@@ -60,8 +60,11 @@ def open_s3(address: str) -> S3Store:
         session = boto3.Session()
         try:
             endpoint = session.client("s3").meta.endpoint_url
-        except ValueError as error:  # "Invalid endpoint: minio:9000"
-            raise InputError(f"AWS_ENDPOINT_URL: expected such as http://host:9000 ({error})") from error
+        except ValueError:  # "Invalid endpoint: minio:9000", with a password that the address may hold
+            raise InputError(
+                "AWS_ENDPOINT_URL (or endpoint_url in AWS's configuration file): expected such as http://host:9000, "
+                "with its scheme, and a host of letters, digits, dots and hyphens"
+            ) from None
     at_aws = endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn"))
     store = S3Store(
         match[1], f"{prefix}/" if prefix else "", None if at_aws else endpoint, session.region_name

@@ -19,6 +19,7 @@ from aiohttp import web
 from cluster import jobs
 from defuse_core.errors import ComputeError
 from tests.conftest import ROOT
+from tests.e2e.test_cli import call
 from tests.s3_servers import free_port
 
 LOG = "first line\nlast line\n"
@@ -28,7 +29,7 @@ class Head:
     """The routes of a dashboard that Ray's client asks for one job, whose log ends to arrive in the middle."""
 
     def __init__(self) -> None:
-        self.status, self.is_silent, self.tails = "RUNNING", False, 0
+        self.status, self.exit_code, self.is_silent, self.tails = "RUNNING", 0, False, 0
         self.address = f"http://127.0.0.1:{free_port()}"
 
     async def start(self) -> web.AppRunner:
@@ -38,7 +39,7 @@ class Head:
             "/api/version": lambda: {"version": "4", "ray_version": "2.50.0", "ray_commit": ""},
             "/api/jobs/j1": lambda: (
                 {"type": "SUBMISSION", "entrypoint": "", "status": self.status}
-                | {"submission_id": "j1", "driver_exit_code": 0}
+                | {"submission_id": "j1", "driver_exit_code": self.exit_code}
             ),
             "/api/jobs/j1/logs": lambda: {"logs": LOG},
         }
@@ -90,6 +91,25 @@ def test_a_job_that_ends_while_its_log_has_fallen_silent_is_shown_to_its_end(hea
 
     job = jobs.Jobs(head.address).follow("j1", show)
     assert (job.status, job.exit_code, shown) == ("SUCCEEDED", 0, [LOG[:15], LOG[15:]])
+
+
+@pytest.mark.parametrize(
+    ("job_code", "code", "ending"),
+    [(1, 4, "look at the job's log"), (127, 4, "job's log"), (2, 2, "code 2\n")],
+)
+def test_only_the_exit_codes_of_a_run_are_passed_on(
+    head: Head,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    job_code: int,
+    code: int,
+    ending: str,
+) -> None:
+    """A missing dependency ends Python with 1, which a pipeline would read as a check that failed."""
+    head.status, head.exit_code = "FAILED", job_code
+    ended, _, err = call(monkeypatch, capsys, "jobs", "logs", "j1", "--follow", "--address", head.address)
+    assert ended == code
+    assert f"job j1: exit code {job_code}" in err and ending in err
 
 
 def test_a_dashboard_that_falls_silent_is_a_lost_connection(

@@ -27,9 +27,11 @@ from defuse_core.errors import (
     RunFileError,
     RunMismatchError,
 )
+from defuse_core.results import is_complete
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
+from tests.e2e.test_cli import call
 from tests.own_classifiers import Net, trained
 from tests.services.serving.synthetic_runs import make_run
 
@@ -202,17 +204,35 @@ def test_an_opened_run_shows_the_same_and_corrects_alike(finished, store):
         opened.corrected(like=nn.Linear(2, 2))
 
 
-def test_a_run_whose_folder_was_moved_finds_its_images(finished, store, tmp_path):
+def test_a_run_whose_folder_was_moved_finds_its_images(finished, store, tmp_path, monkeypatch, capsys):
     shutil.copytree(store, tmp_path / "elsewhere")
     moved = Run.open(FolderStore(tmp_path / "elsewhere"), "parts")
     text = moved.store.read("run.yaml").decode().replace(str(store), "/gone")
     moved.store.write("run.yaml", text.encode())
     opened = defuse.open(tmp_path / "elsewhere" / "parts")
     assert len(opened.scenarios[0].nearest_training(2)) == 2
+    options = ("--store", tmp_path / "elsewhere", "--why", "first", "--force", "not checked here")
+    code, out, err = call(monkeypatch, capsys, "promote", "parts", *options)
+    assert code == 0, (out, err)
 
 
-def test_the_same_call_returns_at_once_where_the_run_is_finished(finished, store):
-    again = defuse.debug(**arguments(store, compute=no_compute))
+def test_a_report_of_another_version_is_computed_again(finished, store, tmp_path):
+    shutil.copytree(store / "parts", tmp_path / "parts")
+    (tmp_path / "parts" / "report.json").write_text('{"version": 3}')
+    opened = defuse.open(tmp_path / "parts")
+    assert opened.report.accuracy == finished.report.accuracy
+    assert len(opened.scenarios) == len(finished.scenarios)
+    assert repr(opened).partition(":")[2] == repr(finished).partition(":")[2]
+    (tmp_path / "parts" / "psi.safetensors").unlink()
+    opened = defuse.open(tmp_path / "parts")
+    assert "run parts is not finished" in repr(opened)
+    assert "run parts is not finished" in opened._repr_html_()
+
+
+def test_the_same_call_returns_at_once_where_the_run_is_finished(finished, store, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("defuse_core.api.run_defuse", lambda *_: 1 / 0)  # nothing is made or drawn again
+        again = defuse.debug(**arguments(store, compute=no_compute))
     assert again.report.accuracy == finished.report.accuracy
     assert defuse.debug(**arguments(store, settings=None, compute=no_compute)).report.scenarios
 
@@ -229,6 +249,28 @@ def test_other_images_or_another_classifier_under_the_same_name_are_refused_and_
     with pytest.raises(RunMismatchError, match=r"vae.epochs: 40 in the run, 41 now"):
         defuse.debug(**arguments(store, settings={"vae": {"epochs": 41}}))
     assert kept == {path: path.read_bytes() for path in (store / "parts" / "inputs").iterdir()}
+
+
+def test_settings_that_a_later_call_leaves_out_are_named(finished, store, caplog):
+    fewer = {name: section for name, section in SETTINGS.items() if name != "identify"}
+    for settings in (SETTINGS, fewer):
+        caplog.clear()
+        found = defuse.debug(**arguments(store, settings=settings, compute=no_compute))
+        named = [line for line in caplog.messages if "left out now still hold: identify.draws, ident" in line]
+        assert len(named) == (settings is fewer)
+        assert found.run.spec.identify.draws == SETTINGS["identify"]["draws"]
+
+
+def test_a_run_that_lacks_something_is_not_complete(finished, store, tmp_path):
+    shutil.copytree(store / "parts", tmp_path / "parts")
+    assert is_complete(defuse.open(tmp_path / "parts"))
+    for name in ("report.html", "report.json", "failurewatch.safetensors", "sweep.safetensors"):
+        kept = (tmp_path / "parts" / name).read_bytes()
+        (tmp_path / "parts" / name).unlink()
+        assert not is_complete(defuse.open(tmp_path / "parts")), name
+        (tmp_path / "parts" / name).write_bytes(kept)
+    (tmp_path / "parts" / "report.json").write_text('{"version": 3}')
+    assert not is_complete(defuse.open(tmp_path / "parts"))
 
 
 def test_the_given_classifier_keeps_its_mode_and_weights(finished, store):

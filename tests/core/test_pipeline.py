@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 
@@ -18,7 +19,7 @@ from defuse_core.correct import run_trial, trial_key
 from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
-from defuse_core.review.verdicts import override_verdict
+from defuse_core.review.verdicts import decide_verdicts, override_verdict
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -92,6 +93,35 @@ def test_a_decision_of_a_person_counts_while_models_are_asked_about_other_images
     verdicts = run.load(Verdicts)
     assert [override.author for override in verdicts.overrides] == ["Ada"]
     assert verdicts.labels[doubted] == NONE_OF_THE_ABOVE != judged.labels[doubted]
+
+
+def test_a_decision_of_a_person_counts_that_was_stored_just_before_the_verdicts(
+    finished, tmp_path, monkeypatch
+):
+    shutil.copytree(finished[0].store.folder, tmp_path / "a")
+    judged, store = finished[0].load(Verdicts), FolderStore(tmp_path)
+    for name in ("verdicts", "corrections"):
+        store.delete(f"a/{name}.safetensors")
+    rows = iter(np.flatnonzero(judged.labels != NONE_OF_THE_ABOVE)[:2])
+
+    def decide(*args, **kwargs):  # whose overrides have been read
+        for row in itertools.islice(rows, 1):
+            override_verdict(Run.open(store, "a"), int(row), None, author="Ada", reason="no digit")
+        return decide_verdicts(*args, **kwargs)
+
+    monkeypatch.setattr("defuse_core.pipeline.decide_verdicts", decide)
+    run = Run(store, "a", finished[0].spec, until="review")
+    with pytest.raises(ReachedStep):
+        run_defuse(run, LocalCompute(), None)
+    assert [override.author for override in run.load(Verdicts).overrides] == ["Ada", "Ada"]
+    assert len(run.load(Verdicts).accepted) == len(judged.accepted) - 2
+    override = store.within("a").read("overrides/0001.json")
+    store.write("a/overrides/0003.json", override)  # beside corrections that were made without it
+    store.write("a/corrections.safetensors", finished[0].store.read("corrections.safetensors"))
+    run.until = "correct"
+    with pytest.raises(ReachedStep):
+        run_defuse(run, LocalCompute(), None)
+    assert len(run.load(Verdicts).overrides) == 2
 
 
 def test_report_json_has_the_promised_fields(finished):

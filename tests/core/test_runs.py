@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from defuse_core.artifacts import Psi
+from defuse_core.artifacts import MeasuredPrecision, Psi
 from defuse_core.errors import InputError, RunBusyError, RunMismatchError, StoreError
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import UNFINISHED, FolderStore
@@ -178,6 +178,22 @@ def test_weights_that_were_mended_before_anything_was_made_are_the_runs(tmp_path
     weights.write_bytes(b"mended")
     Run.start(store, "a", tiny(vae={"weights": weights})).once("identify", Psi, psi)
     Run.start(store, "a", tiny(vae={"weights": weights}))
+
+
+def test_weights_that_are_mended_after_the_precision_was_measured_are_the_runs(tmp_path):
+    """A run with resources.precision: auto has measured it before it loads the weights."""
+    store, weights = FolderStore(tmp_path / "runs"), tmp_path / "w.pt"
+    measured = MeasuredPrecision({"classifier": "bf16"}, {}, {})
+    weights.write_bytes(b"broken")
+    spec = tiny(vae={"weights": weights}, resources={"precision": "auto"})
+    Run.start(store, "a", spec).once("train", MeasuredPrecision, lambda: measured)
+    assert Run.start(store, "a", spec).load(MeasuredPrecision) == measured
+    weights.write_bytes(b"mended")
+    assert Run.start(store, "a", spec).load(MeasuredPrecision) is None  # it is measured on other weights
+    Run.start(store, "a", spec).once("train", MeasuredPrecision, lambda: measured)
+    other = spec.with_fields("vae", beta=4.0)
+    assert Run.start(store, "a", other).load(MeasuredPrecision) is None
+    assert Run.open(store, "a").spec == other
 
 
 def test_opening_a_run_that_is_not_there_says_so(tmp_path):

@@ -147,6 +147,13 @@ def test_a_state_dict_with_its_factory_is_taken(pictures, tmp_path, monkeypatch,
     assert "class_order" not in tree["classifier"]
 
 
+def test_a_classifier_below_an_unknown_home_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(monkeypatch, capsys, "init", tmp_path, "--classifier", "~nosuchuser/net.pt2")
+    assert code == 2
+    assert "--classifier ~nosuchuser/net.pt2: expected the home of an existing user after ~" in one_line(err)
+
+
 def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_not_written(
     pictures, tmp_path, monkeypatch, capsys
 ):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -65,6 +69,8 @@ def test_what_the_nodes_could_not_find_is_an_error(tmp_path: Path, monkeypatch: 
         build_working_dir(own_classifier(tmp_path / "gone.pt"), tmp_path / "a")
     with pytest.raises(ModelError, match="no module absent in this folder or on PYTHONPATH"):
         build_working_dir(own_classifier(tmp_path / "gone.pt", "absent"), tmp_path / "b")
+    with pytest.raises(ModelError, match="no module __main__ in this folder"):
+        build_working_dir(own_classifier(tmp_path / "gone.pt", "__main__"), tmp_path / "e")
     with pytest.raises(ModelError, match="services is a package of Defuse; rename yours"):
         build_working_dir(own_classifier(tmp_path / "gone.pt", "services.nets"), tmp_path / "d")
     with pytest.raises(RunFileError, match=r"data.root images.npz: expected the absolute path"):
@@ -89,6 +95,33 @@ def test_what_an_ignore_file_of_the_users_package_names_travels_too(tmp_path: Pa
     archive = tmp_path / "job.zip"
     create_package(str(job), archive, include_gitignore=True)
     assert "mine/_version.py" in zipfile.ZipFile(archive).namelist()
+
+
+class EditableFinder(MetaPathFinder):
+    """What an editable install of a flat layout puts on sys.meta_path: modules by their files, outside sys.path."""
+
+    def __init__(self, mapping: dict[str, Path]) -> None:
+        self.mapping = mapping
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        file = self.mapping.get(fullname)
+        return None if file is None else spec_from_file_location(fullname, file)
+
+
+def test_code_that_an_editable_install_maps_travels_under_its_own_name(
+    tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package.rename(tmp_path / "lib")
+    for file in ("lib/__init__.py", "lib/nets.py", "single.py"):
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path / "job")
+    mapping = {"mine": tmp_path / "lib/__init__.py", "single": tmp_path / "single.py"}
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, EditableFinder(mapping)])
+    for number, module in enumerate(("mine.nets", "single")):
+        job = tmp_path / f"job-{number}"
+        job.mkdir()
+        build_working_dir(own_classifier(tmp_path / "best.safetensors", module), job)
+    assert (tmp_path / "job-0/mine/nets.py").is_file() and (tmp_path / "job-1/single.py").is_file()
 
 
 def test_a_link_to_nothing_in_the_users_package_is_left_out(tmp_path: Path, package: Path) -> None:

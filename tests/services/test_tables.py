@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,8 @@ def test_a_review_by_people_waits_for_them(tmp_path: Path):
     run = a_run(tmp_path, annotators="label-studio")
     finish(run, "models", "psi", "scenarios", "gallery")
     assert {s.step: s.state for s in step_states(run)}["review"] == "waits for people"
+    finish(run, "votes")  # as after `defuse review set --redo`
+    assert {s.step: s.state for s in step_states(run)}["review"] == "under way"
 
 
 def test_status_shows_each_step_with_its_time_and_size(tmp_path: Path):
@@ -321,6 +324,17 @@ def test_a_finished_run_shows_its_scenarios_and_accuracies_before_and_after(tmp_
     print_runs(FolderStore(tmp_path), listed)
     assert f"2: {percent(before.scenario, 0)} → {percent(after.scenario, 0)}" in text_of(listed)
     assert f"{percent(before.test)} → {percent(after.test)}" in text_of(listed)
+
+
+def test_a_report_of_another_version_is_named_with_the_command_that_writes_it_again(tmp_path: Path):
+    run = a_run(tmp_path, "older")
+    finish(run, *ALL)
+    run.store.write("report.json", b'{"version": 3}')
+    for show in (lambda console: print_status(run, console), partial(print_runs, FolderStore(tmp_path))):
+        console = terminal(300)
+        show(console)
+        assert "older: report.json is another version's" in text_of(console)
+        assert "`defuse report older` writes it again" in text_of(console)
 
 
 def test_status_shows_the_health_of_the_vae_as_soon_as_it_is_trained(tmp_path: Path):

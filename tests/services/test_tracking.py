@@ -96,6 +96,18 @@ def test_a_continued_run_is_the_same_and_sends_nothing_twice(server, run):
     assert len(server.get_metric_history(done.info.run_id, "vae.reconstruction")) == 50
 
 
+def test_a_changed_run_file_begins_a_new_run_with_its_parameters(server, tmp_path, tiny_spec):
+    store, changed = FolderStore(tmp_path), tiny_spec.with_fields("vae", beta=4.0)
+    for spec in (tiny_spec, changed, changed):
+        begun = Run.start(store, "new", spec)
+        with pytest.raises(ReachedStep), MlflowTracking(begun, read_settings()) as tracking:
+            begun.spec = spec.with_fields("resources", precision="bf16")  # as where `auto` was measured
+            tracking.update()
+            raise ReachedStep("train")
+    newest, oldest = tracked(server)
+    assert (oldest.data.params["vae.beta"], newest.data.params["vae.beta"]) == ("0.3", "4.0")
+
+
 def overrule(run: Run, rows: tuple[SweepRow, ...], accepted: int) -> None:
     """Make what follows from the verdicts again, as `defuse run` does after `review set --redo`; without rows no λ."""
     run.store.delete("sweep.safetensors")

@@ -16,6 +16,7 @@ from proxy import Reply
 
 from defuse_core.errors import InputError, LabelsPending, ServiceError
 from services.labeling import tasks
+from services.labeling.project import ReviewProject
 from services.labeling.state import write_state
 from services.labeling.tasks import ReviewTasks, digest
 
@@ -50,6 +51,19 @@ def test_pushing_again_changes_nothing(make_review):
     assert {key: task.id for key, task in review.tasks().items()} == {
         key: task.id for key, task in before.items()
     }
+
+
+def test_what_other_commands_store_while_a_push_begins_is_kept(make_review, monkeypatch):
+    review = make_review()
+    review.annotators.push(review.gallery)
+
+    def meanwhile(project):  # which tries a bucket's credentials, for seconds
+        state = replace(review.state, simulated=True).with_annotators([7])
+        write_state(review.run.store, state)
+
+    monkeypatch.setattr(ReviewProject, "_bucket_storage", meanwhile)
+    assert review.annotators.push(review.gallery) == review.state
+    assert review.state.simulated and review.state.people == {"7": 1}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,11 @@ def test_an_endpoint_that_is_down_is_said_at_once(aws: pytest.MonkeyPatch) -> No
     assert "no answer from http://***@127.0.0.1:9 (" in _refused(aws)
 
 
-def test_an_endpoint_without_its_scheme_is_said(aws: pytest.MonkeyPatch) -> None:
-    aws.setenv("AWS_ENDPOINT_URL", "minio:9000")
-    with pytest.raises(InputError, match="AWS_ENDPOINT_URL: expected such as http://host:9000"):
+@pytest.mark.parametrize("address", ["minio:9000", "ana:sup3r@minio:9000", "http://ana:sup3r@my_minio:9000"])
+def test_an_endpoint_that_is_no_address_is_said_without_its_password(
+    aws: pytest.MonkeyPatch, address: str
+) -> None:
+    aws.setenv("AWS_ENDPOINT_URL", address)
+    with pytest.raises(InputError, match="expected such as http://host:9000") as refused:
         open_store("s3://bucket/runs")
+    assert "sup3r" not in "".join(traceback.format_exception(refused.value))
