@@ -32,6 +32,7 @@ WAYS: dict[str, tuple[str, ...]] = {
         "review.tau=0.5",
         "review.accept=share",
         "correct.filter=none",
+        "correct.unreviewed=false",
         "correct.schedule=constant",
         "correct.batch_size=256",
         "correct.augment=false",
