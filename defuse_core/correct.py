@@ -65,7 +65,7 @@ def fine_tune(
         load_optimizer_state(optimizer, trial.moments)
     images = (
         DeviceImages(tuning.clean.train, spec.resources.readers),
-        DeviceImages(tuning.scenario.all_tuned()),
+        DeviceImages(tuning.scenario.d_f),
     )
     # split and sample of the images have streams of their own: every repetition is on the same ones
     streams = ("correct", "repetition", tuning.repetition) if tuning.repetition else ("correct",)

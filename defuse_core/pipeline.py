@@ -38,10 +38,10 @@ from defuse_core.review.sample import (
     sample_corrections,
     sample_gallery,
     sample_more_images,
-    unreviewed_failures,
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
+from defuse_core.review.unreviewed import choose_unreviewed
 from defuse_core.review.verdicts import (
     crowdlab_labels,
     decide_verdicts,
@@ -147,9 +147,10 @@ def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
     spec, fixes = run.spec, found.fixes
     plain, tuned = plain_names(), [f"left_out_{fold}" for fold in folds(fixes, found.sweep)]
     requests = {}
+    without = replace(fixes, unreviewed=None)  # with λ = 0 no image of D_f is seen
     for number, name in enumerate(plain):
         store = run.store.within(f"trials/{name}")
-        requests[name] = SweepRequest(plain_spec(spec, found.sweep), fixes, None, store, fixes, number)
+        requests[name] = SweepRequest(plain_spec(spec, found.sweep), without, None, store, fixes, number)
     for fold, name in enumerate(tuned):
         store, kept = run.store.within(f"trials/{name}"), without_fold(found, fold)
         requests[name] = SweepRequest(fold_spec(spec, found.sweep), kept, None, store, fixes)
@@ -239,7 +240,7 @@ def _corrections(
     scenarios: Scenarios,
     verdicts: Verdicts,
 ) -> Corrections:
-    """Sample D_f; with correct.filter, keep what the reference models agree on, and add screened failures."""
+    """Sample D_f; with correct.filter, keep what the reference models agree on, and add failures nobody reviewed."""
     spec = run.spec
     fixes = sample_corrections(spec, scenarios, verdicts)
     if spec.correct.filter == "none" or references is None:
@@ -247,8 +248,8 @@ def _corrections(
     fixes = with_used_anchors(filter_corrections(spec, models, references, scenarios, fixes, compute))
     if spec.identify.screen == "none" or not spec.correct.unreviewed or not len(fixes.labels):
         return fixes
-    of_psi = spec, psi, run.store, scenarios, verdicts, fixes
-    return replace(fixes, unreviewed=compute.task("correct", unreviewed_failures, *of_psi))
+    chosen = choose_unreviewed(run, compute, models, references, psi, scenarios, verdicts)
+    return replace(fixes, unreviewed=chosen)
 
 
 def rewrite_report(run: Run) -> Report:

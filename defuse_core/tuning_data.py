@@ -11,26 +11,27 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import mixed_order, track_mates
 from defuse_core.device import cpu_threads
-from defuse_core.models import Decoder, Vae, decode_codes, decoder_of, load_vae
+from defuse_core.models import Vae, decoder_of, load_vae
 from defuse_core.progress import Progress
+from defuse_core.review.unreviewed import decode_failures
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.seeds import generator
+
+REPEATS = 4  # times that an image of an unreviewed failure is in D_f at most
 
 
 @dataclass(frozen=True, eq=False)
 class ScenarioImages:
     """The images of the scenarios; as many as there are scenarios, whatever the number of training images."""
 
-    tune: Images  # of D_f, scenario after scenario
+    d_f: Images  # scenario after scenario, and then those of failures that nobody reviewed
+    of_scenarios: int  # how many of these images are of the scenarios
     held_out: Images  # plays no part in the choice
-    unreviewed: Images | None = None  # of D_f, too: failures that nobody reviewed
 
-    def all_tuned(self) -> Images:
-        """Return D_f: where failures were not reviewed, as many of them, repeated, as images of the scenarios."""
-        if self.unreviewed is None or not len(self.unreviewed):
-            return self.tune
-        repeated = np.resize(np.arange(len(self.unreviewed)), len(self.tune))
-        return self.tune.joined(self.unreviewed.take(repeated))
+    @property
+    def tune(self) -> Images:
+        """The images of the scenarios in D_f."""
+        return self.d_f.take(slice(self.of_scenarios))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,22 +96,21 @@ def decode_scenario_images(
     progress("drawing images to fine-tune on", 0, 1, "sets")
     vae = load_vae(spec, models.vae)
     with cpu_threads(1):
-        held_out = held_out_images(vae, fixes)
-        if reviewed is not None:
-            return ScenarioImages(reviewed, held_out)
-        codes = fixes.unreviewed
-        unreviewed = None if codes is None else _unreviewed_images(spec, models, vae, codes)
-        return ScenarioImages(tuning_images(vae, fixes), held_out, unreviewed)
+        tune = tuning_images(vae, fixes) if reviewed is None else reviewed
+        d_f = tune
+        if reviewed is None and fixes.unreviewed is not None:
+            d_f = tune.joined(_unreviewed_images(spec, models, vae, fixes.unreviewed, len(tune)))
+        return ScenarioImages(d_f, len(tune), held_out_images(vae, fixes))
 
 
-def _unreviewed_images(spec: RunFile, models: Models, vae: Vae, failures: Failures) -> Images:
-    """Return the images of codes of Ψ, each under the class of its source image, and anchored there (vae.decode)."""
-    if spec.vae.decode == "plain":
-        return Images(decode_codes(vae, failures.codes), failures.truth)
-    train = reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
-    used, anchor = np.unique(failures.source, return_inverse=True)
-    decoder = Decoder(vae, train.take(used.astype(np.int64)))
-    return Images(decoder.decode(failures.codes, anchor), failures.truth)
+def _unreviewed_images(spec: RunFile, models: Models, vae: Vae, failures: Failures, wanted: int) -> Images:
+    """Return `wanted` images of failures under the class of their source image: the first ones, or all again and again.
+
+    They are fewer where each would be there more than REPEATS times.
+    """
+    failures = failures.take(np.arange(min(len(failures), wanted)))
+    images = Images(decode_failures(spec, models, vae, failures), failures.truth)
+    return images.take(np.resize(np.arange(len(images)), min(wanted, REPEATS * len(images))))
 
 
 def tuning_images(vae: Vae, fixes: Corrections) -> Images:

@@ -43,13 +43,6 @@ class Corrections:
         sources: I64 = np.setdiff1d(self.anchors.source, self.tuned_sources())
         return sources
 
-    def held_out_units(self) -> I64:
-        """Return these images by their Anchors.unit."""
-        if self.anchors is None:
-            return np.zeros(0, np.int64)
-        units: I64 = np.unique(self.anchors.unit[np.isin(self.anchors.source, self.held_out_sources())])
-        return units
-
     def tuned_sources(self) -> I64:
         """Return the training images at which images of D_f are anchored; none with plain decoding."""
         if self.anchors is None or self.tune_anchor is None:

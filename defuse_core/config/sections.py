@@ -362,8 +362,8 @@ class CorrectSection(Section):
     """filter reference-models: images to tune on are drawn at so many times the reviewed τ, which lies the root of it
     farther out, so that the surroundings of a scenario are corrected, too. Paper: 1."""
     unreviewed: bool = True
-    """With identify.screen and filter: half of the images to tune on are of codes of Ψ, under the class of their source
-    image, which the screen requires; none where reviewers see another. Paper: false."""
+    """Up to half of D_f are codes of Ψ, each under the class of its source image, of which every reference model is
+    sure; none where reviewers see another. Goes with identify.screen and filter. Paper: false."""
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune", "last"] = "tune"

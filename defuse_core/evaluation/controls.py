@@ -68,7 +68,7 @@ def has_same_confusion_in_other_fold(fixes: Corrections, errors: I64) -> Bool:
 def without_fold(found: Findings, fold: int) -> Corrections:
     """Return the corrections of all scenarios outside `fold`, without the unreviewed failures near one of it.
 
-    Near are codes in its region or with its confusion, and all other codes of the same source images or tracks.
+    Near are codes in its region or with its confusion, and the others of the source images, or tracks, of these codes.
     """
     fixes, fold_out = found.fixes, fold_of(found.fixes) == fold
     kept = fixes.take(np.flatnonzero(~fold_out))

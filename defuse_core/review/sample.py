@@ -10,11 +10,9 @@ import numpy as np
 from defuse_core.artifacts import (
     Bool,
     Corrections,
-    Failures,
     Gallery,
     Models,
     MoreImages,
-    Psi,
     ReferenceSet,
     Scenarios,
     Verdicts,
@@ -25,19 +23,16 @@ from defuse_core.distill.draws import (
     Draws,
     anchors_of,
     draw_codes,
-    in_region,
     spread_draws,
     stacked,
     wide_draws,
 )
-from defuse_core.distill.psi import subsample_psi
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute
 from defuse_core.review.decision import outcomes
 from defuse_core.review.examiner import Examiner, in_tasks
 from defuse_core.seeds import generator
-from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 MORE_DRAWS = 3  # times as many further draws where correct.filter leaves too few
@@ -166,34 +161,6 @@ def with_used_anchors(fixes: Corrections) -> Corrections:
         tune_anchor=anchor[:, : fixes.tune.shape[1]],
         test_anchor=anchor[:, fixes.tune.shape[1] :],
     )
-
-
-def unreviewed_failures(
-    spec: RunFile,
-    psi: Psi,
-    store: Store,
-    scenarios: Scenarios,
-    verdicts: Verdicts,
-    fixes: Corrections,
-    *,
-    progress: Progress,
-) -> Failures:
-    """Return the codes of Ψ to tune on beside the scenarios, as many as images of these at most, drawn by seed.
-
-    Nobody reviews them: each is tuned on under the class of its source image, which the reference models see in it
-    (identify.screen). So none is in the region of a component that the reviewers rejected or gave another label, and
-    none comes from an image, or track, at which held-out images of a scenario are anchored.
-    """
-    progress("choosing failures to tune on", 0, 1, "sets")
-    codes = subsample_psi(spec, psi, store)
-    allowed = ~np.isin(codes.unit, fixes.held_out_units())
-    for component, label in enumerate(verdicts.labels.tolist()):
-        allowed &= (codes.truth == label) | ~in_region(scenarios, component, codes.codes)
-    rows = np.flatnonzero(allowed)
-    most = len(fixes.labels) * spec.correct.tune_images
-    if len(rows) > most:
-        rows = np.sort(generator(spec.seed, "corrections", "unreviewed").choice(rows, most, replace=False))
-    return codes.take(rows)
 
 
 def filter_corrections(

@@ -13,11 +13,10 @@ from defuse_core.correct import (
     best_rows,
     collect_sweep,
     fine_tune,
-    load_clean_images,
-    load_fine_tuning_data,
 )
 from defuse_core.models import accuracy, load_classifier
 from defuse_core.progress import silent
+from defuse_core.tuning_data import load_clean_images, load_fine_tuning_data
 from tests.conftest import tiny
 
 Row = tuple[float, float | None, float]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Corrections, Failures, Models, ReferenceSet
-from defuse_core.data import Images, open_splits
+from defuse_core.data import Images
 from defuse_core.local import LocalCompute
-from defuse_core.models import Decoder, decode_codes, load_vae
+from defuse_core.models import decode_codes, load_vae
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
 from defuse_core.runs import Run
@@ -35,28 +35,34 @@ def fixes_with(failures: Failures | None) -> Corrections:
 def test_unreviewed_failures_are_tuned_on_under_the_class_of_their_training_image(tiny_models, failures):
     spec = recommended()
     made = decode_scenario_images(spec, tiny_models, fixes_with(failures), None, progress=silent)
-    assert made.all_tuned().labels.tolist() == [8] * 5 + [9] * 5 + [1, 2, 3] * 3 + [1]  # half of all
+    assert made.d_f.labels.tolist() == [8] * 5 + [9] * 5 + [1, 2, 3] * 3 + [1]  # half of all
     shown = decode_codes(load_vae(spec, tiny_models.vae), failures.codes)
-    np.testing.assert_allclose(made.all_tuned().batch()[10:13], shown, atol=1e-6)
+    np.testing.assert_allclose(made.d_f.batch()[10:13], shown, atol=1e-6)
     assert made.tune.labels.tolist() == made.held_out.labels.tolist() == [8] * 5 + [9] * 5
     without = decode_scenario_images(spec, tiny_models, fixes_with(None), None, progress=silent)
-    assert without.all_tuned().labels.tolist() == [8] * 5 + [9] * 5
+    assert without.d_f.labels.tolist() == without.tune.labels.tolist() == [8] * 5 + [9] * 5
 
 
-def test_with_anchored_decoding_each_is_shown_at_its_own_training_image(tiny_models, failures):
-    spec = recommended(vae={"decode": "anchored"})
-    fixes = replace(fixes_with(failures), anchors=None)
-    made = decode_scenario_images(spec, tiny_models, fixes, None, progress=silent)
-    train = open_splits(spec.data, spec.seed).train
-    decoder = Decoder(load_vae(spec, tiny_models.vae), train.take(np.array([3, 7])))
-    expected = decoder.decode(failures.codes, np.array([1, 0, 1]))
-    np.testing.assert_allclose(made.unreviewed.batch(), expected, atol=1e-6)
+def test_few_unreviewed_failures_are_not_repeated_without_end(tiny_models, failures):
+    one = fixes_with(failures.take(np.array([1])))
+    made = decode_scenario_images(recommended(), tiny_models, one, None, progress=silent)
+    assert made.d_f.labels.tolist() == [8] * 5 + [9] * 5 + [2] * 4
+    nobody = fixes_with(failures.take(np.zeros(0, np.int64)))
+    made = decode_scenario_images(recommended(), tiny_models, nobody, None, progress=silent)
+    assert made.d_f.labels.tolist() == [8] * 5 + [9] * 5
+
+
+def test_fewer_scenarios_are_tuned_on_with_the_first_failures_alone(tiny_models, failures):
+    fixes = fixes_with(failures)
+    few = replace(fixes, tune=fixes.tune[:, :1])
+    made = decode_scenario_images(recommended(), tiny_models, few, None, progress=silent)
+    assert made.d_f.labels.tolist() == [8, 9, 1, 2]
 
 
 def test_the_baseline_is_tuned_on_the_reviewed_images_alone(tiny_models, failures):
     reviewed = Images(np.zeros((2, 1, 16, 16), np.float32), np.array([5, 6]))
     made = decode_scenario_images(recommended(), tiny_models, fixes_with(failures), reviewed, progress=silent)
-    assert made.all_tuned().labels.tolist() == [5, 6]
+    assert made.d_f.labels.tolist() == [5, 6]
 
 
 @pytest.mark.parametrize(

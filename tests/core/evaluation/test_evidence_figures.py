@@ -9,7 +9,6 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import held_out_images
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.evaluation.controls import Controls
@@ -20,6 +19,7 @@ from defuse_core.models import decode_codes, load_classifier, load_vae, predict
 from defuse_core.progress import silent
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import load_reference_models, model_probabilities
+from defuse_core.tuning_data import held_out_images
 from tests.conftest import recommended
 from tests.sample_findings import sample_findings
 

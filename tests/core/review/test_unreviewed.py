@@ -1,0 +1,133 @@
+"""Which failures are tuned on that nobody reviewed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import (
+    NONE_OF_THE_ABOVE,
+    Anchors,
+    ComponentFailures,
+    Failures,
+    Models,
+    Psi,
+    ReferenceSet,
+    Scenarios,
+    Verdicts,
+)
+from defuse_core.identify import Identifier, save_shard
+from defuse_core.local import LocalCompute
+from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
+from defuse_core.review.unreviewed import allowed, choose_unreviewed, decode_failures
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import load_reference_models, model_probabilities
+from tests.conftest import recommended
+from tests.sample_findings import sample_findings
+
+
+def found_with(labels: list[int], cells: list[tuple[int, int]] | None = None) -> tuple[Scenarios, Verdicts]:
+    """Components at 0, 100, 200, ... with these labels of the reviewers."""
+    found, _ = sample_findings(scenarios=len(labels), accepted=1)
+    far = 100.0 * np.arange(len(labels))[:, None] * np.ones((1, 3))
+    scenarios = replace(
+        found.scenarios,
+        means=far,
+        covariances=np.stack([np.eye(3)] * len(labels)),
+        cells=None if cells is None else np.array(cells),
+    )
+    return scenarios, replace(found.verdicts, labels=np.array(labels))
+
+
+def failures_at(
+    centers: list[float], truth: int, answers: list[int], tracks: list[int] | None = None
+) -> Failures:
+    codes = np.array(centers, np.float32)[:, None] * np.ones((1, 3), np.float32)
+    labels, source = np.full(len(centers), truth), 10 * np.arange(len(centers))
+    track = None if tracks is None else np.array(tracks)
+    return Failures(codes, source, labels, np.array(answers), source_track=track)
+
+
+def test_no_failure_is_tuned_on_that_reviewers_rejected_or_labelled_otherwise() -> None:
+    scenarios, verdicts = found_with([4, 5, NONE_OF_THE_ABOVE])
+    failures = failures_at([0.0, 0.5, 50.0, 100.0, 150.0, 200.0], 4, [9] * 6)
+    assert allowed(failures, scenarios, verdicts).tolist() == [True, True, True, False, True, False]
+
+
+def test_a_cell_in_which_reviewers_accepted_nothing_as_its_class_is_tuned_on_nowhere() -> None:
+    cells = [(4, 9), (4, 9), (4, 7), (4, 6)]
+    scenarios, verdicts = found_with([4, NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE, 6], cells)
+    far = failures_at([1000.0] * 4, 4, [9, 7, 6, 5])  # 5 is in no cell that was reviewed
+    assert allowed(far, scenarios, verdicts).tolist() == [True, False, False, True]
+    single = replace(scenarios, cells=np.full((4, 2), NONE_OF_THE_ABOVE))  # distill.by: all
+    assert allowed(far, single, verdicts).all()
+
+
+def test_no_failure_is_of_a_photograph_or_track_that_held_out_images_are_anchored_at() -> None:
+    scenarios, verdicts = found_with([4, NONE_OF_THE_ABOVE])
+    anchors = Anchors(
+        np.zeros((4, 1, 4, 4), np.uint8), np.array([0, 10, 20, 30]), np.array([False, True] * 2)
+    )
+    of_components = ComponentFailures(np.zeros((2, 2, 3), np.float32), np.array([[0, 1], [2, 3]]), anchors)
+    failures = failures_at([1000.0] * 4, 4, [9] * 4, [7, 8, 8, 9])
+    at = replace(scenarios, failures=of_components)
+    # image 30 is held out too, for a component that was not accepted
+    images = replace(failures, source_track=None)
+    assert allowed(images, at, verdicts).tolist() == [True, False, True, True]
+    of_tracks = replace(of_components, anchors=replace(anchors, track=np.array([7, 8, 7, 9])))
+    in_tracks = replace(scenarios, failures=of_tracks)
+    assert allowed(failures, in_tracks, verdicts).tolist() == [True, False, False, True]
+
+
+@pytest.fixture
+def run_with_psi(tmp_path, tiny_models: Models, references: ReferenceSet) -> tuple[Run, Psi]:
+    """A run whose Ψ is the first shard of a real one, screened by the mean of the reference models."""
+    spec = recommended(identify={"scale": 3.0}, correct={"tune_images": 60})
+    run = Run.start(FolderStore(tmp_path), "a", spec)
+    identifier = Identifier(spec, tiny_models, references)
+    shard = identifier.shard(0)
+    save_shard(run.store, 0, shard)
+    one = np.array([len(shard.failures)])
+    return run, Psi(one, shard.images, shard.decodings, 0, 0, 0.0, fingerprint=shard.fingerprint)
+
+
+def test_they_are_clear_to_every_reference_model_and_drawn_by_seed(run_with_psi, tiny_models, references):
+    run, psi = run_with_psi
+    scenarios, verdicts = found_with([NONE_OF_THE_ABOVE, 3])
+    width = run.spec.vae.latent_dim
+    nowhere = replace(
+        scenarios, means=np.full((2, width), 1e4), covariances=np.stack([np.eye(width)] * 2), cells=None
+    )
+    arguments = run, LocalCompute(), tiny_models, references, psi, nowhere, verdicts
+    chosen, again = choose_unreviewed(*arguments), choose_unreviewed(*arguments)
+    assert 0 < len(chosen) <= 60  # tune_images of one accepted scenario
+    np.testing.assert_array_equal(chosen.codes, again.codes)
+    images = decode_codes(load_vae(run.spec, tiny_models.vae), chosen.codes)
+    models = load_reference_models(run.spec, run.spec.review.reference, references, 10)
+    sure = model_probabilities(models, images)[:, np.arange(len(chosen)), chosen.truth]
+    assert (sure >= run.spec.identify.min_probability).all()
+    assert (predict(load_classifier(run.spec, tiny_models.classifier, 10), images) != chosen.truth).all()
+    if len(chosen) > 5:
+        assert chosen.source.tolist() != sorted(chosen.source.tolist())  # a part of them is a sample, too
+
+
+def test_with_anchored_decoding_each_is_shown_at_its_own_training_image(tiny_models, monkeypatch):
+    monkeypatch.setattr("defuse_core.review.unreviewed.CODES_AT_ONCE", 2)
+    spec = recommended(vae={"decode": "anchored"})
+    vae, train = load_vae(spec, tiny_models.vae), Identifier(spec, tiny_models).train
+    source = np.array([7, 3, 7])
+    codes = encode_images(vae, train.take(source))
+    failures = Failures(codes, source, np.array([1, 2, 3]), np.array([4, 5, 6]))
+    shown = decode_failures(spec, tiny_models, vae, failures)
+    np.testing.assert_allclose(
+        shown, train.take(source).batch(), atol=1e-5
+    )  # without noise: the image itself
+    assert decode_failures(spec, tiny_models, vae, failures.take(np.zeros(0, np.int64))).shape == (
+        0,
+        1,
+        16,
+        16,
+    )
