@@ -12,11 +12,11 @@ from typing import Any
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 from tenacity import Retrying, retry_if_exception_type, retry_if_result, wait_fixed
 
 from cluster.errors import OTHER_TOKEN
-from cluster.ray_compat import quiet_job_client
+from cluster.ray_compat import job_client, quiet_job_client
 from defuse_core.errors import ComputeError, InputError, without_credentials
 
 RUN = "defuse_run"  # metadata of our jobs: the run's name
@@ -85,14 +85,8 @@ class Jobs:
         self.address = address
         self.shown = without_credentials(address)  # in messages
         quiet_job_client(address)
-        self._expect_answer()
         with self._errors_translated():
-            self.client = JobSubmissionClient(address)
-
-    def _expect_answer(self) -> None:
-        """Raise ComputeError unless the dashboard answers soon: Ray's client waits for it without limit."""
-        with self._errors_translated():
-            requests.get(self.address, timeout=ANSWER_WITHIN_S, stream=True).close()
+            self.client = job_client(address, ANSWER_WITHIN_S)
 
     def submit(self, command: str, folder: Path, run: str, variables: dict[str, str]) -> str:
         """Run `command` in a copy of `folder` on the cluster, and return the job's id."""
@@ -159,7 +153,6 @@ class Jobs:
         is_over = False
         while not (await asyncio.wait({tail}, timeout=STATUS_EVERY_S))[0]:
             # in threads, else Ctrl-C would be lost; it still waits for the answer, or for ANSWER_WITHIN_S
-            await asyncio.to_thread(self._expect_answer)
             if is_over:  # for a while, and the rest of the log has not come
                 tail.cancel()
                 show(log.fresh(await asyncio.to_thread(self.logs, job_id), 0))
