@@ -21,7 +21,7 @@ from cluster import jobs
 from cluster.jobs import Jobs
 from defuse_core.errors import ComputeError
 from tests.conftest import ROOT
-from tests.s3_servers import free_port
+from tests.ports import free_port
 
 LOG = "first line\nlast line\n"
 SILENCE_S = 30.0  # then it answers, so that whoever waits without limit fails a test in place of hanging
