@@ -164,6 +164,7 @@ def test_ray_s_client_of_jobs_waits_so_long_for_all_but_uploads_and_submissions(
         waits.append((method, url.removeprefix("http://head:8265/api/"), timeout))
         raise requests.ReadTimeout
 
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")  # wins over the argument
     monkeypatch.setattr(requests, "request", request)
     with pytest.raises(requests.ReadTimeout):
         job_client("http://head:8265", 20)
