@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 from tenacity import Retrying, retry_if_exception_type, retry_if_result, wait_fixed
 
 from cluster.errors import OTHER_TOKEN
-from cluster.ray_compat import quiet_job_client
+from cluster.ray_compat import job_client, quiet_job_client
 from defuse_core.errors import ComputeError, InputError, without_credentials
 
+T = TypeVar("T")
 RUN = "defuse_run"  # metadata of our jobs: the run's name
 MAX_DISCONNECTS = 5  # in a row, without a new character of the log
 PAUSE_S = 2.0
@@ -85,14 +89,8 @@ class Jobs:
         self.address = address
         self.shown = without_credentials(address)  # in messages
         quiet_job_client(address)
-        self._expect_answer()
         with self._errors_translated():
-            self.client = JobSubmissionClient(address)
-
-    def _expect_answer(self) -> None:
-        """Raise ComputeError unless the dashboard answers soon: Ray's client waits for it without limit."""
-        with self._errors_translated():
-            requests.get(self.address, timeout=ANSWER_WITHIN_S, stream=True).close()
+            self.client = job_client(address, ANSWER_WITHIN_S)
 
     def submit(self, command: str, folder: Path, run: str, variables: dict[str, str]) -> str:
         """Run `command` in a copy of `folder` on the cluster, and return the job's id."""
@@ -158,13 +156,11 @@ class Jobs:
         tail = asyncio.create_task(self._show_tail(job_id, show, log))
         is_over = False
         while not (await asyncio.wait({tail}, timeout=STATUS_EVERY_S))[0]:
-            # in threads, else Ctrl-C would be lost; it still waits for the answer, or for ANSWER_WITHIN_S
-            await asyncio.to_thread(self._expect_answer)
             if is_over:  # for a while, and the rest of the log has not come
                 tail.cancel()
-                show(log.fresh(await asyncio.to_thread(self.logs, job_id), 0))
+                show(log.fresh(await _in_thread(partial(self.logs, job_id)), 0))
                 return
-            is_over = (await asyncio.to_thread(self.get, job_id)).is_over
+            is_over = (await _in_thread(partial(self.get, job_id))).is_over
         tail.result()  # raises what ended it
 
     async def _show_tail(self, job_id: str, show: Callable[[str], None], log: FollowedLog) -> None:
@@ -217,3 +213,21 @@ def _job(details: Any) -> Job:
         exit_code=details.driver_exit_code,
         message=details.message or "",
     )
+
+
+async def _in_thread(ask: Callable[[], T]) -> T:
+    """Return what `ask` returns, without blocking the loop, so that Ctrl-C is heeded.
+
+    In a daemon thread: with asyncio.to_thread the process would not end before the answer comes.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        answer.set_running_or_notify_cancel()
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(answer)

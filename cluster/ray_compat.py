@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import requests
+    from ray.job_submission import JobSubmissionClient
     from ray.tune.trainable import Trainable
 
 KEPT_WORKING_DIR = {"RAY_CHDIR_TO_TRIAL_DIR": "0"}  # else workers find no relative path, such as of weights
@@ -173,3 +175,18 @@ def quiet_job_client(address: str) -> None:
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     for name in JOB_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def job_client(address: str, timeout_s: float) -> JobSubmissionClient:
+    """Return Ray's client of jobs, which waits `timeout_s` for each answer; by default it waits without limit.
+
+    It still does so for an upload, which may take any time, and for a submission, which may have begun a job.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    class TimedClient(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **content: Any) -> requests.Response:
+            is_timed = method == "GET" or endpoint.endswith("/stop")
+            return super()._do_request(method, endpoint, timeout=timeout_s if is_timed else None, **content)
+
+    return TimedClient(address)

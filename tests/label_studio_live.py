@@ -6,7 +6,6 @@ import atexit
 import functools
 import itertools
 import shutil
-import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import Installation, LocalServer, install, start, stop
 from services.labeling.simulate import AnnotatorAccount
 from services.settings import Settings, read_settings
+from tests.ports import free_port
 
 numbers = itertools.count(1)
 
@@ -69,13 +69,6 @@ def write_into_cache(cache: Path) -> None:
     home = Installation(cache)
     home.folder.mkdir(parents=True, exist_ok=True)
     home.write_server(live_home().read_server() or live_server())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @functools.cache

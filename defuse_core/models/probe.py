@@ -160,11 +160,6 @@ class ClassifierProbe:
             return self.needed_range
         return best if self.by_range[best] > self.by_range[given] + CLEARLY_BETTER else given
 
-    @property
-    def least_plausible(self) -> float:
-        """Accuracy below which a classifier cannot be one of these images."""
-        return least_plausible(self.constant)
-
 
 def least_plausible(constant: float) -> float:
     """Return the accuracy below which a classifier cannot be one of images of which so many are of one class."""

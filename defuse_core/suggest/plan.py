@@ -26,7 +26,7 @@ from defuse_core.models import (
     to_device,
     to_tensor,
 )
-from defuse_core.models.probe import LIKE_SIGMOID, MOSTLY, ClassifierProbe
+from defuse_core.models.probe import LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
 from defuse_core.progress import Progress, silent
 from defuse_core.suggest.image_size import fit_image_size
 from defuse_core.suggest.inspect import DataFacts
@@ -128,7 +128,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
 
 def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
     right = f"right on {probe.reordered:.1%} of training images that the order was not fitted to"
-    wrong = probe.by_range[probe.needed_range] < probe.least_plausible <= probe.reordered
+    wrong = probe.by_range[probe.needed_range] < least_plausible(probe.constant) <= probe.reordered
     if not (wrong and probe.order_is_certain):
         some = "" if probe.order_is_certain else ", perhaps not for every class"
         return (

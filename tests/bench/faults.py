@@ -33,7 +33,8 @@ import yaml
 
 from tests.bench.attack_tests import TESTS
 from tests.conftest import TINY
-from tests.s3_servers import free_port, rclone_server
+from tests.ports import free_port
+from tests.s3_servers import rclone_server
 
 KEYS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_EC2_METADATA_DISABLED": "true"}
 OUTAGE_S = 15.0

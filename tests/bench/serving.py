@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/services/serving")]
 import numpy as np
 from load_generator import Reply, limited, load, request_bytes
 from PIL import Image
-from serve_process import TOKEN, free_port, processes_with, serve_process, wait_until
+from serve_process import TOKEN, processes_with, serve_process, wait_until
 from synthetic_runs import perturb_weights, png
 
 from defuse_core.codec import array_digest
@@ -46,6 +46,7 @@ from defuse_core.store import FolderStore
 from defuse_core.watch.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from services.serving.candidate import Candidate, CorrectionSummary
 from services.serving.registry import Registry
+from tests.ports import free_port
 
 CLIENTS = (1, 8, 64)
 ROUNDS = 3

@@ -12,7 +12,7 @@ import pytest
 from cluster import connection
 from cluster.connection import INSIST, connect, protect_embedded_ray
 from defuse_core.errors import ComputeError, InputError
-from tests.s3_servers import free_port
+from tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)

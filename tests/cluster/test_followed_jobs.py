@@ -1,4 +1,4 @@
-"""Following a job whose dashboard falls silent, as behind a dead network or tunnel."""
+"""Jobs whose dashboard falls silent, as behind a dead network or tunnel."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from cluster import jobs
+from cluster.jobs import Jobs
 from defuse_core.errors import ComputeError
 from tests.conftest import ROOT
 from tests.e2e.test_cli import call
-from tests.s3_servers import free_port
+from tests.ports import free_port
 
 LOG = "first line\nlast line\n"
+SILENCE_S = 30.0  # then it answers, so that whoever waits without limit fails a test in place of hanging
+
+
+OF_JOB: list[Callable[..., object]] = [Jobs.get, Jobs.logs, Jobs.stop, partial(Jobs.follow, show=print)]
 
 
 class Head:
@@ -35,8 +41,8 @@ class Head:
     async def start(self) -> web.AppRunner:
         app = web.Application()
         answers: dict[str, Callable[[], Any]] = {
-            "/": dict,
             "/api/version": lambda: {"version": "4", "ray_version": "2.50.0", "ray_commit": ""},
+            "/api/jobs/": list,
             "/api/jobs/j1": lambda: (
                 {"type": "SUBMISSION", "entrypoint": "", "status": self.status}
                 | {"submission_id": "j1", "driver_exit_code": self.exit_code}
@@ -45,6 +51,7 @@ class Head:
         }
         for path, answer in answers.items():
             app.router.add_get(path, lambda _, answer=answer: self._answer(answer))
+        app.router.add_post("/api/jobs/j1/stop", lambda _: asyncio.sleep(SILENCE_S, web.json_response({})))
         app.router.add_get("/api/jobs/j1/logs/tail", self._tail)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
@@ -52,7 +59,8 @@ class Head:
         return runner
 
     async def _answer(self, answer: Callable[[], Any]) -> web.Response:
-        while self.is_silent:
+        end = time.monotonic() + SILENCE_S
+        while self.is_silent and time.monotonic() < end:
             await asyncio.sleep(0.05)
         return web.json_response(answer())
 
@@ -89,7 +97,7 @@ def test_a_job_that_ends_while_its_log_has_fallen_silent_is_shown_to_its_end(hea
         shown.append(text)
         head.status = "SUCCEEDED"
 
-    job = jobs.Jobs(head.address).follow("j1", show)
+    job = Jobs(head.address).follow("j1", show)
     assert (job.status, job.exit_code, shown) == ("SUCCEEDED", 0, [LOG[:15], LOG[15:]])
 
 
@@ -121,19 +129,34 @@ def test_a_dashboard_that_falls_silent_is_a_lost_connection(
         head.is_silent = True
 
     with pytest.raises(ComputeError, match=r"job j1: lost the connection to .*ReadTimeout"):
-        jobs.Jobs(head.address).follow("j1", show)
+        Jobs(head.address).follow("j1", show)
+
+
+@pytest.mark.parametrize("ask", [Jobs.list, *(partial(of_job, job_id="j1") for of_job in OF_JOB)])
+def test_a_question_that_a_dashboard_does_not_answer_is_given_up_soon(
+    head: Head, ask: Callable[[Jobs], object]
+) -> None:
+    asked = Jobs(head.address)
+    head.is_silent = True
+    with pytest.raises(ComputeError, match=rf"^no Ray dashboard answers at {head.address} \(ReadTimeout\)"):
+        ask(asked)
+
+
+def test_a_stop_that_a_dashboard_does_not_answer_is_given_up_soon(head: Head) -> None:
+    with pytest.raises(ComputeError, match=r"^no Ray dashboard answers at .*ReadTimeout"):
+        Jobs(head.address).stop("j1")
 
 
 FOLLOW = """
 import signal, sys
 from cluster import jobs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which the process of the tests may ignore
-jobs.STATUS_EVERY_S, jobs.ANSWER_WITHIN_S, jobs.PAUSE_S = 0.3, 3, 0.05
+jobs.STATUS_EVERY_S, jobs.ANSWER_WITHIN_S, jobs.PAUSE_S = 0.3, 60, 0.05
 jobs.Jobs(sys.argv[1]).follow("j1", lambda text: print(text, flush=True))
 """
 
 
-def test_ctrl_c_ends_the_following_of_a_dashboard_that_is_silent(head: Head) -> None:
+def test_ctrl_c_ends_the_following_of_a_dashboard_that_is_silent_at_once(head: Head) -> None:
     words = [sys.executable, "-c", FOLLOW, head.address]
     with subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -142,9 +165,11 @@ def test_ctrl_c_ends_the_following_of_a_dashboard_that_is_silent(head: Head) -> 
         follower.stdout.readline()
         head.is_silent = True
         time.sleep(1)  # it waits for an answer now
+        begun = time.monotonic()
         follower.send_signal(signal.SIGINT)
         _, errors = follower.communicate(timeout=60)
     assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert time.monotonic() - begun < SILENCE_S / 2  # it does not wait for the answer
 
 
 def test_a_log_that_cannot_be_printed_is_not_a_lost_connection(head: Head) -> None:
@@ -152,7 +177,7 @@ def test_a_log_that_cannot_be_printed_is_not_a_lost_connection(head: Head) -> No
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(OSError, match="No space left"):
-        jobs.Jobs(head.address).follow("j1", show)
+        Jobs(head.address).follow("j1", show)
     assert head.tails == 1
 
 

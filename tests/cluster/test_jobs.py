@@ -21,7 +21,7 @@ import yaml
 from cluster import jobs
 from defuse_core.errors import ComputeError
 from tests.conftest import ROOT, TINY
-from tests.s3_servers import free_port
+from tests.ports import free_port
 from tests.waiting import WAIT_S, wait_until
 
 BIN = Path(sys.executable).parent

@@ -11,17 +11,20 @@ import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
+import requests
 from ray import tune
 from ray._private import worker
+from ray.job_submission import JobSubmissionClient
 from ray.tune.execution import class_cache
 from ray.tune.experimental.output import get_air_verbosity
 
 from cluster import ray_compat
-from cluster.ray_compat import is_unauthenticated, named_trainable, quiet_job_client, quiet_tune
+from cluster.ray_compat import is_unauthenticated, job_client, named_trainable, quiet_job_client, quiet_tune
 from tests.conftest import ROOT
 from tests.waiting import WAIT_S
 
@@ -150,6 +153,34 @@ def test_the_client_of_jobs_prefers_its_own_variable_to_ray_address(monkeypatch:
     monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:1")
     quiet_job_client("http://head:8265")
     assert get_address_for_submission_client("http://head:8265") == "http://head:8265"
+
+
+def test_ray_s_client_of_jobs_waits_so_long_for_all_but_uploads_and_submissions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits = []
+
+    def request(method: str, url: str, *, timeout: float | None, **_: object) -> requests.Response:
+        waits.append((method, url.removeprefix("http://head:8265/api/"), timeout))
+        raise requests.ReadTimeout
+
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")  # wins over the argument
+    monkeypatch.setattr(requests, "request", request)
+    with pytest.raises(requests.ReadTimeout):
+        job_client("http://head:8265", 20)
+    monkeypatch.setattr(JobSubmissionClient, "_check_connection_and_version", lambda *_, **__: None)
+    client = job_client("http://head:8265", 20)
+    calls = [client.list_jobs, partial(client.stop_job, "j1"), partial(client.submit_job, entrypoint="true")]
+    for call in [*calls, partial(client._do_request, "PUT", "/api/packages/gcs/a.zip", data=b"")]:
+        with pytest.raises(requests.ReadTimeout):
+            call()
+    assert waits == [
+        ("GET", "version", 20),
+        ("GET", "jobs/", 20),
+        ("POST", "jobs/j1/stop", 20),
+        ("POST", "jobs/", None),
+        ("PUT", "packages/gcs/a.zip", None),
+    ]
 
 
 def test_the_parts_of_ray_that_the_probe_of_an_address_imports_exist() -> None:

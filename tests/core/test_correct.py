@@ -245,7 +245,7 @@ def test_a_trial_with_lambda_0_learns_nothing_of_the_scenarios_from_batch_statis
     own = {"architecture": "custom", "import_path": "tests.own_classifiers:trained", "epochs": 1}
     spec = tiny(classifier=own, correct={"augment": True})
     models = replace(tiny_models, classifier=weights_of(trained()))
-    without = replace(tuning, scenario=replace(tuning.scenario, tune=tuning.clean.train.take(slice(0, 48))))
+    without = replace(tuning, scenario=replace(tuning.scenario, d_f=tuning.clean.train.take(slice(0, 48))))
     plain, other = (next(fine_tune(spec, models, data, 0.0, None)).best for data in (tuning, without))
     for name, array in plain.items():
         np.testing.assert_array_equal(array, other[name])

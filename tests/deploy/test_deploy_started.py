@@ -18,7 +18,7 @@ import pytest
 import yaml
 from shipped import ENVIRONMENT, ROOT, compose, document, ray_specs
 
-from tests.s3_servers import free_port
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 BIN = Path(sys.executable).parent

@@ -22,7 +22,7 @@ from shipped import ENVIRONMENT, compose
 
 from services.labeling.local_server import Installation
 from services.settings import read_settings
-from tests.s3_servers import free_port
+from tests.ports import free_port
 
 WAIT_S = 240.0
 

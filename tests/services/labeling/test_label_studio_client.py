@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import jwt
 import pytest
-from label_studio_live import digits_gallery, free_port, review_run, settings_for
+from label_studio_live import digits_gallery, review_run, settings_for
 from proxy import Reply
 
 from defuse_core.errors import InputError, ServiceError
@@ -27,6 +27,7 @@ from services.labeling import LabelStudioAnnotators
 from services.labeling.annotators import connect
 from services.labeling.client import LabelStudioClient
 from services.settings import read_settings
+from tests.ports import free_port
 
 PAGE = "<!doctype html><html><body>Bad Gateway</body></html>"
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
-from label_studio_live import free_port, live_home
+from label_studio_live import live_home
 
 from defuse_core.errors import InputError, ServiceError
 from services.cli import defuse
@@ -25,6 +25,7 @@ from services.labeling.local_server import (
     start,
     up,
 )
+from tests.ports import free_port
 
 SETTINGS = ProjectSettings("kept", "", "<View/>", "", False, False, 1, "Sequential sampling", False, "")
 

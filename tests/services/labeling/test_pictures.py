@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from label_studio_live import digits_gallery, free_port, pictures_address, review_run, settings_for
+from label_studio_live import digits_gallery, pictures_address, review_run, settings_for
 from PIL import Image
 from s3_servers import rclone_server
 
@@ -23,6 +23,7 @@ from services.labeling import LabelStudioAnnotators
 from services.labeling.pictures import bucket_storage
 from services.settings import BucketAccess
 from services.storage import open_store
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 OWN = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush-hush-hush"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from label_studio_live import digits_gallery, free_port, review_run
+from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.errors import InputError
@@ -18,6 +18,7 @@ from services.labeling.annotators import open_traffic_review
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import read_state
 from services.serving.traffic import Reservoir, sample_now
+from tests.ports import free_port
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from services.serving.candidate import Candidate, prepare_candidate
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 LIGHT = {"cpus_per_replica": 0.1, "poll_s": 0.2, "timeout_s": 60.0}  # many replicas on two cores, both busy
@@ -85,9 +85,7 @@ def serve_port(ray_session: None) -> Iterator[int]:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
     yield port
     serve.shutdown()

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 TOKEN = "a-long-secret"
@@ -65,13 +65,6 @@ def is_ready(running: ServeProcess) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         return running.http.get("/readyz").status_code in (200, 503) and "serving on" in running.output()
     return False
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 def listening_addresses(port: int) -> set[str]:

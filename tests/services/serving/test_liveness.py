@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +15,7 @@ from defuse_core.store import FolderStore
 from services.serving.launch import registry_changes
 from services.serving.liveness import MAX_FAILURES, LivenessCheck
 from services.serving.registry import Registry
+from tests.ports import free_port
 
 NODE, DEAD = {"Alive": True}, {"Alive": False}
 
@@ -60,9 +60,7 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 def nobody() -> str:
     """An address at which nothing listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def ask(check: LivenessCheck) -> None:
