@@ -167,7 +167,7 @@ class StumblingStore(FolderStore):
     """Fails every n-th call, whatever it is."""
 
     calls = 0
-    every = 37  # to read all that a finished run holds takes 31 calls
+    every = 37  # more calls than any attempt makes before it has stored something new
 
     def within(self, prefix):
         return StumblingStore(self.folder / prefix)
