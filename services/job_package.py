@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import shutil
@@ -78,8 +79,9 @@ def _copy_module(field: str, import_path: str, folder: Path) -> None:
         raise ModelError(f"{field} {import_path}: {name} is a package of Defuse; rename yours")
     found = importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])
     if found is None and name != "__main__":
-        found = importlib.util.find_spec(name)  # by the finders that editable installs have
-    if found is None:
+        with contextlib.suppress(ValueError):  # a module that has no spec
+            found = importlib.util.find_spec(name)  # by the finders that editable installs have
+    if found is None or not (found.has_location or found.submodule_search_locations):
         raise ModelError(f"{field} {import_path}: no module {name} in this folder or on PYTHONPATH")
     if found.submodule_search_locations:
         source = Path(next(iter(found.submodule_search_locations)))

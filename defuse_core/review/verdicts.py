@@ -254,12 +254,16 @@ def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], class
 
 def read_overrides(store: Store) -> tuple[Override, ...]:
     """Return the human decisions of a run, oldest first. Raises StoreError for a file that is no decision."""
-    return tuple(_read_override(store, key) for key in store.list(OVERRIDES))
+    found = (_read_override(store, key) for key in store.list(OVERRIDES))
+    return tuple(entry for entry in found if entry is not None)
 
 
-def _read_override(store: Store, key: str) -> Override:
+def _read_override(store: Store, key: str) -> Override | None:
+    """Return one decision; None where its author has withdrawn it since it was listed."""
     try:
         return TypeAdapter(Override).validate_json(store.read(key))
+    except FileNotFoundError:
+        return None
     except ValidationError as error:
         raise StoreError(
             f"{store.address}/{key}: expected a decision with scenario, label, author, reason and when, found "
@@ -269,6 +273,11 @@ def _read_override(store: Store, key: str) -> Override:
 
 FROM_VOTES = ("votes", *FROM_VERDICTS)
 FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")
+
+
+def _judged_without(run: Run, entry: Override) -> bool:
+    verdicts = run.load(Verdicts)
+    return verdicts is not None and entry not in verdicts.overrides
 
 
 def override_verdict(
@@ -293,10 +302,11 @@ def override_verdict(
     entry = Override(scenario, index, author, " ".join(reason.split()), when)
     if run.load(Verdicts) is None:
         key = _store(run, entry)
-        verdicts = run.load(Verdicts)  # a driver may have judged in the meantime
-        if verdicts is not None and entry not in verdicts.overrides:
+        if _judged_without(run, entry):  # a driver has judged in the meantime
             run.store.delete(key)
-            raise InputError(_judged_message(run))
+            if _judged_without(run, entry):
+                raise InputError(_judged_message(run))
+            _store(run, entry)  # the driver had read it before, and judged again with it
     elif redo:
         with run.store.lock():
             _delete_artefacts(run, FROM_VERDICTS)

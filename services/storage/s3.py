@@ -60,6 +60,10 @@ def open_s3(address: str) -> S3Store:
         session = boto3.Session()
         try:
             endpoint = session.client("s3").meta.endpoint_url
+        except aws.InvalidRegionError as error:
+            raise InputError(
+                f"AWS_DEFAULT_REGION (or region in AWS's configuration file): {error}"
+            ) from error
         except ValueError:  # "Invalid endpoint: minio:9000", with a password that the address may hold
             raise InputError(
                 "AWS_ENDPOINT_URL (or endpoint_url in AWS's configuration file): expected such as http://host:9000, "

@@ -15,7 +15,7 @@ from ray._private.runtime_env.packaging import create_package
 
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import InputError, ModelError, RunFileError
-from services.job_package import RUN_FILE, build_working_dir
+from services.job_package import RUN_FILE, _copy_module, build_working_dir
 from tests.conftest import tiny
 
 
@@ -175,3 +175,8 @@ def test_a_folder_of_transformers_is_copied_whole(tmp_path: Path) -> None:
     copied = load_run_file(job / RUN_FILE).classifier.weights
     assert copied is not None
     assert sorted(path.name for path in (job / copied).iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_module_without_a_file_is_no_code_to_take_along(tmp_path):
+    with pytest.raises(ModelError, match="no module sys in this folder"):
+        _copy_module("classifier.import_path", "sys:build", tmp_path)

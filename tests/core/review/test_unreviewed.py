@@ -82,15 +82,23 @@ def test_no_failure_is_of_a_photograph_or_track_that_held_out_images_are_anchore
     assert allowed(failures, in_tracks, verdicts).tolist() == [True, False, False, True]
 
 
+RIGHT = 1000  # source of what follows the failures
+
+
 @pytest.fixture
 def run_with_psi(tmp_path, tiny_models: Models, references: ReferenceSet) -> tuple[Run, Psi]:
-    """A run whose Ψ is the first shard of a real one, screened by the mean of the reference models."""
+    """A run whose Ψ is the first shard of a real one, screened by the models' mean, and codes that do not fail."""
     spec = recommended(identify={"scale": 3.0}, correct={"tune_images": 60})
     run = Run.start(FolderStore(tmp_path), "a", spec)
     identifier = Identifier(spec, tiny_models, references)
     shard = identifier.shard(0)
-    save_shard(run.store, 0, shard)
-    one = np.array([len(shard.failures)])
+    # no failures: codes of training images under their class, most of which the classifier gets right
+    own = identifier.train.take(slice(0, 100))
+    codes = encode_images(identifier.vae, own)
+    right = Failures(codes, RIGHT + np.arange(100), own.labels, (own.labels + 1) % 10)
+    both = Failures.concatenate([replace(shard.failures, source_wrong=None), right])
+    save_shard(run.store, 0, replace(shard, failures=both))
+    one = np.array([len(both)])
     return run, Psi(one, shard.images, shard.decodings, 0, 0, 0.0, fingerprint=shard.fingerprint)
 
 
@@ -110,6 +118,7 @@ def test_they_are_clear_to_every_reference_model_and_drawn_by_seed(run_with_psi,
     sure = model_probabilities(models, images)[:, np.arange(len(chosen)), chosen.truth]
     assert (sure >= run.spec.identify.min_probability).all()
     assert (predict(load_classifier(run.spec, tiny_models.classifier, 10), images) != chosen.truth).all()
+    assert (chosen.source < RIGHT).any()
     if len(chosen) > 5:
         assert chosen.source.tolist() != sorted(chosen.source.tolist())  # a part of them is a sample, too
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -19,12 +21,18 @@ def run(tmp_path):
     return review_run(tmp_path, digits_gallery())
 
 
+def judged_verdicts() -> Verdicts:
+    nobody = np.zeros(0, np.int64)
+    votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
+    return decide_verdicts(digits_gallery(), votes, 0.5)
+
+
 @pytest.fixture
 def judged(run):
     nobody = np.zeros(0, np.int64)
     votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
     run.once("review", Votes, lambda: votes)
-    run.once("review", Verdicts, lambda: decide_verdicts(digits_gallery(), votes, 0.5))
+    run.once("review", Verdicts, judged_verdicts)
     codes = np.zeros((0, 1, 2), np.float32)
     run.once("correct", Corrections, lambda: Corrections(nobody, nobody, codes, codes))
     run.store.write("trials/defuse/0.safetensors", b"x")
@@ -75,6 +83,37 @@ def test_after_the_verdicts_a_decision_is_refused_and_changes_nothing(judged):
     assert {key: judged.store.read(key) for key in judged.store.list()} == before
 
 
+def test_a_decision_that_a_driver_took_in_before_it_was_withdrawn_is_kept(run, monkeypatch):
+    """The driver judges without it, reads it, and judges again with it, while its author withdraws it."""
+    deleted = run.store.delete
+
+    def judge_again(key: str) -> None:
+        verdicts = dataclasses.replace(judged_verdicts(), overrides=read_overrides(run.store))
+        deleted(key)
+        deleted("verdicts.safetensors")
+        run.once("review", Verdicts, lambda: verdicts)
+
+    stored = run.store.create
+
+    def judge_first(key: str, data: bytes) -> bool:
+        created = stored(key, data)
+        run.once("review", Verdicts, judged_verdicts)
+        return created
+
+    monkeypatch.setattr(run.store, "create", judge_first)
+    monkeypatch.setattr(run.store, "delete", judge_again)
+    override_verdict(run, 2, "8", author="Ada", reason="checked")
+    assert read_overrides(run.store) == run.load(Verdicts).overrides != ()
+
+
+def test_a_decision_that_is_withdrawn_while_decisions_are_read_is_none(run, monkeypatch):
+    override_verdict(run, 2, "8", author="Ada", reason="checked")
+    (kept,) = read_overrides(run.store)
+    keys = run.store.list("overrides/")
+    monkeypatch.setattr(run.store, "list", lambda _: [*keys, "overrides/9999.json"])
+    assert read_overrides(run.store) == (kept,)
+
+
 def test_redo_forgets_the_verdicts_and_what_follows_and_keeps_the_votes(judged):
     override_verdict(judged, 2, "8", author="Ada", reason="checked", redo=True)
     left = judged.store.list()
@@ -93,7 +132,9 @@ def test_two_decisions_at_once_both_count(run, monkeypatch):
 
 
 def test_a_decision_that_the_verdicts_were_made_without_is_told(judged, monkeypatch):
-    found = iter([None, judged.load(Verdicts)])  # the driver judges between the two looks
+    found = itertools.chain(
+        [None], itertools.repeat(judged.load(Verdicts))
+    )  # the driver judges after one look
     load = judged.load
     monkeypatch.setattr(judged, "load", lambda kind: next(found) if kind is Verdicts else load(kind))
     with pytest.raises(InputError, match="has its verdicts already"):

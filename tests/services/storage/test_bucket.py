@@ -101,3 +101,9 @@ def test_an_endpoint_that_is_no_address_is_said_without_its_password(
     with pytest.raises(InputError, match="expected such as http://host:9000") as refused:
         open_store("s3://bucket/runs")
     assert "sup3r" not in "".join(traceback.format_exception(refused.value))
+
+
+def test_a_region_that_is_none_is_named_and_not_the_endpoint(aws: pytest.MonkeyPatch) -> None:
+    aws.setenv("AWS_DEFAULT_REGION", "eu west 1")
+    with pytest.raises(InputError, match="AWS_DEFAULT_REGION.*eu west 1"):
+        open_store("s3://bucket/runs")
