@@ -91,7 +91,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         name: Name of the run. It becomes a folder in the store.
         settings: With `train`: the fields that differ from what `defuse init` suggests for these images, such as
             `{"vae": {"epochs": 20}}`. Or a whole run file: its path, or a RunFile. `defuse fields` lists all fields.
-            Fields that a later call leaves out stay as the run began; a warning names them.
+            Fields that a later call leaves out stay as earlier calls set them; a warning names them.
         minutes: Time that a new run is planned for, on this machine. A run file has its own sizes.
         compute: Where to compute. Default: in this process. On Ray: `cluster.compute.on_ray("head:6379")`.
         annotators: Who labels the scenarios. Default: the reference models of the run. People:
@@ -113,6 +113,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.open(opened, name).spec if given.begun else None
         run = Run.start(opened, name, given.run_file(recorded, minutes, progress))
+        given.keep_settings()
         _expect_annotators(run, annotators)
         if run.spec == recorded and is_complete(result := RunResult(run, classifier)):
             return result
@@ -205,6 +206,9 @@ class _Given:
             )
         self.store, self.classifier, self.arrays = store, classifier, arrays
         self.settings, self.is_run_file = _tree(settings), not isinstance(settings, Mapping | None)
+        self.is_over_plan = (
+            bool(arrays) and not self.is_run_file
+        )  # settings change a plan, or the recorded run
         self.begun = has_made_something(store)
 
     def run_file(self, recorded: RunFile | None, minutes: float, progress: Progress) -> RunFile:
@@ -212,21 +216,24 @@ class _Given:
         if not self.arrays and "data" not in self.settings:
             raise DataError("debug: expected train=(images, labels), or settings with data; found neither")
         sections: dict[str, Any] = {}
+        base = _tree(recorded) if self.is_over_plan else {}
         if self.arrays:
-            sections["data"], images = self._data()
+            sections["data"], images = self._data(base.get("data", {}))
         elif self.classifier is not None:
             images = open_splits(parse_run_file(self.settings, "settings").data, 0).train
         if self.classifier is not None:
-            sections["classifier"] = self._classifier(self.classifier, images)
-        base: dict[str, Any] = {}
-        if self.arrays and not self.is_run_file:
-            base = self._planned(sections, minutes, progress) if recorded is None else _tree(recorded)
-            self._keep_settings(recorded)
+            sections["classifier"] = self._classifier(self.classifier, images, base.get("classifier", {}))
+        if self.is_over_plan and recorded is None:
+            base = self._planned(sections, minutes, progress)
         return parse_run_file(_merged(_merged(base, self.settings), sections), "settings")
 
-    def _data(self) -> tuple[dict[str, Any], Images]:
-        """Store the images, once they are checked; return section data and the training images."""
-        section = _shape(self.arrays["train_images"]) | self.settings.get("data", {})
+    def _data(self, known: Mapping[str, Any]) -> tuple[dict[str, Any], Images]:
+        """Store the images, once they are checked; return section data and the training images.
+
+        `known` is the section that the run has recorded, empty for a new run.
+        """
+        held = {name: known[name] for name in ("channels", "validation_share") if name in known}
+        section = _shape(self.arrays["train_images"]) | held | self.settings.get("data", {})
         section |= {"name": "npz", "root": str(Path(self.store.address, IMAGES))}
         if not self.is_run_file and "validation_images" not in self.arrays:
             section.setdefault("validation_share", VALIDATION_SHARE)
@@ -244,8 +251,8 @@ class _Given:
                 np.array_equal(found[name], array) for name, array in self.arrays.items()
             )
 
-    def _classifier(self, classifier: nn.Module, images: Images) -> dict[str, Any]:
-        """Store the classifier; return section classifier."""
+    def _classifier(self, classifier: nn.Module, images: Images, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Store the classifier; return section classifier. `known` is as in `_data`."""
         batch = torch.from_numpy(images.batch(slice(0, PROBE_IMAGES)))
         self._keep(
             CLASSIFIER,
@@ -254,27 +261,28 @@ class _Given:
             lambda: program_of(classifier, batch),
         )
         section = self.settings.get("classifier", {})
-        epochs = 0 if self.is_run_file else section.get("epochs", 0)
+        held = {**known, **section}
+        epochs = 0 if self.is_run_file else held.get("epochs", 0)
         weights = str(Path(self.store.address, CLASSIFIER))
         fixed = {"architecture": "program", "weights": weights, "import_path": None, "timm_model": None}
         # not what a probe would suggest: what looks like another input range or order can be the fault that is sought
-        meant = {"input_range": section.get("input_range", "0..1"), "class_order": section.get("class_order")}
+        meant = {"input_range": held.get("input_range", "0..1"), "class_order": held.get("class_order")}
         return {**section, **fixed, **meant, "epochs": epochs}
 
-    def _keep_settings(self, recorded: RunFile | None) -> None:
-        """Store the given settings; of a run that has begun, log those that hold although they are left out now."""
+    def keep_settings(self) -> None:
+        """Store the settings that calls gave; log those that hold although they are left out now."""
+        if not self.is_over_plan:
+            return
         given = flat_fields(self.settings)
-        if recorded is None:
-            self.store.write(SETTINGS, json.dumps(given, default=str, indent=1).encode())
-        elif self.store.exists(SETTINGS):
-            left_out = [name for name in json.loads(self.store.read(SETTINGS)) if name not in given]
-            if left_out:
-                log.warning(
-                    "%s: settings that the run began with and that are left out now still hold: %s%s",
-                    self.store.address,
-                    ", ".join(left_out[:3]),
-                    f" and {len(left_out) - 3} more" if len(left_out) > 3 else "",
-                )
+        known = json.loads(self.store.read(SETTINGS)) if self.begun and self.store.exists(SETTINGS) else {}
+        if left_out := [name for name in known if name not in given]:
+            log.warning(
+                "%s: settings that earlier calls gave and that are left out now still hold: %s%s",
+                self.store.address,
+                ", ".join(left_out[:3]),
+                f" and {len(left_out) - 3} more" if len(left_out) > 3 else "",
+            )
+        self.store.write(SETTINGS, json.dumps(known | given, default=str, indent=1).encode())
 
     def _planned(self, sections: dict[str, Any], minutes: float, progress: Progress) -> dict[str, Any]:
         """Return what `defuse init` writes for these images."""

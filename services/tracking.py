@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from defuse_core.artifacts import Models, Sweep
-from defuse_core.config import flat_fields
+from defuse_core.config import changed_value, flat_fields
 from defuse_core.errors import InputError, LabelsPending, without_credentials
 from defuse_core.evaluation.health import STRIP_KEY
 from defuse_core.runs import ReachedStep, Run
@@ -68,7 +68,8 @@ def expect_mlflow(settings: Settings) -> None:
 class MlflowTracking:
     """One MLflow run for one run of Defuse, which is the same when that is continued. A context manager.
 
-    A run that goes on with another run file is another one in MLflow, whose parameters cannot be changed.
+    A run that goes on with another value of a field that changes results, such as an added λ, is another one in MLflow,
+    whose parameters cannot be changed.
     """
 
     def __init__(self, run: Run, settings: Settings) -> None:
@@ -76,7 +77,7 @@ class MlflowTracking:
         self.experiment = settings.mlflow_experiment or EXPERIMENT
         self.failed = False
         fields = flat_fields(run.spec.model_dump(mode="json"))  # before the run settles `auto`
-        self._params = {name: str(value)[:PARAM_LENGTH] for name, value in fields.items()}
+        self._params = {name: _as_param(value) for name, value in fields.items()}
         self._digests: dict[str, str] = {}  # of files that do not change while this process has the run
 
     def __enter__(self) -> Self:
@@ -111,15 +112,11 @@ class MlflowTracking:
         from mlflow import MlflowClient
 
         client, state = MlflowClient(self.uri), self._state()
-        params = hashlib.sha256(json.dumps(self._params).encode()).hexdigest()
-        if state["sent"].get("params") not in (None, "", params):
-            log.info("mlflow: the run file has changed; a new MLflow run is begun")
-            state |= {"run_id": None, "sent": {}}
         run_id = self._run_id(client, state)
         sent = state["sent"]
         if "params" not in sent:  # a server changes no parameter, so they are sent once
             self._send_params(client, run_id)
-            self._record(state, "params", params)
+            self._record(state, "params", "")  # they come from no file
         for part, key in SOURCES.items():
             digest = self._digest(key)
             if digest is not None and sent.get(part) != digest:
@@ -161,16 +158,24 @@ class MlflowTracking:
         self.run.store.write(KEY, json.dumps(state, indent=1).encode())
 
     def _run_id(self, client: MlflowClient, state: dict[str, Any]) -> str:
-        """Return the MLflow run that was begun for this run, or a new one where the server has none."""
+        """Return the MLflow run that was begun for this run, or a new one where the server has none.
+
+        Also a new one where its parameters differ in a field that changes results.
+        """
         from mlflow.exceptions import MlflowException
 
         if state["run_id"] is not None:
             try:
-                return str(client.get_run(state["run_id"]).info.run_id)
+                found = client.get_run(state["run_id"])
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 log.warning("mlflow: run %s is not on this server; a new one is begun", state["run_id"])
+            else:
+                changed = self._changed(found.data.params)
+                if changed is None:
+                    return str(found.info.run_id)
+                log.info("mlflow: %s; a new MLflow run is begun", changed)
         experiment = client.get_experiment_by_name(self.experiment)
         number = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
         begun = client.create_run(
@@ -179,6 +184,15 @@ class MlflowTracking:
         state["run_id"], state["sent"] = begun.info.run_id, {}
         self._store(state)
         return str(state["run_id"])
+
+    def _changed(self, known: Mapping[str, str]) -> str | None:
+        """Return the first parameter that differs and changes results; one that a side lacks is of another version."""
+        shared = sorted(known.keys() & self._params.keys())
+        before, now = (
+            {name: None if params[name] == "None" else params[name] for name in shared}
+            for params in (known, self._params)
+        )
+        return changed_value(before, now)
 
     def _send_params(self, client: MlflowClient, run_id: str) -> None:
         from mlflow.entities import Param
@@ -262,6 +276,11 @@ class MlflowTracking:
             export_model(self.run, path)
         except InputError as error:
             log.info("mlflow: no model is sent: %s", error)
+
+
+def _as_param(value: object) -> str:
+    """Return a value in one line, since some servers keep only the first."""
+    return " ".join(str(value).split())[:PARAM_LENGTH].rstrip()
 
 
 def _log(client: MlflowClient, run_id: str, rows: Rows) -> None:

@@ -311,6 +311,29 @@ def stop() -> Any:
     raise RuntimeError("no place")
 
 
+def test_settings_that_later_calls_leave_out_hold_also_where_there_are_defaults(tmp_path, caplog):
+    first = {
+        "data": {"validation_share": 0.3},
+        "classifier": {"input_range": "-1..1", "class_order": list(range(9, -1, -1)), "epochs": 1},
+    }
+    began = settings_of(tmp_path, settings=first)
+    (tmp_path / "parts" / "models.safetensors").write_bytes(b"made")
+    added = settings_of(tmp_path, settings={"check": {"min_scenario_accuracy": 0.123}})
+    assert (added.data, added.classifier) == (began.data, began.classifier)
+    caplog.clear()
+    with pytest.raises(RunMismatchError, match=r"vae.beta: .* in the run, 77.0 now"):
+        defuse.debug(**arguments(tmp_path, settings={"vae": {"beta": 77.0}}))
+    assert not any("still hold" in line for line in caplog.messages)
+    assert settings_of(tmp_path, settings=first).check.min_scenario_accuracy == 0.123
+    assert "left out now still hold: check.min_scenario_accuracy" in caplog.messages[-1]
+
+
+def test_channels_that_a_later_call_leaves_out_hold(tmp_path):
+    for settings in ({"data": {"channels": 3}}, None):
+        assert settings_of(tmp_path, classifier=None, settings=settings).data.channels == 3
+        (tmp_path / "parts" / "models.safetensors").write_bytes(b"made")
+
+
 FORMS = {
     "uint8 (N, H, W)": (lambda x: x, 1),
     "floats (N, H, W, 1)": (lambda x: x[..., None] / 255, 1),

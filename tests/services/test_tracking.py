@@ -108,6 +108,44 @@ def test_a_changed_run_file_begins_a_new_run_with_its_parameters(server, tmp_pat
     assert (oldest.data.params["vae.beta"], newest.data.params["vae.beta"]) == ("0.3", "4.0")
 
 
+CHANGES: dict[
+    str, tuple[dict[str, Any], int]
+] = {  # of section vae, resources, ...: the MLflow runs afterwards
+    "nothing": ({}, 1),
+    "more readers": ({"resources": {"readers": 3}}, 1),
+    "another bound of the check": ({"check": {"max_loss": 0.5}}, 1),
+    "the images elsewhere": ({"data": {"root": "/elsewhere"}}, 1),
+    "a λ more": ({"correct": {"lambdas": (0.001, 1.0, 10.0, 100.0)}}, 2),
+    "weights where there were none": ({"vae": {"weights": "/there/vae.safetensors"}}, 2),
+}
+
+
+@pytest.mark.parametrize("earlier", [{}, {"sent": ["params"]}], ids=["", "after an earlier version"])
+@pytest.mark.parametrize("case", CHANGES)
+def test_only_another_value_that_changes_results_begins_a_new_run(server, tmp_path, tiny_spec, case, earlier):
+    begun, (change, count) = Run.start(FolderStore(tmp_path), "new", tiny_spec), CHANGES[case]
+    with MlflowTracking(begun, read_settings()):
+        pass
+    state = json.loads(begun.store.read("mlflow.json"))
+    begun.store.write("mlflow.json", json.dumps(state | earlier).encode())
+    for section, fields in change.items():
+        begun.spec = begun.spec.with_fields(section, **fields)
+    for _ in range(2):
+        with MlflowTracking(begun, read_settings()):
+            pass
+    assert len(tracked(server)) == count
+
+
+def test_a_field_that_another_version_lacks_begins_no_new_run(server, tmp_path, tiny_spec):
+    begun = Run.start(FolderStore(tmp_path), "new", tiny_spec)
+    tracking = MlflowTracking(begun, read_settings())
+    del tracking._params["vae.beta"]
+    for each in (tracking, MlflowTracking(begun, read_settings())):
+        with each:
+            pass
+    assert len(tracked(server)) == 1
+
+
 def overrule(run: Run, rows: tuple[SweepRow, ...], accepted: int) -> None:
     """Make what follows from the verdicts again, as `defuse run` does after `review set --redo`; without rows no λ."""
     run.store.delete("sweep.safetensors")
