@@ -206,9 +206,8 @@ class _Given:
             )
         self.store, self.classifier, self.arrays = store, classifier, arrays
         self.settings, self.is_run_file = _tree(settings), not isinstance(settings, Mapping | None)
-        self.is_over_plan = (
-            bool(arrays) and not self.is_run_file
-        )  # settings change a plan, or the recorded run
+        # settings change a plan, or the recorded run
+        self.is_over_plan = bool(arrays) and not self.is_run_file
         self.begun = has_made_something(store)
 
     def run_file(self, recorded: RunFile | None, minutes: float, progress: Progress) -> RunFile:
@@ -294,9 +293,8 @@ class _Given:
         for warning in plan.warnings:
             log.warning("%s", warning)
         if "channels" not in self.settings.get("data", {}):
-            sections["data"]["channels"] = plan.tree["data"][
-                "channels"
-            ]  # which the classifier may need otherwise
+            # which the classifier may need otherwise
+            sections["data"]["channels"] = plan.tree["data"]["channels"]
         return plan.tree
 
     def _keep(self, key: str, what: str, is_same: Callable[[bytes], bool], made: Callable[[], bytes]) -> None:

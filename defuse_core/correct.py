@@ -63,10 +63,7 @@ def fine_tune(
     optimizer = Adam(classifier.parameters(), section.learning_rate)
     if trial is not None:
         load_optimizer_state(optimizer, trial.moments)
-    images = (
-        DeviceImages(tuning.clean.train, spec.resources.readers),
-        DeviceImages(tuning.scenario.d_f),
-    )
+    images = DeviceImages(tuning.clean.train, spec.resources.readers), DeviceImages(tuning.scenario.d_f)
     # split and sample of the images have streams of their own: every repetition is on the same ones
     streams = ("correct", "repetition", tuning.repetition) if tuning.repetition else ("correct",)
     for epoch in range(len(rows) + 1, section.epochs + 1):

@@ -70,14 +70,14 @@ def without_fold(found: Findings, fold: int) -> Corrections:
 
     Near are codes in its region or with its confusion, and the others of the source images, or tracks, of these codes.
     """
-    fixes, fold_out = found.fixes, fold_of(found.fixes) == fold
-    kept = fixes.take(np.flatnonzero(~fold_out))
+    fixes, left_out = found.fixes, fold_of(found.fixes) == fold
+    kept = fixes.take(np.flatnonzero(~left_out))
     codes = fixes.unreviewed
     if codes is None:
         return kept
     errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
     near = np.zeros(len(codes), np.bool_)
-    for row in np.flatnonzero(fold_out):
+    for row in np.flatnonzero(left_out):
         near |= in_region(found.scenarios, int(fixes.scenario[row]), codes.codes)
         near |= (codes.truth == fixes.labels[row]) & (codes.predicted == errors[row])
     return replace(kept, unreviewed=codes.take(~np.isin(codes.unit, codes.unit[near])))

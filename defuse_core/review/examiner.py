@@ -21,7 +21,7 @@ from defuse_core.training.reference_models import (
 )
 
 T = TypeVar("T")
-ROWS_PER_TASK = 8  # components or scenarios that one task examines
+AT_ONCE = 8  # components or scenarios that one task examines
 
 
 class Examiner:
@@ -63,12 +63,17 @@ class Examiner:
 
 
 def in_tasks(
-    compute: Compute, step: str, count: int, function: Callable[..., list[T]], *args: object
+    compute: Compute,
+    step: str,
+    count: int,
+    function: Callable[..., list[T]],
+    *args: object,
+    at_once: int = AT_ONCE,
 ) -> list[T]:
     """Return what function(*args, rows, progress=...) returns for ranges of `count` rows, one task each, in order.
 
-    No result depends on the ranges: every row has its own seed.
+    No result depends on the ranges, of `at_once` rows: every row has its own seed, or none.
     """
-    ranges = [range(first, min(first + ROWS_PER_TASK, count)) for first in range(0, count, ROWS_PER_TASK)]
+    ranges = [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
     results = compute.tasks(step, [Call(function, *args, rows) for rows in ranges])
     return list(itertools.chain(*results))

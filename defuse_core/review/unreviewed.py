@@ -12,7 +12,8 @@ from defuse_core.distill.draws import in_region
 from defuse_core.distill.psi import subsample_psi
 from defuse_core.models import Decoder, Vae, decode_codes, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
-from defuse_core.protocols import Call, Compute
+from defuse_core.protocols import Compute
+from defuse_core.review.examiner import in_tasks
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import Store
@@ -40,9 +41,9 @@ def choose_unreviewed(
     wanted = len(verdicts.accepted) * spec.correct.tune_images
     found = compute.task("correct", _draw_allowed, spec, psi, run.store, scenarios, verdicts)
     found = found.take(np.arange(min(len(found), EXAMINED * wanted)))
-    parts = [found.take(rows) for rows in _chunks(len(found))]
-    clear = compute.tasks("correct", [Call(_are_clear, spec, models, references, part) for part in parts])
-    return found.take(np.flatnonzero(np.concatenate(clear))[:wanted])
+    of_all = spec, models, references, found
+    clear = in_tasks(compute, "correct", len(found), _are_clear, *of_all, at_once=CODES_AT_ONCE)
+    return found.take(np.flatnonzero(np.array(clear, np.bool_))[:wanted])
 
 
 def _draw_allowed(
@@ -83,17 +84,23 @@ def _held_out_units(scenarios: Scenarios, accepted: I64) -> I64:
 
 
 def _are_clear(
-    spec: RunFile, models: Models, references: ReferenceSet, failures: Failures, *, progress: Progress
-) -> Bool:
-    """Return in which decodings every reference model is sure of the source's class, and f answers another, (n,)."""
+    spec: RunFile,
+    models: Models,
+    references: ReferenceSet,
+    found: Failures,
+    rows: range,
+    *,
+    progress: Progress,
+) -> list[bool]:
+    """Return for each of `rows` whether every reference model is sure of the source's class, and f answers another."""
     progress("examining failures to tune on", 0, 1, "sets")
-    classes = len(models.classes)
+    failures, classes = found.take(np.array(rows)), len(models.classes)
     with cpu_threads(1):
         images = decode_failures(spec, models, load_vae(spec, models.vae), failures)
         answers = predict(load_classifier(spec, models.classifier, classes), images)
         judged = load_reference_models(spec, spec.review.reference, references, classes)
         sure = model_probabilities(judged, images).min(axis=0)[np.arange(len(failures)), failures.truth]
-    clear: Bool = (sure >= spec.identify.min_probability) & (answers != failures.truth)
+    clear: list[bool] = ((sure >= spec.identify.min_probability) & (answers != failures.truth)).tolist()
     return clear
 
 
