@@ -73,12 +73,13 @@ def listening_addresses(port: int) -> set[str]:
 
 
 def listening_ports(pid: int) -> set[tuple[str, int]]:
-    """Return address and port of the TCP sockets that a process listens on."""
+    """Return address and port of the TCP sockets that a process listens on; none of a process that has ended."""
     inodes = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if found := re.fullmatch(r"socket:\[(\d+)\]", str(descriptor.readlink())):
-                inodes.add(found[1])
+    with contextlib.suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if found := re.fullmatch(r"socket:\[(\d+)\]", str(descriptor.readlink())):
+                    inodes.add(found[1])
     return {(address, port) for address, port, inode in _listening_sockets() if inode in inodes}
 
 

@@ -79,18 +79,18 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
 ):
     options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
     with serve_process(short_folder, "first", *options) as running:
-        # a process that Ray has just replaced listens on for a moment
-        wait_until(lambda: len(listening("haproxy.cfg", running.port)) == 1)
-        (process,) = listening("haproxy.cfg", running.port)
-        folder = configuration_of(process).parent.parent  # Ray adds a folder for the node
+        # a process that Ray has just replaced listens on for a moment; neither 8404 nor 9101 is among the ports
+        expected = [{(LOOPBACK, running.port)}]
+        wait_until(lambda: ports_of_haproxy(running.port) == expected, lambda: ports_of_haproxy(running.port))
+        configuration = configuration_of(listening("haproxy.cfg", running.port)[-1])
+        folder = configuration.parent.parent  # Ray adds a folder for the node
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.stat().st_uid == os.getuid()
         (admin,) = folder.rglob("admin.sock")
         assert stat.S_IMODE(admin.stat().st_mode) == 0o600
         assert {path.name for path in folder.glob("port-*")} == {"port-8404.sock", "port-9101.sock"}
-        assert listening_ports(process) == {(LOOPBACK, running.port)}  # neither 8404 nor 9101
         assert replica_addresses() == {LOOPBACK}
-        configuration = configuration_of(process).read_text()
-        assert "timeout http-request 10s" in configuration and "option forwardfor" in configuration
+        text = configuration.read_text()
+        assert "timeout http-request 10s" in text and "option forwardfor" in text
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
         answer = running.http.post("/v1/predict", content=pictures[0], headers=headers)
         assert answer.status_code == 200 and running.http.get("/v1/model").status_code == 401
@@ -130,6 +130,11 @@ def test_an_error_of_an_actor_is_one_line(ray_session):
     with pytest.raises(ComputeError) as raised, _translate_errors("Serve did not start"):
         ray.get(fail.remote())
     assert str(raised.value) == "Serve did not start: RuntimeError: HAProxy crashed during startup"
+
+
+def ports_of_haproxy(port: int) -> list[set[tuple[str, int]]]:
+    """Return, for each HAProxy that listens on `port`, all that it listens on."""
+    return [listening_ports(process) for process in listening("haproxy.cfg", port)]
 
 
 def configuration_of(pid: int) -> Path:
