@@ -6,9 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
-
-from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Models, ReferenceSet, Scenarios
+from defuse_core.artifacts import F32, I64, Models, ReferenceSet, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.distill.draws import Draws, anchors_of
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
@@ -17,6 +15,7 @@ from defuse_core.review.verdicts import majority, tally
 from defuse_core.training.reference_models import (
     load_reference_models,
     model_probabilities,
+    unanimous_labels,
     votes_of_models,
 )
 
@@ -42,10 +41,7 @@ class Examiner:
         without such a class has none. Where only their mean is sure, independent models often see another class.
         """
         predicted, probabilities = self._answers(draws)
-        seen = probabilities.min(axis=0)  # (n, C)
-        clear = seen.max(axis=1) >= self.min_probability
-        labels = np.where(clear, seen.argmax(axis=1), NONE_OF_THE_ABOVE).astype(np.int64)
-        return predicted, labels
+        return predicted, unanimous_labels(probabilities, self.min_probability)
 
     def review(self, draws: Draws) -> tuple[I64, I64]:
         """Return for n draws the classifier's answers and the labels that a review gives them, each (n,).

@@ -17,7 +17,11 @@ from defuse_core.review.examiner import in_tasks
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import Store
-from defuse_core.training.reference_models import load_reference_models, model_probabilities
+from defuse_core.training.reference_models import (
+    load_reference_models,
+    model_probabilities,
+    unanimous_labels,
+)
 
 CODES_AT_ONCE = 1024  # that one task examines; with vae.decode: anchored, so many images are read at once
 EXAMINED = 2  # times as many codes are examined as are wanted, since not all are clear
@@ -99,8 +103,8 @@ def _are_clear(
         images = decode_failures(spec, models, load_vae(spec, models.vae), failures)
         answers = predict(load_classifier(spec, models.classifier, classes), images)
         judged = load_reference_models(spec, spec.review.reference, references, classes)
-        sure = model_probabilities(judged, images).min(axis=0)[np.arange(len(failures)), failures.truth]
-    clear: list[bool] = ((sure >= spec.identify.min_probability) & (answers != failures.truth)).tolist()
+        labels = unanimous_labels(model_probabilities(judged, images), spec.identify.min_probability)
+    clear: list[bool] = ((labels == failures.truth) & (answers != failures.truth)).tolist()
     return clear
 
 

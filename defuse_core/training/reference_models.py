@@ -129,6 +129,12 @@ def answers_of_models(probabilities: F32, min_confidence: float = 0.0) -> np.nda
     return np.where(sure, probabilities.argmax(axis=-1), NONE_OF_THE_ABOVE).astype(np.int64)
 
 
+def unanimous_labels(probabilities: F32, min_probability: float) -> I64:
+    """Return the class of which every model is sure, (n,), from (W, n, C); none-of-the-above where there is none."""
+    labels: I64 = answers_of_models(probabilities.min(axis=0), min_probability)
+    return labels
+
+
 def gallery_probabilities(
     spec: RunFile, references: ReferenceSet, gallery: Gallery, *, progress: Progress
 ) -> F32:
