@@ -103,7 +103,8 @@ def test_a_missing_page_ends_the_list_of_tasks_only_while_the_project_exists(
 
 def test_the_oldest_project_with_a_mark_comes_first(proxy, client):
     rows = [{"id": n, "description": text} for n, text in ((9, "mark-1"), (4, "our mark-1"), (2, "mark-2"))]
-    proxy.answer(json_reply({"count": 3, "next": None, "previous": None, "results": rows}))
+    pages = iter([rows])
+    proxy.rule = lambda method, path: json_reply({"count": 3, "results": next(pages, [])})
     assert [project.id for project in client.find_projects("mark-1")] == [4, 9]
 
 

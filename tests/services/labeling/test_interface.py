@@ -153,7 +153,7 @@ def test_instructions_tell_each_key_up_to_sixteen_classes_and_need_no_second_cla
     assert "y for “sign 15”" in told
     assert "shown in small letters" in instructions("image", [f"sign {n}" for n in range(17)])
     assert "1 for “1”, 2 for “cat”" in instructions("image", ("1", "cat"))
-    assert "cat" in instructions("scenario", ("cat",))
+    assert "the classifier's answer is “cat”" in instructions("scenario", ("cat",))
 
 
 def test_instructions_name_the_keys_and_point_to_them_where_there_are_many():
