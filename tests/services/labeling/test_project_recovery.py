@@ -19,6 +19,7 @@ from services.labeling.tasks import ReviewTasks
 
 def test_a_push_that_ends_with_a_lost_reply_makes_no_second_project(make_review, proxy):
     review, made = make_review(), []
+    before = len(review.api.find_projects(""))
 
     def end(method: str, path: str) -> str | Reply | None:
         if made:
@@ -31,9 +32,8 @@ def test_a_push_that_ends_with_a_lost_reply_makes_no_second_project(make_review,
     proxy.rule = end
     with pytest.raises(ServiceError, match="503"):
         review.through(proxy.address).push(review.gallery)
-    number = review.annotators.push(review.gallery).number  # another process, later
-    found = review.api.find_projects(f"for its run {review.run.name}.")
-    assert [project.id for project in found] == [number]
+    review.annotators.push(review.gallery)  # another process, later
+    assert len(review.api.find_projects("")) == before + 1
 
 
 def test_a_replaced_project_keeps_the_numbers_of_annotators(make_review):
