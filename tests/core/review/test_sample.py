@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from defuse_core.artifacts import Anchors, ComponentFailures, Corrections, Scenarios
+from defuse_core.artifacts import (
+    NONE_OF_THE_ABOVE,
+    Anchors,
+    ComponentFailures,
+    Corrections,
+    Scenarios,
+    Verdicts,
+)
 from defuse_core.local import LocalCompute
 from defuse_core.progress import silent
 from defuse_core.review import sample
 from defuse_core.review.sample import (
     filter_corrections,
+    sample_corrections,
     sample_gallery,
     sample_more_images,
     with_used_anchors,
@@ -73,6 +82,7 @@ def test_further_draws_are_none_of_those_that_were_reviewed(tiny_models, referen
     )
     assert more.unit is None and more.outcome is None  # decoded plainly
     np.testing.assert_array_equal(np.stack([one.codes for one in draws[:2]]), gallery.codes)
+    assert not np.isclose(gallery.codes[0], gallery.codes[1] - 1).any()  # each has a seed of its own
     every = np.concatenate([one.codes for one in draws])
     assert len(np.unique(every, axis=0)) == len(every) == 2 * (spec.review.images + 3)
 
@@ -118,3 +128,20 @@ def test_a_scenario_whose_label_nobody_sees_is_named_and_tuned_on_draws_as_wide_
     assert "the label of scenario 1 in 0 % of the images" in caplog.text
     assert np.abs(kept.tune - 1).max() < 6 * np.sqrt(0.01)  # around its mean, at tau alone
     np.testing.assert_array_equal(kept.test, far)
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_corrections_have_the_label_of_their_own_component_and_test_on_held_out_images(anchored):
+    rng, labels = np.random.default_rng(0), np.array([NONE_OF_THE_ABOVE, 7])
+    pixels = rng.integers(256, size=(8, 1, 16, 16)).astype(np.uint8)
+    anchors = Anchors(pixels, 100 + np.arange(8), np.arange(8) % 2 == 1)
+    codes = rng.normal(size=(2, 8, 4)).astype(np.float32)
+    failures = ComponentFailures(codes, np.stack([np.arange(8)] * 2), anchors) if anchored else None
+    shares, own = np.ones(2), np.full((2, 5), 7)
+    verdicts = Verdicts(labels, shares, shares, own, np.ones((2, 5)), 0, 0, ("no", "yes"), ())
+    spec = recommended(review={"tau": 0.1})
+    fixes = sample_corrections(spec, two_components(failures=failures), verdicts)
+    assert (fixes.scenario.tolist(), fixes.labels.tolist()) == ([1], [7])
+    assert len(fixes.tune[0]) == spec.correct.tune_images and len(fixes.test[0]) == spec.correct.test_images
+    if anchored:
+        assert not (fixes.tune_anchor % 2).any() and (fixes.test_anchor % 2).all()
