@@ -78,7 +78,7 @@ class Shares:
 
 def fewest_units(rho: float, max_false: float) -> int:
     """Return the fewest units that can show a share over rho at a false discovery rate: all of them failing."""
-    return 1 if rho == 0 else max(1, math.ceil(math.log(max_false) / math.log(rho)))
+    return 1 if rho == 0 else math.ceil(math.log(max_false) / math.log(rho))
 
 
 def decide(

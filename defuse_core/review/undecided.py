@@ -11,7 +11,7 @@ from defuse_core.review.decision import fewest_units
 from defuse_core.review.verdicts import false_discovery_rate
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
-MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight from which on a run decides nothing
+MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
 
 
 def why_undecided(

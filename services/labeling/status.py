@@ -172,7 +172,7 @@ def review_status(
     votes = _votes(pulled, tasks, names)
     given = np.zeros(shape, np.int64)
     np.add.at(given, (votes.scenario, votes.image), 1)
-    missing = np.maximum(tasks.review.answers_per_task - given, 0)
+    missing = tasks.review.answers_per_task - given
     above = np.isin(np.arange(len(tasks.gallery)), list(overridden))
     final: Bool = np.zeros(len(tasks.gallery), bool)
     review = tasks.review
@@ -254,7 +254,7 @@ def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
     first, second = ranked[:, -1:], ranked[:, -2:-1]
     others = np.where((counts == first) & ((counts == first).sum(axis=1, keepdims=True) == 1), second, first)
     labels = counts + missing[:, None] > others
-    gap = np.where(counts.shape[1] == 1, first, first - second)[:, 0]
+    gap = (first - second)[:, 0]
     unlabelled = (gap == 0) | ((gap <= missing) & (counts.shape[1] > 1))
     return labels, unlabelled
 
@@ -267,7 +267,7 @@ def _always_accepted(labels: Bool, unlabelled: Bool, misclassified: Bool, rho: f
     right, wrong = -worst.numerator, worst.denominator - worst.numerator
     share = np.where(misclassified, wrong, right)
     least = np.minimum(np.where(labels, share, FILL).min(axis=1), np.where(unlabelled, 0, FILL))  # (R,)
-    if unlabelled.all() or least.sum() < 0:
+    if least.sum() < 0:
         return False
     return any(_always_leads(labels, unlabelled, label) for label in np.flatnonzero(labels.any(axis=0)))
 

@@ -40,6 +40,11 @@ def test_a_review_that_gave_no_image_a_label_could_not_tell(tmp_path: Path):
     text = headline(report_of(without_labels(), tmp_path))
     assert text.startswith("Could not tell: no reviewed image has a label,")
     assert undecided(without_labels(rejected_by_people=COUNT)) is None
+    assert undecided(without_labels(rejected_by_people=1)) is None
+    all_but_one = sample_findings(COUNT, 0)
+    labels = np.full_like(all_but_one[0].verdicts.image_labels, NONE_OF_THE_ABOVE)
+    labels[0, 0] = 3
+    assert undecided(with_verdicts(all_but_one, image_labels=labels)) is None
 
 
 def with_units(failing: list[int], total: list[int], **changes):
@@ -67,13 +72,26 @@ def test_components_that_fail_in_too_few_photographs_to_be_certain_are_undecided
     assert undecided(with_units(failing, total), accept="share") is None
 
 
+def test_images_of_tracks_and_images_that_are_decoded_plainly_are_counted_as_such():
+    found, evaluation = with_units([3], [3])
+    gallery = dataclasses.replace(
+        found.gallery, track=np.zeros((1, found.gallery.predicted.shape[1]), np.int64)
+    )
+    text = undecided((dataclasses.replace(found, gallery=gallery), evaluation))
+    assert text is not None and "fewer than the 6 tracks that certainty takes" in text
+    plain = {"labelled": np.array([3, 4, 9]), "misclassified": np.array([1.0, 0.5, 1.0])}
+    text = undecided(with_verdicts(sample_findings(3, 0), **plain))
+    assert text is not None and text.startswith("1 of 3 components fails") and "the 6 images that" in text
+    assert undecided(with_verdicts(sample_findings(3, 0), labelled=None)) is None  # of an earlier version
+
+
 def test_what_people_rejected_is_decided():
     rejected = (Override(1, None, "eve", "no digit", ""),)
     assert undecided(with_units([0, 3, 1], [9, 3, 9], overrides=rejected)) is None
 
 
 def dropped(
-    right: bool = False, small: bool = False, weight: float = 0.1, reason: str = "its draws"
+    right: bool = False, small: bool | None = False, weight: float = 0.1, reason: str = "its draws"
 ) -> DroppedComponent:
     return DroppedComponent(weight, 8, 3, 2, reason, right, small)
 
@@ -93,11 +111,13 @@ EARLIER = DroppedComponent(0.1, 8, 3, 2, "its draws")
         ((dropped(small=True, weight=0.4),), "No failure scenario was found"),
         # an earlier version, which did not tell why
         ((dropped(), EARLIER), "No failure scenario was found"),
+        ((dropped(), dropped(small=None)), "No failure scenario was found"),
         ((dropped(reason=f"{UNDIVIDED}: one track"),), "one track); try more photographs or tracks of these"),
         ((dropped(small=True, weight=0.4), dropped()), "Could not tell: "),
         ((dropped(right=True), dropped(weight=0.2)), "Could not tell: "),
         ((dropped(right=True),), "No failure scenario was found"),
         ((dropped(right=True, weight=0.2), dropped()), "No failure scenario was found"),
+        ((dropped(right=True), dropped()), "Could not tell: "),  # right on half of them is not on most
     ],
 )
 def test_failures_of_which_no_component_was_left_are_undecided_unless_the_classifier_is_right(
@@ -121,10 +141,16 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
         "Could not tell: 60% of the codes of Ψ are in 100 cells (class, answer) of at most 0.01"
     )
     assert "lower distill.min_weight" in text
-    few = tuple(dataclasses.replace(cell, support=4) for cell in cells)
-    scenarios = dataclasses.replace(found.scenarios, dropped=few)
+    for support, told in ((5, True), (4, False)):
+        few = tuple(dataclasses.replace(cell, support=support) for cell in cells)
+        scenarios = dataclasses.replace(found.scenarios, dropped=few)
+        text = headline(report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path))
+        assert text.startswith("Could not tell" if told else "No failure scenario was found")
+    half = (dataclasses.replace(cells[0], weight=0.5),)
+    scenarios = dataclasses.replace(found.scenarios, dropped=half)
     text = headline(report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path))
     assert text.startswith("No failure scenario was found")
+    scenarios = dataclasses.replace(found.scenarios, dropped=few)
     low = sample_spec().with_fields("distill", min_support=1)  # four images are no scenario all the same
     known = {"health": None, "psi": None, "scenarios": scenarios}
     assert why_undecided(low, found.gallery, found.verdicts, **known) is None
@@ -147,3 +173,41 @@ def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path, ancho
     report = report_of((dataclasses.replace(found, models=models), evaluation), tmp_path)
     for text in (headline(report), " ".join(caveats(report))):
         assert f"{collapsed} of 16 latent dimensions are collapsed" in text and "100" not in text
+
+
+@pytest.mark.parametrize(
+    ("verdict", "anchored", "words"),
+    [
+        ("poor", False, "the β-VAE is poor (60% of the right answers are kept on reconstructions)"),
+        (
+            "blind",
+            True,
+            "the β-VAE is blind (60% of the right answers are kept on images moved by the noise)",
+        ),
+        ("fit", False, None),
+    ],
+)
+def test_a_beta_vae_that_keeps_few_answers_is_told_by_what_it_draws(verdict: str, anchored: bool, words):
+    found, _ = sample_findings(COUNT, 0)
+    health = Health(1000, 1.0, 1.0, 0.6, 3, 0.6, 0, 16, verdict, anchored)
+    known = {"health": health, "psi": None, "scenarios": None}
+    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    assert (text or "").startswith(words or "") and (text is None) is (words is None)
+
+
+@pytest.mark.parametrize(("failing", "words"), [(1, "1 failing draw;"), (1200, "1,200 failing draws;")])
+def test_failures_of_which_the_screen_kept_none_are_undecided(failing: int, words: str):
+    found, _ = sample_findings(COUNT, 0)
+    psi = dataclasses.replace(found.psi, codes=np.zeros(2, np.int64), failing=failing)
+    known = {"health": None, "psi": psi, "scenarios": None}
+    assert words in (why_undecided(sample_spec(), found.gallery, found.verdicts, **known) or "")
+
+
+def test_a_smaller_purity_is_proposed_only_where_tau_is_chosen_by_it():
+    found, _ = sample_findings(0, 0)
+    scenarios = dataclasses.replace(found.scenarios, dropped=(dropped(),))
+    for tau, proposed in (("auto", True), (0.1, False)):
+        spec = sample_spec().with_fields("review", tau=tau)
+        known = {"health": None, "psi": found.psi, "scenarios": scenarios}
+        text = why_undecided(spec, found.gallery, found.verdicts, **known)
+        assert text is not None and ("smaller review.purity" in text) is proposed

@@ -26,8 +26,35 @@ def blank_review(folder: Path, scenarios: int, **review: object) -> tuple[Run, R
         np.zeros(shape, np.int64),
         tuple(str(n) for n in range(10)),
     )
-    run = review_run(folder, gallery, answers_per_task=ANNOTATORS, images=IMAGES, **review)
+    run = review_run(folder, gallery, **{"answers_per_task": ANNOTATORS, "images": IMAGES, **review})
     return run, ReviewTasks(gallery, run.spec.review, run.store)
+
+
+def annotation(
+    number: int,
+    annotator: int | None,
+    choice: str | None = "8",
+    *,
+    created: float = 1.0,
+    changed: float | None = None,
+    target: str = "image",
+) -> Annotation:
+    """Return an annotation with one choice, or a skip where it is None."""
+    result = [] if choice is None else [choice_result("label", target, choice)]
+    return Annotation(number, annotator, result, choice is None, created, changed or created)
+
+
+def task_of(
+    tasks: ReviewTasks,
+    index: int,
+    *annotations: Annotation,
+    number: int = 0,
+    overlap: int = 1,
+    labeled: bool = False,
+) -> Task:
+    """Return one task of the review with its annotations; its number in Label Studio is 100 + `index` by default."""
+    key = tasks.subject(index).key
+    return Task(number or 100 + index, key, None, overlap, labeled, annotations, None)
 
 
 def answered_tasks(tasks: ReviewTasks, secret: str = "") -> Iterator[Task]:

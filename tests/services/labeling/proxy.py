@@ -19,6 +19,7 @@ class Reply:
     status: int
     body: str = "{}"
     kind: str = "application/json"
+    location: str = ""  # of a redirection
 
 
 LOSE, CUT = "lose the reply", "cut the connection before the server sees anything"
@@ -68,7 +69,7 @@ def proxy_to(server: str) -> Iterator[Proxy]:
             if isinstance(deed, float):
                 time.sleep(deed)
             if isinstance(deed, Reply):
-                return self.send(deed.status, deed.kind, deed.body.encode())
+                return self.send(deed.status, deed.kind, deed.body.encode(), deed.location)
             if deed == CUT:
                 return self.hang_up()
             headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
@@ -82,8 +83,10 @@ def proxy_to(server: str) -> Iterator[Proxy]:
         def hang_up(self) -> None:
             self.close_connection = True
 
-        def send(self, status: int, kind: str, body: bytes) -> None:
+        def send(self, status: int, kind: str, body: bytes, location: str = "") -> None:
             self.send_response(status)
+            if location:
+                self.send_header("Location", location)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -80,6 +80,11 @@ def test_instructions_hold_an_example_with_the_classes(form):
             '<View className="question" whenTagName="x">',
             "View was added",
         ),
+        (
+            "<Choices ",
+            '<Taxonomy name="label" toName="image"/><Choices ',
+            "Taxonomy 'label' was added",
+        ),
         ("</Style>", '</Style><TextArea name="note" toName="image"/>', "TextArea 'note' was added"),
     ],
 )
@@ -97,6 +102,58 @@ def test_an_edit_of_the_layout_is_described_as_one_and_spaces_are_no_edit():
     assert interface_edit(pushed, pushed.replace(">\n<", ">\n\n  <")) is None
     broken = interface_edit(pushed, "<View")
     assert broken is not None and broken.changes_answers and "not XML" in broken.description
+
+
+def test_a_control_of_another_kind_is_no_edit_of_the_one_in_its_place():
+    pushed = label_config("image", ("cat",))
+    edit = interface_edit(pushed, pushed.replace("<Choices", "<Taxonomy").replace("</Choices", "</Taxonomy"))
+    assert edit is not None and edit.description.startswith("Choices 'label' was removed; ")
+    assert "Taxonomy 'label' was added" in edit.description
+
+
+@pytest.mark.parametrize("attribute", ['zoom="false"', 'showInline="true"', 'size="5"'])
+def test_attributes_that_only_move_things_are_layout(attribute):
+    pushed = label_config("scenario", DIGITS)
+    assert attribute in pushed
+    edit = interface_edit(pushed, pushed.replace(attribute, ""))
+    assert edit is not None and not edit.changes_answers
+
+
+def test_of_many_edits_the_first_three_are_described():
+    pushed = label_config("image", DIGITS)
+    edit = interface_edit(pushed, pushed.replace(' hotkey="', ' hotkey="shift+'))
+    assert edit is not None and edit.description.count("hotkey is") == 3
+
+
+def test_keys_are_the_keyboards_where_a_class_has_more_than_one_digit():
+    assert hotkeys(("12", "3", NONE)) == {"12": "1", "3": "2", NONE: "n"}
+
+
+def test_a_page_takes_its_label_with_shift_so_that_keys_in_a_list_do_not_change_it():
+    keys = {
+        form: [
+            choice.get("hotkey")
+            for control in ElementTree.fromstring(label_config(form, ("cat", "dog"))).iter("Choices")
+            if control.get("name") == "label"
+            for choice in control
+        ]
+        for form in ("image", "scenario")
+    }
+    assert keys == {"image": ["1", "2", "n"], "scenario": ["shift+1", "shift+2", "shift+n"]}
+
+
+@pytest.mark.parametrize(("classes", "small"), [(15, False), (16, True), (43, True)])
+def test_many_choices_are_drawn_small(classes, small):
+    config = label_config("image", [f"sign {n}" for n in range(classes)])  # and none of the above
+    assert ('className="answers many"' in config) is small
+
+
+def test_instructions_tell_each_key_up_to_sixteen_classes_and_need_no_second_class():
+    told = instructions("image", [f"sign {n}" for n in range(16)])
+    assert "y for “sign 15”" in told
+    assert "shown in small letters" in instructions("image", [f"sign {n}" for n in range(17)])
+    assert "1 for “1”, 2 for “cat”" in instructions("image", ("1", "cat"))
+    assert "the classifier's answer is “cat”" in instructions("scenario", ("cat",))
 
 
 def test_instructions_name_the_keys_and_point_to_them_where_there_are_many():

@@ -12,7 +12,13 @@ from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import Corrections, Override, Verdicts, Votes
 from defuse_core.errors import InputError, RunBusyError
-from defuse_core.review.verdicts import decide_verdicts, override_verdict, read_overrides
+from defuse_core.review.verdicts import (
+    class_index,
+    decide_verdicts,
+    override_verdict,
+    read_overrides,
+    reopen_vote,
+)
 from defuse_core.runs import FROM_VERDICTS
 
 
@@ -36,7 +42,8 @@ def judged(run):
     codes = np.zeros((0, 1, 2), np.float32)
     run.once("correct", Corrections, lambda: Corrections(nobody, nobody, codes, codes))
     run.store.write("trials/defuse/0.safetensors", b"x")
-    run.store.write("report.json", b"{}")
+    for key in ("report.json", "report.html", "figures/agreement.png"):
+        run.store.write(key, b"{}")
     return run
 
 
@@ -64,9 +71,11 @@ def test_the_decision_stands_above_the_vote(run):
     "scenario, label, reason, words",
     [
         (9, "8", "why", "scenarios 0 to 3"),
+        (4, "8", "why", "scenarios 0 to 3"),
         (-1, "8", "why", "scenarios 0 to 3"),
         (0, "eleven", "why", "expected a class or its index"),
         (0, "10", "why", "expected a class or its index"),
+        (0, "²", "why", "expected a class or its index"),
         (0, "8", "  ", "--reason"),
     ],
 )
@@ -170,3 +179,30 @@ def test_a_run_without_scenarios_says_how_far_it_is(run):
     run.store.delete("gallery.safetensors")
     with pytest.raises(InputError, match="no scenarios yet"):
         override_verdict(run, 0, "8", author="Ada", reason="why")
+
+
+def test_a_class_is_found_by_its_name_before_its_index():
+    assert [class_index(label, ("1", "0", "cat")) for label in ("1", "0", "cat", "2")] == [0, 1, 2, 2]
+
+
+def test_a_reopened_vote_forgets_the_votes_and_what_follows_and_keeps_the_images(judged):
+    reopen_vote(judged)
+    left = judged.store.list()
+    assert not [
+        key for key in left if key.startswith(("trials", "report", "figures", "votes", *FROM_VERDICTS))
+    ]
+    assert "gallery.safetensors" in left and judged.load(Votes) is None
+    assert not judged.manifest()["artefacts"]
+    with pytest.raises(InputError, match="is still open"):
+        reopen_vote(judged)
+
+
+def test_a_vote_is_not_reopened_beside_a_driver_nor_where_models_gave_it(judged, tmp_path):
+    with judged.store.lock(), pytest.raises(RunBusyError):
+        reopen_vote(judged)
+    assert judged.load(Votes) is not None
+    asks_models = review_run(tmp_path, digits_gallery(), annotators="reference-models")
+    asks_models.store.write("votes.safetensors", judged.store.read("votes.safetensors"))
+    with pytest.raises(InputError, match="asks reference models"):
+        reopen_vote(asks_models)
+    assert asks_models.store.exists("votes.safetensors")

@@ -20,7 +20,7 @@ from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.labeling import LabelStudioAnnotators
-from services.labeling.pictures import bucket_storage
+from services.labeling.pictures import Pictures, bucket_storage, png
 from services.settings import BucketAccess
 from services.storage import open_store
 from tests.ports import free_port
@@ -166,6 +166,27 @@ def test_pictures_within_the_bound_are_inline(bucket, server):
     number = annotators.push(gallery).number
     task = next(annotators.client.tasks(number, with_data=True))
     assert base64.b64decode(task.data["image"].partition(",")[2]).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("channels, size", [(1, 64), (3, 20)])
+def test_the_first_picture_that_is_too_large_is_found_by_its_file(tmp_path, channels, size):
+    images = np.zeros((2, 3, channels, size, size), np.float32)
+    gallery = replace(digits_gallery(labels=(8, 3)), images=images)
+    pictures = Pictures(FolderStore(tmp_path), inline_kb=1)
+    assert pictures.first_in_bucket(gallery) is None  # blank, so that their files are small
+    images[1, 1:] = np.random.default_rng(0).random(images[1, 1:].shape)
+    assert pictures.first_in_bucket(gallery) == (1, 1)
+    assert Pictures(FolderStore(tmp_path), inline_kb=64).first_in_bucket(gallery) is None
+
+
+def test_a_picture_of_exactly_the_bound_is_inline(tmp_path):
+    noise = np.random.default_rng(0).random((1, 48, 48), np.float32)
+    covered = (np.where(np.arange(48 * 48).reshape(1, 48, 48) < n, noise, 0) for n in range(700, 1200))
+    image = next(image for image in covered if len(png(image)) == 1024)
+    pictures = Pictures(FolderStore(tmp_path), inline_kb=1)
+    assert base64.b64decode(pictures.address(image, "s000-i00").partition(",")[2]) == png(image)
+    gallery = replace(digits_gallery(labels=(8,), images=1), images=image[None, None])
+    assert pictures.first_in_bucket(gallery) is None
 
 
 def test_compose_serves_label_studio_the_same_way_as_these_tests():

@@ -10,11 +10,11 @@ from planted_review import blank_review
 from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Votes
-from defuse_core.review.verdicts import decide_verdicts, tally
+from defuse_core.review.verdicts import decide_verdicts, majority, tally
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.state import ProjectState
-from services.labeling.status import review_status, verdict_is_final
+from services.labeling.status import reachable_labels, review_status, verdict_is_final
 
 
 def outcomes(given, missing, predicted, rho, classes):
@@ -72,6 +72,19 @@ def test_decided_means_that_no_completion_changes_verdict_or_label(seed):
         assert found == expected, (given, missing, predicted, rho)
         seen[found] += 1
     assert min(seen.values()) >= 10
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_reachable_labels_are_those_of_some_completion(classes):
+    rng = np.random.default_rng(classes)
+    for _ in range(50):
+        counts, missing = rng.integers(0, 4, (1, classes)), rng.integers(0, 4, 1)
+        more = combinations_with_replacement([*range(classes), NONE_OF_THE_ABOVE], int(missing[0]))
+        final = [counts[0] + np.bincount([n for n in ways if n >= 0], minlength=classes) for ways in more]
+        ended = {int(label) for label in majority(np.array(final, np.int64))}
+        labels, unlabelled = reachable_labels(counts, missing)
+        assert set(np.flatnonzero(labels[0]).tolist()) == ended - {NONE_OF_THE_ABOVE}
+        assert bool(unlabelled[0]) is (NONE_OF_THE_ABOVE in ended)
 
 
 def test_without_answers_nothing_is_decided():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from planted_review import blank_review
+from planted_review import answered_tasks, blank_review
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
-from services.labeling.tasks import Prelabels, prelabels_by_task
+from services.labeling.tasks import Prelabel, Prelabels, digest, is_edited, prelabels_by_task
 
 TRUTH = (8, 3, 0, 1)
 
@@ -36,6 +38,46 @@ def test_a_page_gets_one_suggestion_over_its_images():
     assert list(found) == [1, 0, 2, 3]
     assert [suggestion.answer for suggestion in found.values()] == [3, 8, 0, 1]
     assert found[0].confidence == pytest.approx(0.8)
+
+
+def test_models_that_disagree_are_averaged_and_the_bound_itself_is_enough():
+    table = np.zeros((2, 1, 2, 3), np.float32)
+    table[:, 0, 0] = [[0.75, 0.25, 0.0], [0.0, 0.75, 0.25]]
+    table[:, 0, 1] = [[0.0, 0.25, 0.75], [0.0, 0.25, 0.75]]
+    found = prelabels_by_task(table, 0.5, whole_pages=False)
+    assert found == {0: Prelabel(1, 0.5, "image"), 1: Prelabel(2, 0.75, "image")}
+    assert prelabels_by_task(table, 0.4, whole_pages=True) == {0: Prelabel(2, 0.4375, "page")}
+
+
+@pytest.mark.parametrize(("answer", "choice"), [(0, "a"), (1, "b"), (NONE_OF_THE_ABOVE, "none")])
+def test_a_suggestion_selects_the_choice_of_its_answer(answer, choice):
+    (result,) = Prelabel(answer, 0.9, "page").prediction(("a", "b", "none"))["result"]
+    assert result == {
+        "from_name": "label",
+        "to_name": "page",
+        "type": "choices",
+        "value": {"choices": [choice]},
+    }
+
+
+def test_a_task_is_edited_if_its_data_key_or_digest_changed_and_not_if_its_fields_moved(tmp_path):
+    _, tasks = blank_review(tmp_path, 1, form="scenario")
+    (task,) = answered_tasks(tasks, "secret")
+    moved = dict(reversed(list((task.data or {}).items())))
+    assert list(moved) != list(task.data or {})
+    for same in (task, replace(task, data=moved)):
+        assert not is_edited(same, "secret")
+    changed = {"page": "Other", "samples": []}
+    forged = replace(task, data=changed, digest=digest(str(task.key), changed, ""))
+    for edited in (
+        replace(task, data=changed),
+        replace(task, data=None),
+        replace(task, key="s001"),
+        replace(task, digest=None),
+        forged,
+    ):
+        assert is_edited(edited, "secret")
+    assert is_edited(task, "another secret")
 
 
 @pytest.mark.parametrize("form, first", [("image", "s001-i01"), ("scenario", "s001")])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from label_studio_live import digits_gallery, review_run
 
-from defuse_core.artifacts import MeasuredPrecision
+from defuse_core.artifacts import MeasuredPrecision, ReferenceSet
 from defuse_core.codec import encode
 from defuse_core.errors import InputError, RunBusyError
 from defuse_core.runs import Run
@@ -56,6 +56,18 @@ def test_reference_models_are_not_trained_beside_a_driver_of_the_run(tmp_path):
     beside = Run.open(FolderStore(tmp_path), run.name)
     with run.store.lock(), pytest.raises(RunBusyError, match="no reference models yet.*; end that driver"):
         _votes_of_models(beside, SimpleNamespace(tasks=training_ends), gallery)
+
+
+def test_reference_models_that_are_trained_are_asked_beside_a_driver_of_the_run(tmp_path):
+    gallery, probabilities = digits_gallery(), np.zeros((1, 4, 3, 10), np.float32)
+    probabilities[..., 7] = 1.0
+    run = review_run(tmp_path, gallery)
+    trained = ReferenceSet(({"weight": np.zeros(1, np.float32)},), 10, np.ones(1), np.ones(1))
+    run.once("train", ReferenceSet, lambda: trained, "references")
+    beside = Run.open(FolderStore(tmp_path), run.name)
+    with run.store.lock():
+        votes = _votes_of_models(beside, SimpleNamespace(task=lambda *call: probabilities), gallery)
+    assert votes.answer.tolist() == [7] * 12
 
 
 def test_reference_models_are_trained_in_the_number_format_that_the_run_measured(tmp_path):

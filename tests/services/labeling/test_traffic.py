@@ -14,7 +14,7 @@ from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli import defuse
-from services.labeling.annotators import open_traffic_review
+from services.labeling.annotators import open_traffic_review, traffic_reviews
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import read_state
 from services.serving.traffic import Reservoir, sample_now
@@ -187,6 +187,22 @@ def test_every_input_is_asked_about_however_early_the_verdict_is_sure(
     for task in tasks[:2]:
         accounts[0].answer(task.id, "image", "6")  # two of three are right: no failure, whatever the third is
     assert "1 are still wanted" in cli("status", review.name).output
+
+
+def test_people_answer_every_input_plainly_whatever_the_run_file_says(tmp_path):
+    told = {"prelabel": True, "stop_early": True, "accept": "lower-bound", "consensus": "crowdlab"}
+    run = review_run(tmp_path, digits_gallery(), **told)
+    meet(run, tmp_path, 2, 3)
+    review = open_traffic_review(FolderStore(tmp_path), run).spec.review
+    assert (review.annotators, review.prelabel, review.stop_early) == ("label-studio", False, False)
+    assert (review.accept, review.consensus, review.rho) == ("share", "majority", run.spec.review.rho)
+
+
+def test_reviews_of_traffic_are_listed_by_their_number_once_they_have_inputs(tmp_path):
+    store = FolderStore(tmp_path)
+    for key in ("10/gallery.safetensors", "9/gallery.safetensors", "9/votes.safetensors", "11/run.yaml"):
+        store.write(f"mnist/traffic-{key}", b"")
+    assert traffic_reviews(store, "mnist") == ["mnist/traffic-9", "mnist/traffic-10"]
 
 
 def test_without_traffic_the_error_says_how_to_get_some(cli, tmp_path):

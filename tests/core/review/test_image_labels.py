@@ -1,0 +1,103 @@
+"""The labels of images, what a verdict stores about them, and which components remain in doubt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Override, Verdicts, Votes
+from defuse_core.review.decision import fewest_units
+from defuse_core.review.verdicts import (
+    crowdlab_labels,
+    decide_verdicts,
+    decides_twice,
+    doubtful,
+    false_discovery_rate,
+    majority,
+    most_common,
+)
+from tests.conftest import recommended
+
+NO = NONE_OF_THE_ABOVE
+
+
+def judge(answers: list[list[list[int]]], predicted: list[list[int]], **rule: object) -> Verdicts:
+    """Judge components by answers[annotator][component][image] and predicted[component][image]."""
+    given, shown = np.array(answers), np.array(predicted)
+    pixels, codes = np.zeros((*shown.shape, 1, 2, 2), np.float32), np.zeros((*shown.shape, 2), np.float32)
+    annotator, scenario, image = (axis.ravel() for axis in np.indices(given.shape))
+    names = tuple(f"annotator {n}" for n in range(len(given)))
+    votes = Votes(scenario, image, annotator, given.ravel(), np.zeros(given.size), names, "people", {})
+    return decide_verdicts(Gallery(pixels, codes, shown, tuple("0123456789")), votes, 0.5, **rule)
+
+
+def test_without_a_vote_there_is_no_majority_also_of_a_single_class():
+    assert majority(np.array([[0], [2]])).tolist() == [NO, 0]
+
+
+def test_the_first_class_counts_as_any_other_in_the_most_common_label():
+    assert most_common(np.array([NO, 0, 0, 7])) == 0
+
+
+def test_a_tied_image_has_no_agreement():
+    found = judge([[[8, 4]], [[3, 4]]], [[1, 1]])
+    np.testing.assert_array_equal(found.agreement, [[np.nan, 1.0]])
+
+
+def test_no_image_has_the_label_of_a_component_whose_labels_are_tied():
+    assert judge([[[8, 3, NO]]], [[1, 1, 1]]).purity.tolist() == [0.0]
+
+
+def test_a_verdict_holds_the_decisions_that_it_was_made_with():
+    decision = Override(0, 5, "ada", "a 5", "2026-01-01T00:00:00Z")
+    assert judge([[[8]]], [[1]], overrides=[decision]).overrides == (decision,)
+
+
+def test_the_share_that_is_expected_to_be_false_is_a_mean_over_the_accepted_components():
+    found = judge([[[8] * 10] * 2], [[1] * 10, [1] * 9 + [8]], max_false=0.05)
+    assert found.labels.tolist() == [8, 8]
+    few = (0.5**11, 12 * 0.5**11)  # of Beta(11, 1) and Beta(10, 2), under a half
+    assert found.false_share == pytest.approx(sum(few) / 2)
+
+
+def test_given_labels_of_images_replace_the_majority_and_are_stored():
+    given = np.array([[8, 8, NO]])
+    found = judge([[[1, 1, 1]]] * 3, [[1, 1, 1]], image_labels=given)
+    assert found.labels.tolist() == [8] and found.misclassified.tolist() == [1.0]
+    np.testing.assert_array_equal(found.image_labels, given)
+
+
+def test_a_component_without_a_label_is_in_doubt():
+    none = judge([[[NO, NO]]], [[1, 1]], max_false=0.05)
+    assert doubtful(none, 0.5).tolist() == [True]
+    earlier = replace(judge([[[1] * 10]], [[1] * 10]), labelled=None)  # did not store how many have one
+    assert doubtful(earlier, 0.95).tolist() == [True]
+
+
+def test_only_a_lower_bound_has_a_rate_and_only_models_decide_twice():
+    def review(**fields: object):
+        return recommended(review={"max_false": 0.2, **fields}).review
+
+    assert false_discovery_rate(review(accept="share")) is None and not decides_twice(review(accept="share"))
+    people = review(annotators="label-studio")
+    assert not decides_twice(people) and false_discovery_rate(people) == 0.2
+
+
+@pytest.mark.parametrize(("rho", "max_false"), [(0.0, 0.05), (0.1, 0.5), (0.5, 0.05), (0.9, 0.05)])
+def test_the_fewest_units_are_the_first_number_of_which_all_fail_by_chance_rarely_enough(rho, max_false):
+    assert fewest_units(rho, max_false) == next(n for n in range(1, 99) if rho**n <= max_false)
+
+
+def test_an_annotator_who_never_chose_a_class_changes_no_label():
+    rng = np.random.default_rng(0)
+    answers = np.concatenate([rng.integers(3, size=(2, 12)), np.full((1, 12), NO)])
+    annotator, image = (axis.ravel() for axis in np.indices(answers.shape))
+    times = np.zeros(answers.size)
+    votes = Votes(times.astype(int), image, annotator, answers.ravel(), times, ("a", "b", "c"), "people", {})
+    two = annotator < 2
+    columns = (votes.scenario[two], image[two], annotator[two], votes.answer[two], times[two])
+    probabilities = rng.dirichlet(np.ones(3), (1, 12)).astype(np.float32)
+    without = crowdlab_labels(Votes(*columns, ("a", "b"), "people", {}), probabilities)
+    np.testing.assert_array_equal(crowdlab_labels(votes, probabilities), without)

@@ -1,0 +1,124 @@
+"""What the client makes of single replies: which ones it accepts, and in which order it returns what they hold."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from proxy import Proxy, Reply
+
+from defuse_core.errors import InputError, ServiceError
+from services.labeling.client import LabelStudioClient, checked_address, translated_errors
+
+PAGE = Reply(404, "<!doctype html><html></html>", "text/html")
+NOT_FOUND = Reply(404, '{"detail": "Not found."}')
+
+
+def json_reply(body: object) -> Reply:
+    return Reply(200, json.dumps(body))
+
+
+@pytest.fixture
+def client(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> LabelStudioClient:
+    monkeypatch.setattr("label_studio_sdk.core.http_client._retry_timeout", lambda response, retries: 0)
+    return LabelStudioClient(proxy.address, "0123456789abcdef")
+
+
+def test_an_address_loses_its_spaces_and_the_slash_at_its_end():
+    assert checked_address(" https://labels.example.org/prefix/ ") == "https://labels.example.org/prefix"
+
+
+@pytest.mark.parametrize("address", ["http://", "http://[::1", "http://me@labels", "http://labels/#token=1"])
+def test_an_address_without_a_host_or_with_more_than_one_is_refused(address):
+    with pytest.raises(InputError, match="^LABEL_STUDIO_URL: expected a"):
+        checked_address(address)
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError])
+def test_a_connection_that_ends_in_any_way_is_one_line(error):
+    with (
+        pytest.raises(ServiceError, match="cut the connection; run again"),
+        translated_errors("http://labels"),
+    ):
+        raise error("reset by peer")
+
+
+def test_what_the_server_did_not_accept_is_named_by_its_field_and_kept_short(proxy, client):
+    refused = {"detail": "Validation error", "validation_errors": {"title": ["too long"]}}
+    proxy.answer(Reply(400, json.dumps(refused)))
+    with pytest.raises(ServiceError, match=r'\(400\): \{"title": \["too long"\]\}$'):
+        client.check_access()
+    proxy.answer(Reply(400, json.dumps({"detail": "x" * 5000})))
+    with pytest.raises(ServiceError) as raised:
+        client.check_access()
+    assert len(str(raised.value)) < 400
+
+
+def test_a_redirection_is_not_followed_with_the_token(proxy, client):
+    proxy.answer(Reply(302, "", location=f"{proxy.address}/elsewhere"))
+    with pytest.raises(InputError, match="redirects elsewhere"):
+        client.check_access()
+    assert len(proxy.seen) == 1
+
+
+@pytest.mark.parametrize("delete", [LabelStudioClient.delete_task, LabelStudioClient.delete_annotation])
+def test_only_a_deletion_of_what_is_gone_is_no_error(proxy, client, delete):
+    proxy.answer(NOT_FOUND)
+    delete(client, 5)
+    proxy.answer(Reply(500))
+    with pytest.raises(ServiceError, match=r"failed \(500\)"):
+        delete(client, 5)
+
+
+def test_a_project_is_gone_only_where_label_studio_says_so(proxy, client):
+    proxy.answer(NOT_FOUND)
+    assert client.project(5) is None
+    proxy.answer(PAGE)  # of another application at this address
+    with pytest.raises(InputError, match="web page"):
+        client.project(5)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_missing_page_ends_the_list_of_tasks_only_while_the_project_exists(
+    proxy, client, monkeypatch, exists
+):
+    monkeypatch.setattr("services.labeling.client.PAGE_SIZE", 1)
+    task = {"id": 7, "meta": {"sample_key": "s000-i00"}, "overlap": 2, "annotations": []}
+
+    def rule(method: str, path: str) -> Reply:
+        if "/api/tasks" in path and "page=1" in path.replace("page_size=1", ""):
+            return json_reply({"tasks": [task], "total": 1})
+        return json_reply({"id": 5}) if exists and "/api/projects/5" in path else NOT_FOUND
+
+    proxy.rule = rule
+    found = client.tasks(5)
+    assert next(found).key == "s000-i00"
+    if exists:
+        assert list(found) == []
+    else:
+        with pytest.raises(ServiceError, match="Not found"):
+            next(found)
+
+
+def test_the_oldest_project_with_a_mark_comes_first(proxy, client):
+    rows = [{"id": n, "description": text} for n, text in ((9, "mark-1"), (4, "our mark-1"), (2, "mark-2"))]
+    pages = iter([rows])
+    proxy.rule = lambda method, path: json_reply({"count": 3, "results": next(pages, [])})
+    assert [project.id for project in client.find_projects("mark-1")] == [4, 9]
+
+
+def test_users_have_their_name_or_else_their_address(proxy, client):
+    names = (("Ana", "Ng"), ("", "Ng"), ("Ana", ""), ("", ""))
+    users = [
+        {"id": n, "first_name": first, "last_name": last, "email": f"{n}@example.org"}
+        for n, (first, last) in enumerate(names)
+    ]
+    proxy.answer(json_reply(users))
+    assert client.user_names() == {0: "Ana Ng", 1: "Ng", 2: "Ana", 3: "3@example.org"}
+
+
+def test_annotators_and_status_get_the_public_address():
+    client = LabelStudioClient("http://127.0.0.1:1", "token", public_address="https://labels.example.org/")
+    assert client.task_url(3, 4) == "https://labels.example.org/projects/3/data?task=4"
+    assert client.labeling_url(3) == "https://labels.example.org/projects/3/data?labeling=1"

@@ -1,0 +1,100 @@
+"""The local server's files and health, without a start of it."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+from label_studio_live import digits_gallery, review_run
+
+from defuse_core.errors import InputError, ServiceError
+from defuse_core.progress import silent
+from services.labeling.local_server import (
+    VERSIONS,
+    Installation,
+    LocalServer,
+    _environment,
+    install,
+    running_server,
+)
+from services.labeling.simulate import simulate
+from services.labeling.state import read_state, write_state
+
+SERVER = LocalServer("http://127.0.0.1:1", 1, 2**22 + 1, "admin@defuse.local", "password", "token")
+
+
+@pytest.fixture
+def home(tmp_path):
+    made = Installation(tmp_path)
+    made.env.mkdir(parents=True)
+    return made
+
+
+def test_an_older_server_is_replaced_and_the_same_one_is_left_alone(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")  # no environment can be made
+    (home.env / ".installed").write_text(VERSIONS)
+    assert install(tmp_path).env == home.env
+    (home.env / ".installed").write_text("label-studio>=1.22,<1.23")
+    with pytest.raises(ServiceError, match="installing Label Studio failed"):
+        install(tmp_path)
+
+
+def test_the_login_is_readable_by_its_user_alone_and_another_file_is_no_server(home):
+    assert home.read_server() is None
+    home.write_server(SERVER)
+    assert home.read_server() == SERVER
+    assert stat.S_IMODE((home.folder / "server.json").stat().st_mode) == 0o600
+    (home.folder / "server.json").write_text("{}")
+    assert home.read_server() is None
+
+
+def test_the_server_gets_the_address_of_the_bucket_and_no_credentials(home, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    without = _environment(home, SERVER.address, "password", "token")
+    assert "hush" not in without.values() and "LABEL_STUDIO_S3_ENDPOINT" not in without
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://10.0.0.1:9000")
+    found = _environment(home, SERVER.address, "password", "token")
+    assert found == without | {"LABEL_STUDIO_S3_ENDPOINT": "http://10.0.0.1:9000"}
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (500, False)])
+def test_a_server_runs_if_it_says_that_it_is_healthy(home, tmp_path, status, healthy):
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            """Log nothing."""
+
+    waiting = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", "label-studio"]
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Health) as listener,
+        subprocess.Popen(waiting, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
+    ):
+        process.stdout.readline()
+        threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}).start()
+        port = listener.server_port
+        begun = LocalServer(f"http://127.0.0.1:{port}", port, process.pid, "admin", "password", "token")
+        home.write_server(begun)
+        assert running_server(tmp_path) == (begun if healthy else None)
+        listener.shutdown()
+        process.stdin.close()
+    assert not begun.is_healthy() and running_server(tmp_path) is None
+
+
+@pytest.mark.parametrize("state", [{}, {"project": 5, "address": "https://labels.example.org"}])
+def test_only_a_review_on_the_local_server_is_simulated(tmp_path, state):
+    gallery = digits_gallery()
+    run = review_run(tmp_path, gallery)
+    write_state(run.store, replace(read_state(run.store, gallery), **state))
+    with pytest.raises(InputError, match="is not in the local Label Studio"):
+        simulate(SimpleNamespace(run=run), gallery, SERVER, SimpleNamespace(), silent)
+    assert not read_state(run.store, gallery).simulated

@@ -1,0 +1,144 @@
+"""The status of planted reviews, without a server: what is decided, counted, noted, and left in the queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from planted_review import IMAGES, annotation, blank_review, task_of
+
+from defuse_core.artifacts import NONE_OF_THE_ABOVE
+from services.labeling.annotations import read_annotations
+from services.labeling.simulate import choice_result
+from services.labeling.state import ProjectState
+from services.labeling.status import ReviewStatus, review_status, update_queue
+
+STATE = ProjectState("mark", "digest", project=1)
+
+
+def answers_to(tasks, index, count, choice="8", first=1):
+    """One task with answers of so many annotators, numbered from `first`."""
+    given = (annotation(10 * index + n, n, choice) for n in range(first, first + count))
+    return task_of(tasks, index, *given)
+
+
+def status_of(tasks, found, names=None, overridden=()) -> ReviewStatus:
+    people = names or {n: f"annotator-{n}" for n in range(1, 10)}
+    return review_status(tasks, read_annotations(found, tasks), people, overridden)
+
+
+def test_a_scenario_that_a_person_decided_needs_no_answers_without_stopping_early(tmp_path):
+    _, tasks = blank_review(tmp_path, 2, answers_per_task=3)
+    status = status_of(tasks, [answers_to(tasks, IMAGES, 1)], overridden=[1])
+    assert status.decided.tolist() == [False, True]
+    assert (status.requested, status.outstanding, status.saved) == (6 * IMAGES, 3 * IMAGES, 3 * IMAGES - 1)
+    assert status.final_votes(STATE).notes["decided_early"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "final"),
+    [
+        ({}, True),
+        ({"stop_early": False}, False),
+        ({"accept": "lower-bound"}, False),
+        ({"consensus": "crowdlab"}, False),
+    ],
+)
+def test_only_the_majority_by_share_is_decided_early(tmp_path, fields, final):
+    _, tasks = blank_review(tmp_path, 2, **{"answers_per_task": 3, "stop_early": True, **fields})
+    counts = [2] * IMAGES + [3] * IMAGES  # two of three agree, and all three
+    status = status_of(tasks, [answers_to(tasks, index, count) for index, count in enumerate(counts)])
+    assert status.decided.tolist() == [final, True]
+    assert status.final_votes(STATE).notes["decided_early"] == ([0] if final else [])
+
+
+@pytest.mark.parametrize(("accept", "label"), [("share", 8), ("lower-bound", NONE_OF_THE_ABOVE)])
+def test_the_verdicts_so_far_follow_the_rule_of_the_run_file(tmp_path, accept, label):
+    _, tasks = blank_review(tmp_path, 1, accept=accept)
+    found = [answers_to(tasks, index, 1, "8" if index < 6 else "0") for index in range(IMAGES)]
+    assert status_of(tasks, found).verdicts().labels.tolist() == [label]  # six of ten are misclassified
+
+
+def test_votes_name_who_gave_them_whatever_the_order_of_the_accounts(tmp_path):
+    _, tasks = blank_review(tmp_path, 1)
+    first = task_of(tasks, 0, annotation(1, 7, "3", created=5.0), annotation(2, 2, "4", created=6.0))
+    second = task_of(tasks, 1, annotation(3, 5, "6", created=1.0))
+    status = status_of(tasks, [first, second])
+    votes = status.votes
+    given = zip(votes.image.tolist(), votes.annotator.tolist(), votes.answer.tolist(), strict=True)
+    assert {(image, votes.annotators[who], answer) for image, who, answer in given} == {
+        (0, "annotator-7", 3),
+        (0, "annotator-2", 4),
+        (1, "annotator-5", 6),
+    }
+    assert status.per_annotator() == {"annotator-5": 1, "annotator-7": 1, "annotator-2": 1}
+    one_name = status_of(tasks, [first, second], dict.fromkeys((2, 5, 7), "Ana"))
+    assert one_name.per_annotator() == {"Ana": 3}
+
+
+def test_pages_give_every_image_the_label_that_was_given_to_it(tmp_path):
+    _, tasks = blank_review(tmp_path, 2, form="scenario")
+    page = annotation(1, 3, "5", target="page")
+    page = replace(page, result=[*page.result, choice_result("label_2", "image_2", "7")])
+    status = status_of(tasks, [task_of(tasks, 0, page), answers_to(tasks, 1, 1, "4")])
+    expected = np.repeat([[5], [4]], IMAGES, axis=1)
+    expected[0, 2] = 7
+    shown = np.full((2, IMAGES), -9)
+    shown[status.votes.scenario, status.votes.image] = status.votes.answer
+    np.testing.assert_array_equal(shown, expected)
+
+
+def test_a_skip_blocks_only_where_its_task_lacks_answers_in_a_scenario_that_is_open(tmp_path):
+    _, tasks = blank_review(tmp_path, 2, answers_per_task=1)
+    skip, answer = annotation(1, 3, None), annotation(2, 4)
+    found = [task_of(tasks, 0, skip), task_of(tasks, 1, skip, answer), task_of(tasks, IMAGES, skip)]
+    status = status_of(tasks, found, overridden=[1])
+    assert [one.task for one in status.blocking_skips()] == [100]
+    assert status.final_votes(STATE).notes["skips"] == 3
+
+
+def test_an_answer_came_after_the_votes_if_it_was_changed_after_their_last_one(tmp_path):
+    _, tasks = blank_review(tmp_path, 1)
+    stored = status_of(tasks, [task_of(tasks, 0, annotation(1, 3, created=5.0))])
+    times = [(5.0, 5.0), (1.0, 6.0), (7.0, 7.0), (1.0, 4.0)]
+    given = [annotation(n, n + 1, created=begun, changed=end) for n, (begun, end) in enumerate(times)]
+    assert status_of(tasks, [task_of(tasks, 0, *given)]).answers_since(stored.votes) == 2
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_the_report_is_told_what_was_discarded_and_who_answered(tmp_path, form):
+    _, tasks = blank_review(tmp_path, 1, form=form, prelabel=form == "scenario")
+    status = status_of(tasks, [task_of(tasks, len(tasks) - 1, annotation(7, 3, "eleven"))])
+    votes = status.final_votes(STATE)
+    (note,) = votes.notes["discarded_answers"]
+    image = None if form == "scenario" else IMAGES - 1
+    assert (note["scenario"], note["image"], note["annotator"], note["annotation"]) == (
+        0,
+        image,
+        "annotator-3",
+        7,
+    )
+    assert ("prelabel" in votes.notes) is (form == "scenario")
+    assert votes.answered_by == "people"
+    assert status.final_votes(replace(STATE, simulated=True)).answered_by == "reference models"
+
+
+def test_the_queue_holds_what_lacks_answers_and_nothing_else(tmp_path):
+    _, tasks = blank_review(tmp_path, 2, answers_per_task=2)
+    both = (annotation(1, 1), annotation(2, 2))
+    found = [
+        task_of(tasks, 0, overlap=2),  # as it should be
+        task_of(tasks, 1, annotation(1, 1, "eleven"), labeled=True),  # its annotation does not count
+        task_of(tasks, 2, *both, overlap=2),
+        task_of(tasks, 3, *both, overlap=7, labeled=True),  # out of the queue already
+        task_of(tasks, 4, overlap=1),
+        task_of(tasks, IMAGES, overlap=2),  # of a scenario that a person decided
+        task_of(tasks, 0, number=99, overlap=2),  # a copy
+    ]
+    calls = []
+    client = SimpleNamespace(set_overlap=lambda *call: calls.append(call))
+    update_queue(client, status_of(tasks, found, overridden=[1]))
+    put_back = [(101, 3, False), (104, 2, False)]
+    assert sorted(calls) == [(99, 1, True), put_back[0], (102, 2, True), put_back[1], (100 + IMAGES, 1, True)]

@@ -1,0 +1,100 @@
+"""What a push leaves where it ends early, and what a repair keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from label_studio_live import digits_gallery, review_run
+from planted_review import annotation, blank_review, task_of
+from proxy import LOSE, Reply
+
+from defuse_core.errors import ServiceError
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from services.labeling.project import PresentTasks, ReviewProject
+from services.labeling.state import update_state, write_state
+from services.labeling.tasks import ReviewTasks
+
+
+def test_a_push_that_ends_with_a_lost_reply_makes_no_second_project(make_review, proxy):
+    review, made = make_review(), []
+    before = len(review.api.find_projects(""))
+
+    def end(method: str, path: str) -> str | Reply | None:
+        if made:
+            return Reply(503)
+        if method == "POST" and path.startswith("/api/projects"):
+            made.append(path)
+            return LOSE
+        return None
+
+    proxy.rule = end
+    with pytest.raises(ServiceError, match="503"):
+        review.through(proxy.address).push(review.gallery)
+    review.annotators.push(review.gallery)  # another process, later
+    assert len(review.api.find_projects("")) == before + 1
+
+
+def test_a_replaced_project_keeps_the_numbers_of_annotators(make_review):
+    review = make_review()
+    first = review.annotators.push(review.gallery)
+    update_state(review.run.store, first, lambda known: known.with_annotators([70, 50]))
+    review.api._sdk.projects.delete(id=first.number)
+    second = review.annotators.push(review.gallery, repair=True)
+    assert second.mark != first.mark and second.people == {"70": 1, "50": 2}
+
+
+def test_a_title_is_as_long_as_label_studio_accepts(tmp_path):
+    gallery = digits_gallery()
+    spec = review_run(tmp_path, gallery).spec
+    run = Run.start(FolderStore(tmp_path), "r" * 60, spec)
+    title = ReviewProject(None, run, ReviewTasks(gallery, spec.review, run.store)).settings().title
+    assert title == f"Defuse {'r' * 43}" and len(title) == 50
+
+
+def test_of_copies_an_unanswered_one_is_dropped_and_of_two_answered_ones_none(tmp_path):
+    _, tasks = blank_review(tmp_path, 1)
+    given = annotation(1, 3)
+    for order, dropped in (
+        (((1,), (2,)), [2]),
+        (((1, given), (2,)), [2]),
+        (((1,), (2, given)), [1]),
+        (((1, given), (2, given)), []),
+        (((1,), (2, given), (3, given), (4,)), [1, 4]),
+    ):
+        present = PresentTasks.none(1)
+        found = [present.add(0, task_of(tasks, 0, *notes, number=number)) for number, *notes in order]
+        assert [number for number in found if number] == dropped
+        assert present.ids[0] not in dropped
+
+
+def test_a_repair_deletes_no_skip_of_a_task_that_defuse_did_not_import(make_review, accounts):
+    review = make_review()
+    number = review.annotators.push(review.gallery).number
+    review.api.import_tasks(number, [{"data": {"image": "data:image/png;base64,AAAA"}}])
+    (stranger,) = (task.id for task in review.api.tasks(number) if task.key is None)
+    accounts[0].submit(stranger, [], was_cancelled=True)
+    review.annotators.push(review.gallery, repair=True)
+    (kept,) = (task for task in review.api.tasks(number) if task.key is None)
+    assert [one.cancelled for one in kept.annotations] == [True]
+
+
+def test_a_project_with_another_runs_mark_is_not_taken_over_although_it_shows_the_same(make_review):
+    """As runs of an earlier version do, whose digests need no secret."""
+    review, other = make_review(), make_review()
+    for one in (review, other):
+        write_state(one.run.store, replace(one.state, secret=""))
+    number = review.annotators.push(review.gallery).number
+    write_state(other.run.store, replace(other.state, project=number))
+    assert other.annotators.push(other.gallery, repair=True).number != number
+    assert review.state.mark in review.api.project(number).settings.description
+
+
+def test_a_project_without_a_mark_is_taken_over_only_with_this_runs_own_tasks(make_review):
+    review, other = make_review(), make_review(gallery=digits_gallery(labels=(8, 3, 0, 2)))
+    number = review.annotators.push(review.gallery).number
+    review.api.update_project(number, description="our digits")
+    write_state(other.run.store, replace(other.state, project=number))
+    assert other.annotators.push(other.gallery, repair=True).number != number
+    assert review.annotators.push(review.gallery, repair=True).number == number

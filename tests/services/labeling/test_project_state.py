@@ -1,0 +1,62 @@
+"""What a run stores about its project: numbers that stay, a digest of what people see, and nothing unreadable."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from label_studio_live import digits_gallery
+
+from defuse_core.errors import InputError
+from defuse_core.store import FolderStore
+from services.labeling.state import ProjectState, gallery_digest, read_state, update_state, write_state
+
+
+def test_the_number_of_an_annotator_never_changes():
+    state = ProjectState("mark", "digest").with_annotators([9, 3]).with_annotators([3, 5, 9])
+    assert state.people == {"9": 1, "3": 2, "5": 3}
+    assert state.pseudonym(3) == "annotator-2"
+
+
+def test_a_change_is_made_to_what_is_stored_by_then(tmp_path):
+    store, early = FolderStore(tmp_path), ProjectState("mark", "digest")
+    write_state(store, replace(early, simulated=True))  # by another command
+    changed = update_state(store, early, lambda known: known.with_annotators([7]))
+    assert changed.simulated and changed.people == {"7": 1}
+
+
+def test_the_digest_is_of_all_that_people_see_and_of_the_answers():
+    gallery = digits_gallery()
+    images, predicted = gallery.images.copy(), gallery.predicted.copy()
+    images[1, 2, 0, 3, 4] += 1 / 255 if images[1, 2, 0, 3, 4] < 0.5 else -1 / 255
+    predicted[3, 0] += 1
+    others = [
+        replace(gallery, images=images),
+        replace(gallery, predicted=predicted),
+        replace(gallery, classes=(*gallery.classes[:-1], "nine")),
+        replace(gallery, images=gallery.images.reshape(4, 3, 1, 8, 32)),
+    ]
+    digests = {gallery_digest(one) for one in (gallery, *others)}
+    assert len(digests) == 5
+    assert gallery_digest(replace(gallery, images=gallery.images + np.float32(1e-5))) in digests
+
+
+@pytest.mark.parametrize("damage", [{"note": "by hand"}, {"people": {"7": "one"}}, {"version": "two"}])
+def test_a_state_that_defuse_did_not_write_is_refused(tmp_path, damage):
+    store, gallery = FolderStore(tmp_path), digits_gallery()
+    write_state(store, read_state(store, gallery))
+    read_state(store, gallery)
+    text = json.loads(store.read("labeling.json")) | damage
+    store.write("labeling.json", json.dumps(text).encode())
+    with pytest.raises(InputError, match="expected what Defuse wrote there"):
+        read_state(store, gallery)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_state_of_another_version_is_refused(tmp_path, version):
+    store, gallery = FolderStore(tmp_path), digits_gallery()
+    write_state(store, replace(read_state(store, gallery), version=version))
+    with pytest.raises(InputError, match=f"has version {version}, this Defuse reads version 2"):
+        read_state(store, gallery)

@@ -1,0 +1,38 @@
+"""Waiting for people: progress is logged, and an edit is noticed up to the end."""
+
+from __future__ import annotations
+
+import pytest
+from label_studio_live import digits_gallery
+
+from defuse_core.errors import InputError
+from defuse_core.review.verdicts import override_verdict
+
+
+def test_every_answer_that_comes_while_waiting_is_logged(make_review, accounts, monkeypatch, caplog):
+    review = make_review(gallery=digits_gallery(labels=(8,)), answers_per_task=1)
+    review.annotators.push(review.gallery)
+    review.annotators.wait, left = True, list(review.tasks().values())
+    monkeypatch.setattr("services.labeling.annotators.PAUSE_PER_PULL", 0)
+    monkeypatch.setattr(
+        "services.labeling.annotators.sleep", lambda _: accounts[0].answer(left.pop().id, "image", "8")
+    )
+    caplog.set_level("INFO", "defuse")
+    assert len(review.annotators.review(review.gallery).answer) == 3
+    told = [line.partition(" are still")[0] for line in caplog.messages if "waiting for people" in line]
+    assert told == [f"waiting for people: {n} answers are in and {3 - n}" for n in range(3)]
+
+
+def test_an_edit_during_the_last_pull_ends_the_review(make_review, monkeypatch):
+    review = make_review()
+    number = review.annotators.push(review.gallery).number
+    for scenario in range(4):
+        override_verdict(review.run, scenario, None, author="Ada", reason="not a digit")
+    pushed = review.api.project(number).settings.label_config
+
+    def edit(*_: object) -> None:
+        review.api.update_project(number, label_config=pushed.replace('value="7"', 'value="7" alias="3"'))
+
+    monkeypatch.setattr("services.labeling.annotators.update_queue", edit)
+    with pytest.raises(InputError, match="labelling interface was edited"):
+        review.annotators.review(review.gallery)
