@@ -113,6 +113,7 @@ def report_on(labels: list[int], right_after: list[bool]) -> CandidateReport:
     [
         ({}, "tune", "is allowed"),
         ({"test": None}, "tune", "is allowed (not independent: λ was chosen on these images)"),
+        ({"test": None}, "validation", "is allowed (not independent: λ was chosen on these images)"),
         ({"test": None}, "last", "is allowed"),
         (
             {"test": None, "validation": None},

@@ -162,6 +162,21 @@ def test_the_number_of_a_version_whose_file_is_lost_is_not_given_again(registry,
     assert {n: info.run for n, info in registry.state().versions.items()} == {2: "run-1", 3: "run-2"}
 
 
+def test_a_version_whose_addition_was_stored_although_its_answer_was_lost_keeps_its_file(
+    registry, candidates, monkeypatch
+):
+    create, lost = registry.store.create, ["changes/000001.json"]
+
+    def create_and_lose_the_answer(key: str, data: bytes) -> bool:
+        created = create(key, data)
+        return created and key not in lost
+
+    monkeypatch.setattr(registry.store, "create", create_and_lose_the_answer)
+    assert promote(registry, candidates[0], ANA).production == 1
+    assert [state.action for state in registry.history()] == ["added version 1", "version 1 to production"]
+    assert registry.load(1).run == "run-1"
+
+
 def test_of_equal_versions_the_newest_is_promoted_and_mended(registry, candidates):
     """As in a registry in which an earlier Defuse added a run twice."""
     for candidate in candidates[:2]:

@@ -198,7 +198,7 @@ def keep(store: FolderStore, slot: int, size: int, classes: tuple[str, ...]) -> 
 @pytest.mark.parametrize(
     ("size", "classes", "words"),
     [
-        (2, ("cat", "dog"), "found 1x2x2 pixels and the classes cat, dog"),
+        (2, ("cat", "dog", "eel"), "found 1x2x2 pixels and the classes cat, dog, eel"),
         (3, ("zero", "one"), "found 1x3x3 pixels and the classes zero, one"),
     ],
 )
@@ -230,6 +230,12 @@ def test_the_inputs_of_a_run_can_be_deleted_and_those_of_others_stay(tmp_path):
     assert delete_traffic(store, "mnist") == 2
     assert store.list() == [other]
     assert delete_traffic(store, "mnist") == 0
+    assert delete_traffic(store, "mnist-2") == 1 and store.list() == []
+
+
+def test_a_sampled_input_does_not_keep_the_images_of_its_request():
+    images = np.zeros((2, 1, 2, 2), np.float32)
+    assert not np.shares_memory(sample_now(images[0], 3, 0, "1", ("a",)).image, images)
 
 
 @dataclass
