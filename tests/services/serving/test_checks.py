@@ -50,7 +50,8 @@ def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, 
 
 def test_scenarios_without_an_accuracy_by_own_label_are_left_out():
     corrections = replace(sample_findings(32, 4)[0].fixes, scenario=np.array([2, 3, 5, 7]))
-    evidence = sample_evidence(own_labels([np.nan, 0.9, 0.8, 0.6], [0.5, 0.9, np.nan, 0.3]))
+    measured = own_labels([np.nan, 0.9, 0.8, 0.6], [0.5, 0.9, np.nan, 0.3])
+    evidence = replace(sample_evidence(np.full((4, 4), 0.5)), scenario_own_label=measured)
     evidence.pairs_with_before[:] = [256, 0, 0]
     evidence.pairs_with_before[[0, 3]] = [256, 0, 77]
     found = own_label_accuracy(corrections, evidence)
