@@ -198,10 +198,6 @@ def test_bytes_that_start_scans_in_a_jpeg_mean_nothing_in_other_files():
     assert decode_images([file() + b"\xff\xda" * 101], GREY).shape == (1, 1, 16, 16)
 
 
-def test_a_warning_about_metadata_is_no_error():
-    assert decode_images([file("P", transparency=bytes([0, 255]))], FITTING).shape == (1, 1, 16, 16)
-
-
 def pixels_of(value: object) -> bytes:
     return json.dumps({"pixels": value}).encode()
 
