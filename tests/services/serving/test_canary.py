@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from defuse_core.config import ServeSection
 from services.serving.batching import PredictionResult
 from services.serving.canary import (
     CanaryStatistics,
+    Comparison,
     ShadowRequest,
     ShadowRunner,
     is_above,
@@ -60,6 +62,47 @@ def test_a_version_over_its_limit_is_ended_within_some_hundred_images():
 def test_limits_that_allow_no_error_or_every_error():
     assert is_above(0.0, 1, 50) and not is_above(0.0, 0, 50)
     assert not is_above(1.0, 50, 50)
+
+
+@pytest.mark.parametrize("limit", [0.02, 0.05, 0.5])
+@pytest.mark.parametrize("total", [50, 300])
+def test_a_version_is_ended_from_the_count_on_at_which_the_mean_likelihood_of_higher_rates_is_100_fold(
+    limit, total
+):
+    rates = limit + (1 - limit) * (np.arange(200_000) + 0.5) / 200_000  # evenly above the limit
+
+    def ratio(hits: int) -> float:
+        logs = hits * np.log(rates / limit) + (total - hits) * np.log((1 - rates) / (1 - limit))
+        return float(np.exp(logs).mean())
+
+    first = next(hits for hits in range(total) if hits > limit * total and ratio(hits) > 100)
+    assert is_above(limit, first, total) and not is_above(limit, first - 1, total)
+
+
+def output(classes: list[int], inside: list[list[bool]]) -> ModelOutput:
+    """An output of three classes with these answers."""
+    rows, scenarios = len(classes), np.array(inside)
+    return ModelOutput(
+        np.eye(3, dtype=np.float32)[classes],
+        np.zeros(scenarios.shape, np.float32),
+        scenarios,
+        None,
+        np.zeros(rows, np.bool_),
+    )
+
+
+def test_images_inside_a_scenario_of_either_version_are_answered_and_not_compared():
+    outside = [False, False]
+    production = output([0, 0, 0, 0, 1], [outside, [False, True], outside, outside, outside])
+    other = output([0, 0, 2, 2, 1], [outside, outside, [True, False], outside, outside])
+    comparison = Comparison.of(production, other)
+    assert comparison.agreed.tolist() == [True, True, False, False, True]
+    assert comparison.inside.tolist() == [False, True, True, False, False]
+    statistics = CanaryStatistics()
+    statistics.add_comparison(comparison)
+    statistics.add_errors(3)
+    statistics.add_comparison(comparison)
+    assert statistics == CanaryStatistics(answered=13, errors=3, compared=6, agreed=4)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +160,60 @@ def test_a_shadow_goes_on_after_a_call_that_was_cancelled():
         return reported
 
     assert len(asyncio.run(runs())) == 1
+
+
+class TimedModel:
+    """A shadow that takes `computing` seconds of the processor and then `waiting` seconds; it answers its pixels."""
+
+    def __init__(self, computing: float = 0.0, waiting: float = 0.0) -> None:
+        self.computing, self.waiting = computing, waiting
+
+    def predict(self, pixels: object) -> object:
+        end = time.thread_time() + self.computing
+        while time.thread_time() < end:
+            pass
+        time.sleep(self.waiting)
+        return pixels
+
+
+def shadowed(model: TimedModel, requests: int, max_seconds: float, at_once: bool) -> list[object]:
+    """What is reported of so many requests, whose pixels are their numbers."""
+
+    async def runs() -> list[object]:
+        runner, reported = ShadowRunner(max_seconds), list[object]()
+        numbered = [
+            ShadowRequest(
+                cast(LoadedModel, model), cast(Any, n), cast(ModelOutput, None), cast(Any, reported.append)
+            )
+            for n in range(requests)
+        ]
+        if at_once:
+            await asyncio.gather(*(runner.run(request) for request in numbered))
+        else:
+            for request in numbered:
+                await runner.run(request)
+        return reported
+
+    return asyncio.run(runs())
+
+
+def test_a_shadow_answers_in_order_and_drops_the_requests_above_its_limit():
+    assert shadowed(TimedModel(waiting=0.01), 7, 1.0, at_once=True) == [0, 1, 2, 3]
+    assert shadowed(TimedModel(), 7, 1.0, at_once=False) == list(range(7))
+
+
+def test_a_shadow_computes_a_fifth_of_the_time_at_most():
+    began = time.monotonic()
+    shadowed(TimedModel(waiting=0.05), 2, 1.0, at_once=True)
+    assert time.monotonic() - began >= 2 * 0.05 / 0.2 - 0.01
+
+
+def test_a_shadow_that_computes_too_long_is_an_error_and_one_that_waits_for_the_processor_is_not():
+    (late,) = shadowed(TimedModel(computing=0.06), 1, 0.05, at_once=False)
+    assert isinstance(late, TimeoutError)
+    assert shadowed(TimedModel(waiting=0.1), 1, 0.05, at_once=False) == [0]
+    assert shadowed(TimedModel(computing=0.03), 3, 0.05, at_once=False) == [
+        0,
+        1,
+        2,
+    ]  # each alone, not together

@@ -48,6 +48,17 @@ def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, 
     assert found.line.startswith(f"own label: {worst} by the judges' label of each image")
 
 
+def test_scenarios_without_an_accuracy_by_own_label_are_left_out():
+    corrections = replace(sample_findings(32, 4)[0].fixes, scenario=np.array([2, 3, 5, 7]))
+    measured = own_labels([np.nan, 0.9, 0.8, 0.6], [0.5, 0.9, np.nan, 0.3])
+    evidence = replace(sample_evidence(np.full((4, 4), 0.5)), scenario_own_label=measured)
+    evidence.pairs_with_before[:] = [256, 0, 0]
+    evidence.pairs_with_before[[0, 3]] = [256, 0, 77]
+    found = own_label_accuracy(corrections, evidence)
+    assert found.scenario.tolist() == [3, 7] and found.worse.tolist() == [False, True]
+    assert (found.before.tolist(), found.after.tolist()) == ([0.9, 0.6], [0.9, 0.3])
+
+
 def test_judges_that_are_worse_than_the_classifier_decide_no_check():
     corrections = sample_findings(4, 2)[0].fixes
     lost = own_labels([0.9, 0.9], [0.1, 0.1])
@@ -113,6 +124,7 @@ def report_on(labels: list[int], right_after: list[bool]) -> CandidateReport:
     [
         ({}, "tune", "is allowed"),
         ({"test": None}, "tune", "is allowed (not independent: λ was chosen on these images)"),
+        ({"test": None}, "validation", "is allowed (not independent: λ was chosen on these images)"),
         ({"test": None}, "last", "is allowed"),
         (
             {"test": None, "validation": None},

@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from defuse_core.config import ServeSection, parse_run_file
 from services.serving.errors import RejectedInput
-from services.serving.inputs import InputSpec, decode_images, decode_json, uploaded_files
+from services.serving.inputs import InputSpec, content_type, decode_images, decode_json, uploaded_files
 
 GREY = InputSpec(channels=1, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
 COLOUR = InputSpec(channels=3, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
@@ -100,6 +100,66 @@ def test_a_decompression_bomb_is_rejected_before_its_pixels_are_decoded(monkeypa
     assert decoded == []
 
 
+def test_the_pixels_of_all_images_of_a_request_are_limited_together():
+    half = file(size=(50, 100))
+    assert decode_images([file(size=(100, 100))], FITTING).shape == (1, 1, 16, 16)
+    assert decode_images([half, half], FITTING).shape == (2, 1, 16, 16)
+    with pytest.raises(
+        RejectedInput, match="^image 3: the images of this request have more than 10000 pixels"
+    ):
+        decode_images([half, half, file(size=(1, 1))], FITTING)
+
+
+def test_as_many_images_as_are_allowed_are_accepted():
+    assert decode_images([file()] * 3, GREY).shape == (3, 1, 16, 16)
+
+
+def test_memory_that_runs_out_is_not_called_a_broken_image(monkeypatch):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("services.serving.inputs.fit_picture", fail)
+    with pytest.raises(MemoryError):
+        decode_images([file()], GREY)
+
+
+def test_an_image_with_transparency_is_converted_with_serve_resize_only():
+    see_through = file(transparency=3)
+    assert decode_images([see_through], FITTING).shape == (1, 1, 16, 16)
+    with pytest.raises(RejectedInput, match="color mode L, expected 16x16 pixels in grey"):
+        decode_images([see_through], GREY)
+
+
+def request(header: str | None) -> Request:
+    headers = [] if header is None else [(b"content-type", header.encode())]
+    return Request({"type": "http", "headers": headers})
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ("image/png", "image/png"),
+        ("Image/PNG ; q=1", "image/png"),
+        ("application/json; charset=utf-8", "application/json"),
+        ("multipart/form-data; boundary=x", "multipart/form-data"),
+        ("application/octet-stream", "application/octet-stream"),
+    ],
+)
+def test_the_content_type_is_read_without_its_parameters_in_any_case(header, found):
+    assert content_type(request(header)) == found
+
+
+@pytest.mark.parametrize(
+    ("header", "named"), [(None, r"\(none\)"), ("", r"\(none\)"), ("text/html", "text/html")]
+)
+def test_another_content_type_is_rejected(header, named):
+    with pytest.raises(
+        RejectedInput, match=f"type {named} is not supported; send one of multipart/"
+    ) as refused:
+        content_type(request(header))
+    assert refused.value.status == 415
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "RGBA", "P", "I;16", "CMYK"])
 def test_other_sizes_and_colors_are_converted_with_serve_resize(mode):
     data = file(mode, (28, 20), "JPEG" if mode == "CMYK" else "PNG")
@@ -116,6 +176,26 @@ def test_mnist_pictures_of_28_pixels_are_padded_as_they_were_in_training(resize,
     pixels = decode_images([data], expected)[0, 0]
     np.testing.assert_array_equal(pixels[2:30, 2:30], levels.astype(np.float32) / np.float32(255))
     assert pixels[:2].max() == pixels[30:].max() == pixels[:, :2].max() == pixels[:, 30:].max() == 0
+
+
+@pytest.mark.parametrize("name", ["mnist", "mnist-5000"])
+def test_mnist_pictures_are_padded_to_32_pixels_only_and_those_of_32_are_as_they_are(name):
+    def expected(size: int) -> InputSpec:
+        data = {"name": name, "image_size": size, "channels": 1, "root": "data"}
+        return InputSpec.of(parse_run_file({"data": data}, "run"), ServeSection())
+
+    data = file(size=(32, 32))
+    levels = np.asarray(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(
+        decode_images([data], expected(32))[0, 0], levels.astype(np.float32) / np.float32(255)
+    )
+    assert decode_images([file()], expected(16)).shape == (1, 1, 16, 16)
+    with pytest.raises(RejectedInput, match="28x28 pixels, expected 16x16"):
+        decode_images([file(size=(28, 28))], expected(16))
+
+
+def test_bytes_that_start_scans_in_a_jpeg_mean_nothing_in_other_files():
+    assert decode_images([file() + b"\xff\xda" * 101], GREY).shape == (1, 1, 16, 16)
 
 
 def pixels_of(value: object) -> bytes:
@@ -152,6 +232,7 @@ def test_pixels_in_json_are_one_image_or_several(value):
         (b'{"pixels": [[true, 0.5]]}', 422, "numbers"),
         (b'{"pixels": [[0, 1], [0]]}', 422, "equal length"),
         (b'{"pixels": ' + b"[" * 200 + b"]" * 200 + b"}", 422, "pixels"),
+        (b'{"pixels": [[0.5, 1' + b"0" * 400 + b"]]}", 422, "pixels"),
         (pixels_of((ONE * 255).tolist()), 422, "divide"),
         (pixels_of((ONE - 0.1).tolist()), 422, "0 to 1"),
         (pixels_of(ONE[:8].tolist()), 422, "found 8x16 numbers, expected 1x16x16"),
@@ -163,6 +244,11 @@ def test_unusable_json_is_rejected_in_one_sentence(body, status, words):
     with pytest.raises(RejectedInput, match=words) as refused:
         decode_json(body, GREY)
     assert refused.value.status == status and "\n" not in refused.value.message
+
+
+def test_one_grey_image_is_no_color_image():
+    with pytest.raises(RejectedInput, match="found 16x16 numbers, expected 3x16x16"):
+        decode_json(pixels_of(ONE.tolist()), COLOUR)
 
 
 def test_a_string_among_the_numbers_takes_no_memory_for_each_of_them():
@@ -193,6 +279,36 @@ def test_uploads_are_closed_also_when_a_later_field_is_rejected(monkeypatch, sec
         with pytest.raises(RejectedInput, match="unknown field 'other'"):
             asyncio.run(uploaded_files(request, body, 2))
     assert closed == ["a.png", "b.png"]
+
+
+def form(fields: list[tuple[str, str]]) -> tuple[Request, bytes]:
+    """A form with these fields; a field with a file name is a file."""
+    parts = [
+        f'--x\r\nContent-Disposition: form-data; name="{name}"'
+        + (f'; filename="{filename}"' if filename else "")
+        + f"\r\n\r\n{'pixels' * 1000}\r\n"
+        for name, filename in fields
+    ]
+    return request("multipart/form-data; boundary=x"), f"{''.join(parts)}--x--\r\n".encode()
+
+
+def test_one_file_above_the_limit_is_counted_exactly_and_more_are_not_read():
+    sent, body = form([("image", "a.png")] * 3)
+    assert len(asyncio.run(uploaded_files(sent, body, 2))) == 3  # which decode_images rejects
+    sent, body = form([("image", "a.png")] * 4)
+    with pytest.raises(RejectedInput, match="more than 2 images") as refused:
+        asyncio.run(uploaded_files(sent, body, 2))
+    assert refused.value.status == 413
+
+
+@pytest.mark.parametrize("fields", [[("image", "")], [("a", ""), ("b", "")], [("a", "a.png")]])
+def test_a_field_that_is_no_file_or_has_another_name_is_unknown(fields):
+    sent, body = form(fields)
+    with pytest.raises(
+        RejectedInput, match=f"unknown field '{fields[0][0]}'; send every image as a file"
+    ) as refused:
+        asyncio.run(uploaded_files(sent, body, 2))
+    assert refused.value.status == 422
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ def test_headers_that_stop_after_a_first_request_close_the_connection(monkeypatc
 
 def test_an_address_with_too_many_connections_without_headers_gets_no_more(monkeypatch):
     monkeypatch.setattr("services.serving.limits.MAX_HEADERS_PER_ADDRESS", 3)
+    monkeypatch.setattr("services.serving.limits.HEADER_TIMEOUT_S", 1000.0)  # which would close it too
     with http_server() as port, contextlib.ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(connected(port))
@@ -194,6 +195,24 @@ def test_an_ordinary_body_in_tcp_segments_is_read_as_it_arrives(monkeypatch):
         assert time.monotonic() - started < 20  # less than one interval
 
 
+def test_small_pieces_of_earlier_bodies_of_a_connection_do_not_count(monkeypatch):
+    monkeypatch.setattr("services.serving.limits.PIECE_INTERVAL_S", 1000.0)
+
+    async def read_body(scope, receive, send):
+        while (await receive())["more_body"]:
+            pass
+        await answer(send)
+
+    with http_server(read_body) as port, connected(port) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(3):
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
+            for _ in range(5):
+                time.sleep(0.02)
+                connection.sendall(b"x")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_body_in_many_small_pieces_is_read_now_and_then_and_is_whole(monkeypatch):
     monkeypatch.setattr("services.serving.limits.PIECE_INTERVAL_S", 1.0)
     pieces: list[bytes] = []
@@ -223,6 +242,7 @@ def test_a_body_in_many_small_pieces_is_read_now_and_then_and_is_whole(monkeypat
         ("192.0.2.7", [], "192.0.2.7"),
         ("127.0.0.1", [], "127.0.0.1"),
         ("127.0.0.1", ["192.0.2.7"], "192.0.2.7"),
+        ("::1", ["192.0.2.7"], "192.0.2.7"),
         ("127.0.0.1", ["forged", "192.0.2.7"], "192.0.2.7"),
         ("127.0.0.1", ["forged, 192.0.2.7"], "192.0.2.7"),
         ("192.0.2.7", ["forged"], "192.0.2.7"),

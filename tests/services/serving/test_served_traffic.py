@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass, replace
 
 import numpy as np
 import pytest
@@ -116,6 +116,68 @@ def test_traffic_gives_a_gallery_of_the_newest_inputs_of_full_scenarios(tmp_path
     assert gallery.images.shape == (1, 3, 1, 2, 2)
 
 
+def test_inputs_that_were_shown_and_duplicates_are_left_out(tmp_path):
+    store = FolderStore(tmp_path)
+    for slot, level in enumerate((0.1, 0.2, 0.1, 0.3, 0.3)):
+        image = np.full((1, 2, 2), level, np.float32)
+        sampled = replace(sample_now(image, slot, slot + 1, "1", ("a",), slot / 10), when=100.0 + slot)
+        store.write(f"traffic/mnist/{slot:03d}/0000.safetensors", encode(sampled))
+    traffic = read_traffic(store, "mnist")
+    assert traffic.when.tolist() == [100, 101, 102, 103, 104]
+    left = traffic.without({np.full((1, 2, 2), 0.2, np.float32).tobytes()})
+    assert left.images[:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.3])
+    assert (left.scenario.tolist(), left.predicted.tolist()) == ([0, 3], [1, 4])
+    assert (left.when.tolist(), left.failure.tolist(), left.classes) == ([100, 103], [0, 0.3], ("a",))
+
+
+def test_an_input_that_is_replaced_while_the_sample_is_read_is_left_out(tmp_path, monkeypatch):
+    store = FolderStore(tmp_path)
+    keep(store, 0, 2, ("a",))
+    listed = FolderStore.list
+    monkeypatch.setattr(
+        FolderStore, "list", lambda store, *prefix: [*listed(store, *prefix), "003/0009.safetensors"]
+    )
+    assert len(read_traffic(store, "mnist")) == 1
+
+
+def test_inputs_above_the_number_of_writes_that_may_wait_are_dropped(tmp_path):
+    reservoir, slots = Reservoir(FolderStore(tmp_path), 100), dict[str, int]()
+    reservoir._thread = RecordingExecutor(slots)  # which is never done
+    for number in range(70):
+        reservoir.offer("r", sample_now(np.zeros((1, 1, 1), np.float32), 0, number, "1", ()))
+    assert sorted(slots.values()) == list(range(64))
+
+
+def test_runs_have_samples_of_their_own_and_an_input_that_cannot_fail_is_stored_too(tmp_path):
+    reservoir = Reservoir(FolderStore(tmp_path), 1)
+    for run in ("a", "b"):
+        reservoir.offer(run, sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",), 0.0))
+    reservoir._thread.shutdown()
+    assert [len(read_traffic(FolderStore(tmp_path), run)) for run in ("a", "b")] == [1, 1]
+
+
+def test_a_store_that_fails_is_a_warning_and_other_files_in_a_sample_stay(tmp_path, caplog):
+    store = FolderStore(tmp_path)
+    store.write("traffic/a/003/notes.safetensors", b"")
+    (tmp_path / "traffic" / "b").write_text("")  # no folder can be made there
+    reservoir = Reservoir(store, 1)
+    for run in ("b", "a"):
+        reservoir.offer(run, sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",)))
+    reservoir._thread.shutdown()
+    assert "an input was not stored: " in caplog.text and reservoir._pending == 0
+    assert store.within("traffic/a/003").list() == ["0000.safetensors", "notes.safetensors"]
+
+
+def test_a_folder_is_searched_for_slots_above_the_capacity_once(tmp_path, monkeypatch):
+    listed: list[str] = []
+    monkeypatch.setattr(FolderStore, "list", lambda store, *prefix: listed.append(store.address) or [])
+    reservoir = Reservoir(FolderStore(tmp_path), 5)
+    for _ in range(3):
+        reservoir.offer("a", sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",)))
+    reservoir._thread.shutdown()
+    assert len(listed) == 1
+
+
 def test_without_traffic_the_error_says_how_to_store_some(tmp_path):
     with pytest.raises(InputError, match=r"serve\.reservoir"):
         read_traffic(FolderStore(tmp_path), "mnist")
@@ -136,7 +198,7 @@ def keep(store: FolderStore, slot: int, size: int, classes: tuple[str, ...]) -> 
 @pytest.mark.parametrize(
     ("size", "classes", "words"),
     [
-        (2, ("cat", "dog"), "found 1x2x2 pixels and the classes cat, dog"),
+        (2, ("cat", "dog", "eel"), "found 1x2x2 pixels and the classes cat, dog, eel"),
         (3, ("zero", "one"), "found 1x3x3 pixels and the classes zero, one"),
     ],
 )
@@ -168,6 +230,12 @@ def test_the_inputs_of_a_run_can_be_deleted_and_those_of_others_stay(tmp_path):
     assert delete_traffic(store, "mnist") == 2
     assert store.list() == [other]
     assert delete_traffic(store, "mnist") == 0
+    assert delete_traffic(store, "mnist-2") == 1 and store.list() == []
+
+
+def test_a_sampled_input_does_not_keep_the_images_of_its_request():
+    images = np.zeros((2, 1, 2, 2), np.float32)
+    assert not np.shares_memory(sample_now(images[0], 3, 0, "1", ("a",)).image, images)
 
 
 @dataclass

@@ -1,0 +1,167 @@
+"""The canary or shadow of a replica over changes of the registry, and versions that cannot be loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NoReturn, cast
+
+import pytest
+import torch
+
+from defuse_core.config import ServeSection
+from defuse_core.errors import ModelError, StoreError
+from defuse_core.store import FolderStore
+from services.serving.active_versions import ActiveVersions, InitialModel, RegistryWatcher
+from services.serving.canary import CanaryStatistics, is_in_canary
+from services.serving.model import LoadedModel
+from services.serving.registry import PromotionRequest, Registry, promote
+from services.serving.registry_state import EMPTY
+
+ANA = PromotionRequest(by="ana", why="")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FolderStore(tmp_path)
+
+
+@pytest.fixture
+def put(store, candidate):
+    """put(2): give a version that equals the candidate, except for its digest, a role."""
+
+    def put(number: int, **role: object) -> None:
+        version = dataclasses.replace(candidate, run=f"run-{number}", digest=f"digest {number}")
+        promote(Registry(store), version, dataclasses.replace(ANA, **role))
+
+    return put
+
+
+def watcher_of(store: FolderStore, **settings: object) -> RegistryWatcher:
+    return RegistryWatcher(store, InitialModel(), ServeSection(**settings), {})
+
+
+def follow(watcher: RegistryWatcher, current: ActiveVersions) -> ActiveVersions:
+    after = watcher.load_changes(current)
+    assert after is not None
+    return after
+
+
+def test_a_canary_answers_the_keys_of_its_number_and_share():
+    canary = cast(LoadedModel, object())
+    active = ActiveVersions(canary=canary, share=0.3, state=EMPTY.model_copy(update={"canary": 7}))
+    keys = [f"user-{n}".encode() for n in range(300)]
+    assert [active.canary_for(key) is canary for key in keys] == [is_in_canary(key, 7, 0.3) for key in keys]
+    assert ActiveVersions(share=1.0, state=active.state).canary_for(keys[0]) is None
+
+
+@pytest.mark.parametrize("role", [{"canary": 0.2}, {"shadow": True}])
+def test_counts_of_a_canary_or_shadow_go_on_until_another_one_follows_it(store, put, role):
+    put(1)
+    put(2, **role)
+    watcher = watcher_of(store)
+    begun = watcher.load_initial()
+    assert begun.share == role.get("canary", 0.0)
+    begun.statistics.add_errors(5)
+    Registry(store).change("another change", "ana", "", lambda state: {})
+    after = follow(watcher, begun)
+    assert after.statistics is begun.statistics
+    assert after.by_role() == begun.by_role()  # not loaded again
+    put(3, **role)
+    other = follow(watcher, after)
+    assert other.names() == {"production": "1", next(iter(role)): "3"}
+    assert other.statistics == CanaryStatistics()
+    other.statistics.add_errors(5)
+    put(3)
+    promoted = follow(watcher, other)
+    assert promoted.names() == {"production": "3"} and promoted.statistics == CanaryStatistics()
+    assert promoted.share == 0.0
+
+
+def test_a_canary_whose_share_changes_keeps_its_counts_and_has_the_new_share(store, put):
+    put(1)
+    put(2, canary=0.2)
+    watcher = watcher_of(store)
+    begun = watcher.load_initial()
+    put(2, canary=0.4)
+    after = follow(watcher, begun)
+    assert (after.share, after.statistics, after.canary) == (0.4, begun.statistics, begun.canary)
+
+
+def test_a_canary_that_ends_while_the_registry_is_read_is_not_loaded(store, put, monkeypatch):
+    put(1)
+    put(2, canary=0.2)
+    watcher = watcher_of(store)
+    watcher.ended = 2
+    state_after = watcher.registry.state_after
+
+    def read_and_end(sequence: int) -> object:
+        state = state_after(sequence)
+        watcher.ended = None  # its end is stored now
+        return state
+
+    monkeypatch.setattr(watcher.registry, "state_after", read_and_end)
+    assert watcher.load_initial().names() == {"production": "1"}
+
+
+@pytest.mark.parametrize("role", [{"canary": 0.2}, {"shadow": True}])
+def test_a_canary_for_which_there_is_no_memory_is_ended_with_the_reason(store, put, monkeypatch, role):
+    put(1)
+    put(2, **role)
+    warm_up = LoadedModel.warm_up
+
+    def out_of_memory(model: LoadedModel, batch: int) -> None:
+        if model.number == 2:
+            raise RuntimeError("CUDA out of memory")
+        warm_up(model, batch)
+
+    monkeypatch.setattr(LoadedModel, "warm_up", out_of_memory)
+    watcher = watcher_of(store)
+    begun = watcher.load_initial()
+    assert begun.names() == {"production": "1"} and begun.error is None
+    ended = Registry(store).state()
+    assert (ended.canary, ended.shadow, ended.by, ended.why) == (
+        None,
+        None,
+        "defuse serve",
+        "CUDA out of memory",
+    )
+    assert follow(watcher, begun).names() == {"production": "1"}
+    assert watcher.load_changes(begun) is None
+
+
+def test_the_reason_that_clients_read_tells_a_damaged_version_from_a_store_that_fails(
+    store, put, monkeypatch
+):
+    put(1)
+    watcher = watcher_of(store)
+
+    def fail(number: int) -> NoReturn:
+        raise StoreError(f"{store.address}: no answer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(watcher.registry, "load", fail)
+        active = watcher.load_initial()
+    assert active.error == "the version in production cannot be loaded; the log of the server says why"
+    store.write("registry/versions/000001.safetensors", b"cut")
+    damaged = watcher_of(store).load_initial().error
+    assert damaged is not None and damaged.startswith("the version in production is damaged or missing: ")
+    assert store.address not in damaged
+
+
+def test_a_version_is_warm_before_it_answers(store, put, monkeypatch):
+    batches: list[tuple[str, int]] = []
+    monkeypatch.setattr(LoadedModel, "warm_up", lambda model, batch: batches.append((model.name, batch)))
+    put(1)
+    put(2, canary=0.2)
+    watcher_of(store, batch_size=5).load_initial()
+    assert batches == [("1", 5), ("2", 5)]
+
+
+def test_a_device_that_is_not_there_is_an_error_also_before_the_first_version_and_not_left_to_clients(
+    store, put, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="torch finds no GPU"):
+            watcher_of(store, device="cuda").load_initial()
+        put(1)

@@ -1,0 +1,225 @@
+"""What the changes of the registry store, and their order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from defuse_core.errors import CheckFailed, InputError, StoreError
+from defuse_core.store import FolderStore
+from services.serving import registry as registry_module
+from services.serving.candidate import Candidate
+from services.serving.checks import Check
+from services.serving.registry import PromotionRequest, Registry, promote
+
+ANA = PromotionRequest(by="ana", why="for a test")
+CANARY = dataclasses.replace(ANA, canary=0.05)
+SHADOW = dataclasses.replace(ANA, shadow=True)
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return Registry(FolderStore(tmp_path))
+
+
+@pytest.fixture
+def candidates(candidate):
+    """Four candidates with the same weights that the registry takes for different ones."""
+    return [dataclasses.replace(candidate, run=f"run-{n}", digest=f"digest {n}") for n in range(1, 5)]
+
+
+def failing(candidate: Candidate, *lines: str) -> Candidate:
+    return dataclasses.replace(
+        candidate, checks=tuple(Check("clean accuracy", False, line) for line in lines)
+    )
+
+
+def test_a_version_keeps_its_run_digest_author_time_reason_and_annotators(registry, candidates):
+    promote(registry, candidates[0], PromotionRequest("ana", "of the night"))
+    promote(registry, failing(candidates[1], "worse"), PromotionRequest("bo", "", force="in a hurry"))
+    promote(registry, candidates[2], PromotionRequest("cy", "better", force="to be sure"))
+    stored = registry.state().versions
+    assert [(v.run, v.digest, v.by, v.why, v.forced) for v in stored.values()] == [
+        ("run-1", "digest 1", "ana", "of the night", False),
+        ("run-2", "digest 2", "bo", "forced: in a hurry", True),
+        ("run-3", "digest 3", "cy", "better; forced: to be sure", False),  # no check failed
+    ]
+    for info in stored.values():
+        assert info.annotators == candidates[0].summary.annotators == "reference models"
+        assert info.when.endswith("Z")
+        assert info.watch == candidates[0].watch_figures(candidates[0].run_file().serve) is not None
+
+
+def test_a_change_keeps_its_author_time_reason_and_number(registry, candidates):
+    promote(registry, candidates[0], ANA)
+    promote(registry, candidates[1], PromotionRequest("bo", "a try", canary=0.05))
+    registry.roll_back("cy", "enough")
+    assert [(s.sequence, s.by, s.why, s.action) for s in registry.history()] == [
+        (1, "ana", "for a test", "added version 1"),
+        (2, "ana", "for a test", "version 1 to production"),
+        (3, "bo", "a try", "added version 2"),
+        (4, "bo", "a try", "version 2 as canary for 5.0%"),
+        (5, "cy", "enough", "ended the canary of version 2"),
+    ]
+    assert all(state.when.endswith("Z") for state in registry.history())
+    promote(registry, candidates[1], SHADOW)
+    assert registry.roll_back("cy", "enough").action == "ended the shadow of version 2"
+    since = registry.state().since
+    assert since is not None and (since.change, since.when) == (2, registry.history()[1].when)
+
+
+def test_the_first_failed_check_is_named_and_the_others_are_counted(registry, candidates):
+    with pytest.raises(CheckFailed, match=r"run-1 is not promoted: one; --force REASON overrides"):
+        promote(registry, failing(candidates[0], "one"), ANA)
+    with pytest.raises(CheckFailed, match=r"run-1 is not promoted: one \(and 2 more\); --force"):
+        promote(registry, failing(candidates[0], "one", "two", "three"), ANA)
+
+
+@pytest.mark.parametrize("role", [CANARY, SHADOW])
+def test_a_canary_or_shadow_keeps_what_it_was_forced_over(registry, candidates, role):
+    promote(registry, candidates[0], ANA)
+    forced = dataclasses.replace(role, force="a drill")
+    assert promote(registry, failing(candidates[1], "worse"), forced).failed_checks == ("worse",)
+    assert registry.roll_back("bo", "").failed_checks is None
+
+
+def test_one_version_at_a_time_is_beside_production(registry, candidates):
+    for candidate, role in zip(candidates, (ANA, CANARY, SHADOW, CANARY), strict=True):
+        state = promote(registry, candidate, role)
+    assert (state.production, state.canary, state.share, state.shadow) == (1, 4, 0.05, None)
+    before = registry.history()[-3]  # version 4 is added before it becomes the canary
+    assert (before.canary, before.share, before.shadow) == (None, 0.0, 3)
+    after = promote(registry, candidates[1], ANA)
+    assert (after.production, after.canary, after.share, after.shadow) == (2, None, 0.0, None)
+
+
+def test_the_end_of_a_canary_that_another_one_has_replaced_does_not_end_that_one(registry, candidates):
+    for candidate, role in zip(candidates[:3], (ANA, CANARY, CANARY), strict=True):
+        promote(registry, candidate, role)
+    assert registry.end_canary(2, "defuse serve", "it failed") is None
+    assert registry.state().canary == 3
+    ended = registry.end_canary(3, "defuse serve", "it failed")
+    assert ended is not None and (ended.canary, ended.share, ended.production) == (None, 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    "to_role", [lambda r: r.to_canary(1, 0.1, "bo", ""), lambda r: r.to_shadow(1, "bo", "")]
+)
+def test_the_version_in_production_cannot_become_its_own_canary_or_shadow(registry, candidates, to_role):
+    """As where it was promoted between the look-up and the change."""
+    promote(registry, candidates[0], ANA)
+    with pytest.raises(InputError, match="version 1 is already in production"):
+        to_role(registry)
+
+
+def test_rollbacks_go_back_one_version_each_and_verify_that_one(registry, candidates):
+    for candidate in candidates:
+        promote(registry, candidate, ANA)
+    assert registry.state().previous == (1, 2, 3)
+    verified: list[str] = []
+    states = [registry.roll_back("bo", "", lambda c: verified.append(c.run)) for _ in range(3)]
+    assert [(state.production, state.previous) for state in states] == [(3, (1, 2)), (2, (1,)), (1, ())]
+    assert verified == ["run-3", "run-2", "run-1"]
+
+
+def test_a_rollback_that_another_one_overtakes_leaves_production(registry, candidates):
+    for candidate in candidates[:3]:
+        promote(registry, candidate, ANA)
+
+    def overtake(_: Candidate) -> None:
+        registry.roll_back("cy", "first")
+
+    with pytest.raises(InputError, match="production changed just now"):
+        registry.roll_back("bo", "", overtake)
+    assert (registry.state().production, registry.state().by) == (2, "cy")
+
+
+def test_a_rollback_ends_a_canary_that_began_meanwhile(registry, candidates):
+    """Else the version that comes back could be compared with itself."""
+    for candidate in candidates[:2]:
+        promote(registry, candidate, ANA)
+    after = registry.roll_back("bo", "", lambda c: registry.to_canary(1, 0.1, "ana", "") and None)
+    assert (after.production, after.canary, after.share) == (1, None, 0.0)
+
+
+def test_a_change_that_others_always_overtake_is_given_up_and_says_so(registry, monkeypatch):
+    monkeypatch.setattr(registry_module, "MAX_CONFLICTS", 3)
+    tries: list[str] = []
+    monkeypatch.setattr(registry.store, "create", lambda key, data: tries.append(key))
+    with pytest.raises(StoreError, match="3 concurrent changes came first; run the command again"):
+        registry.to_production(1, "ana", "")
+    assert tries == ["changes/000001.json"] * 3
+
+
+def test_the_number_of_a_version_whose_file_is_lost_is_not_given_again(registry, candidates):
+    registry.store.create("versions/000001.safetensors", b"left by a promotion that died")
+    promote(registry, candidates[0], ANA)
+    assert list(registry.state().versions) == [2]
+    assert registry.load(2).run == "run-1"  # stored under the number that was free
+    registry.store.delete("versions/000002.safetensors")
+    promote(registry, candidates[1], PromotionRequest("ana", "", force="production cannot be compared"))
+    assert {n: info.run for n, info in registry.state().versions.items()} == {2: "run-1", 3: "run-2"}
+
+
+def test_a_version_whose_addition_was_stored_although_its_answer_was_lost_keeps_its_file(
+    registry, candidates, monkeypatch
+):
+    create, lost = registry.store.create, ["changes/000001.json"]
+
+    def create_and_lose_the_answer(key: str, data: bytes) -> bool:
+        created = create(key, data)
+        return created and key not in lost
+
+    monkeypatch.setattr(registry.store, "create", create_and_lose_the_answer)
+    assert promote(registry, candidates[0], ANA).production == 1
+    assert [state.action for state in registry.history()] == ["added version 1", "version 1 to production"]
+    assert registry.load(1).run == "run-1"
+
+
+def test_of_equal_versions_the_newest_is_promoted_and_mended(registry, candidates):
+    """As in a registry in which an earlier Defuse added a run twice."""
+    for candidate in candidates[:2]:
+        promote(registry, candidate, ANA)
+    first = registry.state().versions[1]
+    registry.change("added twice", "ana", "", lambda s: {"versions": {**s.versions, 3: first}})
+    assert promote(registry, candidates[0], ANA).production == 3
+    assert registry.load(3).run == "run-1"
+
+
+def test_only_changes_after_a_number_are_a_new_state(registry, candidates):
+    assert registry.state_after(0) is None
+    state = promote(registry, candidates[0], ANA)
+    assert state.sequence == 2
+    assert registry.state_after(0) == registry.state_after(1) == state
+    assert registry.state_after(2) is None
+
+
+def test_changes_are_ordered_by_number_beyond_six_digits(registry, candidates):
+    state = promote(registry, candidates[0], ANA)
+    for number, by in ((999_999, "bo"), (1_000_000, "cy")):
+        later = state.model_copy(update={"sequence": number, "by": by})
+        registry.store.write(f"changes/{number}.json", later.model_dump_json().encode())
+    assert registry.state().by == "cy"
+    assert registry.to_production(1, "di", "").sequence == 1_000_001
+
+
+@pytest.mark.parametrize(("field", "value"), [("image_size", 32), ("channels", 3)])
+def test_a_candidate_for_images_of_another_kind_is_not_promoted(registry, candidates, field, value):
+    promote(registry, candidates[0], ANA)
+    spec = {**candidates[1].spec, "data": {**candidates[1].spec["data"], field: value}}
+    other = dataclasses.replace(failing(candidates[1], "worse"), spec=spec)
+    with pytest.raises(CheckFailed, match=r"not promoted: worse \(and 1 more\)"):
+        promote(registry, other, ANA)
+    with pytest.raises(CheckFailed, match="interface: expected 1x16x16 pixels and 10 classes .* found "):
+        promote(registry, dataclasses.replace(other, checks=()), ANA)
+
+
+def test_a_candidate_that_cannot_be_compared_with_production_is_not_promoted(registry, candidates):
+    promote(registry, candidates[0], ANA)
+    registry.store.delete("versions/000001.safetensors")
+    with pytest.raises(CheckFailed, match="interface: version 1 in production cannot be read to compare it"):
+        promote(registry, candidates[1], ANA)
+    with pytest.raises(CheckFailed, match=r"not promoted: worse \(and 1 more\)"):
+        promote(registry, failing(candidates[1], "worse"), ANA)
+    assert promote(registry, candidates[0], ANA).production == 1  # the same one, which writes it again

@@ -1,0 +1,189 @@
+"""What each answer of a server means, whichever server gives it: botocore's stub in place of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from botocore import exceptions as aws
+from botocore.stub import Stubber
+
+from defuse_core.errors import StoreError
+from services.storage import open_store, s3
+from services.storage.s3_errors import translated_errors
+
+AT = {"Bucket": "bucket", "Key": "run/a"}
+OLD, NEW = '"old"', '"new"'
+
+
+@pytest.fixture
+def store(aws: pytest.MonkeyPatch) -> s3.S3Store:
+    return s3.S3Store("bucket", "run/", "http://127.0.0.1:9", "us-east-1")
+
+
+@pytest.fixture
+def server(store: s3.S3Store) -> Iterator[Stubber]:
+    """Expects the calls that are added to it, in this order, and no others."""
+    with Stubber(store._client) as server:
+        yield server
+        server.assert_no_pending_responses()
+
+
+def refuse(server: Stubber, call: str, status: int, code: str, **asked: Any) -> None:
+    server.add_client_error(call, code, http_status_code=status, expected_params=AT | asked)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(412, "PreconditionFailed"), (409, "ConditionalRequestConflict"), (404, "NoSuchKey")],
+)
+@pytest.mark.parametrize("condition", [{"IfMatch": OLD}, {"IfNoneMatch": "*"}])
+def test_a_condition_that_does_not_hold_is_no_error(store, server, status, code, condition):
+    refuse(server, "put_object", status, code, Body=b"1", **condition)
+    assert store._put_if("a", b"1", **condition) is None
+
+
+def test_a_server_that_knows_no_conditions_is_asked_without_them(store, server):
+    refuse(server, "put_object", 501, "NotImplemented", Body=b"1", IfMatch=OLD)
+    server.add_response("put_object", {"ETag": NEW}, AT | {"Body": b"1"})
+    assert store._put_if("a", b"1", IfMatch=OLD) == NEW
+    refuse(server, "delete_object", 501, "NotImplemented", IfMatch=OLD)
+    server.add_response("delete_object", {}, AT)
+    assert store._delete_if("a", OLD)
+
+
+def test_another_error_of_a_conditional_write_is_an_error_and_not_tried_without_the_condition(store, server):
+    refuse(server, "put_object", 403, "AccessDenied", Body=b"1", IfMatch=OLD)
+    with pytest.raises(StoreError, match="refused the credentials"):
+        store._put_if("a", b"1", IfMatch=OLD)
+    refuse(server, "delete_object", 403, "AccessDenied", IfMatch=OLD)
+    with pytest.raises(StoreError, match="refused the credentials"):
+        store._delete_if("a", OLD)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "gone"),
+    [
+        (412, "PreconditionFailed", False),
+        (409, "ConditionalRequestConflict", False),
+        (404, "NoSuchKey", True),
+    ],
+)
+def test_an_object_that_another_one_replaced_is_not_deleted(store, server, status, code, gone):
+    refuse(server, "delete_object", status, code, IfMatch=OLD)
+    assert store._delete_if("a", OLD) is gone
+
+
+def test_a_value_that_others_always_replace_is_given_up_and_says_so(store, server, aws):
+    aws.setattr(s3, "WRITE_PAUSE_S", 0.0)
+    aws.setattr(s3, "WRITE_ATTEMPTS", 3)
+    aws.setattr(s3.S3Store, "read", lambda store, key: b"theirs")
+    for _ in range(3):
+        server.add_response("head_object", {"ETag": OLD}, AT)
+        refuse(server, "put_object", 412, "PreconditionFailed", Body=b"ours", IfMatch=OLD)
+    with pytest.raises(StoreError, match=r"s3://bucket/run/a: other writers replace it all the time"):
+        store.write("a", b"ours", unless=lambda stored: False)
+
+
+def test_a_value_that_is_deleted_before_it_is_compared_is_written_next(store, server, aws):
+    aws.setattr(s3, "WRITE_PAUSE_S", 0.0)
+    server.add_response("head_object", {"ETag": OLD}, AT)
+    for call, asked in (
+        ("get_object", {}),
+        ("put_object", {"Body": b"1", "IfMatch": OLD}),
+        ("get_object", {}),
+    ):
+        refuse(server, call, 404, "NoSuchKey", **asked)
+    refuse(server, "head_object", 404, "404")
+    server.add_response("put_object", {"ETag": NEW}, AT | {"Body": b"1", "IfNoneMatch": "*"})
+    store.write("a", b"1", unless=lambda stored: False)
+
+
+def sent_in_parts(server: Stubber, aws: pytest.MonkeyPatch) -> None:
+    """Expect two parts of `b"12345"`, each with a checksum."""
+    for name, value in (("LARGE_BYTES", 5), ("PART_BYTES", 3), ("PARTS_AT_ONCE", 1)):
+        aws.setattr(s3, name, value)
+    server.add_response("create_multipart_upload", {"UploadId": "7"}, AT)
+    for number, body in ((1, b"123"), (2, b"45")):
+        answer = {"ETag": f'"{number}"', "ChecksumCRC32": f"crc {number}"}
+        server.add_response("upload_part", answer, AT | {"UploadId": "7", "PartNumber": number, "Body": body})
+
+
+PARTS = [{"PartNumber": n, "ETag": f'"{n}"', "ChecksumCRC32": f"crc {n}"} for n in (1, 2)]
+COMPLETE = {"UploadId": "7", "MultipartUpload": {"Parts": PARTS}}
+
+
+def test_a_large_object_is_completed_with_its_checksums_and_on_its_condition(store, server, aws):
+    sent_in_parts(server, aws)
+    server.add_response("head_object", {"ETag": OLD}, AT)
+    server.add_response("complete_multipart_upload", {"ETag": NEW}, AT | COMPLETE | {"IfMatch": OLD})
+    assert store._put_if("a", b"12345", IfMatch=OLD) == NEW
+
+
+def test_a_large_object_that_another_writer_replaced_meanwhile_is_dropped(store, server, aws):
+    sent_in_parts(server, aws)
+    server.add_response("head_object", {"ETag": NEW}, AT)
+    server.add_response("abort_multipart_upload", {}, AT | {"UploadId": "7"})
+    assert store._put_if("a", b"12345", IfMatch=OLD) is None
+
+
+def test_the_parts_of_a_large_object_that_cannot_be_completed_are_dropped(store, server, aws):
+    sent_in_parts(server, aws)
+    refuse(server, "complete_multipart_upload", 403, "AccessDenied", **COMPLETE)
+    refuse(
+        server, "abort_multipart_upload", 403, "AccessDenied", UploadId="7"
+    )  # not told: the first error is
+    with pytest.raises(StoreError, match="AccessDenied"):
+        store.write("a", b"12345")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [
+        (
+            "ExpiredToken",
+            400,
+            r"http://\*\*\*@host refused the credentials \(ExpiredToken\); check AWS_ACCESS",
+        ),
+        ("AllAccessDisabled", 403, r"refused the credentials \(AllAccessDisabled\)"),
+        ("NoSuchBucket", 404, "has no such bucket; create it, or check --store"),
+        ("PermanentRedirect", 301, "in another region; set AWS_DEFAULT_REGION"),
+        ("301", 301, "in another region"),
+        ("AuthorizationHeaderMalformed", 400, "in another region"),
+        ("SlowDown", 503, r"http://\*\*\*@host answered SlowDown too many; run again to continue"),
+    ],
+)
+def test_an_answer_that_is_an_error_is_one_line_that_says_what_to_do(code, status, words):
+    error = aws.ClientError(
+        {"Error": {"Code": code, "Message": "too many"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "X"
+    )
+    with (
+        pytest.raises(StoreError, match=f"^s3://b/k: .*{words}"),
+        translated_errors("s3://b/k", "http://u:p@host"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("code", ["NoSuchKey", "404", "NotFound"])
+def test_a_missing_object_is_a_missing_file(code):
+    with pytest.raises(FileNotFoundError, match="s3://b/k"), translated_errors("s3://b/k", None):
+        raise aws.ClientError({"Error": {"Code": code}}, "X")
+
+
+@pytest.mark.parametrize(
+    ("region", "host", "endpoint"),
+    [
+        ("eu-west-1", "", None),
+        ("cn-north-1", "", None),
+        ("eu-west-1", "http://127.0.0.1:9", "http://127.0.0.1:9"),
+        ("eu-west-1", "http://amazonaws.com.example", "http://amazonaws.com.example"),
+    ],
+)
+def test_a_store_keeps_its_region_and_the_address_of_a_server_that_is_not_aws(aws, region, host, endpoint):
+    aws.setattr(s3.S3Store, "check", lambda store: None)
+    aws.setenv("AWS_DEFAULT_REGION", region)
+    aws.setenv("AWS_ENDPOINT_URL", host) if host else aws.delenv("AWS_ENDPOINT_URL", raising=False)
+    found = open_store("s3://bucket/runs/")
+    assert isinstance(found, s3.S3Store)
+    assert (found.region, found.endpoint, found.address) == (region, endpoint, "s3://bucket/runs")
