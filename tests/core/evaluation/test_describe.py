@@ -47,12 +47,49 @@ CHANGES = {
         np.pad(ndimage.zoom(picture, 0.6, order=1), ((0, 11), (0, 11))), (5, 5)
     ),
     "blurred": lambda picture: ndimage.gaussian_filter(picture, 1.5),
+    "dark": lambda picture: 0.5 * picture,
 }
+OPPOSITES = {
+    "thick": "thin",
+    "thin": "thick",
+    "slanted to the right": "slanted to the left",
+    "slanted to the left": "slanted to the right",
+    "low contrast": "high contrast",
+    "to the right": "to the left",
+    "high up": "low down",
+    "small": "large",
+    "blurred": "sharp",
+    "dark": "bright",
+}
+
+
+def words_of(images: F32, compared: F32) -> list[str]:
+    return deviation_words(images, compared).split(", ")
 
 
 @pytest.mark.parametrize("word", CHANGES)
 def test_a_change_of_the_images_is_named(word: str, sevens: F32) -> None:
-    assert word in deviation_words(each(sevens[:50], CHANGES[word]), sevens[50:])
+    assert word in words_of(each(sevens[:50], CHANGES[word]), sevens[50:])
+
+
+@pytest.mark.parametrize("word", CHANGES)
+def test_an_image_without_a_change_is_the_opposite_of_those_with_it(word: str, sevens: F32) -> None:
+    assert OPPOSITES[word] in words_of(sevens[:50], each(sevens[50:], CHANGES[word]))
+
+
+def test_the_three_largest_deviations_are_named_and_the_largest_is_the_first(sevens: F32) -> None:
+    for change in CHANGES.values():
+        images, compared = each(sevens[:50], change), sevens[50:]
+        others = measure(compared)
+        scores = (measure(images).mean(axis=0) - others.mean(axis=0)) / others.std(axis=0)
+        order = sorted(range(len(MEASUREMENTS)), key=lambda place: -abs(scores[place]))
+        large = [place for place in order if abs(scores[place]) >= 0.7][:3]
+        assert words_of(images, compared) == [MEASUREMENTS[place][int(scores[place] > 0)] for place in large]
+
+
+def test_without_images_or_without_two_to_compare_them_with_nothing_is_named(sevens: F32) -> None:
+    assert deviation_words(sevens[:0], sevens) == deviation_words(sevens[:50], sevens[50:51]) == ""
+    assert deviation_words(sevens[:50], 0.3 * sevens[50:52]) != ""
 
 
 def test_a_bar_is_as_wide_as_its_sides_are() -> None:
@@ -60,6 +97,21 @@ def test_a_bar_is_as_wide_as_its_sides_are() -> None:
     bars[0, 0, 6:10, 2:14] = bars[1, 0, 2:14, 6:10] = 1  # 12 pixels wide and 4 high, and upright
     wide = np.sqrt((12**2 - 1) / (4**2 - 1))  # of the standard deviations of 12 and of 4 pixels in a row
     np.testing.assert_allclose(measure(bars)[:, -1], [wide, 1 / wide], rtol=1e-6)
+
+
+def test_bars_are_narrow_or_wide_beside_squares() -> None:
+    rng = np.random.default_rng(0)
+
+    def blocks(high: int, wide: int) -> F32:
+        images = np.zeros((50, 1, 32, 32), np.float32)
+        for image, (dy, dx, y, x) in zip(images, rng.integers(0, 3, (50, 4)), strict=True):
+            top, left = y + (30 - high - dy) // 2, x + (30 - wide - dx) // 2
+            image[0, top : top + high + dy, left : left + wide + dx] = 1
+        return images
+
+    squares = blocks(12, 12)
+    assert "narrow" in words_of(blocks(18, 7), squares)
+    assert "wide" in words_of(blocks(7, 18), squares)
 
 
 def test_what_nobody_can_see_is_not_named() -> None:
