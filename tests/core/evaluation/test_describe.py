@@ -12,6 +12,7 @@ from scipy import ndimage
 from defuse_core.artifacts import F32, Corrections
 from defuse_core.data import open_splits
 from defuse_core.evaluation.describe import MEASUREMENTS, describe_scenarios, deviation_words, measure
+from defuse_core.evaluation.evaluate import Findings
 from defuse_core.models import decode_codes, encode_images, load_vae
 from tests.sample_findings import sample_findings
 
@@ -99,6 +100,31 @@ def test_a_bar_is_as_wide_as_its_sides_are() -> None:
     np.testing.assert_allclose(measure(bars)[:, -1], [wide, 1 / wide], rtol=1e-6)
 
 
+def test_a_figure_is_measured_alike_whether_it_is_lighter_or_darker_than_its_background(sevens: F32) -> None:
+    size_to_aspect = slice(3, None)
+    np.testing.assert_allclose(
+        measure(1 - sevens[:20])[:, size_to_aspect], measure(sevens[:20])[:, size_to_aspect], atol=1e-3
+    )
+
+
+def test_a_larger_figure_of_the_same_colour_is_no_brighter_and_at_a_border_it_is_not_the_background() -> None:
+    blocks = np.zeros((2, 1, 16, 16), np.float32)
+    blocks[0, 0, 6:10, 0:6] = blocks[1, 0, 2:14, 0:14] = 0.8
+    brightness, contrast, *_, at_x, at_y, _ = measure(blocks).T
+    np.testing.assert_allclose(brightness, 0.4, atol=1e-6)
+    np.testing.assert_allclose(contrast, 0.8, atol=1e-6)
+    np.testing.assert_allclose(at_x, [2.5 - 7.5, 6.5 - 7.5], atol=1e-6)
+    np.testing.assert_allclose(at_y, 0, atol=1e-6)
+
+
+def test_a_pale_edge_makes_a_stroke_no_thicker() -> None:
+    strokes = np.zeros((3, 1, 32, 32), np.float32)
+    strokes[1, 0, 13:19, 2:30] = 0.4
+    strokes[:2, 0, 14:18, 2:30] = strokes[2, 0, 13:19, 2:30] = 1
+    plain, pale, thick = measure(strokes)[:, 4]
+    assert pale - plain < 0.75 * (thick - plain)
+
+
 def test_bars_are_narrow_or_wide_beside_squares() -> None:
     rng = np.random.default_rng(0)
 
@@ -126,28 +152,47 @@ def test_images_that_are_like_their_class_get_no_words(sevens: F32) -> None:
     assert deviation_words(sevens[:100], sevens[100:]) == ""
 
 
-def test_a_scenario_is_named_by_its_confusion_and_by_what_sets_it_apart_from_its_class(
-    tiny_spec, tiny_models
-):
+HELD_OUT = np.random.default_rng(0).random((2 * 6, 1, 16, 16)).astype(np.float32)
+
+
+@pytest.fixture
+def two_scenarios(tiny_models) -> Findings:
+    """Scenarios 2 and 0 of three components: 2 read as 4, and 8 read as 3."""
     sample, _ = sample_findings(3, 3, images=5, side=16)
     predicted = np.array([[3] * 5, [5] * 5, [7, 7, 7, 4, 4]])
     own = np.array([[8] * 5, [6] * 5, [7, 7, 7, 2, 2]])  # the 7s of the last component are right
-    held_out = np.random.default_rng(0).random((2 * 6, 1, 16, 16)).astype(np.float32)
     codes = np.zeros((2, 6, 4), np.float32)
-    found = dataclasses.replace(
+    return dataclasses.replace(
         sample,
         models=tiny_models,
         gallery=dataclasses.replace(sample.gallery, predicted=predicted),
         verdicts=dataclasses.replace(sample.verdicts, image_labels=own),
         fixes=Corrections(np.array([2, 0]), np.array([2, 8]), codes, codes),
     )
+
+
+def test_a_scenario_is_named_by_its_confusion_and_by_what_sets_it_apart_from_its_class(
+    tiny_spec, tiny_models, two_scenarios
+):
     splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    vae, names = load_vae(tiny_spec, tiny_models.vae), []
-    for label, answer, images in ((2, 4, held_out[:6]), (8, 3, held_out[6:])):
-        real = splits.validation.take(np.flatnonzero(splits.validation.labels == label))
-        words = deviation_words(images, decode_codes(vae, encode_images(vae, real)))
-        names.append(f"{label} read as {answer}: {words}")
-    assert describe_scenarios(tiny_spec, found, held_out, splits) == tuple(names)
+    for parts in (splits, dataclasses.replace(splits, validation=None)):
+        vae, names, real = load_vae(tiny_spec, tiny_models.vae), [], parts.validation or parts.test
+        for label, answer, images in ((2, 4, HELD_OUT[:6]), (8, 3, HELD_OUT[6:])):
+            of_label = real.take(np.flatnonzero(real.labels == label))
+            words = deviation_words(images, decode_codes(vae, encode_images(vae, of_label)))
+            names.append(f"{label} read as {answer}: {words}")
+        assert describe_scenarios(tiny_spec, two_scenarios, HELD_OUT, parts) == tuple(names)
+
+
+def test_a_scenario_is_compared_with_its_class_where_many_images_are_sorted_by_class(
+    tiny_spec, two_scenarios, monkeypatch
+):
+    monkeypatch.setattr("defuse_core.evaluation.describe.COMPARED_IMAGES", 100)
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    train = splits.train.take(np.argsort(splits.train.labels, kind="stable"))
+    assert 8 not in train.labels[:100]
+    alone = dataclasses.replace(splits, train=train, validation=None, test=None)
+    assert describe_scenarios(tiny_spec, two_scenarios, HELD_OUT, alone)[1].startswith("8 read as 3: ")
 
 
 def test_an_empty_image_is_measured_without_a_warning() -> None:
