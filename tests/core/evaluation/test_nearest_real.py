@@ -84,6 +84,13 @@ def test_no_error_of_the_nearest_can_be_significant_with_few_errors_or_images(ne
     assert judged(in_order(near, 0, images))[1:] == (False, testable)
 
 
+@pytest.mark.parametrize(("images", "tested"), [(1, 1), (3, 1), (8, 2), (199, 49), (200, 50), (1000, 50)])
+def test_a_quarter_of_the_images_is_tested_but_one_at_least_and_fifty_at_most(images, tested):
+    assert judged(in_order(tested, 0, images))[0] == 1
+    assert judged(~in_order(tested, 0, images))[0] == 0
+    assert images == 1 or judged(in_order(tested - 1, images - tested, images))[0] == (tested - 1) / tested
+
+
 def test_frames_of_one_sign_count_once_where_the_nearest_of_them_is():
     # track 7 is the nearest, with three of four frames wrong; 5 has one of two wrong, which is not most of them
     tracks = np.array([7, 5, 7, 2, 7, 7, 5])

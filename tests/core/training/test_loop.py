@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
@@ -13,7 +14,15 @@ from defuse_core.codec import decode
 from defuse_core.errors import ComputeError, RunBusyError
 from defuse_core.store import FolderStore
 from defuse_core.training import loop
-from defuse_core.training.loop import Adam, Training, load_optimizer_state, optimizer_state, train_step
+from defuse_core.training.loop import (
+    Adam,
+    Training,
+    format_row,
+    load_optimizer_state,
+    minibatches,
+    optimizer_state,
+    train_step,
+)
 
 KEY = "training/net.safetensors"
 
@@ -81,6 +90,49 @@ def test_a_damaged_checkpoint_is_logged_and_the_training_begins_again(store, cap
     assert "the training begins again" in caplog.text
     train(again, 2)
     assert epochs_stored(store) == 2
+
+
+def test_a_checkpoint_is_saved_some_seconds_after_the_last_one_and_after_the_last_epoch(
+    tmp_path, monkeypatch
+):
+    now, store, kept = [0.0], FolderStore(tmp_path), []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    started = training(store)
+    ends = iter((10.0, 21.0, 22.0, 41.0, 42.0, 43.0))
+    for epoch in started.epochs(6):
+        kept.append(epochs_stored(store) if store.exists(KEY) else 0)
+        started.history.append(ClassifierEpoch(epoch + 1, 0.5))
+        now[0] = next(ends)
+    assert (*kept, epochs_stored(store)) == (0, 0, 2, 2, 2, 5, 6)
+
+
+def test_a_training_goes_on_with_its_best_epoch(store):
+    started = training(store)
+    started.best = {"weight": np.ones(2, np.float32)}
+    train(started, 1)
+    np.testing.assert_array_equal(training(store).best["weight"], [1, 1])
+
+
+def test_a_longer_training_on_other_images_and_a_damaged_checkpoint_are_replaced(store):
+    started = training(store)
+    other = training(store)
+    other.data_fingerprint = "other images"
+    train(other, 3)
+    train(started, 1)
+    assert epochs_stored(store) == 1
+    store.write(KEY, store.read(KEY)[:-7])
+    train(started, 2)
+    assert epochs_stored(store) == 2
+
+
+def test_the_log_has_the_figures_of_an_epoch_that_were_measured():
+    assert format_row(ClassifierEpoch(3, 0.12345)) == "loss 0.1235"
+    assert format_row(ClassifierEpoch(3, 0.5, 0.75)) == "loss 0.5, validation 0.75"
+
+
+def test_a_single_image_is_a_minibatch():
+    assert [rows.tolist() for rows in minibatches(1, 4, np.random.default_rng(0))] == [[0]]
+    assert sorted(len(rows) for rows in minibatches(9, 4, np.random.default_rng(0))) == [4, 4]
 
 
 @pytest.fixture
