@@ -70,6 +70,15 @@ def test_the_bound_is_twice_the_largest_error_of_a_margin_on_inputs_from_first_t
     assert margin_bound(lambda rows: logits(rows)[:, :2], 10_000) == 2 * 0.5
 
 
+def test_bf16_is_that_of_the_device_and_f32_changes_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr("defuse_core.training.precision.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: asked.append((kind, dtype)))
+    autocast("bf16")
+    with autocast("f32"):
+        assert asked == [("cuda", torch.bfloat16)]
+
+
 def test_a_classifier_of_one_class_is_never_in_doubt():
     exactly = []
 
