@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import Checkpoint, ClassifierEpoch
 from defuse_core.codec import decode
-from defuse_core.errors import ComputeError, RunBusyError
+from defuse_core.errors import ComputeError, ModelError, RunBusyError
 from defuse_core.store import FolderStore
 from defuse_core.training import loop
 from defuse_core.training.loop import (
     Adam,
+    Losses,
     Training,
     format_row,
     load_optimizer_state,
@@ -33,9 +34,9 @@ def store(tmp_path, monkeypatch) -> FolderStore:
     return FolderStore(tmp_path)
 
 
-def training(store) -> Training:
+def training(store, name: str = "net") -> Training:
     module = nn.Linear(2, 2)
-    return Training(module, torch.optim.Adam(module.parameters()), store, "net", "these images")
+    return Training(module, torch.optim.Adam(module.parameters()), store, name, "these images")
 
 
 def train(started: Training, epochs: int) -> None:
@@ -46,17 +47,26 @@ def train(started: Training, epochs: int) -> None:
         started.history.append(ClassifierEpoch(epoch + 1, 0.5))
 
 
-def resume_in_group(rank: int, folder: Path, meeting: Path) -> None:
-    """Be one of two workers that train together, the second of which does not see the store of the first."""
+def train_in_group(rank: int, folder: Path, meeting: Path) -> None:
+    """Be one of two workers that train together, each of which sees a store of its own."""
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    store = FolderStore(folder / str(rank))
     with pytest.raises(ComputeError, match=r"one has 0, another 3"):
-        training(FolderStore(folder / str(rank)))
+        training(store)
+    train(training(store, "other"), 1)
+    losses = Losses("net")
+    losses.add(torch.tensor(1.0 + rank))
+    assert losses.mean() == (1.5, [])
+    losses.add(torch.tensor(torch.inf if rank else 1.0))
+    with pytest.raises(ModelError, match="training net diverged"):
+        losses.mean()
     distributed.destroy_process_group()
 
 
-def test_workers_that_find_different_checkpoints_do_not_train_together(tmp_path):
+def test_workers_train_together_from_one_checkpoint_which_the_first_writes_and_diverge_together(tmp_path):
     train(training(FolderStore(tmp_path / "0")), 3)
-    torch.multiprocessing.spawn(resume_in_group, (tmp_path, tmp_path / "meeting"), nprocs=2)
+    torch.multiprocessing.spawn(train_in_group, (tmp_path, tmp_path / "meeting"), nprocs=2)
+    assert FolderStore(tmp_path).list() == [f"0/{KEY}", "0/training/other.safetensors"]
 
 
 def epochs_stored(store: FolderStore) -> int:
