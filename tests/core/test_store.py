@@ -47,6 +47,24 @@ def test_a_key_in_a_folder_that_cannot_be_entered_does_not_count_as_absent(
         FolderStore(tmp_path).exists("private/run.yaml")
 
 
+def test_a_link_to_where_this_process_may_not_look_is_listed_as_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    stat = os.stat
+
+    def refusing(path: Any, **options: Any) -> os.stat_result:
+        if Path(path) == tmp_path / "link":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refusing)
+        assert FolderStore(tmp_path).folders() == ["link", "run"]
+
+
 @pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
 def test_keys_are_created_once_on_a_file_system_without_hard_links(
     refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

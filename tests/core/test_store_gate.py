@@ -131,6 +131,8 @@ def test_a_run_with_brackets_in_its_name_is_deleted_as_a_whole(tmp_path: Path) -
         run.write("run.yaml", b"1")
         run.delete_all()
     assert list(tmp_path.iterdir()) == []
+    run.write("run.yaml", b"of a run that begins again")
+    assert FolderStore(tmp_path).list() == ["run[1]/run.yaml"]
 
 
 @pytest.mark.parametrize("name", ["a", "parts-2.1_B", "9", "a" * 100])
