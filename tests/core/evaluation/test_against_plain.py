@@ -39,6 +39,11 @@ def test_a_scenario_is_confirmed_only_where_the_correction_is_better_than_each_p
     assert is_worse(both).tolist() == [False, False, True, False]
 
 
+def test_a_single_scenario_is_confirmed_from_a_chance_of_five_percent_on() -> None:
+    assert is_better(pairs((40, 5, 0))).tolist() == [True]  # 1 in 32
+    assert is_better(pairs((40, 4, 0))).tolist() == [False]  # 1 in 16
+
+
 def test_five_of_a_hundred_scenarios_are_not_confirmed_by_chance() -> None:
     rng = np.random.default_rng(0)
     better = rng.binomial(40, 0.5, (1, 400))

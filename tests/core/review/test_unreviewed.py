@@ -148,7 +148,7 @@ def test_all_that_are_clear_are_tuned_on_where_they_are_fewer_than_images_of_sce
 
 def test_twice_as_many_are_examined_as_are_wanted(run_with_psi, tiny_models, references, monkeypatch):
     run, psi = run_with_psi
-    run.spec = run.spec.with_fields("correct", tune_images=20)
+    run.spec = run.spec.with_fields("correct", tune_images=20).with_fields("identify", min_probability=0.0)
     examined = []
 
     def noting(compute, step, count, *rest, **options):
@@ -158,6 +158,24 @@ def test_twice_as_many_are_examined_as_are_wanted(run_with_psi, tiny_models, ref
     monkeypatch.setattr("defuse_core.review.unreviewed.in_tasks", noting)
     chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
     assert examined == [2 * 20] and len(chosen) <= 20
+    monkeypatch.setattr(
+        "defuse_core.review.unreviewed.EXAMINED", 100
+    )  # more of them are clear than are wanted
+    run.spec = run.spec.with_fields("correct", tune_images=5)
+    assert len(choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))) == 5
+
+
+def test_none_is_tuned_on_that_is_in_the_region_of_a_rejected_component(
+    run_with_psi, tiny_models, references
+):
+    run, psi = run_with_psi
+    run.spec = run.spec.with_fields("correct", tune_images=10_000)
+    failures, (scenarios, verdicts) = subsample_psi(run.spec, psi, run.store), nowhere(run)
+    means = np.stack([np.median(failures.codes, axis=0), scenarios.means[1]])
+    near = replace(scenarios, means=means, covariances=0.2 * scenarios.covariances)
+    assert 0 < allowed(failures, near, verdicts).mean() < 0.95
+    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, near, verdicts)
+    assert len(chosen) and allowed(chosen, near, verdicts).all()
 
 
 def test_with_anchored_decoding_each_is_shown_at_its_own_training_image(tiny_models, monkeypatch):
