@@ -24,7 +24,7 @@ from defuse_core.artifacts import (
     VaeEpoch,
     Verdicts,
 )
-from defuse_core.codec import decode, encode
+from defuse_core.codec import array_digest, decode, encode
 from defuse_core.errors import StoreError
 
 
@@ -113,6 +113,43 @@ def test_equal_artefacts_have_equal_bytes():
     assert encode(some_shard()) == encode(some_shard())
 
 
+def test_artefacts_are_equal_whatever_the_order_of_their_keys():
+    one, other = (
+        MeasuredPrecision(dict.fromkeys(kinds, "f32"), {}, {})
+        for kinds in (("vae", "answers"), ("answers", "vae"))
+    )
+    assert encode(one) == encode(other)
+
+
+def test_the_digest_is_of_names_types_shapes_and_bytes_in_any_order():
+    same, other = np.zeros(4, np.int32), np.ones(2)
+    digests = [
+        array_digest(arrays)
+        for arrays in (
+            {"a": same},
+            {"b": same},
+            {"a": same.astype(np.float32)},
+            {"a": same.reshape(2, 2)},
+            {"a": same + 1},
+        )
+    ]
+    assert len(set(digests)) == 5
+    assert array_digest({"a": same, "b": other}) == array_digest({"b": other, "a": same})
+
+
+def test_an_artefact_with_a_field_too_many_or_an_array_too_few_is_refused():
+    psi = Psi(np.array([3]), 10, 40, 2, 1, 0.5)
+    more = dataclasses.make_dataclass("Psi", [*vars(psi), ("later", int, 1)])
+    with pytest.raises(StoreError, match=r"here: .* found a Psi with other fields \(later: "):
+        decode(Psi, encode(more(**vars(psi))), "here")
+    fields = {name: value for name, value in vars(psi).items() if not isinstance(value, np.ndarray)}
+    arrays = {name: {"tensor": name} for name in vars(psi).keys() - fields.keys()}
+    body = json.dumps({"format": 2, "kind": "Psi", "fields": fields | arrays})
+    data = save({}, metadata={"defuse": json.dumps([array_digest({}, body), body])})
+    with pytest.raises(StoreError, match="here: .* found a Psi without the array 'codes'"):
+        decode(Psi, data, "here")
+
+
 @pytest.mark.parametrize("where", [-1, -40])
 def test_a_changed_byte_is_noticed(where):
     data = bytearray(encode(some_shard()))
@@ -121,7 +158,9 @@ def test_a_changed_byte_is_noticed(where):
         decode(Shard, bytes(data), "psi/0")
 
 
-@pytest.mark.parametrize("data", [b"", b"not safetensors at all", encode(some_shard())[:-5]])
+@pytest.mark.parametrize(
+    "data", [b"", b"not safetensors at all", encode(some_shard())[:-5], (3).to_bytes(8, "little") + b"[1]"]
+)
 def test_other_or_cut_bytes_are_refused_in_one_line(data):
     with pytest.raises(StoreError, match="^psi/0: "):
         decode(Shard, data, "psi/0")

@@ -47,7 +47,25 @@ def test_a_key_in_a_folder_that_cannot_be_entered_does_not_count_as_absent(
         FolderStore(tmp_path).exists("private/run.yaml")
 
 
-@pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOTSUP])
+def test_a_link_to_where_this_process_may_not_look_is_listed_as_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    stat = os.stat
+
+    def refusing(path: Any, **options: Any) -> os.stat_result:
+        if Path(path) == tmp_path / "link":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refusing)
+        assert FolderStore(tmp_path).folders() == ["link", "run"]
+
+
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
 def test_keys_are_created_once_on_a_file_system_without_hard_links(
     refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,8 +105,9 @@ def test_a_deletion_that_is_killed_leaves_the_run_file_and_can_be_repeated(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("full_disk", [errno.ENOSPC, errno.EDQUOT])
 def test_a_run_on_a_full_disk_can_be_deleted_while_a_second_driver_is_kept_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full_disk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = FolderStore(tmp_path / "run")
     for key in ("run.yaml", "models.safetensors"):
@@ -97,7 +116,7 @@ def test_a_run_on_a_full_disk_can_be_deleted_while_a_second_driver_is_kept_out(
     killed.holders[run.folder] = "process 1 on node (abc)"  # as a worker of an earlier driver has it
 
     def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(full_disk, os.strerror(full_disk))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)

@@ -43,6 +43,17 @@ def test_unreviewed_failures_are_tuned_on_under_the_class_of_their_training_imag
     assert without.d_f.labels.tolist() == without.tune.labels.tolist() == [8] * 5 + [9] * 5
 
 
+def test_images_to_tune_on_and_held_out_images_are_decoded_from_codes_of_their_own(tiny_models):
+    spec = recommended()
+    tune, test = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float32)
+    fixes = Corrections(np.array([0, 1]), np.array([8, 9]), tune, test[:, :2])
+    vae = load_vae(spec, tiny_models.vae)
+    made = decode_scenario_images(spec, tiny_models, fixes, None, progress=silent)
+    for images, codes in ((made.tune, tune), (made.held_out, test[:, :2])):
+        np.testing.assert_allclose(images.batch(), decode_codes(vae, codes.reshape(-1, 4)), atol=1e-6)
+        assert images.labels.tolist() == [8] * codes.shape[1] + [9] * codes.shape[1]
+
+
 def test_few_unreviewed_failures_are_not_repeated_without_end(tiny_models, failures):
     one = fixes_with(failures.take(np.array([1])))
     made = decode_scenario_images(recommended(), tiny_models, one, None, progress=silent)

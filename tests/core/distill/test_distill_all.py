@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from defuse_core.distill.sharded import CellCodes, distill_all, load_part, part_
 from defuse_core.errors import RunFileError
 from defuse_core.identify import save_shard
 from defuse_core.local import LocalCompute
+from defuse_core.pipeline import _scenarios
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -83,6 +86,28 @@ def test_from_a_sample_it_finds_what_all_codes_say(
     order, other, short = (np.argsort(fit.means[:, 0]) for fit in (found, whole, sample))
     np.testing.assert_allclose(found.means[order], whole.means[other], atol=1e-3)
     assert np.abs(sample.means[short] - whole.means[other]).max() > 0.05
+
+
+def test_codes_are_fitted_in_parts_only_where_a_sample_would_leave_some_out_and_that_is_wanted(
+    stored: tuple[Psi, FolderStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psi, store = stored
+
+    class Noting(LocalCompute):
+        def partitions(self, step: str, *rest: Any) -> Any:
+            steps.append(step)
+            return super().partitions(step, *rest)
+
+    for most, max_codes, parts in ((psi.total, None, 0), (psi.total - 1, None, 1), (60, 100, 0)):
+        steps: list[str] = []
+        monkeypatch.setattr("defuse_core.distill.psi.SAMPLE_CODES", most)
+        monkeypatch.setattr("defuse_core.pipeline.SAMPLE_CODES", most)
+        spec = all_codes("all", max_components=3, max_iterations=5).with_fields(
+            "distill", max_codes=max_codes
+        )
+        run = SimpleNamespace(spec=spec.with_fields("review", tau=0.5), store=store)
+        _scenarios(run, Noting(), psi, SimpleNamespace(data_fingerprint=""), None)
+        assert len(steps) == parts
 
 
 def test_a_cell_over_epsilon_that_the_sample_misses_is_one_component(

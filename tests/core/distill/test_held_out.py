@@ -83,6 +83,16 @@ def test_as_many_components_as_possible_are_divided():
         assert undivided(components, halves_of(components, 7, seed)) == fewest
 
 
+def test_few_repairs_are_enough_where_many_components_share_few_units(monkeypatch):
+    monkeypatch.setattr("defuse_core.distill.held_out.REPAIRS", 100)
+    halves = np.array(list(itertools.product((False, True), repeat=14)))
+    for seed in range(8):
+        components = random_components(np.random.default_rng(seed), 50, 14, 4)
+        sizes = [(len(own), halves[:, own].sum(axis=1)) for own in components]
+        fewest = sum((count == 0) | (count == size) for size, count in sizes).min()
+        assert undivided(components, halves_of(components, 14, seed)) == fewest
+
+
 def test_a_long_chain_of_pairs_is_divided_link_by_link():
     components = [[unit, unit + 1] for unit in range(30)]
     assert undivided(components, halves_of(components, 31, 0)) == 0
@@ -93,9 +103,17 @@ def test_components_that_need_no_repair_hold_out_half_of_their_units():
     assert (held[:8].sum(), held[8:].sum()) == (4, 4)
 
 
+def test_half_of_each_component_is_held_out_where_a_large_one_has_the_units_of_a_small_one():
+    held = np.array([halves_of([list(range(8)), [0, 1, 2, 3]], 8, seed) for seed in range(100)])
+    assert (held[:, :4].sum(axis=1) == 2).all() and (held[:, 4:].sum(axis=1) == 2).all()
+    # which ones is chance
+    np.testing.assert_allclose(held.mean(axis=0), 0.5, atol=0.2)
+
+
 def test_a_component_of_one_photograph_does_not_keep_others_from_holding_it_out():
     alone, pairs = [[1]], [[0, 1], [1, 2], [0, 3]]
-    np.testing.assert_array_equal(halves_of(alone + pairs, 4, 0), halves_of(pairs, 4, 0))
+    for seed in range(10):
+        np.testing.assert_array_equal(halves_of(alone + pairs, 4, seed), halves_of(pairs, 4, seed))
 
 
 @pytest.mark.parametrize("tracks", [None, 4])
@@ -124,6 +142,8 @@ def test_no_scenario_is_left_where_none_can_be_divided():
     kept = without_undivided(with_tracks([[0], [1]], 2))
     assert (len(kept), len(kept.dropped)) == (0, 2)
     assert len(decode(Scenarios, encode(kept), "scenarios").dropped) == 2
+    again = without_undivided(dataclasses.replace(with_tracks([[3]], 4), dropped=kept.dropped[:1]))
+    assert again.dropped[0] == kept.dropped[0] and len(again.dropped) == 2
 
 
 def test_scenarios_without_photographs_and_those_of_earlier_versions_are_kept_as_they_are():

@@ -9,7 +9,7 @@ import pytest
 
 from defuse_core.artifacts import Sweep
 from defuse_core.correct import trial_key
-from defuse_core.evaluation.against_plain import is_better, is_worse, least_favourable
+from defuse_core.evaluation.against_plain import is_better, is_worse, least_favourable, pairs_of
 from defuse_core.evaluation.controls import PLAIN_TRAININGS, Controls, plain_names
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.local import LocalCompute
@@ -37,6 +37,16 @@ def test_a_scenario_is_confirmed_only_where_the_correction_is_better_than_each_p
     both = np.concatenate([first, second])
     assert is_better(both).tolist() == [True, False, False, False]
     assert is_worse(both).tolist() == [False, False, True, False]
+
+
+def test_a_single_scenario_is_confirmed_from_a_chance_of_five_percent_on() -> None:
+    assert is_better(pairs((40, 5, 0))).tolist() == [True]  # 1 in 32
+    assert is_better(pairs((40, 4, 0))).tolist() == [False]  # 1 in 16
+
+
+def test_pictures_that_are_not_labelled_count_in_no_pair() -> None:
+    defuse, plain = np.array([1, np.nan, 1, 0, np.nan]), np.array([0, 0, np.nan, 1, 1])
+    assert pairs_of(defuse, plain, np.array([1, 2, 3, 4, 1])).tolist() == [2, 1, 1]
 
 
 def test_five_of_a_hundred_scenarios_are_not_confirmed_by_chance() -> None:

@@ -12,6 +12,7 @@ from scipy import ndimage
 from defuse_core.artifacts import F32, Corrections
 from defuse_core.data import open_splits
 from defuse_core.evaluation.describe import MEASUREMENTS, describe_scenarios, deviation_words, measure
+from defuse_core.evaluation.evaluate import Findings
 from defuse_core.models import decode_codes, encode_images, load_vae
 from tests.sample_findings import sample_findings
 
@@ -47,12 +48,49 @@ CHANGES = {
         np.pad(ndimage.zoom(picture, 0.6, order=1), ((0, 11), (0, 11))), (5, 5)
     ),
     "blurred": lambda picture: ndimage.gaussian_filter(picture, 1.5),
+    "dark": lambda picture: 0.5 * picture,
 }
+OPPOSITES = {
+    "thick": "thin",
+    "thin": "thick",
+    "slanted to the right": "slanted to the left",
+    "slanted to the left": "slanted to the right",
+    "low contrast": "high contrast",
+    "to the right": "to the left",
+    "high up": "low down",
+    "small": "large",
+    "blurred": "sharp",
+    "dark": "bright",
+}
+
+
+def words_of(images: F32, compared: F32) -> list[str]:
+    return deviation_words(images, compared).split(", ")
 
 
 @pytest.mark.parametrize("word", CHANGES)
 def test_a_change_of_the_images_is_named(word: str, sevens: F32) -> None:
-    assert word in deviation_words(each(sevens[:50], CHANGES[word]), sevens[50:])
+    assert word in words_of(each(sevens[:50], CHANGES[word]), sevens[50:])
+
+
+@pytest.mark.parametrize("word", CHANGES)
+def test_an_image_without_a_change_is_the_opposite_of_those_with_it(word: str, sevens: F32) -> None:
+    assert OPPOSITES[word] in words_of(sevens[:50], each(sevens[50:], CHANGES[word]))
+
+
+def test_the_three_largest_deviations_are_named_and_the_largest_is_the_first(sevens: F32) -> None:
+    for change in CHANGES.values():
+        images, compared = each(sevens[:50], change), sevens[50:]
+        others = measure(compared)
+        scores = (measure(images).mean(axis=0) - others.mean(axis=0)) / others.std(axis=0)
+        order = sorted(range(len(MEASUREMENTS)), key=lambda place: -abs(scores[place]))
+        large = [place for place in order if abs(scores[place]) >= 0.7][:3]
+        assert words_of(images, compared) == [MEASUREMENTS[place][int(scores[place] > 0)] for place in large]
+
+
+def test_without_images_or_without_two_to_compare_them_with_nothing_is_named(sevens: F32) -> None:
+    assert deviation_words(sevens[:0], sevens) == deviation_words(sevens[:50], sevens[50:51]) == ""
+    assert deviation_words(sevens[:50], 0.3 * sevens[50:52]) != ""
 
 
 def test_a_bar_is_as_wide_as_its_sides_are() -> None:
@@ -60,6 +98,46 @@ def test_a_bar_is_as_wide_as_its_sides_are() -> None:
     bars[0, 0, 6:10, 2:14] = bars[1, 0, 2:14, 6:10] = 1  # 12 pixels wide and 4 high, and upright
     wide = np.sqrt((12**2 - 1) / (4**2 - 1))  # of the standard deviations of 12 and of 4 pixels in a row
     np.testing.assert_allclose(measure(bars)[:, -1], [wide, 1 / wide], rtol=1e-6)
+
+
+def test_a_figure_is_measured_alike_whether_it_is_lighter_or_darker_than_its_background(sevens: F32) -> None:
+    size_to_aspect = slice(3, None)
+    np.testing.assert_allclose(
+        measure(1 - sevens[:20])[:, size_to_aspect], measure(sevens[:20])[:, size_to_aspect], atol=1e-3
+    )
+
+
+def test_a_larger_figure_of_the_same_colour_is_no_brighter_and_at_a_border_it_is_not_the_background() -> None:
+    blocks = np.zeros((2, 1, 16, 16), np.float32)
+    blocks[0, 0, 6:10, 0:6] = blocks[1, 0, 2:14, 0:14] = 0.8
+    brightness, contrast, *_, at_x, at_y, _ = measure(blocks).T
+    np.testing.assert_allclose(brightness, 0.4, atol=1e-6)
+    np.testing.assert_allclose(contrast, 0.8, atol=1e-6)
+    np.testing.assert_allclose(at_x, [2.5 - 7.5, 6.5 - 7.5], atol=1e-6)
+    np.testing.assert_allclose(at_y, 0, atol=1e-6)
+
+
+def test_a_pale_edge_makes_a_stroke_no_thicker() -> None:
+    strokes = np.zeros((3, 1, 32, 32), np.float32)
+    strokes[1, 0, 13:19, 2:30] = 0.4
+    strokes[:2, 0, 14:18, 2:30] = strokes[2, 0, 13:19, 2:30] = 1
+    plain, pale, thick = measure(strokes)[:, 4]
+    assert pale - plain < 0.75 * (thick - plain)
+
+
+def test_bars_are_narrow_or_wide_beside_squares() -> None:
+    rng = np.random.default_rng(0)
+
+    def blocks(high: int, wide: int) -> F32:
+        images = np.zeros((50, 1, 32, 32), np.float32)
+        for image, (dy, dx, y, x) in zip(images, rng.integers(0, 3, (50, 4)), strict=True):
+            top, left = y + (30 - high - dy) // 2, x + (30 - wide - dx) // 2
+            image[0, top : top + high + dy, left : left + wide + dx] = 1
+        return images
+
+    squares = blocks(12, 12)
+    assert "narrow" in words_of(blocks(18, 7), squares)
+    assert "wide" in words_of(blocks(7, 18), squares)
 
 
 def test_what_nobody_can_see_is_not_named() -> None:
@@ -74,28 +152,47 @@ def test_images_that_are_like_their_class_get_no_words(sevens: F32) -> None:
     assert deviation_words(sevens[:100], sevens[100:]) == ""
 
 
-def test_a_scenario_is_named_by_its_confusion_and_by_what_sets_it_apart_from_its_class(
-    tiny_spec, tiny_models
-):
+HELD_OUT = np.random.default_rng(0).random((2 * 6, 1, 16, 16)).astype(np.float32)
+
+
+@pytest.fixture
+def two_scenarios(tiny_models) -> Findings:
+    """Scenarios 2 and 0 of three components: 2 read as 4, and 8 read as 3."""
     sample, _ = sample_findings(3, 3, images=5, side=16)
     predicted = np.array([[3] * 5, [5] * 5, [7, 7, 7, 4, 4]])
     own = np.array([[8] * 5, [6] * 5, [7, 7, 7, 2, 2]])  # the 7s of the last component are right
-    held_out = np.random.default_rng(0).random((2 * 6, 1, 16, 16)).astype(np.float32)
     codes = np.zeros((2, 6, 4), np.float32)
-    found = dataclasses.replace(
+    return dataclasses.replace(
         sample,
         models=tiny_models,
         gallery=dataclasses.replace(sample.gallery, predicted=predicted),
         verdicts=dataclasses.replace(sample.verdicts, image_labels=own),
         fixes=Corrections(np.array([2, 0]), np.array([2, 8]), codes, codes),
     )
+
+
+def test_a_scenario_is_named_by_its_confusion_and_by_what_sets_it_apart_from_its_class(
+    tiny_spec, tiny_models, two_scenarios
+):
     splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    vae, names = load_vae(tiny_spec, tiny_models.vae), []
-    for label, answer, images in ((2, 4, held_out[:6]), (8, 3, held_out[6:])):
-        real = splits.validation.take(np.flatnonzero(splits.validation.labels == label))
-        words = deviation_words(images, decode_codes(vae, encode_images(vae, real)))
-        names.append(f"{label} read as {answer}: {words}")
-    assert describe_scenarios(tiny_spec, found, held_out, splits) == tuple(names)
+    for parts in (splits, dataclasses.replace(splits, validation=None)):
+        vae, names, real = load_vae(tiny_spec, tiny_models.vae), [], parts.validation or parts.test
+        for label, answer, images in ((2, 4, HELD_OUT[:6]), (8, 3, HELD_OUT[6:])):
+            of_label = real.take(np.flatnonzero(real.labels == label))
+            words = deviation_words(images, decode_codes(vae, encode_images(vae, of_label)))
+            names.append(f"{label} read as {answer}: {words}")
+        assert describe_scenarios(tiny_spec, two_scenarios, HELD_OUT, parts) == tuple(names)
+
+
+def test_a_scenario_is_compared_with_its_class_where_many_images_are_sorted_by_class(
+    tiny_spec, two_scenarios, monkeypatch
+):
+    monkeypatch.setattr("defuse_core.evaluation.describe.COMPARED_IMAGES", 100)
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    train = splits.train.take(np.argsort(splits.train.labels, kind="stable"))
+    assert 8 not in train.labels[:100]
+    alone = dataclasses.replace(splits, train=train, validation=None, test=None)
+    assert describe_scenarios(tiny_spec, two_scenarios, HELD_OUT, alone)[1].startswith("8 read as 3: ")
 
 
 def test_an_empty_image_is_measured_without_a_warning() -> None:

@@ -8,18 +8,32 @@ from PIL import Image
 from defuse_core.config import changed_field
 from defuse_core.data import open_splits
 from defuse_core.errors import VaeHealthError
-from defuse_core.evaluation.health import expect_healthy, measure_health, reconstruction_strip
+from defuse_core.evaluation.health import (
+    _tile,
+    expect_healthy,
+    health_after_training,
+    log_health,
+    measure_health,
+    moved_answers,
+    moved_images,
+    probe_images,
+    reconstruction_errors,
+    reconstruction_strip,
+)
 from defuse_core.local import LocalCompute
-from defuse_core.models import load_vae
+from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import silent
 from defuse_core.runs import ReachedStep, Run
+from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.training.reference_models import ReferenceAnnotators
-from tests.conftest import tiny
+from tests.conftest import recommended, tiny
 
 ALIVE = np.ones(4)
+ANCHORED = recommended(vae={"decode": "anchored"})
+WILD = ANCHORED.with_fields("identify", scale=300.0)  # noise that leaves nothing of a picture
 
 
 def health(kept: int, kl=ALIVE):
@@ -53,6 +67,76 @@ def test_an_image_that_the_classifier_gets_wrong_says_nothing_of_the_vae():
     assert found.verdict == "fit"
 
 
+def test_where_the_classifier_gets_nothing_right_the_vae_is_blind():
+    labels, answers = np.zeros(10, np.int64), np.ones(10, np.int64)
+    found = measure_health(labels, answers, labels, ALIVE)
+    assert (found.kept_right, found.verdict) == (0.0, "blind")
+
+
+def test_the_log_warns_of_a_vae_that_is_not_fit(caplog):
+    labels = np.zeros(200, np.int64)
+    original, moved = np.where(np.arange(200) < 150, 0, 1), np.where(np.arange(200) < 140, 0, 1)
+    found = measure_health(labels, original, moved, np.array([1, 1, 1, 0]))
+    for kind, level in ((found, "INFO"), (dataclasses.replace(found, verdict="poor"), "WARNING")):
+        caplog.clear()
+        with caplog.at_level("INFO", "defuse"):
+            log_health(kind, ("cat", "dog"))
+        assert [record.levelname for record in caplog.records] == [level]
+    assert (
+        "poor: the classifier gets 75.0 % of 200 training images right and 70.0 % of their reconstructions "
+        "(the most frequent answer on them: cat, 70 %); 1 of 4 latent dimensions collapsed"
+    ) in caplog.text
+
+
+def test_images_to_measure_on_are_spread_over_all_of_them(tiny_spec, monkeypatch):
+    monkeypatch.setattr("defuse_core.evaluation.health.PROBE_IMAGES", 50)
+    train = open_splits(tiny_spec.data, tiny_spec.seed).train
+    in_order = train.take(np.argsort(train.labels, kind="stable"))
+    assert len(probe_images(in_order)) == 50
+    assert np.unique(probe_images(in_order).labels).tolist() == list(range(10))
+
+
+def test_errors_and_answers_are_of_each_reconstruction(tiny_spec, tiny_models, monkeypatch):
+    monkeypatch.setattr("defuse_core.evaluation.health.PROBE_BATCH", 7)
+    images = open_splits(tiny_spec.data, tiny_spec.seed).train.take(slice(0, 20))
+    vae, classifier = (
+        load_vae(tiny_spec, tiny_models.vae),
+        load_classifier(tiny_spec, tiny_models.classifier, 10),
+    )
+    decoded = decode_codes(vae, encode_images(vae, images))
+    errors, answers = reconstruction_errors(classifier, vae, images)
+    expected = [np.mean((one - other) ** 2) for one, other in zip(decoded, images.batch(), strict=True)]
+    np.testing.assert_allclose(errors, expected, rtol=1e-4)
+    np.testing.assert_array_equal(answers, predict(classifier, decoded))
+
+
+def test_each_image_is_moved_by_noise_of_its_own(tiny_models, monkeypatch):
+    monkeypatch.setattr("defuse_core.evaluation.health.PROBE_BATCH", 2)
+    same = open_splits(ANCHORED.data, ANCHORED.seed).train.take(np.zeros(4, np.int64))
+    seen = []
+
+    def answer(images):
+        seen.append(images)
+        return np.arange(len(images)) + 10 * len(seen)
+
+    still, moved = moved_answers(ANCHORED, load_vae(ANCHORED, tiny_models.vae), same, answer)
+    assert (still.tolist(), moved.tolist()) == ([10, 11, 30, 31], [20, 21, 40, 41])
+    shown = np.concatenate([*seen[1::2], same.batch(slice(0, 1))])
+    assert len(np.unique(shown.reshape(5, -1), axis=0)) == 5
+    np.testing.assert_array_equal(np.concatenate(seen[::2]), same.batch())
+
+
+def test_before_reference_models_are_asked_an_anchored_vae_is_blind_only_where_it_collapsed(tiny_models):
+    images = open_splits(WILD.data, WILD.seed).train
+    vae, classifier = load_vae(WILD, tiny_models.vae), load_classifier(WILD, tiny_models.classifier, 10)
+    arguments = WILD, classifier, vae, images, images.labels
+    lost = health_after_training(*arguments, ALIVE)
+    assert (lost.verdict, lost.anchored) == ("poor", True) and lost.kept_right < 0.5
+    assert health_after_training(*arguments, np.zeros(4)).verdict == "blind"
+    plain = health_after_training(tiny(), classifier, vae, images, images.labels, ALIVE)
+    assert (plain.kept_right, plain.verdict, plain.anchored) == (1.0, "fit", False)
+
+
 def test_the_most_frequent_answer_on_reconstructions_is_measured():
     found = health(30)
     assert (found.most_common_answer, found.most_common_share) == (1, 0.7)
@@ -76,6 +160,32 @@ def test_the_upper_row_of_the_strip_is_the_originals(tiny_spec, tiny_models):
     expected = np.concatenate([image[0] for image in images.batch(slice(0, 16))], axis=1)
     np.testing.assert_allclose(pixels[:16] / 255, expected, atol=0.5 / 255 + 1e-6)
     assert not np.allclose(pixels[16:] / 255, expected, atol=0.1)
+
+
+def test_with_anchored_decoding_the_strip_has_the_originals_moved_in_a_third_row(tiny_models, monkeypatch):
+    monkeypatch.setattr("defuse_core.evaluation.health.STRIP_SIDE", 8)  # less than the images have
+    images = open_splits(ANCHORED.data, ANCHORED.seed).train.take(slice(0, 61))
+    vae, shown = load_vae(ANCHORED, tiny_models.vae), images.take(np.arange(0, 61, 4))
+    strip = reconstruction_strip(ANCHORED, vae, images)
+    pixels = np.asarray(Image.open(io.BytesIO(strip)).convert("L"))
+    assert pixels.shape == (3 * 16, 16 * 16)
+    moved = moved_images(ANCHORED, vae, shown, generator(ANCHORED.seed, "health", "strip"))
+    for row, expected in ((0, shown.batch()), (2, moved)):
+        beside = np.concatenate([image[0] for image in expected], axis=1)
+        np.testing.assert_allclose(pixels[16 * row : 16 * row + 16] / 255, beside, atol=0.6 / 255)
+
+
+def test_pictures_of_colours_stand_in_rows_and_columns():
+    grid = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 4, 5)).astype(np.float32) / 255
+    tiled = _tile(grid)
+    assert tiled.shape == (2 * 4, 3 * 5, 3)
+    for row, column in np.ndindex(2, 3):
+        picture = tiled[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
+        np.testing.assert_array_equal(picture, np.round(255 * grid[row, column]).transpose(1, 2, 0))
+
+
+def test_models_of_a_version_that_measured_no_health_are_accepted(tiny_models):
+    expect_healthy(tiny(vae={"accept": "fit"}), dataclasses.replace(tiny_models, health=None))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +212,8 @@ def test_a_verdict_worse_than_accept_stops(verdict, accept, stops, tiny_models):
     ("kl", "vae", "remedy"),
     [
         ([0, 0, 0, 0], {}, "lower vae.beta \\(now 0.3\\)"),
+        ([0, 0, 1, 1], {}, "lower vae.beta \\(now 0.3\\)"),
+        ([0, 1, 1, 1], {}, "set vae.architecture"),
         (ALIVE, {}, "set vae.architecture: convolutional, and choose another"),
         (ALIVE, {"architecture": "convolutional"}, "raise vae.epochs or vae.latent_dim, and choose another"),
     ],

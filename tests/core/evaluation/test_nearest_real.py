@@ -11,7 +11,7 @@ from scipy import stats
 from defuse_core.data import Images, open_splits
 from defuse_core.evaluation.nearest_real import _error_nearby, _outcomes, _seen, find_nearest_real
 from defuse_core.intervals import SIGNIFICANT
-from defuse_core.models import load_classifier, load_vae, predict
+from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from tests.sample_findings import sample_findings
 
 
@@ -84,6 +84,13 @@ def test_no_error_of_the_nearest_can_be_significant_with_few_errors_or_images(ne
     assert judged(in_order(near, 0, images))[1:] == (False, testable)
 
 
+@pytest.mark.parametrize(("images", "tested"), [(1, 1), (3, 1), (8, 2), (199, 49), (200, 50), (1000, 50)])
+def test_a_quarter_of_the_images_is_tested_but_one_at_least_and_fifty_at_most(images, tested):
+    assert judged(in_order(tested, 0, images))[0] == 1
+    assert judged(~in_order(tested, 0, images))[0] == 0
+    assert images == 1 or judged(in_order(tested - 1, images - tested, images))[0] == (tested - 1) / tested
+
+
 def test_frames_of_one_sign_count_once_where_the_nearest_of_them_is():
     # track 7 is the nearest, with three of four frames wrong; 5 has one of two wrong, which is not most of them
     tracks = np.array([7, 5, 7, 2, 7, 7, 5])
@@ -129,3 +136,76 @@ def test_the_tracks_of_real_images_are_what_is_compared(tiny_spec, tiny_models):
     without = find_nearest_real(vae, before, scenarios, fixes, Images(images.pixels, labels))
     assert without.error_of_label[0] == pytest.approx((answers[labels == 3] != 3).mean())
     assert expected != without.error_of_label[0]
+
+
+def test_the_nearest_images_of_the_label_are_shown_in_order_with_the_answers_on_them(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    before = load_classifier(tiny_spec, tiny_models.classifier, len(tiny_models.classes))
+    real = open_splits(tiny_spec.data, tiny_spec.seed).train.take(np.arange(200))
+    real = Images(
+        real.pixels, np.where(real.labels == 9, 8, real.labels)
+    )  # there is no 9, and many are wrong
+    answers, codes = predict(before, real), encode_images(vae, real)
+    found, _ = sample_findings(3, 3)
+    rng, width = np.random.default_rng(0), codes.shape[1]
+    roots = rng.normal(size=(3, width, width))
+    scenarios = dataclasses.replace(
+        found.scenarios,
+        means=rng.normal(size=(3, width)),
+        covariances=roots @ roots.transpose(0, 2, 1),
+        cells=None,
+    )
+    fixes = dataclasses.replace(found.fixes, labels=np.array([8, 3, 9]), scenario=np.array([2, 0, 1]))
+    nearest = find_nearest_real(vae, before, scenarios, fixes, real)
+    pictures = np.round(real.batch() * 255)
+    for place, (number, label) in enumerate(((2, 8), (0, 3))):
+        away = np.linalg.solve(roots[number], (codes - scenarios.means[number]).T.astype(np.float64))
+        order = np.argsort((away**2).sum(axis=0))
+        near = order[real.labels[order] == label]
+        wrong = answers[near] != label
+        np.testing.assert_array_equal(nearest.images[place], pictures[near[:12]])
+        np.testing.assert_array_equal(nearest.predicted[place], answers[near[:12]])
+        assert nearest.labels[place].tolist() == [label] * 12
+        assert nearest.error[place] == wrong[: len(near) // 4].mean()
+        assert nearest.error_of_label[place] == pytest.approx(wrong.mean())
+    assert nearest.error_of_all == pytest.approx((answers != real.labels).mean())
+    assert np.isnan([nearest.error[2], nearest.error_of_label[2]]).all()
+    assert not nearest.seen[2] and not nearest.testable[2]
+
+
+def test_a_scenario_is_seen_in_real_data_as_one_of_all_that_are_tested(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    before = load_classifier(tiny_spec, tiny_models.classifier, len(tiny_models.classes))
+    images = open_splits(tiny_spec.data, tiny_spec.seed).train
+    answers = predict(before, images)
+    rows = np.concatenate([np.flatnonzero(answers == 3)[:24], np.flatnonzero(answers != 3)[:24]])
+    real = Images(images.take(rows).pixels, np.full(48, 3))  # half of them are wrong
+    codes = encode_images(vae, real)
+    # how many of the twelve nearest to each of them are wrong: six are significant (0.04) for one scenario alone
+    hits = np.array([(np.argsort(((codes - code) ** 2).sum(axis=1))[:12] >= 24).sum() for code in codes])
+    two = [np.flatnonzero(hits == 6)[0], np.flatnonzero(hits < 6)[0]]
+    found, _ = sample_findings(2, 2)
+    width = codes.shape[1]
+    scenarios = dataclasses.replace(
+        found.scenarios,
+        means=codes[two].astype(np.float64),
+        covariances=np.stack([np.eye(width)] * 2),
+        cells=None,
+    )
+    seen = []
+    for numbers in ([0], [0, 1]):
+        fixes = found.fixes.take(np.array(numbers))
+        fixes = dataclasses.replace(fixes, labels=np.full(len(fixes.labels), 3), scenario=np.array(numbers))
+        seen.append(find_nearest_real(vae, before, scenarios, fixes, real).seen.tolist())
+    assert seen == [[True], [False, False]]
+
+
+def test_without_scenarios_there_are_no_real_images(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    before = load_classifier(tiny_spec, tiny_models.classifier, len(tiny_models.classes))
+    real = open_splits(tiny_spec.data, tiny_spec.seed).train.take(np.arange(20))
+    found, _ = sample_findings(2, 0)
+    nearest = find_nearest_real(vae, before, found.scenarios, found.fixes, real)
+    assert nearest.images.shape == (0, 12, 1, 16, 16)
+    assert nearest.labels.shape == nearest.predicted.shape == (0, 12)
+    assert nearest.seen.shape == nearest.testable.shape == nearest.error.shape == (0,)

@@ -18,9 +18,11 @@ from defuse_core.artifacts import (
     Scenarios,
     Verdicts,
 )
+from defuse_core.distill.psi import subsample_psi
 from defuse_core.identify import Identifier, save_shard
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
+from defuse_core.review.examiner import in_tasks
 from defuse_core.review.unreviewed import allowed, choose_unreviewed, decode_failures
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -102,14 +104,19 @@ def run_with_psi(tmp_path, tiny_models: Models, references: ReferenceSet) -> tup
     return run, Psi(one, shard.images, shard.decodings, 0, 0, 0.0, fingerprint=shard.fingerprint)
 
 
-def test_they_are_clear_to_every_reference_model_and_drawn_by_seed(run_with_psi, tiny_models, references):
-    run, psi = run_with_psi
+def nowhere(run: Run) -> tuple[Scenarios, Verdicts]:
+    """Two components, one of them accepted, whose regions hold no code."""
     scenarios, verdicts = found_with([NONE_OF_THE_ABOVE, 3])
     width = run.spec.vae.latent_dim
-    nowhere = replace(
+    far = replace(
         scenarios, means=np.full((2, width), 1e4), covariances=np.stack([np.eye(width)] * 2), cells=None
     )
-    arguments = run, LocalCompute(), tiny_models, references, psi, nowhere, verdicts
+    return far, verdicts
+
+
+def test_they_are_clear_to_every_reference_model_and_drawn_by_seed(run_with_psi, tiny_models, references):
+    run, psi = run_with_psi
+    arguments = run, LocalCompute(), tiny_models, references, psi, *nowhere(run)
     chosen, again = choose_unreviewed(*arguments), choose_unreviewed(*arguments)
     assert 0 < len(chosen) <= 60  # tune_images of one accepted scenario
     np.testing.assert_array_equal(chosen.codes, again.codes)
@@ -121,6 +128,54 @@ def test_they_are_clear_to_every_reference_model_and_drawn_by_seed(run_with_psi,
     assert (chosen.source < RIGHT).any()
     if len(chosen) > 5:
         assert chosen.source.tolist() != sorted(chosen.source.tolist())  # a part of them is a sample, too
+
+
+def test_all_that_are_clear_are_tuned_on_where_they_are_fewer_than_images_of_scenarios(
+    run_with_psi, tiny_models, references
+):
+    run, psi = run_with_psi
+    run.spec = run.spec.with_fields("correct", tune_images=10_000)
+    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
+    failures = subsample_psi(run.spec, psi, run.store)
+    images = decode_codes(load_vae(run.spec, tiny_models.vae), failures.codes)
+    models = load_reference_models(run.spec, run.spec.review.reference, references, 10)
+    sure = model_probabilities(models, images)[:, np.arange(len(failures)), failures.truth].min(axis=0)
+    answers = predict(load_classifier(run.spec, tiny_models.classifier, 10), images)
+    clear = (sure >= run.spec.identify.min_probability) & (answers != failures.truth)
+    assert 0 < clear.sum() < len(failures)
+    np.testing.assert_array_equal(np.unique(chosen.codes, axis=0), np.unique(failures.codes[clear], axis=0))
+
+
+def test_twice_as_many_are_examined_as_are_wanted(run_with_psi, tiny_models, references, monkeypatch):
+    run, psi = run_with_psi
+    run.spec = run.spec.with_fields("correct", tune_images=20).with_fields("identify", min_probability=0.0)
+    examined = []
+
+    def noting(compute, step, count, *rest, **options):
+        examined.append(count)
+        return in_tasks(compute, step, count, *rest, **options)
+
+    monkeypatch.setattr("defuse_core.review.unreviewed.in_tasks", noting)
+    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
+    assert examined == [2 * 20] and len(chosen) <= 20
+    monkeypatch.setattr(
+        "defuse_core.review.unreviewed.EXAMINED", 100
+    )  # more of them are clear than are wanted
+    run.spec = run.spec.with_fields("correct", tune_images=5)
+    assert len(choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))) == 5
+
+
+def test_none_is_tuned_on_that_is_in_the_region_of_a_rejected_component(
+    run_with_psi, tiny_models, references
+):
+    run, psi = run_with_psi
+    run.spec = run.spec.with_fields("correct", tune_images=10_000)
+    failures, (scenarios, verdicts) = subsample_psi(run.spec, psi, run.store), nowhere(run)
+    means = np.stack([np.median(failures.codes, axis=0), scenarios.means[1]])
+    near = replace(scenarios, means=means, covariances=0.2 * scenarios.covariances)
+    assert 0 < allowed(failures, near, verdicts).mean() < 0.95
+    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, near, verdicts)
+    assert len(chosen) and allowed(chosen, near, verdicts).all()
 
 
 def test_with_anchored_decoding_each_is_shown_at_its_own_training_image(tiny_models, monkeypatch):

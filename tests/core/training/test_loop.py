@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
@@ -10,10 +11,19 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import Checkpoint, ClassifierEpoch
 from defuse_core.codec import decode
-from defuse_core.errors import ComputeError, RunBusyError
+from defuse_core.errors import ComputeError, ModelError, RunBusyError
 from defuse_core.store import FolderStore
 from defuse_core.training import loop
-from defuse_core.training.loop import Adam, Training, load_optimizer_state, optimizer_state, train_step
+from defuse_core.training.loop import (
+    Adam,
+    Losses,
+    Training,
+    format_row,
+    load_optimizer_state,
+    minibatches,
+    optimizer_state,
+    train_step,
+)
 
 KEY = "training/net.safetensors"
 
@@ -24,9 +34,9 @@ def store(tmp_path, monkeypatch) -> FolderStore:
     return FolderStore(tmp_path)
 
 
-def training(store) -> Training:
+def training(store, name: str = "net") -> Training:
     module = nn.Linear(2, 2)
-    return Training(module, torch.optim.Adam(module.parameters()), store, "net", "these images")
+    return Training(module, torch.optim.Adam(module.parameters()), store, name, "these images")
 
 
 def train(started: Training, epochs: int) -> None:
@@ -37,17 +47,26 @@ def train(started: Training, epochs: int) -> None:
         started.history.append(ClassifierEpoch(epoch + 1, 0.5))
 
 
-def resume_in_group(rank: int, folder: Path, meeting: Path) -> None:
-    """Be one of two workers that train together, the second of which does not see the store of the first."""
+def train_in_group(rank: int, folder: Path, meeting: Path) -> None:
+    """Be one of two workers that train together, each of which sees a store of its own."""
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    store = FolderStore(folder / str(rank))
     with pytest.raises(ComputeError, match=r"one has 0, another 3"):
-        training(FolderStore(folder / str(rank)))
+        training(store)
+    train(training(store, "other"), 1)
+    losses = Losses("net")
+    losses.add(torch.tensor(1.0 + rank))
+    assert losses.mean() == (1.5, [])
+    losses.add(torch.tensor(torch.inf if rank else 1.0))
+    with pytest.raises(ModelError, match="training net diverged"):
+        losses.mean()
     distributed.destroy_process_group()
 
 
-def test_workers_that_find_different_checkpoints_do_not_train_together(tmp_path):
+def test_workers_train_together_from_one_checkpoint_which_the_first_writes_and_diverge_together(tmp_path):
     train(training(FolderStore(tmp_path / "0")), 3)
-    torch.multiprocessing.spawn(resume_in_group, (tmp_path, tmp_path / "meeting"), nprocs=2)
+    torch.multiprocessing.spawn(train_in_group, (tmp_path, tmp_path / "meeting"), nprocs=2)
+    assert FolderStore(tmp_path).list() == [f"0/{KEY}", "0/training/other.safetensors"]
 
 
 def epochs_stored(store: FolderStore) -> int:
@@ -81,6 +100,49 @@ def test_a_damaged_checkpoint_is_logged_and_the_training_begins_again(store, cap
     assert "the training begins again" in caplog.text
     train(again, 2)
     assert epochs_stored(store) == 2
+
+
+def test_a_checkpoint_is_saved_some_seconds_after_the_last_one_and_after_the_last_epoch(
+    tmp_path, monkeypatch
+):
+    now, store, kept = [0.0], FolderStore(tmp_path), []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    started = training(store)
+    ends = iter((10.0, 21.0, 22.0, 41.0, 42.0, 43.0))
+    for epoch in started.epochs(6):
+        kept.append(epochs_stored(store) if store.exists(KEY) else 0)
+        started.history.append(ClassifierEpoch(epoch + 1, 0.5))
+        now[0] = next(ends)
+    assert (*kept, epochs_stored(store)) == (0, 0, 2, 2, 2, 5, 6)
+
+
+def test_a_training_goes_on_with_its_best_epoch(store):
+    started = training(store)
+    started.best = {"weight": np.ones(2, np.float32)}
+    train(started, 1)
+    np.testing.assert_array_equal(training(store).best["weight"], [1, 1])
+
+
+def test_a_longer_training_on_other_images_and_a_damaged_checkpoint_are_replaced(store):
+    started = training(store)
+    other = training(store)
+    other.data_fingerprint = "other images"
+    train(other, 3)
+    train(started, 1)
+    assert epochs_stored(store) == 1
+    store.write(KEY, store.read(KEY)[:-7])
+    train(started, 2)
+    assert epochs_stored(store) == 2
+
+
+def test_the_log_has_the_figures_of_an_epoch_that_were_measured():
+    assert format_row(ClassifierEpoch(3, 0.12345)) == "loss 0.1235"
+    assert format_row(ClassifierEpoch(3, 0.5, 0.75)) == "loss 0.5, validation 0.75"
+
+
+def test_a_single_image_is_a_minibatch():
+    assert [rows.tolist() for rows in minibatches(1, 4, np.random.default_rng(0))] == [[0]]
+    assert sorted(len(rows) for rows in minibatches(9, 4, np.random.default_rng(0))) == [4, 4]
 
 
 @pytest.fixture

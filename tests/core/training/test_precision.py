@@ -58,6 +58,40 @@ def test_an_answer_without_a_margin_is_computed_in_f32():
     assert answers_as_in_f32(logits, 3, 2, margin_bound(logits, 3)).tolist() == [0, 1, 2]
 
 
+def test_the_bound_is_twice_the_largest_error_of_a_margin_on_inputs_from_first_to_last():
+    exact = torch.tensor([[1.0, 0, -9], [3, 0, -9], [0, 4, -9]])
+    fast = torch.tensor([[1.25, 0, -9], [2.5, 0, -9], [0, 4.125, -9]])  # in error by 0.25, -0.5 and 0.125
+
+    def logits(rows):
+        table = fast if torch.is_autocast_enabled("cpu") else exact
+        return table[torch.as_tensor(rows) * 3 // 10_000]
+
+    assert margin_bound(logits, 10_000) == 2 * 0.5
+    assert margin_bound(lambda rows: logits(rows)[:, :2], 10_000) == 2 * 0.5
+
+
+def test_bf16_is_that_of_the_device_and_f32_changes_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr("defuse_core.training.precision.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: asked.append((kind, dtype)))
+    autocast("bf16")
+    with autocast("f32"):
+        assert asked == [("cuda", torch.bfloat16)]
+
+
+def test_a_classifier_of_one_class_is_never_in_doubt():
+    exactly = []
+
+    def logits(rows):
+        exactly.append(not torch.is_autocast_enabled("cpu"))
+        return torch.ones(len(rows), 1)
+
+    assert margin_bound(logits, 4) == 0
+    exactly.clear()
+    assert answers_as_in_f32(logits, 4, 2, 0.0).tolist() == [0] * 4
+    assert not any(exactly)
+
+
 def test_psi_of_bf16_is_that_of_f32(tiny_spec, tiny_models):
     exact = Identifier(tiny_spec, tiny_models)
     fast = Identifier(tiny(identify={"batch_size": 32}, **BF16), tiny_models)
@@ -75,6 +109,7 @@ def test_the_accuracy_in_bf16_is_that_of_f32(tiny_models, tiny_spec, monkeypatch
     rng = np.random.default_rng(0)
     images = Images(rng.random((1000, 1, 16, 16), np.float32), rng.integers(0, 10, 1000))
     assert accuracy_as_in_f32(classifier, images, "bf16") == accuracy(classifier, images)
+    assert np.isnan(accuracy_as_in_f32(classifier, images.take(slice(0)), "bf16"))
 
 
 def test_models_trained_in_bf16_are_other_weights_of_about_the_same_accuracy(tiny_spec, tiny_models):
@@ -135,6 +170,18 @@ def test_images_stored_on_the_device_give_the_same_batches_bit_for_bit(monkeypat
     assert batch.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(batch, to_tensor(images.batch(rows)), rtol=0, atol=0)
     assert stored.labels(rows).tolist() == rows.tolist()
+
+
+def test_images_are_stored_on_an_accelerator_where_they_take_a_quarter_of_its_free_memory(monkeypatch):
+    images = Images(np.zeros((50, 1, 8, 8), np.uint8), np.zeros(50, np.int64))
+    free = [4 * images.pixels.nbytes]
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free[0], 10**12))
+    assert not batches.fits_on_device(images)  # on the CPU
+    monkeypatch.setattr(batches, "device", lambda: torch.device("cuda"))
+    assert batches.fits_on_device(images)
+    assert not batches.fits_on_device(Images(PictureFiles([], 1, 8), np.zeros(0, np.int64)))
+    free[0] -= 4
+    assert not batches.fits_on_device(images)
 
 
 def test_image_files_are_read_one_batch_ahead_and_come_in_order(tmp_path, monkeypatch):

@@ -1,0 +1,31 @@
+"""Parts of the pipeline: artefacts that are made together, and a report that cannot be written."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from defuse_core.artifacts import Psi
+from defuse_core.pipeline import _once_each
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from tests.conftest import tiny
+
+
+def psi(total: int) -> Psi:
+    return Psi(np.array([total]), 10, 40, 2, 1, 0.5)
+
+
+def test_artefacts_of_one_step_that_are_missing_are_made_together_and_the_others_are_not_made_again(tmp_path):
+    run, asked = Run.start(FolderStore(tmp_path), "a", tiny()), []
+    kinds, totals = dict.fromkeys(("one", "two", "three"), Psi), {"one": 1, "two": 2, "three": 3}
+
+    def make(names):
+        asked.append(tuple(names))
+        return [psi(totals[name]) for name in names]
+
+    run.once("correct", Psi, lambda: psi(20), "two")
+    for _ in range(2):
+        found = _once_each(run, "correct", kinds, make)
+        assert {name: each.total for name, each in found.items()} == {"one": 1, "two": 20, "three": 3}
+    assert asked == [("one", "three")]
+    assert set(run.manifest()["artefacts"]) == set(kinds)

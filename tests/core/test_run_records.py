@@ -1,0 +1,147 @@
+"""What a run records beside its artefacts: its run file, weights, manifest and who listens."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Models, Psi, Sweep, SweepRow, Votes
+from defuse_core.errors import RunFileError, RunMismatchError, StoreError
+from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, utc_now
+from defuse_core.store import FolderStore
+from tests.conftest import tiny
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "runs")
+
+
+def psi() -> Psi:
+    return Psi(np.array([3]), 10, 40, 2, 1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b"{", "no YAML"),
+        (b"seed: 2023-02-30", "no YAML"),
+        (b"", "NoneType"),
+        (b"[1]", "list"),
+        (b"\xff", "no YAML"),
+    ],
+)
+def test_a_damaged_run_file_of_a_run_is_named_with_what_to_do(store, text, found):
+    store.write("a/run.yaml", text)
+    with pytest.raises(
+        RunFileError, match=f"a/run.yaml: expected what Defuse wrote there, found {found}; delete it"
+    ):
+        Run.open(store, "a")
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"[]", b'{"artefacts": []}'])
+def test_a_damaged_manifest_is_named(store, text):
+    run = Run.start(store, "a", tiny())
+    run.store.write("manifest.json", text)
+    with pytest.raises(
+        StoreError, match="manifest.json: expected what Defuse wrote there, found damaged JSON"
+    ):
+        run.manifest()
+
+
+def test_weights_in_a_folder_are_known_by_all_of_its_files(store, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(b"1")
+    (folder / "model").write_bytes(b"1")
+    (folder / ".cache").mkdir()
+    spec = tiny(vae={"weights": folder})
+    Run.start(store, "a", spec).once("identify", Psi, psi)
+    (folder / ".cache" / "log").write_bytes(b"no file of the folder itself")
+    Run.start(store, "a", spec)
+    for name, data in (("model", b"2"), ("more", b"1")):
+        before = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes(data)
+        with pytest.raises(RunMismatchError, match=r"vae\.weights: its file holds other weights"):
+            Run.start(store, "a", spec)
+        (folder / name).unlink()
+        if before is not None:
+            (folder / name).write_bytes(before)
+    Run.start(store, "a", spec)
+
+
+def test_a_run_that_began_before_weights_were_noted_goes_on(store, tmp_path):
+    weights = tmp_path / "w.pt"
+    weights.write_bytes(b"1")
+    spec = tiny(vae={"weights": weights})
+    Run.start(store, "a", spec).once("identify", Psi, psi)
+    store.delete(f"a/{WEIGHTS}")
+    Run.start(store, "a", spec)
+
+
+def test_an_added_lambda_is_recorded_and_what_follows_from_the_sweep_is_made_again(store):
+    run = Run.start(store, "a", tiny(correct={"lambdas": [1.0]}))
+    run.once("identify", Psi, psi)
+    gone = [f"{name}.safetensors" for name in FROM_SWEEP]
+    gone += ["report.json", "report.html", "trials/plain/1", "trials/plain_1/1", "trials/left_out_0/1"]
+    kept = ["baseline.safetensors", "verdicts.safetensors", "trials/defuse/1", "trials/baseline/1"]
+    for key in (*gone, *kept):
+        run.store.write(key, b"1")
+    Run.start(store, "a", tiny(correct={"lambdas": [1.0, 2.0]}))
+    assert Run.open(store, "a").spec.correct.lambdas == (1.0, 2.0)
+    assert run.store.list() == sorted([*kept, "psi.safetensors", "manifest.json", "run.yaml"])
+
+
+def test_only_images_that_were_given_in_memory_are_looked_for_in_the_runs_own_folder(store, tmp_path):
+    for root, own in ((tmp_path / "other.npz", False), (tmp_path / "a" / IMAGES, True)):
+        Run.start(store, "a", tiny(data={"name": "npz", "root": root}))
+        store.write(f"a/{IMAGES}", b"1")
+        expected = Path(store.address) / "a" / IMAGES if own else root
+        assert Run.open(store, "a").spec.data.root == expected
+
+
+def test_who_listens_is_told_of_each_artefact_once_it_is_stored(store):
+    run, told = Run.start(store, "a", tiny()), []
+    run.listeners.append(lambda: told.append(run.store.exists("psi.safetensors")))
+    for _ in range(2):
+        run.once("identify", Psi, psi)
+    assert told == [True]
+
+
+def test_an_artefact_is_the_same_when_it_is_made_as_when_it_is_loaded(store):
+    row = SweepRow(1.0, 1, 0.1, train=0.5, validation=float("nan"), test=None, tune=0.5, scenario=0.5)
+    run = Run.start(store, "a", tiny())
+    for _ in range(2):
+        assert run.once("correct", Sweep, lambda: Sweep((row,), None, {}, ())).rows[0].validation is None
+
+
+def test_the_manifest_names_device_images_annotators_and_the_versions_of_the_last_artefact(
+    store, tiny_models
+):
+    run = Run.start(store, "a", tiny())
+    run.store.write("manifest.json", b'{"versions": {"python": "2.7"}}')
+    run.once("train", Models, lambda: replace(tiny_models, device="a card"))
+    one = np.zeros(1, np.int64)
+    run.once("review", Votes, lambda: Votes(one, one, one, one, np.zeros(1), ("Ada",), "people", {}))
+    manifest = run.manifest()
+    assert (manifest["name"], manifest["seed"], manifest["device"]) == ("a", tiny().seed, "a card")
+    assert manifest["data_fingerprint"] == tiny_models.data_fingerprint
+    assert manifest["annotators"] == "people"
+    assert manifest["versions"]["python"] == platform.python_version()
+
+
+def test_times_are_those_of_greenwich(monkeypatch):
+    monkeypatch.setenv("TZ", "XXX-9")
+    time.tzset()
+    try:
+        said = datetime.datetime.strptime(utc_now(), "%Y-%m-%dT%H:%M:%S%z")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert abs(datetime.datetime.now(datetime.UTC) - said) < datetime.timedelta(minutes=1)
