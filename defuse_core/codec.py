@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from defuse_core.errors import StoreError
+from defuse_core.errors import DamagedError
 
 T = TypeVar("T")
 Arrays = dict[str, npt.NDArray[Any]]
@@ -55,22 +55,22 @@ def _parts(artefact: object) -> tuple[Arrays, str]:
 def decode(
     kind: type[T], data: bytes, where: str, remedy: str = "delete it and run again: it is made again"
 ) -> T:
-    """Return the artefact in `data`. Raises StoreError, naming `where`, for other, truncated or altered bytes."""
+    """Return the artefact in `data`. Raises DamagedError, naming `where`, for other, truncated or altered bytes."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load_tensors(data)
         digest, text = json.loads(header["defuse"])
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise StoreError(
+        raise DamagedError(
             f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error}); {remedy}"
         ) from error
     if digest != array_digest(arrays, text):
-        raise StoreError(f"{where}: its bytes changed since they were written; {remedy}")
+        raise DamagedError(f"{where}: its bytes changed since they were written; {remedy}")
     body = json.loads(text)
     if body.get("format") != FORMAT:
         _refuse_format(where, f"artefact format {body.get('format', 1)}")
     if body["kind"] != kind.__name__:
-        raise StoreError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}; {remedy}")
+        raise DamagedError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}; {remedy}")
     try:
         artefact: T = _adapter(kind).validate_python((_join(body["fields"], arrays),))[0]  # type: ignore[arg-type]
         return artefact
@@ -83,7 +83,7 @@ def decode(
 
 
 def _refuse_format(where: str, found: str) -> NoReturn:
-    raise StoreError(
+    raise DamagedError(
         f"{where}: expected artefact format {FORMAT}, found {found}; use the version of Defuse that wrote it, "
         "or start a new run"
     )

@@ -31,7 +31,7 @@ from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import StoreError
+from defuse_core.errors import DamagedError, StoreError
 from defuse_core.models import (
     Decoder,
     Vae,
@@ -315,7 +315,7 @@ def _record(index: int, shard: Shard) -> ShardRecord:
 
 
 def load_shard(store: Store, index: int, fingerprint: str, remedy: str) -> Shard:
-    """Return a shard. Raises FileNotFoundError, or StoreError with `remedy` where it is damaged or another shard."""
+    """Return a shard. Raises FileNotFoundError, or DamagedError with `remedy` where it is damaged or another shard."""
     where = f"{store.address}/{shard_key(index)}"
     return _decode_shard(store.read(shard_key(index)), where, (index, fingerprint), remedy)
 
@@ -323,9 +323,9 @@ def load_shard(store: Store, index: int, fingerprint: str, remedy: str) -> Shard
 def _decode_shard(data: bytes, where: str, expected: tuple[int, str], remedy: str) -> Shard:
     shard, (index, fingerprint) = decode(Shard, data, where, remedy), expected
     if shard.index != index:
-        raise StoreError(f"{where}: expected shard {index}, found shard {shard.index}; {remedy}")
+        raise DamagedError(f"{where}: expected shard {index}, found shard {shard.index}; {remedy}")
     if shard.fingerprint != fingerprint:
-        raise StoreError(f"{where}: expected a shard of this run, found one of another run; {remedy}")
+        raise DamagedError(f"{where}: expected a shard of this run, found one of another run; {remedy}")
     return shard
 
 

@@ -161,8 +161,7 @@ class RunResult:
 
     @cached_property
     def _codes(self) -> dict[str, F32]:
-        """Codes of the parts, which are filled in when they are first needed."""
-        return {}
+        return {}  # of the parts, from when they are first needed
 
     def _codes_of(self, name: str) -> F32:
         if name not in self._codes:
@@ -181,12 +180,11 @@ class RunResult:
 
     def _real_images(self, name: str, rows: I64, distances: F64) -> RealImages:
         images, classes = self._part(name).take(rows), self._models.classes
-        answers = predict(self._before, images)
         given = self._rows.get(name)
         return RealImages(
             images=images.batch(),
             labels=tuple(classes[label] for label in images.labels),
-            answers=tuple(classes[answer] for answer in answers),
+            answers=tuple(classes[answer] for answer in predict(self._before, images)),
             rows=rows if given is None else given[rows],
             files=tuple(images.pixels.paths) if isinstance(images.pixels, PictureFiles) else None,
             distances=distances,
@@ -342,10 +340,12 @@ class ScenarioView:
         return self._nearest("validation", count)
 
     def _nearest(self, part: str, count: int) -> RealImages:
-        scenarios = self._result._findings[0].scenarios
-        distances = distances_from(scenarios, self.number, self._result._codes_of(part))
+        if count < 1:
+            raise InputError(f"count: expected at least 1, found {count}")
+        result, scenarios = self._result, self._result._findings[0].scenarios
+        distances = distances_from(scenarios, self.number, result._codes_of(part))
         rows = np.argsort(distances, kind="stable")[:count]
-        return self._result._real_images(part, rows, distances[rows])
+        return result._real_images(part, rows, distances[rows])
 
     def __repr__(self) -> str:
         return f"<scenario {self.number}: {self.name}>"

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from defuse_core.artifacts import Models, Votes
 from defuse_core.codec import decode, encode
 from defuse_core.config import (
@@ -23,12 +25,14 @@ from defuse_core.config import (
     dump_run_file,
     model_sections,
     parse_run_file,
+    settings_digest,
 )
-from defuse_core.errors import InputError, RunFileError, RunMismatchError, StoreError
+from defuse_core.errors import DamagedError, InputError, RunFileError, RunMismatchError
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
+RECORD = "# The settings of this run, written by Defuse. Edit only check and serve. SHA-256 of the others: "
 REMEDY = "delete it and run again with the run file that this run was started with"
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = (
@@ -79,6 +83,18 @@ def _digest_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def _record(spec: RunFile) -> bytes:
+    """Return the run file as a run records it, which says in its first line what its fields are."""
+    text = dump_run_file(spec)
+    return f"{RECORD}{settings_digest(yaml.safe_load(text))}\n{text}".encode()
+
+
+def _was_edited(text: bytes, tree: dict[str, Any]) -> bool:
+    """Whether fields that change results are others than those that were recorded; an earlier version noted none."""
+    first = text.partition(b"\n")[0].decode(errors="replace")
+    return first.startswith(RECORD) and first != RECORD + settings_digest(tree)
+
+
 def _damaged(store: Store, name: str) -> str:
     return f"{store.address}/{name}/run.yaml: expected what Defuse wrote there"
 
@@ -119,7 +135,7 @@ class Run:
         names are known by what is in their files.
         """
         run = cls(store, name, spec, until)
-        if run.store.create("run.yaml", dump_run_file(spec).encode()):
+        if run.store.create("run.yaml", _record(spec)):
             run._note_weights()
             return run
         recorded = cls.open(store, name).spec
@@ -137,7 +153,7 @@ class Run:
         elif added:
             run._delete_sweep(added)
         if added or recorded != spec:
-            run.store.write("run.yaml", dump_run_file(spec).encode())
+            run.store.write("run.yaml", _record(spec))
         return run
 
     def _delete_sweep(self, added: tuple[float, ...]) -> None:
@@ -166,8 +182,6 @@ class Run:
     @classmethod
     def open(cls, store: Store, name: str) -> Run:
         """Return the existing run called `name`, with its recorded run file. Raises InputError if there is none."""
-        import yaml
-
         try:
             text = store.within(name).read("run.yaml")
         except FileNotFoundError as error:
@@ -180,6 +194,11 @@ class Run:
             raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REMEDY}") from error
         if not isinstance(tree, dict):
             raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REMEDY}")
+        if _was_edited(text, tree):
+            raise RunFileError(
+                f"{store.address}/{name}/run.yaml: a field that changes results was edited after the run began; undo "
+                "that, and give another --name to a run with other settings"
+            )
         run = cls(store, name, parse_run_file(_with_legacy_defaults(tree), f"{name}/run.yaml"))
         root, own = run.spec.data.root, Path(run.store.address, IMAGES)
         if root is not None and root.as_posix().endswith(f"/{IMAGES}") and own.exists():
@@ -241,7 +260,7 @@ class Run:
         return {"name": self.name, "seed": self.spec.seed, "artefacts": {}} | manifest
 
     def _read_json(self, key: str, consequence: str) -> dict[str, Any]:
-        """Return a file of the run, empty where there is none. Raises StoreError for one that is damaged."""
+        """Return a file of the run, empty where there is none. Raises DamagedError for one that is damaged."""
         try:
             found = json.loads(self.store.read(key))
         except FileNotFoundError:
@@ -249,7 +268,7 @@ class Run:
         except ValueError:  # no UTF-8, or no JSON
             found = None
         if not isinstance(found, dict) or not isinstance(found.get("artefacts", {}), dict):
-            raise StoreError(
+            raise DamagedError(
                 f"{self.store.address}/{key}: expected what Defuse wrote there, found damaged JSON; delete it and run "
                 f"again: {consequence}"
             )

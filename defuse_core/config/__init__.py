@@ -10,6 +10,7 @@ from defuse_core.config.loading import (
     flat_fields,
     load_run_file,
     parse_run_file,
+    settings_digest,
 )
 from defuse_core.config.run_file import (
     STEPS,
@@ -69,5 +70,6 @@ __all__ = [
     "load_run_file",
     "model_sections",
     "parse_run_file",
+    "settings_digest",
     "with_weights",
 ]

@@ -6,7 +6,7 @@ import numpy as np
 
 from defuse_core.artifacts import I64, Failures, Psi, Shard
 from defuse_core.config import RunFile
-from defuse_core.errors import StoreError
+from defuse_core.errors import DamagedError
 from defuse_core.identify import load_shard, shard_key
 from defuse_core.seeds import generator
 from defuse_core.store import Store, map_ahead
@@ -38,12 +38,12 @@ def subsample_psi(spec: RunFile, psi: Psi, store: Store) -> Failures:
 
 
 def shard_of_psi(store: Store, fingerprint: str, index: int) -> Shard:
-    """Return a shard of the Ψ with this fingerprint. Raises StoreError where it is gone or damaged."""
+    """Return a shard of the Ψ with this fingerprint. Raises DamagedError where it is gone or damaged."""
     remedy = f"delete {store.address}/psi.safetensors and run again: only this shard is made again"
     try:
         return load_shard(store, index, fingerprint, remedy)
     except FileNotFoundError as error:
         where = f"{store.address}/{shard_key(index)}"
-        raise StoreError(
+        raise DamagedError(
             f"{where}: expected a shard of psi.safetensors, found no such file; {remedy}"
         ) from error

@@ -23,7 +23,7 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config import ReviewSection
-from defuse_core.errors import InputError, RunFileError, StoreError
+from defuse_core.errors import DamagedError, InputError, RunFileError
 from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
 from defuse_core.review.decision import Shares, count_units, decide
 from defuse_core.runs import FROM_VERDICTS, Run, utc_now
@@ -253,7 +253,7 @@ def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], class
 
 
 def read_overrides(store: Store) -> tuple[Override, ...]:
-    """Return the human decisions of a run, oldest first. Raises StoreError for a file that is no decision."""
+    """Return the human decisions of a run, oldest first. Raises DamagedError for a file that is no decision."""
     found = (_read_override(store, key) for key in store.list(OVERRIDES))
     return tuple(entry for entry in found if entry is not None)
 
@@ -265,7 +265,7 @@ def _read_override(store: Store, key: str) -> Override | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise StoreError(
+        raise DamagedError(
             f"{store.address}/{key}: expected a decision with scenario, label, author, reason and when, found "
             f"{error.errors()[0]['msg']}; delete the file and record the decision again with `defuse review set`"
         ) from error

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
+from services import STOPPED, STOPPED_EXIT_CODE
 from services.cli.export import compare, delete, export
 from services.cli.init import fields, init
 from services.cli.jobs import jobs, submit
@@ -118,7 +119,7 @@ def _run_command() -> None:
             error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("stopped; the same command continues from here", 130)
+        _fail(STOPPED, STOPPED_EXIT_CODE)
     except Exception as error:
         debugging = _is_debugging()
         if debugging:

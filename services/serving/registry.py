@@ -19,7 +19,7 @@ import tenacity
 from pydantic import ValidationError
 
 from defuse_core.codec import decode, encode
-from defuse_core.errors import CheckFailed, DefuseError, InputError, StoreError
+from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, StoreError
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
@@ -43,7 +43,7 @@ class PromotionRequest:
     shadow: bool = False
 
 
-class DamagedVersionError(StoreError):
+class DamagedVersionError(DamagedError):
     """The file of a version is missing, or holds other bytes than were written: to read it again does not help."""
 
 
@@ -54,12 +54,12 @@ class Registry:
         self.store = store.within("registry")
 
     def state(self) -> RegistryState:
-        """Return the current state. Raises StoreError for a registry of another format."""
+        """Return the current state. Raises DamagedError for a registry of another format."""
         sequences = self._sequences()
         if sequences:
             return self._read(sequences[-1])
         if self.store.within("standing").list():
-            raise StoreError(
+            raise DamagedError(
                 f"{self.store.address}: an older Defuse wrote this registry (format 1), expected format 2; rename the "
                 "folder and promote its runs again with `defuse promote RUN`"
             )
@@ -274,7 +274,7 @@ class Registry:
         try:
             return RegistryState.model_validate_json(self.store.read(key))
         except ValidationError as error:
-            raise StoreError(
+            raise DamagedError(
                 f"{self.store.address}/{key}: expected a registry state of format 2, found "
                 f"{error.errors()[0]['msg']}; use the version of Defuse that wrote it, or restore the file"
             ) from error

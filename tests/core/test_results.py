@@ -128,6 +128,9 @@ def test_the_nearest_real_images_are_those_of_the_part_by_distance_to_the_compon
         assert repr(found) == f"<6 {name} images, the nearest first, of {', '.join(found.labels)}>"
         assert f"Nearest {name} images" in found._repr_html_()
     assert len(with_models.scenarios[0].nearest_training()) == 10
+    for count in (0, -1):  # no slice that leaves out the last
+        with pytest.raises(InputError, match=f"count: expected at least 1, found {count}"):
+            with_models.scenarios[0].nearest_training(count)
 
 
 def test_images_that_the_data_set_lacks_are_said(with_models):

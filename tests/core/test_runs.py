@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from defuse_core.artifacts import MeasuredPrecision, Psi
-from defuse_core.errors import InputError, RunBusyError, RunMismatchError, StoreError
+from defuse_core.config import dump_run_file
+from defuse_core.errors import InputError, RunBusyError, RunFileError, RunMismatchError, StoreError
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import UNFINISHED, FolderStore
 from tests.conftest import recommended, tiny
@@ -154,6 +155,38 @@ def test_a_run_that_began_before_a_field_existed_goes_on_as_it_began(tmp_path):
     assert before.correct.augment is before.correct.unreviewed is False
     with pytest.raises(RunMismatchError, match=r"review\.failing: 0\.0 in the run, 0\.1 now"):
         Run.start(store, "a", recommended())
+
+
+@pytest.mark.parametrize(
+    "edit", [("draws: 4", "draws: 9"), ("seed: 0", "seed: 1"), ("  precision: f32", "  precision: bf16")]
+)
+def test_settings_that_were_edited_in_a_run_are_not_taken_for_those_it_was_made_with(tmp_path, edit):
+    store = FolderStore(tmp_path)
+    Run.start(store, "a", tiny())
+    text = store.read("a/run.yaml").decode()
+    assert text.count(edit[0]) == 1
+    store.write("a/run.yaml", text.replace(*edit).encode())
+    with pytest.raises(
+        RunFileError, match=r"a/run\.yaml: a field that changes results was edited after the run began"
+    ):
+        Run.open(store, "a")
+    with pytest.raises(RunFileError, match="was edited"):
+        Run.start(store, "a", tiny())
+
+
+def test_limits_workers_and_places_may_be_edited_in_a_run(tmp_path):
+    store = FolderStore(tmp_path)
+    run = Run.start(store, "a", tiny())
+    limited = run.spec.with_fields("check", min_scenario_accuracy=0.5).with_fields("resources", workers=7)
+    text = store.read("a/run.yaml").decode()
+    assert text.startswith("# The settings of this run, written by Defuse. Edit only check and serve.")
+    header = text.partition("\n")[0]
+    store.write("a/run.yaml", f"{header}\n{dump_run_file(limited)}".encode())
+    assert Run.open(store, "a").spec == limited
+    assert Run.start(store, "a", limited.with_fields("data", root=Path("/elsewhere"))).spec.data.root == Path(
+        "/elsewhere"
+    )
+    Run.open(store, "a")  # the first line is that of what is written now
 
 
 def test_weights_are_known_by_what_is_in_their_file(tmp_path):

@@ -226,7 +226,7 @@ def test_what_is_damaged_is_named_with_a_remedy_that_works(
     words = ["run", copied / "tiny.yaml", "--store", copied / "runs", "--on", "local"]
     code, _, err = call(monkeypatch, capsys, *words)
     line = one_line(err)
-    assert (code, str(run / key) in line) == (4, True), line
+    assert (code, str(run / key) in line) == (2, True), line  # starting it again does not help
     (named,) = re.findall(r"delete (\S+) and run again", line)
     (run / key if named == "it" else Path(named)).unlink()
     assert call(monkeypatch, capsys, *words)[0] == 0

@@ -328,6 +328,19 @@ def test_a_run_whose_run_file_is_damaged_can_be_deleted(own_store, monkeypatch, 
     assert own_store.list() == []
 
 
+def test_a_link_to_a_run_of_another_store_is_not_deleted(own_store, tmp_path, monkeypatch, capsys):
+    """Its registry, in which it may be a version, and its traffic are there."""
+    stored = own_store.list()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "link").symlink_to(Path(own_store.address) / "digits")
+    code, _, err = call(monkeypatch, capsys, "delete", "link", "--store", tmp_path / "other", "--yes")
+    assert code == 2
+    assert f"is a link to {Path(own_store.address) / 'digits'}; delete that run in its own store" in one_line(
+        err
+    )
+    assert own_store.list() == stored
+
+
 def test_a_run_that_a_driver_writes_is_not_deleted(own_store, monkeypatch, capsys):
     with own_store.within("digits").lock():
         code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
+
 import pytest
 
+import services
 from tests.e2e.test_cli import call, one_line
 
 
@@ -45,3 +48,18 @@ def test_a_cache_below_an_unknown_home_is_one_line_for_what_uses_it(monkeypatch,
     assert code == 2
     assert one_line(err).startswith(f"defuse: {shown}: this machine knows no such home folder")
     assert one_line(err).endswith("set DEFUSE_CACHE, XDG_CACHE_HOME or HOME to a folder")
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line_too(monkeypatch, capsys):
+    found = builtins.__import__
+
+    def interrupted(name, *args, **kwargs):
+        if name == "services.cli":
+            raise KeyboardInterrupt
+        return found(name, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.__import__", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        services.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "defuse: stopped; the same command continues from here\n"
