@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-from starlette.types import Message
 
 from defuse_core.artifacts import F32
 from defuse_core.config import RunFile, ServeSection
@@ -74,19 +73,34 @@ def content_type(request: Request) -> str:
     return found
 
 
+class _FormParser(MultiPartParser):
+    """Knows whether the closing boundary was there: without it, the parser leaves out the last part and says nothing."""
+
+    is_complete = False
+
+    def on_end(self) -> None:
+        self.is_complete = True
+
+
 async def uploaded_files(request: Request, body: bytes, max_images: int) -> list[bytes]:
     """Return the files of a multipart body. Raises RejectedInput for a broken one, or one with other fields."""
 
-    async def replay() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
+    async def chunks() -> AsyncGenerator[bytes]:
+        yield body
 
+    parser = _FormParser(
+        request.headers, chunks(), max_files=max_images + 1, max_fields=8, max_part_size=len(body) + 1
+    )
     try:
-        async with Request(request.scope, replay).form(
-            max_files=max_images + 1, max_fields=8, max_part_size=len(body) + 1
-        ) as form:
+        form = await parser.parse()
+        try:
+            if not parser.is_complete:
+                raise RejectedInput(400, "the multipart body is broken")
             return [await _read_part(name, part) for name, part in form.multi_items()]
-    except (MultiPartException, HTTPException) as error:
-        if "Too many files" in str(getattr(error, "detail", error)):
+        finally:
+            await form.close()
+    except MultiPartException as error:
+        if "Too many files" in error.message:
             raise RejectedInput(413, f"the request holds more than {max_images} images") from None
         raise RejectedInput(400, "the multipart body is broken") from None
     except UnicodeError:  # of a charset such as punycode; bytes that are no UTF-8 raise none

@@ -301,6 +301,18 @@ def test_one_file_above_the_limit_is_counted_exactly_and_more_are_not_read():
     assert refused.value.status == 413
 
 
+@pytest.mark.parametrize("boundary", ["x", '"x"', "x; charset=utf-8"])
+def test_a_form_that_was_cut_off_is_broken_and_not_one_of_fewer_images(boundary):
+    _, body = form([("image", "a.png")] * 3)
+    sent = request(f"multipart/form-data; boundary={boundary}")
+    for end in (body, body[:-2], body + b"an epilogue"):
+        assert len(asyncio.run(uploaded_files(sent, end, 3))) == 3
+    for cut in (3, len("--x--\r\n"), 30, 6003, len(body)):
+        with pytest.raises(RejectedInput, match="the multipart body is broken") as refused:
+            asyncio.run(uploaded_files(sent, body[:-cut], 3))
+        assert refused.value.status == 400
+
+
 @pytest.mark.parametrize("fields", [[("image", "")], [("a", ""), ("b", "")], [("a", "a.png")]])
 def test_a_field_that_is_no_file_or_has_another_name_is_unknown(fields):
     sent, body = form(fields)
