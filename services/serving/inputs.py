@@ -74,7 +74,7 @@ def content_type(request: Request) -> str:
 
 
 class _FormParser(MultiPartParser):
-    """Knows whether the closing boundary was there: without it, the parser leaves out the last part and says nothing."""
+    """Knows whether the closing boundary was read: without it, the parser leaves out the last part without an error."""
 
     is_complete = False
 
@@ -148,8 +148,8 @@ def _decode_image(data: bytes, spec: InputSpec, prefix: str, budget: int) -> tup
             warnings.simplefilter("ignore")  # warnings concern metadata; broken pixels raise errors
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 _check_size(image, spec, prefix, budget)
-                _check_mode(image, spec, prefix)
                 _check_scans(data, prefix)
+                _check_mode(image, spec, prefix)
                 return _fit(image, spec), image.width * image.height
     except (RejectedInput, MemoryError):
         raise
@@ -179,9 +179,17 @@ def _check_size(image: Image.Image, spec: InputSpec, prefix: str, budget: int) -
 
 
 def _check_mode(image: Image.Image, spec: InputSpec, prefix: str) -> None:
-    lossless = image.mode in LOSSLESS_MODES[spec.channels] and "transparency" not in image.info
-    if not spec.resize and not lossless:
+    """Check that no color is lost: an RGB image, and so any of WebP, is grey where its pixels are."""
+    if spec.resize:
+        return
+    fits = image.mode in LOSSLESS_MODES[spec.channels] or (spec.channels == 1 and _is_grey_rgb(image))
+    if not fits or "transparency" in image.info:
         raise RejectedInput(422, f"{prefix}the image has color mode {image.mode}, expected {spec}")
+
+
+def _is_grey_rgb(image: Image.Image) -> bool:
+    """Return whether the channels of an RGB image are equal, up to one level: lossy WebP rounds each by itself."""
+    return image.mode == "RGB" and bool(np.ptp(np.asarray(image), axis=2).max() <= 1)
 
 
 def _check_scans(data: bytes, prefix: str) -> None:
