@@ -59,7 +59,8 @@ class InputSpec:
         return self.channels, self.size, self.size
 
     def __str__(self) -> str:
-        return f"{self.size}x{self.size} pixels in {'grey' if self.channels == 1 else 'color'}"
+        sizes = " or ".join(f"{width}x{height}" for width, height in sorted(self.sizes, reverse=True))
+        return f"{sizes} pixels in {'grey' if self.channels == 1 else 'color'}"
 
 
 def content_type(request: Request) -> str:

@@ -224,6 +224,8 @@ def test_mnist_pictures_are_padded_to_32_pixels_only_and_those_of_32_are_as_they
     assert decode_images([file()], expected(16)).shape == (1, 1, 16, 16)
     with pytest.raises(RejectedInput, match="28x28 pixels, expected 16x16"):
         decode_images([file(size=(28, 28))], expected(16))
+    with pytest.raises(RejectedInput, match="30x30 pixels, expected 32x32 or 28x28 pixels in grey"):
+        decode_images([file(size=(30, 30))], expected(32))
 
 
 def test_bytes_that_start_scans_in_a_jpeg_mean_nothing_in_other_files():
