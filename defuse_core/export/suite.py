@@ -287,7 +287,13 @@ def _in_order_of(pictures: SuitePictures, description: SuiteDescription, folder:
                 f"found {_text(tuple(scenario.number for scenario in found))}; undo the edit"
             )
         found = [by_number[number] for number in pictures.numbers.tolist()]
-    classes, count = dict(enumerate(description.classes)), pictures.pixels.shape[1]
+    _, count, channels, size, _ = pictures.pixels.shape
+    if (description.image_size, description.channels) != (size, channels):
+        raise InputError(
+            f"{folder / DESCRIPTION}: expected image_size {size} and channels {channels}, as in {TENSORS}, found "
+            f"{description.image_size} and {description.channels}; undo the edit"
+        )
+    classes = dict(enumerate(description.classes))
     for scenario, label in zip(found, pictures.labels.tolist(), strict=True):
         if (scenario.label, scenario.pictures) != (classes.get(label), count):
             raise InputError(
