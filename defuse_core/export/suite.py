@@ -243,7 +243,8 @@ def load_suite(folder: Path) -> Suite:
     """Return the suite in a folder. Raises InputError for anything else."""
     try:
         description = SuiteDescription.model_validate_json((folder / DESCRIPTION).read_bytes())
-        pictures = decode(SuitePictures, (folder / TENSORS).read_bytes(), str(folder / TENSORS))
+        data, where = (folder / TENSORS).read_bytes(), str(folder / TENSORS)
+        pictures = decode(SuitePictures, data, where, remedy="save the suite again with `defuse suite save`")
     except FileNotFoundError as error:
         raise InputError(
             f"--suite {folder}: expected a folder written by `defuse suite save`, found no {Path(error.filename).name}"

@@ -361,7 +361,7 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
             ["check", "--suite", "odd", "--classifier", NET],
             r"text without control characters, found '\x1b[2J'",
         ),
-        (["check", "--suite", "cut", "--classifier", NET], "suite.safetensors"),
+        (["check", "--suite", "cut", "--classifier", NET], "; save the suite again with `defuse suite save`"),
         (["check", "--suite", "suite", "--classifier", "nothing"], "expected package.module:factory, a file"),
         (
             ["check", "--suite", "suite", "--classifier", "tests.own_classifiers:with_nan"],
