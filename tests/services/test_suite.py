@@ -363,6 +363,7 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
         ),
         (["check", "--suite", "cut", "--classifier", NET], "; save the suite again with `defuse suite save`"),
         (["check", "--suite", "suite", "--classifier", "nothing"], "expected package.module:factory, a file"),
+        (["check", "--suite", "suite", "--classifier", ""], "expected a value, found an empty one"),
         (
             ["check", "--suite", "suite", "--classifier", "tests.own_classifiers:with_nan"],
             "found NaN or infinity",
