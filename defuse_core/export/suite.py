@@ -243,7 +243,8 @@ def load_suite(folder: Path) -> Suite:
     """Return the suite in a folder. Raises InputError for anything else."""
     try:
         description = SuiteDescription.model_validate_json((folder / DESCRIPTION).read_bytes())
-        pictures = decode(SuitePictures, (folder / TENSORS).read_bytes(), str(folder / TENSORS))
+        data, where = (folder / TENSORS).read_bytes(), str(folder / TENSORS)
+        pictures = decode(SuitePictures, data, where, remedy="save the suite again with `defuse suite save`")
     except FileNotFoundError as error:
         raise InputError(
             f"--suite {folder}: expected a folder written by `defuse suite save`, found no {Path(error.filename).name}"
@@ -287,7 +288,13 @@ def _in_order_of(pictures: SuitePictures, description: SuiteDescription, folder:
                 f"found {_text(tuple(scenario.number for scenario in found))}; undo the edit"
             )
         found = [by_number[number] for number in pictures.numbers.tolist()]
-    classes, count = dict(enumerate(description.classes)), pictures.pixels.shape[1]
+    _, count, channels, size, _ = pictures.pixels.shape
+    if (description.image_size, description.channels) != (size, channels):
+        raise InputError(
+            f"{folder / DESCRIPTION}: expected image_size {size} and channels {channels}, as in {TENSORS}, found "
+            f"{description.image_size} and {description.channels}; undo the edit"
+        )
+    classes = dict(enumerate(description.classes))
     for scenario, label in zip(found, pictures.labels.tolist(), strict=True):
         if (scenario.label, scenario.pictures) != (classes.get(label), count):
             raise InputError(

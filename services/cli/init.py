@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import InputError
-from services.cli.options import CLASSIFIER_HELP, classifier_choice, usable_name
+from services.cli.options import CLASSIFIER_HELP, classifier_choice, given, usable_name
 
 if TYPE_CHECKING:
     from defuse_core.suggest import Plan
@@ -25,7 +25,7 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
 
 @click.command()
 @click.argument("images", type=click.Path(path_type=Path))
-@click.option("--classifier", help=f"{CLASSIFIER_HELP} [default: train one]")
+@click.option("--classifier", callback=given, help=f"{CLASSIFIER_HELP} [default: train one]")
 @click.option("--weights", type=click.Path(path_type=Path), help="State dict of the classifier.")
 @click.option(
     "--minutes",

@@ -146,7 +146,7 @@ def rollback(store: str, by: str | None, why: str) -> None:
     from services.serving.model import verify_candidate
 
     state = _registry(store).roll_back(by or local_user("--by"), why, verify_candidate)
-    click.echo(f"{state.action}; version {state.production} is in production")
+    click.echo(f"{state.action}; {state.production_text}")
 
 
 @click.command()
@@ -224,7 +224,10 @@ def serve(
             ):  # a signal may arrive during the start
                 click.echo(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
                 alive = LivenessCheck(url)
-                for line in registry_changes(_registry(store), shutdown, section.poll_s, check=alive):
+                changes = registry_changes(
+                    _registry(store), shutdown, section.poll_s, check=alive, has_model=run is not None
+                )
+                for line in changes:
                     click.echo(line)
 
 

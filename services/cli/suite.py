@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from defuse_core.errors import CheckFailed, InputError
-from services.cli.options import CLASSIFIER_HELP, classifier_fields, open_run, section_overrides, store_option
+from services.cli.options import (
+    CLASSIFIER_HELP,
+    classifier_fields,
+    given,
+    open_run,
+    section_overrides,
+    store_option,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +47,7 @@ def suite_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--suite", type=click.Path(path_type=Path), help="Folder of a suite to check against."
             ),
-            click.option("--classifier", help=f"With --suite: {CLASSIFIER_HELP}"),
+            click.option("--classifier", callback=given, help=f"With --suite: {CLASSIFIER_HELP}"),
             click.option(
                 "--weights", type=click.Path(path_type=Path), help="With --classifier: its state dict."
             ),
@@ -64,8 +71,8 @@ def expect_no_suite_options(
     classifier: str | None, weights: Path | None, overrides: tuple[str, ...], junit: Path | None
 ) -> None:
     """Raise UsageError for an option of `defuse check --suite` that is given without --suite."""
-    given = {"--classifier": classifier, "--weights": weights, "--set": overrides, "--junit": junit}
-    for option, value in given.items():
+    options = {"--classifier": classifier, "--weights": weights, "--set": overrides, "--junit": junit}
+    for option, value in options.items():
         if value:
             raise click.UsageError(f"{option} needs --suite FOLDER")
 
@@ -185,8 +192,8 @@ def _section(options: SuiteCheck) -> dict[str, Any] | None:
     """Return section `classifier` for --classifier, --weights and --set; None for the classifier of a run."""
     if options.classifier is None:
         return None
-    given: dict[str, Any] = {"classifier": classifier_fields(options.classifier, options.weights)}
-    return section_overrides("classifier", options.overrides, given)
+    tree: dict[str, Any] = {"classifier": classifier_fields(options.classifier, options.weights)}
+    return section_overrides("classifier", options.overrides, tree)
 
 
 def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:

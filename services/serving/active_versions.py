@@ -117,12 +117,7 @@ class RegistryWatcher:
         if self._is_complete:
             self.sequence = state.sequence
         if state != current.state:
-            log.info(
-                "registry change %d: %s; version %s is in production",
-                state.sequence,
-                state.action,
-                state.production,
-            )
+            log.info("registry change %d: %s; %s", state.sequence, state.action, state.production_text)
         return versions
 
     def _load_state(self, state: RegistryState, current: ActiveVersions) -> ActiveVersions:

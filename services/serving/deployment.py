@@ -27,6 +27,7 @@ from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
 from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
+from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, sample_now
 from services.storage import open_store
 
@@ -81,7 +82,7 @@ class ClassifierDeployment:
         A request takes them once: another version may accept other images.
         """
         if self.active.production is None:
-            message = self.active.error or "no version is in production yet"
+            message = self.active.error or NO_VERSION
             raise Unavailable(message, self.settings.retry_after_s)
         return self.active
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-from starlette.types import Message
 
 from defuse_core.artifacts import F32
 from defuse_core.config import RunFile, ServeSection
@@ -60,7 +59,8 @@ class InputSpec:
         return self.channels, self.size, self.size
 
     def __str__(self) -> str:
-        return f"{self.size}x{self.size} pixels in {'grey' if self.channels == 1 else 'color'}"
+        sizes = " or ".join(f"{width}x{height}" for width, height in sorted(self.sizes, reverse=True))
+        return f"{sizes} pixels in {'grey' if self.channels == 1 else 'color'}"
 
 
 def content_type(request: Request) -> str:
@@ -74,19 +74,34 @@ def content_type(request: Request) -> str:
     return found
 
 
+class _FormParser(MultiPartParser):
+    """Knows whether the closing boundary was read: without it, the parser leaves out the last part without an error."""
+
+    is_complete = False
+
+    def on_end(self) -> None:
+        self.is_complete = True
+
+
 async def uploaded_files(request: Request, body: bytes, max_images: int) -> list[bytes]:
     """Return the files of a multipart body. Raises RejectedInput for a broken one, or one with other fields."""
 
-    async def replay() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
+    async def chunks() -> AsyncGenerator[bytes]:
+        yield body
 
+    parser = _FormParser(
+        request.headers, chunks(), max_files=max_images + 1, max_fields=8, max_part_size=len(body) + 1
+    )
     try:
-        async with Request(request.scope, replay).form(
-            max_files=max_images + 1, max_fields=8, max_part_size=len(body) + 1
-        ) as form:
+        form = await parser.parse()
+        try:
+            if not parser.is_complete:
+                raise RejectedInput(400, "the multipart body is broken")
             return [await _read_part(name, part) for name, part in form.multi_items()]
-    except (MultiPartException, HTTPException) as error:
-        if "Too many files" in str(getattr(error, "detail", error)):
+        finally:
+            await form.close()
+    except MultiPartException as error:
+        if "Too many files" in error.message:
             raise RejectedInput(413, f"the request holds more than {max_images} images") from None
         raise RejectedInput(400, "the multipart body is broken") from None
     except UnicodeError:  # of a charset such as punycode; bytes that are no UTF-8 raise none
@@ -134,8 +149,8 @@ def _decode_image(data: bytes, spec: InputSpec, prefix: str, budget: int) -> tup
             warnings.simplefilter("ignore")  # warnings concern metadata; broken pixels raise errors
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 _check_size(image, spec, prefix, budget)
-                _check_mode(image, spec, prefix)
                 _check_scans(data, prefix)
+                _check_mode(image, spec, prefix)
                 return _fit(image, spec), image.width * image.height
     except (RejectedInput, MemoryError):
         raise
@@ -165,9 +180,17 @@ def _check_size(image: Image.Image, spec: InputSpec, prefix: str, budget: int) -
 
 
 def _check_mode(image: Image.Image, spec: InputSpec, prefix: str) -> None:
-    lossless = image.mode in LOSSLESS_MODES[spec.channels] and "transparency" not in image.info
-    if not spec.resize and not lossless:
+    """Check that no color is lost: an RGB image, and so any of WebP, is grey where its pixels are."""
+    if spec.resize:
+        return
+    fits = image.mode in LOSSLESS_MODES[spec.channels] or (spec.channels == 1 and _is_grey_rgb(image))
+    if not fits or "transparency" in image.info:
         raise RejectedInput(422, f"{prefix}the image has color mode {image.mode}, expected {spec}")
+
+
+def _is_grey_rgb(image: Image.Image) -> bool:
+    """Return whether the channels of an RGB image are equal, up to one level: lossy WebP rounds each by itself."""
+    return image.mode == "RGB" and bool(np.ptp(np.asarray(image), axis=2).max() <= 1)
 
 
 def _check_scans(data: bytes, prefix: str) -> None:

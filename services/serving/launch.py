@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
+from services.serving.registry_state import NO_VERSION
 
 if TYPE_CHECKING:
     from services.serving.arguments import ServeArgs
@@ -355,7 +356,12 @@ class ShutdownSignal:
 
 
 def registry_changes(
-    registry: Registry, shutdown: ShutdownSignal, poll_s: float, *, check: Callable[[], None]
+    registry: Registry,
+    shutdown: ShutdownSignal,
+    poll_s: float,
+    *,
+    check: Callable[[], None],
+    has_model: bool,  # of a run, which answers until a version is promoted
 ) -> Iterator[str]:
     """Yield a line for each change of the registry, until a signal arrives. Calls `check` at each poll."""
     sequence: int | None = None
@@ -363,11 +369,14 @@ def registry_changes(
         check()
         try:
             if sequence is None:
-                sequence = registry.state().sequence
+                state = registry.state()
+                sequence = state.sequence
+                if state.production is None and not has_model:
+                    yield f"{NO_VERSION}: requests are answered with 503 until `defuse promote RUN`"
             for state in registry.changes_after(sequence):
                 sequence = state.sequence
                 reason = f" ({state.why})" if state.why else ""
-                line = f"{state.when} {state.by}: {state.action}{reason}; version {state.production} is in production"
+                line = f"{state.when} {state.by}: {state.action}{reason}; {state.production_text}"
                 yield escape_control_characters(line)
         except StoreError as error:
             log.warning("the registry cannot be read: %s", error)

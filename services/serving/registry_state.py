@@ -67,5 +67,11 @@ class RegistryState(BaseModel):
     versions: dict[int, VersionInfo] = {}
     """All versions by number."""
 
+    @property
+    def production_text(self) -> str:
+        """What a line says of production: `version 3 is in production`."""
+        return f"{'no version' if self.production is None else f'version {self.production}'} is in production"
 
+
+NO_VERSION = "no version is in production yet"
 EMPTY = RegistryState(format=2)

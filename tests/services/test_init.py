@@ -361,6 +361,12 @@ def test_minutes_that_are_no_number_are_refused(pictures, tmp_path, monkeypatch,
     assert "'--minutes': expected a number, found nan" in err
 
 
+def test_a_classifier_from_an_unset_variable_is_refused(pictures, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "init", pictures, "--classifier", "")
+    assert code == 2
+    assert "'--classifier': expected a value, found an empty one" in err
+
+
 def test_every_field_is_described_with_a_meaning():
     described = describe_fields()
     assert all(field.meaning for field in described)

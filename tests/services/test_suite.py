@@ -107,12 +107,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Path
 
 def test_a_suite_holds_all_it_needs_and_nothing_of_the_machine(suite, store):
     files = sorted(path.relative_to(suite).as_posix() for path in suite.rglob("*") if path.is_file())
-    assert files == [
-        "pictures/scenario-000.png",
-        "pictures/scenario-001.png",
-        "suite.json",
-        "suite.safetensors",
-    ]
+    pictures = ["pictures/scenario-000.png", "pictures/scenario-001.png"]
+    assert files == [*pictures, "suite.json", "suite.safetensors"]
     text = (suite / "suite.json").read_text()
     assert store.address not in text
     loaded = load_suite(suite)
@@ -126,16 +122,8 @@ def test_a_suite_holds_all_it_needs_and_nothing_of_the_machine(suite, store):
 def test_a_right_classifier_passes_and_a_wrong_one_fails_with_junit(
     suite, files, tmp_path, monkeypatch, capsys
 ):
-    options = [
-        "check",
-        "--suite",
-        suite,
-        "--classifier",
-        NET,
-        "--junit",
-        tmp_path / "report.xml",
-        "--weights",
-    ]
+    report = ["--junit", tmp_path / "report.xml"]
+    options = ["check", "--suite", suite, "--classifier", NET, *report, "--weights"]
     code, out, _ = call(monkeypatch, capsys, *options, files / "good.safetensors")
     assert code == 0
     assert out.count("ok     ") == 2
@@ -211,15 +199,8 @@ def test_what_the_correction_did_not_improve_is_not_asked(store, files, tmp_path
     page, out = saved(store, "unimproved", tmp_path / "suite", monkeypatch, capsys)
     assert [scenario["least"] for scenario in page["scenarios"]] == [0, 0]
     assert out.count("nothing is asked, since the correction did not improve it") == 2
-    bad = [
-        "check",
-        "--suite",
-        tmp_path / "suite",
-        "--classifier",
-        NET,
-        "--weights",
-        files / "bad.safetensors",
-    ]
+    weights = files / "bad.safetensors"
+    bad = ["check", "--suite", tmp_path / "suite", "--classifier", NET, "--weights", weights]
     code, out, err = call(monkeypatch, capsys, *bad, "--junit", tmp_path / "a.xml")
     assert (code, out.count("ok "), out.count("–      ")) == (2, 0, 2)
     assert "nothing is asked" in out
@@ -262,6 +243,15 @@ def test_a_description_of_other_pictures_is_refused(change, line, suite, tmp_pat
     with pytest.raises(InputError) as refused:
         load_suite(with_scenarios(suite, tmp_path / "suite", change))
     assert line in str(refused.value)
+
+
+@pytest.mark.parametrize("edit", [{"image_size": 64}, {"channels": 3}])
+def test_a_description_of_pictures_of_another_size_is_refused(edit, suite, tmp_path):
+    shutil.copytree(suite, tmp_path / "suite")
+    page = json.loads((suite / "suite.json").read_text()) | edit
+    (tmp_path / "suite/suite.json").write_text(json.dumps(page))
+    with pytest.raises(InputError, match="expected image_size 16 and channels 1, as in .*; undo the edit"):
+        load_suite(tmp_path / "suite")
 
 
 def test_a_suite_of_a_newer_version_is_no_edit(suite, tmp_path):
@@ -371,8 +361,9 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
             ["check", "--suite", "odd", "--classifier", NET],
             r"text without control characters, found '\x1b[2J'",
         ),
-        (["check", "--suite", "cut", "--classifier", NET], "suite.safetensors"),
+        (["check", "--suite", "cut", "--classifier", NET], "; save the suite again with `defuse suite save`"),
         (["check", "--suite", "suite", "--classifier", "nothing"], "expected package.module:factory, a file"),
+        (["check", "--suite", "suite", "--classifier", ""], "expected a value, found an empty one"),
         (
             ["check", "--suite", "suite", "--classifier", "tests.own_classifiers:with_nan"],
             "found NaN or infinity",

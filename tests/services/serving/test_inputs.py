@@ -31,6 +31,18 @@ def file(mode: str = "L", size: tuple[int, int] = (16, 16), kind: str = "PNG", *
     return out.getvalue()
 
 
+GREY_LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def rgb(kind: str = "PNG", blue: int = 255, **options: object) -> bytes:
+    """Every level of grey, in red, green and blue; `blue` is that of the last pixel, a white one."""
+    levels = np.repeat(GREY_LEVELS[..., None], 3, axis=2)
+    levels[-1, -1, 2] = blue
+    out = io.BytesIO()
+    Image.fromarray(levels).save(out, kind, **options)
+    return out.getvalue()
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG with width x height grey pixels in its header, all zero and highly compressed."""
 
@@ -62,7 +74,7 @@ def test_an_image_file_gives_its_pixels_between_0_and_1(kind):
         ([file(kind="GIF")], 400, "expected an image in PNG, JPEG, BMP or WebP"),
         ([file()[:-40]], 400, "broken"),
         ([file(size=(28, 16))], 422, "28x16 pixels, expected 16x16 pixels in grey"),
-        ([file("RGB")], 422, "color mode RGB, expected 16x16 pixels in grey"),
+        ([rgb(blue=253)], 422, "color mode RGB, expected 16x16 pixels in grey"),
         ([file("I;16")], 422, "color mode I;16"),
         ([file(), b"?"], 400, "image 2: "),
         ([file()] * 4, 413, "4 images, the limit is 3"),
@@ -76,9 +88,21 @@ def test_an_unusable_file_is_rejected_in_one_sentence(files, status, words):
     assert refused.value.status == status and "\n" not in refused.value.message
 
 
-def progressive(scans: int) -> bytes:
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
+def test_an_rgb_file_of_a_grey_image_is_a_grey_image(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pixels = decode_images([rgb(kind, **options)], GREY)
+    np.testing.assert_array_equal(pixels[0, 0], GREY_LEVELS.astype(np.float32) / np.float32(255))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_lossy_rgb_file_of_a_grey_image_is_a_grey_image(kind):
+    assert decode_images([file("RGB", kind=kind)], GREY).shape == (1, 1, 16, 16)
+
+
+def progressive(scans: int, mode: str = "L") -> bytes:
     """A progressive JPEG whose last scan is repeated until there are so many."""
-    data = file(kind="JPEG", progressive=True)
+    data = file(mode, kind="JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     more = scans - data.count(b"\xff\xda")
     return data[:last] + data[last:-2] * (1 + more) + data[-2:]
@@ -90,6 +114,14 @@ def test_a_jpeg_with_thousands_of_scans_is_rejected_and_one_with_a_hundred_is_no
         with pytest.raises(RejectedInput, match="more than 100 scans") as refused:
             decode_images([progressive(scans)], FITTING)
         assert refused.value.status == 422
+
+
+def test_the_scans_of_a_jpeg_are_counted_before_its_colours_are_decoded(monkeypatch):
+    decoded = []
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: decoded.append(picture.size))
+    with pytest.raises(RejectedInput, match="more than 100 scans"):
+        decode_images([progressive(101, "RGB")], GREY)
+    assert decoded == []
 
 
 def test_a_decompression_bomb_is_rejected_before_its_pixels_are_decoded(monkeypatch):
@@ -192,6 +224,8 @@ def test_mnist_pictures_are_padded_to_32_pixels_only_and_those_of_32_are_as_they
     assert decode_images([file()], expected(16)).shape == (1, 1, 16, 16)
     with pytest.raises(RejectedInput, match="28x28 pixels, expected 16x16"):
         decode_images([file(size=(28, 28))], expected(16))
+    with pytest.raises(RejectedInput, match="30x30 pixels, expected 32x32 or 28x28 pixels in grey"):
+        decode_images([file(size=(30, 30))], expected(32))
 
 
 def test_bytes_that_start_scans_in_a_jpeg_mean_nothing_in_other_files():
@@ -299,6 +333,18 @@ def test_one_file_above_the_limit_is_counted_exactly_and_more_are_not_read():
     with pytest.raises(RejectedInput, match="more than 2 images") as refused:
         asyncio.run(uploaded_files(sent, body, 2))
     assert refused.value.status == 413
+
+
+@pytest.mark.parametrize("boundary", ["x", '"x"', "x; charset=utf-8"])
+def test_a_form_that_was_cut_off_is_broken_and_not_one_of_fewer_images(boundary):
+    _, body = form([("image", "a.png")] * 3)
+    sent = request(f"multipart/form-data; boundary={boundary}")
+    for end in (body, body[:-2], body + b"an epilogue"):
+        assert len(asyncio.run(uploaded_files(sent, end, 3))) == 3
+    for cut in (3, len("--x--\r\n"), 30, 6003, len(body)):
+        with pytest.raises(RejectedInput, match="the multipart body is broken") as refused:
+            asyncio.run(uploaded_files(sent, body[:-cut], 3))
+        assert refused.value.status == 400
 
 
 @pytest.mark.parametrize("fields", [[("image", "")], [("a", ""), ("b", "")], [("a", "a.png")]])

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -192,19 +193,38 @@ def test_an_address_of_ipv6_has_brackets(host, address):
     assert _url_host(host) == address
 
 
+class ThirdWait:
+    """Lets a registry change at the second wait, and ends at the third."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        self.waits, self.change = 0, change
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        self.waits += 1
+        if self.waits == 2:
+            self.change()
+        return self.waits == 3
+
+
 def test_a_change_that_another_program_wrote_cannot_act_on_the_servers_terminal(tmp_path):
     registry = Registry(FolderStore(tmp_path))
-
-    class ThirdWait:
-        """Lets the registry change at the second wait, and ends at the third."""
-
-        waits = 0
-
-        def wait(self, timeout_s: float | None = None) -> bool:
-            self.waits += 1
-            if self.waits == 2:
-                registry.change("a change", "eve\x1b[2J", "a\nb", lambda state: {})
-            return self.waits == 3
-
-    (line,) = registry_changes(registry, ThirdWait(), 0, check=lambda: None)
+    wait = ThirdWait(lambda: registry.change("a change", "eve\x1b[2J", "a\nb", lambda state: {}))
+    (line,) = registry_changes(registry, wait, 0, check=lambda: None, has_model=True)
     assert r"eve\x1b[2J: a change (a\nb)" in line
+
+
+def test_a_server_without_a_version_in_production_says_that_it_answers_503_and_until_when(tmp_path):
+    registry = Registry(FolderStore(tmp_path))
+
+    def lines(has_model: bool, **updates: int) -> list[str]:
+        wait = ThirdWait(lambda: registry.change("a change", "ana", "", lambda state: updates))
+        return list(registry_changes(registry, wait, 0, check=lambda: None, has_model=has_model))
+
+    first, second = lines(has_model=False)
+    assert (
+        first == "no version is in production yet: requests are answered with 503 until `defuse promote RUN`"
+    )
+    assert second.endswith(" ana: a change; no version is in production")
+    (promoted,) = lines(has_model=True, production=3)
+    assert promoted.endswith("; version 3 is in production")
+    assert len(lines(has_model=False)) == 1
