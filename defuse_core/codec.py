@@ -60,7 +60,7 @@ def decode(
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load_tensors(data)
         digest, text = json.loads(header["defuse"])
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedError(
             f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error}); {remedy}"
         ) from error

@@ -24,7 +24,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads, is_out_of_memory
-from defuse_core.errors import ComputeError, DefuseError, ModelError, StoreError
+from defuse_core.errors import ComputeError, DamagedError, DefuseError, ModelError, StoreError
 from defuse_core.models import load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -231,7 +231,7 @@ def _decode_trial(lam: float, data: bytes, where: str) -> Trial:
     remedy = "the trial begins again"
     trial = decode(Trial, data, where, remedy)
     if trial.lam != lam:
-        raise StoreError(
+        raise DamagedError(
             f"{where}: expected the trial of λ = {lam:g}, found that of λ = {trial.lam:g}; {remedy}"
         )
     return trial

@@ -11,7 +11,7 @@ DefuseError
 ├── LabelsPending            3  people have not answered yet; the same command later goes on
 └── MachineryError           4  the machinery failed: try again, nothing is lost
     ├── StoreError              the run's folder or bucket
-    │   └── DamagedError     2      a file there is not what Defuse wrote: a person must look
+    │   └── DamagedError     2      a file there is damaged, or of another version: a person must look
     ├── RunBusyError            another driver is writing this run
     ├── ComputeError            a worker, a task or a trial
     └── ServiceError            Label Studio or another server

@@ -25,14 +25,12 @@ from defuse_core.config import (
     dump_run_file,
     model_sections,
     parse_run_file,
-    settings_digest,
 )
 from defuse_core.errors import DamagedError, InputError, RunFileError, RunMismatchError
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
-RECORD = "# The settings of this run, written by Defuse. Edit only check and serve. SHA-256 of the others: "
 REMEDY = "delete it and run again with the run file that this run was started with"
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = (
@@ -54,6 +52,7 @@ FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("sweep") :]
 CONTROL_TRIALS = ("trials/plain", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
+SETTINGS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
 
 
 MEASURED_PRECISION = "measuredprecision.safetensors"  # made before anything can follow from the weights
@@ -81,18 +80,6 @@ def _digest_of(path: Path) -> str:
         return hashlib.sha256(inside.encode()).hexdigest()
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _record(spec: RunFile) -> bytes:
-    """Return the run file as a run records it, which says in its first line what its fields are."""
-    text = dump_run_file(spec)
-    return f"{RECORD}{settings_digest(yaml.safe_load(text))}\n{text}".encode()
-
-
-def _was_edited(text: bytes, tree: dict[str, Any]) -> bool:
-    """Whether fields that change results are others than those that were recorded; an earlier version noted none."""
-    first = text.partition(b"\n")[0].decode(errors="replace")
-    return first.startswith(RECORD) and first != RECORD + settings_digest(tree)
 
 
 def _damaged(store: Store, name: str) -> str:
@@ -135,10 +122,12 @@ class Run:
         names are known by what is in their files.
         """
         run = cls(store, name, spec, until)
-        if run.store.create("run.yaml", _record(spec)):
+        if run.store.create("run.yaml", dump_run_file(spec).encode()) and run._settings() is None:
             run._note_weights()
+            run._note_settings()
             return run
-        recorded = cls.open(store, name).spec
+        found = cls._read(store, name)
+        recorded = before = found._settings() or found.spec
         added = added_lambdas(recorded, spec)
         if added:
             recorded = recorded.with_fields("correct", lambdas=spec.correct.lambdas)
@@ -152,8 +141,9 @@ class Run:
             )
         elif added:
             run._delete_sweep(added)
-        if added or recorded != spec:
-            run.store.write("run.yaml", _record(spec))
+        if not found.spec == before == spec:
+            run._note_settings()
+            run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
 
     def _delete_sweep(self, added: tuple[float, ...]) -> None:
@@ -171,6 +161,14 @@ class Run:
         if digests := _weights_digests(self.spec):
             self.store.write(WEIGHTS, json.dumps(digests, indent=1).encode())
 
+    def _note_settings(self) -> None:
+        self.store.write(SETTINGS, self.spec.model_dump_json(indent=1).encode())
+
+    def _settings(self) -> RunFile | None:
+        """Return the run file as `start` noted it last; None for a run of a version that did not."""
+        tree = self._read_json(SETTINGS, "the settings in run.yaml are taken as they are now")
+        return parse_run_file(_with_legacy_defaults(tree), f"{self.name}/{SETTINGS}") if tree else None
+
     def _other_weights(self) -> str | None:
         """Return which weights file is another one than when the run began, or None; one that is gone is not asked."""
         known = self._read_json(WEIGHTS, "the weights are taken as they are now")
@@ -181,7 +179,23 @@ class Run:
 
     @classmethod
     def open(cls, store: Store, name: str) -> Run:
-        """Return the existing run called `name`, with its recorded run file. Raises InputError if there is none."""
+        """Return the existing run called `name`, with its recorded run file.
+
+        Raises InputError if there is none, and RunMismatchError where that file was edited in a field that changes
+        results: the run's artefacts are of other settings.
+        """
+        run = cls._read(store, name)
+        made_with = run._settings()
+        if made_with is not None and (edited := changed_field(made_with, run.spec)):
+            raise RunMismatchError(
+                f"{run.store.address}/run.yaml was edited: {edited}; undo that, or give `defuse run` the run file that "
+                "this run began with"
+            )
+        return run
+
+    @classmethod
+    def _read(cls, store: Store, name: str) -> Run:
+        """Return a run with its run.yaml as it is now."""
         try:
             text = store.within(name).read("run.yaml")
         except FileNotFoundError as error:
@@ -194,11 +208,6 @@ class Run:
             raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REMEDY}") from error
         if not isinstance(tree, dict):
             raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REMEDY}")
-        if _was_edited(text, tree):
-            raise RunFileError(
-                f"{store.address}/{name}/run.yaml: a field that changes results was edited after the run began; undo "
-                "that, and give another --name to a run with other settings"
-            )
         run = cls(store, name, parse_run_file(_with_legacy_defaults(tree), f"{name}/run.yaml"))
         root, own = run.spec.data.root, Path(run.store.address, IMAGES)
         if root is not None and root.as_posix().endswith(f"/{IMAGES}") and own.exists():

@@ -3,7 +3,7 @@
 import sys
 
 STOPPED = "stopped; the same command continues from here"
-STOPPED_EXIT_CODE = 130  # 128 + SIGINT, as a shell says it
+STOPPED_EXIT_CODE = 130  # 128 + SIGINT
 
 
 def main() -> None:

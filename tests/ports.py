@@ -6,8 +6,8 @@ import itertools
 import os
 import socket
 
-# Above the ports of Ray's workers and below those of Serve's replicas (30,000) and those that Linux gives to who names
-# none (32,768), as Ray's processes do by the dozen: such a port would be taken before its server starts.
+# Above the ports of Ray's workers and below those of Serve's replicas (from 30,000). Linux gives ports from 32,768 on
+# to processes that name none, as Ray's do by the dozen: such a port may be taken before the test's server starts.
 _FIRST, _END = 20_000, 30_000
 _PROCESSES = 8
 _count = itertools.count(os.getpid() * 17)

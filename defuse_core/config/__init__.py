@@ -10,7 +10,6 @@ from defuse_core.config.loading import (
     flat_fields,
     load_run_file,
     parse_run_file,
-    settings_digest,
 )
 from defuse_core.config.run_file import (
     STEPS,
@@ -70,6 +69,5 @@ __all__ = [
     "load_run_file",
     "model_sections",
     "parse_run_file",
-    "settings_digest",
     "with_weights",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 import types
 import typing
@@ -101,31 +99,15 @@ def changed_field(recorded: RunFile, given: RunFile) -> str | None:
 def changed_value(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Return what changed_field does, of the values that flat_fields returns."""
     for field in {**before, **now}:
+        free = field in {"data.root", "data.download", "vae.accept"} or field.startswith(
+            ("resources.", "check.", "serve.")
+        )
         if field.endswith(".weights") and before.get(field) and now.get(field):
             continue  # the content of the file counts, not its path
-        if before.get(field) != now.get(field) and _changes_results(field):
+        numerics = field.startswith(("resources.train_", "resources.precision"))
+        if before.get(field) != now.get(field) and (not free or numerics):
             return f"{field}: {before.get(field)!r} in the run, {now.get(field)!r} now"
     return None
-
-
-def _changes_results(field: str) -> bool:
-    """Whether another value of a field, by its dotted name, may give other results."""
-    free = field in {"data.root", "data.download", "vae.accept"} or field.startswith(
-        ("resources.", "check.", "serve.")
-    )
-    return not free or field.startswith(("resources.train_", "resources.precision"))
-
-
-def settings_digest(tree: Mapping[str, Any]) -> str:
-    """Return the SHA-256, in hex, of the fields of a run file, as read from YAML, that change results.
-
-    Paths of weights are left out: the content of such a file counts.
-    """
-    fields = flat_fields(tree).items()
-    counted = {
-        name: value for name, value in fields if _changes_results(name) and not name.endswith(".weights")
-    }
-    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def added_lambdas(recorded: RunFile, given: RunFile) -> tuple[float, ...]:
@@ -138,9 +120,7 @@ def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of nested mappings by their dotted names: {"a.b": 1} for {"a": {"b": 1}}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
-            flat_fields(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-        )
+        flat |= flat_fields(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 

@@ -1,5 +1,5 @@
 """`python -m services.cli`: the command line where it is not installed, as in a job on a cluster."""
 
-from services import main
+from services.cli import main
 
 main()

@@ -81,12 +81,9 @@ def delete(run: str, store: str, yes: bool) -> None:
     found = opened.within(checked_name(run))
     if not found.exists("run.yaml"):  # one that cannot be read is deleted, too
         raise InputError(f"no run called {run} in {opened.address}; `defuse status` lists the runs")
-    if Path(
-        found.address
-    ).is_symlink():  # the registry and the traffic of its own store are not seen from here
-        raise InputError(
-            f"{found.address} is a link to {Path(found.address).resolve()}; delete that run in its own store"
-        )
+    folder = Path(found.address)  # of a bucket: nothing that exists here
+    if folder.is_symlink():  # the registry and the traffic of its own store are not seen from here
+        raise InputError(f"{folder} is a link to {folder.resolve()}; delete that run in its own store")
     _expect_unregistered(opened, run)
     with found.lock():
         keys = found.list()

@@ -69,7 +69,7 @@ class RegistryState(BaseModel):
 
     @property
     def production_text(self) -> str:
-        """What a line says of production: `version 3 is in production`."""
+        """What is in production, as a sentence: `version 3 is in production`."""
         return f"{'no version' if self.production is None else f'version {self.production}'} is in production"
 
 

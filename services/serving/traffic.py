@@ -30,7 +30,7 @@ from defuse_core.artifacts import (
     Gallery,
 )
 from defuse_core.codec import decode, encode
-from defuse_core.errors import DefuseError, InputError, StoreError
+from defuse_core.errors import DefuseError, InputError
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -105,14 +105,12 @@ def read_traffic(store: Store, run: str, drawn: Gallery | None = None) -> Traffi
     of them without it: an earlier run of this name received them.
     """
     folder = store.within("traffic").within(run)
-    found: list[SampledInput] = []
+    found, remedy = list[SampledInput](), f"delete {folder.address} to start a new sample"
     for key in folder.list():
         try:
-            found.append(decode(SampledInput, folder.read(key), f"{folder.address}/{key}"))
+            found.append(decode(SampledInput, folder.read(key), f"{folder.address}/{key}", remedy))
         except FileNotFoundError:
             continue  # replaced while this was reading
-        except StoreError as error:
-            raise StoreError(f"{error}; delete {folder.address} to start a new sample") from error
     if not found:
         raise InputError(
             f"no inputs of run {run} are stored; serve it with `--set serve.reservoir=50`, and wait for traffic"

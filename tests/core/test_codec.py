@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.codec import array_digest, decode, encode
-from defuse_core.errors import StoreError
+from defuse_core.errors import DamagedError
 
 
 def some_shard() -> Shard:
@@ -140,13 +140,13 @@ def test_the_digest_is_of_names_types_shapes_and_bytes_in_any_order():
 def test_an_artefact_with_a_field_too_many_or_an_array_too_few_is_refused():
     psi = Psi(np.array([3]), 10, 40, 2, 1, 0.5)
     more = dataclasses.make_dataclass("Psi", [*vars(psi), ("later", int, 1)])
-    with pytest.raises(StoreError, match=r"here: .* found a Psi with other fields \(later: "):
+    with pytest.raises(DamagedError, match=r"here: .* found a Psi with other fields \(later: "):
         decode(Psi, encode(more(**vars(psi))), "here")
     fields = {name: value for name, value in vars(psi).items() if not isinstance(value, np.ndarray)}
     arrays = {name: {"tensor": name} for name in vars(psi).keys() - fields.keys()}
     body = json.dumps({"format": 2, "kind": "Psi", "fields": fields | arrays})
     data = save({}, metadata={"defuse": json.dumps([array_digest({}, body), body])})
-    with pytest.raises(StoreError, match="here: .* found a Psi without the array 'codes'"):
+    with pytest.raises(DamagedError, match="here: .* found a Psi without the array 'codes'"):
         decode(Psi, data, "here")
 
 
@@ -154,7 +154,7 @@ def test_an_artefact_with_a_field_too_many_or_an_array_too_few_is_refused():
 def test_a_changed_byte_is_noticed(where):
     data = bytearray(encode(some_shard()))
     data[where] ^= 1
-    with pytest.raises(StoreError, match="psi/0: its bytes changed"):
+    with pytest.raises(DamagedError, match="psi/0: its bytes changed"):
         decode(Shard, bytes(data), "psi/0")
 
 
@@ -162,19 +162,19 @@ def test_a_changed_byte_is_noticed(where):
     "data", [b"", b"not safetensors at all", encode(some_shard())[:-5], (3).to_bytes(8, "little") + b"[1]"]
 )
 def test_other_or_cut_bytes_are_refused_in_one_line(data):
-    with pytest.raises(StoreError, match="^psi/0: "):
+    with pytest.raises(DamagedError, match="^psi/0: "):
         decode(Shard, data, "psi/0")
 
 
 def test_an_artefact_of_another_kind_is_refused():
-    with pytest.raises(StoreError, match="expected a Verdicts artefact, found Shard"):
+    with pytest.raises(DamagedError, match="expected a Verdicts artefact, found Shard"):
         decode(Verdicts, encode(some_shard()), "verdicts")
 
 
 def test_an_artefact_with_other_fields_is_refused():
     older = dataclasses.make_dataclass("Psi", [("shard_counts", np.ndarray)])
     with pytest.raises(
-        StoreError, match=r"b\.safetensors: .* found a Psi with other fields \(codes: Field req"
+        DamagedError, match=r"b\.safetensors: .* found a Psi with other fields \(codes: Field req"
     ):
         decode(Psi, encode(older(np.zeros(1))), "b.safetensors")
 
@@ -184,7 +184,7 @@ def test_an_artefact_of_another_format_version_is_refused_with_what_to_do(monkey
     older = encode(some_shard())
     monkeypatch.undo()
     with pytest.raises(
-        StoreError, match=r"psi/0: expected artefact format 2, found artefact format 1; use the ve"
+        DamagedError, match=r"psi/0: expected artefact format 2, found artefact format 1; use the ve"
     ):
         decode(Shard, older, "psi/0")
 
@@ -193,7 +193,7 @@ def test_an_artefact_from_before_format_versions_is_refused():
     body = json.dumps({"kind": "Shard", "fields": {}})
     data = save({}, metadata={"defuse": json.dumps([hashlib.sha256(body.encode()).hexdigest(), body])})
     with pytest.raises(
-        StoreError, match="found artefact format 1; use the version of Defuse that wrote it, or"
+        DamagedError, match="found artefact format 1; use the version of Defuse that wrote it, or"
     ):
         decode(Shard, data, "psi/0")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Models, Psi, Sweep, SweepRow, Votes
-from defuse_core.errors import RunFileError, RunMismatchError, StoreError
+from defuse_core.errors import DamagedError, RunFileError, RunMismatchError
 from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, utc_now
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -50,7 +50,7 @@ def test_a_damaged_manifest_is_named(store, text):
     run = Run.start(store, "a", tiny())
     run.store.write("manifest.json", text)
     with pytest.raises(
-        StoreError, match="manifest.json: expected what Defuse wrote there, found damaged JSON"
+        DamagedError, match="manifest.json: expected what Defuse wrote there, found damaged JSON"
     ):
         run.manifest()
 
@@ -95,7 +95,9 @@ def test_an_added_lambda_is_recorded_and_what_follows_from_the_sweep_is_made_aga
         run.store.write(key, b"1")
     Run.start(store, "a", tiny(correct={"lambdas": [1.0, 2.0]}))
     assert Run.open(store, "a").spec.correct.lambdas == (1.0, 2.0)
-    assert run.store.list() == sorted([*kept, "psi.safetensors", "manifest.json", "run.yaml"])
+    assert run.store.list() == sorted(
+        [*kept, "psi.safetensors", "manifest.json", "run.yaml", "settings.json"]
+    )
 
 
 def test_only_images_that_were_given_in_memory_are_looked_for_in_the_runs_own_folder(store, tmp_path):

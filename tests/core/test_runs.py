@@ -14,7 +14,7 @@ import yaml
 
 from defuse_core.artifacts import MeasuredPrecision, Psi
 from defuse_core.config import dump_run_file
-from defuse_core.errors import InputError, RunBusyError, RunFileError, RunMismatchError, StoreError
+from defuse_core.errors import DamagedError, InputError, RunBusyError, RunMismatchError, StoreError
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import UNFINISHED, FolderStore
 from tests.conftest import recommended, tiny
@@ -150,6 +150,7 @@ def test_a_run_that_began_before_a_field_existed_goes_on_as_it_began(tmp_path):
     ):
         del tree[section][name]
     store.write("a/run.yaml", yaml.safe_dump(tree).encode())
+    store.delete("a/settings.json")  # younger than all of them
     before = Run.open(store, "a").spec
     assert (before.review.failing, before.correct.widen, before.correct.schedule) == (0.0, 1.0, "constant")
     assert before.correct.augment is before.correct.unreviewed is False
@@ -158,35 +159,68 @@ def test_a_run_that_began_before_a_field_existed_goes_on_as_it_began(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "edit", [("draws: 4", "draws: 9"), ("seed: 0", "seed: 1"), ("  precision: f32", "  precision: bf16")]
+    ("edit", "named"),
+    [
+        (("draws: 4", "draws: 9"), r"identify\.draws: 4 in the run, 9 now"),
+        (("seed: 0", "seed: 1"), "seed: 0 in the run, 1 now"),
+        (("  precision: f32", "  precision: bf16"), r"resources\.precision: 'f32' in the run, 'bf16' now"),
+    ],
 )
-def test_settings_that_were_edited_in_a_run_are_not_taken_for_those_it_was_made_with(tmp_path, edit):
+def test_settings_that_were_edited_in_a_run_are_not_taken_for_those_it_was_made_with(tmp_path, edit, named):
     store = FolderStore(tmp_path)
-    Run.start(store, "a", tiny())
+    Run.start(store, "a", tiny()).once("identify", Psi, psi)
     text = store.read("a/run.yaml").decode()
     assert text.count(edit[0]) == 1
     store.write("a/run.yaml", text.replace(*edit).encode())
-    with pytest.raises(
-        RunFileError, match=r"a/run\.yaml: a field that changes results was edited after the run began"
-    ):
+    with pytest.raises(RunMismatchError, match=rf"a/run\.yaml was edited: {named}; undo that, or give"):
         Run.open(store, "a")
-    with pytest.raises(RunFileError, match="was edited"):
-        Run.start(store, "a", tiny())
+    Run.start(store, "a", tiny())  # puts it back
+    assert store.read("a/run.yaml").decode() == text
+    assert Run.open(store, "a").load(Psi) is not None
+
+
+def test_a_run_whose_run_file_was_deleted_is_not_one_of_other_settings(tmp_path):
+    store = FolderStore(tmp_path)
+    Run.start(store, "a", tiny()).once("identify", Psi, psi)
+    store.delete("a/run.yaml")
+    with pytest.raises(RunMismatchError, match="seed: 0 in the run, 5 now"):
+        Run.start(store, "a", tiny().model_copy(update={"seed": 5}))
+    assert Run.start(store, "a", tiny()).load(Psi) is not None
+    assert Run.open(store, "a").spec == tiny()
 
 
 def test_limits_workers_and_places_may_be_edited_in_a_run(tmp_path):
     store = FolderStore(tmp_path)
     run = Run.start(store, "a", tiny())
     limited = run.spec.with_fields("check", min_scenario_accuracy=0.5).with_fields("resources", workers=7)
-    text = store.read("a/run.yaml").decode()
-    assert text.startswith("# The settings of this run, written by Defuse. Edit only check and serve.")
-    header = text.partition("\n")[0]
-    store.write("a/run.yaml", f"{header}\n{dump_run_file(limited)}".encode())
+    store.write("a/run.yaml", dump_run_file(limited).replace("\n", "\r\n").encode())
     assert Run.open(store, "a").spec == limited
-    assert Run.start(store, "a", limited.with_fields("data", root=Path("/elsewhere"))).spec.data.root == Path(
-        "/elsewhere"
-    )
-    Run.open(store, "a")  # the first line is that of what is written now
+    moved = limited.with_fields("data", root=Path("/elsewhere"))
+    Run.start(store, "a", moved)
+    assert Run.open(store, "a").spec == moved
+
+
+def test_a_run_that_made_nothing_and_one_with_an_added_lambda_are_of_their_new_settings(tmp_path):
+    store = FolderStore(tmp_path)
+    Run.start(store, "a", tiny())
+    other = tiny().model_copy(update={"seed": 5})
+    Run.start(store, "a", other).once("identify", Psi, psi)
+    assert Run.open(store, "a").spec.seed == 5
+    more = other.with_fields("correct", lambdas=(*other.correct.lambdas, 77.0))
+    Run.start(store, "a", more)
+    assert Run.open(store, "a").spec.correct.lambdas[-1] == 77.0
+
+
+def test_a_run_whose_noted_settings_are_damaged_names_the_file(tmp_path):
+    store = FolderStore(tmp_path)
+    Run.start(store, "a", tiny())
+    store.write("a/settings.json", b"{")
+    with pytest.raises(
+        DamagedError, match=r"a/settings\.json: .* delete it and run again: the settings in run\.yaml"
+    ):
+        Run.open(store, "a")
+    store.delete("a/settings.json")  # as in a run of an earlier version
+    assert Run.open(store, "a").spec == tiny()
 
 
 def test_weights_are_known_by_what_is_in_their_file(tmp_path):

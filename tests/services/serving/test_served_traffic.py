@@ -10,7 +10,7 @@ import pytest
 
 from defuse_core.artifacts import NO_SCENARIO, Gallery
 from defuse_core.codec import encode
-from defuse_core.errors import InputError, StoreError
+from defuse_core.errors import DamagedError, InputError, StoreError
 from defuse_core.store import FolderStore
 from services.serving.traffic import Reservoir, delete_traffic, read_traffic, sample_now
 
@@ -186,7 +186,21 @@ def test_without_traffic_the_error_says_how_to_store_some(tmp_path):
 def test_a_sample_that_cannot_be_read_is_an_error_that_says_what_to_delete(tmp_path):
     store = FolderStore(tmp_path)
     store.write("traffic/mnist/003/0001.safetensors", encode(ForeignInput(3)))
-    with pytest.raises(StoreError, match=r"found ForeignInput; delete .*traffic/mnist to start a new sample"):
+    with pytest.raises(
+        DamagedError, match=r"found ForeignInput; delete .*traffic/mnist to start a new sample"
+    ):
+        read_traffic(store, "mnist")
+
+
+def test_a_sample_whose_store_does_not_answer_is_kept(tmp_path, monkeypatch):
+    store = FolderStore(tmp_path)
+    keep(store, 1, 2, ("a",))
+
+    def silent(*_):
+        raise StoreError("no answer; run again to continue")
+
+    monkeypatch.setattr(FolderStore, "read", silent)
+    with pytest.raises(StoreError, match="^no answer; run again to continue$"):
         read_traffic(store, "mnist")
 
 

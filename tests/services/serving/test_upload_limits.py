@@ -110,7 +110,7 @@ def test_a_body_has_the_whole_time_from_its_beginning_on(deadlines, monkeypatch)
     with pytest.raises(RejectedInput, match=r"did not arrive within 0\.5 s") as refused:
         received(uploads, request([b"a", NEVER]))
     assert refused.value.status == 408 and len(deadlines) == 2
-    assert 0.1 < deadlines[0] <= 0.2 and deadlines[1] <= 0.301  # of the clock's resolution
+    assert 0 < deadlines[0] <= 0.2 and deadlines[1] <= 0.301  # of the clock's resolution
     deadlines.clear()
     with pytest.raises(RejectedInput, match=r"did not arrive within 0\.1 s"):
         received(UploadLimits(ServeSection(timeout_s=0.1)), request([b"a", NEVER]))
