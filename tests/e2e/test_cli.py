@@ -79,7 +79,7 @@ def test_bad_input_exits_2_with_one_line_and_makes_nothing(
     left = [
         path
         for path in store.rglob("*")
-        if path.is_file() and path.name not in {"run.yaml", ".lock", ".writers"}
+        if path.is_file() and path.name not in {"run.yaml", "settings.json", ".lock", ".writers"}
     ]
     assert left == []
 
