@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import (
+    I64,
     NONE_OF_THE_ABOVE,
     Anchors,
     ComponentFailures,
@@ -44,19 +45,23 @@ def test_further_images_have_the_majoritys_label_as_those_of_the_gallery(tiny_mo
     assert more.drawn.tolist() == more.labelled.tolist() == [spec.review.more_images, 0]
 
 
-def test_further_images_know_the_training_images_or_tracks_that_they_show(tiny_models, references):
+def anchored_component(track: I64 | None = None) -> Scenarios:
+    """Return one component with six failures at training images 100 to 105, of which the even ones are reviewed."""
     one, rng = np.ones(1), np.random.default_rng(0)
     pixels = rng.integers(256, size=(6, 1, 16, 16)).astype(np.uint8)
-    anchors = Anchors(pixels, 100 + np.arange(6), np.arange(6) % 2 == 1)  # 100, 102 and 104 are reviewed
+    anchors = Anchors(pixels, 100 + np.arange(6), np.arange(6) % 2 == 1, track)
     failures = ComponentFailures(rng.normal(size=(1, 6, 4)).astype(np.float32), np.arange(6)[None], anchors)
-    scenarios = Scenarios(one, np.zeros((1, 4)), np.eye(4)[None], one, 6, True, 5, -1.0, failures=failures)
+    return Scenarios(one, np.zeros((1, 4)), np.eye(4)[None], one, 6, True, 5, -1.0, failures=failures)
+
+
+def test_further_images_know_the_training_images_or_tracks_that_they_show(tiny_models, references):
+    scenarios = anchored_component()
     spec = recommended(review={"tau": 0.1, "more_images": 20})
     more = sample_more_images(spec, tiny_models, references, scenarios, np.array([True]), progress=silent)
     assert set(more.unit[0].tolist()) == {100, 102, 104}
     assert (more.outcome[0] >= 0).sum() == more.labelled[0]
     assert (more.outcome[0] == 1).sum() == more.misclassified[0]
-    tracks = replace(failures, anchors=replace(anchors, track=np.repeat([7, 8], 3)))
-    of_tracks = replace(scenarios, failures=tracks)
+    of_tracks = anchored_component(track=np.repeat([7, 8], 3))
     more = sample_more_images(spec, tiny_models, references, of_tracks, np.array([True]), progress=silent)
     assert set(more.unit[0].tolist()) == {7, 8}
 
@@ -88,18 +93,14 @@ def test_further_draws_are_none_of_those_that_were_reviewed(tiny_models, referen
 
 
 def test_further_draws_are_at_other_training_images_than_the_gallery(tiny_models, references):
-    one, rng = np.ones(1), np.random.default_rng(0)
-    pixels = rng.integers(256, size=(6, 1, 16, 16)).astype(np.uint8)
-    anchors = Anchors(pixels, 100 + np.arange(6), np.arange(6) % 2 == 1)  # 100, 102 and 104 are reviewed
-    failures = ComponentFailures(rng.normal(size=(1, 6, 4)).astype(np.float32), np.arange(6)[None], anchors)
-    scenarios = Scenarios(one, np.zeros((1, 4)), np.eye(4)[None], one, 6, True, 5, -1.0, failures=failures)
+    scenarios = anchored_component()
     spec = recommended(review={"tau": 0.1, "images": 2, "more_images": 1})
     gallery = sample_gallery(spec, tiny_models, scenarios, progress=silent)
     more = sample_more_images(spec, tiny_models, references, scenarios, np.array([True]), progress=silent)
     shown = [*gallery.source[0].tolist(), *more.unit[0].tolist()]
     assert sorted(shown) == [100, 102, 104] and gallery.track is None
-    tracks = replace(failures, anchors=replace(anchors, track=10 + np.arange(6)))
-    gallery = sample_gallery(spec, tiny_models, replace(scenarios, failures=tracks), progress=silent)
+    of_tracks = anchored_component(track=10 + np.arange(6))
+    gallery = sample_gallery(spec, tiny_models, of_tracks, progress=silent)
     np.testing.assert_array_equal(gallery.track, gallery.source - 90)
 
 
