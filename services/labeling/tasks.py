@@ -161,9 +161,10 @@ def batches(tasks: Iterable[TaskImport]) -> Iterator[list[TaskImport]]:
 
 @dataclass(frozen=True, eq=False)
 class Prelabels:
-    """The answers of the reference models to the gallery, for model-assisted review (the paper's future work).
+    """The answers of the reference models to the gallery.
 
-    A preselected answer biases a vote, so this is off by default, and the votes of a run state that it was on.
+    CROWDLAB counts them beside people's. Model-assisted review (the paper's future work) preselects them: that biases a
+    vote, so it is off by default, and the votes of a run state that it was on.
     """
 
     probabilities: F32  # (W, S, R, C)

@@ -82,3 +82,36 @@ def test_without_its_package_it_says_what_to_install(monkeypatch):
     votes, probabilities, _ = crowd()
     with pytest.raises(RunFileError, match=r"pip install 'defuse\[crowdlab\]'"):
         crowdlab_consensus(votes, probabilities)
+
+
+def test_an_image_on_which_people_and_model_agree_is_surer_than_one_on_which_they_do_not():
+    votes, probabilities, truth = crowd()
+    votes.answer[votes.annotator > 1] = NONE_OF_THE_ABOVE
+    pairs = tally(votes, SHAPE, CLASSES)
+    agreed = (pairs.max(axis=2) == 2) & (pairs.argmax(axis=2) == probabilities.argmax(axis=2))
+    split = (pairs.sum(axis=2) == 2) & (pairs.max(axis=2) == 1)
+    consensus = crowdlab_consensus(votes, probabilities)
+    assert agreed.sum() > 10 and split.any()
+    assert consensus.quality[agreed].min() > consensus.quality[split].max()
+    assert (consensus.labels == truth)[agreed].all()
+
+
+def test_a_model_and_one_person_are_never_sure_nor_is_anybody_where_no_image_has_two_answers():
+    votes, probabilities, _ = crowd()
+    named = tally(votes, SHAPE, CLASSES).sum(axis=2)
+    one = np.flatnonzero(votes.image == 0)
+    votes.answer[one[votes.annotator[one] > 0]] = NONE_OF_THE_ABOVE
+    consensus = crowdlab_consensus(votes, probabilities)
+    assert not consensus.sure(1e-9)[:, 0].any() and consensus.sure(1e-9)[:, 1:].all() and (named >= 2).all()
+    votes.answer[votes.annotator > 0] = NONE_OF_THE_ABOVE
+    assert not crowdlab_consensus(votes, probabilities).quality.any()
+
+
+def test_the_order_of_the_votes_changes_neither_labels_nor_quality():
+    votes, probabilities, _ = crowd()
+    order = np.random.default_rng(1).permutation(len(votes.answer))
+    columns = (votes.scenario, votes.image, votes.annotator, votes.answer, votes.when)
+    mixed = Votes(*(column[order] for column in columns), votes.annotators, "people", {})
+    one, other = (crowdlab_consensus(each, probabilities) for each in (votes, mixed))
+    np.testing.assert_array_equal(one.labels, other.labels)
+    np.testing.assert_array_equal(one.quality, other.quality)

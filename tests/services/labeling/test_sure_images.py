@@ -1,0 +1,215 @@
+"""review.consensus: crowdlab with stop_early: images whose label is sure are not asked about, the others are."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from digits_review import TRUTH, model_answers, truth_of
+from label_studio_live import digits_gallery, review_run
+from planted_review import annotation, task_of
+from rich.console import Console
+
+from defuse_core.errors import LabelsPending
+from services.cli.review_tables import print_status
+from services.labeling.annotations import read_annotations
+from services.labeling.simulate import choice_result
+from services.labeling.status import review_status, update_queue
+from services.labeling.tasks import Prelabels, ReviewTasks
+
+CROWDLAB = {"consensus": "crowdlab", "stop_early": True, "answers_per_task": 5}
+SPLIT, DOUBTED = "s000-i01", "s001-i02"  # two people disagree; they agree, and the models do not
+
+
+def answer_of(person, subject):
+    """The answer of a person, right except on the images in doubt."""
+    if subject.key == SPLIT:
+        return "83889"[person]
+    return "7" if subject.key == DOUBTED else truth_of(subject)
+
+
+def planted(folder, people=2, choice=answer_of, stored=True, **review):
+    """The status after so many people answered every task."""
+    gallery = digits_gallery()
+    tasks = ReviewTasks(gallery, review_run(folder, gallery, **CROWDLAB | review).spec.review, None)
+    found = [
+        task_of(
+            tasks,
+            index,
+            *(annotation(10 * index + n, n + 1, choice(n, tasks.subject(index))) for n in range(people)),
+            overlap=5,
+        )
+        for index in range(len(tasks))
+    ]
+    names = {n: f"annotator-{n}" for n in range(1, 6)}
+    models = model_answers().probabilities if stored else None
+    return review_status(tasks, read_annotations(found, tasks), names, (), models)
+
+
+def test_only_images_in_doubt_are_asked_about_and_the_numbers_add_up(tmp_path):
+    status = planted(tmp_path)
+    open_tasks = [status.tasks.subject(index).key for index in np.flatnonzero(status.wanted_per_task)]
+    assert open_tasks == [SPLIT, DOUBTED]
+    assert (status.requested, status.given, status.outstanding, status.saved) == (60, 24, 6, 30)
+    assert status.missing.sum(axis=1).tolist() == [3, 3, 0, 0]
+    assert status.decided.tolist() == [False, False, True, True] and int(status.sure.sum()) == 10
+
+
+@pytest.mark.parametrize(
+    ("review", "stored"),
+    [
+        ({"stop_early": False}, True),
+        ({"consensus": "majority"}, True),
+        ({"certainty": 1.0}, True),
+        ({}, False),
+    ],
+)
+def test_otherwise_every_answer_is_asked_for(tmp_path, review, stored):
+    status = planted(
+        tmp_path, stored=stored and review.get("consensus") != "majority", accept="lower-bound", **review
+    )
+    assert (status.outstanding, status.saved, bool(status.sure.any())) == (36, 0, False)
+
+
+def test_one_person_decides_nothing(tmp_path):
+    assert planted(tmp_path, people=1).outstanding == 48
+
+
+def test_the_review_ends_when_every_image_is_sure_or_has_all_answers(tmp_path):
+    nobody_agrees = planted(
+        tmp_path, 5, lambda n, subject: str(n) if subject.key == SPLIT else truth_of(subject)
+    )
+    assert not nobody_agrees.sure[0, 1] and nobody_agrees.outstanding == 0 and nobody_agrees.decided.all()
+    all_agree = planted(tmp_path, 2, lambda n, subject: truth_of(subject))
+    assert all_agree.sure.all() and (all_agree.outstanding, all_agree.saved) == (0, 36)
+
+
+def test_a_page_is_asked_about_while_one_of_its_images_is_in_doubt(tmp_path):
+    status = planted(
+        tmp_path,
+        choice=lambda n, subject: "83"[n] if not subject.scenario else truth_of(subject),
+        form="scenario",
+    )
+    assert status.wanted_per_task.tolist() == [3, 0, 0, 0] and (status.outstanding, status.saved) == (3, 9)
+
+
+@pytest.mark.parametrize(("at_once", "in_doubt"), [(1, 3), (5, 5)])
+def test_an_image_in_doubt_is_open_for_the_next_answer_or_for_all(tmp_path, at_once, in_doubt):
+    calls = {}
+    client = SimpleNamespace(set_overlap=lambda task, *target: calls.update({task: target}))
+    status = planted(tmp_path)
+    update_queue(client, status, at_once)
+    doubted = [100 + index for index in np.flatnonzero(status.wanted_per_task).tolist()]
+    for task in range(100, 112):
+        expected = (in_doubt, False) if task in doubted else (2, True)
+        assert calls.get(task, (5, False)) == expected, task
+
+
+def test_an_image_without_answers_is_open_for_as_many_as_are_needed_at_least(tmp_path):
+    calls = []
+    client = SimpleNamespace(set_overlap=lambda *call: calls.append(call[1:]))
+    update_queue(client, planted(tmp_path, people=0), at_once=1)
+    assert calls == [(2, False)] * 12
+
+
+def test_the_status_says_how_many_images_are_sure_and_what_may_still_be_wanted(tmp_path):
+    def shown(status):
+        console = Console(width=200, file=io.StringIO())
+        print_status(status, console)
+        return console.file.getvalue()
+
+    stored, without = shown(planted(tmp_path)), shown(planted(tmp_path, stored=False))
+    assert "24 of 60 answers are in; up to 6 are still wanted." in stored
+    assert "10 of 12 images are sure (review.certainty: 0.9)." in stored and "by majority" not in stored
+    assert "24 of 60 answers are in; 36 are still wanted." in without and "are sure" not in without
+    assert "until `defuse run` has stored the reference models' answers" in without
+
+
+def test_the_verdicts_so_far_are_those_of_crowdlab(tmp_path):
+    gallery = digits_gallery(labels=TRUTH[:2])
+    tasks = ReviewTasks(gallery, review_run(tmp_path, gallery, **CROWDLAB).spec.review, None)
+    found = [task_of(tasks, n, annotation(n, 1, "8"), annotation(9 + n, 2, "83"[n == 0])) for n in range(6)]
+    pulled, models = read_annotations(found, tasks), model_answers().probabilities[:, :2]
+    names = {1: "a", 2: "b"}
+    assert review_status(tasks, pulled, names, ()).verdicts().image_labels[0, 0] == -1  # a tie
+    assert review_status(tasks, pulled, names, (), models).verdicts().image_labels[0, 0] == 8
+
+
+@pytest.fixture
+def crowdlab_review(make_review):
+    review = make_review(**CROWDLAB)
+    review.run.once("review", Prelabels, model_answers)
+    review.annotators.push(review.gallery)
+    return review
+
+
+def two_people_answer(review, accounts):
+    for person in range(2):
+        for task in review.tasks().values():
+            accounts[person].answer(task.id, "image", answer_of(person, review.subject(task)))
+
+
+def open_keys(review):
+    return sorted(key for key, task in review.tasks().items() if not task.labeled)
+
+
+def test_sure_images_leave_the_queue_and_the_review_ends_without_their_answers(crowdlab_review, accounts):
+    review = crowdlab_review
+    number = review.state.number
+    two_people_answer(review, accounts)
+    with pytest.raises(
+        LabelsPending, match="24 answers are in and up to 6 are still wanted, 2 of 4 scenarios"
+    ):
+        review.annotators.review(review.gallery)
+    assert open_keys(review) == [SPLIT, DOUBTED]
+    for account in accounts[2:]:
+        while (task := account.next_task(number)) is not None:
+            assert task.key in (SPLIT, DOUBTED)
+            account.answer(task.id, "image", "8" if task.key == SPLIT else "3")
+    votes = review.annotators.review(review.gallery)
+    assert (len(votes.answer), votes.notes["answers_saved"]) == (30, 30)
+
+
+def test_an_answer_that_is_changed_or_deleted_puts_a_sure_image_back(crowdlab_review, accounts):
+    review = crowdlab_review
+    two_people_answer(review, accounts)
+    review.annotators.status(review.gallery)
+    changed, deleted = "s002-i00", "s003-i00"
+    before = review.tasks()
+    assert before[changed].labeled and before[deleted].labeled
+    accounts[0].change(before[changed].annotations[0].id, [choice_result("label", "image", "6")])
+    review.api.delete_annotation(before[deleted].annotations[0].id)
+    review.annotators.status(review.gallery)
+    assert {changed, deleted} <= set(open_keys(review))
+
+
+def test_of_three_people_at_once_each_gets_a_task_and_one_who_leaves_holds_no_image_back(
+    crowdlab_review, accounts
+):
+    review = crowdlab_review
+    number, waiting = review.state.number, review.annotators
+    waiting.wait = True
+    first = accounts[0].next_task(number)
+    accounts[0].answer(first.id, "image", truth_of(review.subject(review.tasks()[first.key])))
+    waiting.status(review.gallery)
+    assert {task.overlap for task in review.tasks().values()} == {2}
+    handed = [account.next_task(number) for account in accounts[:3]]
+    assert None not in handed
+    for task in review.tasks().values():
+        for person in (0, 1):
+            if all(each.annotator != user_of(accounts[person]) for each in task.annotations):
+                accounts[person].answer(task.id, "image", answer_of(person, review.subject(task)))
+    waiting.status(review.gallery)
+    kept = accounts[2].next_task(number)  # and leaves
+    assert kept.key in (SPLIT, DOUBTED)
+    other = accounts[3].next_task(number)
+    assert {kept.key, other.key} == {SPLIT, DOUBTED}
+    assert accounts[4].next_task(number) is None  # one answer would do
+    waiting.status(review.gallery)  # no answer came
+    assert accounts[4].next_task(number).key in (SPLIT, DOUBTED)
+
+
+def user_of(account):
+    return int(account.http.get("/api/current-user/whoami").json()["id"])
