@@ -329,7 +329,7 @@ class ReviewSection(Section):
     stop_early: bool = True
     """Label Studio: stop asking where no answer is needed: with consensus majority and accept share about a scenario
     whose verdict and label can no longer change, with consensus crowdlab about an image whose label is sure. Ours."""
-    certainty: float = Field(0.9, gt=0, le=1)
+    certainty: float = Field(0.85, gt=0, le=1)
     """stop_early with consensus crowdlab: an image is sure once two people chose a class and CROWDLAB's estimate that
     its label is right is at least this; until then it is asked about up to answers_per_task times. Ours."""
     prelabel: bool = False

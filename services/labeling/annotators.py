@@ -62,7 +62,6 @@ class LabelStudioAnnotators:
 
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
-    given = 0  # answers at the last pull
 
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
@@ -136,18 +135,9 @@ class LabelStudioAnnotators:
             overridden,
             None if stored is None else stored.probabilities,
         )
-        update_queue(self.client, status, self._at_once(status))
-        self.pull_s, self.given = monotonic() - started, status.given
+        update_queue(self.client, status)
+        self.pull_s = monotonic() - started
         return status, state
-
-    def _at_once(self, status: ReviewStatus) -> int:
-        """Return for how many further answers an image that is not sure is open until the next pull.
-
-        One, while this process waits and answers keep coming. Otherwise nobody would open the image for another one,
-        or whoever was given it left: Label Studio keeps a task for that person for a day.
-        """
-        answers_come = self.wait and status.given > self.given
-        return 1 if status.stops_when_sure and answers_come else status.tasks.review.answers_per_task
 
     def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> tuple[ReviewStatus, ProjectState]:
         """Return the next status with another number of answers than `given`, and the state.

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Verdicts, Votes
-from defuse_core.review.consensus import LEAST_ANSWERS, Consensus, crowdlab_consensus
+from defuse_core.review.consensus import Consensus, crowdlab_consensus
 from defuse_core.review.verdicts import decide_verdicts, false_discovery_rate, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
@@ -232,16 +232,19 @@ def _votes(pulled: PulledAnnotations, tasks: ReviewTasks, names: Mapping[int, st
     )
 
 
-def update_queue(client: LabelStudioClient, status: ReviewStatus, at_once: int) -> None:
+def update_queue(client: LabelStudioClient, status: ReviewStatus) -> None:
     """Take decided tasks out of Label Studio's queue and put those back that lack answers.
 
     Label Studio itself knows of no decided scenarios. It calls a task that lacks answers done when one of its
-    annotations was discarded, or when a changed answer opened a scenario again that had been decided. A task is open
-    for `at_once` further answers at most, or for those that CROWDLAB needs at least.
+    annotations was discarded, or when a changed answer opened a scenario again that had been decided.
+
+    With review.consensus: crowdlab a task is open for its first answers, and then, if CROWDLAB is not sure of them, for
+    all others at once. One at a time would save a little more, but the queue would be empty until the next pull, and
+    Label Studio keeps a task for whoever opened it for a day.
     """
     changed, seen = 0, np.zeros(len(status.tasks), bool)
     for queued in status.pulled.queue:
-        overlap, labeled = _queue_target(status, queued, at_once, duplicate=bool(seen[queued.index]))
+        overlap, labeled = _queue_target(status, queued, duplicate=bool(seen[queued.index]))
         seen[queued.index] = True
         if (overlap, labeled) != (queued.overlap, queued.labeled):
             client.set_overlap(queued.task, overlap, labeled)
@@ -250,9 +253,7 @@ def update_queue(client: LabelStudioClient, status: ReviewStatus, at_once: int) 
         log.info("review: took tasks out of the queue or put them back, %d in all", changed)
 
 
-def _queue_target(
-    status: ReviewStatus, queued: QueuedTask, at_once: int, *, duplicate: bool
-) -> tuple[int, bool]:
+def _queue_target(status: ReviewStatus, queued: QueuedTask, duplicate: bool) -> tuple[int, bool]:
     """Return the overlap that the task should have, and whether it should be out of the queue.
 
     `duplicate`: another task of the same image came before.
@@ -260,9 +261,9 @@ def _queue_target(
     wanted = int(status.wanted_per_task[queued.index])
     if duplicate or not wanted:
         return (queued.overlap, True) if queued.labeled else (max(queued.submitted, 1), True)
-    least = LEAST_ANSWERS - int(status.given_per_task[queued.index])
+    first = status.tasks.first_answers - int(status.given_per_task[queued.index])
     # Label Studio counts annotations that are discarded here, so the overlap grows by them.
-    return queued.submitted + min(wanted, max(at_once, least)), False
+    return queued.submitted + (min(first, wanted) if first > 0 else wanted), False
 
 
 def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> bool:

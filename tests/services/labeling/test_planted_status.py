@@ -139,6 +139,6 @@ def test_the_queue_holds_what_lacks_answers_and_nothing_else(tmp_path):
     ]
     calls = []
     client = SimpleNamespace(set_overlap=lambda *call: calls.append(call))
-    update_queue(client, status_of(tasks, found, overridden=[1]), at_once=2)
+    update_queue(client, status_of(tasks, found, overridden=[1]))
     put_back = [(101, 3, False), (104, 2, False)]
     assert sorted(calls) == [(99, 1, True), put_back[0], (102, 2, True), put_back[1], (100 + IMAGES, 1, True)]
