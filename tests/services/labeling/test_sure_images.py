@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from label_studio_live import digits_gallery, review_run
 from planted_review import annotation, task_of
 from rich.console import Console
 
+from defuse_core.artifacts import ReferenceSet
 from defuse_core.errors import LabelsPending
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
@@ -87,11 +89,18 @@ def test_the_review_ends_when_every_image_is_sure_or_has_all_answers(tmp_path):
 
 
 def test_a_page_is_asked_about_while_one_of_its_images_is_in_doubt(tmp_path):
-    status = planted(
-        tmp_path,
-        choice=lambda n, subject: "83"[n] if not subject.scenario else truth_of(subject),
-        form="scenario",
-    )
+    gallery = digits_gallery()
+    tasks = ReviewTasks(gallery, review_run(tmp_path, gallery, **CROWDLAB, form="scenario").spec.review, None)
+    pages = [
+        [annotation(10 * n + person, person, str(label), target="page") for person in (1, 2)]
+        for n, label in enumerate(TRUTH)
+    ]
+    apart = [*pages[0][1].result, choice_result("label_1", "image_1", "3")]
+    pages[0][1] = replace(pages[0][1], result=apart)
+    found = [task_of(tasks, n, *page) for n, page in enumerate(pages)]
+    names, models = {1: "a", 2: "b"}, model_answers().probabilities
+    status = review_status(tasks, read_annotations(found, tasks), names, (), models)
+    assert status.sure[0].tolist() == [True, False, True] and status.sure[1:].all()
     assert status.wanted_per_task.tolist() == [3, 0, 0, 0] and (status.outstanding, status.saved) == (3, 9)
 
 
@@ -199,3 +208,17 @@ def test_three_people_at_once_all_get_tasks_and_one_who_leaves_holds_no_image_ba
         task = account.next_task(number)
         account.answer(task.id, "image", "3")
         assert {task.key, account.next_task(number).key} == {SPLIT, DOUBTED}
+
+
+def test_a_run_stores_its_models_answers_and_only_then_an_image_is_sure(make_review, accounts):
+    review = make_review(**CROWDLAB)
+    review.annotators.push(review.gallery)
+    two_people_answer(review, accounts)
+    assert not review.annotators.status(review.gallery)[0].sure.any()
+    trained = ReferenceSet(({"weight": np.zeros(1, np.float32)},), 10, np.ones(1), np.ones(1))
+    review.run.once("train", ReferenceSet, lambda: trained, "references")
+    review.annotators.compute = SimpleNamespace(task=lambda *call: model_answers().probabilities)
+    with pytest.raises(LabelsPending):
+        review.annotators.review(review.gallery)
+    assert review.run.load(Prelabels) is not None
+    assert int(review.annotators.status(review.gallery)[0].sure.sum()) == 10
