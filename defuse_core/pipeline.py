@@ -33,6 +33,7 @@ from defuse_core.evaluation.health import expect_healthy, measure_moved, with_me
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, write_report
 from defuse_core.report.build import build_report
+from defuse_core.review.consensus import crowdlab_consensus
 from defuse_core.review.sample import (
     filter_corrections,
     sample_corrections,
@@ -43,7 +44,6 @@ from defuse_core.review.sample import (
 from defuse_core.review.tighten import tighten
 from defuse_core.review.unreviewed import choose_unreviewed
 from defuse_core.review.verdicts import (
-    crowdlab_labels,
     decide_verdicts,
     decides_twice,
     doubtful,
@@ -215,7 +215,7 @@ def _verdicts(
     """Decide on every component; where reference models annotate and doubt remains, again on more images."""
     review, labels = run.spec.review, None
     if review.consensus == "crowdlab":
-        labels = crowdlab_labels(votes, ask_models(run, compute, gallery).mean(axis=0))
+        labels = crowdlab_consensus(votes, ask_models(run, compute, gallery).mean(axis=0)).labels
     rate = false_discovery_rate(review)
     decide = partial(decide_verdicts, gallery, votes, review.rho, max_false=rate, image_labels=labels)
     first = decide(read_overrides(run.store))

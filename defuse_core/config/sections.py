@@ -327,14 +327,22 @@ class ReviewSection(Section):
     answers_per_task: int = Field(5, ge=1)
     """Label Studio: people asked per task (its overlap). Paper: 5."""
     stop_early: bool = True
-    """Label Studio, with accept share and consensus majority: stop asking about a scenario whose verdict and label can
-    no longer change. Ours."""
+    """Label Studio: stop asking where no answer is needed: with consensus majority and accept share about a scenario
+    whose verdict and label can no longer change, with consensus crowdlab about an image whose label is sure. Ours."""
+    certainty: float = Field(0.85, gt=0, le=1)
+    """stop_early with consensus crowdlab: an image is sure once two people chose a class and CROWDLAB's estimate that
+    its label is right is at least this; until then it is asked about up to answers_per_task times. Ours."""
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
     inline_kb: int = Field(64, ge=1)
     """Label Studio: pictures up to so many kilobytes are stored in their task; larger ones need a run in S3. Ours."""
     real_names: bool = False
     """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
+
+    @property
+    def stops_when_sure(self) -> bool:
+        """Whether an image is not asked about any more once CROWDLAB is sure of its label."""
+        return self.stop_early and self.consensus == "crowdlab"
 
 
 class CorrectSection(Section):

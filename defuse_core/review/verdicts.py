@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -11,7 +10,6 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from defuse_core.artifacts import (
-    F32,
     F64,
     I64,
     NONE_OF_THE_ABOVE,
@@ -23,50 +21,11 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config import ReviewSection
-from defuse_core.errors import DamagedError, InputError, RunFileError
+from defuse_core.errors import DamagedError, InputError
 from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
 from defuse_core.review.decision import Shares, count_units, decide
 from defuse_core.runs import FROM_VERDICTS, Run, utc_now
 from defuse_core.store import Store
-
-
-def crowdlab_labels(votes: Votes, probabilities: F32) -> I64:
-    """Return the label of each image, (S, R), for class probabilities (S, R, C) of a model that did not vote.
-
-    Annotators count by how often they agree with the others and with the model. An image for which nobody chose a
-    class has no label. Where no image has two answers, each has the one that was given. Raises RunFileError without
-    the package cleanlab.
-    """
-    try:
-        from cleanlab.multiannotator import get_label_quality_multiannotator
-    except ImportError as error:
-        raise RunFileError(
-            "review.consensus: crowdlab needs the package cleanlab; pip install 'defuse[crowdlab]'"
-        ) from error
-    scenarios, images, classes = probabilities.shape
-    answers = np.full((scenarios * images, len(votes.annotators)), np.nan)
-    named = votes.answer != NONE_OF_THE_ABOVE
-    row = votes.scenario * images + votes.image
-    answers[row[named], votes.annotator[named]] = votes.answer[named]
-    answered = ~np.isnan(answers)
-    if answered.sum(axis=1).max(initial=0) < 2:  # nobody agrees or disagrees with anybody
-        return majority(tally(votes, (scenarios, images), classes))
-    voted, used = answered.any(axis=1), answered.any(axis=0)  # images and annotators with an answer
-    # A tie of votes and probabilities would be broken by numpy's global generator: let no two classes be equal.
-    apart = np.float64(probabilities.reshape(-1, classes)[voted]) + 1e-6 / np.arange(1, classes + 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on few votes, which the intervals of the report state
-        found = get_label_quality_multiannotator(
-            answers[np.ix_(voted, used)],
-            apart / apart.sum(axis=1, keepdims=True),
-            verbose=False,
-            return_detailed_quality=False,
-            return_annotator_stats=False,
-        )
-    labels: I64 = np.full(len(answers), NONE_OF_THE_ABOVE, np.int64)
-    labels[voted] = found["label_quality"]["consensus_label"].to_numpy().astype(np.int64)
-    return labels.reshape(scenarios, images)
-
 
 OVERRIDES = "overrides/"  # human decisions that replace the vote, one object each, from overrides/0001.json
 

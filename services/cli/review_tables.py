@@ -33,17 +33,24 @@ def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Co
 
 def print_status(status: ReviewStatus, console: Console) -> None:
     """Print answers, annotators, agreement, scenarios, and discarded annotations."""
-    console.print(
-        f"{status.given} of {status.requested} answers are in; {status.outstanding} are still wanted."
-    )
+    console.print(f"{status.given} of {status.requested} answers are in; {status.still_wanted}.")
+    if status.stops_when_sure:
+        sure, certainty = int(status.sure.sum()), status.tasks.review.certainty
+        console.print(f"{sure} of {status.sure.size} images are sure (review.certainty: {certainty:g}).")
     if status.saved:
-        console.print(f"{status.saved} more are not needed: their scenarios are decided.")
+        reason = "their images are sure or their" if status.stops_when_sure else "their"
+        console.print(f"{status.saved} more are not needed: {reason} scenarios are decided.")
     for name, count in status.per_annotator().items():
         console.print(f"  {name}: {count}", highlight=False)
     _print_agreement("Agreement so far", status.verdicts(), console)
-    if status.tasks.review.consensus == "crowdlab":
+    if status.tasks.review.consensus == "crowdlab" and status.consensus is None:
         console.print(
             "The verdicts below are by majority; `defuse run` decides with review.consensus: crowdlab.",
+            soft_wrap=True,
+        )
+    if status.tasks.review.stops_when_sure and status.consensus is None:
+        console.print(
+            "Every image is asked for all answers until `defuse run` has stored the reference models' answers.",
             soft_wrap=True,
         )
     console.print(_scenario_table(status))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, wait_exponential
 
-from defuse_core.artifacts import Gallery, Verdicts, Votes
+from defuse_core.artifacts import F32, Gallery, Verdicts, Votes
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
 from defuse_core.review.verdicts import decide_verdicts, read_overrides
@@ -27,7 +27,7 @@ from services.labeling.local_server import running_server
 from services.labeling.project import ReviewProject
 from services.labeling.state import ProjectState, read_state, update_state
 from services.labeling.status import ReviewStatus, review_status, update_queue
-from services.labeling.tasks import Prelabel, ReviewTasks, prelabels_by_task, reference_prelabels
+from services.labeling.tasks import Prelabels, ReviewTasks, prelabels_by_task, reference_prelabels
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,10 +76,12 @@ class LabelStudioAnnotators:
         return connect(self.settings)
 
     def review(self, gallery: Gallery) -> Votes:
-        """Return all answers, once each image has as many as requested or its scenario is decided.
+        """Return all answers, once each image has as many as requested, is sure, or its scenario is decided.
 
         Raises LabelsPending before that; with `wait`, polls the server instead, less often while nothing changes.
         """
+        if self.run.spec.review.stops_when_sure:
+            self._probabilities(gallery)  # stored, also for `defuse review status`
         state = self.push(gallery)
         status, state = self._pull(gallery, state)
         while status.outstanding:
@@ -93,7 +95,10 @@ class LabelStudioAnnotators:
 
     def push(self, gallery: Gallery, repair: bool = False) -> ProjectState:
         """Create or complete the run's project, and return its state."""
-        prelabels = self._prelabels(gallery) if self.run.spec.review.prelabel else None
+        review, prelabels = self.run.spec.review, None
+        if review.prelabel:
+            found, least = self._probabilities(gallery), review.reference.min_confidence
+            prelabels = prelabels_by_task(found, least, review.form == "scenario")
         project = ReviewProject(
             self.client,
             self.run,
@@ -121,7 +126,15 @@ class LabelStudioAnnotators:
         store_authors(self.run.store, authors, pulled)
         state = self._store_annotators(state, pulled)
         overridden = [override.scenario for override in read_overrides(self.run.store)]
-        status = review_status(tasks, pulled, self._names(pulled, state), overridden)
+        crowdlab = self.run.spec.review.consensus == "crowdlab"
+        stored = self.run.load(Prelabels) if crowdlab else None
+        status = review_status(
+            tasks,
+            pulled,
+            self._names(pulled, state),
+            overridden,
+            None if stored is None else stored.probabilities,
+        )
         update_queue(self.client, status)
         self.pull_s = monotonic() - started
         return status, state
@@ -145,7 +158,7 @@ class LabelStudioAnnotators:
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
         decided, skips = int(status.decided.sum()), len(status.blocking_skips())
         return (
-            f"waiting for people: {status.given} answers are in and {status.outstanding} are still wanted, "
+            f"waiting for people: {status.given} answers are in and {status.still_wanted}, "
             f"{decided} of {len(status.decided)} scenarios are decided; "
             + (f"{skips} were skipped, see `defuse review status {self.run.name}`; " if skips else "")
             + f"label at {self.client.labeling_url(state.number)}"
@@ -170,7 +183,8 @@ class LabelStudioAnnotators:
     def _tasks(self, gallery: Gallery) -> ReviewTasks:
         return ReviewTasks(gallery, self.run.spec.review, self.run.store)
 
-    def _prelabels(self, gallery: Gallery) -> dict[int, Prelabel]:
+    def _probabilities(self, gallery: Gallery) -> F32:
+        """Return the reference models' probabilities on the gallery, (W, S, R, C), which the run stores."""
         compute = self.compute
         if compute is None:  # `defuse review push`, outside `defuse run`
             from defuse_core.local import LocalCompute
@@ -178,11 +192,7 @@ class LabelStudioAnnotators:
 
             compute = LocalCompute()
             settle_precision(self.run, compute)
-        review = self.run.spec.review
-        made = reference_prelabels(self.run, compute, gallery)
-        return prelabels_by_task(
-            made.probabilities, review.reference.min_confidence, review.form == "scenario"
-        )
+        return reference_prelabels(self.run, compute, gallery).probabilities
 
 
 def _log_failure(attempt: RetryCallState) -> None:

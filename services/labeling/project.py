@@ -114,7 +114,7 @@ class ReviewProject:
             expert_instruction=instructions(review.form, classes),
             show_instruction=True,
             show_skip_button=False,  # none-of-the-above is the answer to give
-            maximum_annotations=review.answers_per_task,
+            maximum_annotations=self.tasks.first_answers,
             sampling="Sequential sampling",
             show_collab_predictions=review.prelabel,
             model_version=PRELABEL_MODEL if review.prelabel else "",

@@ -3,6 +3,9 @@
 A verdict is final when no missing answer can change it or its label. A missing answer may turn out to be any class,
 none-of-the-above, or never come. The rules are those of `defuse_core.review.verdicts`; the tests hold both against
 each other over all completions of small cases.
+
+With review.consensus: crowdlab no further answer is asked for where CROWDLAB is sure of an image's label. Answers to
+other images change how much an annotator counts, so an image that was sure can be asked about again.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from defuse_core.artifacts import I64, Bool, Verdicts, Votes
+from defuse_core.artifacts import F32, I64, Bool, Verdicts, Votes
+from defuse_core.review.consensus import Consensus, crowdlab_consensus
 from defuse_core.review.verdicts import decide_verdicts, false_discovery_rate, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
@@ -63,7 +67,9 @@ class ReviewStatus:
     pulled: PulledAnnotations
     names: Mapping[int, str]  # of annotators, by user id
     votes: Votes  # so far
-    missing: I64  # (S, R) answers that were requested and not given
+    consensus: Consensus | None  # by CROWDLAB, where the run asks for it and its models' answers are stored
+    sure: Bool  # (S, R) stop_early, and CROWDLAB is sure of the label
+    missing: I64  # (S, R) answers that were requested and not given; 0 where the label is sure
     overridden: Bool  # (S,) a person decided above the vote
     final: Bool  # (S,) stop_early, and no missing answer can change verdict or label
 
@@ -88,28 +94,46 @@ class ReviewStatus:
         """(T,) answers to each task."""
         return np.bincount(self.pulled.answers["task"], minlength=len(self.tasks))
 
+    @cached_property
+    def wanted_per_task(self) -> I64:
+        """(T,) further answers that each task may need: for a page, as many as the image that needs most."""
+        scenarios, images = self.missing.shape
+        of_task = (scenarios, self.tasks.per_scenario, images // self.tasks.per_scenario)
+        wanted: I64 = self.missing.reshape(of_task).max(axis=2)
+        wanted[self.decided] = 0
+        return wanted.ravel()
+
     @property
     def saved(self) -> int:
         """Number of answers that were requested and are not needed any more."""
-        return self._missing_in(self.decided)
+        return self.requested - self.given - self.outstanding
 
     @property
     def outstanding(self) -> int:
-        """Number of answers that annotators still have to give."""
-        return self._missing_in(~self.decided)
+        """Number of answers that annotators still have to give; at most so many with review.consensus: crowdlab."""
+        return int(self.wanted_per_task.sum())
 
-    def _missing_in(self, scenarios: Bool) -> int:
-        missing = self.tasks.review.answers_per_task - self.given_per_task
-        return int(missing.reshape(len(scenarios), self.tasks.per_scenario)[scenarios].sum())
+    @property
+    def stops_when_sure(self) -> bool:
+        """Whether sure images are not asked about: the run file says so, and the models' answers are stored."""
+        return self.tasks.review.stops_when_sure and self.consensus is not None
+
+    @property
+    def still_wanted(self) -> str:
+        """The number of outstanding answers, in words."""
+        return f"{'up to ' if self.stops_when_sure else ''}{self.outstanding} are still wanted"
 
     def verdicts(self) -> Verdicts:
-        """Return the verdicts that follow from the votes so far by majority.
+        """Return the verdicts that follow from the votes so far.
 
-        With review.consensus: crowdlab the run decides otherwise, from reference models that it may not have yet.
+        They are by majority where review.consensus: crowdlab lacks the reference models' answers, which the run makes.
         """
         review = self.tasks.review
         rate = false_discovery_rate(review)
-        return decide_verdicts(self.tasks.gallery, self.votes, review.rho, max_false=rate)
+        labels = None if self.consensus is None else self.consensus.labels
+        return decide_verdicts(
+            self.tasks.gallery, self.votes, review.rho, max_false=rate, image_labels=labels
+        )
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered, by name."""
@@ -124,13 +148,7 @@ class ReviewStatus:
 
     def blocking_skips(self) -> list[SkippedTask]:
         """Return the skips of tasks that still lack answers, which those annotators are not asked for again."""
-        wanted = self.tasks.review.answers_per_task
-        return [
-            skip
-            for skip in self.pulled.skips
-            if self.given_per_task[skip.index] < wanted
-            and not self.decided[self.tasks.subject(skip.index).scenario]
-        ]
+        return [skip for skip in self.pulled.skips if self.wanted_per_task[skip.index]]
 
     def answers_since(self, votes: Votes) -> int:
         """Return how many answers were given or changed after those that `votes` holds."""
@@ -165,22 +183,33 @@ class ReviewStatus:
 
 
 def review_status(
-    tasks: ReviewTasks, pulled: PulledAnnotations, names: Mapping[int, str], overridden: Iterable[int]
+    tasks: ReviewTasks,
+    pulled: PulledAnnotations,
+    names: Mapping[int, str],
+    overridden: Iterable[int],
+    probabilities: F32 | None = None,
 ) -> ReviewStatus:
-    """Return the status of the review; `overridden` are the scenarios that a person decided above the vote."""
+    """Return the status of the review; `overridden` are the scenarios that a person decided above the vote.
+
+    `probabilities` (W, S, R, C) are those of the reference models, for review.consensus: crowdlab.
+    """
     shape = tasks.gallery.predicted.shape
     votes = _votes(pulled, tasks, names)
     given = np.zeros(shape, np.int64)
     np.add.at(given, (votes.scenario, votes.image), 1)
-    missing = tasks.review.answers_per_task - given
+    review, consensus = tasks.review, None
+    sure: Bool = np.zeros(shape, bool)
+    if review.consensus == "crowdlab" and probabilities is not None:
+        consensus = crowdlab_consensus(votes, probabilities.mean(axis=0))
+        sure = consensus.sure(review.certainty) & review.stops_when_sure
+    missing = np.where(sure, 0, review.answers_per_task - given)
     above = np.isin(np.arange(len(tasks.gallery)), list(overridden))
     final: Bool = np.zeros(len(tasks.gallery), bool)
-    review = tasks.review
     if review.stop_early and review.accept == "share" and review.consensus == "majority":
         counts = tally(votes, (shape[0], shape[1]), len(tasks.gallery.classes))
         cases = zip(counts, missing, tasks.gallery.predicted, strict=True)
         final = np.array([verdict_is_final(*case, review.rho) for case in cases], bool)
-    return ReviewStatus(tasks, pulled, names, votes, missing, above, final)
+    return ReviewStatus(tasks, pulled, names, votes, consensus, sure, missing, above, final)
 
 
 def _votes(pulled: PulledAnnotations, tasks: ReviewTasks, names: Mapping[int, str]) -> Votes:
@@ -208,6 +237,10 @@ def update_queue(client: LabelStudioClient, status: ReviewStatus) -> None:
 
     Label Studio itself knows of no decided scenarios. It calls a task that lacks answers done when one of its
     annotations was discarded, or when a changed answer opened a scenario again that had been decided.
+
+    With review.consensus: crowdlab a task is open for its first answers, and then, if CROWDLAB is not sure of them, for
+    all others at once. One at a time would save a little more, but the queue would be empty until the next pull, and
+    Label Studio keeps a task for whoever opened it for a day.
     """
     changed, seen = 0, np.zeros(len(status.tasks), bool)
     for queued in status.pulled.queue:
@@ -225,11 +258,12 @@ def _queue_target(status: ReviewStatus, queued: QueuedTask, duplicate: bool) -> 
 
     `duplicate`: another task of the same image came before.
     """
-    missing = status.tasks.review.answers_per_task - int(status.given_per_task[queued.index])
-    if duplicate or missing <= 0 or status.decided[status.tasks.subject(queued.index).scenario]:
+    wanted = int(status.wanted_per_task[queued.index])
+    if duplicate or not wanted:
         return (queued.overlap, True) if queued.labeled else (max(queued.submitted, 1), True)
+    first = status.tasks.first_answers - int(status.given_per_task[queued.index])
     # Label Studio counts annotations that are discarded here, so the overlap grows by them.
-    return queued.submitted + missing, False
+    return queued.submitted + (min(first, wanted) if first > 0 else wanted), False
 
 
 def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.protocols import Compute
+from defuse_core.review.consensus import LEAST_ANSWERS
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.training.reference_models import ask_models
@@ -79,6 +80,12 @@ class ReviewTasks:
         self.names = choice_names(gallery.classes)
         self.whole_pages = review.form == "scenario"
         self.per_scenario = 1 if self.whole_pages else gallery.predicted.shape[1]
+
+    @property
+    def first_answers(self) -> int:
+        """Answers for which a task is open at first: all, or as many as CROWDLAB needs to be sure of an image."""
+        asked = self.review.answers_per_task
+        return min(asked, LEAST_ANSWERS) if self.review.stops_when_sure else asked
 
     def __len__(self) -> int:
         return len(self.gallery) * self.per_scenario
@@ -161,9 +168,10 @@ def batches(tasks: Iterable[TaskImport]) -> Iterator[list[TaskImport]]:
 
 @dataclass(frozen=True, eq=False)
 class Prelabels:
-    """The answers of the reference models to the gallery, for model-assisted review (the paper's future work).
+    """The answers of the reference models to the gallery.
 
-    A preselected answer biases a vote, so this is off by default, and the votes of a run state that it was on.
+    CROWDLAB counts them beside people's. Model-assisted review (the paper's future work) preselects them: that biases a
+    vote, so it is off by default, and the votes of a run state that it was on.
     """
 
     probabilities: F32  # (W, S, R, C)

@@ -3,7 +3,8 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Votes
 from defuse_core.errors import RunFileError
-from defuse_core.review.verdicts import crowdlab_labels, majority, tally
+from defuse_core.review.consensus import crowdlab_consensus
+from defuse_core.review.verdicts import majority, tally
 
 CLASSES, SHAPE = 4, (5, 20)
 RELIABLE, GUESSING = 0.95, 0.4
@@ -33,13 +34,13 @@ def crowd(seed=0, per_image=3) -> tuple[Votes, np.ndarray, np.ndarray]:
 def test_with_few_answers_per_image_it_is_right_more_often_than_the_majority():
     votes, probabilities, truth = crowd()
     by_majority = (majority(tally(votes, SHAPE, CLASSES)) == truth).mean()
-    assert (crowdlab_labels(votes, probabilities) == truth).mean() > by_majority + 0.02
+    assert (crowdlab_consensus(votes, probabilities).labels == truth).mean() > by_majority + 0.02
 
 
 def test_an_image_for_which_nobody_chose_a_class_has_no_label():
     votes, probabilities, _ = crowd()
     votes.answer[(votes.scenario == 2) & (votes.image == 3)] = NONE_OF_THE_ABOVE
-    labels = crowdlab_labels(votes, probabilities)
+    labels = crowdlab_consensus(votes, probabilities).labels
     assert labels[2, 3] == NONE_OF_THE_ABOVE
     assert (labels != NONE_OF_THE_ABOVE).sum() == labels.size - 1
 
@@ -47,7 +48,7 @@ def test_an_image_for_which_nobody_chose_a_class_has_no_label():
 def test_without_any_answer_there_is_no_label():
     votes, probabilities, _ = crowd()
     votes.answer[:] = NONE_OF_THE_ABOVE
-    assert (crowdlab_labels(votes, probabilities) == NONE_OF_THE_ABOVE).all()
+    assert (crowdlab_consensus(votes, probabilities).labels == NONE_OF_THE_ABOVE).all()
 
 
 def test_a_tie_of_votes_and_probabilities_has_the_same_label_in_every_process():
@@ -61,7 +62,7 @@ def test_a_tie_of_votes_and_probabilities_has_the_same_label_in_every_process():
     found = []
     for seed in range(4):
         np.random.seed(seed)  # the global generator, which must not matter
-        found.append(crowdlab_labels(votes, probabilities))
+        found.append(crowdlab_consensus(votes, probabilities).labels)
     assert all(np.array_equal(labels, found[0]) for labels in found)
 
 
@@ -71,7 +72,7 @@ def test_where_no_image_has_two_answers_each_has_its_own(asked):
     votes.answer[votes.annotator != np.array(asked)[(votes.scenario + votes.image) % len(asked)]] = (
         NONE_OF_THE_ABOVE
     )
-    labels = crowdlab_labels(votes, probabilities)
+    labels = crowdlab_consensus(votes, probabilities).labels
     np.testing.assert_array_equal(labels, majority(tally(votes, SHAPE, CLASSES)))
     assert (labels == truth).mean() > 0.9
 
@@ -80,4 +81,37 @@ def test_without_its_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cleanlab.multiannotator", None)
     votes, probabilities, _ = crowd()
     with pytest.raises(RunFileError, match=r"pip install 'defuse\[crowdlab\]'"):
-        crowdlab_labels(votes, probabilities)
+        crowdlab_consensus(votes, probabilities)
+
+
+def test_an_image_on_which_people_and_model_agree_is_surer_than_one_on_which_they_do_not():
+    votes, probabilities, truth = crowd()
+    votes.answer[votes.annotator > 1] = NONE_OF_THE_ABOVE
+    pairs = tally(votes, SHAPE, CLASSES)
+    agreed = (pairs.max(axis=2) == 2) & (pairs.argmax(axis=2) == probabilities.argmax(axis=2))
+    split = (pairs.sum(axis=2) == 2) & (pairs.max(axis=2) == 1)
+    consensus = crowdlab_consensus(votes, probabilities)
+    assert agreed.sum() > 10 and split.any()
+    assert consensus.quality[agreed].min() > consensus.quality[split].max()
+    assert (consensus.labels == truth)[agreed].all()
+
+
+def test_a_model_and_one_person_are_never_sure_nor_is_anybody_where_no_image_has_two_answers():
+    votes, probabilities, _ = crowd()
+    named = tally(votes, SHAPE, CLASSES).sum(axis=2)
+    one = np.flatnonzero(votes.image == 0)
+    votes.answer[one[votes.annotator[one] > 0]] = NONE_OF_THE_ABOVE
+    consensus = crowdlab_consensus(votes, probabilities)
+    assert not consensus.sure(1e-9)[:, 0].any() and consensus.sure(1e-9)[:, 1:].all() and (named >= 2).all()
+    votes.answer[votes.annotator > 0] = NONE_OF_THE_ABOVE
+    assert not crowdlab_consensus(votes, probabilities).quality.any()
+
+
+def test_the_order_of_the_votes_changes_neither_labels_nor_quality():
+    votes, probabilities, _ = crowd()
+    order = np.random.default_rng(1).permutation(len(votes.answer))
+    columns = (votes.scenario, votes.image, votes.annotator, votes.answer, votes.when)
+    mixed = Votes(*(column[order] for column in columns), votes.annotators, "people", {})
+    one, other = (crowdlab_consensus(each, probabilities) for each in (votes, mixed))
+    np.testing.assert_array_equal(one.labels, other.labels)
+    np.testing.assert_array_equal(one.quality, other.quality)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Override, Verdicts, Votes
+from defuse_core.review.consensus import crowdlab_consensus
 from defuse_core.review.decision import fewest_units
 from defuse_core.review.verdicts import (
-    crowdlab_labels,
     decide_verdicts,
     decides_twice,
     doubtful,
@@ -99,5 +99,5 @@ def test_an_annotator_who_never_chose_a_class_changes_no_label():
     two = annotator < 2
     columns = (votes.scenario[two], image[two], annotator[two], votes.answer[two], times[two])
     probabilities = rng.dirichlet(np.ones(3), (1, 12)).astype(np.float32)
-    without = crowdlab_labels(Votes(*columns, ("a", "b"), "people", {}), probabilities)
-    np.testing.assert_array_equal(crowdlab_labels(votes, probabilities), without)
+    without = crowdlab_consensus(Votes(*columns, ("a", "b"), "people", {}), probabilities).labels
+    np.testing.assert_array_equal(crowdlab_consensus(votes, probabilities).labels, without)
