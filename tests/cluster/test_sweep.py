@@ -140,7 +140,7 @@ def test_a_trial_that_runs_out_of_memory_ends_the_sweep_with_what_to_do() -> Non
     with pytest.raises(
         ComputeError, match="λ = 1: OutOfMemoryError: CUDA out of memory.* fewer tasks run on a node or GPU"
     ):
-        _failure(RayTaskError("trial", "", error), 1.0)
+        _failure(RayTaskError("trial", "", error), (1.0,))
 
 
 def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is_back(
