@@ -240,7 +240,7 @@ def _can_stack(spec: RunFile, models: Models, images: Images) -> bool:
     try:
         with cpu_threads(1):
             template = load_classifier(spec, models.classifier, len(models.classes))
-            why = _difference(Stack(template, [models.classifier] * 2), batch)
+            why = _difference(Stack(template, [models.classifier, _shrunk(models.classifier)]), batch)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -254,20 +254,33 @@ def _can_stack(spec: RunFile, models: Models, images: Images) -> bool:
     return why is None
 
 
+def _shrunk(weights: Weights) -> Weights:
+    """Return other weights of the same classifier, which give other logits."""
+    return {
+        name: (0.9 * array).astype(array.dtype) if np.issubdtype(array.dtype, np.floating) else array
+        for name, array in weights.items()
+    }
+
+
 def _difference(stack: Stack, images: Tensor) -> str | None:
-    """Return in what a stack of two equal classifiers differs from one of them, or None. Changes its buffers."""
+    """Return in what a stack of two different classifiers differs from them one by one, or None. Changes its buffers.
+
+    It has the weights of the second in its template while it computes the first, so that they have to be replaced.
+    """
     with torch.no_grad():
-        alone = stack.classifier(0)(images).float()
+        alone = torch.stack([stack.classifier(index)(images).float() for index in range(2)])
         limit = 1e-3 * float(alone.abs().max())
         if not torch.allclose(stack.logits(images).float(), alone, atol=limit, rtol=1e-3, equal_nan=True):
             return "its logits are others then"
-    before = {name: buffer.clone() for name, buffer in _buffers(stack.template)}
-    stack.template.train()
-    loss = stack.logits(images).float().logsumexp(dim=2).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
-    stack.template(images)
-    for name, buffer in _buffers(stack.template):
-        changes = not torch.equal(buffer, before[name])
-        if changes == torch.equal(stack.buffers[name][0], before[name]):
+    template = stack.template.train()
+    buffers = {name: buffer.clone() for name, buffer in _buffers(template)}
+    for logits in (stack.logits(images), template(images)):
+        loss = logits.float().logsumexp(dim=-1).sum()
+        loss.backward()
+    for name, parameter in template.named_parameters():
+        if (parameter.grad is None) != (stack.parameters[name].grad is None):
+            return f"the gradient of {name} is lost then"
+    for name, buffer in _buffers(template):
+        if torch.equal(buffer, buffers[name]) != torch.equal(stack.buffers[name][1], buffers[name]):
             return f"its buffer {name} is updated in another way then"
     return None
