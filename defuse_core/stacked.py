@@ -64,6 +64,7 @@ class Stack:
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, channels, H, W) -> (n, B, C), in the mode of the template. What is drawn, as in dropout, is the same."""
+        images = images.contiguous()  # in the layout of to_device, vmap computes some layers one by one
 
         def of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
             found: Tensor = functional_call(self.template, (parameters, buffers), (images,))

@@ -14,11 +14,18 @@ from torch import nn
 
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial, Weights
 from defuse_core.codec import decode, encode
-from defuse_core.config import RunFile
+from defuse_core.config import RunFile, changed_field
 from defuse_core.correct import fine_tune, run_trial, trial_key
 from defuse_core.errors import ModelError
 from defuse_core.local import LocalCompute
-from defuse_core.models import build_classifier, load_classifier, predict_probabilities, to_device, weights_of
+from defuse_core.models import (
+    build_classifier,
+    load_classifier,
+    predict_probabilities,
+    to_device,
+    to_tensor,
+    weights_of,
+)
 from defuse_core.models.programs import load_program
 from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
@@ -93,6 +100,11 @@ def test_lambdas_are_stacked_in_their_order_and_lambda_0_has_a_trial_of_its_own(
     assert stacks_of(tiny(correct={"stack": stack, "lambdas": lambdas}).correct) == expected
 
 
+def test_a_resumed_run_has_to_keep_its_stacks_and_one_of_an_older_version_had_none():
+    assert changed_field(stacking(1), stacking(2)) == "correct.stack: 1 in the run, 2 now"
+    assert tiny().correct.stack == 1
+
+
 def built(kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     if kind == "own, with dropout":
@@ -107,7 +119,7 @@ def test_a_stack_has_the_logits_gradients_and_batch_statistics_of_its_classifier
     classifiers = [built(kind, seed).train() for seed in range(2)]
     stack = Stack(built(kind, 9), [weights_of(each) for each in classifiers])
     stack.template.train()
-    images = torch.rand(8, 1, 16, 16)
+    images = to_tensor(np.random.default_rng(0).random((8, 1, 16, 16), np.float32))
     torch.manual_seed(7)
     logits = stack.logits(images)
     (logits**2).sum().backward()
