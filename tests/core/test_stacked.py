@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, changed_field
+from defuse_core.data import Splits
 from defuse_core.correct import fine_tune, run_trial, trial_key
 from defuse_core.errors import ModelError
 from defuse_core.local import LocalCompute
@@ -58,6 +60,12 @@ def stacking(count: int = 3, **correct: object) -> RunFile:
 
 def with_classifier(spec: RunFile, section: dict[str, object]) -> RunFile:
     return spec.model_copy(update={"classifier": tiny(classifier=section).classifier})
+
+
+def with_program(spec: RunFile, path: Path, models: Models) -> tuple[RunFile, Models]:
+    section = {"architecture": "program", "weights": str(path), "epochs": 0}
+    weights = weights_of(load_program(path.read_bytes(), str(path)))
+    return with_classifier(spec, section), replace(models, classifier=weights)
 
 
 def trials_in(store: Store, lams: Sequence[float]) -> dict[float, Trial]:
@@ -170,6 +178,23 @@ def test_batch_normalisation_and_dropout_give_the_same_answers_stacked(tiny_mode
             predict_probabilities(load_classifier(spec, each.best, 10), shown) for each in (trial, alone[lam])
         )
         np.testing.assert_allclose(first, second, atol=0.05)
+
+
+def test_the_running_statistics_of_a_stacked_resnet18_are_those_of_its_trials(tiny_models, tuning, tmp_path):
+    spec = with_classifier(stacking(epochs=1, batch_size=24), {"architecture": "resnet18", "stem": "small"})
+    models = replace(tiny_models, classifier=weights_of(built("resnet18", 0)))
+    some = Splits(tuning.clean.train.take(slice(24)), None, None, tuning.clean.classes)
+    short, lams = replace(tuning, clean=some), (0.1, 10.0)
+    alone = separate(spec, models, short, lams)
+    made = together(spec, models, short, lams, FolderStore(tmp_path))
+    for lam, trial in made.items():
+        statistics = [name for name in trial.best if "running" in name or "tracked" in name]
+        assert len(statistics) == 60  # of 20 layers
+        for name in statistics:
+            close = {"rtol": 1e-5, "atol": 1e-6, "err_msg": name}
+            np.testing.assert_allclose(trial.best[name], alone[lam].best[name], **close)
+            assert not np.array_equal(trial.best[name], models.classifier[name])
+        assert trial.rows[0].loss == pytest.approx(alone[lam].rows[0].loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("lam", [1e30, 1e39])
@@ -289,18 +314,12 @@ def test_lambda_0_beside_a_stack_is_the_trial_that_it_is_alone(tiny_models, fixe
     ]
 
 
-@pytest.mark.parametrize("kind", ["TorchScript", "torch.export"])
-def test_programs_are_stacked_as_well(kind, tiny_models, tuning, tmp_path, caplog):
+def test_a_program_of_torch_export_is_stacked_as_well(tiny_models, tuning, tmp_path, caplog):
     path = tmp_path / "net.pt2"
-    if kind == "TorchScript":
-        torch.jit.script(trained()).save(path)
-    else:
-        shapes = ({0: torch.export.Dim("n")},)
-        program = torch.export.export(trained(), (torch.rand(2, 1, 16, 16),), dynamic_shapes=shapes)
-        torch.export.save(program, path)
-    section = {"architecture": "program", "weights": str(path), "epochs": 0}
-    spec = with_classifier(stacking(), section)
-    models = replace(tiny_models, classifier=weights_of(load_program(path.read_bytes(), kind)))
+    shapes = ({0: torch.export.Dim("n")},)
+    program = torch.export.export(trained(), (torch.rand(2, 1, 16, 16),), dynamic_shapes=shapes)
+    torch.export.save(program, path)
+    spec, models = with_program(stacking(), path, tiny_models)
     alone = separate(spec, models, tuning, LAMBDAS)
     made = together(spec, models, tuning, LAMBDAS, FolderStore(tmp_path / "run"))
     for lam, trial in made.items():
@@ -308,6 +327,14 @@ def test_programs_are_stacked_as_well(kind, tiny_models, tuning, tmp_path, caplo
         assert_close_weights(trial.best, alone[lam].best, atol=1e-5)
     assert encode(made[1.0]) != encode(alone[1.0])
     assert "cannot be stacked" not in caplog.text
+
+
+def test_torchscript_is_not_stacked(tiny_models, tuning, tmp_path, caplog):
+    torch.jit.script(trained()).save(tmp_path / "net.pt")
+    spec, models = with_program(stacking(epochs=1), tmp_path / "net.pt", tiny_models)
+    made = together(spec, models, tuning, LAMBDAS, FolderStore(tmp_path / "run"))
+    assert "cannot be stacked (it is TorchScript" in caplog.text
+    assert encode(made[1.0]) == encode(separate(spec, models, tuning, [1.0])[1.0])
 
 
 @pytest.mark.parametrize(
