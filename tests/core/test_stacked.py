@@ -16,8 +16,8 @@ from torch import nn
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, changed_field
-from defuse_core.data import Splits
 from defuse_core.correct import fine_tune, run_trial, trial_key
+from defuse_core.data import Splits
 from defuse_core.errors import ModelError
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
