@@ -20,25 +20,26 @@ from cluster.ray_compat import named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
 from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
-from defuse_core.correct import finished_trials, is_trial_failure, run_trial, trial_key
+from defuse_core.correct import finished_trials, is_trial_failure, trial_key
 from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress
 from defuse_core.protocols import SweepRequest
+from defuse_core.stacked import names_of, run_stack, stacks_of, trace_name
 from defuse_core.store import SHARED_STORE, Store
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
 STEP = "correct"
-TRIAL = "lam-"
-DIVERGED = "diverged"  # in a trial's last result: why it is left out
+TRIAL = "stack-"
+DIVERGED = "diverged"  # in a trial's last result: each λ that is left out, and why
 MAX_FAILURES = 2  # a trial is started again this often; it continues after its last finished epoch
 
 
 Outcome = tuple[
     list[Trial], dict[float, DefuseError]
 ]  # finished trials, and the error of each λ that failed for good
-Name = tuple[int, float]  # a trial: number of the request, and λ
+Name = tuple[int, int]  # a Tune trial: number of the request, and of the stack among those of the request
 
 
 @dataclass(eq=False)
@@ -61,7 +62,8 @@ class SweepContext:
         names: list[Name] = []
         for number, request in enumerate(self.requests):
             done = finished_trials(request.spec, request.store)
-            names += [(number, lam) for lam in request.spec.correct.lambdas if lam not in done]
+            stacks = enumerate(stacks_of(request.spec.correct))
+            names += [(number, index) for index, lams in stacks if not done.keys() >= set(lams)]
         return names
 
 
@@ -75,22 +77,24 @@ def run_trials(sweep: SweepContext) -> list[Outcome]:
         results = _tuner(sweep, names, folder).fit()
     failures: list[dict[float, DefuseError]] = [{} for _ in sweep.requests]
     for result in (results[index] for index in range(len(results))):
-        number, lam = _parse(Path(result.path).name)  # the one field that every failure leaves
+        number, index = _parse(Path(result.path).name)  # the one field that every failure leaves
+        request = sweep.requests[number]
+        lams, failed = _lambdas(request, index), failures[number]
+        failed |= {lam: ModelError(why) for lam, why in (result.metrics or {}).get(DIVERGED, [])}
         if result.error is not None:
-            failures[number][lam] = _failure(result.error, lam)
-        elif why := (result.metrics or {}).get(DIVERGED):
-            failures[number][lam] = ModelError(why)
-        else:
-            continue
-        log.warning("correct: the trial with λ = %g failed for good: %s", lam, failures[number][lam])
+            error, done = _failure(result.error, lams), finished_trials(request.spec, request.store)
+            failed |= {lam: error for lam in lams if lam not in done and lam not in failed}
+        for lam in lams:
+            if lam in failed:
+                log.warning("correct: the trial with λ = %g failed for good: %s", lam, failed[lam])
     return [_outcome(request, failed) for request, failed in zip(sweep.requests, failures, strict=True)]
 
 
-def _failure(error: Exception, lam: float) -> DefuseError:
+def _failure(error: Exception, lams: Sequence[float]) -> DefuseError:
     """Return the error of a trial that is left out; raises one that ends the sweep."""
     cause = cause_of(error)
     if is_worker_lost(error) or not is_trial_failure(cause):
-        raise as_defuse_error(error, f"correct: λ = {lam:g}")
+        raise as_defuse_error(error, f"correct: λ = {names_of(lams)}")
     return cause if isinstance(cause, DefuseError) else ComputeError(one_line(error))
 
 
@@ -100,8 +104,12 @@ def _outcome(request: SweepRequest, failed: dict[float, DefuseError]) -> Outcome
 
 
 def _parse(name: str) -> Name:
-    number, lam = name.removeprefix(TRIAL).split("-", 1)
-    return int(number), float(lam)
+    number, index = name.removeprefix(TRIAL).split("-")
+    return int(number), int(index)
+
+
+def _lambdas(request: SweepRequest, index: int) -> tuple[float, ...]:
+    return stacks_of(request.spec.correct)[index]
 
 
 def _stored(store: Store, lam: float) -> Trial:
@@ -122,24 +130,24 @@ def _trial(
     progress_actor: Any,
     profile: Profile,
 ) -> None:
-    """One λ of one request, in a worker. Reports how many epochs are done."""
-    number, lam = config["trial"]
+    """One stack of λ of one request, in a worker. Reports how many of their epochs are done, together."""
+    number, index = config["trial"]
     request = requests[number]
+    lams, all_epochs = _lambdas(request, index), request.spec.correct.epochs
     with reporting(progress_actor):
         location = claim_devices(STEP)
-        log.debug("correct: λ = %g in %s", lam, location)
+        log.debug("correct: λ = %s in %s", names_of(lams), location)
         clean, scenario = ray.get(list(images[number]))
         data = FineTuningData(clean, scenario, request.repetition)
-        trials = run_trial(request.spec, models, data, lam, request.store)
-        epochs = 0
-        try:
-            for trial in profile.first(STEP, f"lambda-{lam:g}-{number}", trials):
-                epochs = len(trial.rows)
-                # a trial that is given up counts as all of its epochs
-                done = request.spec.correct.epochs if trial.done else epochs
-                tune.report({"epochs": done, "visible_gpus": location.visible_gpus})
-        except ModelError as error:  # the same in every attempt, so that Tune is not to make another
-            tune.report({"epochs": epochs, DIVERGED: str(error)})
+        made = run_stack(request.spec, models, data, lams, request.store)
+        epochs, diverged = dict.fromkeys(lams, 0), list[tuple[float, str]]()
+        for lam, outcome in profile.first(STEP, f"{trace_name(lams)}-{number}", made):
+            if isinstance(outcome, Trial):  # one that is given up counts as all of its epochs
+                epochs[lam] = all_epochs if outcome.done else len(outcome.rows)
+            else:  # the same in every attempt, so that Tune is not to make another
+                diverged.append((lam, str(outcome)))
+            report = {"epochs": sum(epochs.values()), DIVERGED: diverged}
+            tune.report(report | {"visible_gpus": location.visible_gpus})
 
 
 def _trainable(sweep: SweepContext) -> type[Trainable]:
@@ -185,8 +193,8 @@ def _tuner(sweep: SweepContext, names: list[Name], folder: str) -> tune.Tuner:
 
 
 def _trial_name(trial: TuneTrial) -> str:
-    number, lam = trial.config["trial"]
-    return f"{TRIAL}{number}-{lam!r}"
+    number, index = trial.config["trial"]
+    return f"{TRIAL}{number}-{index}"
 
 
 class _SweepProgress(tune.Callback):
@@ -194,7 +202,10 @@ class _SweepProgress(tune.Callback):
 
     def __init__(self, sweep: SweepContext, names: list[Name]) -> None:
         self.sweep = sweep
-        self.total = sum(sweep.requests[number].spec.correct.epochs for number, _ in names)
+        self.total = 0
+        for number, index in names:
+            request = sweep.requests[number]
+            self.total += request.spec.correct.epochs * len(_lambdas(request, index))
         self.epochs: dict[str, int] = {}
         self.monitor = CapacityMonitor(STEP, sweep.resources)
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import (
@@ -48,6 +48,42 @@ log = logging.getLogger("defuse")
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
+class TuningSteps:
+    """The minibatches of fine-tuning: in each step some images of D and as many of D_f, the same ones for every λ."""
+
+    def __init__(self, spec: RunFile, tuning: FineTuningData) -> None:
+        self.spec = spec
+        self.clean = DeviceImages(tuning.clean.train, spec.resources.readers)
+        self.scenario = DeviceImages(tuning.scenario.d_f)
+        # split and sample of the images have streams of their own: every repetition is on the same ones
+        self.streams = ("correct", "repetition", tuning.repetition) if tuning.repetition else ("correct",)
+
+    def epoch(self, epoch: int, optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield images of D and then of D_f, (2 B, channels, H, W), with their labels, (B,) each, for one pass over D.
+
+        Sets the learning rate of each step, and seeds what the network itself draws, such as dropout.
+        """
+        section, seeded = self.spec.correct, partial(generator, self.spec.seed, *self.streams)
+        torch.manual_seed(torch_seed(self.spec.seed, *self.streams, epoch))  # independent of what ran before
+        count, size = len(self.clean), section.batch_size
+        scenario_rows = cycle(len(self.scenario), min(size, count), seeded("scenarios", epoch))
+        affine_rng = seeded("moves", epoch)
+        order = list(minibatches(count, size, seeded(epoch)))
+        first, steps = (epoch - 1) * len(order) + 1, section.epochs * len(order)
+        for step, (rows, batch, labels) in enumerate(self.clean.batches(order), start=first):
+            set_learning_rate(optimizer, section, step, steps)
+            wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
+            both = torch.cat([batch, self.scenario.batch(wrong)])
+            if section.augment:
+                both = random_affine(both, affine_rng)
+            yield both, labels, self.scenario.labels(wrong)
+
+
+def new_trial(models: Models, lam: float) -> Trial:
+    """Return the trial of λ before its first epoch."""
+    return Trial(lam, (), models.classifier, {}, models.classifier, 0, False)
+
+
 def fine_tune(
     spec: RunFile, models: Models, tuning: FineTuningData, lam: float, trial: Trial | None
 ) -> Iterator[Trial]:
@@ -55,80 +91,51 @@ def fine_tune(
 
     It ends after correct.epochs, or after an epoch that loses more clean accuracy than correct.stop_at_loss.
     """
-    section = spec.correct
-    start = models.classifier if trial is None else trial.weights
-    rows = () if trial is None else trial.rows
-    best, best_epoch = (start, 0) if trial is None else (trial.best, trial.best_epoch)
-    classifier = load_classifier(spec, start, len(models.classes))
-    optimizer = Adam(classifier.parameters(), section.learning_rate)
-    if trial is not None:
-        load_optimizer_state(optimizer, trial.moments)
-    images = DeviceImages(tuning.clean.train, spec.resources.readers), DeviceImages(tuning.scenario.d_f)
-    # split and sample of the images have streams of their own: every repetition is on the same ones
-    streams = ("correct", "repetition", tuning.repetition) if tuning.repetition else ("correct",)
-    for epoch in range(len(rows) + 1, section.epochs + 1):
+    trial = trial or new_trial(models, lam)
+    classifier = load_classifier(spec, trial.weights, len(models.classes))
+    optimizer = Adam(classifier.parameters(), spec.correct.learning_rate)
+    load_optimizer_state(optimizer, trial.moments)
+    steps = TuningSteps(spec, tuning)
+    for epoch in range(len(trial.rows) + 1, spec.correct.epochs + 1):
         with cpu_threads(1):
-            loss = _epoch(spec, classifier, optimizer, images, lam, epoch, streams)
-            rows = (*rows, _score(spec, classifier, tuning, lam, epoch, loss))
-        weights = weights_of(classifier)
-        if best_epoch == 0 or _rank(spec, models, rows[-1]) > _rank(spec, models, rows[best_epoch - 1]):
-            best, best_epoch = weights, epoch
-        done = epoch == section.epochs or _is_hopeless(spec, models, rows[-1])
-        state = ({}, {}) if done else (weights, optimizer_state(optimizer))
-        yield Trial(lam, rows, *state, best, best_epoch, done)
-        if done:
-            if epoch < section.epochs:
-                log.info("correct: λ = %g is given up after epoch %d of %d", lam, epoch, section.epochs)
+            loss = _epoch(spec, classifier, optimizer, steps, lam, epoch)
+            row = score(spec, classifier, tuning, lam, epoch, loss)
+        trial = after_epoch(spec, models, trial, row, weights_of(classifier), optimizer_state(optimizer))
+        yield trial
+        if trial.done:
             return
 
 
 def _epoch(
-    spec: RunFile,
-    classifier: nn.Module,
-    optimizer: Optimizer,
-    images: tuple[DeviceImages, DeviceImages],
-    lam: float,
-    epoch: int,
-    streams: tuple[str | int, ...],
+    spec: RunFile, classifier: nn.Module, optimizer: Optimizer, steps: TuningSteps, lam: float, epoch: int
 ) -> float:
-    """One pass over D, with as many images of D_f in every step; `images` holds both. Returns the mean loss.
+    """One pass over D, with as many images of D_f in every step. Returns the mean loss.
 
     Both form one batch, so that batch normalisation sees the mixture of both in training; with λ = 0 it sees D alone.
-    `streams` begins the names of its random streams.
     """
-    torch.manual_seed(torch_seed(spec.seed, *streams, epoch))  # for dropout, independent of what ran before
     classifier.train()
-    train, tune, size = *images, spec.correct.batch_size
-    seeded = partial(generator, spec.seed, *streams)
-    scenario_rows = cycle(len(tune), min(size, len(train)), seeded("scenarios", epoch))
-    affine_rng = seeded("moves", epoch)
     losses, before = Losses(f"with λ = {lam:g}"), weights_of(classifier)
-    order = list(minibatches(len(train), size, seeded(epoch)))
-    steps = spec.correct.epochs * len(order)
-    for step, (rows, batch, labels) in enumerate(train.batches(order), start=(epoch - 1) * len(order) + 1):
-        set_learning_rate(optimizer, spec.correct, step, steps)
-        wrong = next(scenario_rows)[: len(rows)]  # the last step of an epoch may be shorter
-        both = torch.cat([batch, tune.batch(wrong)])
-        if spec.correct.augment:
-            both = random_affine(both, affine_rng)
-        seen = both if lam else both[: len(rows)]
+    count = 0
+    for both, labels, wrong in steps.epoch(epoch, optimizer):
+        count, size = count + 1, len(labels)
+        seen = both if lam else both[:size]
         with autocast(spec.resources.arithmetic("classifier")):
             logits = classifier(seen).float()
-        loss = F.cross_entropy(logits[: len(rows)], labels)
+        loss = F.cross_entropy(logits[:size], labels)
         if lam:
-            loss = loss + lam * F.cross_entropy(logits[len(rows) :], tune.labels(wrong))
+            loss = loss + lam * F.cross_entropy(logits[size:], wrong)
         train_step(loss, optimizer)
         losses.add(loss)
-    if len(order) > 1 or optimizer.param_groups[0]["lr"] > 0:  # the last step of a cycle changes nothing
-        _require_progress(before, classifier, optimizer, lam)
+    if count > 1 or optimizer.param_groups[0]["lr"] > 0:  # the last step of a cycle changes nothing
+        require_progress(before, classifier, optimizer_state(optimizer), lam)
     classifier.eval()
     return losses.mean()[0]
 
 
-def _require_progress(before: Weights, classifier: nn.Module, optimizer: Optimizer, lam: float) -> None:
+def require_progress(before: Weights, classifier: nn.Module, moments: Weights, lam: float) -> None:
     """Raise ModelError where an epoch overflowed or, with λ over 0, left every weight as it was: λ is too large."""
     now = weights_of(classifier)
-    finite = all(np.isfinite(array).all() for array in (*now.values(), *optimizer_state(optimizer).values()))
+    finite = all(np.isfinite(array).all() for array in (*now.values(), *moments.values()))
     learned = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
     changed = any(not np.array_equal(before[name], now[name]) for name in learned & set(now))
     if finite and (changed or lam == 0):
@@ -137,9 +144,10 @@ def _require_progress(before: Weights, classifier: nn.Module, optimizer: Optimiz
     raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}; choose a smaller λ")
 
 
-def _score(
+def score(
     spec: RunFile, classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float
 ) -> SweepRow:
+    """Return the accuracies of a classifier in eval mode after an epoch with this mean loss."""
     parts = {
         "train": tuning.clean.train,
         "validation": tuning.clean.validation,
@@ -147,9 +155,24 @@ def _score(
         "tune": tuning.scenario.tune,
         "scenario": tuning.scenario.held_out,
     }
-    score = partial(accuracy_as_in_f32, classifier, arithmetic=spec.resources.arithmetic("answers"))
-    scores = {name: None if images is None else score(images) for name, images in parts.items()}
+    accuracy_on = partial(accuracy_as_in_f32, classifier, arithmetic=spec.resources.arithmetic("answers"))
+    scores = {name: None if images is None else accuracy_on(images) for name, images in parts.items()}
     return SweepRow(lam, epoch, loss, **scores)  # type: ignore[arg-type]  # train, tune and scenario exist
+
+
+def after_epoch(
+    spec: RunFile, models: Models, trial: Trial, row: SweepRow, weights: Weights, moments: Weights
+) -> Trial:
+    """Return the trial with one more epoch, which `row` scores and after which the rest is the state of training."""
+    rows, best, best_epoch = (*trial.rows, row), trial.best, trial.best_epoch
+    if best_epoch == 0 or _rank(spec, models, row) > _rank(spec, models, rows[best_epoch - 1]):
+        best, best_epoch = weights, row.epoch
+    epochs, hopeless = spec.correct.epochs, _is_hopeless(spec, models, row)
+    if hopeless and row.epoch < epochs:
+        log.info("correct: λ = %g is given up after epoch %d of %d", trial.lam, row.epoch, epochs)
+    done = hopeless or row.epoch == epochs
+    state = ({}, {}) if done else (weights, moments)
+    return Trial(trial.lam, rows, *state, best, best_epoch, done)
 
 
 def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
@@ -198,23 +221,28 @@ def run_trial(
 
     Another process may work on the same trial, one that was given up for lost: fewer epochs never replace more.
     """
-    key = trial_key(lam)
-    stored = _read_trial(store, lam)
+    stored = read_trial(store, lam)
     if stored is not None and stored.done:
         yield stored
         return
     for trial in fine_tune(spec, models, tuning, lam, stored):
-        store.write(key, encode(trial), unless=partial(_has_epochs, lam, len(trial.rows)))
+        write_trial(store, trial)
         yield trial
+
+
+def write_trial(store: Store, trial: Trial) -> None:
+    """Store the trial, unless the store holds as many epochs of its λ or more."""
+    unless = partial(_has_epochs, trial.lam, len(trial.rows))
+    store.write(trial_key(trial.lam), encode(trial), unless=unless)
 
 
 def finished_trials(spec: RunFile, store: Store) -> dict[float, Trial]:
     """Return the trials in `store` that are done, by λ."""
-    stored = {lam: _read_trial(store, lam) for lam in spec.correct.lambdas}
+    stored = {lam: read_trial(store, lam) for lam in spec.correct.lambdas}
     return {lam: trial for lam, trial in stored.items() if trial is not None and trial.done}
 
 
-def _read_trial(store: Store, lam: float) -> Trial | None:
+def read_trial(store: Store, lam: float) -> Trial | None:
     """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
     key = trial_key(lam)
     if not store.exists(key):

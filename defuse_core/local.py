@@ -8,17 +8,18 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
+from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import collect_sweep, is_trial_failure, nothing_to_tune, run_trial
+from defuse_core.correct import collect_sweep, is_trial_failure, nothing_to_tune
 from defuse_core.device import is_out_of_memory
-from defuse_core.errors import ComputeError, DefuseError, one_line
+from defuse_core.errors import ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, ProgressSum, silent
 from defuse_core.protocols import Call, SweepRequest, numbered
+from defuse_core.stacked import names_of, run_stack, stacks_of, trace_name
 from defuse_core.store import Store
-from defuse_core.tuning_data import load_fine_tuning_data
+from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -80,7 +81,7 @@ class LocalCompute:
         return gather_shards(records)
 
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
-        """Fine-tune, λ after λ. Raises ModelError or ComputeError if every trial of a request failed."""
+        """Fine-tune, stack after stack of λ. Raises ModelError or ComputeError if every trial of a request failed."""
         return [self._sweep(models, request) for request in requests]
 
     def _sweep(self, models: Models, request: SweepRequest) -> Sweep:
@@ -91,26 +92,38 @@ class LocalCompute:
             spec, models, request.fixes, request.reviewed, request.all_fixes, progress=self.progress
         )
         tuning = replace(tuning, repetition=request.repetition)
-        trials, failures = [], dict[float, DefuseError]()
-        for index, lam in enumerate(spec.correct.lambdas):
-            try:
-                made = run_trial(spec, models, tuning, lam, request.store)
-                *_, trial = self.profile.first("correct", f"lambda-{lam:g}", made)
-                trials.append(trial)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise ComputeError(
-                        f"correct: λ = {lam:g}: out of memory ({one_line(error)}); free memory and run again to "
-                        "continue, or lower correct.batch_size under another --name"
-                    ) from error
-                if not is_trial_failure(error):
-                    raise
-                cause = (
-                    error
-                    if isinstance(error, DefuseError)
-                    else ComputeError(f"{type(error).__name__}: {error}")
-                )
-                failures[lam] = cause
-                log.warning("correct: the trial with λ = %g failed for good: %s", lam, cause)
-            self.progress("fine-tuning over λ", index + 1, len(spec.correct.lambdas), "trials")
+        trials, failures = list[Trial](), dict[float, DefuseError]()
+        for lams in stacks_of(spec.correct):
+            for lam, outcome in self._stack(spec, models, tuning, lams, request.store).items():
+                if isinstance(outcome, Trial):
+                    trials.append(outcome)
+                else:
+                    failures[lam] = outcome
+                    log.warning("correct: the trial with λ = %g failed for good: %s", lam, outcome)
+            done = len(trials) + len(failures)
+            self.progress("fine-tuning over λ", done, len(spec.correct.lambdas), "trials")
         return collect_sweep(spec, models, trials, failures)
+
+    def _stack(
+        self, spec: RunFile, models: Models, tuning: FineTuningData, lams: tuple[float, ...], store: Store
+    ) -> dict[float, Trial | DefuseError]:
+        """Return of each λ the finished trial or the error that it is left out for; raises one that ends the sweep."""
+        made = dict[float, Trial | DefuseError]()
+        trials = run_stack(spec, models, tuning, lams, store)
+        try:
+            for lam, outcome in self.profile.first("correct", trace_name(lams), trials):
+                if isinstance(outcome, ModelError) or outcome.done:
+                    made[lam] = outcome
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise ComputeError(
+                    f"correct: λ = {names_of(lams)}: out of memory ({one_line(error)}); free memory and run again to "
+                    "continue, or lower correct.batch_size or stack under another --name"
+                ) from error
+            if not is_trial_failure(error):
+                raise
+            cause = (
+                error if isinstance(error, DefuseError) else ComputeError(f"{type(error).__name__}: {error}")
+            )
+            made |= {lam: cause for lam in lams if lam not in made}
+        return made

@@ -153,3 +153,50 @@ def that_exits_when_called() -> nn.Module:
 class ThatExitsInTraining(Net):
     def forward(self, images: Tensor) -> Tensor:
         return sys.exit(0) if self.training else super().forward(images)
+
+
+class Branching(Net):
+    """Chooses its way by what it computed, which torch.func.vmap cannot follow."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits if logits.sum() > 0 else 2 * logits
+
+
+class ReplacingBuffer(Net):
+    """Keeps a mean of what it saw in a new tensor each time, which a functional call forgets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.seen = 0.9 * self.seen + 0.1 * images.mean()
+        return super().forward(images)
+
+
+class OtherWeights(Net):
+    """Computes with its weights as they were at its first call, such as those that a library has cached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.first:
+            self.first.append(self.body[-1].weight)
+        return nn.functional.linear(self.body[:-1](images), self.first[0], self.body[-1].bias)
+
+
+class Detached(Net):
+    """Has parameters that it uses in a way which a functional call cuts off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(10, 10)
+        self.own_bias = [self.head.bias]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + 0 * self.own_bias[0] + self.head.weight.sum()

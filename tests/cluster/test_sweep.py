@@ -140,7 +140,7 @@ def test_a_trial_that_runs_out_of_memory_ends_the_sweep_with_what_to_do() -> Non
     with pytest.raises(
         ComputeError, match="λ = 1: OutOfMemoryError: CUDA out of memory.* fewer tasks run on a node or GPU"
     ):
-        _failure(RayTaskError("trial", "", error), 1.0)
+        _failure(RayTaskError("trial", "", error), (1.0,))
 
 
 def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is_back(
@@ -252,6 +252,48 @@ def test_a_trial_that_diverges_is_made_once_and_left_out(
     assert failed.lam == 1e30
     assert "diverged" in failed.cause
     assert sum(line.startswith("correct: λ = 1e+30 in") for line in lines.lines) == 1
+
+
+def test_a_stack_of_lambdas_is_one_trial_of_tune_and_equals_the_local_one(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+) -> None:
+    spec = tiny(correct={"lambdas": [1.0, 1e30, 10.0, 0.1, 0.0], "stack": 3})
+    (local,) = LocalCompute().sweeps(
+        tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path / "local"))]
+    )
+    told = []
+    with RayCompute(None, spec, lambda *args: told.append(args)) as compute:
+        (sweep,) = compute.sweeps(
+            tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path / "ray"))]
+        )
+    assert_equal_sweeps(sweep, local)
+    assert [failed.lam for failed in sweep.failed] == [1e30]
+    started = sorted(line.partition(" in ")[0] for line in lines.lines if line.startswith("correct: λ = "))
+    assert [line for line in started if "leaves" not in line] == [
+        "correct: λ = 0",
+        "correct: λ = 0.1",
+        "correct: λ = 1, 1e+30, 10",
+    ]
+    assert ("fine-tuning over λ", 8, 10, "epochs") in told  # those of the λ that diverged are missing
+
+
+def test_a_stack_that_is_killed_between_two_writes_goes_on_with_each_lambda_where_it_was(
+    tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+) -> None:
+    spec = tiny(correct={"lambdas": [1.0, 10.0], "epochs": 3, "stack": 2})
+    (local,) = LocalCompute().sweeps(
+        tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path / "local"))]
+    )
+    store = CountingStore(tmp_path / "run", pause_s=1.0)
+    writes = [store.writes(trial_key(lam)) for lam in (1.0, 10.0)]
+    with RayCompute(None, spec) as compute:
+        killer = kill_soon(lines, "correct: λ = 1, 10", lambda: [*map(int, writes)] == [2, 1])
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
+    killer.join()
+    assert len(set(lines.processes("correct: λ = 1, 10"))) == 2
+    assert [*map(int, writes)] == [3, 3]
+    assert [replace(row, loss=0.0) for row in sweep.rows] == [replace(row, loss=0.0) for row in local.rows]
+    np.testing.assert_allclose([row.loss for row in sweep.rows], [row.loss for row in local.rows], rtol=1e-5)
 
 
 @pytest.fixture

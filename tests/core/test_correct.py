@@ -74,7 +74,7 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
     def gone(*asked):
         raise DataError("a.png: this image has gone")
 
-    monkeypatch.setattr("defuse_core.local.run_trial", gone)
+    monkeypatch.setattr("defuse_core.stacked.run_trial", gone)
     with pytest.raises(DataError, match=r"a\.png"):
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
@@ -94,7 +94,7 @@ def test_memory_that_is_missing_stops_the_sweep_and_leaves_no_lambda_out(
     def full(*asked):
         raise error
 
-    monkeypatch.setattr("defuse_core.local.run_trial", full)
+    monkeypatch.setattr("defuse_core.stacked.run_trial", full)
     with pytest.raises(ComputeError, match=r"λ = 0\.001: out of memory .* run again to continue, or"):
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 

@@ -60,7 +60,7 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
         tuned.extend([lam] if not store.exists(trial_key(lam)) else [])
         yield from run_trial(spec, models, tuning, lam, store)
 
-    monkeypatch.setattr("defuse_core.local.run_trial", counting)
+    monkeypatch.setattr("defuse_core.stacked.run_trial", counting)
     run, _ = whole_run(tmp_path, tiny(correct={"lambdas": lambdas}))
     assert tuned == [3.0]
     assert {row.lam for row in run.load(Sweep).rows} == set(lambdas)

@@ -1,0 +1,289 @@
+"""correct.stack: several λ fine-tuned as one training, with stacked weights (torch.func)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from defuse_core.artifacts import F64, Models, Trial, Weights
+from defuse_core.config import CorrectSection, RunFile
+from defuse_core.correct import (
+    TuningSteps,
+    after_epoch,
+    new_trial,
+    read_trial,
+    require_progress,
+    run_trial,
+    score,
+    write_trial,
+)
+from defuse_core.data import Images
+from defuse_core.device import cpu_threads, device, is_out_of_memory
+from defuse_core.errors import ModelError, one_line
+from defuse_core.models import load_classifier, set_weights, to_tensor, weights_of
+from defuse_core.store import Store
+from defuse_core.training.loop import (
+    Adam,
+    Optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    train_step,
+)
+from defuse_core.training.precision import autocast
+from defuse_core.tuning_data import FineTuningData
+
+log = logging.getLogger("defuse")
+PROBED = 4  # images of which a stack has to give the same logits as its classifiers one by one
+Group = dict[float, Trial]  # by λ, all after equally many epochs
+
+
+class Stack:
+    """n classifiers of one architecture, computed at once: parameters and buffers are stacked, (n, ...)."""
+
+    def __init__(self, template: nn.Module, weights: Sequence[Weights]) -> None:
+        """`template` is a classifier on this process's device. Its own weights are overwritten."""
+        self.template = template
+        self._own = dict(template.named_parameters()) | dict(_buffers(template))
+        states = []
+        for each in weights:
+            set_weights(template, each, "a trial of the run")
+            states.append({name: tensor.detach().clone() for name, tensor in self._own.items()})
+        stacked = {name: torch.stack([state[name] for state in states]) for name in self._own}
+        self.parameters = {
+            name: stacked.pop(name).requires_grad_(own.requires_grad)
+            for name, own in template.named_parameters()
+        }
+        self.buffers = stacked
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (n, B, C), in the mode of the template. What is drawn, as in dropout, is the same."""
+        images = images.contiguous()  # in the layout of to_device, vmap computes some layers one by one
+
+        def of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            found: Tensor = functional_call(self.template, (parameters, buffers), (images,))
+            return found
+
+        found: Tensor = vmap(of_one, randomness="same")(self.parameters, self.buffers)
+        return found
+
+    def classifier(self, index: int) -> nn.Module:
+        """Return the template in eval mode with the weights of one classifier, until it is asked for another."""
+        with torch.no_grad():
+            for name, stacked in chain(self.parameters.items(), self.buffers.items()):
+                self._own[name].copy_(stacked[index])
+        return self.template.eval()
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers with their names, without the file that a SelfContainedClassifier carries along."""
+    return ((name, buffer) for name, buffer in module.named_buffers() if buffer.dtype != torch.uint8)
+
+
+def stacks_of(section: CorrectSection) -> list[tuple[float, ...]]:
+    """Return the λ of each trial. λ = 0 sees D alone, so it has a trial of its own."""
+    positive = [lam for lam in section.lambdas if lam > 0]
+    stacks = [tuple(positive[row : row + section.stack]) for row in range(0, len(positive), section.stack)]
+    stacks += [(lam,) for lam in section.lambdas if lam == 0]
+    return sorted(stacks, key=lambda lams: section.lambdas.index(lams[0]))
+
+
+def names_of(lams: Sequence[float]) -> str:
+    """Return the λ of a trial, for log lines: 0.1, 1, 10."""
+    return ", ".join(f"{lam:g}" for lam in lams)
+
+
+def trace_name(lams: Sequence[float]) -> str:
+    """Return the name of a trial in traces: lambda-0.1-1-10."""
+    return "-".join(["lambda", *(f"{lam:g}" for lam in lams)])
+
+
+def run_stack(
+    spec: RunFile, models: Models, tuning: FineTuningData, lams: Sequence[float], store: Store
+) -> Iterator[tuple[float, Trial | ModelError]]:
+    """Yield λ and its trial after each of its epochs, once `store` holds it, or the error of a λ that diverged.
+
+    Those with equally many stored epochs are trained together until one leaves: it is done, or it diverged, and then it
+    repeats its last epoch alone, so that the others play no part in the verdict. The rest goes on as a smaller stack.
+    """
+    alone = lams if len(lams) == 1 else (yield from _run_together(spec, models, tuning, lams, store))
+    for lam in alone:
+        try:
+            for trial in run_trial(spec, models, tuning, lam, store):
+                yield lam, trial
+        except ModelError as error:
+            yield lam, error
+
+
+def _run_together(
+    spec: RunFile, models: Models, tuning: FineTuningData, lams: Sequence[float], store: Store
+) -> Generator[tuple[float, Trial], None, list[float]]:
+    """Train what can be trained together. Returns the λ that are left: for each that is not done, a trial alone."""
+    groups: dict[int, Group] = {}
+    alone = []
+    for lam in lams:
+        trial = read_trial(store, lam) or new_trial(models, lam)
+        if trial.done:
+            alone.append(lam)  # its trial alone is the stored one
+        else:
+            groups.setdefault(len(trial.rows), {})[lam] = trial
+    if any(len(group) > 1 for group in groups.values()) and not _can_stack(spec, models, tuning.clean.train):
+        return list(lams)
+    for epochs in sorted(groups):
+        group = groups[epochs]
+        while len(group) > 1:
+            made: Group = {}
+            for made in _fine_tune(spec, models, tuning, group):
+                for trial in made.values():
+                    write_trial(store, trial)
+                yield from made.items()
+            alone += [lam for lam in group if lam not in made]
+            group = {lam: trial for lam, trial in made.items() if not trial.done}
+        alone += group
+    return alone
+
+
+def _fine_tune(spec: RunFile, models: Models, tuning: FineTuningData, group: Group) -> Iterator[Group]:
+    """Yield the trials after each further epoch, until one of them is done, or is missing since it diverged."""
+    template = load_classifier(spec, models.classifier, len(models.classes))
+    stack = Stack(template, [trial.weights for trial in group.values()])
+    optimizer = Adam(stack.parameters.values(), spec.correct.learning_rate)
+    load_optimizer_state(optimizer, _stacked_moments([trial.moments for trial in group.values()]))
+    steps, complete = TuningSteps(spec, tuning), True
+    while complete:
+        epoch = 1 + len(next(iter(group.values())).rows)
+        with cpu_threads(1):
+            losses = _epoch(spec, stack, optimizer, steps, list(group), epoch)
+            made = _after_epoch(spec, models, tuning, stack, optimizer, group, losses)
+        yield made
+        complete = made.keys() == group.keys() and not any(trial.done for trial in made.values())
+        group = made
+
+
+def _epoch(
+    spec: RunFile, stack: Stack, optimizer: Optimizer, steps: TuningSteps, lams: list[float], epoch: int
+) -> F64:
+    """One pass over D, with as many images of D_f in every step. Returns the loss of each step and λ, (steps, n).
+
+    The sum of the losses has the gradient of each loss for its own slice of the weights, and Adam goes element by
+    element: a step is n steps of one λ.
+    """
+    stack.template.train()
+    weight, losses = torch.tensor(lams, dtype=torch.float64, device=device()).float(), []
+    for both, labels, wrong in steps.epoch(epoch, optimizer):
+        with autocast(spec.resources.arithmetic("classifier")):
+            logits = stack.logits(both).float()  # (n, 2 B, C)
+        size = len(labels)
+        loss = _cross_entropies(logits[:, :size], labels) + weight * _cross_entropies(logits[:, size:], wrong)
+        train_step(loss.sum(), optimizer)
+        losses.append(loss.detach())
+    table: F64 = torch.stack(losses).cpu().double().numpy()
+    return table
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n, B, C), (B,) -> the mean cross-entropy of each of n classifiers, (n,)."""
+    of_each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
+    return of_each.view(len(logits), -1).mean(dim=1)
+
+
+def _after_epoch(
+    spec: RunFile,
+    models: Models,
+    tuning: FineTuningData,
+    stack: Stack,
+    optimizer: Optimizer,
+    group: Group,
+    losses: F64,
+) -> Group:
+    """Return the trials of the group with one more epoch, without those that it made diverge."""
+    moments, made = optimizer_state(optimizer), {}
+    moved = len(losses) > 1 or optimizer.param_groups[0]["lr"] > 0
+    for index, (lam, trial) in enumerate(group.items()):
+        classifier, loss = stack.classifier(index), float(losses[:, index].mean())
+        own = {name: array if _is_shared(name) else array[index] for name, array in moments.items()}
+        try:
+            if not np.isfinite(loss):
+                raise ModelError(f"its loss became {loss}")
+            if moved:
+                require_progress(trial.weights, classifier, own, lam)
+            row = score(spec, classifier, tuning, lam, len(trial.rows) + 1, loss)
+        except ModelError as error:
+            log.info("correct: λ = %g leaves its stack and repeats its epoch alone: %s", lam, error)
+        else:
+            made[lam] = after_epoch(spec, models, trial, row, weights_of(classifier), own)
+    return made
+
+
+def _stacked_moments(moments: Sequence[Weights]) -> Weights:
+    """Return the state of one optimiser for a stack, from those of its λ."""
+    first = moments[0]
+    return {
+        name: array if _is_shared(name) else np.stack([each[name] for each in moments])
+        for name, array in first.items()
+    }
+
+
+def _is_shared(name: str) -> bool:
+    """Whether all λ of a stack share an entry of the optimiser's state: its count of steps."""
+    return name.endswith("/step")
+
+
+def _can_stack(spec: RunFile, models: Models, images: Images) -> bool:
+    """Whether the classifier computes stacked what it computes alone; logs why not."""
+    batch = to_tensor(images.batch(slice(0, PROBED)))
+    try:
+        with cpu_threads(1):
+            template = load_classifier(spec, models.classifier, len(models.classes))
+            why = _difference(Stack(template, [models.classifier, _shrunk(models.classifier)]), batch)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        why = f"{type(error).__name__}: {one_line(error)}"
+    if why is not None:
+        log.warning(
+            "correct: this classifier cannot be stacked (%s); its λ are fine-tuned one after the other; "
+            "correct.stack: 1 does so side by side, under another --name",
+            why,
+        )
+    return why is None
+
+
+def _shrunk(weights: Weights) -> Weights:
+    """Return other weights of the same classifier, which give other logits."""
+    return {
+        name: (0.9 * array).astype(array.dtype) if np.issubdtype(array.dtype, np.floating) else array
+        for name, array in weights.items()
+    }
+
+
+def _difference(stack: Stack, images: Tensor) -> str | None:
+    """Return in what a stack of two different classifiers differs from them one by one, or None. Changes its buffers.
+
+    It has the weights of the second in its template while it computes the first, so that they have to be replaced.
+    """
+    if any(isinstance(part, torch.jit.ScriptModule) for part in stack.template.modules()):
+        return "it is TorchScript, whose compiler may fuse layers later in a way that vmap does not know"
+    with torch.no_grad():
+        alone = torch.stack([stack.classifier(index)(images).float() for index in range(2)])
+        limit = 1e-3 * float(alone.abs().max())
+        if not torch.allclose(stack.logits(images).float(), alone, atol=limit, rtol=1e-3, equal_nan=True):
+            return "its logits are others then"
+    template = stack.template.train()
+    buffers = {name: buffer.clone() for name, buffer in _buffers(template)}
+    for logits in (stack.logits(images), template(images)):
+        loss = logits.float().logsumexp(dim=-1).sum()
+        loss.backward()
+    for name, parameter in template.named_parameters():
+        if (parameter.grad is None) != (stack.parameters[name].grad is None):
+            return f"the gradient of {name} is lost then"
+    for name, buffer in _buffers(template):
+        if torch.equal(buffer, buffers[name]) != torch.equal(stack.buffers[name][1], buffers[name]):
+            return f"its buffer {name} is updated in another way then"
+    return None
