@@ -39,7 +39,7 @@ MAX_FAILURES = 2  # a trial is started again this often; it continues after its 
 Outcome = tuple[
     list[Trial], dict[float, DefuseError]
 ]  # finished trials, and the error of each λ that failed for good
-Name = tuple[int, int]  # a Tune trial: number of the request, and of the stack among those of the request
+TrialId = tuple[int, int]  # a Tune trial: number of the request, and of the stack among those of the request
 
 
 @dataclass(eq=False)
@@ -57,9 +57,9 @@ class SweepContext:
     name: str
     profile: Profile = UNTRACED
 
-    def unfinished(self) -> list[Name]:
+    def unfinished(self) -> list[TrialId]:
         """Return the trials that are yet to be run, request after request."""
-        names: list[Name] = []
+        names: list[TrialId] = []
         for number, request in enumerate(self.requests):
             done = finished_trials(request.spec, request.store)
             stacks = enumerate(stacks_of(request.spec.correct))
@@ -103,7 +103,7 @@ def _outcome(request: SweepRequest, failed: dict[float, DefuseError]) -> Outcome
     return [_stored(request.store, lam) for lam in lambdas if lam not in failed], failed
 
 
-def _parse(name: str) -> Name:
+def _parse(name: str) -> TrialId:
     number, index = name.removeprefix(TRIAL).split("-")
     return int(number), int(index)
 
@@ -123,7 +123,7 @@ def _stored(store: Store, lam: float) -> Trial:
 
 
 def _trial(
-    config: dict[str, Name],
+    config: dict[str, TrialId],
     requests: Sequence[SweepRequest],
     models: Models,
     images: list[tuple[Any, Any]],
@@ -171,7 +171,7 @@ def _no_codes(fixes: Corrections) -> Corrections:
     return Corrections(fixes.scenario[:0], fixes.labels[:0], fixes.tune[:0], fixes.test[:0])
 
 
-def _tuner(sweep: SweepContext, names: list[Name], folder: str) -> tune.Tuner:
+def _tuner(sweep: SweepContext, names: list[TrialId], folder: str) -> tune.Tuner:
     resources = {"cpu": sweep.resources.cpus, "gpu": sweep.resources.gpus}
     return tune.Tuner(
         tune.with_resources(_trainable(sweep), resources),
@@ -200,7 +200,7 @@ def _trial_name(trial: TuneTrial) -> str:
 class _SweepProgress(tune.Callback):
     """Shows how far the sweep is, from inside Tune's loop in the driver."""
 
-    def __init__(self, sweep: SweepContext, names: list[Name]) -> None:
+    def __init__(self, sweep: SweepContext, names: list[TrialId]) -> None:
         self.sweep = sweep
         self.total = 0
         for number, index in names:
@@ -231,5 +231,6 @@ class _SweepProgress(tune.Callback):
         **info: Any,
     ) -> None:
         """Count the finished epochs."""
-        self.epochs[str(trial)] = result["epochs"]
+        # a trial that is started again first reports fewer
+        self.epochs[str(trial)] = max(result["epochs"], self.epochs.get(str(trial), 0))
         self.sweep.progress("fine-tuning over λ", sum(self.epochs.values()), self.total, "epochs")

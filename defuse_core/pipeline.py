@@ -33,7 +33,7 @@ from defuse_core.evaluation.health import expect_healthy, measure_moved, with_me
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, write_report
 from defuse_core.report.build import build_report
-from defuse_core.review.consensus import crowdlab_consensus
+from defuse_core.review.consensus import crowdlab_consensus, expect_cleanlab
 from defuse_core.review.sample import (
     filter_corrections,
     sample_corrections,
@@ -69,8 +69,10 @@ T = TypeVar("T")
 
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
-    settle_precision(run, compute)
     spec, store = run.spec, run.store
+    if spec.review.consensus == "crowdlab":
+        expect_cleanlab()  # now, not after people have answered
+    settle_precision(run, compute)
     guide = reference_models(run, compute) if spec.vae.guide_weight else None
     models = run.once(
         "train", Models, lambda: train_side_by_side(spec, store, compute, guide, training_calls(run))

@@ -17,6 +17,7 @@ from defuse_core.config import CorrectSection, RunFile
 from defuse_core.correct import (
     TuningSteps,
     after_epoch,
+    is_trial_failure,
     new_trial,
     read_trial,
     require_progress,
@@ -111,14 +112,22 @@ def run_stack(
 
     Those with equally many stored epochs are trained together until one leaves: it is done, or it diverged, and then it
     repeats its last epoch alone, so that the others play no part in the verdict. The rest goes on as a smaller stack.
+    An error of the classifier's own code is raised once every other λ has had its turn.
     """
     alone = lams if len(lams) == 1 else (yield from _run_together(spec, models, tuning, lams, store))
+    failure: Exception | None = None
     for lam in alone:
         try:
             for trial in run_trial(spec, models, tuning, lam, store):
                 yield lam, trial
         except ModelError as error:
             yield lam, error
+        except Exception as error:
+            if not is_trial_failure(error):
+                raise
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _run_together(
@@ -160,7 +169,7 @@ def _fine_tune(spec: RunFile, models: Models, tuning: FineTuningData, group: Gro
         epoch = 1 + len(next(iter(group.values())).rows)
         with cpu_threads(1):
             losses = _epoch(spec, stack, optimizer, steps, list(group), epoch)
-            made = _after_epoch(spec, models, tuning, stack, optimizer, group, losses)
+            made = _trials_after_epoch(spec, models, tuning, stack, optimizer, group, losses)
         yield made
         complete = made.keys() == group.keys() and not any(trial.done for trial in made.values())
         group = made
@@ -193,7 +202,7 @@ def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     return of_each.view(len(logits), -1).mean(dim=1)
 
 
-def _after_epoch(
+def _trials_after_epoch(
     spec: RunFile,
     models: Models,
     tuning: FineTuningData,
@@ -207,7 +216,7 @@ def _after_epoch(
     moved = len(losses) > 1 or optimizer.param_groups[0]["lr"] > 0
     for index, (lam, trial) in enumerate(group.items()):
         classifier, loss = stack.classifier(index), float(losses[:, index].mean())
-        own = {name: array if _is_shared(name) else array[index] for name, array in moments.items()}
+        own = {name: array if _is_shared(name) else array[index, ...] for name, array in moments.items()}
         try:
             if not np.isfinite(loss):
                 raise ModelError(f"its loss became {loss}")

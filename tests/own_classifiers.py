@@ -44,6 +44,17 @@ class TwoHeads(Net):
         self.auxiliary = nn.Linear(16 * 64, 3)
 
 
+class Scaled(Net):
+    """A Net with one number for the scale of its logits, as networks with a temperature have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * super().forward(images)
+
+
 def digits() -> Images:
     """The training images of the tiny run file."""
     return open_splits(tiny().data, 0).train
@@ -161,6 +172,16 @@ class Branching(Net):
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
         return logits if logits.sum() > 0 else 2 * logits
+
+
+class Checking(Net):
+    """Raises an error of its own where its logits overflow."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        if not logits.isfinite().all():
+            raise ValueError("the logits overflow")
+        return logits
 
 
 class ReplacingBuffer(Net):

@@ -320,8 +320,8 @@ class ReviewSection(Section):
     more_images: int = Field(40, ge=0)
     """accept lower-bound with annotators reference-models: further images drawn where the verdict is in doubt. Ours."""
     reference: ReferenceModels = ReferenceModels()
-    """The reference models, for annotators: reference-models, prelabel, tau: auto, identify.screen and
-    correct.filter."""
+    """The reference models, for annotators: reference-models, prelabel, consensus: crowdlab, tau: auto,
+    identify.screen and correct.filter."""
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
     answers_per_task: int = Field(5, ge=1)
@@ -330,19 +330,14 @@ class ReviewSection(Section):
     """Label Studio: stop asking where no answer is needed: with consensus majority and accept share about a scenario
     whose verdict and label can no longer change, with consensus crowdlab about an image whose label is sure. Ours."""
     certainty: float = Field(0.85, gt=0, le=1)
-    """stop_early with consensus crowdlab: an image is sure once two people chose a class and CROWDLAB's estimate that
-    its label is right is at least this; until then it is asked about up to answers_per_task times. Ours."""
+    """stop_early with consensus crowdlab: an image is sure once two people chose its label and CROWDLAB's estimate that
+    it is right is at least this; until then it is asked about up to answers_per_task times. Ours."""
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
     inline_kb: int = Field(64, ge=1)
     """Label Studio: pictures up to so many kilobytes are stored in their task; larger ones need a run in S3. Ours."""
     real_names: bool = False
     """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
-
-    @property
-    def stops_when_sure(self) -> bool:
-        """Whether an image is not asked about any more once CROWDLAB is sure of its label."""
-        return self.stop_early and self.consensus == "crowdlab"
 
 
 class CorrectSection(Section):
@@ -384,10 +379,8 @@ class CorrectSection(Section):
     """A λ is given up after an epoch that lost more clean accuracy than this, at least max_loss; what it reached until
     then may still be chosen where choose_by allows it. Ours."""
     stack: int = Field(1, ge=1)
-    """So many λ over 0 are fine-tuned as one trial with stacked weights (torch.func.vmap), in the order of lambdas. On
-    a GPU, which small classifiers leave idle, they take little more time than one; on a CPU they are slower than one
-    after the other. Results equal those of 1 up to rounding and, on a GPU, the masks of dropout. A classifier that
-    cannot be stacked is logged, and its λ are fine-tuned one after the other. Ours."""
+    """So many λ over 0 are one trial with stacked weights, for a GPU that a small classifier leaves idle. Equal to
+    trials of one λ up to rounding, and to other masks of dropout on feature maps or in attention. Ours."""
 
     @property
     def tuning_factor(self) -> float:

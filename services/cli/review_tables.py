@@ -45,12 +45,8 @@ def print_status(status: ReviewStatus, console: Console) -> None:
     _print_agreement("Agreement so far", status.verdicts(), console)
     if status.tasks.review.consensus == "crowdlab" and status.consensus is None:
         console.print(
-            "The verdicts below are by majority; `defuse run` decides with review.consensus: crowdlab.",
-            soft_wrap=True,
-        )
-    if status.tasks.review.stops_when_sure and status.consensus is None:
-        console.print(
-            "Every image is asked for all answers until `defuse run` has stored the reference models' answers.",
+            "The verdicts below are by majority; `defuse run` decides with review.consensus: crowdlab, and stores the "
+            "reference models' answers, before which no image is sure.",
             soft_wrap=True,
         )
     console.print(_scenario_table(status))

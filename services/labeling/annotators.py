@@ -18,6 +18,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if
 from defuse_core.artifacts import F32, Gallery, Verdicts, Votes
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
+from defuse_core.review.consensus import stops_when_sure
 from defuse_core.review.verdicts import decide_verdicts, read_overrides
 from defuse_core.runs import Run
 from defuse_core.store import Store
@@ -80,7 +81,7 @@ class LabelStudioAnnotators:
 
         Raises LabelsPending before that; with `wait`, polls the server instead, less often while nothing changes.
         """
-        if self.run.spec.review.stops_when_sure:
+        if stops_when_sure(self.run.spec.review):
             self._probabilities(gallery)  # stored, also for `defuse review status`
         state = self.push(gallery)
         status, state = self._pull(gallery, state)

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Verdicts, Votes
-from defuse_core.review.consensus import Consensus, crowdlab_consensus
+from defuse_core.review.consensus import Consensus, crowdlab_consensus, stops_when_sure
 from defuse_core.review.verdicts import decide_verdicts, false_discovery_rate, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
@@ -110,18 +110,18 @@ class ReviewStatus:
 
     @property
     def outstanding(self) -> int:
-        """Number of answers that annotators still have to give; at most so many with review.consensus: crowdlab."""
+        """Number of answers that annotators still have to give; with CROWDLAB each can change it."""
         return int(self.wanted_per_task.sum())
 
     @property
     def stops_when_sure(self) -> bool:
         """Whether sure images are not asked about: the run file says so, and the models' answers are stored."""
-        return self.tasks.review.stops_when_sure and self.consensus is not None
+        return stops_when_sure(self.tasks.review) and self.consensus is not None
 
     @property
     def still_wanted(self) -> str:
         """The number of outstanding answers, in words."""
-        return f"{'up to ' if self.stops_when_sure else ''}{self.outstanding} are still wanted"
+        return f"{'about ' if self.stops_when_sure else ''}{self.outstanding} are still wanted"
 
     def verdicts(self) -> Verdicts:
         """Return the verdicts that follow from the votes so far.
@@ -201,7 +201,7 @@ def review_status(
     sure: Bool = np.zeros(shape, bool)
     if review.consensus == "crowdlab" and probabilities is not None:
         consensus = crowdlab_consensus(votes, probabilities.mean(axis=0))
-        sure = consensus.sure(review.certainty) & review.stops_when_sure
+        sure = consensus.sure(review.certainty) & stops_when_sure(review)
     missing = np.where(sure, 0, review.answers_per_task - given)
     above = np.isin(np.arange(len(tasks.gallery)), list(overridden))
     final: Bool = np.zeros(len(tasks.gallery), bool)

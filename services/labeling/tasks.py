@@ -15,7 +15,7 @@ import numpy as np
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.protocols import Compute
-from defuse_core.review.consensus import LEAST_ANSWERS
+from defuse_core.review.consensus import LEAST_ANSWERS, stops_when_sure
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.training.reference_models import ask_models
@@ -85,7 +85,7 @@ class ReviewTasks:
     def first_answers(self) -> int:
         """Answers for which a task is open at first: all, or as many as CROWDLAB needs to be sure of an image."""
         asked = self.review.answers_per_task
-        return min(asked, LEAST_ANSWERS) if self.review.stops_when_sure else asked
+        return min(asked, LEAST_ANSWERS) if stops_when_sure(self.review) else asked
 
     def __len__(self) -> int:
         return len(self.gallery) * self.per_scenario

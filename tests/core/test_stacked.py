@@ -35,7 +35,16 @@ from defuse_core.stacked import Stack, run_stack, stacks_of
 from defuse_core.store import FolderStore, Store
 from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
 from tests.conftest import tiny
-from tests.own_classifiers import Branching, Detached, Net, OtherWeights, ReplacingBuffer, trained
+from tests.own_classifiers import (
+    Branching,
+    Checking,
+    Detached,
+    Net,
+    OtherWeights,
+    ReplacingBuffer,
+    Scaled,
+    trained,
+)
 
 LAMBDAS = (0.01, 1.0, 10.0)
 OWN = {"architecture": "custom", "import_path": "tests.own_classifiers:trained", "epochs": 1}
@@ -269,6 +278,19 @@ def test_an_interrupted_stack_goes_on_to_the_same_end_bit_for_bit(
     assert len(trials_in(whole, lams)[300.0].rows) == (1 if with_hopeless else 3)
 
 
+def test_a_single_number_among_the_parameters_is_stored_and_resumed(tuning, tiny_models, tmp_path):
+    spec = with_classifier(stacking(), OWN | {"import_path": "tests.own_classifiers:Scaled"})
+    torch.manual_seed(0)
+    models = replace(tiny_models, classifier=weights_of(Scaled()))
+    whole, stopped = (FolderStore(tmp_path / name) for name in ("whole", "stopped"))
+    together(spec, models, tuning, LAMBDAS, whole)
+    list(itertools.islice(run_stack(spec, models, tuning, LAMBDAS, stopped), 3))
+    moments = [trial.moments["0/exp_avg"] for trial in trials_in(stopped, LAMBDAS).values()]
+    assert all(moment.shape == () for moment in moments) and len(set(map(float, moments))) == 3
+    together(spec, models, tuning, LAMBDAS, stopped)
+    assert all(stopped.read(trial_key(lam)) == whole.read(trial_key(lam)) for lam in LAMBDAS)
+
+
 def test_lambdas_of_unequal_epochs_are_not_stacked_together(tiny_models, tuning, tmp_path, monkeypatch):
     """As a process leaves them that is killed between two writes of an epoch."""
     sizes = []
@@ -360,6 +382,21 @@ def test_a_classifier_that_cannot_be_stacked_is_logged_and_its_lambdas_are_train
     assert {lam: encode(trial) for lam, trial in made.items()} == {
         lam: encode(trial) for lam, trial in alone.items()
     }
+
+
+def test_an_error_of_the_classifiers_code_about_one_lambda_leaves_out_that_one_alone(
+    tiny_models, fixes, tmp_path
+):
+    spec = stacking(epochs=1, lambdas=(1e39, 1.0, 10.0))
+    spec = with_classifier(spec, OWN | {"import_path": "tests.own_classifiers:Checking"})
+    torch.manual_seed(0)
+    models = replace(tiny_models, classifier=weights_of(Checking()))
+    request = SweepRequest(spec, fixes, None, FolderStore(tmp_path))
+    (sweep,) = LocalCompute().sweeps(models, [request])
+    assert [(failed.lam, failed.cause) for failed in sweep.failed] == [
+        (1e39, "ValueError: the logits overflow")
+    ]
+    assert {row.lam for row in sweep.rows} == {1.0, 10.0}
 
 
 def test_an_error_of_the_classifiers_code_leaves_out_the_lambdas_that_are_not_done(
