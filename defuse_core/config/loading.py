@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import types
 import typing
@@ -22,7 +23,10 @@ from defuse_core.errors import InputError, RunFileError
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML where a key that is written twice is an error: the second one would replace the first without a word."""
+    """YAML where a key that is written twice is an error: the second one would replace the first without a word.
+
+    010 and 1:30 are text, which no field of numbers but a float's takes; YAML 1.1 has them for 8 and 90, 1.2 does not.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -33,14 +37,33 @@ class UniqueKeyLoader(yaml.SafeLoader):
             seen.add((key.tag, str(key.value)))
         return node
 
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        if re.match("[-+]?0[0-9_]|.*:", node.value):
+            return node.value
+        construct = self.construct_yaml_int if node.tag == YAML_INT else self.construct_yaml_float
+        return construct(node)
+
+
+YAML_INT, YAML_FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+UniqueKeyLoader.add_constructor(YAML_INT, UniqueKeyLoader.construct_number)
+UniqueKeyLoader.add_constructor(YAML_FLOAT, UniqueKeyLoader.construct_number)
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Return what YAML says. Raises yaml.YAMLError, or ValueError for no UTF-8, 2023-02-30 and too deep a nesting."""
+    try:
+        return yaml.load(text, UniqueKeyLoader)
+    except RecursionError as error:
+        raise ValueError("sections nested too deeply") from error
+
 
 def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     """Return the run file at `path` with `a.b=value` overrides applied. Raises RunFileError, in one line."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunFileError(f"{path}: cannot read this run file ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or 2023-02-30
+    except (yaml.YAMLError, ValueError) as error:
         raise RunFileError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise RunFileError(f"{path}: expected sections such as `data:`, found {type(tree).__name__}")
@@ -142,7 +165,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RunFileError(f"--set {override}: {section} is not a section")
     try:
-        value, comment = yaml.load(text, UniqueKeyLoader), _comment_in(text)
+        value, comment = parse_yaml(text), _comment_in(text)
     except (yaml.YAMLError, ValueError) as error:
         reason = getattr(error, "problem", None) or error
         raise RunFileError(f"--set {override}: the value is not YAML ({reason})") from error
