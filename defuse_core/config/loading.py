@@ -85,28 +85,48 @@ def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
     problems: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         problems.setdefault(_field_at(detail["loc"], section), []).append(detail)
+    # a section in a union of types fails in a field of its own, and for not being one of the other types
+    problems = {
+        at: found for at, found in problems.items() if not any(p.startswith(f"{at}.") for p in problems)
+    }
     field, (first, *others) = next(iter(problems.items()))
     if first["type"] == "extra_forbidden":
         return f"{field}: unknown field"
-    message = first["msg"].removeprefix("Value error, ")
+    message = _message(first).removeprefix("Value error, ")
     for other in others:  # the field has a union of types
-        message += " or " + other["msg"].removeprefix("Input should be ")
+        message += " or " + _message(other).removeprefix("Input should be ")
     found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{field + ': ' if field else ''}{message}{found}{more}"
 
 
+def _message(detail: ErrorDetails) -> str:
+    """Return pydantic's message in the words of YAML."""
+    return {
+        "tuple_type": "Input should be a list",
+        "model_type": "Input should be a section with fields",
+    }.get(detail["type"], detail["msg"])
+
+
 def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
     """Return a location as a dotted name, without pydantic's names for the types of a union."""
     names: list[int | str] = []
-    for number, part in enumerate(place):
-        names.append(part)
-        kind = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            names += [deeper for deeper in place[number + 1 :] if isinstance(deeper, int)]
-            break
-        section = kind
+    kind: Any = section
+    for part in place:
+        if _is_section(kind):
+            names.append(part)
+            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+            continue
+        sections = {each.__name__: each for each in typing.get_args(kind) if _is_section(each)}
+        if part in sections:  # of a union
+            kind = sections[str(part)]
+        elif isinstance(part, int):
+            names.append(part)
     return ".".join(map(str, names))
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def dump_run_file(spec: RunFile) -> str:
@@ -224,7 +244,7 @@ def describe_fields(section: str | None = None) -> list[FieldDescription]:
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[FieldDescription]:
     for name, info in model.model_fields.items():
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if _is_section(kind):
             yield from _fields(kind, f"{prefix}{name}.")
         else:
             default = "required" if info.is_required() else _as_yaml(info.default)

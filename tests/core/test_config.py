@@ -161,6 +161,17 @@ def test_every_field_has_a_description():
         ("seed=010", "seed: expected an integer, found '010'$"),
         ("seed=1:30", "seed: expected an integer, found '1:30'$"),
         ("vae.learning_rate=1:30.5", "vae.learning_rate: .*number, .*found '1:30.5'$"),
+        (
+            "resources.precision.vae=fp16",
+            "resources.precision.vae: Input should be 'f32' or 'bf16', found 'fp16'$",
+        ),
+        ("resources.precision={x: f32}", "resources.precision.x: unknown field$"),
+        (
+            "resources.precision=fp16",
+            "resources.precision: Input should be 'auto', 'f32' or 'bf16' or a section with fields, found 'fp16'$",
+        ),
+        ("correct.lambdas=1", "correct.lambdas: Input should be a list, found 1$"),
+        ("data=[]", "data: Input should be a section with fields, found \\[\\]$"),
         ("identify.draws=0", "identify.draws: .*greater than or equal to 1, found 0"),
         ("identify.a=.nan", "identify.a: .*finite"),
         ("review.rho=1.5", "review.rho: .*less than 1, found 1.5"),
