@@ -54,7 +54,7 @@ class Section(BaseModel):
 
 
 def _leaves(kind: Any) -> list[Any]:
-    """Return the types, and the values of a Literal, that a type is made of: [int, "auto"] for int | Literal["auto"]."""
+    """Return the types, and values of a Literal, that a type is made of: [int, "auto"] for int | Literal["auto"]."""
     if typing.get_origin(kind) is Annotated:
         return _leaves(typing.get_args(kind)[0])
     parts = typing.get_args(kind)

@@ -101,14 +101,18 @@ def test_a_tiff_of_floats_in_another_range_is_named(tmp_path: Path, pixel: float
     pixels = np.ones((SIZE, SIZE), np.float32)
     pixels[0, 0] = pixel
     path = save_picture(tmp_path / "odd.tif", pixels)
-    with pytest.raises(DataError, match=r"odd\.tif: expected floats of 0 to 1, found .*; divide those of all"):
+    with pytest.raises(
+        DataError, match=r"odd\.tif: expected floats of 0 to 1, found .*; divide those of all"
+    ):
         PictureFiles([path], 1, SIZE)[:]
 
 
 @pytest.mark.parametrize("brightest", [1, 250, 260, 0xFFFF, 2**31 - 1])
 def test_a_tiff_of_32_bit_integers_is_refused_whatever_its_brightest_pixel(tmp_path: Path, brightest: int):
     path = save_picture(tmp_path / "deep.tif", np.full((SIZE, SIZE), brightest, np.int32))
-    with pytest.raises(DataError, match=r"deep\.tif: expected integers of 8 or 16 bits, found 32 bits, .*; save"):
+    with pytest.raises(
+        DataError, match=r"deep\.tif: expected integers of 8 or 16 bits, found 32 bits, .*; save"
+    ):
         PictureFiles([path], 1, SIZE)[:]
 
 
