@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,9 +111,21 @@ class PictureFiles:
 
 def read_picture(path: str, channels: int, size: int) -> U8:
     """Return one image file as (channels, size, size). Raises DataError naming the file."""
+    with opened_picture(path) as picture:
+        return fit_picture(picture, channels, size)
+
+
+@contextlib.contextmanager
+def opened_picture(path: str) -> Iterator[Image.Image]:
+    """Yield an image file. Raises DataError, naming the file, for any error of the block, and for what is no file.
+
+    A named pipe would be waited for without end.
+    """
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise DataError("expected an image, found a pipe, a device or a socket; remove it")
         with Image.open(path) as picture:
-            return fit_picture(picture, channels, size)
+            yield picture
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except PermissionError as error:
@@ -120,6 +133,8 @@ def read_picture(path: str, channels: int, size: int) -> U8:
             f"{path}: no permission to read this image; make it readable for this user"
         ) from error
     except FileNotFoundError as error:
+        if Path(path).is_symlink():
+            raise DataError(f"{path}: this link leads to a file that does not exist; remove it") from error
         raise DataError(f"{path}: this image no longer exists; restore it, or start a new run") from error
     except Exception as error:  # decoders raise many kinds of errors on broken files
         raise DataError(f"{path}: expected an image, found {error}; repair or remove this file") from error
