@@ -125,6 +125,9 @@ def _part(arrays: Arrays, part: str, data: DataSection, where: str) -> Images | 
     for name in (f"{part}_images", f"{part}_labels"):
         if name not in arrays:
             raise DataError(f"{where}: expected an array {name}, found {_listed(arrays)}; add it")
+        if arrays[name].shape[:1] == (0,):
+            remedy = "add images" if part == "train" else "add images, or leave out both arrays of this part"
+            raise DataError(f"{where}: {name}: expected one or more, found an empty array; {remedy}")
     labels = _labels(arrays, part, where)
     pixels = _pixels(arrays[f"{part}_images"], data, f"{where}: {part}_images")
     if len(pixels) != len(labels):
@@ -136,9 +139,9 @@ def _part(arrays: Arrays, part: str, data: DataSection, where: str) -> Images | 
 
 
 def _labels(arrays: Arrays, part: str, where: str) -> I64:
-    """Return (N,), N at least 1."""
+    """Return (N,)."""
     labels = arrays[f"{part}_labels"]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(
             f"{where}: {part}_labels: expected integers (N,), one for each image, "
             f"found {labels.dtype} {labels.shape}; correct them"
@@ -147,10 +150,10 @@ def _labels(arrays: Arrays, part: str, where: str) -> I64:
 
 
 def _pixels(found: npt.NDArray[Any], data: DataSection, where: str) -> U8 | F32:
-    """Return (N, channels, H, W), N at least 1; a read-only view where possible."""
+    """Return (N, channels, H, W); a read-only view where possible."""
     size = data.image_size
     pixels = _channels_first(found)
-    if pixels is None or not len(pixels) or pixels.shape[2:] != (size, size):
+    if pixels is None or pixels.shape[2:] != (size, size):
         raise DataError(
             f"{where}: expected shape (N, {size}, {size}), (N, {size}, {size}, {data.channels}) or "
             f"(N, {data.channels}, {size}, {size}), found {found.shape}; resize them or set data.image_size"

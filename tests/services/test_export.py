@@ -345,6 +345,13 @@ def test_deleting_asks_first_and_a_no_deletes_nothing(answer, own_store, monkeyp
     assert own_store.exists("digits/run.yaml")
 
 
+def test_deleting_with_a_closed_input_deletes_nothing(own_store, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of `<&-`
+    code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
+    assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
+    assert own_store.exists("digits/run.yaml")
+
+
 def test_a_run_that_is_promoted_while_the_prompt_waits_is_not_deleted(own_store, monkeypatch, capsys):
     where = ["--store", own_store.address]
 
