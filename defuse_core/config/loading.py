@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -115,7 +115,8 @@ def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
     for part in place:
         if _is_section(kind):
             names.append(part)
-            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+            field = kind.model_fields.get(str(part))
+            kind = None if field is None else field.annotation
             continue
         sections = {each.__name__: each for each in typing.get_args(kind) if _is_section(each)}
         if part in sections:  # of a union
@@ -125,7 +126,7 @@ def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
     return ".".join(map(str, names))
 
 
-def _is_section(kind: Any) -> bool:
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 

@@ -16,6 +16,7 @@ from defuse_core.errors import DataError
 
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
+MAX_NAMED = 5  # arrays that a note names
 CHUNK = 4096  # images checked at once, to bound the memory
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -96,6 +97,20 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
         raise DataError(
             f"{file}: expected an .npz file of plain arrays, found {found}; save it again"
         ) from error
+
+
+def unread_arrays(file: Path) -> list[str]:
+    """Return a line where a readable .npz file has arrays with names that are not read."""
+    with np.load(file, allow_pickle=False) as archive:
+        unread = sorted(set(archive.files) - NAMES)
+    if not unread:
+        return []
+    named = ", ".join(ascii(name) for name in unread[:MAX_NAMED]) + (
+        ", ..." if len(unread) > MAX_NAMED else ""
+    )
+    return [
+        f"{len(unread)} arrays are not read ({named}); the names that are read: {', '.join(sorted(NAMES))}"
+    ]
 
 
 def _numbers(labels: I64, where: str) -> tuple[str, ...]:

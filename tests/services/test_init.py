@@ -393,18 +393,3 @@ def test_more_classes_leave_cells_of_less_weight(tmp_path, monkeypatch, capsys):
     np.savez("many.npz", train_images=images, train_labels=np.arange(400) % 100)
     assert call(monkeypatch, capsys, "init", "many.npz", "--minutes", 1)[0] == 0
     assert load_run_file(Path("many.yaml")).distill.min_weight == 0.002
-
-
-@pytest.mark.parametrize(
-    ("spoil", "line"),
-    [
-        (lambda path: os.mkfifo(path), "expected an image, found a pipe, a device or a socket; remove it"),
-        (lambda path: path.symlink_to("nowhere.png"), "this link leads to a file that does not exist; remove it"),
-    ],
-    ids=["a named pipe", "a link to nothing"],
-)
-def test_a_name_that_is_no_file_is_refused_before_any_run(spoil, line, pictures, tmp_path):
-    shutil.copytree(pictures, tmp_path / "odd")
-    spoil(tmp_path / "odd/train/0/odd.png")
-    with pytest.raises(DataError, match=f"odd.png: {line}$"):
-        inspect_data(tmp_path / "odd")

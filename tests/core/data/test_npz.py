@@ -124,7 +124,11 @@ BAD_NPZ: list[tuple[str, Arrays, str]] = [
         {"test_labels": np.zeros(0, int)},
         "test_labels: expected one or more, found an empty array",
     ),
-    ("an empty test set", {"test_images": noise(0, SIZE, SIZE)}, "test_images: expected one or more, found an empty array; add images, or leave out both arrays"),
+    (
+        "an empty test set",
+        {"test_images": noise(0, SIZE, SIZE)},
+        "test_images: expected one or more, found an empty array; add images, or leave out both arrays",
+    ),
     ("fewer labels than images", {"train_labels": np.arange(11) % 3}, "found 11 and 12"),
     ("no train_images", {"train_images": None}, "expected an array train_images, found test_images"),
     ("no test_labels", {"test_labels": None}, "expected an array test_labels"),
