@@ -25,6 +25,7 @@ from defuse_core.config import (
     dump_run_file,
     model_sections,
     parse_run_file,
+    parse_yaml,
 )
 from defuse_core.errors import DamagedError, InputError, RunFileError, RunMismatchError
 from defuse_core.store import Store
@@ -203,8 +204,8 @@ class Run:
                 f"no run called {name} in {store.address}; `defuse status` lists the runs"
             ) from error
         try:
-            tree = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: 2023-02-30
+            tree = parse_yaml(text)
+        except (yaml.YAMLError, ValueError) as error:
             raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REMEDY}") from error
         if not isinstance(tree, dict):
             raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REMEDY}")

@@ -1,5 +1,6 @@
 """The run file: YAML, validated into frozen models, one section per step."""
 
+from defuse_core.config.base import PrintableText, Section
 from defuse_core.config.loading import (
     added_lambdas,
     apply_override,
@@ -10,6 +11,7 @@ from defuse_core.config.loading import (
     flat_fields,
     load_run_file,
     parse_run_file,
+    parse_yaml,
 )
 from defuse_core.config.run_file import (
     STEPS,
@@ -31,10 +33,8 @@ from defuse_core.config.sections import (
     DistillSection,
     IdentifySection,
     JudgesSection,
-    PrintableText,
     ReferenceModels,
     ReviewSection,
-    Section,
     VaeSection,
 )
 
@@ -69,5 +69,6 @@ __all__ = [
     "load_run_file",
     "model_sections",
     "parse_run_file",
+    "parse_yaml",
     "with_weights",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -22,7 +23,10 @@ from defuse_core.errors import InputError, RunFileError
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML where a key that is written twice is an error: the second one would replace the first without a word."""
+    """YAML where a key that is written twice is an error: the second one would replace the first without a word.
+
+    010 and 1:30 are text, which no field of numbers but a float's takes; YAML 1.1 has them for 8 and 90, 1.2 does not.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -33,14 +37,33 @@ class UniqueKeyLoader(yaml.SafeLoader):
             seen.add((key.tag, str(key.value)))
         return node
 
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        if re.match("[-+]?0[0-9_]|.*:", node.value):
+            return node.value
+        construct = self.construct_yaml_int if node.tag == YAML_INT else self.construct_yaml_float
+        return construct(node)
+
+
+YAML_INT, YAML_FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+UniqueKeyLoader.add_constructor(YAML_INT, UniqueKeyLoader.construct_number)
+UniqueKeyLoader.add_constructor(YAML_FLOAT, UniqueKeyLoader.construct_number)
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Return what YAML says. Raises yaml.YAMLError, or ValueError for no UTF-8, 2023-02-30 and too deep a nesting."""
+    try:
+        return yaml.load(text, UniqueKeyLoader)
+    except RecursionError as error:
+        raise ValueError("sections nested too deeply") from error
+
 
 def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     """Return the run file at `path` with `a.b=value` overrides applied. Raises RunFileError, in one line."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunFileError(f"{path}: cannot read this run file ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or 2023-02-30
+    except (yaml.YAMLError, ValueError) as error:
         raise RunFileError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise RunFileError(f"{path}: expected sections such as `data:`, found {type(tree).__name__}")
@@ -62,28 +85,49 @@ def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
     problems: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         problems.setdefault(_field_at(detail["loc"], section), []).append(detail)
+    # a section in a union of types fails in a field of its own, and for not being one of the other types
+    problems = {
+        at: found for at, found in problems.items() if not any(p.startswith(f"{at}.") for p in problems)
+    }
     field, (first, *others) = next(iter(problems.items()))
     if first["type"] == "extra_forbidden":
         return f"{field}: unknown field"
-    message = first["msg"].removeprefix("Value error, ")
+    message = _message(first).removeprefix("Value error, ")
     for other in others:  # the field has a union of types
-        message += " or " + other["msg"].removeprefix("Input should be ")
+        message += " or " + _message(other).removeprefix("Input should be ")
     found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{field + ': ' if field else ''}{message}{found}{more}"
 
 
+def _message(detail: ErrorDetails) -> str:
+    """Return pydantic's message in the words of YAML."""
+    return {
+        "tuple_type": "Input should be a list",
+        "model_type": "Input should be a section with fields",
+    }.get(detail["type"], detail["msg"])
+
+
 def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
     """Return a location as a dotted name, without pydantic's names for the types of a union."""
     names: list[int | str] = []
-    for number, part in enumerate(place):
-        names.append(part)
-        kind = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            names += [deeper for deeper in place[number + 1 :] if isinstance(deeper, int)]
-            break
-        section = kind
+    kind: Any = section
+    for part in place:
+        if _is_section(kind):
+            names.append(part)
+            field = kind.model_fields.get(str(part))
+            kind = None if field is None else field.annotation
+            continue
+        sections = {each.__name__: each for each in typing.get_args(kind) if _is_section(each)}
+        if part in sections:  # of a union
+            kind = sections[str(part)]
+        elif isinstance(part, int):
+            names.append(part)
     return ".".join(map(str, names))
+
+
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def dump_run_file(spec: RunFile) -> str:
@@ -142,7 +186,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RunFileError(f"--set {override}: {section} is not a section")
     try:
-        value, comment = yaml.load(text, UniqueKeyLoader), _comment_in(text)
+        value, comment = parse_yaml(text), _comment_in(text)
     except (yaml.YAMLError, ValueError) as error:
         reason = getattr(error, "problem", None) or error
         raise RunFileError(f"--set {override}: the value is not YAML ({reason})") from error
@@ -201,7 +245,7 @@ def describe_fields(section: str | None = None) -> list[FieldDescription]:
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[FieldDescription]:
     for name, info in model.model_fields.items():
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if _is_section(kind):
             yield from _fields(kind, f"{prefix}{name}.")
         else:
             default = "required" if info.is_required() else _as_yaml(info.default)

@@ -8,17 +8,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from defuse_core.config.base import GpuShare, Section
 from defuse_core.config.sections import (
     ClassifierSection,
     ClassifierSet,
     CorrectSection,
     DataSection,
     DistillSection,
-    GpuShare,
     IdentifySection,
     JudgesSection,
     ReviewSection,
-    Section,
     VaeSection,
 )
 

@@ -5,53 +5,13 @@ The text under each field states its meaning, its unit, and the paper's value wh
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from defuse_core.errors import has_control_characters
-
-
-def expect_printable(text: str) -> str:
-    """Refuse text that would change the terminal or the page that shows it."""
-    if has_control_characters(text):
-        raise ValueError(f"expected text without control characters, found {text!a}")
-    return text
-
+from defuse_core.config.base import Section, UserPath
 
 Schedule = Literal["constant", "one_cycle"]  # of a learning rate
-PrintableText = Annotated[str, AfterValidator(expect_printable)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @field_validator("*")
-    @classmethod
-    def _printable(cls, value: object) -> object:
-        if isinstance(value, str | Path):
-            expect_printable(str(value))
-        return value
-
-
-def _whole_above_one(gpus: float) -> float:
-    """Refuse 1.5 GPUs: Ray splits one GPU, not several."""
-    if gpus > 1 and not gpus.is_integer():
-        raise ValueError(f"{gpus:g} GPUs: expected a fraction of one, or a whole number")
-    return gpus
-
-
-def _with_home(path: Path) -> Path:
-    """Expand ~, which no shell expands in a run file."""
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: expected the home of an existing user") from error
-
-
-UserPath = Annotated[Path, AfterValidator(_with_home)]
-GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
 
 
 class DataSection(Section):

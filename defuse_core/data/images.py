@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,21 +111,37 @@ class PictureFiles:
 
 def read_picture(path: str, channels: int, size: int) -> U8:
     """Return one image file as (channels, size, size). Raises DataError naming the file."""
+    with opened_picture(path) as picture:
+        return fit_picture(picture, channels, size)
+
+
+@contextlib.contextmanager
+def opened_picture(path: str) -> Iterator[Image.Image]:
+    """Yield an image file. Raises DataError, naming the file, for any error of the block, and for what is no file.
+
+    A named pipe would be waited for without end.
+    """
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise DataError("expected an image, found a pipe, a device or a socket; remove it")
         with Image.open(path) as picture:
-            return fit_picture(picture, channels, size)
+            yield picture
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except PermissionError as error:
         raise DataError(
             f"{path}: no permission to read this image; make it readable for this user"
         ) from error
     except FileNotFoundError as error:
+        if Path(path).is_symlink():
+            raise DataError(f"{path}: this link leads to a file that does not exist; remove it") from error
         raise DataError(f"{path}: this image no longer exists; restore it, or start a new run") from error
     except Exception as error:  # decoders raise many kinds of errors on broken files
         raise DataError(f"{path}: expected an image, found {error}; repair or remove this file") from error
 
 
 def fit_picture(picture: Image.Image, channels: int, size: int) -> U8:
-    """Return a picture as (channels, size, size). Raises ValueError for floats that are neither 0 to 1 nor 0 to 255."""
+    """Return a picture as (channels, size, size). Raises DataError for pixels of an unknown range."""
     if picture.mode.startswith(("F", "I")):
         picture = Image.fromarray(_eight_bits(picture))  # Pillow's own conversion clips instead of scaling
     picture = convert_picture(picture, "L" if channels == 1 else "RGB")
@@ -141,20 +158,26 @@ def convert_picture(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> U8:
-    """Return the pixels (H, W) of a picture with 16 or 32 bits a pixel as 0 to 255.
+    """Return the pixels (H, W) of a picture with 16 bits (0 to 65,535) or floats (0 to 1) as 0 to 255.
 
-    16 bits are 0 to 65,535. What 32 bits mean is not in the file, so that the brightest pixel of each picture decides:
-    floats are 0 to 1 up to 1, else 0 to 255; integers, which only a TIFF has, are 0 to 255 up to 255, else 0 to 65,535.
+    Raises DataError for other floats, and for integers of 32 bits, which only a TIFF has: their range is not in the
+    file, and the brightest pixel of each picture would give each its own.
     """
     pixels = np.asarray(picture)
-    low, high = pixels.min(), pixels.max()
     if picture.mode == "F":
-        if not (low >= 0 and high <= 255):  # nan is neither
-            raise ValueError(f"floats of {low:g} to {high:g}, where 0 to 1 or 0 to 255 are read")
-        return (np.round(pixels * 255) if high <= 1 else pixels).astype(np.uint8)
-    deep = not isinstance(picture, TiffImageFile) or picture.tag_v2.get(BITSPERSAMPLE) != (32,)
-    shift = 8 if deep or high > 255 else 0
-    return (pixels.astype(np.int64) >> shift).clip(0, 255).astype(np.uint8)
+        low, high = pixels.min(), pixels.max()
+        if not (low >= 0 and high <= 1):  # nan is neither
+            raise DataError(
+                f"expected floats of 0 to 1, found {low} to {high}; divide those of all images by the largest value "
+                "that they can have, or save all with 8 bits"
+            )
+        return np.round(pixels * 255).astype(np.uint8)
+    if isinstance(picture, TiffImageFile) and picture.tag_v2.get(BITSPERSAMPLE) == (32,):
+        raise DataError(
+            "expected integers of 8 or 16 bits, found 32 bits, whose range is not in the file; save all images with 8 "
+            "or 16 bits"
+        )
+    return (pixels.astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
 
 
 def to_levels(pixels: F32) -> U8:

@@ -16,6 +16,7 @@ from defuse_core.errors import DataError
 
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
+MAX_NAMED = 5  # arrays that a note names
 CHUNK = 4096  # images checked at once, to bound the memory
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -98,6 +99,20 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
         ) from error
 
 
+def unread_arrays(file: Path) -> list[str]:
+    """Return a line where a readable .npz file has arrays with names that are not read."""
+    with np.load(file, allow_pickle=False) as archive:
+        unread = sorted(set(archive.files) - NAMES)
+    if not unread:
+        return []
+    named = ", ".join(ascii(name) for name in unread[:MAX_NAMED]) + (
+        ", ..." if len(unread) > MAX_NAMED else ""
+    )
+    return [
+        f"{len(unread)} arrays are not read ({named}); the names that are read: {', '.join(sorted(NAMES))}"
+    ]
+
+
 def _numbers(labels: I64, where: str) -> tuple[str, ...]:
     """Return the labels as class names. Raises DataError where they have gaps."""
     found = np.unique(labels)
@@ -125,6 +140,9 @@ def _part(arrays: Arrays, part: str, data: DataSection, where: str) -> Images | 
     for name in (f"{part}_images", f"{part}_labels"):
         if name not in arrays:
             raise DataError(f"{where}: expected an array {name}, found {_listed(arrays)}; add it")
+        if arrays[name].shape[:1] == (0,):
+            remedy = "add images" if part == "train" else "add images, or leave out both arrays of this part"
+            raise DataError(f"{where}: {name}: expected one or more, found an empty array; {remedy}")
     labels = _labels(arrays, part, where)
     pixels = _pixels(arrays[f"{part}_images"], data, f"{where}: {part}_images")
     if len(pixels) != len(labels):
@@ -136,9 +154,9 @@ def _part(arrays: Arrays, part: str, data: DataSection, where: str) -> Images | 
 
 
 def _labels(arrays: Arrays, part: str, where: str) -> I64:
-    """Return (N,), N at least 1."""
+    """Return (N,)."""
     labels = arrays[f"{part}_labels"]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(
             f"{where}: {part}_labels: expected integers (N,), one for each image, "
             f"found {labels.dtype} {labels.shape}; correct them"
@@ -147,10 +165,10 @@ def _labels(arrays: Arrays, part: str, where: str) -> I64:
 
 
 def _pixels(found: npt.NDArray[Any], data: DataSection, where: str) -> U8 | F32:
-    """Return (N, channels, H, W), N at least 1; a read-only view where possible."""
+    """Return (N, channels, H, W); a read-only view where possible."""
     size = data.image_size
     pixels = _channels_first(found)
-    if pixels is None or not len(pixels) or pixels.shape[2:] != (size, size):
+    if pixels is None or pixels.shape[2:] != (size, size):
         raise DataError(
             f"{where}: expected shape (N, {size}, {size}), (N, {size}, {size}, {data.channels}) or "
             f"(N, {data.channels}, {size}, {size}), found {found.shape}; resize them or set data.image_size"

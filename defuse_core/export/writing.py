@@ -14,18 +14,37 @@ from pathlib import Path
 from defuse_core.errors import InputError
 
 UNFINISHED = ".unfinished"  # end of the name of what is being written
+OWN_FILES = (  # whose folder Defuse reads again: what it is, and files that it has
+    ("run", ("run.yaml", "settings.json")),
+    ("run", ("run.yaml", "manifest.json")),  # begun before settings.json existed
+    ("suite", ("suite.json", "suite.safetensors")),
+    ("registry", ("changes/000001.json",)),
+)
 
 
 @contextlib.contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
-    """Turn an error of the file system into an InputError that names the option and its path."""
+    """Turn an error of the file system into an InputError that names the option and its path.
+
+    Raises InputError for a path inside a run, a suite or a registry, where it could replace one of their files.
+    """
+    _expect_no_own_folder(option, path)
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.filename and Path(error.filename) != path:
+        if error.filename and Path(error.filename) != path and UNFINISHED not in str(error.filename):
             reason = f"{error.filename}: {reason}"
         raise InputError(f"{option} {path}: cannot be written ({reason}); choose another place") from error
+
+
+def _expect_no_own_folder(option: str, path: Path) -> None:
+    for folder in Path(os.path.realpath(path)).parents:
+        for kind, names in OWN_FILES:
+            if all(os.path.lexists(folder / name) for name in names):
+                raise InputError(
+                    f"{option} {path}: is inside the {kind} {folder}, which it could damage; choose another place"
+                )
 
 
 def expect_writable(option: str, path: Path) -> None:
@@ -39,7 +58,8 @@ def expect_writable(option: str, path: Path) -> None:
 
 def replace_file(option: str, path: Path, data: bytes) -> None:
     """Write a file whole, or leave what was there."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(3)}{UNFINISHED}")
+    # without its own name, which may have the greatest length
+    temporary = path.with_name(f".{secrets.token_hex(3)}{UNFINISHED}")
     with writing(option, path):
         try:
             temporary.write_bytes(data)

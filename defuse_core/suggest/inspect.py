@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
-from defuse_core.data.appearance import odd_images
+from defuse_core.data.appearance import odd_images, shared_images
 from defuse_core.data.folder import MAX_NAMED_CLASSES, SUFFIXES, folder_classes, part_of, walk_files
-from defuse_core.data.images import convert_picture, evenly_spaced
-from defuse_core.data.npz import image_shape, read_arrays
+from defuse_core.data.images import convert_picture, evenly_spaced, opened_picture
+from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
 from defuse_core.errors import DataError
 
 SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve to 4
@@ -52,13 +52,13 @@ class DataFacts:
 
 def inspect_data(root: Path) -> DataFacts:
     """Return what is in a folder in ImageFolder layout below `train`, or in an .npz file. Raises DataError."""
-    if not root.exists():
+    if not (root.is_dir() or root.is_file()):
         raise DataError(
             f"init {root}: expected a folder of images, or an .npz file, found neither; check the path"
         )
     if root.is_file():
         name, (height, width, channels) = "npz", _look_at_npz(root)
-        image_size, lines = height, list[str]()
+        image_size, lines = height, unread_arrays(root)
     else:
         _expect_train(root)
         name, (height, width, channels) = "folder", _look_at_pictures(root / "train")
@@ -84,7 +84,7 @@ def inspect_data(root: Path) -> DataFacts:
         photographs,
         splits.classes,
         splits.counts(),
-        (*lines, *_few_images(splits), *odd_images(splits.train)),
+        (*lines, *_few_images(splits), *odd_images(splits.train), *shared_images(splits)),
     )
 
 
@@ -172,14 +172,9 @@ def _look_at_pictures(train: Path) -> tuple[int, int, int]:
     each = max(2, SAMPLE // len(folders))
     sizes, coloured = [], False
     for path in [path for folder in folders for path in _some_pictures(folder, each)]:
-        try:
-            with Image.open(path) as picture:
-                sizes.append((picture.height, picture.width))
-                coloured = coloured or _is_coloured(picture)
-        except Exception as error:  # decoders raise a dozen kinds of errors on broken files
-            raise DataError(
-                f"{path}: expected an image, found {error}; repair or remove this file"
-            ) from error
+        with opened_picture(path) as picture:
+            sizes.append((picture.height, picture.width))
+            coloured = coloured or _is_coloured(picture)
     if not sizes:
         raise DataError(f"{train}: expected one folder of images per class, found no images")
     height, width = (int(side) for side in np.median(np.array(sizes), axis=0))

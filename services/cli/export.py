@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,9 @@ def delete(run: str, store: str, yes: bool) -> None:
 
 
 def _confirmed(question: str) -> bool:
-    """Whether a person says yes; Ctrl-C and the end of the input are a no."""
+    """Whether a person says yes; Ctrl-C, the end of the input and a closed input are a no."""
+    if sys.stdin is None:  # closed by `<&-`
+        return False
     try:
         return click.confirm(question)
     except click.Abort:

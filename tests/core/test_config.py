@@ -147,6 +147,31 @@ def test_every_field_has_a_description():
     [
         ("identify.drawz=5", "identify.drawz: unknown field"),
         ("identify.draws=many", "identify.draws: .*integer.*found 'many'"),
+        ("vae.epochs=true", "vae.epochs: expected an integer, found true$"),
+        ("review.reference.count=yes", "review.reference.count: expected an integer, found true$"),
+        ("identify.max_per_image=off", "identify.max_per_image: expected an integer, found false$"),
+        ("vae.learning_rate=true", "vae.learning_rate: expected a number, found true$"),
+        ("review.tau=on", "review.tau: expected a number or auto, found true$"),
+        ("resources.workers=true", "resources.workers: expected an integer or auto, found true$"),
+        ("resources.workers='2'", "resources.workers: expected an integer or auto, found '2'$"),
+        ("data.channels=true", "data.channels: expected 1 or 3, found true$"),
+        ("classifier.class_order=[1, true]", "classifier.class_order: expected an integer, found true$"),
+        ("correct.lambdas=[1, true]", "correct.lambdas: expected a number, found true$"),
+        ("identify.draws='3'", "identify.draws: expected an integer, found '3'$"),
+        ("seed=010", "seed: expected an integer, found '010'$"),
+        ("seed=1:30", "seed: expected an integer, found '1:30'$"),
+        ("vae.learning_rate=1:30.5", "vae.learning_rate: .*number, .*found '1:30.5'$"),
+        (
+            "resources.precision.vae=fp16",
+            "resources.precision.vae: Input should be 'f32' or 'bf16', found 'fp16'$",
+        ),
+        ("resources.precision={x: f32}", "resources.precision.x: unknown field$"),
+        (
+            "resources.precision=fp16",
+            "resources.precision: Input should be 'auto', 'f32' or 'bf16' or a section with fields, found 'fp16'$",
+        ),
+        ("correct.lambdas=1", "correct.lambdas: Input should be a list, found 1$"),
+        ("data=[]", "data: Input should be a section with fields, found \\[\\]$"),
         ("identify.draws=0", "identify.draws: .*greater than or equal to 1, found 0"),
         ("identify.a=.nan", "identify.a: .*finite"),
         ("review.rho=1.5", "review.rho: .*less than 1, found 1.5"),
@@ -212,6 +237,7 @@ def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_pat
         ("seed: 2023-02-30", "expected YAML, found day is out of range"),
         ("vae: {epochs: 3}\nvae: {beta: 1}", "expected YAML, found 'vae' a second time .*line 2"),
         ("data:\n  name: digits\n  name: mnist", "'name' a second time .*line 3"),
+        ("data: " + 3000 * "[" + 3000 * "]", "expected YAML, found sections nested too deeply"),
         ("- 1", "expected sections"),
         ("", "expected sections"),
         ("seed: 1", "data: Field required"),
@@ -234,6 +260,20 @@ def test_overrides_are_read_as_yaml_and_the_last_one_counts(tmp_path):
         tmp_path / "run.yaml", ("identify.draws=5", "identify.draws=7", "identify.max_per_image=null")
     )
     assert (spec.identify.draws, spec.identify.max_per_image) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("1.5e-3", 1.5e-3), ("1", 1.0), ("1_000", 1000.0), ("010", 10.0)]
+)
+def test_a_number_may_be_written_in_any_way_that_has_one_meaning(text, value, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
+    assert load_run_file(tmp_path / "run.yaml", (f"vae.learning_rate={text}",)).vae.learning_rate == value
+
+
+def test_text_that_yaml_1_1_has_for_a_number_stays_text(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
+    spec = load_run_file(tmp_path / "run.yaml", ("data.root=010",))
+    assert spec.data.root == Path("010")
 
 
 def test_a_key_that_a_merge_brings_along_may_be_written_once_more(tmp_path):

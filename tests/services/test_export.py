@@ -61,6 +61,12 @@ def test_the_weights_have_plain_names_and_are_the_runs_own(store, tmp_path):
         np.testing.assert_array_equal(array, sweep.weights[name])
 
 
+def test_a_file_may_have_the_longest_name_that_there_is(store, tmp_path):
+    path = tmp_path / f"{'n' * 243}.safetensors"
+    assert export_model(opened(store), path).path == path
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_the_network_answers_alike_for_batches_of_any_size(suffix, store, tmp_path):
     if suffix == ".onnx":
@@ -255,6 +261,7 @@ def test_the_command_writes_both_and_names_the_comparison(store, tmp_path, monke
         (["--scenarios", "."], "expected an empty or new folder, found files"),
         ([], "give --to FILE, --scenarios FOLDER, or both"),
         (["--to", "file/model.pt2"], "--to file/model.pt2: cannot be written (file: File exists); choose"),
+        (["--to", f"{'n' * 255}.pt2"], "n.pt2: cannot be written (File name too long); choose another place"),
         (["--to", "made.safetensors"], "--to made.safetensors: cannot be written (Is a directory); choose"),
         (["--to", "made.pt2"], "--to made.pt2: cannot be written (Is a directory)"),
         (
@@ -282,6 +289,34 @@ def test_a_run_without_a_correction_has_nothing_to_export(store, tmp_path, monke
     assert "run begun has no corrected classifier yet" in one_line(err)
 
 
+def test_no_output_replaces_a_file_of_a_run_a_suite_or_the_registry(own_store, tmp_path, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+    own_store.within("registry").write("changes/000001.json", b"{}")
+    assert call(monkeypatch, capsys, "suite", "save", "digits", *where, "--out", tmp_path / "su")[0] == 0
+    (tmp_path / "link").symlink_to(tmp_path / "digits")
+    (tmp_path / "linked.yaml").symlink_to(tmp_path / "digits/run.yaml")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path / "su")
+    init = ["init", tmp_path, "--force", "--out"]
+    for kind, command in [
+        ("run", ["export", "digits", *where, "--to", tmp_path / "digits/models.safetensors"]),
+        ("run", ["export", "digits", *where, "--to", tmp_path / "digits/new/model.pt2"]),
+        ("run", ["export", "digits", *where, "--to", tmp_path / "link/model.pt2"]),
+        ("run", ["export", "digits", *where, "--scenarios", tmp_path / "digits/pics"]),
+        ("run", ["suite", "save", "digits", *where, "--out", tmp_path / "digits/suite"]),
+        ("run", [*init, tmp_path / "digits/run.yaml"]),
+        ("run", [*init, tmp_path / "linked.yaml"]),
+        ("registry", ["export", "digits", *where, "--to", tmp_path / "registry/versions/m.safetensors"]),
+        ("suite", ["export", "digits", *where, "--to", "suite.safetensors"]),
+        ("suite", ["check", "digits", *where, "--suite", ".", "--junit", "suite.json"]),
+        ("suite", [*init, tmp_path / "su/pictures/run.yaml"]),
+    ]:
+        code, _, err = call(monkeypatch, capsys, *command)
+        assert code == 2, command
+        assert f"is inside the {kind} {tmp_path}/" in one_line(err)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.fixture
 def own_store(store: FolderStore, tmp_path: Path) -> FolderStore:
     for key in store.list():
@@ -303,6 +338,13 @@ def test_deleting_asks_first_and_a_no_deletes_nothing(answer, own_store, monkeyp
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))
     code, out, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
     assert f"files in {own_store.within('digits').address}? [y/N]" in out
+    assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
+    assert own_store.exists("digits/run.yaml")
+
+
+def test_deleting_with_a_closed_input_deletes_nothing(own_store, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of `<&-`
+    code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
     assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
     assert own_store.exists("digits/run.yaml")
 

@@ -10,8 +10,8 @@ import pytest
 from data_samples import SIZE, noise, save_picture, section
 from PIL import Image
 
-from defuse_core.data import Images, log_parts, open_splits
-from defuse_core.data.appearance import odd_images
+from defuse_core.data import Images, Splits, log_parts, open_splits
+from defuse_core.data.appearance import odd_images, shared_images
 from defuse_core.suggest import inspect_data
 
 
@@ -76,3 +76,31 @@ def test_a_run_warns_of_odd_images_and_init_notes_them(tmp_path: Path, caplog: p
     assert [line for line in noted if "looked at" in line] == [
         line.removeprefix("images: ") for line in warned
     ]
+
+
+def test_test_images_that_are_training_images_are_counted_with_an_example(tmp_path: Path):
+    root = write(tmp_path, noise(20, SIZE, SIZE, 3))
+    for number, picture in enumerate(
+        noise(30, SIZE, SIZE, 3)[17:]
+    ):  # three of the training images, and ten others
+        save_picture(root / "test" / ("cat", "dog")[number % 2] / f"t{number}.png", picture)
+    for source in (root / "test/cat").iterdir():
+        save_picture(root / "validation/cat" / source.name, 255 - np.asarray(Image.open(source)))
+    (root / "validation/dog").mkdir()
+    example = f"such as {root}/test/cat/t0.png, which is {root}/train/dog/17.png"
+    (line,) = shared_images(open_splits(section("folder", root), 0))
+    assert line.startswith(
+        f"3 of 13 test images looked at are training images, too, {example}; figures on test"
+    )
+    assert line in inspect_data(root).warnings
+
+
+def test_a_few_images_of_a_large_part_are_compared_with_all_training_images_in_memory():
+    pixels = noise(500, 1, SIZE, SIZE)
+    train = Images(pixels, np.zeros(500, np.int64))
+    other = Images(255 - pixels[:400], np.zeros(400, np.int64))
+    assert shared_images(Splits(train, other, None, ("a", "b"))) == []
+    (line,) = shared_images(Splits(train, other, train.take(slice(0, 300)), ("a", "b")))
+    assert line.startswith(
+        "128 of 128 test images looked at are training images, too; figures on test images are"
+    )

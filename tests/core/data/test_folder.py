@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,14 @@ def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
         (
             lambda root: (root / "train/cat/loop").symlink_to(root),
             "train/cat/loop: this link leads to a folder above it",
+        ),
+        (
+            lambda root: (root / "train/cat/away.png").symlink_to(root / "nowhere.png"),
+            "train/cat/away.png: this link leads to a file that does not exist; remove it",
+        ),
+        (
+            lambda root: os.mkfifo(root / "train/cat/pipe.png"),
+            "train/cat/pipe.png: expected an image, found a pipe, a device or a socket; remove it",
         ),
     ],
 )

@@ -82,13 +82,12 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path):
     ("kind", "stored", "expected"),
     [
         (np.float32, (0.0, 0.25, 1.0), (0, 64, 255)),
-        (np.float32, (0.0, 64.9, 255.0), (0, 64, 255)),
-        (np.int32, (0, 64, 255), (0, 64, 255)),
-        (np.int32, (0, 0x4000, 0xFFFF), (0, 0x40, 0xFF)),
+        (np.float32, (0.0, 0.1, 0.25), (0, 26, 64)),  # a dark picture of floats
+        (np.uint16, (0, 0x4000, 0xFFFF), (0, 0x40, 0xFF)),
         (np.uint16, (0, 64, 255), (0, 0, 0)),  # a dark picture of 16 bits
     ],
 )
-def test_tiffs_of_16_and_32_bits_are_scaled_to_0_to_255(
+def test_tiffs_of_16_bits_and_of_floats_are_scaled_to_0_to_255(
     tmp_path: Path, kind: Any, stored: tuple[float, ...], expected: tuple[int, ...]
 ):
     path = save_picture(tmp_path / "deep.tif", np.resize(np.array(stored, kind), (SIZE, SIZE)))
@@ -97,13 +96,22 @@ def test_tiffs_of_16_and_32_bits_are_scaled_to_0_to_255(
         assert (found == np.resize(np.array(expected, np.uint8), (SIZE, SIZE))).all()
 
 
-@pytest.mark.parametrize("pixel", [-0.5, 255.5, np.nan])
+@pytest.mark.parametrize("pixel", [-0.5, 1.5, 255.0, np.nan])
 def test_a_tiff_of_floats_in_another_range_is_named(tmp_path: Path, pixel: float):
     pixels = np.ones((SIZE, SIZE), np.float32)
     pixels[0, 0] = pixel
     path = save_picture(tmp_path / "odd.tif", pixels)
     with pytest.raises(
-        DataError, match=r"odd\.tif: expected an image, found floats of .* where 0 to 1 or 0 to 255"
+        DataError, match=r"odd\.tif: expected floats of 0 to 1, found .*; divide those of all"
+    ):
+        PictureFiles([path], 1, SIZE)[:]
+
+
+@pytest.mark.parametrize("brightest", [1, 250, 260, 0xFFFF, 2**31 - 1])
+def test_a_tiff_of_32_bit_integers_is_refused_whatever_its_brightest_pixel(tmp_path: Path, brightest: int):
+    path = save_picture(tmp_path / "deep.tif", np.full((SIZE, SIZE), brightest, np.int32))
+    with pytest.raises(
+        DataError, match=r"deep\.tif: expected integers of 8 or 16 bits, found 32 bits, .*; save"
     ):
         PictureFiles([path], 1, SIZE)[:]
 

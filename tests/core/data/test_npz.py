@@ -117,9 +117,18 @@ BAD_NPZ: list[tuple[str, Arrays, str]] = [
     (
         "no training images",
         {"train_images": noise(0, SIZE, SIZE), "train_labels": np.zeros(0, int)},
-        "train_labels: expected integers (N,)",
+        "train_images: expected one or more, found an empty array; add images",
     ),
-    ("an empty test set", {"test_images": noise(0, SIZE, SIZE)}, "test_images: expected shape"),
+    (
+        "no test labels",
+        {"test_labels": np.zeros(0, int)},
+        "test_labels: expected one or more, found an empty array",
+    ),
+    (
+        "an empty test set",
+        {"test_images": noise(0, SIZE, SIZE)},
+        "test_images: expected one or more, found an empty array; add images, or leave out both arrays",
+    ),
     ("fewer labels than images", {"train_labels": np.arange(11) % 3}, "found 11 and 12"),
     ("no train_images", {"train_images": None}, "expected an array train_images, found test_images"),
     ("no test_labels", {"test_labels": None}, "expected an array test_labels"),

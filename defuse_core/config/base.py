@@ -1,0 +1,84 @@
+"""Section, the frozen model that every section of a run file is, and the types that several sections share."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from defuse_core.errors import has_control_characters
+
+NUMBERS = {int: "an integer", float: "a number"}
+
+
+def expect_printable(text: str) -> str:
+    """Refuse text that would change the terminal or the page that shows it."""
+    if has_control_characters(text):
+        raise ValueError(f"expected text without control characters, found {text!a}")
+    return text
+
+
+PrintableText = Annotated[str, AfterValidator(expect_printable)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse true and text where a number is meant, which pydantic takes for 1, and for the number in the text.
+
+        Text is taken for a float: YAML reads 1e-3 as text.
+        """
+        kinds = _leaves(cls.model_fields[str(info.field_name)].annotation)
+        numbers = [kind for kind in kinds if kind in NUMBERS or isinstance(kind, int | float)]
+        if not numbers or bool in kinds:
+            return value
+        for each in value if isinstance(value, list | tuple) else [value]:
+            is_text = isinstance(each, str) and float not in numbers and each not in kinds
+            if isinstance(each, bool) or is_text:
+                words = [*map(_in_words, numbers), *(kind for kind in kinds if isinstance(kind, str))]
+                found = str(each).lower() if isinstance(each, bool) else repr(each)
+                raise ValueError(f"expected {' or '.join(words)}, found {found}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: object) -> object:
+        if isinstance(value, str | Path):
+            expect_printable(str(value))
+        return value
+
+
+def _leaves(kind: Any) -> list[Any]:
+    """Return the types, and values of a Literal, that a type is made of: [int, "auto"] for int | Literal["auto"]."""
+    if typing.get_origin(kind) is Annotated:
+        return _leaves(typing.get_args(kind)[0])
+    parts = typing.get_args(kind)
+    return [leaf for part in parts for leaf in _leaves(part)] if parts else [kind]
+
+
+def _in_words(number: Any) -> str:
+    return NUMBERS[number] if isinstance(number, type) else str(number)
+
+
+def _whole_above_one(gpus: float) -> float:
+    """Refuse 1.5 GPUs: Ray splits one GPU, not several."""
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError(f"{gpus:g} GPUs: expected a fraction of one, or a whole number")
+    return gpus
+
+
+def _with_home(path: Path) -> Path:
+    """Expand ~, which no shell expands in a run file."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected the home of an existing user") from error
+
+
+UserPath = Annotated[Path, AfterValidator(_with_home)]
+GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]

@@ -1,0 +1,62 @@
+"""What `defuse init` finds in images before any run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from defuse_core.errors import DataError
+from defuse_core.suggest import inspect_data
+
+PIXELS = np.random.default_rng(7).integers(0, 256, (40, 16, 16), np.uint8)
+
+
+def write(root: Path) -> Path:
+    for number, pixels in enumerate(PIXELS):
+        folder = root / "train" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (os.mkfifo, "expected an image, found a pipe, a device or a socket; remove it"),
+        (
+            lambda path: path.symlink_to("nowhere.png"),
+            "this link leads to a file that does not exist; remove it",
+        ),
+    ],
+    ids=["a named pipe", "a link to nothing"],
+)
+def test_a_name_that_is_no_file_is_refused_before_any_run(
+    spoil: Callable[[Path], Any], line: str, tmp_path: Path
+):
+    spoil(write(tmp_path) / "train/cat/odd.png")
+    with pytest.raises(DataError, match=f"odd.png: {line}$"):
+        inspect_data(tmp_path)
+
+
+def test_arrays_of_an_npz_file_that_are_not_read_are_named(tmp_path: Path):
+    parts = {"train_images": PIXELS, "train_labels": np.arange(40) % 2}
+    np.savez(tmp_path / "own.npz", **parts)
+    before = inspect_data(tmp_path / "own.npz").warnings
+    np.savez(tmp_path / "own.npz", **parts, val_images=PIXELS, val_labels=np.arange(40) % 2)
+    (line,) = set(inspect_data(tmp_path / "own.npz").warnings) - set(before)
+    assert line.startswith(
+        "2 arrays are not read ('val_images', 'val_labels'); the names that are read: classes, test_images, "
+    )
+
+
+@pytest.mark.parametrize("name", ["pipe.npz", "nowhere"])
+def test_what_is_neither_a_folder_nor_a_file_is_refused(name: str, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(DataError, match=f"init .*/{name}: expected a folder of images, or an .npz file"):
+        inspect_data(tmp_path / name)
