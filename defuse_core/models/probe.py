@@ -16,6 +16,7 @@ from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.errors import ModelError, one_line
 from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, find_logits, to_range
+from defuse_core.models.gradients import gradients_of
 from defuse_core.models.inference import map_batches, to_tensor
 from defuse_core.models.programs import class_names_of
 
@@ -55,13 +56,42 @@ def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Ima
         _expect_batch_independence(classifier, batch, whole)
 
 
-def expect_trainable(classifier: nn.Module) -> None:
-    """Raise ModelError for a classifier without a parameter that fine-tuning may change."""
-    if not any(parameter.requires_grad for parameter in classifier.parameters()):
+def expect_trainable(classifier: nn.Module, images: Images) -> None:
+    """Raise ModelError for a classifier without a parameter that fine-tuning may change and its logits depend on.
+
+    Expects one that passed `check_outputs`. Leaves it in eval mode, as it was.
+    """
+    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    if not parameters:
         raise ModelError(
             "the classifier: expected parameters to fine-tune, found none that requires a gradient; call "
             "requires_grad_(True) on those to fine-tune before it is saved or given to Defuse"
         )
+    batch = to_tensor(images.take(evenly_spaced(len(images), 2)).batch(slice(0, 2)))
+    if _has_gradient(classifier.eval(), batch, parameters):
+        return
+    state = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    try:  # its code may switch gradients off in eval mode alone
+        if _has_gradient(classifier.train(), batch, parameters):
+            return
+    finally:
+        classifier.eval().load_state_dict(state)  # statistics of batch normalisation
+    raise ModelError(
+        "the classifier: expected a gradient from its logits to the parameters to fine-tune, found none; remove "
+        "torch.no_grad, torch.inference_mode, detach and rounding from its forward"
+    )
+
+
+def _has_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the logits depend on a parameter. Raises ModelError where they cannot be computed with gradients."""
+    try:
+        gradients = gradients_of(classifier(batch), parameters)
+    except Exception as error:
+        raise ModelError(
+            f"the classifier cannot be fine-tuned, since its forward or backward pass fails where gradients are "
+            f"computed: {one_line(error, limit=300)}; change its forward"
+        ) from error
+    return any(gradient is not None for gradient in gradients)
 
 
 def _call(classifier: nn.Module, batch: Tensor) -> Tensor:

@@ -97,7 +97,6 @@ def _sized(
 ) -> SizedClassifier:
     sizes = [asked] if asked is not None else _sizes_to_try(facts, own=own is not None)
     classifier = _built(_run_file(_sections(facts, own, sizes[0])), len(facts.classes))
-    expect_trainable(classifier)
     is_trained = own is not None and bool(own.get("weights"))
     compared = is_trained and len(sizes) > 1 and sizes[0] != _own_side(facts)
     accuracies: dict[int, float] = {}
@@ -113,6 +112,7 @@ def _sized(
                 raise
             first_error = first_error or error
             continue
+        expect_trainable(classifier, images)
         accuracies[size] = _accuracy(classifier, spec, images, facts) if compared else 1.0
         if not compared:
             break

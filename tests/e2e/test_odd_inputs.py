@@ -53,6 +53,7 @@ REFUSED = [  # what is wrong, section classifier, the line
     ),
     ("noise in eval mode", own("with_noise"), "found others at the second call; dropout"),
     ("batch statistics", own("with_batch_statistics"), "found others when the batch changes"),
+    ("no gradient", own("with_no_gradient"), "expected a gradient from its logits to the parameters to fine-tune"),
     ("a fixed batch size", own("for_two_images_only"), "that the network accepts batches of any size"),
     ("no such file", program("nowhere.pt"), "nowhere.pt: expected a file of weights, found none"),
     ("a folder as a program", program("folder"), "folder: expected a file of weights, found a folder"),
