@@ -147,15 +147,6 @@ def test_a_state_dict_with_its_factory_is_taken(pictures, tmp_path, monkeypatch,
     assert "class_order" not in tree["classifier"]
 
 
-def test_a_classifier_without_gradients_is_refused(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    torch.save(trained().state_dict(), "own.pth")
-    chosen = ["--classifier", "tests.own_classifiers:with_no_gradient", "--weights", "own.pth"]
-    code, _, err = call(monkeypatch, capsys, "init", pictures, *chosen)
-    assert code == 2
-    assert one_line(err).endswith("detach and rounding from its forward")
-
-
 def test_a_classifier_below_an_unknown_home_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, _, err = call(monkeypatch, capsys, "init", tmp_path, "--classifier", "~nosuchuser/net.pt2")
