@@ -16,7 +16,7 @@ from defuse_core.models.probe import far_better_range, fitting_order, warnings_o
 from defuse_core.models.programs import load_program, program_of
 from defuse_core.suggest.plan import _probe_warnings, _set_probed
 from tests.conftest import tiny
-from tests.own_classifiers import IMAGENET, digits, trained
+from tests.own_classifiers import IMAGENET, ChangingItsInput, Returning, digits, trained
 
 CUSTOM = {"architecture": "custom", "import_path": "tests.own_classifiers:plain"}
 
@@ -313,3 +313,21 @@ def test_gradients_in_one_mode_are_enough_and_the_check_leaves_no_trace(evaluate
 @pytest.mark.parametrize("build", [trained, lambda: torch.jit.script(trained())])
 def test_programs_are_trainable(build):
     expect_trainable(adapt(as_program(build()), section(), 10), digits())
+
+
+def test_a_classifier_that_changes_its_input_is_told_so_and_the_images_stay():
+    images = digits()
+    before = images.batch(slice(0, 8)).copy()
+    with pytest.raises(ModelError, match="changes the images that it is given, .* begin with x = x.clone"):
+        check_outputs(adapt(ChangingItsInput(), section(), 10), section(), images, 10)
+    np.testing.assert_array_equal(images.batch(slice(0, 8)), before)
+    scaled = section(input_range="-1..1")  # what it changes then is a copy
+    check_outputs(adapt(ChangingItsInput(), scaled, 10), scaled, images, 10)
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_fewer_rows_than_images_are_an_error_that_says_so(rows):
+    net = adapt(Returning(lambda logits: logits[:rows]), section(), 10)
+    with pytest.raises(ModelError, match="let it return one"):
+        check_outputs(net, section(), digits(), 10)
+        probe_classifier(net, section(), digits(), list("0123456789"))
