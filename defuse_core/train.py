@@ -214,7 +214,7 @@ def initial_classifier(spec: RunFile, train: Images, classes: int) -> nn.Module:
     load_pretrained(classifier, spec.classifier.weights, spec.classifier.epochs > 0)
     to_device(classifier)
     check_outputs(classifier, spec.classifier, train, classes)
-    expect_trainable(classifier)
+    expect_trainable(classifier, train)
     return classifier
 
 

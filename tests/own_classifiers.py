@@ -141,6 +141,26 @@ def with_batch_statistics() -> nn.Module:
     return Returning(lambda logits: logits - logits.mean(dim=0))
 
 
+def with_no_gradient() -> nn.Module:
+    net = Net()
+    net.forward = torch.inference_mode()(net.forward)  # type: ignore[method-assign]
+    return net
+
+
+class ChangingItsInput(Net):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.mul_(2))
+
+
+class EightRows(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits[:8]
+
+
+def with_lazy_layers() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
 def for_two_images_only() -> nn.Module:
     return Returning(lambda logits: logits.reshape(2, 10))
 

@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
@@ -67,6 +68,11 @@ def import_module(field: str, path: str) -> nn.Module:
         raise ModelError(
             f"{field} {path}: it returned the same module as before, which Defuse has changed since; let it build a "
             "new one, or return a copy.deepcopy of it, at each call"
+        )
+    if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        raise ModelError(
+            f"{field} {path}: it returned a module with lazy layers (such as torch.nn.LazyLinear) that have no weights "
+            "yet; let it call the module once, on images of the size to use, before it returns it"
         )
     _IMPORTED.add(module)
     return module

@@ -66,12 +66,21 @@ def to_tensor(images: F32) -> Tensor:
 
 
 def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int) -> np.ndarray:  # type: ignore[type-arg]
-    """Return function(rows) for consecutive rows of at most batch_size, concatenated."""
+    """Return function(rows) for consecutive rows of at most batch_size, concatenated.
+
+    Raises ModelError where the function returns more or fewer rows than it was given.
+    """
+    parts = []
     with torch.inference_mode():
-        parts = [
-            function(slice(start, min(start + batch_size, count))).cpu().numpy()
-            for start in range(0, count, batch_size)
-        ]
+        for start in range(0, count, batch_size):
+            rows = slice(start, min(start + batch_size, count))
+            parts.append(function(rows).cpu().numpy())
+            given, found = rows.stop - rows.start, len(parts[-1])
+            if found != given:
+                raise ModelError(
+                    f"a network returns {found} rows for a batch of {given}; let it return one for each, in batches of "
+                    "any size"
+                )
     return np.concatenate(parts)
 
 

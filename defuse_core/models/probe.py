@@ -16,6 +16,7 @@ from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.errors import ModelError, one_line
 from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, find_logits, to_range
+from defuse_core.models.gradients import gradients_of
 from defuse_core.models.inference import map_batches, to_tensor
 from defuse_core.models.programs import class_names_of
 
@@ -28,6 +29,7 @@ MOSTLY, FAR_BETTER = 0.5, 0.2
 LIKE_SIGMOID = (
     "its logits all lie in [0, 1], as after a sigmoid; if it ends in one, return what its sigmoid is given"
 )
+FAILS = "the classifier fails on images"  # another size of them may help
 SIGNIFICANT = 3.0  # standard errors of images gained less images lost
 
 
@@ -37,31 +39,75 @@ def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Ima
     Of an architecture that is not Defuse's own, also: that the outputs are what classifier.outputs says.
     """
     batch = to_tensor(images.take(evenly_spaced(len(images), BATCH)).batch(slice(0, BATCH)))
+    first = batch[:2].clone()
     classifier.eval()
     with torch.inference_mode():
-        logits = _call(classifier, batch[:2])
-        expected = (len(batch[:2]), classes)
-        if tuple(logits.shape) != expected:
-            single = classes == 2 and logits.numel() == len(logits)
-            remedy = "; for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
+        _expect_shape(_call(classifier, first), len(first), classes)
+        if not torch.equal(first, batch[:2]):
             raise ModelError(
-                f"the classifier: expected logits of shape {expected} (images, classes), found {tuple(logits.shape)}"
-                f"{remedy if single else ''}"
+                "the classifier changes the images that it is given, which are used again; let its forward compute new "
+                "ones (x = 2 * x, not x.mul_(2)), or begin with x = x.clone()"
             )
         whole = _call(classifier, batch)
+        _expect_shape(whole, len(batch), classes)
         _expect_finite(whole)
         if section.architecture in EXTERNAL:
             _expect_kind(classifier, section, batch)
         _expect_batch_independence(classifier, batch, whole)
 
 
-def expect_trainable(classifier: nn.Module) -> None:
-    """Raise ModelError for a classifier without a parameter that fine-tuning may change."""
-    if not any(parameter.requires_grad for parameter in classifier.parameters()):
+def _expect_shape(logits: Tensor, images: int, classes: int) -> None:
+    """Raise ModelError unless the logits have the shape (images, classes)."""
+    found = tuple(logits.shape)
+    if found == (images, classes):
+        return
+    if classes == 2 and logits.numel() == images:
+        remedy = "for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
+    elif found[:1] != (images,):
+        remedy = "let it return one row for each image, in batches of any size"
+    else:
+        remedy = f"the data set has {classes} classes, so let it return {classes} logits for each image"
+    raise ModelError(
+        f"the classifier: expected logits of shape {(images, classes)} (images, classes), found {found}; {remedy}"
+    )
+
+
+def expect_trainable(classifier: nn.Module, images: Images) -> None:
+    """Raise ModelError for a classifier without a parameter that fine-tuning may change and its logits depend on.
+
+    Expects one that passed `check_outputs`. Leaves it in eval mode, as it was.
+    """
+    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    if not parameters:
         raise ModelError(
             "the classifier: expected parameters to fine-tune, found none that requires a gradient; call "
             "requires_grad_(True) on those to fine-tune before it is saved or given to Defuse"
         )
+    batch = to_tensor(images.take(evenly_spaced(len(images), 2)).batch(slice(0, 2)))
+    if _has_gradient(classifier.eval(), batch, parameters):
+        return
+    state = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    try:  # its code may switch gradients off in eval mode alone
+        if _has_gradient(classifier.train(), batch, parameters):
+            return
+    finally:
+        classifier.eval().load_state_dict(state)  # statistics of batch normalisation
+    raise ModelError(
+        "the classifier: expected a gradient from its logits to the parameters to fine-tune, found none; remove "
+        "torch.no_grad, torch.inference_mode, detach and rounding from its forward"
+    )
+
+
+def _has_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the logits depend on a parameter. Raises ModelError where they cannot be computed with gradients."""
+    try:
+        gradients = gradients_of(classifier(batch), parameters)
+    except Exception as error:
+        raise ModelError(
+            f"the classifier cannot be fine-tuned, since its forward or backward pass fails where gradients are "
+            f"computed: {one_line(error, limit=300)}; change its forward"
+        ) from error
+    return any(gradient is not None for gradient in gradients)
 
 
 def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
@@ -77,7 +123,7 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
     except Exception as error:
         reason = one_line(error, limit=300)
         raise ModelError(
-            f"the classifier fails on images of shape {tuple(batch.shape)}: {reason}; check data.image_size and "
+            f"{FAILS} of shape {tuple(batch.shape)}: {reason}; check data.image_size and "
             "data.channels, and that the network accepts batches of any size"
         ) from error
     if not isinstance(logits, Tensor):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
 from defuse_core.models.architectures import dense_layers, halving_convolutions, import_module
+from defuse_core.models.gradients import gradients_of
 
 LOGIT_MARGIN = 1e-6  # keeps the logits of a custom decoder's pixels 0 and 1 finite
 
@@ -176,10 +177,9 @@ def _expect_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _expect_gradients(decoded: Tensor, mu: Tensor, pixels: Tensor) -> None:
-    if decoded.requires_grad:
-        gradients = torch.autograd.grad(decoded.sum(), [mu, pixels], allow_unused=True)
-        if all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            return
+    gradients = gradients_of(decoded, [mu, pixels])
+    if all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        return
     raise ModelError(
         "the β-VAE: expected gradients from the decoded images to the codes and to the encoded images, found none; "
         "remove torch.no_grad, detach and rounding from encode and decode"

@@ -20,6 +20,7 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
+from defuse_core.models.probe import FAILS
 from defuse_core.progress import Progress
 from defuse_core.suggest.inspect import DataFacts
 
@@ -97,11 +98,10 @@ def _sized(
 ) -> SizedClassifier:
     sizes = [asked] if asked is not None else _sizes_to_try(facts, own=own is not None)
     classifier = _built(_run_file(_sections(facts, own, sizes[0])), len(facts.classes))
-    expect_trainable(classifier)
     is_trained = own is not None and bool(own.get("weights"))
     compared = is_trained and len(sizes) > 1 and sizes[0] != _own_side(facts)
     accuracies: dict[int, float] = {}
-    first_error: ModelError | None = None
+    errors: list[ModelError] = []
     for done, size in enumerate(sizes):
         progress("trying image sizes", done, len(sizes), "sizes")
         spec = _run_file(_sections(facts, own, size))
@@ -111,14 +111,14 @@ def _sized(
         except ModelError as error:
             if "found probabilities" in str(error):
                 raise
-            first_error = first_error or error
+            errors.append(error)
             continue
+        expect_trainable(classifier, images)
         accuracies[size] = _accuracy(classifier, spec, images, facts) if compared else 1.0
         if not compared:
             break
     if not accuracies:
-        assert first_error is not None
-        raise _no_size(first_error, sizes)
+        raise _no_size(errors, sizes)
     best = max(accuracies.values())
     as_right = [size for size, right in accuracies.items() if right >= best - AS_RIGHT]
     size = min(as_right, key=lambda size: (size < facts.image_size, size))
@@ -160,11 +160,20 @@ def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataF
     return max([*probe.by_range.values(), probe.reordered if probe.class_order else 0.0])
 
 
-def _no_size(first: ModelError, sizes: list[int]) -> ModelError:
+def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:
+    """Return the error of a classifier that takes none of the sizes, with what to do.
+
+    Where it returns something at some of them, and the same is wrong at each of those, the size is not the matter.
+    """
+    wrong = {str(error): error for error in errors if not str(error).startswith(FAILS)}
+    if len(wrong) == 1:
+        return next(iter(wrong.values()))
     if len(sizes) == 1:
-        return first
+        return errors[0]
     tried = ", ".join(map(str, sizes))
-    return ModelError(f"{first}; tried sizes {tried}: give the one that it was trained on with --image-size")
+    return ModelError(
+        f"{errors[0]}; tried sizes {tried}: give the one that it was trained on with --image-size"
+    )
 
 
 def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int) -> list[str]:

@@ -63,7 +63,7 @@ class Plan:
     tree: dict[str, Any]
     facts: DataFacts
     speeds: Speeds
-    probe: ClassifierProbe | None
+    probe: ClassifierProbe | None  # of a classifier of the user's own with weights
     warnings: tuple[str, ...]
 
 
@@ -88,8 +88,12 @@ def plan_run(
     with cpu_threads(THREADS):
         probe, noted = None, list(sized.notes)
         if own is not None:
-            probe = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
-            noted += _set_probed(tree["classifier"], probe)
+            found = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
+            if own.get("weights"):
+                probe = found
+                noted += _set_probed(tree["classifier"], probe)
+            elif found.like_sigmoid:  # all else of it is random, and the run trains it
+                noted.append(f"the classifier: {LIKE_SIGMOID}")
         speeds = _measured(spec, classifier, sample, progress)
     warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     parse_run_file(tree, "the suggested run file")

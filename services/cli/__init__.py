@@ -92,7 +92,8 @@ def main() -> None:
     """Run one command. Every failure ends in one line on stderr and the exit code of its error."""
     share_cores()
     sys.path.append("")  # the working directory, where the user's classifier is, as with python -m
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("defuse").setLevel(logging.INFO)  # of other libraries warnings alone
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows ? for β; stderr escapes by itself
     try:

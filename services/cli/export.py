@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import click
 
 from defuse_core.errors import InputError
 from defuse_core.store import checked_name
-from services.cli.options import open_run, store_option
+from services.cli.options import json_option, open_run, print_json, store_option
 
 if TYPE_CHECKING:
     from defuse_core.store import Store
@@ -123,7 +122,7 @@ def _expect_unregistered(store: Store, run: str) -> None:
 @click.argument("run_a", metavar="A")
 @click.argument("run_b", metavar="B")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     """Show what became of the failure scenarios of run A in the later run B, and which ones B found.
 
@@ -142,9 +141,7 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     opened = open_store(store)
     rows = compare_runs(Run.open(opened, checked_name(run_a)), Run.open(opened, checked_name(run_b)))
     if as_json:
-        click.echo(
-            json.dumps({"a": run_a, "b": run_b, "scenarios": [dataclasses.asdict(row) for row in rows]})
-        )
+        print_json({"a": run_a, "b": run_b, "scenarios": [dataclasses.asdict(row) for row in rows]})
     elif not rows:
         click.echo(f"neither {run_a} nor {run_b} accepted a failure scenario")
     else:

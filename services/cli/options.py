@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,27 @@ set_option = click.option(
 until_option = click.option(
     "--until", type=click.Choice(STEPS), default=STEPS[-1], help="Stop after this step."
 )
+
+
+STDOUT = "services.cli.stdout"  # in the context of a command with --json: its stdout
+
+
+def _reserve_stdout(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """With --json, send all that is printed to stderr, as by a user's classifier; `print_json` alone has stdout."""
+    if value:
+        context.meta[STDOUT] = sys.stdout
+        context.with_resource(contextlib.redirect_stdout(sys.stderr))
+    return value
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=_reserve_stdout, help="Print one JSON object."
+)
+
+
+def print_json(page: dict[str, Any]) -> None:
+    """Print the result of a command that was given --json."""
+    click.echo(json.dumps(page), file=click.get_current_context().meta[STDOUT])
 
 
 def run_name(name: str | None, runfile: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,16 @@ import click
 
 from defuse_core.errors import CheckFailed, InputError, escape_control_characters
 from defuse_core.store import checked_name
-from services.cli.options import address_option, given, open_run, printable, section_overrides, store_option
+from services.cli.options import (
+    address_option,
+    given,
+    json_option,
+    open_run,
+    print_json,
+    printable,
+    section_overrides,
+    store_option,
+)
 from services.cli.review import local_user
 from services.cli.suite import SuiteCheck, check_suite, expect_no_suite_options, suite_options
 from services.settings import read_settings
@@ -34,7 +42,7 @@ why_option = click.option(
 @click.command()
 @click.argument("run", required=False)
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @suite_options
 def check(run: str | None, store: str, as_json: bool, suite: Path | None, **options: Any) -> None:
     """Check the corrected classifier of RUN against section `check` of its run file. Exits 1 if a check fails.
@@ -62,17 +70,20 @@ def _check_run(run: str, store: str, as_json: bool) -> None:
     try:
         candidate = _candidate(store, run)
     except NothingCorrected as nothing:
-        click.echo(_unchecked(run, True, nothing) if as_json else f"ok     {nothing}")
+        if as_json:
+            print_json(_unchecked(run, True, nothing))
+        else:
+            click.echo(f"ok     {nothing}")
         return
     except CheckFailed as failure:
         if as_json:
-            click.echo(_unchecked(run, False, failure))
+            print_json(_unchecked(run, False, failure))
         raise
     failed, annotators = candidate.failed_checks(), candidate.summary.annotators
     if as_json:
         checks = [asdict(result) for result in candidate.checks]
         page = {"run": run, "passed": not failed, "annotators": annotators, "checks": checks, "reason": None}
-        click.echo(json.dumps(page))
+        print_json(page)
     else:
         for result in candidate.checks:
             click.echo(f"{'ok    ' if result.passed else 'FAILED'} {result.line}")
@@ -81,10 +92,9 @@ def _check_run(run: str, store: str, as_json: bool) -> None:
         raise CheckFailed(f"run {run}: {len(failed)} of {len(candidate.checks)} checks failed")
 
 
-def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> str:
+def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict[str, Any]:
     """Return the JSON object of `defuse check --json` for a run without a corrected classifier."""
-    page = {"run": run, "passed": passed, "annotators": None, "checks": [], "reason": str(reason)}
-    return json.dumps(page)
+    return {"run": run, "passed": passed, "annotators": None, "checks": [], "reason": str(reason)}
 
 
 @click.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from services.cli.options import (
     classifier_fields,
     given,
     open_run,
+    print_json,
     section_overrides,
     store_option,
 )
@@ -139,7 +139,7 @@ def check_suite(options: SuiteCheck) -> None:
     # the file first: whoever reads what is printed may close the pipe (`| head -1`), which ends the command
     unwritable = None if options.junit is None else _write_junit(options.junit, name, loaded, results)
     if options.as_json:
-        click.echo(json.dumps(_page(name, options, results)))
+        print_json(_page(name, options, results))
     else:
         _print_results(loaded, results)
     for line in loaded.other_inputs(section) if section else []:

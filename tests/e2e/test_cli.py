@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one line for every failure, resume, documentation that is true."""
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -32,8 +33,11 @@ def command(*args: object) -> list[str]:
 def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
     """Run one command in this process; return exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["defuse", *map(str, args)])
+    log = logging.getLogger("defuse")
+    level = log.level
     with pytest.raises(SystemExit) as ended:
         main()
+    log.setLevel(level)
     printed = capsys.readouterr()
     return int(ended.value.code or 0), printed.out, printed.err
 

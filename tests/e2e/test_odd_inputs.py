@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import TINY
 from tests.e2e.test_cli import call, one_line
-from tests.own_classifiers import Net, trained
+from tests.own_classifiers import EightRows, Net, trained
 
 
 def own(factory: str, **fields: object) -> dict[str, object]:
@@ -49,10 +49,30 @@ REFUSED = [  # what is wrong, section classifier, the line
     (
         "too few classes",
         own("with_seven_classes"),
-        "expected logits of shape (2, 10) (images, classes), found (2, 7)",
+        "expected logits of shape (2, 10) (images, classes), found (2, 7); the data set has 10 classes, so let it",
+    ),
+    (
+        "lazy layers",
+        own("with_lazy_layers"),
+        "let it call the module once, on images of the size to use, before",
+    ),
+    (
+        "a changed input",
+        own("ChangingItsInput"),
+        "changes the images that it is given, which are used again; let",
+    ),
+    (
+        "few rows",
+        program("few.pt"),
+        "a network returns 8 rows for a batch of 256; let it return one for each",
     ),
     ("noise in eval mode", own("with_noise"), "found others at the second call; dropout"),
     ("batch statistics", own("with_batch_statistics"), "found others when the batch changes"),
+    (
+        "no gradient",
+        own("with_no_gradient"),
+        "expected a gradient from its logits to the parameters to fine-tune",
+    ),
     ("a fixed batch size", own("for_two_images_only"), "that the network accepts batches of any size"),
     ("no such file", program("nowhere.pt"), "nowhere.pt: expected a file of weights, found none"),
     ("a folder as a program", program("folder"), "folder: expected a file of weights, found a folder"),
@@ -109,6 +129,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.save(Net().state_dict(), folder / "untrained.pt")
     torch.jit.script(net).save(folder / "net.pt")
+    torch.jit.script(torch.nn.Sequential(net, EightRows())).save(folder / "few.pt")
     (folder / "cut.pt").write_bytes((folder / "net.pt").read_bytes()[:5000])
     example = (torch.rand(2, 1, 16, 16),)
     dynamic = ({0: torch.export.Dim("n")},)

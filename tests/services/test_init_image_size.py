@@ -158,6 +158,46 @@ def test_the_refusal_of_a_classifier_that_takes_no_tried_size_names_the_option(m
     assert "give the one that it was trained on with --image-size" in printed
 
 
+def of_three_classes() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 3))
+
+
+class ChangingItsInput(Brightness):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.mul_(2))
+
+
+def changing_its_input() -> nn.Module:
+    return ChangingItsInput(None)
+
+
+@pytest.mark.parametrize(
+    ("factory", "line"),
+    [
+        (
+            "of_three_classes",
+            "found (2, 3); the data set has 2 classes, so let it return 2 logits for each image",
+        ),
+        ("changing_its_input", "or begin with x = x.clone()"),
+    ],
+)
+def test_where_the_size_is_not_the_matter_no_other_one_is_asked_for(factory, line, monkeypatch, capsys):
+    code, _, printed = suggested(monkeypatch, capsys, 60, 60, factory)
+    assert code == 2
+    assert one_line(printed).endswith(line)
+
+
+def as_many_logits_as_columns() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 1, 1), nn.AdaptiveAvgPool2d((1, None)), nn.Flatten())
+
+
+def test_where_the_number_of_logits_follows_the_size_another_one_is_asked_for(monkeypatch, capsys):
+    code, _, printed = suggested(monkeypatch, capsys, 60, 60, "as_many_logits_as_columns")
+    assert code == 2
+    assert "found (2, 60)" in printed
+    assert one_line(printed).endswith("give the one that it was trained on with --image-size")
+
+
 @pytest.mark.parametrize("size", [27, 4])
 def test_a_size_that_cannot_be_is_refused(size, monkeypatch, capsys):
     code, _, printed = suggested(monkeypatch, capsys, 48, 48, "of_any_size", "--image-size", size)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import subprocess
+import sys
 
 import pytest
 
 import services
+from tests.conftest import ROOT
 from tests.e2e.test_cli import call, one_line
 
 
@@ -63,3 +66,17 @@ def test_ctrl_c_while_modules_are_imported_is_one_line_too(monkeypatch, capsys):
         services.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "defuse: stopped; the same command continues from here\n"
+
+
+def test_other_libraries_log_warnings_alone_and_defuse_its_steps(tmp_path):
+    """Torch logs statistics when Ctrl-C ends the program while it is imported."""
+    code = (
+        "import logging; from services.cli import main; import services.storage as storage; "
+        "storage.open_store = lambda _: [logging.getLogger(name).log(level, name) for name, level in "
+        "(('defuse', 20), ('defuse', 10), ('other', 20), ('other', 30))] and 1 / 0; main()"
+    )
+    words = [sys.executable, "-c", code, "status", "--store", tmp_path]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    *logged, last = ended.stderr.splitlines()
+    assert [line.partition(" ")[2] for line in logged] == ["defuse", "other"]
+    assert last.startswith("defuse: unexpected ZeroDivisionError")

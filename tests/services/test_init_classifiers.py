@@ -1,0 +1,73 @@
+"""What `defuse init` makes of classifiers of the user's own that need another look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from defuse_core.suggest.plan import Speeds
+from tests.e2e.test_cli import call, one_line
+from tests.own_classifiers import digits, trained
+
+HERE = "tests.services.test_init_classifiers"
+
+
+@pytest.fixture(autouse=True)
+def _digits_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+    monkeypatch.chdir(tmp_path)
+    images = digits()
+    np.savez("digits.npz", train_images=images.pixels[:, 0], train_labels=images.labels)
+
+
+class Rolled(nn.Module):
+    """Numbers the classes otherwise, and expects pixels from 0 to 255."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = trained(0.0, 1 / 255)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images).roll(3, dims=1)
+
+
+class RolledSigmoid(Rolled):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images).sigmoid()
+
+
+def test_a_classifier_without_gradients_is_refused(monkeypatch, capsys):
+    torch.save(trained().state_dict(), "own.pth")
+    chosen = ["--classifier", "tests.own_classifiers:with_no_gradient", "--weights", "own.pth"]
+    code, _, err = call(monkeypatch, capsys, "init", "digits.npz", *chosen)
+    assert code == 2
+    assert one_line(err).endswith("detach and rounding from its forward")
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_order_and_range_are_fitted_only_to_a_classifier_that_the_run_does_not_train(
+    with_weights, monkeypatch, capsys
+):
+    torch.save(Rolled().state_dict(), "own.pth")
+    weights = ["--weights", "own.pth"] if with_weights else []
+    code, out, err = call(
+        monkeypatch, capsys, "init", "digits.npz", "--classifier", f"{HERE}:Rolled", *weights
+    )
+    assert code == 0, err
+    section = yaml.safe_load(Path("digits.yaml").read_text())["classifier"]
+    assert (section["epochs"] == 0) == with_weights
+    assert ("input_range" in section, "class_order" in section) == (with_weights, with_weights)
+    assert ("number the classes otherwise" in out) == with_weights
+    assert ("by input range:" in out + Path("digits.yaml").read_text()) == with_weights
+    assert ("the run trains it" in out) != with_weights
+
+
+def test_the_sigmoid_of_a_classifier_that_the_run_trains_is_noted(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "init", "digits.npz", "--classifier", f"{HERE}:RolledSigmoid")
+    assert code == 0
+    assert out.count("return what its sigmoid is given") == 1

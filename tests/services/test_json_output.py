@@ -1,0 +1,77 @@
+"""Commands with --json: stdout is for the JSON alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from defuse_core.artifacts import Models
+from defuse_core.export.suite import save_suite
+from defuse_core.runs import Run
+from services.cli.options import json_option, print_json
+from tests.e2e.test_cli import call, every_command
+from tests.services.test_suite import planted_runs, the_tiny_cnn
+
+
+class Printing(torch.nn.Module):
+    """The tiny CNN, which prints at each call, as people leave it in while they debug."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = the_tiny_cnn()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        print("images:", tuple(images.shape))
+        logits: torch.Tensor = self.net(images)
+        return logits
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_what_a_classifier_prints_goes_to_stderr(
+    right, tmp_path: Path, tiny_models: Models, monkeypatch, capsys
+):
+    run = Run.open(planted_runs(tmp_path / "store", tiny_models), "first")
+    save_suite(run, tmp_path / "suite")
+    scale = 1 if right else -1
+    weights = {f"net.{name}": scale * torch.tensor(array) for name, array in tiny_models.classifier.items()}
+    save_file(weights, tmp_path / "own.safetensors")
+    chosen = ["--classifier", f"{__name__}:Printing", "--weights", tmp_path / "own.safetensors"]
+    code, out, err = call(monkeypatch, capsys, "check", "--suite", tmp_path / "suite", *chosen, "--json")
+    assert json.loads(out)["passed"] == right
+    assert code == (0 if right else 1)
+    assert err.count("images: (") > 1
+
+
+@pytest.mark.parametrize("words", [["--json"], []])
+def test_stdout_is_reserved_with_json_alone_and_until_the_command_ends(words, capsys):
+    @click.command()
+    @json_option
+    def command(as_json: bool) -> None:
+        print("a network")
+        click.echo("another")
+        if as_json:
+            print_json({"β": 1})
+
+    command(words, standalone_mode=False)
+    print("after")
+    printed = capsys.readouterr()
+    shown = "a network\nanother\n"
+    expected = ('{"\\u03b2": 1}\nafter\n', shown) if words else (shown + "after\n", "")
+    assert (printed.out, printed.err) == expected
+
+
+def test_every_json_is_this_option():
+    (reserve,) = json_option(lambda: None).__click_params__
+    found = [
+        (path, parameter.callback)
+        for path, child in every_command()
+        for parameter in child.params
+        if "--json" in parameter.opts
+    ]
+    assert {path for path, _ in found} >= {("check",), ("compare",)}
+    assert {callback for _, callback in found} == {reserve.callback}
