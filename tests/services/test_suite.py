@@ -374,7 +374,7 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
         ),
         (["suite", "save", "first", "--out", "suite"], "expected an empty or new folder, found files"),
         (
-            ["suite", "save", "first", "--out", "suite/suite.json/new"],
+            ["suite", "save", "first", "--out", "plain/new"],
             "new: cannot be written (Not a directory)",
         ),
         (["suite", "save", "nothing", "--out", "new"], "accepted no failure scenario"),
@@ -393,6 +393,7 @@ def test_what_cannot_be_is_refused_in_one_line(options, line, suite, store, tmp_
     Path("edited/suite.json").write_text(json.dumps(page))
     page["scenarios"][0] |= {"least": 1, "label": "\x1b[2J"}
     Path("odd/suite.json").write_text(json.dumps(page))
+    Path("plain").touch()
     Path("cut/suite.safetensors").write_bytes(Path("suite/suite.safetensors").read_bytes()[:1000])
     where = ["--store", store.address] if options[0] != "check" else []
     code, _, err = call(monkeypatch, capsys, *options, *where)
