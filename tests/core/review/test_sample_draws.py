@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,7 @@ from defuse_core.review.sample import (
     sample_corrections,
     sample_gallery,
     sample_more_images,
+    with_used_anchors,
 )
 from tests.conftest import recommended
 
@@ -168,8 +171,31 @@ def test_images_to_tune_on_stay_at_the_images_that_they_were_drawn_at(monkeypatc
     assert not (kept.tune_anchor % 2).any()
 
 
-def test_filtering_no_scenario_keeps_none(monkeypatch):
+def test_filtering_no_scenario_keeps_none_and_no_image(monkeypatch):
     HalfSpace(monkeypatch, 0.0)
-    empty = np.zeros((0, 12, 4), np.float32)
-    none = np.zeros(0, np.int64)
-    assert filtered(spec_of(), twins(), Corrections(none, none, empty, empty)).kept.tolist() == []
+    scenarios = twins(anchored=True)
+    kept = filtered(spec_of(), scenarios, with_no_draws(scenarios))
+    assert kept.kept.tolist() == []
+    found = with_used_anchors(kept)
+    assert found.anchors is not None and len(found.anchors.source) == 0
+
+
+def with_no_draws(scenarios: Scenarios) -> Corrections:
+    assert scenarios.failures is not None
+    nothing, codes, anchor = (
+        np.zeros(0, np.int64),
+        np.zeros((0, 12, 4), np.float32),
+        np.zeros((0, 12), np.int64),
+    )
+    anchors = scenarios.failures.anchors
+    return Corrections(
+        nothing, nothing, codes, codes, anchors=anchors, tune_anchor=anchor, test_anchor=anchor
+    )
+
+
+def test_each_scenario_is_filtered_by_its_own_label(monkeypatch):
+    HalfSpace(monkeypatch, 0.0)
+    fixes = sample_corrections(spec_of(), twins(), accepted())
+    fixes = replace(fixes, labels=np.array([LABEL + 1, LABEL]))
+    kept = filtered(spec_of(), twins(), fixes).kept
+    assert kept.tolist() == [0.0, (fixes.tune[1, :, 0] > 0).mean()] and kept[1] > 0

@@ -51,7 +51,7 @@ def test_answers_equal_those_of_f32_where_bf16_alone_gets_some_wrong(close_logit
     np.testing.assert_array_equal(found, exact)
 
 
-def test_only_inputs_in_doubt_are_computed_in_f32_and_never_more_than_a_batch_of_them(close_logits):
+def test_only_answers_in_doubt_are_computed_in_f32_and_never_more_than_a_batch_of_them(close_logits):
     calls = {True: list[np.ndarray](), False: list[np.ndarray]()}
 
     def logits(rows):
@@ -108,6 +108,15 @@ def test_the_bound_is_twice_the_largest_error_of_a_margin_on_inputs_from_first_t
 
     assert margin_bound(logits, 10_000) == 2 * 0.5
     assert margin_bound(lambda rows: logits(rows)[:, :2], 10_000) == 2 * 0.5
+
+
+def test_the_margin_whose_error_counts_is_that_of_the_two_largest_logits_in_bf16():
+    exact, fast = torch.tensor([[1.0, 0.75, 0.5]]), torch.tensor([[1.0, 0.25, 0.875]])
+
+    def logits(rows):
+        return fast if torch.is_autocast_enabled("cpu") else exact
+
+    assert margin_bound(logits, 1) == 2 * (0.5 - 0.125)
 
 
 def test_bf16_is_that_of_the_device_and_f32_changes_nothing(monkeypatch):
