@@ -286,6 +286,8 @@ def _type_text(kind: Any) -> str:
         return " | ".join(_type_text(argument) for argument in arguments)
     if origin is tuple:
         return f"list of {_type_text(arguments[0])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"{{{', '.join(kind.model_fields)}}}"
     return NAMES.get(None if kind is type(None) else kind, getattr(kind, "__name__", str(kind)))
 
 

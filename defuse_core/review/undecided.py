@@ -105,7 +105,7 @@ def _units(rho: float, gallery: Gallery, verdicts: Verdicts) -> tuple[I64, Bool,
     """Return how many units each component shows, (S,), whether over rho of them fail, (S,), and what one is."""
     assert verdicts.labelled is not None
     if verdicts.units is None or verdicts.failing_units is None:
-        return verdicts.labelled, np.nan_to_num(verdicts.misclassified) > rho, "image"
+        return verdicts.labelled, verdicts.misclassified > rho, "image"
     noun = "photograph" if gallery.track is None else "track"
     return verdicts.units, verdicts.failing_units > rho * verdicts.units, noun
 

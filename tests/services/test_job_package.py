@@ -15,7 +15,8 @@ from ray._private.runtime_env.packaging import create_package
 
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import InputError, ModelError, RunFileError
-from services.job_package import RUN_FILE, _copy_module, build_working_dir
+from services import job_package
+from services.job_package import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, build_working_dir
 from tests.conftest import tiny
 
 
@@ -180,3 +181,87 @@ def test_a_folder_of_transformers_is_copied_whole(tmp_path: Path) -> None:
 def test_a_module_without_a_file_is_no_code_to_take_along(tmp_path):
     with pytest.raises(ModelError, match="no module sys in this folder"):
         _copy_module("classifier.import_path", "sys:build", tmp_path)
+
+
+@pytest.fixture
+def small_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the one that Defuse is in, with its three packages."""
+    root = tmp_path / "root"
+    for name in PACKAGES:
+        (root / name).mkdir(parents=True)
+    monkeypatch.setattr(job_package, "ROOT", root)
+    return root
+
+
+def test_caches_and_ignore_files_stay_behind(tmp_path: Path, package: Path, small_root: Path) -> None:
+    for folder in (package, *(small_root / name for name in PACKAGES)):
+        for name in ("nets.py", "sub/deep.py", "stale.pyc", ".git/HEAD", "__pycache__/nets.c", ".gitignore"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+        (folder / "sub/.rayignore").touch()
+    job = tmp_path / "job"
+    build_working_dir(own_classifier(tmp_path / "best.safetensors"), job)
+    for name in ("mine", *PACKAGES):
+        files = {str(path.relative_to(job / name)) for path in (job / name).rglob("*") if path.is_file()}
+        assert files == {"nets.py", "sub/deep.py"}
+
+
+def test_a_job_may_be_as_large_as_ray_takes_and_the_largest_file_is_named(tmp_path: Path) -> None:
+    for name, size in (("first.pt", 60 * 2**20), ("second.pt", 39 * 2**20)):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, size)
+    _expect_uploadable(tmp_path)
+    os.truncate(tmp_path / "second.pt", 39 * 2**20 + 1)
+    with pytest.raises(InputError, match=r"the job is 99 MiB, of which first\.pt is 60, and Ray takes 100: "):
+        _expect_uploadable(tmp_path)
+
+
+def test_weights_keep_the_ending_that_says_how_they_are_read(
+    tmp_path: Path, package: Path, small_root: Path
+) -> None:
+    (tmp_path / "Größe.pt").write_bytes(b"program")
+    spec = tiny(
+        data={"root": "/Bilder/größe"},
+        classifier={"architecture": "program", "weights": str(tmp_path / "Größe.pt"), "epochs": 0},
+    )
+    build_working_dir(spec, tmp_path / "job")
+    copied = load_run_file(tmp_path / "job" / RUN_FILE)
+    assert copied.classifier.weights == Path("weights/classifier.pt")
+    assert copied.data.root == Path("/Bilder/größe")
+    assert (tmp_path / "job/weights/classifier.pt").read_bytes() == b"program"
+
+
+def test_code_in_the_current_folder_comes_before_that_on_the_path(
+    tmp_path: Path, package: Path, small_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (package / "here.py").touch()
+    (tmp_path / "elsewhere" / "mine").mkdir(parents=True)
+    for folder in (package, tmp_path / "elsewhere" / "mine"):
+        (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    build_working_dir(own_classifier(tmp_path / "best.safetensors", "mine.here"), tmp_path / "job")
+    assert (tmp_path / "job/mine/here.py").is_file()
+
+
+def test_a_package_of_two_models_is_copied_once_and_installed_ones_are_on_the_nodes(
+    tmp_path: Path, package: Path, small_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (package / "__init__.py").touch()
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    (installed / "theirs.py").touch()
+    monkeypatch.syspath_prepend(installed)
+    one = {"architecture": "custom", "import_path": "mine:build", "count": 1, "epochs": 0}
+    own = one | {"weights": str(tmp_path / "best.safetensors")}
+    spec = tiny(review={"reference": own}, judges=own | {"import_path": "mine.other:build"})
+    build_working_dir(spec, tmp_path / "job")
+    _copy_module("judges.import_path", "theirs:build", tmp_path / "job")
+    assert {path.name for path in (tmp_path / "job").iterdir()} == {*PACKAGES, "mine", "weights", RUN_FILE}
+
+
+def test_a_module_without_a_spec_is_no_code_to_take_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "made_at_run_time", type(sys)("made_at_run_time"))
+    with pytest.raises(ModelError, match="no module made_at_run_time in this folder"):
+        _copy_module("classifier.import_path", "made_at_run_time:build", tmp_path)

@@ -2,10 +2,118 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 
 from defuse_core.errors import InputError
-from services.settings import read_settings
+from services.settings import fits_a_header, read_settings, share_cores, variables
+
+FIELDS = {  # of each variable that is text
+    "RAY_ADDRESS": "ray_address",
+    "RAY_API_SERVER_ADDRESS": "ray_dashboard",
+    "LABEL_STUDIO_URL": "label_studio_url",
+    "LABEL_STUDIO_API_KEY": "label_studio_api_key",
+    "LABEL_STUDIO_HOST": "label_studio_host",
+    "DEFUSE_SERVE_TOKEN": "serve_token",
+    "MLFLOW_TRACKING_URI": "mlflow_uri",
+    "MLFLOW_EXPERIMENT_NAME": "mlflow_experiment",
+    "LABEL_STUDIO_S3_ACCESS_KEY_ID": "access_key_id",
+    "LABEL_STUDIO_S3_SECRET_ACCESS_KEY": "secret_access_key",
+    "LABEL_STUDIO_S3_SESSION_TOKEN": "session_token",
+    "LABEL_STUDIO_S3_ENDPOINT": "endpoint",
+}
+SWITCHES = {
+    "DEFUSE_DEBUG": "debug",
+    "DEFUSE_FORWARDED_FOR": "forwarded_for",
+    "LABEL_STUDIO_S3_SHARE_CREDENTIALS": "share_own",
+}
+
+
+def all_fields() -> dict[str, object]:
+    found = asdict(read_settings())
+    return found | found.pop("label_studio_s3")
+
+
+def test_each_variable_is_a_field_of_its_own_and_an_empty_one_is_unset(monkeypatch):
+    for name in FIELDS:
+        monkeypatch.setenv(name, f"value of {name}")
+    found = all_fields()
+    assert {name: found[field] for name, field in FIELDS.items()} == {
+        name: f"value of {name}" for name in FIELDS
+    }
+    for name in FIELDS:
+        monkeypatch.setenv(name, "")
+    found = all_fields()
+    assert {found[field] for field in FIELDS.values()} == {None}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_each_switch_turns_on_its_own_field_alone(monkeypatch, name):
+    for switch in SWITCHES:
+        monkeypatch.setenv(switch, str(int(switch == name)))
+    found = all_fields()
+    assert [switch for switch, field in SWITCHES.items() if found[field]] == [name]
+
+
+def test_no_log_of_the_settings_shows_a_secret(monkeypatch):
+    secret = ("API_KEY", "TOKEN", "SECRET_ACCESS_KEY", "TRACKING_URI")
+    for name in FIELDS:
+        monkeypatch.setenv(name, f"value of {name}")
+    shown = repr(read_settings())
+    assert [name for name in FIELDS if f"value of {name}'" not in shown] == [
+        name for name in FIELDS if name.endswith(secret)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "token"), [("secret\n", "secret"), (" secret ", "secret"), (" \n", " \n"), ("", None)]
+)
+def test_a_token_is_read_without_the_space_around_it_and_one_of_space_alone_is_no_missing_one(
+    monkeypatch, given, token
+):
+    monkeypatch.setenv("DEFUSE_SERVE_TOKEN", given)
+    assert read_settings().serve_token == token
+
+
+@pytest.mark.parametrize(
+    ("token", "fits"),
+    [("a", True), ("!~", True), ("a b", False), ("", False), ("a\n", False), ("é", False), ("a\x7f", False)],
+)
+def test_a_header_holds_one_word_of_ascii_signs(token, fits):
+    assert fits_a_header(token) is fits
+
+
+@pytest.mark.parametrize(
+    ("own", "of_the_desktop", "found"),
+    [
+        ("/own", "/desktop", "/own"),
+        ("", "/desktop", "/desktop/defuse"),
+        ("", "", "~/.cache/defuse"),
+    ],
+)
+def test_the_cache_is_ones_own_or_below_that_of_the_desktop(monkeypatch, own, of_the_desktop, found):
+    monkeypatch.setenv("DEFUSE_CACHE", own)
+    monkeypatch.setenv("XDG_CACHE_HOME", of_the_desktop)
+    assert read_settings().cache == Path(found)
+
+
+def test_idle_threads_sleep_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    share_cores()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    share_cores()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_a_job_gets_those_variables_that_are_set_empty_ones_included(monkeypatch):
+    monkeypatch.setenv("DEFUSE_A", "1")
+    monkeypatch.setenv("DEFUSE_B", "")
+    monkeypatch.delenv("DEFUSE_C", raising=False)
+    assert variables(["DEFUSE_A", "DEFUSE_B", "DEFUSE_C"]) == {"DEFUSE_A": "1", "DEFUSE_B": ""}
 
 
 @pytest.mark.parametrize(

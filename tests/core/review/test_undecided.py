@@ -154,6 +154,10 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
     low = sample_spec().with_fields("distill", min_support=1)  # four images are no scenario all the same
     known = {"health": None, "psi": None, "scenarios": scenarios}
     assert why_undecided(low, found.gallery, found.verdicts, **known) is None
+    for least, told in ((8, True), (9, False)):  # of cells of 8 images each
+        spec = sample_spec().with_fields("distill", min_support=least)
+        known["scenarios"] = dataclasses.replace(found.scenarios, dropped=cells)
+        assert (why_undecided(spec, found.gallery, found.verdicts, **known) is not None) is told
 
 
 def test_a_heavy_component_that_the_classifier_gets_right_is_no_cell_of_little_weight(tmp_path: Path):

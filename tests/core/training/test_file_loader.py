@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,15 @@ def test_processes_that_read_ahead_change_nothing_in_any_epoch_and_name_a_file_t
     tmp_path: Path,
 ) -> None:
     images = stored(tmp_path, 9)
+    others, readers = set(active_children()), list[set[int | None]]()
     here, ahead = DeviceImages(images), DeviceImages(images, readers=2)
     for order in ([np.array([3, 1]), np.array([8, 0, 4])], [np.array([7, 2, 5])], []):
         expected, found = list(here.batches(order)), list(ahead.batches(order))
         assert len(found) == len(order)
+        readers.append({process.pid for process in set(active_children()) - others})
         for one, other in zip(expected, found, strict=True):
             assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(one, other, strict=True))
+    assert len(readers[0]) == 2 and readers[0] == readers[1] == readers[2]  # they stay from epoch to epoch
     (tmp_path / "6.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"^\S*6\.png: expected an image"):
         list(ahead.batches([np.array([1, 2]), np.array([6, 3])]))

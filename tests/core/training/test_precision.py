@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -50,6 +51,45 @@ def test_answers_equal_those_of_f32_where_bf16_alone_gets_some_wrong(close_logit
     np.testing.assert_array_equal(found, exact)
 
 
+def test_only_answers_in_doubt_are_computed_in_f32_and_never_more_than_a_batch_of_them(close_logits):
+    calls = {True: list[np.ndarray](), False: list[np.ndarray]()}
+
+    def logits(rows):
+        calls[torch.is_autocast_enabled("cpu")].append(np.asarray(rows))
+        return close_logits(rows)
+
+    answers_as_in_f32(logits, 10_000, 512, 0.05)
+    with torch.inference_mode(), autocast("bf16"):
+        two = np.sort(close_logits(np.arange(10_000)).float().numpy(), axis=1)[:, -2:]
+    np.testing.assert_array_equal(np.concatenate(calls[True]), np.arange(10_000))
+    np.testing.assert_array_equal(
+        np.concatenate(calls[False]), np.flatnonzero(two[:, 1] - two[:, 0] < np.float32(0.05))
+    )
+    assert len(calls[False]) > 1 and max(len(rows) for each in calls.values() for rows in each) == 512
+
+
+class Recording(torch.nn.Module):
+    """A classifier of two classes that keeps whether it was asked in bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.in_bf16 = torch.nn.Linear(4, 2), set[bool]()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.in_bf16.add(torch.is_autocast_enabled("cpu"))
+        return self.layer(images.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("count", "arithmetic", "fast"), [(2047, "bf16", False), (2048, "bf16", True), (2048, "f32", False)]
+)
+def test_an_accuracy_is_computed_in_bf16_where_that_is_chosen_and_pays(count, arithmetic, fast):
+    pixels = np.random.default_rng(0).random((count, 1, 2, 2), np.float32)
+    classifier = Recording().eval()
+    accuracy_as_in_f32(classifier, Images(pixels, np.zeros(count, np.int64)), arithmetic)
+    assert (True in classifier.in_bf16) is fast
+
+
 def test_an_answer_without_a_margin_is_computed_in_f32():
     def logits(rows):
         broken = torch.is_autocast_enabled("cpu")
@@ -68,6 +108,15 @@ def test_the_bound_is_twice_the_largest_error_of_a_margin_on_inputs_from_first_t
 
     assert margin_bound(logits, 10_000) == 2 * 0.5
     assert margin_bound(lambda rows: logits(rows)[:, :2], 10_000) == 2 * 0.5
+
+
+def test_the_margin_whose_error_counts_is_that_of_the_two_largest_logits_in_bf16():
+    exact, fast = torch.tensor([[1.0, 0.75, 0.5]]), torch.tensor([[1.0, 0.25, 0.875]])
+
+    def logits(rows):
+        return fast if torch.is_autocast_enabled("cpu") else exact
+
+    assert margin_bound(logits, 1) == 2 * (0.5 - 0.125)
 
 
 def test_bf16_is_that_of_the_device_and_f32_changes_nothing(monkeypatch):
@@ -197,6 +246,41 @@ def test_image_files_are_read_one_batch_ahead_and_come_in_order(tmp_path, monkey
     ]
     assert [labels for *_, labels in seen] == [rows.tolist() for rows in order]
     assert [shades for _, shades, _ in seen] == [[200, 0], [120, 160], [40, 80]]
+
+
+class Watched:
+    """Image files that say which batches were read, and when the second one was."""
+
+    def __init__(self, images: Images) -> None:
+        self.images, self.pixels, self.read = images, images.pixels, list[list[int]]()
+        self.second = threading.Event()
+
+    def batch(self, rows: np.ndarray) -> np.ndarray:
+        self.read.append(rows.tolist())
+        if len(self.read) == 2:
+            self.second.set()
+        return self.images.batch(rows)
+
+
+def test_while_a_batch_of_image_files_is_used_the_next_one_is_read_and_no_other(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "0.png")
+    images = DeviceImages(Images(PictureFiles([str(tmp_path / "0.png")] * 4, 1, 4), np.arange(4)))
+    images.images = watched = Watched(images.images)
+    minibatches = images.batches(np.array([row]) for row in range(4))
+    next(minibatches)
+    assert watched.second.wait(10)
+    assert watched.read == [[0], [1]]
+    assert [rows.tolist() for rows, *_ in minibatches] == [[1], [2], [3]]
+
+
+def test_arrays_that_cannot_be_written_as_those_of_an_object_store_are_read(monkeypatch):
+    images = Images(np.zeros((4, 1, 8, 8), np.uint8), np.arange(4))
+    for array in (images.pixels, images.labels):
+        array.flags.writeable = False
+    monkeypatch.setattr(batches, "fits_on_device", lambda images: True)
+    stored = DeviceImages(images)
+    ((_, pixels, labels),) = stored.batches([np.array([3, 1])])
+    assert (len(stored), pixels.shape, labels.tolist()) == (4, (2, 1, 8, 8), [3, 1])
 
 
 def test_a_loss_that_is_not_finite_is_noticed_before_the_epoch_ends():

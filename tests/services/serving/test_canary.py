@@ -115,12 +115,23 @@ def test_images_inside_a_scenario_of_either_version_are_answered_and_not_compare
         (CanaryStatistics(answered=1000, errors=60), "60 of 1000 images failed"),
         (CanaryStatistics(answered=1000, compared=1000, agreed=950), None),
         (CanaryStatistics(answered=1000, compared=1000, agreed=900), "900 of 1000 answers agreed"),
-        (CanaryStatistics(answered=1000, compared=10, agreed=0), None),
+        (CanaryStatistics(answered=1000, compared=49, agreed=0), None),
+        (CanaryStatistics(answered=1000, compared=50, agreed=0), "0 of 50 answers agreed"),
     ],
 )
 def test_a_canary_ends_only_where_it_is_surely_over_a_limit(tally, reason):
     found = tally.reason_to_end(LIMITS)
     assert (found is None) if reason is None else found.startswith(reason)
+
+
+def test_each_count_ends_a_canary_from_the_number_on_that_is_above_its_limit():
+    for limit, tally in (
+        (0.02, lambda hits: CanaryStatistics(answered=1000, errors=hits)),
+        (0.05, lambda hits: CanaryStatistics(answered=2000, compared=1000, agreed=1000 - hits)),
+    ):
+        first = next(hits for hits in range(1000) if is_above(limit, hits, 1000))
+        assert tally(first).reason_to_end(LIMITS) is not None
+        assert tally(first - 1).reason_to_end(LIMITS) is None
 
 
 def shadow_request(report: Callable[[PredictionResult], None]) -> ShadowRequest:

@@ -1,0 +1,185 @@
+"""What is said of a run file's fields: their values, what is wrong with one, and which of them differ."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from defuse_core.config import (
+    RunFile,
+    added_lambdas,
+    changed_field,
+    changed_value,
+    dump_run_file,
+    load_run_file,
+    parse_run_file,
+)
+from defuse_core.config.loading import FieldDescription, describe_fields
+from defuse_core.errors import InputError, RunFileError
+from tests.conftest import TINY, tiny
+
+
+@pytest.fixture(scope="module")
+def described() -> dict[str, FieldDescription]:
+    return {field.name: field for field in describe_fields()}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "default"),
+    [
+        ("seed", "integer ≥ 0, < 2147483648", "0"),
+        ("data.name", "digits | mnist | mnist-5000 | signs | svhn | folder | npz", "required"),
+        ("data.root", "path | null", "null"),
+        ("data.download", "true or false", "false"),
+        ("classifier.import_path", "text | null", "null"),
+        ("classifier.class_order", "list of integer | null", "null"),
+        ("classifier.learning_rate", "number > 0", "1"),
+        ("review.tau", "number > 0 | auto", "auto"),
+        ("review.reference.min_confidence", "number ≥ 0, ≤ 1", "0.5"),
+        ("correct.lambdas", "list of number 1 or more", "[0.01, 0.1, 1, 10]"),
+        ("correct.augment", "true or false", "true"),
+        ("correct.stop_at_loss", "number > 0, ≤ 1 | null", "null"),
+        ("resources.gpus_per_worker", "number ≥ 0 | auto", "auto"),
+        (
+            "resources.precision",
+            "auto | f32 | bf16 | {classifier, vae, reference, judges, answers}",
+            "f32",
+        ),
+        ("serve.max_pixels", "integer ≥ 1", "16000000"),
+    ],
+)
+def test_values_and_defaults_are_told_as_people_read_them(described, name, values, default):
+    assert (described[name].values, described[name].default) == (values, default)
+
+
+def test_a_meaning_is_one_line_of_single_spaces(described):
+    assert described["correct.stop_at_loss"].meaning.startswith(
+        "A λ is given up after an epoch that lost more clean accuracy than this, at least max_loss; what it "
+        "reached until then may still be chosen"
+    )
+    assert all(field.meaning == " ".join(field.meaning.split()) for field in described.values())
+
+
+def test_one_field_or_section_is_described_alone_and_a_part_of_a_name_is_none():
+    assert [field.name for field in describe_fields("vae.beta")] == ["vae.beta"]
+    nested = describe_fields("review.reference")
+    assert nested and all(field.name.startswith("review.reference.") for field in nested)
+    with pytest.raises(InputError, match=r"fields re: .* it has seed, data, classifier, vae"):
+        describe_fields("re")
+
+
+@pytest.mark.parametrize(
+    ("fields", "begin", "end"),
+    [
+        ({"review": {"rho": 2}, "serve": {"max_errors": 3}}, "review.rho: ", ", found 2 (and 1 more)"),
+        ({"review": {"rho": 2}}, "review.rho: Input should be less than 1, ", "found 2"),
+        ({"identify": {"drawz": 1}}, "identify.drawz: ", "unknown field"),
+        ({"resources": {"workers": 0}}, "resources.workers: ", "or equal to 1 or 'auto', found 0"),
+        ({"data": {"image_size": 20}}, "vae.hidden = 64 must be ", "vae.decoder_stages = 2 times)"),
+        ({"correct": {"lambdas": [1, 1]}}, "correct: ", "lambdas must be distinct and not negative"),
+        ({"correct": {"lambdas": [1, "x"]}}, "correct.lambdas.1: ", ", found 'x'"),
+        ({"resources": {"precision": {"vae": "f64"}}}, "resources.precision: ", ", found {'vae': 'f64'}"),
+    ],
+)
+def test_the_first_problem_is_told_with_the_field_what_was_found_and_how_many_more(fields, begin, end):
+    with pytest.raises(RunFileError) as refused:
+        tiny_with(fields)
+    text = str(refused.value)
+    assert text.startswith(f"here: {begin}") and text.endswith(end) and "\n" not in text
+
+
+def tiny_with(fields: dict[str, dict[str, object]]) -> RunFile:
+    names = TINY.keys() | fields.keys()
+    return parse_run_file({n: {**TINY.get(n, {}), **fields.get(n, {})} for n in names}, "here")
+
+
+def test_a_file_with_a_missing_field_and_a_wrong_one_says_nothing_of_what_was_found_for_the_missing():
+    with pytest.raises(RunFileError) as refused:
+        parse_run_file({"data": {"channels": 2}}, "here")
+    assert str(refused.value) == "here: data.name: Field required (and 1 more)"
+
+
+def test_a_written_run_file_has_its_sections_in_their_order_and_text_as_it_is():
+    written = dump_run_file(tiny(data={"root": "/Bilder/größe"}))
+    assert list(yaml.safe_load(written)) == list(RunFile.model_fields)
+    assert "/Bilder/größe" in written
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("data.root=/a=b", "/a=b"), (" data.root = /a", "/a"), ("data.root='/a # b'", "/a # b")],
+)
+def test_a_value_begins_behind_the_first_sign_of_equality(tmp_path, override, value):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
+    assert str(load_run_file(tmp_path / "run.yaml", (override,)).data.root) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.=1", "--set data.=1: expected section.field=value"),
+        ("=1", "--set =1: expected section.field=value"),
+        ("judges=count: 0 # none", "YAML takes '# none' for a comment"),
+        ("nothing.deeper=1", "run.yaml: nothing: unknown field"),
+    ],
+)
+def test_an_override_that_sets_nothing_or_half_of_a_value_is_refused(tmp_path, override, message):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
+    with pytest.raises(RunFileError) as refused:
+        load_run_file(tmp_path / "run.yaml", (override,))
+    assert message in str(refused.value)
+
+
+def test_a_section_that_the_file_has_not_is_begun_by_an_override(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": TINY["data"]}))
+    spec = load_run_file(tmp_path / "run.yaml", ("review.reference.count=4", "review.reference.epochs=2"))
+    assert (spec.review.reference.count, spec.review.reference.epochs) == (4, 2)
+
+
+def test_keys_of_a_mapping_may_be_lists_and_equal_text_of_another_type_is_another_key(tmp_path):
+    for text, found in (("? [a]\n: 1\n", "expected YAML"), ("1: 2\n'1': 3\n", "unknown field|string")):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY) + text)
+        with pytest.raises(RunFileError, match=found) as refused:
+            load_run_file(tmp_path / "run.yaml")
+        assert "a second time" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"data": {"download": True}}, False),
+        ({"vae": {"accept": "fit"}}, False),
+        ({"check": {"max_loss": 0.1}}, False),
+        ({"serve": {"watch": False}}, False),
+        ({"resources": {"readers": 2}}, False),
+        ({"resources": {"train_workers": 2}}, True),
+        ({"resources": {"precision": "bf16"}}, True),
+        ({"report": {"perplexity": 20.0}}, True),
+        ({"seed": 1}, True),
+    ],
+)
+def test_a_field_that_changes_results_differs_and_another_one_does_not(change, differs):
+    seed = change.pop("seed", 0)
+    assert (changed_field(tiny(), tiny(**change).model_copy(update={"seed": seed})) is not None) is differs
+
+
+def test_a_field_of_one_side_alone_differs_and_weights_do_where_one_side_has_none():
+    assert changed_value({"vae.old": 1}, {}) == "vae.old: 1 in the run, None now"
+    assert changed_value({}, {"vae.new": 2}) == "vae.new: None in the run, 2 now"
+    weights = ({"vae.weights": "a"}, {"vae.weights": "b"}, {"vae.weights": None})
+    assert changed_value(weights[0], weights[1]) is None
+    assert changed_value(weights[0], weights[2]) == "vae.weights: 'a' in the run, None now"
+    assert changed_value(weights[2], weights[0]) == "vae.weights: None in the run, 'a' now"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "added"),
+    [
+        ((1.0, 10.0), (10.0, 3.0, 1.0, 5.0), (3.0, 5.0)),
+        ((1.0, 10.0), (1.0, 10.0), ()),
+        ((1.0, 10.0), (1.0, 3.0), ()),  # 10 is gone: another run
+        ((1.0, 10.0), (1.0,), ()),
+    ],
+)
+def test_lambdas_are_added_only_to_all_of_those_that_were_there(recorded, given, added):
+    assert added_lambdas(*(tiny(correct={"lambdas": list(each)}) for each in (recorded, given))) == added

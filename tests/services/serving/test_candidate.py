@@ -1,0 +1,204 @@
+"""Which candidate of a run is stored, which of them are one version, and why a run has none."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sample_evidence import sample_evidence
+from sample_findings import sample_findings, sample_spec, sample_watch
+
+from defuse_core.artifacts import DroppedComponent, Health, Sweep
+from defuse_core.codec import encode
+from defuse_core.config import RunFile, ServeSection
+from defuse_core.errors import CheckFailed, InputError, StoreError
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from services.serving import candidate as candidate_module
+from services.serving.candidate import (
+    Candidate,
+    CorrectionSummary,
+    NothingCorrected,
+    _digest,
+    _key,
+    _RunArtifacts,
+    prepare_candidate,
+    with_settings,
+)
+from services.serving.checks import Check
+
+WEIGHTS = {"layer.weight": np.ones((2, 2), np.float32)}
+
+
+def artifacts_of(**changes: Any) -> _RunArtifacts:
+    found = sample_findings()[0]
+    sweep = dataclasses.replace(found.sweep, weights=WEIGHTS)
+    parts = (found.models, found.gallery, found.votes, found.verdicts, found.fixes, sweep, None)
+    return dataclasses.replace(_RunArtifacts(*parts), **changes)
+
+
+def spec_with(section: str, **fields: object) -> RunFile:
+    return sample_spec().with_fields(section, **fields)
+
+
+def test_a_candidate_is_kept_for_the_artefacts_limits_and_settings_that_it_was_made_of(monkeypatch):
+    made = artifacts_of()
+    key = _key(sample_spec(), made)
+    assert key == _key(sample_spec(), artifacts_of())
+    others = [
+        _key(spec_with("check", max_loss=0.3), made),
+        *(
+            _key(spec_with("serve", **{name: value}), made)
+            for name, value in {
+                "resize": True,
+                "watch": False,
+                "watch_share": 0.2,
+                "watch_images": 200,
+                "failure_threshold": 0.4,
+                "failure_recall": 0.4,
+                "precision": "bfloat16",
+            }.items()
+        ),
+        *(
+            _key(sample_spec(), dataclasses.replace(made, **{name: value}))
+            for name, value in {
+                "sweep": dataclasses.replace(
+                    made.sweep, weights={"layer.weight": WEIGHTS["layer.weight"] + 1}
+                ),
+                "corrections": dataclasses.replace(made.corrections, labels=made.corrections.labels + 1),
+                "verdicts": dataclasses.replace(made.verdicts, ties=7),
+                "evidence": sample_evidence(np.full((2, 4), 0.5)),
+            }.items()
+        ),
+    ]
+    for section, field in {"serve": {"poll_s": 9.0}, "resources": {"workers": 3}}.items():
+        assert _key(spec_with(section, **field), made) == key  # of the server, or of the machines
+    monkeypatch.setattr(candidate_module, "FORMAT", candidate_module.FORMAT + 1)
+    others.append(_key(sample_spec(), made))
+    assert len({key, *others}) == 1 + len(others) == 14
+
+
+def candidate_of(spec: RunFile) -> Candidate:
+    two, per_level = np.ones(2), np.ones((2, 3))
+    return Candidate(
+        run="parts",
+        spec=spec.model_dump(mode="json"),
+        classes=("a", "b"),
+        classifier=WEIGHTS,
+        vae=WEIGHTS,
+        summary=CorrectionSummary(1.0, 2, "test", 0.9, 0.9, 0.1, 0.9, "people", "now"),
+        checks=(Check("finite", True, "all"), Check("improvement", False, "none")),
+        digest="",
+        scenario=np.array([0, 3]),
+        labels=np.array([0, 1]),
+        most_common_error=np.array([1, 1]),
+        means=np.ones((2, 4)),
+        covariances=np.stack([np.eye(4)] * 2),
+        before=two,
+        after=two,
+        levels=np.ones(3),
+        distances=per_level,
+        recall=per_level,
+        failures=sample_watch(images=40),
+    )
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, np.ndarray):
+        return value + 1
+    if isinstance(value, dict):
+        return {name: changed(each) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return value[:1]
+    return None if dataclasses.is_dataclass(value) else f"{value}, another"
+
+
+def test_candidates_are_one_version_where_all_that_is_served_is_equal():
+    one = candidate_of(sample_spec())
+    digest = _digest(one)
+    told = {
+        "run",
+        "summary",
+        "checks",
+        "digest",
+        "before",
+        "after",
+    }  # and the run file, of which a part counts
+    served = {field.name for field in dataclasses.fields(Candidate)} - told - {"spec"}
+    for name in served:
+        assert _digest(dataclasses.replace(one, **{name: changed(getattr(one, name))})) != digest, name
+    for name in told:
+        assert _digest(dataclasses.replace(one, **{name: changed(getattr(one, name))})) == digest, name
+    other_specs = (
+        spec_with("serve", resize=True),
+        spec_with("check", max_loss=0.3),
+        spec_with("correct", epochs=9),
+    )
+    found = [_digest(dataclasses.replace(one, spec=spec.model_dump(mode="json"))) for spec in other_specs]
+    assert len({digest, *found[:2]}) == 3 and found[2] == digest
+
+
+def test_a_candidate_of_another_format_is_no_equal_version(monkeypatch):
+    digest = _digest(candidate_of(sample_spec()))
+    monkeypatch.setattr(candidate_module, "FORMAT", candidate_module.FORMAT + 1)
+    assert _digest(candidate_of(sample_spec())) != digest
+
+
+def test_only_checks_that_failed_are_told():
+    assert candidate_of(sample_spec()).failed_checks() == ["none"]
+
+
+def test_a_setting_that_is_none_is_an_error_that_names_the_field():
+    assert with_settings(ServeSection(timeout_s=3.0), {"max_images": 5}) == ServeSection(
+        timeout_s=3.0, max_images=5
+    )
+    with pytest.raises(InputError, match=r"^serve\.timeout_s: Input should be greater than 0, found -1"):
+        with_settings(ServeSection(), {"timeout_s": -1})
+
+
+def finished(folder: Path, dropped: tuple[DroppedComponent, ...] = (), psi: bool = True) -> Run:
+    """A run that accepted nothing, without a component left to review."""
+    found = sample_findings(0, 0)[0]
+    models = dataclasses.replace(found.models, health=Health(1000, 1.0, 1.0, 1.0, 3, 0.6, 0, 3, "fit"))
+    run = Run.start(FolderStore(folder), "parts", sample_spec())
+    artefacts = [
+        models,
+        found.gallery,
+        found.votes,
+        found.verdicts,
+        found.fixes,
+        Sweep((), None, {}, ()),
+        dataclasses.replace(found.scenarios, dropped=dropped),
+    ]
+    for artefact in artefacts + [found.psi] * psi:
+        run.store.write(f"{type(artefact).__name__.lower()}.safetensors", encode(artefact))
+    return run
+
+
+def test_a_run_that_accepted_nothing_could_not_tell_where_its_cells_weigh_little(tmp_path):
+    with pytest.raises(NothingCorrected, match="no failure scenario was accepted"):
+        prepare_candidate(finished(tmp_path / "nothing"))
+    cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 100
+    with pytest.raises(CheckFailed, match=r"could not tell .* 60% of the codes of Ψ are in 100 cells"):
+        prepare_candidate(finished(tmp_path / "cells", cells))
+    unclear = (DroppedComponent(0.1, 8, 3, 2, "its draws", False, False),)
+    with pytest.raises(CheckFailed, match=r"could not tell .* Ψ has 516 codes, but no component was left"):
+        prepare_candidate(finished(tmp_path / "unclear", unclear))
+    with pytest.raises(NothingCorrected):
+        prepare_candidate(finished(tmp_path / "earlier", unclear, psi=False))
+
+
+def test_a_candidate_that_cannot_be_stored_is_an_error_unless_it_need_not_be(own_store, tmp_path):
+    (tmp_path / "first" / "candidates").mkdir(exist_ok=True)
+    for made in (tmp_path / "first" / "candidates").iterdir():
+        made.unlink()
+    (tmp_path / "first" / "candidates").rmdir()
+    (tmp_path / "first" / "candidates").symlink_to("nowhere")  # no folder can be made here
+    run = Run.open(own_store, "first")
+    with pytest.raises(StoreError):
+        prepare_candidate(run)
+    assert prepare_candidate(run, must_store=False)[1].run == "first"
