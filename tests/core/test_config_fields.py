@@ -78,7 +78,7 @@ def test_one_field_or_section_is_described_alone_and_a_part_of_a_name_is_none():
         ({"data": {"image_size": 20}}, "vae.hidden = 64 must be ", "vae.decoder_stages = 2 times)"),
         ({"correct": {"lambdas": [1, 1]}}, "correct: ", "lambdas must be distinct and not negative"),
         ({"correct": {"lambdas": [1, "x"]}}, "correct.lambdas.1: ", ", found 'x'"),
-        ({"resources": {"precision": {"vae": "f64"}}}, "resources.precision: ", ", found {'vae': 'f64'}"),
+        ({"resources": {"precision": {"vae": "f64"}}}, "resources.precision.vae: ", "'bf16', found 'f64'"),
     ],
 )
 def test_the_first_problem_is_told_with_the_field_what_was_found_and_how_many_more(fields, begin, end):
