@@ -108,9 +108,7 @@ def unread_arrays(file: Path) -> list[str]:
     named = ", ".join(ascii(name) for name in unread[:MAX_NAMED]) + (
         ", ..." if len(unread) > MAX_NAMED else ""
     )
-    return [
-        f"{len(unread)} arrays are not read ({named}); the names that are read: {', '.join(sorted(NAMES))}"
-    ]
+    return [f"arrays that are not read: {named}; names that are read: {', '.join(sorted(NAMES))}"]
 
 
 def _numbers(labels: I64, where: str) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def test_arrays_of_an_npz_file_that_are_not_read_are_named(tmp_path: Path):
     np.savez(tmp_path / "own.npz", **parts, val_images=PIXELS, val_labels=np.arange(40) % 2)
     (line,) = set(inspect_data(tmp_path / "own.npz").warnings) - set(before)
     assert line.startswith(
-        "2 arrays are not read ('val_images', 'val_labels'); the names that are read: classes, test_images, "
+        "arrays that are not read: 'val_images', 'val_labels'; names that are read: classes, test_images, "
     )
 
 
