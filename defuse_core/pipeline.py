@@ -54,7 +54,7 @@ from defuse_core.runs import Run
 from defuse_core.train import train_side_by_side
 from defuse_core.training.measure_precision import settle_precision
 from defuse_core.training.reference_models import (
-    ask_models,
+    ask_models_once,
     judges,
     reference_models,
     references_take_part,
@@ -217,7 +217,7 @@ def _verdicts(
     """Decide on every component; where reference models annotate and doubt remains, again on more images."""
     review, labels = run.spec.review, None
     if review.consensus == "crowdlab":
-        labels = crowdlab_consensus(votes, ask_models(run, compute, gallery).mean(axis=0)).labels
+        labels = crowdlab_consensus(votes, ask_models_once(run, compute, gallery).mean(axis=0)).labels
     rate = false_discovery_rate(review)
     decide = partial(decide_verdicts, gallery, votes, review.rho, max_false=rate, image_labels=labels)
     first = decide(read_overrides(run.store))

@@ -107,6 +107,22 @@ def ask_models(run: Run, compute: Compute, gallery: Gallery) -> F32:
     return compute.task("review", gallery_probabilities, run.spec, references, gallery)
 
 
+@dataclass(frozen=True, eq=False)
+class Prelabels:
+    """The answers of the reference models to the gallery.
+
+    CROWDLAB counts them beside people's. Model-assisted review (the paper's future work) preselects them: that biases a
+    vote, so it is off by default, and the votes of a run state that it was on.
+    """
+
+    probabilities: F32  # (W, S, R, C)
+
+
+def ask_models_once(run: Run, compute: Compute, gallery: Gallery) -> F32:
+    """Return what `ask_models` does, (W, S, R, C), from the run's store once it is there."""
+    return run.once("review", Prelabels, lambda: Prelabels(ask_models(run, compute, gallery))).probabilities
+
+
 def votes_of_models(probabilities: F32, min_confidence: float) -> Votes:
     """Return the votes of models with (W, S, R, C) class probabilities."""
     annotators, scenarios, images = probabilities.shape[:3]

@@ -22,13 +22,14 @@ from defuse_core.review.consensus import stops_when_sure
 from defuse_core.review.verdicts import decide_verdicts, read_overrides
 from defuse_core.runs import Run
 from defuse_core.store import Store
+from defuse_core.training.reference_models import Prelabels, ask_models_once
 from services.labeling.annotations import PulledAnnotations, read_annotations, read_authors, store_authors
 from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import running_server
 from services.labeling.project import ReviewProject
 from services.labeling.state import ProjectState, read_state, update_state
 from services.labeling.status import ReviewStatus, review_status, update_queue
-from services.labeling.tasks import Prelabels, ReviewTasks, prelabels_by_task, reference_prelabels
+from services.labeling.tasks import ReviewTasks, prelabels_by_task
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class LabelStudioAnnotators:
 
             compute = LocalCompute()
             settle_precision(self.run, compute)
-        return reference_prelabels(self.run, compute, gallery).probabilities
+        return ask_models_once(self.run, compute, gallery)
 
 
 def _log_failure(attempt: RetryCallState) -> None:

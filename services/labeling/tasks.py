@@ -14,11 +14,8 @@ import numpy as np
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.config import ReviewSection
-from defuse_core.protocols import Compute
 from defuse_core.review.consensus import LEAST_ANSWERS, stops_when_sure
-from defuse_core.runs import Run
 from defuse_core.store import Store
-from defuse_core.training.reference_models import ask_models
 from services.labeling.api_types import (
     ChoiceResult,
     ChoiceValue,
@@ -164,26 +161,6 @@ def batches(tasks: Iterable[TaskImport]) -> Iterator[list[TaskImport]]:
         size = grown
     if batch:
         yield batch
-
-
-@dataclass(frozen=True, eq=False)
-class Prelabels:
-    """The answers of the reference models to the gallery.
-
-    CROWDLAB counts them beside people's. Model-assisted review (the paper's future work) preselects them: that biases a
-    vote, so it is off by default, and the votes of a run state that it was on.
-    """
-
-    probabilities: F32  # (W, S, R, C)
-
-
-def reference_prelabels(run: Run, compute: Compute, gallery: Gallery) -> Prelabels:
-    """Return the models' probabilities, computed once per run."""
-
-    def make() -> Prelabels:
-        return Prelabels(ask_models(run, compute, gallery))
-
-    return run.once("review", Prelabels, make)
 
 
 def prelabels_by_task(probabilities: F32, min_confidence: float, whole_pages: bool) -> dict[int, Prelabel]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from defuse_core.artifacts import Votes
-from services.labeling.tasks import Prelabels, TaskSubject
+from defuse_core.training.reference_models import Prelabels
+from services.labeling.tasks import TaskSubject
 
 TRUTH = (8, 3, 0, 1)  # of the scenarios
 

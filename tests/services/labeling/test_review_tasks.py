@@ -9,7 +9,8 @@ import pytest
 from planted_review import answered_tasks, blank_review
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
-from services.labeling.tasks import Prelabel, Prelabels, digest, is_edited, prelabels_by_task
+from defuse_core.training.reference_models import Prelabels
+from services.labeling.tasks import Prelabel, digest, is_edited, prelabels_by_task
 
 TRUTH = (8, 3, 0, 1)
 

@@ -15,11 +15,12 @@ from rich.console import Console
 
 from defuse_core.artifacts import ReferenceSet
 from defuse_core.errors import LabelsPending
+from defuse_core.training.reference_models import Prelabels
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.simulate import choice_result
 from services.labeling.status import review_status, update_queue
-from services.labeling.tasks import Prelabels, ReviewTasks
+from services.labeling.tasks import ReviewTasks
 
 CROWDLAB = {"consensus": "crowdlab", "stop_early": True, "answers_per_task": 5}
 SPLIT, DOUBTED = "s000-i01", "s001-i02"  # two people disagree; they agree, and the models do not
