@@ -22,12 +22,16 @@ from tests.conftest import tiny
 from tests.own_classifiers import trained
 
 
-@pytest.fixture(scope="module")
-def fixes() -> Corrections:
+def corrections_of_two_scenarios() -> Corrections:
     rng = np.random.default_rng(0)
     means = np.array([[-1.5] * 4, [1.5] * 4])[:, None]
     codes = (means + 0.1 * rng.standard_normal((2, 24, 4))).astype(np.float32)
     return Corrections(np.array([0, 3]), np.array([8, 2]), codes, codes + 0.01)
+
+
+@pytest.fixture(scope="module")
+def fixes() -> Corrections:
+    return corrections_of_two_scenarios()
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from defuse_core.stacked import Stack, run_stack, stacks_of
 from defuse_core.store import FolderStore, Store
 from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
 from tests.conftest import tiny
+from tests.core.test_correct import corrections_of_two_scenarios
 from tests.own_classifiers import (
     Branching,
     Checking,
@@ -52,10 +53,7 @@ OWN = {"architecture": "custom", "import_path": "tests.own_classifiers:trained",
 
 @pytest.fixture(scope="module")
 def fixes() -> Corrections:
-    rng = np.random.default_rng(0)
-    means = np.array([[-1.5] * 4, [1.5] * 4])[:, None]
-    codes = (means + 0.1 * rng.standard_normal((2, 24, 4))).astype(np.float32)
-    return Corrections(np.array([0, 3]), np.array([8, 2]), codes, codes + 0.01)
+    return corrections_of_two_scenarios()
 
 
 @pytest.fixture(scope="module")
