@@ -126,10 +126,16 @@ def _epoch(
             loss = loss + lam * F.cross_entropy(logits[size:], wrong)
         train_step(loss, optimizer)
         losses.add(loss)
-    if count > 1 or optimizer.param_groups[0]["lr"] > 0:  # the last step of a cycle changes nothing
+    if changes_weights(count, optimizer):
         require_progress(before, classifier, optimizer_state(optimizer), lam)
     classifier.eval()
     return losses.mean()[0]
+
+
+def changes_weights(steps: int, optimizer: Optimizer) -> bool:
+    """Return whether an epoch of so many steps changes weights: the last step of a cycle, at a rate of 0, does not."""
+    rate: float = optimizer.param_groups[0]["lr"]
+    return steps > 1 or rate > 0
 
 
 def require_progress(before: Weights, classifier: nn.Module, moments: Weights, lam: float) -> None:

@@ -21,6 +21,7 @@ A message is one line: what was expected, what was found and what to do. All of 
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 
@@ -47,6 +48,11 @@ def without_credentials(text: str, address: str | None = None) -> str:
         for part in filter(None, re.split("[/?#]", rest.rpartition("@")[0])):
             text = text.replace(part, "***")
     return re.sub(r"(?<=://)\S*@", "***@", text)
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names in one line, with an ellipsis for the others."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 def one_line(error: Exception, limit: int = 200) -> str:

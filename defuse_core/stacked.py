@@ -17,6 +17,7 @@ from defuse_core.config import CorrectSection, RunFile
 from defuse_core.correct import (
     TuningSteps,
     after_epoch,
+    changes_weights,
     is_trial_failure,
     new_trial,
     read_trial,
@@ -213,14 +214,13 @@ def _trials_after_epoch(
 ) -> Group:
     """Return the trials of the group with one more epoch, without those that it made diverge."""
     moments, made = optimizer_state(optimizer), {}
-    moved = len(losses) > 1 or optimizer.param_groups[0]["lr"] > 0
     for index, (lam, trial) in enumerate(group.items()):
         classifier, loss = stack.classifier(index), float(losses[:, index].mean())
         own = {name: array if _is_shared(name) else array[index, ...] for name, array in moments.items()}
         try:
             if not np.isfinite(loss):
                 raise ModelError(f"its loss became {loss}")
-            if moved:
+            if changes_weights(len(losses), optimizer):
                 require_progress(trial.weights, classifier, own, lam)
             row = score(spec, classifier, tuning, lam, len(trial.rows) + 1, loss)
         except ModelError as error:

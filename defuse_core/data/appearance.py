@@ -13,7 +13,6 @@ from defuse_core.data.images import FINGERPRINT_IMAGES, Images, PictureFiles, Sp
 DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 MOST = 0.75  # share of the images looked at from which they are odd
-
 MOST_COMPARED = 10_000  # training images that those of other parts are compared with
 
 
@@ -64,12 +63,13 @@ def shared_images(splits: Splits) -> list[str]:
         some = images.take(evenly_spaced(len(images), FINGERPRINT_IMAGES))
         sizes = {_size(some, row) for row in range(len(some))} - {0}
         known = {_digest(train, row): row for row in range(len(train)) if _size(train, row) in sizes}
-        same = [row for row in range(len(some)) if _size(some, row) and _digest(some, row) in known]
+        digests = {row: _digest(some, row) for row in range(len(some)) if _size(some, row)}
+        same = [(row, known[digest]) for row, digest in digests.items() if digest in known]
         if same:
             example = ""
             if isinstance(some.pixels, PictureFiles) and isinstance(train.pixels, PictureFiles):
-                other = train.pixels.paths[known[_digest(some, same[0])]]
-                example = f", such as {some.pixels.paths[same[0]]}, which is {other}"
+                row, other = same[0]
+                example = f", such as {some.pixels.paths[row]}, which is {train.pixels.paths[other]}"
             lines.append(
                 f"{len(same)} of {len(some)} {part} images looked at are training images, too{example}; figures on "
                 f"{part} images are too good with them, so remove them from one of both"

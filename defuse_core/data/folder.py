@@ -13,7 +13,7 @@ from defuse_core.config import DataSection
 from defuse_core.data.appearance import odd_images
 from defuse_core.data.images import FilePaths, Images, PictureFiles, Splits, data_root, expect_class_names
 from defuse_core.data.splits import sample, with_validation
-from defuse_core.errors import DataError
+from defuse_core.errors import DataError, first_few
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 
@@ -115,7 +115,6 @@ def _raise(error: OSError) -> None:
 
 
 log = logging.getLogger("defuse")
-MAX_NAMED_CLASSES = 5  # classes that a warning names
 OTHER_NAMES = {  # of parts, in other tools
     "val": "validation",
     "valid": "validation",
@@ -138,7 +137,7 @@ def log_parts(data: DataSection, splits: Splits) -> None:
             "data.train_images",
             len(absent),
             len(splits.classes),
-            ", ".join(absent if len(absent) <= MAX_NAMED_CLASSES else [*absent[:MAX_NAMED_CLASSES], "..."]),
+            first_few(absent),
         )
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root):

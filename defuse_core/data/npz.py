@@ -12,11 +12,10 @@ from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
 from defuse_core.data.images import Images, Splits, data_root, expect_class_names, expect_labels
 from defuse_core.data.splits import sample, with_validation
-from defuse_core.errors import DataError
+from defuse_core.errors import DataError, first_few
 
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
-MAX_NAMED = 5  # arrays that a note names
 CHUNK = 4096  # images checked at once, to bound the memory
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -105,9 +104,7 @@ def unread_arrays(file: Path) -> list[str]:
         unread = sorted(set(archive.files) - NAMES)
     if not unread:
         return []
-    named = ", ".join(ascii(name) for name in unread[:MAX_NAMED]) + (
-        ", ..." if len(unread) > MAX_NAMED else ""
-    )
+    named = first_few([ascii(name) for name in unread])
     return [f"arrays that are not read: {named}; names that are read: {', '.join(sorted(NAMES))}"]
 
 

@@ -29,8 +29,11 @@ MOSTLY, FAR_BETTER = 0.5, 0.2
 LIKE_SIGMOID = (
     "its logits all lie in [0, 1], as after a sigmoid; if it ends in one, return what its sigmoid is given"
 )
-FAILS = "the classifier fails on images"  # another size of them may help
 SIGNIFICANT = 3.0  # standard errors of images gained less images lost
+
+
+class CallError(ModelError):
+    """The classifier's code fails on images; those of another size may be what it takes."""
 
 
 def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Images, classes: int) -> None:
@@ -122,8 +125,8 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
         ) from error
     except Exception as error:
         reason = one_line(error, limit=300)
-        raise ModelError(
-            f"{FAILS} of shape {tuple(batch.shape)}: {reason}; check data.image_size and "
+        raise CallError(
+            f"the classifier fails on images of shape {tuple(batch.shape)}: {reason}; check data.image_size and "
             "data.channels, and that the network accepts batches of any size"
         ) from error
     if not isinstance(logits, Tensor):

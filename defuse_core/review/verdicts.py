@@ -21,7 +21,7 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config import ReviewSection
-from defuse_core.errors import DamagedError, InputError
+from defuse_core.errors import DamagedError, InputError, first_few
 from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
 from defuse_core.review.decision import Shares, count_units, decide
 from defuse_core.runs import FROM_VERDICTS, Run, utc_now
@@ -284,7 +284,7 @@ def class_index(label: str, classes: tuple[str, ...]) -> int:
         return classes.index(label)
     if label.isdecimal() and int(label) < len(classes):
         return int(label)
-    shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+    shown = first_few(classes, most=12)
     raise InputError(f"--label {label}: expected a class or its index, of 0 to {len(classes) - 1} ({shown})")
 
 

@@ -20,7 +20,7 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
-from defuse_core.models.probe import FAILS
+from defuse_core.models.probe import CallError
 from defuse_core.progress import Progress
 from defuse_core.suggest.inspect import DataFacts
 
@@ -165,7 +165,7 @@ def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:
 
     Where it returns something at some of them, and the same is wrong at each of those, the size is not the matter.
     """
-    wrong = {str(error): error for error in errors if not str(error).startswith(FAILS)}
+    wrong = {str(error): error for error in errors if not isinstance(error, CallError)}
     if len(wrong) == 1:
         return next(iter(wrong.values()))
     if len(sizes) == 1:

@@ -16,10 +16,10 @@ from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
 from defuse_core.data.appearance import odd_images, shared_images
-from defuse_core.data.folder import MAX_NAMED_CLASSES, SUFFIXES, folder_classes, part_of, walk_files
+from defuse_core.data.folder import SUFFIXES, folder_classes, part_of, walk_files
 from defuse_core.data.images import convert_picture, evenly_spaced, opened_picture
 from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
-from defuse_core.errors import DataError
+from defuse_core.errors import DataError, first_few
 
 SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve to 4
 LARGEST = 64  # suggested, unless the classifier asks for more: costs grow with the square
@@ -96,10 +96,9 @@ def _few_images(splits: Splits) -> list[str]:
     ]
     if not few:
         return []
-    named = ", ".join(few[:MAX_NAMED_CLASSES]) + (", ..." if len(few) > MAX_NAMED_CLASSES else "")
     return [
         f"{len(few)} of {len(counts)} classes have fewer than {FEW} training images, too few to rely on what is found "
-        f"there; add images: {named}"
+        f"there; add images: {first_few(few)}"
     ]
 
 

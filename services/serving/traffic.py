@@ -30,7 +30,7 @@ from defuse_core.artifacts import (
     Gallery,
 )
 from defuse_core.codec import decode, encode
-from defuse_core.errors import DefuseError, InputError
+from defuse_core.errors import DefuseError, InputError, first_few
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
@@ -144,7 +144,7 @@ def _expect_alike(
 
 
 def _describe(shape: tuple[int, ...], classes: tuple[str, ...]) -> str:
-    shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+    shown = first_few(classes, most=12)
     return f"{'x'.join(map(str, shape))} pixels and the classes {shown}"
 
 
