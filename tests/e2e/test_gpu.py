@@ -1,0 +1,71 @@
+"""GPU paths on a GPU that is pretended: every tensor is moved to it, and what comes out is what the CPU finds."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from defuse_core.config.loading import dump_run_file
+from tests.conftest import recommended
+
+ROOT = Path(__file__).parents[2]
+
+RUN_AND_SERVE = """
+import contextlib, sys
+from pathlib import Path
+from tests.pretended_gpu import pretended_gpu
+
+name, store, run_file = sys.argv[1:]
+with pretended_gpu() if name == "gpu" else contextlib.nullcontext():
+    import numpy as np
+    from defuse_core.config import ServeSection, load_run_file
+    from defuse_core.local import LocalCompute
+    from defuse_core.pipeline import run_defuse
+    from defuse_core.runs import Run
+    from defuse_core.store import FolderStore
+    from defuse_core.training.reference_models import ReferenceAnnotators
+    from services.serving.candidate import prepare_candidate
+    from services.serving.model import LoadedModel
+
+    run, compute = Run.start(FolderStore(Path(store)), name, load_run_file(Path(run_file))), LocalCompute()
+    run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    _, candidate = prepare_candidate(run)
+    served = LoadedModel(candidate, ServeSection())
+    images = np.random.default_rng(0).random((3, *served.input_spec.shape), np.float32)
+    np.save(f"{store}/{name}.npy", served.predict(images).probabilities)
+    print(len(candidate.scenario), "scenarios on", next(served.classifier.parameters()).device)
+"""
+
+
+def test_on_a_gpu_no_tensor_is_left_behind_and_the_cpu_finds_the_same(tmp_path: Path) -> None:
+    spec = recommended(
+        vae={"decode": "anchored", "epochs": 20},
+        identify={"scale": 3.0},
+        correct={"stack": 2},
+        judges={"count": 1, "epochs": 3},
+    )
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(dump_run_file(spec))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for name in ("gpu", "cpu"):
+        command = [sys.executable, "-c", RUN_AND_SERVE, name, str(tmp_path), str(run_file)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        device = {"gpu": "pretended:0", "cpu": "cpu"}[name]
+        assert re.search(rf"^[1-9]\d* scenarios on {device}$", done.stdout, re.MULTILINE)
+    np.testing.assert_allclose(np.load(tmp_path / "gpu.npy"), np.load(tmp_path / "cpu.npy"), atol=1e-5)
+    made = sorted((tmp_path / "cpu").glob("*.safetensors"))
+    assert len(made) > 9
+    for path in made:
+        found, expected = load_file(tmp_path / "gpu" / path.name), load_file(path)
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_allclose(
+                found[name], array, rtol=1e-4, atol=1e-5, err_msg=f"{path.name}: {name}"
+            )
