@@ -126,11 +126,14 @@ def check_suite(options: SuiteCheck) -> None:
     Raises InputError where the suite asks nothing.
     """
     from defuse_core.export.suite import load_suite
+    from defuse_core.export.writing import expect_no_own_folder
 
     if (options.run is None) == (options.classifier is None):
         raise click.UsageError("with --suite, give either RUN or --classifier")
     if options.classifier is None and (options.weights or options.overrides):
         raise click.UsageError("--weights and --set need --classifier")
+    if options.junit is not None:
+        expect_no_own_folder("--junit", options.junit)
     loaded = load_suite(options.suite)
     section = _section(options)
     classifier = loaded.classifier(section) if section else _corrected(loaded, options.run, options.store)
