@@ -11,7 +11,7 @@ import click
 
 from defuse_core.errors import InputError
 from defuse_core.store import checked_name
-from services.cli.options import json_option, open_run, print_json, store_option
+from services.cli.options import GivenPath, json_option, open_run, print_json, store_option
 
 if TYPE_CHECKING:
     from defuse_core.store import Store
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     "model",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="File for the corrected classifier: .safetensors (weights), .pt2 (torch.export) or .onnx.",
 )
 @click.option(
     "--scenarios",
     "folder",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="New folder for the pictures of the failure scenarios: train/CLASS/*.png (reviewed, and drawn to tune on), "
     "test/CLASS/*.png (held out; a suite checks the same ones) and labels.csv, whose column class_index has the "
     "classifier's class numbers. torchvision's ImageFolder numbers the folders.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import InputError
-from services.cli.options import CLASSIFIER_HELP, classifier_choice, given, usable_name
+from services.cli.options import CLASSIFIER_HELP, GivenPath, classifier_choice, given, usable_name
 
 if TYPE_CHECKING:
     from defuse_core.suggest import Plan
@@ -24,9 +24,9 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
 
 
 @click.command()
-@click.argument("images", type=click.Path(path_type=Path))
+@click.argument("images", type=GivenPath())
 @click.option("--classifier", callback=given, help=f"{CLASSIFIER_HELP} [default: train one]")
-@click.option("--weights", type=click.Path(path_type=Path), help="State dict of the classifier.")
+@click.option("--weights", type=GivenPath(), help="State dict of the classifier.")
 @click.option(
     "--minutes",
     type=click.FloatRange(1, 10_000),
@@ -42,7 +42,7 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="Run file to write. [default: the name of IMAGES, with .yaml]",
 )
 @click.option("--force", is_flag=True, help="Replace the run file if it exists.")

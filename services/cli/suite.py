@@ -12,6 +12,7 @@ import click
 from defuse_core.errors import CheckFailed, InputError
 from services.cli.options import (
     CLASSIFIER_HELP,
+    GivenPath,
     classifier_fields,
     given,
     open_run,
@@ -44,13 +45,9 @@ def suite_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of `defuse check --suite` to a command."""
     for option in reversed(
         [
-            click.option(
-                "--suite", type=click.Path(path_type=Path), help="Folder of a suite to check against."
-            ),
+            click.option("--suite", type=GivenPath(), help="Folder of a suite to check against."),
             click.option("--classifier", callback=given, help=f"With --suite: {CLASSIFIER_HELP}"),
-            click.option(
-                "--weights", type=click.Path(path_type=Path), help="With --classifier: its state dict."
-            ),
+            click.option("--weights", type=GivenPath(), help="With --classifier: its state dict."),
             click.option(
                 "--set",
                 "overrides",
@@ -58,9 +55,7 @@ def suite_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="KEY=VALUE",
                 help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
             ),
-            click.option(
-                "--junit", type=click.Path(path_type=Path), help="With --suite: JUnit XML file to write."
-            ),
+            click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write."),
         ]
     ):
         command = option(command)
@@ -90,7 +85,7 @@ def suite() -> None:
 @suite.command()
 @click.argument("run")
 @store_option
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder to write.")
+@click.option("--out", type=GivenPath(), required=True, help="New folder to write.")
 def save(run: str, store: str, out: Path) -> None:
     """Freeze the accepted scenarios of RUN in one portable folder: pictures, codes, decoder, labels, thresholds.
 
