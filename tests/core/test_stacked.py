@@ -390,7 +390,7 @@ def test_that_a_classifier_cannot_be_stacked_is_said_once_for_all_stacks_of_a_sw
     torch.manual_seed(0)
     models = replace(tiny_models, classifier=weights_of(Branching()))
     LocalCompute().sweeps(models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])
-    (line,) = [line for line in caplog.messages if "cannot be stacked" in line]
+    assert sum("cannot be stacked" in line for line in caplog.messages) == 1
 
 
 def test_an_error_of_the_classifiers_code_about_one_lambda_leaves_out_that_one_alone(

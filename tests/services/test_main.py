@@ -96,7 +96,15 @@ def test_an_empty_path_is_not_taken_for_the_current_folder(monkeypatch, capsys):
     assert code == 2
     assert "IMAGES': expected a value, found an empty one; is the variable set?" in err
     paths = [p for each in commands(defuse) for p in each.params if isinstance(p.type, click.Path)]
-    assert {path.name for path in paths} >= {"images", "runfile", "suite", "weights", "junit", "out", "folder"}
+    assert {path.name for path in paths} >= {
+        "images",
+        "runfile",
+        "suite",
+        "weights",
+        "junit",
+        "out",
+        "folder",
+    }
     for path in paths:
         with pytest.raises(click.BadParameter, match="found an empty one"):
             path.type.convert("", path, None)
