@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from services.tables import print_table
+
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
     from services.labeling.status import ReviewStatus
@@ -28,7 +30,7 @@ def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Co
     table = _table(gallery, "verdict")
     for scenario, reason in enumerate(verdicts.reasons):
         table.add_row(*_scenario_cells(gallery, scenario), reason)
-    console.print(table)
+    print_table(console, table)
 
 
 def print_status(status: ReviewStatus, console: Console) -> None:
@@ -49,7 +51,7 @@ def print_status(status: ReviewStatus, console: Console) -> None:
             "reference models' answers, before which no image is sure.",
             soft_wrap=True,
         )
-    console.print(_scenario_table(status))
+    print_table(console, _scenario_table(status))
     _print_discarded(status, console)
 
 
