@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     type=GivenPath(),
     help="New folder for the pictures of the failure scenarios: train/CLASS/*.png (reviewed, and drawn to tune on), "
     "test/CLASS/*.png (held out; a suite checks the same ones) and labels.csv, whose column class_index has the "
-    "classifier's class numbers. torchvision's ImageFolder numbers the folders.",
+    "classifier's class numbers. torchvision's ImageFolder numbers the folders. Failures that are tuned on though "
+    "nobody reviewed them (correct.unreviewed) are not among the pictures.",
 )
 def export(run: str, store: str, model: Path | None, folder: Path | None) -> None:
     """Write the corrected classifier of RUN, or the pictures of its failure scenarios, for other tools.

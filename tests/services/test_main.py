@@ -108,3 +108,9 @@ def test_an_empty_path_is_not_taken_for_the_current_folder(monkeypatch, capsys):
     for path in paths:
         with pytest.raises(click.BadParameter, match="found an empty one"):
             path.type.convert("", path, None)
+
+
+def test_the_help_of_export_says_which_pictures_are_missing(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "export", "--help")
+    assert code == 0
+    assert "nobody reviewed them (correct.unreviewed) are not among the pictures" in " ".join(out.split())
