@@ -316,13 +316,17 @@ class ReviewProject:
         return edits
 
     def _put_back(self, project: Project, *names: str) -> None:
-        """Set settings again that someone changed and that a review depends on."""
+        """Set settings again that a review depends on and that someone changed, or an earlier version set otherwise."""
         wanted, found = asdict(self.settings()), asdict(project.settings)
         for name in names:
             if found[name] != wanted[name]:
                 self.client.update_project(project.id, **{name: wanted[name]})
                 log.warning(
-                    "project %d had %s %s; put back to %s", project.id, name, found[name], wanted[name]
+                    "project %d had %s %s; put back to %s, as this version sets it: there is nothing to do",
+                    project.id,
+                    name,
+                    found[name],
+                    wanted[name],
                 )
 
     def _bucket_storage(self) -> BucketStorage | None:
