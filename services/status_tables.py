@@ -12,8 +12,8 @@ from rich.text import Text
 
 from defuse_core.artifacts import Models
 from defuse_core.config import STEPS
-from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError
-from defuse_core.report.formatting import NONE, count_of, date_time, duration, percent, size
+from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError, count_of
+from defuse_core.report.formatting import NONE, date_time, duration, percent, size
 from defuse_core.report.notices import headline
 from defuse_core.runs import Run
 from defuse_core.store import Store

@@ -14,10 +14,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from defuse_core.errors import count_of
 from defuse_core.report.formatting import (
     NONE,
     change,
-    count_of,
     interval,
     is_low,
     lam_text,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, count_of
 from services.cli.options import CLASSIFIER_HELP, GivenPath, classifier_choice, given, usable_name
 
 if TYPE_CHECKING:
@@ -94,16 +94,15 @@ def _print_plan(plan: Plan, path: Path, minutes: float) -> None:
     if plan.probe is not None:
         ranges = ", ".join(f"{name} {share:.1%}" for name, share in plan.probe.by_range.items())
         click.echo(f"classifier  right on {plan.probe.images} training images, by input range: {ranges}")
-    click.echo(
-        f"β-VAE       {vae['latent_dim']} dimensions, {vae['epochs']} epochs at {plan.speeds.vae:,.0f} images/s"
-    )
+    epochs = count_of(vae["epochs"], "epoch")
+    click.echo(f"β-VAE       {vae['latent_dim']} dimensions, {epochs} at {plan.speeds.vae:,.0f} images/s")
     if vae.get("decode") == "anchored":
         click.echo("decode      anchored: photographs are moved, not redrawn")
     for warning in plan.warnings:
         click.echo(f"note        {warning}")
     named = "" if usable_name(path.stem) == path.stem else f" --name {usable_name(path.stem)}"
     following = f"defuse run {shlex.quote(str(path))}{named}"
-    click.echo(f"wrote {path}, for about {minutes:g} minutes; next: {following}")
+    click.echo(f"wrote {path}, for about {count_of(minutes, 'minute')}; next: {following}")
 
 
 @click.command()

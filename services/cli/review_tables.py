@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from defuse_core.errors import count_of
 from services.tables import print_table
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ ROWS_SHOWN = 20
 
 def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Console) -> None:
     """Print the stored votes of a review and the verdicts on its scenarios."""
-    console.print(f"{len(votes.answer)} votes of {votes.answered_by} are stored.")
+    console.print(f"{count_of(len(votes.answer), 'vote')} of {votes.answered_by} stored.")
     for number, count in sorted(Counter(votes.annotator.tolist()).items()):
         console.print(f"  {votes.annotators[number]}: {count}", highlight=False)
     _print_agreement("Agreement", verdicts, console)

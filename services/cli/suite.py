@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import CheckFailed, InputError
+from defuse_core.errors import CheckFailed, InputError, count_of
 from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
@@ -111,7 +111,8 @@ def save(run: str, store: str, out: Path) -> None:
         elif not scenario.least:
             click.echo(f"{scenario.name}: nothing is asked, since the correction did not improve it "
                        f"({scenario.before:.1%} before, {scenario.after:.1%} after)")  # fmt: skip
-    click.echo(f"{out}: {len(scenarios)} scenarios with {scenarios[0].pictures} pictures each; next: "
+    pictures = count_of(scenarios[0].pictures, "picture")
+    click.echo(f"{out}: {count_of(len(scenarios), 'scenario')} with {pictures} each; next: "
                f"defuse check --suite {out} --classifier ...")  # fmt: skip
 
 

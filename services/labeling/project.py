@@ -18,7 +18,7 @@ import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from defuse_core.artifacts import I64, Bool
-from defuse_core.errors import InputError, ServiceError
+from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.api_types import BucketStorage, TaskImport
 from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
@@ -192,9 +192,9 @@ class ReviewProject:
             log.info("review: deleted task %d, a duplicate or an edited version of %s", duplicate, key)
         if unknown:
             log.warning(
-                "project %d also contains %d tasks that Defuse did not import; they stay as they are",
+                "project %d also contains %s that Defuse did not import; left there",
                 self.state.number,
-                unknown,
+                count_of(unknown, "task"),
             )
         return present
 
@@ -209,7 +209,7 @@ class ReviewProject:
         for batch in batches(self._task(index) for index in missing):
             self.client.import_tasks(self.state.number, batch)
             imported += len(batch)
-        log.info("review: pushed %d tasks to project %d", imported, self.state.number)
+        log.info("review: pushed %s to project %d", count_of(imported, "task"), self.state.number)
 
     def _task(self, index: int) -> TaskImport:
         return self.tasks.task(index, self.prelabels.get(index), secret=self.state.secret)

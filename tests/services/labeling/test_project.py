@@ -286,7 +286,7 @@ def test_tasks_that_defuse_did_not_import_are_left_alone(make_review, caplog):
     stranger = {"data": {"image": "data:image/png;base64,AAAA"}}
     review.api.import_tasks(number, [stranger | {"meta": {"sample_key": 5}}])
     review.annotators.push(review.gallery)
-    assert "1 tasks that Defuse did not import" in caplog.text
+    assert "1 task that Defuse did not import" in caplog.text
     assert len(review.tasks()) == 13
 
 
