@@ -44,7 +44,7 @@ from defuse_core.watch.failure_detector import FailureWatch
 if TYPE_CHECKING:
     import pandas as pd
 
-PART_NAMES = {"train": "training", "validation": "validation"}
+IMAGE_OF = {"train": "training image", "validation": "validation image"}
 COLUMNS = (
     "accepted",
     "label",
@@ -236,11 +236,10 @@ class RealImages:
         return len(self.labels)
 
     def __repr__(self) -> str:
-        images = count_of(len(self), f"{PART_NAMES[self.part]} image")
-        return f"<{images}, the nearest first, of {', '.join(self.labels)}>"
+        return f"<{count_of(len(self), IMAGE_OF[self.part])}, the nearest first, of {', '.join(self.labels)}>"
 
     def _repr_html_(self) -> str:
-        return render_real(self.images, self.labels, self.answers, f"Nearest {PART_NAMES[self.part]} images")
+        return render_real(self.images, self.labels, self.answers, f"Nearest {IMAGE_OF[self.part]}s")
 
 
 @dataclass(frozen=True, eq=False)

@@ -321,13 +321,8 @@ class ReviewProject:
         for name in names:
             if found[name] != wanted[name]:
                 self.client.update_project(project.id, **{name: wanted[name]})
-                log.warning(
-                    "project %d had %s %s; put back to %s, as this version sets it: there is nothing to do",
-                    project.id,
-                    name,
-                    found[name],
-                    wanted[name],
-                )
+                change = f"had {name} {found[name]}; put back to {wanted[name]}, as this version sets it"
+                log.warning("project %d %s: there is nothing to do", project.id, change)
 
     def _bucket_storage(self) -> BucketStorage | None:
         """Return the storage that shows pictures in the run's bucket; None if all pictures are inline.
