@@ -84,9 +84,6 @@ def run_trials(sweep: SweepContext) -> list[Outcome]:
         if result.error is not None:
             error, done = _failure(result.error, lams), finished_trials(request.spec, request.store)
             failed |= {lam: error for lam in lams if lam not in done and lam not in failed}
-        for lam in lams:
-            if lam in failed:
-                log.warning("correct: the trial with λ = %g failed for good: %s", lam, failed[lam])
     return [_outcome(request, failed) for request, failed in zip(sweep.requests, failures, strict=True)]
 
 

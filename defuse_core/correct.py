@@ -299,9 +299,12 @@ def collect_sweep(
     """Return the sweep with the weights that the rule of choice picks over all λ; the smaller λ of equals.
 
     Nothing is picked where no λ keeps the clean accuracy within correct.max_loss (choose_by tune).
-    `failures` holds the error of each λ that is left out. Raises ModelError or ComputeError if all failed.
+    `failures` holds the error of each λ that is left out, which is logged. Raises ModelError or ComputeError if all
+    failed.
     """
     failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
+    for each in failed:
+        log.warning("correct: the trial with λ = %g failed for good: %s", each.lam, each.cause)
     if failures and not trials:
         kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
         raise kind(f"correct: every trial failed; λ = {failed[0].lam:g}: {failed[0].cause}")

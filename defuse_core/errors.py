@@ -55,6 +55,12 @@ def first_few(names: Sequence[str], most: int = 5) -> str:
     return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
+def count_of(number: float, noun: str) -> str:
+    """Return `1 image`, `2 images`, `12,345 images`, `1.5 minutes`. The plural of the noun ends in s."""
+    text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{text} {noun}" if number == 1 else f"{text} {noun}s"
+
+
 def one_line(error: Exception, limit: int = 200) -> str:
     """Return at most `limit` characters of an error's message, on one line."""
     return " ".join(str(error).split())[:limit]

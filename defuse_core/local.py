@@ -99,7 +99,6 @@ class LocalCompute:
                     trials.append(outcome)
                 else:
                     failures[lam] = outcome
-                    log.warning("correct: the trial with λ = %g failed for good: %s", lam, outcome)
             done = len(trials) + len(failures)
             self.progress("fine-tuning over λ", done, len(spec.correct.lambdas), "trials")
         return collect_sweep(spec, models, trials, failures)

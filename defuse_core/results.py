@@ -18,7 +18,7 @@ from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
 from defuse_core.data import Images, PictureFiles, Splits, reopen_splits
 from defuse_core.data.npz import rows_in_file
 from defuse_core.distill.draws import distances_from
-from defuse_core.errors import DefuseError, InputError
+from defuse_core.errors import DefuseError, InputError, count_of
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
@@ -44,7 +44,7 @@ from defuse_core.watch.failure_detector import FailureWatch
 if TYPE_CHECKING:
     import pandas as pd
 
-PART_NAMES = {"train": "training", "validation": "validation"}
+IMAGE_OF = {"train": "training image", "validation": "validation image"}
 COLUMNS = (
     "accepted",
     "label",
@@ -236,10 +236,10 @@ class RealImages:
         return len(self.labels)
 
     def __repr__(self) -> str:
-        return f"<{len(self)} {PART_NAMES[self.part]} images, the nearest first, of {', '.join(self.labels)}>"
+        return f"<{count_of(len(self), IMAGE_OF[self.part])}, the nearest first, of {', '.join(self.labels)}>"
 
     def _repr_html_(self) -> str:
-        return render_real(self.images, self.labels, self.answers, f"Nearest {PART_NAMES[self.part]} images")
+        return render_real(self.images, self.labels, self.answers, f"Nearest {IMAGE_OF[self.part]}s")
 
 
 @dataclass(frozen=True, eq=False)
@@ -394,7 +394,7 @@ class ScenarioList(Sequence[ScenarioView]):
         return pd.DataFrame(rows, index=index, columns=list(COLUMNS))
 
     def __repr__(self) -> str:
-        return f"<{len(self)} scenarios, {len(self.accepted)} of them failure scenarios>"
+        return f"<{count_of(len(self), 'scenario')}, {len(self.accepted)} of them failure scenarios>"
 
     def _repr_html_(self) -> str:
         return self._result._show(self)

@@ -143,8 +143,11 @@ def _run_together(
             alone.append(lam)  # its trial alone is the stored one
         else:
             groups.setdefault(len(trial.rows), {})[lam] = trial
-    if any(len(group) > 1 for group in groups.values()) and not _can_stack(spec, models, tuning.clean.train):
-        return list(lams)
+    if any(len(group) > 1 for group in groups.values()):
+        why = _why_not_stacked(spec, models, tuning.clean.train)
+        if why is not None:
+            _log_not_stacked(spec.correct, lams, why)
+            return list(lams)
     for epochs in sorted(groups):
         group = groups[epochs]
         while len(group) > 1:
@@ -244,24 +247,28 @@ def _is_shared(name: str) -> bool:
     return name.endswith("/step")
 
 
-def _can_stack(spec: RunFile, models: Models, images: Images) -> bool:
-    """Whether the classifier computes stacked what it computes alone; logs why not."""
+def _why_not_stacked(spec: RunFile, models: Models, images: Images) -> str | None:
+    """Return why the classifier does not compute stacked what it computes alone, or None where it does."""
     batch = to_tensor(images.batch(slice(0, PROBED)))
     try:
         with cpu_threads(1):
             template = load_classifier(spec, models.classifier, len(models.classes))
-            why = _difference(Stack(template, [models.classifier, _shrunk(models.classifier)]), batch)
+            return _difference(Stack(template, [models.classifier, _shrunk(models.classifier)]), batch)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        why = f"{type(error).__name__}: {one_line(error)}"
-    if why is not None:
-        log.warning(
-            "correct: this classifier cannot be stacked (%s); its λ are fine-tuned one after the other; "
-            "correct.stack: 1 does so side by side, under another --name",
-            why,
-        )
-    return why is None
+        return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _log_not_stacked(section: CorrectSection, lams: Sequence[float], why: str) -> None:
+    """Warn once per sweep: all stacks, which may be computed in different processes, find the same."""
+    first = next(stack for stack in stacks_of(section) if len(stack) > 1)
+    log.log(
+        logging.WARNING if tuple(lams) == first else logging.DEBUG,
+        "correct: this classifier cannot be stacked (%s); its λ are fine-tuned one after the other; "
+        "correct.stack: 1 does so side by side, under another --name",
+        why,
+    )
 
 
 def _shrunk(weights: Weights) -> Weights:

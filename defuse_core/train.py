@@ -30,6 +30,7 @@ from defuse_core.models import (
     Vae,
     build_classifier,
     check_outputs,
+    expect_rows,
     expect_trainable,
     load_pretrained,
     log_classifier,
@@ -250,9 +251,10 @@ def train_classifier(
 
 
 def classifier_loss(spec: RunFile, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy on (n, channels, H, W) images."""
+    """Return the mean cross-entropy on (n, channels, H, W) images. Raises ModelError unless there are n logits."""
     with autocast(spec.resources.arithmetic("classifier")):
         logits = classifier(images)
+    expect_rows(len(logits), len(labels))
     return F.cross_entropy(logits.float(), labels)
 
 

@@ -12,13 +12,13 @@ from rich.text import Text
 
 from defuse_core.artifacts import Models
 from defuse_core.config import STEPS
-from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError
-from defuse_core.report.formatting import NONE, count_of, date_time, duration, percent, size
+from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError, count_of
+from defuse_core.report.formatting import NONE, date_time, duration, percent, size
 from defuse_core.report.notices import headline
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.console import Terminal
-from services.tables import accuracy_table, add_row, new_table, print_text
+from services.tables import accuracy_table, add_row, new_table, print_table, print_text
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
@@ -152,12 +152,12 @@ def print_status(run: Run, console: Console | None = None) -> None:
         add_row(table, *(cells[name] for name in columns))
     seconds = sum(state.seconds or 0 for state in states)
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
-    console.print(table)
+    print_table(console, table)
     if models := run.load(Models):
         _print_health(console, run, models)
     if report := _stored_report(run):
         print_text(console, headline(report), "bold")
-        console.print(accuracy_table(report))
+        print_table(console, accuracy_table(report))
     elif run.store.exists("report.json"):
         print_text(console, _unread_report(run), "yellow")
     console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
@@ -229,7 +229,7 @@ def print_runs(store: Store, console: Console | None = None) -> None:
     if not table.row_count:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
         return
-    console.print(table)
+    print_table(console, table)
     for note in notes:
         print_text(console, note, "yellow")
     for problem in problems:

@@ -6,7 +6,7 @@ import functools
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich import box
 from rich.console import Console
@@ -14,10 +14,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from defuse_core.errors import count_of
 from defuse_core.report.formatting import (
     NONE,
     change,
-    count_of,
     interval,
     is_low,
     lam_text,
@@ -39,7 +39,8 @@ STATES = ("persisting", "fixed", "back again", "was right", "new", "found now")
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
 DROPPED_COMPARED = ("B after", "A before", "Mistaken for", "In B", "A after")  # in turn, until the table fits
 DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # of the table of scenarios, in turn, until it fits
-UNBOUNDED = 1000  # columns, in which every table of scenarios fits
+UNBOUNDED = 1000  # columns, in which every table fits
+FOLDED = 10  # columns that a text needs which is broken anywhere
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
 
 
@@ -49,13 +50,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
     print_text(console, headline(report), "bold")
     for warning in caveats(report):
         print_text(console, warning, "yellow")
-    console.print(accuracy_table(report))
+    print_table(console, accuracy_table(report))
     if report.evidence is not None:
-        console.print(_evidence_table(report.evidence))
+        print_table(console, _evidence_table(report.evidence))
     if report.scenarios.accepted:
-        make = functools.partial(_scenario_table, report, console.width)
-        console.print(_fitting(make, SCENARIO_COLUMNS, DROPPED, console))
-    console.print(_agreement_table(report))
+        _print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
+    print_table(console, _agreement_table(report))
     for line in _lines(report):
         print_text(console, line, "dim")
 
@@ -80,6 +80,34 @@ def new_table(title: str | None, columns: Sequence[str], texts: int = 1) -> Tabl
 def add_row(table: Table, *cells: str | Text) -> None:
     """Add a row; square brackets in a class name are text, not rich's markup."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; where rich would cut its cells, those of each row below each other, with their headings."""
+    if _needed_width(console, table) <= console.width:
+        console.print(table)
+        return
+    if table.title:
+        console.print(Text(str(table.title), style="bold"))
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        for place, (column, cell) in enumerate(zip(table.columns, cells, strict=True)):
+            heading = f"{column.header}: " if column.header else ""
+            console.print(Text.assemble("  " if place else "", heading, cast(str | Text, cell)))
+    if table.caption:
+        console.print(Text(str(table.caption), style="dim"))
+    console.print()
+
+
+def _needed_width(console: Console, table: Table) -> int:
+    """Return the width from which on rich cuts no cell: a column that may wrap needs its longest word."""
+    unbounded = console.options.update_width(UNBOUNDED)
+    width = Measurement.get(console, unbounded, table).maximum
+    for column in table.columns:
+        if not column.no_wrap:
+            cells = [Measurement.get(console, unbounded, cell) for cell in (column.header, *column.cells)]
+            word = FOLDED if column.overflow == "fold" else max(cell.minimum for cell in cells)
+            width -= max(0, max(cell.maximum for cell in cells) - word)
+    return width
 
 
 def accuracy_table(report: Report) -> Table:
@@ -118,8 +146,7 @@ def print_comparison(
     """Print the scenarios of two runs side by side, and how many there are of each state that occurs."""
     console = console or Terminal()
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
-    make = functools.partial(_comparison_table, rows, console.width)
-    console.print(_fitting(make, COMPARED, DROPPED_COMPARED, console))
+    _print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
     counts = Counter[str](row.state for row in rows)
     print_text(console, ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), "")
 
@@ -136,19 +163,22 @@ def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Seq
     return table
 
 
-def _fitting(
-    make: Callable[[Sequence[str]], Table], columns: Sequence[str], dropped: Sequence[str], console: Console
-) -> Table:
-    """Return make(columns); a narrow terminal shows fewer of them, rather than parts of each."""
-    shown = list(columns)
-    table = make(shown)
-    unbounded = console.options.update_width(UNBOUNDED)
-    for name in dropped:
-        if Measurement.get(console, unbounded, table).maximum <= console.width:
-            break
-        shown.remove(name)
-        table = make(shown)
-    return table
+def _print_fitting(
+    make: Callable[[int, Sequence[str]], Table],
+    columns: Sequence[str],
+    dropped: Sequence[str],
+    console: Console,
+) -> None:
+    """Print make(width, columns); a narrow terminal shows fewer columns, rather than parts of each.
+
+    One in which the fewest do not fit shows all of them, below each other.
+    """
+    for count in range(len(dropped) + 1):
+        table = make(console.width, [name for name in columns if name not in dropped[:count]])
+        if _needed_width(console, table) <= console.width:
+            console.print(table)
+            return
+    print_table(console, make(UNBOUNDED, columns))
 
 
 def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table:

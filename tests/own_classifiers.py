@@ -157,6 +157,10 @@ class EightRows(nn.Module):
         return logits[:8]
 
 
+def with_eight_rows() -> nn.Module:
+    return nn.Sequential(Net(), EightRows())
+
+
 def with_lazy_layers() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
 

@@ -6,7 +6,15 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from defuse_core.errors import has_control_characters
 
@@ -72,6 +80,13 @@ def _whole_above_one(gpus: float) -> float:
     return gpus
 
 
+def _given(path: object) -> object:
+    """Refuse an empty path, which Path takes for the current folder."""
+    if path == "":
+        raise ValueError("expected a path, found an empty one; write . for the current folder")
+    return path
+
+
 def _with_home(path: Path) -> Path:
     """Expand ~, which no shell expands in a run file."""
     try:
@@ -80,5 +95,5 @@ def _with_home(path: Path) -> Path:
         raise ValueError(f"{path}: expected the home of an existing user") from error
 
 
-UserPath = Annotated[Path, AfterValidator(_with_home)]
+UserPath = Annotated[Path, BeforeValidator(_given), AfterValidator(_with_home)]
 GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from defuse_core.data.images import FINGERPRINT_IMAGES, Images, PictureFiles, Sp
 DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 MOST = 0.75  # share of the images looked at from which they are odd
-MOST_COMPARED = 10_000  # training images that those of other parts are compared with
+MOST_COMPARED = 10_000  # images of a part that those of later parts are compared with
 
 
 def odd_images(images: Images) -> list[str]:
@@ -51,27 +52,27 @@ def _is_partly_transparent(path: str) -> bool:
 
 
 def shared_images(splits: Splits) -> list[str]:
-    """Return a line for each part with images that are training images, too: files of equal bytes, or equal arrays.
+    """Return a line for each two parts that share images: files of equal bytes, or equal arrays.
 
-    Looks for at most 128 images of a part among at most 10,000 training images, evenly spaced, without decoding any.
+    Looks for at most 128 images of the later part (train, validation, test) among at most 10,000 of the earlier one,
+    evenly spaced, without decoding any.
     """
     lines = []
-    train = splits.train.take(evenly_spaced(len(splits.train), MOST_COMPARED))
-    for part, images in splits.parts().items():
-        if part == "train":
-            continue
+    for (earlier, others), (part, images) in combinations(splits.parts().items(), 2):
+        many = others.take(evenly_spaced(len(others), MOST_COMPARED))
         some = images.take(evenly_spaced(len(images), FINGERPRINT_IMAGES))
         sizes = {_size(some, row) for row in range(len(some))} - {0}
-        known = {_digest(train, row): row for row in range(len(train)) if _size(train, row) in sizes}
+        known = {_digest(many, row): row for row in range(len(many)) if _size(many, row) in sizes}
         digests = {row: _digest(some, row) for row in range(len(some)) if _size(some, row)}
         same = [(row, known[digest]) for row, digest in digests.items() if digest in known]
         if same:
             example = ""
-            if isinstance(some.pixels, PictureFiles) and isinstance(train.pixels, PictureFiles):
+            if isinstance(some.pixels, PictureFiles) and isinstance(many.pixels, PictureFiles):
                 row, other = same[0]
-                example = f", such as {some.pixels.paths[row]}, which is {train.pixels.paths[other]}"
+                example = f", such as {some.pixels.paths[row]}, which is {many.pixels.paths[other]}"
+            kind = "training" if earlier == "train" else earlier
             lines.append(
-                f"{len(same)} of {len(some)} {part} images looked at are training images, too{example}; figures on "
+                f"{len(same)} of {len(some)} {part} images looked at are {kind} images, too{example}; figures on "
                 f"{part} images are too good with them, so remove them from one of both"
             )
     return lines

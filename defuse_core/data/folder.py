@@ -13,7 +13,7 @@ from defuse_core.config import DataSection
 from defuse_core.data.appearance import odd_images
 from defuse_core.data.images import FilePaths, Images, PictureFiles, Splits, data_root, expect_class_names
 from defuse_core.data.splits import sample, with_validation
-from defuse_core.errors import DataError, first_few
+from defuse_core.errors import DataError, count_of, first_few
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 
@@ -163,5 +163,5 @@ def overlooked(root: Path) -> list[str]:
             lines.append(f"{entry.name}/ is not read, {wanted}/ is")
     ignored = [path for path in root.glob("*/*/*") if path.name.lower() in SYSTEM_FILES]
     if ignored:
-        lines.append(f"{len(ignored)} files such as {ignored[0].relative_to(root)} are ignored")
+        lines.append(f"ignored: {count_of(len(ignored), 'file')} such as {ignored[0].relative_to(root)}")
     return lines

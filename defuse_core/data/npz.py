@@ -80,7 +80,12 @@ def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
 
 
 def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
-    """Return those of the wanted arrays that are in the file. Nothing is unpickled."""
+    """Return those of the wanted arrays that are in the file. Nothing is unpickled. Raises DataError.
+
+    A named pipe, which would be waited for without end, is not opened.
+    """
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise DataError(f"{file}: expected an .npz file, found a pipe, a device or a socket; check data.root")
     try:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):

@@ -6,7 +6,7 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64
 from defuse_core.data.images import Images
-from defuse_core.errors import DataError
+from defuse_core.errors import DataError, count_of
 from defuse_core.seeds import generator
 
 
@@ -45,15 +45,16 @@ def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Im
     if images.tracks is not None:
         held, kept = split_tracks(images, share, rng)
         if not (len(held) and len(kept)):
+            tracks = count_of(len(np.unique(images.tracks)), "track")
             raise DataError(
-                f"data.validation_share: {share} of {len(np.unique(images.tracks))} tracks leaves a part empty; "
+                f"data.validation_share: {share} of {tracks} leaves a part empty; "
                 "add images or change the share"
             )
         return images.take(kept), images.take(held)
     count = round(share * len(images))
     if not 0 < count < len(images):
         raise DataError(
-            f"data.validation_share: {share} of {len(images)} images is {count}, "
+            f"data.validation_share: {share} of {count_of(len(images), 'image')} is {count}, "
             "and each part needs at least one; add images or change the share"
         )
     order = mixed_order(images.labels, rng)
@@ -93,7 +94,7 @@ def halves(images: Images, seed: int) -> tuple[Images, Images]:
     """Return two random halves, validation and test of the German signs and SVHN (Appendix B)."""
     if len(images) < 2:
         raise DataError(
-            f"the official test set has {len(images)} images, and halving it needs two; check data.root"
+            f"the official test set has {count_of(len(images), 'image')}, and halving it needs two; check data.root"
         )
     order = generator(seed, "split", "halves").permutation(len(images))
     middle = len(images) // 2

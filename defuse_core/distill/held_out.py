@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from defuse_core.artifacts import I64, Bool, ComponentFailures, Scenarios
+from defuse_core.errors import count_of
 
 REPAIRS = 5000  # units that change halves at most
 UNDIVIDED = "too few photographs to hold out"  # the reason why a component is dropped begins with it
@@ -87,4 +88,4 @@ def without_undivided(scenarios: Scenarios) -> Scenarios:
 def _why_undivided(failures: ComponentFailures, component: int) -> str:
     units = len(np.unique(failures.anchors.unit[failures.anchor[component]]))
     what = "photograph" if failures.anchors.track is None else "track"
-    return f"all are of one {what}" if units == 1 else f"other components share its {units} {what}s"
+    return f"all are of one {what}" if units == 1 else f"other components share its {count_of(units, what)}"

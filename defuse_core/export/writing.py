@@ -28,7 +28,7 @@ def writing(option: str, path: Path) -> Iterator[None]:
 
     Raises InputError for a path inside a run, a suite or a registry, where it could replace one of their files.
     """
-    _expect_no_own_folder(option, path)
+    expect_no_own_folder(option, path)
     try:
         yield
     except OSError as error:
@@ -38,7 +38,8 @@ def writing(option: str, path: Path) -> Iterator[None]:
         raise InputError(f"{option} {path}: cannot be written ({reason}); choose another place") from error
 
 
-def _expect_no_own_folder(option: str, path: Path) -> None:
+def expect_no_own_folder(option: str, path: Path) -> None:
+    """Raise InputError for a path inside a run, a suite or a registry."""
     for folder in Path(os.path.realpath(path)).parents:
         for kind, names in OWN_FILES:
             if all(os.path.lexists(folder / name) for name in names):

@@ -75,13 +75,16 @@ def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             parts.append(function(rows).cpu().numpy())
-            given, found = rows.stop - rows.start, len(parts[-1])
-            if found != given:
-                raise ModelError(
-                    f"a network returns {found} rows for a batch of {given}; let it return one for each, in batches of "
-                    "any size"
-                )
+            expect_rows(len(parts[-1]), rows.stop - rows.start)
     return np.concatenate(parts)
+
+
+def expect_rows(found: int, given: int) -> None:
+    """Raise ModelError where a network returns more or fewer rows than it was given."""
+    if found != given:
+        raise ModelError(
+            f"a network returns {found} rows for a batch of {given}; let it return one for each, in batches of any size"
+        )
 
 
 def _as_images(images: Images | F32) -> Images:

@@ -118,11 +118,6 @@ def unbroken(text: str) -> str:
     return re.sub(r"(\d) %", "\\1\u00a0%", text)
 
 
-def count_of(number: int, noun: str) -> str:
-    """Return `1 image`, `2 images`, `12,345 images`. The plural of the noun ends in s."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def text_of(value: object) -> str:
     """Return a value of the annotators' notes as text."""
     if isinstance(value, list | tuple):

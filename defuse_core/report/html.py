@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.config import RunFile, dump_run_file
 from defuse_core.data.images import to_levels, to_picture
+from defuse_core.errors import count_of
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.nearest_real import NearestReal
@@ -115,7 +116,7 @@ def environment() -> Environment:
     made.filters["percent"] = formatting.percent
     made.globals.update(
         change=formatting.change,
-        count_of=formatting.count_of,
+        count_of=count_of,
         date_time=formatting.date_time,
         duration=formatting.duration,
         is_low=formatting.is_low,

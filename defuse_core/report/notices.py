@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from defuse_core.errors import count_of
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs, judges_are_worse
-from defuse_core.report.formatting import count_of, is_low, pairs_in_words, percent
+from defuse_core.report.formatting import is_low, pairs_in_words, percent
 from defuse_core.report.schema import Report
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from defuse_core.artifacts import F64, I64, NONE_OF_THE_ABOVE, Bool, Gallery, MoreImages
+from defuse_core.errors import count_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +59,14 @@ class Shares:
 
     def found(self, component: int) -> str:
         """Return what was found on one component."""
-        share, count = float(self.misclassified[component]), int(self.labelled[component])
+        share = float(self.misclassified[component])
+        images = count_of(int(self.labelled[component]), "labelled image")
         if self.units is None:
-            return f"{share:.0%} of {count} labelled images are misclassified"
+            return f"{share:.0%} of {images} are misclassified"
         failing, total = int(self.units.failing[component]), int(self.units.total[component])
-        of = f"{total} {self.units.name}{'' if total == 1 else 's'}"
+        of = count_of(total, self.units.name)
         at = "" if failing == total else f", over {self.rho:.0%} at {failing} of them"
-        return f"{share:.0%} of {count} labelled images of {of} are misclassified{at}"
+        return f"{share:.0%} of {images} of {of} are misclassified{at}"
 
     def why_not(self, component: int) -> str:
         """Return the requirement that one component does not meet."""

@@ -7,6 +7,7 @@ import numpy as np
 from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Health, Psi, Scenarios, Verdicts
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.distill.held_out import UNDIVIDED
+from defuse_core.errors import count_of
 from defuse_core.review.decision import fewest_units
 from defuse_core.review.verdicts import false_discovery_rate
 
@@ -63,8 +64,8 @@ def _fault_of_vae_or_screen(health: Health | None, psi: Psi | None) -> str | Non
         return f"the β-VAE is {health.verdict} ({why}"
     if psi is not None and psi.failing and not psi.total:
         return (
-            f"the reference models see the class of the image in none of {psi.failing:,} failing "
-            f"draw{'' if psi.failing == 1 else 's'}; train better ones, or lower identify.min_probability"
+            f"the reference models see the class of the image in none of "
+            f"{count_of(psi.failing, 'failing draw')}; train better ones, or lower identify.min_probability"
         )
     return None
 
@@ -93,11 +94,11 @@ def _too_few_units(
     few = int((open_ones & over & (total < needed)).sum())
     if not few:
         return None
-    of = f"{few} of {len(gallery)} component{'' if len(gallery) == 1 else 's'}"
+    of = f"{few} of {count_of(len(gallery), 'component')}"
     return (
         f"{of} fail{'s' if few == 1 else ''} in over {review.rho:.0%} (review.rho), but show{'s' if few == 1 else ''} "
-        f"fewer than the {needed} {noun}s that certainty takes; review more images of each (review.images), or give "
-        "identification more photographs"
+        f"fewer than the {count_of(needed, noun)} that certainty takes; review more images of each (review.images), "
+        "or give identification more photographs"
     )
 
 
@@ -131,6 +132,6 @@ def _all_dropped(review: ReviewSection, scenarios: Scenarios, codes: int) -> str
     elif review.tau == "auto":
         remedy = "more identify.draws, better reference models, or a smaller review.purity or review.failing"
     return (
-        f"Ψ has {codes:,} code{'' if codes == 1 else 's'}, but no component was left to review ({len(unclear)} could "
+        f"Ψ has {count_of(codes, 'code')}, but no component was left to review ({len(unclear)} could "
         f"not be judged, the heaviest since {heaviest.reason}); try {remedy}"
     )

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
+from defuse_core.errors import count_of
 from defuse_core.evaluation.controls import PLAIN_TRAININGS
 from defuse_core.models import (
     ReferenceCnn,
@@ -258,14 +259,14 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
     if planned > TOO_LONG * minutes:
         side = tree["data"]["image_size"]
         warnings.append(
-            f"{minutes:g} minutes are too few: even with {epochs} epochs for the β-VAE a run of {count:,} images of "
-            f"{side}x{side} pixels takes about {planned:,.0f} minutes here; set data.train_images or a smaller "
-            "data.image_size"
+            f"{count_of(minutes, 'minute')} cannot be enough: even with {count_of(epochs, 'epoch')} for the β-VAE a "
+            f"run of {count:,} images of {side}x{side} pixels takes about {planned:,.0f} minutes "
+            "here; set data.train_images or a smaller data.image_size"
         )
     elif epochs < FEW_EPOCHS:
         warnings.append(
-            f"{minutes:g} minutes leave {epochs} epochs for the β-VAE, which are few; give --minutes more, or set "
-            "data.train_images or a smaller data.image_size"
+            f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give --minutes "
+            "more, or set data.train_images or a smaller data.image_size"
         )
     return warnings
 

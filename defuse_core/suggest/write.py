@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from defuse_core.config.loading import FieldDescription, describe_fields
+from defuse_core.errors import count_of
 from defuse_core.suggest.inspect import quoted
 from defuse_core.suggest.plan import Plan
 
@@ -29,7 +30,7 @@ def _header(plan: Plan, minutes: float) -> list[str]:
     facts, speeds = plan.facts, plan.speeds
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
     lines = [
-        f"Written by `defuse init` for about {minutes:g} minutes on a machine like the one where it ran.",
+        f"Written by `defuse init` for about {count_of(minutes, 'minute')} on a machine like the one where it ran.",
         f"Images: {counts}; {facts.width}x{facts.height} pixels (median), {_colours(facts.channels)}.",
         f"Classes: {_listed(facts.classes)}.",
         f"Measured, images/s: β-VAE {speeds.vae:,.0f}, decoding and classifying {speeds.decode:,.0f}, "

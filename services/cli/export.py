@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, count_of
 from defuse_core.store import checked_name
-from services.cli.options import json_option, open_run, print_json, store_option
+from services.cli.options import GivenPath, json_option, open_run, print_json, store_option
 
 if TYPE_CHECKING:
     from defuse_core.store import Store
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     "model",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="File for the corrected classifier: .safetensors (weights), .pt2 (torch.export) or .onnx.",
 )
 @click.option(
     "--scenarios",
     "folder",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="New folder for the pictures of the failure scenarios: train/CLASS/*.png (reviewed, and drawn to tune on), "
     "test/CLASS/*.png (held out; a suite checks the same ones) and labels.csv, whose column class_index has the "
-    "classifier's class numbers. torchvision's ImageFolder numbers the folders.",
+    "classifier's class numbers. torchvision's ImageFolder numbers the folders. Failures that are tuned on though "
+    "nobody reviewed them (correct.unreviewed) are not among the pictures.",
 )
 def export(run: str, store: str, model: Path | None, folder: Path | None) -> None:
     """Write the corrected classifier of RUN, or the pictures of its failure scenarios, for other tools.
@@ -52,14 +53,14 @@ def export(run: str, store: str, model: Path | None, folder: Path | None) -> Non
     if model is not None:
         done = export_model(opened, model)
         click.echo(
-            f"{done.path}: the same answer as the run's classifier on {done.same_answers:,} of {done.images:,} "
-            f"{done.source} images; logits differ by at most {done.difference:.2g}"
+            f"{done.path}: the same answer as the run's classifier on {done.same_answers:,} of "
+            f"{count_of(done.images, f'{done.source} image')}; logits differ by at most {done.difference:.2g}"
         )
     if folder is not None:
         count = export_scenarios(opened, folder)
         click.echo(
-            f"{folder}: {count:,} pictures, with labels.csv; its column class_index has the classifier's class numbers "
-            "(ImageFolder numbers the folders)"
+            f"{folder}: {count_of(count, 'picture')}, with labels.csv; its column class_index has the classifier's "
+            "class numbers (ImageFolder numbers the folders)"
         )
 
 
@@ -87,13 +88,13 @@ def delete(run: str, store: str, yes: bool) -> None:
     _expect_unregistered(opened, run)
     with found.lock():
         keys = found.list()
-        if not yes and not _confirmed(f"delete {len(keys)} files in {found.address}?"):
+        if not yes and not _confirmed(f"delete {count_of(len(keys), 'file')} in {found.address}?"):
             click.echo("defuse: nothing was deleted", err=True)
             raise click.exceptions.Exit(130)
         _expect_unregistered(opened, run)  # it may have been promoted since, while the prompt waited
         sampled = delete_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
         found.delete_all()
-    click.echo(f"deleted {run}: {len(keys) + sampled} files")
+    click.echo(f"deleted {run}: {count_of(len(keys) + sampled, 'file')}")
 
 
 def _confirmed(question: str) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import InputError
-from services.cli.options import CLASSIFIER_HELP, classifier_choice, given, usable_name
+from defuse_core.errors import InputError, count_of
+from services.cli.options import CLASSIFIER_HELP, GivenPath, classifier_choice, given, usable_name
 
 if TYPE_CHECKING:
     from defuse_core.suggest import Plan
@@ -24,9 +24,9 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
 
 
 @click.command()
-@click.argument("images", type=click.Path(path_type=Path))
+@click.argument("images", type=GivenPath())
 @click.option("--classifier", callback=given, help=f"{CLASSIFIER_HELP} [default: train one]")
-@click.option("--weights", type=click.Path(path_type=Path), help="State dict of the classifier.")
+@click.option("--weights", type=GivenPath(), help="State dict of the classifier.")
 @click.option(
     "--minutes",
     type=click.FloatRange(1, 10_000),
@@ -42,7 +42,7 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="Run file to write. [default: the name of IMAGES, with .yaml]",
 )
 @click.option("--force", is_flag=True, help="Replace the run file if it exists.")
@@ -94,16 +94,15 @@ def _print_plan(plan: Plan, path: Path, minutes: float) -> None:
     if plan.probe is not None:
         ranges = ", ".join(f"{name} {share:.1%}" for name, share in plan.probe.by_range.items())
         click.echo(f"classifier  right on {plan.probe.images} training images, by input range: {ranges}")
-    click.echo(
-        f"β-VAE       {vae['latent_dim']} dimensions, {vae['epochs']} epochs at {plan.speeds.vae:,.0f} images/s"
-    )
+    epochs = count_of(vae["epochs"], "epoch")
+    click.echo(f"β-VAE       {vae['latent_dim']} dimensions, {epochs} at {plan.speeds.vae:,.0f} images/s")
     if vae.get("decode") == "anchored":
         click.echo("decode      anchored: photographs are moved, not redrawn")
     for warning in plan.warnings:
         click.echo(f"note        {warning}")
     named = "" if usable_name(path.stem) == path.stem else f" --name {usable_name(path.stem)}"
     following = f"defuse run {shlex.quote(str(path))}{named}"
-    click.echo(f"wrote {path}, for about {minutes:g} minutes; next: {following}")
+    click.echo(f"wrote {path}, for about {count_of(minutes, 'minute')}; next: {following}")
 
 
 @click.command()

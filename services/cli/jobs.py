@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import InputError
-from services.cli.options import given, name_option, run_name, set_option, track_option, until_option
+from services.cli.options import (
+    GivenPath,
+    given,
+    name_option,
+    run_name,
+    set_option,
+    track_option,
+    until_option,
+)
 from services.settings import read_settings, variables
 
 if TYPE_CHECKING:
@@ -29,7 +37,7 @@ address_option = click.option(
 
 
 @click.command()
-@click.argument("runfile", type=click.Path(path_type=Path))
+@click.argument("runfile", type=GivenPath())
 @address_option
 @name_option
 @click.option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,13 +20,28 @@ if TYPE_CHECKING:
     from defuse_core.runs import Run
 
 
+EMPTY = "expected a value, found an empty one; is the variable set?"  # it is not, in scripts
+
+
 def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Return the value of an option. Raises BadParameter for an empty one: of an unset variable, in scripts."""
+    """Return the value of an option. Raises BadParameter for an empty one."""
     if value == "":
-        raise click.BadParameter(
-            "expected a value, found an empty one; is the variable set?", context, parameter
-        )
+        raise click.BadParameter(EMPTY, context, parameter)
     return value
+
+
+class GivenPath(click.Path):
+    """The type of a path. Raises BadParameter for an empty one, which Path takes for the current folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        if value == "":
+            self.fail(EMPTY, param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def printable(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from defuse_core.errors import count_of
 from defuse_core.store import checked_name
 from services.cli.options import printable, store_option
 from services.cli.review_tables import print_closed, print_result, print_skips, print_status
@@ -263,7 +264,7 @@ def simulate(name: str, store: str) -> None:
     annotators = LabelStudioAnnotators(opened, settings)
     with ProgressDisplay() as display:
         total = simulate_annotators(annotators, gallery, server, LocalCompute(display), display)
-    click.echo(f"{total} tasks were answered; `defuse run` continues with the answers")
+    click.echo(f"answered {count_of(total, 'task')}; `defuse run` continues with the answers")
 
 
 def _open_traffic_review(name: str, store: str) -> str:

@@ -11,6 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from defuse_core.errors import count_of
+from services.tables import print_table
+
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
     from services.labeling.status import ReviewStatus
@@ -21,14 +24,14 @@ ROWS_SHOWN = 20
 
 def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Console) -> None:
     """Print the stored votes of a review and the verdicts on its scenarios."""
-    console.print(f"{len(votes.answer)} votes of {votes.answered_by} are stored.")
+    console.print(f"{count_of(len(votes.answer), 'vote')} of {votes.answered_by} stored.")
     for number, count in sorted(Counter(votes.annotator.tolist()).items()):
         console.print(f"  {votes.annotators[number]}: {count}", highlight=False)
     _print_agreement("Agreement", verdicts, console)
     table = _table(gallery, "verdict")
     for scenario, reason in enumerate(verdicts.reasons):
         table.add_row(*_scenario_cells(gallery, scenario), reason)
-    console.print(table)
+    print_table(console, table)
 
 
 def print_status(status: ReviewStatus, console: Console) -> None:
@@ -49,7 +52,7 @@ def print_status(status: ReviewStatus, console: Console) -> None:
             "reference models' answers, before which no image is sure.",
             soft_wrap=True,
         )
-    console.print(_scenario_table(status))
+    print_table(console, _scenario_table(status))
     _print_discarded(status, console)
 
 

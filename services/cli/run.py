@@ -11,6 +11,7 @@ import click
 
 from defuse_core.config import STEPS
 from services.cli.options import (
+    GivenPath,
     address_option,
     name_option,
     open_run,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("runfile", type=click.Path(path_type=Path))
+@click.argument("runfile", type=GivenPath())
 @name_option
 @store_option
 @click.option(

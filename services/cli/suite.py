@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import CheckFailed, InputError
+from defuse_core.errors import CheckFailed, InputError, count_of
 from services.cli.options import (
     CLASSIFIER_HELP,
+    GivenPath,
     classifier_fields,
     given,
     open_run,
@@ -44,13 +45,9 @@ def suite_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of `defuse check --suite` to a command."""
     for option in reversed(
         [
-            click.option(
-                "--suite", type=click.Path(path_type=Path), help="Folder of a suite to check against."
-            ),
+            click.option("--suite", type=GivenPath(), help="Folder of a suite to check against."),
             click.option("--classifier", callback=given, help=f"With --suite: {CLASSIFIER_HELP}"),
-            click.option(
-                "--weights", type=click.Path(path_type=Path), help="With --classifier: its state dict."
-            ),
+            click.option("--weights", type=GivenPath(), help="With --classifier: its state dict."),
             click.option(
                 "--set",
                 "overrides",
@@ -58,9 +55,7 @@ def suite_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="KEY=VALUE",
                 help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
             ),
-            click.option(
-                "--junit", type=click.Path(path_type=Path), help="With --suite: JUnit XML file to write."
-            ),
+            click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write."),
         ]
     ):
         command = option(command)
@@ -90,7 +85,7 @@ def suite() -> None:
 @suite.command()
 @click.argument("run")
 @store_option
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder to write.")
+@click.option("--out", type=GivenPath(), required=True, help="New folder to write.")
 def save(run: str, store: str, out: Path) -> None:
     """Freeze the accepted scenarios of RUN in one portable folder: pictures, codes, decoder, labels, thresholds.
 
@@ -116,7 +111,8 @@ def save(run: str, store: str, out: Path) -> None:
         elif not scenario.least:
             click.echo(f"{scenario.name}: nothing is asked, since the correction did not improve it "
                        f"({scenario.before:.1%} before, {scenario.after:.1%} after)")  # fmt: skip
-    click.echo(f"{out}: {len(scenarios)} scenarios with {scenarios[0].pictures} pictures each; next: "
+    pictures = count_of(scenarios[0].pictures, "picture")
+    click.echo(f"{out}: {count_of(len(scenarios), 'scenario')} with {pictures} each; next: "
                f"defuse check --suite {out} --classifier ...")  # fmt: skip
 
 
@@ -126,11 +122,14 @@ def check_suite(options: SuiteCheck) -> None:
     Raises InputError where the suite asks nothing.
     """
     from defuse_core.export.suite import load_suite
+    from defuse_core.export.writing import expect_no_own_folder
 
     if (options.run is None) == (options.classifier is None):
         raise click.UsageError("with --suite, give either RUN or --classifier")
     if options.classifier is None and (options.weights or options.overrides):
         raise click.UsageError("--weights and --set need --classifier")
+    if options.junit is not None:
+        expect_no_own_folder("--junit", options.junit)
     loaded = load_suite(options.suite)
     section = _section(options)
     classifier = loaded.classifier(section) if section else _corrected(loaded, options.run, options.store)

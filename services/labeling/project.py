@@ -18,7 +18,7 @@ import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from defuse_core.artifacts import I64, Bool
-from defuse_core.errors import InputError, ServiceError
+from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.api_types import BucketStorage, TaskImport
 from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
@@ -192,9 +192,9 @@ class ReviewProject:
             log.info("review: deleted task %d, a duplicate or an edited version of %s", duplicate, key)
         if unknown:
             log.warning(
-                "project %d also contains %d tasks that Defuse did not import; they stay as they are",
+                "project %d also contains %s that Defuse did not import; left there",
                 self.state.number,
-                unknown,
+                count_of(unknown, "task"),
             )
         return present
 
@@ -209,7 +209,7 @@ class ReviewProject:
         for batch in batches(self._task(index) for index in missing):
             self.client.import_tasks(self.state.number, batch)
             imported += len(batch)
-        log.info("review: pushed %d tasks to project %d", imported, self.state.number)
+        log.info("review: pushed %s to project %d", count_of(imported, "task"), self.state.number)
 
     def _task(self, index: int) -> TaskImport:
         return self.tasks.task(index, self.prelabels.get(index), secret=self.state.secret)
@@ -316,14 +316,13 @@ class ReviewProject:
         return edits
 
     def _put_back(self, project: Project, *names: str) -> None:
-        """Set settings again that someone changed and that a review depends on."""
+        """Set settings again that a review depends on and that someone changed, or an earlier version set otherwise."""
         wanted, found = asdict(self.settings()), asdict(project.settings)
         for name in names:
             if found[name] != wanted[name]:
                 self.client.update_project(project.id, **{name: wanted[name]})
-                log.warning(
-                    "project %d had %s %s; put back to %s", project.id, name, found[name], wanted[name]
-                )
+                change = f"had {name} {found[name]}; put back to {wanted[name]}, as this version sets it"
+                log.warning("project %d %s: there is nothing to do", project.id, change)
 
     def _bucket_storage(self) -> BucketStorage | None:
         """Return the storage that shows pictures in the run's bucket; None if all pictures are inline.

@@ -13,6 +13,7 @@ from defuse_core.errors import DefuseError, StoreError
 from defuse_core.store import Store
 from services.serving.canary import CanaryStatistics, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
+from services.serving.errors import is_store_outage
 from services.serving.model import LoadedModel, select_device
 from services.serving.registry import REMEDY, DamagedVersionError, Registry
 from services.serving.registry_state import EMPTY, RegistryState
@@ -156,7 +157,7 @@ class RegistryWatcher:
 
     def _is_ended(self, number: int, error: Exception) -> bool:
         """End a canary or shadow that cannot be loaded, unless the store may return it at the next poll."""
-        if isinstance(error, StoreError) and not isinstance(error, DamagedVersionError):
+        if is_store_outage(error):
             return False
         try:
             self.registry.end_canary(number, AUTHOR, str(error))

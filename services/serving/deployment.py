@@ -17,12 +17,12 @@ import torch
 
 from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
-from defuse_core.errors import DamagedError, InputError, StoreError
+from defuse_core.errors import InputError
 from services.serving.active_versions import AUTHOR, ActiveVersions, InitialModel, RegistryWatcher
 from services.serving.arguments import serve_token
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.canary import Comparison, ShadowRequest, ShadowRunner
-from services.serving.errors import RequestError, Unavailable
+from services.serving.errors import RequestError, Unavailable, is_store_outage
 from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
@@ -245,9 +245,7 @@ class ClassifierDeployment:
         assert model.number is not None  # only versions become canaries
         log.error("version %s is rolled back: %s", model.name, reason)
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(
-                lambda error: isinstance(error, StoreError) and not isinstance(error, DamagedError)
-            ),
+            retry=tenacity.retry_if_exception(is_store_outage),
             wait=tenacity.wait_fixed(self.settings.poll_s),
             before_sleep=lambda retry: log.error(
                 "version %s: its end is not stored in the registry yet: %s",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from defuse_core.errors import DamagedError, StoreError
+
 
 class RequestError(Exception):
     """A request that is answered with `status` and `message`."""
@@ -30,3 +32,8 @@ class Unavailable(RequestError):  # noqa: N818 - a state of the server
     @property
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after_s)}
+
+
+def is_store_outage(error: BaseException) -> bool:
+    """Whether the store does not answer now, and may at the next attempt; a damaged file stays damaged."""
+    return isinstance(error, StoreError) and not isinstance(error, DamagedError)

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from defuse_core.artifacts import F32
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data.images import fit_picture
+from defuse_core.errors import count_of
 from services.serving.errors import RejectedInput
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
@@ -102,7 +103,7 @@ async def uploaded_files(request: Request, body: bytes, max_images: int) -> list
             await form.close()
     except MultiPartException as error:
         if "Too many files" in error.message:
-            raise RejectedInput(413, f"the request holds more than {max_images} images") from None
+            raise RejectedInput(413, f"the request holds more than {count_of(max_images, 'image')}") from None
         raise RejectedInput(400, "the multipart body is broken") from None
     except UnicodeError:  # of a charset such as punycode; bytes that are no UTF-8 raise none
         raise RejectedInput(400, "the names of the multipart body are not in its charset") from None

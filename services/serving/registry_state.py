@@ -36,6 +36,9 @@ class ChangeInfo(BaseModel):
     failed_checks: tuple[str, ...] | None = None  # what a promotion was forced over; None of any other change
 
 
+NO_VERSION = "no version is in production"
+
+
 class RegistryState(BaseModel):
     """Which versions exist, and which of them answer requests."""
 
@@ -70,8 +73,7 @@ class RegistryState(BaseModel):
     @property
     def production_text(self) -> str:
         """What is in production, as a sentence: `version 3 is in production`."""
-        return f"{'no version' if self.production is None else f'version {self.production}'} is in production"
+        return NO_VERSION if self.production is None else f"version {self.production} is in production"
 
 
-NO_VERSION = "no version is in production yet"
 EMPTY = RegistryState(format=2)

@@ -218,6 +218,8 @@ def test_every_field_has_a_description():
         ('data.root="/\\e[2J"', r"data.root: expected text without control characters, found '/\\x1b\[2J'$"),
         ('classifier.timm_model="a\\rb"', "classifier.timm_model: expected text without control characters"),
         ('"\x1b[2J".a=1', r"'?\\x1b\[2J.*: unknown field"),
+        ("data.root=''", "data.root: expected a path, found an empty one; write [.] for the current folder"),
+        ("classifier.weights=''", "classifier.weights: expected a path, found an empty one"),
         ("data.root=~nobody-of-this-name/x", "data.root: .*home of an existing user"),
     ],
 )

@@ -332,6 +332,15 @@ def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
     assert (sweep.chosen, sweep.weights, sweep.failed) == (None, {}, ())
 
 
+def test_each_lambda_that_is_left_out_is_logged_once_with_its_error(tiny_models, caplog):
+    failures = {2.0: ModelError("it diverged"), 0.1: ComputeError("ZeroDivisionError: by nothing")}
+    collect_sweep(tiny(), models_with(0.9, tiny_models), [trial(1.0, (0.9, 0.5, 0.1))], failures)
+    assert caplog.messages == [
+        "correct: the trial with λ = 0.1 failed for good: ZeroDivisionError: by nothing",
+        "correct: the trial with λ = 2 failed for good: it diverged",
+    ]
+
+
 def test_a_sweep_that_lost_all_trials_to_different_causes_is_no_fault_of_the_input(tiny_spec, tiny_models):
     failures = {2.0: ComputeError("out of memory"), 1.0: ModelError("it diverged")}
     with pytest.raises(ComputeError, match="every trial failed; λ = 1: it diverged"):

@@ -382,6 +382,17 @@ def test_a_classifier_that_cannot_be_stacked_is_logged_and_its_lambdas_are_train
     }
 
 
+def test_that_a_classifier_cannot_be_stacked_is_said_once_for_all_stacks_of_a_sweep(
+    tiny_models, fixes, tmp_path, caplog
+):
+    section = OWN | {"import_path": "tests.own_classifiers:Branching"}
+    spec = with_classifier(stacking(2, epochs=1, lambdas=(0.01, 0.1, 1.0, 10.0)), section)
+    torch.manual_seed(0)
+    models = replace(tiny_models, classifier=weights_of(Branching()))
+    LocalCompute().sweeps(models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path))])
+    assert sum("cannot be stacked" in line for line in caplog.messages) == 1
+
+
 def test_an_error_of_the_classifiers_code_about_one_lambda_leaves_out_that_one_alone(
     tiny_models, fixes, tmp_path
 ):

@@ -66,6 +66,7 @@ REFUSED = [  # what is wrong, section classifier, the line
         program("few.pt"),
         "a network returns 8 rows for a batch of 256; let it return one for each",
     ),
+    ("few rows in training", own("with_eight_rows"), "a network returns 8 rows for a batch of 64; let it"),
     ("noise in eval mode", own("with_noise"), "found others at the second call; dropout"),
     ("batch statistics", own("with_batch_statistics"), "found others when the batch changes"),
     (
@@ -186,7 +187,7 @@ ODD_FOLDERS = [  # what is odd, how it is made, the line, the exit code
     ("val/", lambda root: shutil.copytree(root / "test", root / "val"), "val/ is not read; rename it to valid", 0),
     ("valid/", lambda root: shutil.copytree(root / "test", root / "valid"), "rename it to validation/", 0),
     ("dev/", lambda root: shutil.copytree(root / "test", root / "dev"), "dev/ is not read", 0),
-    ("Thumbs.db", lambda root: (root / "train/cat/Thumbs.db").touch(), "1 files such as train/cat/Thumbs.db", 0),
+    ("Thumbs.db", lambda root: (root / "train/cat/Thumbs.db").touch(), "ignored: 1 file such as train/cat/", 0),
     ("notes", lambda root: (root / "train/cat/notes.txt").touch(), "notes.txt: expected an image", 2),
     ("no train/", lambda root: shutil.rmtree(root / "train"), "train: expected a folder with one folder", 2),
     ("one class", lambda root: shutil.rmtree(root / "train/cat"), "two classes or more, found 1", 2),

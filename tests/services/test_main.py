@@ -5,10 +5,13 @@ from __future__ import annotations
 import builtins
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import click
 import pytest
 
 import services
+from services.cli import defuse
 from tests.conftest import ROOT
 from tests.e2e.test_cli import call, one_line
 
@@ -80,3 +83,34 @@ def test_other_libraries_log_warnings_alone_and_defuse_its_steps(tmp_path):
     *logged, last = ended.stderr.splitlines()
     assert [line.partition(" ")[2] for line in logged] == ["defuse", "other"]
     assert last.startswith("defuse: unexpected ZeroDivisionError")
+
+
+def commands(command: click.Command) -> Iterator[click.Command]:
+    yield command
+    for below in command.commands.values() if isinstance(command, click.Group) else []:
+        yield from commands(below)
+
+
+def test_an_empty_path_is_not_taken_for_the_current_folder(monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "init", "")
+    assert code == 2
+    assert "IMAGES': expected a value, found an empty one; is the variable set?" in err
+    paths = [p for each in commands(defuse) for p in each.params if isinstance(p.type, click.Path)]
+    assert {path.name for path in paths} >= {
+        "images",
+        "runfile",
+        "suite",
+        "weights",
+        "junit",
+        "out",
+        "folder",
+    }
+    for path in paths:
+        with pytest.raises(click.BadParameter, match="found an empty one"):
+            path.type.convert("", path, None)
+
+
+def test_the_help_of_export_says_which_pictures_are_missing(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "export", "--help")
+    assert code == 0
+    assert "nobody reviewed them (correct.unreviewed) are not among the pictures" in " ".join(out.split())

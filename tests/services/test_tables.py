@@ -96,6 +96,29 @@ def test_a_narrow_terminal_shows_fewer_figures_of_a_scenario_and_its_number(tmp_
         assert f"{100 * row.defuse:.1f} %" in line
 
 
+@pytest.mark.parametrize("width", [22, 30, 40])
+def test_a_terminal_too_narrow_for_a_table_shows_all_its_figures_below_each_other(tmp_path: Path, width: int):
+    console, run = terminal(width), a_run(tmp_path)
+    evidence = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0]]))
+    report = build_report(run, *sample_findings(3, 2), evidence)
+    run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
+    print_report(report, console)
+    print_runs(FolderStore(tmp_path), console)
+    assert max(map(len, text_of(console).splitlines())) <= width
+    shown = " ".join(text_of(console).split())
+    for row in (report.accuracy.before, report.accuracy.baseline, report.accuracy.defuse):
+        figures = f"Validation: {percent(row.validation, 2)} Test: {percent(row.test, 2)} Scenario images: "
+        assert figures + percent(row.scenario) in shown
+    assert "left-out scenarios Before: 35 % (30–40) Plain: 90 % (85–95) Defuse: 100 % (95–100)" in shown
+    assert "Other components Images: 10 Agreement: 100.0 ± 0.0 %" in shown
+    for scenario in (row for row in report.scenarios.list if row.accepted):
+        assert percent(scenario.before) in shown and percent(scenario.defuse) in shown
+    before, after = report.accuracy.before.test, report.accuracy.defuse.test
+    assert f"Run: {run.name} Data: digits At: train, to do Scenarios: 2: " in shown
+    assert f"Test: {percent(before)} → {percent(after)}" in shown
+    assert "…" not in shown
+
+
 @pytest.mark.parametrize("width", [22, 30, 40, 50, 60])
 def test_a_narrow_terminal_shows_every_step_with_its_state(tmp_path: Path, width: int):
     console = terminal(width)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.data.appearance import odd_images, shared_images
+from defuse_core.data.images import PictureFiles
 from defuse_core.suggest import inspect_data
 
 
@@ -104,3 +105,16 @@ def test_a_few_images_of_a_large_part_are_compared_with_all_training_images_in_m
     assert line.startswith(
         "128 of 128 test images looked at are training images, too; figures on test images are"
     )
+
+
+def test_test_images_that_are_held_out_for_validation_are_counted(tmp_path: Path):
+    root = write(tmp_path, noise(20, SIZE, SIZE, 3))
+    data = section("folder", root, validation_share=0.2)
+    held_out = open_splits(data, 0).validation
+    assert held_out is not None and isinstance(held_out.pixels, PictureFiles)
+    for source in held_out.pixels.paths:
+        save_picture(
+            root / "test" / Path(source).parent.name / Path(source).name, np.asarray(Image.open(source))
+        )
+    (line,) = shared_images(open_splits(data, 0))
+    assert line.startswith("4 of 4 test images looked at are validation images, too, such as ")

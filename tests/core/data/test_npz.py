@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,12 @@ def test_a_corrupt_npz_file_is_refused_in_one_line(tmp_path: Path, content: str)
             }[content]
         )
     assert f"{file}: expected an .npz file of plain arrays" in error_of(section("npz", file))
+
+
+@pytest.mark.timeout(20)
+def test_a_named_pipe_is_refused_in_place_of_being_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.npz")  # which nobody writes to
+    found = error_of(section("npz", tmp_path / "pipe.npz"))
+    assert found.endswith(
+        "pipe.npz: expected an .npz file, found a pipe, a device or a socket; check data.root"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from sample_evidence import sample_evidence
 from sample_findings import report_of, sample_findings, sample_run, with_verdicts
 
 from defuse_core.artifacts import Health
+from defuse_core.errors import count_of
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
 from defuse_core.report.build import build_report
@@ -24,7 +26,6 @@ from defuse_core.report.evidence_schema import (
 )
 from defuse_core.report.formatting import (
     change,
-    count_of,
     date_time,
     duration,
     interval,
@@ -44,6 +45,7 @@ from defuse_core.report.notices import (
 )
 from defuse_core.runs import Run
 from defuse_core.watch.figures import Share
+from tests.conftest import ROOT
 
 
 def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
@@ -325,6 +327,16 @@ def test_quantities_are_written_as_people_write_them():
         "2 images",
         "12,345 images",
     ]
+    assert [count_of(n, "minute") for n in (1.0, 1.5, 30.0)] == ["1 minute", "1.5 minutes", "30 minutes"]
     assert [date_time(t) for t in ("2025-01-01T10:00:59Z", "")] == ["2025-01-01 10:00", "–"]
     assert [text_of(v) for v in ([1, 2], [], 0.5, None, "x")] == ["1, 2", "none", "0.5", "–", "x"]
     assert [change(0.9, x) for x in (0.91, 0.89, 0.9, None)] == ["+1.00", "−1.00", "±0.00", ""]
+
+
+def test_plurals_are_made_in_one_place():
+    made = re.compile(r"""== 1 else ["']s["']""")
+    sources = [
+        path for package in ("defuse_core", "cluster", "services") for path in (ROOT / package).rglob("*.py")
+    ]
+    assert len(sources) > 100
+    assert [path.name for path in sources if made.search(path.read_text("utf-8"))] == []

@@ -208,7 +208,10 @@ def test_another_overlap_is_said_and_put_back(make_review, caplog):
     number = review.annotators.push(review.gallery).number
     review.api.update_project(number, maximum_annotations=1)
     review.annotators.push(review.gallery)
-    assert "had maximum_annotations 1; put back to 3" in caplog.text
+    assert (
+        "had maximum_annotations 1; put back to 3, as this version sets it: there is nothing to do"
+        in caplog.text
+    )
     assert {task.overlap for task in review.tasks().values()} == {3}
 
 
@@ -283,7 +286,7 @@ def test_tasks_that_defuse_did_not_import_are_left_alone(make_review, caplog):
     stranger = {"data": {"image": "data:image/png;base64,AAAA"}}
     review.api.import_tasks(number, [stranger | {"meta": {"sample_key": 5}}])
     review.annotators.push(review.gallery)
-    assert "1 tasks that Defuse did not import" in caplog.text
+    assert "1 task that Defuse did not import" in caplog.text
     assert len(review.tasks()) == 13
 
 

@@ -88,7 +88,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
     review.store.delete("verdicts.safetensors")  # as where the command was killed between both
     monkeypatch.setenv("LABEL_STUDIO_URL", f"http://127.0.0.1:{free_port()}")
     shown = " ".join(cli("status", name).output.split())
-    assert "3 votes of people are stored. annotator-1: 3" in shown
+    assert "3 votes of people stored. annotator-1: 3" in shown
     assert "2 unknown accepted as 0: 100% of 3 labelled images are misclassified" in shown
     assert "Whether answers came since then is not known: Label Studio at http://127.0.0.1" in shown
     assert review.load(Verdicts) is not None

@@ -8,12 +8,13 @@ import pytest
 from synthetic_runs import make_run, perturb_weights
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import StoreError
+from defuse_core.errors import DamagedError, InputError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import ActiveVersions, InitialModel, RegistryWatcher
 from services.serving.candidate import prepare_candidate
-from services.serving.registry import PromotionRequest, Registry, promote
+from services.serving.errors import is_store_outage
+from services.serving.registry import DamagedVersionError, PromotionRequest, Registry, promote
 
 ANA = PromotionRequest(by="ana", why="")
 
@@ -258,3 +259,8 @@ def test_a_damaged_version_leaves_a_server_of_a_run_with_that_run(own_store):
     put(own_store, "second")
     own_store.write("registry/versions/000001.safetensors", b"cut")
     assert answering(replica(own_store, initial)) == {"production": "first"}
+
+
+def test_only_a_store_that_does_not_answer_is_asked_again():
+    kinds = (StoreError, DamagedError, DamagedVersionError, InputError)
+    assert [is_store_outage(kind("why")) for kind in kinds] == [True, False, False, False]

@@ -247,4 +247,4 @@ def test_before_the_first_promotion_the_server_is_alive_but_not_ready(serving, o
         empty.http.post("/v1/predict", content=pictures[0], headers=IMAGE),
     ):
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
-        assert reply.json() == {"error": "no version is in production yet"}
+        assert reply.json() == {"error": "no version is in production"}

@@ -221,9 +221,7 @@ def test_a_server_without_a_version_in_production_says_that_it_answers_503_and_u
         return list(registry_changes(registry, wait, 0, check=lambda: None, has_model=has_model))
 
     first, second = lines(has_model=False)
-    assert (
-        first == "no version is in production yet: requests are answered with 503 until `defuse promote RUN`"
-    )
+    assert first == "no version is in production: requests are answered with 503 until `defuse promote RUN`"
     assert second.endswith(" ana: a change; no version is in production")
     (promoted,) = lines(has_model=True, production=3)
     assert promoted.endswith("; version 3 is in production")
