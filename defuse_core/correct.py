@@ -45,6 +45,7 @@ from defuse_core.training.precision import accuracy_as_in_f32, autocast
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
+EQUAL_TUNE = 0.01  # so much accuracy on tuned images is no reason to lose clean accuracy
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
@@ -182,7 +183,7 @@ def after_epoch(
 
 
 def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
-    """Return what the rule of choice maximises. The held-out scenario and test images play no part.
+    """Return what the rule of choice maximises over the epochs of a λ. Held-out scenario and test images play no part.
 
     choose_by tune: tune accuracies that are equal in whole percent count as equal, and the clean accuracy decides.
     An epoch before the last of a cycle is no candidate: its learning rate has not fallen yet.
@@ -192,10 +193,31 @@ def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
     epoch = row.epoch if spec.correct.schedule == "one_cycle" else 0
     if spec.correct.choose_by != "tune":
         return (epoch, getattr(row, spec.correct.choose_by))
-    clean = row.train if row.validation is None else row.validation
     if not _is_allowed(spec, models, row):
-        return (epoch, 0.0, clean, row.tune)
-    return (epoch, 1.0, round(row.tune, 2), clean, row.tune)
+        return (epoch, 0.0, _clean(row), row.tune)
+    return (epoch, 1.0, round(row.tune, 2), _clean(row), row.tune)
+
+
+def _best_trial(spec: RunFile, models: Models, trials: Sequence[Trial]) -> Trial:
+    """Return the trial that the rule of choice picks by the best epoch of each; the first of equals.
+
+    choose_by tune: of the λ whose tune accuracy is within EQUAL_TUNE of the highest, the one of highest clean accuracy.
+    """
+
+    def best_row(trial: Trial) -> SweepRow:
+        return trial.rows[trial.best_epoch - 1]
+
+    allowed = [trial for trial in trials if _is_allowed(spec, models, best_row(trial))]
+    if spec.correct.choose_by != "tune" or not allowed:
+        return max(trials, key=lambda trial: _rank(spec, models, best_row(trial)))
+    enough = max(best_row(trial).tune for trial in allowed) - EQUAL_TUNE - ROUNDING
+    as_good = [trial for trial in allowed if best_row(trial).tune >= enough]
+    return max(as_good, key=lambda trial: (_clean(best_row(trial)), best_row(trial).tune))
+
+
+def _clean(row: SweepRow) -> float:
+    """Return the accuracy on images that no scenario is drawn from: validation, or train without one."""
+    return row.train if row.validation is None else row.validation
 
 
 def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:
@@ -211,8 +233,8 @@ def _is_hopeless(spec: RunFile, models: Models, row: SweepRow) -> bool:
 
 def _loses_more(models: Models, row: SweepRow, limit: float) -> bool:
     """Whether more clean accuracy is lost (validation, or train without one) than `limit`, a fraction of 1."""
-    split, clean = ("train", row.train) if row.validation is None else ("validation", row.validation)
-    return models.accuracy[split] - clean > limit + ROUNDING
+    split = "train" if row.validation is None else "validation"
+    return models.accuracy[split] - _clean(row) > limit + ROUNDING
 
 
 def trial_key(lam: float) -> str:
@@ -318,7 +340,7 @@ def collect_sweep(
     rows = tuple(row for trial in ordered for row in trial.rows)
     if not ordered:
         return Sweep(rows, None, {}, failed)
-    best = max(ordered, key=lambda trial: _rank(spec, models, trial.rows[trial.best_epoch - 1]))
+    best = _best_trial(spec, models, ordered)
     chosen = best.rows[best.best_epoch - 1]
     if not _is_allowed(spec, models, chosen):
         log.warning(

@@ -330,9 +330,9 @@ class CorrectSection(Section):
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune", "last"] = "tune"
-    """Which accuracy picks the epoch and then λ. tune: highest accuracy on the tuned scenario images, in whole percent,
-    and then highest clean accuracy, among the rows that lose at most max_loss of it. last: the last epoch of the only
-    λ. Paper: train for MNIST, validation otherwise."""
+    """Which accuracy picks the epoch of each λ, and then λ. tune: of those that lose at most max_loss, highest accuracy
+    on the tuned scenario images (epochs: in whole percent; λ: within one point of the best), and then highest clean
+    accuracy. last: the last epoch of the only λ. Paper: train for MNIST, validation otherwise."""
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
     stop_at_loss: float | None = Field(None, gt=0, le=1)

@@ -55,15 +55,28 @@ def test_each_part_of_the_data_is_scored_as_itself(tiny_models):
     assert found == pytest.approx(tuple(expected))
 
 
-def test_accuracies_on_tuning_images_that_are_equal_in_whole_percent_leave_the_choice_to_the_clean_one(
-    tiny_models,
-):
+def test_of_the_lambdas_within_one_point_of_the_best_on_tuned_images_the_clean_accuracy_chooses(tiny_models):
     spec = tiny(correct={"choose_by": "tune", "max_loss": 0.1})
-    assert chosen(spec, tiny_models, (0.9, 0.87, 0.904), (0.9, 0.88, 0.896)) == 1
-    assert chosen(spec, tiny_models, (0.9, 0.87, 0.906), (0.9, 0.88, 0.896)) == 0
+    assert chosen(spec, tiny_models, (0.9, 0.87, 0.906), (0.9, 0.88, 0.896)) == 1
+    assert chosen(spec, tiny_models, (0.9, 0.87, 0.996), (0.9, 0.88, 0.99), (0.9, 0.89, 0.985)) == 1
+    assert chosen(spec, tiny_models, (0.9, 0.89, 0.98), (0.9, 0.87, 0.996), (0.9, 0.88, 0.988)) == 2
+    assert chosen(spec, tiny_models, (0.9, 0.79, 1.0), (0.9, 0.87, 0.9), (0.9, 0.88, 0.895)) == 2
     assert chosen(spec, tiny_models, (0.9, 0.88, 0.896), (0.9, 0.88, 0.904)) == 1
     assert chosen(spec, tiny_models, (0.91, 0.87, 0.9), (0.89, 0.88, 0.9)) == 1
     assert chosen(spec, tiny_models, (0.87, None, 0.9), (0.88, None, 0.9)) == 1
+    assert chosen(spec, tiny_models, (0.9, 0.88, 0.9), (0.9, 0.88, 0.9)) == 0
+
+
+def test_of_the_epochs_of_a_lambda_that_are_equal_in_whole_percent_the_clean_accuracy_chooses(tiny_models):
+    spec = tiny(correct={"choose_by": "tune", "max_loss": 0.1})
+
+    def epoch(*rows: Row) -> int:
+        (best,) = best_rows(spec, with_accuracy(tiny_models, 0.9), rows_of(1.0, *rows))
+        return best.epoch
+
+    assert epoch((0.9, 0.87, 0.904), (0.9, 0.88, 0.896)) == 2
+    assert epoch((0.9, 0.87, 0.906), (0.9, 0.88, 0.896)) == 1
+    assert epoch((0.9, 0.88, 0.896), (0.9, 0.88, 0.904)) == 2
 
 
 def test_clean_accuracy_is_that_on_validation_images_and_on_training_images_where_there_are_none(tiny_models):
