@@ -21,6 +21,7 @@ from defuse_core.distill.draws import (
     gaussian_codes,
     in_region,
     smoothed,
+    spread_draws,
     stacked,
     truncated_codes,
     wide_draws,
@@ -129,6 +130,14 @@ def test_of_many_images_as_many_as_are_kept_are_drawn_from_all():
     assert used.min() < images / 8 and used.max() > images * 7 / 8
 
 
+def test_components_with_the_same_failures_keep_others_of_them():
+    images = 4 * IMAGES_KEPT
+    train = Images(np.zeros((images, 1, 2, 2), np.uint8), np.zeros(images, np.int64))
+    kept = component_failures([of_sources(np.arange(images))] * 2, train, 0)
+    one, other = (set(kept.anchors.source[anchor].tolist()) for anchor in kept.anchor)
+    assert len(one) == len(other) == IMAGES_KEPT and len(one & other) < IMAGES_KEPT / 2
+
+
 def test_the_region_of_a_component_holds_99_of_100_of_its_codes():
     scenarios = component()
     inverse = np.linalg.inv(COVARIANCE)
@@ -152,3 +161,15 @@ def test_draws_keep_the_image_of_each_code_where_they_are_taken_joined_and_stack
     plain = Draws(first.codes)
     assert plain.joined(plain).anchors is None and plain.take(np.array([0])).anchors is None
     assert stacked([plain], 2, 1)[1] is None
+
+
+def test_each_component_is_reviewed_in_an_order_of_its_own():
+    plain, failures = component(), anchored([False] * 12)
+    both = replace(
+        plain.take(np.array([0, 0])),
+        failures=ComponentFailures(
+            failures.codes.repeat(2, axis=0), failures.anchor.repeat(2, axis=0), failures.anchors
+        ),
+    )
+    orders = [spread_draws(SPEC, both, number, 12, generator(0, "a")).anchors.tolist() for number in (0, 1)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(12))
