@@ -140,7 +140,9 @@ def test_training_images_and_those_of_a_part_are_looked_at_from_the_first_to_the
 ):
     pixels = noise(310, 1, SIZE, SIZE)
     train = Images(pixels[:10], np.zeros(10, np.int64))
-    part = Images(np.concatenate([pixels[10:309], pixels[9:10]]), np.zeros(300, np.int64))  # the last one alone
+    part = Images(
+        np.concatenate([pixels[10:309], pixels[9:10]]), np.zeros(300, np.int64)
+    )  # the last one alone
     (line,) = shared_images(Splits(train, None, part, ("a", "b")))
     assert line.startswith("1 of 128 test images looked at are training images, too")
     monkeypatch.setattr("defuse_core.data.appearance.MOST_COMPARED", 3)  # rows 0, 4 and 9

@@ -138,9 +138,7 @@ def test_a_class_without_an_image_in_another_part_than_the_training_images_is_no
     assert open_splits(section("folder", tmp_path), 0).test.labels.tolist() == [1] * 5
 
 
-def test_a_folder_that_may_not_be_read_is_not_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     locked = write_folder(tmp_path) / "train" / "cat" / "locked"
     locked.mkdir()
     refuse_access(monkeypatch, locked)

@@ -95,9 +95,7 @@ def test_the_parts_of_an_npz_file_are_told_in_one_line(tmp_path: Path, caplog: p
     data = section("npz", write_npz(tmp_path / "own.npz"))
     with caplog.at_level("INFO", "defuse"):
         log_parts(data, open_splits(data, 0))
-    assert [record.getMessage() for record in caplog.records] == [
-        "images: 12 train, 6 test, of 3 classes"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["images: 12 train, 6 test, of 3 classes"]
 
 
 def test_an_array_that_is_not_wanted_is_not_read(tmp_path: Path):

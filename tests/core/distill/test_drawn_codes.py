@@ -77,7 +77,9 @@ def test_a_draw_near_a_failure_is_moved_towards_the_mean_and_has_the_noise_of_th
     expected = MEAN + np.sqrt(1 - TAU) * (failures.codes[0, rows] - MEAN)
     np.testing.assert_allclose(still.codes, expected, atol=1e-6)
     assert still.anchors.tolist() == [1, 0, 1]
-    noise = smoothed(scenarios, 0, np.zeros(50_000, np.int64), TAU, generator(0, "a").normal(size=(50_000, 2)))
+    noise = smoothed(
+        scenarios, 0, np.zeros(50_000, np.int64), TAU, generator(0, "a").normal(size=(50_000, 2))
+    )
     found = np.cov(noise.codes.T)
     np.testing.assert_allclose(found / found[1, 1], COVARIANCE, atol=0.15)
     assert (found[1, 1] == pytest.approx(TAU, abs=0.01)) is not taus  # less where it is truncated

@@ -58,7 +58,9 @@ def group_of(server: LocalServer) -> bool:
 def test_the_program_gets_the_login_and_the_data_folder_but_no_secret_of_the_user(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ):
-    installation = program('pwd > "$LABEL_STUDIO_BASE_DATA_DIR/where"; env > env; echo "$@" > arguments; exit 1')
+    installation = program(
+        'pwd > "$LABEL_STUDIO_BASE_DATA_DIR/where"; env > env; echo "$@" > arguments; exit 1'
+    )
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of the user")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://own:9000")
     port = free_port()
@@ -67,7 +69,9 @@ def test_the_program_gets_the_login_and_the_data_folder_but_no_secret_of_the_use
     data = installation.data
     assert (data / "where").read_text().strip() == str(data)
     given = dict(line.split("=", 1) for line in (data / "env").read_text().splitlines())
-    assert given["LABEL_STUDIO_PASSWORD"] == "own password" and given["LABEL_STUDIO_USER_TOKEN"] == "own token"
+    assert (
+        given["LABEL_STUDIO_PASSWORD"] == "own password" and given["LABEL_STUDIO_USER_TOKEN"] == "own token"
+    )
     assert given["LABEL_STUDIO_S3_ENDPOINT"] == "http://own:9000"
     assert given["LABEL_STUDIO_HOST"] == f"http://127.0.0.1:{port}"
     assert given["LATEST_VERSION_CHECK"] == "1"  # what the caller adds comes last

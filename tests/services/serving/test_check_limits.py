@@ -134,7 +134,9 @@ def test_the_watch_of_a_candidate_measures_the_corrected_classifier(planted, spl
         assert np.array_equal(candidate.failures.test_wrong, wrong) is same
 
 
-def test_a_candidate_is_checked_by_the_labels_of_judges_where_they_are_known_and_stored(own_store: FolderStore):
+def test_a_candidate_is_checked_by_the_labels_of_judges_where_they_are_known_and_stored(
+    own_store: FolderStore,
+):
     run, told = Run.open(own_store, "first"), []
     first = prepare_candidate(run)[1]
     right = np.full((2, 4), 0.5)
