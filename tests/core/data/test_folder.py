@@ -13,7 +13,7 @@ import pytest
 from data_samples import SIZE, error_of, noise, save_picture, section
 
 from defuse_core.data import PictureFiles, log_parts, open_splits
-from defuse_core.data.folder import SUFFIXES, overlooked, part_of
+from defuse_core.data.folder import overlooked, part_of
 from tests.no_access import refuse_access
 
 
@@ -107,7 +107,9 @@ def test_folders_that_other_tools_call_a_part_are_told_with_the_name_that_is_rea
     ]
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "suffix", [".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"]
+)
 def test_each_kind_of_picture_is_read_whatever_the_case_of_its_suffix(tmp_path: Path, suffix: str):
     pixels = np.full((SIZE, SIZE), 77, np.uint8)
     for number, spelt in enumerate((suffix, suffix.upper())):

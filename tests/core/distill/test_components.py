@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Failures, Scenarios
+from defuse_core.artifacts import Failures, Psi, Scenarios, Shard
 from defuse_core.config import DistillSection
+from defuse_core.data import Images
+from defuse_core.distill import components
 from defuse_core.distill.components import (
     FittedCell,
     _largest_change,
@@ -21,7 +24,10 @@ from defuse_core.distill.components import (
 )
 from defuse_core.distill.mixture import FittedMixture
 from defuse_core.distill.sources import Sources
-from tests.conftest import tiny
+from defuse_core.identify import save_shard
+from defuse_core.progress import silent
+from defuse_core.store import FolderStore
+from tests.conftest import recommended, tiny
 
 SECTION = DistillSection(min_weight=0.1, min_support=5)
 
@@ -104,9 +110,9 @@ def test_the_largest_change_is_so_in_either_direction_and_unknown_after_single_i
     assert _largest_change(fits[2:]) is None
 
 
-@pytest.mark.parametrize(("weight", "components"), [(0.001, 1), (0.24, 1), (0.26, 2), (0.45, 3), (1.0, 6)])
-def test_a_cell_gets_the_nearest_number_of_components_and_one_at_least(weight, components):
-    assert components_of(weight, DistillSection(max_components=6)) == components
+@pytest.mark.parametrize(("weight", "count"), [(0.001, 1), (0.24, 1), (0.26, 2), (0.45, 3), (1.0, 6)])
+def test_a_cell_gets_the_nearest_number_of_components_and_one_at_least(weight, count):
+    assert components_of(weight, DistillSection(max_components=6)) == count
 
 
 def test_a_small_cell_has_the_support_of_its_images_and_each_cell_is_told_as_it_begins():
@@ -144,3 +150,27 @@ def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
         f"{kept} had NOT converged after 40 iterations",
         f"{kept} converged after 40 iterations",
     ]
+
+
+def test_anchored_components_keep_their_own_failures_and_those_of_one_photograph_are_dropped(
+    tmp_path, monkeypatch
+):
+    centres = np.array([[0.0, 0.0], [40.0, 0.0], [0.0, 40.0]])
+    sizes, rng = [60, 100, 140], np.random.default_rng(0)
+    codes = np.repeat(centres, sizes, axis=0) + rng.standard_normal((300, 2))
+    source = np.concatenate([np.arange(60), np.full(100, 60), 61 + np.arange(140)])
+    truth = np.zeros(300, np.int64)
+    shard = Shard(Failures(codes.astype(np.float32), source, truth, truth + 1), 300, 300, 0, 0, 0.0)
+    store = FolderStore(tmp_path)
+    save_shard(store, 0, shard)
+    train = Images(np.zeros((201, 1, 4, 4), np.uint8), np.zeros(201, np.int64))
+    monkeypatch.setattr(components, "reopen_splits", lambda *_: SimpleNamespace(train=train))
+    distilled = {"by": "all", "order": "weight", "min_support": 1, "min_weight": 0.1, "max_components": 3}
+    spec = recommended(vae={"decode": "anchored", "latent_dim": 2}, distill=distilled)
+    found = components.distill(spec, Psi(np.array([300]), 300, 300, 0, 0, 0.0), store, "", progress=silent)
+    np.testing.assert_allclose(found.means, centres[[2, 0]], atol=1)
+    assert [dropped.reason for dropped in found.dropped] == [
+        "too few photographs to hold out: all are of one photograph"
+    ]
+    for mean, own in zip(found.means, found.failures.codes, strict=True):
+        assert np.abs(own - mean).max() < 10

@@ -10,19 +10,23 @@ from sample_findings import sample_watch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from defuse_core.artifacts import Corrections
+from defuse_core.codec import encode
 from defuse_core.config import ServeSection
 from defuse_core.data import Images, open_splits
 from defuse_core.models import load_classifier, load_vae, predict
-from defuse_core.watch import failure_detector
+from defuse_core.progress import silent
+from defuse_core.watch import failure_detector, scenario_regions
 from defuse_core.watch.failure_detector import (
     METHODS,
     Answers,
     FailureWatch,
     _answers,
+    _measure,
     _problem,
     fit_temperature,
     measure_detector,
     watch_classifier,
+    watch_run,
 )
 from defuse_core.watch.figures import calibration_error, watch_figures
 from defuse_core.watch.scenario_regions import class_gaussians, fit_regions, training_codes
@@ -130,6 +134,15 @@ def made_answers(images: int, seed: int, tracks: bool = False) -> Answers:
     return Answers(logits, labels, np.exp(rng.standard_normal(images)), rng.random(images), of_track)
 
 
+def test_answers_of_equal_doubt_get_the_share_of_wrong_ones():
+    given = dataclasses.replace(
+        made_answers(200, 0), logits=np.tile([2.0, 0.0, 0.0], (200, 1)), distance=np.ones(200)
+    )
+    for method in METHODS:
+        found = measure_detector(method, given, given, 0)
+        np.testing.assert_allclose(found.test, given.wrong.mean(), atol=0.01)
+
+
 def test_folds_follow_from_the_seed_alone():
     validation, test = made_answers(200, 0), made_answers(20, 1)
     first, again, other = (measure_detector(METHODS[0], validation, test, seed) for seed in (0, 0, 1))
@@ -157,6 +170,14 @@ def test_answers_that_are_taken_keep_all_that_is_theirs():
     assert dataclasses.replace(given, tracks=None).take(rows).tracks is None
 
 
+def test_each_part_of_a_watch_is_of_its_own_images():
+    validation, test = made_answers(200, 0, tracks=True), made_answers(120, 1, tracks=True)
+    found = _measure(tiny(), validation, test, (np.zeros((3, 2)), np.stack([np.eye(2)] * 3)))
+    for part, given in (("validation", validation), ("test", test)):
+        for name in ("wrong", "region", "tracks"):
+            np.testing.assert_array_equal(getattr(found, f"{part}_{name}"), getattr(given, name))
+
+
 def test_a_watch_measures_the_given_weights_on_validation_and_on_test_images(tiny_spec, tiny_models):
     splits = open_splits(tiny_spec.data, tiny_spec.seed)
     codes = np.zeros((1, 4, tiny_spec.vae.latent_dim), np.float32)
@@ -164,6 +185,8 @@ def test_a_watch_measures_the_given_weights_on_validation_and_on_test_images(tin
     other = {name: -array for name, array in tiny_models.classifier.items()}
     for corrected, weights in ((other, other), ({}, tiny_models.classifier)):
         _, found = watch_classifier(tiny_spec, tiny_models, fixes, corrected, splits)
+        same = watch_run(tiny_spec, tiny_models, fixes, corrected, progress=silent)
+        assert encode(same) == encode(found)
         classifier = load_classifier(tiny_spec, weights, 10)
         for wrong, images in (
             (found.validation_wrong, splits.validation),
@@ -198,3 +221,41 @@ def test_the_watch_reads_as_many_training_images_as_it_may(tiny_spec, tiny_model
     codes, labels = training_codes(spec, load_vae(tiny_spec, tiny_models.vae), train)
     assert len(codes) == len(labels) == 100 < len(train)
     assert not np.array_equal(labels, train.labels[:100])
+
+
+class DecodesNothing:
+    """A decoder whose images are the codes, and which keeps what it was asked for."""
+
+    vae = None
+
+    def __init__(self) -> None:
+        self.asked = list[tuple[float, list[int]]]()
+
+    def decode(self, codes, anchors):
+        self.asked.append((float(codes[0, 0]), anchors.tolist()))
+        return codes
+
+
+def test_a_region_is_fitted_on_tuning_images_and_measured_on_held_out_ones_each_at_its_own_anchors(
+    monkeypatch,
+):
+    decoder, rng = DecodesNothing(), np.random.default_rng(0)
+    monkeypatch.setattr(scenario_regions, "decoder_of", lambda *args: decoder)
+    monkeypatch.setattr(scenario_regions, "encode_images", lambda vae, images: images)
+    tune = (rng.standard_normal((2, 40, 2)) + np.array([[[20, 0]], [[0, 30]]])).astype(np.float32)
+    test = tune.copy()
+    test[0, :30] += 1000  # three quarters of the first scenario's held-out images are elsewhere
+    anchors = rng.integers(9, size=(2, 2, 40))
+    fixes = dataclasses.replace(
+        Corrections(np.arange(2), np.arange(2), tune, test),
+        tune_anchor=anchors[0],
+        test_anchor=anchors[1],
+    )
+    found = fit_regions(None, fixes, rng.standard_normal((500, 2)).astype(np.float32))
+    np.testing.assert_allclose(found.means, tune.mean(axis=1), rtol=1e-5)
+    assert found.recall[0, -1] == 0.25 and found.recall[1, -1] == 1
+    assert decoder.asked == [
+        (float(codes[row, 0, 0]), anchors[part, row].tolist())
+        for part, codes in enumerate((tune, test))
+        for row in range(2)
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from services.labeling.local_server import (
     Installation,
     LocalServer,
     _is_label_studio,
+    _port_in_use,
     running_server,
     start,
     stop,
@@ -89,7 +91,7 @@ def test_each_process_that_the_program_started_is_ended(program: Program, monkey
         start(installation, free_port(), None, interrupt)
     server = installation.read_server()
     assert server is not None
-    wait_until(lambda: not group_of(server), lambda: "expected no process of the group")
+    wait_until(lambda: not group_of(server), lambda: "a process of the group is left", within_s=20)
 
 
 def test_a_program_that_does_not_end_when_asked_is_killed(program: Program, monkeypatch: pytest.MonkeyPatch):
@@ -101,6 +103,32 @@ def test_a_program_that_does_not_end_when_asked_is_killed(program: Program, monk
         start(installation, free_port(), None, interrupt)
     server = installation.read_server()
     assert server is not None and not _is_label_studio(server.pid)
+
+
+HOLDS_ITS_PORT = """
+import signal, socket, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit()))
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+time.sleep(600)
+"""
+
+
+def test_a_stopped_server_has_left_its_port(
+    program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(local_server, "REPORT_EVERY_S", 1)
+    monkeypatch.setattr(LocalServer, "is_healthy", lambda server: False)
+    (tmp_path / "child.py").write_text(HOLDS_ITS_PORT)
+    port = free_port()
+    installation = program(f"{sys.executable} {tmp_path}/child.py {port} & wait")
+
+    def interrupt_once_it_listens(line: str) -> None:
+        wait_until(lambda: _port_in_use(port))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(installation, port, None, interrupt_once_it_listens)
+    assert not _port_in_use(port)
 
 
 def test_stopping_a_server_that_is_gone_does_nothing() -> None:
