@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from cluster.compute import RayCompute
 from defuse_core.artifacts import Failures, Psi, Shard
 from defuse_core.distill.sharded import distill_all
-from defuse_core.errors import StoreError
+from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.identify import save_shard
 from defuse_core.local import LocalCompute
 from defuse_core.store import FolderStore
@@ -31,6 +33,46 @@ def test_a_function_is_called_with_every_part_in_order_and_parts_are_loaded_once
         assert parts.map(sum_or_die_once, tmp_path / "killed") == [5 * n for n in range(7)]
     assert (tmp_path / "killed").exists()
     assert int(Tally(tmp_path / "loads")) == 7
+
+
+def test_two_calls_a_worker_are_under_way_at_once_and_all_have_ended_before_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, ended, polls, wait = list[int](), list[int](), list[None](), ray.wait
+
+    def noted(running: list[Any], **options: Any) -> Any:
+        ready, left = wait(running, **options)
+        started.append(len(running))
+        ended.append(len(ready))
+        return ready, left
+
+    monkeypatch.setattr(ray, "wait", noted)
+    with RayCompute(None, tiny(**SPEC | {"resources": {"workers": 1}})) as compute:
+        parts: Any = compute.partitions("distill", load_numbers, [(tmp_path / "loads", n) for n in range(7)])
+        assert (max(started), sum(ended)) == (2, 7)
+        started.clear()
+        ended.clear()
+        monkeypatch.setattr(parts.listener, "poll", lambda: polls.append(None))
+        assert parts.map(add, 1) == [5 * n + 1 for n in range(7)]
+        assert (max(started), sum(ended)) == (2, 7)
+        assert len(polls) == len(started)  # what workers report is shown meanwhile
+
+
+def test_a_driver_that_lost_its_run_cancels_the_calls_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled, cancel = list[Any](), ray.cancel
+    monkeypatch.setattr(ray, "cancel", lambda task, **how: cancelled.append(task) or cancel(task, **how))
+
+    def lost() -> None:
+        raise RunBusyError("another process has this run")
+
+    with RayCompute(None, tiny(**SPEC)) as compute:
+        parts: Any = compute.partitions("distill", load_numbers, [(tmp_path / "loads", n) for n in range(3)])
+        parts.require_lock = lost
+        with pytest.raises(RunBusyError):
+            parts.map(add, 1)
+    assert len(cancelled) == 3
 
 
 @pytest.fixture

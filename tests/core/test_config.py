@@ -272,10 +272,11 @@ def test_a_number_may_be_written_in_any_way_that_has_one_meaning(text, value, tm
     assert load_run_file(tmp_path / "run.yaml", (f"vae.learning_rate={text}",)).vae.learning_rate == value
 
 
-def test_text_that_yaml_1_1_has_for_a_number_stays_text(tmp_path):
+@pytest.mark.parametrize("text", ["010", "-010", "+010", "0_10", "1:30"])
+def test_text_that_yaml_1_1_has_for_a_number_stays_text(text, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
-    spec = load_run_file(tmp_path / "run.yaml", ("data.root=010",))
-    assert spec.data.root == Path("010")
+    spec = load_run_file(tmp_path / "run.yaml", (f"data.root={text}",))
+    assert spec.data.root == Path(text)
 
 
 def test_a_key_that_a_merge_brings_along_may_be_written_once_more(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +119,75 @@ def test_test_images_that_are_held_out_for_validation_are_counted(tmp_path: Path
         )
     (line,) = shared_images(open_splits(data, 0))
     assert line.startswith("4 of 4 test images looked at are validation images, too, such as ")
+
+
+@pytest.mark.parametrize("odd", [14, 15])
+def test_pictures_are_odd_where_three_quarters_of_them_are(odd: int):
+    dark, equal = noise(20, 1, SIZE, SIZE), noise(20, 1, SIZE, SIZE)
+    dark[:odd] //= 9  # 28 at most, of 255
+    equal[:odd] = equal[0]
+    told = [odd_images(Images(pixels, np.zeros(20, np.int64))) for pixels in (dark, equal)]
+    assert [len(each) for each in told] == ([0, 0] if odd == 14 else [1, 1])
+    if odd == 15:
+        assert told[0][0].startswith("15 of 20 training images looked at are almost black")
+        assert told[1] == ["15 of 20 training images looked at are one and the same picture"]
+
+
+def test_dark_pictures_with_a_light_spot_and_a_single_picture_are_not_odd():
+    dark = noise(20, 1, SIZE, SIZE) // 9
+    dark[:, :, 3, 3] = 255
+    images = Images(dark, np.zeros(20, np.int64))
+    assert odd_images(images) == odd_images(images.take(slice(0, 1))) == []
+
+
+@pytest.mark.parametrize(("opacity", "told"), [((128, 128), 0), ((255, 255), 0), ((100, 255), 1)])
+def test_only_an_opacity_that_differs_within_a_picture_shows_something(
+    tmp_path: Path, opacity: tuple[int, int], told: int
+):
+    alpha = np.resize(np.array(opacity, np.uint8), (20, SIZE, SIZE, 1))
+    root = write(tmp_path, np.concatenate([noise(20, SIZE, SIZE, 3), alpha], axis=3))
+    assert len(lines(root)) == told
+
+
+def test_training_images_and_those_of_a_part_are_looked_at_from_the_first_to_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    pixels = noise(310, 1, SIZE, SIZE)
+    train = Images(pixels[:10], np.zeros(10, np.int64))
+    part = Images(
+        np.concatenate([pixels[10:309], pixels[9:10]]), np.zeros(300, np.int64)
+    )  # the last one alone
+    (line,) = shared_images(Splits(train, None, part, ("a", "b")))
+    assert line.startswith("1 of 128 test images looked at are training images, too")
+    monkeypatch.setattr("defuse_core.data.appearance.MOST_COMPARED", 3)  # rows 0, 4 and 9
+    (line,) = shared_images(Splits(train, None, train.take(np.array([0, 1, 4, 8])), ("a", "b")))
+    assert line.startswith("2 of 4 test images")
+
+
+def test_what_is_no_file_or_of_another_size_is_not_read_and_what_cannot_be_read_is_not_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paths = {part: [tmp_path / f"{part}{number}" for number in range(4)] for part in ("train", "test")}
+    for part, longer in (("train", 7), ("test", 8)):
+        present, other, pipe, _ = paths[part]  # the last one does not exist
+        present.write_bytes(b"same size")
+        other.write_bytes(b"." * longer)
+        os.mkfifo(pipe)
+    read, read_bytes = set[str](), Path.read_bytes
+
+    def noted(path: Path) -> bytes:
+        assert path.is_file()  # a pipe would be waited for without end
+        read.add(path.name)
+        return read_bytes(path)
+
+    def refused(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    files = {part: PictureFiles([str(path) for path in paths[part]], 1, SIZE) for part in paths}
+    train, test = (Images(files[part], np.zeros(4, np.int64)) for part in ("train", "test"))
+    monkeypatch.setattr(Path, "read_bytes", noted)
+    (line,) = shared_images(Splits(train, None, test, ("a", "b")))
+    assert line.startswith(f"1 of 4 test images looked at are training images, too, such as {tmp_path}/test0")
+    assert read == {"train0", "test0", "test1"}
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert shared_images(Splits(train, None, test, ("a", "b"))) == []

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from data_samples import error_of, section
 
+from defuse_core.data.images import data_root, reading
+from defuse_core.errors import DataError
+
 
 @pytest.mark.parametrize("name", ["mnist", "signs", "svhn", "folder", "npz"])
 def test_a_missing_root_is_named_with_what_to_do(tmp_path: Path, name: str):
@@ -37,3 +40,18 @@ def test_a_root_that_may_not_be_read_is_refused_in_one_line(
 
     monkeypatch.setattr(Path, "exists", refuse)  # a mode would not stop a test that runs as root
     assert f"cannot read {tmp_path} (Permission denied)" in error_of(section(name, tmp_path))
+
+
+def test_a_root_that_is_downloaded_to_need_not_exist(tmp_path: Path):
+    assert data_root(section("mnist", tmp_path / "new", download=True)) == tmp_path / "new"
+
+
+@pytest.mark.parametrize(("download", "todo"), [(True, "download failed, so put them"), (False, "put them")])
+def test_an_error_of_a_reader_says_what_was_expected_and_one_of_our_own_is_kept(
+    tmp_path: Path, download: bool, todo: str
+):
+    with pytest.raises(DataError, match=r"^cat\.png: not a cat$"), reading(tmp_path, "cats", download):
+        raise DataError("cat.png: not a cat")
+    expected = rf"^data\.root: expected cats under {tmp_path}, found no cat; {todo} there"
+    with pytest.raises(DataError, match=expected), reading(tmp_path, "cats", download):
+        raise OSError("no cat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from data_samples import SIZE, error_of, noise, save_picture, section
 
 from defuse_core.data import PictureFiles, log_parts, open_splits
+from defuse_core.data.folder import overlooked, part_of
+from tests.no_access import refuse_access
 
 
 def write_folder(root: Path, parts: tuple[str, ...] = ("train", "validation", "test")) -> Path:
@@ -72,6 +75,78 @@ def test_nothing_in_a_hidden_folder_is_an_image_of_a_class(tmp_path: Path):
     assert not any("checkpoint" in path for path in paths)
 
 
+def test_folders_of_other_tools_and_files_beside_the_classes_are_no_classes(tmp_path: Path):
+    train = write_folder(tmp_path) / "train"
+    save_picture(train / ".ipynb_checkpoints" / "0.png", noise(1, SIZE, SIZE, 3)[0])
+    (train / "README.txt").touch()
+    assert open_splits(section("folder", tmp_path), 0).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini", "DESKTOP.INI"])
+def test_files_that_a_system_writes_beside_pictures_are_no_images_and_are_told(tmp_path: Path, name: str):
+    (write_folder(tmp_path) / "train" / "cat" / name).touch()
+    assert len(open_splits(section("folder", tmp_path), 0).train) == 10
+    assert overlooked(tmp_path) == [f"ignored: 1 file such as train/cat/{name}"]
+
+
+def test_folders_that_other_tools_call_a_part_are_told_with_the_name_that_is_read(tmp_path: Path):
+    root = write_folder(tmp_path, ("train", "test"))
+    for name in ("Val", "testing", "others"):
+        (root / name).mkdir()
+    (root / "dev").touch()
+    assert overlooked(root) == [
+        "Val/ is not read; rename it to validation/ to use its images",
+        "testing/ is not read, test/ is",
+    ]
+    assert [part_of(name) for name in ("Train", "VALID", "eval", "dev", "others")] == [
+        "train",
+        "validation",
+        "test",
+        "validation",
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    "suffix", [".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"]
+)
+def test_each_kind_of_picture_is_read_whatever_the_case_of_its_suffix(tmp_path: Path, suffix: str):
+    pixels = np.full((SIZE, SIZE), 77, np.uint8)
+    for number, spelt in enumerate((suffix, suffix.upper())):
+        save_picture(write_folder(tmp_path) / "train" / "cat" / f"more{number}{spelt}", pixels)
+    cats = open_splits(section("folder", tmp_path, channels=1), 0).train.take(np.array([5, 6]))
+    assert [Path(path).name for path in cats.pixels.paths] == [f"more0{suffix}", f"more1{suffix.upper()}"]
+    assert np.abs(cats.loaded().pixels[:].astype(int) - 77).max() <= 2
+
+
+def test_files_of_a_class_are_in_the_order_of_their_paths_wherever_they_are(tmp_path: Path):
+    cats = write_folder(tmp_path) / "train" / "cat"
+    for name in ("1a/0.png", "zoo/1/0.png", "zoo/0.png"):
+        save_picture(cats / name, noise(1, SIZE, SIZE, 3)[0])
+    paths = list(open_splits(section("folder", tmp_path), 0).train.pixels.paths)
+    expected = ["0.png", "1.png", "1a/0.png", "2.png", "3.png", "4.png", "zoo/0.png", "zoo/1/0.png"]
+    assert paths[:8] == [str(cats / name) for name in expected]
+
+
+def test_a_sample_of_the_training_images_of_a_folder_is_read_where_one_is_asked_for(tmp_path: Path):
+    splits = open_splits(section("folder", write_folder(tmp_path), train_images=6), 0)
+    assert splits.counts() == {"train": 6, "validation": 10, "test": 10}
+    assert np.bincount(splits.train.labels).tolist() == [3, 3]
+
+
+def test_a_class_without_an_image_in_another_part_than_the_training_images_is_no_error(tmp_path: Path):
+    for picture in (write_folder(tmp_path) / "test" / "cat").iterdir():
+        picture.unlink()
+    assert open_splits(section("folder", tmp_path), 0).test.labels.tolist() == [1] * 5
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    locked = write_folder(tmp_path) / "train" / "cat" / "locked"
+    locked.mkdir()
+    refuse_access(monkeypatch, locked)
+    assert f"cannot read {locked} (Permission denied)" in error_of(section("folder", tmp_path))
+
+
 def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
     root = write_folder(tmp_path / "parts")
     save_picture(tmp_path / "more/5.png", noise(1, SIZE, SIZE, 3)[0])
@@ -105,6 +180,21 @@ def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
         (
             lambda root: (root / "train/cat/loop").symlink_to(root),
             "train/cat/loop: this link leads to a folder above it",
+        ),
+        (
+            lambda root: [
+                (root / "train/cat/deep").mkdir(),
+                (root / "train/cat/deep/loop").symlink_to(root / "train/cat/deep"),
+            ],
+            "train/cat/deep/loop: this link leads to a folder above it",
+        ),
+        (
+            lambda root: shutil.rmtree(root / "train/dog"),
+            "train: expected a folder of images per class, two classes or more, found 1",
+        ),
+        (
+            lambda root: (root / "train/cat\x1b").mkdir(),
+            r"train: expected names of classes without control characters, found 'cat\x1b'",
         ),
         (
             lambda root: (root / "train/cat/away.png").symlink_to(root / "nowhere.png"),

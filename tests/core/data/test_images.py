@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from data_samples import SIZE, ids, noise, numbered, save_picture
 from PIL import Image
 
 from defuse_core.data import Images, PictureFiles, Splits
-from defuse_core.data.images import FilePaths
+from defuse_core.data.images import FilePaths, evenly_spaced, expect_labels, to_levels
 from defuse_core.errors import DataError
 
 NAMES = ["a/0.png", "a/ü.png", os.fsdecode(b"b/\xff.png"), "b/a name with spaces.png"]
@@ -193,3 +194,103 @@ def test_a_path_takes_little_more_than_the_letters_of_its_name():
     paths = FilePaths.pack([f"/data/train/cat/{row:07}.png" for row in range(10_000)], "/data/train/")
     held = paths.names.nbytes + paths.starts.nbytes + paths.lengths.nbytes
     assert held == 10_000 * (len("cat/0000000.png") + 10)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "tracks", "field"),
+    [
+        (np.zeros((3, 1, SIZE, SIZE)), np.zeros(3, np.int64), None, "pixels: .* found float64"),
+        (np.zeros((3, SIZE, SIZE), np.uint8), np.zeros(3, np.int64), None, r"pixels: .* \(3, 8, 8\)"),
+        (np.zeros((3, 1, SIZE, SIZE), np.uint8), np.zeros(3, np.int32), None, "labels: .* found int32"),
+        (
+            np.zeros((3, 1, SIZE, SIZE), np.uint8),
+            np.zeros(3, np.int64),
+            np.zeros(2, np.int64),
+            r"tracks: expected \(3,\), found \(2,\)",
+        ),
+    ],
+)
+def test_images_refuse_arrays_of_another_type_or_shape(pixels: Any, labels: Any, tracks: Any, field: str):
+    with pytest.raises(ValueError, match=rf"^Images\.{field}"):
+        Images(pixels, labels, tracks)
+
+
+def test_joined_images_are_these_and_then_the_others_without_tracks():
+    tracked = replace(numbered(4), tracks=np.arange(4))
+    joined = tracked.take(np.array([3, 1])).joined(tracked.take(np.array([0])))
+    assert (ids(joined), joined.labels.tolist(), joined.tracks) == ([3, 1, 0], [1, 1, 0], None)
+
+
+def test_files_of_more_than_the_limit_of_bytes_are_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("defuse_core.data.images.MAX_LOADED", 4 * 3 * SIZE * SIZE)
+    paths = [save_picture(tmp_path / f"{i}.png", pixels) for i, pixels in enumerate(noise(5, SIZE, SIZE, 3))]
+    images = Images(PictureFiles(paths, 3, SIZE), np.arange(5))
+    assert images.loaded() is images
+    assert isinstance(images.take(slice(0, 4)).loaded().pixels, np.ndarray)
+
+
+def test_only_the_named_parts_are_loaded(tmp_path: Path):
+    path = save_picture(tmp_path / "0.png", noise(1, SIZE, SIZE, 3)[0])
+    images = Images(PictureFiles([path], 3, SIZE), np.zeros(1, np.int64))
+    splits = Splits(images, images, None, ("a", "b"))
+    read = {
+        part
+        for part, held in splits.loaded("train", "test").parts().items()
+        if isinstance(held.pixels, np.ndarray)
+    }
+    assert read == {"train"}
+    assert isinstance(splits.loaded().parts()["validation"].pixels, np.ndarray)
+
+
+def test_a_large_picture_is_made_smaller_with_all_of_its_pixels(tmp_path: Path):
+    stripes = np.resize(np.array([0, 255], np.uint8), (2 * SIZE, 2 * SIZE))
+    small = PictureFiles([save_picture(tmp_path / "stripes.png", stripes)], 1, SIZE)[:]
+    assert np.abs(small[..., 1:-1].astype(int) - 127.5).max() < 1  # no stripe is left
+
+
+def test_names_and_parts_and_shapes_that_read_alike_in_a_row_have_other_fingerprints():
+    images, some = numbered(4), numbered(2)
+    wide = Images(images.pixels.reshape(2, 1, 1, 2), some.labels)  # type: ignore[union-attr]
+    given = [
+        Splits(images, some, None, ("ab", "c")),
+        Splits(images, some, None, ("a", "bc")),
+        Splits(images, None, some, ("ab", "c")),
+        Splits(wide, None, None, ("ab", "c")),
+        Splits(Images(wide.pixels.reshape(2, 1, 2, 1), some.labels), None, None, ("ab", "c")),  # type: ignore
+    ]
+    assert len({splits.fingerprint() for splits in given}) == len(given)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "rows"), [(10, 4, [0, 3, 6, 9]), (3, 10, [0, 1, 2]), (1, 5, [0]), (5, 2, [0, 4])]
+)
+def test_evenly_spaced_rows_go_from_the_first_to_the_last(count: int, most: int, rows: list[int]):
+    assert evenly_spaced(count, most).tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([0, -1, 2], r"found -1 at index 1 \(1 such\)"),
+        ([2, 1, 3, 0, 7], r"found 3 at index 2 \(2 such\)"),
+    ],
+)
+def test_the_first_label_that_is_no_class_is_named(labels: list[int], found: str):
+    expect_labels(np.arange(3), 3, "here")
+    with pytest.raises(DataError, match=f"^here: expected labels 0 to 2, {found}"):
+        expect_labels(np.array(labels), 3, "here")
+
+
+def test_a_label_far_behind_the_images_that_are_read_changes_the_fingerprint():
+    labels = np.zeros(500, np.int64)
+    pixels = np.zeros((500, 1, 2, 2), np.uint8)
+    before = Splits(Images(pixels, labels.copy()), None, None, ("a", "b")).fingerprint()
+    labels[371] = 1
+    assert Splits(Images(pixels, labels), None, None, ("a", "b")).fingerprint() != before
+
+
+def test_levels_are_the_nearest_ones_and_end_at_black_and_white():
+    fractions = np.array([-0.2, 0, 0.4, 0.6, 127.6, 254.4, 255, 300], np.float32) / np.float32(255)
+    assert to_levels(fractions).tolist() == [0, 0, 0, 1, 128, 254, 255, 255]

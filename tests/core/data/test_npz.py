@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from data_samples import SIZE, Arrays, error_of, noise, section
 
-from defuse_core.data import open_splits
+from defuse_core.data import log_parts, open_splits
+from defuse_core.data.npz import image_shape, npz_classes, rows_in_file
 
 GOOD: Arrays = {
     "train_images": noise(12, SIZE, SIZE, 3),
@@ -62,6 +63,67 @@ def test_validation_of_an_npz_file_is_held_out_only_where_it_has_none(tmp_path: 
     assert open_splits(section("npz", file, validation_share=0.25), 0).counts()["validation"] == 3
     write_npz(file, validation_images=GOOD["test_images"], validation_labels=GOOD["test_labels"])
     assert open_splits(section("npz", file, validation_share=0.25), 0).counts()["validation"] == 6
+
+
+def test_labels_may_be_unsigned_and_a_sample_of_the_training_images_is_taken_where_one_is_asked_for(
+    tmp_path: Path,
+):
+    file = write_npz(tmp_path / "own.npz", train_labels=GOOD["train_labels"].astype(np.uint8))
+    splits = open_splits(section("npz", file, train_images=6), 0)
+    assert splits.counts() == {"train": 6, "test": 6}
+    assert np.bincount(splits.train.labels).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((5, 8, 6), (8, 6, 1)),
+        ((5, 8, 6, 1), (8, 6, 1)),
+        ((5, 8, 6, 3), (8, 6, 3)),
+        ((5, 1, 8, 6), (8, 6, 1)),
+        ((5, 3, 8, 6), (8, 6, 3)),
+        ((5, 2, 8, 6), None),
+        ((5, 8), None),
+    ],
+)
+def test_height_width_and_channels_are_read_from_any_layout(
+    shape: tuple[int, ...], expected: tuple[int, int, int] | None
+):
+    assert image_shape(np.zeros(shape)) == expected
+
+
+def test_the_parts_of_an_npz_file_are_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    data = section("npz", write_npz(tmp_path / "own.npz"))
+    with caplog.at_level("INFO", "defuse"):
+        log_parts(data, open_splits(data, 0))
+    assert [record.getMessage() for record in caplog.records] == ["images: 12 train, 6 test, of 3 classes"]
+
+
+def test_an_array_that_is_not_wanted_is_not_read(tmp_path: Path):
+    file = write_npz(tmp_path / "own.npz", notes=np.array([0, None]))  # pickled
+    assert open_splits(section("npz", file), 0).counts() == {"train": 12, "test": 6}
+    assert npz_classes(file) is None
+    write_npz(file, classes=np.array(["a", "b", "c"]))
+    assert npz_classes(file) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("own_validation", [False, True])
+def test_the_rows_of_a_part_are_those_of_its_images_in_the_file(tmp_path: Path, own_validation: bool):
+    given = {"validation_images": GOOD["test_images"], "validation_labels": GOOD["test_labels"]}
+    file = write_npz(tmp_path / "own.npz", **(given if own_validation else {}))
+    data = section("npz", file, validation_share=0.25, train_images=6)
+    for seed in (0, 1):
+        rows, splits = rows_in_file(data, seed), open_splits(data, seed)
+        assert len(rows["train"]) == 6 and len(rows["validation"]) == (6 if own_validation else 3)
+        for part, arrays in {"train": GOOD, "validation": given if own_validation else {}}.items():
+            source = arrays.get(f"{part}_images", GOOD["train_images"])[rows[part]].transpose(0, 3, 1, 2)
+            np.testing.assert_array_equal(splits.parts()[part].pixels[:], source)
+
+
+def test_a_wrong_pixel_is_named_wherever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("defuse_core.data.npz.CHUNK", 4)
+    file = write_npz(tmp_path / "own.npz", train_images=with_value(np.nan))
+    assert "found NaN in image 5;" in error_of(section("npz", file))
 
 
 def with_value(value: float) -> np.ndarray:
@@ -153,6 +215,13 @@ BAD_NPZ: list[tuple[str, Arrays, str]] = [
         {"classes": np.arange(3)},
         "classes: expected two or more different names, as text",
     ),
+    ("one class name", {"classes": np.array(["a"])}, "classes: expected two or more different names"),
+    ("a table of class names", {"classes": np.array([["a"], ["b"]])}, "as text, found <U1 (2, 1)"),
+    (
+        "a class name that colours the terminal",
+        {"classes": np.array(["a", "b", "\x1b[1mc"])},
+        "classes: expected names of classes without control characters, found '\\x1b[1mc'",
+    ),
 ]
 
 
@@ -167,6 +236,10 @@ def test_a_bad_npz_file_is_refused_in_one_line_that_names_it(tmp_path: Path, cha
 
 def test_colour_npz_images_are_not_made_grey_in_silence(tmp_path: Path):
     assert "set data.channels" in error_of(section("npz", write_npz(tmp_path / "own.npz"), channels=1))
+
+
+def test_a_folder_in_place_of_an_npz_file_is_said(tmp_path: Path):
+    assert "expected a readable .npz file (Is a directory)" in error_of(section("npz", tmp_path))
 
 
 @pytest.mark.parametrize("content", ["cut", "text", "npy", "pickle", "flipped", "nothing"])

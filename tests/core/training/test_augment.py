@@ -108,3 +108,9 @@ def test_five_of_eight_augmented_images_are_blurred() -> None:
     step = changed.diff(dim=3).amax(dim=(1, 2, 3)) / changed.amax(dim=(1, 2, 3))
     # without blur over 0.42 of the edge is between two pixels, and after it a third at most
     assert float((step > 0.38).float().mean()) == pytest.approx((1 - 0.5) * (1 - 0.25), abs=0.05)
+
+
+def test_a_white_image_is_no_brighter_after_augmentation() -> None:
+    white = augment(torch.ones(200, 1, 4, 4), np.random.default_rng(0)).amax(dim=(1, 2, 3))
+    assert float(white.max()) == 1
+    assert float((white == 1).float().mean()) == pytest.approx(0.2 / 0.8, abs=0.1)  # brightness of 1 to 1.2

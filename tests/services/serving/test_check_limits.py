@@ -6,12 +6,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+from sample_evidence import sample_evidence
 
 from defuse_core.artifacts import Corrections, Models, Sweep
+from defuse_core.codec import encode
 from defuse_core.config import CheckSection
+from defuse_core.evaluation.evidence import DEFUSE
 from defuse_core.models import load_classifier, predict
 from defuse_core.runs import Run
-from services.serving.candidate import Candidate
+from defuse_core.store import FolderStore
+from services.serving.candidate import Candidate, prepare_candidate
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
 
 ALL_ALLOWED = CheckSection(
@@ -120,3 +124,28 @@ def test_the_watch_figures_of_a_candidate_are_those_of_the_settings(candidate: C
     )
     assert on is not None and off is not None and on != off
     assert dataclasses.replace(candidate, failures=None).watch_figures(settings) is None
+
+
+def test_the_watch_of_a_candidate_measures_the_corrected_classifier(planted, splits, candidate: Candidate):
+    stored = Run.open(planted, "first")
+    assert candidate.failures is not None
+    for weights, same in ((stored.require(Sweep).weights, True), (stored.require(Models).classifier, False)):
+        wrong = predict(load_classifier(stored.spec, weights, 10), splits.test) != splits.test.labels
+        assert np.array_equal(candidate.failures.test_wrong, wrong) is same
+
+
+def test_a_candidate_is_checked_by_the_labels_of_judges_where_they_are_known_and_stored(
+    own_store: FolderStore,
+):
+    run, told = Run.open(own_store, "first"), []
+    first = prepare_candidate(run)[1]
+    right = np.full((2, 4), 0.5)
+    right[:, DEFUSE] = 0.9
+    run.store.write("evidence.safetensors", encode(sample_evidence(right)))
+    key, judged = prepare_candidate(run, lambda *progress: told.append(progress))
+    names = [[check.name for check in found.checks] for found in (first, judged)]
+    assert "own label" not in names[0] and set(names[1]) == {*names[0], "own label"}
+    assert told == [("checking the corrected classifier", step, 2, "steps") for step in range(3)]
+    assert judged.digest == first.digest != ""  # checks are no part of what is served
+    again_key, again = prepare_candidate(run, lambda *progress: told.append(progress))
+    assert (again_key, encode(again), len(told)) == (key, encode(judged), 3)

@@ -1,0 +1,176 @@
+"""Which components are kept, in which order, and what is told of them: on mixtures that are given, not fitted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Failures, Psi, Scenarios, Shard
+from defuse_core.config import DistillSection
+from defuse_core.data import Images
+from defuse_core.distill import components
+from defuse_core.distill.components import (
+    FittedCell,
+    _largest_change,
+    components_of,
+    fit_cells,
+    fit_mixture,
+    log_scenarios,
+    scenarios_of,
+    small_cell,
+)
+from defuse_core.distill.mixture import FittedMixture
+from defuse_core.distill.sources import Sources
+from defuse_core.identify import save_shard
+from defuse_core.progress import silent
+from defuse_core.store import FolderStore
+from tests.conftest import recommended, tiny
+
+SECTION = DistillSection(min_weight=0.1, min_support=5)
+
+
+def mixture(
+    weights: list[float], first: int, iterations: int, bound: float, converged: bool, change: float
+) -> FittedMixture:
+    """A mixture whose components have their number, from `first` on, as mean and variance."""
+    numbers = first + np.arange(len(weights), dtype=np.float64)
+    return FittedMixture(
+        weights=np.array(weights),
+        means=np.stack([numbers, -numbers], axis=1),
+        covariances=numbers[:, None, None] * np.eye(2),
+        converged=converged,
+        iterations=iterations,
+        lower_bound=bound,
+        last_change=change,
+    )
+
+
+@pytest.fixture
+def cells() -> list[FittedCell]:
+    """Components 1 to 3 of one cell and 4 to 6 of another, whose weights are 0.4, 0.1, 0.3; 0.05, 0.12, 0.03."""
+    one = mixture([0.5, 0.125, 0.375], 1, 30, -5.0, False, -0.5)
+    other = mixture([0.25, 0.6, 0.15], 4, 40, -7.0, True, 0.25)
+    sources = [
+        Sources(np.array([9, 9, 4]), np.array([1.0, 9.0, 4.0])),
+        Sources(np.array([9, 5, 9]), np.array([9.0, 5.0, 9.0])),
+    ]
+    return [
+        FittedCell(one, (4, 9), 800, 0.8, sources[0]),
+        FittedCell(other, (7, 2), 200, 0.2, sources[1]),
+    ]
+
+
+def numbers_of(scenarios: Scenarios) -> list[int]:
+    return scenarios.means[:, 0].astype(int).tolist()
+
+
+def test_components_over_the_least_weight_with_enough_images_are_kept_with_all_that_is_theirs(cells):
+    found = scenarios_of(cells, SECTION)
+    assert numbers_of(found) == [1, 5]  # 2 has just the least weight, and 5 just the least support
+    np.testing.assert_allclose(found.weights, [0.4, 0.12])
+    np.testing.assert_array_equal(found.covariances[:, 0, 0], [1, 5])
+    assert (found.cells.tolist(), found.support.tolist()) == ([[4, 9], [7, 2]], [9, 5])
+    np.testing.assert_allclose(found.source_error, [1 / 9, 1])
+    np.testing.assert_allclose(found.all_weights, [0.4, 0.1, 0.3, 0.05, 0.12, 0.03])
+    assert found.all_means[:, 0].tolist() == found.all_covariances[:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    (thin,) = found.dropped
+    assert (thin.weight, thin.source, thin.answer, thin.support) == (pytest.approx(0.3), 4, 9, 4)
+    assert thin.reason == "its codes come from 4 training images, fewer than 5"
+
+
+def test_the_fit_of_all_cells_is_as_long_as_the_longest_and_converged_only_if_each_is(cells):
+    found = scenarios_of(cells, SECTION)
+    assert (found.codes_used, found.iterations, found.lower_bound) == (1000, 40, -12.0)
+    assert (found.converged, found.last_change) == (False, 0.5)
+    assert scenarios_of(cells[1:], SECTION).converged
+
+
+def test_cells_without_a_mixture_are_listed_before_components_without_support(cells):
+    small = small_cell((1, 3), 4, 0.004, 2, SECTION)
+    found = scenarios_of(cells, SECTION, (small,))
+    assert [(dropped.source, dropped.support) for dropped in found.dropped] == [(1, 2), (4, 4)]
+
+
+def test_components_that_are_wrong_on_their_images_come_first_where_asked_for_and_by_weight_if_equal(cells):
+    assert numbers_of(scenarios_of(cells, replace_order(SECTION))) == [5, 1]
+    equal = [replace(cell, sources=Sources(np.full(3, 9), np.full(3, 9.0))) for cell in cells]
+    assert numbers_of(scenarios_of(equal, replace_order(SECTION))) == [1, 3, 5]
+
+
+def replace_order(section: DistillSection) -> DistillSection:
+    return section.model_copy(update={"order": "source-error"})
+
+
+def test_the_largest_change_is_so_in_either_direction_and_unknown_after_single_iterations():
+    fits = [mixture([1.0], 1, 1, 0.0, False, change) for change in (-3.0, 1.0, float("nan"))]
+    assert _largest_change(fits) == 3
+    assert _largest_change(fits[2:]) is None
+
+
+@pytest.mark.parametrize(("weight", "count"), [(0.001, 1), (0.24, 1), (0.26, 2), (0.45, 3), (1.0, 6)])
+def test_a_cell_gets_the_nearest_number_of_components_and_one_at_least(weight, count):
+    assert components_of(weight, DistillSection(max_components=6)) == count
+
+
+def test_a_small_cell_has_the_support_of_its_images_and_each_cell_is_told_as_it_begins():
+    rng = np.random.default_rng(0)
+    codes, told = rng.standard_normal((404, 3)).astype(np.float32), []
+    source = np.concatenate([np.arange(400), [500, 500, 501, 501]])
+    truth = np.repeat([0, 3], [400, 4])
+    section = DistillSection(max_components=2, min_weight=0.05, min_support=1)
+    fits = fit_cells(Failures(codes, source, truth, truth + 1), section, 0, lambda *args: told.append(args))
+    assert [(dropped.source, dropped.support) for dropped in fits.small] == [(3, 2)]
+    assert told == [("fitting the mixtures", 0, 2, "fits"), ("fitting the mixtures", 1, 2, "fits")]
+
+
+@pytest.mark.parametrize("engine", ["torch", "scikit-learn"])
+def test_each_seed_and_each_cell_begins_its_fit_in_its_own_way(engine):
+    codes = np.random.default_rng(0).standard_normal((100, 2)).astype(np.float32)
+    section = DistillSection(engine=engine, max_iterations=1)
+    begun = [
+        fit_mixture(codes, 4, section, seed, cell).means.tobytes()
+        for seed, cell in ((0, ()), (0, ()), (1, ()), (0, (3, 4)), (0, (3, 5)))
+    ]
+    assert begun[0] == begun[1] and len(set(begun)) == 4
+
+
+def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
+    spec, found = tiny(distill={"min_weight": 0.1, "tolerance": 1e-3}), scenarios_of(cells, SECTION)
+    with caplog.at_level("INFO", "defuse"):
+        log_scenarios(spec, found)
+        log_scenarios(spec, replace(found, last_change=None, dropped=()))
+        log_scenarios(spec, replace(found, converged=True, dropped=()))
+    kept = "kept 2 of 6 components with weight over 0.1, from 1000 codes; the fit"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{kept} had NOT converged (its bound changed by 0.5 nats, tolerance 0.001) after 40 iterations",
+        "dropped 1 components or cells with too few codes or images, which hold 30 % of the codes",
+        f"{kept} had NOT converged after 40 iterations",
+        f"{kept} converged after 40 iterations",
+    ]
+
+
+def test_anchored_components_keep_their_own_failures_and_those_of_one_photograph_are_dropped(
+    tmp_path, monkeypatch
+):
+    centres = np.array([[0.0, 0.0], [40.0, 0.0], [0.0, 40.0]])
+    sizes, rng = [60, 100, 140], np.random.default_rng(0)
+    codes = np.repeat(centres, sizes, axis=0) + rng.standard_normal((300, 2))
+    source = np.concatenate([np.arange(60), np.full(100, 60), 61 + np.arange(140)])
+    truth = np.zeros(300, np.int64)
+    shard = Shard(Failures(codes.astype(np.float32), source, truth, truth + 1), 300, 300, 0, 0, 0.0)
+    store = FolderStore(tmp_path)
+    save_shard(store, 0, shard)
+    train = Images(np.zeros((201, 1, 4, 4), np.uint8), np.zeros(201, np.int64))
+    monkeypatch.setattr(components, "reopen_splits", lambda *_: SimpleNamespace(train=train))
+    distilled = {"by": "all", "order": "weight", "min_support": 1, "min_weight": 0.1, "max_components": 3}
+    spec = recommended(vae={"decode": "anchored", "latent_dim": 2}, distill=distilled)
+    found = components.distill(spec, Psi(np.array([300]), 300, 300, 0, 0, 0.0), store, "", progress=silent)
+    np.testing.assert_allclose(found.means, centres[[2, 0]], atol=1)
+    assert [dropped.reason for dropped in found.dropped] == [
+        "too few photographs to hold out: all are of one photograph"
+    ]
+    for mean, own in zip(found.means, found.failures.codes, strict=True):
+        assert np.abs(own - mean).max() < 10

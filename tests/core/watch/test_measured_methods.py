@@ -1,0 +1,261 @@
+"""Which images each figure of the watch is of, and by how many: on given probabilities, and on a small classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sample_findings import sample_watch
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from defuse_core.artifacts import Corrections
+from defuse_core.codec import encode
+from defuse_core.config import ServeSection
+from defuse_core.data import Images, open_splits
+from defuse_core.models import load_classifier, load_vae, predict
+from defuse_core.progress import silent
+from defuse_core.watch import failure_detector, scenario_regions
+from defuse_core.watch.failure_detector import (
+    METHODS,
+    Answers,
+    FailureWatch,
+    _answers,
+    _measure,
+    _problem,
+    fit_temperature,
+    measure_detector,
+    watch_classifier,
+    watch_run,
+)
+from defuse_core.watch.figures import calibration_error, watch_figures
+from defuse_core.watch.scenario_regions import class_gaussians, fit_regions, training_codes
+from tests.conftest import tiny
+
+
+@pytest.fixture
+def unlike() -> FailureWatch:
+    """A watch with other probabilities, answers and regions on test images than on validation images; the methods
+    are a simple one and a better one that uses codes."""
+    validation, test = sample_watch(separation=1.0), sample_watch(separation=3.0, images=300)
+    rng = np.random.default_rng(1)
+    wrong = rng.random(300) < 0.2
+    given = 1 / (1 + np.exp(1 - 2.0 * wrong - rng.standard_normal(300)))
+    simple = dataclasses.replace(validation.methods[0], test=given)
+    better = dataclasses.replace(
+        simple,
+        detector=dataclasses.replace(simple.detector, method=METHODS[2]),
+        validation=np.where(validation.validation_wrong, 0.9, simple.validation / 2),
+    )
+    return dataclasses.replace(
+        validation, methods=(simple, better), test_wrong=wrong, test_region=test.test_region
+    )
+
+
+def test_figures_of_all_methods_are_those_of_their_own_images(unlike):
+    figures = watch_figures(unlike, ServeSection())
+    for row, one in zip(figures.methods, unlike.methods, strict=False):
+        assert row.method == one.detector.method
+        right = np.where(unlike.validation_wrong, one.validation, 1 - one.validation)
+        assert row.log_loss == pytest.approx(-np.log(right).mean())
+        assert row.validation.value == pytest.approx(roc_auc_score(unlike.validation_wrong, one.validation))
+        assert row.test.value == pytest.approx(roc_auc_score(unlike.test_wrong, one.test))
+    region = figures.methods[-1]
+    assert region.validation.value == pytest.approx(
+        roc_auc_score(unlike.validation_wrong, unlike.validation_region)
+    )
+    assert region.test.value == pytest.approx(roc_auc_score(unlike.test_wrong, unlike.test_region))
+
+
+def test_without_codes_the_figures_are_those_of_a_method_that_needs_none(unlike):
+    on, off = (watch_figures(unlike, ServeSection(), codes) for codes in (True, False))
+    assert (on.method, off.method) == (METHODS[2], METHODS[0])
+    for part, wrong, probability in (
+        (off.validation, unlike.validation_wrong, unlike.methods[0].validation),
+        (off.test, unlike.test_wrong, unlike.methods[0].test),
+    ):
+        assert (part.images, part.errors) == (len(wrong), wrong.sum())
+        assert part.average_precision == pytest.approx(average_precision_score(wrong, probability))
+        assert part.auroc.value == pytest.approx(roc_auc_score(wrong, probability))
+        assert part.flagged == (probability >= off.threshold).sum()
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_intervals_of_a_part_are_wider_where_its_images_are_of_few_tracks(unlike, part):
+    tracks = np.arange(len(getattr(unlike, f"{part}_wrong"))) // 5
+    grouped = dataclasses.replace(unlike, **{f"{part}_tracks": tracks})
+    alone, together = (watch_figures(one, ServeSection(failure_threshold=0.5)) for one in (unlike, grouped))
+    for other in ("validation", "test"):
+        shares = [
+            [
+                *(getattr(row, other) for row in found.methods),
+                getattr(found, other).precision,
+                getattr(found, other).auroc,
+            ]
+            for found in (alone, together)
+        ]
+        for before, after in zip(*shares, strict=True):
+            assert before.value == after.value
+            if other == part:
+                assert after.high - after.low > before.high - before.low
+            else:
+                assert before == after
+
+
+def test_a_part_without_a_wrong_answer_has_no_average_precision(unlike):
+    right = dataclasses.replace(unlike, test_wrong=np.zeros(300, np.bool_))
+    found = watch_figures(right, ServeSection()).test
+    assert (found.errors, found.average_precision, found.recall.value) == (0, None, None)
+
+
+def test_the_calibration_error_is_the_mean_gap_of_bins_of_equally_many_images():
+    probability = np.concatenate([np.linspace(0.1, 0.12, 14), np.full(1, 0.9)])
+    wrong = np.arange(15) == 14
+    gaps = np.abs(probability - wrong)  # 15 bins of one image
+    assert calibration_error(probability, wrong) == pytest.approx(gaps.mean())
+    assert calibration_error(probability[:3], wrong[:3]) == pytest.approx(gaps[:3].mean())
+    parts = np.repeat([0.25, 0.75], [32, 28])  # of bins of four, half of each right
+    assert calibration_error(parts, np.tile([True, False], 30)) == pytest.approx(0.25)
+
+
+def test_the_temperature_is_that_of_the_logits_however_far_from_one():
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.standard_normal((4000, 4))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+    for temperature in (0.1, 12.0):
+        assert fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.1)
+
+
+def made_answers(images: int, seed: int, tracks: bool = False) -> Answers:
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.standard_normal((images, 3))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+    of_track = np.arange(images) // 4 if tracks else None
+    return Answers(logits, labels, np.exp(rng.standard_normal(images)), rng.random(images), of_track)
+
+
+def test_answers_of_equal_doubt_get_the_share_of_wrong_ones():
+    given = dataclasses.replace(
+        made_answers(200, 0), logits=np.tile([2.0, 0.0, 0.0], (200, 1)), distance=np.ones(200)
+    )
+    for method in METHODS:
+        found = measure_detector(method, given, given, 0)
+        np.testing.assert_allclose(found.test, given.wrong.mean(), atol=0.01)
+
+
+def test_folds_follow_from_the_seed_alone():
+    validation, test = made_answers(200, 0), made_answers(20, 1)
+    first, again, other = (measure_detector(METHODS[0], validation, test, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.validation, again.validation)
+    assert not np.array_equal(first.validation, other.validation)
+    np.testing.assert_array_equal(first.test, other.test)
+
+
+def test_test_outputs_that_are_not_finite_and_right_answers_of_few_tracks_are_a_problem():
+    validation, test = made_answers(200, 0, tracks=True), made_answers(20, 1)
+    assert _problem(validation, test) == ""
+    broken = dataclasses.replace(test, logits=np.where(np.arange(20)[:, None] == 7, np.nan, test.logits))
+    assert "not finite" in _problem(validation, broken)
+    few = np.where(validation.wrong, 100 + np.arange(200), np.arange(200) % 9)
+    assert f"in {validation.wrong.sum()} tracks, and at least 10 wrong and 10 right ones of" in _problem(
+        dataclasses.replace(validation, tracks=few), test
+    )
+
+
+def test_answers_that_are_taken_keep_all_that_is_theirs():
+    given, rows = made_answers(12, 0, tracks=True), np.array([7, 0, 3])
+    taken = given.take(rows)
+    for name, array in vars(given).items():
+        np.testing.assert_array_equal(getattr(taken, name), array[rows])
+    assert dataclasses.replace(given, tracks=None).take(rows).tracks is None
+
+
+def test_each_part_of_a_watch_is_of_its_own_images():
+    validation, test = made_answers(200, 0, tracks=True), made_answers(120, 1, tracks=True)
+    found = _measure(tiny(), validation, test, (np.zeros((3, 2)), np.stack([np.eye(2)] * 3)))
+    for part, given in (("validation", validation), ("test", test)):
+        for name in ("wrong", "region", "tracks"):
+            np.testing.assert_array_equal(getattr(found, f"{part}_{name}"), getattr(given, name))
+
+
+def test_a_watch_measures_the_given_weights_on_validation_and_on_test_images(tiny_spec, tiny_models):
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    codes = np.zeros((1, 4, tiny_spec.vae.latent_dim), np.float32)
+    fixes = Corrections(np.array([0]), np.array([3]), codes, codes)
+    other = {name: -array for name, array in tiny_models.classifier.items()}
+    for corrected, weights in ((other, other), ({}, tiny_models.classifier)):
+        _, found = watch_classifier(tiny_spec, tiny_models, fixes, corrected, splits)
+        same = watch_run(tiny_spec, tiny_models, fixes, corrected, progress=silent)
+        assert encode(same) == encode(found)
+        classifier = load_classifier(tiny_spec, weights, 10)
+        for wrong, images in (
+            (found.validation_wrong, splits.validation),
+            (found.test_wrong, splits.test),
+        ):
+            np.testing.assert_array_equal(wrong, predict(classifier, images) != images.labels)
+
+
+def test_images_are_answered_batch_by_batch_and_keep_their_tracks(tiny_spec, tiny_models, monkeypatch):
+    train = open_splits(tiny_spec.data, tiny_spec.seed).train.take(slice(0, 23))
+    tracked = Images(train.pixels, train.labels, np.arange(23) // 2)
+    vae, classifier = (
+        load_vae(tiny_spec, tiny_models.vae),
+        load_classifier(tiny_spec, tiny_models.classifier, 10),
+    )
+    codes, labels = training_codes(tiny_spec, vae, train)
+    single = codes[:1, None]
+    regions = fit_regions(vae, Corrections(np.array([0]), np.array([3]), single, single), codes)
+    given = (classifier, vae, tracked, regions, class_gaussians(codes, labels, 10))
+    whole = _answers(*given)
+    monkeypatch.setattr(failure_detector, "BATCH", 7)
+    batched = _answers(*given)
+    assert len(whole.logits) == 23
+    for name, array in vars(whole).items():
+        np.testing.assert_allclose(getattr(batched, name), array, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(batched.tracks, tracked.tracks)
+
+
+def test_the_watch_reads_as_many_training_images_as_it_may(tiny_spec, tiny_models):
+    spec = tiny(serve={"watch_images": 100})
+    train = open_splits(spec.data, spec.seed).train
+    codes, labels = training_codes(spec, load_vae(tiny_spec, tiny_models.vae), train)
+    assert len(codes) == len(labels) == 100 < len(train)
+    assert not np.array_equal(labels, train.labels[:100])
+
+
+class DecodesNothing:
+    """A decoder whose images are the codes, and which keeps what it was asked for."""
+
+    vae = None
+
+    def __init__(self) -> None:
+        self.asked = list[tuple[float, list[int]]]()
+
+    def decode(self, codes, anchors):
+        self.asked.append((float(codes[0, 0]), anchors.tolist()))
+        return codes
+
+
+def test_a_region_is_fitted_on_tuning_images_and_measured_on_held_out_ones_each_at_its_own_anchors(
+    monkeypatch,
+):
+    decoder, rng = DecodesNothing(), np.random.default_rng(0)
+    monkeypatch.setattr(scenario_regions, "decoder_of", lambda *args: decoder)
+    monkeypatch.setattr(scenario_regions, "encode_images", lambda vae, images: images)
+    tune = (rng.standard_normal((2, 40, 2)) + np.array([[[20, 0]], [[0, 30]]])).astype(np.float32)
+    test = tune.copy()
+    test[0, :30] += 1000  # three quarters of the first scenario's held-out images are elsewhere
+    anchors = rng.integers(9, size=(2, 2, 40))
+    fixes = dataclasses.replace(
+        Corrections(np.arange(2), np.arange(2), tune, test),
+        tune_anchor=anchors[0],
+        test_anchor=anchors[1],
+    )
+    found = fit_regions(None, fixes, rng.standard_normal((500, 2)).astype(np.float32))
+    np.testing.assert_allclose(found.means, tune.mean(axis=1), rtol=1e-5)
+    assert found.recall[0, -1] == 0.25 and found.recall[1, -1] == 1
+    assert decoder.asked == [
+        (float(codes[row, 0, 0]), anchors[part, row].tolist())
+        for part, codes in enumerate((tune, test))
+        for row in range(2)
+    ]
