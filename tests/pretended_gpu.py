@@ -43,6 +43,9 @@ class OneDevice:
     def current_device(self) -> int:
         return 0
 
+    def mem_get_info(self) -> tuple[int, int]:
+        return 2**30, 2**30
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
