@@ -69,16 +69,39 @@ class Registry:
         """Return the state after every change, oldest first."""
         return [self._read(sequence) for sequence in self._sequences()]
 
-    def state_after(self, sequence: int) -> RegistryState | None:
-        """Return the current state if there is a change after `sequence`. Costs one lookup where there is none."""
-        return self.state() if self.store.exists(_change_key(sequence + 1)) else None
+    def state_after(self, known: RegistryState) -> RegistryState | None:
+        """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`."""
+        if self._has(known) and not self.store.exists(_change_key(known.sequence + 1)):
+            return None
+        return self._state_of_existing()
 
-    def changes_after(self, sequence: int) -> list[RegistryState]:
-        """Return the state after each change since `sequence`, oldest first."""
+    def changes_after(self, known: RegistryState) -> list[RegistryState]:
+        """Return the state after each change since `known`, oldest first.
+
+        Only the current one where `known` is no change any more, as after the registry was restored from a backup.
+        Raises StoreError where it had changes and has none now.
+        """
+        if not self._has(known):
+            return [self._state_of_existing()]
         found: list[RegistryState] = []
-        while self.store.exists(_change_key(sequence + len(found) + 1)):
-            found.append(self._read(sequence + len(found) + 1))
+        while self.store.exists(_change_key(known.sequence + len(found) + 1)):
+            found.append(self._read(known.sequence + len(found) + 1))
         return found
+
+    def _has(self, known: RegistryState) -> bool:
+        """Return whether `known` is still the state after the change of its number."""
+        try:
+            return not known.sequence or self._read(known.sequence) == known
+        except (FileNotFoundError, DamagedError):
+            return False
+
+    def _state_of_existing(self) -> RegistryState:
+        state = self.state()
+        if not state.sequence:
+            raise StoreError(
+                f"{self.store.address}: the registry is gone; restore it, or promote a run with `defuse promote RUN`"
+            )
+        return state
 
     def load(self, number: int) -> Candidate:
         """Return version `number`. Raises InputError for an unknown one, and DamagedVersionError."""

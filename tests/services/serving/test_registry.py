@@ -336,9 +336,9 @@ def test_a_rollback_to_a_version_that_does_not_predict_is_an_error(registry, can
     assert registry.state().production == 2
 
 
-def test_changes_after_a_number_are_returned_one_by_one(registry, candidates):
+def test_changes_after_a_state_are_returned_one_by_one(registry, candidates):
     promote(registry, candidates["first"], ANA)
-    since = registry.state().sequence
+    since = registry.state()
     assert registry.changes_after(since) == []
     promote(registry, candidates["second"], ANA)
     assert [s.action for s in registry.changes_after(since)] == ["added version 2", "version 2 to production"]
