@@ -155,7 +155,10 @@ def rollback(store: str, by: str | None, why: str) -> None:
     """End a canary or shadow; without one, put the previous version back into production."""
     from services.serving.model import verify_candidate
 
-    state = _registry(store).roll_back(by or local_user("--by"), why, verify_candidate)
+    author, registry = by or local_user("--by"), _registry(store)
+    if not registry.state().sequence:
+        raise InputError(_no_registry(registry))
+    state = registry.roll_back(author, why, verify_candidate)
     click.echo(f"{state.action}; {state.production_text}")
 
 
@@ -267,8 +270,15 @@ def _registry(store: str) -> Registry:
     return Registry(open_store(store))
 
 
+def _no_registry(registry: Registry) -> str:
+    return f"no registry in {registry.store.address}: nothing was promoted yet, or --store is another one"
+
+
 def _show(registry: Registry) -> None:
     state = registry.state()
+    if not state.sequence:
+        click.echo(_no_registry(registry))
+        return
     forced_now = state.since is not None and bool(state.since.failed_checks)
     for number, info in state.versions.items():
         roles = {state.production: "production", state.canary: f"canary {state.share:.1%}"}
@@ -277,8 +287,8 @@ def _show(registry: Registry) -> None:
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
         line = f"{number:>4}  {role:<12} {origin}; by {info.by} on {info.when} {info.why}".rstrip()
         click.echo(escape_control_characters(line))
-    author = f", by {state.by} on {state.when} {state.why}".rstrip() if state.sequence else ""
-    click.echo(escape_control_characters(f"last change: {state.action}{author}"))
+    change = f"last change: {state.action}, by {state.by} on {state.when} {state.why}".rstrip()
+    click.echo(escape_control_characters(change))
     for line in state.failed_checks or ():
         click.echo(escape_control_characters(f"  forced over: {line}"))
 

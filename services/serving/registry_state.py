@@ -60,7 +60,7 @@ class RegistryState(BaseModel):
     """That share, 0 to 1."""
     shadow: int | None = None
     """A version that receives a copy of the requests and whose answers are only compared."""
-    action: str = "nothing was promoted yet"
+    action: str = ""
     by: str = ""
     when: str = ""
     why: str = ""

@@ -251,3 +251,12 @@ def test_a_machine_without_a_name_for_its_user_asks_for_the_author(planted, monk
     monkeypatch.setattr("pwd.getpwuid", unknown)
     with pytest.raises(InputError, match="--by: this machine has no name for its user"):
         run(*words, "--store", planted.address)
+
+
+def test_a_store_without_a_registry_is_named_by_promote_and_rollback(tmp_path):
+    store = ("--store", str(tmp_path / "mistyped"))
+    line = f"no registry in {tmp_path}/mistyped/registry: nothing was promoted yet, or --store is another one"
+    assert run(promote, *store) == f"{line}\n"
+    with pytest.raises(InputError) as failure:
+        run(rollback, *store)
+    assert str(failure.value) == line and not (tmp_path / "mistyped").exists()
