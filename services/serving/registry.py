@@ -332,7 +332,8 @@ def _require_other_in_production(state: RegistryState, number: int | None, optio
             f"{option} needs another version in production, and there is none; promote without it first"
         )
     if state.production == number:
-        raise InputError(f"{option}: version {number} is already in production")
+        run = state.versions[state.production].run
+        raise InputError(f"{option}: this model is already in production, as version {number} of run {run}")
 
 
 def promote(registry: Registry, candidate: Candidate, request: PromotionRequest) -> RegistryState:

@@ -139,6 +139,17 @@ def test_a_canary_needs_another_version_in_production(registry, candidates):
         promote(registry, candidates["first"], PromotionRequest("ana", "", shadow=True))
 
 
+def test_a_canary_of_another_run_with_the_model_in_production_is_told_which_version_it_equals(
+    registry, candidates
+):
+    promote(registry, candidates["first"], ANA)
+    equal = dataclasses.replace(candidates["first"], run="nightly")
+    with pytest.raises(
+        InputError, match="--canary: this model is .* in production, as version 1 of run first"
+    ):
+        promote(registry, equal, PromotionRequest("ana", "", canary=0.5))
+
+
 @pytest.mark.parametrize(
     "how", [PromotionRequest("ana", "", canary=0.05), PromotionRequest("ana", "", shadow=True)]
 )
@@ -149,7 +160,7 @@ def test_a_canary_without_another_version_in_production_leaves_no_version(regist
     assert registry.state().sequence == 0 and registry.store.list() == []
     promote(registry, candidates["first"], ANA)
     before = registry.state()
-    with pytest.raises(InputError, match="version 1 is already in production"):
+    with pytest.raises(InputError, match="already in production, as version 1 of run"):
         promote(registry, candidates["first"], how)
     assert registry.state() == before
 

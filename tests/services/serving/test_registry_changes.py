@@ -110,7 +110,7 @@ def test_the_end_of_a_canary_that_another_one_has_replaced_does_not_end_that_one
 def test_the_version_in_production_cannot_become_its_own_canary_or_shadow(registry, candidates, to_role):
     """As where it was promoted between the look-up and the change."""
     promote(registry, candidates[0], ANA)
-    with pytest.raises(InputError, match="version 1 is already in production"):
+    with pytest.raises(InputError, match="already in production, as version 1 of run run-1"):
         to_role(registry)
 
 
