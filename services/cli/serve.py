@@ -14,6 +14,7 @@ from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
     given,
+    given_printable,
     json_option,
     open_run,
     print_json,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from services.serving.registry_state import VersionInfo
 
 by_option = click.option(
-    "--by", callback=printable, help="Author of the change. [default: the user of this machine]"
+    "--by", callback=given_printable, help="Author of the change. [default: the user of this machine]"
 )
 why_option = click.option(
     "--why", default="", callback=printable, help="Reason for the change, stored in the registry."
@@ -107,7 +108,10 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
     "--shadow", is_flag=True, help="Compare it with the version in production, which goes on answering."
 )
 @click.option(
-    "--force", metavar="REASON", callback=printable, help="Promote although checks fail, for this reason."
+    "--force",
+    metavar="REASON",
+    callback=given_printable,
+    help="Promote although checks fail, for this reason.",
 )
 @by_option
 @why_option
@@ -134,7 +138,7 @@ def promote(
     if canary and shadow:
         raise click.UsageError("--canary and --shadow exclude each other")
     share = parse_share(canary) if canary else None
-    request = PromotionRequest(by or local_user("--by"), why, force or None, share, shadow)
+    request = PromotionRequest(by or local_user("--by"), why, force, share, shadow)
     candidate = _candidate(store, run)
     state = promote_candidate(registry, candidate, request)
     click.echo(state.action)

@@ -228,9 +228,10 @@ def test_promote_without_a_run_refuses_what_says_how_to_promote_one(options, tmp
         run(promote, "--store", str(tmp_path), *options)
 
 
-def test_promote_as_a_canary_for_an_unset_share_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="expected a value, found an empty one"):
-        run(promote, "first", "--store", str(tmp_path), "--canary", "")
+@pytest.mark.parametrize("option", ["--canary", "--force", "--by"])
+def test_promote_with_the_value_of_an_unset_variable_is_refused(option, tmp_path):
+    with pytest.raises(UsageError, match="expected a value, found an empty one; is the variable set"):
+        run(promote, "first", "--store", str(tmp_path), option, "")
 
 
 @pytest.mark.parametrize(
