@@ -207,7 +207,8 @@ def serve(
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
     from services.serving.arguments import ServeArgs, resolve_settings, serve_token
-    from services.serving.launch import Proxy, choose_proxy, proxy_environment
+    from services.serving.candidate import require_corrected
+    from services.serving.launch import Proxy, choose_proxy, proxy_environment, require_free_port
 
     settings = read_settings()
     args = ServeArgs(
@@ -220,6 +221,10 @@ def serve(
     section, address = resolve_settings(args), address or settings.ray_address
     requested = "haproxy" if haproxy else proxy
     chosen = choose_proxy(requested, section, host) if address is None else Proxy.CLUSTER
+    if run is not None:  # both before Ray starts, which takes seconds
+        require_corrected(open_run(run, store))
+    if address is None:
+        require_free_port(host, port)
     with proxy_environment(chosen, port):
         from services.serving.app import require_gpus, total_cpus
         from services.serving.launch import (

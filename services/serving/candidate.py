@@ -158,6 +158,11 @@ def prepare_candidate(
         return key, candidate
 
 
+def require_corrected(run: Run) -> None:
+    """Raise InputError or CheckFailed, as `prepare_candidate`, where `run` has no corrected classifier."""
+    _RunArtifacts.load(run)
+
+
 @dataclass(frozen=True, eq=False)
 class _RunArtifacts:
     models: Models

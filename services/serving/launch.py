@@ -208,7 +208,7 @@ def running_application(
     if shared:
         _require_reachable_replicas(host)
     else:
-        _require_free_port(host, port)
+        require_free_port(host, port)
     proxy_port = _free_port() if proxy is Proxy.DIRECT else port  # Ray's own proxy runs too
     with _translate_errors("Serve did not start"):
         serve.start(
@@ -259,7 +259,8 @@ def _url_host(host: str) -> str:
     return f"[{reached}]" if ":" in reached else reached
 
 
-def _require_free_port(host: str, port: int) -> None:
+def require_free_port(host: str, port: int) -> None:
+    """Raise InputError where this machine cannot listen on `port` of `host`."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as test:
         test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -273,8 +274,7 @@ def _require_free_port(host: str, port: int) -> None:
 def _free_port() -> int:
     with socket.socket() as test:
         test.bind(("127.0.0.1", 0))
-        port: int = test.getsockname()[1]
-    return port
+        return int(test.getsockname()[1])
 
 
 def _listening_address(host: str, port: int) -> tuple[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -134,6 +135,35 @@ def test_check_of_an_unfinished_run_names_the_missing_step(planted, good_spec, t
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     with pytest.raises(InputError, match=r"begun has no corrected classifier yet \(models is missing\)"):
         run(check, "begun", "--store", str(tmp_path))
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Let the start of Ray fail the test."""
+
+    def started(*args: object) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("services.serving.launch.ray_connection", started)
+
+
+def test_serve_refuses_an_unfinished_run_before_ray_is_started(no_ray, good_spec, tmp_path):
+    Run.start(FolderStore(tmp_path), "begun", good_spec)
+    for options in ((), ("--address", "127.0.0.1:1")):
+        with pytest.raises(InputError, match=r"begun has no corrected classifier yet \(models is missing\)"):
+            run(serve, "begun", "--store", str(tmp_path), *options)
+
+
+def test_serve_refuses_a_port_in_use_before_ray_is_started(no_ray, planted):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = str(used.getsockname()[1])
+        with pytest.raises(
+            InputError, match=f"cannot listen on 127.0.0.1:{port} .*; choose another --host or --port"
+        ):
+            run(serve, "first", "--store", planted.address, "--port", port)
 
 
 @pytest.mark.parametrize("option", ["--by", "--why", "--force"])
