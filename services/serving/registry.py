@@ -9,6 +9,7 @@ the author, time and reason of every change stay on record.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable
@@ -52,6 +53,9 @@ class Registry:
 
     def __init__(self, store: Store) -> None:
         self.store = store.within("registry")
+        self._last_read: tuple[RegistryState, str | None] | None = (
+            None  # by `_has`, with the version of its file
+        )
 
     def state(self) -> RegistryState:
         """Return the current state. Raises DamagedError for a registry of another format."""
@@ -89,11 +93,14 @@ class Registry:
         return found
 
     def _has(self, known: RegistryState) -> bool:
-        """Return whether `known` is still the state after the change of its number."""
-        try:
-            return not known.sequence or self._read(known.sequence) == known
-        except (FileNotFoundError, DamagedError):
-            return False
+        """Return whether `known` is still the state after the change of its number; reads it where its file changed."""
+        if not known.sequence:
+            return True
+        version = self.store.version(_change_key(known.sequence))
+        if self._last_read != (known, version):
+            with contextlib.suppress(FileNotFoundError, DamagedError):
+                self._last_read = self._read(known.sequence), version
+        return self._last_read == (known, version)
 
     def _state_of_existing(self) -> RegistryState:
         state = self.state()
@@ -367,24 +374,18 @@ def promotion_errors(registry: Registry, candidate: Candidate) -> list[str]:
     if production is None or candidate.digest == _digest_of(state, production):
         return failed
     try:
-        current = _interface(registry.load(production))
+        current = registry.load(production).interface
     except DefuseError as error:
         return [
             *failed,
             f"interface: version {production} in production cannot be read to compare it ({error})",
         ]
-    new = _interface(candidate)
-    if new == current:
+    if candidate.interface == current:
         return failed
     return [
         *failed,
-        f"interface: expected {_describe(*current)} as in production, found {_describe(*new)}",
+        f"interface: expected {_describe(*current)} as in production, found {_describe(*candidate.interface)}",
     ]
-
-
-def _interface(candidate: Candidate) -> tuple[int, int, tuple[str, ...]]:
-    data = candidate.run_file().data
-    return data.channels, data.image_size, tuple(candidate.classes)
 
 
 def _describe(channels: int, size: int, classes: tuple[str, ...]) -> str:

@@ -218,14 +218,20 @@ def test_a_lost_registry_is_an_error_for_whoever_knows_its_state(registry, candi
     assert registry.state_after(EMPTY) is None and registry.changes_after(EMPTY) == []
 
 
-def test_a_poll_without_a_change_costs_two_lookups(registry, candidates, monkeypatch):
+def test_a_poll_without_a_change_reads_nothing_after_the_first(registry, candidates, monkeypatch):
+    """A state holds all versions, so it grows, and each replica polls every two seconds."""
     state, asked = promote(registry, candidates[0], ANA), []
-    for name in ("exists", "read", "list"):
+    for name in ("exists", "version", "read", "list"):
         real = getattr(registry.store, name)
         monkeypatch.setattr(
             registry.store, name, lambda *key, real=real, name=name: asked.append(name) or real(*key)
         )
-    assert registry.state_after(state) is None and asked == ["read", "exists"]
+    for expected in (["version", "read", "exists"], ["version", "exists"]):
+        asked.clear()
+        assert registry.state_after(state) is None and asked == expected
+    key = "changes/000002.json"
+    registry.store.write(key, registry.store.read(key).replace(b"for a test", b"edited"))
+    assert registry.state_after(state).why == "edited"
 
 
 def test_changes_are_ordered_by_number_beyond_six_digits(registry, candidates):
