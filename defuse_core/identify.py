@@ -32,6 +32,7 @@ from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import DamagedError, StoreError
+from defuse_core.map_ahead import map_ahead
 from defuse_core.models import (
     Decoder,
     Vae,
@@ -45,7 +46,7 @@ from defuse_core.models import (
 )
 from defuse_core.progress import Progress, silent
 from defuse_core.seeds import generator
-from defuse_core.store import Store, map_ahead
+from defuse_core.store import Store
 from defuse_core.training.precision import SAMPLE, answers_as_in_f32, margin_bound
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities
 

@@ -53,6 +53,11 @@ def printable(context: click.Context, parameter: click.Parameter, value: str | N
     return value
 
 
+def given_printable(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Return the value of an option. Raises BadParameter for an empty one, and as `printable`."""
+    return printable(context, parameter, given(context, parameter, value))
+
+
 store_option = click.option(
     "--store",
     default="runs",

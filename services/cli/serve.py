@@ -14,6 +14,7 @@ from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
     given,
+    given_printable,
     json_option,
     open_run,
     print_json,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from services.serving.registry_state import VersionInfo
 
 by_option = click.option(
-    "--by", callback=printable, help="Author of the change. [default: the user of this machine]"
+    "--by", callback=given_printable, help="Author of the change. [default: the user of this machine]"
 )
 why_option = click.option(
     "--why", default="", callback=printable, help="Reason for the change, stored in the registry."
@@ -107,7 +108,10 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
     "--shadow", is_flag=True, help="Compare it with the version in production, which goes on answering."
 )
 @click.option(
-    "--force", metavar="REASON", callback=printable, help="Promote although checks fail, for this reason."
+    "--force",
+    metavar="REASON",
+    callback=given_printable,
+    help="Promote although checks fail, for this reason.",
 )
 @by_option
 @why_option
@@ -134,7 +138,7 @@ def promote(
     if canary and shadow:
         raise click.UsageError("--canary and --shadow exclude each other")
     share = parse_share(canary) if canary else None
-    request = PromotionRequest(by or local_user("--by"), why, force or None, share, shadow)
+    request = PromotionRequest(by or local_user("--by"), why, force, share, shadow)
     candidate = _candidate(store, run)
     state = promote_candidate(registry, candidate, request)
     click.echo(state.action)
@@ -155,7 +159,10 @@ def rollback(store: str, by: str | None, why: str) -> None:
     """End a canary or shadow; without one, put the previous version back into production."""
     from services.serving.model import verify_candidate
 
-    state = _registry(store).roll_back(by or local_user("--by"), why, verify_candidate)
+    author, registry = by or local_user("--by"), _registry(store)
+    if not registry.state().sequence:
+        raise InputError(_no_registry(registry))
+    state = registry.roll_back(author, why, verify_candidate)
     click.echo(f"{state.action}; {state.production_text}")
 
 
@@ -200,7 +207,8 @@ def serve(
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
     from services.serving.arguments import ServeArgs, resolve_settings, serve_token
-    from services.serving.launch import Proxy, choose_proxy, proxy_environment
+    from services.serving.candidate import require_corrected
+    from services.serving.launch import Proxy, choose_proxy, proxy_environment, require_free_port
 
     settings = read_settings()
     args = ServeArgs(
@@ -213,6 +221,10 @@ def serve(
     section, address = resolve_settings(args), address or settings.ray_address
     requested = "haproxy" if haproxy else proxy
     chosen = choose_proxy(requested, section, host) if address is None else Proxy.CLUSTER
+    if run is not None:  # both before Ray starts, which takes seconds
+        require_corrected(open_run(run, store))
+    if address is None:
+        require_free_port(host, port)
     with proxy_environment(chosen, port):
         from services.serving.app import require_gpus, total_cpus
         from services.serving.launch import (
@@ -267,8 +279,15 @@ def _registry(store: str) -> Registry:
     return Registry(open_store(store))
 
 
+def _no_registry(registry: Registry) -> str:
+    return f"no registry in {registry.store.address}: nothing was promoted yet, or --store is another one"
+
+
 def _show(registry: Registry) -> None:
     state = registry.state()
+    if not state.sequence:
+        click.echo(_no_registry(registry))
+        return
     forced_now = state.since is not None and bool(state.since.failed_checks)
     for number, info in state.versions.items():
         roles = {state.production: "production", state.canary: f"canary {state.share:.1%}"}
@@ -277,8 +296,8 @@ def _show(registry: Registry) -> None:
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
         line = f"{number:>4}  {role:<12} {origin}; by {info.by} on {info.when} {info.why}".rstrip()
         click.echo(escape_control_characters(line))
-    author = f", by {state.by} on {state.when} {state.why}".rstrip() if state.sequence else ""
-    click.echo(escape_control_characters(f"last change: {state.action}{author}"))
+    change = f"last change: {state.action}, by {state.by} on {state.when} {state.why}".rstrip()
+    click.echo(escape_control_characters(change))
     for line in state.failed_checks or ():
         click.echo(escape_control_characters(f"  forced over: {line}"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,7 +73,7 @@ class RegistryWatcher:
         """`overrides` are fields of section `serve` that take precedence over every version's run file."""
         self.store, self.initial, self.settings, self.overrides = store, initial, settings, overrides
         self.registry = Registry(store)
-        self.sequence = 0  # of the last change that was loaded completely
+        self.known = EMPTY  # the state after the last change that was loaded completely
         # the canary or shadow that this replica ended and the registry still has
         self.ended: int | None = None
         self._skipped: int | None = None  # `ended` before the registry was read
@@ -110,36 +110,41 @@ class RegistryWatcher:
         if self.initial.pin:
             return None
         self._skipped = self.ended
-        state = self.registry.state_after(self.sequence)
+        state = self.registry.state_after(self.known)
         if state is None:
             return None
         self._is_complete = True
         versions = self._load_state(state, current)
-        if self._is_complete:
-            self.sequence = state.sequence
         if state != current.state:
+            if replaced := state.replaced_text(self.known):
+                log.warning("%s", replaced)
             log.info("registry change %d: %s; %s", state.sequence, state.action, state.production_text)
+        if self._is_complete:
+            self.known = state
         return versions
 
     def _load_state(self, state: RegistryState, current: ActiveVersions) -> ActiveVersions:
-        loaded = {model.number: model for model in current.by_role().values()}
+        loaded = current.by_role().values()
         production = current.production
-        if self.initial.key is None or state.since != self.initial.state.since:
-            production = self._load_version(state.production, loaded) or production
-        same_canary = (state.canary, state.shadow) == (current.state.canary, current.state.shadow)
+        follows = (
+            production is not None and production.number is not None
+        )  # its run was replaced by a version
+        if self.initial.key is None or follows or state.since != self.initial.state.since:
+            production = self._load_version(state.production, state, loaded) or production
         # a canary is compared with production, and ended for all servers; no server of another run decides that
         comparable = _is_in_production(production, state)
-        return ActiveVersions(
+        versions = ActiveVersions(
             production=production,
-            canary=self._load_canary(state.canary, loaded) if comparable else None,
+            canary=self._load_canary(state.canary, state, loaded) if comparable else None,
             share=state.share,
-            shadow=self._load_canary(state.shadow, loaded) if comparable else None,
+            shadow=self._load_canary(state.shadow, state, loaded) if comparable else None,
             state=state,
-            statistics=current.statistics if same_canary else CanaryStatistics(),
         )
+        same = versions.by_role() == current.by_role()
+        return replace(versions, statistics=current.statistics) if same else versions
 
     def _load_canary(
-        self, number: int | None, loaded: Mapping[int | None, LoadedModel]
+        self, number: int | None, state: RegistryState, loaded: Collection[LoadedModel]
     ) -> LoadedModel | None:
         """Return a canary or shadow; None for one that this replica ended, or that cannot be loaded.
 
@@ -148,7 +153,7 @@ class RegistryWatcher:
         if number == self._skipped:
             return None
         try:
-            return self._load_version(number, loaded)
+            return self._load_version(number, state, loaded)
         except Exception as error:  # for example out of GPU memory
             assert number is not None
             log.error("version %d cannot be loaded: %s", number, error)
@@ -167,11 +172,13 @@ class RegistryWatcher:
         return True
 
     def _load_version(
-        self, number: int | None, loaded: Mapping[int | None, LoadedModel]
+        self, number: int | None, state: RegistryState, loaded: Collection[LoadedModel]
     ) -> LoadedModel | None:
+        """Return version `number`: the loaded one, unless a registry that was made again has another of the number."""
         if number is None:
             return None
-        return loaded.get(number) or self._load_warm(self.registry.load(number), number)
+        same = (model for model in loaded if model.number == number and _equals(model, number, state))
+        return next(same, None) or self._load_warm(self.registry.load(number), number)
 
     def _load_candidate(self, key: str) -> LoadedModel:
         path = f"{self.store.address}/{key}"
@@ -196,10 +203,13 @@ def _is_in_production(model: LoadedModel | None, state: RegistryState) -> bool:
     """Return whether `model`, a version or that of a run, equals the registry's version in production."""
     if model is None or state.production is None:
         return False
-    if model.number == state.production:
-        return True
-    info = state.versions.get(state.production)
-    return info is not None and info.digest == model.candidate.digest
+    return _equals(model, state.production, state)
+
+
+def _equals(model: LoadedModel, number: int, state: RegistryState) -> bool:
+    """Return whether `model`, a version or that of a run, has the content of version `number`."""
+    info = state.versions.get(number)
+    return model.number == number if info is None else info.digest == model.candidate.digest
 
 
 def _reason_for_clients(error: DefuseError) -> str:

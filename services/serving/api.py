@@ -71,7 +71,7 @@ _REJECTED = _error_responses(
         400: "The body is broken",
         408: "The body did not arrive in time",
         413: "The body, an image or the number of images is too large",
-        415: "Unsupported content type",
+        415: "Unsupported content type or encoding",
         422: "Well-formed, but not an image that the classifier accepts",
         500: "The classifier failed on this input",
     }
@@ -167,6 +167,8 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
     api.get("/v1/model", responses={**_UNAUTHORIZED, **busy}, summary="The model in production")(model)
     api.get("/healthz", summary="Liveness: this process answers")(healthz)
     api.get("/readyz", responses=busy, summary="Readiness: a version is loaded and warm")(readyz)
+    for path, answer in zip(HEALTH_ROUTES, (healthz, readyz), strict=True):  # as load balancers ask
+        api.head(path, include_in_schema=False)(answer)
     api.get(
         "/metrics",
         response_class=PlainTextResponse,

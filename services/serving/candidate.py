@@ -106,6 +106,12 @@ class Candidate:
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")
 
+    @property
+    def interface(self) -> tuple[int, int, tuple[str, ...]]:
+        """What its clients rely on: channels and edge of the images, and the names of the classes."""
+        data = self.run_file().data
+        return data.channels, data.image_size, tuple(self.classes)
+
     def failed_checks(self) -> list[str]:
         """Return one line for each check that failed."""
         return [check.line for check in self.checks if not check.passed]
@@ -156,6 +162,11 @@ def prepare_candidate(
                 "the checks will be made again next time, since the store cannot be written: %s", error
             )
         return key, candidate
+
+
+def require_corrected(run: Run) -> None:
+    """Raise InputError or CheckFailed, as `prepare_candidate`, where `run` has no corrected classifier."""
+    _RunArtifacts.load(run)
 
 
 @dataclass(frozen=True, eq=False)

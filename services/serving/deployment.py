@@ -278,14 +278,20 @@ class ClassifierDeployment:
 
     async def _poll_registry(self) -> None:
         """Load the versions of each change beside the current ones, then switch. Requests under way keep theirs."""
+        reported = ""  # why no version could be loaded at the last poll
         while True:
             self._set_gauges(ActiveVersions())  # Ray forgets a gauge that is not set again
             await asyncio.sleep(self.settings.poll_s)
             try:
                 versions = await asyncio.to_thread(self.watcher.load_changes, self.active)
             except Exception as error:  # of any kind: the next poll follows
-                log.error("the registry's version cannot be loaded, the current one stays active: %s", error)
+                if str(error) != reported:
+                    reported = str(error)
+                    log.error(
+                        "the registry's version cannot be loaded, the current one stays active: %s", error
+                    )
                 continue
+            reported = ""
             if versions is not None:
                 self._activate(versions)
 

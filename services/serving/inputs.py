@@ -65,12 +65,18 @@ class InputSpec:
 
 
 def content_type(request: Request) -> str:
-    """Return the media type without its parameters. Raises RejectedInput for an unsupported one."""
+    """Return the media type, without parameters. Raises RejectedInput for an unsupported one and a compressed body."""
     found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if found not in (*IMAGE_TYPES, JSON_TYPE, FORM_TYPE):
         supported = ", ".join((FORM_TYPE, JSON_TYPE, *IMAGE_TYPES))
         raise RejectedInput(
             415, f"the content type {found[:60] or '(none)'} is not supported; send one of {supported}"
+        )
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RejectedInput(
+            415,
+            f"the content encoding {encoding[:60]} is not supported; send the body without compressing it",
         )
     return found
 

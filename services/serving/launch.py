@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
-from services.serving.registry_state import NO_VERSION
+from services.serving.registry_state import NO_VERSION, RegistryState
 
 if TYPE_CHECKING:
     from services.serving.arguments import ServeArgs
@@ -52,9 +52,8 @@ HAPROXY_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a prediction is safe to repeat
 }
 
-FULL_PRIORITY = {
-    "RAY_worker_niceness": "0"
-}  # by default, Ray's workers run at nice 15: any other process goes first
+# by default, Ray's workers run at nice 15: any other process goes first
+FULL_PRIORITY = {"RAY_worker_niceness": "0"}
 
 # HAProxy takes paths of sockets of at most 97 characters; this folder is followed by /defuse-xxxxxxxx, a folder of
 # Ray's with the 56 characters of the node's number, and /metrics.sock.
@@ -209,7 +208,7 @@ def running_application(
     if shared:
         _require_reachable_replicas(host)
     else:
-        _require_free_port(host, port)
+        require_free_port(host, port)
     proxy_port = _free_port() if proxy is Proxy.DIRECT else port  # Ray's own proxy runs too
     with _translate_errors("Serve did not start"):
         serve.start(
@@ -260,7 +259,8 @@ def _url_host(host: str) -> str:
     return f"[{reached}]" if ":" in reached else reached
 
 
-def _require_free_port(host: str, port: int) -> None:
+def require_free_port(host: str, port: int) -> None:
+    """Raise InputError where this machine cannot listen on `port` of `host`."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as test:
         test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -274,8 +274,7 @@ def _require_free_port(host: str, port: int) -> None:
 def _free_port() -> int:
     with socket.socket() as test:
         test.bind(("127.0.0.1", 0))
-        port: int = test.getsockname()[1]
-    return port
+        return int(test.getsockname()[1])
 
 
 def _listening_address(host: str, port: int) -> tuple[str, int]:
@@ -364,22 +363,25 @@ def registry_changes(
     has_model: bool,  # of a run, which answers until a version is promoted
 ) -> Iterator[str]:
     """Yield a line for each change of the registry, until a signal arrives. Calls `check` at each poll."""
-    sequence: int | None = None
-    while not shutdown.wait(0 if sequence is None else poll_s):
+    known: RegistryState | None = None
+    reported = ""  # why the registry could not be read at the last poll
+    while not shutdown.wait(0 if known is None else poll_s):
         check()
         try:
-            if sequence is None:
-                state = registry.state()
-                sequence = state.sequence
-                if state.production is None and not has_model:
+            if known is None:
+                known = registry.state()
+                if known.production is None and not has_model:
                     yield f"{NO_VERSION}: requests are answered with 503 until `defuse promote RUN`"
-            for state in registry.changes_after(sequence):
-                sequence = state.sequence
-                reason = f" ({state.why})" if state.why else ""
-                line = f"{state.when} {state.by}: {state.action}{reason}; {state.production_text}"
-                yield escape_control_characters(line)
+            for state in registry.changes_after(known):
+                if replaced := state.replaced_text(known):
+                    yield replaced
+                known = state
+                yield escape_control_characters(state.change_text)
+            reported = ""
         except StoreError as error:
-            log.warning("the registry cannot be read: %s", error)
+            if str(error) != reported:
+                reported = str(error)
+                log.warning("the registry cannot be read: %s", error)
             shutdown.wait(poll_s)
 
 

@@ -9,6 +9,7 @@ the author, time and reason of every change stay on record.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable
@@ -52,6 +53,9 @@ class Registry:
 
     def __init__(self, store: Store) -> None:
         self.store = store.within("registry")
+        self._last_read: tuple[RegistryState, str | None] | None = (
+            None  # by `_has`, with the version of its file
+        )
 
     def state(self) -> RegistryState:
         """Return the current state. Raises DamagedError for a registry of another format."""
@@ -69,16 +73,42 @@ class Registry:
         """Return the state after every change, oldest first."""
         return [self._read(sequence) for sequence in self._sequences()]
 
-    def state_after(self, sequence: int) -> RegistryState | None:
-        """Return the current state if there is a change after `sequence`. Costs one lookup where there is none."""
-        return self.state() if self.store.exists(_change_key(sequence + 1)) else None
+    def state_after(self, known: RegistryState) -> RegistryState | None:
+        """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`."""
+        if self._has(known) and not self.store.exists(_change_key(known.sequence + 1)):
+            return None
+        return self._state_of_existing()
 
-    def changes_after(self, sequence: int) -> list[RegistryState]:
-        """Return the state after each change since `sequence`, oldest first."""
+    def changes_after(self, known: RegistryState) -> list[RegistryState]:
+        """Return the state after each change since `known`, oldest first.
+
+        Only the current one where `known` is no change any more, as after the registry was restored from a backup.
+        Raises StoreError where it had changes and has none now.
+        """
+        if not self._has(known):
+            return [self._state_of_existing()]
         found: list[RegistryState] = []
-        while self.store.exists(_change_key(sequence + len(found) + 1)):
-            found.append(self._read(sequence + len(found) + 1))
+        while self.store.exists(_change_key(known.sequence + len(found) + 1)):
+            found.append(self._read(known.sequence + len(found) + 1))
         return found
+
+    def _has(self, known: RegistryState) -> bool:
+        """Return whether `known` is still the state after the change of its number; reads it where its file changed."""
+        if not known.sequence:
+            return True
+        version = self.store.version(_change_key(known.sequence))
+        if self._last_read != (known, version):
+            with contextlib.suppress(FileNotFoundError, DamagedError):
+                self._last_read = self._read(known.sequence), version
+        return self._last_read == (known, version)
+
+    def _state_of_existing(self) -> RegistryState:
+        state = self.state()
+        if not state.sequence:
+            raise StoreError(
+                f"{self.store.address}: the registry is gone; restore it, or promote a run with `defuse promote RUN`"
+            )
+        return state
 
     def load(self, number: int) -> Candidate:
         """Return version `number`. Raises InputError for an unknown one, and DamagedVersionError."""
@@ -309,7 +339,8 @@ def _require_other_in_production(state: RegistryState, number: int | None, optio
             f"{option} needs another version in production, and there is none; promote without it first"
         )
     if state.production == number:
-        raise InputError(f"{option}: version {number} is already in production")
+        run = state.versions[state.production].run
+        raise InputError(f"{option}: this model is already in production, as version {number} of run {run}")
 
 
 def promote(registry: Registry, candidate: Candidate, request: PromotionRequest) -> RegistryState:
@@ -343,24 +374,18 @@ def promotion_errors(registry: Registry, candidate: Candidate) -> list[str]:
     if production is None or candidate.digest == _digest_of(state, production):
         return failed
     try:
-        current = _interface(registry.load(production))
+        current = registry.load(production).interface
     except DefuseError as error:
         return [
             *failed,
             f"interface: version {production} in production cannot be read to compare it ({error})",
         ]
-    new = _interface(candidate)
-    if new == current:
+    if candidate.interface == current:
         return failed
     return [
         *failed,
-        f"interface: expected {_describe(*current)} as in production, found {_describe(*new)}",
+        f"interface: expected {_describe(*current)} as in production, found {_describe(*candidate.interface)}",
     ]
-
-
-def _interface(candidate: Candidate) -> tuple[int, int, tuple[str, ...]]:
-    data = candidate.run_file().data
-    return data.channels, data.image_size, tuple(candidate.classes)
 
 
 def _describe(channels: int, size: int, classes: tuple[str, ...]) -> str:

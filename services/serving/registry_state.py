@@ -60,7 +60,7 @@ class RegistryState(BaseModel):
     """That share, 0 to 1."""
     shadow: int | None = None
     """A version that receives a copy of the requests and whose answers are only compared."""
-    action: str = "nothing was promoted yet"
+    action: str = ""
     by: str = ""
     when: str = ""
     why: str = ""
@@ -74,6 +74,24 @@ class RegistryState(BaseModel):
     def production_text(self) -> str:
         """What is in production, as a sentence: `version 3 is in production`."""
         return NO_VERSION if self.production is None else f"version {self.production} is in production"
+
+    @property
+    def change_text(self) -> str:
+        """The change that led here, as one line: its time, author and reason, and what is in production."""
+        reason = f" ({self.why})" if self.why else ""
+        return f"{self.when} {self.by}: {self.action}{reason}; {self.production_text}"
+
+    def replaced_text(self, known: RegistryState) -> str:
+        """Say that this state, later than `known`, has no higher number; empty where it has.
+
+        So it is after the registry was made again, or restored from a backup.
+        """
+        if self.sequence > known.sequence:
+            return ""
+        return (
+            "the registry was restored from a backup or made again: the last change was number "
+            f"{known.sequence}, and is number {self.sequence} now"
+        )
 
 
 EMPTY = RegistryState(format=2)

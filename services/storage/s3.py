@@ -121,10 +121,12 @@ class S3Store:
             )
 
     def exists(self, key: str) -> bool:
+        return self.version(key) is not None
+
+    def version(self, key: str) -> str | None:
         with contextlib.suppress(FileNotFoundError), self._errors(key):
-            self._client.head_object(**self._at(key))
-            return True
-        return False
+            return str(self._client.head_object(**self._at(key))["ETag"])
+        return None
 
     def read(self, key: str) -> bytes:
         return self._fetch(key)[1]
@@ -275,7 +277,7 @@ class S3Store:
 
     def _replace(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None) -> bool:
         """Put `data` if nobody else writes `key` meanwhile; True if it is stored, or is not wanted."""
-        version = self._version(key)
+        version = self.version(key)
         if unless is not None and version is not None:
             with contextlib.suppress(FileNotFoundError):
                 if unless(self.read(key)):
@@ -286,7 +288,7 @@ class S3Store:
 
     def _delete_unchanged(self, key: str) -> bool:
         """Delete `key` if nobody else writes it meanwhile; True if it is gone."""
-        version = self._version(key)
+        version = self.version(key)
         self._require_fence()
         return version is None or self._delete_if(key, version)
 
@@ -303,11 +305,6 @@ class S3Store:
                     raise
                 self._client.delete_object(**at)
         return True
-
-    def _version(self, key: str) -> str | None:
-        with contextlib.suppress(FileNotFoundError), self._errors(key):
-            return str(self._client.head_object(**self._at(key))["ETag"])
-        return None
 
     def _holds(self, key: str, data: bytes) -> bool:
         """Whether `key` holds `data`: a refusal may follow a write that took effect, whose answer was lost."""
@@ -349,7 +346,7 @@ class S3Store:
             with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
                 parts = list(pool.map(send, range(1, -(-len(data) // PART_BYTES) + 1)))
             self._require_fence()
-            if condition and self._version(key) != condition.get("IfMatch"):
+            if condition and self.version(key) != condition.get("IfMatch"):
                 client.abort_multipart_upload(**at)
                 return None
             done = client.complete_multipart_upload(**at, MultipartUpload={"Parts": parts}, **condition)

@@ -15,7 +15,7 @@ from services.serving.active_versions import ActiveVersions, InitialModel, Regis
 from services.serving.canary import CanaryStatistics, is_in_canary
 from services.serving.model import LoadedModel
 from services.serving.registry import PromotionRequest, Registry, promote
-from services.serving.registry_state import EMPTY
+from services.serving.registry_state import EMPTY, RegistryState
 
 ANA = PromotionRequest(by="ana", why="")
 
@@ -94,8 +94,8 @@ def test_a_canary_that_ends_while_the_registry_is_read_is_not_loaded(store, put,
     watcher.ended = 2
     state_after = watcher.registry.state_after
 
-    def read_and_end(sequence: int) -> object:
-        state = state_after(sequence)
+    def read_and_end(known: RegistryState) -> object:
+        state = state_after(known)
         watcher.ended = None  # its end is stored now
         return state
 
@@ -165,3 +165,59 @@ def test_a_device_that_is_not_there_is_an_error_also_before_the_first_version_an
         with pytest.raises(ModelError, match="torch finds no GPU"):
             watcher_of(store, device="cuda").load_initial()
         put(1)
+
+
+def forget_since(store: FolderStore, known: RegistryState) -> None:
+    """Delete what the registry got after `known`, as a backup of that time that is restored."""
+    registry = Registry(store)
+    now = registry.state()
+    for sequence in range(known.sequence + 1, now.sequence + 1):
+        registry.store.delete(f"changes/{sequence:06d}.json")
+    for number in now.versions.keys() - known.versions.keys():
+        registry.store.delete(f"versions/{number:06d}.safetensors")
+
+
+def test_a_registry_that_is_restored_from_a_backup_is_followed_back_and_the_log_says_so(store, put, caplog):
+    put(1)
+    backup = Registry(store).state()
+    watcher = watcher_of(store)
+    put(2)
+    begun = watcher.load_initial()
+    assert begun.names() == {"production": "2"}
+    forget_since(store, backup)
+    after = follow(watcher, begun)
+    assert after.names() == {"production": "1"} and after.state == backup
+    assert watcher.load_changes(after) is None
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.endswith("made again: the last change was number 4, and is number 2 now")
+
+
+def test_another_model_under_the_number_of_a_loaded_version_is_loaded_anew(store, put):
+    """As after a backup was restored and another run was promoted before the next poll."""
+    put(1)
+    backup = Registry(store).state()
+    put(2, canary=0.2)
+    watcher = watcher_of(store)
+    begun = watcher.load_initial()
+    forget_since(store, backup)
+    put(3, canary=0.2)
+    after = follow(watcher, begun)
+    assert after.names() == begun.names() == {"production": "1", "canary": "2"}
+    assert after.production is begun.production
+    assert after.canary is not None and after.canary.candidate.run == "run-3"
+    assert after.statistics is not begun.statistics
+
+
+def test_a_lost_registry_leaves_the_loaded_versions_and_one_that_is_made_again_is_followed(store, put):
+    put(1)
+    watcher = watcher_of(store)
+    begun = watcher.load_initial()
+    for key in store.list("registry/"):
+        store.delete(key)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="the registry is gone"):
+            watcher.load_changes(begun)
+    put(3)
+    after = follow(watcher, begun)
+    assert after.production is not None and after.production.name == "1"
+    assert after.production.candidate.run == "run-3"

@@ -96,6 +96,19 @@ def test_a_server_of_a_run_follows_canaries_once_a_version_has_replaced_the_run(
     assert after is not None and answering(after) == {"production": "1", "canary": "2"}
 
 
+def test_a_version_that_replaced_the_run_of_a_server_stays_replaced_after_a_backup_was_restored(own_store):
+    put(own_store, "first")
+    backup = Registry(own_store).state()
+    watcher = RegistryWatcher(own_store, own_run(own_store, "swapped"), ServeSection(), {})
+    put(own_store, "second")
+    begun = watcher.load_initial()
+    assert answering(begun) == {"production": "2"}
+    for sequence in (3, 4):
+        own_store.delete(f"registry/changes/{sequence:06d}.json")
+    after = watcher.load_changes(begun)
+    assert after is not None and answering(after) == {"production": "1"} and after.state == backup
+
+
 def delete_run(store: FolderStore, name: str) -> None:
     for key in store.list(f"{name}/"):
         store.delete(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import socket
 import time
 
@@ -108,6 +109,25 @@ def test_bad_requests_are_rejected_in_one_sentence_and_good_ones_among_them_answ
     for reply in replies:
         if reply.status != 200:
             assert set(reply.json()) == {"error"} and "\n" not in reply.json()["error"]
+
+
+def test_a_compressed_body_is_rejected_with_the_encoding(app, pictures):
+    compressed = gzip.compress(pictures[0])
+    reply = app.http.post("/v1/predict", content=compressed, headers={**IMAGE, "Content-Encoding": "gzip"})
+    assert reply.status_code == 415
+    assert reply.json() == {
+        "error": "the content encoding gzip is not supported; send the body without compressing it"
+    }
+    plain = {**IMAGE, "Content-Encoding": "identity"}
+    assert app.http.post("/v1/predict", content=pictures[0], headers=plain).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/healthz", "/readyz"])
+def test_head_of_a_health_route_is_answered_as_get_without_the_body(app, route):
+    """Some load balancers ask so."""
+    head, get = app.http.head(route), app.http.get(route)
+    assert head.status_code == get.status_code == 200 and head.content == b""
+    assert head.headers["content-length"] == get.headers["content-length"] != "0"
 
 
 def test_a_body_of_100_mb_is_rejected_before_it_is_read(app):
@@ -242,6 +262,8 @@ def test_bfloat16_answers_like_float32(serving, planted, pictures, unbatched):
 def test_before_the_first_promotion_the_server_is_alive_but_not_ready(serving, own_store, pictures):
     empty = serving(own_store, run=None)
     assert empty.http.get("/healthz").status_code == 200
+    assert empty.http.head("/healthz").status_code == 200
+    assert empty.http.head("/readyz").status_code == 503
     for reply in (
         empty.http.get("/readyz"),
         empty.http.post("/v1/predict", content=pictures[0], headers=IMAGE),

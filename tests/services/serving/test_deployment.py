@@ -25,6 +25,7 @@ from services.serving.errors import Unavailable
 from services.serving.inputs import decode_body
 from services.serving.model import LoadedModel
 from services.serving.registry import PromotionRequest, Registry, promote
+from services.serving.registry_state import RegistryState
 
 
 def new_replica(store: FolderStore, **settings: Any) -> ClassifierDeployment:
@@ -210,3 +211,25 @@ def test_the_registry_is_not_polled_after_the_block_ends_with_an_error(own_store
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert not asyncio.run(tasks_left())
+
+
+def test_a_registry_that_stays_lost_is_logged_once_and_the_version_goes_on_answering(
+    own_store, pictures, caplog
+):
+    put(own_store, "first")
+    replica = new_replica(own_store, poll_s=0.01)
+    for key in own_store.list("registry/"):
+        own_store.delete(key)
+    asked: list[RegistryState] = []
+    state_after = replica.watcher.registry.state_after
+    replica.watcher.registry.state_after = lambda known: asked.append(known) or state_after(known)
+
+    async def answer_after_polls() -> httpx.Response:
+        async with replica.following_registry():
+            while len(asked) < 4:
+                await asyncio.sleep(0.01)
+            return await post(replica, pictures[0])
+
+    assert asyncio.run(answer_after_polls()).json()["version"] == "1"
+    (line,) = [record.getMessage() for record in caplog.records if "registry" in record.getMessage()]
+    assert "the current one stays active" in line and "the registry is gone; restore it" in line

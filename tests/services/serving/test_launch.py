@@ -226,3 +226,44 @@ def test_a_server_without_a_version_in_production_says_that_it_answers_503_and_u
     (promoted,) = lines(has_model=True, production=3)
     assert promoted.endswith("; version 3 is in production")
     assert len(lines(has_model=False)) == 1
+
+
+def test_a_registry_that_went_back_is_one_line_and_a_lost_one_is_one_warning(tmp_path, caplog):
+    registry = Registry(FolderStore(tmp_path))
+    for action in ("first", "second"):
+        registry.change(action, "ana", "", lambda state: {})
+    steps = iter(
+        [
+            lambda: registry.store.delete("changes/000002.json"),
+            lambda: registry.store.delete("changes/000001.json"),
+            lambda: None,
+            lambda: None,
+            lambda: None,
+            lambda: registry.change("anew", "bo", "", lambda state: {}),
+        ]
+    )
+
+    class Waits:
+        """Calls the next step at each wait after the first, and ends after the last one."""
+
+        def wait(self, timeout_s: float | None = None) -> bool:
+            if timeout_s == 0:
+                return False
+            step = next(steps, None)
+            if step is not None:
+                step()
+            return step is None
+
+    lines = list(registry_changes(registry, Waits(), 1, check=lambda: None, has_model=True))
+    replaced = "the registry was restored from a backup or made again: the last change was number"
+    assert [line for line in lines if replaced in line] == [
+        f"{replaced} 2, and is number 1 now",
+        f"{replaced} 1, and is number 1 now",
+    ]
+    assert [line.split(": ")[1] for line in lines[1::2]] == [
+        f"{a}; no version is in production" for a in ("first", "anew")
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the registry cannot be read: {tmp_path}/registry: the registry is gone; restore it, or promote a run with "
+        "`defuse promote RUN`"
+    ]

@@ -139,6 +139,17 @@ def test_a_canary_needs_another_version_in_production(registry, candidates):
         promote(registry, candidates["first"], PromotionRequest("ana", "", shadow=True))
 
 
+def test_a_canary_of_another_run_with_the_model_in_production_is_told_which_version_it_equals(
+    registry, candidates
+):
+    promote(registry, candidates["first"], ANA)
+    equal = dataclasses.replace(candidates["first"], run="nightly")
+    with pytest.raises(
+        InputError, match="--canary: this model is .* in production, as version 1 of run first"
+    ):
+        promote(registry, equal, PromotionRequest("ana", "", canary=0.5))
+
+
 @pytest.mark.parametrize(
     "how", [PromotionRequest("ana", "", canary=0.05), PromotionRequest("ana", "", shadow=True)]
 )
@@ -149,7 +160,7 @@ def test_a_canary_without_another_version_in_production_leaves_no_version(regist
     assert registry.state().sequence == 0 and registry.store.list() == []
     promote(registry, candidates["first"], ANA)
     before = registry.state()
-    with pytest.raises(InputError, match="version 1 is already in production"):
+    with pytest.raises(InputError, match="already in production, as version 1 of run"):
         promote(registry, candidates["first"], how)
     assert registry.state() == before
 
@@ -336,9 +347,9 @@ def test_a_rollback_to_a_version_that_does_not_predict_is_an_error(registry, can
     assert registry.state().production == 2
 
 
-def test_changes_after_a_number_are_returned_one_by_one(registry, candidates):
+def test_changes_after_a_state_are_returned_one_by_one(registry, candidates):
     promote(registry, candidates["first"], ANA)
-    since = registry.state().sequence
+    since = registry.state()
     assert registry.changes_after(since) == []
     promote(registry, candidates["second"], ANA)
     assert [s.action for s in registry.changes_after(since)] == ["added version 2", "version 2 to production"]

@@ -12,6 +12,7 @@ from services.serving import registry as registry_module
 from services.serving.candidate import Candidate
 from services.serving.checks import Check
 from services.serving.registry import PromotionRequest, Registry, promote
+from services.serving.registry_state import EMPTY
 
 ANA = PromotionRequest(by="ana", why="for a test")
 CANARY = dataclasses.replace(ANA, canary=0.05)
@@ -109,7 +110,7 @@ def test_the_end_of_a_canary_that_another_one_has_replaced_does_not_end_that_one
 def test_the_version_in_production_cannot_become_its_own_canary_or_shadow(registry, candidates, to_role):
     """As where it was promoted between the look-up and the change."""
     promote(registry, candidates[0], ANA)
-    with pytest.raises(InputError, match="version 1 is already in production"):
+    with pytest.raises(InputError, match="already in production, as version 1 of run run-1"):
         to_role(registry)
 
 
@@ -187,12 +188,50 @@ def test_of_equal_versions_the_newest_is_promoted_and_mended(registry, candidate
     assert registry.load(3).run == "run-1"
 
 
-def test_only_changes_after_a_number_are_a_new_state(registry, candidates):
-    assert registry.state_after(0) is None
+def test_only_changes_after_a_state_are_a_new_state(registry, candidates):
+    assert registry.state_after(EMPTY) is None
     state = promote(registry, candidates[0], ANA)
     assert state.sequence == 2
-    assert registry.state_after(0) == registry.state_after(1) == state
-    assert registry.state_after(2) is None
+    added = registry.history()[0]
+    assert registry.state_after(EMPTY) == registry.state_after(added) == state
+    assert registry.state_after(state) is None
+
+
+def test_a_state_that_is_no_change_any_more_is_followed_by_the_current_one_alone(registry, candidates):
+    first = promote(registry, candidates[0], ANA)
+    second = promote(registry, candidates[1], ANA)
+    for left in ("changes/000003.json", "changes/000004.json", "versions/000002.safetensors"):
+        registry.store.delete(left)  # as after a restored backup
+    assert registry.state_after(second) == first and registry.changes_after(second) == [first]
+    other = promote(registry, candidates[2], ANA)
+    assert other.sequence == second.sequence and other.versions[2].run == "run-3"
+    assert registry.state_after(second) == other and registry.changes_after(second) == [other]
+
+
+def test_a_lost_registry_is_an_error_for_whoever_knows_its_state(registry, candidates):
+    state = promote(registry, candidates[0], ANA)
+    for key in registry.store.list():
+        registry.store.delete(key)
+    for ask in (registry.state_after, registry.changes_after):
+        with pytest.raises(StoreError, match="the registry is gone; restore it, or promote a run"):
+            ask(state)
+    assert registry.state_after(EMPTY) is None and registry.changes_after(EMPTY) == []
+
+
+def test_a_poll_without_a_change_reads_nothing_after_the_first(registry, candidates, monkeypatch):
+    """A state holds all versions, so it grows, and each replica polls every two seconds."""
+    state, asked = promote(registry, candidates[0], ANA), []
+    for name in ("exists", "version", "read", "list"):
+        real = getattr(registry.store, name)
+        monkeypatch.setattr(
+            registry.store, name, lambda *key, real=real, name=name: asked.append(name) or real(*key)
+        )
+    for expected in (["version", "read", "exists"], ["version", "exists"]):
+        asked.clear()
+        assert registry.state_after(state) is None and asked == expected
+    key = "changes/000002.json"
+    registry.store.write(key, registry.store.read(key).replace(b"for a test", b"edited"))
+    assert registry.state_after(state).why == "edited"
 
 
 def test_changes_are_ordered_by_number_beyond_six_digits(registry, candidates):

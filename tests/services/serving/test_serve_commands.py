@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -136,6 +137,35 @@ def test_check_of_an_unfinished_run_names_the_missing_step(planted, good_spec, t
         run(check, "begun", "--store", str(tmp_path))
 
 
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Let the start of Ray fail the test."""
+
+    def started(*args: object) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("services.serving.launch.ray_connection", started)
+
+
+def test_serve_refuses_an_unfinished_run_before_ray_is_started(no_ray, good_spec, tmp_path):
+    Run.start(FolderStore(tmp_path), "begun", good_spec)
+    for options in ((), ("--address", "127.0.0.1:1")):
+        with pytest.raises(InputError, match=r"begun has no corrected classifier yet \(models is missing\)"):
+            run(serve, "begun", "--store", str(tmp_path), *options)
+
+
+def test_serve_refuses_a_port_in_use_before_ray_is_started(no_ray, planted):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = str(used.getsockname()[1])
+        with pytest.raises(
+            InputError, match=f"cannot listen on 127.0.0.1:{port} .*; choose another --host or --port"
+        ):
+            run(serve, "first", "--store", planted.address, "--port", port)
+
+
 @pytest.mark.parametrize("option", ["--by", "--why", "--force"])
 def test_text_that_acts_on_other_peoples_terminals_is_refused_and_escaped(option, own_store):
     store = ("--store", own_store.address)
@@ -228,9 +258,10 @@ def test_promote_without_a_run_refuses_what_says_how_to_promote_one(options, tmp
         run(promote, "--store", str(tmp_path), *options)
 
 
-def test_promote_as_a_canary_for_an_unset_share_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="expected a value, found an empty one"):
-        run(promote, "first", "--store", str(tmp_path), "--canary", "")
+@pytest.mark.parametrize("option", ["--canary", "--force", "--by"])
+def test_promote_with_the_value_of_an_unset_variable_is_refused(option, tmp_path):
+    with pytest.raises(UsageError, match="expected a value, found an empty one; is the variable set"):
+        run(promote, "first", "--store", str(tmp_path), option, "")
 
 
 @pytest.mark.parametrize(
@@ -251,3 +282,12 @@ def test_a_machine_without_a_name_for_its_user_asks_for_the_author(planted, monk
     monkeypatch.setattr("pwd.getpwuid", unknown)
     with pytest.raises(InputError, match="--by: this machine has no name for its user"):
         run(*words, "--store", planted.address)
+
+
+def test_a_store_without_a_registry_is_named_by_promote_and_rollback(tmp_path):
+    store = ("--store", str(tmp_path / "mistyped"))
+    line = f"no registry in {tmp_path}/mistyped/registry: nothing was promoted yet, or --store is another one"
+    assert run(promote, *store) == f"{line}\n"
+    with pytest.raises(InputError) as failure:
+        run(rollback, *store)
+    assert str(failure.value) == line and not (tmp_path / "mistyped").exists()

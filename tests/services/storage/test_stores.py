@@ -31,6 +31,17 @@ def test_a_missing_key_is_a_file_not_found(store: Store) -> None:
     assert not store.exists("nothing")
 
 
+def test_the_version_of_a_key_changes_with_its_bytes_alone(store: Store) -> None:
+    assert store.version("a/b") is None
+    store.write("a/b", b"one")
+    first = store.version("a/b")
+    assert first is not None and store.version("a/b") == first
+    store.write("a/b", b"two")
+    assert store.version("a/b") not in (None, first)
+    store.delete("a/b")
+    assert store.version("a/b") is None
+
+
 def test_create_leaves_what_is_there(store: Store) -> None:
     assert store.create("run.yaml", b"first")
     assert not store.create("run.yaml", b"second")
