@@ -126,9 +126,7 @@ class RegistryWatcher:
     def _load_state(self, state: RegistryState, current: ActiveVersions) -> ActiveVersions:
         loaded = current.by_role().values()
         production = current.production
-        follows = (
-            production is not None and production.number is not None
-        )  # its run was replaced by a version
+        follows = production is not None and production.number is not None  # a version replaced its run
         if self.initial.key is None or follows or state.since != self.initial.state.since:
             production = self._load_version(state.production, state, loaded) or production
         # a canary is compared with production, and ended for all servers; no server of another run decides that

@@ -53,9 +53,7 @@ class Registry:
 
     def __init__(self, store: Store) -> None:
         self.store = store.within("registry")
-        self._last_read: tuple[RegistryState, str | None] | None = (
-            None  # by `_has`, with the version of its file
-        )
+        self._last_read: tuple[RegistryState, str | None] | None = None  # with the version of its file
 
     def state(self) -> RegistryState:
         """Return the current state. Raises DamagedError for a registry of another format."""
