@@ -30,6 +30,7 @@ RESERVED = {"registry", "traffic", "pictures"}
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 UNFINISHED_S = 600.0
 SHARED_STORE = "--store must be one that all nodes share: s3://bucket/prefix, or a shared folder"
+GONE = "this run is gone; was its folder moved or deleted?"
 LOCK = ".lock"
 GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over
 GATE_S = 20.0
@@ -270,7 +271,7 @@ class FolderStore:
         if folder is None or (folder / LOCK).exists():
             return folder
         if not self.holders[folder] or f" on {platform.node()} " in self.holders[folder]:
-            raise self._taken_over(folder, "")
+            raise RunBusyError(f"{folder}: {GONE}; put it back to continue, or run again to begin anew")
         raise InputError(
             f"{folder}: {self.holders[folder]} holds this run, and {platform.node()} does not see its folder; "
             f"{SHARED_STORE} (or was the run deleted?)"
