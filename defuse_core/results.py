@@ -80,7 +80,7 @@ class RunResult:
         try:
             text = self.run.store.read("report.json")
         except FileNotFoundError as error:
-            raise self.run.lacks("is not finished; the call or command that started it continues it") from error
+            raise self.run.lacks("is not finished; the same call or command continues it") from error
         try:
             return parse_report(text, f"{self.run.store.address}/report.json")
         except InputError:

@@ -27,7 +27,7 @@ from defuse_core.config import (
     parse_run_file,
     parse_yaml,
 )
-from defuse_core.errors import DamagedError, InputError, RunFileError, RunMismatchError
+from defuse_core.errors import ANOTHER_NAME, DamagedError, InputError, RunFileError, RunMismatchError
 from defuse_core.store import GONE, Store
 
 log = logging.getLogger("defuse")
@@ -138,7 +138,7 @@ class Run:
             run._note_weights()
         elif changed := changed_field(recorded, spec) or run._other_weights():
             raise RunMismatchError(
-                f"run {name}: {changed}; choose another --name, or undo the change to resume"
+                f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change to resume"
             )
         elif added:
             run._delete_sweep(added)

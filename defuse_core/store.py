@@ -29,7 +29,7 @@ from defuse_core.errors import InputError, RunBusyError, StoreError
 RESERVED = {"registry", "traffic", "pictures"}
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 UNFINISHED_S = 600.0
-SHARED_STORE = "--store must be one that all nodes share: s3://bucket/prefix, or a shared folder"
+SHARED_STORE = "the store (--store) must be one that all nodes share: s3://bucket/prefix, or a shared folder"
 GONE = "this run is gone; was its folder moved or deleted?"
 LOCK = ".lock"
 GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over

@@ -63,7 +63,10 @@ def test_purity_is_the_mean_over_accepted_scenarios_alone(tmp_path: Path):
 
 
 def test_decisions_of_people_name_the_class(tmp_path: Path):
-    decisions = (Override(0, 3, "Ada", "clear", "2026-01-01"), Override(1, None, "Ada", "blurred", "2026-01-02"))
+    decisions = (
+        Override(0, 3, "Ada", "clear", "2026-01-01"),
+        Override(1, None, "Ada", "blurred", "2026-01-02"),
+    )
     report = report_of(with_verdicts(sample_findings(2, 1), overrides=decisions), tmp_path)
     assert [(row.scenario, row.label, row.author) for row in report.overrides] == [
         (0, "3", "Ada"),
