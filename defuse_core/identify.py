@@ -44,8 +44,9 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.progress import Progress, silent
+from defuse_core.read_ahead import map_ahead
 from defuse_core.seeds import generator
-from defuse_core.store import Store, map_ahead
+from defuse_core.store import Store
 from defuse_core.training.precision import SAMPLE, answers_as_in_f32, margin_bound
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import glob
-import itertools
 import os
 import platform
 import re
@@ -14,12 +13,10 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, TextIO, TypeVar
+from typing import Protocol, TextIO
 
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
@@ -37,9 +34,6 @@ GATE_S = 20.0
 CREATING = ".creating"  # locked while a key is created, on file systems without hard links
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
-READ_AHEAD = 8  # objects that are read at once
-A = TypeVar("A")
-B = TypeVar("B")
 DELETED = ".deleted"  # suffix of a folder that is being deleted
 
 
@@ -316,20 +310,6 @@ def folder_store(folder: Path) -> FolderStore:
 def is_hidden(key: str) -> bool:
     """Whether a key is one that a store keeps for itself, such as its lock."""
     return any(part.startswith(".") for part in key.split("/"))
-
-
-def map_ahead(function: Callable[[A], B], items: Iterable[A], ahead: int = READ_AHEAD) -> Iterator[B]:
-    """Yield function(item) of each item, in order, while threads work on the next `ahead` items: for reads of a store.
-
-    So many results are in memory at most. Raises what the function raises, once its item is due.
-    """
-    left = iter(items)
-    with ThreadPoolExecutor(ahead, "defuse-read") as pool:
-        due = deque(pool.submit(function, item) for item in itertools.islice(left, ahead))
-        while due:
-            result = due.popleft().result()
-            due.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
-            yield result
 
 
 def _written_name(handle: TextIO, holder: str) -> str:

@@ -8,8 +8,9 @@ from defuse_core.artifacts import I64, Failures, Psi, Shard
 from defuse_core.config import RunFile
 from defuse_core.errors import DamagedError
 from defuse_core.identify import load_shard, shard_key
+from defuse_core.read_ahead import map_ahead
 from defuse_core.seeds import generator
-from defuse_core.store import Store, map_ahead
+from defuse_core.store import Store
 
 SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
 

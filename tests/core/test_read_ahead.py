@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from defuse_core.store import map_ahead
+from defuse_core.read_ahead import map_ahead
 from tests.waiting import WAIT_S
 
 
