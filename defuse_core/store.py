@@ -96,6 +96,9 @@ class Store(Protocol):
     def require_lock(self) -> None:
         """Raise RunBusyError if this process held the lock and another driver holds it now."""
 
+    def is_locked(self) -> bool:
+        """Whether a living driver holds this store, here or elsewhere, for people: no write may rely on it."""
+
 
 class FolderStore:
     """A Store in a folder of the file system.
@@ -208,6 +211,15 @@ class FolderStore:
     def require_lock(self) -> None:
         with _explained(self.folder), self._holding():
             pass
+
+    def is_locked(self) -> bool:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            _explained(self.folder),
+            (self.folder / LOCK).open() as handle,
+        ):
+            return bool(handle.read()) and not _locked_at_once(handle, fcntl.LOCK_SH)
+        return False
 
     def _take(self, handle: TextIO) -> None:
         try:
@@ -326,9 +338,9 @@ def _written_name(handle: TextIO, holder: str) -> str:
     return holder
 
 
-def _locked_at_once(handle: TextIO) -> bool:
+def _locked_at_once(handle: TextIO, how: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

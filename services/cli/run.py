@@ -114,7 +114,10 @@ def run(
 @click.argument("name", required=False)
 @store_option
 def status(name: str | None, store: str) -> None:
-    """Show how far the run called NAME is, or list the runs."""
+    """Show how far the run called NAME is, or list the runs.
+
+    A step that has begun is under way while a driver works on the run, else stopped: the same command continues it.
+    """
     from services.status_tables import print_runs, print_status
     from services.storage import open_store
 

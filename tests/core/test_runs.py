@@ -327,8 +327,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 
 
 def test_a_driver_killed_lets_go_of_its_run(tmp_path, holder):
+    assert FolderStore(tmp_path).is_locked()
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
+    assert not FolderStore(tmp_path).is_locked()
     with FolderStore(tmp_path).lock():
         pass
 
