@@ -71,7 +71,7 @@ def run(
 
     \b
     Exit codes: 0 finished, whatever was found (`defuse check` says whether it is good), 2 bad input,
-    3 waiting for people, 4 the machinery failed.
+    3 waiting for people, 4 the machinery failed, 130 Ctrl-C, 143 SIGTERM.
     \b
     defuse run deploy/runs/digits.yaml
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
