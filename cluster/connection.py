@@ -14,6 +14,7 @@ from cluster.ray_compat import (
     connection_error,
     is_unauthenticated,
     keep_idle_workers,
+    kept_sigterm_handler,
     limit_memory_retries,
     set_private_token,
 )
@@ -37,7 +38,8 @@ def connect(address: str | None) -> bool:
     if address is None:
         protect_embedded_ray()
         keep_idle_workers()
-        ray.init(address="local", include_dashboard=False, **quiet)
+        with kept_sigterm_handler():
+            ray.init(address="local", include_dashboard=False, **quiet)
         return True
     if "://" in address:
         raise InputError(
@@ -47,7 +49,8 @@ def connect(address: str | None) -> bool:
     if found := connection_error(address, CONNECT_WITHIN_S):
         raise ComputeError(_unreachable(address, found))
     try:
-        ray.init(address=address, **quiet)
+        with kept_sigterm_handler():
+            ray.init(address=address, **quiet)
     except Exception as error:
         raise ComputeError(_unreachable(address, one_line(error))) from error
     return True

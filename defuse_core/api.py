@@ -175,7 +175,9 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
             continue
         if not isinstance(part, tuple | list) or len(part) != 2:
             raise DataError(f"{name}: expected (images, labels), found {type(part).__name__}")
-        arrays[f"{name}_images"], arrays[f"{name}_labels"] = (_array(values) for values in part)
+        images, arrays[f"{name}_labels"] = (_array(values) for values in part)
+        floats = images.dtype.kind == "f"
+        arrays[f"{name}_images"] = images.astype(np.float32, copy=False) if floats else images
     if arrays and "train_images" not in arrays:
         raise DataError(
             "train: expected (images, labels), found none; validation and test alone do not suffice"
@@ -188,9 +190,8 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
 def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
-        values = (values.float() if values.is_floating_point() else values).numpy()
-    array = np.asarray(values)
-    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has none
+    return np.asarray(values)
 
 
 class _Given:

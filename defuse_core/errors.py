@@ -23,6 +23,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+ANOTHER_NAME = "another name (--name, or name= in Python)"  # of a run, in messages
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 
 

@@ -12,7 +12,7 @@ from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep, is_trial_failure, nothing_to_tune
 from defuse_core.device import is_out_of_memory
-from defuse_core.errors import ComputeError, DefuseError, ModelError, one_line
+from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, ProgressSum, silent
@@ -117,7 +117,7 @@ class LocalCompute:
             if is_out_of_memory(error):
                 raise ComputeError(
                     f"correct: λ = {names_of(lams)}: out of memory ({one_line(error)}); free memory and run again to "
-                    "continue, or lower correct.batch_size or stack under another --name"
+                    f"continue, or lower correct.batch_size or stack under {ANOTHER_NAME}"
                 ) from error
             if not is_trial_failure(error):
                 raise

@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
 from defuse_core.distill.components import distill
 from defuse_core.distill.psi import SAMPLE_CODES
 from defuse_core.distill.sharded import distill_all
-from defuse_core.errors import StoreError
+from defuse_core.errors import DamagedError, StoreError
 from defuse_core.evaluation.controls import Controls, fold_spec, folds, plain_names, plain_spec, without_fold
 from defuse_core.evaluation.evaluate import Findings, evaluate
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
@@ -255,10 +255,15 @@ def _corrections(
 
 
 def rewrite_report(run: Run) -> Report:
-    """Rewrite the report of a finished run from its artefacts and return it. Raises InputError if unfinished."""
+    """Rewrite the report of a finished run from its artefacts and return it.
+
+    Raises InputError if unfinished, DamagedError where the manifest is damaged.
+    """
     found, evaluation, evidence, watch = load_findings(run)
     try:
         return write_report(run, found, evaluation, evidence, watch)
+    except DamagedError:  # of what is read: the store itself can be written
+        raise
     except StoreError as error:
         log.warning("the page is not written again, since the store cannot be written: %s", error)
         return build_report(run, found, evaluation, evidence, watch)

@@ -39,6 +39,7 @@ from defuse_core.report.html import render_real, render_run, render_scenarios, s
 from defuse_core.report.notices import headline
 from defuse_core.report.schema import Scenario
 from defuse_core.runs import Run
+from defuse_core.store import GONE
 from defuse_core.watch.failure_detector import FailureWatch
 
 if TYPE_CHECKING:
@@ -79,9 +80,7 @@ class RunResult:
         try:
             text = self.run.store.read("report.json")
         except FileNotFoundError as error:
-            raise InputError(
-                f"run {self.run.name} is not finished; the call or command that started it continues it"
-            ) from error
+            raise self.run.lacks("is not finished; the same call or command continues it") from error
         try:
             return parse_report(text, f"{self.run.store.address}/report.json")
         except InputError:
@@ -132,7 +131,7 @@ class RunResult:
     def _summary(self) -> str:
         """Return the headline, or in its place why there is none: a notebook shows what it has."""
         if not self.run.store.exists("report.json"):
-            return "not finished"
+            return "not finished" if self.run.exists() else GONE
         try:
             return headline(self.report)
         except DefuseError as error:
@@ -142,7 +141,7 @@ class RunResult:
     def _models(self) -> Models:
         models = self.run.load(Models)
         if models is None:
-            raise InputError(f"run {self.run.name} has no models yet; the call that started it continues it")
+            raise self.run.lacks("has no models yet; the call that started it continues it")
         return with_measured_health(self.run, models)
 
     @cached_property

@@ -27,8 +27,8 @@ from defuse_core.config import (
     parse_run_file,
     parse_yaml,
 )
-from defuse_core.errors import DamagedError, InputError, RunFileError, RunMismatchError
-from defuse_core.store import Store
+from defuse_core.errors import ANOTHER_NAME, DamagedError, InputError, RunFileError, RunMismatchError
+from defuse_core.store import GONE, Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -138,7 +138,7 @@ class Run:
             run._note_weights()
         elif changed := changed_field(recorded, spec) or run._other_weights():
             raise RunMismatchError(
-                f"run {name}: {changed}; choose another --name, or undo the change to resume"
+                f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change to resume"
             )
         elif added:
             run._delete_sweep(added)
@@ -255,10 +255,16 @@ class Run:
         """Return the stored artefact of `kind`. Raises InputError where it has not been made yet."""
         artefact = self.load(kind, key)
         if artefact is None:
-            raise InputError(
-                f"run {self.name} is not finished; `defuse status {self.name}` shows how far it is"
-            )
+            raise self.lacks(f"is not finished; `defuse status {self.name}` shows how far it is")
         return artefact
+
+    def exists(self) -> bool:
+        """Whether the store still holds the run, which can be moved or deleted after it was opened."""
+        return self.store.exists("run.yaml")
+
+    def lacks(self, what: str) -> InputError:
+        """Return the error of a run that has not made something yet: `what`, unless the run itself is gone."""
+        return InputError(f"run {self.name} {what}" if self.exists() else f"{self.store.address}: {GONE}")
 
     def manifest(self) -> dict[str, Any]:
         """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size.

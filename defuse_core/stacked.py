@@ -28,7 +28,7 @@ from defuse_core.correct import (
 )
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads, device, is_out_of_memory
-from defuse_core.errors import ModelError, one_line
+from defuse_core.errors import ANOTHER_NAME, ModelError, one_line
 from defuse_core.models import load_classifier, set_weights, to_tensor, weights_of
 from defuse_core.store import Store
 from defuse_core.training.loop import (
@@ -266,8 +266,9 @@ def _log_not_stacked(section: CorrectSection, lams: Sequence[float], why: str) -
     log.log(
         logging.WARNING if tuple(lams) == first else logging.DEBUG,
         "correct: this classifier cannot be stacked (%s); its λ are fine-tuned one after the other; "
-        "correct.stack: 1 does so side by side, under another --name",
+        "correct.stack: 1 does so side by side, under %s",
         why,
+        ANOTHER_NAME,
     )
 
 

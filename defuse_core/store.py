@@ -26,7 +26,8 @@ from defuse_core.errors import InputError, RunBusyError, StoreError
 RESERVED = {"registry", "traffic", "pictures"}
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 UNFINISHED_S = 600.0
-SHARED_STORE = "--store must be one that all nodes share: s3://bucket/prefix, or a shared folder"
+SHARED_STORE = "the store (--store) must be one that all nodes share: s3://bucket/prefix, or a shared folder"
+GONE = "this run is gone; was its folder moved or deleted?"
 LOCK = ".lock"
 GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over
 GATE_S = 20.0
@@ -97,6 +98,9 @@ class Store(Protocol):
 
     def require_lock(self) -> None:
         """Raise RunBusyError if this process held the lock and another driver holds it now."""
+
+    def is_locked(self) -> bool:
+        """Whether a living driver holds this store, here or elsewhere, for people: no write may rely on it."""
 
 
 class FolderStore:
@@ -217,6 +221,15 @@ class FolderStore:
         with _explained(self.folder), self._holding():
             pass
 
+    def is_locked(self) -> bool:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            _explained(self.folder),
+            (self.folder / LOCK).open() as handle,
+        ):
+            return bool(handle.read()) and not _locked_at_once(handle, fcntl.LOCK_SH)
+        return False
+
     def _take(self, handle: TextIO) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -273,7 +286,7 @@ class FolderStore:
         if folder is None or (folder / LOCK).exists():
             return folder
         if not self.holders[folder] or f" on {platform.node()} " in self.holders[folder]:
-            raise self._taken_over(folder, "")
+            raise RunBusyError(f"{folder}: {GONE}; put it back to continue, or run again to begin anew")
         raise InputError(
             f"{folder}: {self.holders[folder]} holds this run, and {platform.node()} does not see its folder; "
             f"{SHARED_STORE} (or was the run deleted?)"
@@ -334,9 +347,9 @@ def _written_name(handle: TextIO, holder: str) -> str:
     return holder
 
 
-def _locked_at_once(handle: TextIO) -> bool:
+def _locked_at_once(handle: TextIO, how: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

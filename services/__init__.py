@@ -1,9 +1,35 @@
 """What people and other systems touch: the command line, Label Studio, S3, serving."""
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
+from typing import NoReturn
 
 STOPPED = "stopped; the same command continues from here"
-STOPPED_EXIT_CODE = 130  # 128 + SIGINT
+# Ray would turn an exception that names its signal into a KeyboardInterrupt
+_received: list[signal.Signals] = []
+
+
+@contextlib.contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM, as of a scheduler or Kubernetes, end the block as Ctrl-C does."""
+
+    def stop(*_: object) -> NoReturn:
+        _received.append(signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    _received.clear()
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stopped_exit_code() -> int:
+    """Return the exit code of a command that a signal ended: 143 for SIGTERM, 130 for Ctrl-C."""
+    return 128 + (_received or [signal.SIGINT])[0]
 
 
 def main() -> None:
@@ -14,4 +40,4 @@ def main() -> None:
         run_command()
     except KeyboardInterrupt:
         print(f"defuse: {STOPPED}", file=sys.stderr)
-        sys.exit(STOPPED_EXIT_CODE)
+        sys.exit(stopped_exit_code())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,9 @@ ARTEFACTS = {  # step -> what it has stored in the run when it is done, apart fr
 
 @dataclass(frozen=True)
 class StepState:
-    """The state of one step: "done", "under way", "waits for people" or "to do"."""
+    """The state of one step: "done", "under way", "stopped" (begun, and no driver works on the run), "waits for people"
+    or "to do".
+    """
 
     step: str
     state: str
@@ -51,13 +55,16 @@ class StepState:
 
 
 def step_states(run: Run) -> list[StepState]:
-    """Return the state of each step, from what the run's store holds."""
+    """Return the state of each step, from what the run's store holds and whether a driver holds its lock."""
     keys = set(run.store.list())
     entries = run.manifest().get("artefacts", {})
-    return [_step_state(run, step, keys, entries) for step in STEPS]
+    is_locked = functools.cache(run.store.is_locked)  # asked only where a step has begun
+    return [_step_state(run, step, keys, entries, is_locked) for step in STEPS]
 
 
-def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) -> StepState:
+def _step_state(
+    run: Run, step: str, keys: set[str], entries: dict[str, Any], is_locked: Callable[[], bool]
+) -> StepState:
     names = ARTEFACTS[step]
     made = [name for name in names if f"{name}.safetensors" in keys]
     # an entry stays when an added λ deletes its file
@@ -68,8 +75,10 @@ def _step_state(run: Run, step: str, keys: set[str], entries: dict[str, Any]) ->
         state, detail = "done", ""
     elif step == "review" and _waits_for_people(run, keys):
         state = "waits for people"
+    elif made or known or detail:
+        state = "under way" if is_locked() else "stopped"
     else:
-        state = "under way" if made or known or detail else "to do"
+        state = "to do"
     return StepState(
         step,
         state,

@@ -27,7 +27,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced, to_levels
 from defuse_core.device import cpu_threads
-from defuse_core.errors import VaeHealthError
+from defuse_core.errors import ANOTHER_NAME, VaeHealthError
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.models import (
     Vae,
@@ -213,12 +213,12 @@ def expect_healthy(spec: RunFile, models: Models) -> None:
 
 def _remedy(spec: RunFile, health: Health) -> str:
     if 2 * health.collapsed >= health.dimensions:
-        return f"lower vae.beta (now {spec.vae.beta:g}) and choose another --name"
+        return f"lower vae.beta (now {spec.vae.beta:g}) and choose {ANOTHER_NAME}"
     if health.anchored:
-        return f"lower identify.scale (now {spec.identify.scale:g}) and choose another --name"
+        return f"lower identify.scale (now {spec.identify.scale:g}) and choose {ANOTHER_NAME}"
     if spec.vae.architecture == "paper":
-        return "set vae.architecture: convolutional, and choose another --name"
-    return "raise vae.epochs or vae.latent_dim, and choose another --name"
+        return f"set vae.architecture: convolutional, and choose {ANOTHER_NAME}"
+    return f"raise vae.epochs or vae.latent_dim, and choose {ANOTHER_NAME}"
 
 
 def reconstruction_strip(spec: RunFile, vae: Vae, images: Images) -> bytes:

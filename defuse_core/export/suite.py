@@ -38,6 +38,7 @@ from defuse_core.models import (
     EXTERNAL,
     build_classifier,
     check_outputs,
+    expect_own_weights,
     load_pretrained,
     load_vae,
     predict,
@@ -167,7 +168,7 @@ class Suite:
     def classifier(self, section: dict[str, Any]) -> nn.Module:
         """Return the classifier that a section `classifier` describes, checked on the suite's pictures.
 
-        Raises RunFileError for the section, ModelError for a classifier that does not fit.
+        Raises RunFileError for the section, ModelError for a classifier that does not fit or is untrained.
         """
         spec = self._run_file(section)
         classes = len(self.description.classes)
@@ -175,6 +176,8 @@ class Suite:
         load_pretrained(classifier, spec.classifier.weights, trained_on=False)
         to_device(classifier).eval()
         check_outputs(classifier, spec.classifier, self._images(), classes)
+        if spec.classifier.import_path is not None and spec.classifier.weights is None:
+            expect_own_weights(spec.classifier.import_path)
         return classifier
 
     def other_inputs(self, section: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from defuse_core.models.architectures import (
     ResidualNet,
     ResNet18,
     build_classifier,
+    expect_own_weights,
     import_module,
 )
 from defuse_core.models.inference import (
@@ -62,6 +63,7 @@ __all__ = [
     "decoder_of",
     "encode_images",
     "expect_autoencoder",
+    "expect_own_weights",
     "expect_rows",
     "expect_trainable",
     "import_module",

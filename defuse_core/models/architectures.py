@@ -48,6 +48,33 @@ def import_module(field: str, path: str) -> nn.Module:
 
     Raises ModelError, naming the run file's field.
     """
+    module = _called(field, path)
+    if module in _IMPORTED:
+        raise ModelError(
+            f"{field} {path}: it returned the same module as before, which Defuse has changed since; let it build a "
+            "new one, or return a copy.deepcopy of it, at each call"
+        )
+    if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        raise ModelError(
+            f"{field} {path}: it returned a module with lazy layers (such as torch.nn.LazyLinear) that have no weights "
+            "yet; let it call the module once, on images of the size to use, before it returns it"
+        )
+    _IMPORTED.add(module)
+    return module
+
+
+def expect_own_weights(path: str) -> None:
+    """Raise ModelError where each call of the factory at `package.module:factory` returns other, random weights."""
+    first, second = (dict(_called("--classifier", path).named_parameters()) for _ in range(2))
+    if any(not torch.equal(parameter, second[name]) for name, parameter in first.items()):
+        raise ModelError(
+            f"--classifier {path}: each call returns other weights, so they are random; give trained ones with "
+            "--weights FILE, or load them in the factory"
+        )
+
+
+def _called(field: str, path: str) -> nn.Module:
+    """Return what the factory returns. Raises ModelError, naming the field."""
     module_name, _, factory = path.partition(":")
     try:
         module = getattr(importlib.import_module(module_name), factory)()
@@ -64,17 +91,6 @@ def import_module(field: str, path: str) -> nn.Module:
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(f"{field} {path}: expected an nn.Module, found {type(module).__name__}")
-    if module in _IMPORTED:
-        raise ModelError(
-            f"{field} {path}: it returned the same module as before, which Defuse has changed since; let it build a "
-            "new one, or return a copy.deepcopy of it, at each call"
-        )
-    if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
-        raise ModelError(
-            f"{field} {path}: it returned a module with lazy layers (such as torch.nn.LazyLinear) that have no weights "
-            "yet; let it call the module once, on images of the size to use, before it returns it"
-        )
-    _IMPORTED.add(module)
     return module
 
 

@@ -15,6 +15,7 @@ from defuse_core.artifacts import (
     Evaluation,
     FailedTrial,
     Models,
+    Override,
     Psi,
     Scenarios,
     Sweep,
@@ -37,6 +38,7 @@ from defuse_core.report.schema import (
     Artefact,
     ChosenRow,
     ClassAccuracy,
+    Decision,
     HealthFigures,
     Mean,
     Mixture,
@@ -95,7 +97,7 @@ def build_report(
             weights=tuple(np.sort(found.scenarios.all_weights)[::-1].tolist()),
         ),
         votes=_votes(found),
-        overrides=verdicts.overrides,
+        overrides=tuple(_decision(override, models.classes) for override in verdicts.overrides),
         evidence=None if evidence is None else evidence_figures(found, evidence),
         watch=None if watch is None else watch_figures(watch, run.spec.serve, run.spec.serve.watch),
         per_class=_per_class(models.classes, evaluation),
@@ -131,6 +133,11 @@ def _ratio(part: float, whole: float) -> float | None:
 def _mean(values: F64) -> float | None:
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if len(defined) else None
+
+
+def _decision(override: Override, classes: tuple[str, ...]) -> Decision:
+    label = None if override.label is None else classes[override.label]
+    return Decision(**vars(override) | {"label": label})
 
 
 def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:

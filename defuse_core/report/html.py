@@ -83,7 +83,6 @@ def render_page(
         pictures={name: Markup(svg(figures[name], name)) if name in figures else None for name in IN_PAGE},
         accepted=[card for card in cards if card.row.accepted],
         rejected=[card for card in cards if not card.row.accepted],
-        class_names=classes,
         class_numbers=() if formatting.names_are_short(classes) else tuple(enumerate(classes)),
         classes=sorted(report.per_class, key=lambda row: (-abs(_change(row)), row.name)),
         shown_classes=SHOWN_CLASSES,
@@ -97,6 +96,7 @@ def render_page(
         image_counts=", ".join(f"{count:,} {split}" for split, count in report.run.images.items()),
         max_per_image=spec.identify.max_per_image,
         rho=spec.review.rho,
+        correct=spec.correct,
         widen=spec.correct.tuning_factor,
         run_file=dump_run_file(spec),
     )

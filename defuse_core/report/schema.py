@@ -6,12 +6,11 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from defuse_core.artifacts import Override
 from defuse_core.errors import InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, ScenarioEvidence
 from defuse_core.watch.figures import WatchFigures
 
-VERSION: Final = 4  # of report.json; grows when a field is renamed or removed, or gets another meaning
+VERSION: Final = 5  # of report.json; grows when a field is renamed or removed, or gets another meaning
 
 
 class ReportModel(BaseModel):
@@ -50,7 +49,9 @@ class Scenario(ReportModel):
     """Tracks that these images are of; null where images have no tracks, and likewise."""
     seen_in_training_images: bool = False
     """Whether source_error is certainly over 20 % (lower 95 % bound), so that real images show the failures. Images of
-    one track count once, as wrong if most of them are."""
+    one track count once, as wrong if most of them are. It is of the images that the scenario's codes come from, and
+    evidence.seen_in_real_data of the real images nearest to it: either can be true alone. The column Seen of the
+    tables is this field; the page says "seen in training images" where this one alone is true."""
     accepted: bool
     label: str | None
     """Class, by the majority of the annotators or an override; null where rejected."""
@@ -227,6 +228,18 @@ class SweepFailure(ReportModel):
     cause: str
 
 
+class Decision(ReportModel):
+    """A decision of a person on one scenario."""
+
+    scenario: int
+    """Number of the scenario."""
+    label: str | None
+    """Class; null rejects the scenario."""
+    author: str
+    reason: str
+    when: str
+
+
 class RunFigures(ReportModel):
     name: str
     seed: int
@@ -260,7 +273,7 @@ class Provenance(ReportModel):
 class Report(ReportModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
-    version: Literal[4]
+    version: Literal[5]
     run: RunFigures
     annotators: str
     """"reference models" or "people"."""
@@ -274,7 +287,7 @@ class Report(ReportModel):
     vae: VaeFigures
     mixture: Mixture
     votes: VoteFigures
-    overrides: tuple[Override, ...]
+    overrides: tuple[Decision, ...]
     """Decisions of people that replace the verdict of the vote."""
     evidence: EvidenceFigures | None
     """Null without judges (judges.count 0)."""

@@ -18,7 +18,7 @@ from torch.optim.adam import adam
 from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import CorrectSection, VaeSection
-from defuse_core.errors import ModelError, RunMismatchError, StoreError
+from defuse_core.errors import ANOTHER_NAME, ModelError, RunMismatchError, StoreError
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import SHARED_STORE, Store
 from defuse_core.training.data_parallel import is_first_worker, mean_over_workers, require_same_on_all_workers
@@ -215,7 +215,8 @@ class Training:
             return
         if checkpoint.data_fingerprint != self.data_fingerprint:
             raise RunMismatchError(
-                "the images changed since this run began to train on them; put them back, or choose another --name"
+                "the images changed since this run began to train on them; put them back, or choose "
+                f"{ANOTHER_NAME}"
             )
         self.history, self.best = list(checkpoint.history), checkpoint.best
         set_weights(self.module, checkpoint.weights, self.key)

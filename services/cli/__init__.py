@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
-from services import STOPPED, STOPPED_EXIT_CODE
+from services import STOPPED, stopped_exit_code, stopping_on_sigterm
 from services.cli.export import compare, delete, export
 from services.cli.init import fields, init
 from services.cli.jobs import jobs, submit
@@ -97,7 +97,8 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows ? for β; stderr escapes by itself
     try:
-        _run_command()
+        with stopping_on_sigterm():
+            _run_command()
     finally:
         for stream in (sys.__stdout__, sys.__stderr__):
             if stream is not None:
@@ -109,8 +110,9 @@ def _run_command() -> None:
         code = defuse.main(standalone_mode=False)
     except SystemExit as error:  # commands end with click's Exit
         place = traceback.extract_tb(error.__traceback__)[-1]
-        # click itself exits where a shell asked for completions, and Ray's handler exits on SIGTERM
-        if Path(place.filename).parent == Path(click.__file__).parent or error.code == signal.SIGTERM:
+        if error.code == signal.SIGTERM:  # of Ray's handler, while it starts
+            _fail(STOPPED, 128 + signal.SIGTERM)
+        if Path(place.filename).parent == Path(click.__file__).parent:  # a shell asked for completions
             raise
         _fail(_exit_of_other_code(error, place), InputError.exit_code)
     except DefuseError as error:
@@ -120,7 +122,7 @@ def _run_command() -> None:
             error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _fail(STOPPED, STOPPED_EXIT_CODE)
+        _fail(STOPPED, stopped_exit_code())
     except Exception as error:
         debugging = _is_debugging()
         if debugging:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import InputError
+from services import stopped_exit_code
 from services.cli.options import (
     GivenPath,
     given,
@@ -197,7 +198,7 @@ def _follow(jobs: Jobs, job_id: str) -> None:
         click.echo(
             f"\njob {job_id} continues: defuse jobs logs|stop {job_id} --address {jobs.shown}", err=True
         )
-        raise click.exceptions.Exit(130) from None
+        raise click.exceptions.Exit(stopped_exit_code()) from None
     if job.exit_code is None or job.status != "SUCCEEDED":
         click.echo(f"job {job_id}: {_ending(job)}", err=True)
     raise click.exceptions.Exit(_exit_code(job))

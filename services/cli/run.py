@@ -71,7 +71,7 @@ def run(
 
     \b
     Exit codes: 0 finished, whatever was found (`defuse check` says whether it is good), 2 bad input,
-    3 waiting for people, 4 the machinery failed.
+    3 waiting for people, 4 the machinery failed, 130 Ctrl-C, 143 SIGTERM.
     \b
     defuse run deploy/runs/digits.yaml
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
@@ -114,7 +114,10 @@ def run(
 @click.argument("name", required=False)
 @store_option
 def status(name: str | None, store: str) -> None:
-    """Show how far the run called NAME is, or list the runs."""
+    """Show how far the run called NAME is, or list the runs.
+
+    A step that has begun is under way while a driver works on the run, else stopped: the same command continues it.
+    """
     from services.status_tables import print_runs, print_status
     from services.storage import open_store
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from defuse_core.artifacts import Gallery
-from defuse_core.errors import InputError
+from defuse_core.errors import ANOTHER_NAME, InputError
 from defuse_core.store import Store
 
 VERSION = 2  # of the stored state
@@ -86,8 +86,8 @@ def read_state(store: Store, gallery: Gallery) -> ProjectState:
         return ProjectState(mark=new_mark(), gallery=digest_now, secret=new_secret())
     if state.gallery != digest_now:
         raise InputError(
-            f"project {state.project} shows other images than this run's gallery now contains; use another "
-            f"--name, or delete {store.address}/{STATE_KEY} to push the new images to a new project"
+            f"project {state.project} shows other images than this run's gallery now contains; use "
+            f"{ANOTHER_NAME}, or delete {store.address}/{STATE_KEY} to push the new images to a new project"
         )
     return state
 

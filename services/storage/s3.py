@@ -247,6 +247,9 @@ class S3Store:
             if self.prefix.startswith(prefix):
                 lease.require()
 
+    def is_locked(self) -> bool:
+        return LeaseInBucket(self).is_held()
+
     @property
     def _client(self) -> Any:
         return _client(self.endpoint, self.region, PATIENCE, READ_TIMEOUT_S)

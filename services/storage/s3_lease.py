@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
-from services.storage.lease import KEY
+from services.storage.lease import KEY, LEASE_S, LeaseState
 
 if TYPE_CHECKING:
     from services.storage.s3 import S3Store
@@ -33,6 +34,15 @@ class LeaseInBucket:
         with contextlib.suppress(FileNotFoundError):
             return self.store._fetch(KEY)
         return None
+
+    def is_held(self) -> bool:
+        """Whether a living driver holds the lease, by the server's clock; nobody waits for a heartbeat."""
+        with contextlib.suppress(FileNotFoundError), self.store._errors(KEY):
+            answer = self.store._client.get_object(**self.store._at(KEY))
+            now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+            silent_s = (now - answer["LastModified"]).total_seconds()
+            return silent_s < LEASE_S and not LeaseState.parse(answer["Body"].read()).released
+        return False
 
     def write_if(self, data: bytes, version: str | None) -> str | None:
         seen = self.read()

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,12 +20,20 @@ import ray
 import requests
 from ray import tune
 from ray._private import worker
+from ray._private.utils import set_sigterm_handler
 from ray.job_submission import JobSubmissionClient
 from ray.tune.execution import class_cache
 from ray.tune.experimental.output import get_air_verbosity
 
 from cluster import ray_compat
-from cluster.ray_compat import is_unauthenticated, job_client, named_trainable, quiet_job_client, quiet_tune
+from cluster.ray_compat import (
+    is_unauthenticated,
+    job_client,
+    kept_sigterm_handler,
+    named_trainable,
+    quiet_job_client,
+    quiet_tune,
+)
 from tests.conftest import ROOT
 from tests.waiting import WAIT_S
 
@@ -204,3 +213,19 @@ def test_ray_agrees_on_which_modes_leave_it_without_authentication(
     )
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert is_unauthenticated() == (done.stdout.strip() == "True")
+
+
+def test_a_programs_own_handler_of_sigterm_is_kept_and_rays_where_it_has_none():
+    def own(*_: object) -> None: ...
+
+    def of_ray(*_: object) -> None: ...
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for handler, kept in ((own, own), (signal.SIG_DFL, of_ray)):
+            signal.signal(signal.SIGTERM, handler)
+            with kept_sigterm_handler():
+                set_sigterm_handler(of_ray)  # as ray.init does
+            assert signal.getsignal(signal.SIGTERM) is kept
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -172,7 +172,7 @@ def test_trials_that_another_disk_holds_are_said(
     spec = tiny(correct={"lambdas": [1.0], "epochs": 1})
     with (
         RayCompute(None, spec) as compute,
-        pytest.raises(InputError, match="--store must be one that all nodes"),
+        pytest.raises(InputError, match="the store .* must be one that all nodes"),
     ):
         compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, OwnDiskStore(tmp_path / "run"))])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,3 +153,12 @@ def test_a_run_of_a_version_that_measured_no_health_says_so(with_models):
     with_models.__dict__["_models"] = replace(with_models._models, health=None)
     with pytest.raises(InputError, match="run a: its version of Defuse did not measure"):
         with_models.health()
+
+
+def test_a_run_that_was_deleted_after_it_was_opened_is_said_to_be_gone(tmp_path, tiny_spec):
+    result = RunResult(Run.start(FolderStore(tmp_path), "a", tiny_spec))
+    shutil.rmtree(tmp_path / "a")
+    for ask in (lambda: result.report, lambda: result.scenarios, result.health, lambda: result._findings):
+        with pytest.raises(InputError, match=f"{tmp_path}/a: this run is gone; was its folder moved"):
+            ask()
+    assert "this run is gone" in repr(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from defuse_core.artifacts import Models, Psi, Sweep, SweepRow, Votes
 from defuse_core.errors import DamagedError, RunFileError, RunMismatchError
+from defuse_core.pipeline import rewrite_report
 from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, utc_now
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -53,6 +55,17 @@ def test_a_damaged_manifest_is_named(store, text):
         DamagedError, match="manifest.json: expected what Defuse wrote there, found damaged JSON"
     ):
         run.manifest()
+
+
+def test_a_report_of_a_run_with_a_damaged_manifest_names_the_manifest(finished_run, tmp_path, caplog):
+    shutil.copytree(finished_run / "runs" / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny" / "manifest.json").write_text("{")
+    run = Run.open(FolderStore(tmp_path), "tiny")
+    with pytest.raises(DamagedError, match=r"tiny/manifest.json: .* found damaged JSON; delete it and run"):
+        rewrite_report(run)
+    assert "cannot be written" not in caplog.text
+    run.store.delete("manifest.json")
+    assert rewrite_report(run).run.name == "tiny"
 
 
 def test_weights_in_a_folder_are_known_by_all_of_its_files(store, tmp_path):

@@ -1,8 +1,12 @@
 """A driver killed with kill -9 in the middle of each step, and the same command again."""
 
+import contextlib
+import os
 import shutil
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from defuse_core.artifacts import Psi
 from defuse_core.codec import decode
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_equal_psi, assert_same_psi
+from tests.waiting import wait_until
 
 MADE_BY = {  # step -> its artefacts
     "train": ("models",),
@@ -60,14 +65,14 @@ def copy_until(whole: Path, run: Path, step: str) -> None:
         shutil.copy(whole / "references.safetensors", run)
 
 
-def kill_once_there(driver: BaseProcess, key: Path) -> bool:
+def kill_once_there(driver: BaseProcess, key: Path, how: signal.Signals = signal.SIGKILL) -> bool:
     """Kill the driver as soon as `key` exists; False if it ended before."""
     deadline = time.monotonic() + WAIT_S
     while not key.exists():
         if not driver.is_alive() or time.monotonic() > deadline:
             return False
         time.sleep(0.005)
-    driver.kill()
+    os.kill(driver.pid or 0, how)
     driver.join()
     return True
 
@@ -114,3 +119,32 @@ def test_a_driver_killed_in_the_middle_of_each_step_goes_on_to_the_same_artefact
         assert (run / key).read_bytes() == (whole / key).read_bytes(), name
     assert_equal_psi(psi_of(run), psi_of(whole))
     assert_same_psi(len(psi_of(whole).codes), FolderStore(run), FolderStore(whole))
+
+
+@pytest.mark.parametrize(
+    ("place", "how", "code"),
+    [("local", signal.SIGTERM, 143), ("local", signal.SIGINT, 130), ("ray", signal.SIGTERM, 143)],
+    indirect=["place"],
+)
+def test_a_driver_that_is_asked_to_end_does_so_in_one_line_and_leaves_no_lock_and_no_process(
+    place, how, code, whole, tmp_path, monkeypatch
+):
+    forkserver.ensure_running()  # before the variable is set, which it would keep
+    monkeypatch.setenv("STARTED_BY", str(tmp_path))
+    run = tmp_path / "ended" / "tiny"
+    copy_until(whole, run, "identify")
+    driver = start(whole.parents[1] / "tiny.yaml", place, run.parent, "identify")
+    assert kill_once_there(driver, run / UNDER_WAY["identify"], how)
+    log = (tmp_path / "ended.log").read_text()
+    assert log.endswith("\ndefuse: stopped; the same command continues from here\n")
+    assert "***" not in log  # the stack of Ray's C++ part
+    assert driver.exitcode == code
+    assert (run / ".lock").read_text() == ""
+    wait_until(lambda: not any(f"STARTED_BY={tmp_path}".encode() in each for each in environments()))
+
+
+def environments() -> Iterator[bytes]:
+    """Yield the environment of each process of this machine."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended
+            yield path.read_bytes()

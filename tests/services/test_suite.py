@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,13 @@ def the_tiny_cnn() -> torch.nn.Module:
     from defuse_core.models import build_classifier
 
     return build_classifier(tiny(), 10)
+
+
+def with_own_weights() -> torch.nn.Module:
+    """The tiny CNN as a factory that loads its weights itself."""
+    net = the_tiny_cnn()
+    net.load_state_dict(load_file(os.environ["OWN_WEIGHTS"]))
+    return net
 
 
 class Of255(torch.nn.Module):
@@ -139,6 +147,12 @@ def test_a_right_classifier_passes_and_a_wrong_one_fails_with_junit(
     case = next(iter(tests))
     assert case.name == "3 read as 8 (scenario 0)"
     assert isinstance(case.result[0], Failure)
+
+
+def test_a_factory_that_loads_its_own_weights_needs_no_file_of_them(suite, files, monkeypatch, capsys):
+    own = ["--classifier", "tests.services.test_suite:with_own_weights"]
+    monkeypatch.setenv("OWN_WEIGHTS", str(files / "good.safetensors"))
+    assert call(monkeypatch, capsys, "check", "--suite", suite, *own)[0] == 0
 
 
 def test_a_program_and_a_run_are_checked_too(suite, files, store, monkeypatch, capsys):
@@ -367,6 +381,10 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
         (
             ["check", "--suite", "suite", "--classifier", "tests.own_classifiers:with_nan"],
             "found NaN or infinity",
+        ),
+        (
+            ["check", "--suite", "suite", "--classifier", NET],
+            "so they are random; give trained ones with --weights FILE",
         ),
         (
             ["check", "--suite", "suite", "--classifier", NET, "--set", "vae.epochs=1"],

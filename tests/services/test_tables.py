@@ -20,7 +20,7 @@ from defuse_core.report.build import build_report
 from defuse_core.report.formatting import percent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.status_tables import ARTEFACTS, print_runs, print_status, step_states
+from services.status_tables import ARTEFACTS, StepState, print_runs, print_status, step_states
 from services.tables import print_report
 from tests.no_access import refuse_access
 
@@ -68,6 +68,12 @@ def finish(run: Run, *keys: str) -> None:
             "bytes": 2_000_000,
         }
     run.store.write("manifest.json", json.dumps({"artefacts": entries}).encode())
+
+
+def states_under_way(run: Run) -> list[StepState]:
+    """Return the states while a driver holds the run."""
+    with run.store.lock():
+        return step_states(run)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -215,7 +221,7 @@ def test_steps_under_way_show_their_progress(tmp_path: Path):
     finish(run, "models")
     run.store.write("psi/000000.safetensors", b"")
     run.store.write("trials/baseline/lam-1.0.safetensors", b"")
-    states = {state.step: state for state in step_states(run)}
+    states = {state.step: state for state in states_under_way(run)}
     assert states["train"].state == "done"
     assert (states["train"].seconds, states["train"].bytes) == (60.0, 2_000_000)
     assert (states["identify"].state, states["identify"].detail) == ("under way", "1 of 4 shards")
@@ -229,14 +235,14 @@ def test_a_training_under_way_shows_the_epochs_kept(tmp_path: Path):
         {"w": np.zeros(1)}, {}, (VaeEpoch(1, 90.0, 8.0, 0.4), VaeEpoch(2, 80.0, 8.0, 0.4)), {}, ""
     )
     run.store.write("training/vae.safetensors", encode(kept))
-    train = step_states(run)[0]
+    train = states_under_way(run)[0]
     assert (train.step, train.state, train.detail) == ("train", "under way", "β-VAE 2 of 800 epochs")
 
 
 def test_a_damaged_checkpoint_is_shown_as_the_training_that_begins_again(tmp_path: Path):
     run = a_run(tmp_path)
     run.store.write("training/vae.safetensors", b"half")
-    train = step_states(run)[0]
+    train = states_under_way(run)[0]
     assert (train.state, train.detail) == ("under way", "β-VAE begins again, its checkpoint is damaged")
     console = terminal()
     print_status(run, console)
@@ -248,7 +254,7 @@ def test_a_review_by_people_waits_for_them(tmp_path: Path):
     finish(run, "models", "psi", "scenarios", "gallery")
     assert {s.step: s.state for s in step_states(run)}["review"] == "waits for people"
     finish(run, "votes")  # as after `defuse review set --redo`
-    assert {s.step: s.state for s in step_states(run)}["review"] == "under way"
+    assert {s.step: s.state for s in states_under_way(run)}["review"] == "under way"
 
 
 def test_status_shows_each_step_with_its_time_and_size(tmp_path: Path):
@@ -277,10 +283,14 @@ def test_the_time_and_size_of_a_step_are_those_of_all_that_it_made(tmp_path: Pat
     assert "13 min 00 s" in text_of(console)
 
 
-def test_a_step_that_has_made_something_is_under_way(tmp_path: Path):
+def test_a_step_that_has_begun_is_under_way_while_a_driver_holds_the_run_and_else_stopped(tmp_path: Path):
     run = a_run(tmp_path)
     finish(run, "measuredprecision")
-    assert step_states(run)[0].state == "under way"
+    assert states_under_way(run)[0].state == "under way"
+    assert step_states(run)[0].state == "stopped"
+    console = terminal()
+    print_runs(FolderStore(tmp_path), console)
+    assert "train, stopped" in text_of(console)
 
 
 def test_runs_are_listed_with_where_they_are(tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 from sample_evidence import sample_evidence
 from sample_findings import report_of, sample_findings, sample_run, sample_watch, with_verdicts
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Sweep, SweepRow
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Override, Sweep, SweepRow
 from defuse_core.config import parse_run_file
 from defuse_core.errors import InputError
 from defuse_core.report import parse_report, write_report
@@ -60,6 +60,19 @@ def test_purity_is_the_mean_over_accepted_scenarios_alone(tmp_path: Path):
         purity=np.array([0.5, 0.8, 0.1]),
     )
     assert report_of(sample, tmp_path).scenarios.purity == pytest.approx(0.65)
+
+
+def test_decisions_of_people_name_the_class(tmp_path: Path):
+    decisions = (
+        Override(0, 3, "Ada", "clear", "2026-01-01"),
+        Override(1, None, "Ada", "blurred", "2026-01-02"),
+    )
+    report = report_of(with_verdicts(sample_findings(2, 1), overrides=decisions), tmp_path)
+    assert [(row.scenario, row.label, row.author) for row in report.overrides] == [
+        (0, "3", "Ada"),
+        (1, None, "Ada"),
+    ]
+    assert parse_report(report.model_dump_json(), "report.json") == report
 
 
 def with_source_errors(support: list[int], error: list[float]):
@@ -239,7 +252,7 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     run = sample_run(tmp_path)
     write_report(run, *sample_findings(3, 2, images=3), watch=sample_watch())
     tree = json.loads(run.store.read("report.json"))
-    assert tree["version"] == 4
+    assert tree["version"] == 5
     assert tree["annotators"] == "reference models"
     assert set(tree["accuracy"]["defuse"]) == {"validation", "test", "scenario"}
     figures = {"components", "accepted", "purity", "own_labels", "expected_false_share", "tuning_agreement"}
@@ -278,7 +291,7 @@ def test_a_report_from_before_some_figures_is_still_read(tmp_path: Path):
 def test_a_report_of_another_version_is_refused_with_what_to_do(tmp_path: Path, change: dict[str, object]):
     text = report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True)
     assert parse_report(text, "report.json").scenarios.accepted == 1
-    words = r"^a/report\.json: expected a report of version 4, .*`defuse report RUN`"
+    words = r"^a/report\.json: expected a report of version 5, .*`defuse report RUN`"
     with pytest.raises(InputError, match=words):
         parse_report(json.dumps(json.loads(text) | change), "a/report.json")
 

@@ -109,6 +109,26 @@ def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(t
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"choose_by": "tune", "max_loss": 0.01},
+            "of all λ that lose at most 1 % of the validation accuracy and are within one point of the highest accuracy "
+            "on the scenario images tuned on, the one of highest validation accuracy.",
+        ),
+        ({"choose_by": "train"}, "The rule of choice: the highest training accuracy."),
+    ],
+)
+def test_the_page_says_by_which_rule_lambda_is_chosen(tmp_path: Path, changes: dict[str, object], words: str):
+    run = sample_run(tmp_path)
+    run.spec = run.spec.with_fields("correct", **changes)
+    write_report(run, *sample_findings(3, 2))
+    text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert words in text
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
     ("separation", "words"),
     [(3.0, "Finds failing inputs by max-softmax"), (0.0, "No method finds failing inputs: the AUROC")],
 )

@@ -206,3 +206,11 @@ def test_of_writers_at_the_same_time_the_highest_stays(store: Store) -> None:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(count_up, copies))
         assert store.read("epochs") == b"4"
+
+
+def test_a_store_is_locked_while_a_driver_holds_it(store: Store) -> None:
+    assert not store.is_locked()
+    with store.lock():
+        assert store.is_locked()
+        assert not store.within("other").is_locked()
+    assert not store.is_locked()
