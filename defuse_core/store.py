@@ -274,7 +274,8 @@ class FolderStore:
             fcntl.flock(gate, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             found = (folder / LOCK).read_text() if (folder / LOCK).exists() else ""
             if found != self.holders[folder]:
-                raise self._taken_over(folder, found)
+                held, now = self.holders[folder] or "a driver", found or "nobody"
+                raise RunBusyError(f"{folder}: {held} held this run, no longer; {now} does now")
             yield
 
     def _locked_folder(self) -> Path | None:
@@ -290,11 +291,6 @@ class FolderStore:
         raise InputError(
             f"{folder}: {self.holders[folder]} holds this run, and {platform.node()} does not see its folder; "
             f"{SHARED_STORE} (or was the run deleted?)"
-        )
-
-    def _taken_over(self, folder: Path, holder: str) -> RunBusyError:
-        return RunBusyError(
-            f"{folder}: {self.holders[folder] or 'a driver'} held this run, no longer; {holder or 'nobody'} does now"
         )
 
     def _remove_unfinished(self) -> None:
