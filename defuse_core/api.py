@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -49,6 +50,9 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 log = logging.getLogger("defuse")
 CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
 PROBE_IMAGES = 8  # that two classifiers are compared on
+_ONE_AT_A_TIME = (
+    threading.RLock()
+)  # training seeds and draws from torch's global generator, and torch.export has globals
 # Fields of a classifier that is not trained by the run.
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")
 
@@ -75,7 +79,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
 
         run = defuse.debug(net, train=(images, labels), test=(more_images, more_labels), name="parts", minutes=10)
 
-    The same call again continues where the last one stopped, and returns at once where the run is finished.
+    The same call again continues where the last one stopped, and returns at once where the run is finished. Calls of
+    several threads wait for each other. The caller's random numbers, of torch too, go on as if nothing had happened.
 
     Args:
         classifier: Maps images (n, channels, H, W) in [0, 1] to logits (n, C), or to probabilities, or to an output
@@ -109,7 +114,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     opened = _folder_store(store) if isinstance(store, str | os.PathLike) else store
     arrays = _arrays({"train": train, "validation": validation, "test": test}, classes)
     run_store = opened.within(checked_name(name))
-    with run_store.lock():
+    devices = range(torch.cuda.device_count())
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices), run_store.lock():
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.open(opened, name).spec if given.begun else None
         run = Run.start(opened, name, given.run_file(recorded, minutes, progress))
