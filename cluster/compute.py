@@ -18,8 +18,9 @@ from ray.exceptions import RayError
 from cluster.connection import connect, require_absolute_root
 from cluster.errors import as_defuse_error
 from cluster.identify import ShardQueue, WorkerPool
-from cluster.partitions import RayPartitions, cancel_all
+from cluster.partitions import RayPartitions
 from cluster.progress import ProgressListener, reporting
+from cluster.ray_compat import cancel_all
 from cluster.resources import (
     WARN_AFTER_S,
     capacity,

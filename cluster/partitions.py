@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -12,6 +11,7 @@ from ray.exceptions import RayError
 
 from cluster.errors import as_defuse_error
 from cluster.progress import ProgressListener
+from cluster.ray_compat import cancel_all
 from cluster.resources import hide_other_gpus, on_nodes_with_cpus, worker_count
 from defuse_core.config import ResourcesSection
 
@@ -94,10 +94,3 @@ class RayPartitions:
 def _in_worker(function: Callable[..., T], *args: object) -> T:
     hide_other_gpus()
     return function(*args)
-
-
-def cancel_all(tasks: Sequence[Any]) -> None:
-    """End tasks that run or wait, given as ObjectRefs."""
-    for task in tasks:
-        with contextlib.suppress(RayError):
-            ray.cancel(task, force=True)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Tune handles Ctrl-C in place of the driver
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a table whatever the verbosity
 }
+RESOLVED_AFTER_S = 1.0  # a task that was submitted; some 0.3 s were seen on a busy machine
 MEMORY_RETRIES = 4  # of a task whose process was killed since its node ran out of memory
 TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
 JOB_LOGGERS = (
@@ -154,6 +155,21 @@ def set_private_token() -> None:
     """Give a Ray that this process starts a token of its own; then Ray neither needs nor writes ~/.ray/auth_token."""
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def cancel_all(tasks: Sequence[Any]) -> None:
+    """End tasks that run or wait, given as ObjectRefs.
+
+    Ray ends the driver with a stack dump where a task is cancelled while its arguments are resolved
+    (submitted_task_ref_count > 0), which happens just after it was submitted: so it is given a moment first.
+    """
+    import ray
+
+    if tasks:
+        ray.wait(list(tasks), num_returns=len(tasks), timeout=RESOLVED_AFTER_S, fetch_local=False)
+    for task in tasks:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.cancel(task, force=True)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ from ray.tune.experimental.output import get_air_verbosity
 
 from cluster import ray_compat
 from cluster.ray_compat import (
+    RESOLVED_AFTER_S,
+    cancel_all,
     is_unauthenticated,
     job_client,
     kept_sigterm_handler,
@@ -229,3 +231,26 @@ def test_a_programs_own_handler_of_sigterm_is_kept_and_rays_where_it_has_none():
             assert signal.getsignal(signal.SIGTERM) is kept
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@ray.remote
+def asleep(_: object) -> None:
+    time.sleep(600)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_task_is_not_cancelled_before_its_arguments_are_resolved_which_can_end_the_driver(
+    monkeypatch,
+) -> None:
+    cancelled_at, cancel = list[float](), ray.cancel
+    monkeypatch.setattr(
+        ray, "cancel", lambda *a, **k: cancelled_at.append(time.monotonic()) or cancel(*a, **k)
+    )
+    submitted_at, number = time.monotonic(), ray.put(1)
+    tasks = [asleep.remote(number) for _ in range(3)]
+    cancel_all(tasks)
+    assert len(cancelled_at) == 3
+    assert min(cancelled_at) - submitted_at >= RESOLVED_AFTER_S
+    with pytest.raises(ray.exceptions.RayError):
+        ray.get(tasks, timeout=WAIT_S)
+    cancel_all([])
