@@ -45,6 +45,7 @@ from defuse_core.results import RunResult, is_complete
 from defuse_core.runs import IMAGES, Run, has_made_something
 from defuse_core.store import FolderStore, Store, checked_name, folder_store
 from defuse_core.suggest import VALIDATION_SHARE, inspect_data, plan_run
+from defuse_core.suggest.image_size import LARGEST, SMALLEST
 from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
@@ -294,7 +295,7 @@ class _Given:
         """Return what `defuse init` writes for these images."""
         section = sections.get("classifier") or self.settings.get("classifier", {})
         own = section if any(section.get(field) for field in PRETRAINED_FIELDS) else None
-        facts = inspect_data(Path(sections["data"]["root"]))
+        facts = inspect_data(Path(sections["data"]["root"]), "debug")
         facts = replace(facts, channels=sections["data"]["channels"])
         plan = plan_run(facts, own, minutes, progress)
         for warning in plan.warnings:
@@ -337,14 +338,21 @@ def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _shape(images: npt.NDArray[Any]) -> dict[str, int]:
-    """Return size and channels as section data has them. Raises DataError where the array cannot hold images."""
+    """Return size and channels as section data has them. Raises DataError where the array holds no usable images."""
     shape = image_shape(images)
     if shape is None:
         raise DataError(
             "train: expected images of shape (N, H, W), (N, H, W, c) or (N, c, H, W) with c of 1 or 3, found "
             f"{images.shape}"
         )
-    return {"image_size": shape[0], "channels": shape[2]}
+    height, width, channels = shape
+    if min(height, width) < SMALLEST or max(height, width) > LARGEST:
+        found = "too small" if min(height, width) < SMALLEST else "too large"
+        raise DataError(
+            f"debug: train_images: expected {SMALLEST} to {LARGEST} pixels in height and width, "
+            f"found {width}x{height}, which is {found}; resize the images"
+        )
+    return {"image_size": height, "channels": channels}
 
 
 def _npz(arrays: Arrays) -> bytes:

@@ -35,9 +35,19 @@ if TYPE_CHECKING:
     from defuse_core.report.evidence_schema import EvidenceFigures
 
 SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
-STATES = ("persisting", "fixed", "back again", "was right", "new", "found now")
+STATES = (
+    "persisting",
+    "fixed",
+    "back again",
+    "was right",
+    "broken by B",
+    "new",
+    "broken by A",
+    "found now",
+)
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
-DROPPED_COMPARED = ("B after", "A before", "Mistaken for", "In B", "A after")  # in turn, until the table fits
+# in turn, until the table fits; accuracies decide the state, so they are the last
+DROPPED_COMPARED = ("Mistaken for", "In B", "A before", "A after", "B after")
 DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # of the table of scenarios, in turn, until it fits
 UNBOUNDED = 1000  # columns, in which every table fits
 FOLDED = 10  # columns that a text needs which is broken anywhere

@@ -74,7 +74,9 @@ def _image_files(folder: Path) -> list[str]:
     found: list[str] = []
     for path in walk_files(folder):
         if not path.lower().endswith(SUFFIXES):
-            raise DataError(f"{path}: expected an image ({' '.join(SUFFIXES)}); remove this file")
+            raise DataError(
+                f"{path}: expected an image ({' '.join(SUFFIXES)}); convert this file to PNG or JPEG, or remove it"
+            )
         found.append(path)
     return sorted(found)
 

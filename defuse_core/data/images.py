@@ -136,6 +136,8 @@ def opened_picture(path: str) -> Iterator[Image.Image]:
         if Path(path).is_symlink():
             raise DataError(f"{path}: this link leads to a file that does not exist; remove it") from error
         raise DataError(f"{path}: this image no longer exists; restore it, or start a new run") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: this image has too many pixels to be read; shrink or remove it") from error
     except Exception as error:  # decoders raise many kinds of errors on broken files
         raise DataError(f"{path}: expected an image, found {error}; repair or remove this file") from error
 

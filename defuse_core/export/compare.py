@@ -1,4 +1,4 @@
-"""The failure scenarios of two runs side by side: which persist, which are fixed, back again, new, or found now."""
+"""The failure scenarios of two runs side by side: which persist, are fixed, back again, broken, new, or found."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 from defuse_core.tuning_data import held_out_images
 
-State = Literal["persisting", "fixed", "back again", "was right", "new", "found now"]
+State = Literal[
+    "persisting", "fixed", "back again", "was right", "broken by B", "new", "broken by A", "found now"
+]
 INSIDE = 0.999  # of a scenario's own pictures are within the distance that counts as inside
 MATCHING_SHARE = 0.5  # of the pictures of one scenario that are inside another one that it matches
 RIDGE = 1e-3  # of the mean variance, added to each: the β-VAE may not use a dimension
@@ -74,9 +76,10 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     is fixed if the classifier that run B debugged is right there ("was right" if the one that A debugged was, too),
     back again if the correction of A was right and that classifier, another one, is not, and persisting
     otherwise. A scenario of B alone is new if the classifier that A debugged is right there; if it is not, it is no
-    new failure, but found now. Scenarios match if they have the same label, and if most pictures of A's are inside
-    the ellipsoid of B's in the latent space of B. Raises InputError for unfinished runs and for other classes or
-    images.
+    new failure, but found now. Where the classifier that decides between these is right and the correction of the same
+    run is not, that correction broke the scenario: it is broken by B, or by A. Scenarios match if they have the same
+    label, and if most pictures of A's are inside the ellipsoid of B's in the latent space of B. Raises InputError for
+    unfinished runs and for other classes or images.
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
@@ -91,16 +94,26 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     for row in range(len(side_b.labels)):
         if row not in matches.values():
             scores = _scores(side_a, side_b, side_b.pictures[row], int(side_b.labels[row]))
-            rows.append(_of_b_alone("new" if scores[0] >= fixed_at else "found now", side_b, row, scores))
+            rows.append(_of_b_alone(_state_of_b_alone(scores, fixed_at), side_b, row, scores))
     return rows
 
 
 def _state(scores: tuple[float, float, float, float], fixed_at: float, same_classifier: bool) -> State:
     """Return the state of a scenario of A by its accuracies."""
-    before_a, after_a, before_b, _ = scores
+    before_a, after_a, before_b, after_b = scores
     if before_b >= fixed_at:
+        if after_b < fixed_at:
+            return "broken by B"
         return "was right" if before_a >= fixed_at else "fixed"
     return "back again" if after_a >= fixed_at and not same_classifier else "persisting"
+
+
+def _state_of_b_alone(scores: tuple[float, float, float, float], fixed_at: float) -> State:
+    """Return the state of a scenario of B that matches none of A, by its accuracies."""
+    before_a, after_a, _, _ = scores
+    if before_a >= fixed_at:
+        return "new" if after_a >= fixed_at else "broken by A"
+    return "found now"
 
 
 def _load(run: Run) -> _Side:

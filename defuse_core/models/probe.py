@@ -29,7 +29,7 @@ MOSTLY, FAR_BETTER = 0.5, 0.2
 LIKE_SIGMOID = (
     "its logits all lie in [0, 1], as after a sigmoid; if it ends in one, return what its sigmoid is given"
 )
-SIGNIFICANT = 3.0  # standard errors of images gained less images lost
+SIGNIFICANT = 3.0  # standard errors of the share of images gained less that of images lost
 
 
 class CallError(ModelError):
@@ -191,6 +191,7 @@ class ClassifierProbe:
     images: int
     by_range: dict[str, float]  # input range -> accuracy
     constant: float  # accuracy of the best constant answer
+    best_is_certain: bool  # whether the best input range is better in the mean over the classes, too
     # the given one, unless it is right on under half of the images, or hardly better than a constant answer, and
     # another one is far better
     needed_range: str
@@ -207,7 +208,8 @@ class ClassifierProbe:
         best = max(self.by_range, key=lambda name: self.by_range[name])
         if self.needed_range != given or self.class_order is not None:
             return self.needed_range
-        return best if self.by_range[best] > self.by_range[given] + CLEARLY_BETTER else given
+        is_better = self.best_is_certain and self.by_range[best] > self.by_range[given] + CLEARLY_BETTER
+        return best if is_better else given
 
 
 def least_plausible(constant: float) -> float:
@@ -245,6 +247,8 @@ def probe_classifier(
         return _fitted_order(answers[input_range], sample.labels, len(classes))
 
     needed: str = section.input_range
+    best = max(ranges, key=lambda name: by_range[name])
+    before, after = (answers[name] == sample.labels for name in (needed, best))
     other = order_in(needed)
     if max(by_range[needed], other.reached) < least_plausible(constant):
         orders = {name: order_in(name) for name in ranges}  # each costs three assignments of all classes
@@ -259,6 +263,7 @@ def probe_classifier(
         images=len(sample),
         by_range=by_range,
         constant=constant,
+        best_is_certain=_clearly_better(before, after, sample.labels, len(classes)),
         needed_range=needed,
         class_order=tuple(int(index) for index in order) if other.is_clearly_better else None,
         order_is_certain=other.is_certain,
@@ -297,7 +302,7 @@ def _fitted_order(answers: I64, labels: I64, classes: int) -> _Order:
     before, after = answers[unseen] == labels[unseen], answers[unseen] == one[labels[unseen]]
     return _Order(
         order=fitting_order(answers, labels, classes),
-        is_clearly_better=_clearly_better(before, after),
+        is_clearly_better=_clearly_better(before, after, labels[unseen], classes),
         is_certain=bool((one == other)[np.unique(labels)].all()),
         right=float(after.mean()) if len(after) else 0.0,
     )
@@ -316,10 +321,17 @@ def fitting_order(answers: I64, labels: I64, classes: int) -> I64:
     return order
 
 
-def _clearly_better(before: Bool, after: Bool) -> bool:
-    """Whether more of the same images are right after a change, by much, and by more than chance explains."""
-    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-    return bool(gained - lost > max(CLEARLY_BETTER * len(before), SIGNIFICANT * (gained + lost) ** 0.5))
+def _clearly_better(before: Bool, after: Bool, labels: I64, classes: int) -> bool:
+    """Whether more of the same images are right after a change, by much, and by more than chance explains.
+
+    By the mean over the classes, which must then be above that of one answer for all images: a classifier that knows
+    nothing is more often right in an order that gives the largest class its most frequent answer.
+    """
+    counts = np.maximum(np.bincount(labels, minlength=classes), 1)  # (C,)
+    changed = np.bincount(labels[after != before], minlength=classes) + 1  # few images may be right by luck
+    right, gained = (float((each / counts[labels]).sum()) / classes for each in (after, after * 1.0 - before))
+    by_chance = float((changed / counts**2).sum()) ** 0.5 / classes
+    return right > 1 / classes + CLEARLY_BETTER and gained > max(CLEARLY_BETTER, SIGNIFICANT * by_chance)
 
 
 def _logits(classifier: nn.Module, section: ClassifierSection, images: Images, input_range: str) -> F64:

@@ -172,7 +172,8 @@ def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:
         return errors[0]
     tried = ", ".join(map(str, sizes))
     return ModelError(
-        f"{errors[0]}; tried sizes {tried}: give the one that it was trained on with --image-size"
+        f"{errors[0]}; tried sizes {tried}: give the one that it was trained on ({SMALLEST} to {LARGEST}) with "
+        "--image-size"
     )
 
 

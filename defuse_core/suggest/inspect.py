@@ -50,14 +50,18 @@ class DataFacts:
     warnings: tuple[str, ...]
 
 
-def inspect_data(root: Path) -> DataFacts:
-    """Return what is in a folder in ImageFolder layout below `train`, or in an .npz file. Raises DataError."""
+def inspect_data(root: Path, called: str | None = None) -> DataFacts:
+    """Return what is in a folder in ImageFolder layout below `train`, or in an .npz file.
+
+    Raises DataError, which names the data as `called`, by default their path.
+    """
+    called = called or str(root)
     if not (root.is_dir() or root.is_file()):
         raise DataError(
             f"init {root}: expected a folder of images, or an .npz file, found neither; check the path"
         )
     if root.is_file():
-        name, (height, width, channels) = "npz", _look_at_npz(root)
+        name, (height, width, channels) = "npz", _look_at_npz(root, called)
         image_size, lines = height, unread_arrays(root)
     else:
         _expect_train(root)
@@ -68,10 +72,10 @@ def inspect_data(root: Path) -> DataFacts:
             {"name": name, "root": root, "image_size": image_size, "channels": channels}
         )
     except ValidationError as error:  # an .npz whose images are too small or too large
-        raise DataError(f"{root}: {first_problem(error, DataSection)}; resize the images") from error
+        raise DataError(f"{called}: {first_problem(error, DataSection)}; resize the images") from error
     splits = open_splits(section, 0)
     if len(splits.train) < FEWEST:
-        raise DataError(f"{root}: {len(splits.train)} training images are too few; add images")
+        raise DataError(f"{called}: {len(splits.train)} training images are too few; add images")
     some = splits.train.take(slice(0, None, max(1, len(splits.train) // SAMPLE)))
     photographs = channels == 3 and plain_ground(some.batch(slice(0, SAMPLE))) < PLAIN_GROUND
     return DataFacts(
@@ -187,22 +191,22 @@ def _is_coloured(picture: Image.Image) -> bool:
     return bool((np.ptp(pixels, axis=2) > COLOUR).mean() > 0.01)
 
 
-def _look_at_npz(file: Path) -> tuple[int, int, int]:
-    """Return height, width and channels of train_images."""
+def _look_at_npz(file: Path, called: str) -> tuple[int, int, int]:
+    """Return height, width and channels of train_images. Raises DataError, which names the file as `called`."""
     arrays = read_arrays(file, {"train_images"})
     if "train_images" not in arrays:
-        raise DataError(f"{file}: expected an .npz file with train_images, found none; save it again")
+        raise DataError(f"{called}: expected an .npz file with train_images, found none; save it again")
     images = arrays["train_images"]
     shape = image_shape(images)
     if shape is None:
         raise DataError(
-            f"{file}: train_images: expected shape (N, H, W), (N, H, W, c) or (N, c, H, W), found {images.shape}; "
+            f"{called}: train_images: expected shape (N, H, W), (N, H, W, c) or (N, c, H, W), found {images.shape}; "
             "reshape them"
         )
     height, width, _ = shape
     if height % 2 or width % 2:
         raise DataError(
-            f"{file}: train_images: expected an even height and width, which the β-VAE can halve, found "
+            f"{called}: train_images: expected an even height and width, which the β-VAE can halve, found "
             f"{width}x{height} pixels; pad or resize them, best to a multiple of 16"
         )
     return shape

@@ -127,9 +127,11 @@ def _expect_unregistered(store: Store, run: str) -> None:
 def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     """Show what became of the failure scenarios of run A in the later run B, and which ones B found.
 
-    Those of A are persisting, fixed or back again ("was right" where A's own classifier passes, too). Those that only B
-    found are new where A's classifier passes, and otherwise found now. Accuracies are those of each run's
-    classifier before and after its correction, on the scenario's held-out pictures.
+    Those of A are persisting, fixed or back again ("was right" where A's own classifier passes, too), by the classifier
+    that B debugged. Those that only B found are new where the classifier that A debugged passes, and otherwise found
+    now. Broken by B: the classifier that B debugged passes, but B's correction fails there. Broken by A: the same of A,
+    for a scenario that only B found. Accuracies are those of each run's classifier before and after its correction, on
+    the scenario's held-out pictures.
 
     \b
     defuse compare parts-v1 parts-v2

@@ -372,6 +372,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         DataError,
         r"found \(20, 16, 20\)",
     ),
+    "too small": (
+        {"train": (np.zeros((20, 1, 1), np.uint8), np.arange(20) % 2)},
+        DataError,
+        "^debug: train_images: expected 8 to 512 pixels in .* found 1x1, which is too small; resize the images",
+    ),
+    "odd": (
+        {"train": (np.zeros((20, 13, 13), np.uint8), np.arange(20) % 2), "test": None, "classifier": None},
+        DataError,
+        "^debug: train_images: expected an even height and width, .* found 13x13 pixels",
+    ),
     "one-hot labels": (
         {"train": (np.zeros((20, 16, 16), np.uint8), np.eye(20))},
         DataError,

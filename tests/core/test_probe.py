@@ -150,6 +150,25 @@ def test_another_order_of_many_classes_is_found_however_the_images_are_sorted(in
     assert order_found(order[labels], labels, 40) == tuple(order)
 
 
+@pytest.mark.parametrize("counts", [(4, 508), (4, 250, 258), (10, 150, 340), (20,) * 9 + (300,)])
+def test_nothing_is_suggested_for_a_classifier_that_knows_nothing_of_unequal_classes(counts):
+    classes, rng = len(counts), np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (sum(counts), 1, 8, 8)).astype(np.uint8)
+    images = Images(pixels, np.repeat(np.arange(classes), counts))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, classes)).eval()
+        written: dict[str, object] = {}
+        probe = probe_classifier(net, section(), images, [*map(str, range(classes))])
+        assert (_set_probed(written, probe), written) == ([], {})
+
+
+def test_another_order_of_unequal_classes_is_found_where_the_small_one_has_enough_images():
+    for few, found in ((4, None), (40, (1, 0))):
+        labels = (np.arange(512) >= few).astype(np.int64)
+        assert order_found(1 - labels, labels, 2) == found
+
+
 def test_a_class_without_images_keeps_its_own_answer():
     assert fitting_order(np.array([1, 0]), np.array([0, 1]), 4).tolist() == [1, 0, 2, 3]
 

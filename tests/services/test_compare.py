@@ -49,6 +49,21 @@ def test_scenarios_that_the_earlier_classifier_passes_are_new_or_right_in_both(s
     assert states("mended", "mended") == {"3": "was right", "8": "was right"}
 
 
+def test_a_scenario_that_a_correction_breaks_is_neither_fixed_nor_new(store, monkeypatch, capsys):
+    def states(earlier: str, later: str) -> dict[str, str]:
+        rows = compare_runs(Run.open(store, earlier), Run.open(store, later))
+        assert all(row.before_a < 0.5 < row.after_a for row in rows if earlier == "first")
+        return {row.label: row.state for row in rows}
+
+    assert states("first", "broken") == {"3": "broken by B", "8": "broken by B"}
+    assert states("mended", "broken") == {"3": "broken by B", "8": "broken by B"}
+    assert states("broken-unseen", "first") == {"3": "broken by A", "8": "broken by A"}
+    monkeypatch.setenv("COLUMNS", "80")
+    out = call(monkeypatch, capsys, "compare", "first", "broken", "--store", store.address)[1]
+    assert out.splitlines()[-1].strip() == "2 broken by B"
+    assert all(f"{run} {when}" in out for run in "AB" for when in ("before", "after"))
+
+
 def test_the_comparison_is_printed_with_accuracies_side_by_side(store, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     code, out, _ = call(monkeypatch, capsys, "compare", "first", "relapsed", "--store", store.address)

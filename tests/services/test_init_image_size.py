@@ -155,7 +155,7 @@ def test_the_refusal_of_a_classifier_that_takes_no_tried_size_names_the_option(m
     code, _, printed = suggested(monkeypatch, capsys, 60, 60, "of_40")
     assert code == 2
     assert "tried sizes 60, 64, 32" in one_line(printed)
-    assert "give the one that it was trained on with --image-size" in printed
+    assert "give the one that it was trained on (8 to 512) with --image-size" in printed
 
 
 def of_three_classes() -> nn.Module:
@@ -195,7 +195,7 @@ def test_where_the_number_of_logits_follows_the_size_another_one_is_asked_for(mo
     code, _, printed = suggested(monkeypatch, capsys, 60, 60, "as_many_logits_as_columns")
     assert code == 2
     assert "found (2, 60)" in printed
-    assert one_line(printed).endswith("give the one that it was trained on with --image-size")
+    assert one_line(printed).endswith("give the one that it was trained on (8 to 512) with --image-size")
 
 
 @pytest.mark.parametrize("size", [27, 4])

@@ -73,6 +73,7 @@ def planted_runs(folder: Path, tiny_models: Models) -> FolderStore:
     plant("same", swapped)
     plant("mended", good)
     plant("relapsed", perturb_weights(swapped, 1))
+    plant("broken", good, after=swapped)
     plant("unimproved", swapped, after=swapped)
     fixes = first.load(Corrections)
     one = Corrections(fixes.scenario[:1], fixes.labels[:1], fixes.tune[:1], fixes.test[:1])
@@ -80,6 +81,7 @@ def planted_runs(folder: Path, tiny_models: Models) -> FolderStore:
     none = Corrections(fixes.scenario[:0], fixes.labels[:0], fixes.tune[:0], fixes.test[:0])
     plant("nothing", swapped).store.write("corrections.safetensors", encode(none))
     plant("never-wrong", good).store.write("corrections.safetensors", encode(none))
+    plant("broken-unseen", good, after=swapped).store.write("corrections.safetensors", encode(none))
     plant("uncorrected", swapped).store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
     Run.start(found, "begun", spec)
     return found

@@ -160,6 +160,10 @@ def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
     [
         (lambda root: (root / "train/cat/notes.txt").touch(), "notes.txt: expected an image"),
         (
+            lambda root: (root / "train/cat/1.HEIC").touch(),
+            "; convert this file to PNG or JPEG, or remove it",
+        ),
+        (
             lambda root: (root / "test/fox").mkdir(),
             "test: expected the class folders of train, but fox is only in test",
         ),

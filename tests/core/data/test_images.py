@@ -14,7 +14,7 @@ from data_samples import SIZE, ids, noise, numbered, save_picture
 from PIL import Image
 
 from defuse_core.data import Images, PictureFiles, Splits
-from defuse_core.data.images import FilePaths, evenly_spaced, expect_labels, to_levels
+from defuse_core.data.images import FilePaths, evenly_spaced, expect_labels, read_picture, to_levels
 from defuse_core.errors import DataError
 
 NAMES = ["a/0.png", "a/ü.png", os.fsdecode(b"b/\xff.png"), "b/a name with spaces.png"]
@@ -72,6 +72,14 @@ def test_a_file_that_is_not_an_image_is_named(tmp_path: Path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(DataError, match=r"broken\.png: expected an image"):
         PictureFiles([str(tmp_path / "broken.png")], 3, SIZE)[:]
+
+
+def test_an_image_with_too_many_pixels_for_pillow_is_to_be_shrunk(tmp_path: Path):
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "map.png")
+    with pytest.raises(
+        DataError, match=r"map\.png: this image has too many pixels to be read; shrink or remove it$"
+    ):
+        read_picture(str(tmp_path / "map.png"), 1, SIZE)
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path):
