@@ -54,11 +54,13 @@ def open_s3(address: str) -> S3Store:
     """
     match = ADDRESS.fullmatch(address)
     if match is None:
-        raise InputError(f"--store {address}: expected s3://bucket/prefix")
+        raise InputError(
+            f"--store {address}: expected s3://bucket/prefix, with a bucket of 3 to 63 small letters, digits, dots and "
+            "hyphens"
+        )
     prefix = (match[2] or "").strip("/")
-    logging.getLogger("botocore").setLevel(
-        logging.WARNING
-    )  # at INFO it logs its credentials' origin each time
+    # at INFO it logs its credentials' origin each time
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     with translated_errors(address, None):
         session = boto3.Session()
         try:
@@ -98,9 +100,8 @@ class S3Store:
     ) -> None:
         """`prefix` is empty or ends with /; `endpoint` None is AWS."""
         self.bucket, self.prefix, self.endpoint, self.region = bucket, prefix, endpoint, region
-        self.fences = (
-            {} if fences is None else fences
-        )  # locked prefix -> its driver; shared with the stores below
+        # locked prefix -> its driver; shared with the stores below
+        self.fences = {} if fences is None else fences
         self.leases: dict[str, Lease] = {}  # likewise, in the driver's process only
 
     def __reduce__(self) -> tuple[Any, ...]:
