@@ -38,7 +38,7 @@ PART_BYTES = 16 * 2**20
 LIST_PAGE = 1000
 PARTS_AT_ONCE = 4
 READ_TIMEOUT_S = 10.0
-SEND_TIMEOUT_S = 30.0  # of a large object: a proxy, or the buffers of a slow line, may still hold most of it
+SEND_TIMEOUT_S = 60.0  # of a large object: a proxy, or the buffers of a slow line, may still hold most of it
 SEND_BYTES = 2**20  # from here on
 HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S = 2, 5.0  # well within LEASE_S
 READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off, stalled or arrived altered
@@ -388,7 +388,7 @@ class _HeartbeatStore(S3Store):
 
 @functools.cache
 def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: float) -> Any:
-    """Return this process's client: thread-safe, with retries that back off exponentially, and end after SILENCE_S."""
+    """Return this process's client: thread-safe, with retries that back off until OutageWatch ends them."""
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=min(timeout_s, 10.0),  # also of each piece of a body that is sent

@@ -1,4 +1,4 @@
-"""A server that gives no answer: one warning per outage and process, and an end after SILENCE_S."""
+"""A server that gives no answer: one warning per outage and process, and an end after about a minute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from defuse_core.errors import without_credentials
 from services.storage.s3_errors import NO_ANSWER
 
 log = logging.getLogger("defuse")
-SILENCE_S = 50.0  # of waiting for one request's answer, its pauses not counted: about a minute with them
+SILENCE_S = 50.0  # without an answer to one request, the pauses between its attempts not counted
 WARN_S = 5.0  # after the request was sent; what the next attempts mend before is no outage
 
 _silent: set[str] = set()  # servers of which this process has warned
@@ -24,26 +24,24 @@ class OutageWatch:
     def __init__(self, client: Any, timeout_s: float) -> None:
         """`timeout_s` is the longest silence in one attempt, after which botocore ends it."""
         self.server, self.timeout_s = without_credentials(client.meta.endpoint_url), timeout_s
+        self.silence_s = max(SILENCE_S, 2 * timeout_s)  # at least two attempts
         client.meta.events.register("request-created.s3", self._on_attempt)
         client.meta.events.register_first("needs-retry.s3", self._on_result)
 
     def _on_attempt(self, request: Any, **_: Any) -> None:
         request.context["defuse_begun"] = time.monotonic()
 
-    def _on_result(
-        self, request_dict: Any, attempts: int, caught_exception: Exception | None, **_: Any
-    ) -> None:
-        """Raise the attempt's error, which ends its request, once the request was without an answer for SILENCE_S."""
+    def _on_result(self, request_dict: Any, caught_exception: Exception | None, **_: Any) -> None:
+        """Raise the attempt's error, which ends its request, once the request was without an answer for too long."""
         if not isinstance(caught_exception, NO_ANSWER):
             self._report_end()
             return
         context, now = request_dict["context"], time.monotonic()
-        waited_s = min(
-            now - context["defuse_begun"], self.timeout_s
-        )  # the rest is a slow line's, for the body
+        # a slow line takes the rest of the time to send the body
+        waited_s = min(now - context["defuse_begun"], self.timeout_s)
         context.setdefault("defuse_silent_since", now - waited_s)
         context["defuse_silent_s"] = context.get("defuse_silent_s", 0.0) + waited_s
-        if context["defuse_silent_s"] >= SILENCE_S:
+        if context["defuse_silent_s"] >= self.silence_s:
             raise caught_exception
         if now - context["defuse_silent_since"] >= WARN_S:
             self._report()
