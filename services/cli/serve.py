@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,7 +236,7 @@ def serve(
         )
         from services.serving.liveness import LivenessCheck
 
-        with ray_connection(address, total_cpus(section)):
+        with contextlib.ExitStack() as ending, ray_connection(address, total_cpus(section)):
             shutdown = ShutdownSignal()
             if address is None:
                 require_gpus(section)
@@ -251,6 +252,8 @@ def serve(
                 )
                 for line in changes:
                     click.echo(line)
+                # Serve's controller ends during a call, which a thread of Ray prints as a failed task
+                ending.enter_context(contextlib.redirect_stdout(io.StringIO()))
 
 
 def _candidate(store: str, run: str) -> Candidate:
