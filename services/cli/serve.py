@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,7 +236,7 @@ def serve(
         )
         from services.serving.liveness import LivenessCheck
 
-        with ray_connection(address, total_cpus(section)):
+        with contextlib.ExitStack() as ending, ray_connection(address, total_cpus(section)):
             shutdown = ShutdownSignal()
             if address is None:
                 require_gpus(section)
@@ -251,6 +252,8 @@ def serve(
                 )
                 for line in changes:
                     click.echo(line)
+                # Serve's controller ends during a call, which a thread of Ray prints as a failed task
+                ending.enter_context(contextlib.redirect_stdout(io.StringIO()))
 
 
 def _candidate(store: str, run: str) -> Candidate:
@@ -323,8 +326,10 @@ def _print_watch(figures: WatchFigures) -> None:
             line = f"  {name}: {found.errors} of {found.images:,} answers are wrong; AUROC {score(found.auroc)}, "
             line += f"average precision {precision}"
             if figures.threshold is not None and found.calibration_error is not None:
-                line += (
-                    f"; at failure probability {figures.threshold:.3f} precision {interval(found.precision)}, "
-                    f"recall {interval(found.recall)}; calibration error {found.calibration_error:.4f}"
-                )
+                line += f"; at failure probability {figures.threshold:.3f} "
+                if found.errors and found.recall.value is None:
+                    line += "no precision and recall, since that threshold was chosen on these images"
+                else:
+                    line += f"precision {interval(found.precision)}, recall {interval(found.recall)}"
+                line += f"; calibration error {found.calibration_error:.4f}"
             click.echo(line)

@@ -30,17 +30,20 @@ from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseState, hold
 from services.storage.s3_errors import BROKEN, code_of, status_of, translated_errors
 from services.storage.s3_lease import LeaseInBucket
+from services.storage.s3_outage import OutageWatch
 
 log = logging.getLogger("defuse")
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
 PART_BYTES = 16 * 2**20
 LIST_PAGE = 1000
 PARTS_AT_ONCE = 4
-READ_TIMEOUT_S = 60.0
+READ_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 60.0  # of a large object: a proxy, or the buffers of a slow line, may still hold most of it
+SEND_BYTES = 2**20  # from here on
 HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S = 2, 5.0  # well within LEASE_S
 READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off, stalled or arrived altered
 WRITE_PAUSE_S, WRITE_ATTEMPTS = 0.5, 8  # of an object that others write at the same time
-PATIENCE = 10  # attempts with exponential back-off: about a minute without an answer
+PATIENCE = 14  # attempts, with botocore's pauses: about a minute where the server refuses connections
 ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(.*))?")
 
 
@@ -51,11 +54,13 @@ def open_s3(address: str) -> S3Store:
     """
     match = ADDRESS.fullmatch(address)
     if match is None:
-        raise InputError(f"--store {address}: expected s3://bucket/prefix")
+        raise InputError(
+            f"--store {address}: expected s3://bucket/prefix, with a bucket of 3 to 63 small letters, digits, dots and "
+            "hyphens"
+        )
     prefix = (match[2] or "").strip("/")
-    logging.getLogger("botocore").setLevel(
-        logging.WARNING
-    )  # at INFO it logs its credentials' origin each time
+    # at INFO it logs its credentials' origin each time
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     with translated_errors(address, None):
         session = boto3.Session()
         try:
@@ -95,9 +100,8 @@ class S3Store:
     ) -> None:
         """`prefix` is empty or ends with /; `endpoint` None is AWS."""
         self.bucket, self.prefix, self.endpoint, self.region = bucket, prefix, endpoint, region
-        self.fences = (
-            {} if fences is None else fences
-        )  # locked prefix -> its driver; shared with the stores below
+        # locked prefix -> its driver; shared with the stores below
+        self.fences = {} if fences is None else fences
         self.leases: dict[str, Lease] = {}  # likewise, in the driver's process only
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -254,6 +258,10 @@ class S3Store:
     def _client(self) -> Any:
         return _client(self.endpoint, self.region, PATIENCE, READ_TIMEOUT_S)
 
+    @property
+    def _sending_client(self) -> Any:
+        return _client(self.endpoint, self.region, PATIENCE, SEND_TIMEOUT_S)
+
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
@@ -330,13 +338,14 @@ class S3Store:
     def _put(self, key: str, data: bytes, **condition: str) -> str | None:
         if len(data) >= LARGE_BYTES:
             return self._put_parts(key, data, condition)
-        return str(self._client.put_object(**self._at(key), Body=data, **condition)["ETag"])
+        client = self._sending_client if len(data) >= SEND_BYTES else self._client
+        return str(client.put_object(**self._at(key), Body=data, **condition)["ETag"])
 
     def _put_parts(self, key: str, data: bytes, condition: dict[str, str]) -> str | None:
         """Send a large object in parts, and check before the last step, since the parts take a while, what was checked
         before the first. (boto3's own upload takes no condition.)
         """
-        client, at = self._client, self._at(key)
+        client, at = self._sending_client, self._at(key)
         at["UploadId"] = client.create_multipart_upload(**at)["UploadId"]
 
         def send(number: int) -> dict[str, Any]:
@@ -379,11 +388,13 @@ class _HeartbeatStore(S3Store):
 
 @functools.cache
 def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: float) -> Any:
-    """Return this process's client: thread-safe, with retries that back off exponentially."""
+    """Return this process's client: thread-safe, with retries that back off until OutageWatch ends them."""
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},
-        connect_timeout=5,
+        connect_timeout=min(timeout_s, 10.0),  # also of each piece of a body that is sent
         read_timeout=timeout_s,
         max_pool_connections=16,
     )
-    return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    client = boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    OutageWatch(client, timeout_s)
+    return client

@@ -206,6 +206,8 @@ def test_promote_prints_and_records_how_well_failing_inputs_are_found(own_store)
         assert line.startswith(f"  {part}: ")
         assert re.search(rf"{auroc} .*average precision (0\.\d\d|1\.00)", line)
         assert "precision" in line and "recall" in line and "calibration error 0.0" in line
+    assert "no precision and recall, since that threshold was chosen on these images" in lines[2]
+    assert re.search(r"precision \d+\.\d % .*, recall \d+\.\d %", lines[3])
     recorded = Registry(own_store).state().versions[1].watch
     assert recorded is not None and recorded.verdict == lines[1] and recorded.test is not None
     assert re.search(rf"finds failing inputs \({auroc}", run(promote, "--store", own_store.address))
