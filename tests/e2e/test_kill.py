@@ -133,7 +133,9 @@ def test_a_driver_that_is_asked_to_end_does_so_in_one_line_and_leaves_no_lock_an
     monkeypatch.setenv("STARTED_BY", str(tmp_path))
     run = tmp_path / "ended" / "tiny"
     copy_until(whole, run, "identify")
-    driver = start(whole.parents[1] / "tiny.yaml", place, run.parent, "identify")
+    driver = start(
+        whole.parents[1] / "tiny.yaml", place, run.parent, "correct"
+    )  # steps that take longer follow
     assert kill_once_there(driver, run / UNDER_WAY["identify"], how)
     log = (tmp_path / "ended.log").read_text()
     assert log.endswith("\ndefuse: stopped; the same command continues from here\n")

@@ -95,7 +95,7 @@ def test_a_large_write_replaces_nothing_that_was_written_while_its_parts_were_se
         aws.setenv("AWS_ENDPOINT_URL", endpoint)
         store, other = open_store("s3://bucket/run"), open_store("s3://bucket/run")
         assert isinstance(store, s3.S3Store)
-        send = store._client.upload_part
+        send = store._sending_client.upload_part
 
         def send_late(**part: Any) -> Any:
             if not other.exists("models"):
@@ -105,7 +105,7 @@ def test_a_large_write_replaces_nothing_that_was_written_while_its_parts_were_se
             return send(**part)
 
         with store.lock():
-            aws.setattr(store._client, "upload_part", send_late)
+            aws.setattr(store._sending_client, "upload_part", send_late)
             expected = pytest.raises(RunBusyError) if taken_over else contextlib.nullcontext()
             with expected:
                 store.write("models", bytes(6 * 2**20), unless=lambda stored: stored == b"theirs")
