@@ -55,8 +55,7 @@ def open_s3(address: str) -> S3Store:
     match = ADDRESS.fullmatch(address)
     if match is None:
         raise InputError(
-            f"--store {address}: expected s3://bucket/prefix, with a bucket of 3 to 63 small letters, digits, dots and "
-            "hyphens"
+            f"--store {address}: expected s3://bucket/prefix; a bucket has 3 to 63 small letters, digits, dots, hyphens"
         )
     prefix = (match[2] or "").strip("/")
     # at INFO it logs its credentials' origin each time
@@ -393,6 +392,7 @@ def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: 
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=min(timeout_s, 10.0),  # also of each piece of a body that is sent
         read_timeout=timeout_s,
+        response_checksum_validation="when_required",  # else a checksum with an error fails in botocore
         max_pool_connections=16,
     )
     client = boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)

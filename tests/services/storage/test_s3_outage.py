@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -116,3 +117,30 @@ def test_a_glitch_that_the_next_attempt_mends_is_no_outage(hasty, caplog):
         with pytest.raises(FileNotFoundError):
             store.read("a")
     assert not caplog.messages
+
+
+class FailsOnce(BaseHTTPRequestHandler):
+    """Answers the first request with an error that has the header of a checksum, and then with the object."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        FailsOnce.asked += 1
+        self.send_response(500 if FailsOnce.asked == 1 else 200)
+        self.send_header("x-amz-checksum-crc32", "AAAAAA==")
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"error" if FailsOnce.asked == 1 else b"bytes")
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the requests are expected."""
+
+
+def test_an_error_of_the_server_that_has_a_checksum_is_tried_again(hasty: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), FailsOnce) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = s3.S3Store("bucket", "run/", f"http://127.0.0.1:{server.server_port}", "us-east-1")
+        assert store.read("key") == b"bytes"
+        server.shutdown()
+    assert FailsOnce.asked == 2
