@@ -165,8 +165,11 @@ def cancel_all(tasks: Sequence[Any]) -> None:
     """
     import ray
 
-    if tasks:
-        ray.wait(list(tasks), num_returns=len(tasks), timeout=RESOLVED_AFTER_S, fetch_local=False)
+    with contextlib.suppress(
+        ray.exceptions.RayError
+    ):  # else it would take the place of the error that ends them
+        if tasks:
+            ray.wait(list(tasks), num_returns=len(tasks), timeout=RESOLVED_AFTER_S, fetch_local=False)
     for task in tasks:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.cancel(task, force=True)

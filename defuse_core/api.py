@@ -51,9 +51,8 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 log = logging.getLogger("defuse")
 CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
 PROBE_IMAGES = 8  # that two classifiers are compared on
-_ONE_AT_A_TIME = (
-    threading.RLock()
-)  # training seeds and draws from torch's global generator, and torch.export has globals
+# training seeds torch's global generator and draws from it, and torch.export has globals
+_ONE_AT_A_TIME = threading.RLock()
 # Fields of a classifier that is not trained by the run.
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")
 

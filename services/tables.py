@@ -6,7 +6,7 @@ import functools
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, get_args
 
 from rich import box
 from rich.console import Console
@@ -35,16 +35,6 @@ if TYPE_CHECKING:
     from defuse_core.report.evidence_schema import EvidenceFigures
 
 SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
-STATES = (
-    "persisting",
-    "fixed",
-    "back again",
-    "was right",
-    "broken by B",
-    "new",
-    "broken by A",
-    "found now",
-)
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
 # in turn, until the table fits; accuracies decide the state, so they are the last
 DROPPED_COMPARED = ("Mistaken for", "In B", "A before", "A after", "B after")
@@ -158,12 +148,18 @@ def print_comparison(
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
     _print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
     counts = Counter[str](row.state for row in rows)
-    print_text(console, ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), "")
+    print_text(console, ", ".join(f"{counts[state]} {state}" for state in _states() if counts[state]), "")
+
+
+def _states() -> tuple[str, ...]:
+    from defuse_core.export.compare import State  # late: torch takes a second
+
+    return get_args(State)
 
 
 def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Sequence[str]) -> Table:
     table = new_table(None, columns, texts=3 if "Mistaken for" in columns else 2)
-    table.columns[0].min_width = max(map(len, STATES))
+    table.columns[0].min_width = max(map(len, _states()))
     for row in rows:
         numbers = (NONE if number is None else str(number) for number in (row.number_a, row.number_b))
         shares = (percent(share, 0) for share in (row.before_a, row.after_a, row.before_b, row.after_b))

@@ -8,7 +8,8 @@ torch in the whole process: use it in one of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -171,11 +172,10 @@ def pretended_gpu() -> Iterator[None]:
 
     lift = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
     torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]  # so that torch.tensor(device=) is seen here
-    there: Callable[[], torch.device] = lambda: torch.device(GPU, 0)  # noqa: E731
     try:
         with (
             mock.patch.object(torch, "Generator", GpuGenerator),
-            mock.patch.object(defuse_core.device, "device", there),
+            mock.patch.object(defuse_core.device, "device", partial(torch.device, GPU, 0)),
             PretendedOperations(),
             CheckedGenerators(),
         ):

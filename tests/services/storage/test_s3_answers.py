@@ -19,9 +19,8 @@ OLD, NEW = '"old"', '"new"'
 
 @pytest.fixture
 def store(aws: pytest.MonkeyPatch) -> s3.S3Store:
-    aws.setattr(
-        s3, "SEND_TIMEOUT_S", s3.READ_TIMEOUT_S
-    )  # one client for all requests, which the stub replaces
+    # one client for all requests, which the stub replaces
+    aws.setattr(s3, "SEND_TIMEOUT_S", s3.READ_TIMEOUT_S)
     return s3.S3Store("bucket", "run/", "http://127.0.0.1:9", "us-east-1")
 
 
