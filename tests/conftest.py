@@ -43,6 +43,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.training.reference_models import reference_models
+from tests.forked_workers import forked_workers
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -266,6 +267,7 @@ def ray_session() -> Iterator[None]:
     from cluster.ray_compat import keep_idle_workers
 
     keep_idle_workers()
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with forked_workers():
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()

@@ -43,6 +43,7 @@ from defuse_core.protocols import SweepRequest
 from tests.cluster.checks import Lines
 from tests.cluster.fakes import GatedStore, note_working_dir
 from tests.conftest import tiny
+from tests.forked_workers import forked_workers
 from tests.waiting import wait_until
 
 LOOK_EVERY_S = 0.5  # for nodes that join or die; by default 3 s
@@ -58,7 +59,7 @@ def main(folder: Path) -> None:
     log.setLevel(logging.DEBUG)
     log.addHandler(lines)
     models = decode(Models, (folder / "models").read_bytes(), "models")
-    with headed_cluster() as cluster:
+    with forked_workers(), headed_cluster() as cluster:
         for name in map(str.strip, sys.stdin):
             lines.lines.clear()
             try:

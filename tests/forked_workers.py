@@ -1,0 +1,87 @@
+"""Workers of Ray that need not import torch: each is forked from a process that has done so.
+
+Ray starts a worker by a command. Within `forked_workers()` that command is `start_forked_worker.py`, which asks the
+process of `serve` for the worker. The worker is Ray's own from then on, and imports Ray and the project as ever. Not so
+the workers of a Ray that a command of the tests starts in a process of its own: these start as they do at users'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import start_forked_worker
+
+IMPORTED = ("torch", "torchvision", "sklearn.mixture", "scipy.stats", "pandas", "pydantic", "yaml")
+
+
+@contextlib.contextmanager
+def forked_workers() -> Iterator[None]:
+    """Have the workers of each Ray that this process starts inside forked."""
+    from ray._private import ray_constants
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="w"))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(path := f"{folder}/workers")
+            listener.listen(100)
+            command = [sys.executable, "-m", "tests.forked_workers", str(listener.fileno())]
+            stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,  # whose end, also by this process's death, ends `serve`
+                    pass_fds=[listener.fileno()],
+                    cwd=Path(__file__).parents[1],
+                )
+            )
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv(start_forked_worker.ADDRESS, path)
+        patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", start_forked_worker.__file__)
+        yield
+
+
+def serve(listener: socket.socket) -> None:
+    """Fork a worker for each that asks for one, until standard input ends."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # else each worker stays as a zombie
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        asking, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            become_worker(asking)
+            return
+        asking.close()
+
+
+def become_worker(asking: socket.socket) -> None:
+    """Run the command that was asked for as this process, with its environment, folder and streams."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    streams = start_forked_worker.STREAMS
+    asked, passed, _, _ = socket.recv_fds(asking, start_forked_worker.LONGEST, len(streams))
+    sys.argv, environment, folder = json.loads(asked)
+    for stream, own in zip(passed, streams, strict=True):
+        os.dup2(stream, own)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
