@@ -22,9 +22,8 @@ from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
-MAX_REPORTS = (
-    30  # of progress, one per training step, after which a trace ends: a longer one opens in no viewer
-)
+# Of progress, one per training step, after which a trace ends: a longer one opens in no viewer.
+MAX_REPORTS = 30
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ UNFINISHED_S = 600.0
 SHARED_STORE = "the store (--store) must be one that all nodes share: s3://bucket/prefix, or a shared folder"
 GONE = "this run is gone; was its folder moved or deleted?"
 LOCK = ".lock"
+LOOK_S = 0.2  # in which a process that asks whether a folder is locked has let go of it again
 GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over
 GATE_S = 20.0
 CREATING = ".creating"  # locked while a key is created, on file systems without hard links
@@ -232,17 +233,18 @@ class FolderStore:
 
     def _take(self, handle: TextIO) -> None:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            raise RunBusyError(
-                f"{self.folder}: {handle.read() or 'another driver'} is writing this run"
-            ) from error
+            if _locked_at_once(handle):
+                return
+            time.sleep(LOOK_S)
+            if _locked_at_once(handle):
+                return
         except OSError as error:
             raise StoreError(
                 f"{self.folder}: this file system cannot lock a file ({error.strerror}), which keeps a second "
                 "driver out; use a folder elsewhere, or an S3 store"
             ) from error
+        handle.seek(0)
+        raise RunBusyError(f"{self.folder}: {handle.read() or 'another driver'} is writing this run")
 
     def _name_holder(self, handle: TextIO, holder: str) -> None:
         """Write down who holds the folder, while nobody is between asking for that and writing."""

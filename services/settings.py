@@ -18,9 +18,8 @@ class BucketAccess:
     access_key_id: str | None = None  # LABEL_STUDIO_S3_ACCESS_KEY_ID
     secret_access_key: str | None = field(default=None, repr=False)  # LABEL_STUDIO_S3_SECRET_ACCESS_KEY
     session_token: str | None = field(default=None, repr=False)  # LABEL_STUDIO_S3_SESSION_TOKEN
-    endpoint: str | None = (
-        None  # LABEL_STUDIO_S3_ENDPOINT, if Label Studio reaches the bucket at another address
-    )
+    # LABEL_STUDIO_S3_ENDPOINT, if Label Studio reaches the bucket at another address.
+    endpoint: str | None = None
     share_own: bool = False  # LABEL_STUDIO_S3_SHARE_CREDENTIALS: give it the credentials of this process
 
 
@@ -37,9 +36,8 @@ class Settings:
     forwarded_for: bool = False  # DEFUSE_FORWARDED_FOR: a proxy on this machine adds X-Forwarded-For
     # DEFUSE_CACHE, else below XDG_CACHE_HOME: the local Label Studio; `~` is expanded where it is used
     cache: Path = Path("~/.cache/defuse")
-    label_studio_host: str | None = (
-        None  # LABEL_STUDIO_HOST: the address that annotators open, if it is another
-    )
+    # LABEL_STUDIO_HOST: the address that annotators open, if it is another.
+    label_studio_host: str | None = None
     label_studio_s3: BucketAccess = BucketAccess()  # the credentials with which Label Studio reads pictures
     mlflow_uri: str | None = field(default=None, repr=False)  # MLFLOW_TRACKING_URI, which may hold a password
     mlflow_experiment: str | None = None  # MLFLOW_EXPERIMENT_NAME

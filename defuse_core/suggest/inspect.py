@@ -26,12 +26,10 @@ LARGEST = 64  # suggested, unless the classifier asks for more: costs grow with 
 SAMPLE = 200  # pictures that are looked at
 FEWEST = 4  # training images, of which one at least is held out for validation
 FEW = 20  # training images of a class: fewer are worth a warning
-COLOUR = (
-    6  # difference of two channels, of 255, from which a pixel counts as coloured (JPEG blurs grey by less)
-)
-PLAIN_GROUND = (
-    0.5  # share of pixels of one brightness from which a picture is a drawing rather than a photograph
-)
+# Difference of two channels, of 255, from which a pixel counts as coloured (JPEG blurs grey by less).
+COLOUR = 6
+# Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
+PLAIN_GROUND = 0.5
 
 
 @dataclass(frozen=True)

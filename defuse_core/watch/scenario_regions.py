@@ -34,9 +34,8 @@ LEVELS = np.unique(
     np.concatenate([np.linspace(0, 0.1, 201), np.linspace(0.1, 1, 91)])
 )  # dense at small shares
 VARIANCE_FLOOR = 1e-3  # share of the mean variance that is added to each: unused dimensions have almost none
-LEAST_VARIANCE = (
-    1e-12  # added at least, so that codes that are all equal have a covariance that can be inverted
-)
+# Added at least, so that codes that are all equal have a covariance that can be inverted.
+LEAST_VARIANCE = 1e-12
 SHRINKAGE = 2  # times Z: images of all classes that the covariance of one class counts beside its own
 
 

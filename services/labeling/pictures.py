@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 
 FOLDER = "pictures"
-PNG_OVERHEAD_BYTES = (
-    1024  # header, palette and the deflate stream's own bytes, for pictures of any usual size
-)
+# Header, palette and the deflate stream's own bytes, for pictures of any usual size.
+PNG_OVERHEAD_BYTES = 1024
 
 
 class Pictures:

@@ -18,9 +18,8 @@ from services.serving.batching import PredictionResult
 from services.serving.model import LoadedModel, ModelOutput
 
 WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
-MAX_PENDING_SHADOWS = (
-    4  # requests for the shadow above this are dropped: answers have priority over comparisons
-)
+# Requests for the shadow above this are dropped: answers have priority over comparisons.
+MAX_PENDING_SHADOWS = 4
 SHADOW_TIME_SHARE = 0.2  # of the time, at most, in which a shadow computes
 
 

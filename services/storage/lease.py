@@ -37,9 +37,8 @@ class LeaseState:
     token: str = ""  # of one taking of the lease; empty in a lease of an older Defuse
     generation: int = 0  # grows with every taking, so that the order is known
     beats: int = 0
-    released: bool = (
-        False  # its holder ended; the object stays until the run is deleted, so that generations go on
-    )
+    # Its holder ended; the object stays until the run is deleted, so that generations go on.
+    released: bool = False
 
     @classmethod
     def parse(cls, content: bytes) -> LeaseState:
@@ -81,9 +80,8 @@ class Lease:
         self.state = LeaseState(holder, secrets.token_hex(8))
         self.version: str | None = None
         self.lost = False
-        self.remove = (
-            False  # at the end, with the run that was deleted, in place of a mark that it was released
-        )
+        # At the end, with the run that was deleted, in place of a mark that it was released.
+        self.remove = False
         self.beating = threading.Lock()
         self.ended = threading.Event()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from defuse_core.errors import RunBusyError, StoreError
-from defuse_core.store import FolderStore
+from defuse_core.store import LOCK, FolderStore
 from tests.no_access import refuse_access
 
 
@@ -132,3 +134,17 @@ def test_a_run_on_a_full_disk_can_be_deleted_while_a_second_driver_is_kept_out(
             with pytest.raises(RunBusyError, match="this run is gone"):
                 worker.write("models.safetensors", b"2")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_look_at_a_lock_turns_no_driver_away(tmp_path: Path) -> None:
+    run = FolderStore(tmp_path)
+    run.write("run.yaml", b"1")
+    with run.lock():
+        pass  # leaves its file
+    with (tmp_path / LOCK).open() as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        looking = threading.Timer(0.05, fcntl.flock, (looked_at, fcntl.LOCK_UN))
+        looking.start()
+        with run.lock():
+            assert run.is_locked()
+        looking.join()
