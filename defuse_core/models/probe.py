@@ -16,9 +16,9 @@ from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.errors import ModelError, one_line
 from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, find_logits, to_range
-from defuse_core.models.gradients import gradients_of
 from defuse_core.models.inference import map_batches, to_tensor
 from defuse_core.models.programs import class_names_of
+from defuse_core.models.vae import gradients_of
 
 log = logging.getLogger("defuse")
 BATCH = 8  # images of the check of outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
 from defuse_core.models.architectures import dense_layers, halving_convolutions, import_module
-from defuse_core.models.gradients import gradients_of
 
 LOGIT_MARGIN = 1e-6  # keeps the logits of a custom decoder's pixels 0 and 1 finite
 
@@ -184,3 +184,10 @@ def _expect_gradients(decoded: Tensor, mu: Tensor, pixels: Tensor) -> None:
         "the β-VAE: expected gradients from the decoded images to the codes and to the encoded images, found none; "
         "remove torch.no_grad, detach and rounding from encode and decode"
     )
+
+
+def gradients_of(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradient of the sum of `output` for each of `inputs`; None where none flows to it."""
+    if not output.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(output.sum(), inputs, allow_unused=True))

@@ -17,15 +17,20 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
 
 from defuse_core.errors import RunBusyError, StoreError
+
+if TYPE_CHECKING:
+    from services.storage.s3 import S3Store
 
 log = logging.getLogger("defuse")
 BEAT_S = 5.0
 LEASE_S = 30.0
 SETTLE_S = 1.0
 WRITE_ATTEMPTS = 3
+READ_AGAIN_S = 0.1
 KEY = ".lease.json"
 
 
@@ -53,29 +58,60 @@ class LeaseState:
         return json.dumps(asdict(self)).encode()
 
 
-class LeaseObject(Protocol):
-    """The one object that the lease is, with conditional writes."""
+class LeaseInBucket:
+    """The object in a bucket that the lease is, with conditional writes."""
 
-    @property
-    def address(self) -> str: ...
+    def __init__(self, store: S3Store) -> None:
+        self.store = store
+        self.address = store.address
 
     def read(self) -> tuple[str, bytes] | None:
-        """Return version and content, or None where there is no lease."""
+        """Return version and content, or None where there is no lease.
+
+        It reads twice before it returns None: some servers replace an object in two steps.
+        """
+        seen = self._read()
+        if seen is None:
+            time.sleep(READ_AGAIN_S)
+            seen = self._read()
+        return seen
+
+    def _read(self) -> tuple[str, bytes] | None:
+        with contextlib.suppress(FileNotFoundError):
+            return self.store._fetch(KEY)
+        return None
+
+    def is_held(self) -> bool:
+        """Whether a living driver holds the lease, by the server's clock; nobody waits for a heartbeat."""
+        with contextlib.suppress(FileNotFoundError), self.store._errors(KEY):
+            answer = self.store._client.get_object(**self.store._at(KEY))
+            now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+            silent_s = (now - answer["LastModified"]).total_seconds()
+            return silent_s < LEASE_S and not LeaseState.parse(answer["Body"].read()).released
+        return False
 
     def write_if(self, data: bytes, version: str | None) -> str | None:
         """Write if the version is `version` (None: absent). Return the new version, or None if it is not."""
+        seen = self.read()
+        if (seen and seen[0]) != version:  # all that a server without conditional writes can do
+            return None
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        return self.store._put_if(KEY, data, **condition)
 
     def delete_if(self, version: str) -> None:
         """Delete if the version is `version`, as far as the server honours that condition."""
+        self.store._delete_if(KEY, version)
 
     def is_conditional(self, data: bytes) -> bool:
         """Whether the server honours the condition of a write. `data` is what the lease holds now."""
+        conditions = ({"IfNoneMatch": "*"}, {"IfMatch": '"of no object"'})  # neither holds
+        return all(self.store._put_if(KEY, data, **condition) is None for condition in conditions)
 
 
 class Lease:
     """A lease that this process holds."""
 
-    def __init__(self, found: LeaseObject, holder: str) -> None:
+    def __init__(self, found: LeaseInBucket, holder: str) -> None:
         self.object = found
         self.state = LeaseState(holder, secrets.token_hex(8))
         self.version: str | None = None
@@ -193,7 +229,7 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(found: LeaseObject, beating: LeaseObject) -> Iterator[Lease]:
+def hold(found: LeaseInBucket, beating: LeaseInBucket) -> Iterator[Lease]:
     """Hold the lease inside the block. Raises RunBusyError, naming the holder, if another driver has it.
 
     `beating` is the same object for the heartbeat; it waits for no answer as long as LEASE_S.

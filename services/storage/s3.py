@@ -27,9 +27,8 @@ from tenacity import (
 
 from defuse_core.errors import InputError, RunBusyError, StoreError
 from defuse_core.store import is_hidden
-from services.storage.lease import KEY, Lease, LeaseState, hold
+from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
 from services.storage.s3_errors import BROKEN, code_of, status_of, translated_errors
-from services.storage.s3_lease import LeaseInBucket
 from services.storage.s3_outage import OutageWatch
 
 log = logging.getLogger("defuse")

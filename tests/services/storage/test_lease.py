@@ -14,14 +14,13 @@ from buckets import THIEF, steal
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.storage import lease, s3, s3_lease
-from services.storage.s3_lease import LeaseInBucket
+from services.storage import lease, s3
+from services.storage.lease import LeaseInBucket
 from tests.conftest import tiny
 from tests.waiting import wait_until
 
 
 def test_the_lease_of_a_dead_driver_is_taken_over(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "LEASE_S", 1.0)
     script = (
         "import os, pickle, sys\n"
         "with pickle.loads(sys.stdin.buffer.read()).lock():\n"
@@ -29,7 +28,7 @@ def test_the_lease_of_a_dead_driver_is_taken_over(bucket: Store, monkeypatch: py
     )
     subprocess.run([sys.executable, "-c", script], input=pickle.dumps(bucket), check=False)
     assert bucket.is_locked()  # for all that can be known
-    monkeypatch.setattr(s3_lease, "LEASE_S", 1.0)
+    monkeypatch.setattr(lease, "LEASE_S", 1.0)
     wait_until(lambda: not bucket.is_locked())
     begun = time.monotonic()
     with bucket.lock():

@@ -13,13 +13,12 @@ from buckets import THIEF
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import Store
 from services.storage import lease, s3
-from services.storage.lease import Lease, LeaseState, hold
-from services.storage.s3_lease import LeaseInBucket
+from services.storage.lease import Lease, LeaseInBucket, LeaseState, hold
 from tests.waiting import wait_until
 
 
 class ObjectInMemory:
-    """The protocol `LeaseObject`. `before` has what happens before a call; each happens once."""
+    """A LeaseInBucket without a bucket. `before` has what happens before a call; each happens once."""
 
     address = "memory"
 

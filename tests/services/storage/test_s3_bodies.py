@@ -10,7 +10,7 @@ import pytest
 
 from defuse_core.errors import StoreError
 from services.storage import s3
-from services.storage.s3_lease import LeaseInBucket
+from services.storage.lease import LeaseInBucket
 
 CONTENT = b"0123456789" * 10
 
