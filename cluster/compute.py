@@ -96,11 +96,9 @@ class RayCompute:
             self.connected_here = False
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
-        """Return function(*args, progress=...), run as one task with a GPU where the cluster has one."""
         return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
-        """Return the results of the calls, each run as `task` runs one, as many at a time as fit on the cluster."""
         shared = self._shared_arguments(calls)
         self._ready().begin()
         started = [
@@ -122,7 +120,6 @@ class RayCompute:
         return {name: ray.put(each) for name, each in shared.items()}
 
     def together(self, step: str, function: Callable[..., None], *args: object) -> None:
-        """Run function(*args, progress=...) in resources.train_workers processes. Raises RunFileError without room."""
         from cluster.train import run_together  # imports pandas and more
 
         listener, workers = self._ready(), self.spec.resources.train_workers
@@ -141,7 +138,6 @@ class RayCompute:
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
     ) -> RayPartitions:
-        """Return the parts that load(*arguments) returns, in Ray's store on the nodes that load them."""
         return RayPartitions(self._ready(), self.spec.resources, step, self.require_lock).load(
             load, arguments
         )
@@ -149,7 +145,7 @@ class RayCompute:
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
     ) -> Psi:
-        """Algorithm 1, sharded over workers that write their shards to `store` themselves.
+        """Workers write their shards to `store` themselves.
 
         The driver holds a few numbers per shard: its memory does not grow with images or failures.
         """
@@ -162,10 +158,6 @@ class RayCompute:
         return gather_shards(records)
 
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
-        """Fine-tune once per request and λ, all as trials of one Ray Tune run.
-
-        Raises ModelError or ComputeError if every trial of a request failed for good.
-        """
         tuned = [each for each in requests if not nothing_to_tune(each.fixes, each.reviewed)]
         outcomes = dict(zip(map(id, tuned), self._run_trials(models, tuned), strict=True))
         return [collect_sweep(each.spec, models, *outcomes.get(id(each), ([], {}))) for each in requests]
@@ -229,8 +221,7 @@ class RayCompute:
         shared: dict[object, Any] = {}
         clean = []
         for each in requests:
-            whole = each.all_fixes or each.fixes
-            sources = whole.held_out_sources(), whole.tuned_sources()
+            sources = (each.all_fixes or each.fixes).sources()
             key = each.spec.correct.train_images, *(rows.tobytes() for rows in sources)
             if key not in shared:
                 shared[key] = self._held_images("correct", load_clean_images, each.spec, models, *sources)

@@ -166,9 +166,8 @@ class ShardQueue:
         self.pings: dict[Any, Worker] = {}  # ObjectRef -> worker
         self.in_flight: dict[Any, tuple[Worker, int]] = {}  # ObjectRef -> worker and shard
         self.scaled_at = -math.inf
-        self.shared: set[WorkerLocation | None] = (
-            set()
-        )  # locations whose shards the driver finds in the store
+        # locations whose shards the driver finds in the store
+        self.shared: set[WorkerLocation | None] = set()
         self.monitor = CapacityMonitor("identify", pool.resources)
 
     def run(self) -> dict[int, ShardRecord]:

@@ -52,7 +52,6 @@ class RayPartitions:
         return self
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
-        """Return function(part, *args) of every part, in order. Raises its error."""
         remote: Any = ray.remote(_in_worker).options(**self.options)
         shared = [ray.put(argument) for argument in args]
         references = self._wait([partial(remote.remote, function, part, *shared) for part in self.parts])

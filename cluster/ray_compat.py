@@ -165,9 +165,8 @@ def cancel_all(tasks: Sequence[Any]) -> None:
     """
     import ray
 
-    with contextlib.suppress(
-        ray.exceptions.RayError
-    ):  # else it would take the place of the error that ends them
+    # else it would take the place of the error that ends them
+    with contextlib.suppress(ray.exceptions.RayError):
         if tasks:
             ray.wait(list(tasks), num_returns=len(tasks), timeout=RESOLVED_AFTER_S, fetch_local=False)
     for task in tasks:

@@ -36,9 +36,8 @@ DIVERGED = "diverged"  # in a trial's last result: each λ that is left out, and
 MAX_FAILURES = 2  # a trial is started again this often; it continues after its last finished epoch
 
 
-Outcome = tuple[
-    list[Trial], dict[float, DefuseError]
-]  # finished trials, and the error of each λ that failed for good
+# Finished trials, and the error of each λ that failed for good.
+Outcome = tuple[list[Trial], dict[float, DefuseError]]
 TrialId = tuple[int, int]  # a Tune trial: number of the request, and of the stack among those of the request
 
 

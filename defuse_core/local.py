@@ -32,7 +32,6 @@ class LocalPartitions:
         self.parts = parts
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
-        """Return function(part, *args) of every part, in order."""
         return [function(part, *args) for part in self.parts]
 
 
@@ -43,11 +42,9 @@ class LocalCompute:
         self.progress, self.profile = progress, profile
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
-        """Return function(*args, progress=...)."""
         return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
-        """Return the results of the calls, made one after the other."""
         shared = ProgressSum(self.progress)
         return [
             self.profile.call(step, call.function, *call.args, progress=shared.of(task), task=task)
@@ -55,20 +52,17 @@ class LocalCompute:
         ]
 
     def together(self, step: str, function: Callable[..., None], *args: object) -> None:
-        """Run function(*args, progress=...) in this process alone."""
         log.warning("%s: resources.train_workers needs Ray; one worker does all", step)
         self.task(step, function, *args)
 
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
     ) -> LocalPartitions:
-        """Return the parts that load(*arguments) returns, in this process."""
         return LocalPartitions([load(*each) for each in arguments])
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
     ) -> Psi:
-        """Algorithm 1, shard after shard."""
         count = shard_count(models.images["train"], spec.identify)
         identifier = Identifier(spec, models, references)
         records = finished_shards(store, identifier.fingerprint)
@@ -81,7 +75,6 @@ class LocalCompute:
         return gather_shards(records)
 
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
-        """Fine-tune, stack after stack of λ. Raises ModelError or ComputeError if every trial of a request failed."""
         return [self._sweep(models, request) for request in requests]
 
     def _sweep(self, models: Models, request: SweepRequest) -> Sweep:

@@ -20,7 +20,7 @@ class Partitions(Protocol):
     """Data in parts, each of which is where it was loaded; one that is lost with its machine is loaded again."""
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
-        """Return function(part, *args) of every part, in order."""
+        """Return function(part, *args) of every part, in order. Raises its error."""
 
 
 class Call(Generic[T]):
@@ -59,7 +59,10 @@ class Compute(Protocol):
     progress: Progress
 
     def together(self, step: str, function: Callable[..., None], *args: object) -> None:
-        """Run function(*args, progress=...) in resources.train_workers processes that form a torch process group."""
+        """Run function(*args, progress=...) in resources.train_workers processes that form a torch process group.
+
+        Raises RunFileError without room for them.
+        """
 
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
@@ -81,7 +84,10 @@ class Compute(Protocol):
         """
 
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
-        """Fine-tune once per request and λ (§3.2.3); the trials of all requests are run together."""
+        """Fine-tune once per request and λ (§3.2.3); the trials of all requests are run together.
+
+        Raises ModelError or ComputeError if every trial of a request failed for good.
+        """
 
 
 class Annotators(Protocol):

@@ -46,17 +46,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IMAGE_OF = {"train": "training image", "validation": "validation image"}
-COLUMNS = (
-    "accepted",
-    "label",
-    "mistaken_for",
-    "name",
-    "purity",
-    "support",
-    "before",
-    "after",
-    "confirmed",
-)  # of to_frame
+# Of to_frame.
+COLUMNS = ("accepted", "label", "mistaken_for", "name", "purity", "support", "before", "after", "confirmed")
 
 
 class RunResult:
@@ -70,6 +61,7 @@ class RunResult:
     def __init__(self, run: Run, classifier: nn.Module | None = None) -> None:
         """`classifier` is the one given by the user, if it is in memory; `corrected` returns a copy of it."""
         self.run, self._classifier = run, classifier
+        self._codes: dict[str, F32] = {}  # of the parts, from when they are first needed
 
     @cached_property
     def report(self) -> Report:
@@ -157,10 +149,6 @@ class RunResult:
         if part is None:
             raise InputError(f"run {self.run.name}: its data set has no {name} images")
         return part
-
-    @cached_property
-    def _codes(self) -> dict[str, F32]:
-        return {}  # of the parts, from when they are first needed
 
     def _codes_of(self, name: str) -> F32:
         if name not in self._codes:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, ClassifierEpoch, Health, Models, ReferenceSet
+from defuse_core.artifacts import ClassifierEpoch, Models, ReferenceSet
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device_name
@@ -27,7 +27,6 @@ from defuse_core.evaluation.health import (
 )
 from defuse_core.models import (
     EXTERNAL,
-    Vae,
     build_classifier,
     check_outputs,
     expect_rows,
@@ -76,6 +75,11 @@ def train(
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
         vae_history = train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
+        probe = probe_images(splits.train)
+        errors, answers = reconstruction_errors(classifier, vae, probe)
+        kl = mean_kl(vae, probe)
+        health = health_after_training(spec, classifier, vae, probe, answers, kl)
+        log_health(health, splits.classes)
         models = Models(
             classifier=weights_of(classifier),
             vae=weights_of(vae),
@@ -86,7 +90,10 @@ def train(
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             device=device_name(),
-            **_measure_vae(spec, classifier, vae, splits),
+            reconstruction=float(errors.mean()),
+            reconstruction_flips=1 - float((answers == probe.labels).mean()),
+            kl_per_dimension=kl,
+            health=health,
         )
         if store is not None:
             store.write(STRIP_KEY, reconstruction_strip(spec, vae, splits.train))
@@ -153,29 +160,6 @@ def train_part(
             return
         log_parts(spec.data, on_disk)
         train_classifier(spec, on_disk.loaded(), store, progress)
-
-
-class VaeMeasurements(TypedDict):
-    """The fields of Models that describe the trained β-VAE."""
-
-    reconstruction: float
-    reconstruction_flips: float
-    kl_per_dimension: F64
-    health: Health
-
-
-def _measure_vae(spec: RunFile, classifier: nn.Module, vae: Vae, splits: Splits) -> VaeMeasurements:
-    probe = probe_images(splits.train)
-    errors, answers = reconstruction_errors(classifier, vae, probe)
-    kl = mean_kl(vae, probe)
-    health = health_after_training(spec, classifier, vae, probe, answers, kl)
-    log_health(health, splits.classes)
-    return VaeMeasurements(
-        reconstruction=float(errors.mean()),
-        reconstruction_flips=1 - float((answers == probe.labels).mean()),
-        kl_per_dimension=kl,
-        health=health,
-    )
 
 
 def _expect_validation(spec: RunFile, splits: Splits) -> None:

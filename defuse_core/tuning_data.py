@@ -60,9 +60,7 @@ def load_fine_tuning_data(
     progress: Progress,
 ) -> FineTuningData:
     """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed`; D is that of `all_fixes`."""
-    whole = all_fixes or fixes
-    sources = whole.held_out_sources(), whole.tuned_sources()
-    clean = load_clean_images(spec, models, *sources, progress=progress)
+    clean = load_clean_images(spec, models, *(all_fixes or fixes).sources(), progress=progress)
     return FineTuningData(clean, decode_scenario_images(spec, models, fixes, reviewed, progress=progress))
 
 

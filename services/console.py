@@ -54,9 +54,8 @@ class ProgressDisplay:
             disable=not self.console.is_terminal,
         )
         self.shown: dict[str, TaskID] = {}
-        self.begun: dict[
-            str, tuple[float, int]
-        ] = {}  # activity -> when it was first reported, and how far it was
+        # activity -> when it was first reported, and how far it was
+        self.begun: dict[str, tuple[float, int]] = {}
         self.last: dict[str, int] = {}  # activity -> how far it is
         self.last_line = 0.0
         self.handlers: list[logging.Handler] = []

@@ -18,7 +18,6 @@ from defuse_core.artifacts.arrays import (
     U8,
     Bool,
     Weights,
-    expect_shapes,
 )
 from defuse_core.artifacts.correction import Corrections, Evaluation, FailedTrial, Sweep, SweepRow, Trial
 from defuse_core.artifacts.failures import (
@@ -40,40 +39,3 @@ from defuse_core.artifacts.training import (
     ReferenceSet,
     VaeEpoch,
 )
-
-__all__ = [
-    "F32",
-    "F64",
-    "I64",
-    "NONE_OF_THE_ABOVE",
-    "NO_SCENARIO",
-    "U8",
-    "Anchors",
-    "Bool",
-    "Checkpoint",
-    "ClassifierEpoch",
-    "ComponentFailures",
-    "Corrections",
-    "DroppedComponent",
-    "Evaluation",
-    "FailedTrial",
-    "Failures",
-    "Gallery",
-    "Health",
-    "MeasuredPrecision",
-    "Models",
-    "MoreImages",
-    "Override",
-    "Psi",
-    "ReferenceSet",
-    "Scenarios",
-    "Shard",
-    "Sweep",
-    "SweepRow",
-    "Trial",
-    "VaeEpoch",
-    "Verdicts",
-    "Votes",
-    "Weights",
-    "expect_shapes",
-]

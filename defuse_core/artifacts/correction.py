@@ -36,19 +36,15 @@ class Corrections:
         }
         return replace(self, **per_scenario)
 
-    def held_out_sources(self) -> I64:
-        """Return the training images at which only held-out scenario images are anchored; none with plain decoding."""
-        if self.anchors is None or self.tune_anchor is None:
-            return np.zeros(0, np.int64)
-        sources: I64 = np.setdiff1d(self.anchors.source, self.tuned_sources())
-        return sources
+    def sources(self) -> tuple[I64, I64]:
+        """Return the training images at which only held-out scenario images are anchored, and those of D_f.
 
-    def tuned_sources(self) -> I64:
-        """Return the training images at which images of D_f are anchored; none with plain decoding."""
+        None with plain decoding.
+        """
         if self.anchors is None or self.tune_anchor is None:
-            return np.zeros(0, np.int64)
-        sources: I64 = np.unique(self.anchors.source[self.tune_anchor])
-        return sources
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        tuned: I64 = np.unique(self.anchors.source[self.tune_anchor])
+        return np.setdiff1d(self.anchors.source, tuned), tuned
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,6 @@ from defuse_core.data.images import Images, PictureFiles, Splits
 from defuse_core.data.npz import npz_classes, open_npz
 from defuse_core.errors import DataError, RunMismatchError
 
-__all__ = [
-    "Images",
-    "PictureFiles",
-    "Splits",
-    "check_class_names",
-    "log_parts",
-    "open_splits",
-    "overlooked",
-    "reopen_splits",
-]
-
 OPENERS = {
     "digits": open_digits,
     "mnist": open_mnist,

@@ -197,9 +197,8 @@ def fit_pixels(pixels: U8, channels: int, size: int) -> U8:
     if pixels.shape[1:] == (channels, size, size):
         return pixels
     if pixels.shape[1:] == (1, size, size):
-        return np.broadcast_to(
-            pixels, (len(pixels), channels, size, size)
-        )  # a view with the grey channel three times
+        # a view with the grey channel three times
+        return np.broadcast_to(pixels, (len(pixels), channels, size, size))
     fitted = np.empty((len(pixels), channels, size, size), np.uint8)
     for out, image in zip(fitted, pixels, strict=True):
         out[:] = fit_picture(to_picture(image), channels, size)

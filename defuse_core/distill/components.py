@@ -6,13 +6,11 @@ the classifier), so that no component straddles classes.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -98,11 +96,13 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
 
 def fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
     """Return the paper's single mixture over all codes; none over fewer than two."""
+    fits = Fits(failures, section)
     if len(failures) < 2:
-        small = [small_cell(WHOLE, 1, 1.0, 1, section)] * len(failures)
-        return Fits([], failures, section, tuple(small))
-    fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
-    return Fits([CellMixture(fit, failures, 1.0, WHOLE)], failures, section)
+        fits.small.extend([small_cell(WHOLE, 1, 1.0, 1, section)] * len(failures))
+    else:
+        fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
+        fits.add(fit, WHOLE, failures)
+    return fits
 
 
 def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
@@ -113,18 +113,18 @@ def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: 
     cells, owner = np.unique(
         np.stack([failures.truth, failures.predicted], axis=1), axis=0, return_inverse=True
     )
-    parts, small = [], []
+    fits = Fits(failures, section)
     for number, (source, answer) in enumerate(cells.tolist()):
         progress("fitting the mixtures", number, len(cells), "fits")
         members = failures.take(np.flatnonzero(owner == number))
         weight = len(members) / len(failures)
         if len(members) < 2 or not weight > section.min_weight:
             support = len(np.unique(members.source))
-            small.append(small_cell((source, answer), len(members), weight, support, section))
+            fits.small.append(small_cell((source, answer), len(members), weight, support, section))
             continue
         fit = fit_mixture(members.codes, components_of(weight, section), section, seed, (source, answer))
-        parts.append(CellMixture(fit, members, weight, (source, answer)))
-    return Fits(parts, failures, section, tuple(small))
+        fits.add(fit, (source, answer), members)
+    return fits
 
 
 def components_of(weight: float, section: DistillSection) -> int:
@@ -157,16 +157,6 @@ class FittedCell:
         """(k,) weights of its components among all codes."""
         weights: F64 = self.weight * self.fit.weights
         return weights
-
-
-@dataclass(frozen=True, eq=False)
-class CellMixture:
-    """A mixture that was fitted to `members`, which are the share `weight` of all codes."""
-
-    fit: FittedMixture
-    members: Failures
-    weight: float
-    cell: tuple[int, int]  # class of the source images and answer of f
 
 
 def failures_by_component(fit: FittedMixture, members: Failures) -> list[Failures]:
@@ -210,6 +200,7 @@ def fit_mixture(
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the report states it
         mixture.fit(codes.astype(np.float64))
+    bounds = mixture.lower_bounds_
     return FittedMixture(
         weights=mixture.weights_,
         means=mixture.means_,
@@ -217,47 +208,35 @@ def fit_mixture(
         converged=bool(mixture.converged_),
         iterations=int(mixture.n_iter_),
         lower_bound=float(mixture.lower_bound_),
-        last_change=_last_change(mixture.lower_bounds_),
+        last_change=float(bounds[-1] - bounds[-2]) if len(bounds) > 1 else math.nan,
     )
-
-
-def _last_change(bounds: Sequence[float]) -> float:
-    """Return by how much the lower bound changed at the last iteration, in nats; nan after a single one."""
-    return float(bounds[-1] - bounds[-2]) if len(bounds) > 1 else float("nan")
 
 
 @dataclass(frozen=True, eq=False)
 class Fits:
     """All mixtures of a run, over `failures`."""
 
-    parts: list[CellMixture]
     failures: Failures
     section: DistillSection
-    small: tuple[DroppedComponent, ...] = ()  # cells without a mixture
+    cells: list[FittedCell] = field(default_factory=list)
+    by_component: list[Failures] = field(default_factory=list)  # that belong most to each, cell by cell
+    small: list[DroppedComponent] = field(default_factory=list)  # cells without a mixture
 
-    @functools.cached_property
-    def by_component(self) -> list[list[Failures]]:
-        """The failures that belong most to each component, part by part."""
-        return [failures_by_component(part.fit, part.members) for part in self.parts]
-
-    @functools.cached_property
-    def cells(self) -> list[FittedCell]:
-        """The mixtures with the support of their components."""
-        return [
-            FittedCell(part.fit, part.cell, len(part.members), part.weight, count_sources(own))
-            for part, own in zip(self.parts, self.by_component, strict=True)
-        ]
+    def add(self, fit: FittedMixture, cell: tuple[int, int], members: Failures) -> None:
+        """Add the mixture of a cell, which was fitted to `members`."""
+        own, weight = failures_by_component(fit, members), len(members) / len(self.failures)
+        self.cells.append(FittedCell(fit, cell, len(members), weight, count_sources(own)))
+        self.by_component.extend(own)
 
     def scenarios(self) -> Scenarios:
-        """Return the components of all parts over ε with enough support, in the order of `section.order`."""
-        if not self.parts:
-            return no_scenarios(self.failures.codes.shape[1], len(self.failures), self.small)
-        return scenarios_of(self.cells, self.section, self.small)
+        """Return the components of all cells over ε with enough support, in the order of `section.order`."""
+        if not self.cells:
+            return no_scenarios(self.failures.codes.shape[1], len(self.failures), tuple(self.small))
+        return scenarios_of(self.cells, self.section, tuple(self.small))
 
     def members(self) -> list[Failures]:
         """Return the failures that belong most to each component of `scenarios`, in their order."""
-        members = list(itertools.chain(*self.by_component))
-        return [members[row] for row in kept_components(self.cells, self.section)[0]]
+        return [self.by_component[row] for row in kept_components(self.cells, self.section)[0]]
 
 
 def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tuple[I64, I64]:

@@ -94,7 +94,8 @@ class VariationalFit:
 
     def coefficients(self) -> F64:
         """Return what each monomial contributes to the expected log of weight times density, (P, K)."""
-        return _log_joint_coefficients(self.posterior)
+        roots, means = self.posterior.precision_roots, self.posterior.means
+        return _quadratic_coefficients(roots, means, _log_constants(self.posterior))
 
     def step(self, statistics: Statistics) -> None:
         """Take the M step on the sums over all rows, and note the lower bound."""
@@ -291,11 +292,6 @@ def _unpacked(sums: Tensor, entropy: float) -> Statistics:
     i, j = np.triu_indices(width)
     second[:, i, j] = second[:, j, i] = table[:, 1 + width :]
     return Statistics(table[:, 0] + MIN_COUNT, table[:, 1 : 1 + width], second, entropy)
-
-
-def _log_joint_coefficients(posterior: Posterior) -> F64:
-    """Return what each monomial contributes to the expected log of weight times density, (P, K)."""
-    return _quadratic_coefficients(posterior.precision_roots, posterior.means, _log_constants(posterior))
 
 
 def _quadratic_coefficients(roots: F64, means: F64, constants: F64) -> F64:

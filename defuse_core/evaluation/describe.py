@@ -42,9 +42,8 @@ def measure(images: F32) -> F64:
     """Return the MEASUREMENTS of (n, channels, H, W) images, (n, 9)."""
     grey = images.mean(axis=1, dtype=np.float64)  # (n, H, W)
     edges = np.abs(ndimage.laplace(grey, axes=(1, 2))).mean(axis=(1, 2))
-    dark, light = np.quantile(
-        grey, [0.02, 0.98], axis=(1, 2)
-    )  # not the mean, which thick strokes change as well
+    # not the mean, which thick strokes change as well
+    dark, light = np.quantile(grey, [0.02, 0.98], axis=(1, 2))
     brightness, contrast = (dark + light) / 2, light - dark
     figure = np.abs(grey - _border(grey)[:, None, None])  # difference from the background
     mass = figure.sum(axis=(1, 2)) + 1e-9

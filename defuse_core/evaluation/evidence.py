@@ -100,9 +100,8 @@ class Evidence:
     # (A,) whether the correction is better than each plain training, significantly, by own labels; in runs of earlier
     # versions, whose pairs have no P, than one of them or than before
     confirmed: Bool
-    names: tuple[
-        str, ...
-    ]  # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
+    # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
+    names: tuple[str, ...]
     at_fault: tuple[str, ...]  # (A,) "classifier", "β-VAE" or "unclear"
     real: NearestReal
     # (2, 3) the first plain training, defuse against before on the test set: gained, lost, p-value
@@ -158,9 +157,8 @@ class _Evidence:
         held_out = held_out_images(self.vae, found.fixes)
         self.held_out = held_out.batch()  # (A·n, channels, H, W)
         self.own = self.labels(self.held_out)  # (A·n,)
-        self.units = units_of(
-            found.fixes.anchors, found.fixes.test_anchor, splits.train, len(self.own)
-        )  # (A·n,)
+        # (A·n,)
+        self.units = units_of(found.fixes.anchors, found.fixes.test_anchor, splits.train, len(self.own))
 
     def _chosen(self, sweep: Sweep) -> nn.Module | None:
         """Return the classifier that a sweep chose; None where it chose none."""

@@ -10,16 +10,17 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
-from defuse_core.artifacts import F32, I64, Corrections, Gallery, Models, Verdicts, Weights
+from defuse_core.artifacts import F32, I64, Models, Weights
 from defuse_core.data import Images
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
-from defuse_core.export.pictures import load_finished
+from defuse_core.export.pictures import FinishedRun, load_finished
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 from defuse_core.tuning_data import held_out_images
+from defuse_core.watch.scenario_regions import mahalanobis
 
 State = Literal[
     "persisting", "fixed", "back again", "was right", "broken by B", "new", "broken by A", "found now"
@@ -48,25 +49,23 @@ class ComparedScenario:
 class _Side:
     """One run as the comparison sees it."""
 
-    run: Run
-    models: Models
-    gallery: Gallery
-    verdicts: Verdicts
-    fixes: Corrections
+    found: FinishedRun
     pictures: F32  # (A, n, channels, H, W)
     before: nn.Module
     after: nn.Module
 
     @property
     def labels(self) -> I64:
-        return self.fixes.labels
+        return self.found.fixes.labels
 
     @cached_property
     def errors(self) -> I64:
-        return most_common_errors(self.gallery, self.verdicts, self.fixes.scenario)
+        return most_common_errors(self.found.gallery, self.found.verdicts, self.found.fixes.scenario)
 
-    def mistaken_for(self, row: int) -> str:
-        return self.models.classes[int(self.errors[row])]
+    def confusion(self, row: int) -> tuple[str, str]:
+        """Return the label of a scenario, and what it was mistaken for."""
+        classes = self.found.models.classes
+        return classes[int(self.labels[row])], classes[int(self.errors[row])]
 
 
 def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
@@ -83,18 +82,21 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
-    same_classifier = _equal(side_a.models.classifier, side_b.models.classifier)
+    same_classifier = _equal(side_a.found.models.classifier, side_b.found.models.classifier)
     fixed_at = b.spec.check.min_scenario_accuracy
     matches = _matches(side_a, side_b)
+    numbers_a, numbers_b = side_a.found.fixes.scenario.tolist(), side_b.found.fixes.scenario.tolist()
     rows = []
-    for row in range(len(side_a.labels)):
+    for row, number in enumerate(numbers_a):
         scores = _scores(side_a, side_b, side_a.pictures[row], int(side_a.labels[row]))
         state = _state(scores, fixed_at, same_classifier)
-        rows.append(_compared(state, side_a, row, scores, matches.get(row), side_b))
-    for row in range(len(side_b.labels)):
+        number_b = numbers_b[matches[row]] if row in matches else None
+        rows.append(ComparedScenario(state, *side_a.confusion(row), number, number_b, *scores))
+    for row, number in enumerate(numbers_b):
         if row not in matches.values():
             scores = _scores(side_a, side_b, side_b.pictures[row], int(side_b.labels[row]))
-            rows.append(_of_b_alone(_state_of_b_alone(scores, fixed_at), side_b, row, scores))
+            state = _state_of_b_alone(scores, fixed_at)
+            rows.append(ComparedScenario(state, *side_b.confusion(row), None, number, *scores))
     return rows
 
 
@@ -125,7 +127,7 @@ def _load(run: Run) -> _Side:
         images = held_out_images(load_vae(run.spec, found.models.vae), fixes)
         pictures = images.batch()
         pictures = pictures.reshape(len(fixes.labels), -1, *pictures.shape[1:])
-    return _Side(run, found.models, found.gallery, found.verdicts, fixes, pictures, *found.classifiers())
+    return _Side(found, pictures, *found.classifiers())
 
 
 def _expect_comparable(a: Run, b: Run) -> None:
@@ -158,7 +160,7 @@ def _matches(a: _Side, b: _Side) -> dict[int, int]:
     """Return for rows of A the row of B that matches best; each row of B once."""
     if not len(a.labels) or not len(b.labels):
         return {}
-    vae = load_vae(b.run.spec, b.models.vae)
+    vae = load_vae(b.found.spec, b.found.models.vae)
     codes_a = [encode_images(vae, pictures) for pictures in a.pictures]
     codes_b = [encode_images(vae, pictures) for pictures in b.pictures]
     shares = {
@@ -178,21 +180,5 @@ def share_inside(codes: F32, others: F32) -> float:
     """Return the share of codes (n, Z) within the ellipsoid of other codes (m, Z)."""
     mean, covariance = others.mean(axis=0, dtype=np.float64), sample_covariance(others.astype(np.float64))
     ridge = RIDGE * max(float(np.trace(covariance)) / len(covariance), 1e-12)
-    root = np.linalg.cholesky(covariance + ridge * np.eye(len(covariance)))
-    squares = (np.linalg.solve(root, (codes - mean).T) ** 2).sum(axis=0)  # (n,)
-    return float((squares <= chi2_quantile(INSIDE, codes.shape[1])).mean())
-
-
-def _compared(
-    state: State, a: _Side, row: int, scores: tuple[float, float, float, float], match: int | None, b: _Side
-) -> ComparedScenario:
-    number_b = None if match is None else int(b.fixes.scenario[match])
-    label = a.models.classes[int(a.labels[row])]
-    return ComparedScenario(state, label, a.mistaken_for(row), int(a.fixes.scenario[row]), number_b, *scores)
-
-
-def _of_b_alone(
-    state: State, b: _Side, row: int, scores: tuple[float, float, float, float]
-) -> ComparedScenario:
-    label = b.models.classes[int(b.labels[row])]
-    return ComparedScenario(state, label, b.mistaken_for(row), None, int(b.fixes.scenario[row]), *scores)
+    distances = mahalanobis(codes, mean[None], (covariance + ridge * np.eye(len(covariance)))[None])
+    return float((distances**2 <= chi2_quantile(INSIDE, codes.shape[1])).mean())

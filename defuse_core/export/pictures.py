@@ -100,20 +100,14 @@ def export_scenarios(run: Run, folder: Path) -> int:
     expect_new_folder("--scenarios", folder)
     models, parts = _load(run)
     with filling("--scenarios", folder) as unfinished:
-        return _write_pictures(parts, models.classes, unfinished)
-
-
-def _write_pictures(
-    parts: list[tuple[LabelledPictures, I64, I64]], classes: tuple[str, ...], folder: Path
-) -> int:
-    rows: list[PictureRow] = []
-    for pictures, before, after in parts:
-        rows += _write(pictures, (before, after), classes, folder)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(PictureRow)])
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    (folder / TABLE).write_text(text.getvalue(), encoding="utf-8")
+        rows: list[PictureRow] = []
+        for pictures, before, after in parts:
+            rows += _write(pictures, (before, after), models.classes, unfinished)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [field.name for field in fields(PictureRow)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+        (unfinished / TABLE).write_text(text.getvalue(), encoding="utf-8")
     return len(rows)
 
 

@@ -143,16 +143,6 @@ class SuiteResult:
         return self.accuracy >= self.scenario.least
 
 
-@dataclass(frozen=True)
-class BetterRange:
-    """An input range in which a classifier is far more often right on a suite than in the one that was given."""
-
-    name: str
-    accuracy: float
-    given: str
-    given_accuracy: float
-
-
 @dataclass(frozen=True, eq=False)
 class Suite:
     """A suite in memory."""
@@ -193,15 +183,18 @@ class Suite:
             if here != there
         ]
 
-    def better_range(self, classifier: nn.Module, section: dict[str, Any]) -> BetterRange | None:
-        """Return the input range that a classifier of the user's own seems to expect, if it is not the given one."""
+    def better_range(self, classifier: nn.Module, section: dict[str, Any]) -> str:
+        """Return a clause: what to try where a classifier seems to expect other pixels than it gets; else nothing."""
         spec = self._run_file(section)
         probe = probe_classifier(classifier, spec.classifier, self._images(), self.description.classes)
         given = spec.classifier.input_range
         best = far_better_range(probe.by_range, given)
         if best is None:
-            return None
-        return BetterRange(best, probe.by_range[best], given, probe.by_range[given])
+            return ""
+        return (
+            f"; it is right on {probe.by_range[best]:.0%} of the pictures in the input range {best} and on "
+            f"{probe.by_range[given]:.0%} in {given}, so it may need --set classifier.input_range={best}"
+        )
 
     def _images(self) -> Images:
         """Return the pictures of all scenarios, one after the other."""

@@ -33,7 +33,7 @@ from defuse_core.models.probe import (
     probe_classifier,
 )
 from defuse_core.models.programs import SelfContainedClassifier, copy_for_inference, load_program, program_of
-from defuse_core.models.vae import CustomVae, Vae, build_vae, expect_autoencoder, kl_to_prior
+from defuse_core.models.vae import Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,
     load_pretrained,
@@ -42,47 +42,3 @@ from defuse_core.models.weights import (
     set_weights,
     weights_of,
 )
-
-__all__ = [
-    "EXTERNAL",
-    "CustomVae",
-    "Decoder",
-    "ReferenceCnn",
-    "ResNet18",
-    "ResidualNet",
-    "SelfContainedClassifier",
-    "Vae",
-    "accuracy",
-    "answers_from",
-    "build_classifier",
-    "build_vae",
-    "check_outputs",
-    "copy_for_inference",
-    "decode_codes",
-    "decoder_at",
-    "decoder_of",
-    "encode_images",
-    "expect_autoencoder",
-    "expect_own_weights",
-    "expect_rows",
-    "expect_trainable",
-    "import_module",
-    "kl_to_prior",
-    "load_classifier",
-    "load_pretrained",
-    "load_program",
-    "load_vae",
-    "log_classifier",
-    "logits_of",
-    "map_batches",
-    "predict",
-    "predict_logits",
-    "predict_probabilities",
-    "probe_classifier",
-    "program_of",
-    "read_weights",
-    "set_weights",
-    "to_device",
-    "to_tensor",
-    "weights_of",
-]

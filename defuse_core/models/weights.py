@@ -23,12 +23,8 @@ from defuse_core.models.programs import SelfContainedClassifier, is_program, rea
 from defuse_core.models.vae import Vae, build_vae
 
 log = logging.getLogger("defuse")
-WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-)  # keys of training checkpoints, in order of preference
+# Keys of training checkpoints, in order of preference.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from defuse_core.evaluation.evidence import Evidence
     from defuse_core.watch.failure_detector import FailureWatch
 
-__all__ = ["Report", "parse_report", "write_report"]
-
 
 def write_report(
     run: Run,

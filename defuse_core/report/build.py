@@ -70,6 +70,7 @@ def build_report(
 ) -> Report:
     """Return all figures of the run. Writes nothing and runs no model."""
     models, psi, verdicts = found.models, found.psi, found.verdicts
+    health = models.health
     return Report(
         version=VERSION,
         run=_run_figures(run.name, run.spec, found),
@@ -86,7 +87,7 @@ def build_report(
             reconstruction_flips=models.reconstruction_flips,
             kl_per_dimension=tuple(models.kl_per_dimension.tolist()),
             collapsed=int((models.kl_per_dimension < COLLAPSED_BELOW).sum()),
-            health=_health(models),
+            health=None if health is None else HealthFigures.model_validate(health, from_attributes=True),
         ),
         mixture=Mixture(
             converged=found.scenarios.converged,
@@ -119,11 +120,6 @@ def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
         kept_share=_ratio(psi.total, psi.failing) if draws_alone else None,
         screened=spec.identify.screen == "reference-models",
     )
-
-
-def _health(models: Models) -> HealthFigures | None:
-    found = models.health
-    return None if found is None else HealthFigures.model_validate(found, from_attributes=True)
 
 
 def _ratio(part: float, whole: float) -> float | None:

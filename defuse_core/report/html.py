@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import inspect
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,23 +115,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters["percent"] = formatting.percent
-    made.globals.update(
-        change=formatting.change,
-        count_of=count_of,
-        date_time=formatting.date_time,
-        duration=formatting.duration,
-        is_low=formatting.is_low,
-        lam_text=formatting.lam_text,
-        interval=formatting.interval,
-        pairs_text=formatting.pairs_text,
-        percent=formatting.percent,
-        range_text=formatting.range_text,
-        score=formatting.score,
-        size=formatting.size,
-        spread=formatting.spread,
-        spread_of=formatting.spread_of,
-        text_of=formatting.text_of,
-    )
+    made.globals.update(inspect.getmembers(formatting, inspect.isfunction), count_of=count_of)
     return made
 
 

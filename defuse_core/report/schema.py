@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from defuse_core.errors import InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, ScenarioEvidence
-from defuse_core.watch.figures import WatchFigures
+from defuse_core.watch.figures import FigureModel, WatchFigures
 
 VERSION: Final = 5  # of report.json; grows when a field is renamed or removed, or gets another meaning
 
 
-class ReportModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class Accuracy(ReportModel):
+class Accuracy(FigureModel):
     """Fractions of 1; null where the data set has no such images, or nothing was tuned."""
 
     validation: float | None
@@ -26,7 +22,7 @@ class Accuracy(ReportModel):
     """On images drawn from the accepted scenarios. No step trains on them or chooses by them."""
 
 
-class Accuracies(ReportModel):
+class Accuracies(FigureModel):
     """Figure 4."""
 
     before: Accuracy
@@ -35,7 +31,7 @@ class Accuracies(ReportModel):
     defuse: Accuracy
 
 
-class Scenario(ReportModel):
+class Scenario(FigureModel):
     """One component of the mixture, accepted as a failure scenario or not."""
 
     number: int
@@ -76,7 +72,7 @@ class Scenario(ReportModel):
     correct.filter, which leaves out the other draws."""
 
 
-class OwnLabels(ReportModel):
+class OwnLabels(FigureModel):
     """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label. Valid for mixed ones."""
 
     before: float | None
@@ -86,7 +82,7 @@ class OwnLabels(ReportModel):
     """Whether vae.decode is anchored: then the correction is tuned on the photographs that these images show."""
 
 
-class ScenarioSummary(ReportModel):
+class ScenarioSummary(FigureModel):
     components: int
     accepted: int
     purity: float | None
@@ -108,14 +104,14 @@ class ScenarioSummary(ReportModel):
     with accepted ones."""
 
 
-class Mean(ReportModel):
+class Mean(FigureModel):
     mean: float | None
     standard_error: float | None
     """Over images; over scenarios with review.form scenario, where one answer is for all images of a scenario."""
     images: int
 
 
-class Agreement(ReportModel):
+class Agreement(FigureModel):
     """Figure 6: share of an image's votes for its majority label, none-of-the-above left out; over labelled images
     with two votes or more."""
 
@@ -124,7 +120,7 @@ class Agreement(ReportModel):
     all: Mean
 
 
-class TradeOff(ReportModel):
+class TradeOff(FigureModel):
     """One λ at the epoch that the rule of choice picked for it (Figure 5)."""
 
     lam: float
@@ -137,12 +133,12 @@ class TradeOff(ReportModel):
     chosen: bool
 
 
-class ChosenRow(ReportModel):
+class ChosenRow(FigureModel):
     lam: float
     epoch: int
 
 
-class PsiFigures(ReportModel):
+class PsiFigures(FigureModel):
     codes: int
     images: int
     decodings: int
@@ -158,7 +154,7 @@ class PsiFigures(ReportModel):
     """Whether identify.screen left out draws in which the reference models do not see the class of the image."""
 
 
-class HealthFigures(ReportModel):
+class HealthFigures(FigureModel):
     """Whether the β-VAE's pictures can say anything about the classifier (thresholds in evaluation/health.py)."""
 
     verdict: Literal["fit", "poor", "blind"]
@@ -174,7 +170,7 @@ class HealthFigures(ReportModel):
     """Whose answers these are: the classifier's or, with vae.decode: anchored, the reference models'."""
 
 
-class VaeFigures(ReportModel):
+class VaeFigures(FigureModel):
     reconstruction: float
     """Mean squared error per pixel."""
     reconstruction_flips: float
@@ -187,7 +183,7 @@ class VaeFigures(ReportModel):
     """Null for a run of an earlier version."""
 
 
-class Mixture(ReportModel):
+class Mixture(FigureModel):
     converged: bool
     iterations: int
     codes_used: int
@@ -199,7 +195,7 @@ class Mixture(ReportModel):
     """All K weights, largest first."""
 
 
-class VoteFigures(ReportModel):
+class VoteFigures(FigureModel):
     annotators: int
     """Those of whom an answer is counted."""
     answers: int
@@ -214,7 +210,7 @@ class VoteFigures(ReportModel):
     notes: dict[str, Any]
 
 
-class ClassAccuracy(ReportModel):
+class ClassAccuracy(FigureModel):
     name: str = Field(alias="class")
     images: int
     before: float | None
@@ -222,13 +218,13 @@ class ClassAccuracy(ReportModel):
     defuse: float | None
 
 
-class SweepFailure(ReportModel):
+class SweepFailure(FigureModel):
     sweep: Literal["baseline", "defuse"]
     lam: float
     cause: str
 
 
-class Decision(ReportModel):
+class Decision(FigureModel):
     """A decision of a person on one scenario."""
 
     scenario: int
@@ -240,7 +236,7 @@ class Decision(ReportModel):
     when: str
 
 
-class RunFigures(ReportModel):
+class RunFigures(FigureModel):
     name: str
     seed: int
     dataset: str
@@ -249,7 +245,7 @@ class RunFigures(ReportModel):
     data_fingerprint: str
 
 
-class Artefact(ReportModel):
+class Artefact(FigureModel):
     name: str
     step: str
     made: str
@@ -257,7 +253,7 @@ class Artefact(ReportModel):
     bytes: int
 
 
-class Provenance(ReportModel):
+class Provenance(FigureModel):
     """How the run was made. Two equal runs differ in nothing else."""
 
     device: str | None
@@ -270,7 +266,7 @@ class Provenance(ReportModel):
     """Per worker."""
 
 
-class Report(ReportModel):
+class Report(FigureModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
     version: Literal[5]

@@ -6,7 +6,7 @@ import numpy as np
 
 from defuse_core.artifacts import F32, I64, Bool, Failures, Models, Psi, ReferenceSet, Scenarios, Verdicts
 from defuse_core.config import RunFile
-from defuse_core.data import Images, reopen_splits
+from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
 from defuse_core.distill.psi import subsample_psi
@@ -116,17 +116,9 @@ def decode_failures(spec: RunFile, models: Models, vae: Vae, failures: Failures)
     if spec.vae.decode == "plain":
         return decode_codes(vae, failures.codes)
     train = reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
-    return np.concatenate([_anchored(vae, train, failures.take(rows)) for rows in _chunks(len(failures))])
-
-
-def _anchored(vae: Vae, train: Images, failures: Failures) -> F32:
-    used, anchor = np.unique(failures.source, return_inverse=True)
-    return Decoder(vae, train.take(used.astype(np.int64))).decode(failures.codes, anchor)
-
-
-def _chunks(count: int) -> list[I64]:
-    """Return the rows of parts of CODES_AT_ONCE; a single, empty part where there are none."""
-    return [
-        np.arange(first, min(first + CODES_AT_ONCE, count))
-        for first in range(0, max(1, count), CODES_AT_ONCE)
-    ]
+    parts = []
+    for first in range(0, max(1, len(failures)), CODES_AT_ONCE):  # a single, empty part where there are none
+        some = failures.take(np.arange(first, min(first + CODES_AT_ONCE, len(failures))))
+        used, anchor = np.unique(some.source, return_inverse=True)
+        parts.append(Decoder(vae, train.take(used.astype(np.int64))).decode(some.codes, anchor))
+    return np.concatenate(parts)

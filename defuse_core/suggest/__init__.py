@@ -4,12 +4,3 @@ from defuse_core.suggest.image_size import VALIDATION_SHARE
 from defuse_core.suggest.inspect import DataFacts, inspect_data
 from defuse_core.suggest.plan import Plan, plan_run
 from defuse_core.suggest.write import write_run_file
-
-__all__ = [
-    "VALIDATION_SHARE",
-    "DataFacts",
-    "Plan",
-    "inspect_data",
-    "plan_run",
-    "write_run_file",
-]

@@ -39,9 +39,8 @@ class SizedClassifier:
 
     module: nn.Module
     tree: dict[str, Any]
-    notes: tuple[
-        str, ...
-    ]  # where the pictures have other sizes or colours than their owner's classifier gets
+    # where the pictures have other sizes or colours than their owner's classifier gets
+    notes: tuple[str, ...]
 
 
 def fit_image_size(

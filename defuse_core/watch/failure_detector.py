@@ -215,10 +215,8 @@ def measure_detector(method: str, validation: Answers, test: Answers, seed: int)
 
     All images of a track are in one fold.
     """
-    from sklearn.model_selection import (
-        StratifiedGroupKFold,
-        StratifiedKFold,
-    )  # late: its import takes a second
+    # late: its import takes a second
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     out_of_fold = np.zeros(len(validation.labels))
     kind = StratifiedKFold if validation.tracks is None else StratifiedGroupKFold

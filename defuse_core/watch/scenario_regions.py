@@ -30,9 +30,8 @@ from defuse_core.distill.mixture import sample_covariance
 from defuse_core.models import Decoder, Vae, decoder_of, encode_images
 from defuse_core.seeds import generator
 
-LEVELS = np.unique(
-    np.concatenate([np.linspace(0, 0.1, 201), np.linspace(0.1, 1, 91)])
-)  # dense at small shares
+# Dense at small shares.
+LEVELS = np.unique(np.concatenate([np.linspace(0, 0.1, 201), np.linspace(0.1, 1, 91)]))
 VARIANCE_FLOOR = 1e-3  # share of the mean variance that is added to each: unused dimensions have almost none
 # Added at least, so that codes that are all equal have a covariance that can be inverted.
 LEAST_VARIANCE = 1e-12

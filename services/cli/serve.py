@@ -24,7 +24,7 @@ from services.cli.options import (
     store_option,
 )
 from services.cli.review import local_user
-from services.cli.suite import SuiteCheck, check_suite, expect_no_suite_options, suite_options
+from services.cli.suite import check_suite, expect_no_suite_options, suite_options
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def check(run: str | None, store: str, as_json: bool, suite: Path | None, **opti
     defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors --junit report.xml
     """
     if suite is not None:
-        check_suite(SuiteCheck(suite, run, store, as_json, **options))
+        check_suite(suite, run, store, as_json=as_json, **options)
         return
     expect_no_suite_options(**options)
     if run is None:
@@ -241,10 +241,8 @@ def serve(
             if address is None:
                 require_gpus(section)
             running = running_application(args, host, port, shared=address is not None, proxy=chosen)
-            with (
-                contextlib.suppress(KeyboardInterrupt),
-                running as url,
-            ):  # a signal may arrive during the start
+            # a signal may arrive during the start
+            with contextlib.suppress(KeyboardInterrupt), running as url:
                 click.echo(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
                 alive = LivenessCheck(url)
                 changes = registry_changes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from defuse_core.export.suite import Suite, SuiteResult
-
-
-@dataclass(frozen=True)
-class SuiteCheck:
-    """The options of `defuse check --suite`."""
-
-    suite: Path
-    run: str | None
-    store: str
-    as_json: bool
-    classifier: str | None
-    weights: Path | None
-    overrides: tuple[str, ...]
-    junit: Path | None
 
 
 def suite_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -116,7 +101,17 @@ def save(run: str, store: str, out: Path) -> None:
                f"defuse check --suite {out} --classifier ...")  # fmt: skip
 
 
-def check_suite(options: SuiteCheck) -> None:
+def check_suite(
+    suite: Path,
+    run: str | None,
+    store: str,
+    *,
+    as_json: bool,
+    classifier: str | None,
+    weights: Path | None,
+    overrides: tuple[str, ...],
+    junit: Path | None,
+) -> None:
     """Run a classifier against a suite: print a table or JSON, write JUnit XML. Raises CheckFailed if it fails.
 
     Raises InputError where the suite asks nothing.
@@ -124,21 +119,21 @@ def check_suite(options: SuiteCheck) -> None:
     from defuse_core.export.suite import load_suite
     from defuse_core.export.writing import expect_no_own_folder
 
-    if (options.run is None) == (options.classifier is None):
+    if (run is None) == (classifier is None):
         raise click.UsageError("with --suite, give either RUN or --classifier")
-    if options.classifier is None and (options.weights or options.overrides):
+    if classifier is None and (weights or overrides):
         raise click.UsageError("--weights and --set need --classifier")
-    if options.junit is not None:
-        expect_no_own_folder("--junit", options.junit)
-    loaded = load_suite(options.suite)
-    section = _section(options)
-    classifier = loaded.classifier(section) if section else _corrected(loaded, options.run, options.store)
-    results = loaded.check(classifier)
-    name = options.classifier or f"run {options.run}"
+    if junit is not None:
+        expect_no_own_folder("--junit", junit)
+    loaded = load_suite(suite)
+    section = _section(classifier, weights, overrides)
+    net = loaded.classifier(section) if section else _corrected(loaded, run, store)
+    results = loaded.check(net)
+    name = classifier or f"run {run}"
     # the file first: whoever reads what is printed may close the pipe (`| head -1`), which ends the command
-    unwritable = None if options.junit is None else _write_junit(options.junit, name, loaded, results)
-    if options.as_json:
-        print_json(_page(name, options, results))
+    unwritable = None if junit is None else _write_junit(junit, name, loaded, results)
+    if as_json:
+        print_json(_page(name, suite, results))
     else:
         _print_results(loaded, results)
     for line in loaded.other_inputs(section) if section else []:
@@ -148,12 +143,12 @@ def check_suite(options: SuiteCheck) -> None:
     failed, asked = sum(not result.passed for result in results), _count_asked(results)
     if not asked:
         raise InputError(
-            f"suite {options.suite}: nothing is asked of any scenario, so every classifier would pass; set `least` of "
+            f"suite {suite}: nothing is asked of any scenario, so every classifier would pass; set `least` of "
             "some in suite.json, or save a suite of a run whose correction improved them"
         )
     if failed:
-        hint = _range_hint(loaded, classifier, section)
-        raise CheckFailed(f"suite {options.suite}: {name} fails {failed} of {asked} scenarios{hint}")
+        hint = loaded.better_range(net, section) if section else ""
+        raise CheckFailed(f"suite {suite}: {name} fails {failed} of {asked} scenarios{hint}")
 
 
 def _count_asked(results: list[SuiteResult]) -> int:
@@ -176,23 +171,14 @@ def _measured(result: SuiteResult) -> str:
     return f"{result.accuracy:.1%}, {asked}"
 
 
-def _range_hint(loaded: Suite, classifier: nn.Module, section: dict[str, Any] | None) -> str:
-    """Return what to try where a classifier that fails seems to expect other pixels than it gets; else nothing."""
-    found = loaded.better_range(classifier, section) if section else None
-    if found is None:
-        return ""
-    return (
-        f"; it is right on {found.accuracy:.0%} of the pictures in the input range {found.name} and on "
-        f"{found.given_accuracy:.0%} in {found.given}, so it may need --set classifier.input_range={found.name}"
-    )
-
-
-def _section(options: SuiteCheck) -> dict[str, Any] | None:
+def _section(
+    classifier: str | None, weights: Path | None, overrides: tuple[str, ...]
+) -> dict[str, Any] | None:
     """Return section `classifier` for --classifier, --weights and --set; None for the classifier of a run."""
-    if options.classifier is None:
+    if classifier is None:
         return None
-    tree: dict[str, Any] = {"classifier": classifier_fields(options.classifier, options.weights)}
-    return section_overrides("classifier", options.overrides, tree)
+    tree: dict[str, Any] = {"classifier": classifier_fields(classifier, weights)}
+    return section_overrides("classifier", overrides, tree)
 
 
 def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
@@ -208,7 +194,7 @@ def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
     return to_device(classifier)
 
 
-def _page(name: str, options: SuiteCheck, results: list[SuiteResult]) -> dict[str, Any]:
+def _page(name: str, suite: Path, results: list[SuiteResult]) -> dict[str, Any]:
     scenarios = [
         {
             **result.scenario.model_dump(),
@@ -219,7 +205,7 @@ def _page(name: str, options: SuiteCheck, results: list[SuiteResult]) -> dict[st
         for result in results
     ]
     passed = _count_asked(results) > 0 and all(result.passed for result in results)
-    return {"suite": str(options.suite), "classifier": name, "passed": passed, "scenarios": scenarios}
+    return {"suite": str(suite), "classifier": name, "passed": passed, "scenarios": scenarios}
 
 
 def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult]) -> InputError | None:

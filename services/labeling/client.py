@@ -247,9 +247,8 @@ class LabelStudioClient:
                 else:  # its credentials may have expired
                     storages.update(ours.id, project=project, **storage.fields(), request_options=REPEAT)
             except ApiError as error:
-                if error.status_code == 403 and "URL" in str(
-                    error.body
-                ):  # "URL resolves to a reserved network ..."
+                # "URL resolves to a reserved network ..."
+                if error.status_code == 403 and "URL" in str(error.body):
                     raise BlockedAddressError(f"Label Studio at {self.address} blocks the bucket") from None
                 raise
 

@@ -282,9 +282,8 @@ def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> b
 
 def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
     """Return which classes (R, C) each image can still end with, and (R,) whether it can end without one."""
-    ranked = np.sort(
-        np.pad(counts, ((0, 0), (1, 0))), axis=1
-    )  # the padding replaces the second class where C = 1
+    # the padding replaces the second class where C = 1
+    ranked = np.sort(np.pad(counts, ((0, 0), (1, 0))), axis=1)
     first, second = ranked[:, -1:], ranked[:, -2:-1]
     others = np.where((counts == first) & ((counts == first).sum(axis=1, keepdims=True) == 1), second, first)
     labels = counts + missing[:, None] > others

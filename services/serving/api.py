@@ -36,10 +36,8 @@ from services.serving.model import ModelInfo, PredictionResponse
 log = logging.getLogger("defuse")
 HEALTH_ROUTES = ("/healthz", "/readyz")
 DOCS_ROUTES = ("/docs", "/redoc", "/openapi.json")
-MAX_INLINE_BYTES, MAX_INLINE_PIXELS = (
-    32_768,
-    65_536,
-)  # smaller images are decoded faster here than in a thread
+# Images up to this are decoded faster here than in a thread.
+MAX_INLINE_BYTES, MAX_INLINE_PIXELS = 32_768, 65_536
 
 
 class ErrorResponse(BaseModel):

@@ -41,23 +41,10 @@ from services.serving.checks import CandidateReport, Check, evaluate_candidate, 
 
 log = logging.getLogger("defuse")
 FORMAT = 6  # of the stored candidate; part of its key in the run, so that one of another format is made again
-VERSION_SETTINGS = (
-    "resize",
-    "watch",
-    "watch_share",
-    "failure_threshold",
-    "failure_recall",
-    "precision",
-)  # the rest of section serve is the server's
-NOT_SERVED = (
-    "run",
-    "spec",
-    "summary",
-    "checks",
-    "digest",
-    "before",
-    "after",
-)  # fields that describe a candidate
+# The rest of section serve is the server's.
+VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
+# Fields that describe a candidate.
+NOT_SERVED = ("run", "spec", "summary", "checks", "digest", "before", "after")
 
 
 class NothingCorrected(InputError):  # noqa: N818 - an outcome, and a good one for `defuse check`

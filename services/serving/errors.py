@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from defuse_core.errors import DamagedError, StoreError
 
 
 class RequestError(Exception):
-    """A request that is answered with `status` and `message`."""
+    """A request that is answered with `status`, `message`, and `headers` beside its content type."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers of the answer beside its content type."""
-        return {}
+        self.status, self.message, self.headers = status, message, headers
 
 
 class RejectedInput(RequestError):  # noqa: N818 - the client's error, not a failure of the server
@@ -26,12 +23,7 @@ class Unavailable(RequestError):  # noqa: N818 - a state of the server
     """The server cannot answer now: the same request can be answered after `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: int) -> None:
-        super().__init__(503, message)
-        self.retry_after_s = retry_after_s
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(self.retry_after_s)}
+        super().__init__(503, message, {"Retry-After": str(retry_after_s)})
 
 
 def is_store_outage(error: BaseException) -> bool:

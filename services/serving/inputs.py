@@ -34,9 +34,8 @@ class InputSpec:
 
     channels: int
     size: int
-    pad_to: (
-        tuple[int, int] | None
-    )  # images of the first size are padded to the second, as MNIST's in training
+    # images of the first size are padded to the second, as MNIST's in training
+    pad_to: tuple[int, int] | None
     resize: bool
     max_images: int
     max_pixels: int

@@ -67,10 +67,6 @@ class Registry:
             )
         return EMPTY
 
-    def history(self) -> list[RegistryState]:
-        """Return the state after every change, oldest first."""
-        return [self._read(sequence) for sequence in self._sequences()]
-
     def state_after(self, known: RegistryState) -> RegistryState | None:
         """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`."""
         if self._has(known) and not self.store.exists(_change_key(known.sequence + 1)):

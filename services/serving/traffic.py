@@ -58,7 +58,6 @@ class Traffic:
     images: F32  # (M, channels, H, W) in [0, 1]
     scenario: I64  # (M,) index among the run's components, or NO_SCENARIO
     predicted: I64  # (M,) answer of the version that received the input
-    when: F64  # (M,) seconds since 1970
     failure: F64  # (M,) probability that this answer is wrong; nan where the version could not tell
     classes: tuple[str, ...]  # (C,)
 
@@ -77,7 +76,6 @@ class Traffic:
             self.images[rows],
             self.scenario[rows],
             self.predicted[rows],
-            self.when[rows],
             self.failure[rows],
             self.classes,
         )
@@ -124,7 +122,6 @@ def read_traffic(store: Store, run: str, drawn: Gallery | None = None) -> Traffi
         images=np.stack([sampled.image for sampled in found]),
         scenario=np.array([sampled.scenario for sampled in found], np.int64),
         predicted=np.array([sampled.predicted for sampled in found], np.int64),
-        when=np.array([sampled.when for sampled in found]),
         failure=np.array([math.nan if sampled.failure is None else sampled.failure for sampled in found]),
         classes=classes,
     )
@@ -163,9 +160,8 @@ class Reservoir:
     def __init__(self, store: Store, capacity: int) -> None:
         self.store = store.within("traffic")
         self.capacity = capacity
-        self._kept: dict[
-            tuple[str, int], list[tuple[float, int]]
-        ] = {}  # (run, scenario) -> heap of (key, slot)
+        # (run, scenario) -> heap of (key, slot)
+        self._kept: dict[tuple[str, int], list[tuple[float, int]]] = {}
         self._bounded: set[str] = set()  # folders without slots above the capacity
         self._random = np.random.default_rng()
         self._pending = 0

@@ -262,7 +262,7 @@ def test_nothing_is_fine_tuned_on_the_images_of_held_out_pictures(finished, tiny
     assert tested and not tested & tuned
     for used, without in ((fixes, tested), (fixes.take(np.array([0])), None)):
         data = load_fine_tuning_data(SPEC, tiny_models, used, None, progress=silent)
-        left_out = set(used.held_out_sources().tolist())
+        left_out = set(used.sources()[0].tolist())
         assert len(data.clean.train) == len(train) - len(left_out)
         if without is not None:
             assert without <= left_out and not left_out & tuned

@@ -18,8 +18,6 @@ from defuse_core.report.figures.scenarios import draw_gallery_rows, draw_latent_
 from defuse_core.report.figures.style import STYLE, png, svg
 from defuse_core.report.schema import Report
 
-__all__ = ["draw_figures", "png", "svg"]
-
 
 def draw_figures(report: Report, found: Findings, evaluation: Evaluation) -> dict[str, Figure]:
     """Return the pictures of a run by name; those without data are absent."""

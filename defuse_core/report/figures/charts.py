@@ -29,16 +29,8 @@ from defuse_core.report.formatting import lam_ranges, lam_text
 from defuse_core.report.schema import Report, TradeOff
 
 CLOSE = 0.045  # of the picture's width: points nearer than this share one label
-SPOTS = (
-    (1, 0),
-    (-1, 0),
-    (0, 1),
-    (0, -1),
-    (1, 1),
-    (-1, 1),
-    (1, -1),
-    (-1, -1),
-)  # directions from a point to its label
+# Directions from a point to its label.
+SPOTS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 WIDE = 10.4  # inches, of a picture as wide as the page
 SERIES = {  # column of a history -> name, colour, unit
     "loss": ("training loss", ACCENT, "nats per image"),

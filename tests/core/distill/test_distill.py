@@ -229,9 +229,9 @@ def test_cells_share_the_components_by_their_weight_and_the_slowest_fit_is_that_
     codes = rng.standard_normal((900, 3)).astype(np.float32)
     cells = Failures.concatenate([failures(codes[:750], 4, 9), failures(codes[750:], 7, 2)])
     fits = fit_cells(cells, section(max_components=6, max_iterations=4), 0, silent)
-    assert [len(part.fit.weights) for part in fits.parts] == [5, 1]
-    found, changes = fits.scenarios(), [abs(part.fit.last_change) for part in fits.parts]
-    assert [part.fit.converged for part in fits.parts] == [False, True]
+    assert [len(part.fit.weights) for part in fits.cells] == [5, 1]
+    found, changes = fits.scenarios(), [abs(part.fit.last_change) for part in fits.cells]
+    assert [part.fit.converged for part in fits.cells] == [False, True]
     assert not found.converged and found.last_change == max(changes) > min(changes)
 
 

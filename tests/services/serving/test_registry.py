@@ -20,6 +20,7 @@ from services.serving.candidate import prepare_candidate
 from services.serving.checks import Check
 from services.serving.model import LoadedModel, ModelInfo, verify_candidate
 from services.serving.registry import DamagedVersionError, PromotionRequest, Registry, promote
+from services.serving.registry_state import EMPTY
 
 ANA = PromotionRequest(by="ana", why="for a test")
 
@@ -90,7 +91,7 @@ def test_roll_back_returns_to_the_version_before_step_by_step(registry, candidat
     with pytest.raises(InputError, match="no previous version"):
         registry.roll_back("bo", "")
     assert promote(registry, candidates["second"], ANA).production == 2
-    assert [s.production for s in registry.history()] == [None, 1, 1, 2, 1, 2]
+    assert [s.production for s in registry.changes_after(EMPTY)] == [None, 1, 1, 2, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_concurrent_changes_are_all_kept_in_sequence(registry):
     for thread in threads:
         thread.join()
     assert sorted(registry.state().previous) == list(range(12))
-    assert [s.sequence for s in registry.history()] == list(range(1, 13))
+    assert [s.sequence for s in registry.changes_after(EMPTY)] == list(range(1, 13))
 
 
 def made_again(store, name="first"):
@@ -274,7 +275,7 @@ def test_files_beside_the_changes_do_not_count(registry, candidates):
         registry.store.write(f"changes/{name}", b"not a state")
     assert promote(registry, candidates["second"], ANA).production == 2
     assert registry.roll_back("bo", "").production == 1
-    assert [state.sequence for state in registry.history()] == [1, 2, 3, 4, 5]
+    assert [state.sequence for state in registry.changes_after(EMPTY)] == [1, 2, 3, 4, 5]
 
 
 def test_a_version_is_never_overwritten(registry, candidates):

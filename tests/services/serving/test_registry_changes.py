@@ -56,18 +56,18 @@ def test_a_change_keeps_its_author_time_reason_and_number(registry, candidates):
     promote(registry, candidates[0], ANA)
     promote(registry, candidates[1], PromotionRequest("bo", "a try", canary=0.05))
     registry.roll_back("cy", "enough")
-    assert [(s.sequence, s.by, s.why, s.action) for s in registry.history()] == [
+    assert [(s.sequence, s.by, s.why, s.action) for s in registry.changes_after(EMPTY)] == [
         (1, "ana", "for a test", "added version 1"),
         (2, "ana", "for a test", "version 1 to production"),
         (3, "bo", "a try", "added version 2"),
         (4, "bo", "a try", "version 2 as canary for 5.0%"),
         (5, "cy", "enough", "ended the canary of version 2"),
     ]
-    assert all(state.when.endswith("Z") for state in registry.history())
+    assert all(state.when.endswith("Z") for state in registry.changes_after(EMPTY))
     promote(registry, candidates[1], SHADOW)
     assert registry.roll_back("cy", "enough").action == "ended the shadow of version 2"
     since = registry.state().since
-    assert since is not None and (since.change, since.when) == (2, registry.history()[1].when)
+    assert since is not None and (since.change, since.when) == (2, registry.changes_after(EMPTY)[1].when)
 
 
 def test_the_first_failed_check_is_named_and_the_others_are_counted(registry, candidates):
@@ -89,7 +89,7 @@ def test_one_version_at_a_time_is_beside_production(registry, candidates):
     for candidate, role in zip(candidates, (ANA, CANARY, SHADOW, CANARY), strict=True):
         state = promote(registry, candidate, role)
     assert (state.production, state.canary, state.share, state.shadow) == (1, 4, 0.05, None)
-    before = registry.history()[-3]  # version 4 is added before it becomes the canary
+    before = registry.changes_after(EMPTY)[-3]  # version 4 is added before it becomes the canary
     assert (before.canary, before.share, before.shadow) == (None, 0.0, 3)
     after = promote(registry, candidates[1], ANA)
     assert (after.production, after.canary, after.share, after.shadow) == (2, None, 0.0, None)
@@ -174,7 +174,10 @@ def test_a_version_whose_addition_was_stored_although_its_answer_was_lost_keeps_
 
     monkeypatch.setattr(registry.store, "create", create_and_lose_the_answer)
     assert promote(registry, candidates[0], ANA).production == 1
-    assert [state.action for state in registry.history()] == ["added version 1", "version 1 to production"]
+    assert [state.action for state in registry.changes_after(EMPTY)] == [
+        "added version 1",
+        "version 1 to production",
+    ]
     assert registry.load(1).run == "run-1"
 
 
@@ -192,7 +195,7 @@ def test_only_changes_after_a_state_are_a_new_state(registry, candidates):
     assert registry.state_after(EMPTY) is None
     state = promote(registry, candidates[0], ANA)
     assert state.sequence == 2
-    added = registry.history()[0]
+    added = registry.changes_after(EMPTY)[0]
     assert registry.state_after(EMPTY) == registry.state_after(added) == state
     assert registry.state_after(state) is None
 
