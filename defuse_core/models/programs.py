@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from defuse_core.device import device
-from defuse_core.errors import ModelError, one_line
+from defuse_core.errors import ModelError, count_of, one_line
 
 SOURCE = "source"  # of a state dict: the bytes that its network is built from
 FILES_OF_PROGRAM = re.compile(
@@ -108,7 +108,7 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
     check = _expect_harmless_script if kind == "torchscript" else _expect_harmless_program
     try:
         check(zipfile.ZipFile(io.BytesIO(data)), where)
-        net = _load_script(data) if kind == "torchscript" else _load_exported(data)
+        net = _load_script(data) if kind == "torchscript" else _load_exported(data, where)
     except ModelError:
         raise
     except Exception as error:  # on broken files both loaders raise a dozen kinds of errors
@@ -165,13 +165,25 @@ def _load_script(data: bytes) -> nn.Module:
     return net
 
 
-def _load_exported(data: bytes) -> nn.Module:
+def _load_exported(data: bytes, where: str) -> nn.Module:
     program = torch.export.load(io.BytesIO(data))
+    _expect_any_batch(program, where)
     if device().type != "cpu":  # the graph names devices where it makes tensors
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device())
     return program.module()
+
+
+def _expect_any_batch(program: torch.export.ExportedProgram, where: str) -> None:
+    """Raise ModelError for a program of batches of one size: what torch.export is not told of is fixed."""
+    first = program.graph_signature.user_inputs[:1]
+    shapes = [tuple(node.meta["val"].shape) for node in program.graph.nodes if node.name in first]
+    if shapes and shapes[0] and isinstance(shapes[0][0], int):
+        raise ModelError(
+            f"{where}: exported for batches of {count_of(shapes[0][0], 'image')}, expected any number; export it with "
+            "an example of two images and dynamic_shapes=({0: torch.export.Dim('batch')},)"
+        )
 
 
 def _kind(data: bytes) -> str | None:

@@ -311,7 +311,7 @@ def reopen_vote(run: Run) -> None:
     if run.spec.review.annotators != "label-studio":
         raise InputError(f"run {run.name} asks reference models; only a vote of people can be reopened")
     if not run.store.exists("votes.safetensors"):
-        raise InputError(f"the vote of run {run.name} is still open; `defuse run` takes in all answers")
+        raise InputError(f"the vote of run {run.name} is still open: all answers will count")
     with run.store.lock():
         _delete_artefacts(run, FROM_VOTES)
 

@@ -62,6 +62,7 @@ class Plan:
     """A run file as a tree, what was found, and what a person should know."""
 
     tree: dict[str, Any]
+    minutes: float  # that the run takes here: as asked for, or what it cannot do with less than
     facts: DataFacts
     speeds: Speeds
     probe: ClassifierProbe | None  # of a classifier of the user's own with weights
@@ -96,9 +97,11 @@ def plan_run(
             elif found.like_sigmoid:  # all else of it is random, and the run trains it
                 noted.append(f"the classifier: {LIKE_SIGMOID}")
         speeds = _measured(spec, classifier, sample, progress)
-    warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
+    needed, warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     parse_run_file(tree, "the suggested run file")
-    return Plan(tree, facts, speeds, probe, (*facts.warnings, *noted, *warnings, *_probe_warnings(probe)))
+    return Plan(
+        tree, needed, facts, speeds, probe, (*facts.warnings, *noted, *warnings, *_probe_warnings(probe))
+    )
 
 
 def _set_probed(section: dict[str, Any], probe: ClassifierProbe) -> list[str]:
@@ -219,8 +222,10 @@ def _rate(work: Callable[[], None]) -> float:
     return batches * TRIAL_BATCH / (time.monotonic() - started)
 
 
-def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: float, own: bool) -> list[str]:
-    """Divide the time: epochs, draws, λ and samples of every step. Returns warnings."""
+def _set_sizes(
+    tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: float, own: bool
+) -> tuple[float, list[str]]:
+    """Divide the time: epochs, draws, λ and samples of every step. Returns the minutes that it takes, and warnings."""
     count, seconds = len(splits.train), 60 * minutes * RESERVE
     shares = {**SHARES, "classifier": 0.0, "vae": 0.5} if own else SHARES
     if own:
@@ -263,12 +268,13 @@ def _set_sizes(tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: fl
             f"run of {count:,} images of {side}x{side} pixels takes about {planned:,.0f} minutes "
             "here; set data.train_images or a smaller data.image_size"
         )
-    elif epochs < FEW_EPOCHS:
+        return round(planned), warnings
+    if epochs < FEW_EPOCHS:
         warnings.append(
             f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give --minutes "
             "more, or set data.train_images or a smaller data.image_size"
         )
-    return warnings
+    return minutes, warnings
 
 
 def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:

@@ -16,21 +16,21 @@ COMMENT_COLUMN = 40
 COMMENT_WIDTH = 78
 
 
-def write_run_file(plan: Plan, minutes: float) -> str:
+def write_run_file(plan: Plan) -> str:
     """Return the run file as text: what was found at its top, and each field with its meaning."""
     described = {field.name: field for field in describe_fields()}
-    lines = [f"# {line}".rstrip() for line in _header(plan, minutes)]
+    lines = [f"# {line}".rstrip() for line in _header(plan)]
     for section, fields in plan.tree.items():
         lines += ["", f"{section}:", *_fields(fields, section, described, 1)]
     lines += ["", "# All other fields have their defaults: `defuse fields` lists them.", ""]
     return "\n".join(lines)
 
 
-def _header(plan: Plan, minutes: float) -> list[str]:
+def _header(plan: Plan) -> list[str]:
     facts, speeds = plan.facts, plan.speeds
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
     lines = [
-        f"Written by `defuse init` for about {count_of(minutes, 'minute')} on a machine like the one where it ran.",
+        f"Written by `defuse init` for about {count_of(plan.minutes, 'minute')} on a machine like this one.",
         f"Images: {counts}; {facts.width}x{facts.height} pixels (median), {_colours(facts.channels)}.",
         f"Classes: {_listed(facts.classes)}.",
         f"Measured, images/s: β-VAE {speeds.vae:,.0f}, decoding and classifying {speeds.decode:,.0f}, "

@@ -98,11 +98,20 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows ? for β; stderr escapes by itself
     try:
         with stopping_on_sigterm():
+            _expect_working_directory()
             _run_command()
     finally:
         for stream in (sys.__stdout__, sys.__stderr__):
             if stream is not None:
                 _drop_unread(stream)
+
+
+def _expect_working_directory() -> None:
+    """End where the working directory is gone: torch ends the process without a reason then."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        _fail("the working directory was deleted; change to another one", InputError.exit_code)
 
 
 def _run_command() -> None:

@@ -78,12 +78,12 @@ def init(
     with ProgressDisplay() as display:
         plan = plan_run(inspect_data(images.absolute()), choice, minutes, display, image_size)
     with writing("--out", path):
-        path.write_text(write_run_file(plan, minutes), encoding="utf-8")
+        path.write_text(write_run_file(plan), encoding="utf-8")
     load_run_file(path)
-    _print_plan(plan, path, minutes)
+    _print_plan(plan, path)
 
 
-def _print_plan(plan: Plan, path: Path, minutes: float) -> None:
+def _print_plan(plan: Plan, path: Path) -> None:
     facts, vae = plan.facts, plan.tree["vae"]
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
     data = plan.tree["data"]
@@ -102,7 +102,7 @@ def _print_plan(plan: Plan, path: Path, minutes: float) -> None:
         click.echo(f"note        {warning}")
     named = "" if usable_name(path.stem) == path.stem else f" --name {usable_name(path.stem)}"
     following = f"defuse run {shlex.quote(str(path))}{named}"
-    click.echo(f"wrote {path}, for about {count_of(minutes, 'minute')}; next: {following}")
+    click.echo(f"wrote {path}, for about {count_of(plan.minutes, 'minute')}; next: {following}")
 
 
 @click.command()

@@ -167,8 +167,7 @@ def reopen(name: str, store: str) -> None:
 
     opened, _ = _open(name, store)
     reopen_vote(opened)
-    following = f"defuse review status {name}" if "/" in name else "defuse run"
-    click.echo(f"the vote of {name} is open again; `{following}` takes in all answers")
+    click.echo(f"the vote of {name} is open again; `{_following(name)}` takes in all answers")
 
 
 def local_user(option: str) -> str:
@@ -264,7 +263,12 @@ def simulate(name: str, store: str) -> None:
     annotators = LabelStudioAnnotators(opened, settings)
     with ProgressDisplay() as display:
         total = simulate_annotators(annotators, gallery, server, LocalCompute(display), display)
-    click.echo(f"answered {count_of(total, 'task')}; `defuse run` continues with the answers")
+    click.echo(f"answered {count_of(total, 'task')}; `{_following(name)}` continues with the answers")
+
+
+def _following(name: str) -> str:
+    """Return the command that takes in the answers of a review: of a run, or of the traffic of a version."""
+    return f"defuse review status {name}" if "/" in name else "defuse run"
 
 
 def _open_traffic_review(name: str, store: str) -> str:

@@ -137,7 +137,8 @@ def report(name: str, store: str) -> None:
 
     opened = open_run(name, store)
     print_report(rewrite_report(opened))
-    click.echo(f"\nreport: {opened.store.address}/report.html")
+    if opened.store.exists("report.html"):
+        click.echo(f"\nreport: {opened.store.address}/report.html")
 
 
 def _compute(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from defuse_core.watch.figures import WatchFigures
     from services.serving.candidate import Candidate
     from services.serving.registry import Registry
-    from services.serving.registry_state import VersionInfo
+    from services.serving.registry_state import RegistryState, VersionInfo
 
 by_option = click.option(
     "--by", callback=given_printable, help="Author of the change. [default: the user of this machine]"
@@ -146,6 +146,7 @@ def promote(
     promoted = state.shadow or state.canary or state.production
     assert promoted is not None  # it has one of the roles
     version = state.versions[promoted]
+    _print_forced(state)
     if version.run != run:
         click.echo(f"the model of run {run} equals version {promoted}, which is of run {version.run}")
     if version.watch is not None:
@@ -299,6 +300,11 @@ def _show(registry: Registry) -> None:
         click.echo(escape_control_characters(line))
     change = f"last change: {state.action}, by {state.by} on {state.when} {state.why}".rstrip()
     click.echo(escape_control_characters(change))
+    _print_forced(state)
+
+
+def _print_forced(state: RegistryState) -> None:
+    """Print the checks that failed where the last change is a promotion that was forced over them."""
     for line in state.failed_checks or ():
         click.echo(escape_control_characters(f"  forced over: {line}"))
 

@@ -87,9 +87,15 @@ class Installation:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One install, start or stop at a time."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (self.folder / ".lock").open("w") as handle:
+        """One install, start or stop at a time. Raises InputError where this user cannot write the folder."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: {error.strerror}; set DEFUSE_CACHE to a folder that you can write"
+            ) from error
+        with handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
@@ -125,6 +131,9 @@ def up(cache: Path, port: int = 8080, report: Callable[[str], None] = _silent) -
 
     Raises ServiceError, InputError.
     """
+    known = Installation(cache).read_server()
+    if known is None or not _is_label_studio(known.pid):
+        _expect_free(port)  # before the installation
     installation = install(cache, report)
     with installation.lock():
         known = installation.read_server()
@@ -147,8 +156,7 @@ def start(
 
     It keeps the login and token of `known`, an earlier start. Where this is interrupted, the server is stopped.
     """
-    if _port_in_use(port):
-        raise InputError(f"port {port} of this machine is in use; choose another with --port")
+    _expect_free(port)
     _prepare_database(installation.data)
     password, token = (
         (known.password, known.token) if known else (secrets.token_urlsafe(12), secrets.token_hex(20))
@@ -208,6 +216,11 @@ def running_server(cache: Path) -> LocalServer | None:
     """Return the local server if it runs."""
     server = Installation(cache).read_server()
     return server if server is not None and server.is_healthy() and _is_label_studio(server.pid) else None
+
+
+def _expect_free(port: int) -> None:
+    if _port_in_use(port):
+        raise InputError(f"port {port} of this machine is in use; choose another with --port")
 
 
 def _environment(installation: Installation, address: str, password: str, token: str) -> dict[str, str]:

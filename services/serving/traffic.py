@@ -30,8 +30,8 @@ from defuse_core.artifacts import (
     Gallery,
 )
 from defuse_core.codec import decode, encode
-from defuse_core.errors import DefuseError, InputError, first_few
-from defuse_core.store import Store
+from defuse_core.errors import DefuseError, InputError, StoreError, first_few
+from defuse_core.store import FolderStore, Store
 
 log = logging.getLogger("defuse")
 MAX_PENDING_WRITES = 64  # inputs above this are dropped: answers have priority over samples
@@ -183,6 +183,7 @@ class Reservoir:
     def _write(self, key: str, sampled: SampledInput) -> None:
         folder = key.rpartition("/")[0]
         try:
+            self._expect_store()
             if folder not in self._bounded:
                 self._delete_slots_above(folder)
                 self._bounded.add(folder)
@@ -191,6 +192,16 @@ class Reservoir:
             log.warning("an input was not stored: %s", error)
         finally:
             self._pending -= 1
+
+    def _expect_store(self) -> None:
+        """Raise StoreError for a folder that was moved or unmounted: a write would make another one in its place."""
+        if not isinstance(self.store, FolderStore):
+            return
+        root = self.store.folder.parent
+        if not root.is_dir() or all(at.name == self.store.folder.name for at in root.iterdir()):
+            raise StoreError(
+                f"{root}: no store is there any more; was its folder moved, or its disk unmounted?"
+            )
 
     def _delete_slots_above(self, folder: str) -> None:
         """Delete the inputs that a larger serve.reservoir stored: no replica would replace them."""

@@ -63,6 +63,15 @@ def test_a_program_answers_as_the_network_does_and_needs_no_file_afterwards(name
     assert "accuracy by input range on 300 training images: 0..1" in caplog.text
 
 
+def test_a_program_of_batches_of_one_size_is_refused_with_what_to_export(tmp_path):
+    program = torch.export.export(trained(), (torch.rand(1, 1, 16, 16),))  # as its documentation begins
+    torch.export.save(program, tmp_path / "net.pt2")
+    with pytest.raises(
+        ModelError, match=r"net\.pt2: exported for batches of 1 image, .*\{0: torch\.export\.Dim"
+    ):
+        load_program((tmp_path / "net.pt2").read_bytes(), "net.pt2")
+
+
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_program_stays_in_eval_mode_while_it_is_fine_tuned(name, tmp_path):
     layers = nn.Flatten(), nn.BatchNorm1d(256), nn.Dropout(0.5), nn.Linear(256, 10)

@@ -85,6 +85,14 @@ def test_other_libraries_log_warnings_alone_and_defuse_its_steps(tmp_path):
     assert last.startswith("defuse: unexpected ZeroDivisionError")
 
 
+def test_a_working_directory_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    code, _, err = call(monkeypatch, capsys, "status", "--store", "runs")
+    assert code == 2
+    assert err == "defuse: the working directory was deleted; change to another one\n"
+
+
 def commands(command: click.Command) -> Iterator[click.Command]:
     yield command
     for below in command.commands.values() if isinstance(command, click.Group) else []:

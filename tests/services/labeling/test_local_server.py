@@ -74,6 +74,23 @@ def test_a_taken_port_is_named(cache, server):
         up(cache, server.port)
 
 
+def test_a_taken_port_is_named_before_anything_is_installed(server, tmp_path):
+    with pytest.raises(InputError, match=f"port {server.port} of this machine is in use"):
+        up(tmp_path, server.port)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["up", "down"])
+def test_a_cache_that_cannot_be_written_is_named(command, monkeypatch):
+    monkeypatch.setenv("DEFUSE_CACHE", "/proc/cache")
+    ended = CliRunner().invoke(
+        defuse, ["label-studio", command, *["--port", str(free_port())] * (command == "up")]
+    )
+    assert isinstance(ended.exception, InputError)
+    assert str(ended.exception).startswith("/proc/cache/label-studio: ")
+    assert str(ended.exception).endswith("; set DEFUSE_CACHE to a folder that you can write")
+
+
 def test_a_server_that_does_not_start_leads_to_its_log(cache):
     program = cache / "broken"
     program.write_text("#!/bin/sh\necho no >&2; exit 1\n")

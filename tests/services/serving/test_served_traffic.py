@@ -15,6 +15,12 @@ from defuse_core.store import FolderStore
 from services.serving.traffic import Reservoir, delete_traffic, read_traffic, sample_now
 
 
+@pytest.fixture(autouse=True)
+def registry(tmp_path):
+    """What a server reads its model from, beside the traffic."""
+    (tmp_path / "registry").mkdir()
+
+
 def test_the_reservoir_stays_bounded_and_samples_evenly(tmp_path):
     store = FolderStore(tmp_path)
     reservoir = Reservoir(store, 5)
@@ -166,6 +172,18 @@ def test_a_store_that_fails_is_a_warning_and_other_files_in_a_sample_stay(tmp_pa
     reservoir._thread.shutdown()
     assert "an input was not stored: " in caplog.text and reservoir._pending == 0
     assert store.within("traffic/a/003").list() == ["0000.safetensors", "notes.safetensors"]
+
+
+@pytest.mark.parametrize("left", [None, "", "traffic"])
+def test_a_store_that_was_moved_or_unmounted_is_not_made_again(left, tmp_path, caplog):
+    root = tmp_path / "store"
+    if left is not None:  # a mount point, with what an earlier server may have left there
+        (root / left).mkdir(parents=True)
+    reservoir = Reservoir(FolderStore(root), 5)
+    reservoir.offer("a", sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",)))
+    reservoir._thread.shutdown()
+    assert f"an input was not stored: {root}: no store is there any more; was its folder moved" in caplog.text
+    assert list(root.rglob("*.safetensors")) == [] and root.exists() == (left is not None)
 
 
 def test_a_folder_is_searched_for_slots_above_the_capacity_once(tmp_path, monkeypatch):
