@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,4 +140,4 @@ def test_each_wait_for_room_is_said_once(
     assert said(310, running=True) == []
     room[0] = 0
     assert said(400, running=False) == [gone]  # not that others hold the room: there is none
-    assert min(b - a for a, b in zip(looks, looks[1:], strict=False)) == math.ceil(resources.CHECK_EVERY_S)
+    assert min(b - a for a, b in pairwise(looks)) == math.ceil(resources.CHECK_EVERY_S)

@@ -1,4 +1,4 @@
-"""What workers report reaches the driver: not too often, whole, and once. Without Ray: calls reach the actor at once."""
+"""What workers report reaches the driver: not too often, whole, and once. Without Ray: calls are made at once."""
 
 from __future__ import annotations
 
