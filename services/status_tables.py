@@ -70,9 +70,10 @@ def _step_state(
     # an entry stays when an added λ deletes its file
     stored = [entry for name, entry in entries.items() if f"{name}.safetensors" in keys]
     known = [entry for entry in stored if entry["step"] == step]
-    detail = _detail(run, step, keys)
-    if len(made) == len(names) and (step != "report" or "report.json" in keys):
-        state, detail = "done", ""
+    is_done = len(made) == len(names) and (step != "report" or "report.json" in keys)
+    detail = "" if is_done else _detail(run, step, keys)
+    if is_done:
+        state = "done"
     elif step == "review" and _waits_for_people(run, keys):
         state = "waits for people"
     elif made or known or detail:
@@ -98,12 +99,10 @@ def _waits_for_people(run: Run, keys: set[str]) -> bool:
 def _detail(run: Run, step: str, keys: set[str]) -> str:
     """Return the progress of an unfinished step: epochs kept, shards of Ψ, fine-tunings begun."""
     if step == "train":
-        return _epochs(run) if "models.safetensors" not in keys else ""
+        return _epochs(run)
     if step == "identify":
         done = sum(key.startswith("psi/") for key in keys)
-        return (
-            f"{done} of {count_of(_shards(run), 'shard')}" if done and "psi.safetensors" not in keys else ""
-        )
+        return f"{done} of {count_of(_shards(run), 'shard')}" if done else ""
     if step == "correct":
         total = len(run.spec.correct.lambdas)
         sweeps = ("baseline", "defuse")
@@ -148,7 +147,6 @@ def print_status(run: Run, console: Console | None = None) -> None:
     for name in columns:
         justify: JustifyMethod = "right" if name in {"Time", "Size"} else "left"
         table.add_column(name, justify=justify, no_wrap=name not in {"State", "Made (UTC)"})
-    table.columns[0].min_width = max(map(len, STEPS))
     for state in states:
         time, stored = _cost(state)
         cells: dict[str, str | Text] = {

@@ -1,0 +1,143 @@
+"""What is computed from the nodes of a cluster, for clusters that are made up."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from cluster import resources
+from cluster.resources import (
+    CapacityMonitor,
+    WorkerResources,
+    capacity,
+    nodes,
+    on_nodes_with_cpus,
+    task_resources,
+    wait_for_nodes,
+    worker_count,
+    worker_resources,
+)
+from defuse_core.config import ResourcesSection
+from defuse_core.errors import ComputeError, RunFileError
+
+
+def cluster_of(monkeypatch: pytest.MonkeyPatch, *found: tuple[float, float, bool]) -> None:
+    """Let Ray list nodes n0, n1, ... with so many CPUs and GPUs, which live or not; it leaves out what is 0."""
+    listed: list[dict[str, Any]] = [
+        {
+            "NodeID": f"n{number}",
+            "Alive": alive,
+            "Resources": {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount},
+        }
+        for number, (cpus, gpus, alive) in enumerate(found)
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: listed)
+
+
+def test_only_living_nodes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster_of(monkeypatch, (8, 0, True), (16, 2, False), (0, 0, True), (4, 1, True))
+    assert nodes() == [WorkerResources(8, 0), WorkerResources(0, 0), WorkerResources(4, 1)]
+    assert capacity(WorkerResources(2, 0)) == 6
+    assert capacity(WorkerResources(2, 1)) == 1
+
+
+def test_tasks_keep_off_living_nodes_without_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster_of(monkeypatch, (0, 0, True), (8, 0, True), (0, 0, False), (0, 2, True))
+    assert on_nodes_with_cpus() == {"label_selector": {"ray.io/node-id": "!in(n0,n3)"}}
+    cluster_of(monkeypatch, (8, 0, True), (0, 0, False))
+    assert on_nodes_with_cpus() == {}
+
+
+def test_a_worker_is_given_a_gpu_where_there_is_one_and_what_the_run_file_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ResourcesSection(cpus_per_worker=2)
+    cluster_of(monkeypatch, (8, 0, True), (8, 4, False))
+    assert worker_resources(asked) == WorkerResources(2, 0)
+    cluster_of(monkeypatch, (8, 0, True), (8, 4, True))
+    assert worker_resources(asked) == WorkerResources(2, 1)
+    assert worker_resources(asked.model_copy(update={"gpus_per_worker": 0})) == WorkerResources(2, 0)
+
+
+def test_the_only_task_of_a_step_holds_no_more_cpus_than_a_node_that_has_its_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster_of(monkeypatch, (32, 0, True), (4, 1, True), (6, 1, True))
+    assert task_resources(ResourcesSection(train_threads=8)) == WorkerResources(6, 1)
+    assert task_resources(ResourcesSection(train_threads=3)) == WorkerResources(3, 1)
+    assert task_resources(ResourcesSection(train_threads=40, gpus_per_worker=0)) == WorkerResources(32, 0)
+
+
+def test_as_many_workers_are_started_as_fit_or_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster_of(monkeypatch, (3, 0, True), (2, 0, True), (9, 0, False))
+    assert worker_count(ResourcesSection(cpus_per_worker=2)) == 2
+    assert worker_count(ResourcesSection(workers=5)) == 5
+    with pytest.raises(
+        RunFileError, match=r"6 workers of 1 CPU and 0 GPU .* \(it has 5 CPU and 0 GPU on 2 nodes\)"
+    ):
+        worker_count(ResourcesSection(workers=6))
+
+
+@pytest.mark.parametrize(
+    ("node", "worker", "workers"),
+    [((2.1, 0), (0.7, 0), 3), ((0.3, 0), (0.1, 0), 3), ((98, 1), (1, 1 / 49), 49)],
+)
+def test_what_fits_exactly_is_not_lost_to_rounding(
+    node: tuple[float, float], worker: tuple[float, float], workers: int
+) -> None:
+    assert resources.fitting(WorkerResources(*node), WorkerResources(*worker)) == workers
+
+
+def test_a_cluster_without_cpus_is_waited_for_with_one_warning_and_given_up_at_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster_of(monkeypatch, (0, 4, True), (8, 0, False))
+    monkeypatch.setattr(resources, "NODES_JOIN_WITHIN_S", 0.1)
+    monkeypatch.setattr(resources, "wait_fixed", lambda seconds: lambda state: 0.01)
+    with pytest.raises(ComputeError, match=r"no node with a CPU joined the cluster in 0 minutes"):
+        wait_for_nodes()
+    assert caplog.messages == ["waiting for a node with a CPU to join the cluster"]
+    cluster_of(monkeypatch, (0, 4, True), (1, 0, True))
+    wait_for_nodes()
+
+
+def test_each_wait_for_room_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, looks = [100.0], list[float]()
+    monkeypatch.setattr(resources, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    room = [1]
+
+    def looked(worker: WorkerResources) -> int:
+        looks.append(now[0])
+        return room[0]
+
+    monkeypatch.setattr(resources, "capacity", looked)
+    monitor = CapacityMonitor("identify", WorkerResources(1, 0))
+
+    def said(until: float, running: bool) -> list[str]:
+        caplog.clear()
+        while now[0] < until:
+            now[0] += 1
+            monitor.check(running)
+        return caplog.messages
+
+    busy = "identify: waiting for 1 CPU and 0 GPU to be free on the cluster"
+    gone = "identify: waiting for a node with room for a worker of 1 CPU and 0 GPU"
+    assert said(129, running=False) == []
+    assert said(200, running=False) == [busy]  # once
+    assert said(210, running=True) == []
+    assert said(239, running=False) == []
+    assert said(250, running=False) == [busy]  # it waits again
+    room[0] = 0
+    assert said(300, running=False) == [gone]
+    room[0] = 1
+    assert said(310, running=True) == []
+    room[0] = 0
+    assert said(400, running=False) == [gone]  # not that others hold the room: there is none
+    assert min(b - a for a, b in pairwise(looks)) == math.ceil(resources.CHECK_EVERY_S)

@@ -1,0 +1,128 @@
+"""What `defuse review status` prints, counted by hand for a review of three scenarios of two images each."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from label_studio_live import review_run
+from planted_review import annotation, task_of
+from rich.console import Console
+
+from defuse_core.artifacts import NO_SCENARIO, Gallery, Votes
+from defuse_core.review.verdicts import decide_verdicts
+from services.cli.review_tables import ROWS_SHOWN, print_closed, print_result, print_skips, print_status
+from services.labeling.annotations import read_annotations
+from services.labeling.status import ReviewStatus, review_status
+from services.labeling.tasks import ReviewTasks
+
+NAMES = {1: "Ada", 2: "Ben", 3: "Cem"}
+
+
+def gallery_of_three() -> Gallery:
+    """Of inputs from traffic: component 7, those of no scenario, and component 3."""
+    failure = np.array([[0.2, 0.3], [np.nan, np.nan], [0.4, 0.6]])
+    images, codes = np.zeros((3, 2, 1, 8, 8), np.float32), np.zeros((3, 2, 2), np.float32)
+    classes = tuple(str(label) for label in range(10))
+    return Gallery(images, codes, np.zeros((3, 2), np.int64), classes, (7, NO_SCENARIO, 3), failure)
+
+
+def status_of(folder: Path, answers: dict[int, str], odd: int = 0, skips: int = 0) -> ReviewStatus:
+    """Return the status after these answers, of Ada and then Ben, to tasks; scenario 3 was decided above the vote.
+
+    `odd` answers of Cem to task 4 name no class, and he skipped task 3 `skips` times, and task 0 once.
+    """
+    gallery = gallery_of_three()
+    tasks = ReviewTasks(gallery, review_run(folder, gallery, images=2, answers_per_task=2).spec.review, None)
+    given = {
+        task: [annotation(10 * task + n, n + 1, choice) for n, choice in enumerate(choices)]
+        for task, choices in answers.items()
+    }
+    given.setdefault(4, []).extend(annotation(1000 + n, 3, "zebra") for n in range(odd))
+    given.setdefault(3, []).extend(annotation(2000 + n, 3, None) for n in range(skips))
+    given.setdefault(0, []).extend(annotation(3000, 3, None) for _ in range(min(skips, 1)))
+    pulled = read_annotations([task_of(tasks, task, *found) for task, found in given.items()], tasks)
+    return review_status(tasks, pulled, NAMES, [2])
+
+
+def shown(show: Callable[[Console], object]) -> list[str]:
+    """Return the lines that were printed, with single spaces."""
+    console = Console(width=200, file=io.StringIO(), markup=False)
+    show(console)
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+
+
+def test_the_answers_so_far_are_counted_and_each_scenario_has_its_state(tmp_path: Path) -> None:
+    status = status_of(tmp_path, {0: "88", 1: "88", 2: "89", 3: "8"})
+    lines = shown(lambda console: print_status(status, console))
+    assert lines[:5] == [
+        "7 of 12 answers are in; 1 are still wanted.",
+        "4 more are not needed: their scenarios are decided.",
+        "Ada: 4",
+        "Ben: 3",
+        "Agreement so far: 100.0% of an image's votes are for its majority label.",  # a tie has none
+    ]
+    assert [line for line in lines[5:] if line and "─" not in line] == [
+        "scenario answers missing expected wrong state",
+        "7 0 25% accepted as 8: 100% of 2 labelled images are misclassified",
+        "none 1 unknown open",
+        "3 4 50% decided above the vote",
+    ]
+
+
+def test_nothing_is_said_of_an_agreement_before_an_image_has_two_votes(tmp_path: Path) -> None:
+    status = status_of(tmp_path, {0: "8", 3: "8"})
+    assert not [line for line in shown(lambda console: print_status(status, console)) if "Agreement" in line]
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 5])
+def test_the_first_answers_that_do_not_count_are_listed_and_the_others_counted(
+    beyond: int, tmp_path: Path
+) -> None:
+    status = status_of(tmp_path, {0: "8"}, odd=ROWS_SHOWN + beyond)
+    lines = shown(lambda console: print_status(status, console))
+    listed = [line for line in lines if line.startswith("Not counted: Cem on scenario 3, image 0: ")]
+    assert len(listed) == ROWS_SHOWN and "'zebra' is not one of the classes" in listed[0]
+    assert [line for line in lines if "more that" in line] == (
+        [f"... and {beyond} more that are not counted"] if beyond else []
+    )
+
+
+def test_the_first_skips_of_tasks_that_lack_answers_are_listed_and_all_counted(tmp_path: Path) -> None:
+    def skips_of(status: ReviewStatus) -> list[str]:
+        return shown(lambda console: print_skips("mine", status, lambda task: f"/task/{task}", console))
+
+    full = {0: "88"}
+    lines = skips_of(status_of(tmp_path, full, skips=ROWS_SHOWN + 2))
+    assert lines[:-1] == ["Skipped: Cem on no scenario, image 1, /task/103"] * ROWS_SHOWN
+    assert lines[-1].startswith(f"{ROWS_SHOWN + 2} skipped, in tasks that lack answers.")
+    assert skips_of(status_of(tmp_path / "none", full)) == []
+
+
+def test_stored_votes_are_counted_by_annotator_with_the_verdicts(tmp_path: Path) -> None:
+    rows = [(0, 0, 0, 8), (0, 0, 1, 8), (0, 1, 1, 8), (0, 1, 2, 8), (2, 0, 1, 0), (2, 0, 2, 3), (2, 0, 0, 0)]
+    columns = np.array(rows, np.int64).T
+    votes = Votes(*columns, np.zeros(len(rows)), ("Ada", "[b]Ben", "Cem"), "people", {})
+    gallery = gallery_of_three()
+    verdicts = decide_verdicts(gallery, votes, 0.5)
+    lines = shown(lambda console: print_result(gallery, votes, verdicts, console))
+    assert lines[:4] == ["7 votes of people stored.", "Ada: 2", "[b]Ben: 3", "Cem: 2"]
+    assert lines[4] == "Agreement: 88.9% of an image's votes are for its majority label."
+    table = [line for line in lines[5:] if line and "─" not in line]
+    assert table[0] == "scenario expected wrong verdict"
+    assert [line.split()[:2] for line in table[1:]] == [["7", "25%"], ["none", "unknown"], ["3", "50%"]]
+    assert [line.endswith(reason) for line, reason in zip(table[1:], verdicts.reasons, strict=True)] == [
+        True
+    ] * 3
+
+
+def test_a_closed_vote_says_what_came_since_and_where_that_is_not_known() -> None:
+    closed = "Voting is closed: the votes of mine are stored."
+    since = "2 given or changed since then, not counted; `defuse review reopen mine` takes all answers in."
+    unknown = "Whether answers came since then is not known: no server"
+    assert shown(lambda console: print_closed("mine", 0, None, console)) == [closed]
+    assert shown(lambda console: print_closed("mine", 2, None, console)) == [closed, since]
+    assert shown(lambda console: print_closed("mine", 0, "no server", console)) == [closed, unknown]

@@ -1,0 +1,169 @@
+"""What `defuse status` shows of a run at each stage, and of the runs in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from sample_findings import sample_findings
+
+from defuse_core.artifacts import Checkpoint, ClassifierEpoch, Health
+from defuse_core.codec import encode
+from defuse_core.report import Report
+from defuse_core.report.build import build_report
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from services.status_tables import print_runs, print_status, step_states
+from tests.services.test_tables import ALL, BESIDE, a_run, finish, states_under_way, terminal, text_of
+
+
+def status_of(run: Run, width: int = 120) -> str:
+    console = terminal(width)
+    print_status(run, console)
+    return text_of(console)
+
+
+def list_of(folder: Path, width: int = 120) -> str:
+    console = terminal(width)
+    print_runs(FolderStore(folder), console)
+    return text_of(console)
+
+
+def reported(run: Run, scenarios: int = 4, accepted: int = 2) -> Report:
+    report = build_report(run, *sample_findings(scenarios, accepted))
+    run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
+    return report
+
+
+def test_the_report_is_under_way_until_its_file_is_written(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, *ALL)
+    assert states_under_way(run)[-1].state == "under way"
+    run.store.write("report.json", b"{}")
+    assert states_under_way(run)[-1].state == "done"
+
+
+def test_people_are_not_asked_before_the_images_are_drawn(tmp_path: Path) -> None:
+    assert {s.step: s.state for s in step_states(a_run(tmp_path, annotators="label-studio"))}[
+        "review"
+    ] == "to do"
+
+
+def test_both_sweeps_and_both_trainings_under_way_show_their_progress(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    kept = Checkpoint({"w": np.zeros(1)}, {}, (ClassifierEpoch(1, 0.5),), {}, "")
+    run.store.write("training/classifier.safetensors", encode(kept))
+    run.store.write("training/vae.safetensors", b"half")
+    for key in (
+        "baseline/lam-1.0",
+        "baseline/lam-2.0",
+        "baseline/lam-4.0",
+        "defuse/lam-1.0",
+        "defuse/lam-2.0",
+    ):
+        run.store.write(f"trials/{key}.safetensors", b"")
+    details = {state.step: state.detail for state in states_under_way(run)}
+    trained = "classifier 1 of 5 epochs, β-VAE begins again, its checkpoint is damaged"
+    assert details["train"] == trained
+    assert details["correct"] == "baseline 3 of 4 λ begun, defuse 2 of 4 λ begun"
+    lines = status_of(run, 60).splitlines()
+    assert any(
+        line.split() == ["Step", "State", "Time", "Size"] for line in lines
+    )  # the text wraps in its column
+
+
+def test_a_step_that_is_done_has_no_progress(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, *ALL)
+    for key in ("training/vae", "psi/000000", "trials/defuse/lam-1.0"):
+        run.store.write(f"{key}.safetensors", b"half")
+    run.store.write("report.json", b"{}")
+    assert {(state.state, state.detail) for state in step_states(run)} == {("done", "")}
+
+
+def test_a_step_was_made_when_the_last_of_it_was_and_a_run_when_the_last_step_was(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, *ALL)
+    manifest = json.loads(run.store.read("manifest.json"))
+    for number, name in enumerate(("sweep", "baseline", "corrections")):
+        manifest["artefacts"][name]["made"] = f"2025-01-0{4 - number}T10:0{number}:00Z"
+    run.store.write("manifest.json", json.dumps(manifest).encode())
+    row = next(line for line in status_of(run).splitlines() if line.split()[:1] == ["correct"])
+    assert "2025-01-04 10:00" in row
+    assert "2025-01-04 10:00" in list_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (66, ["Step", "State", "Made", "(UTC)", "Time", "Size"]),
+        (65, ["Step", "State", "Time", "Size"]),
+        (46, ["Step", "State", "Time", "Size"]),
+        (45, ["Step", "State", "Time"]),
+        (36, ["Step", "State", "Time"]),
+        (35, ["Step", "State"]),
+    ],
+)
+def test_the_width_of_the_terminal_decides_which_columns_are_shown(
+    width: int, columns: list[str], tmp_path: Path
+) -> None:
+    assert columns in [line.split() for line in status_of(a_run(tmp_path), width).splitlines()]
+
+
+def test_status_names_the_run_with_its_seed_and_ends_with_the_time_of_all_steps(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.spec = run.spec.model_copy(update={"seed": 7})
+    finish(run, *ALL, *BESIDE)
+    lines = status_of(run, 300).splitlines()
+    assert lines[0] == "sample · digits · seed 7"
+    assert lines[-1] == f"14 min 00 s so far · {run.store.address}"
+
+
+def test_status_of_a_finished_run_shows_the_accuracies_of_its_report(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, *ALL)
+    reported(run)
+    shown = status_of(run)
+    assert all(name in shown for name in ("Accuracy (Figure 4)", "Before", "Failures alone", "Defuse"))
+
+
+def test_runs_without_scenarios_or_test_images_show_a_dash_and_no_arrow(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, *ALL)
+    report = reported(run, 3, 0)
+    before = report.accuracy.before.model_copy(update={"test": None})
+    accuracy = report.accuracy.model_copy(update={"before": before})
+    untested = report.model_copy(update={"accuracy": accuracy})
+    run.store.write("report.json", untested.model_dump_json(by_alias=True).encode())
+    row = next(line for line in list_of(tmp_path, 80).splitlines() if line.split()[:1] == ["sample"])
+    assert row.split() == ["sample", "digits", "done", "0", "–"]
+
+
+def test_a_long_name_of_a_run_is_folded_in_its_column_and_texts_begin_below_their_headings(
+    tmp_path: Path,
+) -> None:
+    name = "a" * 60
+    finish(a_run(tmp_path, name), "models")
+    lines = list_of(tmp_path, 80).splitlines()
+    heading = next(line for line in lines if line.split() == ["Run", "Data", "At", "Scenarios", "Test"])
+    row = next(line for line in lines if "identify" in line)
+    assert (row.index("digits"), row.index("identify")) == (heading.index("Data"), heading.index("At"))
+    cells = [line[: heading.index("Data")].strip() for line in lines]
+    assert name in "".join(cells)
+
+
+@pytest.mark.parametrize(("verdict", "colour"), [("fit", ""), ("blind", "\x1b[33m")])
+def test_only_a_vae_that_is_not_fit_is_shown_in_yellow(verdict: str, colour: str, tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    found, _ = sample_findings()
+    health = Health(5000, 0.981, 0.902, 0.41, 2, 0.83, 7, 16, verdict)
+    run.store.write("models.safetensors", encode(dataclasses.replace(found.models, health=health)))
+    console = Console(width=200, file=io.StringIO(), force_terminal=True, color_system="standard")
+    print_status(run, console)
+    (line,) = [line for line in text_of(console).splitlines() if "β-VAE" in line]
+    assert line.startswith(f"{colour}β-VAE: {verdict}.")
