@@ -24,7 +24,7 @@ from defuse_core.artifacts import (
     VaeEpoch,
     Verdicts,
 )
-from defuse_core.codec import array_digest, decode, encode
+from defuse_core.codec import FORMAT, array_digest, decode, encode
 from defuse_core.errors import DamagedError
 
 
@@ -144,7 +144,7 @@ def test_an_artefact_with_a_field_too_many_or_an_array_too_few_is_refused():
         decode(Psi, encode(more(**vars(psi))), "here")
     fields = {name: value for name, value in vars(psi).items() if not isinstance(value, np.ndarray)}
     arrays = {name: {"tensor": name} for name in vars(psi).keys() - fields.keys()}
-    body = json.dumps({"format": 2, "kind": "Psi", "fields": fields | arrays})
+    body = json.dumps({"format": FORMAT, "kind": "Psi", "fields": fields | arrays})
     data = save({}, metadata={"defuse": json.dumps([array_digest({}, body), body])})
     with pytest.raises(DamagedError, match="here: .* found a Psi without the array 'codes'"):
         decode(Psi, data, "here")
@@ -184,7 +184,8 @@ def test_an_artefact_of_another_format_version_is_refused_with_what_to_do(monkey
     older = encode(some_shard())
     monkeypatch.undo()
     with pytest.raises(
-        DamagedError, match=r"psi/0: expected artefact format 2, found artefact format 1; use the ve"
+        DamagedError,
+        match=r"psi/0: expected artefact format 3, found artefact format 1; use the .* run again",
     ):
         decode(Shard, older, "psi/0")
 
