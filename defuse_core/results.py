@@ -284,10 +284,9 @@ class ScenarioView:
         return self.row.purity
 
     @property
-    def support(self) -> int | None:
+    def support(self) -> int:
         """Training images that its failing codes come from."""
-        support = self._result._findings[0].scenarios.support
-        return None if support is None else int(support[self.number])
+        return int(self._result._findings[0].scenarios.support[self.number])
 
     @property
     def before(self) -> float | None:

@@ -33,6 +33,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.watch.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from tests.conftest import PAPER_LAMBDAS
+from tests.sample_components import sample_scenarios
 
 DIGITS = tuple("0123456789")
 ANNOTATORS = 5
@@ -167,7 +168,7 @@ def _scenarios(rng: np.random.Generator, count: int) -> Scenarios:
     rest = np.full(100 - count, 0.0007)
     eyes = np.broadcast_to(np.eye(3), (count, 3, 3)).copy()
     means, all_weights = rng.normal(size=(count, 3)), np.concatenate([weights, rest])
-    return Scenarios(weights, means, eyes, all_weights, 516, True, 62, -14.5)
+    return sample_scenarios(weights, means, eyes, all_weights, 516, True, 62, -14.5)
 
 
 def _sweep(test: float, scenario: float) -> Sweep:

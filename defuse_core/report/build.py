@@ -217,8 +217,8 @@ def _scenario(
     return Scenario(
         number=number,
         weight=float(scenarios.weights[number]),
-        source_images=None if scenarios.support is None else int(scenarios.support[number]),
-        source_error=None if scenarios.source_error is None else defined(scenarios.source_error[number]),
+        source_images=int(scenarios.support[number]),
+        source_error=float(scenarios.source_error[number]),
         source_tracks=None if scenarios.source_tracks is None else int(scenarios.source_tracks[number]),
         seen_in_training_images=bool(seen_in_training_images(scenarios)[number]),
         accepted=column is not None,

@@ -138,7 +138,6 @@ def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
 
 def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> ScenarioEvidence:
     """Return the figures of the accepted scenario at place `column` of the accepted ones."""
-    support = found.scenarios.support
     number, real, testable = int(found.fixes.scenario[column]), evidence.real, evidence.real.testable
     units, confirmed, worse = None, None, None
     # in an earlier version `confirmed` had another meaning
@@ -160,7 +159,7 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         plain_each=() if evidence.scenario_plain is None else _values(evidence.scenario_plain[:, column]),
         independent_images=units,
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
-        support=None if support is None else int(support[number]),
+        support=int(found.scenarios.support[number]),
         real_error=defined(real.error[column]),
         real_error_of_class=None if real.error_of_label is None else defined(real.error_of_label[column]),
         real_error_of_all=defined(real.error_of_all),

@@ -168,7 +168,7 @@ class ScenarioEvidence(FigureModel):
     nothing was corrected, and for a run of an earlier version."""
     at_fault: Literal["classifier", "β-VAE", "unclear"]
     """The β-VAE where most held-out images do not show the label."""
-    support: int | None
+    support: int
     """Training images that its codes come from."""
     real_error: float | None
     """Error of the classifier before on the 50 real images nearest to it; on a quarter of its class's below 200.

@@ -41,12 +41,12 @@ class Scenario(ReportModel):
     number: int
     """Index among the kept components, from 0, as in every artefact."""
     weight: float
-    source_images: int | None = None
-    """Training images that its codes come from; null for a run of an earlier version."""
-    source_error: float | None = None
-    """Share of these that the classifier before gets wrong in the image itself; likewise."""
+    source_images: int
+    """Training images that its codes come from."""
+    source_error: float
+    """Share of these that the classifier before gets wrong in the image itself."""
     source_tracks: int | None = None
-    """Tracks that these images are of; null where images have no tracks, and likewise."""
+    """Tracks that these images are of; null where images have no tracks."""
     seen_in_training_images: bool = False
     """Whether source_error is certainly over 20 % (lower 95 % bound), so that real images show the failures. Images of
     one track count once, as wrong if most of them are. It is of the images that the scenario's codes come from, and

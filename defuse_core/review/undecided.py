@@ -112,14 +112,13 @@ def _units(rho: float, gallery: Gallery, verdicts: Verdicts) -> tuple[I64, Bool,
 
 
 def _all_dropped(review: ReviewSection, scenarios: Scenarios, codes: int) -> str | None:
-    """Return why no component was left to review; None where that says that the classifier does not fail, or where an
-    earlier version, which did not tell why, dropped them.
+    """Return why no component was left to review; None where that says that the classifier does not fail.
 
     It does not where components are small, since few codes are no scenario, and where it is right on most of the other
     ones: those hold more codes than the ones whose draws could not be judged.
     """
     dropped = scenarios.dropped
-    if not codes or any(one.right is None or one.small is None for one in dropped):
+    if not codes:
         return None
     unclear = [one for one in dropped if not (one.small or one.right)]
     right = sum(one.weight for one in dropped if one.right)

@@ -125,7 +125,8 @@ class PretendedIdentifier:
         images = self.train.take(rows)
         images.batch(slice(0, section.block_images))
         codes = np.random.default_rng(index).standard_normal((len(rows), LATENT), np.float32)
-        failures = Failures(codes, rows, images.labels, (images.labels + 1) % CLASSES)
+        answers = (images.labels + 1) % CLASSES
+        failures = Failures(codes, rows, images.labels, answers, np.zeros(len(rows), np.bool_))
         draws = len(rows) * section.draws
         return Shard(failures, len(rows), draws, len(rows), 0, 0.0, draws, index, self.fingerprint)
 

@@ -12,7 +12,6 @@ from defuse_core.artifacts import (
     Checkpoint,
     ClassifierEpoch,
     FailedTrial,
-    Failures,
     MeasuredPrecision,
     Models,
     Override,
@@ -26,10 +25,11 @@ from defuse_core.artifacts import (
 )
 from defuse_core.codec import FORMAT, array_digest, decode, encode
 from defuse_core.errors import DamagedError
+from tests.sample_components import sample_failures, sample_scenarios
 
 
 def some_shard() -> Shard:
-    failures = Failures(
+    failures = sample_failures(
         np.ones((3, 2), np.float32), np.arange(3), np.zeros(3, np.int64), np.ones(3, np.int64)
     )
     return Shard(failures, images=10, decodings=40, images_with_any=3, zero_noise_flips=1, seconds=0.5)
@@ -88,7 +88,7 @@ def test_a_sweep_keeps_its_rows_its_choice_and_its_failed_trials():
 
 def test_empty_arrays_survive():
     nothing = np.zeros(0)
-    scenarios = Scenarios(nothing, np.zeros((0, 4)), np.zeros((0, 4, 4)), nothing, 0, True, 0, 0.0)
+    scenarios = sample_scenarios(nothing, np.zeros((0, 4)), np.zeros((0, 4, 4)), nothing, 0, True, 0, 0.0)
     assert decode(Scenarios, encode(scenarios), "here").means.shape == (0, 4)
 
 

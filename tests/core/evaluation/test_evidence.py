@@ -122,7 +122,7 @@ def test_pictures_of_one_photograph_or_track_confirm_a_scenario_no_more_than_one
 
 def test_pictures_of_images_of_one_track_have_one_unit() -> None:
     train = Images(np.zeros((6, 1, 2, 2), np.float32), np.zeros(6, np.int64), np.array([7, 7, 7, 8, 8, 9]))
-    anchors = Anchors(train.pixels[1:5], np.array([1, 2, 3, 4]))
+    anchors = Anchors(train.pixels[1:5], np.array([1, 2, 3, 4]), np.zeros(4, np.bool_))
     anchor = np.array([[0, 1, 3], [2, 2, 0]])
     assert units_of(anchors, anchor, train, 6).tolist() == [7, 7, 8, 8, 8, 7]
     alone = Images(train.pixels, train.labels)
@@ -296,7 +296,8 @@ def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_the
         seen=np.arange(scenarios) > 0,
         testable=np.ones(scenarios, np.bool_),
     )
-    unseen = dataclasses.replace(found, scenarios=dataclasses.replace(found.scenarios, source_error=None))
+    right = np.zeros(len(found.scenarios))
+    unseen = dataclasses.replace(found, scenarios=dataclasses.replace(found.scenarios, source_error=right))
     other = Run.start(FolderStore(tmp_path), "a", run.spec)
     write_report(other, unseen, evaluation, dataclasses.replace(evidence, real=real), watch)
     page = " ".join(other.store.read("report.html").decode().replace("\xa0", " ").split())

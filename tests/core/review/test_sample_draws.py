@@ -29,6 +29,7 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from tests.conftest import recommended
+from tests.sample_components import sample_scenarios
 
 LABEL, TAU = 3, 0.1
 
@@ -59,7 +60,7 @@ def twins(anchored: bool = False, mean: float = 0.0) -> Scenarios:
             codes, np.stack([images] * 2), Anchors(pixels, 100 + images, images % 2 == 1)
         )
     means, covariances = np.full((2, 4), mean), np.stack([np.eye(4)] * 2)
-    return Scenarios(two, means, covariances, two, 100, True, 5, -1.0, failures=failures)
+    return sample_scenarios(two, means, covariances, two, 100, True, 5, -1.0, failures=failures)
 
 
 def accepted(count: int = 2) -> Verdicts:

@@ -91,12 +91,9 @@ def test_what_people_rejected_is_decided():
 
 
 def dropped(
-    right: bool = False, small: bool | None = False, weight: float = 0.1, reason: str = "its draws"
+    right: bool = False, small: bool = False, weight: float = 0.1, reason: str = "its draws"
 ) -> DroppedComponent:
     return DroppedComponent(weight, 8, 3, 2, reason, right, small)
-
-
-EARLIER = DroppedComponent(0.1, 8, 3, 2, "its draws")
 
 
 @pytest.mark.parametrize(
@@ -109,9 +106,6 @@ EARLIER = DroppedComponent(0.1, 8, 3, 2, "its draws")
         ),
         ((), "No failure scenario was found"),
         ((dropped(small=True, weight=0.4),), "No failure scenario was found"),
-        # an earlier version, which did not tell why
-        ((dropped(), EARLIER), "No failure scenario was found"),
-        ((dropped(), dropped(small=None)), "No failure scenario was found"),
         ((dropped(reason=f"{UNDIVIDED}: one track"),), "one track); try more photographs or tracks of these"),
         ((dropped(small=True, weight=0.4), dropped()), "Could not tell: "),
         ((dropped(right=True), dropped(weight=0.2)), "Could not tell: "),
