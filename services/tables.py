@@ -304,7 +304,7 @@ def _verdicts(report: Report) -> list[str]:
 
 def _reconstructions(report: Report) -> str:
     health = report.vae.health
-    if health is None or not health.anchored:
+    if not health.anchored:
         return f"{percent(report.vae.reconstruction_flips)} of the reconstructions are misclassified"
     kept = percent(health.kept_right)
     return f"{kept} of the answers of the {health.judged_by} outlast the noise (anchored decoding)"

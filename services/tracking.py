@@ -221,9 +221,8 @@ class MlflowTracking:
             *((row.epoch, _figures("classifier", asdict(row))) for row in models.classifier_history),
             *((row.epoch, _figures("vae", asdict(row))) for row in models.vae_history),
         ]
-        if models.health is not None:
-            rows.append((0, _figures("vae.health", asdict(models.health))))
-            client.set_tag(run_id, "defuse.vae", models.health.verdict)
+        rows.append((0, _figures("vae.health", asdict(models.health))))
+        client.set_tag(run_id, "defuse.vae", models.health.verdict)
         return [*rows, (0, _figures("classifier.accuracy", models.accuracy))]
 
     def _trial_figures(self, key: str) -> Rows:

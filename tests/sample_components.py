@@ -1,4 +1,4 @@
-"""Failures and components of which a test says only what it is about."""
+"""Failures, components and the health of a β-VAE, for tests that are about something else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from defuse_core.artifacts import Failures, Scenarios
+from defuse_core.artifacts import Failures, Health, Scenarios
+
+FIT = Health(1000, 0.99, 0.98, 0.98, 3, 0.1, 0, 10, "fit")  # of a β-VAE
 
 
 def sample_failures(*given: Any, **named: Any) -> Failures:

@@ -33,7 +33,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.watch.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from tests.conftest import PAPER_LAMBDAS
-from tests.sample_components import sample_scenarios
+from tests.sample_components import FIT, sample_scenarios
 
 DIGITS = tuple("0123456789")
 ANNOTATORS = 5
@@ -160,6 +160,7 @@ def _models(classes: tuple[str, ...], rng: np.random.Generator) -> Models:
         reconstruction=0.012,
         reconstruction_flips=0.07,
         kl_per_dimension=np.array([*(0.3 + 2.2 * rng.random(8)), 0.04, 0.0001]),
+        health=FIT,
     )
 
 

@@ -86,7 +86,7 @@ def build_report(
             reconstruction_flips=models.reconstruction_flips,
             kl_per_dimension=tuple(models.kl_per_dimension.tolist()),
             collapsed=int((models.kl_per_dimension < COLLAPSED_BELOW).sum()),
-            health=_health(models),
+            health=HealthFigures.model_validate(models.health, from_attributes=True),
         ),
         mixture=Mixture(
             converged=found.scenarios.converged,
@@ -107,7 +107,6 @@ def build_report(
 
 
 def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
-    known = psi.failing > 0 or psi.total == 0  # earlier versions did not count the failing draws
     draws_alone = spec.identify.originals == "none"
     return PsiFigures(
         codes=psi.total,
@@ -115,15 +114,10 @@ def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
         decodings=psi.decodings,
         images_with_any=_ratio(psi.images_with_any, psi.images),
         zero_noise_flip_rate=_ratio(psi.zero_noise_flips, psi.images),
-        failing_draws=psi.failing if known else None,
+        failing_draws=psi.failing,
         kept_share=_ratio(psi.total, psi.failing) if draws_alone else None,
         screened=spec.identify.screen == "reference-models",
     )
-
-
-def _health(models: Models) -> HealthFigures | None:
-    found = models.health
-    return None if found is None else HealthFigures.model_validate(found, from_attributes=True)
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -168,8 +162,7 @@ def _scenarios(
         purity=_mean(found.verdicts.purity[accepted]),
         own_labels=_own_labels(found, evaluation, tuned_on=spec.vae.decode == "anchored"),
         list=rows,
-        expected_false_share=found.verdicts.false_share
-        or None,  # 0: none accepted by the vote, or an earlier version
+        expected_false_share=found.verdicts.false_share or None,  # 0: none accepted by the vote
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
         unreviewed_images=0 if found.fixes.unreviewed is None else len(found.fixes.unreviewed),
         false_by_judges=None if evidence is None else _false_by_judges(evidence, spec.review.rho),

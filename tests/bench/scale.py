@@ -51,6 +51,7 @@ from defuse_core.identify import (
 from defuse_core.progress import Progress
 from defuse_core.store import FolderStore
 from tests.cluster.fakes import Tally, Unless
+from tests.sample_components import FIT
 
 CLASSES = 100
 LATENT = 10
@@ -214,7 +215,7 @@ def measure(images: int, draws: int, folder: Path) -> Measured:
     cluster.identify.ShardWorker = PretendedWorker  # type: ignore[misc]
     (folder / "memory").mkdir()
     spec, store = run_file(draws), CountedStore(folder / "run")
-    models = Models({}, {}, ("a", "b"), {"train": images}, "", {}, (), (), 0.0, 0.0, np.zeros(LATENT))
+    models = Models({}, {}, ("a", "b"), {"train": images}, "", {}, (), (), 0.0, 0.0, np.zeros(LATENT), FIT)
     watch = RayWatch()
     watch.start()
     started = time.perf_counter()

@@ -147,12 +147,6 @@ def test_addresses_are_shown_from_the_working_directory(tmp_path, tiny_spec, mon
         RunResult(run).health()
 
 
-def test_a_run_of_a_version_that_measured_no_health_says_so(with_models):
-    with_models.__dict__["_models"] = replace(with_models._models, health=None)
-    with pytest.raises(InputError, match="run a: its version of Defuse did not measure"):
-        with_models.health()
-
-
 def test_a_run_that_was_deleted_after_it_was_opened_is_said_to_be_gone(tmp_path, tiny_spec):
     result = RunResult(Run.start(FolderStore(tmp_path), "a", tiny_spec))
     shutil.rmtree(tmp_path / "a")

@@ -247,7 +247,7 @@ def test_weights_that_were_mended_before_anything_was_made_are_the_runs(tmp_path
 def test_weights_that_are_mended_after_the_precision_was_measured_are_the_runs(tmp_path):
     """A run with resources.precision: auto has measured it before it loads the weights."""
     store, weights = FolderStore(tmp_path / "runs"), tmp_path / "w.pt"
-    measured = MeasuredPrecision({"classifier": "bf16"}, {}, {})
+    measured = MeasuredPrecision({"classifier": "bf16"})
     weights.write_bytes(b"broken")
     spec = tiny(vae={"weights": weights}, resources={"precision": "auto"})
     Run.start(store, "a", spec).once("train", MeasuredPrecision, lambda: measured)

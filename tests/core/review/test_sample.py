@@ -140,7 +140,7 @@ def test_corrections_have_the_label_of_their_own_component_and_test_on_held_out_
     codes = rng.normal(size=(2, 8, 4)).astype(np.float32)
     failures = ComponentFailures(codes, np.stack([np.arange(8)] * 2), anchors) if anchored else None
     shares, own = np.ones(2), np.full((2, 5), 7)
-    verdicts = Verdicts(labels, shares, shares, own, np.ones((2, 5)), 0, 0, ("no", "yes"), ())
+    verdicts = Verdicts(labels, shares, shares, own, np.ones((2, 5)), 0, 0, ("no", "yes"), (), np.full(2, 5))
     spec = recommended(review={"tau": 0.1})
     fixes = sample_corrections(spec, two_components(failures=failures), verdicts)
     assert (fixes.scenario.tolist(), fixes.labels.tolist()) == ([1], [7])

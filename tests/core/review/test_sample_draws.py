@@ -66,7 +66,9 @@ def twins(anchored: bool = False, mean: float = 0.0) -> Scenarios:
 def accepted(count: int = 2) -> Verdicts:
     labels, ones = np.full(count, LABEL), np.ones(count)
     own = np.full((count, 5), LABEL)
-    return Verdicts(labels, ones, ones, own, np.ones((count, 5)), 0, 0, ("yes",) * count, ())
+    return Verdicts(
+        labels, ones, ones, own, np.ones((count, 5)), 0, 0, ("yes",) * count, (), np.full(count, 5)
+    )
 
 
 def spec_of(images: int = 12, widen: float = 1.0, **changes) -> RunFile:

@@ -92,6 +92,7 @@ def _verdicts(labels: np.ndarray, images: int) -> Verdicts:
         no_class_chosen=0,
         reasons=("planted",) * count,
         overrides=(),
+        labelled=np.full(count, images),
     )
 
 
