@@ -146,8 +146,6 @@ class MlflowTracking:
         if not self.run.store.exists(KEY):
             return {"run_id": None, "sent": {}}
         state: dict[str, Any] = json.loads(self.run.store.read(KEY))
-        if isinstance(state["sent"], list):  # as an earlier version recorded it
-            state["sent"] = dict.fromkeys(state["sent"], "")
         return state
 
     def _record(self, state: dict[str, Any], part: str, digest: str) -> None:

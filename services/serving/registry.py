@@ -31,6 +31,10 @@ MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 FailedChecks = tuple[str, ...] | None  # of a promotion; None where nothing was checked
 REMEDY = "promote its run again, or restore the file"
+OLDER = (
+    "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
+    "`defuse promote RUN`"
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,7 @@ class Registry:
             return self._read(sequences[-1])
         if self.store.within("standing").list():
             raise DamagedError(
-                f"{self.store.address}: an older Defuse wrote this registry (format 1), expected format 2; rename the "
-                "folder and promote its runs again with `defuse promote RUN`"
+                f"{self.store.address}: expected a registry of format 3, found format 1; {OLDER}"
             )
         return EMPTY
 
@@ -302,9 +305,15 @@ class Registry:
         try:
             return RegistryState.model_validate_json(self.store.read(key))
         except ValidationError as error:
+            first = error.errors()[0]
+            found, remedy = first["msg"], "restore the file"
+            if first["loc"] == ("format",):
+                found, remedy = (
+                    f"format {first['input']}" if first["type"] == "literal_error" else "none",
+                    OLDER,
+                )
             raise DamagedError(
-                f"{self.store.address}/{key}: expected a registry state of format 2, found "
-                f"{error.errors()[0]['msg']}; use the version of Defuse that wrote it, or restore the file"
+                f"{self.store.address}/{key}: expected a registry state of format 3, found {found}; {remedy}"
             ) from error
 
 

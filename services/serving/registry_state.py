@@ -21,7 +21,7 @@ class VersionInfo(BaseModel):
     why: str
     forced: bool  # added although checks failed
     annotators: str  # who labelled its scenarios: people, or reference models
-    watch: WatchFigures | None = None  # how well its failing inputs are found; None from an earlier Defuse
+    watch: WatchFigures  # how well its failing inputs are found
 
 
 class ChangeInfo(BaseModel):
@@ -44,8 +44,8 @@ class RegistryState(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format: Literal[2]
-    """Of this file. Format 1 was stored in registry/standing."""
+    format: Literal[3]
+    """Of this file, and of the versions."""
     sequence: int = 0
     """The number of changes so far."""
     production: int | None = None
@@ -65,8 +65,7 @@ class RegistryState(BaseModel):
     when: str = ""
     why: str = ""
     failed_checks: tuple[str, ...] | None = None
-    """What spoke against this promotion, which was forced if there is any; None for another change, and from an earlier
-    Defuse."""
+    """What spoke against this promotion, which was forced if there is any; None for another change."""
     versions: dict[int, VersionInfo] = {}
     """All versions by number."""
 
@@ -94,4 +93,4 @@ class RegistryState(BaseModel):
         )
 
 
-EMPTY = RegistryState(format=2)
+EMPTY = RegistryState(format=3)
