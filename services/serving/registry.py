@@ -17,24 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import tenacity
-from pydantic import ValidationError
 
 from defuse_core.codec import decode, encode
 from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, StoreError
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
-from services.serving.registry_state import EMPTY, ChangeInfo, RegistryState, VersionInfo
+from services.serving.registry_state import EMPTY, OLDER, ChangeInfo, RegistryState, VersionInfo, parse_state
 
 log = logging.getLogger("defuse")
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 FailedChecks = tuple[str, ...] | None  # of a promotion; None where nothing was checked
 REMEDY = "promote its run again, or restore the file"
-OLDER = (
-    "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
-    "`defuse promote RUN`"
-)
 
 
 @dataclass(frozen=True)
@@ -302,19 +297,7 @@ class Registry:
 
     def _read(self, sequence: int) -> RegistryState:
         key = _change_key(sequence)
-        try:
-            return RegistryState.model_validate_json(self.store.read(key))
-        except ValidationError as error:
-            first = error.errors()[0]
-            found, remedy = first["msg"], "restore the file"
-            if first["loc"] == ("format",):
-                found, remedy = (
-                    f"format {first['input']}" if first["type"] == "literal_error" else "none",
-                    OLDER,
-                )
-            raise DamagedError(
-                f"{self.store.address}/{key}: expected a registry state of format 3, found {found}; {remedy}"
-            ) from error
+        return parse_state(self.store.read(key), f"{self.store.address}/{key}")
 
 
 def _versions_with(digest: str, state: RegistryState) -> list[int]:

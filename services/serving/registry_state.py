@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from defuse_core.errors import DamagedError
 from defuse_core.watch.figures import WatchFigures
+
+OLDER = (
+    "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
+    "`defuse promote RUN`"
+)
 
 
 class VersionInfo(BaseModel):
@@ -94,3 +100,18 @@ class RegistryState(BaseModel):
 
 
 EMPTY = RegistryState(format=3)
+
+
+def parse_state(text: bytes, where: str) -> RegistryState:
+    """Return the state in the JSON `text`. Raises DamagedError, naming `where`, for another format or other text."""
+    try:
+        return RegistryState.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found, remedy = first["msg"], "restore the file"
+        if first["loc"] == ("format",):
+            found = f"format {first['input']}" if first["type"] == "literal_error" else "none"
+            remedy = OLDER
+        raise DamagedError(
+            f"{where}: expected a registry state of format 3, found {found}; {remedy}"
+        ) from error
