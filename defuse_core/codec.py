@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from defuse_core.errors import DamagedError
+from defuse_core.errors import ANOTHER_NAME, DamagedError
 
 T = TypeVar("T")
 Arrays = dict[str, npt.NDArray[Any]]
 
-FORMAT = 2  # grows with every change of the stored fields
+FORMAT = 3  # grows with every change of the stored fields
 TENSOR = "tensor"
 FLOAT = "float"  # nan, inf or -inf; in an optional field they become None
 
@@ -85,7 +85,7 @@ def decode(
 def _refuse_format(where: str, found: str) -> NoReturn:
     raise DamagedError(
         f"{where}: expected artefact format {FORMAT}, found {found}; use the version of Defuse that wrote it, "
-        "or start a new run"
+        f"or run again under {ANOTHER_NAME}"
     )
 
 

@@ -90,10 +90,7 @@ class RunResult:
 
     def health(self) -> Health:
         """Return whether the β-VAE's images are of use. Raises InputError before the models are trained."""
-        health = self._models.health
-        if health is None:
-            raise InputError(f"run {self.run.name}: its version of Defuse did not measure the β-VAE's health")
-        return health
+        return self._models.health
 
     def corrected(self, like: nn.Module | None = None) -> nn.Module:
         """Return the corrected classifier on the CPU, in eval mode: images (n, channels, H, W) in [0, 1] -> logits.
@@ -272,10 +269,9 @@ class ScenarioView:
         return self.row.purity
 
     @property
-    def support(self) -> int | None:
+    def support(self) -> int:
         """Training images that its failing codes come from."""
-        support = self._result._findings[0].scenarios.support
-        return None if support is None else int(support[self.number])
+        return int(self._result._findings[0].scenarios.support[self.number])
 
     @property
     def before(self) -> float | None:

@@ -91,20 +91,6 @@ class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
     """Everything up to --until is done."""
 
 
-# section -> what runs did that began before these fields existed; review.failing: rho alone
-LEGACY_DEFAULTS = {
-    "review": {"failing": 0.0},
-    "correct": {"widen": 1.0, "schedule": "constant", "augment": False, "unreviewed": False},
-}
-
-
-def _with_legacy_defaults(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a recorded run file with what it did where it lacks fields that later versions added."""
-    return tree | {
-        name: did | tree[name] for name, did in LEGACY_DEFAULTS.items() if isinstance(tree.get(name), dict)
-    }
-
-
 class Run:
     """One run in a store: `run.yaml`, `manifest.json`, one safetensors file per artefact, and the report."""
 
@@ -166,9 +152,9 @@ class Run:
         self.store.write(SETTINGS, self.spec.model_dump_json(indent=1).encode())
 
     def _settings(self) -> RunFile | None:
-        """Return the run file as `start` noted it last; None for a run of a version that did not."""
+        """Return the run file as `start` noted it last; None where it was stopped before that, or its file is gone."""
         tree = self._read_json(SETTINGS, "the settings in run.yaml are taken as they are now")
-        return parse_run_file(_with_legacy_defaults(tree), f"{self.name}/{SETTINGS}") if tree else None
+        return parse_run_file(tree, f"{self.name}/{SETTINGS}") if tree else None
 
     def _other_weights(self) -> str | None:
         """Return which weights file is another one than when the run began, or None; one that is gone is not asked."""
@@ -209,7 +195,7 @@ class Run:
             raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REMEDY}") from error
         if not isinstance(tree, dict):
             raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REMEDY}")
-        run = cls(store, name, parse_run_file(_with_legacy_defaults(tree), f"{name}/run.yaml"))
+        run = cls(store, name, parse_run_file(tree, f"{name}/run.yaml"))
         root, own = run.spec.data.root, Path(run.store.address, IMAGES)
         if root is not None and root.as_posix().endswith(f"/{IMAGES}") and own.exists():
             run.spec = run.spec.with_fields("data", root=own)  # its folder may have been moved

@@ -171,12 +171,10 @@ def print_status(run: Run, console: Console | None = None) -> None:
 
 
 def _print_health(console: Console, run: Run, models: Models) -> None:
-    """Print the verdict on the β-VAE with its figures; nothing for a run of a version without one."""
+    """Print the verdict on the β-VAE with its figures."""
     from defuse_core.evaluation.health import judge_gets, pictures_judged, with_measured_health
 
     health = with_measured_health(run, models).health
-    if health is None:
-        return
     text = (
         f"β-VAE: {health.verdict}. {judge_gets(health).capitalize()} {percent(health.originals_right)} of "
         f"{count_of(health.images, 'training image')} right, and {percent(health.reconstructions_right)} of "

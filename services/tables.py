@@ -260,11 +260,11 @@ def _lines(report: Report) -> list[str]:
 
 
 def _screen(report: Report) -> list[str]:
-    """Return what screening keeps, as a line; none without a screen, and for a run of an earlier version."""
+    """Return what screening keeps, as a line; none without a screen."""
     psi = report.psi
     if not psi.screened or psi.kept_share is None:
         return []
-    line = f"Ψ keeps {percent(psi.kept_share)} of {count_of(psi.failing_draws or 0, 'failing draw')}"
+    line = f"Ψ keeps {percent(psi.kept_share)} of {count_of(psi.failing_draws, 'failing draw')}"
     if report.evidence is not None and report.evidence.screen_recall.value is not None:
         line += f"; the screen would keep {interval(report.evidence.screen_recall, 0)} of the real failures"
     return [f"{line}."]
@@ -304,7 +304,7 @@ def _verdicts(report: Report) -> list[str]:
 
 def _reconstructions(report: Report) -> str:
     health = report.vae.health
-    if health is None or not health.anchored:
+    if not health.anchored:
         return f"{percent(report.vae.reconstruction_flips)} of the reconstructions are misclassified"
     kept = percent(health.kept_right)
     return f"{kept} of the answers of the {health.judged_by} outlast the noise (anchored decoding)"

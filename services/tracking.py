@@ -146,8 +146,6 @@ class MlflowTracking:
         if not self.run.store.exists(KEY):
             return {"run_id": None, "sent": {}}
         state: dict[str, Any] = json.loads(self.run.store.read(KEY))
-        if isinstance(state["sent"], list):  # as an earlier version recorded it
-            state["sent"] = dict.fromkeys(state["sent"], "")
         return state
 
     def _record(self, state: dict[str, Any], part: str, digest: str) -> None:
@@ -221,9 +219,8 @@ class MlflowTracking:
             *((row.epoch, _figures("classifier", asdict(row))) for row in models.classifier_history),
             *((row.epoch, _figures("vae", asdict(row))) for row in models.vae_history),
         ]
-        if models.health is not None:
-            rows.append((0, _figures("vae.health", asdict(models.health))))
-            client.set_tag(run_id, "defuse.vae", models.health.verdict)
+        rows.append((0, _figures("vae.health", asdict(models.health))))
+        client.set_tag(run_id, "defuse.vae", models.health.verdict)
         return [*rows, (0, _figures("classifier.accuracy", models.accuracy))]
 
     def _trial_figures(self, key: str) -> Rows:

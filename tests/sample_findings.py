@@ -33,6 +33,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.watch.failure_detector import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from tests.conftest import PAPER_LAMBDAS
+from tests.sample_components import FIT, sample_scenarios
 
 DIGITS = tuple("0123456789")
 ANNOTATORS = 5
@@ -159,6 +160,7 @@ def _models(classes: tuple[str, ...], rng: np.random.Generator) -> Models:
         reconstruction=0.012,
         reconstruction_flips=0.07,
         kl_per_dimension=np.array([*(0.3 + 2.2 * rng.random(8)), 0.04, 0.0001]),
+        health=FIT,
     )
 
 
@@ -167,7 +169,7 @@ def _scenarios(rng: np.random.Generator, count: int) -> Scenarios:
     rest = np.full(100 - count, 0.0007)
     eyes = np.broadcast_to(np.eye(3), (count, 3, 3)).copy()
     means, all_weights = rng.normal(size=(count, 3)), np.concatenate([weights, rest])
-    return Scenarios(weights, means, eyes, all_weights, 516, True, 62, -14.5)
+    return sample_scenarios(weights, means, eyes, all_weights, 516, True, 62, -14.5)
 
 
 def _sweep(test: float, scenario: float) -> Sweep:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from defuse_core.artifacts.arrays import F32, F64, I64, NONE_OF_THE_ABOVE, U8, Bool, expect_shapes
+from defuse_core.artifacts.arrays import F32, F64, I64, U8, Bool, expect_shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,11 +17,11 @@ class Anchors:
 
     pixels: U8 | F32  # (M, channels, H, W), uint8 0 to 255 or float32 in [0, 1], as in Images
     source: I64  # (M,) index into the training set, ascending
-    held_out: Bool | None = None  # (M,) whether held-out draws are anchored there; None: an earlier version's
-    track: I64 | None = None  # (M,) as Images.tracks; None where they have none, and in an earlier version's
+    held_out: Bool  # (M,) whether held-out draws are anchored there
+    track: I64 | None = None  # (M,) as Images.tracks; None where they have none
 
     def __post_init__(self) -> None:
-        expect_shapes(self, {"pixels": "M c H W", "source": "M"})
+        expect_shapes(self, {"pixels": "M c H W", "source": "M", "held_out": "M"})
 
     @property
     def unit(self) -> I64:
@@ -30,9 +30,8 @@ class Anchors:
 
     def take(self, rows: I64) -> Anchors:
         """Return the images `rows`."""
-        held_out = None if self.held_out is None else self.held_out[rows]
         track = None if self.track is None else self.track[rows]
-        return Anchors(self.pixels[rows], self.source[rows], held_out, track)
+        return Anchors(self.pixels[rows], self.source[rows], self.held_out[rows], track)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +60,12 @@ class Failures:
     source: I64  # (F,) index into the training set
     truth: I64  # (F,) label of the source image
     predicted: I64  # (F,) never equal to truth
-    source_wrong: Bool | None = None  # (F,) whether f gets the source image itself wrong; None where unknown
-    # (F,) track of the source image; None without tracks, or of an earlier version
-    source_track: I64 | None = None
+    source_wrong: Bool  # (F,) whether f gets the source image itself wrong
+    source_track: I64 | None = None  # (F,) track of the source image; None without tracks
 
     def __post_init__(self) -> None:
-        expect_shapes(self, {"codes": "F Z", "source": "F", "truth": "F", "predicted": "F"})
+        names = ("source", "truth", "predicted", "source_wrong")
+        expect_shapes(self, {"codes": "F Z"} | dict.fromkeys(names, "F"))
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -78,27 +77,27 @@ class Failures:
 
     def take(self, rows: I64 | Bool) -> Failures:
         """Return the failures of `rows`."""
-        wrong = None if self.source_wrong is None else self.source_wrong[rows]
         track = None if self.source_track is None else self.source_track[rows]
         return Failures(
-            self.codes[rows], self.source[rows], self.truth[rows], self.predicted[rows], wrong, track
+            self.codes[rows],
+            self.source[rows],
+            self.truth[rows],
+            self.predicted[rows],
+            self.source_wrong[rows],
+            track,
         )
 
     @staticmethod
     def concatenate(parts: Sequence[Failures]) -> Failures:
-        """Return the failures of all parts, in order.
-
-        source_wrong and source_track are None where a part with failures lacks them.
-        """
+        """Return the failures of all parts, in order; source_track is None where a part with failures lacks it."""
         held = [part for part in parts if len(part)] or list(parts)
-        wrong = [part.source_wrong for part in held if part.source_wrong is not None]
         track = [part.source_track for part in held if part.source_track is not None]
         return Failures(
             np.concatenate([part.codes for part in parts]),
             np.concatenate([part.source for part in parts]),
             np.concatenate([part.truth for part in parts]),
             np.concatenate([part.predicted for part in parts]),
-            np.concatenate(wrong) if wrong and len(wrong) == len(held) else None,
+            np.concatenate([part.source_wrong for part in parts]),
             np.concatenate(track) if track and len(track) == len(held) else None,
         )
 
@@ -145,10 +144,8 @@ class DroppedComponent:
     answer: int  # of f, likewise
     support: int  # distinct training images that its codes come from
     reason: str
-    # both None with components of an earlier version
-    right: bool | None = None  # its draws are of one class and f is right on them, at every tau
-    # its codes, or the training images that they come from, are too few for a scenario
-    small: bool | None = None
+    right: bool  # its draws are of one class and f is right on them, at every tau
+    small: bool  # its codes, or the training images that they come from, are too few for a scenario
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,18 +160,17 @@ class Scenarios:
     converged: bool
     iterations: int
     lower_bound: float | None  # of the fit's likelihood; None where it is not finite
-    cells: I64 | None = None  # (S, 2) class of the source images, answer of f; -1 each for a single mixture
-    support: I64 | None = None  # (S,) distinct training images that the codes of a component come from
-    source_error: F64 | None = None  # (S,) share of these that f gets wrong in the image itself
-    # (S,) tracks of these images; None without tracks, or in an earlier version's
-    source_tracks: I64 | None = None
+    cells: I64  # (S, 2) class of the source images, answer of f; -1 each for a single mixture
+    support: I64  # (S,) distinct training images that the codes of a component come from
+    source_error: F64  # (S,) share of these that f gets wrong in the image itself
+    all_means: F64  # (K, Z) of all_weights
+    all_covariances: F64  # (K, Z, Z)
+    source_tracks: I64 | None = None  # (S,) tracks of these images; None without tracks
     wrong_tracks: F64 | None = None  # (S,) how many of these tracks f gets most of these images of wrong
     taus: F64 | None = None  # (S,) tau that each component is drawn with; None: review.tau
     dropped: tuple[DroppedComponent, ...] = ()  # (D,) before review, each with the reason
     failures: ComponentFailures | None = None  # with vae.decode: anchored; None where decoded plainly
     last_change: float | None = None  # of a bound in its last iteration, nats; the largest over the fits
-    all_means: F64 | None = None  # (K, Z) of all_weights; None in a run of an earlier version
-    all_covariances: F64 | None = None  # (K, Z, Z)
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"weights": "S", "means": "S Z", "covariances": "S Z Z"})
@@ -195,8 +191,13 @@ class Scenarios:
 
     def dropped_component(self, row: int, reason: str, *, right: bool = False) -> DroppedComponent:
         """Return the component of one row, large enough for a scenario, as one that is dropped for `reason`."""
-        source, answer = (NONE_OF_THE_ABOVE,) * 2 if self.cells is None else self.cells[row].tolist()
-        support = 0 if self.support is None else int(self.support[row])
+        source, answer = self.cells[row].tolist()
         return DroppedComponent(
-            float(self.weights[row]), source, answer, support, reason, right=right, small=False
+            float(self.weights[row]),
+            source,
+            answer,
+            int(self.support[row]),
+            reason,
+            right=right,
+            small=False,
         )

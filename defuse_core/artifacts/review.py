@@ -21,7 +21,7 @@ class Gallery:
     numbers: tuple[int, ...] = ()  # (S,) which of the run's components these are, or NO_SCENARIO; empty: all
     failure: F64 | None = None  # (S, R) failure probability, nan for none; None unless inputs from traffic
     source: I64 | None = None  # (S, R) training image that each is anchored at; None where decoded plainly
-    track: I64 | None = None  # (S, R) track of that image; None where it has none, or of an earlier version
+    track: I64 | None = None  # (S, R) track of that image; None where it has none
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"images": "S R c H W", "codes": "S R Z", "predicted": "S R"})
@@ -74,7 +74,7 @@ class MoreImages:
     drawn: I64  # (S,) 0 where the gallery settles the verdict
     labelled: I64  # (S,) of those, the images with a majority label
     misclassified: I64  # (S,) of those, the images that f gets wrong
-    unit: I64 | None = None  # (S, M) as Gallery.unit; None where decoded plainly, and in earlier versions
+    unit: I64 | None = None  # (S, M) as Gallery.unit; None where decoded plainly
     outcome: I64 | None = None  # (S, M) with unit: 1 misclassified, 0 right, -1 without a label or not drawn
 
     def __post_init__(self) -> None:
@@ -94,8 +94,7 @@ class Verdicts:
     no_class_chosen: int  # images without a label since nobody chose a class: none-of-the-above, or no answer
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
     overrides: tuple[Override, ...]  # oldest first
-    labelled: I64 | None = None  # (S,) images that the share rests on, further draws included
-    lower: F64 | None = None  # (S,) lower 95 % bound (Wilson) of that share, or that of units
+    labelled: I64  # (S,) images that the share rests on, further draws included
     false_share: float = 0.0  # expected share of accepted scenarios whose true share is at most rho
     # images that the labelled ones are anchored at, or their tracks; None where decoded plainly
     units: I64 | None = None  # (S,)

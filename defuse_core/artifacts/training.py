@@ -63,17 +63,15 @@ class Models:
     reconstruction: float  # mean squared error per pixel of decoding mu, on training images
     reconstruction_flips: float  # share of training images whose plain reconstruction f gets wrong
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
+    health: Health  # of the β-VAE
     device: str = "cpu"  # that they were trained on
-    health: Health | None = None  # of the β-VAE; None in runs of versions that did not measure it
 
 
 @dataclass(frozen=True)
 class MeasuredPrecision:
-    """What `resources.precision: auto` measured, once per run: seconds of a step of each kind, and the choice."""
+    """What `resources.precision: auto` measured, once per run."""
 
     chosen: dict[str, str]  # kind of computation (a field of PrecisionSection) -> "f32" or "bf16"
-    f32_seconds: dict[str, float]
-    bf16_seconds: dict[str, float]  # inf where bf16 is not possible
 
 
 @dataclass(frozen=True, eq=False)

@@ -312,7 +312,10 @@ def no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] =
         True,
         0,
         0.0,
-        support=np.zeros(0, np.int64),
-        source_error=nothing,
+        np.zeros((0, 2), np.int64),
+        np.zeros(0, np.int64),
+        nothing,
+        np.zeros((0, width)),
+        np.zeros((0, width, width)),
         dropped=dropped,
     )

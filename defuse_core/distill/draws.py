@@ -104,10 +104,7 @@ def tau_of(spec: RunFile, scenarios: Scenarios, component: int) -> float:
 def failure_rows(
     failures: ComponentFailures, component: int, count: int, rng: np.random.Generator, *, held_out: bool
 ) -> I64:
-    """Return `count` random failures of one component, (count,): at its held-out images, or at the others.
-
-    Where all its images are in one half, both draws are at these: a run of an earlier version may have such components.
-    """
+    """Return `count` random failures of one component, (count,): at its held-out images, or at the others."""
     return rng.choice(_half(failures, component, held_out), count).astype(np.int64)
 
 
@@ -138,14 +135,9 @@ def _image_order(failures: ComponentFailures, component: int, rng: np.random.Gen
 
 
 def _half(failures: ComponentFailures, component: int, held_out: bool) -> I64:
-    """Return the failures of one component at its held-out images, or at the others."""
-    anchor = failures.anchor[component]
-    if failures.anchors.held_out is None:  # a run of an earlier version
-        held = np.unique(anchor, return_inverse=True)[1] % 2 == 1
-    else:
-        held = failures.anchors.held_out[anchor]
-    half = np.flatnonzero(held == held_out)
-    return half.astype(np.int64) if len(half) else np.arange(len(anchor))
+    """Return the failures of one component at its held-out images, or at the others; `without_undivided` left some."""
+    half: I64 = np.flatnonzero(failures.anchors.held_out[failures.anchor[component]] == held_out)
+    return half
 
 
 def near_failures(

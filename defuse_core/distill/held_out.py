@@ -71,7 +71,7 @@ def without_undivided(scenarios: Scenarios) -> Scenarios:
     on.
     """
     failures = scenarios.failures
-    if failures is None or failures.anchors.held_out is None:
+    if failures is None:
         return scenarios
     # (S, L) whether the image of a failure is held out
     held = failures.anchors.held_out[failures.anchor]

@@ -33,7 +33,7 @@ def subsample_psi(spec: RunFile, psi: Psi, store: Store) -> Failures:
         rows = wanted[first[shard] : last[shard]] - starts[shard]
         return shard_of_psi(store, psi.fingerprint, shard).failures.take(rows)
 
-    parts = [Failures(np.zeros((0, spec.vae.latent_dim), np.float32), nothing, nothing, nothing)]
+    parts = [Failures(np.zeros((0, spec.vae.latent_dim), np.float32), nothing, nothing, nothing, nothing > 0)]
     parts.extend(map_ahead(drawn_from, np.flatnonzero(first < last).tolist()))
     return Failures.concatenate(parts)
 

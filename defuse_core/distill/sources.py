@@ -20,9 +20,9 @@ class Sources:
     """The training images of k components. Those of one track show the same object: together they count once."""
 
     support: I64  # (k,) distinct training images of the codes that belong most to each component
-    wrong: F64  # (k,) how many of these images f itself gets wrong; nan where not known
+    wrong: F64  # (k,) how many of these images f itself gets wrong
     # k of (n, 3): the tracks of these images, how many images each has, and how many of them f gets wrong; None where
-    # images have no tracks, and with codes of an earlier version
+    # images have no tracks
     tracks: tuple[F64, ...] | None = None
 
     @staticmethod
@@ -46,12 +46,12 @@ class Sources:
         )
 
     def error(self) -> F64:
-        """Return the share of the images of each component that f itself gets wrong, (k,); nan where not known."""
+        """Return the share of the images of each component that f itself gets wrong, (k,); nan where it has none."""
         error: F64 = self.wrong / np.maximum(self.support, 1)
         return np.where(self.support > 0, error, np.nan)
 
     def certain_error(self) -> F64:
-        """Return the lower 95 % bound of this error, (k,), or of that on the tracks; 0 where not known."""
+        """Return the lower 95 % bound of this error, (k,), or of that on the tracks."""
         counted = self.wrong_tracks()
         return (
             certain_error(self.support, self.error())
@@ -64,23 +64,19 @@ class Sources:
         if self.tracks is None:
             return None
         count = np.array([len(table) for table in self.tracks], np.int64)
-        wrong = [
-            np.where(np.isnan(table[:, 2]), np.nan, 2 * table[:, 2] > table[:, 1]) for table in self.tracks
-        ]
-        return count, np.array([of_tracks.sum() for of_tracks in wrong], np.float64)
+        wrong = [(2 * table[:, 2] > table[:, 1]).sum() for table in self.tracks]
+        return count, np.array(wrong, np.float64)
 
 
 def count_sources(by_component: Sequence[Failures]) -> Sources:
     """Return the training images that the failures of each component come from."""
-    support, wrong = np.zeros(len(by_component), np.int64), np.full(len(by_component), np.nan)
+    support, wrong = np.zeros(len(by_component), np.int64), np.zeros(len(by_component))
     tables = list[F64]()
     for row, failures in enumerate(by_component):
         images, first = np.unique(failures.source, return_index=True)
         support[row] = len(images)
-        of_image: F64 = np.full(len(images), np.nan)
-        if failures.source_wrong is not None:
-            of_image = failures.source_wrong[first].astype(np.float64)
-            wrong[row] = of_image.sum()
+        of_image: F64 = failures.source_wrong[first].astype(np.float64)
+        wrong[row] = of_image.sum()
         if failures.source_track is not None:
             table = [failures.source_track[first], np.ones(len(images)), of_image]
             tables.append(_merged([np.stack(table, axis=1)]))
@@ -96,20 +92,18 @@ def _merged(tables: Sequence[F64]) -> F64:
 
 
 def certain_error(support: I64, error: F64) -> F64:
-    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 where not known."""
+    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 without any."""
     wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
     return wilson_lower(wrong, support)
 
 
 def certain_error_of_tracks(tracks: I64, wrong: F64) -> F64:
     """Return the same for the error on tracks, (k,); they may be one or two, so that the bound is exact."""
-    return exact_lower(np.nan_to_num(wrong).astype(np.int64), tracks)
+    return exact_lower(wrong.astype(np.int64), tracks)
 
 
 def certain_error_of(scenarios: Scenarios) -> F64:
-    """Return `Sources.certain_error` of the components that were kept, (S,); 0 where not known."""
+    """Return `Sources.certain_error` of the components that were kept, (S,)."""
     if scenarios.source_tracks is not None and scenarios.wrong_tracks is not None:
         return certain_error_of_tracks(scenarios.source_tracks, scenarios.wrong_tracks)
-    if scenarios.source_error is None or scenarios.support is None:
-        return np.zeros(len(scenarios))
     return certain_error(scenarios.support, scenarios.source_error)

@@ -14,7 +14,7 @@ from defuse_core.data import Images
 from defuse_core.intervals import SIGNIFICANT, binomial_tail, significantly_over
 
 
-def units_of(anchors: Anchors | None, anchor: I64 | None, train: Images, count: int) -> I64:
+def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:
     """Return a number for each of `count` pictures, (count,); those with the same one are no independent evidence.
 
     It is that of the track that a picture is anchored at, of the image where images have no tracks, and its own with
@@ -22,7 +22,7 @@ def units_of(anchors: Anchors | None, anchor: I64 | None, train: Images, count: 
     """
     if anchors is None or anchor is None:
         return np.arange(count)
-    return tracks_of(train)[anchors.source[anchor.reshape(-1)]]
+    return anchors.unit[anchor.reshape(-1)]
 
 
 def tracks_of(images: Images) -> I64:

@@ -160,11 +160,8 @@ def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> t
 def shares_of_mixture(scenarios: Scenarios, codes: F32) -> F64:
     """Return the probability that (n, Z) codes belong to each component of `scenarios`, (n, S).
 
-    Components that were dropped have their share, too, so that a row may sum to less than 1; not in a run of an earlier
-    version, which holds none of them.
+    Components that were dropped have their share, too, so that a row may sum to less than 1.
     """
-    if scenarios.all_means is None or scenarios.all_covariances is None:
-        return responsibilities(codes, scenarios.weights, scenarios.means, scenarios.covariances)
     found = responsibilities(
         codes,
         np.concatenate([scenarios.weights, scenarios.all_weights]),

@@ -11,7 +11,7 @@ J = 3 numbers of a share (share, low, high).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import krippendorff
@@ -87,18 +87,15 @@ class Evidence:
     purity: F64  # (J,) share of held-out images of accepted scenarios that show its label; a tie shows none
     own_label: F64  # (B, J) accuracy on held-out images by the judges' own label of each
     one_label: F64  # (B, J) accuracy on the same images by the scenario's label (the paper's figure)
-    # (3, J) before, defuse, plain: own-label accuracy on scenarios left out of the tuning (two folds); without plain in
-    # runs of earlier versions
+    # (3, J) before, defuse, plain: own-label accuracy on scenarios left out of the tuning (two folds)
     left_out: F64
-    # (2, 3, J) factor of τ x (before, defuse, plain): own-label accuracy on wider draws; likewise
-    wider: F64
+    wider: F64  # (2, 3, J) factor of τ x (before, defuse, plain): own-label accuracy on wider draws
     real_failures: F64  # (B, J) accuracy on failing draws around test images that judges still recognise
     real_failure_images: int
     scenario_purity: F64  # (A,) share of held-out images that show the label
     scenario_own_label: F64  # (A, B) own-label accuracy
     scenario_left_out: F64  # (A,) own-label accuracy of a classifier that was not tuned on the scenario
-    # (A,) whether the correction is better than each plain training, significantly, by own labels; in runs of earlier
-    # versions, whose pairs have no P, than one of them or than before
+    # (A,) whether the correction is better than each plain training, significantly, by own labels
     confirmed: Bool
     # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
     names: tuple[str, ...]
@@ -107,26 +104,19 @@ class Evidence:
     # (2, 3) the first plain training, defuse against before on the test set: gained, lost, p-value
     mcnemar: F64
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
-    # (J,) of the real failures, the share that identify.screen keeps; nan without it and in runs of earlier versions
-    screen_recall: F64 = field(default_factory=lambda: np.full(3, np.nan))
-    # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right; in earlier
-    # versions (A, 3), of one plain training, or None
-    pairs: I64 | None = None
-    # (P, 3) likewise, of the real failures; in earlier versions (3,) or None
-    real_failure_pairs: I64 | None = None
-    # the next four are None in runs of earlier versions
-    worse: Bool | None = None  # (A,) whether the correction is worse than each plain training, likewise
-    plain_each: F64 | None = None  # (4, P) IN_EACH x share after each plain training
-    scenario_plain: F64 | None = None  # (P, A) own-label accuracy after each plain training
+    screen_recall: F64  # (J,) of the real failures, the share that identify.screen keeps; nan without it
+    pairs: I64  # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right
+    real_failure_pairs: I64  # (P, 3) likewise, of the real failures
+    worse: Bool  # (A,) whether the correction is worse than each plain training, likewise
+    plain_each: F64  # (4, P) IN_EACH x share after each plain training
+    scenario_plain: F64  # (P, A) own-label accuracy after each plain training
     # (A, 3) as in `pairs`, with the classifier before in the place of a plain training
-    pairs_with_before: I64 | None = None
+    pairs_with_before: I64
 
     @property
-    def units(self) -> I64 | None:
-        """Photographs or tracks that the judged held-out images of each scenario show, (A,); None where not counted."""
-        if self.pairs is None:
-            return None
-        units: I64 = (self.pairs[0] if self.pairs.ndim == 3 else self.pairs)[:, 0]
+    def units(self) -> I64:
+        """Photographs or tracks that the judged held-out images of each scenario show, (A,)."""
+        units: I64 = self.pairs[0, :, 0]
         return units
 
 
@@ -157,8 +147,7 @@ class _Evidence:
         held_out = held_out_images(self.vae, found.fixes)
         self.held_out = held_out.batch()  # (A·n, channels, H, W)
         self.own = self.labels(self.held_out)  # (A·n,)
-        # (A·n,)
-        self.units = units_of(found.fixes.anchors, found.fixes.test_anchor, splits.train, len(self.own))
+        self.units = units_of(found.fixes.anchors, found.fixes.test_anchor, len(self.own))  # (A·n,)
 
     def _chosen(self, sweep: Sweep) -> nn.Module | None:
         """Return the classifier that a sweep chose; None where it chose none."""
@@ -270,7 +259,7 @@ class _Evidence:
             codes, anchors = stacked(draws, WIDER_IMAGES, scenarios.means.shape[1])
             images = decoder.decode(codes, anchors)
             labels = self.labels(images)
-            units = units_of(anchors_of(scenarios), anchors, self.splits.train, len(images))
+            units = units_of(anchors_of(scenarios), anchors, len(images))
             right, _ = _right(self._all_answers(images), labels)
             table[row] = [_share(right[place], WIDER_IMAGES, units) for place in (BEFORE, DEFUSE, PLAIN)]
         return table

@@ -201,7 +201,7 @@ def pictures_judged(health: Health) -> str:
 def expect_healthy(spec: RunFile, models: Models) -> None:
     """Raise VaeHealthError where the verdict on its β-VAE is worse than vae.accept."""
     health = models.health
-    if health is None or VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
+    if VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
         return
     raise VaeHealthError(
         f"the β-VAE is {health.verdict}: {judge_gets(health)} {health.originals_right:.1%} of the training images "

@@ -40,9 +40,8 @@ class NearestReal:
     error_of_all: float  # on all real images
     # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR, among all scenarios
     seen: Bool
-    testable: Bool | None = None  # (A,) False where the label has too few errors, or images, for `seen`
-    # (A,) on all real images of the label, or on all of their tracks; None in a run of an earlier version
-    error_of_label: F64 | None = None
+    testable: Bool  # (A,) False where the label has too few errors, or images, for `seen`
+    error_of_label: F64  # (A,) on all real images of the label, or on all of their tracks
 
 
 def find_nearest_real(

@@ -50,7 +50,7 @@ from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
 from defuse_core.tuning_data import held_out_images
 
-VERSION: Final = 2  # 1 had no classifier, and asked where the correction improved nothing
+VERSION: Final = 3  # of suite.json; grows with every change of the suite
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
 SHEET = 8  # pictures per row and column of an overview
 
@@ -95,7 +95,7 @@ class SuiteDescription(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1, 2]
+    version: Literal[3]
     run: PrintableText
     """The run that it was saved from."""
     annotators: PrintableText
@@ -107,8 +107,7 @@ class SuiteDescription(BaseModel):
     channels: int
     vae: dict[str, Any]
     """Section `vae` of the run file: the architecture of the decoder."""
-    classifier: SuiteClassifier | None = None
-    """None in a suite of version 1."""
+    classifier: SuiteClassifier
     scenarios: tuple[SuiteScenario, ...]
 
 
@@ -120,10 +119,9 @@ class SuitePictures:
     labels: I64  # (A,)
     codes: F32  # (A, n, Z) that the pictures were decoded from
     vae: Weights
+    numbers: I64  # (A,) SuiteScenario.number
     anchors: Anchors | None = None  # images that the codes are decoded at, with vae.decode: anchored
     anchor: I64 | None = None  # (A, n) index into anchors
-    # (A,) SuiteScenario.number; None in earlier suites, whose scenarios are in its order.
-    numbers: I64 | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ class Suite:
     def other_inputs(self, section: dict[str, Any]) -> list[str]:
         """Return a line for each field in which a section `classifier` differs from that of the suite's run."""
         asked, given = self.description.classifier, self._run_file(section).classifier
-        if asked is None or given.architecture not in EXTERNAL:
+        if given.architecture not in EXTERNAL:
             return []
         pairs = [(name, getattr(asked, name), getattr(given, name)) for name in SuiteClassifier.model_fields]
         run = self.description.run
@@ -255,15 +253,13 @@ def load_suite(folder: Path) -> Suite:
         place = ".".join(map(str, first["loc"]))
         if place == "version" and first["type"] == "literal_error":
             raise InputError(
-                f"{folder / DESCRIPTION}: version: expected 1 or {VERSION}, found {first['input']}; use the Defuse "
+                f"{folder / DESCRIPTION}: version: expected {VERSION}, found {first['input']}; use the Defuse "
                 "that saved it, or save the suite again with this one"
             ) from error
         raise InputError(f"{folder / DESCRIPTION}: {place}: {first['msg']}; undo the edit") from error
     except StoreError as error:
         raise InputError(str(error)) from error
     scenarios = _in_order_of(pictures, description, folder)
-    if description.version == 1:
-        scenarios = [_from_version_1(scenario) for scenario in scenarios]
     return Suite(description.model_copy(update={"scenarios": tuple(scenarios)}), pictures)
 
 
@@ -272,18 +268,17 @@ def _in_order_of(pictures: SuitePictures, description: SuiteDescription, folder:
 
     Raises InputError where they are not those of the pictures.
     """
-    found = sorted(description.scenarios, key=lambda scenario: scenario.number)
-    if len(found) != len(pictures.labels):
-        counts = f"{len(found)} scenarios, {TENSORS} has {len(pictures.labels)}"
+    by_number = {scenario.number: scenario for scenario in description.scenarios}
+    if len(description.scenarios) != len(pictures.labels):
+        counts = f"{len(description.scenarios)} scenarios, {TENSORS} has {len(pictures.labels)}"
         raise InputError(f"{folder}: {DESCRIPTION} has {counts}; save the suite again")
-    if pictures.numbers is not None:
-        by_number = {scenario.number: scenario for scenario in found}
-        if sorted(by_number) != sorted(pictures.numbers.tolist()):
-            raise InputError(
-                f"{folder / DESCRIPTION}: scenarios: expected the numbers {_text(tuple(pictures.numbers.tolist()))}, "
-                f"found {_text(tuple(scenario.number for scenario in found))}; undo the edit"
-            )
-        found = [by_number[number] for number in pictures.numbers.tolist()]
+    numbers = pictures.numbers.tolist()
+    if sorted(by_number) != sorted(numbers):
+        raise InputError(
+            f"{folder / DESCRIPTION}: scenarios: expected the numbers {_text(tuple(numbers))}, found "
+            f"{_text(tuple(sorted(scenario.number for scenario in description.scenarios)))}; undo the edit"
+        )
+    found = [by_number[number] for number in numbers]
     _, count, channels, size, _ = pictures.pixels.shape
     if (description.image_size, description.channels) != (size, channels):
         raise InputError(
@@ -298,13 +293,6 @@ def _in_order_of(pictures: SuitePictures, description: SuiteDescription, folder:
                 f"pictures, as in {TENSORS}, found {scenario.label} and {scenario.pictures}; undo the edit"
             )
     return found
-
-
-def _from_version_1(scenario: SuiteScenario) -> SuiteScenario:
-    """Return a scenario of version 1, in which nothing is asked where the uncorrected classifier passed."""
-    is_unedited = scenario.least == scenario.after
-    unasked = is_unedited and scenario.after <= scenario.before
-    return scenario.model_copy(update={"least": 0.0}) if unasked else scenario
 
 
 def least_accuracy(limit: float, before: float, after: float, pictures: int) -> float:
@@ -336,7 +324,7 @@ def _suite_of(run: Run) -> Suite:
     floats = images.batch().reshape(len(fixes.labels), -1, *images.pixels.shape[1:])
     pixels = to_levels(floats)
     pictures = SuitePictures(
-        pixels, fixes.labels, fixes.test, models.vae, fixes.anchors, fixes.test_anchor, fixes.scenario
+        pixels, fixes.labels, fixes.test, models.vae, fixes.scenario, fixes.anchors, fixes.test_anchor
     )
     before, after = (_accuracies(classifier, pictures) for classifier in found.classifiers())
     errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)

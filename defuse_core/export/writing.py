@@ -16,7 +16,7 @@ from defuse_core.errors import InputError
 UNFINISHED = ".unfinished"  # end of the name of what is being written
 OWN_FILES = (  # whose folder Defuse reads again: what it is, and files that it has
     ("run", ("run.yaml", "settings.json")),
-    ("run", ("run.yaml", "manifest.json")),  # begun before settings.json existed
+    ("run", ("run.yaml", "manifest.json")),  # whose settings.json was damaged and deleted
     ("suite", ("suite.json", "suite.safetensors")),
     ("registry", ("changes/000001.json",)),
 )

@@ -70,7 +70,6 @@ def build_report(
 ) -> Report:
     """Return all figures of the run. Writes nothing and runs no model."""
     models, psi, verdicts = found.models, found.psi, found.verdicts
-    health = models.health
     return Report(
         version=VERSION,
         run=_run_figures(run.name, run.spec, found),
@@ -87,7 +86,7 @@ def build_report(
             reconstruction_flips=models.reconstruction_flips,
             kl_per_dimension=tuple(models.kl_per_dimension.tolist()),
             collapsed=int((models.kl_per_dimension < COLLAPSED_BELOW).sum()),
-            health=None if health is None else HealthFigures.model_validate(health, from_attributes=True),
+            health=HealthFigures.model_validate(models.health, from_attributes=True),
         ),
         mixture=Mixture(
             converged=found.scenarios.converged,
@@ -108,7 +107,6 @@ def build_report(
 
 
 def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
-    known = psi.failing > 0 or psi.total == 0  # earlier versions did not count the failing draws
     draws_alone = spec.identify.originals == "none"
     return PsiFigures(
         codes=psi.total,
@@ -116,7 +114,7 @@ def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
         decodings=psi.decodings,
         images_with_any=_ratio(psi.images_with_any, psi.images),
         zero_noise_flip_rate=_ratio(psi.zero_noise_flips, psi.images),
-        failing_draws=psi.failing if known else None,
+        failing_draws=psi.failing,
         kept_share=_ratio(psi.total, psi.failing) if draws_alone else None,
         screened=spec.identify.screen == "reference-models",
     )
@@ -164,8 +162,7 @@ def _scenarios(
         purity=_mean(found.verdicts.purity[accepted]),
         own_labels=_own_labels(found, evaluation, tuned_on=spec.vae.decode == "anchored"),
         list=rows,
-        expected_false_share=found.verdicts.false_share
-        or None,  # 0: none accepted by the vote, or an earlier version
+        expected_false_share=found.verdicts.false_share or None,  # 0: none accepted by the vote
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
         unreviewed_images=0 if found.fixes.unreviewed is None else len(found.fixes.unreviewed),
         false_by_judges=None if evidence is None else _false_by_judges(evidence, spec.review.rho),
@@ -213,8 +210,8 @@ def _scenario(
     return Scenario(
         number=number,
         weight=float(scenarios.weights[number]),
-        source_images=None if scenarios.support is None else int(scenarios.support[number]),
-        source_error=None if scenarios.source_error is None else defined(scenarios.source_error[number]),
+        source_images=int(scenarios.support[number]),
+        source_error=float(scenarios.source_error[number]),
         source_tracks=None if scenarios.source_tracks is None else int(scenarios.source_tracks[number]),
         seen_in_training_images=bool(seen_in_training_images(scenarios)[number]),
         accepted=column is not None,

@@ -51,9 +51,8 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
         left_out_known_confusion=_left_out(evidence, known),
         left_out_new_confusion=_left_out(evidence, ~known),
         wider=tuple(
-            # before, defuse, plain; without plain in an earlier version
             WiderDraws(
-                factor=factor, **dict(zip(("before", "defuse", "plain"), map(share_of, row), strict=False))
+                factor=factor, **dict(zip(("before", "defuse", "plain"), map(share_of, row), strict=True))
             )
             for factor, row in zip(WIDER, evidence.wider, strict=True)
         ),
@@ -68,16 +67,14 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
 
 
 def _left_out_shares(evidence: Evidence) -> LeftOutShares:
-    before, defuse, *plain = evidence.left_out
-    if not plain and np.isfinite(defuse[0]):
-        plain = [evidence.own_label[PLAIN]]  # an earlier version measured it on all scenarios alone
-    shares = {"plain": share_of(plain[0])} if plain else {}
-    each = _plain_each(evidence, "left_out")
-    return LeftOutShares(before=share_of(before), defuse=share_of(defuse), plain_each=each, **shares)
+    before, defuse, plain = map(share_of, evidence.left_out)
+    return LeftOutShares(
+        before=before, defuse=defuse, plain=plain, plain_each=_plain_each(evidence, "left_out")
+    )
 
 
 def _plain_each(evidence: Evidence, figure: str) -> tuple[float | None, ...]:
-    return () if evidence.plain_each is None else _values(evidence.plain_each[IN_EACH.index(figure)])
+    return _values(evidence.plain_each[IN_EACH.index(figure)])
 
 
 def _real_failures(evidence: Evidence) -> FourShares:
@@ -87,22 +84,19 @@ def _real_failures(evidence: Evidence) -> FourShares:
 
 
 def _against_plain(found: Findings, evidence: Evidence) -> AgainstPlain:
-    real = evidence.real_failure_pairs
     if found.sweep.chosen is None or not np.isfinite(evidence.own_label[PLAIN, 0]):
         return AgainstPlain(scenarios=None, left_out=None, real_failures=None)
     return AgainstPlain(
         scenarios=_scenario_pairs(evidence, evidence.scenario_own_label[:, DEFUSE]),
         left_out=_scenario_pairs(evidence, evidence.scenario_left_out),
-        real_failures=None if real is None else _pairs(np.atleast_2d(real)),
+        real_failures=_pairs(evidence.real_failure_pairs),
     )
 
 
 def _scenario_pairs(evidence: Evidence, right: F64) -> Pairs | None:
     """Return how many scenarios of (A,) accuracies, nan left out, are more and less often right than after plain."""
-    plain = evidence.scenario_plain
-    if plain is None:  # an earlier version, which had one plain training
-        plain = evidence.scenario_own_label[:, PLAIN][None]
-    return _pairs(np.stack([pairs_of(right, row, np.arange(len(right))) for row in plain]))
+    rows = [pairs_of(right, plain, np.arange(len(right))) for plain in evidence.scenario_plain]
+    return _pairs(np.stack(rows))
 
 
 def _pairs(pairs: I64) -> Pairs | None:
@@ -138,11 +132,9 @@ def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
 
 def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> ScenarioEvidence:
     """Return the figures of the accepted scenario at place `column` of the accepted ones."""
-    support = found.scenarios.support
-    number, real, testable = int(found.fixes.scenario[column]), evidence.real, evidence.real.testable
+    number, real = int(found.fixes.scenario[column]), evidence.real
     units, confirmed, worse = None, None, None
-    # in an earlier version `confirmed` had another meaning
-    if found.sweep.chosen is not None and evidence.units is not None and evidence.worse is not None:
+    if found.sweep.chosen is not None:
         units = int(evidence.units[column])
         if is_testable(np.array(units)):
             confirmed, worse = bool(evidence.confirmed[column]), bool(evidence.worse[column])
@@ -157,14 +149,14 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         left_out=defined(evidence.scenario_left_out[column]),
         confirmed=confirmed,
         worse=worse,
-        plain_each=() if evidence.scenario_plain is None else _values(evidence.scenario_plain[:, column]),
+        plain_each=_values(evidence.scenario_plain[:, column]),
         independent_images=units,
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
-        support=None if support is None else int(support[number]),
+        support=int(found.scenarios.support[number]),
         real_error=defined(real.error[column]),
-        real_error_of_class=None if real.error_of_label is None else defined(real.error_of_label[column]),
+        real_error_of_class=defined(real.error_of_label[column]),
         real_error_of_all=defined(real.error_of_all),
-        seen_in_real_data=None if testable is not None and not testable[column] else bool(real.seen[column]),
+        seen_in_real_data=bool(real.seen[column]) if real.testable[column] else None,
     )
 
 

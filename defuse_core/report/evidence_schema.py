@@ -25,8 +25,8 @@ class FourShares(FigureModel):
     plain: Share
     """Further training without the scenarios: λ = 0, for as many epochs. The mean of several, see `plain_each`."""
     defuse: Share
-    plain_each: tuple[float | None, ...] = ()
-    """After each plain training; they differ in their random numbers alone. Empty for a run of an earlier version."""
+    plain_each: tuple[float | None, ...]
+    """After each plain training; they differ in their random numbers alone."""
 
 
 class BeforeAfter(FigureModel):
@@ -37,14 +37,14 @@ class BeforeAfter(FigureModel):
 class WiderDraws(BeforeAfter):
     factor: float
     """On τ."""
-    plain: Share = Share(value=None, low=None, high=None)
-    """Plain further training, the mean; null three times for a run of an earlier version."""
+    plain: Share
+    """Plain further training, the mean."""
 
 
 class LeftOutShares(BeforeAfter):
-    plain: Share = Share(value=None, low=None, high=None)
+    plain: Share
     """Plain further training, which is not tuned on them either, on the same pictures; the mean."""
-    plain_each: tuple[float | None, ...] = ()
+    plain_each: tuple[float | None, ...]
     """As of FourShares."""
 
 
@@ -79,7 +79,7 @@ class Pairs(FigureModel):
     """Pairs in which plain further training is. All others are equal."""
     p_value: float
     """Of the exact sign test, two-sided."""
-    worse_than_each: bool = False
+    worse_than_each: bool
     """Whether the correction is significantly more often worse than each plain training; the other numbers are of the
     one that is least favourable to it."""
 
@@ -105,7 +105,7 @@ class AgainstPlain(FigureModel):
     left_out: Pairs | None
     """The same for corrections that were not tuned on the scenario."""
     real_failures: Pairs | None
-    """A pair is a real failure, or a track of them. Null for a run of an earlier version."""
+    """A pair is a real failure, or a track of them."""
 
 
 class EvidenceFigures(FigureModel):
@@ -121,9 +121,9 @@ class EvidenceFigures(FigureModel):
     """Accuracy on the same images by the scenario's label, the paper's figure."""
     left_out: LeftOutShares
     """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
-    left_out_known_confusion: LeftOutScenarios = LeftOutScenarios(count=0)
+    left_out_known_confusion: LeftOutScenarios
     """Of these, the scenarios whose label and most common wrong answer are those of one that was tuned on."""
-    left_out_new_confusion: LeftOutScenarios = LeftOutScenarios(count=0)
+    left_out_new_confusion: LeftOutScenarios
     """The other ones."""
     wider: tuple[WiderDraws, ...]
     """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
@@ -131,10 +131,10 @@ class EvidenceFigures(FigureModel):
     """Accuracy on failing draws around test images in which the judges still see the image's class. The classifier
     before is wrong on them by definition, so that its 0 has no interval."""
     real_failure_images: int
-    screen_recall: Share = Share(value=None, low=None, high=None)
+    screen_recall: Share
     """Of these failing draws, the share in which the reference models see the class, too: those that identify.screen
-    would keep. Null three times without a screen, and for a run of an earlier version."""
-    against_plain: AgainstPlain = AgainstPlain(scenarios=None, left_out=None, real_failures=None)
+    would keep. Null three times without a screen."""
+    against_plain: AgainstPlain
     mcnemar_plain: McNemar | None
     """Of the first plain training."""
     mcnemar_defuse: McNemar | None
@@ -158,23 +158,23 @@ class ScenarioEvidence(FigureModel):
     confirmed: bool | None
     """Whether the correction is right significantly more often than each plain training, by own label (sign tests over
     `independent_images`, one-sided, at a false discovery rate of 5 % over the scenarios). Null where nothing was
-    corrected, where there are too few of these to tell, and for a run of an earlier version."""
-    worse: bool | None = None
+    corrected, and where there are too few of these to tell."""
+    worse: bool | None
     """Whether each plain training is right significantly more often than the correction, likewise."""
-    plain_each: tuple[float | None, ...] = ()
+    plain_each: tuple[float | None, ...]
     """As of FourShares."""
-    independent_images: int | None = None
+    independent_images: int | None
     """Held-out images, of which those that are anchored at one image, or at images of one track, count once. Null where
-    nothing was corrected, and for a run of an earlier version."""
+    nothing was corrected."""
     at_fault: Literal["classifier", "β-VAE", "unclear"]
     """The β-VAE where most held-out images do not show the label."""
-    support: int | None
+    support: int
     """Training images that its codes come from."""
     real_error: float | None
     """Error of the classifier before on the 50 real images nearest to it; on a quarter of its class's below 200.
     Images of one track count once, as wrong if most of them are."""
-    real_error_of_class: float | None = None
-    """Its error on all real images of the same class, likewise; null for a run of an earlier version."""
+    real_error_of_class: float | None
+    """Its error on all real images of the same class, likewise."""
     real_error_of_all: float | None
     """Its error on all real images."""
     seen_in_real_data: bool | None

@@ -199,9 +199,9 @@ def _mean_of(own: FourShares) -> str:
 
 
 def unfit_vae(report: Report) -> str | None:
-    """Return what a poor or blind β-VAE means for the result, or None where it is fit or was not measured."""
+    """Return what a poor or blind β-VAE means for the result, or None where it is fit."""
     health = report.vae.health
-    if health is None or health.verdict == "fit":
+    if health.verdict == "fit":
         return None
     collapsed, dimensions = report.vae.collapsed, len(report.vae.kl_per_dimension)
     if 2 * collapsed >= dimensions:

@@ -10,7 +10,7 @@ from defuse_core.errors import InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, ScenarioEvidence
 from defuse_core.watch.figures import FigureModel, WatchFigures
 
-VERSION: Final = 5  # of report.json; grows when a field is renamed or removed, or gets another meaning
+VERSION: Final = 6  # of report.json; grows when a field is renamed or removed, or gets another meaning
 
 
 class Accuracy(FigureModel):
@@ -37,13 +37,13 @@ class Scenario(FigureModel):
     number: int
     """Index among the kept components, from 0, as in every artefact."""
     weight: float
-    source_images: int | None = None
-    """Training images that its codes come from; null for a run of an earlier version."""
-    source_error: float | None = None
-    """Share of these that the classifier before gets wrong in the image itself; likewise."""
-    source_tracks: int | None = None
-    """Tracks that these images are of; null where images have no tracks, and likewise."""
-    seen_in_training_images: bool = False
+    source_images: int
+    """Training images that its codes come from."""
+    source_error: float
+    """Share of these that the classifier before gets wrong in the image itself."""
+    source_tracks: int | None
+    """Tracks that these images are of; null where images have no tracks."""
+    seen_in_training_images: bool
     """Whether source_error is certainly over 20 % (lower 95 % bound), so that real images show the failures. Images of
     one track count once, as wrong if most of them are. It is of the images that the scenario's codes come from, and
     evidence.seen_in_real_data of the real images nearest to it: either can be true alone. The column Seen of the
@@ -67,7 +67,7 @@ class Scenario(FigureModel):
     """Accuracy on its held-out images; null where rejected."""
     evidence: ScenarioEvidence | None
     """Null where rejected, and without judges."""
-    tuning_agreement: float | None = None
+    tuning_agreement: float | None
     """Share of its first draws to tune on in which the reference models see its label. Null where rejected, and without
     correct.filter, which leaves out the other draws."""
 
@@ -78,7 +78,7 @@ class OwnLabels(FigureModel):
     before: float | None
     defuse: float | None
     images: int
-    tuned_on: bool = False
+    tuned_on: bool
     """Whether vae.decode is anchored: then the correction is tuned on the photographs that these images show."""
 
 
@@ -89,17 +89,17 @@ class ScenarioSummary(FigureModel):
     """Mean over the accepted."""
     own_labels: OwnLabels
     list: tuple[Scenario, ...]
-    expected_false_share: float | None = None
+    expected_false_share: float | None
     """Expected share of false ones among those that the vote accepts: with what probability, under a uniform prior, the
     classifier gets at most review.rho of a scenario wrong, mean over them. Null without any."""
-    tuning_agreement: float | None = None
+    tuning_agreement: float | None
     """Mean over the accepted."""
-    unreviewed_images: int = 0
+    unreviewed_images: int
     """Codes of Ψ that nobody reviewed and that are tuned on beside the scenarios (correct.unreviewed)."""
-    false_by_judges: int | None = None
+    false_by_judges: int | None
     """Accepted scenarios on whose held-out images, by the judges' labels, the classifier before is wrong on at most
     review.rho. Null without judges."""
-    undecided: str | None = None
+    undecided: str | None
     """Why the run could not tell whether the classifier has failure scenarios, and what to do. Null where it could, and
     with accepted ones."""
 
@@ -146,11 +146,11 @@ class PsiFigures(FigureModel):
     """Share of the images with at least one failing draw."""
     zero_noise_flip_rate: float | None
     """Share of the images that the classifier gets wrong when their own code is decoded, without noise."""
-    failing_draws: int | None = None
-    """Draws that the classifier gets wrong, before any is left out; null for a run of an earlier version."""
-    kept_share: float | None = None
+    failing_draws: int
+    """Draws that the classifier gets wrong, before any is left out."""
+    kept_share: float | None
     """Share of these in Ψ, after identify.screen and identify.max_per_image. Null where Ψ holds originals as well."""
-    screened: bool = False
+    screened: bool
     """Whether identify.screen left out draws in which the reference models do not see the class of the image."""
 
 
@@ -164,9 +164,9 @@ class HealthFigures(FigureModel):
     """Share whose plain reconstruction it gets right."""
     kept_right: float
     """Among images that it gets right: share whose reconstruction it gets right too."""
-    anchored: bool = False
+    anchored: bool
     """Whether vae.decode is anchored: then reconstructions here are the images as the noise moves them."""
-    judged_by: str = "classifier"
+    judged_by: str
     """Whose answers these are: the classifier's or, with vae.decode: anchored, the reference models'."""
 
 
@@ -179,8 +179,7 @@ class VaeFigures(FigureModel):
     """Nats."""
     collapsed: int
     """Dimensions with less than 0.1 nats."""
-    health: HealthFigures | None
-    """Null for a run of an earlier version."""
+    health: HealthFigures
 
 
 class Mixture(FigureModel):
@@ -188,7 +187,7 @@ class Mixture(FigureModel):
     iterations: int
     codes_used: int
     lower_bound: float | None
-    last_change: float | None = None
+    last_change: float | None
     """Nats by which the lower bound changed in the last iteration; the largest over the cells. The fit has converged
     below distill.tolerance."""
     weights: tuple[float, ...]
@@ -269,7 +268,7 @@ class Provenance(FigureModel):
 class Report(FigureModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
-    version: Literal[5]
+    version: Literal[6]
     run: RunFigures
     annotators: str
     """"reference models" or "people"."""
@@ -287,8 +286,8 @@ class Report(FigureModel):
     """Decisions of people that replace the verdict of the vote."""
     evidence: EvidenceFigures | None
     """Null without judges (judges.count 0)."""
-    watch: WatchFigures | None = None
-    """How well the corrected classifier's failing inputs are found. Null for a run of an earlier version."""
+    watch: WatchFigures | None
+    """How well the corrected classifier's failing inputs are found. Null without failurewatch.safetensors."""
     per_class: tuple[ClassAccuracy, ...]
     """On the test images; empty where there are none."""
     failed_trials: tuple[SweepFailure, ...]

@@ -29,10 +29,7 @@ def outcomes(predicted: I64, labels: I64) -> I64:
 
 
 def count_units(gallery: Gallery, labels: I64, more: MoreImages | None, rho: float) -> Units | None:
-    """Return the units of the images with `labels` (S, R), and of `more`; None where images are decoded plainly.
-
-    The images of `more` count where it knows their units, which it does not in runs of earlier versions.
-    """
+    """Return the units of the images with `labels` (S, R), and of `more`; None where images are decoded plainly."""
     if gallery.unit is None:
         return None
     unit, outcome = gallery.unit, outcomes(gallery.predicted, labels)

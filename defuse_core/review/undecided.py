@@ -20,7 +20,7 @@ def why_undecided(
     gallery: Gallery,
     verdicts: Verdicts,
     *,
-    health: Health | None,
+    health: Health,
     psi: Psi | None,
     scenarios: Scenarios | None,
 ) -> str | None:
@@ -48,9 +48,9 @@ def why_undecided(
     return _too_few_units(spec.review, gallery, verdicts, open_ones)
 
 
-def _fault_of_vae_or_screen(health: Health | None, psi: Psi | None) -> str | None:
+def _fault_of_vae_or_screen(health: Health, psi: Psi | None) -> str | None:
     """Return why the β-VAE shows no failures, or why the screen kept none of them."""
-    if health is not None and health.verdict != "fit":
+    if health.verdict != "fit":
         why = (
             f"{health.collapsed} of {health.dimensions} latent dimensions are collapsed), so its pictures show few of "
             "the failures; lower vae.beta or vae.latent_dim"
@@ -87,7 +87,7 @@ def _too_few_units(
 ) -> str | None:
     """Return how many components are misclassified in over rho, but in too few pictures to be certain."""
     max_false = false_discovery_rate(review)
-    if max_false is None or verdicts.labelled is None:
+    if max_false is None:
         return None
     needed = fewest_units(review.rho, max_false)
     total, over, noun = _units(review.rho, gallery, verdicts)
@@ -104,7 +104,6 @@ def _too_few_units(
 
 def _units(rho: float, gallery: Gallery, verdicts: Verdicts) -> tuple[I64, Bool, str]:
     """Return how many units each component shows, (S,), whether over rho of them fail, (S,), and what one is."""
-    assert verdicts.labelled is not None
     if verdicts.units is None or verdicts.failing_units is None:
         return verdicts.labelled, verdicts.misclassified > rho, "image"
     noun = "photograph" if gallery.track is None else "track"
@@ -112,14 +111,13 @@ def _units(rho: float, gallery: Gallery, verdicts: Verdicts) -> tuple[I64, Bool,
 
 
 def _all_dropped(review: ReviewSection, scenarios: Scenarios, codes: int) -> str | None:
-    """Return why no component was left to review; None where that says that the classifier does not fail, or where an
-    earlier version, which did not tell why, dropped them.
+    """Return why no component was left to review; None where that says that the classifier does not fail.
 
     It does not where components are small, since few codes are no scenario, and where it is right on most of the other
     ones: those hold more codes than the ones whose draws could not be judged.
     """
     dropped = scenarios.dropped
-    if not codes or any(one.right is None or one.small is None for one in dropped):
+    if not codes:
         return None
     unclear = [one for one in dropped if not (one.small or one.right)]
     right = sum(one.weight for one in dropped if one.right)

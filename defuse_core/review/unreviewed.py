@@ -70,7 +70,7 @@ def allowed(codes: Failures, scenarios: Scenarios, verdicts: Verdicts) -> Bool:
     found = ~np.isin(codes.unit, _held_out_units(scenarios, verdicts.accepted))
     for component, label in enumerate(verdicts.labels.tolist()):
         found &= (codes.truth == label) | ~in_region(scenarios, component, codes.codes)
-    cells = np.zeros((0, 2), np.int64) if scenarios.cells is None else scenarios.cells
+    cells = scenarios.cells
     for source, answer in np.unique(cells, axis=0):
         if source not in verdicts.labels[(cells == (source, answer)).all(axis=1)]:
             found &= (codes.truth != source) | (codes.predicted != answer)
@@ -79,10 +79,9 @@ def allowed(codes: Failures, scenarios: Scenarios, verdicts: Verdicts) -> Bool:
 
 def _held_out_units(scenarios: Scenarios, accepted: I64) -> I64:
     """Return the Anchors.unit of the images that held-out draws of some components may be anchored at."""
-    if scenarios.failures is None or scenarios.failures.anchors.held_out is None:
+    if scenarios.failures is None:
         return np.zeros(0, np.int64)
     anchors = scenarios.failures.take(accepted).anchors
-    assert anchors.held_out is not None
     units: I64 = np.unique(anchors.unit[anchors.held_out])
     return units
 

@@ -22,7 +22,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection
 from defuse_core.errors import DamagedError, InputError, first_few
-from defuse_core.intervals import probability_not_over, significantly_over, wilson, wilson_lower
+from defuse_core.intervals import probability_not_over, significantly_over, wilson
 from defuse_core.review.decision import Shares, count_units, decide
 from defuse_core.runs import FROM_VERDICTS, Run, utc_now
 from defuse_core.store import Store
@@ -185,7 +185,6 @@ def decide_verdicts(
         reasons=tuple(reasons),
         overrides=tuple(overrides),
         labelled=total,
-        lower=wilson_lower(*tested),
         false_share=float(false.mean()) if len(false) else 0.0,
         units=None if units is None else units.total,
         failing_units=None if units is None else units.failing,
@@ -194,7 +193,7 @@ def decide_verdicts(
 
 def doubtful(verdicts: Verdicts, rho: float) -> Bool:
     """Return which components are rejected although their true share may be more than rho, (S,)."""
-    total = np.zeros(len(verdicts.labels), np.int64) if verdicts.labelled is None else verdicts.labelled
+    total = verdicts.labelled
     hits = np.rint(np.nan_to_num(verdicts.misclassified) * total).astype(np.int64)
     if verdicts.units is not None and verdicts.failing_units is not None:
         hits, total = verdicts.failing_units, verdicts.units

@@ -54,11 +54,7 @@ def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision
     chosen = {kind: "bf16" if f32 > MIN_GAIN * bf16 else "f32" for kind, (f32, bf16) in seconds.items()}
     ratios = ", ".join(f"{kind} {_ratio(*pair)}" for kind, pair in seconds.items())
     log.info("precision: bf16 against f32, times as fast: %s", ratios)
-    return MeasuredPrecision(
-        chosen,
-        {kind: pair[0] for kind, pair in seconds.items()},
-        {kind: pair[1] for kind, pair in seconds.items()},
-    )
+    return MeasuredPrecision(chosen)
 
 
 def _ratio(f32: float, bf16: float) -> str:

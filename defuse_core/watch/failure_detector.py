@@ -104,8 +104,7 @@ class FailureWatch:
         F64  # (U,) minus the share of training images nearer to the nearest scenario: the old alarm
     )
     test_region: F64  # (T,) likewise; nan without scenarios
-    # (U,) of validation images of one track, which are no independent evidence; None where images have no tracks, and
-    # in versions of an earlier Defuse
+    # (U,) of validation images of one track, which are no independent evidence; None where images have no tracks
     validation_tracks: I64 | None = None
     test_tracks: I64 | None = None  # (T,) likewise
 

@@ -149,8 +149,7 @@ def promote(
     _print_forced(state)
     if version.run != run:
         click.echo(f"the model of run {run} equals version {promoted}, which is of run {version.run}")
-    if version.watch is not None:
-        _print_watch(version.watch)
+    _print_watch(version.watch)
 
 
 @click.command()
@@ -311,8 +310,6 @@ def _print_forced(state: RegistryState) -> None:
 
 def _watch_in_short(info: VersionInfo) -> str:
     """Return how well a version's failing inputs are found, in a few words."""
-    if info.watch is None:
-        return ""
     found = info.watch.test or info.watch.validation
     if info.watch.method is None or found is None or found.auroc.value is None:
         return ", does not find failing inputs"

@@ -40,7 +40,7 @@ from defuse_core.watch.figures import WatchFigures, watch_figures
 from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
 
 log = logging.getLogger("defuse")
-FORMAT = 6  # of the stored candidate; part of its key in the run, so that one of another format is made again
+FORMAT = 7  # of the stored candidate; part of its key in the run, so that one of another format is made again
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
 # Fields that describe a candidate.
@@ -88,7 +88,7 @@ class Candidate:
     levels: F64  # (L,) shares of the training images, 0 to 1
     distances: F64  # (A, L) quantiles of the training images' Mahalanobis distances at those levels
     recall: F64  # (A, L) share of the held-out scenario images within those distances
-    failures: FailureWatch | None = None  # finds failing inputs; None in versions of an earlier Defuse
+    failures: FailureWatch  # finds failing inputs
 
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")
@@ -113,9 +113,9 @@ class Candidate:
         name = self.classes[label]
         return f"{name} misread" if error == label else f"{name} read as {self.classes[error]}"
 
-    def watch_figures(self, settings: ServeSection) -> WatchFigures | None:
-        """Return how well failing inputs are found with these settings; None in versions of an earlier Defuse."""
-        return None if self.failures is None else watch_figures(self.failures, settings, settings.watch)
+    def watch_figures(self, settings: ServeSection) -> WatchFigures:
+        """Return how well failing inputs are found with these settings."""
+        return watch_figures(self.failures, settings, settings.watch)
 
 
 def with_settings(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:

@@ -53,11 +53,11 @@ class OwnLabelAccuracy:
 
 
 def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> OwnLabelAccuracy | None:
-    """Return the accuracies of the scenarios that judges label; None where there is none, or in an earlier version.
+    """Return the accuracies of the scenarios that judges label; None where there is none.
 
     None, too, where the judges are worse than the classifier: what they say of its answers is not reliable.
     """
-    if evidence is None or evidence.pairs_with_before is None:
+    if evidence is None:
         return None
     if judges_are_worse(evidence.judges.tolist(), evidence.before_test):
         return None

@@ -303,8 +303,7 @@ class ClassifierDeployment:
         """Show the active versions in the metrics, in place of those `before`."""
         self.metrics.set_roles(before.names(), self.active.names())
         for model in self.active.by_role().values():
-            if model.watch_figures is not None:
-                self.metrics.set_detection(model.name, model.watch_figures)
+            self.metrics.set_detection(model.name, model.watch_figures)
 
 
 def _release(held: contextlib.ExitStack, work: asyncio.Future[F32]) -> None:

@@ -114,7 +114,7 @@ class LoadedModel:
         self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
         self.scenario_names = candidate.scenario_names()
         self.failure_threshold = 1.0  # of no use without a detector
-        if self.watch_figures is not None and self.watch_figures.threshold is not None:
+        if self.watch_figures.threshold is not None:
             self.failure_threshold = self.watch_figures.threshold
         self.seconds_per_image = 0.0  # in a full batch
 
@@ -123,7 +123,6 @@ class LoadedModel:
         candidate = self.candidate
         means, covariances = candidate.means, candidate.covariances
         if self.detector is not None and self.detector.uses_codes:
-            assert candidate.failures is not None
             means = np.concatenate([means, candidate.failures.means])
             covariances = np.concatenate([covariances, candidate.failures.covariances])
         if not self.settings.watch or not len(means):
@@ -222,9 +221,9 @@ class LoadedModel:
         )
 
 
-def _detector(candidate: Candidate, figures: WatchFigures | None) -> FailureDetector | None:
+def _detector(candidate: Candidate, figures: WatchFigures) -> FailureDetector | None:
     """Return the detector that the figures name; None where it cannot tell."""
-    if candidate.failures is None or figures is None or figures.method is None:
+    if figures.method is None:
         return None
     detectors = (one.detector for one in candidate.failures.methods)
     return next(detector for detector in detectors if detector.method == figures.method)
@@ -296,9 +295,7 @@ class ModelInfo(BaseModel):
     image_size: int
     resize: bool = Field(description="whether images of other sizes and colors are converted")
     watch: bool = Field(description="whether answers name the failure scenarios that contain an image")
-    failures: WatchFigures | None = Field(
-        description="how well failing inputs are found; null for a version of an earlier Defuse"
-    )
+    failures: WatchFigures = Field(description="how well failing inputs are found")
     scenarios: list[ScenarioInfo]
     failed_checks: list[str] = Field(description="checks that failed before a forced promotion")
     canary: str | None

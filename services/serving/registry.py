@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import tenacity
-from pydantic import ValidationError
 
 from defuse_core.codec import decode, encode
 from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, StoreError
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
-from services.serving.registry_state import EMPTY, ChangeInfo, RegistryState, VersionInfo
+from services.serving.registry_state import EMPTY, OLDER, ChangeInfo, RegistryState, VersionInfo, parse_state
 
 log = logging.getLogger("defuse")
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
@@ -62,8 +61,7 @@ class Registry:
             return self._read(sequences[-1])
         if self.store.within("standing").list():
             raise DamagedError(
-                f"{self.store.address}: an older Defuse wrote this registry (format 1), expected format 2; rename the "
-                "folder and promote its runs again with `defuse promote RUN`"
+                f"{self.store.address}: expected a registry of format 3, found format 1; {OLDER}"
             )
         return EMPTY
 
@@ -295,13 +293,7 @@ class Registry:
 
     def _read(self, sequence: int) -> RegistryState:
         key = _change_key(sequence)
-        try:
-            return RegistryState.model_validate_json(self.store.read(key))
-        except ValidationError as error:
-            raise DamagedError(
-                f"{self.store.address}/{key}: expected a registry state of format 2, found "
-                f"{error.errors()[0]['msg']}; use the version of Defuse that wrote it, or restore the file"
-            ) from error
+        return parse_state(self.store.read(key), f"{self.store.address}/{key}")
 
 
 def _versions_with(digest: str, state: RegistryState) -> list[int]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from defuse_core.errors import DamagedError
 from defuse_core.watch.figures import WatchFigures
+
+OLDER = (
+    "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
+    "`defuse promote RUN`"
+)
 
 
 class VersionInfo(BaseModel):
@@ -21,7 +27,7 @@ class VersionInfo(BaseModel):
     why: str
     forced: bool  # added although checks failed
     annotators: str  # who labelled its scenarios: people, or reference models
-    watch: WatchFigures | None = None  # how well its failing inputs are found; None from an earlier Defuse
+    watch: WatchFigures  # how well its failing inputs are found
 
 
 class ChangeInfo(BaseModel):
@@ -44,8 +50,8 @@ class RegistryState(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format: Literal[2]
-    """Of this file. Format 1 was stored in registry/standing."""
+    format: Literal[3]
+    """Of this file, and of the versions."""
     sequence: int = 0
     """The number of changes so far."""
     production: int | None = None
@@ -65,8 +71,7 @@ class RegistryState(BaseModel):
     when: str = ""
     why: str = ""
     failed_checks: tuple[str, ...] | None = None
-    """What spoke against this promotion, which was forced if there is any; None for another change, and from an earlier
-    Defuse."""
+    """What spoke against this promotion, which was forced if there is any; None for another change."""
     versions: dict[int, VersionInfo] = {}
     """All versions by number."""
 
@@ -94,4 +99,19 @@ class RegistryState(BaseModel):
         )
 
 
-EMPTY = RegistryState(format=2)
+EMPTY = RegistryState(format=3)
+
+
+def parse_state(text: bytes, where: str) -> RegistryState:
+    """Return the state in the JSON `text`. Raises DamagedError, naming `where`, for another format or other text."""
+    try:
+        return RegistryState.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found, remedy = first["msg"], "restore the file"
+        if first["loc"] == ("format",):
+            found = f"format {first['input']}" if first["type"] == "literal_error" else "none"
+            remedy = OLDER
+        raise DamagedError(
+            f"{where}: expected a registry state of format 3, found {found}; {remedy}"
+        ) from error

@@ -32,6 +32,7 @@ from defuse_core.device import cpu_threads, device
 from defuse_core.identify import Identifier
 from defuse_core.models import build_classifier, build_vae, load_classifier, load_vae, weights_of
 from defuse_core.store import FolderStore
+from tests.sample_components import FIT
 
 RUN_FILE = Path(__file__).parents[2] / "deploy" / "runs" / "mnist.yaml"
 BATCHES = (64, 128, 256, 512, 1024)
@@ -59,7 +60,7 @@ def made_up(folder: Path, images: int, draws: int, workers: int = 1) -> tuple[Ru
     classifier, vae = build_classifier(spec, 10), build_vae(spec)
     models = Models(
         weights_of(classifier), weights_of(vae), splits.classes, splits.counts(), splits.fingerprint(),
-        {}, (), (), 0.0, 0.0, np.zeros(spec.vae.latent_dim),
+        {}, (), (), 0.0, 0.0, np.zeros(spec.vae.latent_dim), FIT,
     )  # fmt: skip
     return spec, models
 

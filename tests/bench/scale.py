@@ -51,6 +51,7 @@ from defuse_core.identify import (
 from defuse_core.progress import Progress
 from defuse_core.store import FolderStore
 from tests.cluster.fakes import Tally, Unless
+from tests.sample_components import FIT
 
 CLASSES = 100
 LATENT = 10
@@ -125,7 +126,8 @@ class PretendedIdentifier:
         images = self.train.take(rows)
         images.batch(slice(0, section.block_images))
         codes = np.random.default_rng(index).standard_normal((len(rows), LATENT), np.float32)
-        failures = Failures(codes, rows, images.labels, (images.labels + 1) % CLASSES)
+        answers = (images.labels + 1) % CLASSES
+        failures = Failures(codes, rows, images.labels, answers, np.zeros(len(rows), np.bool_))
         draws = len(rows) * section.draws
         return Shard(failures, len(rows), draws, len(rows), 0, 0.0, draws, index, self.fingerprint)
 
@@ -213,7 +215,7 @@ def measure(images: int, draws: int, folder: Path) -> Measured:
     cluster.identify.ShardWorker = PretendedWorker  # type: ignore[misc]
     (folder / "memory").mkdir()
     spec, store = run_file(draws), CountedStore(folder / "run")
-    models = Models({}, {}, ("a", "b"), {"train": images}, "", {}, (), (), 0.0, 0.0, np.zeros(LATENT))
+    models = Models({}, {}, ("a", "b"), {"train": images}, "", {}, (), (), 0.0, 0.0, np.zeros(LATENT), FIT)
     watch = RayWatch()
     watch.start()
     started = time.perf_counter()

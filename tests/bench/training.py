@@ -36,6 +36,7 @@ from defuse_core.training.precision import autocast
 from defuse_core.training.reference_models import build_reference
 from defuse_core.training.train_vae import vae_terms
 from defuse_core.tuning_data import FineTuningData, ScenarioImages
+from tests.sample_components import FIT
 
 CLASSES = 10
 ROUNDS = 7
@@ -101,7 +102,7 @@ def stacked(spec: RunFile, count: int, arithmetic: Arithmetic) -> dict[str, floa
     spec = spec.with_fields("correct", lambdas=tuple(np.geomspace(0.1, 10, count).tolist()), epochs=1)
     names = tuple(map(str, range(CLASSES)))
     weights = weights_of(build_classifier(spec, CLASSES))
-    models = Models(weights, {}, names, {}, "", {"train": 0.0}, (), (), 0.0, 0.0, np.zeros(1))
+    models = Models(weights, {}, names, {}, "", {"train": 0.0}, (), (), 0.0, 0.0, np.zeros(1), FIT)
     clean, held_out = learnable(spec, TUNED_ON, 1), learnable(spec, CLASSES, 3)
     scenes = ScenarioImages(learnable(spec, TUNED_ON, 2), CLASSES, held_out)
     tuning = FineTuningData(Splits(clean, None, None, names), scenes)

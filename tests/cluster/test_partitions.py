@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from cluster.compute import RayCompute
-from defuse_core.artifacts import Failures, Psi, Shard
+from defuse_core.artifacts import Psi, Shard
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.identify import save_shard
@@ -18,6 +18,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.store import FolderStore
 from tests.cluster.fakes import Tally, add, load_numbers, sum_or_die_once
 from tests.conftest import tiny
+from tests.sample_components import sample_failures
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SPEC = {
@@ -82,7 +83,7 @@ def stored(tmp_path: Path) -> tuple[Psi, FolderStore]:
     for index in range(20):
         codes = (rng.standard_normal((100, 4)) + 6 * rng.integers(0, 2, (100, 1))).astype(np.float32)
         truth = rng.integers(0, 2, 100)
-        failures = Failures(codes, 100 * index + np.arange(100), truth, truth + 1)
+        failures = sample_failures(codes, 100 * index + np.arange(100), truth, truth + 1)
         save_shard(store, index, Shard(failures, 100, 100, 0, 0, 0.0))
     return Psi(np.full(20, 100), 2000, 2000, 0, 0, 0.0), store
 

@@ -48,6 +48,7 @@ from tests.cluster.fakes import (
     TakenOverStore,
 )
 from tests.conftest import tiny
+from tests.sample_components import FIT
 from tests.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -109,7 +110,7 @@ def spoilt(tmp_path: Path) -> Iterator[tuple[RunFile, Models, str]]:
     splits = open_splits(spec.data, spec.seed)
     models = Models(
         weights_of(build_classifier(spec, 2)), weights_of(build_vae(spec)), splits.classes, splits.counts(),
-        splits.fingerprint(), {}, (), (), 0.0, 0.0, np.zeros(4),
+        splits.fingerprint(), {}, (), (), 0.0, 0.0, np.zeros(4), FIT,
     )  # fmt: skip
     read_at_once = np.linspace(0, 159, 128).astype(int)  # by the fingerprint, when the data set is opened
     row = next(row for row in range(128, 160) if row not in read_at_once)

@@ -7,7 +7,6 @@ from defuse_core.artifacts import (
     Anchors,
     ComponentFailures,
     Corrections,
-    Failures,
     Gallery,
     Health,
     Models,
@@ -15,7 +14,7 @@ from defuse_core.artifacts import (
     Scenarios,
     Verdicts,
 )
-from defuse_core.codec import decode, encode
+from defuse_core.codec import encode
 from defuse_core.config import changed_field
 from defuse_core.data import Images, open_splits
 from defuse_core.distill.draws import (
@@ -42,6 +41,7 @@ from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.tuning_data import held_out_images, load_fine_tuning_data, tuning_images
 from tests.conftest import recommended, tiny
+from tests.sample_components import sample_failures, sample_scenarios
 
 ANCHORED = {"decode": "anchored"}
 SPEC = recommended(vae=ANCHORED, identify={"scale": 3.0}, judges={"count": 1, "epochs": 3})
@@ -64,11 +64,13 @@ def one_component(images: int = 8, width: int = 3) -> Scenarios:
     codes = rng.normal(5, 2, (1, 40, width)).astype(np.float32)
     pixels = np.broadcast_to(np.arange(images, dtype=np.uint8)[:, None, None, None], (images, 1, 4, 4))
     failures = ComponentFailures(
-        codes, rng.integers(images, size=(1, 40)), Anchors(pixels.copy(), 100 + np.arange(images))
+        codes,
+        rng.integers(images, size=(1, 40)),
+        Anchors(pixels.copy(), 100 + np.arange(images), np.arange(images) % 2 == 1),
     )
     one = np.ones(1)
     covariance = np.cov(codes[0].T)[None]
-    return Scenarios(
+    return sample_scenarios(
         one, codes.mean(axis=1).astype(float), covariance, one, 40, True, 1, 0.0, failures=failures
     )
 
@@ -141,7 +143,9 @@ def test_held_out_draws_are_anchored_at_other_images(images):
 
 def test_an_image_of_two_components_is_held_out_by_both_or_by_none():
     failures = [
-        Failures(np.zeros((10, 3), np.float32), np.arange(first, first + 10), *np.zeros((2, 10), np.int64))
+        sample_failures(
+            np.zeros((10, 3), np.float32), np.arange(first, first + 10), *np.zeros((2, 10), np.int64)
+        )
         for first in (0, 1)
     ]
     train = Images(np.zeros((11, 1, 4, 4), np.uint8), np.zeros(11, np.int64))
@@ -160,7 +164,9 @@ def test_an_image_of_two_components_is_held_out_by_both_or_by_none():
 
 def test_images_of_one_track_are_held_out_together():
     failures = [
-        Failures(np.zeros((20, 3), np.float32), np.arange(first, first + 20), *np.zeros((2, 20), np.int64))
+        sample_failures(
+            np.zeros((20, 3), np.float32), np.arange(first, first + 20), *np.zeros((2, 20), np.int64)
+        )
         for first in (0, 10)
     ]
     tracks = np.repeat(np.arange(10), 3)
@@ -173,26 +179,19 @@ def test_images_of_one_track_are_held_out_together():
 
 
 def test_images_of_a_single_track_are_not_divided():
-    failures = [Failures(np.zeros((20, 3), np.float32), np.arange(20), *np.zeros((2, 20), np.int64))]
+    failures = [sample_failures(np.zeros((20, 3), np.float32), np.arange(20), *np.zeros((2, 20), np.int64))]
     train = Images(np.zeros((20, 1, 4, 4), np.uint8), np.zeros(20, np.int64), np.zeros(20, np.int64))
     assert not component_failures(failures, train, seed=0).anchors.held_out.any()
-
-
-def test_a_component_of_a_single_image_is_drawn_at_that_image_alone():
-    spec, scenarios = tiny(), one_component(images=1)
-    for held_out in (False, True):
-        drawn = draw_codes(spec, scenarios, 0, 50, generator(0, "a"), held_out=held_out)
-        assert drawn.anchors.tolist() == [0] * 50
 
 
 def test_kept_failures_come_from_as_many_images_as_possible_with_their_own_pixels():
     pixels = np.random.default_rng(0).integers(256, size=(300, 1, 4, 4)).astype(np.uint8)
     train = Images(pixels, np.zeros(300, np.int64))
-    few = Failures(
+    few = sample_failures(
         np.arange(30, dtype=np.float32).reshape(15, 2), *np.repeat([[3, 7, 9], [0] * 3, [1] * 3], 5, axis=1)
     )
     source = np.concatenate([np.zeros(5000, np.int64), np.arange(200)])
-    many = Failures(np.zeros((5200, 2), np.float32), source, *np.zeros((2, 5200), np.int64))
+    many = sample_failures(np.zeros((5200, 2), np.float32), source, *np.zeros((2, 5200), np.int64))
     kept = component_failures([few, many], train, seed=0)
     own = kept.anchors.source[kept.anchor]  # (2, L)
     assert own.shape == (2, FAILURES_KEPT)
@@ -315,24 +314,6 @@ def test_the_reference_models_judge_the_health_of_anchored_decoding(finished, ti
         VaeHealthError, match=r"the reference models get .* moved by the noise.*lower identify.scale"
     ):
         expect_healthy(wild, blind)
-
-
-def test_artefacts_of_versions_without_anchored_decoding_are_read(finished):
-    for kind in (Scenarios, Gallery, Corrections):
-        stored = finished.load(kind)
-        names = {"failures", "source", "anchors", "tune_anchor", "test_anchor"}
-        older = type(kind.__name__, (), {})()
-        fields = {name: value for name, value in vars(stored).items() if name not in names}
-        data = encode(_dataclass_like(kind.__name__, fields))
-        back = decode(kind, data, "older")
-        assert all(getattr(back, name) is None for name in names if hasattr(back, name))
-        del older
-
-
-def _dataclass_like(name: str, fields: dict[str, object]) -> object:
-    import dataclasses
-
-    return dataclasses.make_dataclass(name, list(fields))(**fields)
 
 
 def test_an_anchored_run_is_the_same_when_only_some_of_it_is_made_again(finished, tmp_path: Path):

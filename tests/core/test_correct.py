@@ -350,9 +350,8 @@ def test_a_sweep_that_lost_all_trials_to_different_causes_is_no_fault_of_the_inp
 def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wrong():
     images = np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1, 1).repeat(2, 3).repeat(2, 4) / 4
     gallery = Gallery(images, np.zeros((1, 4, 2), np.float32), np.array([[1, 1, 1, 1]]), ("a", "b", "c"))
-    verdicts = Verdicts(
-        np.array([2]), np.ones(1), np.ones(1), np.array([[2, 1, -1, 0]]), np.ones((1, 4)), 0, 0, ("",), ()
-    )
+    one, labels, agreement = np.ones(1), np.array([[2, 1, -1, 0]]), np.ones((1, 4))
+    verdicts = Verdicts(np.array([2]), one, one, labels, agreement, 0, 0, ("",), (), np.array([3]))
     wrong = reviewed_failures(gallery, verdicts)
     assert wrong.labels.tolist() == [2, 0]
     assert wrong.pixels[:, 0, 0, 0].tolist() == [0.0, 0.75]

@@ -44,8 +44,6 @@ def test_a_scenario_has_the_images_codes_and_answers_of_its_number(sample):
         np.testing.assert_array_equal(scenario.codes, codes[number])
         assert scenario.answers == tuple(str(answer) for answer in gallery.predicted[number])
         assert scenario.support == support[number]
-    result.__dict__["_findings"] = (replace(found, scenarios=replace(found.scenarios, support=None)),)
-    assert result.scenarios[0].support is None  # as in runs of earlier versions
 
 
 def test_figures_are_those_of_the_report_before_and_after_the_correction(sample):
@@ -147,12 +145,6 @@ def test_addresses_are_shown_from_the_working_directory(tmp_path, tiny_spec, mon
     assert RunResult(run).page == f"{tmp_path}/runs/a/report.html"
     with pytest.raises(InputError, match="run a has no models yet"):
         RunResult(run).health()
-
-
-def test_a_run_of_a_version_that_measured_no_health_says_so(with_models):
-    with_models.__dict__["_models"] = replace(with_models._models, health=None)
-    with pytest.raises(InputError, match="run a: its version of Defuse did not measure"):
-        with_models.health()
 
 
 def test_a_run_that_was_deleted_after_it_was_opened_is_said_to_be_gone(tmp_path, tiny_spec):

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from defuse_core.artifacts import MeasuredPrecision, Psi
+from defuse_core.codec import FORMAT, encode
 from defuse_core.config import dump_run_file
 from defuse_core.errors import DamagedError, InputError, RunBusyError, RunMismatchError, StoreError
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import UNFINISHED, FolderStore
-from tests.conftest import recommended, tiny
+from tests.conftest import tiny
 from tests.waiting import WAIT_S
 
 
@@ -140,22 +140,19 @@ def test_a_field_that_changes_no_result_is_recorded_anew(tmp_path):
     assert Run.open(FolderStore(tmp_path), "a").spec.check.max_loss == 0.001
 
 
-def test_a_run_that_began_before_a_field_existed_goes_on_as_it_began(tmp_path):
+def test_a_run_of_an_older_format_is_refused_in_one_line_that_says_what_to_do(tmp_path, monkeypatch):
     store = FolderStore(tmp_path)
-    Run.start(store, "a", recommended()).once("identify", Psi, psi)
-    tree = yaml.safe_load(store.read("a/run.yaml"))
-    for section, name in (
-        ("review", "failing"),
-        *(("correct", each) for each in ("widen", "schedule", "augment", "unreviewed")),
-    ):
-        del tree[section][name]
-    store.write("a/run.yaml", yaml.safe_dump(tree).encode())
-    store.delete("a/settings.json")  # younger than all of them
-    before = Run.open(store, "a").spec
-    assert (before.review.failing, before.correct.widen, before.correct.schedule) == (0.0, 1.0, "constant")
-    assert before.correct.augment is before.correct.unreviewed is False
-    with pytest.raises(RunMismatchError, match=r"review\.failing: 0\.0 in the run, 0\.1 now"):
-        Run.start(store, "a", recommended())
+    monkeypatch.setattr("defuse_core.codec.FORMAT", FORMAT - 1)
+    body = encode(psi())
+    monkeypatch.undo()
+    run = Run.start(store, "a", tiny())
+    run.store.write("psi.safetensors", body)
+    with pytest.raises(DamagedError) as refused:
+        Run.start(store, "a", tiny()).once("identify", Psi, psi)
+    assert str(refused.value) == (
+        f"{run.store.address}/psi.safetensors: expected artefact format {FORMAT}, found artefact format {FORMAT - 1}; "
+        "use the version of Defuse that wrote it, or run again under another name (--name, or name= in Python)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +216,7 @@ def test_a_run_whose_noted_settings_are_damaged_names_the_file(tmp_path):
         DamagedError, match=r"a/settings\.json: .* delete it and run again: the settings in run\.yaml"
     ):
         Run.open(store, "a")
-    store.delete("a/settings.json")  # as in a run of an earlier version
+    store.delete("a/settings.json")  # as where the first start was stopped before it noted them
     assert Run.open(store, "a").spec == tiny()
 
 
@@ -250,7 +247,7 @@ def test_weights_that_were_mended_before_anything_was_made_are_the_runs(tmp_path
 def test_weights_that_are_mended_after_the_precision_was_measured_are_the_runs(tmp_path):
     """A run with resources.precision: auto has measured it before it loads the weights."""
     store, weights = FolderStore(tmp_path / "runs"), tmp_path / "w.pt"
-    measured = MeasuredPrecision({"classifier": "bf16"}, {}, {})
+    measured = MeasuredPrecision({"classifier": "bf16"})
     weights.write_bytes(b"broken")
     spec = tiny(vae={"weights": weights}, resources={"precision": "auto"})
     Run.start(store, "a", spec).once("train", MeasuredPrecision, lambda: measured)

@@ -18,13 +18,14 @@ from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.tuning_data import decode_scenario_images
 from tests.conftest import recommended
+from tests.sample_components import sample_failures
 
 
 @pytest.fixture
 def failures() -> Failures:
     """Codes of the training images 7, 3 and 7."""
     codes = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    return Failures(codes, np.array([7, 3, 7]), np.array([1, 2, 3]), np.array([4, 5, 6]))
+    return sample_failures(codes, np.array([7, 3, 7]), np.array([1, 2, 3]), np.array([4, 5, 6]))
 
 
 def fixes_with(failures: Failures | None) -> Corrections:

@@ -120,14 +120,11 @@ CHANGES: dict[
 }
 
 
-@pytest.mark.parametrize("earlier", [{}, {"sent": ["params"]}], ids=["", "after an earlier version"])
 @pytest.mark.parametrize("case", CHANGES)
-def test_only_another_value_that_changes_results_begins_a_new_run(server, tmp_path, tiny_spec, case, earlier):
+def test_only_another_value_that_changes_results_begins_a_new_run(server, tmp_path, tiny_spec, case):
     begun, (change, count) = Run.start(FolderStore(tmp_path), "new", tiny_spec), CHANGES[case]
     with MlflowTracking(begun, read_settings()):
         pass
-    state = json.loads(begun.store.read("mlflow.json"))
-    begun.store.write("mlflow.json", json.dumps(state | earlier).encode())
     for section, fields in change.items():
         begun.spec = begun.spec.with_fields(section, **fields)
     for _ in range(2):
@@ -186,18 +183,6 @@ def test_the_model_of_an_overruled_verdict_is_deleted_where_no_other_follows(ser
     (found,) = tracked(server)
     assert server.list_artifacts(found.info.run_id, "model") == []
     assert math.isnan(found.data.metrics["sweep.lambda_0.1.scenario"])
-
-
-def test_what_an_earlier_version_recorded_without_digests_is_sent_once_more(server, run):
-    with MlflowTracking(run, read_settings()):
-        pass
-    state = json.loads(run.store.read("mlflow.json"))
-    run.store.write("mlflow.json", json.dumps(state | {"sent": list(state["sent"])}).encode())
-    for _ in range(2):
-        with MlflowTracking(run, read_settings()):
-            pass
-    (found,) = tracked(server)
-    assert len(server.get_metric_history(found.info.run_id, "vae.reconstruction")) == 100
 
 
 @pytest.mark.parametrize("password", ["sesame", "ses/ame", "sesame@home"])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Failures, Psi, Scenarios, Shard
+from defuse_core.artifacts import Psi, Scenarios, Shard
 from defuse_core.config import DistillSection
 from defuse_core.data import Images
 from defuse_core.distill import components
@@ -28,6 +28,7 @@ from defuse_core.identify import save_shard
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
 from tests.conftest import recommended, tiny
+from tests.sample_components import sample_failures
 
 SECTION = DistillSection(min_weight=0.1, min_support=5)
 
@@ -121,7 +122,9 @@ def test_a_small_cell_has_the_support_of_its_images_and_each_cell_is_told_as_it_
     source = np.concatenate([np.arange(400), [500, 500, 501, 501]])
     truth = np.repeat([0, 3], [400, 4])
     section = DistillSection(max_components=2, min_weight=0.05, min_support=1)
-    fits = fit_cells(Failures(codes, source, truth, truth + 1), section, 0, lambda *args: told.append(args))
+    fits = fit_cells(
+        sample_failures(codes, source, truth, truth + 1), section, 0, lambda *args: told.append(args)
+    )
     assert [(dropped.source, dropped.support) for dropped in fits.small] == [(3, 2)]
     assert told == [("fitting the mixtures", 0, 2, "fits"), ("fitting the mixtures", 1, 2, "fits")]
 
@@ -160,7 +163,7 @@ def test_anchored_components_keep_their_own_failures_and_those_of_one_photograph
     codes = np.repeat(centres, sizes, axis=0) + rng.standard_normal((300, 2))
     source = np.concatenate([np.arange(60), np.full(100, 60), 61 + np.arange(140)])
     truth = np.zeros(300, np.int64)
-    shard = Shard(Failures(codes.astype(np.float32), source, truth, truth + 1), 300, 300, 0, 0, 0.0)
+    shard = Shard(sample_failures(codes.astype(np.float32), source, truth, truth + 1), 300, 300, 0, 0, 0.0)
     store = FolderStore(tmp_path)
     save_shard(store, 0, shard)
     train = Images(np.zeros((201, 1, 4, 4), np.uint8), np.zeros(201, np.int64))

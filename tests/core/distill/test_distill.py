@@ -15,6 +15,7 @@ from defuse_core.intervals import exact_lower
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
+from tests.sample_components import sample_failures
 
 
 def planted(rng: np.random.Generator, sizes=(600, 300, 100), width=3) -> tuple[np.ndarray, np.ndarray]:
@@ -32,7 +33,7 @@ def failures(codes: np.ndarray, truth=0, predicted=1, source=None) -> Failures:
     """Failures with these codes, each of a training image of its own unless `source` names others."""
     rows = np.arange(len(codes))
     labels = np.zeros(len(codes), np.int64)
-    return Failures(codes, rows if source is None else source, labels + truth, labels + predicted)
+    return sample_failures(codes, rows if source is None else source, labels + truth, labels + predicted)
 
 
 def fit_codes(codes: np.ndarray, distill: DistillSection, seed: int) -> Scenarios:
@@ -132,15 +133,6 @@ def test_a_component_says_which_share_of_its_source_images_is_misclassified():
     known = with_wrong_sources(failures(codes, source=source), range(50, 80))
     found = fit_all(known, section(max_components=5, min_weight=0.05), seed=0).scenarios()
     np.testing.assert_allclose(found.source_error, [10 / 60, 20 / 40])
-
-
-def test_without_answers_on_the_source_images_their_error_is_not_known():
-    codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
-    found = fit_all(
-        failures(codes), section(max_components=5, min_weight=0.05, order="source-error"), seed=0
-    ).scenarios()
-    assert np.isnan(found.source_error).all()
-    assert (np.diff(found.weights) <= 0).all()
 
 
 @pytest.mark.parametrize(("order", "first"), [("weight", 0), ("source-error", 1)])
@@ -251,7 +243,9 @@ def stored_psi(folder, sizes=(30, 0, 50)) -> tuple[Psi, FolderStore]:
     for index, size in enumerate(sizes):
         codes = (1000 * index + np.arange(size, dtype=np.float32))[:, None].repeat(4, 1)
         labels = np.zeros(size, np.int64)
-        save_shard(store, index, Shard(Failures(codes, labels, labels, labels + 1), size, size, 0, 0, 0.0))
+        save_shard(
+            store, index, Shard(sample_failures(codes, labels, labels, labels + 1), size, size, 0, 0, 0.0)
+        )
     return Psi(np.array(sizes), 80, 80, 0, 0, 0.0), store
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Failures, Psi, Shard
+from defuse_core.artifacts import Psi, Shard
 from defuse_core.config import RunFile
 from defuse_core.distill.components import distill, fit_all, fit_cells
 from defuse_core.distill.mixture import one_component
@@ -23,6 +23,7 @@ from defuse_core.pipeline import _scenarios
 from defuse_core.progress import silent
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
+from tests.sample_components import sample_failures
 
 SHARD_SIZES = (300, 0, 450, 7, 243)
 CENTRES = ((0.0, 0.0, 0.0, 0.0), (9.0, 0.0, 0.0, 0.0), (0.0, 9.0, 0.0, 0.0))
@@ -46,7 +47,9 @@ def stored(tmp_path: Path) -> tuple[Psi, FolderStore]:
             truth[:3] = 5
         source = first + np.arange(size) // 3  # three codes from each image
         first += size
-        save_shard(store, index, Shard(Failures(codes, source, truth, truth + 1), size, size, 0, 0, 0.0))
+        save_shard(
+            store, index, Shard(sample_failures(codes, source, truth, truth + 1), size, size, 0, 0, 0.0)
+        )
     return Psi(np.array(SHARD_SIZES), 1000, 1000, 0, 0, 0.0), store
 
 

@@ -28,6 +28,7 @@ from defuse_core.distill.draws import (
 )
 from defuse_core.seeds import generator
 from tests.conftest import tiny
+from tests.sample_components import sample_failures, sample_scenarios
 
 SPEC = tiny()
 MEAN, COVARIANCE = np.array([3.0, -2.0]), np.array([[4.0, 1.8], [1.8, 1.0]])
@@ -37,7 +38,7 @@ TAU = 0.25
 def component(failures: ComponentFailures | None = None, taus: bool = False) -> Scenarios:
     """One component with a covariance that is not diagonal, so that a root is not its own transpose."""
     one = np.ones(1)
-    plain = Scenarios(one, MEAN[None], COVARIANCE[None], one, 9, True, 1, 0.0, failures=failures)
+    plain = sample_scenarios(one, MEAN[None], COVARIANCE[None], one, 9, True, 1, 0.0, failures=failures)
     return replace(plain, taus=np.array([TAU])) if taus else plain
 
 
@@ -104,7 +105,7 @@ def test_draws_are_at_the_images_of_the_half_that_is_asked_for(held_out):
 
 def of_sources(source: np.ndarray) -> Failures:  # type: ignore[type-arg]
     labels = np.zeros(len(source), np.int64)
-    return Failures(np.stack([source, source], axis=1).astype(np.float32), source, labels, labels)
+    return sample_failures(np.stack([source, source], axis=1).astype(np.float32), source, labels, labels)
 
 
 def kept_of(source: np.ndarray, images: int) -> np.ndarray:  # type: ignore[type-arg]

@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Failures, Scenarios
+from defuse_core.artifacts import Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
 from defuse_core.distill.draws import component_failures, draw_codes, spread_draws, wide_draws
 from defuse_core.seeds import generator
 from tests.conftest import tiny
+from tests.sample_components import sample_failures, sample_scenarios
 
 SPEC = tiny()
 
@@ -23,9 +24,13 @@ def one_component(images: int, tracks: int | None) -> Scenarios:
     codes = generator(0, "test").normal(size=(len(source), 3)).astype(np.float32)
     of_track = None if tracks is None else np.arange(images) % tracks
     train = Images(np.zeros((images, 1, 4, 4), np.uint8), np.zeros(images, np.int64), of_track)
-    failures = component_failures([Failures(codes, source, *np.zeros((2, len(source)), np.int64))], train, 0)
+    failures = component_failures(
+        [sample_failures(codes, source, *np.zeros((2, len(source)), np.int64))], train, 0
+    )
     one = np.ones(1)
-    return Scenarios(one, np.zeros((1, 3)), np.eye(3)[None], one, len(codes), True, 1, 0.0, failures=failures)
+    return sample_scenarios(
+        one, np.zeros((1, 3)), np.eye(3)[None], one, len(codes), True, 1, 0.0, failures=failures
+    )
 
 
 @pytest.mark.parametrize("tracks", [None, 4])
@@ -44,14 +49,14 @@ def test_no_image_is_reviewed_twice_before_all_were_and_tracks_take_turns(tracks
 
 def test_plain_draws_for_review_are_those_of_the_component():
     one = np.ones(1)
-    plain = Scenarios(one, np.zeros((1, 3)), np.eye(3)[None], one, 5, True, 1, 0.0)
+    plain = sample_scenarios(one, np.zeros((1, 3)), np.eye(3)[None], one, 5, True, 1, 0.0)
     for_review = spread_draws(SPEC, plain, 0, 10, generator(0, "a"))
     np.testing.assert_array_equal(for_review.codes, draw_codes(SPEC, plain, 0, 10, generator(0, "a")).codes)
 
 
 def test_wide_draws_have_a_multiple_of_the_reviewed_covariance_and_are_not_truncated():
     one = np.ones(1)
-    plain = Scenarios(one, np.ones((1, 3)), 2 * np.eye(3)[None], one, 5, True, 1, 0.0)
+    plain = sample_scenarios(one, np.ones((1, 3)), 2 * np.eye(3)[None], one, 5, True, 1, 0.0)
     for scenarios, tau in (
         (plain, SPEC.review.tau),
         (plain.take(np.array([0]), taus=np.array([0.25])), 0.25),

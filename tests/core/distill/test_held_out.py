@@ -8,12 +8,13 @@ import itertools
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
 from defuse_core.distill.draws import component_failures, failure_rows
 from defuse_core.distill.held_out import held_out_half, without_undivided
 from defuse_core.seeds import generator
+from tests.sample_components import sample_failures, sample_scenarios
 
 FRAMES = 3  # of a track
 Hypergraph = list[list[int]]  # the units of each component
@@ -43,14 +44,14 @@ def with_tracks(components: Hypergraph, tracks: int | None) -> Scenarios:
     for own in components:
         source = np.concatenate([frames * unit + np.arange(frames) for unit in own])
         members.append(
-            Failures(np.zeros((len(source), 2), np.float32), source, *np.zeros((2, len(source)), int))
+            sample_failures(np.zeros((len(source), 2), np.float32), source, *np.zeros((2, len(source)), int))
         )
     images = frames * (1 + max(map(max, components)))
     of_track = np.arange(images) // frames if tracks else None
     train = Images(np.zeros((images, 1, 4, 4), np.uint8), np.zeros(images, np.int64), of_track)
     count = len(components)
     weights = np.arange(count, 0, -1) / 100
-    return Scenarios(
+    return sample_scenarios(
         weights,
         np.zeros((count, 2)),
         np.tile(np.eye(2), (count, 1, 1)),
@@ -146,9 +147,6 @@ def test_no_scenario_is_left_where_none_can_be_divided():
     assert again.dropped[0] == kept.dropped[0] and len(again.dropped) == 2
 
 
-def test_scenarios_without_photographs_and_those_of_earlier_versions_are_kept_as_they_are():
-    scenarios = with_tracks([[0]], 1)
-    plain = dataclasses.replace(scenarios, failures=None)
-    anchors = dataclasses.replace(scenarios.failures.anchors, held_out=None)
-    older = dataclasses.replace(scenarios, failures=dataclasses.replace(scenarios.failures, anchors=anchors))
-    assert without_undivided(plain) is plain and without_undivided(older) is older
+def test_scenarios_without_photographs_are_kept_as_they_are():
+    plain = dataclasses.replace(with_tracks([[0]], 1), failures=None)
+    assert without_undivided(plain) is plain

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Failures
-from defuse_core.distill.sources import Sources, certain_error, certain_error_of_tracks, count_sources
+from defuse_core.distill.sources import Sources, certain_error, count_sources
+from tests.sample_components import sample_failures
 
 
 def failures(source: list[int], wrong: list[int] | None = None, track: list[int] | None = None) -> Failures:
     """Failures at these images, of which those of `wrong` are misclassified; image i is of track `track[i]`."""
-    found = Failures(
+    found = sample_failures(
         np.zeros((len(source), 2), np.float32), np.array(source), *np.zeros((2, len(source)), np.int64)
     )
     if wrong is not None:
@@ -36,18 +37,9 @@ def test_a_track_of_which_just_half_of_the_images_are_wrong_is_not_wrong():
     assert (tracks.tolist(), wrong.tolist()) == ([3], [1.0])
 
 
-def test_what_is_not_known_stays_unknown_and_is_no_certain_error():
-    unknown = count_sources([failures([0, 3], track=TRACK)])
-    assert np.isnan(unknown.error()).all() and np.isnan(unknown.wrong_tracks()[1]).all()
-    assert unknown.certain_error().tolist() == [0]
-    assert certain_error_of_tracks(np.array([2]), np.array([np.nan])).tolist() == [0]
+def test_a_component_without_images_has_no_certain_error():
     nothing = Sources(np.array([0]), np.array([0.0]))
     assert np.isnan(nothing.error()).all() and nothing.certain_error().tolist() == [0]
-
-
-def test_a_part_of_psi_with_unknown_answers_leaves_the_sum_unknown():
-    joined = Sources.joined([count_sources([failures([0, 1], wrong=[0])]), count_sources([failures([4])])])
-    assert joined.support.tolist() == [3] and np.isnan(joined.wrong).all()
 
 
 def test_mixtures_have_tracks_only_where_each_has_them():

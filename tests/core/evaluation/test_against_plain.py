@@ -201,7 +201,7 @@ def test_the_page_has_plain_training_on_wider_draws_and_where_these_are(finished
 def test_a_run_whose_evidence_is_made_tunes_no_controls_again(finished) -> None:
     run, report = finished
     stored = run.store.read("evidence.safetensors")
-    for name in plain_names()[1:]:  # as in a run of an earlier version
+    for name in plain_names()[1:]:
         run.store.delete(f"{name}.safetensors")
     compute = LocalCompute()
     assert run_defuse(run, compute, ReferenceAnnotators(run, compute)).evidence == report.evidence

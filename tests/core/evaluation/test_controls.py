@@ -11,6 +11,7 @@ from defuse_core.evaluation.controls import fold_of, fold_spec, plain_spec, with
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.review.verdicts import most_common_errors
 from tests.conftest import tiny
+from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings
 
 
@@ -49,7 +50,7 @@ def test_unreviewed_failures_near_a_left_out_scenario_are_left_out_with_all_of_t
         (far, 5, labels[1], wrong[1]),
     ]
     codes, source, truth, predicted = map(np.array, zip(*rows, strict=True))
-    failures = Failures(codes.astype(np.float32), source, truth, predicted)
+    failures = sample_failures(codes.astype(np.float32), source, truth, predicted)
     kept = [without_fold(found_with(2, failures), fold).unreviewed.source.tolist() for fold in (0, 1)]
     assert kept == [[3, 4, 5], [1, 2, 2, 3]]
     of_tracks = dataclasses.replace(failures, source_track=np.array([9, 9, 9, 9, 8, 8]))
@@ -63,7 +64,7 @@ def test_scenarios_are_left_out_whose_numbers_are_not_their_places() -> None:
     labels = found.verdicts.labels.tolist()
     other = next(each for each in range(10) if each not in (*labels, *wrong))
     at = np.array([0.0, 100, 200])[:, None] * np.ones((1, 3))
-    failures = Failures(at.astype(np.float32), np.arange(3), np.full(3, other), np.full(3, wrong[0]))
+    failures = sample_failures(at.astype(np.float32), np.arange(3), np.full(3, other), np.full(3, wrong[0]))
     fixes = dataclasses.replace(found.fixes.take(np.array([2, 1])), unreviewed=failures)
     changed = dataclasses.replace(found, fixes=fixes)
     kept = [without_fold(changed, fold) for fold in (0, 1)]

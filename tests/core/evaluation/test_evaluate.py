@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sample_findings import sample_findings
 
-from defuse_core.artifacts import Corrections, Failures, Models, Psi, Scenarios, Shard, Sweep
+from defuse_core.artifacts import Corrections, Models, Psi, Scenarios, Shard, Sweep
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
@@ -28,6 +28,7 @@ from defuse_core.models import decode_codes, load_classifier, load_vae, predict
 from defuse_core.progress import silent
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
+from tests.sample_components import sample_failures, sample_scenarios
 
 NOTHING = Sweep((), None, {}, ())
 
@@ -36,7 +37,7 @@ def two_components(width: int) -> Scenarios:
     """Two narrow components far from each other."""
     means = np.stack([np.full(width, -3.0), np.full(width, 3.0)])
     weights, covariances = np.array([0.6, 0.4]), np.stack([0.1 * np.eye(width)] * 2)
-    return Scenarios(weights, means, covariances, weights, 40, True, 9, 0.0)
+    return sample_scenarios(weights, means, covariances, weights, 40, True, 9, 0.0)
 
 
 def planted_psi(store: FolderStore, scenarios: Scenarios) -> Psi:
@@ -44,7 +45,7 @@ def planted_psi(store: FolderStore, scenarios: Scenarios) -> Psi:
     records = {}
     for index, mean in enumerate(scenarios.means):
         zeros = np.zeros(20, np.int64)
-        failures = Failures(np.tile(mean, (20, 1)).astype(np.float32), zeros, zeros, zeros + 1)
+        failures = sample_failures(np.tile(mean, (20, 1)).astype(np.float32), zeros, zeros, zeros + 1)
         records[index] = save_shard(store, index, Shard(failures, 20, 80, 5, 2, 1.0))
     return gather_shards(records)
 
@@ -175,7 +176,7 @@ def test_a_data_set_without_validation_and_a_mixture_without_components_have_no_
     images = open_splits(plain.data, plain.seed).fingerprint()
     width = len(tiny_models.kl_per_dimension)
     sample, _ = sample_findings(0, 0, side=16)
-    empty = Scenarios(
+    empty = sample_scenarios(
         np.zeros(0), np.zeros((0, width)), np.zeros((0, width, width)), np.zeros(0), 0, True, 0, 0.0
     )
     codes = np.zeros((0, 4, width), np.float32)

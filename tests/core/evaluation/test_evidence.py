@@ -10,8 +10,6 @@ import pytest
 from scipy.stats import binomtest
 
 from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
-from defuse_core.codec import decode, encode
-from defuse_core.data import Images
 from defuse_core.evaluation.against_plain import is_better, is_testable, pairs_of, units_of
 from defuse_core.evaluation.controls import (
     PLAIN_TRAININGS,
@@ -32,7 +30,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
 from defuse_core.report import write_report
-from defuse_core.report.build_evidence import evidence_figures, scenario_evidence
+from defuse_core.report.build_evidence import evidence_figures
 from defuse_core.report.html import ScenarioCard, render_page, render_scenarios, scenario_card
 from defuse_core.report.notices import caveats
 from defuse_core.runs import Run
@@ -121,13 +119,12 @@ def test_pictures_of_one_photograph_or_track_confirm_a_scenario_no_more_than_one
 
 
 def test_pictures_of_images_of_one_track_have_one_unit() -> None:
-    train = Images(np.zeros((6, 1, 2, 2), np.float32), np.zeros(6, np.int64), np.array([7, 7, 7, 8, 8, 9]))
-    anchors = Anchors(train.pixels[1:5], np.array([1, 2, 3, 4]))
+    alone = Anchors(np.zeros((4, 1, 2, 2), np.float32), np.array([1, 2, 3, 4]), np.zeros(4, np.bool_))
     anchor = np.array([[0, 1, 3], [2, 2, 0]])
-    assert units_of(anchors, anchor, train, 6).tolist() == [7, 7, 8, 8, 8, 7]
-    alone = Images(train.pixels, train.labels)
-    assert units_of(anchors, anchor, alone, 6).tolist() == [1, 2, 4, 3, 3, 1]
-    assert units_of(None, None, train, 3).tolist() == [0, 1, 2]  # plain decoding
+    in_tracks = dataclasses.replace(alone, track=np.array([7, 7, 8, 8]))
+    assert units_of(in_tracks, anchor, 6).tolist() == [7, 7, 8, 8, 8, 7]
+    assert units_of(alone, anchor, 6).tolist() == [1, 2, 4, 3, 3, 1]
+    assert units_of(None, None, 3).tolist() == [0, 1, 2]  # plain decoding
 
 
 def test_an_interval_counts_pictures_of_one_image_once() -> None:
@@ -226,32 +223,11 @@ def test_the_screen_is_measured_on_real_failures(finished) -> None:
     assert "leaves out the others (identify.screen)" in run.store.read("report.html").decode()
 
 
-def test_evidence_of_an_earlier_version_has_no_figures_of_the_screen_and_of_pairs(finished) -> None:
-    run, _ = finished
-    made = run.load(Evidence)
-    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
-    assert np.isfinite(fields.pop("screen_recall")).all()
-    pairs, real_pairs = fields.pop("pairs"), fields.pop("real_failure_pairs")
-    assert pairs.shape == (PLAIN_TRAININGS, len(made.names), 3) and real_pairs.shape == (PLAIN_TRAININGS, 3)
-    for name in ("worse", "plain_each", "scenario_plain"):
-        assert fields.pop(name) is not None
-    fields["left_out"], fields["wider"] = fields["left_out"][:2], fields["wider"][:, :2]
-    earlier = dataclasses.make_dataclass("Evidence", fields)(**fields)
-    read = decode(Evidence, encode(earlier), "evidence.safetensors")
-    assert np.isnan(read.screen_recall).all()
-    assert read.real_failure_images == made.real_failure_images
-    found = load_findings(run)[0]
-    figures = evidence_figures(found, read)
-    assert figures.left_out.plain == figures.own_label.plain and figures.against_plain.real_failures is None
-    assert figures.wider[0].plain.value is None and figures.wider[0].defuse.value is not None
-    assert scenario_evidence(found, read, 0).confirmed is None  # it was held against the classifier before
-    one = decode(
-        Evidence,
-        encode(dataclasses.make_dataclass("Evidence", [*fields, "pairs"])(**fields, pairs=pairs[0])),
-        "evidence.safetensors",
-    )
-    held_against_one = scenario_evidence(found, one, 0)
-    assert (held_against_one.confirmed, held_against_one.independent_images) == (None, None)
+def test_pairs_are_of_each_plain_training(finished) -> None:
+    made = finished[0].load(Evidence)
+    assert made.pairs.shape == (PLAIN_TRAININGS, len(made.names), 3)
+    assert made.real_failure_pairs.shape == (PLAIN_TRAININGS, 3)
+    np.testing.assert_array_equal(made.units, made.pairs[0, :, 0])
 
 
 def test_pictures_that_the_judges_disagree_on_do_not_show_the_scenarios_label(finished) -> None:
@@ -296,7 +272,8 @@ def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_the
         seen=np.arange(scenarios) > 0,
         testable=np.ones(scenarios, np.bool_),
     )
-    unseen = dataclasses.replace(found, scenarios=dataclasses.replace(found.scenarios, source_error=None))
+    right = np.zeros(len(found.scenarios))
+    unseen = dataclasses.replace(found, scenarios=dataclasses.replace(found.scenarios, source_error=right))
     other = Run.start(FolderStore(tmp_path), "a", run.spec)
     write_report(other, unseen, evaluation, dataclasses.replace(evidence, real=real), watch)
     page = " ".join(other.store.read("report.html").decode().replace("\xa0", " ").split())

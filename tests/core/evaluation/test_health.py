@@ -184,10 +184,6 @@ def test_pictures_of_colours_stand_in_rows_and_columns():
         np.testing.assert_array_equal(picture, np.round(255 * grid[row, column]).transpose(1, 2, 0))
 
 
-def test_models_of_a_version_that_measured_no_health_are_accepted(tiny_models):
-    expect_healthy(tiny(vae={"accept": "fit"}), dataclasses.replace(tiny_models, health=None))
-
-
 @pytest.mark.parametrize(
     ("verdict", "accept", "stops"),
     [

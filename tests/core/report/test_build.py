@@ -87,10 +87,10 @@ def with_source_errors(support: list[int], error: list[float]):
 def test_a_scenario_is_seen_in_training_images_if_its_sources_are_misclassified_with_certainty(
     tmp_path: Path,
 ):
-    sample = with_source_errors([30, 30, 5, 9], [0.5, 0.3, 0.4, float("nan")])
+    sample = with_source_errors([30, 30, 5, 9], [0.5, 0.3, 0.4, 0.0])
     rows = report_of(sample, tmp_path).scenarios.list
     assert [row.seen_in_training_images for row in rows] == [True, False, False, False]
-    assert [row.source_error for row in rows] == [0.5, 0.3, 0.4, None]
+    assert [row.source_error for row in rows] == [0.5, 0.3, 0.4, 0.0]
     assert [row.source_images for row in rows] == [30, 30, 5, 9]
 
 
@@ -114,11 +114,6 @@ def test_frames_of_a_single_sign_do_not_make_a_scenario_seen_in_training_images(
     assert [row.seen_in_training_images for row in rows] == [False, True]
     page = run.store.read("report.html").decode().replace("\xa0", " ")
     assert "from 30 training images of 1 track, of which the classifier gets <b>100 %</b> wrong" in page
-
-
-def test_a_report_of_findings_without_source_errors_leaves_them_out(tmp_path: Path):
-    rows = report_of(sample_findings(2, 1), tmp_path).scenarios.list
-    assert {(row.source_images, row.source_error) for row in rows} == {(None, None)}
 
 
 def test_the_trade_off_has_each_lambda_at_its_chosen_epoch(tmp_path: Path):
@@ -190,7 +185,7 @@ def test_the_report_says_how_many_failing_draws_the_screen_keeps(tmp_path: Path)
     ("failing", "identify", "expected"),
     [
         (2064, {"originals": "misclassified"}, (2064, None)),  # the codes are not those of draws alone
-        (0, {}, (None, None)),  # as an earlier version stored it
+        (0, {}, (0, None)),
     ],
 )
 def test_the_kept_share_is_left_out_where_it_is_not_known(
@@ -252,7 +247,7 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     run = sample_run(tmp_path)
     write_report(run, *sample_findings(3, 2, images=3), watch=sample_watch())
     tree = json.loads(run.store.read("report.json"))
-    assert tree["version"] == 5
+    assert tree["version"] == 6
     assert tree["annotators"] == "reference models"
     assert set(tree["accuracy"]["defuse"]) == {"validation", "test", "scenario"}
     figures = {"components", "accepted", "purity", "own_labels", "expected_false_share", "tuning_agreement"}
@@ -269,29 +264,11 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     assert [row["method"] for row in tree["watch"]["methods"]] == ["max-softmax", "scenario distance"]
 
 
-def test_a_report_from_before_some_figures_is_still_read(tmp_path: Path):
-    tree = json.loads(report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True))
-    added = {
-        "scenarios": ("expected_false_share", "tuning_agreement", "unreviewed_images"),
-        "psi": ("failing_draws", "kept_share", "screened"),
-    }
-    del tree["watch"]
-    for part, names in added.items():
-        for name in names:
-            del tree[part][name]
-    report = parse_report(json.dumps(tree), "report.json")
-    assert (report.watch, report.psi.failing_draws, report.scenarios.expected_false_share) == (
-        None,
-        None,
-        None,
-    )
-
-
-@pytest.mark.parametrize("change", [{"version": 2}, {"version": None}, {"making": {}}])
+@pytest.mark.parametrize("change", [{"version": 5}, {"version": None}, {"making": {}}])
 def test_a_report_of_another_version_is_refused_with_what_to_do(tmp_path: Path, change: dict[str, object]):
     text = report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True)
     assert parse_report(text, "report.json").scenarios.accepted == 1
-    words = r"^a/report\.json: expected a report of version 5, .*`defuse report RUN`"
+    words = r"^a/report\.json: expected a report of version 6, .*`defuse report RUN`"
     with pytest.raises(InputError, match=words):
         parse_report(json.dumps(json.loads(text) | change), "a/report.json")
 

@@ -20,6 +20,7 @@ from defuse_core.report.evidence_schema import (
     AgainstPlain,
     EvidenceFigures,
     FourShares,
+    LeftOutScenarios,
     LeftOutShares,
     Pairs,
     ScenarioEvidence,
@@ -163,11 +164,13 @@ def judged(report, own=None, left_out=None, real=None):
         for name, counts in (("scenarios", own), ("left_out", left_out), ("real_failures", real))
     }
     share = Share(value=0.84, low=0.7, high=0.9)
-    shares = FourShares(before=share, baseline=share, plain=share, defuse=share)
+    shares = FourShares(before=share, baseline=share, plain=share, defuse=share, plain_each=())
     evidence = EvidenceFigures.model_construct(
         own_label=shares,
         real_failures=shares,
-        left_out=LeftOutShares(before=share, plain=share, defuse=share),
+        left_out=LeftOutShares(before=share, plain=share, defuse=share, plain_each=()),
+        left_out_known_confusion=LeftOutScenarios(count=0),
+        left_out_new_confusion=LeftOutScenarios(count=0),
         against_plain=AgainstPlain(**pairs),
     )
     return report.model_copy(update={"evidence": evidence})
@@ -233,7 +236,13 @@ def test_the_notice_has_the_pairs_on_real_failures(tmp_path: Path):
 def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfirmed(tmp_path: Path):
     report = report_of(sample_findings(4, 4), tmp_path)
     rows = [
-        row.model_copy(update={"evidence": ScenarioEvidence.model_construct(confirmed=confirmed)})
+        row.model_copy(
+            update={
+                "evidence": ScenarioEvidence.model_construct(
+                    confirmed=confirmed, worse=False, independent_images=None
+                )
+            }
+        )
         for row, confirmed in zip(report.scenarios.list, (True, False, None, True), strict=True)
     ]
     text = unconfirmed(
@@ -275,7 +284,9 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
         rows = [
             row.model_copy(
                 update={
-                    "evidence": ScenarioEvidence.model_construct(confirmed=answer, independent_images=4),
+                    "evidence": ScenarioEvidence.model_construct(
+                        confirmed=answer, worse=False, independent_images=4
+                    ),
                 }
             )
             for row, answer in zip(report.scenarios.list, confirmed, strict=True)

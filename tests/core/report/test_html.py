@@ -177,14 +177,18 @@ def test_small_pictures_are_kept_exactly_and_large_ones_compressed(side: int, ki
 def test_no_real_images_are_shown_where_none_has_the_scenarios_label():
     nothing = np.zeros((2, 12), np.int64)
     pixels = np.repeat(np.arange(24, dtype=np.uint8), 16).reshape(2, 12, 1, 4, 4)
-    real = NearestReal(pixels, nothing, nothing, np.array([0.5, np.nan]), 0.1, np.zeros(2, np.bool_))
+    real = NearestReal(
+        pixels, nothing, nothing, np.array([0.5, np.nan]), 0.1, *np.zeros((2, 2), np.bool_), np.zeros(2)
+    )
     assert [len(_real_tiles(("circle", "square"), real, column)) for column in (0, 1)] == [12, 0]
 
 
 def test_each_real_image_is_shown_once_where_a_class_has_few():
     pixels = np.resize(np.arange(5 * 16, dtype=np.uint8).reshape(5, 1, 4, 4), (1, 12, 1, 4, 4))
     nothing, answers = np.zeros((1, 12), np.int64), np.resize([1, 0, 0, 0, 0], (1, 12))
-    real = NearestReal(pixels, nothing, answers, np.array([0.2]), 0.1, np.zeros(1, np.bool_))
+    real = NearestReal(
+        pixels, nothing, answers, np.array([0.2]), 0.1, *np.zeros((2, 1), np.bool_), np.zeros(1)
+    )
     tiles = _real_tiles(("circle", "square"), real, 0)
     assert [tile.before.kind for tile in tiles] == ["wrong", "right", "right", "right", "right"]
     assert [tile.address for tile in tiles] == [

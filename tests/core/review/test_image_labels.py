@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -72,8 +70,6 @@ def test_given_labels_of_images_replace_the_majority_and_are_stored():
 def test_a_component_without_a_label_is_in_doubt():
     none = judge([[[NO, NO]]], [[1, 1]], max_false=0.05)
     assert doubtful(none, 0.5).tolist() == [True]
-    earlier = replace(judge([[[1] * 10]], [[1] * 10]), labelled=None)  # did not store how many have one
-    assert doubtful(earlier, 0.95).tolist() == [True]
 
 
 def test_only_a_lower_bound_has_a_rate_and_only_models_decide_twice():

@@ -27,11 +27,12 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from tests.conftest import TINY, recommended
+from tests.sample_components import sample_scenarios
 
 
 def test_further_images_have_the_majoritys_label_as_those_of_the_gallery(tiny_models, references):
     two = np.full(2, 0.5)
-    scenarios = Scenarios(two, np.zeros((2, 4)), np.stack([np.eye(4)] * 2), two, 100, True, 5, -1.0)
+    scenarios = sample_scenarios(two, np.zeros((2, 4)), np.stack([np.eye(4)] * 2), two, 100, True, 5, -1.0)
     first = references.models[0]
     contrary = {  # the same model, which answers the next class: never of one mind with the other two
         name: np.roll(array, 1, axis=0) if name.startswith("net.27") else array
@@ -51,7 +52,7 @@ def anchored_component(track: I64 | None = None) -> Scenarios:
     pixels = rng.integers(256, size=(6, 1, 16, 16)).astype(np.uint8)
     anchors = Anchors(pixels, 100 + np.arange(6), np.arange(6) % 2 == 1, track)
     failures = ComponentFailures(rng.normal(size=(1, 6, 4)).astype(np.float32), np.arange(6)[None], anchors)
-    return Scenarios(one, np.zeros((1, 4)), np.eye(4)[None], one, 6, True, 5, -1.0, failures=failures)
+    return sample_scenarios(one, np.zeros((1, 4)), np.eye(4)[None], one, 6, True, 5, -1.0, failures=failures)
 
 
 def test_further_images_know_the_training_images_or_tracks_that_they_show(tiny_models, references):
@@ -69,7 +70,7 @@ def test_further_images_know_the_training_images_or_tracks_that_they_show(tiny_m
 def two_components(**changes) -> Scenarios:
     two = np.full(2, 0.5)
     means = np.stack([np.zeros(4), np.ones(4)])
-    return Scenarios(two, means, np.stack([np.eye(4)] * 2), two, 100, True, 5, -1.0, **changes)
+    return sample_scenarios(two, means, np.stack([np.eye(4)] * 2), two, 100, True, 5, -1.0, **changes)
 
 
 def test_further_draws_are_none_of_those_that_were_reviewed(tiny_models, references, monkeypatch):
@@ -139,7 +140,7 @@ def test_corrections_have_the_label_of_their_own_component_and_test_on_held_out_
     codes = rng.normal(size=(2, 8, 4)).astype(np.float32)
     failures = ComponentFailures(codes, np.stack([np.arange(8)] * 2), anchors) if anchored else None
     shares, own = np.ones(2), np.full((2, 5), 7)
-    verdicts = Verdicts(labels, shares, shares, own, np.ones((2, 5)), 0, 0, ("no", "yes"), ())
+    verdicts = Verdicts(labels, shares, shares, own, np.ones((2, 5)), 0, 0, ("no", "yes"), (), np.full(2, 5))
     spec = recommended(review={"tau": 0.1})
     fixes = sample_corrections(spec, two_components(failures=failures), verdicts)
     assert (fixes.scenario.tolist(), fixes.labels.tolist()) == ([1], [7])

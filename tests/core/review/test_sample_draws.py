@@ -29,6 +29,7 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from tests.conftest import recommended
+from tests.sample_components import sample_scenarios
 
 LABEL, TAU = 3, 0.1
 
@@ -59,13 +60,15 @@ def twins(anchored: bool = False, mean: float = 0.0) -> Scenarios:
             codes, np.stack([images] * 2), Anchors(pixels, 100 + images, images % 2 == 1)
         )
     means, covariances = np.full((2, 4), mean), np.stack([np.eye(4)] * 2)
-    return Scenarios(two, means, covariances, two, 100, True, 5, -1.0, failures=failures)
+    return sample_scenarios(two, means, covariances, two, 100, True, 5, -1.0, failures=failures)
 
 
 def accepted(count: int = 2) -> Verdicts:
     labels, ones = np.full(count, LABEL), np.ones(count)
     own = np.full((count, 5), LABEL)
-    return Verdicts(labels, ones, ones, own, np.ones((count, 5)), 0, 0, ("yes",) * count, ())
+    return Verdicts(
+        labels, ones, ones, own, np.ones((count, 5)), 0, 0, ("yes",) * count, (), np.full(count, 5)
+    )
 
 
 def spec_of(images: int = 12, widen: float = 1.0, **changes) -> RunFile:

@@ -15,11 +15,12 @@ from defuse_core.review.sample import filter_corrections, sample_corrections, sa
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.training.reference_models import load_reference_models, model_probabilities, votes_of_models
 from tests.conftest import recommended
+from tests.sample_components import sample_scenarios
 
 
 @pytest.fixture(scope="module")
 def scenarios() -> Scenarios:
-    return Scenarios(
+    return sample_scenarios(
         np.array([0.7, 0.3]),
         np.array([[0.0] * 4, [1.0] * 4]),
         np.stack([np.eye(4)] * 2),
@@ -45,7 +46,7 @@ def test_the_gallery_shows_the_classifiers_own_answers(gallery, tiny_spec, tiny_
 
 
 def test_a_component_is_drawn_alike_whichever_others_there_are(gallery, tiny_spec, tiny_models, scenarios):
-    first = Scenarios(
+    first = sample_scenarios(
         **{
             **vars(scenarios),
             "weights": scenarios.weights[:1],

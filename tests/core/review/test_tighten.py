@@ -12,13 +12,14 @@ from defuse_core.protocols import Call
 from defuse_core.review.tighten import TAUS, find_taus, with_taus
 from defuse_core.seeds import generator
 from tests.conftest import tiny
+from tests.sample_components import sample_scenarios
 
 SPEC = tiny(review={"tau": "auto", "purity": 0.9, "failing": 0.5})
 
 
 def one_component(width=2) -> Scenarios:
     one = np.ones(1)
-    return Scenarios(
+    return sample_scenarios(
         one,
         np.zeros((1, width)),
         np.eye(width)[None],

@@ -14,6 +14,7 @@ from defuse_core.distill.held_out import UNDIVIDED
 from defuse_core.report.build import build_report
 from defuse_core.report.notices import caveats, headline
 from defuse_core.review.undecided import why_undecided
+from tests.sample_components import FIT
 
 COUNT = 4
 
@@ -22,7 +23,7 @@ def undecided(sample, **review) -> str | None:
     found, _ = sample
     spec = sample_spec().with_fields("review", **review)
     return why_undecided(
-        spec, found.gallery, found.verdicts, health=None, psi=found.psi, scenarios=found.scenarios
+        spec, found.gallery, found.verdicts, health=FIT, psi=found.psi, scenarios=found.scenarios
     )
 
 
@@ -82,7 +83,6 @@ def test_images_of_tracks_and_images_that_are_decoded_plainly_are_counted_as_suc
     plain = {"labelled": np.array([3, 4, 9]), "misclassified": np.array([1.0, 0.5, 1.0])}
     text = undecided(with_verdicts(sample_findings(3, 0), **plain))
     assert text is not None and text.startswith("1 of 3 components fails") and "the 6 images that" in text
-    assert undecided(with_verdicts(sample_findings(3, 0), labelled=None)) is None  # of an earlier version
 
 
 def test_what_people_rejected_is_decided():
@@ -91,12 +91,9 @@ def test_what_people_rejected_is_decided():
 
 
 def dropped(
-    right: bool = False, small: bool | None = False, weight: float = 0.1, reason: str = "its draws"
+    right: bool = False, small: bool = False, weight: float = 0.1, reason: str = "its draws"
 ) -> DroppedComponent:
     return DroppedComponent(weight, 8, 3, 2, reason, right, small)
-
-
-EARLIER = DroppedComponent(0.1, 8, 3, 2, "its draws")
 
 
 @pytest.mark.parametrize(
@@ -109,9 +106,6 @@ EARLIER = DroppedComponent(0.1, 8, 3, 2, "its draws")
         ),
         ((), "No failure scenario was found"),
         ((dropped(small=True, weight=0.4),), "No failure scenario was found"),
-        # an earlier version, which did not tell why
-        ((dropped(), EARLIER), "No failure scenario was found"),
-        ((dropped(), dropped(small=None)), "No failure scenario was found"),
         ((dropped(reason=f"{UNDIVIDED}: one track"),), "one track); try more photographs or tracks of these"),
         ((dropped(small=True, weight=0.4), dropped()), "Could not tell: "),
         ((dropped(right=True), dropped(weight=0.2)), "Could not tell: "),
@@ -152,7 +146,7 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
     assert text.startswith("No failure scenario was found")
     scenarios = dataclasses.replace(found.scenarios, dropped=few)
     low = sample_spec().with_fields("distill", min_support=1)  # four images are no scenario all the same
-    known = {"health": None, "psi": None, "scenarios": scenarios}
+    known = {"health": FIT, "psi": None, "scenarios": scenarios}
     assert why_undecided(low, found.gallery, found.verdicts, **known) is None
     for least, told in ((8, True), (9, False)):  # of cells of 8 images each
         spec = sample_spec().with_fields("distill", min_support=least)
@@ -203,7 +197,7 @@ def test_a_beta_vae_that_keeps_few_answers_is_told_by_what_it_draws(verdict: str
 def test_failures_of_which_the_screen_kept_none_are_undecided(failing: int, words: str):
     found, _ = sample_findings(COUNT, 0)
     psi = dataclasses.replace(found.psi, codes=np.zeros(2, np.int64), failing=failing)
-    known = {"health": None, "psi": psi, "scenarios": None}
+    known = {"health": FIT, "psi": psi, "scenarios": None}
     assert words in (why_undecided(sample_spec(), found.gallery, found.verdicts, **known) or "")
 
 
@@ -212,6 +206,6 @@ def test_a_smaller_purity_is_proposed_only_where_tau_is_chosen_by_it():
     scenarios = dataclasses.replace(found.scenarios, dropped=(dropped(),))
     for tau, proposed in (("auto", True), (0.1, False)):
         spec = sample_spec().with_fields("review", tau=tau)
-        known = {"health": None, "psi": found.psi, "scenarios": scenarios}
+        known = {"health": FIT, "psi": found.psi, "scenarios": scenarios}
         text = why_undecided(spec, found.gallery, found.verdicts, **known)
         assert text is not None and ("smaller review.purity" in text) is proposed

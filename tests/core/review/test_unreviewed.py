@@ -28,6 +28,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import load_reference_models, model_probabilities
 from tests.conftest import recommended
+from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings
 
 
@@ -39,7 +40,7 @@ def found_with(labels: list[int], cells: list[tuple[int, int]] | None = None) ->
         found.scenarios,
         means=far,
         covariances=np.stack([np.eye(3)] * len(labels)),
-        cells=None if cells is None else np.array(cells),
+        cells=np.array(cells or [(NONE_OF_THE_ABOVE,) * 2] * len(labels)),
     )
     return scenarios, replace(found.verdicts, labels=np.array(labels))
 
@@ -50,7 +51,7 @@ def failures_at(
     codes = np.array(centers, np.float32)[:, None] * np.ones((1, 3), np.float32)
     labels, source = np.full(len(centers), truth), 10 * np.arange(len(centers))
     track = None if tracks is None else np.array(tracks)
-    return Failures(codes, source, labels, np.array(answers), source_track=track)
+    return sample_failures(codes, source, labels, np.array(answers), source_track=track)
 
 
 def test_no_failure_is_tuned_on_that_reviewers_rejected_or_labelled_otherwise() -> None:
@@ -97,8 +98,8 @@ def run_with_psi(tmp_path, tiny_models: Models, references: ReferenceSet) -> tup
     # no failures: codes of training images under their class, most of which the classifier gets right
     own = identifier.train.take(slice(0, 100))
     codes = encode_images(identifier.vae, own)
-    right = Failures(codes, RIGHT + np.arange(100), own.labels, (own.labels + 1) % 10)
-    both = Failures.concatenate([replace(shard.failures, source_wrong=None), right])
+    right = sample_failures(codes, RIGHT + np.arange(100), own.labels, (own.labels + 1) % 10)
+    both = Failures.concatenate([shard.failures, right])
     save_shard(run.store, 0, replace(shard, failures=both))
     one = np.array([len(both)])
     return run, Psi(one, shard.images, shard.decodings, 0, 0, 0.0, fingerprint=shard.fingerprint)
@@ -108,9 +109,7 @@ def nowhere(run: Run) -> tuple[Scenarios, Verdicts]:
     """Two components, one of them accepted, whose regions hold no code."""
     scenarios, verdicts = found_with([NONE_OF_THE_ABOVE, 3])
     width = run.spec.vae.latent_dim
-    far = replace(
-        scenarios, means=np.full((2, width), 1e4), covariances=np.stack([np.eye(width)] * 2), cells=None
-    )
+    far = replace(scenarios, means=np.full((2, width), 1e4), covariances=np.stack([np.eye(width)] * 2))
     return far, verdicts
 
 
@@ -185,7 +184,7 @@ def test_with_anchored_decoding_each_is_shown_at_its_own_training_image(tiny_mod
     vae, train = load_vae(spec, tiny_models.vae), Identifier(spec, tiny_models).train
     source = np.array([7, 3, 7])
     codes = encode_images(vae, train.take(source))
-    failures = Failures(codes, source, np.array([1, 2, 3]), np.array([4, 5, 6]))
+    failures = sample_failures(codes, source, np.array([1, 2, 3]), np.array([4, 5, 6]))
     shown = decode_failures(spec, tiny_models, vae, failures)
     np.testing.assert_allclose(
         shown, train.take(source).batch(), atol=1e-5

@@ -38,14 +38,12 @@ def measured_with(
     return measure_precision.measure_precision(tiny(), progress=silent)
 
 
-def test_bf16_is_chosen_where_it_is_faster_by_a_tenth_and_both_times_are_kept(monkeypatch, caplog):
+def test_bf16_is_chosen_where_it_is_faster_by_a_tenth_and_the_log_has_the_ratios(monkeypatch, caplog):
     with caplog.at_level("INFO", "defuse"):
         found = measured_with(
             monkeypatch, {"classifier": (2.0, 1.0), "vae": (1.05, 1.0), "answers": (1.0, 2.0)}
         )
     assert found.chosen == {"classifier": "bf16", "vae": "f32", "answers": "f32"}
-    assert found.f32_seconds == {"classifier": 2.0, "vae": 1.05, "answers": 1.0}
-    assert found.bf16_seconds == {"classifier": 1.0, "vae": 1.0, "answers": 2.0}
     assert "times as fast: classifier 2.00, vae 1.05, answers 0.50" in caplog.text
 
 

@@ -185,8 +185,7 @@ def test_a_run_keeps_the_precision_that_it_measured(tmp_path, monkeypatch):
 
 def test_every_kind_of_computation_is_measured(tiny_spec):
     measured = measure_precision.measure_precision(tiny(judges={"count": 1}), progress=silent)
-    assert measured.f32_seconds.keys() == {"classifier", "vae", "answers", "reference", "judges"}
-    assert min(measured.f32_seconds.values()) > 0
+    assert measured.chosen.keys() == {"classifier", "vae", "answers", "reference", "judges"}
 
 
 def test_where_bf16_is_not_possible_f32_is_timed_all_the_same(caplog, monkeypatch):

@@ -75,7 +75,7 @@ def test_reference_models_are_trained_in_the_number_format_that_the_run_measured
     run = review_run(tmp_path, gallery)
     resources = run.spec.resources.model_copy(update={"precision": "auto"})
     run.spec = run.spec.model_copy(update={"resources": resources})
-    measured = MeasuredPrecision({"reference": "bf16"}, {}, {})
+    measured = MeasuredPrecision({"reference": "bf16"})
     run.store.write("measuredprecision.safetensors", encode(measured))
     with pytest.raises(TrainingError, match="bf16"):
         _votes_of_models(run, SimpleNamespace(tasks=training_ends), gallery)

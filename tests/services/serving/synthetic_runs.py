@@ -26,6 +26,7 @@ from defuse_core.models import decode_codes, encode_images, load_classifier, loa
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
 from defuse_core.store import Store
+from tests.sample_components import sample_scenarios
 
 
 def make_run(
@@ -64,7 +65,7 @@ def _components(codes: np.ndarray, labels: np.ndarray, classes: tuple[int, ...])
     groups = [codes[labels == label].astype(np.float64) for label in classes]
     covariances = np.stack([np.cov(group.T) * 0.3 + 1e-3 * np.eye(codes.shape[1]) for group in groups])
     weights = np.full(len(classes), 1 / len(classes))
-    return Scenarios(
+    return sample_scenarios(
         weights, np.stack([g.mean(0) for g in groups]), covariances, weights, len(codes), True, 1, 0.0
     )
 
@@ -91,6 +92,7 @@ def _verdicts(labels: np.ndarray, images: int) -> Verdicts:
         no_class_chosen=0,
         reasons=("planted",) * count,
         overrides=(),
+        labelled=np.full(count, images),
     )
 
 

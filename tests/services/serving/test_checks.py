@@ -70,9 +70,6 @@ def test_without_judged_units_there_is_no_check_by_own_label():
     corrections = sample_findings(4, 2)[0].fixes
     evidence = sample_evidence(own_labels([0.9, 0.9], [0.1, 0.1]))
     assert own_label_accuracy(corrections, None) is None
-    assert (
-        own_label_accuracy(corrections, replace(evidence, pairs_with_before=None)) is None
-    )  # of an earlier version
     nobody = own_labels([np.nan, np.nan], [np.nan, np.nan])
     assert own_label_accuracy(corrections, replace(evidence, scenario_own_label=nobody)) is None
 

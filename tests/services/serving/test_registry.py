@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import threading
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from defuse_core.artifacts import Models
 from defuse_core.codec import encode
 from defuse_core.config import ServeSection
-from defuse_core.errors import CheckFailed, InputError, StoreError
+from defuse_core.errors import CheckFailed, DamagedError, InputError
 from defuse_core.runs import Run
 from services.cli.serve import parse_share
 from services.serving import candidate as candidate_module
@@ -218,15 +219,6 @@ def test_equal_weights_with_another_watch_are_another_version(registry, own_stor
     assert promote(registry, made_again(own_store), ANA).production == 2
 
 
-def test_a_version_of_an_earlier_defuse_stays_beside_the_new_one_of_its_run(registry, candidates):
-    earlier = dataclasses.replace(candidates["first"], failures=None, digest="of weights and settings")
-    promote(registry, earlier, ANA)
-    assert promote(registry, candidates["first"], ANA).production == 2
-    assert registry.load(2).failures is not None and registry.state().versions[2].watch is not None
-    assert registry.roll_back("bo", "", verify_candidate).production == 1
-    assert registry.load(1).failures is None
-
-
 def test_concurrent_promotions_of_one_run_make_one_version(registry, candidates):
     promote(registry, candidates["second"], ANA)
     started = threading.Barrier(6)
@@ -315,15 +307,26 @@ def test_anything_else_is_no_share(text):
         parse_share(text)
 
 
-def test_a_registry_of_an_older_format_is_an_error_that_says_what_to_do(registry):
-    registry.store.write("standing/000001.json", b'{"sequence": 1, "production": 1}')
-    with pytest.raises(StoreError, match=r"\(format 1\), expected format 2; rename the folder and promote"):
+@pytest.mark.parametrize(
+    ("key", "state", "found"),
+    [
+        ("standing/000001.json", {"sequence": 1}, ": expected a registry of format 3, found format 1; "),
+        ("changes/000001.json", {"format": 2}, "/changes/000001.json: .* of format 3, found format 2; "),
+        ("changes/000001.json", {"sequence": 1}, "/changes/000001.json: .* of format 3, found none; "),
+    ],
+)
+def test_a_registry_of_an_older_format_is_refused_in_one_line_that_says_what_to_do(
+    registry, key, state, found
+):
+    registry.store.write(key, json.dumps(state).encode())
+    remedy = "use the version of Defuse that wrote it, or rename its folder and promote a run of this version"
+    with pytest.raises(DamagedError, match=f"^{registry.store.address}{found}{remedy}"):
         registry.state()
 
 
-def test_a_state_without_its_format_is_an_error_that_names_the_file(registry):
-    registry.store.write("changes/000001.json", b'{"sequence": 1, "production": 1}')
-    with pytest.raises(StoreError, match=r"changes/000001\.json: expected a registry state of format 2"):
+def test_a_damaged_state_is_an_error_that_names_the_file(registry):
+    registry.store.write("changes/000001.json", b'{"format": 3, "sequence": "one"}')
+    with pytest.raises(DamagedError, match=r"changes/000001\.json: .*valid integer.*; restore the file"):
         registry.state()
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from scipy.spatial.distance import mahalanobis as reference
 
-from defuse_core.codec import decode, encode
 from defuse_core.config import ServeSection
 from defuse_core.models import encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.runs import Run
 from defuse_core.watch.scenario_regions import Watch, mahalanobis
-from services.serving.candidate import Candidate, prepare_candidate
+from services.serving.candidate import prepare_candidate
 from services.serving.model import LoadedModel
 
 
@@ -95,13 +94,6 @@ def test_a_version_that_cannot_tell_gives_null_and_the_reason(planted, candidate
     answer = served.predictions(served.predict(pixels[:1]))[0]
     assert (answer.failure_probability, answer.flagged, answer.explanation) == (None, None, None)
     assert served.watch_figures.method is None and "not finite" in served.watch_figures.verdict
-
-
-def test_a_version_of_an_earlier_defuse_is_still_served(candidate, pixels):
-    old = decode(Candidate, encode(replace(candidate, failures=None)), "old")
-    served = LoadedModel(old, ServeSection())
-    assert served.watch_figures is None
-    assert served.predictions(served.predict(pixels[:1]))[0].failure_probability is None
 
 
 def matches_for(candidate, answer):
