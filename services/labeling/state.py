@@ -14,7 +14,7 @@ from defuse_core.artifacts import Gallery
 from defuse_core.errors import ANOTHER_NAME, InputError
 from defuse_core.store import Store
 
-VERSION = 2  # of the stored state
+VERSION = 3  # of the stored state
 STATE_KEY = "labeling.json"
 
 
@@ -26,8 +26,7 @@ class ProjectState:
 
     mark: str  # part of the project's description, which identifies it, also after a lost reply
     gallery: str  # digest of the images that were pushed
-    # of the tasks' digests; none in a project of an earlier version
-    secret: str = field(default="", repr=False)
+    secret: str = field(repr=False)  # of the tasks' digests
     address: str = ""
     project: int | None = None  # None until the server has replied
     title: str = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import re
@@ -134,12 +133,9 @@ class ReviewTasks:
 def digest(key: str, data: Mapping[str, object], secret: str) -> str:
     """Return a digest of a task's key and data, by which a later edit is recognised.
 
-    It is part of the task, where every annotator can write, so it needs the run's secret (HMAC, RFC 2104). Without one,
-    as in projects of earlier versions, it is a plain digest, which whoever edits a task can compute, too.
+    It is part of the task, where every annotator can write, so it needs the run's secret (HMAC, RFC 2104).
     """
     text = json.dumps([key, data], sort_keys=True).encode()
-    if not secret:
-        return hashlib.sha256(text).hexdigest()[:16]
     return hmac.digest(secret.encode(), text, "sha256").hex()[:32]
 
 

@@ -39,7 +39,7 @@ class LeaseState:
     """The content of the lease object."""
 
     holder: str  # for people
-    token: str = ""  # of one taking of the lease; empty in a lease of an older Defuse
+    token: str = ""  # of one taking of the lease; empty where the object cannot be read
     generation: int = 0  # grows with every taking, so that the order is known
     beats: int = 0
     # Its holder ended; the object stays until the run is deleted, so that generations go on.

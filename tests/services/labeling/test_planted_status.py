@@ -15,7 +15,7 @@ from services.labeling.simulate import choice_result
 from services.labeling.state import ProjectState
 from services.labeling.status import ReviewStatus, review_status, update_queue
 
-STATE = ProjectState("mark", "digest", project=1)
+STATE = ProjectState("mark", "digest", "secret", project=1)
 
 
 def answers_to(tasks, index, count, choice="8", first=1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from dataclasses import replace
 
@@ -255,28 +254,6 @@ def test_an_edit_that_also_replaces_the_digest_in_the_task_is_noticed(make_revie
         with pytest.raises(InputError, match=r"s000-i00\) was edited"):
             look(review.gallery)
     review.annotators.push(review.gallery, repair=True)
-    review.annotators.status(review.gallery)
-
-
-def test_a_project_that_an_earlier_version_pushed_works_and_is_keyed_when_it_is_replaced(
-    make_review, accounts
-):
-    review = make_review()
-    write_state(review.run.store, replace(review.state, secret=""))  # as that version stored it, nothing more
-    text = json.loads(review.run.store.read("labeling.json"))
-    del text["secret"]
-    review.run.store.write("labeling.json", json.dumps(text).encode())
-    number = review.annotators.push(review.gallery).number
-    assert {len(task.digest) for task in review.tasks().values()} == {16}
-    pushed = review.tasks()
-    swapped = {"data": pushed["s001-i00"].data}
-    accounts[0].http.patch(f"/api/tasks/{pushed['s000-i00'].id}/", json=swapped).raise_for_status()
-    with pytest.raises(InputError, match=r"s000-i00\) was edited"):
-        review.annotators.status(review.gallery)
-    review.annotators.push(review.gallery, repair=True)
-    review.annotators.status(review.gallery)
-    review.api._sdk.projects.delete(id=number)
-    assert review.annotators.push(review.gallery, repair=True).secret
     review.annotators.status(review.gallery)
 
 

@@ -15,13 +15,13 @@ from services.labeling.state import ProjectState, gallery_digest, read_state, up
 
 
 def test_the_number_of_an_annotator_never_changes():
-    state = ProjectState("mark", "digest").with_annotators([9, 3]).with_annotators([3, 5, 9])
+    state = ProjectState("mark", "digest", "secret").with_annotators([9, 3]).with_annotators([3, 5, 9])
     assert state.people == {"9": 1, "3": 2, "5": 3}
     assert state.pseudonym(3) == "annotator-2"
 
 
 def test_a_change_is_made_to_what_is_stored_by_then(tmp_path):
-    store, early = FolderStore(tmp_path), ProjectState("mark", "digest")
+    store, early = FolderStore(tmp_path), ProjectState("mark", "digest", "secret")
     write_state(store, replace(early, simulated=True))  # by another command
     changed = update_state(store, early, lambda known: known.with_annotators([7]))
     assert changed.simulated and changed.people == {"7": 1}
@@ -54,9 +54,9 @@ def test_a_state_that_defuse_did_not_write_is_refused(tmp_path, damage):
         read_state(store, gallery)
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_a_state_of_another_version_is_refused(tmp_path, version):
     store, gallery = FolderStore(tmp_path), digits_gallery()
     write_state(store, replace(read_state(store, gallery), version=version))
-    with pytest.raises(InputError, match=f"has version {version}, this Defuse reads version 2"):
+    with pytest.raises(InputError, match=f"has version {version}, this Defuse reads version 3"):
         read_state(store, gallery)

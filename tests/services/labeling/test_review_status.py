@@ -118,7 +118,7 @@ def test_a_review_of_no_scenarios_is_complete(tmp_path):
     _, tasks = blank_review(tmp_path, 0)
     status = review_status(tasks, read_annotations([], tasks), {}, ())
     assert (status.requested, status.given, status.outstanding, status.saved) == (0, 0, 0, 0)
-    assert len(status.final_votes(ProjectState("mark", "digest", project=1)).answer) == 0
+    assert len(status.final_votes(ProjectState("mark", "digest", "secret", project=1)).answer) == 0
 
 
 @pytest.mark.parametrize("consensus", ["majority", "crowdlab"])
