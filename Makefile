@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What commands import is compiled once; pip would compile every file of every package, for minutes.
 COMPILED := cluster.sweep, label_studio_sdk, matplotlib.pyplot, ray.serve, ray.train.torch, services.cli, torchvision
+# Processes of tests. On two cores three: some tests wait for servers at any time.
+TESTS_AT_ONCE ?= 3
 
 .PHONY: help setup demo test lint bench clean
 
@@ -36,7 +38,7 @@ lint: setup
 test: setup  # Label Studio is installed while lint runs
 	$(BIN)/defuse label-studio install & installed=$$!; \
 	$(MAKE) lint && wait $$installed && \
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python tests/bench/all.py

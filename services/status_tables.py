@@ -195,7 +195,10 @@ def _stored_report(run: Run) -> Report | None:
 
 
 def _unread_report(run: Run) -> str:
-    return f"{run.name}: report.json is another version's, or damaged: `defuse report {run.name}` writes it again"
+    return (
+        f"{run.name}: report.json is another version's, or damaged; `defuse report {run.name}` writes it again or says "
+        "why not"
+    )
 
 
 def _state_text(state: StepState) -> Text:

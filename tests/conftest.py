@@ -1,7 +1,7 @@
 """What all tests share: one tiny run file, its trained models and finished run, one Ray, and silence about usage.
 
-`make test` runs them in two processes, since most wait for servers half of the time; each has a Ray. Tests that share
-a server or models that only they use run in one process, and the longest begin first.
+`make test` runs them in three processes, since many wait for servers; each has a Ray. Tests that share a server, or
+models that only they use, run in one process, and the longest begin first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ os.environ |= {
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # else it looks for new logs ten times a second, and nobody reads them
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
 }
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of tests, two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of tests have all cores
 
 import pytest
 import yaml

@@ -33,6 +33,9 @@ def forked_workers() -> Iterator[None]:
     """Have the workers of each Ray that this process starts inside forked."""
     from ray._private import ray_constants
 
+    if sys.platform != "linux":  # where torch may not be forked, or the kind of socket is unknown
+        yield
+        return
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="w"))
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:

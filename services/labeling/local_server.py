@@ -73,11 +73,13 @@ class Installation:
         self.log = self.folder / "server.log"
 
     def read_server(self) -> LocalServer | None:
-        """Return the server that was started last, running or not."""
+        """Return the server that was started last, running or not. Raises InputError where this user cannot read it."""
         try:
             return TypeAdapter(LocalServer).validate_json((self.folder / "server.json").read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
+        except OSError as error:
+            raise self._of_another_user(error) from error
 
     def write_server(self, server: LocalServer) -> None:
         """Store address, login and token so that only this user can read them."""
@@ -92,12 +94,13 @@ class Installation:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle = (self.folder / ".lock").open("w")
         except OSError as error:
-            raise InputError(
-                f"{self.folder}: {error.strerror}; set DEFUSE_CACHE to a folder that you can write"
-            ) from error
+            raise self._of_another_user(error) from error
         with handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+    def _of_another_user(self, error: OSError) -> InputError:
+        return InputError(f"{self.folder}: {error.strerror}; set DEFUSE_CACHE to a folder that you can write")
 
 
 def _silent(line: str) -> None:

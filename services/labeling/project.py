@@ -316,7 +316,7 @@ class ReviewProject:
         return edits
 
     def _put_back(self, project: Project, *names: str) -> None:
-        """Set settings again that a review depends on and that someone changed, or an earlier version set otherwise."""
+        """Set settings again that a review depends on and that someone changed."""
         wanted, found = asdict(self.settings()), asdict(project.settings)
         for name in names:
             if found[name] != wanted[name]:

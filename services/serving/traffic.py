@@ -198,10 +198,12 @@ class Reservoir:
         if not isinstance(self.store, FolderStore):
             return
         root = self.store.folder.parent
-        if not root.is_dir() or all(at.name == self.store.folder.name for at in root.iterdir()):
-            raise StoreError(
-                f"{root}: no store is there any more; was its folder moved, or its disk unmounted?"
-            )
+        try:
+            is_there = any(at.name != self.store.folder.name for at in root.iterdir())
+        except OSError as error:
+            raise StoreError(f"{root}: {error.strerror}; was the store moved?") from error
+        if not is_there:
+            raise StoreError(f"{root}: no store is there any more; was its disk unmounted?")
 
     def _delete_slots_above(self, folder: str) -> None:
         """Delete the inputs that a larger serve.reservoir stored: no replica would replace them."""

@@ -28,7 +28,7 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
     tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
     splits = Splits(images, None, None, tuple(map(str, range(200))))
-    warnings = _set_sizes(tree, splits, Speeds(10.0, 10.0, 10.0, 10.0), 1, own=False)
+    _, warnings = _set_sizes(tree, splits, Speeds(10.0, 10.0, 10.0, 10.0), 1, own=False)
     assert tree["review"]["reference"]["train_images"] == reference
     assert tree["judges"]["train_images"] == reference
     assert tree["correct"]["train_images"] == correct

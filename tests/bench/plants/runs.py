@@ -245,7 +245,7 @@ def owners(run: Run, psi: Failures) -> I64:
         ]
     )  # (S, F)
     cells = scenarios.cells
-    if cells is not None and (cells >= 0).all():  # a component knows the codes of its cell only
+    if (cells >= 0).all():  # a component knows the codes of its cell only
         same = (cells[:, :1] == psi.truth) & (cells[:, 1:] == psi.predicted)
         joint = np.where(same, joint, -np.inf)
     found: I64 = np.where(np.isfinite(joint).any(axis=0), joint.argmax(axis=0), -1)

@@ -227,7 +227,6 @@ def test_pairs_are_of_each_plain_training(finished) -> None:
     made = finished[0].load(Evidence)
     assert made.pairs.shape == (PLAIN_TRAININGS, len(made.names), 3)
     assert made.real_failure_pairs.shape == (PLAIN_TRAININGS, 3)
-    np.testing.assert_array_equal(made.units, made.pairs[0, :, 0])
 
 
 def test_pictures_that_the_judges_disagree_on_do_not_show_the_scenarios_label(finished) -> None:

@@ -126,7 +126,7 @@ def test_the_tracks_of_real_images_are_what_is_compared(tiny_spec, tiny_models):
     found, _ = sample_findings(1, 1)
     width = len(tiny_models.kl_per_dimension)
     scenarios = dataclasses.replace(
-        found.scenarios, means=np.zeros((1, width)), covariances=np.eye(width)[None], cells=None
+        found.scenarios, means=np.zeros((1, width)), covariances=np.eye(width)[None]
     )
     fixes = dataclasses.replace(found.fixes, labels=np.array([3]), scenario=np.array([0]))
     nearest = find_nearest_real(vae, before, scenarios, fixes, real)
@@ -153,7 +153,6 @@ def test_the_nearest_images_of_the_label_are_shown_in_order_with_the_answers_on_
         found.scenarios,
         means=rng.normal(size=(3, width)),
         covariances=roots @ roots.transpose(0, 2, 1),
-        cells=None,
     )
     fixes = dataclasses.replace(found.fixes, labels=np.array([8, 3, 9]), scenario=np.array([2, 0, 1]))
     nearest = find_nearest_real(vae, before, scenarios, fixes, real)
@@ -190,7 +189,6 @@ def test_a_scenario_is_seen_in_real_data_as_one_of_all_that_are_tested(tiny_spec
         found.scenarios,
         means=codes[two].astype(np.float64),
         covariances=np.stack([np.eye(width)] * 2),
-        cells=None,
     )
     seen = []
     for numbers in ([0], [0, 1]):

@@ -264,11 +264,20 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     assert [row["method"] for row in tree["watch"]["methods"]] == ["max-softmax", "scenario distance"]
 
 
-@pytest.mark.parametrize("change", [{"version": 5}, {"version": None}, {"making": {}}])
-def test_a_report_of_another_version_is_refused_with_what_to_do(tmp_path: Path, change: dict[str, object]):
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"version": 5}, "use the version of Defuse that wrote it"),
+        ({"version": None}, "use the version of Defuse that wrote it"),
+        ({"making": {}}, "`defuse report RUN`"),
+    ],
+)
+def test_a_report_of_another_version_is_refused_with_what_to_do(
+    tmp_path: Path, change: dict[str, object], remedy: str
+):
     text = report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True)
     assert parse_report(text, "report.json").scenarios.accepted == 1
-    words = r"^a/report\.json: expected a report of version 6, .*`defuse report RUN`"
+    words = rf"^a/report\.json: expected a report of version 6, .*{remedy}"
     with pytest.raises(InputError, match=words):
         parse_report(json.dumps(json.loads(text) | change), "a/report.json")
 

@@ -259,13 +259,6 @@ def test_more_images_count_by_the_photographs_that_they_add():
     assert (verdict.units[0], verdict.failing_units[0]) == (7, 7)
     assert "89% of 9 labelled images of 7 photographs" in verdict.reasons[0]
     assert verdict.labels[0] == 8
-    of_an_earlier_version = MoreImages(*(np.array([n]) for n in (6, 5, 4)))
-    assert (
-        verdicts(answers, predicted, source=[1, 1, 2, 3], max_false=0.025, more=of_an_earlier_version).units[
-            0
-        ]
-        == 3
-    )
 
 
 @pytest.mark.parametrize("photographs", [1, 3, 8])

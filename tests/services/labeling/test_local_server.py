@@ -80,14 +80,15 @@ def test_a_taken_port_is_named_before_anything_is_installed(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("cache", ["/proc/cache", "/etc/passwd"])
 @pytest.mark.parametrize("command", ["up", "down"])
-def test_a_cache_that_cannot_be_written_is_named(command, monkeypatch):
-    monkeypatch.setenv("DEFUSE_CACHE", "/proc/cache")
+def test_a_cache_that_cannot_be_written_is_named(command, cache, monkeypatch):
+    monkeypatch.setenv("DEFUSE_CACHE", cache)
     ended = CliRunner().invoke(
         defuse, ["label-studio", command, *["--port", str(free_port())] * (command == "up")]
     )
     assert isinstance(ended.exception, InputError)
-    assert str(ended.exception).startswith("/proc/cache/label-studio: ")
+    assert str(ended.exception).startswith(f"{cache}/label-studio: ")
     assert str(ended.exception).endswith("; set DEFUSE_CACHE to a folder that you can write")
 
 

@@ -81,10 +81,10 @@ def test_a_repair_deletes_no_skip_of_a_task_that_defuse_did_not_import(make_revi
 
 
 def test_a_project_with_another_runs_mark_is_not_taken_over_although_it_shows_the_same(make_review):
-    """As runs of an earlier version do, whose digests need no secret."""
+    """As copies of a run do, whose digests have one secret."""
     review, other = make_review(), make_review()
     for one in (review, other):
-        write_state(one.run.store, replace(one.state, secret=""))
+        write_state(one.run.store, replace(one.state, secret="shared"))
     number = review.annotators.push(review.gallery).number
     write_state(other.run.store, replace(other.state, project=number))
     assert other.annotators.push(other.gallery, repair=True).number != number

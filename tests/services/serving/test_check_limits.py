@@ -127,7 +127,6 @@ def test_the_watch_figures_of_a_candidate_are_those_of_the_settings(candidate: C
 
 def test_the_watch_of_a_candidate_measures_the_corrected_classifier(planted, splits, candidate: Candidate):
     stored = Run.open(planted, "first")
-    assert candidate.failures is not None
     for weights, same in ((stored.require(Sweep).weights, True), (stored.require(Models).classifier, False)):
         wrong = predict(load_classifier(stored.spec, weights, 10), splits.test) != splits.test.labels
         assert np.array_equal(candidate.failures.test_wrong, wrong) is same

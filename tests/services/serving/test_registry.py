@@ -251,7 +251,7 @@ def test_a_run_that_was_added_between_look_up_and_change_is_one_version(registry
 
 
 def test_a_rollback_never_ends_at_an_equal_version(registry, candidates):
-    """As in a registry in which an earlier Defuse added a run twice."""
+    """As after a run was added twice."""
     for name in ("first", "second"):
         promote(registry, candidates[name], ANA)
     twice = registry.state().versions

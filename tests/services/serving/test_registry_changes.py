@@ -182,7 +182,7 @@ def test_a_version_whose_addition_was_stored_although_its_answer_was_lost_keeps_
 
 
 def test_of_equal_versions_the_newest_is_promoted_and_mended(registry, candidates):
-    """As in a registry in which an earlier Defuse added a run twice."""
+    """As after a run was added twice."""
     for candidate in candidates[:2]:
         promote(registry, candidate, ANA)
     first = registry.state().versions[1]
