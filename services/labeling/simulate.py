@@ -6,6 +6,7 @@ models': use it to see how the parts work together, not to find out what is righ
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ from services.labeling.interface import LABEL
 from services.labeling.local_server import LocalServer
 from services.labeling.state import read_state, update_state
 from services.labeling.tasks import ReviewTasks
+
+log = logging.getLogger("defuse")
 
 
 class AnnotatorAccount:
@@ -105,6 +108,7 @@ def simulate(
     """Let one simulated annotator per reference model answer until the queue is empty; return the number of answers.
 
     They answer one after the other. Between them decided scenarios leave the queue, so later ones get fewer tasks.
+    Where there are fewer of them than review.answers_per_task asks for, a warning says that answers are missing.
     """
     silence_http_log()
     run = annotators.run
@@ -128,7 +132,14 @@ def simulate(
             AnnotatorAccount.sign_up(server.address, invitation, email) as account,
         ):
             total += _answer_queue(account, state.number, tasks, own, shown)
-        annotators.status(gallery)
+        status, _ = annotators.status(gallery)
+    if status.outstanding:
+        log.warning(
+            "%d reference models answer each task once, and review.answers_per_task is %d: %s",
+            len(answers),
+            tasks.review.answers_per_task,
+            status.still_wanted,
+        )
     return total
 
 

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from label_studio_live import digits_gallery, review_run
 
-from defuse_core.artifacts import MeasuredPrecision, ReferenceSet
+from defuse_core.artifacts import MeasuredPrecision, ReferenceSet, Votes
 from defuse_core.codec import encode
 from defuse_core.errors import InputError, RunBusyError
+from defuse_core.local import LocalCompute
+from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.labeling.simulate import _answer_queue, _votes_of_models
+from services.labeling.simulate import _answer_queue, _votes_of_models, simulate
 from services.labeling.tasks import ReviewTasks
 
 
@@ -40,6 +42,20 @@ def test_tasks_that_defuse_did_not_import_end_the_simulation_with_an_error(make_
     tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
     with pytest.raises(InputError, match="tasks that Defuse did not import"):
         _answer_queue(accounts[0], number, tasks, np.zeros((4, 3), np.int64), lambda *call: None)
+
+
+@pytest.mark.parametrize(("asked", "missing"), [(2, False), (3, True)])
+def test_fewer_models_than_answers_asked_for_are_told(
+    asked, missing, make_review, server, monkeypatch, caplog
+):
+    review = make_review(answers_per_task=asked)
+    review.annotators.push(review.gallery)
+    annotator, scenario, image = (part.ravel() for part in np.indices((2, 4, 3)))
+    votes = Votes(scenario, image, annotator, scenario, np.zeros(24), ("a", "b"), "reference models", {})
+    monkeypatch.setattr("services.labeling.simulate._votes_of_models", lambda *_: votes)
+    assert simulate(review.annotators, review.gallery, server, LocalCompute(), silent) == 24
+    line = "2 reference models answer each task once, and review.answers_per_task is 3: 12 are still wanted"
+    assert (line in caplog.messages) == missing
 
 
 class TrainingError(Exception):
