@@ -1,0 +1,104 @@
+"""What a saved suite holds: the pictures that the correction was not tuned on, and whose they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from defuse_core.artifacts import Corrections, Models
+from defuse_core.codec import encode
+from defuse_core.data import open_splits
+from defuse_core.export.suite import SHEET, Suite, _described, _sheet, load_suite, save_suite
+from defuse_core.models import load_classifier, load_vae
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from tests.conftest import tiny
+from tests.services.serving.synthetic_runs import make_run, swap_classes
+
+RIGHT_HALF = {"check": {"min_scenario_accuracy": 0.5, "min_each_scenario": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Run:
+    """A run that accepted component 1, as 8, before component 0, as 3; people labelled them."""
+    spec = tiny(**RIGHT_HALF)
+    store, splits = FolderStore(tmp_path_factory.mktemp("store")), open_splits(spec.data, spec.seed)
+    made = make_run(store, "first", spec, tiny_models, splits, tiny_models.classifier)
+    fixes = made.require(Corrections)
+    turned = Corrections(fixes.scenario[::-1], fixes.labels[::-1], fixes.tune[::-1], fixes.test[::-1])
+    made.store.write("corrections.safetensors", encode(turned))
+    made.store.write("manifest.json", json.dumps(made.manifest() | {"annotators": "people"}).encode())
+    return made
+
+
+@pytest.fixture(scope="module")
+def suite(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("suite") / "suite"
+    save_suite(run, folder)
+    return folder
+
+
+@pytest.fixture
+def loaded(suite: Path) -> Suite:
+    return load_suite(suite)
+
+
+def test_its_pictures_are_those_that_the_correction_was_not_tuned_on(run: Run, loaded: Suite):
+    fixes = run.require(Corrections)
+    assert not np.array_equal(fixes.tune, fixes.test)
+    np.testing.assert_array_equal(loaded.pictures.codes, fixes.test)
+    with torch.no_grad():
+        decoded = load_vae(run.spec, run.require(Models).vae).decode(torch.tensor(fixes.test[1]))
+    levels = decoded.numpy() * 255
+    assert np.abs(levels - loaded.pictures.pixels[1]).max() < 0.6
+
+
+def test_a_scenario_keeps_the_number_of_its_component_and_who_labelled_it(run: Run, loaded: Suite):
+    rows = loaded.description.scenarios
+    assert [(row.number, row.label, row.mistaken_for) for row in rows] == [(1, "8", "3"), (0, "3", "8")]
+    assert loaded.pictures.numbers.tolist() == [1, 0] and loaded.pictures.labels.tolist() == [8, 3]
+    assert loaded.description.annotators == "people"
+
+
+def test_each_row_of_an_edited_description_meets_its_own_pictures(suite: Path, loaded: Suite, tmp_path: Path):
+    shutil.copytree(suite, tmp_path / "suite")
+    page = json.loads((suite / "suite.json").read_text())
+    page["scenarios"].sort(key=lambda row: row["number"])
+    (tmp_path / "suite" / "suite.json").write_text(json.dumps(page))
+    assert load_suite(tmp_path / "suite").description == loaded.description
+
+
+def test_a_right_and_a_wrong_classifier_get_the_accuracy_of_their_own_scenario(run: Run, loaded: Suite):
+    models = run.require(Models)  # its classifier takes 3 for 8
+    wrong, right = models.classifier, swap_classes(models.classifier, (3, 8))
+    for weights, half in ((right, False), (wrong, True)):
+        net = load_classifier(run.spec, weights, 10)
+        assert [result.accuracy < 0.5 for result in loaded.check(net)] == [half, half]
+
+
+def test_the_networks_of_the_run_are_described_as_they_are_and_without_its_files():
+    spec = tiny(data={"channels": 3})
+    vae = spec.vae.model_copy(update={"weights": "vae.safetensors", "epochs": 0})
+    run = SimpleNamespace(spec=spec.model_copy(update={"vae": vae}), name="first", manifest=dict)
+    found = _described(run, SimpleNamespace(classes=("a", "b")), ())  # type: ignore[arg-type]
+    assert found.channels == 3 and found.image_size == 16
+    assert found.vae["weights"] is None and found.vae["epochs"] == 1
+    assert found.vae["latent_dim"] == spec.vae.latent_dim
+
+
+def test_an_overview_has_the_first_pictures_row_by_row_and_white_after_the_last():
+    count = 2 * SHEET + 3
+    pixels = np.arange(count, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 1, 4, 4), np.uint8)
+    pixels[-1, 0, 0] = 77  # its upper edge
+    shown = np.asarray(_sheet(pixels))
+    assert shown.shape == (3 * 4, SHEET * 4)
+    cells = shown.reshape(3, 4, SHEET, 4)[:, 3, :, 0].ravel()
+    assert cells.tolist() == [*range(count), *[255] * (3 * SHEET - count)]
+    assert shown[8, 2 * 4] == 77
+    assert np.asarray(_sheet(np.repeat(pixels, 9, axis=0))).shape == (SHEET * 4, SHEET * 4)
