@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Models
-from defuse_core.export.compare import compare_runs, share_inside
+from defuse_core.export.compare import _state, _state_of_b_alone, compare_runs, share_inside
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -100,3 +100,30 @@ def test_codes_of_one_cloud_lie_inside_it_and_not_inside_another():
     cloud, same = rng.normal(size=(200, 3)), rng.normal(size=(100, 3))
     assert share_inside(same.astype(np.float32), cloud.astype(np.float32)) > 0.97
     assert share_inside((same + 9).astype(np.float32), cloud.astype(np.float32)) == 0
+
+
+@pytest.mark.parametrize(
+    ("before_a", "after_a", "before_b", "after_b", "state"),
+    [
+        (0.0, 0.0, 0.8, 0.8, "fixed"),  # 0.8 is the limit
+        (0.0, 0.9, 0.8, 0.79, "broken by B"),
+        (0.8, 0.9, 0.8, 0.8, "was right"),
+        (0.8, 0.9, 0.9, 0.7, "broken by B"),
+        (0.79, 0.0, 0.8, 0.8, "fixed"),
+        (0.0, 0.8, 0.79, 0.9, "back again"),
+        (0.0, 0.79, 0.79, 0.9, "persisting"),
+    ],
+)
+def test_the_state_of_a_scenario_of_a_is_decided_at_the_limit(before_a, after_a, before_b, after_b, state):
+    scores = (before_a, after_a, before_b, after_b)
+    assert _state(scores, 0.8, same_classifier=False) == state
+    same = "persisting" if state == "back again" else state
+    assert _state(scores, 0.8, same_classifier=True) == same
+
+
+@pytest.mark.parametrize(
+    ("before_a", "after_a", "state"),
+    [(0.8, 0.8, "new"), (0.8, 0.79, "broken by A"), (0.79, 0.8, "found now"), (0.79, 0.79, "found now")],
+)
+def test_the_state_of_a_scenario_of_b_alone_is_decided_at_the_limit(before_a, after_a, state):
+    assert _state_of_b_alone((before_a, after_a, 0.0, 1.0), 0.8) == state
