@@ -52,41 +52,43 @@ def _parts(artefact: object) -> tuple[Arrays, str]:
     return arrays, json.dumps(body, sort_keys=True)
 
 
-def decode(
-    kind: type[T], data: bytes, where: str, remedy: str = "delete it and run again: it is made again"
-) -> T:
-    """Return the artefact in `data`. Raises DamagedError, naming `where`, for other, truncated or altered bytes."""
+def decode(kind: type[T], data: bytes, where: str, remedy: str | None = None) -> T:
+    """Return the artefact in `data`. Raises DamagedError, naming `where`, for other, truncated or altered bytes.
+
+    `remedy` is what the error says to do, or what is done by itself; None stands for an artefact that a run makes.
+    """
+    made_again = remedy or "delete it and run again: it is made again"
+    another = remedy or f"use the version of Defuse that wrote it, or run again under {ANOTHER_NAME}"
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load_tensors(data)
         digest, text = json.loads(header["defuse"])
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedError(
-            f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error}); {remedy}"
+            f"{where}: expected a {kind.__name__} artefact, found unreadable bytes ({error}); {made_again}"
         ) from error
     if digest != array_digest(arrays, text):
-        raise DamagedError(f"{where}: its bytes changed since they were written; {remedy}")
+        raise DamagedError(f"{where}: its bytes changed since they were written; {made_again}")
     body = json.loads(text)
     if body.get("format") != FORMAT:
-        _refuse_format(where, f"artefact format {body.get('format', 1)}")
+        _refuse_format(where, f"artefact format {body.get('format', 1)}", another)
     if body["kind"] != kind.__name__:
-        raise DamagedError(f"{where}: expected a {kind.__name__} artefact, found {body['kind']}; {remedy}")
+        raise DamagedError(
+            f"{where}: expected a {kind.__name__} artefact, found {body['kind']}; {made_again}"
+        )
     try:
         artefact: T = _adapter(kind).validate_python((_join(body["fields"], arrays),))[0]  # type: ignore[arg-type]
         return artefact
     except KeyError as error:
-        _refuse_format(where, f"a {kind.__name__} without the array {error}")
+        _refuse_format(where, f"a {kind.__name__} without the array {error}", another)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
-        _refuse_format(where, f"a {kind.__name__} with other fields ({field}: {first['msg']})")
+        _refuse_format(where, f"a {kind.__name__} with other fields ({field}: {first['msg']})", another)
 
 
-def _refuse_format(where: str, found: str) -> NoReturn:
-    raise DamagedError(
-        f"{where}: expected artefact format {FORMAT}, found {found}; use the version of Defuse that wrote it, "
-        f"or run again under {ANOTHER_NAME}"
-    )
+def _refuse_format(where: str, found: str, remedy: str) -> NoReturn:
+    raise DamagedError(f"{where}: expected artefact format {FORMAT}, found {found}; {remedy}")
 
 
 @functools.cache

@@ -190,6 +190,8 @@ def test_an_artefact_of_another_format_version_is_refused_with_what_to_do(monkey
         match=r"psi/0: expected artefact format 3, found artefact format 1; use the .* run again",
     ):
         decode(Shard, older, "psi/0")
+    with pytest.raises(DamagedError, match="psi/0: .* found artefact format 1; the trial begins again$"):
+        decode(Shard, older, "psi/0", "the trial begins again")
 
 
 def test_an_artefact_from_before_format_versions_is_refused():
