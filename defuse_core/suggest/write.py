@@ -29,8 +29,9 @@ def write_run_file(plan: Plan) -> str:
 def _header(plan: Plan) -> list[str]:
     facts, speeds = plan.facts, plan.speeds
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
+    minutes = count_of(plan.minutes, "minute")
     lines = [
-        f"Written by `defuse init` for about {count_of(plan.minutes, 'minute')} on a machine like this one.",
+        f"Written by `defuse init` for about {minutes} on a machine like the one where it ran.",
         f"Images: {counts}; {facts.width}x{facts.height} pixels (median), {_colours(facts.channels)}.",
         f"Classes: {_listed(facts.classes)}.",
         f"Measured, images/s: β-VAE {speeds.vae:,.0f}, decoding and classifying {speeds.decode:,.0f}, "
