@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from defuse_core.errors import ANOTHER_NAME, DamagedError
+from defuse_core.errors import OTHER_FORMAT_REMEDY, DamagedError
 
 T = TypeVar("T")
 Arrays = dict[str, npt.NDArray[Any]]
@@ -58,7 +58,7 @@ def decode(kind: type[T], data: bytes, where: str, remedy: str | None = None) ->
     `remedy` is what the error says to do, or what is done by itself; None stands for an artefact that a run makes.
     """
     made_again = remedy or "delete it and run again: it is made again"
-    another = remedy or f"use the version of Defuse that wrote it, or run again under {ANOTHER_NAME}"
+    another = remedy or OTHER_FORMAT_REMEDY
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load_tensors(data)

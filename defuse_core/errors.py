@@ -24,6 +24,7 @@ import unicodedata
 from collections.abc import Sequence
 
 ANOTHER_NAME = "another name (--name, or name= in Python)"  # of a run, in messages
+OTHER_FORMAT_REMEDY = f"use the version of Defuse that wrote it, or run again under {ANOTHER_NAME}"
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
-from defuse_core.errors import ANOTHER_NAME, InputError
+from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, ScenarioEvidence
 from defuse_core.watch.figures import FigureModel, WatchFigures
 
@@ -301,10 +301,8 @@ def parse_report(text: str | bytes, where: str) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
-        if field == "version":
-            remedy = f"use the version of Defuse that wrote it, or run again under {ANOTHER_NAME}"
-        else:
-            remedy = "`defuse report RUN` writes the report of a run again"
+        written_again = "`defuse report RUN` writes the report of a run again"
+        remedy = OTHER_FORMAT_REMEDY if field == "version" else written_again
         raise InputError(
             f"{where}: expected a report of version {VERSION}, found {field}: {first['msg']}; {remedy}"
         ) from error

@@ -100,9 +100,8 @@ class FailureWatch:
     covariances: F64  # (C, Z, Z)
     validation_wrong: Bool  # (U,) whether the answer is wrong
     test_wrong: Bool  # (T,)
-    validation_region: (
-        F64  # (U,) minus the share of training images nearer to the nearest scenario: the old alarm
-    )
+    # (U,) minus the share of training images nearer to the nearest scenario: the old alarm
+    validation_region: F64
     test_region: F64  # (T,) likewise; nan without scenarios
     # (U,) of validation images of one track, which are no independent evidence; None where images have no tracks
     validation_tracks: I64 | None = None

@@ -79,7 +79,7 @@ class Installation:
         except (FileNotFoundError, ValidationError):
             return None
         except OSError as error:
-            raise self._of_another_user(error) from error
+            raise self._inaccessible(error) from error
 
     def write_server(self, server: LocalServer) -> None:
         """Store address, login and token so that only this user can read them."""
@@ -94,12 +94,12 @@ class Installation:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle = (self.folder / ".lock").open("w")
         except OSError as error:
-            raise self._of_another_user(error) from error
+            raise self._inaccessible(error) from error
         with handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    def _of_another_user(self, error: OSError) -> InputError:
+    def _inaccessible(self, error: OSError) -> InputError:
         return InputError(f"{self.folder}: {error.strerror}; set DEFUSE_CACHE to a folder that you can write")
 
 

@@ -23,7 +23,15 @@ from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputErro
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
-from services.serving.registry_state import EMPTY, OLDER, ChangeInfo, RegistryState, VersionInfo, parse_state
+from services.serving.registry_state import (
+    EMPTY,
+    FORMAT,
+    OTHER_FORMAT,
+    ChangeInfo,
+    RegistryState,
+    VersionInfo,
+    parse_state,
+)
 
 log = logging.getLogger("defuse")
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
@@ -61,7 +69,7 @@ class Registry:
             return self._read(sequences[-1])
         if self.store.within("standing").list():
             raise DamagedError(
-                f"{self.store.address}: expected a registry of format 3, found format 1; {OLDER}"
+                f"{self.store.address}: expected a registry of format {FORMAT}, found format 1; {OTHER_FORMAT}"
             )
         return EMPTY
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from defuse_core.errors import DamagedError
 from defuse_core.watch.figures import WatchFigures
 
-OLDER = (
+FORMAT: Final = 3  # of the files of the registry, and of the versions
+OTHER_FORMAT = (  # what to do about a registry of another format
     "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
     "`defuse promote RUN`"
 )
@@ -51,7 +52,7 @@ class RegistryState(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     format: Literal[3]
-    """Of this file, and of the versions."""
+    """FORMAT."""
     sequence: int = 0
     """The number of changes so far."""
     production: int | None = None
@@ -99,7 +100,7 @@ class RegistryState(BaseModel):
         )
 
 
-EMPTY = RegistryState(format=3)
+EMPTY = RegistryState(format=FORMAT)
 
 
 def parse_state(text: bytes, where: str) -> RegistryState:
@@ -111,7 +112,7 @@ def parse_state(text: bytes, where: str) -> RegistryState:
         found, remedy = first["msg"], "restore the file"
         if first["loc"] == ("format",):
             found = f"format {first['input']}" if first["type"] == "literal_error" else "none"
-            remedy = OLDER
+            remedy = OTHER_FORMAT
         raise DamagedError(
-            f"{where}: expected a registry state of format 3, found {found}; {remedy}"
+            f"{where}: expected a registry state of format {FORMAT}, found {found}; {remedy}"
         ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +19,13 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
 from tests.services.serving.synthetic_runs import make_run, swap_classes
-
-RIGHT_HALF = {"check": {"min_scenario_accuracy": 0.5, "min_each_scenario": 0.5}}
+from tests.services.test_suite import EASY, with_scenarios
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Run:
     """A run that accepted component 1, as 8, before component 0, as 3; people labelled them."""
-    spec = tiny(**RIGHT_HALF)
+    spec = tiny(**EASY)
     store, splits = FolderStore(tmp_path_factory.mktemp("store")), open_splits(spec.data, spec.seed)
     made = make_run(store, "first", spec, tiny_models, splits, tiny_models.classifier)
     fixes = made.require(Corrections)
@@ -67,11 +65,8 @@ def test_a_scenario_keeps_the_number_of_its_component_and_who_labelled_it(run: R
 
 
 def test_each_row_of_an_edited_description_meets_its_own_pictures(suite: Path, loaded: Suite, tmp_path: Path):
-    shutil.copytree(suite, tmp_path / "suite")
-    page = json.loads((suite / "suite.json").read_text())
-    page["scenarios"].sort(key=lambda row: row["number"])
-    (tmp_path / "suite" / "suite.json").write_text(json.dumps(page))
-    assert load_suite(tmp_path / "suite").description == loaded.description
+    edited = with_scenarios(suite, tmp_path / "suite", lambda rows: rows.sort(key=lambda row: row["number"]))
+    assert load_suite(edited).description == loaded.description
 
 
 def test_a_right_and_a_wrong_classifier_get_the_accuracy_of_their_own_scenario(run: Run, loaded: Suite):
