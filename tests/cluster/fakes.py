@@ -258,6 +258,10 @@ def add(part: I64, number: int) -> int:
     return int(part.sum()) + number
 
 
+def rest(_part: I64, seconds: float) -> None:
+    time.sleep(seconds)
+
+
 def sum_or_die_once(part: I64, marker: Path) -> int:
     """Be killed once, at the part of twos."""
     if part[0] == 2 and not marker.exists():

@@ -16,7 +16,7 @@ from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.identify import save_shard
 from defuse_core.local import LocalCompute
 from defuse_core.store import FolderStore
-from tests.cluster.fakes import Tally, add, load_numbers, sum_or_die_once
+from tests.cluster.fakes import Tally, add, load_numbers, rest, sum_or_die_once
 from tests.conftest import tiny
 from tests.sample_components import sample_failures
 
@@ -72,7 +72,7 @@ def test_a_driver_that_lost_its_run_cancels_the_calls_under_way(
         parts: Any = compute.partitions("distill", load_numbers, [(tmp_path / "loads", n) for n in range(3)])
         parts.require_lock = lost
         with pytest.raises(RunBusyError):
-            parts.map(add, 1)
+            parts.map(rest, 600)
     assert len(cancelled) == 3
 
 

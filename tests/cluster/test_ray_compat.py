@@ -254,3 +254,19 @@ def test_a_task_is_not_cancelled_before_its_arguments_are_resolved_which_can_end
     with pytest.raises(ray.exceptions.RayError):
         ray.get(tasks, timeout=WAIT_S)
     cancel_all([])
+
+
+@ray.remote
+def return_now() -> int:
+    return 1
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_task_that_has_just_ended_is_not_cancelled_which_can_end_the_driver(monkeypatch) -> None:
+    cancelled, cancel = list[object](), ray.cancel
+    monkeypatch.setattr(ray, "cancel", lambda task, **k: cancelled.append(task) or cancel(task, **k))
+    quick, slow = return_now.remote(), asleep.remote(None)
+    ray.wait([quick], timeout=WAIT_S)
+    cancel_all([quick, slow])
+    assert cancelled == [slow]
+    assert ray.get(quick) == 1
