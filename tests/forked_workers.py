@@ -1,8 +1,8 @@
-"""Workers of Ray that need not import torch: each is forked from a process that has done so.
+"""Workers of Ray that need not import torch and Defuse: each is forked from a process that has done so.
 
 Ray starts a worker by a command. Within `forked_workers()` that command is `start_forked_worker.py`, which asks the
-process of `serve` for the worker. The worker is Ray's own from then on, and imports Ray and the project as ever. Not so
-the workers of a Ray that a command of the tests starts in a process of its own: these start as they do at users'.
+process of `serve` for the worker. The worker is Ray's own from then on, and imports Ray as ever. Not so the workers of
+a Ray that a command of the tests starts in a process of its own: these start as they do at users'.
 """
 
 from __future__ import annotations
@@ -25,7 +25,22 @@ import pytest
 
 from tests import start_forked_worker
 
-IMPORTED = ("torch", "torchvision", "sklearn.mixture", "scipy.stats", "pandas", "pydantic", "yaml")
+# Without Ray, whose C++ part reads the environment of a worker when it is imported.
+IMPORTED = (
+    "defuse_core.pipeline",
+    "fastapi",
+    "fsspec",
+    "google.protobuf.descriptor_pb2",
+    "opentelemetry.sdk.metrics",
+    "pandas",
+    "prometheus_client",
+    "pyarrow.fs",
+    "requests",
+    "services.serving.model",
+    "sklearn.mixture",
+    "torchvision",
+    "uvicorn",
+)
 
 
 @contextlib.contextmanager
