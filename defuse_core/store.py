@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from operator import not_
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -114,6 +115,7 @@ class FolderStore:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).absolute()
         self.holders: dict[Path, str] = {}  # locked folder -> its driver; shared with the stores below
+        self.found = self.folder if _is_folder(self.folder) else None  # a write does not make it again
 
     @property
     def address(self) -> str:
@@ -121,7 +123,7 @@ class FolderStore:
 
     def within(self, prefix: str) -> FolderStore:
         below = FolderStore(self.folder / prefix)
-        below.holders = self.holders
+        below.holders, below.found = self.holders, below.found or self.found
         return below
 
     def exists(self, key: str) -> bool:
@@ -140,7 +142,7 @@ class FolderStore:
 
     def write(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None = None) -> None:
         target = self.folder / key
-        self._locked_folder()
+        self._expect_folder()
         with (
             _explained(target),
             _synced_temporary(target, data) as temporary,
@@ -151,7 +153,7 @@ class FolderStore:
 
     def create(self, key: str, data: bytes) -> bool:
         target = self.folder / key
-        self._locked_folder()
+        self._expect_folder()
         with _explained(target), _synced_temporary(target, data) as temporary, self._holding():
             try:
                 os.link(temporary, target)
@@ -223,36 +225,29 @@ class FolderStore:
             pass
 
     def is_locked(self) -> bool:
-        with (
-            contextlib.suppress(FileNotFoundError),
-            _explained(self.folder),
-            (self.folder / LOCK).open() as handle,
-        ):
+        lock = self.folder / LOCK
+        with contextlib.suppress(FileNotFoundError), _explained(self.folder), lock.open() as handle:
             return bool(handle.read()) and not _locked_at_once(handle, fcntl.LOCK_SH)
         return False
 
     def _take(self, handle: TextIO) -> None:
         try:
-            if _locked_at_once(handle):
-                return
-            time.sleep(LOOK_S)
-            if _locked_at_once(handle):
-                return
+            for pause_s in (LOOK_S, 0.0):
+                if _locked_at_once(handle):
+                    return
+                time.sleep(pause_s)
         except OSError as error:
             raise StoreError(
                 f"{self.folder}: this file system cannot lock a file ({error.strerror}), which keeps a second "
                 "driver out; use a folder elsewhere, or an S3 store"
             ) from error
         handle.seek(0)
-        raise RunBusyError(f"{self.folder}: {handle.read() or 'another driver'} is writing this run")
+        holder = handle.read() or "another driver"
+        raise RunBusyError(f"{self.folder}: {holder} is writing this run; wait for its end, or end it first")
 
     def _name_holder(self, handle: TextIO, holder: str) -> None:
         """Write down who holds the folder, while nobody is between asking for that and writing."""
-        retry = Retrying(
-            retry=retry_if_result(lambda locked: not locked),
-            stop=stop_after_delay(GATE_S),
-            wait=wait_fixed(0.05),
-        )
+        retry = Retrying(retry=retry_if_result(not_), stop=stop_after_delay(GATE_S), wait=wait_fixed(0.05))
         with (self.folder / GATE).open("a+") as gate:
             try:
                 retry(_locked_at_once, gate)
@@ -279,6 +274,11 @@ class FolderStore:
                 held, now = self.holders[folder] or "a driver", found or "nobody"
                 raise RunBusyError(f"{folder}: {held} held this run, no longer; {now} does now")
             yield
+
+    def _expect_folder(self) -> None:
+        """Raise StoreError where a folder that was there is gone: a write would make another one in its place."""
+        if self._locked_folder() is None and self.found and not _is_folder(self.found):
+            raise StoreError(f"{self.found}: it was moved or deleted meanwhile; put it back to continue")
 
     def _locked_folder(self) -> Path | None:
         """Return the folder that the driver for whom this store writes locked, if any.

@@ -117,14 +117,14 @@ class _ReviewedImages:
         return (hits, total) if more is None else (hits + more.misclassified, total + more.labelled)
 
     def agreement(self) -> F64:
-        """Return the share of each labelled image's votes for the class that most chose, (S, R).
+        """Return the share of each image's votes for the class that most chose, or for one of several in a tie, (S, R).
 
-        nan for an image without a label, and for one with a single vote, which agrees with nothing but itself.
+        nan for an image with a single vote, which agrees with nothing but itself, and for one without votes.
         """
         votes = self.counts.sum(axis=-1)
         with np.errstate(invalid="ignore", divide="ignore"):
             shares: F64 = self.counts.max(axis=-1) / votes
-        return np.where(self.labelled & (votes > 1), shares, np.nan)
+        return np.where(votes > 1, shares, np.nan)
 
     def voted(self) -> I64:
         """Return the label that most images of each component have, (S,), or NONE_OF_THE_ABOVE for a tie."""

@@ -242,6 +242,7 @@ def _environment(installation: Installation, address: str, password: str, token:
         "SENTRY_DSN": "",
         "FRONTEND_SENTRY_DSN": "",
         "LATEST_VERSION_CHECK": "0",
+        "TASK_LOCK_TTL": "3600",  # seconds for which who opens an image keeps it from others, else a day
     }
 
 

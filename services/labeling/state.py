@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from defuse_core.artifacts import Gallery
 from defuse_core.errors import ANOTHER_NAME, InputError
-from defuse_core.store import Store
+from defuse_core.store import GONE, Store
 
 VERSION = 3  # of the stored state
 STATE_KEY = "labeling.json"
@@ -40,8 +40,9 @@ class ProjectState:
 
     @property
     def number(self) -> int:
-        """The project's id in Label Studio. Only for a state whose project exists."""
-        assert self.project is not None
+        """The project's id in Label Studio, once it was pushed. Raises InputError where the run has lost it."""
+        if self.project is None:
+            raise InputError(f"{STATE_KEY} is missing: {GONE}")
         return self.project
 
     def with_annotators(self, seen: Iterable[int]) -> ProjectState:

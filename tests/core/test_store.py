@@ -148,3 +148,20 @@ def test_a_look_at_a_lock_turns_no_driver_away(tmp_path: Path) -> None:
         with run.lock():
             assert run.is_locked()
         looking.join()
+
+
+@pytest.mark.parametrize("key", ["report.json", "figures/1.json"])
+def test_a_folder_that_is_moved_or_deleted_is_not_made_again(key: str, tmp_path: Path) -> None:
+    FolderStore(tmp_path / "runs" / "a").write("run.yaml", b"")
+    runs, run = FolderStore(tmp_path / "runs"), FolderStore(tmp_path / "runs").within("a")
+    run.write("psi.json", b"")
+    (tmp_path / "runs" / "a").rename(tmp_path / "b")
+    for write in (run.write, run.create):
+        with pytest.raises(StoreError, match="runs/a: it was moved or deleted meanwhile; put it back"):
+            write(key, b"{}")
+    assert runs.folders() == []
+    runs.within("a").write(key, b"{}")  # who begins it anew
+    (tmp_path / "runs").rename(tmp_path / "other")
+    with pytest.raises(StoreError, match="runs: it was moved"):
+        runs.within("c").write(key, b"{}")
+    assert not (tmp_path / "runs").exists()

@@ -39,9 +39,9 @@ def test_the_first_class_counts_as_any_other_in_the_most_common_label():
     assert most_common(np.array([NO, 0, 0, 7])) == 0
 
 
-def test_a_tied_image_has_no_agreement():
+def test_of_a_tied_image_one_of_its_classes_counts_as_the_majority():
     found = judge([[[8, 4]], [[3, 4]]], [[1, 1]])
-    np.testing.assert_array_equal(found.agreement, [[np.nan, 1.0]])
+    np.testing.assert_array_equal(found.agreement, [[0.5, 1.0]])
 
 
 def test_no_image_has_the_label_of_a_component_whose_labels_are_tied():

@@ -60,3 +60,10 @@ def test_a_state_of_another_version_is_refused(tmp_path, version):
     write_state(store, replace(read_state(store, gallery), version=version))
     with pytest.raises(InputError, match=f"has version {version}, this Defuse reads version 3"):
         read_state(store, gallery)
+
+
+def test_a_run_that_has_lost_its_project_says_so() -> None:
+    with pytest.raises(
+        InputError, match=r"^labeling\.json is missing: this run is gone; was its folder moved"
+    ):
+        _ = ProjectState("mark", "digest", "secret").number
