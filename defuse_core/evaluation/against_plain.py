@@ -13,6 +13,8 @@ from defuse_core.artifacts import F64, I64, Anchors, Bool
 from defuse_core.data import Images
 from defuse_core.intervals import SIGNIFICANT, binomial_tail, significantly_over
 
+MOSTLY = 0.5  # of the held-out images of a scenario: where no more are right, no correction is confirmed
+
 
 def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:
     """Return a number for each of `count` pictures, (count,); those with the same one are no independent evidence.
@@ -73,6 +75,12 @@ def is_better(pairs: I64) -> Bool:
     tested = is_testable(units)
     found[tested] = significantly_over(better[tested], (better + worse)[tested], 0.5, SIGNIFICANT)
     return found
+
+
+def is_confirmed(pairs: I64, right: F64) -> Bool:
+    """Return on which scenarios the correction is better, and right on over half of the images: `right` is (A,)."""
+    confirmed: Bool = is_better(pairs) & (right > MOSTLY)
+    return confirmed
 
 
 def is_worse(pairs: I64) -> Bool:

@@ -33,7 +33,7 @@ from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, stacked, wide_draws
 from defuse_core.evaluation.against_plain import (
-    is_better,
+    is_confirmed,
     is_worse,
     pairs_by_scenario,
     pairs_of,
@@ -206,7 +206,7 @@ class _Evidence:
             scenario_purity=_nanmean(shows.reshape(accepted, per_scenario)),
             scenario_own_label=_nanmean(by_scenario).T,
             scenario_left_out=_nanmean(fold_right.reshape(accepted, per_scenario)),
-            confirmed=is_better(pairs),
+            confirmed=is_confirmed(pairs, _nanmean(by_scenario[DEFUSE])),
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
             at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, per_scenario)))),
             real=real,

@@ -59,6 +59,10 @@ class LabelledPictures:
     labels: I64  # (n,)
     scenario: I64  # (n,)
 
+    def stored(self) -> F32:
+        """Return the images as their files hold them, in levels of a 255th."""
+        return to_levels(self.images).astype(np.float32) / np.float32(255)
+
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
@@ -122,7 +126,7 @@ def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64]]]:
         _drawn("train", "tuned", tuning_images(vae, fixes), fixes.scenario),
         _drawn("test", "held-out", held_out_images(vae, fixes), fixes.scenario),
     ]
-    return found.models, [(p, predict(before, p.images), predict(after, p.images)) for p in parts]
+    return found.models, [(p, predict(before, p.stored()), predict(after, p.stored())) for p in parts]
 
 
 def _drawn(part: str, origin: str, images: Images, scenarios: I64) -> LabelledPictures:

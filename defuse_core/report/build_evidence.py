@@ -8,7 +8,7 @@ from typing import Literal, cast
 import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
-from defuse_core.evaluation.against_plain import is_testable, least_favourable, pairs_of
+from defuse_core.evaluation.against_plain import is_testable, is_worse, least_favourable, pairs_of
 from defuse_core.evaluation.controls import has_same_confusion_in_other_fold
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
@@ -133,11 +133,12 @@ def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
 def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> ScenarioEvidence:
     """Return the figures of the accepted scenario at place `column` of the accepted ones."""
     number, real = int(found.fixes.scenario[column]), evidence.real
-    units, confirmed, worse = None, None, None
+    units, confirmed, worse, worse_than_before = None, None, None, None
     if found.sweep.chosen is not None:
         units = int(evidence.units[column])
         if is_testable(np.array(units)):
             confirmed, worse = bool(evidence.confirmed[column]), bool(evidence.worse[column])
+            worse_than_before = bool(is_worse(evidence.pairs_with_before[None])[column])
     right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
     return ScenarioEvidence(
         name=evidence.names[column],
@@ -149,6 +150,7 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         left_out=defined(evidence.scenario_left_out[column]),
         confirmed=confirmed,
         worse=worse,
+        worse_than_before=worse_than_before,
         plain_each=_values(evidence.scenario_plain[:, column]),
         independent_images=units,
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),

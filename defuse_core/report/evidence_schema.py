@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from defuse_core.watch.figures import FigureModel, Share
-
-# A best judge whose accuracy on real images is so much below the classifier's is often wrong where that one is right.
-WORSE_JUDGE = 0.02
-
-
-def judges_are_worse(judges: Sequence[float | None], classifier: float | None) -> bool:
-    """Whether the best judge is right on clearly fewer real images than the classifier before, where both are known."""
-    best = max((value for value in judges if value is not None), default=None)
-    return best is not None and classifier is not None and best < classifier - WORSE_JUDGE
 
 
 class FourShares(FigureModel):
@@ -156,11 +146,13 @@ class ScenarioEvidence(FigureModel):
     left_out: float | None
     """The same for a classifier that was not tuned on this scenario."""
     confirmed: bool | None
-    """Whether the correction is right significantly more often than each plain training, by own label (sign tests over
-    `independent_images`, one-sided, at a false discovery rate of 5 % over the scenarios). Null where nothing was
-    corrected, and where there are too few of these to tell."""
+    """Whether the correction is right on over half of the images, and significantly more often than each plain
+    training, by own label (sign tests over `independent_images`, one-sided, at a false discovery rate of 5 % over the
+    scenarios). Null where nothing was corrected, and where there are too few of these to tell."""
     worse: bool | None
     """Whether each plain training is right significantly more often than the correction, likewise."""
+    worse_than_before: bool | None
+    """Whether the classifier before is right significantly more often than the correction, likewise."""
     plain_each: tuple[float | None, ...]
     """As of FourShares."""
     independent_images: int | None

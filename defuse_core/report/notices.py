@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from defuse_core.errors import count_of
+from defuse_core.evaluation.against_plain import MOSTLY
 from defuse_core.intervals import SIGNIFICANT
-from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs, judges_are_worse
+from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Judges, Pairs
 from defuse_core.report.formatting import is_low, pairs_in_words, percent
 from defuse_core.report.schema import Report
+from defuse_core.review.undecided import are_worse, guessing
 
 
 def headline(report: Report) -> str:
@@ -84,13 +86,59 @@ def worse_judges(report: Report) -> str | None:
         return None
     judges = report.evidence.judges
     best = max((value for value in judges.accuracy if value is not None), default=None)
-    if best is None or not judges_are_worse(judges.accuracy, judges.classifier):
+    if best is None or not are_worse(judges.accuracy, judges.classifier):
         return None
     return (
         f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
         f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where both differ the judges "
         "may be wrong, so no figure by own label, no purity by the judges, no confirmed scenario and no verdict on "
         "what is at fault can be relied on; train better judges (section judges of the run file)."
+    )
+
+
+def worse_references(report: Report) -> str | None:
+    """Return what reference models that are worse than the classifier mean; None otherwise, or if the headline does."""
+    judges = _judges_beside_worse_references(report)
+    if judges is None or report.scenarios.undecided is not None:
+        return None
+    best = max(value for value in judges.reference_models if value is not None)
+    return (
+        "The reference models are worse than the classifier. The best of them gets "
+        f"{percent(best)} of real images right, and the classifier {percent(judges.classifier)}, so they may have "
+        "taken its failures for unclear pictures, and its right answers for failures; train better ones (section "
+        "review.reference of the run file)."
+    )
+
+
+def _judges_beside_worse_references(report: Report) -> Judges | None:
+    """Return the accuracies on real images where reference models that took part are worse than the classifier."""
+    if report.evidence is None or not (report.psi.screened or report.annotators == "reference models"):
+        return None
+    judges = report.evidence.judges
+    return judges if are_worse(judges.reference_models, judges.classifier) else None
+
+
+def hardly_better_than_guessing(report: Report) -> str | None:
+    """Return that the classifier guesses, and what to look at; None otherwise, or where the headline says so."""
+    before = report.accuracy.before
+    known = {"test": before.test, "validation": before.validation}
+    text = guessing({part: share for part, share in known.items() if share is not None}, report.run.classes)
+    if text is None or report.scenarios.undecided is not None:
+        return None
+    title, rest = text.split(": ", 1)
+    return f"{title[0].upper()}{title[1:]}. {rest[0].upper()}{rest[1:]}."
+
+
+def made_worse(report: Report) -> str | None:
+    """Return on which scenarios the classifier was right more often before; None where on none, or judges are worse."""
+    rows = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
+    worse = [(number, found) for number, found in rows if found.worse_than_before]
+    if not worse or worse_judges(report):
+        return None
+    figures = [f"{number} ({percent(each.before)} to {percent(each.defuse)})" for number, each in worse]
+    return (
+        f"The correction makes the classifier worse on {count_of(len(worse), 'scenario')}. By the judges' label of "
+        f"each held-out image it was significantly more often right before, on: {', '.join(figures)}."
     )
 
 
@@ -109,7 +157,9 @@ def unconfirmed(report: Report) -> str | None:
     if not rows:
         return None
     worse = [str(number) for number, found in tested if found.worse]
-    equal = [str(number) for number, found in tested if not (found.confirmed or found.worse)]
+    others = [(number, found) for number, found in tested if not (found.confirmed or found.worse)]
+    wrong = [str(number) for number, found in others if found.defuse is not None and found.defuse <= MOSTLY]
+    equal = [str(number) for number, _ in others if str(number) not in wrong]
     than = "than after plain further training (λ = 0), which has not seen the scenarios, on: "
     claims = []
     if worse:
@@ -117,6 +167,8 @@ def unconfirmed(report: Report) -> str | None:
         than = "on: "
     if equal:
         claims.append(f"not significantly more often right {than}{', '.join(equal)}")
+    if wrong:
+        claims.append(f"still not right on most of them on: {', '.join(wrong)}")
     title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
     if worse:
         title += f", and worse than plain further training on {len(worse)}"
@@ -199,7 +251,7 @@ def _mean_of(own: FourShares) -> str:
 
 
 def unfit_vae(report: Report) -> str | None:
-    """Return what a poor or blind β-VAE means for the result, or None where it is fit."""
+    """Return what a poor or blind β-VAE means for the result; None where it is fit, or only worse models say so."""
     health = report.vae.health
     if health.verdict == "fit":
         return None
@@ -209,6 +261,8 @@ def unfit_vae(report: Report) -> str | None:
             f"The β-VAE is {health.verdict}. {collapsed} of {dimensions} latent dimensions are collapsed, so its "
             "pictures show few of the failures that there may be. Use a smaller vae.beta or vae.latent_dim."
         )
+    if health.judged_by != "classifier" and _judges_beside_worse_references(report) is not None:
+        return None
     if health.anchored:
         judges = "reference models get" if health.judged_by != "classifier" else "classifier gets"
         return (
@@ -245,8 +299,11 @@ def prelabelled(report: Report) -> str | None:
 def caveats(report: Report) -> list[str]:
     """Return what a reader must know before the figures. The first sentence of each is its title."""
     notices = (
+        hardly_better_than_guessing(report),
         unfit_vae(report),
+        worse_references(report),
         worse_judges(report),
+        made_worse(report),
         unconfirmed(report),
         no_better_than_plain_training(report),
         answered_by_models(report),

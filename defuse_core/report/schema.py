@@ -10,7 +10,7 @@ from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, ScenarioEvidence
 from defuse_core.watch.figures import FigureModel, WatchFigures
 
-VERSION: Final = 6  # of report.json; grows when a field is renamed or removed, or gets another meaning
+VERSION: Final = 7  # of report.json; grows when a field is renamed or removed, or gets another meaning
 
 
 class Accuracy(FigureModel):
@@ -268,7 +268,7 @@ class Provenance(FigureModel):
 class Report(FigureModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
-    version: Literal[6]
+    version: Literal[7]
     run: RunFigures
     annotators: str
     """"reference models" or "people"."""

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
-from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, Bool, Gallery, Health, Psi, Scenarios, Verdicts
+from defuse_core.artifacts import (
+    I64,
+    NONE_OF_THE_ABOVE,
+    Bool,
+    Gallery,
+    Models,
+    Psi,
+    ReferenceSet,
+    Scenarios,
+    Verdicts,
+)
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.distill.held_out import UNDIVIDED
 from defuse_core.errors import count_of
@@ -13,6 +26,10 @@ from defuse_core.review.verdicts import false_discovery_rate
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
+WORSE_BY = (
+    0.02  # of accuracy on real images: models so much worse are often wrong where the classifier is right
+)
+LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
 
 
 def why_undecided(
@@ -20,7 +37,8 @@ def why_undecided(
     gallery: Gallery,
     verdicts: Verdicts,
     *,
-    health: Health,
+    models: Models,
+    references: ReferenceSet | None,
     psi: Psi | None,
     scenarios: Scenarios | None,
 ) -> str | None:
@@ -31,7 +49,9 @@ def why_undecided(
     """
     if len(verdicts.accepted):
         return None
-    cause = _fault_of_vae_or_screen(health, psi)
+    judging = "reference-models" in (spec.identify.screen, spec.review.annotators)
+    cause = guessing(models.accuracy, len(models.classes))
+    cause = cause or _fault_of_vae_or_screen(models, references if judging else None, psi)
     if cause is None and scenarios is not None:
         cause = _cells_of_low_weight(spec, scenarios)
         if cause is None and not len(gallery) and psi is not None:
@@ -48,20 +68,64 @@ def why_undecided(
     return _too_few_units(spec.review, gallery, verdicts, open_ones)
 
 
-def _fault_of_vae_or_screen(health: Health, psi: Psi | None) -> str | None:
-    """Return why the β-VAE shows no failures, or why the screen kept none of them."""
-    if health.verdict != "fit":
+def are_worse(models: Sequence[float | None], classifier: float | None) -> bool:
+    """Whether the best of some models is right on clearly fewer real images than the classifier, if both are known."""
+    known = [value for value in models if value is not None and math.isfinite(value)]
+    return bool(known) and classifier is not None and max(known) < classifier - WORSE_BY
+
+
+def guessing(accuracy: Mapping[str, float], classes: int) -> str | None:
+    """Return that a classifier is hardly better than guessing, and what to look at; None where it is.
+
+    `accuracy` is of test or validation images, where there are any.
+    """
+    part = _part(accuracy)
+    if part is None or (accuracy[part] - 1 / classes) / (1 - 1 / classes) >= LEAST_SKILL:
+        return None
+    return (
+        f"the classifier is hardly better than guessing: it is right on {accuracy[part]:.1%} of the {part} images, of "
+        f"{classes} classes; check its weights, the input range and class order that it expects, and the labels"
+    )
+
+
+def _part(accuracy: Mapping[str, float]) -> str | None:
+    """Return the images that classifiers are compared on, which none was trained on."""
+    return next((part for part in ("test", "validation") if part in accuracy), None)
+
+
+def _worse_references(models: Models, references: ReferenceSet | None) -> str | None:
+    """Return that the reference models know less than the classifier, so that they cannot tell where it fails."""
+    part = _part(models.accuracy)
+    if references is None or part is None:
+        return None
+    known = [share for share in getattr(references, part).tolist() if math.isfinite(share)]
+    if not are_worse(known, models.accuracy[part]):
+        return None
+    return (
+        f"the reference models, which tell failures from unclear pictures, are right on fewer {part} images (at best "
+        f"{max(known):.1%}) than the classifier ({models.accuracy[part]:.1%}); train better ones (section "
+        "review.reference)"
+    )
+
+
+def _fault_of_vae_or_screen(models: Models, references: ReferenceSet | None, psi: Psi | None) -> str | None:
+    """Return why the β-VAE shows no failures, or why the screen kept few of them."""
+    health, worse = models.health, _worse_references(models, references)
+    collapsed = 2 * health.collapsed >= health.dimensions
+    if health.verdict != "fit" and (collapsed or worse is None or health.judged_by == "classifier"):
         why = (
             f"{health.collapsed} of {health.dimensions} latent dimensions are collapsed), so its pictures show few of "
             "the failures; lower vae.beta or vae.latent_dim"
         )
-        if 2 * health.collapsed < health.dimensions:
+        if not collapsed:
             pictures = "images moved by the noise" if health.anchored else "reconstructions"
             why = (
                 f"{health.kept_right:.0%} of the right answers are kept on {pictures}), so its pictures show no "
                 "failures; improve section vae of the run file"
             )
         return f"the β-VAE is {health.verdict} ({why}"
+    if worse is not None:
+        return worse
     if psi is not None and psi.failing and not psi.total:
         return (
             f"the reference models see the class of the image in none of "

@@ -19,6 +19,7 @@ from defuse_core.artifacts import (
     Gallery,
     Models,
     Psi,
+    ReferenceSet,
     Scenarios,
     Sweep,
     Verdicts,
@@ -195,7 +196,8 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
         run.spec,
         artifacts.gallery,
         artifacts.verdicts,
-        health=with_measured_health(run, artifacts.models).health,
+        models=with_measured_health(run, artifacts.models),
+        references=run.load(ReferenceSet, "references"),
         psi=run.load(Psi),
         scenarios=run.load(Scenarios),
     )

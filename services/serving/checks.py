@@ -16,7 +16,7 @@ from defuse_core.errors import ModelError
 from defuse_core.evaluation.against_plain import is_worse
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.models import load_classifier, load_vae, predict
-from defuse_core.report.evidence_schema import judges_are_worse
+from defuse_core.review.undecided import are_worse
 from defuse_core.tuning_data import held_out_images
 
 
@@ -59,7 +59,7 @@ def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> O
     """
     if evidence is None:
         return None
-    if judges_are_worse(evidence.judges.tolist(), evidence.before_test):
+    if are_worse(evidence.judges.tolist(), evidence.before_test):
         return None
     before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
     rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after))

@@ -19,7 +19,7 @@ from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError, ModelError
-from defuse_core.export import export_model, export_scenarios
+from defuse_core.export import export_model, export_scenarios, pictures
 from defuse_core.export.models import corrected_classifier, plain_weights
 from defuse_core.export.pictures import folder_names
 from defuse_core.export.suite import load_suite, save_suite
@@ -167,6 +167,23 @@ def test_the_pictures_are_a_folder_per_class_with_a_table(store, tmp_path):
     before = np.mean([row["before"] == row["label"] for row in rows])
     after = np.mean([row["after"] == row["label"] for row in rows])
     assert before < after  # the planted classifier before takes 3 for 8
+
+
+def test_the_table_has_the_answers_on_the_pictures_as_they_are_written(store, tmp_path, monkeypatch):
+    asked, answer = [], pictures.predict
+
+    def noting(classifier, images):
+        asked.append(images)
+        return answer(classifier, images)
+
+    monkeypatch.setattr(pictures, "predict", noting)
+    export_scenarios(opened(store), tmp_path / "pictures")
+    written = {path.read_bytes(): path for path in (tmp_path / "pictures/test").rglob("*.png")}.values()
+    assert len(written) > 1
+    levels = {np.asarray(Image.open(path)).tobytes() for path in written}
+    held_out = asked[-1][:, 0]
+    assert {np.rint(image * 255).astype(np.uint8).tobytes() for image in held_out} == levels
+    assert all(np.array_equal(images, np.rint(images * 255).astype(np.float32) / 255) for images in asked)
 
 
 def test_a_suite_checks_no_picture_that_is_exported_to_train_on(store, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from defuse_core.artifacts import Sweep
 from defuse_core.correct import trial_key
-from defuse_core.evaluation.against_plain import is_better, is_worse, least_favourable, pairs_of
+from defuse_core.evaluation.against_plain import is_better, is_confirmed, is_worse, least_favourable, pairs_of
 from defuse_core.evaluation.controls import PLAIN_TRAININGS, Controls, plain_names
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.local import LocalCompute
@@ -42,6 +42,12 @@ def test_a_scenario_is_confirmed_only_where_the_correction_is_better_than_each_p
 def test_a_single_scenario_is_confirmed_from_a_chance_of_five_percent_on() -> None:
     assert is_better(pairs((40, 5, 0))).tolist() == [True]  # 1 in 32
     assert is_better(pairs((40, 4, 0))).tolist() == [False]  # 1 in 16
+
+
+def test_no_correction_is_confirmed_that_leaves_the_classifier_wrong_on_half_of_the_images() -> None:
+    better = pairs((256, 12, 0), (256, 128, 0), (256, 129, 0), (256, 12, 0))
+    right = np.array([12, 128, 129, np.nan]) / 256
+    assert is_confirmed(better, right).tolist() == [False, False, True, False]
 
 
 def test_pictures_that_are_not_labelled_count_in_no_pair() -> None:

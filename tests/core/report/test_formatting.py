@@ -11,7 +11,7 @@ import pytest
 from sample_evidence import sample_evidence
 from sample_findings import report_of, sample_findings, sample_run, with_verdicts
 
-from defuse_core.artifacts import Health
+from defuse_core.artifacts import Health, ReferenceSet
 from defuse_core.errors import count_of
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
@@ -39,10 +39,12 @@ from defuse_core.report.notices import (
     answered_by_models,
     caveats,
     headline,
+    made_worse,
     no_better_than_plain_training,
     purity_warning,
     unconfirmed,
     worse_judges,
+    worse_references,
 )
 from defuse_core.runs import Run
 from defuse_core.watch.figures import Share
@@ -239,18 +241,20 @@ def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfi
         row.model_copy(
             update={
                 "evidence": ScenarioEvidence.model_construct(
-                    confirmed=confirmed, worse=False, independent_images=None
+                    confirmed=confirmed, worse=False, independent_images=None, defuse=defuse
                 )
             }
         )
-        for row, confirmed in zip(report.scenarios.list, (True, False, None, True), strict=True)
+        for row, confirmed, defuse in zip(
+            report.scenarios.list, (True, False, None, False), (0.9, 0.9, 0.1, 0.5), strict=True
+        )
     ]
     text = unconfirmed(
         report.model_copy(update={"scenarios": report.scenarios.model_copy(update={"list": rows})})
     )
-    assert (text or "").startswith("The correction is confirmed on 2 of 3 scenarios. ")
-    assert (text or "").endswith("on: 1.")
-    few = [row.model_copy(update={"evidence": None}) for row in rows[1:2]] + rows[2:]
+    assert (text or "").startswith("The correction is confirmed on 1 of 3 scenarios. ")
+    assert (text or "").endswith("on: 1; still not right on most of them on: 3.")
+    few = [row.model_copy(update={"evidence": None}) for row in rows[1:2]] + rows[:1] + rows[2:3]
     assert (
         unconfirmed(
             report.model_copy(update={"scenarios": report.scenarios.model_copy(update={"list": few})})
@@ -285,7 +289,7 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
             row.model_copy(
                 update={
                     "evidence": ScenarioEvidence.model_construct(
-                        confirmed=answer, worse=False, independent_images=4
+                        confirmed=answer, worse=False, independent_images=4, defuse=0.9
                     ),
                 }
             )
@@ -299,6 +303,44 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
         "on: 1. On 1 scenario there are too few photographs to tell."
     )
     assert told(True, True, None) is None
+
+
+@pytest.mark.parametrize("judges", [0.99, 0.9])
+def test_scenarios_that_the_correction_makes_worse_are_named_unless_the_judges_are_worse(
+    tmp_path: Path, judges: float
+):
+    own = np.array([[0.1, 0.6, 0.7, 0.9], [0.855, 0.6, 0.7, 0.273]])
+    report = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(own, judges=judges))
+    text = made_worse(report)
+    assert [row.evidence.worse_than_before for row in report.scenarios.list if row.evidence] == [False, True]
+    assert (text is None) is (judges < 0.95) and (text is None or text in caveats(report))
+    told = "The correction makes the classifier worse on 1 scenario."
+    assert text is None or (text.startswith(told) and text.endswith(" (85.5 % to 27.3 %)."))
+
+
+@pytest.mark.parametrize(("references", "told"), [((0.9, 0.8), True), ((0.9, 0.97), False), ((), False)])
+def test_reference_models_that_are_worse_than_the_classifier_are_told(
+    tmp_path: Path, references: tuple[float, ...], told: bool
+):
+    found, evaluation = sample_findings()
+    known = ReferenceSet(tuple({} for _ in references), 100, np.array(references), np.array(references))
+    found = dataclasses.replace(found, references=known)
+    evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
+    text = worse_references(build_report(sample_run(tmp_path), found, evaluation, evidence))
+    assert (text is not None) is told
+    assert (
+        text is None or "The best of them gets 90.0 % of real images right, and the classifier 98.0 %" in text
+    )
+
+
+def test_a_classifier_that_guesses_is_told_before_all_else(tmp_path: Path):
+    found, evaluation = sample_findings()
+    guesses = np.full_like(evaluation.accuracy, 0.1)
+    report = report_of((found, dataclasses.replace(evaluation, accuracy=guesses)), tmp_path)
+    assert caveats(report)[0].startswith(
+        "The classifier is hardly better than guessing. It is right on 10.0%"
+    )
+    assert not any("guessing" in text for text in caveats(report_of((found, evaluation), tmp_path)))
 
 
 def test_a_share_by_definition_has_no_interval():

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from sample_findings import report_of, sample_findings, sample_run, sample_spec, with_verdicts
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Health, Override
+from defuse_core.artifacts import (
+    NONE_OF_THE_ABOVE,
+    DroppedComponent,
+    Health,
+    Models,
+    Override,
+    ReferenceSet,
+)
 from defuse_core.distill.held_out import UNDIVIDED
 from defuse_core.report.build import build_report
 from defuse_core.report.notices import caveats, headline
@@ -22,9 +29,12 @@ COUNT = 4
 def undecided(sample, **review) -> str | None:
     found, _ = sample
     spec = sample_spec().with_fields("review", **review)
-    return why_undecided(
-        spec, found.gallery, found.verdicts, health=FIT, psi=found.psi, scenarios=found.scenarios
-    )
+    known = {"models": fit(found.models), "references": None, "psi": found.psi, "scenarios": found.scenarios}
+    return why_undecided(spec, found.gallery, found.verdicts, **known)
+
+
+def fit(models: Models, health: Health = FIT) -> Models:
+    return dataclasses.replace(models, health=health)
 
 
 def without_labels(*, rejected_by_people: int = 0):
@@ -146,7 +156,7 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
     assert text.startswith("No failure scenario was found")
     scenarios = dataclasses.replace(found.scenarios, dropped=few)
     low = sample_spec().with_fields("distill", min_support=1)  # four images are no scenario all the same
-    known = {"health": FIT, "psi": None, "scenarios": scenarios}
+    known = {"models": fit(found.models), "references": None, "psi": None, "scenarios": scenarios}
     assert why_undecided(low, found.gallery, found.verdicts, **known) is None
     for least, told in ((8, True), (9, False)):  # of cells of 8 images each
         spec = sample_spec().with_fields("distill", min_support=least)
@@ -188,7 +198,7 @@ def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path, ancho
 def test_a_beta_vae_that_keeps_few_answers_is_told_by_what_it_draws(verdict: str, anchored: bool, words):
     found, _ = sample_findings(COUNT, 0)
     health = Health(1000, 1.0, 1.0, 0.6, 3, 0.6, 0, 16, verdict, anchored)
-    known = {"health": health, "psi": None, "scenarios": None}
+    known = {"models": fit(found.models, health), "references": None, "psi": None, "scenarios": None}
     text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
     assert (text or "").startswith(words or "") and (text is None) is (words is None)
 
@@ -197,7 +207,7 @@ def test_a_beta_vae_that_keeps_few_answers_is_told_by_what_it_draws(verdict: str
 def test_failures_of_which_the_screen_kept_none_are_undecided(failing: int, words: str):
     found, _ = sample_findings(COUNT, 0)
     psi = dataclasses.replace(found.psi, codes=np.zeros(2, np.int64), failing=failing)
-    known = {"health": FIT, "psi": psi, "scenarios": None}
+    known = {"models": fit(found.models), "references": None, "psi": psi, "scenarios": None}
     assert words in (why_undecided(sample_spec(), found.gallery, found.verdicts, **known) or "")
 
 
@@ -206,6 +216,71 @@ def test_a_smaller_purity_is_proposed_only_where_tau_is_chosen_by_it():
     scenarios = dataclasses.replace(found.scenarios, dropped=(dropped(),))
     for tau, proposed in (("auto", True), (0.1, False)):
         spec = sample_spec().with_fields("review", tau=tau)
-        known = {"health": FIT, "psi": found.psi, "scenarios": scenarios}
+        known = {"models": fit(found.models), "references": None, "psi": found.psi, "scenarios": scenarios}
         text = why_undecided(spec, found.gallery, found.verdicts, **known)
         assert text is not None and ("smaller review.purity" in text) is proposed
+
+
+def references(*test: float) -> ReferenceSet:
+    """Reference models that are right on such shares of the test images; the classifier of the samples on 98.3 %."""
+    return ReferenceSet(tuple({} for _ in test), 100, np.full(len(test), np.nan), np.array(test))
+
+
+@pytest.mark.parametrize(
+    ("test", "worse"), [((0.8, 0.9), True), ((0.8, 0.97), False), ((np.nan, 0.9), True), ((np.nan,), False)]
+)
+def test_reference_models_that_are_worse_than_the_classifier_cannot_tell_where_it_fails(test, worse):
+    found, _ = sample_findings(COUNT, 0)
+    known = {
+        "models": fit(found.models),
+        "references": references(*test),
+        "psi": found.psi,
+        "scenarios": None,
+    }
+    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    told = "right on fewer test images (at best 90.0%) than the classifier (98.3%); train better ones"
+    assert (told in (text or "")) is worse
+    unused = sample_spec().with_fields("identify", screen="none")
+    unused = unused.with_fields("review", annotators="label-studio")
+    assert why_undecided(unused, found.gallery, found.verdicts, **known) is None
+
+
+@pytest.mark.parametrize(
+    ("judge", "collapsed", "blamed"),
+    [
+        ("reference models", 0, "the reference models"),
+        ("reference models", 9, "the β-VAE is poor"),
+        ("classifier", 0, "the β-VAE is poor"),
+    ],
+)
+def test_a_beta_vae_is_not_blamed_by_reference_models_that_are_worse_than_the_classifier(
+    judge, collapsed, blamed
+):
+    found, _ = sample_findings(COUNT, 0)
+    health = Health(1000, 0.5, 0.4, 0.6, 3, 0.6, collapsed, 16, "poor", True, judge)
+    known = {
+        "models": fit(found.models, health),
+        "references": references(0.4),
+        "psi": None,
+        "scenarios": None,
+    }
+    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    assert text is not None and text.startswith(blamed)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "told"),
+    [
+        ({"train": 1.0, "validation": 0.9, "test": 0.11}, "11.0% of the test images, of 10 classes"),
+        ({"train": 1.0, "validation": 0.18}, "18.0% of the validation images, of 10 classes"),
+        ({"train": 1.0, "validation": 0.1, "test": 0.2}, None),
+        ({"train": 0.1}, None),
+    ],
+)
+def test_a_classifier_that_guesses_is_told_first(accuracy, told):
+    found, _ = sample_findings(COUNT, 0)
+    models = dataclasses.replace(found.models, accuracy=accuracy)
+    known = {"models": models, "references": None, "psi": None, "scenarios": None}
+    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    assert (text is None) is (told is None)
+    assert (told or "") in (text or "")
