@@ -285,9 +285,9 @@ class ScenarioView:
 
     @property
     def confirmed(self) -> bool | None:
-        """Whether it is significantly more often right on held-out images than each plain training, by the judges.
+        """Whether it is mostly right on held-out images, and significantly more often than each plain training.
 
-        None without judges, without a correction, and with too few images to tell.
+        By the judges' labels: None without judges, without a correction, and with too few images to tell.
         """
         return None if self.row.evidence is None else self.row.evidence.confirmed
 

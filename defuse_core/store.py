@@ -115,7 +115,9 @@ class FolderStore:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).absolute()
         self.holders: dict[Path, str] = {}  # locked folder -> its driver; shared with the stores below
-        self.found = self.folder if _is_folder(self.folder) else None  # a write does not make it again
+        self.existing = (
+            self.folder if _is_folder(self.folder) else None
+        )  # now: a write does not make it again
 
     @property
     def address(self) -> str:
@@ -123,7 +125,7 @@ class FolderStore:
 
     def within(self, prefix: str) -> FolderStore:
         below = FolderStore(self.folder / prefix)
-        below.holders, below.found = self.holders, below.found or self.found
+        below.holders, below.existing = self.holders, below.existing or self.existing
         return below
 
     def exists(self, key: str) -> bool:
@@ -277,8 +279,8 @@ class FolderStore:
 
     def _expect_folder(self) -> None:
         """Raise StoreError where a folder that was there is gone: a write would make another one in its place."""
-        if self._locked_folder() is None and self.found and not _is_folder(self.found):
-            raise StoreError(f"{self.found}: it was moved or deleted meanwhile; put it back to continue")
+        if self._locked_folder() is None and self.existing and not _is_folder(self.existing):
+            raise StoreError(f"{self.existing}: it was moved or deleted meanwhile; put it back to continue")
 
     def _locked_folder(self) -> Path | None:
         """Return the folder that the driver for whom this store writes locked, if any.
@@ -311,10 +313,9 @@ class FolderStore:
 
 def _is_folder(path: Path) -> bool:
     """Whether it is a folder, or a link to where this process may not look."""
-    try:
+    with _explained(path), contextlib.suppress(PermissionError):
         return path.is_dir()
-    except PermissionError:
-        return True
+    return True
 
 
 def folder_store(folder: Path) -> FolderStore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from defuse_core.artifacts import F64
+from defuse_core.evaluation.against_plain import is_confirmed
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, PLAIN, Evidence
 from defuse_core.evaluation.nearest_real import NearestReal
 
@@ -37,7 +38,7 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
         scenario_purity=np.full(count, 0.9),
         scenario_own_label=own_label,
         scenario_left_out=own_label[:, DEFUSE],
-        confirmed=better > 10,
+        confirmed=is_confirmed(pairs, own_label[:, DEFUSE]),
         names=("8 read as 3",) * count,
         at_fault=("classifier",) * count,
         real=NearestReal(

@@ -89,7 +89,7 @@ class Verdicts:
     misclassified: F64  # (S,) share of the labelled images that f gets wrong; nan where none has a label
     purity: F64  # (S,) share of the reviewed images whose own label is the scenario's (majority) label
     image_labels: I64  # (S, R) by review.consensus; NONE_OF_THE_ABOVE where tied or no class chosen
-    agreement: F64  # (S, R) share of votes for the majority label (§4.4); nan with fewer than two votes
+    agreement: F64  # (S, R) share of votes for the majority or a tied label (§4.4); nan with fewer than two
     ties: int  # images without a label because their vote was tied
     no_class_chosen: int  # images without a label since nobody chose a class: none-of-the-above, or no answer
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected

@@ -13,7 +13,9 @@ from defuse_core.artifacts import F64, I64, Anchors, Bool
 from defuse_core.data import Images
 from defuse_core.intervals import SIGNIFICANT, binomial_tail, significantly_over
 
-MOSTLY = 0.5  # of the held-out images of a scenario: where no more are right, no correction is confirmed
+MIN_CONFIRMED = (
+    0.5  # share of a scenario's held-out images over which a correction is right where it is confirmed
+)
 
 
 def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:
@@ -79,7 +81,7 @@ def is_better(pairs: I64) -> Bool:
 
 def is_confirmed(pairs: I64, right: F64) -> Bool:
     """Return on which scenarios the correction is better, and right on over half of the images: `right` is (A,)."""
-    confirmed: Bool = is_better(pairs) & (right > MOSTLY)
+    confirmed: Bool = is_better(pairs) & (right > MIN_CONFIRMED)
     return confirmed
 
 

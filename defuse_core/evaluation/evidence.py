@@ -95,7 +95,7 @@ class Evidence:
     scenario_purity: F64  # (A,) share of held-out images that show the label
     scenario_own_label: F64  # (A, B) own-label accuracy
     scenario_left_out: F64  # (A,) own-label accuracy of a classifier that was not tuned on the scenario
-    # (A,) whether the correction is better than each plain training, significantly, by own labels
+    # (A,) whether the correction is mostly right, and better than each plain training, significantly, by own labels
     confirmed: Bool
     # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
     names: tuple[str, ...]

@@ -138,6 +138,7 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         units = int(evidence.units[column])
         if is_testable(np.array(units)):
             confirmed, worse = bool(evidence.confirmed[column]), bool(evidence.worse[column])
+        if is_testable(evidence.pairs_with_before[column, 0]):
             worse_than_before = bool(is_worse(evidence.pairs_with_before[None])[column])
     right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
     return ScenarioEvidence(

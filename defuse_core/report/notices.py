@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from defuse_core.errors import count_of
-from defuse_core.evaluation.against_plain import MOSTLY
+from defuse_core.evaluation.against_plain import MIN_CONFIRMED
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Judges, Pairs
 from defuse_core.report.formatting import is_low, pairs_in_words, percent
 from defuse_core.report.schema import Report
-from defuse_core.review.undecided import are_worse, guessing
+from defuse_core.review.undecided import are_worse, guesses, unseen_images
 
 
 def headline(report: Report) -> str:
@@ -97,7 +97,7 @@ def worse_judges(report: Report) -> str | None:
 
 
 def worse_references(report: Report) -> str | None:
-    """Return what reference models that are worse than the classifier mean; None otherwise, or if the headline does."""
+    """Return what reference models that are worse than the classifier mean; None otherwise, and if all is undecided."""
     judges = _judges_beside_worse_references(report)
     if judges is None or report.scenarios.undecided is not None:
         return None
@@ -115,18 +115,22 @@ def _judges_beside_worse_references(report: Report) -> Judges | None:
     if report.evidence is None or not (report.psi.screened or report.annotators == "reference models"):
         return None
     judges = report.evidence.judges
-    return judges if are_worse(judges.reference_models, judges.classifier) else None
+    images = report.run.images.get("test") or report.run.images.get("validation")
+    return judges if are_worse(judges.reference_models, judges.classifier, images) else None
 
 
 def hardly_better_than_guessing(report: Report) -> str | None:
-    """Return that the classifier guesses, and what to look at; None otherwise, or where the headline says so."""
-    before = report.accuracy.before
+    """Return that the classifier guesses, and what to look at; None otherwise, and if all is undecided."""
+    before, classes = report.accuracy.before, report.run.classes
     known = {"test": before.test, "validation": before.validation}
-    text = guessing({part: share for part, share in known.items() if share is not None}, report.run.classes)
-    if text is None or report.scenarios.undecided is not None:
+    shares = {part: share for part, share in known.items() if share is not None}
+    part = unseen_images(shares)
+    if part is None or report.scenarios.undecided is not None or not guesses(shares[part], classes):
         return None
-    title, rest = text.split(": ", 1)
-    return f"{title[0].upper()}{title[1:]}. {rest[0].upper()}{rest[1:]}."
+    return (
+        f"The classifier is hardly better than guessing. It is right on {percent(shares[part])} of the {part} images, "
+        f"of {classes} classes; check its weights, the input range and class order that it expects, and the labels."
+    )
 
 
 def made_worse(report: Report) -> str | None:
@@ -158,7 +162,9 @@ def unconfirmed(report: Report) -> str | None:
         return None
     worse = [str(number) for number, found in tested if found.worse]
     others = [(number, found) for number, found in tested if not (found.confirmed or found.worse)]
-    wrong = [str(number) for number, found in others if found.defuse is not None and found.defuse <= MOSTLY]
+    wrong = [
+        str(number) for number, found in others if found.defuse is not None and found.defuse <= MIN_CONFIRMED
+    ]
     equal = [str(number) for number, _ in others if str(number) not in wrong]
     than = "than after plain further training (λ = 0), which has not seen the scenarios, on: "
     claims = []
@@ -168,7 +174,7 @@ def unconfirmed(report: Report) -> str | None:
     if equal:
         claims.append(f"not significantly more often right {than}{', '.join(equal)}")
     if wrong:
-        claims.append(f"still not right on most of them on: {', '.join(wrong)}")
+        claims.append(f"right on at most half of the images of: {', '.join(wrong)}")
     title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
     if worse:
         title += f", and worse than plain further training on {len(worse)}"

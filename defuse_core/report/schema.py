@@ -57,8 +57,8 @@ class Scenario(FigureModel):
     purity: float | None
     """Share of its review images whose own label is the scenario's."""
     agreement: float | None
-    """Mean over its labelled review images of the share of votes for the majority; none-of-the-above and images with a
-    single vote are left out."""
+    """Mean over its review images of the share of votes for the majority, or for one label of a tie; none-of-the-above
+    and images with a single vote are left out."""
     mistaken_for: str | None
     """Most common wrong answer of the classifier on its review images; null where rejected."""
     before: float | None
@@ -112,8 +112,8 @@ class Mean(FigureModel):
 
 
 class Agreement(FigureModel):
-    """Figure 6: share of an image's votes for its majority label, none-of-the-above left out; over labelled images
-    with two votes or more."""
+    """Figure 6: share of an image's votes for its majority label, or for one label of a tie; over images with two votes
+    or more, none-of-the-above left out."""
 
     scenario: Mean
     other: Mean

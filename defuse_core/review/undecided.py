@@ -26,9 +26,9 @@ from defuse_core.review.verdicts import false_discovery_rate
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
-WORSE_BY = (
-    0.02  # of accuracy on real images: models so much worse are often wrong where the classifier is right
-)
+# in accuracy on real images: models that are so much worse are often wrong where the classifier is right
+WORSE_BY = 0.02
+CERTAIN = 1.645  # standard errors of a difference, one-sided at 5 %
 LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
 
 
@@ -44,14 +44,14 @@ def why_undecided(
 ) -> str | None:
     """Return why a run that accepted nothing could decide nothing, and what to do; None where it decided.
 
-    A component that a person rejected is decided, and so is one that the classifier gets right. What is None is not
-    known.
+    A component that a person rejected is decided, and so is one that the classifier gets right; but a classifier that
+    guesses, or a β-VAE or reference models that show too little, leave it open what the review was not shown. What is
+    None is not known.
     """
     if len(verdicts.accepted):
         return None
-    judging = "reference-models" in (spec.identify.screen, spec.review.annotators)
-    cause = guessing(models.accuracy, len(models.classes))
-    cause = cause or _fault_of_vae_or_screen(models, references if judging else None, psi)
+    used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
+    cause = _guesses(models) or _fault_of_vae_or_screen(models, references if used else None, psi)
     if cause is None and scenarios is not None:
         cause = _cells_of_low_weight(spec, scenarios)
         if cause is None and not len(gallery) and psi is not None:
@@ -68,38 +68,48 @@ def why_undecided(
     return _too_few_units(spec.review, gallery, verdicts, open_ones)
 
 
-def are_worse(models: Sequence[float | None], classifier: float | None) -> bool:
-    """Whether the best of some models is right on clearly fewer real images than the classifier, if both are known."""
-    known = [value for value in models if value is not None and math.isfinite(value)]
-    return bool(known) and classifier is not None and max(known) < classifier - WORSE_BY
+def are_worse(models: Sequence[float | None], classifier: float | None, images: int | None = None) -> bool:
+    """Whether the best of some models is right on clearly fewer real images than the classifier, if both are known.
 
-
-def guessing(accuracy: Mapping[str, float], classes: int) -> str | None:
-    """Return that a classifier is hardly better than guessing, and what to look at; None where it is.
-
-    `accuracy` is of test or validation images, where there are any.
+    Of so few `images` that the difference could be by chance, it is not.
     """
-    part = _part(accuracy)
-    if part is None or (accuracy[part] - 1 / classes) / (1 - 1 / classes) >= LEAST_SKILL:
+    known = [value for value in models if value is not None and math.isfinite(value)]
+    if not known or classifier is None:
+        return False
+    best = max(known)
+    variance = best * (1 - best) + classifier * (1 - classifier)
+    by_chance = 0.0 if images is None else CERTAIN * math.sqrt(variance / max(1, images))
+    return classifier - best > max(WORSE_BY, by_chance)
+
+
+def unseen_images(accuracy: Mapping[str, float]) -> str | None:
+    """Return the images that classifiers are compared on, which none was trained on: test, validation, or None."""
+    return next((part for part in ("test", "validation") if part in accuracy), None)
+
+
+def guesses(accuracy: float, classes: int) -> bool:
+    """Whether a classifier is hardly better than one that guesses: on images of `classes` classes, unseen before."""
+    chance = 1 / classes
+    return accuracy < 2 * chance and accuracy - chance < LEAST_SKILL * (1 - chance)
+
+
+def _guesses(models: Models) -> str | None:
+    part, classes = unseen_images(models.accuracy), len(models.classes)
+    if part is None or not guesses(models.accuracy[part], classes):
         return None
     return (
-        f"the classifier is hardly better than guessing: it is right on {accuracy[part]:.1%} of the {part} images, of "
-        f"{classes} classes; check its weights, the input range and class order that it expects, and the labels"
+        f"the classifier is hardly better than guessing (right on {models.accuracy[part]:.1%} of the {part} images, of "
+        f"{classes} classes); check its weights, the input range and class order that it expects, and the labels"
     )
-
-
-def _part(accuracy: Mapping[str, float]) -> str | None:
-    """Return the images that classifiers are compared on, which none was trained on."""
-    return next((part for part in ("test", "validation") if part in accuracy), None)
 
 
 def _worse_references(models: Models, references: ReferenceSet | None) -> str | None:
     """Return that the reference models know less than the classifier, so that they cannot tell where it fails."""
-    part = _part(models.accuracy)
+    part = unseen_images(models.accuracy)
     if references is None or part is None:
         return None
     known = [share for share in getattr(references, part).tolist() if math.isfinite(share)]
-    if not are_worse(known, models.accuracy[part]):
+    if not are_worse(known, models.accuracy[part], models.images[part]):
         return None
     return (
         f"the reference models, which tell failures from unclear pictures, are right on fewer {part} images (at best "

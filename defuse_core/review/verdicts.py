@@ -151,7 +151,7 @@ def decide_verdicts(
     An image's label is the majority over its annotators, a tie gives none. A component is a failure scenario if more
     than rho of its labelled images are misclassified; its label is the majority over its images' labels, and a tie
     there accepts nothing. Agreement is the share of an image's votes, none-of-the-above left out, for its majority
-    label (§4.4). The newest override of a component, if any, replaces the vote.
+    label, or for one label of a tie (§4.4). The newest override of a component, if any, replaces the vote.
 
     With `max_false` the share has to be significantly more than rho, at that false discovery rate over all components,
     and counts the images of `more` as well. With vae.decode: anchored it is then the share of units (`count_units`).

@@ -62,7 +62,7 @@ def _print_agreement(title: str, verdicts: Verdicts, console: Console) -> None:
 
     if not np.isnan(verdicts.agreement).all():
         mean = np.nanmean(verdicts.agreement)
-        console.print(f"{title}: {mean:.1%} of an image's votes are for its majority label.")
+        console.print(f"{title}: {mean:.1%} of an image's votes are for its most chosen label.")
 
 
 def _scenario_table(status: ReviewStatus) -> Table:

@@ -240,7 +240,7 @@ def update_queue(client: LabelStudioClient, status: ReviewStatus) -> None:
 
     With review.consensus: crowdlab a task is open for its first answers, and then, if CROWDLAB is not sure of them, for
     all others at once. One at a time would save a little more, but the queue would be empty until the next pull, and
-    Label Studio keeps a task for whoever opened it for a day.
+    Label Studio keeps a task for whoever opened it, for an hour or a day.
     """
     changed, seen = 0, np.zeros(len(status.tasks), bool)
     for queued in status.pulled.queue:

@@ -159,6 +159,8 @@ class Reservoir:
 
     def __init__(self, store: Store, capacity: int) -> None:
         self.store = store.within("traffic")
+        if isinstance(self.store, FolderStore):
+            self.store.existing = None  # whoever deletes the inputs may; _expect_store looks after the store
         self.capacity = capacity
         # (run, scenario) -> heap of (key, slot)
         self._kept: dict[tuple[str, int], list[tuple[float, int]]] = {}

@@ -241,7 +241,7 @@ def test_reference_models_that_are_worse_than_the_classifier_cannot_tell_where_i
     told = "right on fewer test images (at best 90.0%) than the classifier (98.3%); train better ones"
     assert (told in (text or "")) is worse
     unused = sample_spec().with_fields("identify", screen="none")
-    unused = unused.with_fields("review", annotators="label-studio")
+    unused = unused.with_fields("review", annotators="label-studio", tau=0.25)
     assert why_undecided(unused, found.gallery, found.verdicts, **known) is None
 
 
@@ -268,19 +268,41 @@ def test_a_beta_vae_is_not_blamed_by_reference_models_that_are_worse_than_the_cl
     assert text is not None and text.startswith(blamed)
 
 
+def test_few_images_do_not_show_that_reference_models_are_worse() -> None:
+    found, _ = sample_findings(COUNT, 0)
+    for images, told in ((50, False), (200, True)):  # one standard error is 3.3 points, and 1.6
+        models = dataclasses.replace(fit(found.models), images={"test": images})
+        known = {"models": models, "references": references(0.943), "psi": found.psi, "scenarios": None}
+        text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+        assert (text is not None) is told
+
+
+def test_people_who_reject_all_decide_nothing_of_what_worse_reference_models_left_out() -> None:
+    found, _ = without_labels(rejected_by_people=COUNT)
+    known = {"models": fit(found.models), "psi": found.psi, "scenarios": None}
+    for models, told in ((None, False), (references(0.99), False), (references(0.8), True)):
+        text = why_undecided(sample_spec(), found.gallery, found.verdicts, references=models, **known)
+        assert (text is not None) is told
+
+
 @pytest.mark.parametrize(
-    ("accuracy", "told"),
+    ("accuracy", "classes", "told"),
     [
-        ({"train": 1.0, "validation": 0.9, "test": 0.11}, "11.0% of the test images, of 10 classes"),
-        ({"train": 1.0, "validation": 0.18}, "18.0% of the validation images, of 10 classes"),
-        ({"train": 1.0, "validation": 0.1, "test": 0.2}, None),
-        ({"train": 0.1}, None),
+        ({"train": 1.0, "validation": 0.9, "test": 0.11}, 10, "11.0% of the test images, of 10 classes"),
+        ({"train": 1.0, "validation": 0.18}, 10, "18.0% of the validation images, of 10 classes"),
+        ({"train": 1.0, "validation": 0.1, "test": 0.2}, 10, None),
+        ({"test": 0.54}, 2, "54.0% of the test images, of 2 classes"),
+        ({"test": 0.56}, 2, None),
+        ({"test": 0.05}, 1000, None),
+        ({"train": 0.1}, 10, None),
     ],
 )
-def test_a_classifier_that_guesses_is_told_first(accuracy, told):
+def test_a_classifier_that_guesses_is_told_first(accuracy, classes: int, told):
     found, _ = sample_findings(COUNT, 0)
-    models = dataclasses.replace(found.models, accuracy=accuracy)
+    poor = Health(1000, 0.1, 0.1, 0.6, 3, 0.6, 0, 16, "poor")
+    names = tuple(map(str, range(classes)))
+    models = dataclasses.replace(fit(found.models, poor), accuracy=accuracy, classes=names)
     known = {"models": models, "references": None, "psi": None, "scenarios": None}
     text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
-    assert (text is None) is (told is None)
-    assert (told or "") in (text or "")
+    assert text is not None and text.startswith("the classifier" if told else "the β-VAE")
+    assert (told or "") in text

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from defuse_core.training.augment import _transformed, augment, random_affine
+from defuse_core.training.augment import _blurred, _places, _transformed, augment, random_affine
 from defuse_core.training.data_parallel import MinibatchPart
 
 
@@ -114,3 +115,13 @@ def test_a_white_image_is_no_brighter_after_augmentation() -> None:
     white = augment(torch.ones(200, 1, 4, 4), np.random.default_rng(0)).amax(dim=(1, 2, 3))
     assert float(white.max()) == 1
     assert float((white == 1).float().mean()) == pytest.approx(0.2 / 0.8, abs=0.1)  # brightness of 1 to 1.2
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 8, 8), (2, 3, 32, 20)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_images_are_moved_and_blurred_as_torch_does(shape: tuple[int, ...], memory_format) -> None:
+    torch.manual_seed(0)
+    images, theta = torch.rand(shape).contiguous(memory_format=memory_format), torch.randn(shape[0], 2, 3)
+    assert torch.equal(_places(theta, *shape[2:]), F.affine_grid(theta, list(shape), align_corners=False))
+    pooled = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    assert torch.equal(_blurred(images), pooled)

@@ -63,7 +63,7 @@ def test_the_answers_so_far_are_counted_and_each_scenario_has_its_state(tmp_path
         "4 more are not needed: their scenarios are decided.",
         "Ada: 4",
         "Ben: 3",
-        "Agreement so far: 100.0% of an image's votes are for its majority label.",  # a tie has none
+        "Agreement so far: 83.3% of an image's votes are for its most chosen label.",
     ]
     assert [line for line in lines[5:] if line and "─" not in line] == [
         "scenario answers missing expected wrong state",
@@ -110,7 +110,7 @@ def test_stored_votes_are_counted_by_annotator_with_the_verdicts(tmp_path: Path)
     verdicts = decide_verdicts(gallery, votes, 0.5)
     lines = shown(lambda console: print_result(gallery, votes, verdicts, console))
     assert lines[:4] == ["7 votes of people stored.", "Ada: 2", "[b]Ben: 3", "Cem: 2"]
-    assert lines[4] == "Agreement: 88.9% of an image's votes are for its majority label."
+    assert lines[4] == "Agreement: 88.9% of an image's votes are for its most chosen label."
     table = [line for line in lines[5:] if line and "─" not in line]
     assert table[0] == "scenario expected wrong verdict"
     assert [line.split()[:2] for line in table[1:]] == [["7", "25%"], ["none", "unknown"], ["3", "50%"]]
