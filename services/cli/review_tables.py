@@ -112,6 +112,9 @@ def _print_discarded(status: ReviewStatus, console: Console) -> None:
     more = len(status.pulled.discarded) - ROWS_SHOWN
     if more > 0:
         console.print(f"... and {more} more that are not counted")
+    if status.pulled.foreign:
+        foreign = count_of(status.pulled.foreign, "task")
+        console.print(f"{foreign} that Defuse did not import: answers there are not counted.")
 
 
 def print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str], console: Console) -> None:

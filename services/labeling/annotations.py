@@ -84,6 +84,7 @@ class PulledAnnotations:
     discarded: list[DiscardedAnnotation]
     skips: list[SkippedTask]
     queue: list[QueuedTask]
+    foreign: int = 0  # tasks that Defuse did not import
 
     def annotators(self) -> list[int]:
         """Return the user ids of all annotators, by the time of their first counted answer."""
@@ -121,7 +122,7 @@ def read_annotations(
     reader.discard(table[surplus], f"{wanted} others had answered before, as many as were asked for")
     reader.discarded.sort(key=lambda discarded: (discarded.subject.key, discarded.annotation))
     return PulledAnnotations(
-        table[counted], list(reader.labels), reader.discarded, reader.skips, reader.queue
+        table[counted], list(reader.labels), reader.discarded, reader.skips, reader.queue, reader.foreign
     )
 
 
@@ -177,12 +178,14 @@ class AnnotationReader:
         self.discarded: list[DiscardedAnnotation] = []
         self.queue: list[QueuedTask] = []
         self.skips: list[SkippedTask] = []
+        self.foreign = 0
 
     def read(self, tasks: Iterable[Task]) -> Iterator[tuple[Any, ...]]:
         """Yield a row of ANSWER_DTYPE for each annotation that answers a task of the review."""
         for task in tasks:
             index = self.tasks.index_of(task.key)
             if index is None:
+                self.foreign += 1
                 continue
             submitted = [annotation for annotation in task.annotations if not annotation.cancelled]
             self.skips += [

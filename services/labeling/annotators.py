@@ -64,6 +64,7 @@ class LabelStudioAnnotators:
 
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
+    is_out = False  # whether the server did not answer it
 
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
@@ -152,10 +153,21 @@ class LabelStudioAnnotators:
             retry=retry_if_exception_type(ServiceError)
             | retry_if_result(lambda found: found[0].given == given and found[0].outstanding),
             wait=lambda attempt: max(growing(attempt), self.pull_s * PAUSE_PER_PULL),
-            before_sleep=_log_failure,
+            before_sleep=self._log_outage,
             sleep=sleep,
         )
-        return polling(self._pull, gallery, state)
+        found = polling(self._pull, gallery, state)
+        self.is_out = False
+        return found
+
+    def _log_outage(self, attempt: RetryCallState) -> None:
+        """Log that the server did not answer, and that it does again."""
+        failure = None if attempt.outcome is None else attempt.outcome.exception()
+        if failure is not None:
+            log.warning("review: %s", failure)
+        elif self.is_out:
+            log.info("review: Label Studio answers again")
+        self.is_out = failure is not None
 
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
         decided, skips = int(status.decided.sum()), len(status.blocking_skips())
@@ -195,11 +207,6 @@ class LabelStudioAnnotators:
             compute = LocalCompute()
             settle_precision(self.run, compute)
         return ask_models_once(self.run, compute, gallery)
-
-
-def _log_failure(attempt: RetryCallState) -> None:
-    if attempt.outcome is not None and attempt.outcome.failed:
-        log.warning("review: %s", attempt.outcome.exception())
 
 
 def traffic_reviews(store: Store, run: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 from dataclasses import replace
 
@@ -329,6 +330,28 @@ def test_a_task_that_is_deleted_or_edited_while_waiting_ends_the_wait(
     monkeypatch.setattr("services.labeling.annotators.sleep", damage_task)
     with pytest.raises(InputError, match="were deleted" if damage == "delete" else "was edited"):
         review.annotators.review(review.gallery)
+
+
+def test_a_wait_says_that_the_server_does_not_answer_and_that_it_does_again(make_review, monkeypatch, caplog):
+    review = make_review()
+    annotators, pull = review.annotators, review.annotators._pull
+    annotators.wait, annotators.first_pause_s = True, 0.01
+    numbers = itertools.count()
+
+    def pulling(*args):
+        number = next(numbers)
+        if number in (1, 2):
+            raise ServiceError("gone")
+        if number == 5:
+            raise KeyboardInterrupt
+        return pull(*args)
+
+    monkeypatch.setattr(annotators, "_pull", pulling)
+    monkeypatch.setattr("services.labeling.annotators.sleep", lambda _: None)
+    with caplog.at_level("INFO", "defuse"), pytest.raises(KeyboardInterrupt):
+        annotators.review(review.gallery)
+    told = [text for text in caplog.messages if "gone" in text or "again" in text]
+    assert told == ["review: gone", "review: gone", "review: Label Studio answers again"]
 
 
 def test_a_project_whose_mark_was_lost_is_kept_with_its_answers(make_review, accounts):

@@ -16,6 +16,7 @@ from defuse_core.artifacts import NO_SCENARIO, Gallery, Votes
 from defuse_core.review.verdicts import decide_verdicts
 from services.cli.review_tables import ROWS_SHOWN, print_closed, print_result, print_skips, print_status
 from services.labeling.annotations import read_annotations
+from services.labeling.client import Task
 from services.labeling.status import ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
 
@@ -30,10 +31,13 @@ def gallery_of_three() -> Gallery:
     return Gallery(images, codes, np.zeros((3, 2), np.int64), classes, (7, NO_SCENARIO, 3), failure)
 
 
-def status_of(folder: Path, answers: dict[int, str], odd: int = 0, skips: int = 0) -> ReviewStatus:
+def status_of(
+    folder: Path, answers: dict[int, str], odd: int = 0, skips: int = 0, foreign: int = 0
+) -> ReviewStatus:
     """Return the status after these answers, of Ada and then Ben, to tasks; scenario 3 was decided above the vote.
 
-    `odd` answers of Cem to task 4 name no class, and he skipped task 3 `skips` times, and task 0 once.
+    `odd` answers of Cem to task 4 name no class, and he skipped task 3 `skips` times, and task 0 once. `foreign` tasks
+    with an answer each were added by hand.
     """
     gallery = gallery_of_three()
     tasks = ReviewTasks(gallery, review_run(folder, gallery, images=2, answers_per_task=2).spec.review, None)
@@ -44,7 +48,11 @@ def status_of(folder: Path, answers: dict[int, str], odd: int = 0, skips: int = 
     given.setdefault(4, []).extend(annotation(1000 + n, 3, "zebra") for n in range(odd))
     given.setdefault(3, []).extend(annotation(2000 + n, 3, None) for n in range(skips))
     given.setdefault(0, []).extend(annotation(3000, 3, None) for _ in range(min(skips, 1)))
-    pulled = read_annotations([task_of(tasks, task, *found) for task, found in given.items()], tasks)
+    found = [task_of(tasks, task, *answers) for task, answers in given.items()]
+    others = [
+        Task(900 + n, None, None, 1, False, (annotation(900 + n, 1, "8"),), None) for n in range(foreign)
+    ]
+    pulled = read_annotations([*found, *others], tasks)
     return review_status(tasks, pulled, NAMES, [2])
 
 
@@ -53,6 +61,17 @@ def shown(show: Callable[[Console], object]) -> list[str]:
     console = Console(width=200, file=io.StringIO(), markup=False)
     show(console)
     return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+
+
+def test_tasks_that_were_added_by_hand_are_told_and_their_answers_not_counted(tmp_path: Path) -> None:
+    for foreign, told in ((0, []), (1, ["1 task"]), (2, ["2 tasks"])):
+        status = status_of(tmp_path / str(foreign), {0: "88"}, foreign=foreign)
+        lines = shown(lambda console, status=status: print_status(status, console))
+        assert lines[0].startswith("2 of 12 answers")
+        found = [line for line in lines if "did not import" in line]
+        assert found == [
+            f"{each} that Defuse did not import: answers there are not counted." for each in told
+        ]
 
 
 def test_the_answers_so_far_are_counted_and_each_scenario_has_its_state(tmp_path: Path) -> None:
