@@ -41,6 +41,7 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.progress import Progress
+from defuse_core.review.undecided import why_guessing
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities
@@ -207,7 +208,7 @@ def expect_healthy(spec: RunFile, models: Models) -> None:
         f"the β-VAE is {health.verdict}: {judge_gets(health)} {health.originals_right:.1%} of the training images "
         f"right but {health.reconstructions_right:.1%} of {pictures_judged(health)}, and {health.collapsed} of "
         f"{health.dimensions} latent dimensions collapsed ({STRIP_KEY} in the run shows both); "
-        f"{_remedy(spec, health)}; vae.accept: {health.verdict} goes on all the same"
+        f"{why_guessing(models) or _remedy(spec, health)}; vae.accept: {health.verdict} goes on all the same"
     )
 
 

@@ -51,7 +51,7 @@ def why_undecided(
     if len(verdicts.accepted):
         return None
     used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
-    cause = _guesses(models) or _fault_of_vae_or_screen(models, references if used else None, psi)
+    cause = why_guessing(models) or _fault_of_vae_or_screen(models, references if used else None, psi)
     if cause is None and scenarios is not None:
         cause = _cells_of_low_weight(spec, scenarios)
         if cause is None and not len(gallery) and psi is not None:
@@ -93,7 +93,8 @@ def guesses(accuracy: float, classes: int) -> bool:
     return accuracy < 2 * chance and accuracy - chance < LEAST_SKILL * (1 - chance)
 
 
-def _guesses(models: Models) -> str | None:
+def why_guessing(models: Models) -> str | None:
+    """Return that the classifier is hardly better than guessing, and what to look at; None where it is better."""
     part, classes = unseen_images(models.accuracy), len(models.classes)
     if part is None or not guesses(models.accuracy[part], classes):
         return None

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import re
 
 import numpy as np
 import pytest
@@ -218,6 +219,10 @@ def test_the_error_says_what_to_change(kl, vae, remedy, tiny_models):
     models = dataclasses.replace(tiny_models, health=health(10, kl))
     with pytest.raises(VaeHealthError, match=remedy):
         expect_healthy(tiny(vae=vae), models)
+    guessing = dataclasses.replace(models, accuracy={"train": 0.4, "validation": 0.11})
+    with pytest.raises(VaeHealthError, match="; the classifier is hardly better than guessing") as raised:
+        expect_healthy(tiny(vae=vae), guessing)
+    assert not re.search(remedy, str(raised.value))
 
 
 def test_a_blind_vae_stops_the_run_before_identification_until_it_is_accepted(tmp_path):
