@@ -34,3 +34,19 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
     assert tree["correct"]["train_images"] == correct
     line = "the reference models and judges are trained on 15 images per class, too few"
     assert any(warning.startswith(line) for warning in warnings) == few
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "epochs"),
+    [(1560, 32, 21), (4999, 32, 7), (200, 16, 60), (640, 32, 50), (10_000, 128, 4)],
+)
+def test_few_images_train_small_models_on_all_of_them_in_as_many_steps_as_these_need(count, batch, epochs):
+    images = Images(np.zeros((count, 1, 8, 8), np.uint8), np.arange(count) % 2)
+    tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
+    _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[1e3] * 4), 1, own=True)
+    reference, judges = tree["review"]["reference"], tree["judges"]
+    few = count < 5000
+    assert (reference["batch_size"], reference["epochs"]) == (batch, epochs)
+    assert reference.get("channels") == (16 if few else None)
+    assert judges == ({"share": 0.0, **reference} if few else reference)
+    assert not few or "train_images" not in reference
