@@ -41,6 +41,7 @@ SHARES = {"classifier": 0.15, "vae": 0.25, "identify": 0.1, "references": 0.2, "
 # in so many steps at least: after 40 to 160 steps the models of two sets of 1,000 images were right on 29 to 46 % of
 # the test images, after 560 to 980 on 90 to 95 %.
 FEW_IMAGES, FEW_CHANNELS, LEAST_STEPS, MOST_EPOCHS = 5000, 16, 1000, 60
+MOST_TIMES = 2.5  # their share of the time, for these steps
 CONTROLS = PLAIN_TRAININGS + 2  # trainings of evidence beside the two sweeps; the others are of the two folds
 # images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
@@ -314,7 +315,8 @@ def _reference(count: int, seconds: float, speeds: Speeds, least: int) -> dict[s
     visits = seconds * speeds.reference / 8
     if count < FEW_IMAGES:
         batch = _batch(count, 32)
-        least = min(MOST_EPOCHS, math.ceil(LEAST_STEPS * batch / count))
+        enough = min(MOST_EPOCHS, math.ceil(LEAST_STEPS * batch / count))
+        least = min(enough, max(8, int(MOST_TIMES * visits / count)))
         epochs = _clamp(visits / count, least, max(20, least))
         return {"channels": FEW_CHANNELS, "epochs": epochs, "batch_size": batch}
     epochs = _clamp(2 * visits / count, 4, 20)

@@ -64,7 +64,7 @@ def test_class_folders_are_moved_by_the_command_that_is_suggested(pictures, tmp_
 
 def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tree, out = start(monkeypatch, capsys, pictures, "--minutes", 5)
+    tree, out = start(monkeypatch, capsys, pictures, "--minutes", 10)
     assert "240 train, 60 test; 10 classes; 16x16 pixels" in out
     assert "next: defuse run digits.yaml" in out
     data = tree["data"]
@@ -74,7 +74,7 @@ def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, m
     assert "decode" not in vae  # plain, the default
     assert load_run_file(Path("digits.yaml")).classifier.architecture == "cnn"
     text = Path("digits.yaml").read_text()
-    assert text.startswith("# Written by `defuse init` for about 5 minutes")
+    assert text.startswith("# Written by `defuse init` for about 10 minutes")
     assert "# Q, draws per image" in text
 
 

@@ -37,13 +37,24 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
 
 
 @pytest.mark.parametrize(
-    ("count", "batch", "epochs"),
-    [(1560, 32, 21), (4999, 32, 7), (200, 16, 60), (640, 32, 50), (10_000, 128, 4)],
+    ("count", "speed", "batch", "epochs"),
+    [
+        (1560, 1e5, 32, 21),
+        (4999, 1e5, 32, 20),
+        (200, 1e5, 16, 60),
+        (640, 1e5, 32, 50),
+        (10_000, 1e5, 128, 20),
+        (1560, 6e3, 32, 12),  # 4.9 epochs would be their share of the time
+        (1560, 1e3, 32, 8),
+        (10_000, 1e3, 128, 4),
+    ],
 )
-def test_few_images_train_small_models_on_all_of_them_in_as_many_steps_as_these_need(count, batch, epochs):
+def test_few_images_train_small_models_on_all_of_them_in_as_many_steps_as_these_need(
+    count, speed, batch, epochs
+):
     images = Images(np.zeros((count, 1, 8, 8), np.uint8), np.arange(count) % 2)
     tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
-    _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[1e3] * 4), 1, own=True)
+    _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 1, own=True)
     reference, judges = tree["review"]["reference"], tree["judges"]
     few = count < 5000
     assert (reference["batch_size"], reference["epochs"]) == (batch, epochs)
