@@ -115,9 +115,8 @@ class FolderStore:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).absolute()
         self.holders: dict[Path, str] = {}  # locked folder -> its driver; shared with the stores below
-        self.existing = (
-            self.folder if _is_folder(self.folder) else None
-        )  # now: a write does not make it again
+        # a folder that existed when this was opened: a write does not make it again
+        self.existing = self.folder if _is_folder(self.folder) else None
 
     @property
     def address(self) -> str:
