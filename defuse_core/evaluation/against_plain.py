@@ -13,9 +13,8 @@ from defuse_core.artifacts import F64, I64, Anchors, Bool
 from defuse_core.data import Images
 from defuse_core.intervals import SIGNIFICANT, binomial_tail, significantly_over
 
-MIN_CONFIRMED = (
-    0.5  # share of a scenario's held-out images over which a correction is right where it is confirmed
-)
+# share of a scenario's held-out images over which a correction is right where it is confirmed
+MIN_CONFIRMED = 0.5
 
 
 def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:
