@@ -119,6 +119,11 @@ class Evidence:
         units: I64 = self.pairs[0, :, 0]
         return units
 
+    @property
+    def worse_than_before(self) -> Bool:
+        """On which scenarios the classifier before is right significantly more often than the correction, (A,)."""
+        return is_worse(self.pairs_with_before[None])
+
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:
     """Return what the judges find. Raises RunMismatchError if the images changed since the run was trained."""

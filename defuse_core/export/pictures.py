@@ -59,10 +59,6 @@ class LabelledPictures:
     labels: I64  # (n,)
     scenario: I64  # (n,)
 
-    def stored(self) -> F32:
-        """Return the images as their files hold them, in levels of a 255th."""
-        return to_levels(self.images).astype(np.float32) / np.float32(255)
-
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
@@ -126,7 +122,10 @@ def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64]]]:
         _drawn("train", "tuned", tuning_images(vae, fixes), fixes.scenario),
         _drawn("test", "held-out", held_out_images(vae, fixes), fixes.scenario),
     ]
-    return found.models, [(p, predict(before, p.stored()), predict(after, p.stored())) for p in parts]
+    # what the files hold, in levels of a 255th
+    stored = [Images(to_levels(part.images), part.labels).batch() for part in parts]
+    answers = [(predict(before, images), predict(after, images)) for images in stored]
+    return found.models, [(part, *both) for part, both in zip(parts, answers, strict=True)]
 
 
 def _drawn(part: str, origin: str, images: Images, scenarios: I64) -> LabelledPictures:

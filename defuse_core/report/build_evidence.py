@@ -8,7 +8,7 @@ from typing import Literal, cast
 import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
-from defuse_core.evaluation.against_plain import is_testable, is_worse, least_favourable, pairs_of
+from defuse_core.evaluation.against_plain import is_testable, least_favourable, pairs_of
 from defuse_core.evaluation.controls import has_same_confusion_in_other_fold
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
@@ -139,7 +139,7 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         if is_testable(np.array(units)):
             confirmed, worse = bool(evidence.confirmed[column]), bool(evidence.worse[column])
         if is_testable(evidence.pairs_with_before[column, 0]):
-            worse_than_before = bool(is_worse(evidence.pairs_with_before[None])[column])
+            worse_than_before = bool(evidence.worse_than_before[column])
     right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
     return ScenarioEvidence(
         name=evidence.names[column],

@@ -8,7 +8,7 @@ from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Judges, Pairs
 from defuse_core.report.formatting import is_low, pairs_in_words, percent
 from defuse_core.report.schema import Report
-from defuse_core.review.undecided import are_worse, guesses, unseen_images
+from defuse_core.review.undecided import GUESSING_REMEDY, are_worse, guesses, unseen_images
 
 
 def headline(report: Report) -> str:
@@ -129,7 +129,7 @@ def hardly_better_than_guessing(report: Report) -> str | None:
         return None
     return (
         f"The classifier is hardly better than guessing. It is right on {percent(shares[part])} of the {part} images, "
-        f"of {classes} classes; check its weights, the input range and class order that it expects, and the labels."
+        f"of {classes} classes; {GUESSING_REMEDY}."
     )
 
 
@@ -161,11 +161,9 @@ def unconfirmed(report: Report) -> str | None:
     if not rows:
         return None
     worse = [str(number) for number, found in tested if found.worse]
-    others = [(number, found) for number, found in tested if not (found.confirmed or found.worse)]
-    wrong = [
-        str(number) for number, found in others if found.defuse is not None and found.defuse <= MIN_CONFIRMED
-    ]
-    equal = [str(number) for number, _ in others if str(number) not in wrong]
+    others = {str(number): found.defuse for number, found in tested if not (found.confirmed or found.worse)}
+    wrong = [number for number, right in others.items() if right is not None and right <= MIN_CONFIRMED]
+    equal = [number for number in others if number not in wrong]
     than = "than after plain further training (λ = 0), which has not seen the scenarios, on: "
     claims = []
     if worse:

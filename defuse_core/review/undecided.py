@@ -30,6 +30,7 @@ MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run 
 WORSE_BY = 0.02
 CERTAIN = 1.645  # standard errors of a difference, one-sided at 5 %
 LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
+GUESSING_REMEDY = "check its weights, the input range and class order that it expects, and the labels"
 
 
 def why_undecided(
@@ -100,7 +101,7 @@ def why_guessing(models: Models) -> str | None:
         return None
     return (
         f"the classifier is hardly better than guessing (right on {models.accuracy[part]:.1%} of the {part} images, of "
-        f"{classes} classes); check its weights, the input range and class order that it expects, and the labels"
+        f"{classes} classes); {GUESSING_REMEDY}"
     )
 
 

@@ -316,8 +316,8 @@ def _reference(count: int, seconds: float, speeds: Speeds, least: int) -> dict[s
     if count < FEW_IMAGES:
         batch = _batch(count, 32)
         enough = min(MOST_EPOCHS, math.ceil(LEAST_STEPS * batch / count))
-        least = min(enough, max(8, int(MOST_TIMES * visits / count)))
-        epochs = _clamp(visits / count, least, max(20, least))
+        fewest = min(enough, max(8, int(MOST_TIMES * visits / count)))
+        epochs = _clamp(visits / count, fewest, max(20, fewest))
         return {"channels": FEW_CHANNELS, "epochs": epochs, "batch_size": batch}
     epochs = _clamp(2 * visits / count, 4, 20)
     section: dict[str, Any] = {"epochs": epochs, "batch_size": _batch(count, 128)}

@@ -13,7 +13,6 @@ from defuse_core.correct import ROUNDING
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError
-from defuse_core.evaluation.against_plain import is_worse
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.review.undecided import are_worse
@@ -65,8 +64,8 @@ def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> O
     rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after))
     if not len(rows):
         return None
-    worse = is_worse(evidence.pairs_with_before[None])
-    return OwnLabelAccuracy(corrections.scenario[rows], before[rows], after[rows], worse[rows])
+    worse = evidence.worse_than_before[rows]
+    return OwnLabelAccuracy(corrections.scenario[rows], before[rows], after[rows], worse)
 
 
 @dataclass(frozen=True, eq=False)
