@@ -12,19 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.svm import SVC
 from torch import nn
 
 import defuse_core as defuse
-from defuse_core.artifacts import Models
-from defuse_core.config import RunFile, load_run_file
 from defuse_core.data import open_splits
 from defuse_core.errors import (
-    DataError,
-    DefuseError,
-    InputError,
     ModelError,
-    RunFileError,
     RunMismatchError,
 )
 from defuse_core.results import is_complete
@@ -33,7 +26,6 @@ from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
 from tests.e2e.test_cli import call
 from tests.own_classifiers import Net, trained
-from tests.services.serving.synthetic_runs import make_run
 
 PREFERRED = 8  # class that the test's classifier sees too often
 SETTINGS: dict[str, Any] = {
@@ -298,192 +290,6 @@ def test_notebooks_show_pictures_and_escape_what_people_wrote(finished):
     shown = render_real(np.zeros((1, 1, 8, 8), np.float32), ["<b>cat"], ["dog"], "t")
     assert "<b>cat" not in shown
     assert "&lt;b&gt;cat" in shown
-
-
-def settings_of(store: Path, until: type[DefuseError] | None = None, **changes: Any) -> RunFile:
-    """Return the run file that a call makes; nothing is computed."""
-    with pytest.raises(Exception, match="no place"):
-        defuse.debug(**arguments(store, compute=lambda run: 1 / 0 if run is None else stop(), **changes))
-    return load_run_file(store / "parts" / "run.yaml")
-
-
-def stop() -> Any:
-    raise RuntimeError("no place")
-
-
-def test_settings_that_later_calls_leave_out_hold_also_where_there_are_defaults(tmp_path, caplog):
-    first = {
-        "data": {"validation_share": 0.3},
-        "classifier": {"input_range": "-1..1", "class_order": list(range(9, -1, -1)), "epochs": 1},
-    }
-    began = settings_of(tmp_path, settings=first)
-    (tmp_path / "parts" / "models.safetensors").write_bytes(b"made")
-    added = settings_of(tmp_path, settings={"check": {"min_scenario_accuracy": 0.123}})
-    assert (added.data, added.classifier) == (began.data, began.classifier)
-    caplog.clear()
-    with pytest.raises(RunMismatchError, match=r"vae.beta: .* in the run, 77.0 now"):
-        defuse.debug(**arguments(tmp_path, settings={"vae": {"beta": 77.0}}))
-    assert not any("still hold" in line for line in caplog.messages)
-    assert settings_of(tmp_path, settings=first).check.min_scenario_accuracy == 0.123
-    assert "left out now still hold: check.min_scenario_accuracy" in caplog.messages[-1]
-
-
-def test_channels_that_a_later_call_leaves_out_hold(tmp_path):
-    for settings in ({"data": {"channels": 3}}, None):
-        assert settings_of(tmp_path, classifier=None, settings=settings).data.channels == 3
-        (tmp_path / "parts" / "models.safetensors").write_bytes(b"made")
-
-
-FORMS = {
-    "uint8 (N, H, W)": (lambda x: x, 1),
-    "floats (N, H, W, 1)": (lambda x: x[..., None] / 255, 1),
-    "a tensor (N, 1, H, W)": (lambda x: torch.from_numpy(x[:, None] / 255), 1),
-    "half floats": (lambda x: torch.from_numpy(x[:, None] / 255).half(), 1),
-    "lists": (lambda x: x[:40].tolist() and (x[:40] / 255).tolist(), 1),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_images_are_taken_in_the_forms_that_people_have(form, tmp_path):
-    images, labels = digits()
-    change, channels = FORMS[form]
-    given = change(images[:100])
-    spec = settings_of(tmp_path, train=(given, torch.from_numpy(labels[: len(given)])), test=None)
-    assert (spec.data.image_size, spec.data.channels) == (16, channels)
-    found = open_splits(spec.data, 0)
-    rows = np.concatenate([found.train.batch(slice(0, 200)), found.validation.batch(slice(0, 200))])
-    assert len(rows) == len(given)
-    assert 0.5 < rows.max() <= 1
-
-
-BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "floats to 255": (
-        {"train": (np.full((20, 16, 16), 9.0), np.arange(20) % 2)},
-        DataError,
-        r"train_images: expected floats in \[0, 1\], found values from 9 to 9 in image 0",
-    ),
-    "int64 pixels": (
-        {"train": (np.zeros((20, 16, 16), np.int64), np.arange(20) % 2)},
-        DataError,
-        "expected uint8, or floats",
-    ),
-    "not square": (
-        {"train": (np.zeros((20, 16, 20), np.uint8), np.arange(20) % 2)},
-        DataError,
-        r"found \(20, 16, 20\)",
-    ),
-    "too small": (
-        {"train": (np.zeros((20, 1, 1), np.uint8), np.arange(20) % 2)},
-        DataError,
-        "^debug: train_images: expected 8 to 512 pixels in .* found 1x1, which is too small; resize the images",
-    ),
-    "odd": (
-        {"train": (np.zeros((20, 13, 13), np.uint8), np.arange(20) % 2), "test": None, "classifier": None},
-        DataError,
-        "^debug: train_images: expected an even height and width, .* found 13x13 pixels",
-    ),
-    "one-hot labels": (
-        {"train": (np.zeros((20, 16, 16), np.uint8), np.eye(20))},
-        DataError,
-        r"train_labels: expected integers .* found float64 \(20, 20\)",
-    ),
-    "too few labels": (
-        {"train": (np.zeros((20, 16, 16), np.uint8), np.arange(8) % 2)},
-        DataError,
-        "found 8 and 20",
-    ),
-    "flat": (
-        {"train": (np.zeros((20, 256), np.uint8), np.arange(20) % 2)},
-        DataError,
-        r"train: expected images of shape .* found \(20, 256\)",
-    ),
-    "no pair": ({"train": np.zeros((20, 16, 16))}, DataError, r"train: expected \(images, labels\), found ndarray"),
-    "no train": ({"train": None}, DataError, "train: expected"),
-    "nothing": ({"train": None, "test": None, "settings": None}, DataError, "found neither"),
-    "colours": (
-        {"train": (np.zeros((20, 16, 16, 3), np.uint8), np.arange(20) % 2), "test": None},
-        ModelError,
-        r"fails on images of shape \(8, 3, 16, 16\)",
-    ),
-    "a frozen classifier": (
-        {"classifier": biased().requires_grad_(False)},
-        ModelError,
-        "expected parameters to fine-tune, found none",
-    ),
-    "a class": ({"classifier": Net}, ModelError, "expected an nn.Module, found the class Net; call it"),
-    "a function": ({"classifier": len}, ModelError, "found builtin_function_or_method; wrap it in a module"),
-    "scikit-learn": ({"classifier": SVC()}, ModelError, "expected an nn.Module, found SVC; wrap it"),
-    "nobody's home": ({"store": "~nobody-of-this-name/runs"}, InputError, "the home of an existing user after ~"),
-    "unknown setting": ({"settings": {"vea": {}}}, RunFileError, "vea: unknown field"),
-    "S3": ({"store": "s3://bucket/runs"}, InputError, "store=services.storage.open_store"),
-    "a bad name": ({"name": "../up"}, InputError, "run name"),
-    "people": (
-        {"settings": SETTINGS | {"review": {"annotators": "label-studio"}}},
-        InputError,
-        "give annotators too",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_is_refused_in_one_line(case, tmp_path):
-    changes, kind, line = BAD[case]
-    with pytest.raises(kind, match=line):
-        defuse.debug(**{**arguments(tmp_path), **changes})
-    assert not list(tmp_path.rglob("models.safetensors"))
-
-
-def test_a_tilde_in_the_store_is_the_users_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(InputError, match=rf"no run called parts in {tmp_path}/runs"):
-        defuse.open("~/runs/parts")
-
-
-class Branching(nn.Module):
-    """A classifier whose code depends on the values of its input, which torch.export cannot follow."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        size = int(images.sum().item()) % 3 + 10
-        return torch.zeros(len(images), size)[:, :10] + images.mean() * 0
-
-
-def test_a_classifier_that_torch_cannot_export_is_refused_with_the_other_way(tmp_path):
-    with pytest.raises(ModelError, match=r"import_path, weights"):
-        defuse.debug(**arguments(tmp_path, classifier=Branching()))
-
-
-def test_a_scripted_classifier_and_a_whole_run_file_are_taken(tmp_path):
-    scripted = torch.jit.script(biased())
-    spec = settings_of(tmp_path, classifier=scripted, settings=tiny())
-    assert (spec.classifier.architecture, spec.classifier.epochs) == ("program", 0)
-    assert spec.vae == tiny().vae
-    assert (spec.data.name, spec.data.validation_share) == ("npz", 0.2)
-
-
-def test_a_run_before_its_end_shows_the_health_and_says_what_is_missing(
-    tmp_path, tiny_spec, tiny_models: Models
-):
-    splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    make_run(FolderStore(tmp_path), "digits", tiny_spec, tiny_models, splits, tiny_models.classifier)
-    run = defuse.open(tmp_path / "digits")
-    assert run.health() == tiny_models.health
-    assert "not finished" in repr(run)
-    assert "not finished" in run._repr_html_()
-    for wanted in ("report", "scenarios"):
-        with pytest.raises(InputError, match="run digits is not finished"):
-            getattr(run, wanted)
-    with pytest.raises(InputError, match="no run called other"):
-        defuse.open(tmp_path / "other")
-
-
-def test_where_nothing_was_corrected_an_error_says_so(tmp_path, tiny_spec, tiny_models: Models):
-    splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    make_run(FolderStore(tmp_path), "digits", tiny_spec, tiny_models, splits, {})
-    with pytest.raises(InputError, match=r"corrected nothing \(every λ costs more clean accuracy"):
-        defuse.open(tmp_path / "digits").corrected()
-    with pytest.raises(InputError, match="no corrected classifier yet"):
-        (tmp_path / "digits" / "sweep.safetensors").unlink()
-        defuse.open(tmp_path / "digits").corrected()
 
 
 def python_blocks(page: Path) -> list[str]:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from services.cli import defuse, main
+from services.cli import main
 from tests.conftest import ROOT, TINY
 
 
@@ -395,54 +394,3 @@ def test_a_port_that_no_machine_has_is_refused(monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "label-studio", "up", "--port", "99999")
     assert code == 2
     assert "99999 is not in the range" in err
-
-
-def every_command(group=defuse, path=()):
-    for name, child in sorted(group.commands.items()):
-        yield (*path, name), child
-        if hasattr(child, "commands"):
-            yield from every_command(child, (*path, name))
-
-
-@pytest.mark.parametrize(
-    ("path", "child"),
-    list(every_command()),
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_every_command_and_option_says_what_it_does(path, child):
-    assert child.help
-    for parameter in child.params:
-        if parameter.param_type_name == "option":
-            assert parameter.help, f"{' '.join(path)} {parameter.opts[0]}"
-
-
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("services/*/README.md"))]
-
-
-def documented_commands() -> list[str]:
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    lines = (
-        line.strip()
-        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-        for line in block.splitlines()
-    )
-    return [line.split("  #")[0] for line in lines if line.startswith("defuse ")]
-
-
-@pytest.mark.parametrize("line", documented_commands())
-def test_every_command_in_the_readme_is_one_that_exists(line):
-    _, *words = shlex.split(line.split(" > ")[0].split(" | ")[0])
-    group, name = defuse, words[0]
-    while hasattr(group, "commands"):
-        assert name in group.commands, line
-        group, words = group.commands[name], words[1:]
-        name = words[0] if words else ""
-    group.make_parser(group.context_class(group)).parse_args(list(words))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_named_in_a_readme_exist(page):
-    text = page.read_text(encoding="utf-8")
-    linked = [page.parent / path for path in re.findall(r"\]\(([^)#:]+)\)", text)]
-    named = [ROOT / path for path in re.findall(r"(?<![\w/])(?:deploy|tests)/[\w/.-]+\.\w+", text)]
-    assert [str(path) for path in (*linked, *named) if not path.exists()] == []

@@ -1,0 +1,60 @@
+"""Every command says what it does, and what the READMEs name exists."""
+
+import re
+import shlex
+
+import pytest
+
+from services.cli import defuse
+from tests.conftest import ROOT
+
+
+def every_command(group=defuse, path=()):
+    for name, child in sorted(group.commands.items()):
+        yield (*path, name), child
+        if hasattr(child, "commands"):
+            yield from every_command(child, (*path, name))
+
+
+@pytest.mark.parametrize(
+    ("path", "child"),
+    list(every_command()),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_every_command_and_option_says_what_it_does(path, child):
+    assert child.help
+    for parameter in child.params:
+        if parameter.param_type_name == "option":
+            assert parameter.help, f"{' '.join(path)} {parameter.opts[0]}"
+
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("services/*/README.md"))]
+
+
+def documented_commands() -> list[str]:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    lines = (
+        line.strip()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    )
+    return [line.split("  #")[0] for line in lines if line.startswith("defuse ")]
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_every_command_in_the_readme_is_one_that_exists(line):
+    _, *words = shlex.split(line.split(" > ")[0].split(" | ")[0])
+    group, name = defuse, words[0]
+    while hasattr(group, "commands"):
+        assert name in group.commands, line
+        group, words = group.commands[name], words[1:]
+        name = words[0] if words else ""
+    group.make_parser(group.context_class(group)).parse_args(list(words))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_in_a_readme_exist(page):
+    text = page.read_text(encoding="utf-8")
+    linked = [page.parent / path for path in re.findall(r"\]\(([^)#:]+)\)", text)]
+    named = [ROOT / path for path in re.findall(r"(?<![\w/])(?:deploy|tests)/[\w/.-]+\.\w+", text)]
+    assert [str(path) for path in (*linked, *named) if not path.exists()] == []
