@@ -1,10 +1,9 @@
-"""What leaves a run: its classifier, its pictures, and the run itself."""
+"""What is taken from a run: its classifier and its pictures."""
 
 from __future__ import annotations
 
 import csv
 import errno
-import io
 import os
 from pathlib import Path
 
@@ -306,6 +305,13 @@ def test_a_run_without_a_correction_has_nothing_to_export(store, tmp_path, monke
     assert "run begun has no corrected classifier yet" in one_line(err)
 
 
+@pytest.fixture
+def own_store(store: FolderStore, tmp_path: Path) -> FolderStore:
+    for key in store.list():
+        FolderStore(tmp_path).write(key, store.read(key))
+    return FolderStore(tmp_path)
+
+
 def test_no_output_replaces_a_file_of_a_run_a_suite_or_the_registry(own_store, tmp_path, monkeypatch, capsys):
     where = ["--store", own_store.address]
     own_store.within("registry").write("changes/000001.json", b"{}")
@@ -332,86 +338,3 @@ def test_no_output_replaces_a_file_of_a_run_a_suite_or_the_registry(own_store, t
         assert (code, out) == (2, ""), command  # before anything is computed and shown
         assert f"is inside the {kind} {tmp_path}/" in one_line(err)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-@pytest.fixture
-def own_store(store: FolderStore, tmp_path: Path) -> FolderStore:
-    for key in store.list():
-        FolderStore(tmp_path).write(key, store.read(key))
-    return FolderStore(tmp_path)
-
-
-def test_a_deleted_run_leaves_nothing(own_store, monkeypatch, capsys):
-    own_store.within("traffic").within("digits").write("0001.safetensors", b"an input that was served")
-    code, out, _ = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
-    assert code == 0
-    assert out.startswith("deleted digits: ")
-    assert [path for path in own_store.folder.rglob("*") if path.is_file()] == []  # hidden files too
-    assert call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")[0] == 2
-
-
-@pytest.mark.parametrize("answer", ["n\n", "\n", ""], ids=["no", "return", "end of input"])
-def test_deleting_asks_first_and_a_no_deletes_nothing(answer, own_store, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
-    code, out, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
-    assert f"files in {own_store.within('digits').address}? [y/N]" in out
-    assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
-    assert own_store.exists("digits/run.yaml")
-
-
-def test_deleting_with_a_closed_input_deletes_nothing(own_store, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", None)  # what Python makes of `<&-`
-    code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
-    assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
-    assert own_store.exists("digits/run.yaml")
-
-
-def test_a_run_that_is_promoted_while_the_prompt_waits_is_not_deleted(own_store, monkeypatch, capsys):
-    where = ["--store", own_store.address]
-
-    def promote_first(question: str) -> bool:
-        assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
-        return True
-
-    monkeypatch.setattr("click.confirm", promote_first)
-    code, _, err = call(monkeypatch, capsys, "delete", "digits", *where)
-    assert code == 2
-    assert "version 1 in the registry was made from it" in one_line(err)
-    assert own_store.exists("digits/run.yaml")
-
-
-def test_a_run_whose_run_file_is_damaged_can_be_deleted(own_store, monkeypatch, capsys):
-    own_store.write("digits/run.yaml", b"data: [")
-    code, out, _ = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
-    assert (code, out.startswith("deleted digits: ")) == (0, True)
-    assert own_store.list() == []
-
-
-def test_a_link_to_a_run_of_another_store_is_not_deleted(own_store, tmp_path, monkeypatch, capsys):
-    """Its registry, in which it may be a version, and its traffic are there."""
-    stored = own_store.list()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "link").symlink_to(Path(own_store.address) / "digits")
-    code, _, err = call(monkeypatch, capsys, "delete", "link", "--store", tmp_path / "other", "--yes")
-    assert code == 2
-    assert f"is a link to {Path(own_store.address) / 'digits'}; delete that run in its own store" in one_line(
-        err
-    )
-    assert own_store.list() == stored
-
-
-def test_a_run_that_a_driver_writes_is_not_deleted(own_store, monkeypatch, capsys):
-    with own_store.within("digits").lock():
-        code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
-    assert code == 4
-    assert "is writing this run" in one_line(err)
-    assert own_store.exists("digits/run.yaml")
-
-
-def test_a_run_in_the_registry_is_not_deleted(own_store, monkeypatch, capsys):
-    where = ["--store", own_store.address]
-    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
-    code, _, err = call(monkeypatch, capsys, "delete", "digits", *where, "--yes")
-    assert code == 2
-    assert "version 1 in the registry was made from it" in one_line(err)
-    assert own_store.exists("digits/run.yaml")

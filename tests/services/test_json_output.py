@@ -14,7 +14,8 @@ from defuse_core.artifacts import Models
 from defuse_core.export.suite import save_suite
 from defuse_core.runs import Run
 from services.cli.options import json_option, print_json
-from tests.e2e.test_cli import call, every_command
+from tests.e2e.test_cli import call
+from tests.e2e.test_documented_commands import every_command
 from tests.services.test_suite import planted_runs, the_tiny_cnn
 
 

@@ -13,7 +13,7 @@ import torch
 from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
-from defuse_core.export.suite import SHEET, Suite, _described, _sheet, load_suite, save_suite
+from defuse_core.export.suite import SHEET, Suite, _described, _sheet, least_accuracy, load_suite, save_suite
 from defuse_core.models import load_classifier, load_vae
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -97,3 +97,11 @@ def test_an_overview_has_the_first_pictures_row_by_row_and_white_after_the_last(
     assert cells.tolist() == [*range(count), *[255] * (3 * SHEET - count)]
     assert shown[8, 2 * 4] == 77
     assert np.asarray(_sheet(np.repeat(pixels, 9, axis=0))).shape == (SHEET * 4, SHEET * 4)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "least"),
+    [(0.2, 1.0, 0.9), (0.2, 0.8, 0.8), (0.95, 1.0, 0.96), (0.995, 1.0, 1.0), (0.95, 0.95, 0), (0.3, 0.1, 0)],
+)
+def test_what_is_asked_is_over_the_classifier_before_and_within_reach_of_the_correction(before, after, least):
+    assert least_accuracy(0.9, before, after, 100) == pytest.approx(least)

@@ -20,7 +20,7 @@ from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError
-from defuse_core.export.suite import SuitePictures, least_accuracy, load_suite, save_suite
+from defuse_core.export.suite import SuitePictures, load_suite, save_suite
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -296,14 +296,6 @@ def test_saving_says_where_less_than_the_limit_is_asked(
     assert [scenario["least"] for scenario in page["scenarios"]] == [0.9, 0.5]
     assert "8 read as 3 (scenario 1): only 50.0% is asked, which the correction reaches, not 90.0%" in out
     assert "3 read as 8" not in out
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "least"),
-    [(0.2, 1.0, 0.9), (0.2, 0.8, 0.8), (0.95, 1.0, 0.96), (0.995, 1.0, 1.0), (0.95, 0.95, 0), (0.3, 0.1, 0)],
-)
-def test_what_is_asked_is_over_the_classifier_before_and_within_reach_of_the_correction(before, after, least):
-    assert least_accuracy(0.9, before, after, 100) == pytest.approx(least)
 
 
 def test_saving_says_where_the_classifier_before_is_over_the_limit(

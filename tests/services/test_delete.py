@@ -1,0 +1,112 @@
+"""`defuse delete`: what it asks, what it refuses, and that nothing is left."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from defuse_core.artifacts import Models
+from defuse_core.config import RunFile
+from defuse_core.data import open_splits
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from tests.e2e.test_cli import call, one_line
+from tests.services.serving.synthetic_runs import make_run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_spec: RunFile, tiny_models: Models) -> FolderStore:
+    """A store with one finished run, `digits`."""
+    found = FolderStore(tmp_path_factory.mktemp("store"))
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    make_run(found, "digits", tiny_spec, tiny_models, splits, tiny_models.classifier)
+    return found
+
+
+def opened(store: FolderStore) -> Run:
+    return Run.open(store, "digits")
+
+
+@pytest.fixture
+def own_store(store: FolderStore, tmp_path: Path) -> FolderStore:
+    for key in store.list():
+        FolderStore(tmp_path).write(key, store.read(key))
+    return FolderStore(tmp_path)
+
+
+def test_a_deleted_run_leaves_nothing(own_store, monkeypatch, capsys):
+    own_store.within("traffic").within("digits").write("0001.safetensors", b"an input that was served")
+    code, out, _ = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
+    assert code == 0
+    assert out.startswith("deleted digits: ")
+    assert [path for path in own_store.folder.rglob("*") if path.is_file()] == []  # hidden files too
+    assert call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")[0] == 2
+
+
+@pytest.mark.parametrize("answer", ["n\n", "\n", ""], ids=["no", "return", "end of input"])
+def test_deleting_asks_first_and_a_no_deletes_nothing(answer, own_store, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    code, out, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
+    assert f"files in {own_store.within('digits').address}? [y/N]" in out
+    assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
+    assert own_store.exists("digits/run.yaml")
+
+
+def test_deleting_with_a_closed_input_deletes_nothing(own_store, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of `<&-`
+    code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
+    assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
+    assert own_store.exists("digits/run.yaml")
+
+
+def test_a_run_that_is_promoted_while_the_prompt_waits_is_not_deleted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+
+    def promote_first(question: str) -> bool:
+        assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+        return True
+
+    monkeypatch.setattr("click.confirm", promote_first)
+    code, _, err = call(monkeypatch, capsys, "delete", "digits", *where)
+    assert code == 2
+    assert "version 1 in the registry was made from it" in one_line(err)
+    assert own_store.exists("digits/run.yaml")
+
+
+def test_a_run_whose_run_file_is_damaged_can_be_deleted(own_store, monkeypatch, capsys):
+    own_store.write("digits/run.yaml", b"data: [")
+    code, out, _ = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
+    assert (code, out.startswith("deleted digits: ")) == (0, True)
+    assert own_store.list() == []
+
+
+def test_a_link_to_a_run_of_another_store_is_not_deleted(own_store, tmp_path, monkeypatch, capsys):
+    """Its registry, in which it may be a version, and its traffic are there."""
+    stored = own_store.list()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "link").symlink_to(Path(own_store.address) / "digits")
+    code, _, err = call(monkeypatch, capsys, "delete", "link", "--store", tmp_path / "other", "--yes")
+    assert code == 2
+    assert f"is a link to {Path(own_store.address) / 'digits'}; delete that run in its own store" in one_line(
+        err
+    )
+    assert own_store.list() == stored
+
+
+def test_a_run_that_a_driver_writes_is_not_deleted(own_store, monkeypatch, capsys):
+    with own_store.within("digits").lock():
+        code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
+    assert code == 4
+    assert "is writing this run" in one_line(err)
+    assert own_store.exists("digits/run.yaml")
+
+
+def test_a_run_in_the_registry_is_not_deleted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    code, _, err = call(monkeypatch, capsys, "delete", "digits", *where, "--yes")
+    assert code == 2
+    assert "version 1 in the registry was made from it" in one_line(err)
+    assert own_store.exists("digits/run.yaml")
