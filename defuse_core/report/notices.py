@@ -224,6 +224,22 @@ def no_better_than_plain_training(report: Report) -> str | None:
     )
 
 
+def baseline_does_more(report: Report) -> str | None:
+    """Return that tuning on the reviewed failures alone (the baseline) fixes more; None where that is uncertain."""
+    if report.evidence is None or report.chosen is None or worse_judges(report):
+        return None
+    own = report.evidence.own_label
+    low, high = own.baseline.low, own.defuse.high
+    if low is None or high is None or low <= high:
+        return None
+    return (
+        "The baseline does more. By the judges' label of each held-out image the classifier is right on "
+        f"{percent(own.baseline.value)} of them after fine-tuning on the reviewed failures alone, and "
+        f"on {percent(own.defuse.value)} after the correction. Larger correct.lambdas or more correct.epochs may do "
+        "as much."
+    )
+
+
 def can_be_significant(pairs: int) -> bool:
     """Whether the two-sided sign test over so many pairs could be significant, if all were better."""
     return bool(2 * 0.5**pairs < SIGNIFICANT)
@@ -310,6 +326,7 @@ def caveats(report: Report) -> list[str]:
         made_worse(report),
         unconfirmed(report),
         no_better_than_plain_training(report),
+        baseline_does_more(report),
         answered_by_models(report),
         prelabelled(report),
         purity_warning(report),
