@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device_name
 from defuse_core.errors import RunFileError
+from defuse_core.evaluation.evaluate import class_accuracy
 from defuse_core.evaluation.health import (
     STRIP_KEY,
     health_after_training,
@@ -44,7 +46,7 @@ from defuse_core.store import Store
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.data_parallel import averaged, seed_dropout, worker_minibatches
 from defuse_core.training.loop import Adam, Losses, Optimizer, Training, format_row, minibatches, train_step
-from defuse_core.training.precision import accuracy_as_in_f32, autocast
+from defuse_core.training.precision import accuracy_as_in_f32, autocast, predict_as_in_f32
 from defuse_core.training.reference_models import load_reference_models
 from defuse_core.training.train_vae import initial_vae, train_vae
 
@@ -71,7 +73,7 @@ def train(
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
-        accuracies = _accuracies(spec, classifier, splits)
+        accuracies, balanced = _accuracies(spec, classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
         vae_history = train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
@@ -87,6 +89,7 @@ def train(
             images=splits.counts(),
             data_fingerprint=splits.fingerprint(),
             accuracy=accuracies,
+            balanced=balanced,
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             device=device_name(),
@@ -270,8 +273,20 @@ def _optimizer(spec: RunFile, module: nn.Module) -> Optimizer:
     return Adam(module.parameters(), spec.classifier.learning_rate)
 
 
-def _accuracies(spec: RunFile, classifier: nn.Module, splits: Splits) -> dict[str, float]:
+def _accuracies(
+    spec: RunFile, classifier: nn.Module, splits: Splits
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the share of the images of each part that the classifier gets right, and the mean over its classes."""
     arithmetic = spec.resources.arithmetic("answers")
-    return {
-        name: accuracy_as_in_f32(classifier, images, arithmetic) for name, images in splits.parts().items()
+    right = {
+        name: predict_as_in_f32(classifier, images, arithmetic) == images.labels
+        for name, images in splits.parts().items()
     }
+    classes = len(splits.classes)
+    shares = {
+        name: class_accuracy(right[name], images.labels, classes) for name, images in splits.parts().items()
+    }
+    return (
+        {name: float(each.mean()) for name, each in right.items()},
+        {name: float(np.nanmean(each)) for name, each in shares.items()},
+    )

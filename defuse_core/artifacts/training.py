@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from defuse_core.artifacts.arrays import F64, Weights
 
@@ -65,6 +65,8 @@ class Models:
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
     health: Health  # of the β-VAE
     device: str = "cpu"  # that they were trained on
+    # split -> mean over its classes of the share of their images that the classifier gets right; 1/C is guessing
+    balanced: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

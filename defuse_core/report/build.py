@@ -141,6 +141,7 @@ def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:
         dataset=spec.data.name,
         classes=len(found.models.classes),
         images=dict(found.models.images),
+        balanced=dict(found.models.balanced),
         data_fingerprint=found.models.data_fingerprint,
     )
 

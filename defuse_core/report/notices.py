@@ -121,15 +121,13 @@ def _judges_beside_worse_references(report: Report) -> Judges | None:
 
 def hardly_better_than_guessing(report: Report) -> str | None:
     """Return that the classifier guesses, and what to look at; None otherwise, and if all is undecided."""
-    before, classes = report.accuracy.before, report.run.classes
-    known = {"test": before.test, "validation": before.validation}
-    shares = {part: share for part, share in known.items() if share is not None}
+    shares, classes = report.run.balanced, report.run.classes
     part = unseen_images(shares)
     if part is None or report.scenarios.undecided is not None or not guesses(shares[part], classes):
         return None
     return (
-        f"The classifier is hardly better than guessing. It is right on {percent(shares[part])} of the {part} images, "
-        f"of {classes} classes; {GUESSING_REMEDY}."
+        f"The classifier is hardly better than guessing. Of the {classes} classes it gets {percent(shares[part])} of "
+        f"the {part} images right on average; {GUESSING_REMEDY}."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -15,7 +16,7 @@ from defuse_core.config import Arithmetic
 from defuse_core.data import Images
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import device
-from defuse_core.models import accuracy, answers_from, logits_of, map_batches
+from defuse_core.models import answers_from, logits_of, map_batches, predict
 
 SAMPLE = 512  # inputs on which the error of bf16 is measured
 SAFETY = 2.0  # factor on the largest error that was seen
@@ -74,8 +75,14 @@ def answers_as_in_f32(logits: Callable[[I64], Tensor], count: int, batch_size: i
 
 def accuracy_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithmetic) -> float:
     """Return the share of images that the classifier gets right, nan for no images: the figure of f32, in either."""
+    if not len(images):
+        return math.nan
+    return float((predict_as_in_f32(classifier, images, arithmetic) == images.labels).mean())
+
+
+def predict_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithmetic) -> I64:
+    """Return the classifier's answer to each image, (N,): that of f32, in either arithmetic."""
     if arithmetic == "f32" or len(images) < WORTHWHILE:
-        return accuracy(classifier, images)
+        return predict(classifier, images)
     logits = logits_of(classifier, images)
-    found = answers_as_in_f32(logits, len(images), BATCH, margin_bound(logits, len(images)))
-    return float((found == images.labels).mean())
+    return answers_as_in_f32(logits, len(images), BATCH, margin_bound(logits, len(images)))

@@ -323,10 +323,10 @@ def test_reference_models_that_are_worse_than_the_classifier_are_told(
 
 def test_a_classifier_that_guesses_is_told_before_all_else(tmp_path: Path):
     found, evaluation = sample_findings()
-    guesses = np.full_like(evaluation.accuracy, 0.1)
-    report = report_of((found, dataclasses.replace(evaluation, accuracy=guesses)), tmp_path)
+    one_answer = dataclasses.replace(found.models, balanced={"train": 0.1, "test": 0.1})
+    report = report_of((dataclasses.replace(found, models=one_answer), evaluation), tmp_path)
     assert caveats(report)[0].startswith(
-        "The classifier is hardly better than guessing. It is right on 10.0 % of the test"
+        "The classifier is hardly better than guessing. Of the 10 classes it gets 10.0 % of the test images right"
     )
     assert not any("guessing" in text for text in caveats(report_of((found, evaluation), tmp_path)))
     told = report.scenarios.model_copy(update={"undecided": "the classifier is hardly better than guessing"})
