@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import (
+    I64,
+    Bool,
     Corrections,
     FailedTrial,
     Models,
@@ -25,6 +28,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.device import cpu_threads, is_out_of_memory
 from defuse_core.errors import ComputeError, DamagedError, DefuseError, ModelError, StoreError
+from defuse_core.intervals import certain_loss
 from defuse_core.models import load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -41,11 +45,12 @@ from defuse_core.training.loop import (
     set_learning_rate,
     train_step,
 )
-from defuse_core.training.precision import accuracy_as_in_f32, autocast
+from defuse_core.training.precision import autocast, predict_as_in_f32
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
 EQUAL_TUNE = 0.01  # so much accuracy on tuned images is no reason to lose clean accuracy
+SMALLER_LAMBDAS = "add smaller values to correct.lambdas, for which the run then tunes those alone"
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
@@ -100,7 +105,7 @@ def fine_tune(
     for epoch in range(len(trial.rows) + 1, spec.correct.epochs + 1):
         with cpu_threads(1):
             loss = _epoch(spec, classifier, optimizer, steps, lam, epoch)
-            row = score(spec, classifier, tuning, lam, epoch, loss)
+            row = score(spec, models, classifier, tuning, lam, epoch, loss)
         trial = after_epoch(spec, models, trial, row, weights_of(classifier), optimizer_state(optimizer))
         yield trial
         if trial.done:
@@ -152,19 +157,38 @@ def require_progress(before: Weights, classifier: nn.Module, moments: Weights, l
 
 
 def score(
-    spec: RunFile, classifier: nn.Module, tuning: FineTuningData, lam: float, epoch: int, loss: float
+    spec: RunFile,
+    models: Models,
+    classifier: nn.Module,
+    tuning: FineTuningData,
+    lam: float,
+    epoch: int,
+    loss: float,
 ) -> SweepRow:
     """Return the accuracies of a classifier in eval mode after an epoch with this mean loss."""
-    parts = {
-        "train": tuning.clean.train,
-        "validation": tuning.clean.validation,
-        "test": tuning.clean.test,
-        "tune": tuning.scenario.tune,
-        "scenario": tuning.scenario.held_out,
+    clean = tuning.clean.parts()
+    parts = {**clean, "tune": tuning.scenario.tune, "scenario": tuning.scenario.held_out}
+    arithmetic = spec.resources.arithmetic("answers")
+    right = {
+        name: predict_as_in_f32(classifier, images, arithmetic) == images.labels
+        for name, images in parts.items()
     }
-    accuracy_on = partial(accuracy_as_in_f32, classifier, arithmetic=spec.resources.arithmetic("answers"))
-    scores = {name: None if images is None else accuracy_on(images) for name, images in parts.items()}
-    return SweepRow(lam, epoch, loss, **scores)  # type: ignore[arg-type]  # train, tune and scenario exist
+    shares = {name: float(each.mean()) if len(each) else math.nan for name, each in right.items()}
+    lost = _class_loss(models, {name: (clean[name].labels, right[name]) for name in clean if name != "test"})
+    scores = {name: shares.get(name) for name in ("train", "validation", "test", "tune", "scenario")}
+    return SweepRow(lam, epoch, loss, **scores, class_loss=lost)  # type: ignore[arg-type]  # train, tune and scenario exist
+
+
+def _class_loss(models: Models, answers: Mapping[str, tuple[I64, Bool]]) -> float:
+    """Return the largest accuracy that a class has certainly lost, from labels and right answers of some parts."""
+    before, after, counts = (np.zeros(len(models.classes)) for _ in range(3))
+    for part, (labels, right) in answers.items():
+        images = np.bincount(labels, minlength=len(counts))
+        counts += images
+        after += np.bincount(labels, right, minlength=len(counts))
+        before += images * np.nan_to_num(models.class_accuracy[part])
+    each = np.maximum(counts, 1)
+    return float(certain_loss(before / each, after / each, counts.astype(np.int64)).max())
 
 
 def after_epoch(
@@ -221,8 +245,11 @@ def _clean(row: SweepRow) -> float:
 
 
 def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:
-    """Whether the rule of choice may pick the row: choose_by tune needs one that loses at most max_loss."""
-    return spec.correct.choose_by != "tune" or not _loses_more(models, row, spec.correct.max_loss)
+    """Whether the rule of choice may pick the row: choose_by tune bounds the loss, over all classes and of each."""
+    if spec.correct.choose_by != "tune":
+        return True
+    of_a_class = row.class_loss > spec.correct.class_loss_allowed + ROUNDING
+    return not (of_a_class or _loses_more(models, row, spec.correct.max_loss))
 
 
 def _is_hopeless(spec: RunFile, models: Models, row: SweepRow) -> bool:
@@ -320,7 +347,7 @@ def collect_sweep(
 ) -> Sweep:
     """Return the sweep with the weights that the rule of choice picks over all λ; the smaller λ of equals.
 
-    Nothing is picked where no λ keeps the clean accuracy within correct.max_loss (choose_by tune).
+    Nothing is picked where no λ keeps the clean accuracy within correct.max_loss and max_class_loss (choose_by tune).
     `failures` holds the error of each λ that is left out, which is logged. Raises ModelError or ComputeError if all
     failed.
     """
@@ -344,9 +371,11 @@ def collect_sweep(
     chosen = best.rows[best.best_epoch - 1]
     if not _is_allowed(spec, models, chosen):
         log.warning(
-            "correct: NOTHING IS CHOSEN, since every λ loses more than correct.max_loss = %g of the clean accuracy; "
-            "try smaller values in correct.lambdas, a smaller correct.learning_rate, or allow a larger loss",
+            "correct: NOTHING IS CHOSEN, since every λ loses more than correct.max_loss = %g of the clean accuracy, or "
+            "more than %g of that of a class (correct.max_class_loss); %s",
             spec.correct.max_loss,
+            spec.correct.class_loss_allowed,
+            SMALLER_LAMBDAS,
         )
         return Sweep(rows, None, {}, failed)
     return Sweep(rows, chosen, best.best, failed)

@@ -225,7 +225,7 @@ def _trials_after_epoch(
                 raise ModelError(f"its loss became {loss}")
             if changes_weights(len(losses), optimizer):
                 require_progress(trial.weights, classifier, own, lam)
-            row = score(spec, classifier, tuning, lam, len(trial.rows) + 1, loss)
+            row = score(spec, models, classifier, tuning, lam, len(trial.rows) + 1, loss)
         except ModelError as error:
             log.info("correct: λ = %g leaves its stack and repeats its epoch alone: %s", lam, error)
         else:

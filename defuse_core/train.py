@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import ClassifierEpoch, Models, ReferenceSet
+from defuse_core.artifacts import F64, ClassifierEpoch, Models, ReferenceSet
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import cpu_threads, device_name
@@ -73,7 +72,7 @@ def train(
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
-        accuracies, balanced = _accuracies(spec, classifier, splits)
+        accuracies, class_accuracies = _accuracies(spec, classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
         vae_history = train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
@@ -89,7 +88,7 @@ def train(
             images=splits.counts(),
             data_fingerprint=splits.fingerprint(),
             accuracy=accuracies,
-            balanced=balanced,
+            class_accuracy=class_accuracies,
             classifier_history=tuple(classifier_history),
             vae_history=tuple(vae_history),
             device=device_name(),
@@ -275,8 +274,8 @@ def _optimizer(spec: RunFile, module: nn.Module) -> Optimizer:
 
 def _accuracies(
     spec: RunFile, classifier: nn.Module, splits: Splits
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the share of the images of each part that the classifier gets right, and the mean over its classes."""
+) -> tuple[dict[str, float], dict[str, F64]]:
+    """Return the share of the images of each part that the classifier gets right, and of each class, (C,)."""
     arithmetic = spec.resources.arithmetic("answers")
     right = {
         name: predict_as_in_f32(classifier, images, arithmetic) == images.labels
@@ -286,7 +285,4 @@ def _accuracies(
     shares = {
         name: class_accuracy(right[name], images.labels, classes) for name, images in splits.parts().items()
     }
-    return (
-        {name: float(each.mean()) for name, each in right.items()},
-        {name: float(np.nanmean(each)) for name, each in shares.items()},
-    )
+    return {name: float(each.mean()) for name, each in right.items()}, shares

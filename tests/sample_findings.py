@@ -161,7 +161,11 @@ def _models(classes: tuple[str, ...], rng: np.random.Generator) -> Models:
         reconstruction_flips=0.07,
         kl_per_dimension=np.array([*(0.3 + 2.2 * rng.random(8)), 0.04, 0.0001]),
         health=FIT,
-        balanced={"train": 0.999, "validation": 0.985, "test": 0.983},
+        class_accuracy={
+            "train": np.full(len(classes), 0.999),
+            "validation": np.full(len(classes), 0.985),
+            "test": np.full(len(classes), 0.983),
+        },
     )
 
 

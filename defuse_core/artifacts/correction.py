@@ -59,6 +59,7 @@ class SweepRow:
     test: float | None
     tune: float  # accuracy on the scenario images tuned on
     scenario: float  # accuracy on the held-out scenario images
+    class_loss: float = 0.0  # accuracy that some class has certainly lost on training and validation images
 
 
 @dataclass(frozen=True)

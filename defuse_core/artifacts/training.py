@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from defuse_core.artifacts.arrays import F64, Weights
 
 
@@ -65,8 +67,14 @@ class Models:
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
     health: Health  # of the β-VAE
     device: str = "cpu"  # that they were trained on
-    # split -> mean over its classes of the share of their images that the classifier gets right; 1/C is guessing
-    balanced: dict[str, float] = field(default_factory=dict)
+    class_accuracy: dict[str, F64] = field(
+        default_factory=dict
+    )  # split -> (C,); nan for a class without images
+
+    @property
+    def balanced(self) -> dict[str, float]:
+        """Mean of each part's class accuracies: 1/C where the answers do not depend on the image."""
+        return {part: float(np.nanmean(each)) for part, each in self.class_accuracy.items()}
 
 
 @dataclass(frozen=True)

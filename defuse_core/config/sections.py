@@ -330,17 +330,25 @@ class CorrectSection(Section):
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune", "last"] = "tune"
-    """Which accuracy picks the epoch of each λ, and then λ. tune: of those that lose at most max_loss, highest accuracy
-    on the tuned scenario images (epochs: in whole percent; λ: within one point of the best), and then highest clean
-    accuracy. last: the last epoch of the only λ. Paper: train for MNIST, validation otherwise."""
+    """Which accuracy picks the epoch of each λ, and then λ. tune: of those that lose at most max_loss and
+    max_class_loss, highest accuracy on the tuned scenario images (epochs: in whole percent; λ: within one point of the
+    best), and then highest clean accuracy. last: the last epoch of the only λ. Paper: train for MNIST, validation
+    otherwise."""
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
+    max_class_loss: float | None = Field(None, ge=0, le=1)
+    """choose_by tune: accuracy that any one class may certainly lose on training and validation images; null: ten times
+    max_loss. Ours."""
     stop_at_loss: float | None = Field(None, gt=0, le=1)
     """A λ is given up after an epoch that lost more clean accuracy than this, at least max_loss; what it reached until
     then may still be chosen where choose_by allows it. Ours."""
     stack: int = Field(1, ge=1)
     """So many λ over 0 are one trial with stacked weights, for a GPU that a small classifier leaves idle. Equal to
     trials of one λ up to rounding, and to other masks of dropout on feature maps or in attention. Ours."""
+
+    @property
+    def class_loss_allowed(self) -> float:
+        return min(1.0, 10 * self.max_loss) if self.max_class_loss is None else self.max_class_loss
 
     @property
     def tuning_factor(self) -> float:

@@ -89,7 +89,7 @@ def why_not_corrected(run: Run) -> str:
     """Return why a finished run has no corrected classifier."""
     verdicts = run.load(Verdicts)
     if verdicts is not None and len(verdicts.accepted):
-        return "every λ costs more clean accuracy than correct.max_loss allows"
+        return "every λ costs more clean accuracy than correct.max_loss and max_class_loss allow"
     return f"no failure scenario was accepted; `defuse report {run.name}` says why"
 
 

@@ -100,7 +100,7 @@ def build_report(
         overrides=tuple(_decision(override, models.classes) for override in verdicts.overrides),
         evidence=None if evidence is None else evidence_figures(found, evidence),
         watch=None if watch is None else watch_figures(watch, run.spec.serve, run.spec.serve.watch),
-        per_class=_per_class(models.classes, evaluation),
+        per_class=_per_class(models.classes, evaluation, run.spec.check.max_class_loss),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),
     )
@@ -290,12 +290,19 @@ def _votes(found: Findings) -> VoteFigures:
     )
 
 
-def _per_class(classes: Iterable[str], evaluation: Evaluation) -> tuple[ClassAccuracy, ...]:
+def _per_class(classes: Iterable[str], evaluation: Evaluation, max_loss: float) -> tuple[ClassAccuracy, ...]:
     if not evaluation.per_class_images.any():
         return ()
     columns = zip(classes, evaluation.per_class_images.tolist(), evaluation.per_class.T, strict=True)
     return tuple(
-        ClassAccuracy(name=name, images=n, before=defined(b), baseline=defined(u), defuse=defined(d))
+        ClassAccuracy(
+            name=name,
+            images=n,
+            before=defined(b),
+            baseline=defined(u),
+            defuse=defined(d),
+            loses_too_much=b - d > max_loss,
+        )
         for name, n, (b, u, d) in columns
     )
 

@@ -10,6 +10,8 @@ from defuse_core.report.formatting import is_low, pairs_in_words, percent
 from defuse_core.report.schema import Report
 from defuse_core.review.undecided import GUESSING_REMEDY, are_worse, guesses, unseen_images
 
+MOST_CLASSES = 5  # that a notice names
+
 
 def headline(report: Report) -> str:
     """Return the result of the run in one or two sentences."""
@@ -25,7 +27,8 @@ def headline(report: Report) -> str:
     result = f"{accepted} of {count_of(components, 'component')} {verb}."
     if report.chosen is None:
         return (
-            f"{result} Nothing was corrected: every λ costs more clean accuracy than correct.max_loss allows."
+            f"{result} Nothing was corrected: every λ costs more clean accuracy than correct.max_loss and "
+            "max_class_loss allow."
         )
     return f"{result} {_effect(report)}"
 
@@ -141,6 +144,21 @@ def made_worse(report: Report) -> str | None:
     return (
         f"The correction makes the classifier worse on {count_of(len(worse), 'scenario')}. By the judges' label of "
         f"each held-out image it was significantly more often right before, on: {', '.join(figures)}."
+    )
+
+
+def costs_a_class(report: Report) -> str | None:
+    """Return which classes lose more on test images than `defuse check` allows to any; None where none does."""
+    if report.chosen is None:
+        return None
+    lost = [row for row in report.per_class if row.loses_too_much]
+    if not lost:
+        return None
+    figures = [f"{row.name} ({percent(row.before)} to {percent(row.defuse)})" for row in lost[:MOST_CLASSES]]
+    more = f" and {len(lost) - MOST_CLASSES} more" if len(lost) > MOST_CLASSES else ""
+    return (
+        "The correction costs single classes more accuracy than `defuse check` allows (check.max_class_loss). On test "
+        f"images: {', '.join(figures)}{more}. A smaller correct.max_class_loss chooses another λ."
     )
 
 
@@ -322,6 +340,7 @@ def caveats(report: Report) -> list[str]:
         worse_references(report),
         worse_judges(report),
         made_worse(report),
+        costs_a_class(report),
         unconfirmed(report),
         no_better_than_plain_training(report),
         baseline_does_more(report),

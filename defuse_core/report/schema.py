@@ -215,6 +215,8 @@ class ClassAccuracy(FigureModel):
     before: float | None
     baseline: float | None
     defuse: float | None
+    loses_too_much: bool
+    """Whether the correction loses more than check.max_class_loss."""
 
 
 class SweepFailure(FigureModel):

@@ -28,6 +28,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.codec import artefact_digest, decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
+from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.evaluation.evidence import Evidence
@@ -190,7 +191,7 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
     if accepted:
         return CheckFailed(
             f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
-            "allows; try smaller values in correct.lambdas, or a larger correct.max_loss"
+            f"and max_class_loss allow; {SMALLER_LAMBDAS}"
         )
     undecided = why_undecided(
         run.spec,

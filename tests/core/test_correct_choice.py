@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial
 from defuse_core.config import RunFile
@@ -13,6 +14,7 @@ from defuse_core.correct import (
     best_rows,
     collect_sweep,
     fine_tune,
+    score,
 )
 from defuse_core.models import accuracy, load_classifier
 from defuse_core.progress import silent
@@ -65,6 +67,45 @@ def test_of_the_lambdas_within_one_point_of_the_best_on_tuned_images_the_clean_a
     assert chosen(spec, tiny_models, (0.91, 0.87, 0.9), (0.89, 0.88, 0.9)) == 1
     assert chosen(spec, tiny_models, (0.87, None, 0.9), (0.88, None, 0.9)) == 1
     assert chosen(spec, tiny_models, (0.9, 0.88, 0.9), (0.9, 0.88, 0.9)) == 0
+
+
+@pytest.mark.parametrize(
+    ("correct", "allowed"),
+    [
+        ({"max_loss": 0.005}, False),
+        ({"max_loss": 0.007}, True),
+        ({"max_class_loss": 0.06}, True),
+        ({"choose_by": "validation"}, True),
+    ],
+)
+def test_a_lambda_that_costs_a_class_too_much_is_not_chosen(correct, allowed, tiny_models):
+    spec = tiny(correct={"choose_by": "tune", "stop_at_loss": None, **correct})
+    rows = rows_of(1.0, (0.95, 0.95, 1.0))
+    costly = replace(rows[0], class_loss=0.06)
+    models = with_accuracy(tiny_models, 0.9)
+    found = collect_sweep(spec, models, [Trial(1.0, (costly,), {}, {}, {}, 1, True)]).chosen
+    assert (found is not None) is allowed
+    other = Trial(0.1, rows_of(0.1, (0.9, 0.9, 0.5)), {}, {}, {}, 1, True)
+    found = collect_sweep(spec, models, [Trial(1.0, (costly,), {}, {}, {}, 1, True), other]).chosen
+    assert found is not None and found.lam == (1.0 if allowed else 0.1)
+
+
+def test_what_a_class_has_lost_is_measured_on_training_and_validation_images(tiny_models):
+    codes = np.zeros((1, 24, 4), np.float32)
+    fixes = Corrections(np.arange(1), np.array([8]), codes, codes)
+    spec = tiny(correct={"epochs": 1})
+    data = load_fine_tuning_data(spec, tiny_models, fixes, None, progress=silent)
+    blind = {
+        part: np.where(np.arange(10) == 3, 1.0, 0.0)
+        for part in tiny_models.class_accuracy  # only class 3 can lose
+    }
+    threes_lost = load_classifier(spec, tiny_models.classifier, 10)
+    with torch.no_grad():
+        [*threes_lost.parameters()][-1][3] = -1e6
+    row = score(spec, replace(tiny_models, class_accuracy=blind), threes_lost, data, 1.0, 1, 0.1)
+    assert row.class_loss == 1.0
+    kept = load_classifier(spec, tiny_models.classifier, 10)
+    assert score(spec, tiny_models, kept, data, 1.0, 1, 0.1).class_loss == 0.0
 
 
 def test_of_the_epochs_of_a_lambda_that_are_equal_in_whole_percent_the_clean_accuracy_chooses(tiny_models):

@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 from defuse_core.intervals import (
     auroc,
     binomial_tail,
+    certain_loss,
     exact_lower,
     mcnemar,
     mean_with_bounds,
@@ -212,3 +213,10 @@ def test_the_exact_bound_of_a_share_holds_for_a_single_observation_too():
     np.testing.assert_allclose(low[:2], [0.05, 0.05**0.5])
     np.testing.assert_allclose(binomial_tail(hits[:3], total[:3], low[:3]), 0.05)
     assert low[3:].tolist() == [0.0, 0.0]
+
+
+def test_a_loss_is_certain_by_what_chance_does_not_explain():
+    before, after = np.array([0.96, 0.96, 0.9, 0.5]), np.array([0.86, 0.86, 0.95, 0.0])
+    lost = certain_loss(before, after, np.array([70, 700, 700, 0]))
+    assert 0.01 < lost[0] < 0.03 and 0.07 < lost[1] < 0.08
+    assert list(lost[2:]) == [0, 0]

@@ -27,6 +27,7 @@ from defuse_core.report.notices import (
     answered_by_models,
     baseline_does_more,
     caveats,
+    costs_a_class,
     headline,
     made_worse,
     no_better_than_plain_training,
@@ -323,7 +324,7 @@ def test_reference_models_that_are_worse_than_the_classifier_are_told(
 
 def test_a_classifier_that_guesses_is_told_before_all_else(tmp_path: Path):
     found, evaluation = sample_findings()
-    one_answer = dataclasses.replace(found.models, balanced={"train": 0.1, "test": 0.1})
+    one_answer = dataclasses.replace(found.models, class_accuracy={"test": np.eye(10)[0]})
     report = report_of((dataclasses.replace(found, models=one_answer), evaluation), tmp_path)
     assert caveats(report)[0].startswith(
         "The classifier is hardly better than guessing. Of the 10 classes it gets 10.0 % of the test images right"
@@ -338,6 +339,17 @@ def test_a_classifier_that_guesses_is_told_before_all_else(tmp_path: Path):
 def test_a_notice_appears_where_models_answered_in_place_of_people(tmp_path: Path):
     assert answered_by_models(report_of(sample_findings(answered_by="people"), tmp_path)) is None
     assert "not people" in (answered_by_models(report_of(sample_findings(), tmp_path)) or "")
+
+
+def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):
+    found, evaluation = sample_findings()
+    per_class = np.array([[0.9] * 10, [0.9] * 10, [0.8, *[0.86] * 9]])
+    counted = dataclasses.replace(evaluation, per_class=per_class, per_class_images=np.full(10, 50))
+    report = report_of((found, counted), tmp_path)
+    text = costs_a_class(report) or ""
+    assert text in caveats(report) and f"images: {report.per_class[0].name} (90.0 % to 80.0 %). A" in text
+    assert costs_a_class(report.model_copy(update={"chosen": None})) is None
+    assert costs_a_class(report_of((found, evaluation), tmp_path)) is None
 
 
 @pytest.mark.parametrize(("baseline", "told"), [(0.9, True), (0.7, False)])

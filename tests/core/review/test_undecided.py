@@ -303,7 +303,8 @@ def test_a_classifier_that_guesses_is_told_first(balanced, classes: int, told):
     names = tuple(map(str, range(classes)))
     accuracy = dict.fromkeys(balanced, 0.97)  # of very unequal classes the largest says nothing
     models = fit(found.models, poor)
-    models = dataclasses.replace(models, accuracy=accuracy, balanced=balanced, classes=names)
+    each = {part: np.full(classes, share) for part, share in balanced.items()}
+    models = dataclasses.replace(models, accuracy=accuracy, class_accuracy=each, classes=names)
     known = {"models": models, "references": None, "psi": None, "scenarios": None}
     text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
     assert text is not None and text.startswith("the classifier" if told else "the β-VAE")
