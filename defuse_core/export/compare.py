@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,13 @@ from defuse_core.errors import InputError
 from defuse_core.export.pictures import FinishedRun, load_finished
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import encode_images, load_vae, predict
+from defuse_core.review.undecided import why_guessing
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 from defuse_core.tuning_data import held_out_images
 from defuse_core.watch.scenario_regions import mahalanobis
 
+log = logging.getLogger("defuse")
 State = Literal[
     "persisting", "fixed", "back again", "was right", "broken by B", "new", "broken by A", "found now"
 ]
@@ -82,6 +85,9 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
+    for run, side in ((a, side_a), (b, side_b)):
+        if guessing := why_guessing(side.found.models):
+            log.warning("run %s: %s; what is fixed, broken or new says nothing then", run.name, guessing)
     same_classifier = _equal(side_a.found.models.classifier, side_b.found.models.classifier)
     fixed_at = b.spec.check.min_scenario_accuracy
     matches = _matches(side_a, side_b)

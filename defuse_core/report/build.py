@@ -142,6 +142,7 @@ def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:
         classes=len(found.models.classes),
         images=dict(found.models.images),
         balanced=dict(found.models.balanced),
+        validation_from_training=spec.classifier.epochs == 0 and spec.data.validation_share > 0,
         data_fingerprint=found.models.data_fingerprint,
     )
 

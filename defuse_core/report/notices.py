@@ -147,6 +147,21 @@ def made_worse(report: Report) -> str | None:
     )
 
 
+def known_validation_images(report: Report) -> str | None:
+    """Return what validation images mean that the classifier was probably trained on; None where nothing says so."""
+    before, images = report.accuracy.before, report.run.images.get("test")
+    if not report.run.validation_from_training or before.validation is None or before.test is None:
+        return None
+    if not are_worse([before.test], before.validation, images):
+        return None
+    return (
+        "The classifier probably knows the validation images. It gets "
+        f"{percent(before.validation)} of them right and {percent(before.test)} of the test images, and they are a "
+        "share of the training images (data.validation_share). So they tell little about the accuracy that a λ costs "
+        "and about failing inputs; give validation images that it was not trained on (a folder `validation`)."
+    )
+
+
 def costs_a_class(report: Report) -> str | None:
     """Return which classes lose more on test images than `defuse check` allows to any; None where none does."""
     if report.chosen is None:
@@ -337,6 +352,7 @@ def caveats(report: Report) -> list[str]:
     notices = (
         hardly_better_than_guessing(report),
         unfit_vae(report),
+        known_validation_images(report),
         worse_references(report),
         worse_judges(report),
         made_worse(report),

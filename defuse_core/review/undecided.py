@@ -26,6 +26,9 @@ from defuse_core.review.verdicts import false_discovery_rate
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
+MANY_FAILING = (
+    0.05  # share of the training images whose failures, each too lonely for a scenario, leave it open
+)
 # in accuracy on real images: models that are so much worse are often wrong where the classifier is right
 WORSE_BY = 0.02
 CERTAIN = 1.645  # standard errors of a difference, one-sided at 5 %
@@ -54,7 +57,7 @@ def why_undecided(
     used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
     cause = why_guessing(models) or _fault_of_vae_or_screen(models, references if used else None, psi)
     if cause is None and scenarios is not None:
-        cause = _cells_of_low_weight(spec, scenarios)
+        cause = _cells_of_low_weight(spec, scenarios) or _scattered(scenarios, psi)
         if cause is None and not len(gallery) and psi is not None:
             cause = _all_dropped(spec.review, scenarios, psi.total)
     if cause is not None or not len(gallery):
@@ -159,6 +162,19 @@ def _cells_of_low_weight(spec: RunFile, scenarios: Scenarios) -> str | None:
     return (
         f"{sum(low):.0%} of the codes of Ψ are in {len(low)} cells (class, answer) of at most "
         f"{spec.distill.min_weight:g} of them each; lower distill.min_weight"
+    )
+
+
+def _scattered(scenarios: Scenarios, psi: Psi | None) -> str | None:
+    """Return that most of Ψ is in components and cells too small for a scenario, although many images fail."""
+    small = [one for one in scenarios.dropped if one.small]
+    weight, support = sum(one.weight for one in small), sum(one.support for one in small)
+    if psi is None or weight <= MOST_LOW_WEIGHT or support <= MANY_FAILING * psi.images:
+        return None
+    return (
+        f"{weight:.0%} of the codes of Ψ, of {support / psi.images:.0%} of the training images, are in {len(small)} "
+        "components or cells (class, answer) of too few codes or images each; try more training images "
+        "(data.train_images), more identify.draws, or a smaller distill.min_support"
     )
 
 

@@ -29,7 +29,7 @@ from defuse_core.models import (
 )
 from defuse_core.models.probe import LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
 from defuse_core.progress import Progress, silent
-from defuse_core.suggest.image_size import fit_image_size
+from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
 from defuse_core.suggest.inspect import DataFacts
 
 TRIAL_S = 1.0  # each speed is measured for so long
@@ -103,6 +103,11 @@ def plan_run(
                 noted.append(f"the classifier: {LIKE_SIGMOID}")
         channels = FEW_CHANNELS if len(splits.train) < FEW_IMAGES else spec.review.reference.channels
         speeds = _measured(spec, classifier, sample, channels, progress)
+    if own is not None and own.get("weights") and "validation" not in facts.counts:
+        noted.append(
+            f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
+            "knows; a folder `validation` of other images tells better what a correction costs"
+        )
     needed, warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     parse_run_file(tree, "the suggested run file")
     return Plan(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from defuse_core.artifacts import Models
+from defuse_core.codec import encode
 from defuse_core.export.compare import _state, _state_of_b_alone, compare_runs, share_inside
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -127,3 +129,18 @@ def test_the_state_of_a_scenario_of_a_is_decided_at_the_limit(before_a, after_a,
 )
 def test_the_state_of_a_scenario_of_b_alone_is_decided_at_the_limit(before_a, after_a, state):
     assert _state_of_b_alone((before_a, after_a, 0.0, 1.0), 0.8) == state
+
+
+def test_a_run_whose_classifier_guesses_is_told_beside_the_comparison(store, tmp_path, caplog):
+    runs = [Run.open(store, "first"), Run.open(store, "same")]
+    models = runs[1].load(Models)
+    one_answer = {part: np.eye(10)[0] for part in models.class_accuracy}
+    copied = FolderStore(tmp_path)
+    for key in store.within("same").list():
+        copied.within("same").write(key, store.within("same").read(key))
+    copied.within("same").write(
+        "models.safetensors", encode(dataclasses.replace(models, class_accuracy=one_answer))
+    )
+    compare_runs(runs[0], Run.open(copied, "same"))
+    told = [line for line in caplog.messages if "hardly better than guessing" in line]
+    assert len(told) == 1 and told[0].startswith("run same: ")

@@ -29,6 +29,7 @@ from defuse_core.report.notices import (
     caveats,
     costs_a_class,
     headline,
+    known_validation_images,
     made_worse,
     no_better_than_plain_training,
     purity_warning,
@@ -339,6 +340,22 @@ def test_a_classifier_that_guesses_is_told_before_all_else(tmp_path: Path):
 def test_a_notice_appears_where_models_answered_in_place_of_people(tmp_path: Path):
     assert answered_by_models(report_of(sample_findings(answered_by="people"), tmp_path)) is None
     assert "not people" in (answered_by_models(report_of(sample_findings(), tmp_path)) or "")
+
+
+@pytest.mark.parametrize(
+    ("test", "from_training", "told"), [(0.88, True, True), (0.985, True, False), (0.88, False, False)]
+)
+def test_validation_images_that_the_classifier_knows_are_told(
+    test: float, from_training: bool, told: bool, tmp_path: Path
+):
+    found, evaluation = sample_findings()
+    table = np.array([[1.0, test, 0.1], [1.0, test, 0.5], [0.99, test, 0.9]])
+    report = report_of((found, dataclasses.replace(evaluation, accuracy=table)), tmp_path)
+    run = report.run.model_copy(update={"validation_from_training": from_training})
+    report = report.model_copy(update={"run": run})
+    text = known_validation_images(report)
+    assert (text is not None) is told and (text in caveats(report)) is told
+    assert text is None or "gets 100.0 % of them right and 88.0 % of the test images" in text
 
 
 def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):

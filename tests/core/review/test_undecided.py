@@ -138,6 +138,7 @@ def test_failures_of_which_no_component_was_left_are_undecided_unless_the_classi
 
 def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_path: Path):
     found, evaluation = sample_findings(0, 0)
+    found = dataclasses.replace(found, psi=dataclasses.replace(found.psi, images=100_000))
     cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 100  # of 8 images each
     scenarios = dataclasses.replace(found.scenarios, dropped=cells)
     text = headline(report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path))
@@ -162,6 +163,29 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
         spec = sample_spec().with_fields("distill", min_support=least)
         known["scenarios"] = dataclasses.replace(found.scenarios, dropped=cells)
         assert (why_undecided(spec, found.gallery, found.verdicts, **known) is not None) is told
+
+
+@pytest.mark.parametrize(
+    ("images", "weight", "told"), [(3999, 0.006, True), (4000, 0.006, False), (3999, 0.0049, False)]
+)
+def test_failures_of_many_images_each_in_a_component_too_small_for_a_scenario_are_undecided(
+    images: int, weight: float, told: bool, tmp_path: Path
+):
+    found, evaluation = sample_findings(0, 0)
+    lonely = (DroppedComponent(weight, 8, 3, 2, "its codes", False, True),) * 100  # of 2 images each
+    found = dataclasses.replace(
+        found,
+        psi=dataclasses.replace(found.psi, images=images),
+        scenarios=dataclasses.replace(found.scenarios, dropped=lonely),
+    )
+    text = headline(report_of((found, evaluation), tmp_path))
+    assert (
+        text.startswith(
+            "Could not tell: 60% of the codes of Ψ, of 5% of the training images, are in 100 components"
+        )
+        is told
+    )
+    assert text.startswith("No failure scenario was found") is not told
 
 
 def test_a_heavy_component_that_the_classifier_gets_right_is_no_cell_of_little_weight(tmp_path: Path):
