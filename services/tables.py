@@ -234,9 +234,8 @@ def _agreement_table(report: Report) -> Table:
 def _lines(report: Report) -> list[str]:
     psi, vae, mixture = report.psi, report.vae, report.mixture
     lines = [
-        f"Ψ: {count_of(psi.codes, 'code')} from {percent(psi.images_with_any)} "
-        f"of {count_of(psi.images, 'image')}; "
-        f"{percent(psi.zero_noise_flip_rate)} of the images are wrong without noise.",
+        f"Ψ: {count_of(psi.codes, 'code')}; {percent(psi.images_with_any)} of {count_of(psi.images, 'image')} "
+        f"have a failing draw, {percent(psi.zero_noise_flip_rate)} are wrong without noise.",
         *_screen(report),
         f"β-VAE: {_reconstructions(report)}; "
         f"{vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "

@@ -157,7 +157,7 @@ def test_a_report_starts_with_its_caveats(tmp_path: Path):
     assert "2 of 5 components are failure scenarios." in text
     assert "Reference models answered, not people." in text
     assert "Purity is 40 %." in text
-    assert "516 codes from 12.0 % of 1,000 images" in text
+    assert "516 codes; 12.0 % of 1,000 images have a failing draw" in text
     assert "2 of 10 dimensions collapsed" in text
 
 
