@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from defuse_core.config import DataSection
-from defuse_core.data.appearance import odd_images
+from defuse_core.data.appearance import odd_images, shared_images
 from defuse_core.data.images import FilePaths, Images, PictureFiles, Splits, data_root, expect_class_names
 from defuse_core.data.splits import sample, with_validation
 from defuse_core.errors import DataError, count_of, first_few
@@ -129,7 +129,9 @@ SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # files that Windows writes into fo
 
 
 def log_parts(data: DataSection, splits: Splits) -> None:
-    """Log the parts with their counts; warn of classes without a training image, folders not read and odd images."""
+    """Log the parts with their counts; warn of classes without a training image, folders not read, images that are odd
+    or in two parts.
+    """
     counts = ", ".join(f"{count:,} {part}" for part, count in splits.counts().items())
     log.info("images: %s, of %d classes", counts, len(splits.classes))
     counted = np.bincount(splits.train.labels, minlength=len(splits.classes))
@@ -144,7 +146,7 @@ def log_parts(data: DataSection, splits: Splits) -> None:
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root):
             log.warning("data.root %s: %s", data.root, line)
-    for line in odd_images(splits.train):
+    for line in [*odd_images(splits.train), *shared_images(splits)]:
         log.warning("images: %s", line)
 
 

@@ -80,7 +80,7 @@ def test_a_run_warns_of_odd_images_and_init_notes_them(tmp_path: Path, caplog: p
     ]
 
 
-def test_test_images_that_are_training_images_are_counted_with_an_example(tmp_path: Path):
+def test_test_images_that_are_training_images_are_counted_with_an_example(tmp_path: Path, caplog):
     root = write(tmp_path, noise(20, SIZE, SIZE, 3))
     for number, picture in enumerate(
         noise(30, SIZE, SIZE, 3)[17:]
@@ -95,6 +95,8 @@ def test_test_images_that_are_training_images_are_counted_with_an_example(tmp_pa
         f"3 of 13 test images looked at are training images, too, {example}; figures on test"
     )
     assert line in inspect_data(root).warnings
+    log_parts(section("folder", root), open_splits(section("folder", root), 0))
+    assert f"images: {line}" in caplog.messages
 
 
 def test_a_few_images_of_a_large_part_are_compared_with_all_training_images_in_memory():

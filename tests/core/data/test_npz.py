@@ -93,7 +93,7 @@ def test_height_width_and_channels_are_read_from_any_layout(
 
 
 def test_the_parts_of_an_npz_file_are_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    data = section("npz", write_npz(tmp_path / "own.npz"))
+    data = section("npz", write_npz(tmp_path / "own.npz", test_images=255 - GOOD["test_images"]))
     with caplog.at_level("INFO", "defuse"):
         log_parts(data, open_splits(data, 0))
     assert [record.getMessage() for record in caplog.records] == ["images: 12 train, 6 test, of 3 classes"]
