@@ -268,6 +268,12 @@ def _set_sizes(
             f"the reference models and judges are trained on {each:.3g} images per class, too few to rely on their "
             "answers; add images"
         )
+    trained, enough = reference["epochs"], _enough_epochs(count)[1]
+    if count < FEW_IMAGES and 2 * trained <= enough:
+        warnings.append(
+            f"the reference models and judges are trained for {trained} epochs, and need about {enough} on so few "
+            f"images to know them as well as the classifier does; give more than --minutes {minutes:g}"
+        )
     if own and tree["classifier"]["epochs"]:
         warnings.append(
             "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
@@ -319,8 +325,7 @@ def _reference(count: int, seconds: float, speeds: Speeds, least: int) -> dict[s
     """
     visits = seconds * speeds.reference / 8
     if count < FEW_IMAGES:
-        batch = _batch(count, 32)
-        enough = min(MOST_EPOCHS, math.ceil(LEAST_STEPS * batch / count))
+        batch, enough = _enough_epochs(count)
         fewest = min(enough, max(8, int(MOST_TIMES * visits / count)))
         epochs = _clamp(visits / count, fewest, max(20, fewest))
         return {"channels": FEW_CHANNELS, "epochs": epochs, "batch_size": batch}
@@ -329,6 +334,12 @@ def _reference(count: int, seconds: float, speeds: Speeds, least: int) -> dict[s
     if 2 * visits < epochs * count:
         section["train_images"] = max(min(count // 2, least), int(visits / epochs))
     return section
+
+
+def _enough_epochs(count: int) -> tuple[int, int]:
+    """Return the batch size of reference models on few images, and the epochs after which they know them well."""
+    batch = _batch(count, 32)
+    return batch, min(MOST_EPOCHS, math.ceil(LEAST_STEPS * batch / count))
 
 
 def _correct(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str, Any]:

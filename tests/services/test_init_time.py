@@ -54,7 +54,10 @@ def test_few_images_train_small_models_on_all_of_them_in_as_many_steps_as_these_
 ):
     images = Images(np.zeros((count, 1, 8, 8), np.uint8), np.arange(count) % 2)
     tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
-    _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 1, own=True)
+    _, warnings = _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 1, own=True)
+    line = "the reference models and judges are trained for 8 epochs, and need about 21 on so few images"
+    assert any(warning.startswith(line) for warning in warnings) is ((count, speed) == (1560, 1e3))
+    assert sum("are trained for" in warning for warning in warnings) == ((count, speed) == (1560, 1e3))
     reference, judges = tree["review"]["reference"], tree["judges"]
     few = count < 5000
     assert (reference["batch_size"], reference["epochs"]) == (batch, epochs)
