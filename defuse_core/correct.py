@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import (
-    I64,
     Bool,
     Corrections,
     FailedTrial,
@@ -25,7 +24,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
-from defuse_core.data import Images
+from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads, is_out_of_memory
 from defuse_core.errors import ComputeError, DamagedError, DefuseError, ModelError, StoreError
 from defuse_core.intervals import certain_loss
@@ -50,7 +49,7 @@ from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
 EQUAL_TUNE = 0.01  # so much accuracy on tuned images is no reason to lose clean accuracy
-SMALLER_LAMBDAS = "add smaller values to correct.lambdas, for which the run then tunes those alone"
+SMALLER_LAMBDAS = "add smaller values to correct.lambdas; the run then tunes those alone"
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
@@ -174,21 +173,31 @@ def score(
         for name, images in parts.items()
     }
     shares = {name: float(each.mean()) if len(each) else math.nan for name, each in right.items()}
-    lost = _class_loss(models, {name: (clean[name].labels, right[name]) for name in clean if name != "test"})
-    scores = {name: shares.get(name) for name in ("train", "validation", "test", "tune", "scenario")}
-    return SweepRow(lam, epoch, loss, **scores, class_loss=lost)  # type: ignore[arg-type]  # train, tune and scenario exist
+    return SweepRow(
+        lam,
+        epoch,
+        loss,
+        train=shares["train"],
+        validation=shares.get("validation"),
+        test=shares.get("test"),
+        tune=shares["tune"],
+        scenario=shares["scenario"],
+        class_loss=_class_loss(models, tuning.clean, right),
+    )
 
 
-def _class_loss(models: Models, answers: Mapping[str, tuple[I64, Bool]]) -> float:
-    """Return the largest accuracy that a class has certainly lost, from labels and right answers of some parts."""
-    before, after, counts = (np.zeros(len(models.classes)) for _ in range(3))
-    for part, (labels, right) in answers.items():
-        images = np.bincount(labels, minlength=len(counts))
-        counts += images
-        after += np.bincount(labels, right, minlength=len(counts))
-        before += images * np.nan_to_num(models.class_accuracy[part])
-    each = np.maximum(counts, 1)
-    return float(certain_loss(before / each, after / each, counts.astype(np.int64)).max())
+def _class_loss(models: Models, clean: Splits, right: Mapping[str, Bool]) -> float:
+    """Return the largest accuracy that a class has certainly lost on training and validation images together."""
+    classes = len(models.classes)
+    before, after, counts = np.zeros(classes), np.zeros(classes), np.zeros(classes, np.int64)
+    for part, images in clean.parts().items():
+        if part != "test":
+            of_each = np.bincount(images.labels, minlength=classes)
+            counts += of_each
+            before += of_each * np.nan_to_num(models.class_accuracy[part])
+            after += np.bincount(images.labels, right[part], minlength=classes)
+    total = np.maximum(counts, 1)
+    return float(certain_loss(before / total, after / total, counts).max())
 
 
 def after_epoch(

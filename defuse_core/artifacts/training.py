@@ -67,9 +67,8 @@ class Models:
     kl_per_dimension: F64  # (Z,) mean KL to the prior in nats; near 0 means a collapsed dimension
     health: Health  # of the β-VAE
     device: str = "cpu"  # that they were trained on
-    class_accuracy: dict[str, F64] = field(
-        default_factory=dict
-    )  # split -> (C,); nan for a class without images
+    # split -> (C,) share of the images of each class that the classifier gets right; nan for a class without images
+    class_accuracy: dict[str, F64] = field(default_factory=dict)
 
     @property
     def balanced(self) -> dict[str, float]:

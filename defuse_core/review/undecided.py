@@ -21,17 +21,16 @@ from defuse_core.artifacts import (
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.distill.held_out import UNDIVIDED
 from defuse_core.errors import count_of
+from defuse_core.intervals import ONE_SIDED
 from defuse_core.review.decision import fewest_units
 from defuse_core.review.verdicts import false_discovery_rate
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
-MANY_FAILING = (
-    0.05  # share of the training images whose failures, each too lonely for a scenario, leave it open
-)
+# share of the training images from which on failures, each too lonely for a scenario, leave it open
+MANY_FAILING = 0.05
 # in accuracy on real images: models that are so much worse are often wrong where the classifier is right
 WORSE_BY = 0.02
-CERTAIN = 1.645  # standard errors of a difference, one-sided at 5 %
 LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
 GUESSING_REMEDY = "check its weights, the input range and class order that it expects, and the labels"
 
@@ -82,7 +81,7 @@ def are_worse(models: Sequence[float | None], classifier: float | None, images: 
         return False
     best = max(known)
     variance = best * (1 - best) + classifier * (1 - classifier)
-    by_chance = 0.0 if images is None else CERTAIN * math.sqrt(variance / max(1, images))
+    by_chance = 0.0 if images is None else ONE_SIDED * math.sqrt(variance / max(1, images))
     return classifier - best > max(WORSE_BY, by_chance)
 
 
@@ -172,8 +171,8 @@ def _scattered(scenarios: Scenarios, psi: Psi | None) -> str | None:
     if psi is None or weight <= MOST_LOW_WEIGHT or support <= MANY_FAILING * psi.images:
         return None
     return (
-        f"{weight:.0%} of the codes of Ψ, of {support / psi.images:.0%} of the training images, are in {len(small)} "
-        "components or cells (class, answer) of too few codes or images each; try more training images "
+        f"{weight:.0%} of the codes of Ψ, of up to {support / psi.images:.0%} of the training images, are in "
+        f"{len(small)} components or cells (class, answer) of too few codes or images each; try more training images "
         "(data.train_images), more identify.draws, or a smaller distill.min_support"
     )
 

@@ -181,7 +181,7 @@ def test_failures_of_many_images_each_in_a_component_too_small_for_a_scenario_ar
     text = headline(report_of((found, evaluation), tmp_path))
     assert (
         text.startswith(
-            "Could not tell: 60% of the codes of Ψ, of 5% of the training images, are in 100 components"
+            "Could not tell: 60% of the codes of Ψ, of up to 5% of the training images, are in 100 components"
         )
         is told
     )
