@@ -38,6 +38,7 @@ IMPORTED = (
     "requests",
     "services.serving.model",
     "sklearn.mixture",
+    "torch._dynamo",
     "torchvision",
     "uvicorn",
 )

@@ -16,6 +16,7 @@ IMPORTED = [
     "defuse_core.report.html",
     "services.cli",
     "sklearn.mixture",
+    "torch._dynamo",
 ]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(IMPORTED)
