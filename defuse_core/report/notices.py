@@ -158,7 +158,7 @@ def known_validation_images(report: Report) -> str | None:
         "The classifier probably knows the validation images. It gets "
         f"{percent(before.validation)} of them right and {percent(before.test)} of the test images, and they are a "
         "share of the training images (data.validation_share). So they tell little about the accuracy that a λ costs "
-        "and about failing inputs; give validation images that it was not trained on (a folder `validation`)."
+        "and about failing inputs; give validation images that it was not trained on (a folder named validation)."
     )
 
 
@@ -172,7 +172,7 @@ def costs_a_class(report: Report) -> str | None:
     figures = [f"{row.name} ({percent(row.before)} to {percent(row.defuse)})" for row in lost[:MOST_CLASSES]]
     more = f" and {len(lost) - MOST_CLASSES} more" if len(lost) > MOST_CLASSES else ""
     return (
-        "The correction costs single classes more accuracy than `defuse check` allows (check.max_class_loss). On test "
+        "The correction costs single classes more accuracy than check.max_class_loss allows. On test "
         f"images: {', '.join(figures)}{more}. A smaller correct.max_class_loss chooses another λ."
     )
 
