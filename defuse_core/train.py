@@ -40,6 +40,7 @@ from defuse_core.models import (
 )
 from defuse_core.progress import Progress
 from defuse_core.protocols import Call, Compute
+from defuse_core.review.undecided import why_guessing
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training.batches import DeviceImages
@@ -97,6 +98,8 @@ def train(
             kl_per_dimension=kl,
             health=health,
         )
+        if guessing := why_guessing(models):
+            log.warning("train: %s", guessing)
         if store is not None:
             store.write(STRIP_KEY, reconstruction_strip(spec, vae, splits.train))
     return models

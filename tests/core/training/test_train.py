@@ -275,6 +275,9 @@ def test_pretrained_models_with_no_epochs_are_used_unchanged(tmp_path, tiny_mode
     )
     models = train(spec, progress=silent)
     assert models.accuracy == tiny_models.accuracy
+    for part, shares in models.class_accuracy.items():
+        np.testing.assert_array_equal(shares, tiny_models.class_accuracy[part])
+        assert models.accuracy[part] - 0.05 < models.balanced[part] < models.accuracy[part] + 0.05
     assert models.classifier_history == models.vae_history == ()
 
 
@@ -287,6 +290,7 @@ def test_a_classifier_that_numbers_the_classes_otherwise_gets_a_warning(tmp_path
     save_file(other, tmp_path / "other.safetensors")
     train(tiny(classifier={"epochs": 0, "weights": tmp_path / "other.safetensors"}), progress=silent)
     assert "does it number the classes in this order? 0, 1, 2" in caplog.text
+    assert "train: the classifier is hardly better than guessing" in caplog.text
 
 
 def test_vae_weights_that_do_not_fit_fail_before_the_classifier_is_trained(tmp_path, tiny_models):
