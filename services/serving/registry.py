@@ -52,7 +52,7 @@ class PromotionRequest:
 
 
 class DamagedVersionError(DamagedError):
-    """The file of a version is missing, or holds other bytes than were written: to read it again does not help."""
+    """The file of a version is missing, damaged, or that of another version: to read it again does not help."""
 
 
 class Registry:
@@ -126,9 +126,16 @@ class Registry:
                 f"unknown version {number} in {self.store.address}; known versions: {known}"
             ) from error
         try:
-            return decode(Candidate, data, f"{self.store.address}/{key}", REMEDY)
+            candidate = decode(Candidate, data, f"{self.store.address}/{key}", REMEDY)
         except StoreError as error:
             raise DamagedVersionError(str(error)) from error
+        info = self.state().versions.get(number)
+        if info is not None and candidate.digest != info.digest:
+            raise DamagedVersionError(
+                f"{self.store.address}/{key}: expected version {number} of run {info.run}, found a file that holds "
+                f"another version (run {candidate.run}); {REMEDY}"
+            )
+        return candidate
 
     def add(self, candidate: Candidate, by: str, why: str, forced: bool) -> int:
         """Return the number of this candidate's version, a new one unless an equal one exists.
@@ -136,7 +143,7 @@ class Registry:
         The file of an equal one is written again where it is damaged or missing.
         """
         state = self.state()
-        if known := _versions_with(candidate.digest, state):
+        if known := state.versions_with(candidate.digest):
             self._repair(max(known), candidate)
             return max(known)
         number = max(state.versions, default=0) + 1
@@ -155,7 +162,7 @@ class Registry:
         )
 
         def updates(state: RegistryState) -> dict[str, Any]:
-            if _versions_with(candidate.digest, state):
+            if state.versions_with(candidate.digest):
                 raise _AlreadyDone
             return {"versions": {**state.versions, number: info}}
 
@@ -217,7 +224,7 @@ class Registry:
         """Let version `number` answer all requests."""
 
         def updates(state: RegistryState) -> dict[str, Any]:
-            previous = _previous(state, number)
+            previous = state.rollback_targets(number)
             return {"production": number, "previous": previous, "failed_checks": failed, **NO_CANARY}
 
         return self.change(f"version {number} to production", by, why, updates)
@@ -304,24 +311,6 @@ class Registry:
         return parse_state(self.store.read(key), f"{self.store.address}/{key}")
 
 
-def _versions_with(digest: str, state: RegistryState) -> list[int]:
-    return [number for number, info in state.versions.items() if info.digest == digest]
-
-
-def _digest_of(state: RegistryState, number: int) -> str | int:
-    """Return the digest of a version; its number where the state does not know it, since it equals no other then."""
-    return state.versions[number].digest if number in state.versions else number
-
-
-def _previous(state: RegistryState, promoted: int) -> tuple[int, ...]:
-    """Return the targets of rollback once `promoted` is in production: each differs from the version after it."""
-    found = [promoted]
-    for number in (state.production, *reversed(state.previous)):
-        if number and _digest_of(state, number) != _digest_of(state, found[-1]):
-            found.append(number)
-    return tuple(reversed(found[1:]))
-
-
 class _AlreadyDone(Exception):  # noqa: N818 - not an error: nothing to do
     """A concurrent change came first: it ended the canary or shadow, or added an equal version."""
 
@@ -351,7 +340,7 @@ def promote(registry: Registry, candidate: Candidate, request: PromotionRequest)
     # before the version is added, since a run with a version cannot be deleted
     if request.shadow or request.canary is not None:
         state, option = registry.state(), "--shadow" if request.shadow else "--canary"
-        known = max(_versions_with(candidate.digest, state), default=None)
+        known = max(state.versions_with(candidate.digest), default=None)
         _require_other_in_production(state, known, option)
     number = registry.add(candidate, request.by, why, forced=bool(failed))
     if request.shadow:
@@ -365,7 +354,7 @@ def promotion_errors(registry: Registry, candidate: Candidate) -> list[str]:
     """Return the reasons against promoting `candidate`, one line each."""
     failed, state = candidate.failed_checks(), registry.state()
     production = state.production
-    if production is None or candidate.digest == _digest_of(state, production):
+    if production is None or candidate.digest == state.digest_of(production):
         return failed
     try:
         current = registry.load(production).interface

@@ -76,6 +76,22 @@ class RegistryState(BaseModel):
     versions: dict[int, VersionInfo] = {}
     """All versions by number."""
 
+    def versions_with(self, digest: str) -> list[int]:
+        """Return the numbers of the versions with this digest."""
+        return [number for number, info in self.versions.items() if info.digest == digest]
+
+    def digest_of(self, number: int) -> str | int:
+        """Return the digest of a version; its number where this state lacks the version, which equals no other then."""
+        return self.versions[number].digest if number in self.versions else number
+
+    def rollback_targets(self, promoted: int) -> tuple[int, ...]:
+        """Return `previous` once version `promoted` is in production: each differs from the version after it."""
+        found = [promoted]
+        for number in (self.production, *reversed(self.previous)):
+            if number and self.digest_of(number) != self.digest_of(found[-1]):
+                found.append(number)
+        return tuple(reversed(found[1:]))
+
     @property
     def production_text(self) -> str:
         """What is in production, as a sentence: `version 3 is in production`."""

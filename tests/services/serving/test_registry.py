@@ -278,12 +278,13 @@ def test_a_version_is_never_overwritten(registry, candidates):
     assert registry.store.read("versions/000001.safetensors") == before
 
 
-@pytest.mark.parametrize("how", ["damaged", "missing"])
+@pytest.mark.parametrize("how", ["damaged", "missing", "another version"])
 def test_promoting_the_run_of_a_damaged_or_missing_version_writes_it_again(registry, candidates, how):
     promote(registry, candidates["first"], ANA)
     key = "versions/000001.safetensors"
     whole = registry.store.read(key)
-    registry.store.write(key, whole[:-1]) if how == "damaged" else registry.store.delete(key)
+    other = {"damaged": whole[:-1], "another version": encode(candidates["second"])}
+    registry.store.write(key, other[how]) if how in other else registry.store.delete(key)
     with pytest.raises(DamagedVersionError, match=r"000001.*; promote its run again, or restore the file"):
         registry.load(1)
     assert promote(registry, candidates["first"], ANA).production == 1
@@ -330,13 +331,16 @@ def test_a_damaged_state_is_an_error_that_names_the_file(registry):
         registry.state()
 
 
-def test_a_rollback_to_a_damaged_version_is_an_error_and_production_stays(registry, candidates):
+@pytest.mark.parametrize("how", ["damaged", "another version"])
+def test_a_rollback_to_a_damaged_version_is_an_error_and_production_stays(registry, candidates, how):
     for name in ("first", "second"):
         promote(registry, candidates[name], ANA)
     whole = registry.store.read("versions/000001.safetensors")
-    registry.store.write("versions/000001.safetensors", whole[:-1])
+    other = {"damaged": whole[:-1], "another version": registry.store.read("versions/000002.safetensors")}
+    registry.store.write("versions/000001.safetensors", other[how])
+    reason = {"damaged": "", "another version": r"expected version 1 of run first, .* \(run second\)"}
     with pytest.raises(
-        InputError, match=r"version 1 cannot go back into production: .*000001\.safetensors: "
+        InputError, match=rf"version 1 cannot go back into production: .*000001\.safetensors: {reason[how]}"
     ):
         registry.roll_back("bo", "")
     assert registry.state().production == 2
