@@ -31,7 +31,7 @@ class Settings:
     ray_dashboard: str | None  # RAY_API_SERVER_ADDRESS
     label_studio_url: str | None  # LABEL_STUDIO_URL
     label_studio_api_key: str | None = field(repr=False)  # LABEL_STUDIO_API_KEY
-    serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN
+    serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN; an empty one is kept, to be refused
     debug: bool  # DEFUSE_DEBUG: show tracebacks
     forwarded_for: bool = False  # DEFUSE_FORWARDED_FOR: a proxy on this machine adds X-Forwarded-For
     # DEFUSE_CACHE, else below XDG_CACHE_HOME: the local Label Studio; `~` is expanded where it is used
@@ -53,7 +53,7 @@ def share_cores() -> None:
 
 
 def read_settings() -> Settings:
-    """Return the settings of this process; an empty variable counts as unset."""
+    """Return the settings of this process; an empty variable counts as unset, except DEFUSE_SERVE_TOKEN."""
     get = os.environ.get
     return Settings(
         ray_address=get("RAY_ADDRESS") or None,
@@ -79,7 +79,7 @@ def read_settings() -> Settings:
 
 def _without_newline(token: str | None) -> str | None:
     """Return a token without the space around it, such as the newline of a file, which no header can hold."""
-    return (token.strip() or token) if token else None
+    return token if token is None else token.strip() or token
 
 
 def fits_a_header(token: str) -> bool:

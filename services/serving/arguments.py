@@ -35,9 +35,14 @@ class ServeArgs(BaseModel):
 
 
 def serve_token() -> str | None:
-    """Return DEFUSE_SERVE_TOKEN, None if it is not set. Raises InputError for one that clients cannot send."""
+    """Return DEFUSE_SERVE_TOKEN, None if it is not set. Raises InputError for one that is empty, or cannot be sent."""
     token = read_settings().serve_token
-    if token and not fits_a_header(token):
+    if token == "":
+        raise InputError(
+            "DEFUSE_SERVE_TOKEN: expected a token, found an empty value; is the secret set? Unset it to serve without "
+            "a token"
+        )
+    if token is not None and not fits_a_header(token):
         raise InputError(
             "DEFUSE_SERVE_TOKEN: expected one word of letters, digits and ASCII signs; `openssl rand -hex 32` makes one"
         )

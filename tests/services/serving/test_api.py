@@ -183,12 +183,20 @@ def test_a_token_from_a_file_may_end_in_a_newline(monkeypatch):
     assert read_settings().serve_token == "secret"
 
 
-@pytest.mark.parametrize("token", ["\n", "two words", "ümlaut"])
-def test_a_token_that_no_client_can_send_is_refused_at_the_start(planted, monkeypatch, token):
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [
+        ("", "expected a token, found an empty value; .* Unset it to serve without a token"),
+        *((token, "expected one word") for token in ("\n", "two words", "ümlaut")),
+    ],
+)
+def test_a_token_that_is_empty_or_that_no_client_can_send_is_refused_at_the_start(
+    planted, monkeypatch, token, reason
+):
     monkeypatch.setenv("DEFUSE_SERVE_TOKEN", token)
-    with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN: expected one word"):
-        ClassifierDeployment(planted.address, InitialModel(), ServeSection(), {}, require_token=True)
-    with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN: expected one word"):
+    with pytest.raises(InputError, match=f"DEFUSE_SERVE_TOKEN: {reason}"):
+        ClassifierDeployment(planted.address, InitialModel(), ServeSection(), {}, require_token=False)
+    with pytest.raises(InputError, match=f"DEFUSE_SERVE_TOKEN: {reason}"):
         CliRunner().invoke(
             serve, ["first", "--store", planted.address], standalone_mode=False, catch_exceptions=False
         )
