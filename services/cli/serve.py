@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import CheckFailed, InputError, escape_control_characters
+from defuse_core.errors import CheckFailed, InputError, StoreError, escape_control_characters
 from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
@@ -28,10 +30,13 @@ from services.cli.suite import check_suite, expect_no_suite_options, suite_optio
 from services.settings import read_settings
 
 if TYPE_CHECKING:
+    from defuse_core.runs import Run
     from defuse_core.watch.figures import WatchFigures
     from services.serving.candidate import Candidate
     from services.serving.registry import Registry
     from services.serving.registry_state import RegistryState, VersionInfo
+
+log = logging.getLogger("defuse")
 
 by_option = click.option(
     "--by", callback=given_printable, help="Author of the change. [default: the user of this machine]"
@@ -70,7 +75,7 @@ def _check_run(run: str, store: str, as_json: bool) -> None:
     from services.serving.candidate import NothingCorrected
 
     try:
-        candidate = _candidate(store, run)
+        candidate = _candidate(open_run(run, store))
     except NothingCorrected as nothing:
         if as_json:
             print_json(_unchecked(run, True, nothing))
@@ -140,8 +145,10 @@ def promote(
         raise click.UsageError("--canary and --shadow exclude each other")
     share = parse_share(canary) if canary else None
     request = PromotionRequest(by or local_user("--by"), why, force, share, shadow)
-    candidate = _candidate(store, run)
-    state = promote_candidate(registry, candidate, request)
+    opened = open_run(run, store)
+    candidate = _candidate(opened)
+    with _protected_from_deletion(opened):
+        state = promote_candidate(registry, candidate, request)
     click.echo(state.action)
     promoted = state.shadow or state.canary or state.production
     assert promoted is not None  # it has one of the roles
@@ -254,12 +261,33 @@ def serve(
                 ending.enter_context(contextlib.redirect_stdout(io.StringIO()))
 
 
-def _candidate(store: str, run: str) -> Candidate:
+@contextlib.contextmanager
+def _protected_from_deletion(run: Run) -> Iterator[None]:
+    """Hold the run's lock, as `defuse delete` does. Raises InputError for a run that was deleted meanwhile.
+
+    Without the lock, and with a warning, where the store of the run cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        _require_existing(run)  # before the lock, which would make the folder again
+        try:
+            stack.enter_context(run.store.lock())
+        except StoreError as error:
+            log.warning("run %s is promoted without a lock; do not delete it meanwhile: %s", run.name, error)
+        _require_existing(run)
+        yield
+
+
+def _require_existing(run: Run) -> None:
+    if not run.exists():
+        raise InputError(f"run {run.name} was deleted meanwhile; it is not promoted")
+
+
+def _candidate(run: Run) -> Candidate:
     from services.console import ProgressDisplay
     from services.serving.candidate import prepare_candidate
 
     with ProgressDisplay() as display:  # a promotion copies the candidate to the registry
-        return prepare_candidate(open_run(run, store), display, must_store=False)[1]
+        return prepare_candidate(run, display, must_store=False)[1]
 
 
 def parse_share(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.serving.candidate import Candidate, prepare_candidate
+from services.serving.registry import Registry
 from tests.e2e.test_cli import call, one_line
 from tests.services.serving.synthetic_runs import make_run
 
@@ -61,18 +64,56 @@ def test_deleting_with_a_closed_input_deletes_nothing(own_store, monkeypatch, ca
     assert own_store.exists("digits/run.yaml")
 
 
-def test_a_run_that_is_promoted_while_the_prompt_waits_is_not_deleted(own_store, monkeypatch, capsys):
-    where = ["--store", own_store.address]
+def test_a_run_is_not_promoted_while_the_prompt_of_its_deletion_waits(own_store, monkeypatch, capsys):
+    promote = ("promote", "digits", "--store", own_store.address, "--force", "a test")
 
     def promote_first(question: str) -> bool:
-        assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+        code, _, err = call(monkeypatch, capsys, *promote)
+        assert code == 4 and "is writing this run" in one_line(err)
         return True
 
     monkeypatch.setattr("click.confirm", promote_first)
-    code, _, err = call(monkeypatch, capsys, "delete", "digits", *where)
-    assert code == 2
-    assert "version 1 in the registry was made from it" in one_line(err)
+    assert call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)[0] == 0
+    assert own_store.list() == []
+
+
+def test_a_run_is_not_deleted_while_it_is_promoted(own_store, monkeypatch, capsys):
+    where, refused = ["--store", own_store.address], list[str]()
+
+    def delete_first(registry: Registry, *arguments: Any, **options: Any) -> int:
+        code, _, err = call(monkeypatch, capsys, "delete", "digits", *where, "--yes")
+        refused.append(f"{code}: {one_line(err)}")
+        return add(registry, *arguments, **options)
+
+    add = Registry.add
+    monkeypatch.setattr(Registry, "add", delete_first)
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    assert len(refused) == 1 and "4: " in refused[0] and "is writing this run" in refused[0]
     assert own_store.exists("digits/run.yaml")
+
+
+def test_a_run_that_is_deleted_before_its_promotion_is_not_promoted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+
+    def prepare_and_delete(*arguments: Any, **options: Any) -> tuple[str, Candidate]:
+        prepared = prepare_candidate(*arguments, **options)
+        assert call(monkeypatch, capsys, "delete", "digits", *where, "--yes")[0] == 0
+        return prepared
+
+    monkeypatch.setattr("services.serving.candidate.prepare_candidate", prepare_and_delete)
+    code, _, err = call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")
+    assert code == 2 and "run digits was deleted meanwhile; it is not promoted" in one_line(err)
+    assert list(own_store.folder.iterdir()) == []
+
+
+def test_a_run_that_cannot_be_locked_is_promoted_with_a_warning(own_store, monkeypatch, capsys, caplog):
+    (
+        own_store.folder / "digits" / ".lock"
+    ).mkdir()  # cannot be opened, as on a read-only disk, by root either
+    where = ["--store", own_store.address]
+    code, out, _ = call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")
+    assert (code, "version 1 to production" in out) == (0, True)
+    assert "run digits is promoted without a lock; do not delete it meanwhile" in caplog.text
 
 
 def test_a_run_whose_run_file_is_damaged_can_be_deleted(own_store, monkeypatch, capsys):
