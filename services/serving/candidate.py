@@ -40,13 +40,14 @@ from defuse_core.runs import Run, utc_now
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
 from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
+from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
-FORMAT = 7  # of the stored candidate; part of its key in the run, so that one of another format is made again
+FORMAT = 8  # of the stored candidate; part of its key in the run, so that one of another format is made again
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
 # Fields that describe a candidate.
-NOT_SERVED = ("run", "spec", "summary", "checks", "digest", "before", "after")
+NOT_SERVED = ("run", "spec", "summary", "checks", "digest", "before", "after", "components_digest")
 
 
 class NothingCorrected(InputError):  # noqa: N818 - an outcome, and a good one for `defuse check`
@@ -91,6 +92,9 @@ class Candidate:
     distances: F64  # (A, L) quantiles of the training images' Mahalanobis distances at those levels
     recall: F64  # (A, L) share of the held-out scenario images within those distances
     failures: FailureWatch  # finds failing inputs
+    components_digest: str = (
+        ""  # of the run that `scenario` counts in, also with another λ; empty in format 7
+    )
 
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")
@@ -260,6 +264,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
         before=report.scenario_before,
         after=report.scenario_after,
         failures=failures,
+        components_digest=components_digest(artifacts.gallery),
         **vars(regions),
     )
     return dataclasses.replace(candidate, digest=_digest(candidate))

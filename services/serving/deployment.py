@@ -206,7 +206,15 @@ class ClassifierDeployment:
             best = int(output.probabilities[row].argmax())
             failure = None if output.failure is None else float(output.failure[row])
             for number in numbers:
-                sampled = sample_now(pixels[row], number, best, model.name, candidate.classes, failure)
+                sampled = sample_now(
+                    pixels[row],
+                    number,
+                    best,
+                    model.name,
+                    candidate.classes,
+                    failure,
+                    candidate.components_digest,
+                )
                 reservoir.offer(candidate.run, sampled)
 
     def _compare(

@@ -1,13 +1,14 @@
 """A bounded sample, in the store, of served inputs that probably fail or are inside a failure scenario.
 
-    traffic/<run>/003/0007.safetensors     one SampledInput, in slot 7 of scenario 3
-    traffic/<run>/none/0002.safetensors    flagged, and inside no scenario
+    traffic/<run>/<components>/003/0007.safetensors     one SampledInput, in slot 7 of scenario 3
+    traffic/<run>/<components>/none/0002.safetensors    flagged, and inside no scenario
 
-Every replica samples the inputs that it receives into the same slots. So the store holds at most `serve.reservoir`
-inputs per scenario, for any number of replicas and restarts. Within a scenario, inputs are drawn without replacement
-with weights that are their failure probabilities (Efraimidis and Spirakis, 2006), from those that one replica received
-since its start; without failure probabilities the sample is uniform. Replicas with little and much traffic write with
-equal weight.
+<components> tells the components of a run from those of another run of the same name, as after one was deleted. Every
+replica samples the inputs that it receives into the same slots. So the store holds at most `serve.reservoir` inputs per
+scenario, for any number of replicas and restarts. Within a scenario, inputs are drawn without replacement with weights
+that are their failure probabilities (Efraimidis and Spirakis, 2006), from those that one replica received since its
+start; without failure probabilities the sample is uniform. Replicas with little and much traffic write with equal
+weight.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from defuse_core.artifacts import (
     NO_SCENARIO,
     Gallery,
 )
-from defuse_core.codec import decode, encode
+from defuse_core.codec import array_digest, decode, encode
 from defuse_core.errors import DefuseError, InputError, StoreError, first_few
 from defuse_core.store import FolderStore, Store
 
@@ -49,6 +50,14 @@ class SampledInput:
     when: float  # seconds since 1970
     classes: tuple[str, ...]
     failure: float | None = None  # probability that the answer is wrong; None where the version cannot tell
+    components_digest: str = (
+        ""  # of the run that `scenario` counts in; empty: an earlier Defuse did not record it
+    )
+
+
+def components_digest(gallery: Gallery) -> str:
+    """Return a SHA-256, in hex, of the images drawn from a run's components: it differs for other components."""
+    return array_digest({"codes": gallery.codes, "images": gallery.images})
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +108,8 @@ class Traffic:
 def read_traffic(store: Store, run: str, drawn: Gallery | None = None) -> Traffic:
     """Return the sampled inputs of `run`; `store` is the one that holds the runs, `drawn` the run's own images.
 
-    Raises InputError for none, and for inputs of another size or with other classes than `drawn`, or than the newest
-    of them without it: an earlier run of this name received them.
+    Leaves out, with a warning, inputs that another run of this name received. Raises InputError where none are left,
+    and for inputs of another size or with other classes than `drawn`, or than the newest of them without it.
     """
     folder = store.within("traffic").within(run)
     found, remedy = list[SampledInput](), f"delete {folder.address} to start a new sample"
@@ -114,9 +123,10 @@ def read_traffic(store: Store, run: str, drawn: Gallery | None = None) -> Traffi
             f"no inputs of run {run} are stored; serve it with `--set serve.reservoir=50`, and wait for traffic"
         )
     found.sort(key=lambda sampled: sampled.when)
-    shape, classes = found[-1].image.shape, found[-1].classes
+    shape, classes, components = found[-1].image.shape, found[-1].classes, found[-1].components_digest
     if drawn is not None:
-        shape, classes = drawn.images.shape[2:], drawn.classes
+        shape, classes, components = drawn.images.shape[2:], drawn.classes, components_digest(drawn)
+    found = _received_for(components, found, folder.address)
     _expect_alike(found, shape, classes, folder.address)
     return Traffic(
         images=np.stack([sampled.image for sampled in found]),
@@ -125,6 +135,23 @@ def read_traffic(store: Store, run: str, drawn: Gallery | None = None) -> Traffi
         failure=np.array([math.nan if sampled.failure is None else sampled.failure for sampled in found]),
         classes=classes,
     )
+
+
+def _received_for(components: str, found: list[SampledInput], address: str) -> list[SampledInput]:
+    """Return the inputs of the run with these components. Raises InputError for none."""
+    own = [sampled for sampled in found if sampled.components_digest in (components, "")]
+    if not own:
+        raise InputError(
+            f"{address}: all {len(found)} inputs were received by another run of this name; wait for this one's"
+        )
+    if len(own) < len(found):
+        log.warning(
+            "%s: left out %d of %d inputs, which another run of this name received",
+            address,
+            len(found) - len(own),
+            len(found),
+        )
+    return own
 
 
 def _expect_alike(
@@ -162,8 +189,7 @@ class Reservoir:
         if isinstance(self.store, FolderStore):
             self.store.existing = None  # whoever deletes the inputs may; _expect_store looks after the store
         self.capacity = capacity
-        # (run, scenario) -> heap of (key, slot)
-        self._kept: dict[tuple[str, int], list[tuple[float, int]]] = {}
+        self._kept: dict[str, list[tuple[float, int]]] = {}  # folder -> heap of (key, slot)
         self._bounded: set[str] = set()  # folders without slots above the capacity
         self._random = np.random.default_rng()
         self._pending = 0
@@ -171,16 +197,16 @@ class Reservoir:
 
     def offer(self, run: str, sampled: SampledInput) -> None:
         """Store the input, or not: the higher its failure probability, the likelier it is in the sample."""
-        kept = self._kept.setdefault((run, sampled.scenario), [])
+        folder = _folder(run, sampled)
+        kept = self._kept.setdefault(folder, [])
         weight = 1.0 if sampled.failure is None else max(sampled.failure, MIN_WEIGHT)
         key = math.log(1 - self._random.random()) / weight  # the largest keys of all inputs are the sample
         if self._pending >= MAX_PENDING_WRITES or (len(kept) == self.capacity and key <= kept[0][0]):
             return
         slot = len(kept) if len(kept) < self.capacity else heapq.heappop(kept)[1]
         heapq.heappush(kept, (key, slot))
-        folder = "none" if sampled.scenario == NO_SCENARIO else f"{sampled.scenario:03d}"
         self._pending += 1
-        self._thread.submit(self._write, f"{run}/{folder}/{slot:04d}.safetensors", sampled)
+        self._thread.submit(self._write, f"{folder}/{slot:04d}.safetensors", sampled)
 
     def _write(self, key: str, sampled: SampledInput) -> None:
         folder = key.rpartition("/")[0]
@@ -216,6 +242,12 @@ class Reservoir:
                 slots.delete(key)
 
 
+def _folder(run: str, sampled: SampledInput) -> str:
+    """Return the folder of the input's scenario."""
+    scenario = "none" if sampled.scenario == NO_SCENARIO else f"{sampled.scenario:03d}"
+    return "/".join(filter(None, (run, sampled.components_digest[:16], scenario)))
+
+
 def sample_now(
     image: F32,
     scenario: int,
@@ -223,6 +255,9 @@ def sample_now(
     version: str,
     classes: tuple[str, ...],
     failure: float | None = None,
+    components_digest: str = "",
 ) -> SampledInput:
     """Return the record of an input that arrived now."""
-    return SampledInput(np.array(image), scenario, predicted, version, time.time(), classes, failure)
+    return SampledInput(
+        np.array(image), scenario, predicted, version, time.time(), classes, failure, components_digest
+    )

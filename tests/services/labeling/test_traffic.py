@@ -48,7 +48,7 @@ def meet(
     run: Run, folder: Path, scenario: int, count: int, first: int = 0, failure: float | None = None
 ) -> None:
     reservoir = Reservoir(FolderStore(folder), 10)
-    reservoir._kept[run.name, scenario] = taken(first)
+    reservoir._kept[f"{run.name}/{scenario:03d}"] = taken(first)
     images = digits_gallery(images=10).images[scenario]
     for image in images[first : first + count]:
         reservoir.offer(run.name, sample_now(image, scenario, 6, "1", digits_gallery().classes, failure))
@@ -163,7 +163,7 @@ def test_nothing_is_said_where_every_scenario_is_shown(served, tmp_path, caplog)
 def test_an_input_that_came_more_than_once_is_shown_once(cli, served, tmp_path):
     meet(served, tmp_path, 3, 2, first=0)
     again = Reservoir(FolderStore(tmp_path), 10)
-    again._kept[served.name, 3] = taken(2)
+    again._kept[f"{served.name}/003"] = taken(2)
     image = digits_gallery(images=10).images[3][0]
     for _ in range(3):
         again.offer(served.name, sample_now(image, 3, 6, "1", digits_gallery().classes))

@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
+from defuse_core.artifacts import Gallery
 from defuse_core.config import ServeSection
 from defuse_core.errors import StoreError
 from defuse_core.runs import Run
@@ -26,6 +27,7 @@ from services.serving.inputs import decode_body
 from services.serving.model import LoadedModel
 from services.serving.registry import PromotionRequest, Registry, promote
 from services.serving.registry_state import RegistryState
+from services.serving.traffic import components_digest, read_traffic
 
 
 def new_replica(store: FolderStore, **settings: Any) -> ClassifierDeployment:
@@ -50,6 +52,26 @@ def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_a
     own_store.write(key, whole)
     versions = replica.watcher.load_changes(replica.active)
     assert versions is not None and versions.names() == {"production": "1"}
+
+
+def test_sampled_inputs_are_stored_with_the_components_of_their_run(own_store, pictures):
+    put(own_store, "first")
+    settings = ServeSection(reservoir=3)
+    replica = ClassifierDeployment(
+        own_store.address, InitialModel(), settings, {"watch_share": 0.5}, require_token=False
+    )
+
+    async def send() -> list[int]:
+        return [(await post(replica, picture)).status_code for picture in pictures[:20]]
+
+    assert set(asyncio.run(send())) == {200}
+    assert replica.reservoir is not None
+    replica.reservoir._thread.shutdown()
+    drawn = Run.open(own_store, "first").require(Gallery)
+    digest = components_digest(drawn)
+    stored = own_store.list("traffic/")
+    assert stored and all(key.startswith(f"traffic/first/{digest[:16]}/") for key in stored)
+    assert len(read_traffic(own_store, "first", drawn)) == len(stored)
 
 
 async def post(replica: ClassifierDeployment, body: bytes, content_type: str = "image/png") -> httpx.Response:

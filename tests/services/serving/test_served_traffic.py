@@ -12,7 +12,7 @@ from defuse_core.artifacts import NO_SCENARIO, Gallery
 from defuse_core.codec import encode
 from defuse_core.errors import DamagedError, InputError, StoreError
 from defuse_core.store import FolderStore
-from services.serving.traffic import Reservoir, delete_traffic, read_traffic, sample_now
+from services.serving.traffic import Reservoir, components_digest, delete_traffic, read_traffic, sample_now
 
 
 @pytest.fixture(autouse=True)
@@ -252,6 +252,29 @@ def test_inputs_of_an_earlier_run_of_the_same_name_are_refused(tmp_path, size, c
         read_traffic(store, "mnist")
     store.delete("traffic/mnist/003/0000.safetensors")
     assert len(read_traffic(store, "mnist", drawn)) == 1
+
+
+def drawn_images(level: float) -> Gallery:
+    """What a run with components of its own has drawn from them."""
+    images = np.full((1, 3, 1, 2, 2), level, np.float32)
+    return Gallery(images, np.zeros((1, 3, 0), np.float32), np.zeros((1, 3), np.int64), ("zero", "one"))
+
+
+def test_runs_of_one_name_share_no_slots_and_do_not_read_each_others_inputs(tmp_path, caplog):
+    """As where a server goes on sampling for a run that was deleted while another one got its name."""
+    store, first, second = FolderStore(tmp_path), drawn_images(0.1), drawn_images(0.2)
+    reservoir = Reservoir(store, 2)
+    for run, count in ((first, 2), (second, 1)):
+        for number in range(count):
+            image = np.full((1, 2, 2), number, np.float32)
+            digest = components_digest(run)
+            reservoir.offer("mnist", sample_now(image, 3, number, "1", run.classes, None, digest))
+    reservoir._thread.shutdown()
+    assert [len(read_traffic(store, "mnist", run)) for run in (first, second)] == [2, 1]
+    assert "traffic/mnist: left out 1 of 3 inputs, which another run of this name received" in caplog.text
+    with pytest.raises(InputError, match=r"traffic/mnist: all 3 inputs were received by another run of this"):
+        read_traffic(store, "mnist", drawn_images(0.3))
+    assert delete_traffic(store, "mnist") == 3
 
 
 def test_the_inputs_of_a_run_can_be_deleted_and_those_of_others_stay(tmp_path):
