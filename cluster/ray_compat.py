@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
 }
 RESOLVED_AFTER_S = 1.0  # a task that was submitted; some 0.3 s were seen on a busy machine
 MEMORY_RETRIES = 4  # of a task whose process was killed since its node ran out of memory
+SERVE_SHUTDOWN_S = 30.0  # for the requests in progress
 TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
 JOB_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -190,6 +192,35 @@ def kept_sigterm_handler() -> Iterator[None]:
     finally:
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+def shut_down_serve() -> None:
+    """Shut Serve down, unless the Ray of this program ends first, as by a signal to its whole process group.
+
+    serve.shutdown alone waits 30 s for a controller that has ended with its Ray, and then prints a warning.
+    """
+    import ray
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    if embedded_ray_has_ended():
+        return
+    client: Any = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    client.shutdown_cached_handles()
+    ending, give_up = client._controller.graceful_shutdown.remote(), time.monotonic() + SERVE_SHUTDOWN_S
+    while not ray.wait([ending], timeout=0.2)[0]:
+        if embedded_ray_has_ended() or time.monotonic() > give_up:
+            return
+    serve.shutdown()  # type: ignore[no-untyped-call] # forgets the controller
+
+
+def embedded_ray_has_ended() -> bool:
+    """Return whether a process of the Ray that this program started has ended; False beside a running cluster."""
+    from ray._private import worker
+
+    return worker._global_node is not None and bool(worker._global_node.dead_processes())
 
 
 def keep_idle_workers() -> None:

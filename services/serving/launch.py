@@ -178,11 +178,10 @@ def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
         connect(address)
     else:
         protect_embedded_ray()
-        count = max(os.cpu_count() or 1, cpus)
         with _translate_errors("Ray did not start on this machine"):
             ray.init(
                 address="local",
-                num_cpus=count,
+                num_cpus=max(os.cpu_count() or 1, cpus),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
@@ -204,6 +203,8 @@ def running_application(
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    from cluster.ray_compat import shut_down_serve
+
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if shared:
         _require_reachable_replicas(host)
@@ -214,9 +215,8 @@ def running_application(
         serve.start(
             http_options=HTTPOptions(host=host, port=proxy_port), logging_config={"enable_access_log": False}
         )
-    actual_host, actual_port = _listening_address(host, proxy_port)
-    if proxy is Proxy.DIRECT:
-        actual_port = port
+    actual_host, serve_port = _listening_address(host, proxy_port)
+    actual_port = port if proxy is Proxy.DIRECT else serve_port
     if not args.require_token:
         _check_exposure(host, actual_host)
     if shared and APPLICATION in serve.status().applications:
@@ -231,7 +231,7 @@ def running_application(
         if shared:
             serve.delete(APPLICATION)
         else:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            shut_down_serve()
 
 
 def _require_reachable_replicas(host: str) -> None:

@@ -14,6 +14,7 @@ import time
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -29,6 +30,7 @@ from cluster import ray_compat
 from cluster.ray_compat import (
     RESOLVED_AFTER_S,
     cancel_all,
+    embedded_ray_has_ended,
     is_unauthenticated,
     job_client,
     kept_sigterm_handler,
@@ -270,3 +272,13 @@ def test_a_task_that_has_just_ended_is_not_cancelled_which_can_end_the_driver(mo
     cancel_all([quick, slow])
     assert cancelled == [slow]
     assert ray.get(quick) == 1
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_ray_that_runs_has_not_ended_and_one_of_whose_processes_is_gone_has(monkeypatch) -> None:
+    assert not embedded_ray_has_ended()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    info = SimpleNamespace(process=ended)
+    monkeypatch.setitem(worker._global_node.all_processes, "test", [info])
+    assert embedded_ray_has_ended()

@@ -38,6 +38,11 @@ class ServeProcess:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(200)
 
+    def stop_group(self) -> int:
+        """Return the exit code after SIGTERM to Ray's processes too, as systemd and `timeout` send it."""
+        os.killpg(self.process.pid, signal.SIGTERM)
+        return self.process.wait(200)
+
 
 @contextlib.contextmanager
 def serve_process(folder: Path, *arguments: str, **environment: str) -> Iterator[ServeProcess]:
@@ -49,7 +54,11 @@ def serve_process(folder: Path, *arguments: str, **environment: str) -> Iterator
         variables.pop(name, None)
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], env=variables, stdout=output, stderr=output
+            [*command, "--port", str(port)],
+            env=variables,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     running = ServeProcess(process, port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60), log)
     try:
