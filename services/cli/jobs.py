@@ -128,7 +128,7 @@ def list_jobs(address: str | None) -> None:
 
 
 @jobs.command()
-@click.argument("job_id")
+@click.argument("job_id", callback=given)
 @address_option
 @click.option("--follow", is_flag=True, help="Follow the log until the job ends, and end with its exit code.")
 def logs(job_id: str, address: str | None, follow: bool) -> None:
@@ -143,7 +143,7 @@ def logs(job_id: str, address: str | None, follow: bool) -> None:
 
 
 @jobs.command()
-@click.argument("job_id")
+@click.argument("job_id", callback=given)
 @address_option
 def stop(job_id: str, address: str | None) -> None:
     """Stop the job JOB_ID. Submitted again, its run continues where it stopped."""

@@ -24,7 +24,7 @@ EMPTY = "expected a value, found an empty one; is the variable set?"  # it is no
 
 
 def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Return the value of an option. Raises BadParameter for an empty one."""
+    """Return the value of an option or argument. Raises BadParameter for an empty one."""
     if value == "":
         raise click.BadParameter(EMPTY, context, parameter)
     return value

@@ -170,9 +170,11 @@ def test_the_empty_value_of_an_unset_variable_is_refused(command, option, runfil
         (["serve", "--address", ""], "expected a value, found an empty one"),
         (["status", ""], "run name '': expected letters"),
         (["check", ""], "run name '': expected letters"),
+        (["jobs", "stop", ""], "'JOB_ID': expected a value, found an empty one"),
+        (["jobs", "logs", ""], "'JOB_ID': expected a value, found an empty one"),
     ],
 )
-def test_an_empty_run_name_is_not_taken_for_none(words, line, monkeypatch, capsys):
+def test_an_empty_name_of_a_run_or_job_is_refused(words, line, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, *words)
     assert code == 2
     assert line in err
