@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import InputError, count_of
+from defuse_core.errors import DamagedError, InputError, count_of
 from defuse_core.store import checked_name
 from services.cli.options import GivenPath, json_option, open_run, print_json, store_option
 
@@ -108,15 +109,30 @@ def _confirmed(question: str) -> bool:
 
 
 def _expect_unregistered(store: Store, run: str) -> None:
-    """Raise InputError where a version in the registry comes from this run."""
+    """Raise InputError where a version in the registry comes from this run, or may: not from another of its name."""
     from services.serving.registry import Registry
 
-    versions = [number for number, version in Registry(store).state().versions.items() if version.run == run]
-    if versions:
+    named = {number: info for number, info in Registry(store).state().versions.items() if info.run == run}
+    components = _components_of(store, run) if named else None
+    if versions := [
+        n for n, info in named.items() if not components or info.components_digest in ("", components)
+    ]:
         raise InputError(
             f"run {run}: version {versions[-1]} in the registry was made from it, and it is that version's record; "
             "keep it"
         )
+
+
+def _components_of(store: Store, run: str) -> str | None:
+    """Return the digest of the run's components; None where it has none, or they cannot be read."""
+    from defuse_core.artifacts import Gallery
+    from defuse_core.runs import Run
+    from services.serving.traffic import components_digest
+
+    with contextlib.suppress(InputError, DamagedError):
+        gallery = Run.open(store, run).load(Gallery)
+        return None if gallery is None else components_digest(gallery)
+    return None
 
 
 @click.command()

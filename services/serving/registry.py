@@ -159,6 +159,7 @@ class Registry:
             forced=forced,
             annotators=candidate.summary.annotators,
             watch=candidate.watch_figures(candidate.run_file().serve),
+            components_digest=candidate.components_digest,
         )
 
         def updates(state: RegistryState) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class VersionInfo(BaseModel):
     forced: bool  # added although checks failed
     annotators: str  # who labelled its scenarios: people, or reference models
     watch: WatchFigures  # how well its failing inputs are found
+    components_digest: str = ""  # of the run, which tells it from others of its name; empty: not recorded
 
 
 class ChangeInfo(BaseModel):

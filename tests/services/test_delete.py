@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from defuse_core.artifacts import Models
+from defuse_core.artifacts import Gallery, Models
+from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.runs import Run
@@ -151,3 +153,15 @@ def test_a_run_in_the_registry_is_not_deleted(own_store, monkeypatch, capsys):
     assert code == 2
     assert "version 1 in the registry was made from it" in one_line(err)
     assert own_store.exists("digits/run.yaml")
+
+
+def test_a_run_that_only_has_the_name_of_one_in_the_registry_can_be_deleted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    gallery = opened(own_store).require(Gallery)
+    other = dataclasses.replace(gallery, codes=gallery.codes + 1)
+    own_store.write("digits/gallery.safetensors", encode(other)[:-1])
+    assert call(monkeypatch, capsys, "delete", "digits", *where, "--yes")[0] == 2  # it may be that run
+    own_store.write("digits/gallery.safetensors", encode(other))
+    assert call(monkeypatch, capsys, "delete", "digits", *where, "--yes")[0] == 0
+    assert list(Registry(own_store).state().versions) == [1]
