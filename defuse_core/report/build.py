@@ -54,6 +54,7 @@ from defuse_core.report.schema import (
     VaeFigures,
     VoteFigures,
 )
+from defuse_core.review.consensus import count_not_majority
 from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import is_misclassified, most_common_error
 from defuse_core.runs import Run
@@ -287,6 +288,7 @@ def _votes(found: Findings) -> VoteFigures:
         misclassified=_ratio(int(is_misclassified(found.gallery.predicted, labels).sum()), labelled),
         ties=found.verdicts.ties,
         no_class_chosen=found.verdicts.no_class_chosen,
+        not_majority=count_not_majority(labels, votes, len(found.models.classes)),
         notes=votes.notes,
     )
 

@@ -347,6 +347,19 @@ def prelabelled(report: Report) -> str | None:
     return f"Answers were preselected. In the review {report.votes.notes['prelabel']}."
 
 
+def not_the_majority(report: Report) -> str | None:
+    """Return the notice that CROWDLAB gave images another label than most people, or None where it did not."""
+    votes = report.votes
+    if not votes.not_majority:
+        return None
+    return (
+        "Not every label is the majority's. With review.consensus: crowdlab, "
+        f"{votes.not_majority:,} of {count_of(votes.labelled, 'labelled image')} "
+        f"{'has' if votes.not_majority == 1 else 'have'} a label that is not the one most annotators chose, or that "
+        "breaks a tie; at least two of them chose it."
+    )
+
+
 def caveats(report: Report) -> list[str]:
     """Return what a reader must know before the figures. The first sentence of each is its title."""
     notices = (
@@ -362,6 +375,7 @@ def caveats(report: Report) -> list[str]:
         baseline_does_more(report),
         answered_by_models(report),
         prelabelled(report),
+        not_the_majority(report),
         purity_warning(report),
     )
     return [text for text in notices if text]

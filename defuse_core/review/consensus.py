@@ -13,7 +13,7 @@ from defuse_core.config import ReviewSection
 from defuse_core.errors import RunFileError
 from defuse_core.review.verdicts import majority, tally
 
-LEAST_ANSWERS = 2  # for the label, so that the models and a single person never decide
+LEAST_ANSWERS = 2  # for a label that CROWDLAB chooses, so that the models and a single person never decide
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +46,10 @@ def expect_cleanlab() -> None:
 def crowdlab_consensus(votes: Votes, probabilities: F32) -> Consensus:
     """Return the label of each image and its quality, for class probabilities (S, R, C) of a model that did not vote.
 
-    Annotators count by how often they agree with the others and with the model. An image for which nobody chose a
-    class has no label. Where no image has two answers, each has the one that was given, of unknown quality. Raises
+    Annotators count by how often they agree with the others and with the model. The label is the likeliest of the
+    classes that at least LEAST_ANSWERS annotators chose. Where no class has as many, it is the majority, of unknown
+    quality unless a single annotator answered; a tie there has no label, and neither has an image for which nobody
+    chose a class. Where no image has two answers, each has the one that was given, of unknown quality. Raises
     RunFileError without the package cleanlab.
     """
     expect_cleanlab()
@@ -58,25 +60,41 @@ def crowdlab_consensus(votes: Votes, probabilities: F32) -> Consensus:
     named = votes.answer != NONE_OF_THE_ABOVE
     row = votes.scenario * images + votes.image
     answers[row[named], votes.annotator[named]] = votes.answer[named]
-    answered = ~np.isnan(answers)
+    answered, given = ~np.isnan(answers), tally(votes, (scenarios, images), classes)
     if answered.sum(axis=1).max(initial=0) < 2:  # nobody agrees or disagrees with anybody
-        given = tally(votes, (scenarios, images), classes)
         return Consensus(majority(given), np.zeros((scenarios, images)), given.max(axis=2))
     voted, used = answered.any(axis=1), answered.any(axis=0)  # images and annotators with an answer
     # A tie of votes and probabilities would be broken by numpy's global generator: let no two classes be equal.
     apart = np.float64(probabilities.reshape(-1, classes)[voted]) + 1e-6 / np.arange(1, classes + 1)
+    asked = answers[np.ix_(voted, used)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on few votes, which the intervals of the report state
         found = get_label_quality_multiannotator(
-            answers[np.ix_(voted, used)],
-            apart / apart.sum(axis=1, keepdims=True),
-            verbose=False,
-            return_detailed_quality=False,
-            return_annotator_stats=False,
-        )["label_quality"]
+            asked, apart / apart.sum(axis=1, keepdims=True), verbose=False, return_annotator_stats=False
+        )["detailed_label_quality"].to_numpy()  # of each answer
+    image, annotator = np.nonzero(~np.isnan(asked))
+    likely = np.zeros((len(asked), classes))
+    likely[image, asked[image, annotator].astype(np.int64)] = found[image, annotator]
     labels: I64 = np.full(len(answers), NONE_OF_THE_ABOVE, np.int64)
-    labels[voted] = found["consensus_label"].to_numpy().astype(np.int64)
-    quality = np.zeros(len(answers))
-    quality[voted] = found["consensus_quality_score"].to_numpy()
+    quality, counts = np.zeros(len(answers)), given.reshape(-1, classes)
+    labels[voted], quality[voted] = _likeliest(likely, counts[voted])
     chosen, shape = (answers == labels[:, None]).sum(axis=1), (scenarios, images)
     return Consensus(labels.reshape(shape), quality.reshape(shape), chosen.reshape(shape))
+
+
+def _likeliest(likely: F64, counts: I64) -> tuple[I64, F64]:
+    """Return the labels, (N,), and their quality, (N,): the likeliest class of those that enough annotators chose.
+
+    `likely` (N, C) says how likely each class is, `counts` (N, C) how many annotators chose it. Where no class has
+    enough of them the label is the majority, of unknown quality.
+    """
+    enough = counts >= np.minimum(LEAST_ANSWERS, counts.sum(axis=1, keepdims=True))
+    best = np.where(enough, likely, -1.0).argmax(axis=1)
+    known = enough.any(axis=1)
+    return np.where(known, best, majority(counts)), np.where(known, likely[np.arange(len(best)), best], 0.0)
+
+
+def count_not_majority(labels: I64, votes: Votes, classes: int) -> int:
+    """Return how many images have a label, of (S, R), that is not the majority of their votes, or that breaks a tie."""
+    by_majority = majority(tally(votes, (labels.shape[0], labels.shape[1]), classes))
+    return int(((labels != NONE_OF_THE_ABOVE) & (labels != by_majority)).sum())

@@ -40,6 +40,12 @@ def print_status(status: ReviewStatus, console: Console) -> None:
     if status.stops_when_sure:
         sure, certainty = int(status.sure.sum()), status.tasks.review.certainty
         console.print(f"{sure} of {status.sure.size} images are sure (review.certainty: {certainty:g}).")
+    if status.not_majority:
+        console.print(
+            f"CROWDLAB gives {count_of(status.not_majority, 'image')} a label that is not the one most people chose, "
+            "or that breaks a tie; at least two people chose it.",
+            soft_wrap=True,
+        )
     if status.saved:
         reason = "their images are sure or their" if status.stops_when_sure else "their"
         console.print(f"{status.saved} more are not needed: {reason} scenarios are decided.")

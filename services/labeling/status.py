@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Verdicts, Votes
-from defuse_core.review.consensus import Consensus, crowdlab_consensus, stops_when_sure
+from defuse_core.review.consensus import Consensus, count_not_majority, crowdlab_consensus, stops_when_sure
 from defuse_core.review.verdicts import decide_verdicts, false_discovery_rate, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
@@ -117,6 +117,13 @@ class ReviewStatus:
     def stops_when_sure(self) -> bool:
         """Whether sure images are not asked about: the run file says so, and the models' answers are stored."""
         return stops_when_sure(self.tasks.review) and self.consensus is not None
+
+    @property
+    def not_majority(self) -> int:
+        """Number of images that CROWDLAB labels otherwise than the majority of their votes, or whose tie it breaks."""
+        if self.consensus is None:
+            return 0
+        return count_not_majority(self.consensus.labels, self.votes, len(self.tasks.gallery.classes))
 
     @property
     def still_wanted(self) -> str:

@@ -3,7 +3,7 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Votes
 from defuse_core.errors import RunFileError
-from defuse_core.review.consensus import crowdlab_consensus
+from defuse_core.review.consensus import count_not_majority, crowdlab_consensus
 from defuse_core.review.verdicts import majority, tally
 
 CLASSES, SHAPE = 4, (5, 20)
@@ -31,14 +31,64 @@ def crowd(seed=0, per_image=3) -> tuple[Votes, np.ndarray, np.ndarray]:
     return votes, probabilities, truth
 
 
-def test_with_few_answers_per_image_it_is_right_more_often_than_the_majority():
-    votes, probabilities, truth = crowd()
+def test_where_several_classes_have_two_votes_it_is_right_more_often_than_the_majority():
+    votes, probabilities, truth = crowd(per_image=5)
     by_majority = (majority(tally(votes, SHAPE, CLASSES)) == truth).mean()
     assert (crowdlab_consensus(votes, probabilities).labels == truth).mean() > by_majority + 0.02
 
 
+def unanimous_but_for_the_models(people=5):
+    """All people choose class 3 on the first image, where the models are sure of class 0, and agree elsewhere."""
+    votes, probabilities, truth = crowd(per_image=5)
+    votes.answer[:] = truth[votes.scenario, votes.image]
+    votes.answer[(votes.scenario == 0) & (votes.image == 0)] = 3
+    votes.answer[votes.annotator >= people] = NONE_OF_THE_ABOVE
+    probabilities[:] = np.eye(CLASSES)[truth] * 0.97 + 0.01
+    probabilities[0, 0] = [0.97, 0.01, 0.01, 0.01]
+    return votes, probabilities
+
+
+@pytest.mark.parametrize("people", [2, 5])
+def test_sure_models_do_not_overrule_people_who_all_give_the_same_answer(people):
+    votes, probabilities = unanimous_but_for_the_models(people)
+    consensus = crowdlab_consensus(votes, probabilities)
+    assert (consensus.labels[0, 0], consensus.chosen[0, 0]) == (3, people)
+    assert consensus.quality[0, 0] < consensus.quality.ravel()[1:].min()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("per_image", [1, 2, 3, 5])
+def test_no_image_has_a_label_that_too_few_people_chose(seed, per_image):
+    rng = np.random.default_rng(seed)
+    votes, _, _ = crowd(seed, per_image)
+    votes.answer[rng.random(len(votes.answer)) < 0.1] = NONE_OF_THE_ABOVE
+    given = tally(votes, SHAPE, CLASSES)
+    probabilities = rng.dirichlet(np.full(CLASSES, 0.05), SHAPE).astype(np.float32)  # sure, and of anything
+    labels = crowdlab_consensus(votes, probabilities).labels
+    chosen = np.where(
+        labels == NONE_OF_THE_ABOVE, 0, np.take_along_axis(given, labels[..., None], axis=2)[..., 0]
+    )
+    few = (labels != NONE_OF_THE_ABOVE) & (chosen < 2)
+    np.testing.assert_array_equal(labels[few], majority(given)[few])
+    assert (given.sum(axis=2)[few] == 1).all() and (chosen > 0)[labels != NONE_OF_THE_ABOVE].all()
+    np.testing.assert_array_equal(labels != NONE_OF_THE_ABOVE, chosen > 0)
+
+
+def test_labels_that_are_not_the_majority_are_counted_ties_that_are_broken_as_well():
+    votes, _, _ = crowd(per_image=5)
+    given = majority(tally(votes, SHAPE, CLASSES))
+    labels = given.copy()
+    assert count_not_majority(labels, votes, CLASSES) == 0
+    tied, clear = np.argwhere(given == NONE_OF_THE_ABOVE)[0], np.argwhere(given == 1)[:2]
+    labels[tuple(tied)] = 2
+    labels[tuple(clear[0])] = 3
+    labels[tuple(clear[1])] = NONE_OF_THE_ABOVE
+    assert count_not_majority(labels, votes, CLASSES) == 2
+
+
 def test_an_image_for_which_nobody_chose_a_class_has_no_label():
-    votes, probabilities, _ = crowd()
+    votes, probabilities, truth = crowd(per_image=5)
+    votes.answer[:] = truth[votes.scenario, votes.image]
     votes.answer[(votes.scenario == 2) & (votes.image == 3)] = NONE_OF_THE_ABOVE
     labels = crowdlab_consensus(votes, probabilities).labels
     assert labels[2, 3] == NONE_OF_THE_ABOVE
@@ -52,11 +102,11 @@ def test_without_any_answer_there_is_no_label():
 
 
 def test_a_tie_of_votes_and_probabilities_has_the_same_label_in_every_process():
-    answers = np.array([[0, 1], [1, 0], [2, 3], [3, 2]])
+    answers = np.array([[0, 0, 1, 1], [1, 1, 0, 0], [2, 3, 2, 3], [3, 2, 3, 2]])
     image, annotator = (axis.ravel() for axis in np.indices(answers.shape))
     nothing = np.zeros(answers.size)
     scenario = nothing.astype(np.int64)
-    votes = Votes(scenario, image, annotator, answers.ravel(), nothing, ("a", "b"), "people", {})
+    votes = Votes(scenario, image, annotator, answers.ravel(), nothing, tuple("abcd"), "people", {})
     probabilities = np.zeros((1, 4, CLASSES + 1), np.float32)
     probabilities[..., CLASSES] = 1.0
     found = []
@@ -64,6 +114,7 @@ def test_a_tie_of_votes_and_probabilities_has_the_same_label_in_every_process():
         np.random.seed(seed)  # the global generator, which must not matter
         found.append(crowdlab_consensus(votes, probabilities).labels)
     assert all(np.array_equal(labels, found[0]) for labels in found)
+    assert (found[0] != NONE_OF_THE_ABOVE).all()
 
 
 @pytest.mark.parametrize("asked", [[0], [0, 1]])
@@ -106,16 +157,16 @@ def test_a_model_and_one_person_are_never_sure_nor_is_anybody_where_no_image_has
     assert not crowdlab_consensus(votes, probabilities).quality.any()
 
 
-def test_a_label_that_the_models_and_one_of_two_people_choose_is_not_sure():
+def test_the_models_do_not_decide_between_two_people_who_disagree():
     votes, probabilities, _ = crowd()
     votes.answer[votes.annotator > 1] = NONE_OF_THE_ABOVE
     given = tally(votes, SHAPE, CLASSES)
     consensus = crowdlab_consensus(votes, probabilities)
-    chosen = np.take_along_axis(given, consensus.labels[..., None], axis=2)[..., 0]
-    split = (given.sum(axis=2) == 2) & (chosen < 2)
-    assert split.any() and consensus.quality[split].max() > 0.2
-    np.testing.assert_array_equal(consensus.chosen, chosen)
-    np.testing.assert_array_equal(consensus.sure(0.2), (chosen == 2) & (consensus.quality >= 0.2))
+    split = (given.sum(axis=2) == 2) & (given.max(axis=2) == 1)
+    assert split.any() and (consensus.labels[split] == NONE_OF_THE_ABOVE).all()
+    assert not consensus.quality[split].any() and not consensus.chosen[split].any()
+    agreed = given.max(axis=2) == 2
+    np.testing.assert_array_equal(consensus.sure(0.2), agreed & (consensus.quality >= 0.2))
 
 
 def test_the_order_of_the_votes_changes_neither_labels_nor_quality():

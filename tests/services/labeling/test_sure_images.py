@@ -138,11 +138,16 @@ def test_the_status_says_how_many_images_are_sure_and_what_may_still_be_wanted(t
 def test_the_verdicts_so_far_are_those_of_crowdlab(tmp_path):
     gallery = digits_gallery(labels=TRUTH[:2])
     tasks = ReviewTasks(gallery, review_run(tmp_path, gallery, **CROWDLAB).spec.review, None)
-    found = [task_of(tasks, n, annotation(n, 1, "8"), annotation(9 + n, 2, "83"[n == 0])) for n in range(6)]
+    split = [annotation(20 + person, person, "8338"[person - 1]) for person in range(1, 5)]
+    found = [task_of(tasks, n, annotation(n, 1, "8"), annotation(9 + n, 2, "8")) for n in range(1, 6)]
+    found.insert(0, task_of(tasks, 0, *split))
     pulled, models = read_annotations(found, tasks), model_answers().probabilities[:, :2]
-    names = {1: "a", 2: "b"}
+    names = dict(enumerate("abcd", start=1))
     assert review_status(tasks, pulled, names, ()).verdicts().image_labels[0, 0] == -1  # a tie
-    assert review_status(tasks, pulled, names, (), models).verdicts().image_labels[0, 0] == 8
+    status, terminal = review_status(tasks, pulled, names, (), models), io.StringIO()
+    assert status.verdicts().image_labels[0, 0] == 8 and status.not_majority == 1
+    print_status(status, Console(file=terminal, width=200))
+    assert "CROWDLAB gives 1 image a label that is not the one most people chose" in terminal.getvalue()
 
 
 @pytest.fixture
