@@ -57,13 +57,14 @@ class Shares:
     def found(self, component: int) -> str:
         """Return what was found on one component."""
         share = float(self.misclassified[component])
-        images = count_of(int(self.labelled[component]), "labelled image")
+        count = int(self.labelled[component])
+        images, verb = count_of(count, "labelled image"), "is" if count == 1 else "are"
         if self.units is None:
-            return f"{share:.0%} of {images} are misclassified"
+            return f"{share:.0%} of {images} {verb} misclassified"
         failing, total = int(self.units.failing[component]), int(self.units.total[component])
         of = count_of(total, self.units.name)
         at = "" if failing == total else f", over {self.rho:.0%} at {failing} of them"
-        return f"{share:.0%} of {images} of {of} are misclassified{at}"
+        return f"{share:.0%} of {images} of {of} {verb} misclassified{at}"
 
     def why_not(self, component: int) -> str:
         """Return the requirement that one component does not meet."""

@@ -124,19 +124,20 @@ def _print_discarded(status: ReviewStatus, console: Console) -> None:
 
 
 def print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str], console: Console) -> None:
-    """Print the skips that keep a task from its answers, and how to resolve them."""
+    """Print the skips and unreadable answers that keep a task from its answers, and how to resolve them."""
     skips = status.blocking_skips()
     for skip in skips[:ROWS_SHOWN]:
         place = _place(status, status.tasks.subject(skip.index))
+        what = f"Not readable, {skip.reason}" if skip.reason else "Skipped"
         console.print(
-            f"Skipped: {status.name_of(skip)} on {place}, {task_url(skip.task)}",
+            f"{what}: {status.name_of(skip)} on {place}, {task_url(skip.task)}",
             soft_wrap=True,
         )
     if skips:
         console.print(
-            f"{len(skips)} skipped, in tasks that lack answers. Label Studio does not hand these out to the same "
-            f"people again: let others answer, or `defuse review push {name} --repair` deletes the "
-            "skips.",
+            f"{len(skips)} skipped or not readable, in tasks that lack answers. Label Studio does not hand these out "
+            f"to the same people again: let others answer, or `defuse review push {name} --repair` deletes the "
+            "skips and the unreadable answers.",
             soft_wrap=True,
         )
 

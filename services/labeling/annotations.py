@@ -57,11 +57,13 @@ class DiscardedAnnotation:
 
 @dataclass(frozen=True, slots=True)
 class SkippedTask:
-    """A task that an annotator skipped, which Label Studio does not offer to that annotator again."""
+    """A task that an annotator skipped or answered unreadably, which Label Studio does not offer to them again."""
 
     index: int  # in ReviewTasks
     annotator: int  # user id
     task: int
+    annotation: int
+    reason: str = ""  # why the answer is not readable; empty for a skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class PulledAnnotations:
     labels: list[Labels]
     discarded: list[DiscardedAnnotation]
     skips: list[SkippedTask]
+    unreadable: list[SkippedTask]  # those without a readable answer of the same annotator
     queue: list[QueuedTask]
     foreign: int = 0  # tasks that Defuse did not import
 
@@ -122,7 +125,13 @@ def read_annotations(
     reader.discard(table[surplus], f"{wanted} others had answered before, as many as were asked for")
     reader.discarded.sort(key=lambda discarded: (discarded.subject.key, discarded.annotation))
     return PulledAnnotations(
-        table[counted], list(reader.labels), reader.discarded, reader.skips, reader.queue, reader.foreign
+        table[counted],
+        list(reader.labels),
+        reader.discarded,
+        reader.skips,
+        reader.unreadable,
+        reader.queue,
+        reader.foreign,
     )
 
 
@@ -178,6 +187,7 @@ class AnnotationReader:
         self.discarded: list[DiscardedAnnotation] = []
         self.queue: list[QueuedTask] = []
         self.skips: list[SkippedTask] = []
+        self.unreadable: list[SkippedTask] = []
         self.foreign = 0
 
     def read(self, tasks: Iterable[Task]) -> Iterator[tuple[Any, ...]]:
@@ -189,12 +199,12 @@ class AnnotationReader:
                 continue
             submitted = [annotation for annotation in task.annotations if not annotation.cancelled]
             self.skips += [
-                SkippedTask(index, self._annotator(annotation), task.id)
+                SkippedTask(index, self._annotator(annotation), task.id, annotation.id)
                 for annotation in task.annotations
                 if annotation.cancelled
             ]
             self.queue.append(QueuedTask(index, task.id, task.overlap, task.labeled, len(submitted)))
-            yield from self._rows(index, submitted)
+            yield from self._rows(index, task.id, submitted)
 
     def discard(self, answers: AnswerTable, reason: str) -> None:
         """List valid answers that do not count."""
@@ -204,16 +214,21 @@ class AnnotationReader:
                 DiscardedAnnotation(subject, int(answer["annotator"]), int(answer["annotation"]), reason)
             )
 
-    def _rows(self, index: int, annotations: Iterable[Annotation]) -> Iterator[tuple[Any, ...]]:
+    def _rows(self, index: int, task: int, annotations: Iterable[Annotation]) -> Iterator[tuple[Any, ...]]:
         subject = self.tasks.subject(index)
+        readable: set[int] = set()  # annotators
+        unreadable: list[SkippedTask] = []
         for annotation in annotations:
             annotator = self._annotator(annotation)
             labels = self._labels(subject, annotation)
             if isinstance(labels, str):
                 self.discarded.append(DiscardedAnnotation(subject, annotator, annotation.id, labels))
+                unreadable.append(SkippedTask(index, annotator, task, annotation.id, labels))
                 continue
+            readable.add(annotator)
             known = self.labels.setdefault(labels, len(self.labels))
             yield index, known, annotation.id, annotator, annotation.created, annotation.updated
+        self.unreadable += [answer for answer in unreadable if answer.annotator not in readable]
 
     def _annotator(self, annotation: Annotation) -> int:
         """Return the user id. All annotations whose deleted account was never seen count as one annotator's."""
@@ -253,5 +268,5 @@ class AnnotationReader:
         if choices is None or len(choices) != 1:
             return control, f"{len(choices or ()) or 'no'} choices for {control}, not one"
         if not isinstance(choices[0], str) or choices[0] not in self.answer_of:
-            return control, f"the choice {str(choices[0])!r:.60} is not one of the classes"
+            return control, f"the choice {choices[0]!r:.60} is not one of the classes"
         return control, self.answer_of[choices[0]]

@@ -174,7 +174,11 @@ class LabelStudioAnnotators:
         return (
             f"waiting for people: {status.given} answers are in and {status.still_wanted}, "
             f"{decided} of {len(status.decided)} scenarios are decided; "
-            + (f"{skips} were skipped, see `defuse review status {self.run.name}`; " if skips else "")
+            + (
+                f"{skips} were skipped or are not readable, see `defuse review status {self.run.name}`; "
+                if skips
+                else ""
+            )
             + f"label at {self.client.labeling_url(state.number)}"
         )
 

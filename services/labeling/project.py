@@ -20,6 +20,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from defuse_core.artifacts import I64, Bool
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
+from services.labeling.annotations import read_annotations, read_authors
 from services.labeling.api_types import BucketStorage, TaskImport
 from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
 from services.labeling.interface import instructions, interface_edit, label_config
@@ -80,7 +81,7 @@ class ReviewProject:
             self._connect_bucket(storage)
         self.import_missing()
         if self.repair:
-            self._delete_skips()
+            self._delete_skips_and_unreadable_answers()
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
@@ -223,7 +224,7 @@ class ReviewProject:
     def _edited(self, task: Task) -> str:
         return (
             f"project {self.state.number}: task {task.id} ({task.key}) was edited in Label Studio and no longer "
-            f"shows what was pushed; {self.repair_command} replaces it, with its answers"
+            f"shows what was pushed; {self.repair_command} replaces it and deletes its answers"
         )
 
     def _holds_our_tasks(self, project: Project) -> bool:
@@ -236,17 +237,18 @@ class ReviewProject:
                 return True
         return False
 
-    def _delete_skips(self) -> None:
-        """Delete skips, so that Label Studio hands the tasks out again to those who skipped them."""
-        skips = [
-            annotation.id
-            for task in self.client.tasks(self.state.number)
-            if self.tasks.index_of(task.key) is not None
-            for annotation in task.annotations
-            if annotation.cancelled
-        ]
-        for skip in skips:
-            self.client.delete_annotation(skip)
+    def _delete_skips_and_unreadable_answers(self) -> None:
+        """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again."""
+        tasks, authors = self.client.tasks(self.state.number), read_authors(self.run.store)
+        pulled = read_annotations(tasks, self.tasks, authors)
+        given = np.bincount(pulled.answers["task"], minlength=len(self.tasks))
+        lacking = given < self.tasks.review.answers_per_task
+        unreadable = [answer for answer in pulled.unreadable if lacking[answer.index]]
+        for skip in (*pulled.skips, *unreadable):
+            self.client.delete_annotation(skip.annotation)
+        if unreadable:
+            deleted = count_of(len(unreadable), "unreadable answer")
+            log.warning("project %d: deleted %s to tasks that lack answers", self.state.number, deleted)
 
     def _check_settings(self, project: Project) -> None:
         """Log once what someone changed in the project. Raises InputError where its answers would be misread."""

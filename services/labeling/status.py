@@ -154,8 +154,12 @@ class ReviewStatus:
         return self.names[discarded.annotator]
 
     def blocking_skips(self) -> list[SkippedTask]:
-        """Return the skips of tasks that still lack answers, which those annotators are not asked for again."""
-        return [skip for skip in self.pulled.skips if self.wanted_per_task[skip.index]]
+        """Return the skips of tasks that lack answers, and the unreadable answers there.
+
+        Label Studio does not ask those annotators again.
+        """
+        both = (*self.pulled.skips, *self.pulled.unreadable)
+        return [skip for skip in both if self.wanted_per_task[skip.index]]
 
     def answers_since(self, votes: Votes) -> int:
         """Return how many answers were given or changed after those that `votes` holds."""

@@ -67,6 +67,10 @@ def test_given_labels_of_images_replace_the_majority_and_are_stored():
     np.testing.assert_array_equal(found.image_labels, given)
 
 
+def test_the_reason_counts_a_single_labelled_image_in_the_singular():
+    assert "0% of 1 labelled image is misclassified" in judge([[[8, NO]]], [[8, 8]]).reasons[0]
+
+
 def test_a_component_without_a_label_is_in_doubt():
     none = judge([[[NO, NO]]], [[1, 1]], max_false=0.05)
     assert doubtful(none, 0.5).tolist() == [True]

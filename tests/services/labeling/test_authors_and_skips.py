@@ -97,11 +97,28 @@ def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_ta
     status, _ = review.annotators.status(review.gallery)
     assert [(skip.task, status.name_of(skip)) for skip in status.blocking_skips()] == [(last, "annotator-1")]
     assert accounts[0].next_task(number) is None
-    with pytest.raises(LabelsPending, match="1 were skipped, see `defuse review status"):
+    with pytest.raises(LabelsPending, match="1 were skipped or are not readable, see `defuse review status"):
         review.annotators.review(review.gallery)
     review.annotators.push(review.gallery, repair=True)
     assert accounts[0].next_task(number).id == last
     accounts[0].answer(last, "image", "1")
+    assert review.annotators.status(review.gallery)[0].outstanding == 0
+
+
+def test_an_answer_that_cannot_be_read_does_not_keep_its_task_from_the_only_annotator_for_ever(
+    make_review, accounts
+):
+    review = make_review(answers_per_task=1)
+    number = review.annotators.push(review.gallery).number
+    for key, task in review.tasks().items():
+        accounts[0].answer(task.id, "image", "seven" if key == "s003-i02" else truth_of(review.subject(task)))
+    status, _ = review.annotators.status(review.gallery)
+    assert accounts[0].next_task(number) is None
+    (blocking,) = status.blocking_skips()
+    assert blocking.reason == "the choice 'seven' is not one of the classes"
+    review.annotators.push(review.gallery, repair=True)
+    assert accounts[0].next_task(number).key == "s003-i02"
+    accounts[0].answer(blocking.task, "image", "1")
     assert review.annotators.status(review.gallery)[0].outstanding == 0
 
 

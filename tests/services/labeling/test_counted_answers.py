@@ -93,7 +93,7 @@ def test_a_deleted_account_is_known_by_earlier_pulls_and_else_counts_as_one(tmp_
         ([choice_result("label", "page", "8") | {"value": {"choices": []}}], "no choices for label, not one"),
         (
             [choice_result("label", "page", "8") | {"value": {"choices": [["8"]]}}],
-            """the choice "['8']" is not one of the classes""",
+            "the choice ['8'] is not one of the classes",
         ),
     ],
 )

@@ -99,6 +99,27 @@ def test_a_skip_blocks_only_where_its_task_lacks_answers_in_a_scenario_that_is_o
     assert status.final_votes(STATE).notes["skips"] == 3
 
 
+def test_an_unreadable_answer_blocks_where_its_task_lacks_answers_unless_its_author_also_gave_a_readable_one(
+    tmp_path,
+):
+    _, tasks = blank_review(tmp_path, 1, answers_per_task=2)
+    odd, valid, other = annotation(1, 3, "zebra"), annotation(2, 3), annotation(3, 4)
+    found = [
+        task_of(tasks, 0, odd),
+        task_of(tasks, 1, odd, valid),
+        task_of(tasks, 2, odd, other, annotation(4, 5)),
+    ]
+    assert [(one.task, one.annotation) for one in status_of(tasks, found).blocking_skips()] == [(100, 1)]
+
+
+def test_the_reason_shows_a_choice_that_is_no_text_as_it_is(tmp_path):
+    _, tasks = blank_review(tmp_path, 1)
+    number = annotation(1, 3)
+    number = replace(number, result=[{**number.result[0], "value": {"choices": [7]}}])
+    (discarded,) = status_of(tasks, [task_of(tasks, 0, number)]).pulled.discarded
+    assert discarded.reason == "the choice 7 is not one of the classes"
+
+
 def test_an_answer_came_after_the_votes_if_it_was_changed_after_their_last_one(tmp_path):
     _, tasks = blank_review(tmp_path, 1)
     stored = status_of(tasks, [task_of(tasks, 0, annotation(1, 3, created=5.0))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,8 +118,11 @@ def test_the_first_skips_of_tasks_that_lack_answers_are_listed_and_all_counted(t
     full = {0: "88"}
     lines = skips_of(status_of(tmp_path, full, skips=ROWS_SHOWN + 2))
     assert lines[:-1] == ["Skipped: Cem on no scenario, image 1, /task/103"] * ROWS_SHOWN
-    assert lines[-1].startswith(f"{ROWS_SHOWN + 2} skipped, in tasks that lack answers.")
+    assert lines[-1].startswith(f"{ROWS_SHOWN + 2} skipped or not readable, in tasks that lack answers.")
     assert skips_of(status_of(tmp_path / "none", full)) == []
+    odd = status_of(tmp_path / "odd", full, odd=1)
+    unreadable, _ = skips_of(replace(odd, overridden=np.zeros_like(odd.overridden)))
+    assert unreadable.startswith("Not readable, the choice 'zebra") and "Cem on scenario 3" in unreadable
 
 
 def test_stored_votes_are_counted_by_annotator_with_the_verdicts(tmp_path: Path) -> None:
