@@ -114,9 +114,7 @@ def _expect_unregistered(store: Store, run: str) -> None:
 
     named = {number: info for number, info in Registry(store).state().versions.items() if info.run == run}
     components = _components_of(store, run) if named else None
-    if versions := [
-        n for n, info in named.items() if not components or info.components_digest in ("", components)
-    ]:
+    if versions := [n for n, info in named.items() if components in (None, info.components_digest)]:
         raise InputError(
             f"run {run}: version {versions[-1]} in the registry was made from it, and it is that version's record; "
             "keep it"

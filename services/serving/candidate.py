@@ -92,9 +92,7 @@ class Candidate:
     distances: F64  # (A, L) quantiles of the training images' Mahalanobis distances at those levels
     recall: F64  # (A, L) share of the held-out scenario images within those distances
     failures: FailureWatch  # finds failing inputs
-    components_digest: str = (
-        ""  # of the run that `scenario` counts in, also with another λ; empty in format 7
-    )
+    components_digest: str  # of the run that `scenario` counts in, also with another λ
 
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")

@@ -50,9 +50,7 @@ class SampledInput:
     when: float  # seconds since 1970
     classes: tuple[str, ...]
     failure: float | None = None  # probability that the answer is wrong; None where the version cannot tell
-    components_digest: str = (
-        ""  # of the run that `scenario` counts in; empty: an earlier Defuse did not record it
-    )
+    components_digest: str = ""  # of the run that `scenario` counts in; empty: not recorded
 
 
 def components_digest(gallery: Gallery) -> str:

@@ -87,6 +87,7 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
         distances=np.tile([0.0, 10.0], (count, 1)),
         recall=np.ones((count, 2)),
         failures=random_watch(dims),
+        components_digest="",
     )
 
 

@@ -103,6 +103,7 @@ def candidate_of(spec: RunFile) -> Candidate:
         distances=per_level,
         recall=per_level,
         failures=sample_watch(images=40),
+        components_digest="c",
     )
 
 
