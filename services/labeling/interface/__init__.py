@@ -26,8 +26,9 @@ NONE = "None of the above"
 LABEL = "label"  # the control that takes the label of a picture, or of a page
 MANY = 16  # choices from which on they are drawn small
 KEYS = "1234567890qwertyuiopasdfghjklzxcvbm"  # n is for none of the above
-LAYOUT_TAGS = {"View", "Style"}
-LAYOUT_ATTRIBUTES = {"className", "style", "size", "zoom", "showInline"}
+# Styles are no layout: they can hide a class, or show another name on its button.
+LAYOUT_TAGS = {"View"}
+LAYOUT_ATTRIBUTES = {"size", "zoom", "showInline"}
 
 _templates = Environment(
     loader=PackageLoader("services.labeling", "interface"),
@@ -63,10 +64,12 @@ class Element:
         shared = {
             name for name in ("name", "value") if (name, dict(self.attributes).get(name)) in other.attributes
         }
-        return self.tag == other.tag and (bool(shared) or self.tag == "Header")
+        return self.tag == other.tag and (bool(shared) or self.tag in ("Header", "View", "Style"))
 
     def change_to(self, other: Element) -> str:
         """Return the changed attributes in words."""
+        if self.tag == "Style":
+            return "Style was edited"
         before, now = dict(self.attributes), dict(other.attributes)
         names = [name for name in before | now if before.get(name) != now.get(name)]
         changed = (f"{name} is {now.get(name)!r}, was {before.get(name)!r}" for name in names)
@@ -168,6 +171,8 @@ def _elements(config: str) -> list[Element]:
     found = []
     for element in ElementTree.fromstring(config).iter():
         attributes = {name: value for name, value in element.attrib.items() if name not in LAYOUT_ATTRIBUTES}
+        if element.tag == "Style":
+            attributes["css"] = " ".join("".join(element.itertext()).split())
         if element.tag not in LAYOUT_TAGS or attributes:
             found.append(Element(element.tag, tuple(sorted(attributes.items()))))
     return found

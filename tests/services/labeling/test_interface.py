@@ -78,12 +78,23 @@ def test_instructions_hold_an_example_with_the_classes(form):
         (
             '<View className="question">',
             '<View className="question" whenTagName="x">',
-            "View was added",
+            "View: whenTagName is 'x', was None",
         ),
         (
             "<Choices ",
             '<Taxonomy name="label" toName="image"/><Choices ',
             "Taxonomy 'label' was added",
+        ),
+        (
+            ".answers .lsf-choice{",
+            ".answers .lsf-choice:nth-child(7){display:none}.lsf-choice{",
+            "Style was edited",
+        ),
+        ('<Choice value="7"', '<Choice value="7" style="x"', "Choice '7': style is 'x', was None"),
+        (
+            '<View className="picture">',
+            '<View className="page">',
+            "View: className is 'page', was 'picture'",
         ),
         ("</Style>", '</Style><TextArea name="note" toName="image"/>', "TextArea 'note' was added"),
     ],
@@ -97,7 +108,7 @@ def test_every_edit_that_can_change_what_an_answer_means_is_described(old, new, 
 
 def test_an_edit_of_the_layout_is_described_as_one_and_spaces_are_no_edit():
     pushed = label_config("scenario", DIGITS)
-    edit = interface_edit(pushed, pushed.replace(".cell{", ".cell{border:1px solid;"))
+    edit = interface_edit(pushed, pushed.replace('size="5"', 'size="4"'))
     assert edit is not None and not edit.changes_answers and edit.description == "the layout"
     assert interface_edit(pushed, pushed.replace(">\n<", ">\n\n  <")) is None
     broken = interface_edit(pushed, "<View")

@@ -167,7 +167,7 @@ def test_an_edit_that_changes_what_answers_mean_is_an_error_until_repaired(make_
     "change, words",
     [
         (
-            lambda pushed: {"label_config": pushed.label_config.replace(".cell{", ".cell{color:red;")},
+            lambda pushed: {"label_config": pushed.label_config.replace('size="5"', 'size="4"')},
             "the layout",
         ),
         (lambda pushed: {"expert_instruction": "<p>Guess.</p>"}, "the instructions"),
