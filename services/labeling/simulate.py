@@ -117,6 +117,11 @@ def simulate(
         raise InputError(
             f"run {run.name} is not in the local Label Studio; `defuse review push {run.name}` first"
         )
+    if not state.simulated and annotators.status(gallery)[0].pulled.annotators():
+        raise InputError(
+            f"people have answered in the project of run {run.name}, so simulated annotators would mix models' answers "
+            "with theirs; use another run"
+        )
     votes = _votes_of_models(run, compute, gallery)
     # before the first answer: no report may call these people's answers
     update_state(run.store, state, lambda known: replace(known, simulated=True))

@@ -35,6 +35,15 @@ def test_a_simulated_annotator_gives_its_models_answers_and_reports_progress(mak
     assert given.tolist() == answers.tolist()
 
 
+def test_models_do_not_answer_beside_people(make_review, accounts, server):
+    review = make_review(answers_per_task=2)
+    review.annotators.push(review.gallery)
+    accounts[0].answer(review.tasks()["s000-i00"].id, "image", "8")
+    with pytest.raises(InputError, match="people have answered in the project"):
+        simulate(review.annotators, review.gallery, server, LocalCompute(), silent)
+    assert not review.state.simulated
+
+
 def test_tasks_that_defuse_did_not_import_end_the_simulation_with_an_error(make_review, accounts):
     review = make_review(answers_per_task=1)
     number = review.annotators.push(review.gallery).number
