@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Votes
     from defuse_core.runs import Run
     from services.labeling import LabelStudioAnnotators
+    from services.labeling.status import AnswerChanges
 
 
 @click.group()
@@ -89,7 +90,7 @@ def status(name: str, store: str) -> None:
     print_status(found, console)
     print_skips(name, found, partial(annotators.client.task_url, state.number), console)
     if votes is not None:
-        print_closed(name, found.answers_since(votes), None, console)
+        print_closed(name, found.changes_since(votes), None, console)
         return
     console.print(f"Label at {annotators.client.labeling_url(state.number)}", soft_wrap=True)
     console.print(f"Annotators get an account at {annotators.client.invitation()}", soft_wrap=True)
@@ -101,16 +102,17 @@ def status(name: str, store: str) -> None:
 
 def _later_answers(
     annotators: LabelStudioAnnotators, gallery: Gallery, votes: Votes
-) -> tuple[int, str | None]:
-    """Return how many answers came after the votes, and why that is not known, where it is not."""
+) -> tuple[AnswerChanges, str | None]:
+    """Return how the answers changed after the votes, and why that is not known, where it is not."""
     from defuse_core.errors import InputError, ServiceError
+    from services.labeling.status import AnswerChanges
 
     if annotators.run.spec.review.annotators != "label-studio":
-        return 0, None
+        return AnswerChanges(), None
     try:
-        return annotators.status(gallery)[0].answers_since(votes), None
+        return annotators.status(gallery)[0].changes_since(votes), None
     except (InputError, ServiceError) as error:
-        return 0, str(error)
+        return AnswerChanges(), str(error)
 
 
 @review.command(name="set")

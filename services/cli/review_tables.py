@@ -16,7 +16,7 @@ from services.tables import print_table
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
-    from services.labeling.status import ReviewStatus
+    from services.labeling.status import AnswerChanges, ReviewStatus
     from services.labeling.tasks import TaskSubject
 
 ROWS_SHOWN = 20
@@ -142,14 +142,16 @@ def print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str],
         )
 
 
-def print_closed(name: str, later: int, unknown: str | None, console: Console) -> None:
-    """Print that answers are not taken in any more; `later` came since, unless that is `unknown` for a reason."""
+def print_closed(name: str, changes: AnswerChanges, unknown: str | None, console: Console) -> None:
+    """Print that answers are not taken in any more, and the changes since, unless they are `unknown` for a reason."""
     console.print(f"Voting is closed: the votes of {name} are stored.")
     if unknown is not None:
         console.print(f"Whether answers came since then is not known: {unknown}", soft_wrap=True)
-    if later:
+    if str(changes):
+        lost = ", and loses those that were deleted" if changes.deleted else ""
         console.print(
-            f"{later} given or changed since then, not counted; `defuse review reopen {name}` takes all answers in.",
+            f"{changes} since then, not counted; `defuse review reopen {name}` takes the answers as they are "
+            f"now{lost}.",
             soft_wrap=True,
         )
 

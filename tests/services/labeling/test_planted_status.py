@@ -13,7 +13,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from services.labeling.annotations import read_annotations
 from services.labeling.simulate import choice_result
 from services.labeling.state import ProjectState
-from services.labeling.status import ReviewStatus, review_status, update_queue
+from services.labeling.status import AnswerChanges, ReviewStatus, review_status, update_queue
 
 STATE = ProjectState("mark", "digest", "secret", project=1)
 
@@ -120,12 +120,19 @@ def test_the_reason_shows_a_choice_that_is_no_text_as_it_is(tmp_path):
     assert discarded.reason == "the choice 7 is not one of the classes"
 
 
-def test_an_answer_came_after_the_votes_if_it_was_changed_after_their_last_one(tmp_path):
-    _, tasks = blank_review(tmp_path, 1)
-    stored = status_of(tasks, [task_of(tasks, 0, annotation(1, 3, created=5.0))])
-    times = [(5.0, 5.0), (1.0, 6.0), (7.0, 7.0), (1.0, 4.0)]
-    given = [annotation(n, n + 1, created=begun, changed=end) for n, (begun, end) in enumerate(times)]
-    assert status_of(tasks, [task_of(tasks, 0, *given)]).answers_since(stored.votes) == 2
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_answers_that_were_added_changed_and_deleted_after_the_votes_are_counted(tmp_path, form):
+    _, tasks = blank_review(tmp_path, 4, form=form)
+    target = "page" if form == "scenario" else "image"
+
+    def given(choices):
+        people = ((n, choice) for n, choice in enumerate(choices, start=1) if choice != "-")
+        return [annotation(n, n, choice, target=target, changed=9.0) for n, choice in people]
+
+    stored = status_of(tasks, [task_of(tasks, 0, *given("88")), task_of(tasks, 1, *given("833"))]).votes
+    now = status_of(tasks, [task_of(tasks, 0, *given("8-1")), task_of(tasks, 1, *given("438"))])
+    assert now.changes_since(stored) == AnswerChanges(added=1, changed=2, deleted=1)
+    assert now.changes_since(now.votes) == AnswerChanges() and not str(AnswerChanges())
 
 
 @pytest.mark.parametrize("form", ["image", "scenario"])

@@ -18,7 +18,7 @@ from defuse_core.review.verdicts import decide_verdicts
 from services.cli.review_tables import ROWS_SHOWN, print_closed, print_result, print_skips, print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.client import Task
-from services.labeling.status import ReviewStatus, review_status
+from services.labeling.status import AnswerChanges, ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
 
 NAMES = {1: "Ada", 2: "Ben", 3: "Cem"}
@@ -144,8 +144,16 @@ def test_stored_votes_are_counted_by_annotator_with_the_verdicts(tmp_path: Path)
 
 def test_a_closed_vote_says_what_came_since_and_where_that_is_not_known() -> None:
     closed = "Voting is closed: the votes of mine are stored."
-    since = "2 given or changed since then, not counted; `defuse review reopen mine` takes all answers in."
+    since = " since then, not counted; `defuse review reopen mine` takes the answers as they are now"
+    given, lost = AnswerChanges(added=2), AnswerChanges(added=2, deleted=1)
     unknown = "Whether answers came since then is not known: no server"
-    assert shown(lambda console: print_closed("mine", 0, None, console)) == [closed]
-    assert shown(lambda console: print_closed("mine", 2, None, console)) == [closed, since]
-    assert shown(lambda console: print_closed("mine", 0, "no server", console)) == [closed, unknown]
+    assert shown(lambda console: print_closed("mine", AnswerChanges(), None, console)) == [closed]
+    assert shown(lambda console: print_closed("mine", given, None, console)) == [closed, f"2 given{since}."]
+    assert shown(lambda console: print_closed("mine", lost, None, console)) == [
+        closed,
+        f"2 given, 1 deleted{since}, and loses those that were deleted.",
+    ]
+    assert shown(lambda console: print_closed("mine", AnswerChanges(), "no server", console)) == [
+        closed,
+        unknown,
+    ]
