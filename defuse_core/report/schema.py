@@ -10,7 +10,7 @@ from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, ScenarioEvidence
 from defuse_core.watch.figures import FigureModel, WatchFigures
 
-VERSION: Final = 7  # of report.json; grows when a field is renamed or removed, or gets another meaning
+VERSION: Final = 8  # of report.json; grows when a field is renamed or removed, or gets another meaning
 
 
 class Accuracy(FigureModel):
@@ -279,7 +279,7 @@ class Provenance(FigureModel):
 class Report(FigureModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
-    version: Literal[7]
+    version: Literal[8]
     run: RunFigures
     annotators: str
     """"reference models" or "people"."""
