@@ -219,7 +219,7 @@ def test_the_error_says_what_to_change(kl, vae, remedy, tiny_models):
     models = dataclasses.replace(tiny_models, health=health(10, kl))
     with pytest.raises(VaeHealthError, match=remedy):
         expect_healthy(tiny(vae=vae), models)
-    guessing = dataclasses.replace(models, accuracy={"train": 0.4, "validation": 0.11})
+    guessing = dataclasses.replace(models, class_accuracy={"validation": np.full(10, 0.11)})
     with pytest.raises(VaeHealthError, match="; the classifier is hardly better than guessing") as raised:
         expect_healthy(tiny(vae=vae), guessing)
     assert not re.search(remedy, str(raised.value))

@@ -92,8 +92,8 @@ def test_what_the_interface_does_not_allow_is_refused_one_by_one(make_review, ac
         "an answer for 'label_0', which was not asked",
         "no label was chosen",
         "not an answer of this interface",
-        "the choice ['8'] is not one of the classes",
         "the choice 'eleven' is not one of the classes",
+        "the choice ['8'] is not one of the classes",
         "two answers for label",
     ]
     assert {status.name_of(discarded) for discarded in status.pulled.discarded} == {
