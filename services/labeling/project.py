@@ -306,13 +306,13 @@ class ReviewProject:
         """Return what differs from the labelling page as pushed. Raises InputError if answers could be misread."""
         edits = []
         edit = interface_edit(pushed.interface, found.label_config)
-        if edit is not None and edit.changes_answers and not self.repair:
-            raise InputError(
-                f"project {self.state.project}: its labelling interface was edited in Label Studio "
-                f"({edit.description}), so that answers could be misread; undo it there, or by {self.repair_command}"
-            )
         if edit is not None:
-            edits.append(edit.description)
+            if edit.changes_answers and not self.repair:
+                raise InputError(
+                    f"project {self.state.project}: its labelling interface was edited in Label Studio "
+                    f"({edit.description}), so that answers could be misread; undo it, or by {self.repair_command}"
+                )
+            edits.append(str(edit))
         if found.expert_instruction != pushed.instructions or not found.show_instruction:
             edits.append("the instructions")
         return edits

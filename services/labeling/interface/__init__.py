@@ -83,6 +83,11 @@ class InterfaceEdit:
     description: str
     changes_answers: bool  # whether answers can mean something else, or only the layout differs
 
+    def __str__(self) -> str:
+        """The edit, and what it means for the answers that were given on the edited page."""
+        doubt = "; answers given on that page count as they are stored, so look at the newest ones"
+        return self.description + (doubt if self.changes_answers else "")
+
 
 def label_config(form: Form, classes: Sequence[str]) -> str:
     """Return the labelling interface as Label Studio's XML."""

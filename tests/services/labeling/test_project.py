@@ -149,7 +149,7 @@ def test_a_renamed_project_is_said_once_and_gone_on_with(make_review, caplog):
         ("What does this picture show?", "What is wrong here?"),
     ],
 )
-def test_an_edit_that_changes_what_answers_mean_is_an_error_until_repaired(make_review, old, new):
+def test_an_edit_that_changes_what_answers_mean_is_an_error_until_repaired(make_review, old, new, caplog):
     review = make_review()
     number = review.annotators.push(review.gallery).number
     pushed = review.api.project(number).settings.label_config
@@ -159,6 +159,7 @@ def test_an_edit_that_changes_what_answers_mean_is_an_error_until_repaired(make_
     with pytest.raises(InputError, match="labelling interface was edited"):
         review.annotators.review(review.gallery)
     review.annotators.push(review.gallery, repair=True)
+    assert "answers given on that page count as they are stored, so look at the newest ones)" in caplog.text
     assert review.api.project(number).settings.label_config == pushed
     review.annotators.status(review.gallery)
 
