@@ -71,7 +71,7 @@ class Models:
     class_accuracy: dict[str, F64] = field(default_factory=dict)
 
     @property
-    def balanced(self) -> dict[str, float]:
+    def balanced_accuracy(self) -> dict[str, float]:
         """Mean of each part's class accuracies: 1/C where the answers do not depend on the image."""
         return {part: float(np.nanmean(each)) for part, each in self.class_accuracy.items()}
 

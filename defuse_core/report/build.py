@@ -142,7 +142,7 @@ def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:
         dataset=spec.data.name,
         classes=len(found.models.classes),
         images=dict(found.models.images),
-        balanced=dict(found.models.balanced),
+        balanced_accuracy=dict(found.models.balanced_accuracy),
         validation_from_training=spec.classifier.epochs == 0 and spec.data.validation_share > 0,
         data_fingerprint=found.models.data_fingerprint,
     )

@@ -124,7 +124,7 @@ def _judges_beside_worse_references(report: Report) -> Judges | None:
 
 def hardly_better_than_guessing(report: Report) -> str | None:
     """Return that the classifier guesses, and what to look at; None otherwise, and if all is undecided."""
-    shares, classes = report.run.balanced, report.run.classes
+    shares, classes = report.run.balanced_accuracy, report.run.classes
     part = unseen_images(shares)
     if part is None or report.scenarios.undecided is not None or not guesses(shares[part], classes):
         return None

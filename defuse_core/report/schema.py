@@ -246,7 +246,7 @@ class RunFigures(FigureModel):
     dataset: str
     classes: int
     images: dict[str, int]
-    balanced: dict[str, float]
+    balanced_accuracy: dict[str, float]
     """Mean over the classes of the share of their images that the classifier before gets right, of each part of the
     data; 1 / classes is guessing."""
     validation_from_training: bool

@@ -90,24 +90,24 @@ def unseen_images(accuracy: Mapping[str, float]) -> str | None:
     return next((part for part in ("test", "validation") if part in accuracy), None)
 
 
-def guesses(balanced: float, classes: int) -> bool:
+def guesses(balanced_accuracy: float, classes: int) -> bool:
     """Whether a classifier is hardly better than one that does not look at the images, of `classes` classes.
 
-    `balanced` is the mean over the classes of the share of their images, unseen before, that it gets right: 1/classes
+    `balanced_accuracy`, on images unseen before, is the mean over the classes of the share that is right: 1/classes
     for all answers that do not depend on the image, such as the most frequent class.
     """
     chance = 1 / classes
-    return balanced < 2 * chance and balanced - chance < LEAST_SKILL * (1 - chance)
+    return balanced_accuracy < 2 * chance and balanced_accuracy - chance < LEAST_SKILL * (1 - chance)
 
 
 def why_guessing(models: Models) -> str | None:
     """Return that the classifier is hardly better than guessing, and what to look at; None where it is better."""
-    part, classes = unseen_images(models.balanced), len(models.classes)
-    if part is None or not guesses(models.balanced[part], classes):
+    part, classes = unseen_images(models.balanced_accuracy), len(models.classes)
+    if part is None or not guesses(models.balanced_accuracy[part], classes):
         return None
     return (
         f"the classifier is hardly better than guessing (right on {models.accuracy[part]:.1%} of the {part} images, "
-        f"and on {models.balanced[part]:.1%} on average over their {classes} classes); {GUESSING_REMEDY}"
+        f"and on {models.balanced_accuracy[part]:.1%} on average over their {classes} classes); {GUESSING_REMEDY}"
     )
 
 

@@ -22,23 +22,6 @@ from tests.conftest import tiny
 from tests.own_classifiers import trained
 
 
-def corrections_of_two_scenarios() -> Corrections:
-    rng = np.random.default_rng(0)
-    means = np.array([[-1.5] * 4, [1.5] * 4])[:, None]
-    codes = (means + 0.1 * rng.standard_normal((2, 24, 4))).astype(np.float32)
-    return Corrections(np.array([0, 3]), np.array([8, 2]), codes, codes + 0.01)
-
-
-@pytest.fixture(scope="module")
-def fixes() -> Corrections:
-    return corrections_of_two_scenarios()
-
-
-@pytest.fixture(scope="module")
-def tuning(tiny_spec, tiny_models, fixes):
-    return load_fine_tuning_data(tiny_spec, tiny_models, fixes, None, progress=silent)
-
-
 def test_tuning_pairs_every_decoded_code_with_its_scenarios_label(tuning):
     assert tuning.scenario.tune.labels.tolist() == [8] * 24 + [2] * 24
     assert tuning.scenario.tune.pixels.shape == (48, 1, 16, 16)

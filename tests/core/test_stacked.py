@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from defuse_core.artifacts import Corrections, Models, SweepRow, Trial, Weights
+from defuse_core.artifacts import Models, SweepRow, Trial, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, changed_field
 from defuse_core.correct import fine_tune, run_trial, trial_key
@@ -26,13 +26,11 @@ from defuse_core.models import (
     to_tensor,
     weights_of,
 )
-from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.stacked import Stack, run_stack, stacks_of
 from defuse_core.store import FolderStore, Store
-from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
+from defuse_core.tuning_data import FineTuningData
 from tests.conftest import tiny
-from tests.core.test_correct import corrections_of_two_scenarios
 from tests.own_classifiers import (
     Net,
     Scaled,
@@ -41,16 +39,6 @@ from tests.own_classifiers import (
 
 LAMBDAS = (0.01, 1.0, 10.0)
 OWN = {"architecture": "custom", "import_path": "tests.own_classifiers:trained", "epochs": 1}
-
-
-@pytest.fixture(scope="module")
-def fixes() -> Corrections:
-    return corrections_of_two_scenarios()
-
-
-@pytest.fixture(scope="module")
-def tuning(tiny_models: Models, fixes: Corrections) -> FineTuningData:
-    return load_fine_tuning_data(tiny(), tiny_models, fixes, None, progress=silent)
 
 
 def stacking(count: int = 3, **correct: object) -> RunFile:

@@ -9,18 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from defuse_core.artifacts import Corrections, Models
+from defuse_core.artifacts import Models
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.local import LocalCompute
 from defuse_core.models import weights_of
 from defuse_core.models.programs import load_program
-from defuse_core.progress import silent
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
-from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
-from tests.conftest import tiny
-from tests.core.test_correct import corrections_of_two_scenarios
 from tests.core.test_stacked import (
     LAMBDAS,
     OWN,
@@ -32,16 +28,6 @@ from tests.core.test_stacked import (
     with_classifier,
 )
 from tests.own_classifiers import Branching, Checking, Detached, OtherWeights, ReplacingBuffer, trained
-
-
-@pytest.fixture(scope="module")
-def fixes() -> Corrections:
-    return corrections_of_two_scenarios()
-
-
-@pytest.fixture(scope="module")
-def tuning(tiny_models: Models, fixes: Corrections) -> FineTuningData:
-    return load_fine_tuning_data(tiny(), tiny_models, fixes, None, progress=silent)
 
 
 def with_program(spec: RunFile, path: Path, models: Models) -> tuple[RunFile, Models]:

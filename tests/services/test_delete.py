@@ -9,36 +9,17 @@ from typing import Any
 
 import pytest
 
-from defuse_core.artifacts import Gallery, Models
+from defuse_core.artifacts import Gallery
 from defuse_core.codec import encode
-from defuse_core.config import RunFile
-from defuse_core.data import open_splits
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.candidate import Candidate, prepare_candidate
 from services.serving.registry import Registry
 from tests.e2e.test_cli import call, one_line
-from tests.services.serving.synthetic_runs import make_run
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, tiny_spec: RunFile, tiny_models: Models) -> FolderStore:
-    """A store with one finished run, `digits`."""
-    found = FolderStore(tmp_path_factory.mktemp("store"))
-    splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    make_run(found, "digits", tiny_spec, tiny_models, splits, tiny_models.classifier)
-    return found
 
 
 def opened(store: FolderStore) -> Run:
     return Run.open(store, "digits")
-
-
-@pytest.fixture
-def own_store(store: FolderStore, tmp_path: Path) -> FolderStore:
-    for key in store.list():
-        FolderStore(tmp_path).write(key, store.read(key))
-    return FolderStore(tmp_path)
 
 
 def test_a_deleted_run_leaves_nothing(own_store, monkeypatch, capsys):

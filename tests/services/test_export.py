@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from defuse_core.artifacts import Models, Sweep
+from defuse_core.artifacts import Sweep
 from defuse_core.codec import encode
-from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError, ModelError
 from defuse_core.export import export_model, export_scenarios, pictures
@@ -30,16 +29,6 @@ from defuse_core.train import train
 from tests.conftest import tiny
 from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import trained
-from tests.services.serving.synthetic_runs import make_run
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, tiny_spec: RunFile, tiny_models: Models) -> FolderStore:
-    """A store with one finished run, `digits`."""
-    found = FolderStore(tmp_path_factory.mktemp("store"))
-    splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    make_run(found, "digits", tiny_spec, tiny_models, splits, tiny_models.classifier)
-    return found
 
 
 def opened(store: FolderStore) -> Run:
@@ -303,13 +292,6 @@ def test_a_run_without_a_correction_has_nothing_to_export(store, tmp_path, monke
     )
     assert code == 2
     assert "run begun has no corrected classifier yet" in one_line(err)
-
-
-@pytest.fixture
-def own_store(store: FolderStore, tmp_path: Path) -> FolderStore:
-    for key in store.list():
-        FolderStore(tmp_path).write(key, store.read(key))
-    return FolderStore(tmp_path)
 
 
 def test_no_output_replaces_a_file_of_a_run_a_suite_or_the_registry(own_store, tmp_path, monkeypatch, capsys):

@@ -277,7 +277,7 @@ def test_pretrained_models_with_no_epochs_are_used_unchanged(tmp_path, tiny_mode
     assert models.accuracy == tiny_models.accuracy
     for part, shares in models.class_accuracy.items():
         np.testing.assert_array_equal(shares, tiny_models.class_accuracy[part])
-        assert models.accuracy[part] - 0.05 < models.balanced[part] < models.accuracy[part] + 0.05
+        assert models.accuracy[part] - 0.05 < models.balanced_accuracy[part] < models.accuracy[part] + 0.05
     assert models.classifier_history == models.vae_history == ()
 
 
