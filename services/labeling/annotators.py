@@ -236,7 +236,7 @@ def open_traffic_review(store: Store, run: Run) -> Run:
         for scenario in review.require(Gallery).images
         for image in scenario
     }
-    traffic, wanted = read_traffic(store, run.name, run.load(Gallery)), run.spec.review.images
+    traffic, wanted = read_traffic(store, run.name, run.require(Gallery)), run.spec.review.images
     new = traffic.without(shown)
     gallery = new.gallery(wanted)
     if not len(gallery):

@@ -212,8 +212,8 @@ class ClassifierDeployment:
                     best,
                     model.name,
                     candidate.classes,
-                    failure,
                     candidate.components_digest,
+                    failure,
                 )
                 reservoir.offer(candidate.run, sampled)
 

@@ -31,7 +31,7 @@ from defuse_core.artifacts import (
     Gallery,
 )
 from defuse_core.codec import array_digest, decode, encode
-from defuse_core.errors import DefuseError, InputError, StoreError, first_few
+from defuse_core.errors import DefuseError, InputError, StoreError
 from defuse_core.store import FolderStore, Store
 
 log = logging.getLogger("defuse")
@@ -49,8 +49,8 @@ class SampledInput:
     version: str
     when: float  # seconds since 1970
     classes: tuple[str, ...]
-    failure: float | None = None  # probability that the answer is wrong; None where the version cannot tell
-    components_digest: str = ""  # of the run that `scenario` counts in; empty: not recorded
+    components_digest: str  # of the run that `scenario` counts in
+    failure: float | None  # probability that the answer is wrong; None where the version cannot tell
 
 
 def components_digest(gallery: Gallery) -> str:
@@ -103,11 +103,10 @@ class Traffic:
         )
 
 
-def read_traffic(store: Store, run: str, drawn: Gallery | None = None) -> Traffic:
+def read_traffic(store: Store, run: str, drawn: Gallery) -> Traffic:
     """Return the sampled inputs of `run`; `store` is the one that holds the runs, `drawn` the run's own images.
 
-    Leaves out, with a warning, inputs that another run of this name received. Raises InputError where none are left,
-    and for inputs of another size or with other classes than `drawn`, or than the newest of them without it.
+    Leaves out, with a warning, inputs that another run of this name received. Raises InputError where none are left.
     """
     folder = store.within("traffic").within(run)
     found, remedy = list[SampledInput](), f"delete {folder.address} to start a new sample"
@@ -120,24 +119,20 @@ def read_traffic(store: Store, run: str, drawn: Gallery | None = None) -> Traffi
         raise InputError(
             f"no inputs of run {run} are stored; serve it with `--set serve.reservoir=50`, and wait for traffic"
         )
+    found = _received_for(components_digest(drawn), found, folder.address)
     found.sort(key=lambda sampled: sampled.when)
-    shape, classes, components = found[-1].image.shape, found[-1].classes, found[-1].components_digest
-    if drawn is not None:
-        shape, classes, components = drawn.images.shape[2:], drawn.classes, components_digest(drawn)
-    found = _received_for(components, found, folder.address)
-    _expect_alike(found, shape, classes, folder.address)
     return Traffic(
         images=np.stack([sampled.image for sampled in found]),
         scenario=np.array([sampled.scenario for sampled in found], np.int64),
         predicted=np.array([sampled.predicted for sampled in found], np.int64),
         failure=np.array([math.nan if sampled.failure is None else sampled.failure for sampled in found]),
-        classes=classes,
+        classes=drawn.classes,
     )
 
 
 def _received_for(components: str, found: list[SampledInput], address: str) -> list[SampledInput]:
     """Return the inputs of the run with these components. Raises InputError for none."""
-    own = [sampled for sampled in found if sampled.components_digest in (components, "")]
+    own = [sampled for sampled in found if sampled.components_digest == components]
     if not own:
         raise InputError(
             f"{address}: all {len(found)} inputs were received by another run of this name; wait for this one's"
@@ -150,24 +145,6 @@ def _received_for(components: str, found: list[SampledInput], address: str) -> l
             len(found),
         )
     return own
-
-
-def _expect_alike(
-    found: Collection[SampledInput], shape: tuple[int, ...], classes: tuple[str, ...], address: str
-) -> None:
-    """Raise InputError where an input has another shape or other classes."""
-    other = [sampled for sampled in found if (sampled.image.shape, sampled.classes) != (shape, classes)]
-    if other:
-        raise InputError(
-            f"{address}: {len(other)} of {len(found)} inputs were received by an earlier run of this name: expected "
-            f"{_describe(shape, classes)}, found {_describe(other[0].image.shape, other[0].classes)}; delete "
-            f"{address} to start a new sample"
-        )
-
-
-def _describe(shape: tuple[int, ...], classes: tuple[str, ...]) -> str:
-    shown = first_few(classes, most=12)
-    return f"{'x'.join(map(str, shape))} pixels and the classes {shown}"
 
 
 def delete_traffic(store: Store, run: str) -> int:
@@ -243,7 +220,7 @@ class Reservoir:
 def _folder(run: str, sampled: SampledInput) -> str:
     """Return the folder of the input's scenario."""
     scenario = "none" if sampled.scenario == NO_SCENARIO else f"{sampled.scenario:03d}"
-    return "/".join(filter(None, (run, sampled.components_digest[:16], scenario)))
+    return f"{run}/{sampled.components_digest[:16]}/{scenario}"
 
 
 def sample_now(
@@ -252,10 +229,10 @@ def sample_now(
     predicted: int,
     version: str,
     classes: tuple[str, ...],
+    components_digest: str,
     failure: float | None = None,
-    components_digest: str = "",
 ) -> SampledInput:
     """Return the record of an input that arrived now."""
     return SampledInput(
-        np.array(image), scenario, predicted, version, time.time(), classes, failure, components_digest
+        np.array(image), scenario, predicted, version, time.time(), classes, components_digest, failure
     )

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from label_studio_live import digits_gallery, review_run
 
-from defuse_core.artifacts import NO_SCENARIO, Gallery, Verdicts, Votes
+from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -17,8 +17,10 @@ from services.cli import defuse
 from services.labeling.annotators import open_traffic_review, traffic_reviews
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import read_state
-from services.serving.traffic import Reservoir, sample_now
+from services.serving.traffic import Reservoir, SampledInput, components_digest, sample_now
 from tests.ports import free_port
+
+COMPONENTS = components_digest(digits_gallery())
 
 
 @pytest.fixture
@@ -48,11 +50,18 @@ def meet(
     run: Run, folder: Path, scenario: int, count: int, first: int = 0, failure: float | None = None
 ) -> None:
     reservoir = Reservoir(FolderStore(folder), 10)
-    reservoir._kept[f"{run.name}/{scenario:03d}"] = taken(first)
+    reservoir._kept[f"{run.name}/{COMPONENTS[:16]}/{scenario:03d}"] = taken(first)
     images = digits_gallery(images=10).images[scenario]
     for image in images[first : first + count]:
-        reservoir.offer(run.name, sample_now(image, scenario, 6, "1", digits_gallery().classes, failure))
+        reservoir.offer(run.name, sampled_input(image, scenario, failure))
     reservoir._thread.shutdown()
+
+
+def sampled_input(
+    image: F32, scenario: int, failure: float | None = None, components: str = COMPONENTS
+) -> SampledInput:
+    """An input that the run of `digits_gallery()`, or one with other components, received now."""
+    return sample_now(image, scenario, 6, "1", digits_gallery().classes, components, failure)
 
 
 def taken(slots: int) -> list[tuple[float, int]]:
@@ -163,10 +172,10 @@ def test_nothing_is_said_where_every_scenario_is_shown(served, tmp_path, caplog)
 def test_an_input_that_came_more_than_once_is_shown_once(cli, served, tmp_path):
     meet(served, tmp_path, 3, 2, first=0)
     again = Reservoir(FolderStore(tmp_path), 10)
-    again._kept[f"{served.name}/003"] = taken(2)
+    again._kept[f"{served.name}/{COMPONENTS[:16]}/003"] = taken(2)
     image = digits_gallery(images=10).images[3][0]
     for _ in range(3):
-        again.offer(served.name, sample_now(image, 3, 6, "1", digits_gallery().classes))
+        again.offer(served.name, sampled_input(image, 3))
     again._thread.shutdown()
     cli("push", served.name, "--from-traffic")
     gallery = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-1").load(Gallery)
@@ -216,10 +225,11 @@ def test_a_review_of_traffic_has_no_vote_to_decide_above(cli, served):
     assert done.exit_code == 2 and "no vote to decide above" in done.output
 
 
-def test_inputs_that_an_earlier_run_of_the_same_name_received_are_not_reviewed(served, tmp_path):
+def test_inputs_that_another_run_of_the_same_name_received_are_not_reviewed(served, tmp_path, caplog):
     reservoir = Reservoir(FolderStore(tmp_path), 10)
-    image = digits_gallery().images[1, 0]
-    reservoir.offer(served.name, sample_now(image, 1, 0, "1", ("cat", "dog")))
+    for image in digits_gallery(images=4).images[1]:
+        reservoir.offer(served.name, sampled_input(image, 1, components="of another run"))
     reservoir._thread.shutdown()
-    with pytest.raises(InputError, match="1 of 7 inputs were received by an earlier run of this name"):
-        open_traffic_review(FolderStore(tmp_path), served)
+    review = open_traffic_review(FolderStore(tmp_path), served)
+    assert review.require(Gallery).numbers == (2,)  # 1 has four inputs, of the other run
+    assert "left out 4 of 10 inputs, which another run of this name received" in caplog.text

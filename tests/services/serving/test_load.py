@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from load_generator import Reply, limited, load, request_bytes
 
-from defuse_core.artifacts import NO_SCENARIO
+from defuse_core.artifacts import NO_SCENARIO, Gallery
 from defuse_core.models import build_classifier, weights_of
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -241,7 +241,10 @@ def test_inputs_inside_a_scenario_are_stored_up_to_the_limit(serving, own_store,
     load(app.port, 4, limited(requests_for(app, pictures, 300), 300))
 
     def stored_scenarios():
-        return read_traffic(own_store, "first").scenario.tolist() if own_store.list("traffic/first") else []
+        if not own_store.list("traffic/first"):
+            return []
+        drawn = Run.open(own_store, "first").require(Gallery)
+        return read_traffic(own_store, "first", drawn).scenario.tolist()
 
     wait_until(lambda: {stored_scenarios().count(scenario) for scenario in (0, 1)} == {3}, stored_scenarios)
     time.sleep(1)  # for more than that

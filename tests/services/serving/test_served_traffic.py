@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import NO_SCENARIO, Gallery
+from defuse_core.artifacts import F32, NO_SCENARIO, Gallery
 from defuse_core.codec import encode
 from defuse_core.errors import DamagedError, InputError, StoreError
 from defuse_core.store import FolderStore
-from services.serving.traffic import Reservoir, components_digest, delete_traffic, read_traffic, sample_now
+from services.serving.traffic import (
+    Reservoir,
+    SampledInput,
+    components_digest,
+    delete_traffic,
+    read_traffic,
+    sample_now,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -21,16 +28,34 @@ def registry(tmp_path):
     (tmp_path / "registry").mkdir()
 
 
+def drawn_images(level: float) -> Gallery:
+    """What a run with components of its own has drawn from them."""
+    images = np.full((1, 3, 1, 2, 2), level, np.float32)
+    return Gallery(images, np.zeros((1, 3, 0), np.float32), np.zeros((1, 3), np.int64), ("zero", "one"))
+
+
+DRAWN = drawn_images(0.5)
+
+
+def sampled_input(image: F32, scenario: int, predicted: int, failure: float | None = None) -> SampledInput:
+    """An input that the run of DRAWN received now."""
+    digest = components_digest(DRAWN)
+    return sample_now(image, scenario, predicted, "1", DRAWN.classes, digest, failure)
+
+
+FOLDER = components_digest(DRAWN)[:16]  # of the inputs that its run received
+
+
 def test_the_reservoir_stays_bounded_and_samples_evenly(tmp_path):
     store = FolderStore(tmp_path)
     reservoir = Reservoir(store, 5)
     for number in range(200):
         image = np.full((1, 2, 2), number / 200, np.float32)
-        reservoir.offer("mnist", sample_now(image, 3, number % 10, "1", ("a", "b")))
+        reservoir.offer("mnist", sampled_input(image, 3, number % 10))
         while reservoir._pending:
             time.sleep(0.001)
-    traffic = read_traffic(store, "mnist")
-    assert len(traffic) == 5 and set(traffic.scenario) == {3} and traffic.classes == ("a", "b")
+    traffic = read_traffic(store, "mnist", DRAWN)
+    assert len(traffic) == 5 and set(traffic.scenario) == {3} and traffic.classes == DRAWN.classes
     assert traffic.images.mean(axis=(1, 2, 3)).max() > 0.1  # not just the first five
     assert (np.diff(traffic.images.mean(axis=(1, 2, 3))) > 0).all()  # oldest first
 
@@ -42,10 +67,12 @@ def test_a_smaller_reservoir_deletes_what_a_larger_one_stored_above_it(tmp_path)
         for number in range(30):
             image = np.full((1, 2, 2), number / 30, np.float32)
             for scenario in scenarios:
-                reservoir.offer("mnist", sample_now(image, scenario, 0, "1", ("a",)))
+                reservoir.offer("mnist", sampled_input(image, scenario, 0))
         reservoir._thread.shutdown()
-    assert store.within("traffic/mnist/003").list() == [f"{slot:04d}.safetensors" for slot in range(4)]
-    assert len(store.within("traffic/mnist/none").list()) == 20  # nothing was offered to it since
+    assert store.within(f"traffic/mnist/{FOLDER}/003").list() == [
+        f"{slot:04d}.safetensors" for slot in range(4)
+    ]
+    assert len(store.within(f"traffic/mnist/{FOLDER}/none").list()) == 20  # nothing was offered to it since
 
 
 class RecordingExecutor:
@@ -67,7 +94,7 @@ def test_every_input_has_the_same_chance_to_be_stored(tmp_path):
         reservoir._thread = RecordingExecutor(slots)
         for number in range(40):
             reservoir._pending = 0
-            reservoir.offer("r", sample_now(np.zeros((1, 1, 1), np.float32), 0, number, "1", ()))
+            reservoir.offer("r", sampled_input(np.zeros((1, 1, 1), np.float32), 0, number))
         kept[list(slots.values())] += 1
     assert kept.sum() == 1600 and kept.min() > 15 and kept.max() < 75
 
@@ -83,7 +110,7 @@ def test_the_likelier_an_input_fails_the_likelier_it_is_stored(tmp_path):
             reservoir._pending = 0
             likely = number % 10 == 0
             image = np.zeros((1, 1, 1), np.float32)
-            reservoir.offer("r", sample_now(image, 0, int(likely), "1", (), 0.8 if likely else 0.02))
+            reservoir.offer("r", sampled_input(image, 0, int(likely), 0.8 if likely else 0.02))
         kept += np.bincount(list(slots.values()), minlength=2)
     assert kept.sum() == 1000 and kept[1] > 0.6 * kept.sum() and kept[0] > 50
 
@@ -92,21 +119,12 @@ def test_flagged_inputs_outside_all_scenarios_are_a_group_of_their_own(tmp_path)
     reservoir = Reservoir(FolderStore(tmp_path), 10)
     for number in range(3):
         image = np.full((1, 2, 2), number / 10, np.float32)
-        reservoir.offer("mnist", sample_now(image, NO_SCENARIO, number, "1", ("a",), 0.25 * (1 + number)))
-        reservoir.offer("mnist", sample_now(image, 2, number, "1", ("a",)))
+        reservoir.offer("mnist", sampled_input(image, NO_SCENARIO, number, 0.25 * (1 + number)))
+        reservoir.offer("mnist", sampled_input(image, 2, number))
     reservoir._thread.shutdown()
-    gallery = read_traffic(FolderStore(tmp_path), "mnist").gallery(3)
+    gallery = read_traffic(FolderStore(tmp_path), "mnist", DRAWN).gallery(3)
     assert gallery.numbers == (NO_SCENARIO, 2)
     np.testing.assert_allclose(gallery.failure, [[0.25, 0.5, 0.75], [np.nan] * 3])
-
-
-def test_inputs_that_an_earlier_defuse_stored_are_still_read(tmp_path):
-    old = dict(vars(sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",))))
-    del old["failure"]
-    store = FolderStore(tmp_path)
-    kind = make_dataclass("SampledInput", old)
-    store.write("traffic/mnist/003/0000.safetensors", encode(kind(**old)))
-    assert np.isnan(read_traffic(store, "mnist").failure).all()
 
 
 def test_traffic_gives_a_gallery_of_the_newest_inputs_of_full_scenarios(tmp_path):
@@ -114,9 +132,9 @@ def test_traffic_gives_a_gallery_of_the_newest_inputs_of_full_scenarios(tmp_path
     for scenario, count in ((2, 4), (5, 1)):
         for number in range(count):
             image = np.full((1, 2, 2), number / 10, np.float32)
-            reservoir.offer("mnist", sample_now(image, scenario, number, "1", ("a",)))
+            reservoir.offer("mnist", sampled_input(image, scenario, number))
     reservoir._thread.shutdown()
-    gallery = read_traffic(FolderStore(tmp_path), "mnist").gallery(3)
+    gallery = read_traffic(FolderStore(tmp_path), "mnist", DRAWN).gallery(3)
     assert gallery.numbers == (2,)
     assert gallery.predicted.tolist() == [[1, 2, 3]]
     assert gallery.images.shape == (1, 3, 1, 2, 2)
@@ -126,52 +144,52 @@ def test_inputs_that_were_shown_and_duplicates_are_left_out(tmp_path):
     store = FolderStore(tmp_path)
     for slot, level in enumerate((0.1, 0.2, 0.1, 0.3, 0.3)):
         image = np.full((1, 2, 2), level, np.float32)
-        sampled = replace(sample_now(image, slot, slot + 1, "1", ("a",), slot / 10), when=100.0 + slot)
+        sampled = replace(sampled_input(image, slot, slot + 1, slot / 10), when=100.0 + slot)
         store.write(f"traffic/mnist/{slot:03d}/0000.safetensors", encode(sampled))
-    traffic = read_traffic(store, "mnist")
+    traffic = read_traffic(store, "mnist", DRAWN)
     assert traffic.predicted.tolist() == [1, 2, 3, 4, 5]
     left = traffic.without({np.full((1, 2, 2), 0.2, np.float32).tobytes()})
     assert left.images[:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.3])
     assert (left.scenario.tolist(), left.predicted.tolist()) == ([0, 3], [1, 4])
-    assert (left.failure.tolist(), left.classes) == ([0, 0.3], ("a",))
+    assert (left.failure.tolist(), left.classes) == ([0, 0.3], DRAWN.classes)
 
 
 def test_an_input_that_is_replaced_while_the_sample_is_read_is_left_out(tmp_path, monkeypatch):
     store = FolderStore(tmp_path)
-    keep(store, 0, 2, ("a",))
+    keep(store, 0)
     listed = FolderStore.list
     monkeypatch.setattr(
         FolderStore, "list", lambda store, *prefix: [*listed(store, *prefix), "003/0009.safetensors"]
     )
-    assert len(read_traffic(store, "mnist")) == 1
+    assert len(read_traffic(store, "mnist", DRAWN)) == 1
 
 
 def test_inputs_above_the_number_of_writes_that_may_wait_are_dropped(tmp_path):
     reservoir, slots = Reservoir(FolderStore(tmp_path), 100), dict[str, int]()
     reservoir._thread = RecordingExecutor(slots)  # which is never done
     for number in range(70):
-        reservoir.offer("r", sample_now(np.zeros((1, 1, 1), np.float32), 0, number, "1", ()))
+        reservoir.offer("r", sampled_input(np.zeros((1, 1, 1), np.float32), 0, number))
     assert sorted(slots.values()) == list(range(64))
 
 
 def test_runs_have_samples_of_their_own_and_an_input_that_cannot_fail_is_stored_too(tmp_path):
     reservoir = Reservoir(FolderStore(tmp_path), 1)
     for run in ("a", "b"):
-        reservoir.offer(run, sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",), 0.0))
+        reservoir.offer(run, sampled_input(np.zeros((1, 2, 2), np.float32), 3, 0, 0.0))
     reservoir._thread.shutdown()
-    assert [len(read_traffic(FolderStore(tmp_path), run)) for run in ("a", "b")] == [1, 1]
+    assert [len(read_traffic(FolderStore(tmp_path), run, DRAWN)) for run in ("a", "b")] == [1, 1]
 
 
 def test_a_store_that_fails_is_a_warning_and_other_files_in_a_sample_stay(tmp_path, caplog):
     store = FolderStore(tmp_path)
-    store.write("traffic/a/003/notes.safetensors", b"")
+    store.write(f"traffic/a/{FOLDER}/003/notes.safetensors", b"")
     (tmp_path / "traffic" / "b").write_text("")  # no folder can be made there
     reservoir = Reservoir(store, 1)
     for run in ("b", "a"):
-        reservoir.offer(run, sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",)))
+        reservoir.offer(run, sampled_input(np.zeros((1, 2, 2), np.float32), 3, 0))
     reservoir._thread.shutdown()
     assert "an input was not stored: " in caplog.text and reservoir._pending == 0
-    assert store.within("traffic/a/003").list() == ["0000.safetensors", "notes.safetensors"]
+    assert store.within(f"traffic/a/{FOLDER}/003").list() == ["0000.safetensors", "notes.safetensors"]
 
 
 @pytest.mark.parametrize("left", [None, "", "traffic"])
@@ -180,7 +198,7 @@ def test_a_store_that_was_moved_or_unmounted_is_not_made_again(left, tmp_path, c
     if left is not None:  # a mount point, with what an earlier server may have left there
         (root / left).mkdir(parents=True)
     reservoir = Reservoir(FolderStore(root), 5)
-    reservoir.offer("a", sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",)))
+    reservoir.offer("a", sampled_input(np.zeros((1, 2, 2), np.float32), 3, 0))
     reservoir._thread.shutdown()
     said = "No such file or directory; was the store moved?" if left is None else "no store is there any more"
     assert f"an input was not stored: {root}: {said}" in caplog.text
@@ -192,14 +210,14 @@ def test_a_folder_is_searched_for_slots_above_the_capacity_once(tmp_path, monkey
     monkeypatch.setattr(FolderStore, "list", lambda store, *prefix: listed.append(store.address) or [])
     reservoir = Reservoir(FolderStore(tmp_path), 5)
     for _ in range(3):
-        reservoir.offer("a", sample_now(np.zeros((1, 2, 2), np.float32), 3, 0, "1", ("a",)))
+        reservoir.offer("a", sampled_input(np.zeros((1, 2, 2), np.float32), 3, 0))
     reservoir._thread.shutdown()
     assert len(listed) == 1
 
 
 def test_without_traffic_the_error_says_how_to_store_some(tmp_path):
     with pytest.raises(InputError, match=r"serve\.reservoir"):
-        read_traffic(FolderStore(tmp_path), "mnist")
+        read_traffic(FolderStore(tmp_path), "mnist", DRAWN)
 
 
 def test_a_sample_that_cannot_be_read_is_an_error_that_says_what_to_delete(tmp_path):
@@ -208,56 +226,24 @@ def test_a_sample_that_cannot_be_read_is_an_error_that_says_what_to_delete(tmp_p
     with pytest.raises(
         DamagedError, match=r"found ForeignInput; delete .*traffic/mnist to start a new sample"
     ):
-        read_traffic(store, "mnist")
+        read_traffic(store, "mnist", DRAWN)
 
 
 def test_a_sample_whose_store_does_not_answer_is_kept(tmp_path, monkeypatch):
     store = FolderStore(tmp_path)
-    keep(store, 1, 2, ("a",))
+    keep(store, 1)
 
     def silent(*_):
         raise StoreError("no answer; run again to continue")
 
     monkeypatch.setattr(FolderStore, "read", silent)
     with pytest.raises(StoreError, match="^no answer; run again to continue$"):
-        read_traffic(store, "mnist")
+        read_traffic(store, "mnist", DRAWN)
 
 
-def keep(store: FolderStore, slot: int, size: int, classes: tuple[str, ...]) -> None:
-    sampled = sample_now(np.zeros((1, size, size), np.float32), 3, 0, "1", classes)
+def keep(store: FolderStore, slot: int) -> None:
+    sampled = sampled_input(np.zeros((1, 2, 2), np.float32), 3, 0)
     store.write(f"traffic/mnist/003/{slot:04d}.safetensors", encode(sampled))
-
-
-@pytest.mark.parametrize(
-    ("size", "classes", "words"),
-    [
-        (2, ("cat", "dog", "eel"), "found 1x2x2 pixels and the classes cat, dog, eel"),
-        (3, ("zero", "one"), "found 1x3x3 pixels and the classes zero, one"),
-    ],
-)
-def test_inputs_of_an_earlier_run_of_the_same_name_are_refused(tmp_path, size, classes, words):
-    store = FolderStore(tmp_path)
-    keep(store, 0, size, classes)
-    drawn = Gallery(
-        np.zeros((1, 3, 1, 2, 2), np.float32),
-        np.zeros((1, 3, 0), np.float32),
-        np.zeros((1, 3), np.int64),
-        ("zero", "one"),
-    )
-    with pytest.raises(InputError, match=f"1 of 1 inputs .*{words}; delete .*traffic/mnist") as refused:
-        read_traffic(store, "mnist", drawn)
-    assert "\n" not in str(refused.value)
-    keep(store, 1, 2, ("zero", "one"))
-    with pytest.raises(InputError, match=f"1 of 2 inputs .*{words}"):
-        read_traffic(store, "mnist")
-    store.delete("traffic/mnist/003/0000.safetensors")
-    assert len(read_traffic(store, "mnist", drawn)) == 1
-
-
-def drawn_images(level: float) -> Gallery:
-    """What a run with components of its own has drawn from them."""
-    images = np.full((1, 3, 1, 2, 2), level, np.float32)
-    return Gallery(images, np.zeros((1, 3, 0), np.float32), np.zeros((1, 3), np.int64), ("zero", "one"))
 
 
 def test_runs_of_one_name_share_no_slots_and_do_not_read_each_others_inputs(tmp_path, caplog):
@@ -268,7 +254,7 @@ def test_runs_of_one_name_share_no_slots_and_do_not_read_each_others_inputs(tmp_
         for number in range(count):
             image = np.full((1, 2, 2), number, np.float32)
             digest = components_digest(run)
-            reservoir.offer("mnist", sample_now(image, 3, number, "1", run.classes, None, digest))
+            reservoir.offer("mnist", sample_now(image, 3, number, "1", run.classes, digest))
     reservoir._thread.shutdown()
     assert [len(read_traffic(store, "mnist", run)) for run in (first, second)] == [2, 1]
     assert "traffic/mnist: left out 1 of 3 inputs, which another run of this name received" in caplog.text
@@ -279,8 +265,8 @@ def test_runs_of_one_name_share_no_slots_and_do_not_read_each_others_inputs(tmp_
 
 def test_the_inputs_of_a_run_can_be_deleted_and_those_of_others_stay(tmp_path):
     store = FolderStore(tmp_path)
-    keep(store, 0, 2, ("zero", "one"))
-    keep(store, 1, 2, ("zero", "one"))
+    keep(store, 0)
+    keep(store, 1)
     other = "traffic/mnist-2/003/0000.safetensors"
     store.write(other, store.read("traffic/mnist/003/0000.safetensors"))
     assert delete_traffic(store, "mnist") == 2
@@ -291,7 +277,7 @@ def test_the_inputs_of_a_run_can_be_deleted_and_those_of_others_stay(tmp_path):
 
 def test_a_sampled_input_does_not_keep_the_images_of_its_request():
     images = np.zeros((2, 1, 2, 2), np.float32)
-    assert not np.shares_memory(sample_now(images[0], 3, 0, "1", ("a",)).image, images)
+    assert not np.shares_memory(sampled_input(images[0], 3, 0).image, images)
 
 
 @dataclass
