@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 from defuse_core.errors import InputError
 
@@ -85,6 +87,15 @@ def _without_newline(token: str | None) -> str | None:
 def fits_a_header(token: str) -> bool:
     """Whether an HTTP header can hold the token: one word of letters, digits and ASCII signs."""
     return re.fullmatch(r"[\x21-\x7e]+", token) is not None
+
+
+def proxy_for(address: str) -> str | None:
+    """Return the HTTP proxy that the environment names for an address (HTTP_PROXY, NO_PROXY, ...); None for none."""
+    parts = urlsplit(address)
+    if parts.hostname is None or proxy_bypass(parts.netloc):
+        return None
+    proxies = getproxies_environment()
+    return proxies.get(parts.scheme) or proxies.get("all")
 
 
 def is_on(name: str) -> bool:

@@ -7,25 +7,21 @@ the server before it tries again (see project.py).
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import json
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-
-from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
+from defuse_core.errors import InputError, escape_control_characters
 from services.labeling.api_types import ANNOTATION_ROW, BucketStorage, TaskImport
+from services.labeling.client_errors import is_json, missing_allowed, translated_errors
 from services.settings import fits_a_header
 
 try:
     from label_studio_sdk import LabelStudio
     from label_studio_sdk.core.api_error import ApiError
-    from label_studio_sdk.core.parse_error import ParsingError
 except ModuleNotFoundError as error:
     raise InputError("Label Studio needs its client here: pip install 'defuse[label-studio]'") from error
 
@@ -123,6 +119,12 @@ class LabelStudioClient:
         with translated_errors(self.address):
             self._sdk.users.whoami(request_options=REPEAT)
 
+    def organization(self) -> int | None:
+        """Return the id of the organisation that the token's account works in, the only one whose projects it sees."""
+        with translated_errors(self.address):
+            found: int | None = self._sdk.users.whoami(request_options=REPEAT).active_organization
+            return found
+
     def labeling_url(self, project: int) -> str:
         """Return the address that opens the queue of the project: one task after the other."""
         return f"{self.public_address}/projects/{project}/data?labeling=1"
@@ -148,7 +150,7 @@ class LabelStudioClient:
             try:
                 return _project(self._sdk.projects.get(id=number, request_options=REPEAT))
             except ApiError as error:
-                if error.status_code == 404 and _is_json(error.body):
+                if error.status_code == 404 and is_json(error.body):
                     return None
                 raise
 
@@ -203,18 +205,18 @@ class LabelStudioClient:
 
     def delete_task(self, number: int) -> None:
         """Delete a task; one that does not exist any more is no error."""
-        with translated_errors(self.address), _missing_allowed():
+        with translated_errors(self.address), missing_allowed():
             self._sdk.tasks.delete(id=str(number), request_options=REPEAT)
 
     def delete_annotation(self, number: int) -> None:
         """Delete an annotation; one that does not exist any more is no error."""
-        with translated_errors(self.address), _missing_allowed():
+        with translated_errors(self.address), missing_allowed():
             self._sdk.annotations.delete(id=number, request_options=REPEAT)
 
     def set_overlap(self, task: int, overlap: int, labeled: bool) -> None:
         """Set how many annotators get the task, and whether it leaves the queue now. Safe to repeat."""
         fields = {"overlap": overlap, "is_labeled": labeled}
-        with translated_errors(self.address), _missing_allowed():
+        with translated_errors(self.address), missing_allowed():
             self._sdk.tasks.update(
                 id=str(task), request_options=REPEAT | {"additional_body_parameters": fields}
             )
@@ -274,85 +276,6 @@ def checked_address(address: str, variable: str = "LABEL_STUDIO_URL") -> str:
             f"{variable}: expected a plain address; set the token in LABEL_STUDIO_API_KEY instead"
         )
     return address.strip().rstrip("/")
-
-
-@contextlib.contextmanager
-def translated_errors(address: str) -> Iterator[None]:
-    """Raise failures of a request as ServiceError or InputError in one line.
-
-    The SDK's own errors contain headers and whole pages, so they are not chained.
-    """
-    try:
-        yield
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise InputError(f"LABEL_STUDIO_URL: {address} is not a usable address") from error
-    except httpx.ConnectError as error:
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise InputError(
-                f"Label Studio at {address}: its certificate is not trusted; set SSL_CERT_FILE to that of your CA"
-            ) from None
-        raise ServiceError(
-            f"Label Studio at {address} cannot be reached; start it or correct LABEL_STUDIO_URL, then run again"
-        ) from None
-    except httpx.TimeoutException:
-        raise ServiceError(
-            f"Label Studio at {address} is too slow to answer; run again, nothing is lost"
-        ) from None
-    except httpx.HTTPError:
-        raise ServiceError(
-            f"Label Studio at {address} cut the connection; run again, nothing is lost"
-        ) from None
-    except ApiError as error:
-        raise _status_error(address, error.status_code or 0, error.body) from None
-    except (ParsingError, ValueError, TypeError, AttributeError, KeyError):
-        raise ServiceError(
-            f"{address} sent a reply that Label Studio 1.23 does not send; check LABEL_STUDIO_URL"
-        ) from None
-
-
-@contextlib.contextmanager
-def _missing_allowed() -> Iterator[None]:
-    """Ignore that a task does not exist: someone deleted it in the meantime."""
-    try:
-        yield
-    except ApiError as error:
-        if error.status_code != 404:
-            raise
-
-
-def _status_error(address: str, status: int, body: Any) -> DefuseError:
-    if status == 401:
-        problem = "rejects the token (401); set LABEL_STUDIO_API_KEY to a valid one"
-        return InputError(f"Label Studio at {address} {problem}")
-    if status == 403:
-        problem = "forbids this request to the token's account (403); use an administrator's token"
-        return InputError(f"Label Studio at {address} {problem}")
-    if status == 429:
-        problem = "is limiting requests (429); wait a minute and run again"
-    elif status >= 500:
-        problem = f"failed ({status}); see its log, then run again, nothing is lost"
-    elif 300 <= status < 400:
-        return InputError(
-            f"{address} redirects elsewhere ({status}); set LABEL_STUDIO_URL to the final address"
-        )
-    elif not _is_json(body):
-        return InputError(
-            f"{address} answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
-        )
-    else:
-        problem = f"did not accept the request ({status}): {_detail(body)}"
-    return ServiceError(f"Label Studio at {address} {problem}")
-
-
-def _is_json(body: Any) -> bool:
-    return isinstance(body, (dict, list)) or body is None or hasattr(body, "model_dump")
-
-
-def _detail(body: Any) -> str:
-    plain = body.model_dump() if hasattr(body, "model_dump") else body
-    if isinstance(plain, dict):
-        plain = plain.get("validation_errors") or plain.get("detail") or plain
-    return json.dumps(plain, default=str)[:300]
 
 
 def _project(found: Any) -> Project:

@@ -11,13 +11,12 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from defuse_core.artifacts import I64, Bool
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import read_annotations, read_authors
@@ -26,7 +25,14 @@ from services.labeling.client import BlockedAddressError, LabelStudioClient, Pro
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.pictures import bucket_storage
 from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
-from services.labeling.tasks import PRELABEL_MODEL, Prelabel, ReviewTasks, batches, is_edited
+from services.labeling.tasks import (
+    PRELABEL_MODEL,
+    Prelabel,
+    PresentTasks,
+    ReviewTasks,
+    batches,
+    is_edited,
+)
 from services.settings import BucketAccess
 
 if TYPE_CHECKING:
@@ -75,7 +81,10 @@ class ReviewProject:
                 )
             project = self.create()
         number = project.id
-        self._update_state(lambda known: replace(known, project=number, address=self.client.address))
+        address, organization = self.client.address, self.client.organization()
+        self._update_state(
+            lambda known: replace(known, project=number, address=address, organization=organization)
+        )
         self._check_settings(project)
         if storage is not None:
             self._connect_bucket(storage)
@@ -127,6 +136,8 @@ class ReviewProject:
         if state.project is None:
             return next(iter(self.client.find_projects(state.mark)), None)
         project = self.client.project(state.project)
+        if project is None:
+            self._expect_its_organization()
         if project is not None and state.mark in project.settings.description:
             return project
         if project is not None and self.repair and self._holds_our_tasks(project):
@@ -139,16 +150,26 @@ class ReviewProject:
             log.warning("project %d is gone from %s; creating another", state.project, self.client.address)
             return None
         if project is None:
-            raise InputError(
-                f"project {state.project} was deleted from {self.client.address}, its answers with it; "
-                f"{self.repair_command} creates another"
-            )
+            cause = f"was deleted from {self.client.address}, its answers with it"
+            if state.address != self.client.address:
+                cause = f"is not at {self.client.address} but {state.address}; correct LABEL_STUDIO_URL"
+            raise InputError(f"project {state.project} {cause}; {self.repair_command} creates another")
         raise InputError(
             f"project {state.project} at {self.client.address} is not this run's, which was pushed to "
             f"{state.address}: its description lacks the mark {state.mark}; "
             f"correct LABEL_STUDIO_URL, or let {self.repair_command} put the mark back if the project has the run's "
             "tasks, and otherwise create another"
         )
+
+    def _expect_its_organization(self) -> None:
+        """Raise InputError where the token cannot see the project: its account works in another organisation."""
+        state, found = self.state, self.client.organization()
+        if state.address == self.client.address and state.organization != found:
+            raise InputError(
+                f"project {state.project} is in organisation {state.organization} of {state.address}, and the account "
+                f"of LABEL_STUDIO_API_KEY works in {'none' if found is None else found}; use a token of an "
+                "administrator of that organisation"
+            )
 
     def create(self) -> Project:
         """Create the project, unless an earlier attempt whose reply was lost did."""
@@ -366,28 +387,6 @@ class ReviewProject:
 
     def _update_state(self, change: Callable[[ProjectState], ProjectState]) -> None:
         self.state = update_state(self.run.store, self.state, change)
-
-
-@dataclass(eq=False)
-class PresentTasks:
-    """The tasks that are in the project already, of T."""
-
-    ids: I64  # (T,) ids in Label Studio; 0 for a task that is missing
-    answered: Bool  # (T,)
-
-    @classmethod
-    def none(cls, count: int) -> PresentTasks:
-        return cls(np.zeros(count, np.int64), np.zeros(count, bool))
-
-    def add(self, index: int, task: Task) -> int:
-        """Add a task. Of two equal ones return the id of the one to delete: never one that somebody answered."""
-        first = int(self.ids[index])
-        if first and not task.annotations:
-            return task.id
-        if first and self.answered[index]:
-            return 0  # annotations.py reads two answered ones as one
-        self.ids[index], self.answered[index] = task.id, bool(task.annotations)
-        return first
 
 
 def _attempts() -> Retrying:

@@ -14,7 +14,7 @@ from defuse_core.artifacts import Gallery
 from defuse_core.errors import ANOTHER_NAME, InputError
 from defuse_core.store import GONE, Store
 
-VERSION = 3  # of the stored state
+VERSION = 4  # of the stored state
 STATE_KEY = "labeling.json"
 
 
@@ -28,6 +28,7 @@ class ProjectState:
     gallery: str  # digest of the images that were pushed
     secret: str = field(repr=False)  # of the tasks' digests
     address: str = ""
+    organization: int | None = None  # that the project is in
     project: int | None = None  # None until the server has replied
     title: str = ""
     interface: str = ""  # the labelling interface as pushed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
+from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Bool, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.review.consensus import LEAST_ANSWERS, stops_when_sure
 from defuse_core.store import Store
@@ -174,3 +174,25 @@ def prelabels_by_task(probabilities: F32, min_confidence: float, whole_pages: bo
         answer = int(best.flat[index]) if certainty >= min_confidence else NONE_OF_THE_ABOVE
         prelabels[index] = Prelabel(answer, certainty, "page" if whole_pages else "image")
     return prelabels
+
+
+@dataclass(eq=False)
+class PresentTasks:
+    """The tasks that are in the project already, of T."""
+
+    ids: I64  # (T,) ids in Label Studio; 0 for a task that is missing
+    answered: Bool  # (T,)
+
+    @classmethod
+    def none(cls, count: int) -> PresentTasks:
+        return cls(np.zeros(count, np.int64), np.zeros(count, bool))
+
+    def add(self, index: int, task: Task) -> int:
+        """Add a task. Of two equal ones return the id of the one to delete: never one that somebody answered."""
+        first = int(self.ids[index])
+        if first and not task.annotations:
+            return task.id
+        if first and self.answered[index]:
+            return 0  # annotations.py reads two answered ones as one
+        self.ids[index], self.answered[index] = task.id, bool(task.annotations)
+        return first

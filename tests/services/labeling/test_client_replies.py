@@ -9,7 +9,8 @@ import pytest
 from proxy import Proxy, Reply
 
 from defuse_core.errors import InputError, ServiceError
-from services.labeling.client import LabelStudioClient, checked_address, translated_errors
+from services.labeling.client import LabelStudioClient, checked_address
+from services.labeling.client_errors import translated_errors
 
 PAGE = Reply(404, "<!doctype html><html></html>", "text/html")
 NOT_FOUND = Reply(404, '{"detail": "Not found."}')
@@ -42,6 +43,34 @@ def test_a_connection_that_ends_in_any_way_is_one_line(error):
         translated_errors("http://labels"),
     ):
         raise error("reset by peer")
+
+
+@pytest.mark.parametrize("failure", [httpx.ConnectError, httpx.ProxyError])
+def test_the_proxy_of_the_environment_is_named_where_a_server_cannot_be_reached(failure, monkeypatch):
+    def message() -> str:
+        with pytest.raises(ServiceError) as raised, translated_errors("http://labels:8080"):
+            raise failure("refused")
+        return str(raised.value)
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert message().endswith("cannot be reached; start it or correct LABEL_STUDIO_URL, then run again")
+    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
+    assert "if the proxy of HTTP_PROXY does not reach it, set NO_PROXY=labels; else start it" in message()
+    monkeypatch.setenv("no_proxy", "labels")
+    assert "PROXY" not in message()
+
+
+def test_the_web_page_of_a_proxy_that_does_not_reach_the_server_is_no_failure_of_label_studio(
+    proxy, client, monkeypatch
+):
+    proxy.answer(Reply(502, "<html>Bad Gateway</html>", "text/html"))
+    with pytest.raises(ServiceError, match=r"failed \(502\); see its log"):
+        client.check_access()
+    monkeypatch.setenv("http_proxy", proxy.address)  # which answers in the server's place here, too
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(ServiceError, match=r"cannot be reached; if the proxy of HTTP_PROXY"):
+        client.check_access()
 
 
 def test_what_the_server_did_not_accept_is_named_by_its_field_and_kept_short(proxy, client):

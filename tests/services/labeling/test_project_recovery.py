@@ -9,12 +9,12 @@ from label_studio_live import digits_gallery, review_run
 from planted_review import annotation, blank_review, task_of
 from proxy import LOSE, Reply
 
-from defuse_core.errors import ServiceError
+from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.labeling.project import PresentTasks, ReviewProject
+from services.labeling.project import ReviewProject
 from services.labeling.state import update_state, write_state
-from services.labeling.tasks import ReviewTasks
+from services.labeling.tasks import PresentTasks, ReviewTasks
 
 
 def test_a_push_that_ends_with_a_lost_reply_makes_no_second_project(make_review, proxy):
@@ -43,6 +43,29 @@ def test_a_replaced_project_keeps_the_numbers_of_annotators(make_review):
     review.api._sdk.projects.delete(id=first.number)
     second = review.annotators.push(review.gallery, repair=True)
     assert second.mark != first.mark and second.people == {"70": 1, "50": 2}
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_project_that_the_tokens_organisation_cannot_see_is_not_taken_for_deleted(make_review, repair):
+    """Label Studio answers 404 for both, and a repair of a project with answers would lose them."""
+    review = make_review()
+    pushed = review.annotators.push(review.gallery)
+    assert pushed.organization == review.api.organization()
+    review.api._sdk.projects.delete(id=pushed.number)  # as an account of another organisation sees it
+    stored = update_state(review.run.store, pushed, lambda known: replace(known, organization=99))
+    with pytest.raises(InputError, match=r"is in organisation 99 of http.*API_KEY works in 1; use a token"):
+        review.annotators.push(review.gallery, repair=repair)
+    assert review.state == stored
+
+
+def test_a_server_without_the_project_is_not_said_to_have_deleted_it(make_review, proxy):
+    review = make_review()
+    pushed = review.annotators.push(review.gallery)
+    review.api._sdk.projects.delete(id=pushed.number)
+    with pytest.raises(
+        InputError, match=f"is not at {proxy.address} but {review.api.address}; correct LABEL"
+    ):
+        review.through(proxy.address).push(review.gallery)
 
 
 def test_a_title_is_as_long_as_label_studio_accepts(tmp_path):
