@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -33,10 +34,12 @@ from defuse_core.config import (
     parse_run_file,
 )
 from defuse_core.data import Images, open_splits
+from defuse_core.data.images import evenly_spaced
 from defuse_core.data.npz import Arrays, image_shape, splits_of
+from defuse_core.device import device
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError
 from defuse_core.local import LocalCompute
-from defuse_core.models import copy_for_inference, load_program, program_of
+from defuse_core.models import copy_for_inference, fails_on, load_program, map_batches, program_of, to_tensor
 from defuse_core.models.adapters import find_logits
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import Progress, silent
@@ -50,7 +53,8 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
 CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
-PROBE_IMAGES = 8  # that two classifiers are compared on
+TRACED_IMAGES = 8  # that a classifier is traced on
+COMPARED_IMAGES, COMPARED_AT_ONCE = 1_000, 100  # evenly spaced, that two classifiers are compared on
 # training seeds torch's global generator and draws from it, and torch.export has globals
 _ONE_AT_A_TIME = threading.RLock()
 # Fields of a classifier that is not trained by the run.
@@ -259,11 +263,11 @@ class _Given:
 
     def _classifier(self, classifier: nn.Module, images: Images, known: Mapping[str, Any]) -> dict[str, Any]:
         """Store the classifier; return section classifier. `known` is as in `_data`."""
-        batch = torch.from_numpy(images.batch(slice(0, PROBE_IMAGES)))
+        batch = torch.from_numpy(images.batch(slice(0, TRACED_IMAGES)))
         self._keep(
             CLASSIFIER,
             "classifier",
-            lambda stored: _is_same_classifier(classifier, stored, batch),
+            lambda stored: _is_same_classifier(classifier, stored, images),
             lambda: program_of(classifier, batch),
         )
         section = self.settings.get("classifier", {})
@@ -360,13 +364,27 @@ def _npz(arrays: Arrays) -> bytes:
     return out.getvalue()
 
 
-def _is_same_classifier(classifier: nn.Module, stored: bytes, images: Tensor) -> bool:
-    """Whether the stored program has the classifier's weights, and gives its answers."""
-    own = copy_for_inference(classifier)
-    program = load_program(stored, CLASSIFIER).net
-    states = own.state_dict(), program.state_dict()
-    if any(not torch.equal(states[0][name], states[1][name]) for name in states[0].keys() & states[1].keys()):
+def _is_same_classifier(classifier: nn.Module, stored: bytes, images: Images) -> bool:
+    """Whether the stored program has the classifier's weights, and gives its answers on images all over the set.
+
+    Raises ModelError where the classifier fails on them.
+    """
+    nets = [
+        net.to(device()) for net in (copy_for_inference(classifier), load_program(stored, CLASSIFIER).net)
+    ]
+    own, same = (net.state_dict() for net in nets)
+    if any(not torch.equal(own[name], same[name]) for name in own.keys() & same.keys()):
         return False
-    with torch.inference_mode():
-        answer, same = (find_logits(net(images))[0] for net in (own, program))
-    return answer.shape == same.shape and torch.allclose(answer, same, rtol=1e-3, atol=1e-4)
+    sample = images.take(evenly_spaced(len(images), COMPARED_IMAGES))
+    answer, recorded = (
+        map_batches(partial(_logits, net, sample), len(sample), COMPARED_AT_ONCE) for net in nets
+    )
+    return answer.shape == recorded.shape and np.allclose(answer, recorded, rtol=1e-3, atol=1e-4)
+
+
+def _logits(net: nn.Module, images: Images, rows: slice) -> Tensor:
+    batch = to_tensor(images.batch(rows))
+    try:
+        return find_logits(net(batch))[0]
+    except Exception as error:
+        raise fails_on(batch, error) from error

@@ -32,7 +32,13 @@ from defuse_core.models.probe import (
     log_classifier,
     probe_classifier,
 )
-from defuse_core.models.programs import SelfContainedClassifier, copy_for_inference, load_program, program_of
+from defuse_core.models.programs import (
+    SelfContainedClassifier,
+    copy_for_inference,
+    fails_on,
+    load_program,
+    program_of,
+)
 from defuse_core.models.vae import Vae, build_vae, expect_autoencoder, kl_to_prior
 from defuse_core.models.weights import (
     load_classifier,

@@ -23,7 +23,7 @@ from defuse_core.models.vae import gradients_of
 log = logging.getLogger("defuse")
 BATCH = 8  # images of the check of outputs
 SAMPLE = 512  # training images, evenly spaced, of the accuracies by input range
-CLEARLY_BETTER = 0.05  # in accuracy
+CLEARLY_BETTER, BETTER_RANGE = 0.05, 0.02  # in accuracy: another order of the classes, another input range
 # accuracy from which another input range is likely the right one, and how much more than in the given one
 MOSTLY, FAR_BETTER = 0.5, 0.2
 LIKE_SIGMOID = (
@@ -192,9 +192,7 @@ class ClassifierProbe:
     by_range: dict[str, float]  # input range -> accuracy
     constant: float  # accuracy of the best constant answer
     best_is_certain: bool  # whether the best input range is better in the mean over the classes, too
-    # the given one, unless it is right on under half of the images, or hardly better than a constant answer, and
-    # another one is far better
-    needed_range: str
+    needed_range: str  # the given one, unless it is under least_plausible() and another one far better
     # index of each class's logit, where another order is clearly better on images it was not fitted to
     class_order: tuple[int, ...] | None
     order_is_certain: bool  # whether the orders that fit either half of the images are one
@@ -208,7 +206,7 @@ class ClassifierProbe:
         best = max(self.by_range, key=lambda name: self.by_range[name])
         if self.needed_range != given or self.class_order is not None:
             return self.needed_range
-        is_better = self.best_is_certain and self.by_range[best] > self.by_range[given] + CLEARLY_BETTER
+        is_better = self.best_is_certain and self.by_range[best] > self.by_range[given] + BETTER_RANGE
         return best if is_better else given
 
 
@@ -263,7 +261,7 @@ def probe_classifier(
         images=len(sample),
         by_range=by_range,
         constant=constant,
-        best_is_certain=_clearly_better(before, after, sample.labels, len(classes)),
+        best_is_certain=_clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE),
         needed_range=needed,
         class_order=tuple(int(index) for index in order) if other.is_clearly_better else None,
         order_is_certain=other.is_certain,
@@ -321,17 +319,19 @@ def fitting_order(answers: I64, labels: I64, classes: int) -> I64:
     return order
 
 
-def _clearly_better(before: Bool, after: Bool, labels: I64, classes: int) -> bool:
-    """Whether more of the same images are right after a change, by much, and by more than chance explains.
+def _clearly_better(
+    before: Bool, after: Bool, labels: I64, classes: int, least: float = CLEARLY_BETTER
+) -> bool:
+    """Whether more of the same images are right after a change, by over `least`, and by more than chance explains.
 
-    By the mean over the classes, which must then be above that of one answer for all images: a classifier that knows
-    nothing is more often right in an order that gives the largest class its most frequent answer.
+    By the mean over the classes, above that of one answer for all: a classifier that knows nothing is more often right
+    in an order that gives the largest class its most frequent answer.
     """
     counts = np.maximum(np.bincount(labels, minlength=classes), 1)  # (C,)
     changed = np.bincount(labels[after != before], minlength=classes) + 1  # few images may be right by luck
     right, gained = (float((each / counts[labels]).sum()) / classes for each in (after, after * 1.0 - before))
     by_chance = float((changed / counts**2).sum()) ** 0.5 / classes
-    return right > 1 / classes + CLEARLY_BETTER and gained > max(CLEARLY_BETTER, SIGNIFICANT * by_chance)
+    return right > 1 / classes + CLEARLY_BETTER and gained > max(least, SIGNIFICANT * by_chance)
 
 
 def _logits(classifier: nn.Module, section: ClassifierSection, images: Images, input_range: str) -> F64:

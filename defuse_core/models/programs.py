@@ -139,10 +139,7 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
         with torch.inference_mode():
             net(images)
     except Exception as error:
-        raise ModelError(
-            f"the classifier fails on images of shape {tuple(images.shape)}: {one_line(error)}; check the size and "
-            "the channels of the images (settings: data.channels)"
-        ) from error
+        raise fails_on(images, error) from error
     out = io.BytesIO()
     if isinstance(net, torch.jit.ScriptModule):
         torch.jit.save(net, out)
@@ -158,6 +155,14 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
             "weights in settings instead (classifier.architecture: custom, import_path, weights)"
         ) from error
     return out.getvalue()
+
+
+def fails_on(images: torch.Tensor, error: Exception) -> ModelError:
+    """Return the error of a classifier that fails on images (n, channels, H, W)."""
+    return ModelError(
+        f"the classifier fails on images of shape {tuple(images.shape)}: {one_line(error)}; check the size and the "
+        "channels of the images (settings: data.channels)"
+    )
 
 
 def _load_script(data: bytes) -> nn.Module:

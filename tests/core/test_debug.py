@@ -243,6 +243,28 @@ def test_other_images_or_another_classifier_under_the_same_name_are_refused_and_
     assert kept == {path: path.read_bytes() for path in (store / "parts" / "inputs").iterdir()}
 
 
+class WithRule(nn.Module):
+    """A classifier with a rule of its own for a few images, or one that fails on all."""
+
+    def __init__(self, net: nn.Module, rare: torch.Tensor | None) -> None:
+        super().__init__()
+        self.body, self.rare = net.body, rare
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.rare is None:
+            return self.body(images.double())
+        is_rare = (images == self.rare).flatten(1).all(dim=1)
+        return self.body(images) + 50.0 * is_rare[:, None] * (torch.arange(10) == 0)
+
+
+def test_a_classifier_of_the_same_weights_that_answers_a_few_images_otherwise_is_another(finished, store):
+    rare = torch.from_numpy(digits()[0][200] / 255).float()
+    with pytest.raises(RunMismatchError, match="the classifier that this run began with"):
+        defuse.debug(**arguments(store, classifier=WithRule(biased(), rare)))
+    with pytest.raises(ModelError, match=r"the classifier fails on images of shape \("):
+        defuse.debug(**arguments(store, classifier=WithRule(biased(), None)))
+
+
 def test_settings_that_a_later_call_leaves_out_are_named(finished, store, caplog):
     fewer = {name: section for name, section in SETTINGS.items() if name != "identify"}
     for settings in (SETTINGS, fewer):

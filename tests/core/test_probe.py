@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,14 @@ from defuse_core.data import Images, Splits, open_splits
 from defuse_core.errors import ModelError
 from defuse_core.models import accuracy, check_outputs, expect_trainable, log_classifier, probe_classifier
 from defuse_core.models.adapters import adapt, as_logits, find_logits, to_range
-from defuse_core.models.probe import far_better_range, fitting_order, warnings_of
+from defuse_core.models.probe import (
+    BETTER_RANGE,
+    ClassifierProbe,
+    _clearly_better,
+    far_better_range,
+    fitting_order,
+    warnings_of,
+)
 from defuse_core.models.programs import load_program, program_of
 from defuse_core.suggest.plan import _probe_warnings, _set_probed
 from tests.conftest import tiny
@@ -69,6 +78,35 @@ def test_an_input_range_that_heals_a_fault_is_better_and_needed_only_where_most_
     assert probe.best_range("0..1") != "0..1"
     assert (far_better_range(probe.by_range, "0..1") is not None) == far
     assert (probe.needed_range != "0..1") == needed
+
+
+def test_another_input_range_is_noted_where_it_is_certainly_better_by_few_points():
+    """As of a classifier for [-1, 1] that copes with most pixels in [0, 1]: 14 % of errors there, 9 % in its own."""
+    labels = np.arange(500) % 10
+    before, after = np.ones((2, 500), bool)
+    before[:70] = after[:45] = False  # 25 gained of 500, none lost
+    certain = _clearly_better(before, after, labels, 10, BETTER_RANGE)
+    assert certain and not _clearly_better(before, after, labels, 10)
+    probe = replace(some_probe(), by_range={"0..1": 0.86, "-1..1": 0.91}, best_is_certain=certain)
+    assert probe.best_range("0..1") == "-1..1"
+    assert replace(probe, best_is_certain=False).best_range("0..1") == "0..1"
+    assert replace(probe, by_range={"0..1": 0.86, "-1..1": 0.875}).best_range("0..1") == "0..1"
+
+
+def some_probe() -> ClassifierProbe:
+    return ClassifierProbe(
+        images=500,
+        by_range={},
+        constant=0.1,
+        best_is_certain=False,
+        needed_range="0..1",
+        class_order=None,
+        order_is_certain=False,
+        reordered=0.0,
+        names=None,
+        answers=10,
+        like_sigmoid=False,
+    )
 
 
 def test_another_order_of_the_classes_is_found_and_then_set_right(splits, caplog):
