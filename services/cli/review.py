@@ -87,14 +87,14 @@ def status(name: str, store: str) -> None:
         print_closed(name, *_later_answers(annotators, gallery, votes), console)
         return
     found, state = annotators.status(gallery)
+    if votes is None:
+        console.print(f"Label at {annotators.client.labeling_url(state.number)}", soft_wrap=True)
+        console.print(f"Annotators get an account at {annotators.client.invitation()}", soft_wrap=True)
     print_status(found, console)
     print_skips(name, found, partial(annotators.client.task_url, state.number), console)
     if votes is not None:
         print_closed(name, found.changes_since(votes), None, console)
-        return
-    console.print(f"Label at {annotators.client.labeling_url(state.number)}", soft_wrap=True)
-    console.print(f"Annotators get an account at {annotators.client.invitation()}", soft_wrap=True)
-    if "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
+    elif "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
         with opened.store.lock():
             store_traffic_verdicts(opened, found.final_votes(state))
         click.echo(f"all answers are in, and stored in {opened.store.address}")

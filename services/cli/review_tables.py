@@ -36,7 +36,7 @@ def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Co
 
 def print_status(status: ReviewStatus, console: Console) -> None:
     """Print answers, annotators, agreement, scenarios, and discarded annotations."""
-    console.print(f"{status.given} of {status.requested} answers are in; {status.still_wanted}.")
+    console.print(f"{status.given:,} of {status.requested:,} answers are in; {status.still_wanted}.")
     if status.stops_when_sure:
         sure, certainty = int(status.sure.sum()), status.tasks.review.certainty
         console.print(f"{sure} of {status.sure.size} images are sure (review.certainty: {certainty:g}).")
@@ -80,8 +80,8 @@ def _scenario_table(status: ReviewStatus) -> Table:
         state = "open"
         if decided:
             state = "decided above the vote" if status.overridden[scenario] else reasons[scenario]
-        missing = str(int(status.missing[scenario].sum()))
-        table.add_row(*_scenario_cells(gallery, scenario, missing), state)
+        missing = int(status.missing_per_task[scenario].sum())
+        table.add_row(*_scenario_cells(gallery, scenario, f"{missing:,}"), state)
     return table
 
 

@@ -132,7 +132,7 @@ def simulate(
     invitation = annotators.client.invitation()
     for number, own in enumerate(answers):
         email = f"simulated-{number + 1}-{secrets.token_hex(3)}@defuse.local"
-        shown = partial(progress, f"{email} answers")
+        shown = partial(progress, f"annotator {number + 1} of {len(answers)} answers")
         with (
             translated_errors(server.address),
             AnnotatorAccount.sign_up(server.address, invitation, email) as account,

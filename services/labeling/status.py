@@ -108,12 +108,17 @@ class ReviewStatus:
         return np.bincount(self.pulled.answers["task"], minlength=len(self.tasks))
 
     @cached_property
-    def wanted_per_task(self) -> I64:
-        """(T,) further answers that each task may need: for a page, as many as the image that needs most."""
+    def missing_per_task(self) -> I64:
+        """(S, T / S) answers that each task lacks: for a page, as many as the image that lacks most."""
         scenarios, images = self.missing.shape
         of_task = (scenarios, self.tasks.per_scenario, images // self.tasks.per_scenario)
-        wanted: I64 = self.missing.reshape(of_task).max(axis=2)
-        wanted[self.decided] = 0
+        missing: I64 = self.missing.reshape(of_task).max(axis=2)
+        return missing
+
+    @cached_property
+    def wanted_per_task(self) -> I64:
+        """(T,) further answers that each task may need: none once its scenario is decided."""
+        wanted: I64 = np.where(self.decided[:, None], 0, self.missing_per_task)
         return wanted.ravel()
 
     @property
@@ -141,7 +146,7 @@ class ReviewStatus:
     @property
     def still_wanted(self) -> str:
         """The number of outstanding answers, in words."""
-        return f"{'about ' if self.stops_when_sure else ''}{self.outstanding} are still wanted"
+        return f"{'about ' if self.stops_when_sure else ''}{self.outstanding:,} are still wanted"
 
     def verdicts(self) -> Verdicts:
         """Return the verdicts that follow from the votes so far.
@@ -279,15 +284,16 @@ def update_queue(client: LabelStudioClient, status: ReviewStatus) -> None:
     all others at once. One at a time would save a little more, but the queue would be empty until the next pull, and
     Label Studio keeps a task for whoever opened it, for an hour or a day.
     """
-    changed, seen = 0, np.zeros(len(status.tasks), bool)
+    changes, seen = list[tuple[int, int, bool]](), np.zeros(len(status.tasks), bool)
     for queued in status.pulled.queue:
         overlap, labeled = _queue_target(status, queued, duplicate=bool(seen[queued.index]))
         seen[queued.index] = True
         if (overlap, labeled) != (queued.overlap, queued.labeled):
-            client.set_overlap(queued.task, overlap, labeled)
-            changed += 1
-    if changed:
-        log.info("review: took tasks out of the queue or put them back, %d in all", changed)
+            changes.append((queued.task, overlap, labeled))
+    if changes:  # told first: Label Studio takes a request for each
+        log.info("review: taking tasks out of the queue or putting them back, %d in all", len(changes))
+    for change in changes:
+        client.set_overlap(*change)
 
 
 def _queue_target(status: ReviewStatus, queued: QueuedTask, duplicate: bool) -> tuple[int, bool]:

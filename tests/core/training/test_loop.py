@@ -64,9 +64,10 @@ def train_in_group(rank: int, folder: Path, meeting: Path) -> None:
 
 
 def test_workers_train_together_from_one_checkpoint_which_the_first_writes_and_diverge_together(tmp_path):
-    train(training(FolderStore(tmp_path / "0")), 3)
-    torch.multiprocessing.spawn(train_in_group, (tmp_path, tmp_path / "meeting"), nprocs=2)
-    assert FolderStore(tmp_path).list() == [f"0/{KEY}", "0/training/other.safetensors"]
+    stores = tmp_path / "stores"
+    train(training(FolderStore(stores / "0")), 3)
+    torch.multiprocessing.spawn(train_in_group, (stores, tmp_path / "meeting"), nprocs=2)
+    assert FolderStore(stores).list() == [f"0/{KEY}", "0/training/other.safetensors"]
 
 
 def epochs_stored(store: FolderStore) -> int:

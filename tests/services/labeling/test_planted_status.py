@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from planted_review import IMAGES, annotation, blank_review, task_of
+from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
+from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.simulate import choice_result
 from services.labeling.state import ProjectState
@@ -88,6 +91,16 @@ def test_pages_give_every_image_the_label_that_was_given_to_it(tmp_path):
     shown = np.full((2, IMAGES), -9)
     shown[status.votes.scenario, status.votes.image] = status.votes.answer
     np.testing.assert_array_equal(shown, expected)
+
+
+def test_an_answer_for_a_page_is_counted_and_missed_once_and_not_for_each_of_its_images(tmp_path):
+    _, tasks = blank_review(tmp_path, 2, form="scenario", answers_per_task=3)
+    status = status_of(tasks, [task_of(tasks, 0, annotation(1, 3, target="page"))])
+    shown = io.StringIO()
+    print_status(status, Console(file=shown, width=100))
+    assert "1 of 6 answers are in; 5 are still wanted." in shown.getvalue()
+    rows = [line.split() for line in shown.getvalue().splitlines() if line.rstrip().endswith("open")]
+    assert rows == [["0", "2", "open"], ["1", "3", "open"]]
 
 
 def test_a_skip_blocks_only_where_its_task_lacks_answers_in_a_scenario_that_is_open(tmp_path):

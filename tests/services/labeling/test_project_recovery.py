@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import replace
 
+import httpx
 import pytest
-from label_studio_live import digits_gallery, review_run
+from label_studio_live import digits_gallery, invitation_to, review_run, settings_for
 from planted_review import annotation, blank_review, task_of
 from proxy import LOSE, Reply
 
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.project import ReviewProject
+from services.labeling.simulate import AnnotatorAccount
 from services.labeling.state import update_state, write_state
 from services.labeling.tasks import PresentTasks, ReviewTasks
 
@@ -43,6 +47,22 @@ def test_a_replaced_project_keeps_the_numbers_of_annotators(make_review):
     review.api._sdk.projects.delete(id=first.number)
     second = review.annotators.push(review.gallery, repair=True)
     assert second.mark != first.mark and second.people == {"70": 1, "50": 2}
+
+
+def test_a_project_is_not_taken_for_deleted_by_an_administrator_who_was_removed(make_review, server):
+    review, email = make_review(), f"left-{secrets.token_hex(4)}@example.org"
+    review.annotators.push(review.gallery)
+    with AnnotatorAccount.sign_up(server.address, invitation_to(server), email) as left:
+        user = left.http.get("/api/current-user/whoami").json()
+        token = left.http.headers["Authorization"].removeprefix("Token ")
+        administrator = httpx.Client(headers=review.api._sdk._client_wrapper.get_headers(), trust_env=False)
+        membership = f"/api/organizations/{user['active_organization']}/memberships/{user['id']}/"
+        assert administrator.delete(f"{server.address}{membership}").status_code == 204
+    theirs = LabelStudioAnnotators(review.run, replace(settings_for(server), label_studio_api_key=token))
+    for repair in (False, True):
+        with pytest.raises(InputError, match=r"is in organisation 1 of http.*API_KEY works in none; use a"):
+            theirs.push(review.gallery, repair=repair)
+    assert len(review.tasks()) == 12
 
 
 @pytest.mark.parametrize("repair", [False, True])
