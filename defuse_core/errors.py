@@ -11,7 +11,8 @@ DefuseError
 ├── LabelsPending            3  people have not answered yet; the same command later goes on
 └── MachineryError           4  the machinery failed: try again, nothing is lost
     ├── StoreError              the run's folder or bucket
-    │   └── DamagedError     2      a file there is damaged, or of another version: a person must look
+    │   ├── DamagedError     2      a file there is damaged, or of another version: a person must look
+    │   └── CredentialsError 2      this process has no credentials for the bucket
     ├── RunBusyError            another driver is writing this run
     ├── ComputeError            a worker, a task or a trial
     └── ServiceError            Label Studio or another server
@@ -112,6 +113,10 @@ class StoreError(MachineryError): ...
 
 
 class DamagedError(StoreError):
+    exit_code = InputError.exit_code
+
+
+class CredentialsError(StoreError):
     exit_code = InputError.exit_code
 
 

@@ -1,4 +1,4 @@
-"""What is odd about pictures that were read without an error: too dark, all the same, transparent, in two parts."""
+"""What is odd about pictures that were read without an error: too dark, all the same, turned, in two parts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from defuse_core.data.images import FINGERPRINT_IMAGES, Images, PictureFiles, Splits, evenly_spaced
 
 DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+ORIENTATION, UPRIGHT = ExifTags.Base.Orientation, 1
+UNREAD = {  # what files can have -> why it matters
+    "transparency": "transparency, which is dropped: the colours below it are used; flatten the files where it is what "
+    "shows the object",
+    "orientation": "an EXIF orientation, which is not applied, as torchvision's ImageFolder does not; rotate the files "
+    "where the classifier was trained on upright images",
+    "frames": "several frames or pages, of which the first is read",
+}
 MOST = 0.75  # share of the images looked at from which they are odd
 MOST_COMPARED = 10_000  # images of a part that those of later parts are compared with
 
 
 def odd_images(images: Images) -> list[str]:
-    """Return a line for each oddity of a sample: dark images, equal ones, and transparency, which is not read."""
+    """Return a line for each oddity of a sample: dark images, equal ones, and what of a file is not read."""
     rows = evenly_spaced(len(images), FINGERPRINT_IMAGES)
     pixels = images.batch(rows).reshape(len(rows), -1)
     looked_at = f"of {len(rows)} training images looked at"
@@ -33,21 +41,35 @@ def odd_images(images: Images) -> list[str]:
     if len(rows) > 1 and equal >= MOST * len(rows):
         lines.append(f"{equal} {looked_at} are one and the same picture")
     if isinstance(images.pixels, PictureFiles):
-        transparent = sum(map(_is_partly_transparent, images.pixels.at(rows).paths))
-        if transparent:
-            lines.append(
-                f"{transparent} {looked_at} have transparency, which is dropped: the colours below it are used; "
-                "flatten the files where it is what shows the object"
-            )
+        lines += _unread(images.pixels.at(rows), looked_at)
     return lines
 
 
-def _is_partly_transparent(path: str) -> bool:
-    """Whether the pixels of a file differ in their transparency."""
+def _unread(files: PictureFiles, looked_at: str) -> list[str]:
+    """Return a line for each thing that some files have and that is not read."""
+    found = [_unread_in(path) for path in files.paths]
+    counts = {what: sum(what in each for each in found) for what in UNREAD}
+    return [f"{counts[what]} {looked_at} have {text}" for what, text in UNREAD.items() if counts[what]]
+
+
+def _unread_in(path: str) -> set[str]:
+    """Return which of UNREAD a file has. Pillow itself turns a TIFF by its orientation."""
+    found = set()
     with Image.open(path) as picture:
-        if picture.mode not in WITH_ALPHA and "transparency" not in picture.info:
-            return False
-        low, high = picture.convert("RGBA").getchannel("A").getextrema()
+        if picture.format != "TIFF" and picture.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
+            found.add("orientation")
+        if getattr(picture, "n_frames", 1) > 1:
+            found.add("frames")
+        if _is_partly_transparent(picture):
+            found.add("transparency")
+    return found
+
+
+def _is_partly_transparent(picture: Image.Image) -> bool:
+    """Whether the pixels of a picture differ in their transparency."""
+    if picture.mode not in WITH_ALPHA and "transparency" not in picture.info:
+        return False
+    low, high = picture.convert("RGBA").getchannel("A").getextrema()
     return low != high
 
 

@@ -133,19 +133,39 @@ def _expect_train(root: Path) -> None:
         raise DataError(
             f"{root}: expected train/ with a folder per class, found {', '.join(parts)}; rename {renames}"
         )
-    holding = [
-        entry
-        for entry in sorted(root.iterdir())
-        if entry.is_dir() and entry.name not in parts and _has_pictures(entry)
-    ]
-    if holding:
+    _expect_no_part(root)
+    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name not in parts]
+    layout = "train/ with a folder of images per class (train/CLASS/*.png)"
+    if len(folders) > 1 and all(map(_is_class_folder, folders)):
         at = shlex.quote(str(root))  # hidden, since `*/` would match train/ too
         command = f": mkdir {at}/.train && mv {at}/*/ {at}/.train && mv {at}/.train {at}/train"
         raise DataError(
-            f"{root}: expected train/ with a folder per class, found class folders such as {holding[0].name}/; "
+            f"{root}: expected {layout}, found class folders such as {folders[0].name}/; "
             f"move them into train/{command if not parts else ''}"
         )
-    raise DataError(f"{root}: expected train/ with one folder of images per class, found no train/; make it")
+    if holding := [entry for entry in folders if _has_pictures(entry)]:
+        raise DataError(
+            f"{root}: expected {layout}, found no train/, but images below {holding[0].name}/; "
+            "give a folder of this layout"
+        )
+    raise DataError(f"{root}: expected {layout}, found no train/; make it")
+
+
+def _expect_no_part(root: Path) -> None:
+    """Raise DataError for a folder that is a part of a data set, such as train/ itself, rather than the data set."""
+    name, parent = root.absolute().name, root.absolute().parent
+    remedy = f"give its parent: defuse init {shlex.quote(str(parent))}"
+    if part := part_of(name):
+        raise DataError(f"{root}: this is the {part} folder itself; {remedy}")
+    if (parent / "train").is_dir() and any(map(_is_class_folder, root.iterdir())):
+        raise DataError(f"{root}: this folder of classes lies beside train/; {remedy}")
+
+
+def _is_class_folder(folder: Path) -> bool:
+    """Whether a folder holds images directly and nothing else, as no folder of a program or of runs does."""
+    if folder.name.startswith(".") or not folder.is_dir():
+        return False
+    return {entry.is_file() and entry.name.lower().endswith(SUFFIXES) for entry in folder.iterdir()} == {True}
 
 
 def _has_pictures(folder: Path) -> bool:

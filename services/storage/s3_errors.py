@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from botocore import exceptions as aws
 
-from defuse_core.errors import StoreError, without_credentials
+from defuse_core.errors import CredentialsError, StoreError, without_credentials
 
 BROKEN = (  # what a body that is read can raise
     aws.ResponseStreamingError,
@@ -42,10 +42,12 @@ def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
         yield
     except aws.ClientError as error:
         raise _translated(error, where, server) from error
-    except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
+    except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
+        raise CredentialsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
+    except aws.CredentialRetrievalError as error:  # such as a metadata server that does not answer now
         raise StoreError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.ProfileNotFound as error:
-        raise StoreError(f"{where}: {error}; check AWS_PROFILE") from error
+        raise CredentialsError(f"{where}: {error}; check AWS_PROFILE") from error
     except NO_ANSWER as error:
         raise StoreError(
             f"{where}: no answer from {server} ({type(error).__name__}); check AWS_ENDPOINT_URL "

@@ -300,7 +300,18 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
         (["nowhere"], "expected a folder of images, or an .npz file, found neither"),
         (["splits"], "found testing, training; rename testing/ to test/, training/ to train/"),
         (["part"], "found class folders such as cat/; move them into train/"),
-        (["empty"], "expected train/ with one folder of images per class"),
+        (
+            ["classes"],
+            "mkdir classes/.train && mv classes/*/ classes/.train && mv classes/.train classes/train",
+        ),
+        (["few/train"], "few/train: this is the train folder itself; give its parent: defuse init few"),
+        (
+            ["few/more"],
+            "few/more: this folder of classes lies beside train/; give its parent: defuse init few",
+        ),
+        (["."], "found no train/, but images below classes/; give a folder of this layout"),
+        (["project"], "found no train/, but images below docs/; give a folder of this layout"),
+        (["empty"], "expected train/ with a folder of images per class"),
         (["notes.npz"], "expected an .npz file of plain arrays"),
         (["flat", "--out", "gone/flat.yaml"], "gone/flat.yaml: its folder does not exist; create it, or"),
         (["flat", "--out", "notes.npz"], "notes.npz exists; choose another file with --out"),
@@ -321,8 +332,21 @@ def test_what_cannot_be_is_refused_in_one_line(options, line, tmp_path, monkeypa
     Path("empty").mkdir()
     Path("notes.npz").write_text("notes")
     np.savez("small.npz", train_images=np.zeros((20, 6, 6), np.uint8), train_labels=np.arange(20) % 2)
-    for name in ("flat/cat", "splits/training/cat", "splits/testing/cat", "part/cat", "part/val/cat"):
+    for name in (
+        "flat/cat",
+        "splits/training/cat",
+        "splits/testing/cat",
+        "part/cat",
+        "part/dog",
+        "part/val/cat",
+        "few/more/cat",
+        "classes/cat",
+        "classes/dog",
+    ):
         colour_picture(tmp_path / name / "0.png", 16, 16)
+    for name in ("docs", "runs"):  # a project, whose folders no command may move
+        colour_picture(tmp_path / "project" / name / "0.png", 16, 16)
+    Path("project/runs/run.yaml").touch()
     for name in ("cat", "dog"):
         colour_picture(tmp_path / "few/train" / name / "0.png", 16, 16)
     code, _, err = call(monkeypatch, capsys, "init", *options)

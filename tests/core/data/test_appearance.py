@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_samples import SIZE, noise, save_picture, section
-from PIL import Image
+from PIL import ExifTags, Image
 
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.data.appearance import odd_images, shared_images
@@ -57,6 +57,37 @@ def test_grey_pictures_and_palettes_with_transparency_are_named(tmp_path: Path, 
         picture.convert(mode).save(path, **({"transparency": 0} if mode == "P" else {}))
     assert [line.partition(",")[0] for line in lines(root)] == [
         "20 of 20 training images looked at have transparency"
+    ]
+
+
+def save_turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(noise(SIZE, SIZE, 3)).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_an_orientation_that_is_not_applied_is_named(tmp_path: Path, suffix: str):
+    root = write(tmp_path, noise(20, SIZE, SIZE))
+    save_turned(root / f"train/cat/turned.{suffix}")
+    (line,) = lines(root)
+    assert line.startswith("1 of 21 training images looked at have an EXIF orientation, which is not applied")
+    assert line in inspect_data(root).warnings
+
+
+def test_a_tiff_is_turned_by_its_orientation_without_a_line(tmp_path: Path):
+    root = write(tmp_path, noise(20, SIZE, SIZE))
+    save_turned(root / "train/cat/turned.tiff")
+    assert lines(root) == []
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+def test_frames_and_pages_after_the_first_are_named(tmp_path: Path, suffix: str):
+    root = write(tmp_path, noise(20, SIZE, SIZE))
+    first, second = map(Image.fromarray, noise(2, SIZE, SIZE, 3))
+    first.save(root / f"train/cat/moving.{suffix}", save_all=True, append_images=[second])
+    assert lines(root) == [
+        "1 of 21 training images looked at have several frames or pages, of which the first is read"
     ]
 
 

@@ -84,6 +84,21 @@ def test_every_way_to_be_refused_says_what_to_do(tmp_path: Path, aws: pytest.Mon
     assert (tmp_path / "bucket" / "run" / "a").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("settings", [{}, {"AWS_PROFILE": "nobody's"}, {"AWS_ACCESS_KEY_ID": "half"}])
+def test_missing_credentials_are_a_wrong_setting_that_no_repetition_mends(
+    aws: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    for name in KEYS:
+        aws.delenv(name, raising=False)
+    for name, value in settings.items():
+        aws.setenv(name, value)
+    aws.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3._client.cache_clear()
+    with pytest.raises(StoreError) as refused:
+        open_store("s3://bucket/run")
+    assert refused.value.exit_code == 2
+
+
 def test_an_endpoint_that_is_down_is_said_at_once(aws: pytest.MonkeyPatch) -> None:
     aws.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     begun = time.monotonic()
