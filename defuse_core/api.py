@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -193,8 +194,18 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
             "train: expected (images, labels), found none; validation and test alone do not suffice"
         )
     if arrays and classes is not None:
-        arrays["classes"] = np.array([str(name) for name in classes])
+        arrays["classes"] = np.array(_different(classes))
     return arrays
+
+
+def _different(classes: Sequence[str]) -> list[str]:
+    """Return the names of the classes as text. Raises DataError for a name that is there twice."""
+    names = [str(name) for name in classes]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(
+            f"classes: expected different names, found {twice[0]!r} {names.count(twice[0])} times"
+        )
+    return names
 
 
 def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:
@@ -387,4 +398,4 @@ def _logits(net: nn.Module, images: Images, rows: slice) -> Tensor:
     try:
         return find_logits(net(batch))[0]
     except Exception as error:
-        raise fails_on(batch, error) from error
+        raise fails_on(net, batch, error) from error

@@ -9,6 +9,7 @@ from defuse_core.models.architectures import (
     expect_own_weights,
     import_module,
 )
+from defuse_core.models.failures import fails_on
 from defuse_core.models.inference import (
     Decoder,
     accuracy,
@@ -35,7 +36,6 @@ from defuse_core.models.probe import (
 from defuse_core.models.programs import (
     SelfContainedClassifier,
     copy_for_inference,
-    fails_on,
     load_program,
     program_of,
 )

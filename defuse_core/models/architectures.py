@@ -6,6 +6,7 @@ import importlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -77,7 +78,9 @@ def _called(field: str, path: str) -> nn.Module:
     """Return what the factory returns. Raises ModelError, naming the field."""
     module_name, _, factory = path.partition(":")
     try:
-        module = getattr(importlib.import_module(module_name), factory)()
+        module = _factory(field, module_name, factory)()
+    except ModelError:
+        raise
     except SystemExit as error:
         # such as a training script without that guard; a worker of Ray would end by it
         raise ModelError(
@@ -92,6 +95,20 @@ def _called(field: str, path: str) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ModelError(f"{field} {path}: expected an nn.Module, found {type(module).__name__}")
     return module
+
+
+def _factory(field: str, module_name: str, factory: str) -> Any:
+    """Return the factory. Raises ModelError where its module is not found, or has no such function."""
+    try:
+        imported = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # its own code imports what is not there
+        where = "run defuse in the folder that contains it, or set PYTHONPATH to that folder"
+        raise ModelError(f"{field} {module_name}:{factory}: cannot import {error.name}; {where}") from error
+    if not hasattr(imported, factory):
+        raise ModelError(f"{field} {module_name}:{factory}: module {module_name} has no function {factory}")
+    return getattr(imported, factory)
 
 
 def _cnn(spec: RunFile, classes: int) -> nn.Module:

@@ -14,8 +14,9 @@ from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
-from defuse_core.errors import ModelError, one_line
+from defuse_core.errors import ModelError
 from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, find_logits, to_range
+from defuse_core.models.failures import failure_line, reason_of
 from defuse_core.models.inference import map_batches, to_tensor
 from defuse_core.models.programs import class_names_of
 from defuse_core.models.vae import gradients_of
@@ -108,7 +109,7 @@ def _has_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequence[Ten
     except Exception as error:
         raise ModelError(
             f"the classifier cannot be fine-tuned, since its forward or backward pass fails where gradients are "
-            f"computed: {one_line(error, limit=300)}; change its forward"
+            f"computed: {reason_of(error)}; change its forward"
         ) from error
     return any(gradient is not None for gradient in gradients)
 
@@ -124,11 +125,8 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
             f"the classifier exits (SystemExit: {error}) when it is called; remove that"
         ) from error
     except Exception as error:
-        reason = one_line(error, limit=300)
-        raise CallError(
-            f"the classifier fails on images of shape {tuple(batch.shape)}: {reason}; check data.image_size and "
-            "data.channels, and that the network accepts batches of any size"
-        ) from error
+        remedy = "check data.image_size and data.channels"
+        raise CallError(failure_line(classifier, batch, error, remedy)) from error
     if not isinstance(logits, Tensor):
         raise ModelError(f"the classifier: expected logits as a tensor, found {type(logits).__name__}")
     return logits

@@ -15,9 +15,11 @@ torch's own operators and plain tensors is found. The checked bytes, not the pat
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
+import logging
 import re
 import warnings
 import zipfile
@@ -30,6 +32,7 @@ from torch import nn
 
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
+from defuse_core.models.failures import fails_on
 
 SOURCE = "source"  # of a state dict: the bytes that its network is built from
 FILES_OF_PROGRAM = re.compile(
@@ -102,8 +105,9 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
     kind = _kind(data)
     if kind is None:
         raise ModelError(
-            f"{where}: expected a file of torch.jit.save or torch.export.save, found neither; "
-            "a state dict needs classifier.architecture: custom and classifier.import_path"
+            f"{where}: expected a file of torch.jit.save or torch.export.save, found neither; a state dict, or a whole "
+            "module of torch.save, needs its code: --classifier package.module:factory --weights FILE (in a run file "
+            "classifier.architecture: custom, import_path and weights; the file is to hold the state dict)"
         )
     check = _expect_harmless_script if kind == "torchscript" else _expect_harmless_program
     try:
@@ -139,13 +143,13 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
         with torch.inference_mode():
             net(images)
     except Exception as error:
-        raise fails_on(images, error) from error
+        raise fails_on(net, images, error) from error
     out = io.BytesIO()
     if isinstance(net, torch.jit.ScriptModule):
         torch.jit.save(net, out)
         return out.getvalue()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet_exporter():
             warnings.simplefilter("ignore")
             shapes = ({0: torch.export.Dim("images")},)
             torch.export.save(torch.export.export(net, (images,), dynamic_shapes=shapes, strict=False), out)
@@ -157,12 +161,17 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
     return out.getvalue()
 
 
-def fails_on(images: torch.Tensor, error: Exception) -> ModelError:
-    """Return the error of a classifier that fails on images (n, channels, H, W)."""
-    return ModelError(
-        f"the classifier fails on images of shape {tuple(images.shape)}: {one_line(error)}; check the size and the "
-        "channels of the images (settings: data.channels)"
-    )
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep torch's exporter from printing the graph of code that it cannot follow; the error says it in one line."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = logger.disabled
+    try:
+        logger.disabled = True
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.disabled = before
 
 
 def _load_script(data: bytes) -> nn.Module:

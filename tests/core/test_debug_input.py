@@ -132,6 +132,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         DataError,
         r"train: expected images of shape .* found \(20, 256\)",
     ),
+    "a class named twice": ({"classes": ["a", "b", "a"]}, DataError, "^classes: .* found 'a' 2 times$"),
     "no pair": ({"train": np.zeros((20, 16, 16))}, DataError, r"train: expected \(images, labels\), found ndarray"),
     "no train": ({"train": None}, DataError, "train: expected"),
     "nothing": ({"train": None, "test": None, "settings": None}, DataError, "found neither"),
@@ -182,9 +183,10 @@ class Branching(nn.Module):
         return torch.zeros(len(images), size)[:, :10] + images.mean() * 0
 
 
-def test_a_classifier_that_torch_cannot_export_is_refused_with_the_other_way(tmp_path):
+def test_a_classifier_that_torch_cannot_export_is_refused_with_the_other_way(tmp_path, capfd):
     with pytest.raises(ModelError, match=r"import_path, weights"):
         defuse.debug(**arguments(tmp_path, classifier=Branching()))
+    assert capfd.readouterr().err == ""  # and without a dump of its graph
 
 
 def test_a_scripted_classifier_and_a_whole_run_file_are_taken(tmp_path):

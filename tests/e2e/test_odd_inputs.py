@@ -30,8 +30,12 @@ def program(name: str) -> dict[str, object]:
 
 
 REFUSED = [  # what is wrong, section classifier, the line
-    ("no such module", {"architecture": "custom", "import_path": "no.such:build"}, "No module named 'no'"),
-    ("no such function", own("nothing"), "has no attribute 'nothing'"),
+    (
+        "no such module",
+        {"architecture": "custom", "import_path": "no.such:build"},
+        "cannot import no; run defuse in",
+    ),
+    ("no such function", own("nothing"), "has no function nothing"),
     ("a factory with arguments", own("with_arguments"), "callable without arguments"),
     ("no module", own("not_a_module"), "expected an nn.Module, found int"),
     ("a factory that exits", own("that_exits"), 'below `if __name__ == "__main__":`'),
@@ -74,7 +78,11 @@ REFUSED = [  # what is wrong, section classifier, the line
         own("with_no_gradient"),
         "expected a gradient from its logits to the parameters to fine-tune",
     ),
-    ("a fixed batch size", own("for_two_images_only"), "that the network accepts batches of any size"),
+    (
+        "a fixed batch size",
+        own("for_two_images_only"),
+        "it answers a batch of 2 images, so let it accept batches of any size",
+    ),
     ("no such file", program("nowhere.pt"), "nowhere.pt: expected a file of weights, found none"),
     ("a folder as a program", program("folder"), "folder: expected a file of weights, found a folder"),
     ("a text as a program", program("notes.pt"), "expected a file of torch.jit.save or torch.export.save"),
