@@ -115,7 +115,7 @@ class RunResult:
             report = self.report
         except DefuseError:
             report = None
-        return render_run(report, self._summary(), _shown(self.page))
+        return render_run(report, self.run.spec.correct, self._summary(), _shown(self.page))
 
     def _summary(self) -> str:
         """Return the headline, or in its place why there is none: a notebook shows what it has."""

@@ -30,6 +30,7 @@ from defuse_core.report.notices import caveats, headline
 from services.console import Terminal
 
 if TYPE_CHECKING:
+    from defuse_core.config import CorrectSection
     from defuse_core.export.compare import ComparedScenario
     from defuse_core.report import Report
     from defuse_core.report.evidence_schema import EvidenceFigures
@@ -44,11 +45,14 @@ FOLDED = 10  # columns that a text needs which is broken anywhere
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
 
 
-def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
+def print_report(report: Report, correct: CorrectSection, console: Console | None = None) -> None:
+    """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE.
+
+    `correct` is that of the run file.
+    """
     console = console or Terminal()
     print_text(console, headline(report), "bold")
-    for warning in caveats(report):
+    for warning in caveats(report, correct):
         print_text(console, warning, "yellow")
     print_table(console, accuracy_table(report))
     if report.evidence is not None:
@@ -133,7 +137,7 @@ def _evidence_table(evidence: EvidenceFigures) -> Table:
     rows = (
         ("scenario images", own.before, own.plain, own.defuse),
         ("left-out scenarios", left_out.before, left_out.plain, left_out.defuse),
-        (f"{evidence.real_failure_images:,} real failures", real.before, real.plain, real.defuse),
+        (f"{evidence.real_failure_images:,} failing test draws", real.before, real.plain, real.defuse),
     )
     for name, *shares in rows:
         add_row(table, name, *(interval(share, 0) for share in shares))
@@ -265,7 +269,8 @@ def _screen(report: Report) -> list[str]:
         return []
     line = f"Ψ keeps {percent(psi.kept_share)} of {count_of(psi.failing_draws, 'failing draw')}"
     if report.evidence is not None and report.evidence.screen_recall.value is not None:
-        line += f"; the screen would keep {interval(report.evidence.screen_recall, 0)} of the real failures"
+        kept = interval(report.evidence.screen_recall, 0)
+        line += f"; the screen would keep {kept} of the failing test draws, in all of which the judges see the class"
     return [f"{line}."]
 
 

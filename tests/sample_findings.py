@@ -46,6 +46,9 @@ def sample_spec(**data: object) -> RunFile:
     return parse_run_file({"data": section}, "sample")
 
 
+SAMPLE_CORRECT = sample_spec().correct
+
+
 def sample_findings(
     scenarios: int = 4,
     accepted: int = 2,

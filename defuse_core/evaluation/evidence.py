@@ -104,9 +104,9 @@ class Evidence:
     # (2, 3) the first plain training, defuse against before on the test set: gained, lost, p-value
     mcnemar: F64
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
-    screen_recall: F64  # (J,) of the real failures, the share that identify.screen keeps; nan without it
+    screen_recall: F64  # (J,) of the failing test draws, the share that identify.screen keeps; nan without it
     pairs: I64  # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right
-    real_failure_pairs: I64  # (P, 3) likewise, of the real failures
+    real_failure_pairs: I64  # (P, 3) likewise, of the failing draws from test images
     worse: Bool  # (A,) whether the correction is worse than each plain training, likewise
     plain_each: F64  # (4, P) IN_EACH x share after each plain training
     scenario_plain: F64  # (P, A) own-label accuracy after each plain training
@@ -297,7 +297,7 @@ class _Evidence:
         return np.concatenate(found), np.concatenate(truth), np.concatenate(units)
 
     def _screen_recall(self, images: F32, truth: I64, units: I64) -> F64:
-        """Return the share of real failures (n, channels, H, W) in which the screen sees their classes, (J,)."""
+        """Return the share of failing draws (n, channels, H, W) in which the screen sees their classes, (J,)."""
         spec, references = self.spec, self.found.references
         if spec.identify.screen == "none" or references is None or not len(images):
             return np.full(3, np.nan)

@@ -95,7 +95,7 @@ class AgainstPlain(FigureModel):
     left_out: Pairs | None
     """The same for corrections that were not tuned on the scenario."""
     real_failures: Pairs | None
-    """A pair is a real failure, or a track of them."""
+    """A pair is a failing draw from a test image, as of real_failures, or those of a track."""
 
 
 class EvidenceFigures(FigureModel):
@@ -118,7 +118,7 @@ class EvidenceFigures(FigureModel):
     wider: tuple[WiderDraws, ...]
     """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
     real_failures: FourShares
-    """Accuracy on failing draws around test images in which the judges still see the image's class. The classifier
+    """Accuracy on failing draws from test images in which the judges still see the image's class. The classifier
     before is wrong on them by definition, so that its 0 has no interval."""
     real_failure_images: int
     screen_recall: Share

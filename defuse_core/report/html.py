@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
-from defuse_core.config import RunFile, dump_run_file
+from defuse_core.config import CorrectSection, RunFile, dump_run_file
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import count_of
 from defuse_core.evaluation.evaluate import Findings
@@ -79,7 +79,7 @@ def render_page(
     text = page.render(
         report=report,
         headline=notices.headline(report),
-        caveats=notices.caveats(report),
+        caveats=notices.caveats(report, spec.correct),
         judges_are_good=notices.worse_judges(report) is None,
         pictures={name: Markup(svg(figures[name], name)) if name in figures else None for name in IN_PAGE},
         accepted=[card for card in cards if card.row.accepted],
@@ -183,7 +183,7 @@ def _tile(row: Scenario, place: int, found: Findings, evaluation: Evaluation) ->
     )
 
 
-def render_run(report: Report | None, headline: str, page: str) -> str:
+def render_run(report: Report | None, correct: CorrectSection, headline: str, page: str) -> str:
     """Return a run in a notebook: headline, caveats, accuracies before and after; the headline alone without report."""
     rows = []
     if report is not None:
@@ -194,7 +194,7 @@ def render_run(report: Report | None, headline: str, page: str) -> str:
             ("test images", "test"),
         ):
             rows.append((name, getattr(before, field), getattr(after, field)))
-    caveats = [] if report is None else notices.caveats(report)
+    caveats = [] if report is None else notices.caveats(report, correct)
     return _notebook_html("run", report=report, headline=headline, page=page, rows=rows, caveats=caveats)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from defuse_core.config import CorrectSection
 from defuse_core.errors import count_of
-from defuse_core.evaluation.against_plain import MIN_CONFIRMED
-from defuse_core.intervals import SIGNIFICANT
-from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Judges, Pairs
-from defuse_core.report.formatting import is_low, pairs_in_words, percent
+from defuse_core.report.correction_notices import (
+    another_lambda_fixes_more,
+    costs_a_class,
+    no_better_than_plain_training,
+    unconfirmed,
+)
+from defuse_core.report.evidence_schema import Judges
+from defuse_core.report.formatting import is_low, percent
 from defuse_core.report.schema import Report
 from defuse_core.review.undecided import GUESSING_REMEDY, are_worse, guesses, unseen_images
-
-MOST_CLASSES = 5  # that a notice names
 
 
 def headline(report: Report) -> str:
@@ -162,99 +165,6 @@ def known_validation_images(report: Report) -> str | None:
     )
 
 
-def costs_a_class(report: Report) -> str | None:
-    """Return which classes lose more on test images than `defuse check` allows to any; None where none does."""
-    if report.chosen is None:
-        return None
-    lost = [row for row in report.per_class if row.loses_too_much]
-    if not lost:
-        return None
-    figures = [f"{row.name} ({percent(row.before)} to {percent(row.defuse)})" for row in lost[:MOST_CLASSES]]
-    more = f" and {len(lost) - MOST_CLASSES} more" if len(lost) > MOST_CLASSES else ""
-    return (
-        "The correction costs single classes more accuracy than check.max_class_loss allows. On test "
-        f"images: {', '.join(figures)}{more}. A smaller correct.max_class_loss chooses another λ."
-    )
-
-
-def unconfirmed(report: Report) -> str | None:
-    """Return on which scenarios the correction does no more, or less, than plain further training; None where on none.
-
-    Scenarios with too few images to tell are no failures of a test; where none has enough, it says so.
-    """
-    judged = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
-    tested = [(number, found) for number, found in judged if found.confirmed is not None]
-    few = sum(found.confirmed is None and found.independent_images is not None for _, found in judged)
-    untold = f"On {count_of(few, 'scenario')} there are too few photographs to tell" if few else ""
-    if few and not tested:
-        return f"{untold} whether the correction does more than plain further training (λ = 0)."
-    rows = [number for number, found in tested if not found.confirmed]
-    if not rows:
-        return None
-    worse = [str(number) for number, found in tested if found.worse]
-    others = {str(number): found.defuse for number, found in tested if not (found.confirmed or found.worse)}
-    wrong = [number for number, right in others.items() if right is not None and right <= MIN_CONFIRMED]
-    equal = [number for number in others if number not in wrong]
-    than = "than after plain further training (λ = 0), which has not seen the scenarios, on: "
-    claims = []
-    if worse:
-        claims.append(f"significantly less often right {than}{', '.join(worse)}")
-        than = "on: "
-    if equal:
-        claims.append(f"not significantly more often right {than}{', '.join(equal)}")
-    if wrong:
-        claims.append(f"right on at most half of the images of: {', '.join(wrong)}")
-    title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
-    if worse:
-        title += f", and worse than plain further training on {len(worse)}"
-    return f"{title}. By the judges' label of each held-out image the classifier is {'; '.join(claims)}." + (
-        f" {untold}." if few else ""
-    )
-
-
-def no_better_than_plain_training(report: Report) -> str | None:
-    """Return on what the same fine-tuning without scenarios does as much or more; None where it does less."""
-    evidence = report.evidence
-    if evidence is None or report.chosen is None:
-        return None
-    against, own = evidence.against_plain, evidence.own_label
-    worse, equal, untold, figures = list[str](), list[str](), list[str](), list[str]()
-    count, real = report.scenarios.accepted, evidence.real_failures
-    for name, possible, after, plain, pairs in (
-        ("the scenarios", count, own.defuse.value, own.plain.value, against.scenarios),
-        _left_out_against_plain(evidence, count),
-        (
-            "real failures",
-            None,
-            real.defuse.value,
-            real.plain.value,
-            against.real_failures,
-        ),
-    ):
-        if pairs is None:
-            continue
-        certain = pairs.p_value < SIGNIFICANT
-        if certain and pairs.better > pairs.worse:
-            continue
-        too_few = possible is not None and not can_be_significant(possible)
-        (worse if pairs.worse_than_each else untold if too_few else equal).append(name)
-        figures.append(f"{name} {percent(after)} and {percent(plain)} ({pairs_in_words(pairs)})")
-    claims = [f"does more for {' and '.join(worse)}"] if worse else []
-    if equal:
-        claims.append(f"may do as much for {' and '.join(equal)}")
-    notices = [f"Plain further training {', and '.join(claims)}."] if claims else []
-    if untold:
-        notices.append(
-            f"There are too few of {' and '.join(untold)} to tell whether plain further training does as much for them."
-        )
-    if not notices:
-        return None
-    return (
-        f"{' '.join(notices)} It is the same fine-tuning without scenarios (λ = 0). By the judges' labels are right, "
-        f"after the correction and after plain further training{_mean_of(own)}: {', '.join(figures)}."
-    )
-
-
 def baseline_does_more(report: Report) -> str | None:
     """Return that tuning on the reviewed failures alone (the baseline) fixes more; None where that is uncertain."""
     if report.evidence is None or report.chosen is None or worse_judges(report):
@@ -268,36 +178,6 @@ def baseline_does_more(report: Report) -> str | None:
         f"{percent(own.baseline.value)} of them after fine-tuning on the reviewed failures alone, and "
         f"on {percent(own.defuse.value)} after the correction. Larger correct.lambdas or more correct.epochs may do "
         "as much."
-    )
-
-
-def can_be_significant(pairs: int) -> bool:
-    """Whether the two-sided sign test over so many pairs could be significant, if all were better."""
-    return bool(2 * 0.5**pairs < SIGNIFICANT)
-
-
-def _left_out_against_plain(
-    evidence: EvidenceFigures, accepted: int
-) -> tuple[str, int, float | None, float | None, Pairs | None]:
-    """Return name, number, accuracy after both, and pairs of the left-out scenarios.
-
-    They are those with a new confusion, where there are any, since the others are near to what is tuned on.
-    """
-    new, all_of_them = evidence.left_out_new_confusion, evidence.left_out
-    if new.count:
-        return "left-out scenarios with a new confusion", new.count, new.defuse, new.plain, new.against_plain
-    pairs = evidence.against_plain.left_out
-    shares = all_of_them.defuse.value, all_of_them.plain.value
-    return "scenarios left out of the tuning", accepted, *shares, pairs
-
-
-def _mean_of(own: FourShares) -> str:
-    """Return what the figures of plain further training are, where there are several."""
-    count = len(own.plain_each)
-    return (
-        f" (mean of {count} trainings; in brackets against the one least favourable to the correction)"
-        if count > 1
-        else ""
     )
 
 
@@ -360,8 +240,11 @@ def not_the_majority(report: Report) -> str | None:
     )
 
 
-def caveats(report: Report) -> list[str]:
-    """Return what a reader must know before the figures. The first sentence of each is its title."""
+def caveats(report: Report, correct: CorrectSection) -> list[str]:
+    """Return what a reader must know before the figures; the first sentence of each is its title.
+
+    `correct` is that of the run file, whose limits chose λ.
+    """
     notices = (
         hardly_better_than_guessing(report),
         unfit_vae(report),
@@ -369,7 +252,8 @@ def caveats(report: Report) -> list[str]:
         worse_references(report),
         worse_judges(report),
         made_worse(report),
-        costs_a_class(report),
+        costs_a_class(report, correct),
+        another_lambda_fixes_more(report, correct),
         unconfirmed(report),
         no_better_than_plain_training(report),
         baseline_does_more(report),

@@ -106,7 +106,7 @@ def run(
             click.echo(f"{name}: done until {until}; run again without --until to continue")
             return
     _note_untraced(started, profile, traces)
-    print_report(found)
+    print_report(found, started.spec.correct)
     click.echo(f"\nreport: {started.store.address}/report.html")
 
 
@@ -136,7 +136,7 @@ def report(name: str, store: str) -> None:
     from services.tables import print_report
 
     opened = open_run(name, store)
-    print_report(rewrite_report(opened))
+    print_report(rewrite_report(opened), opened.spec.correct)
     if opened.store.exists("report.html"):
         click.echo(f"\nreport: {opened.store.address}/report.html")
 

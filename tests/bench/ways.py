@@ -60,9 +60,9 @@ def row_of(folder: Path) -> Row:
             evidence["left_out_known_confusion"]
         ),
         "left out with a new confusion: plain, corrected": _confusion(evidence["left_out_new_confusion"]),
-        "real failures: plain, corrected": _shares(real["plain"], real["defuse"])
+        "failing test draws: plain, corrected": _shares(real["plain"], real["defuse"])
         + f" of {evidence['real_failure_images']}",
-        "better and worse than plain: scenarios; real failures": "; ".join(
+        "better and worse than plain: scenarios; failing test draws": "; ".join(
             _pairs(evidence["against_plain"][key]) for key in ("scenarios", "real_failures")
         ),
         "scenarios confirmed; worse": "; ".join(

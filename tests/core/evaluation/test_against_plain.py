@@ -16,8 +16,8 @@ from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
 from defuse_core.report.build_evidence import _pairs, evidence_figures
+from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
 from defuse_core.report.formatting import spread_of
-from defuse_core.report.notices import no_better_than_plain_training, unconfirmed
 from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators

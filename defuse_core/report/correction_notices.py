@@ -1,0 +1,183 @@
+"""The notices of a report on the correction: what the choice of λ costs, and what plain further training does."""
+
+from __future__ import annotations
+
+from defuse_core.config import CorrectSection
+from defuse_core.errors import count_of
+from defuse_core.evaluation.against_plain import MIN_CONFIRMED
+from defuse_core.intervals import SIGNIFICANT
+from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs
+from defuse_core.report.formatting import lam_text, pairs_in_words, percent
+from defuse_core.report.schema import Report, TradeOff
+
+MOST_CLASSES = 5  # that a notice names
+CLEARLY_MORE = 0.1  # of the scenario images: scenarios are few and differ, so that less may be chance
+
+
+def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
+    """Return which classes lose more on test images than `defuse check` allows to any; None where none does."""
+    if report.chosen is None:
+        return None
+    lost = [row for row in report.per_class if row.loses_too_much]
+    if not lost:
+        return None
+    figures = [f"{row.name} ({percent(row.before)} to {percent(row.defuse)})" for row in lost[:MOST_CLASSES]]
+    more = f" and {len(lost) - MOST_CLASSES} more" if len(lost) > MOST_CLASSES else ""
+    return (
+        "The correction costs single classes more accuracy than check.max_class_loss allows. On test "
+        f"images: {', '.join(figures)}{more}. {_less_for_a_class(correct)}"
+    )
+
+
+def _less_for_a_class(correct: CorrectSection) -> str:
+    """Return what makes the choice of λ cost a class less."""
+    if correct.choose_by != "tune":
+        return "Only correct.choose_by: tune regards what a λ costs a class."
+    if correct.class_loss_allowed > 0:
+        return "A smaller correct.max_class_loss may choose another λ."
+    return (
+        "The choice of λ saw no certain loss on training and validation images; give more validation images, or "
+        "smaller correct.lambdas."
+    )
+
+
+def another_lambda_fixes_more(report: Report, correct: CorrectSection) -> str | None:
+    """Return which λ does clearly more on the scenarios and lost too much on validation images; None where none did.
+
+    Of several it is the one that lost least.
+    """
+    before, images = report.accuracy.before.validation, report.run.images.get("validation")
+    chosen = next((row for row in report.tradeoff if row.chosen), None)
+    if correct.choose_by != "tune" or chosen is None or before is None or not images:
+        return None
+    left_out = [
+        (before - row.validation, row)
+        for row in report.tradeoff
+        if row.validation is not None
+        and round(before - row.validation - correct.max_loss, 9) > 0  # as the choice of λ rounds
+        and _fixes_clearly_more(row, chosen)
+    ]
+    if not left_out:
+        return None
+    loss, row = min(left_out, key=lambda each: each[0])
+    return (
+        f"Another λ does more on the scenarios. λ = {lam_text(row.lam)} reaches {percent(row.scenario)} of their "
+        f"held-out images, the chosen λ = {lam_text(chosen.lam)} {percent(chosen.scenario)}. It is left out since it "
+        f"loses {100 * loss:.2f} points on {count_of(images, 'validation image')}, of which one is {100 / images:.2g} "
+        f"points; correct.max_loss allows {100 * correct.max_loss:g}. Give more validation images, so that chance "
+        "decides less, or a larger correct.max_loss."
+    )
+
+
+def _fixes_clearly_more(row: TradeOff, chosen: TradeOff) -> bool:
+    if row.scenario is None or chosen.scenario is None:
+        return False
+    return row.scenario - chosen.scenario > CLEARLY_MORE
+
+
+def unconfirmed(report: Report) -> str | None:
+    """Return on which scenarios the correction does no more, or less, than plain further training; None where on none.
+
+    Scenarios with too few images to tell are no failures of a test; where none has enough, it says so.
+    """
+    judged = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
+    tested = [(number, found) for number, found in judged if found.confirmed is not None]
+    few = sum(found.confirmed is None and found.independent_images is not None for _, found in judged)
+    untold = f"On {count_of(few, 'scenario')} there are too few photographs to tell" if few else ""
+    if few and not tested:
+        return f"{untold} whether the correction does more than plain further training (λ = 0)."
+    rows = [number for number, found in tested if not found.confirmed]
+    if not rows:
+        return None
+    worse = [str(number) for number, found in tested if found.worse]
+    others = {str(number): found.defuse for number, found in tested if not (found.confirmed or found.worse)}
+    wrong = [number for number, right in others.items() if right is not None and right <= MIN_CONFIRMED]
+    equal = [number for number in others if number not in wrong]
+    than = "than after plain further training (λ = 0), which has not seen the scenarios, on: "
+    claims = []
+    if worse:
+        claims.append(f"significantly less often right {than}{', '.join(worse)}")
+        than = "on: "
+    if equal:
+        claims.append(f"not significantly more often right {than}{', '.join(equal)}")
+    if wrong:
+        claims.append(f"right on at most half of the images of: {', '.join(wrong)}")
+    title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
+    if worse:
+        title += f", and worse than plain further training on {len(worse)}"
+    return f"{title}. By the judges' label of each held-out image the classifier is {'; '.join(claims)}." + (
+        f" {untold}." if few else ""
+    )
+
+
+def no_better_than_plain_training(report: Report) -> str | None:
+    """Return on what the same fine-tuning without scenarios does as much or more; None where it does less."""
+    evidence = report.evidence
+    if evidence is None or report.chosen is None:
+        return None
+    against, own = evidence.against_plain, evidence.own_label
+    worse, equal, untold, figures = list[str](), list[str](), list[str](), list[str]()
+    count, real = report.scenarios.accepted, evidence.real_failures
+    for name, possible, after, plain, pairs in (
+        ("the scenarios", count, own.defuse.value, own.plain.value, against.scenarios),
+        _left_out_against_plain(evidence, count),
+        (
+            "failing draws from test images",
+            None,
+            real.defuse.value,
+            real.plain.value,
+            against.real_failures,
+        ),
+    ):
+        if pairs is None:
+            continue
+        certain = pairs.p_value < SIGNIFICANT
+        if certain and pairs.better > pairs.worse:
+            continue
+        too_few = possible is not None and not can_be_significant(possible)
+        (worse if pairs.worse_than_each else untold if too_few else equal).append(name)
+        figures.append(f"{name} {percent(after)} and {percent(plain)} ({pairs_in_words(pairs)})")
+    claims = [f"does more for {' and '.join(worse)}"] if worse else []
+    if equal:
+        claims.append(f"may do as much for {' and '.join(equal)}")
+    notices = [f"Plain further training {', and '.join(claims)}."] if claims else []
+    if untold:
+        notices.append(
+            f"There are too few of {' and '.join(untold)} to tell whether plain further training does as much for them."
+        )
+    if not notices:
+        return None
+    return (
+        f"{' '.join(notices)} It is the same fine-tuning without scenarios (λ = 0). By the judges' labels are right, "
+        f"after the correction and after plain further training{_mean_of(own)}: {', '.join(figures)}."
+    )
+
+
+def can_be_significant(pairs: int) -> bool:
+    """Whether the two-sided sign test over so many pairs could be significant, if all were better."""
+    return bool(2 * 0.5**pairs < SIGNIFICANT)
+
+
+def _left_out_against_plain(
+    evidence: EvidenceFigures, accepted: int
+) -> tuple[str, int, float | None, float | None, Pairs | None]:
+    """Return name, number, accuracy after both, and pairs of the left-out scenarios.
+
+    They are those with a new confusion, where there are any, since the others are near to what is tuned on.
+    """
+    new, all_of_them = evidence.left_out_new_confusion, evidence.left_out
+    if new.count:
+        return "left-out scenarios with a new confusion", new.count, new.defuse, new.plain, new.against_plain
+    pairs = evidence.against_plain.left_out
+    shares = all_of_them.defuse.value, all_of_them.plain.value
+    return "scenarios left out of the tuning", accepted, *shares, pairs
+
+
+def _mean_of(own: FourShares) -> str:
+    """Return what the figures of plain further training are, where there are several."""
+    count = len(own.plain_each)
+    return (
+        f" (mean of {count} trainings; in brackets against the one least favourable to the correction)"
+        if count > 1
+        else ""
+    )

@@ -1,0 +1,257 @@
+"""Notices on the correction: what the choice of λ costs, and what plain further training does as well."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_findings import SAMPLE_CORRECT, report_of, sample_findings
+
+from defuse_core.intervals import mcnemar
+from defuse_core.report.correction_notices import (
+    another_lambda_fixes_more,
+    costs_a_class,
+    no_better_than_plain_training,
+    unconfirmed,
+)
+from defuse_core.report.evidence_schema import (
+    AgainstPlain,
+    EvidenceFigures,
+    FourShares,
+    LeftOutScenarios,
+    LeftOutShares,
+    Pairs,
+    ScenarioEvidence,
+)
+from defuse_core.report.notices import caveats
+from defuse_core.report.schema import TradeOff
+from defuse_core.watch.figures import Share
+
+
+def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):
+    found, evaluation = sample_findings()
+    report = report_of((found, losing_class(evaluation)), tmp_path)
+    text = costs_a_class(report, SAMPLE_CORRECT) or ""
+    named = f"images: {report.per_class[0].name} (90.0 % to 80.0 %). A smaller correct.max_class_loss"
+    assert text in caveats(report, SAMPLE_CORRECT) and named in text
+    assert costs_a_class(report.model_copy(update={"chosen": None}), SAMPLE_CORRECT) is None
+    assert costs_a_class(report_of((found, evaluation), tmp_path), SAMPLE_CORRECT) is None
+
+
+def losing_class(evaluation):
+    """The evaluation with a first class that loses 10 points, and others that lose 4."""
+    per_class = np.array([[0.9] * 10, [0.9] * 10, [0.8, *[0.86] * 9]])
+    return dataclasses.replace(evaluation, per_class=per_class, per_class_images=np.full(10, 50))
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"max_class_loss": 0.0}, "more validation images, or smaller correct.lambdas."),
+        ({"max_loss": 0.0}, "more validation images, or smaller correct.lambdas."),
+        ({"max_loss": 0.0, "max_class_loss": 0.01}, "smaller correct.max_class_loss may choose another λ."),
+        ({"choose_by": "train"}, "Only correct.choose_by: tune regards what a λ costs a class."),
+    ],
+)
+def test_the_remedy_for_a_class_that_loses_is_none_that_the_run_file_has_already(
+    tmp_path: Path, settings: dict[str, object], remedy: str
+):
+    found, evaluation = sample_findings()
+    report = report_of((found, losing_class(evaluation)), tmp_path)
+    text = costs_a_class(report, SAMPLE_CORRECT.model_copy(update=settings)) or ""
+    assert text.endswith(remedy)
+
+
+def choice_of_lambda(report, *rows: tuple[float, float, float]):
+    """The report with a sweep of (λ, validation accuracy, scenario accuracy), of which the first is chosen."""
+    sweep = tuple(
+        TradeOff(
+            lam=lam,
+            epoch=3,
+            train=0.9,
+            validation=clean,
+            test=0.9,
+            tune=0.9,
+            scenario=fixed,
+            chosen=not place,
+        )
+        for place, (lam, clean, fixed) in enumerate(rows)
+    )
+    before = report.accuracy.before.model_copy(update={"validation": 250 / 255})
+    return report.model_copy(
+        update={
+            "tradeoff": sweep,
+            "accuracy": report.accuracy.model_copy(update={"before": before}),
+            "run": report.run.model_copy(update={"images": {"validation": 255}}),
+        }
+    )
+
+
+def test_a_lambda_that_fixes_more_and_was_left_out_for_few_validation_images_is_told(tmp_path: Path):
+    rows = (
+        (0.01, 249 / 255, 0.266),
+        (0.1, 248 / 255, 0.32),
+        (1.0, 246 / 255, 0.533),
+        (10.0, 243 / 255, 0.576),
+    )
+    report = choice_of_lambda(report_of(sample_findings(), tmp_path), *rows)
+    text = another_lambda_fixes_more(report, SAMPLE_CORRECT) or ""
+    assert text in caveats(report, SAMPLE_CORRECT)
+    assert "λ = 1 reaches 53.3 % of their held-out images, the chosen λ = 0.01 26.6 %." in text
+    assert "loses 1.57 points on 255 validation images, of which one is 0.39 points" in text
+    assert "correct.max_loss allows 0.5. Give more validation images" in text
+
+
+@pytest.mark.parametrize(
+    ("other", "settings"),
+    [
+        ((1.0, 246 / 255, 0.36), {}),  # little more
+        ((1.0, 249 / 255, 0.6), {}),  # lost no more: left out for another reason
+        ((1.0, 246 / 255, 0.6), {"max_loss": 0.02}),
+        ((1.0, 246 / 255, 0.6), {"choose_by": "validation"}),
+    ],
+)
+def test_a_lambda_that_fixes_hardly_more_or_was_not_left_out_for_its_loss_is_not_told(
+    tmp_path: Path, other: tuple[float, float, float], settings: dict[str, object]
+):
+    report = choice_of_lambda(report_of(sample_findings(), tmp_path), (0.01, 249 / 255, 0.266), other)
+    assert another_lambda_fixes_more(report, SAMPLE_CORRECT.model_copy(update=settings)) is None
+
+
+def judged(report, own=None, left_out=None, real=None):
+    """The report with so many pairs, better and worse, against plain further training."""
+    pairs = {
+        name: None
+        if counts is None
+        else Pairs(
+            better=counts[0],
+            worse=counts[1],
+            p_value=mcnemar(*counts),
+            worse_than_each=counts[0] < counts[1] and mcnemar(*counts) < 0.05,
+        )
+        for name, counts in (("scenarios", own), ("left_out", left_out), ("real_failures", real))
+    }
+    share = Share(value=0.84, low=0.7, high=0.9)
+    shares = FourShares(before=share, baseline=share, plain=share, defuse=share, plain_each=())
+    evidence = EvidenceFigures.model_construct(
+        own_label=shares,
+        real_failures=shares,
+        left_out=LeftOutShares(before=share, plain=share, defuse=share, plain_each=()),
+        left_out_known_confusion=LeftOutScenarios(count=0),
+        left_out_new_confusion=LeftOutScenarios(count=0),
+        against_plain=AgainstPlain(**pairs),
+    )
+    return report.model_copy(update={"evidence": evidence})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "title"),
+    [
+        (((11, 0), (9, 1), (80, 50)), None),  # certainly better on all
+        (((4, 0), (9, 1), (80, 50)), "may do as much for the scenarios"),  # 4 of 4 may be chance
+        (
+            ((11, 0), (7, 5), (27, 15)),
+            "may do as much for scenarios left out of the tuning and failing draws from test images",
+        ),
+        (((11, 0), None, (54, 82)), "does more for failing draws from test images"),
+        (
+            ((4, 0), (9, 1), (54, 82)),
+            "does more for failing draws from test images, and may do as much for the scenarios",
+        ),
+        ((None, None, None), None),  # not measured
+    ],
+)
+def test_a_correction_that_does_no_more_than_plain_training_is_told(tmp_path: Path, pairs, title):
+    report = report_of(sample_findings(12, 12), tmp_path)
+    assert no_better_than_plain_training(report) is None  # without judges
+    compared = judged(report, *pairs)
+    assert no_better_than_plain_training(compared.model_copy(update={"chosen": None})) is None
+    text = no_better_than_plain_training(compared)
+    assert (None if text is None else text.partition(". ")[0]) == (
+        None if title is None else f"Plain further training {title}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("scenarios", "pairs", "start"),
+    [
+        (
+            5,
+            ((5, 0), (4, 1), (80, 50)),
+            "There are too few of the scenarios and ",
+        ),
+        (1, ((1, 0), None, None), "There are too few of the scenarios to tell whether"),
+        (6, ((5, 0), None, None), "Plain further training may do as much for the scenarios."),
+        (
+            5,
+            ((5, 0), None, (20, 18)),
+            "Plain further training may do as much for failing draws from test images. There are too few of the ",
+        ),
+    ],
+)
+def test_scenarios_too_few_for_a_significant_difference_are_not_put_down_to_plain_training(
+    tmp_path: Path, scenarios: int, pairs, start: str
+):
+    report = report_of(sample_findings(scenarios, scenarios), tmp_path)
+    assert (no_better_than_plain_training(judged(report, *pairs)) or "").startswith(start)
+
+
+def test_the_notice_has_the_pairs_on_failing_draws_from_test_images(tmp_path: Path):
+    text = no_better_than_plain_training(judged(report_of(sample_findings(), tmp_path), real=(54, 82)))
+    assert "failing draws from test images 84.0 % and 84.0 % (better on 54, worse on 82, p = 0.02)" in (
+        text or ""
+    )
+
+
+def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfirmed(tmp_path: Path):
+    report = report_of(sample_findings(4, 4), tmp_path)
+    rows = [
+        row.model_copy(
+            update={
+                "evidence": ScenarioEvidence.model_construct(
+                    confirmed=confirmed, worse=False, independent_images=None, defuse=defuse
+                )
+            }
+        )
+        for row, confirmed, defuse in zip(
+            report.scenarios.list, (True, False, None, False), (0.9, 0.9, 0.1, 0.5), strict=True
+        )
+    ]
+    text = unconfirmed(
+        report.model_copy(update={"scenarios": report.scenarios.model_copy(update={"list": rows})})
+    )
+    assert (text or "").startswith("The correction is confirmed on 1 of 3 scenarios. ")
+    assert (text or "").endswith("on: 1; right on at most half of the images of: 3.")
+    few = [row.model_copy(update={"evidence": None}) for row in rows[1:2]] + rows[:1] + rows[2:3]
+    assert (
+        unconfirmed(
+            report.model_copy(update={"scenarios": report.scenarios.model_copy(update={"list": few})})
+        )
+        is None
+    )
+
+
+def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path: Path):
+    report = report_of(sample_findings(3, 3), tmp_path)
+
+    def told(*confirmed: bool | None) -> str | None:
+        rows = [
+            row.model_copy(
+                update={
+                    "evidence": ScenarioEvidence.model_construct(
+                        confirmed=answer, worse=False, independent_images=4, defuse=0.9
+                    ),
+                }
+            )
+            for row, answer in zip(report.scenarios.list, confirmed, strict=True)
+        ]
+        scenarios = report.scenarios.model_copy(update={"list": rows})
+        return unconfirmed(report.model_copy(update={"scenarios": scenarios}))
+
+    assert (told(None, None, None) or "").startswith("On 3 scenarios there are too few photographs to tell")
+    assert (told(None, False, True) or "").endswith(
+        "on: 1. On 1 scenario there are too few photographs to tell."
+    )
+    assert told(True, True, None) is None
