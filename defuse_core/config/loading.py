@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 import types
@@ -62,9 +63,11 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RunFileError(f"{path}: cannot read this run file ({error.strerror})") from error
+        remedy = "" if path.suffix else "; a run file ends in .yaml, see deploy/runs/"
+        raise RunFileError(f"{path}: cannot read this run file ({error.strerror}){remedy}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise RunFileError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
+        found = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise RunFileError(f"{path}: expected YAML, found {found}") from error
     if not isinstance(tree, dict):
         raise RunFileError(f"{path}: expected sections such as `data:`, found {type(tree).__name__}")
     for override in overrides:
@@ -91,13 +94,27 @@ def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
     }
     field, (first, *others) = next(iter(problems.items()))
     if first["type"] == "extra_forbidden":
-        return f"{field}: unknown field"
+        return f"{field}: unknown field{_meant(field, section)}"
     message = _message(first).removeprefix("Value error, ")
     for other in others:  # the field has a union of types
         message += " or " + _message(other).removeprefix("Input should be ")
     found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{field + ': ' if field else ''}{message}{found}{more}"
+
+
+def _meant(field: str, section: type[BaseModel]) -> str:
+    """Return which field beside one that does not exist is spelt much like it."""
+    known = {name: None for each in _fields(section, "") for name in _with_sections(each.name)}
+    beside = [name for name in known if name.rpartition(".")[0] == field.rpartition(".")[0]]
+    close = difflib.get_close_matches(field, beside, 1, 0.7)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _with_sections(name: str) -> list[str]:
+    """Return `a`, `a.b` and `a.b.c` for `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _message(detail: ErrorDetails) -> str:
@@ -270,9 +287,11 @@ def _bounds(metadata: typing.Iterable[Any]) -> str:
             if isinstance(item, kind):
                 parts.append(f"{sign} {getattr(item, kind.__name__.lower())}")
         if isinstance(item, MinLen):
-            parts.append(f"{item.min_length} or more")
+            parts.append(f"at least {'one' if item.min_length == 1 else item.min_length}")
     text = ", ".join(filter(None, parts))
-    return f" {text}" if text else ""
+    if not text:
+        return ""
+    return f", {text}" if text.startswith("at least") else f" {text}"
 
 
 def _type_text(kind: Any) -> str:
@@ -285,7 +304,7 @@ def _type_text(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_type_text(argument) for argument in arguments)
     if origin is tuple:
-        return f"list of {_type_text(arguments[0])}"
+        return f"list of {_type_text(arguments[0])}s"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"{{{', '.join(kind.model_fields)}}}"
     return NAMES.get(None if kind is type(None) else kind, getattr(kind, "__name__", str(kind)))

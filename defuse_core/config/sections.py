@@ -322,8 +322,8 @@ class CorrectSection(Section):
     test_images: int = Field(256, ge=1)
     """Other images per scenario, to test on. Paper: 256."""
     widen: float = Field(16.0, ge=1)
-    """filter reference-models: images to tune on are drawn at so many times the reviewed τ, which lies the root of it
-    farther out, so that the surroundings of a scenario are corrected, too. Paper: 1."""
+    """filter reference-models: images to tune on are drawn at so many times the reviewed τ (at 16 times, that is 4
+    times as far out), so that the surroundings of a scenario are corrected, too. Paper: 1."""
     unreviewed: bool = True
     """Up to half of D_f are codes of Ψ, each under the class of its source image, of which every reference model is
     sure; none where reviewers see another. Goes with identify.screen and filter. Paper: false."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import Any
 
 import yaml
@@ -38,8 +39,7 @@ def _header(plan: Plan) -> list[str]:
         f"training the classifier {speeds.classifier:,.0f}.",
     ]
     if plan.probe is not None:
-        ranges = ", ".join(f"{name} {share:.1%}" for name, share in plan.probe.by_range.items())
-        lines.append(f"Classifier: right on {plan.probe.images} training images, by input range: {ranges}.")
+        lines.append(f"Classifier: right on {describe_accuracy(plan)}.")
     if plan.tree["vae"].get("decode") == "anchored":
         lines += [
             "vae.decode is anchored, since these are colour pictures without a plain ground: a small β-VAE draws "
@@ -47,6 +47,16 @@ def _header(plan: Plan) -> list[str]:
             "as blobs, which say nothing about a classifier, but it can move photographs, which stay sharp.",
         ]
     return lines + [f"Note: {warning}." for warning in plan.warnings]
+
+
+def describe_accuracy(plan: Plan) -> str:
+    """Return how often the classifier is right by input range, the one that the run file gives it first."""
+    assert plan.probe is not None
+    used = plan.tree["classifier"].get("input_range", "0..1")
+    shares = sorted(plan.probe.by_range.items(), key=lambda item: item[0] != used)
+    (first, share), *others = shares
+    text = f"{share:.1%} of {plan.probe.images} training images with inputs in {first}"
+    return ", ".join([f"{text} (used)", *(f"{share:.1%} in {name}" for name, share in others)])
 
 
 def _colours(channels: int) -> str:
@@ -68,9 +78,15 @@ def _fields(
             lines += [f"{indent}{name}:", *_fields(value, f"{prefix}.{name}", described, depth + 1)]
             continue
         text = f"{indent}{name}: {_as_yaml(value)}"
-        comment = _comment(described[f"{prefix}.{name}"], value)
-        lines.append(f"{text:<{COMMENT_COLUMN}}  # {comment}" if comment else text)
+        lines += _commented(text, _comment(described[f"{prefix}.{name}"], value))
     return lines
+
+
+def _commented(text: str, comment: str) -> list[str]:
+    """Return a line with a comment beside it, which goes on below where it is long."""
+    first, *others = textwrap.wrap(comment, COMMENT_WIDTH) or [""]
+    below = [f"{'':<{COMMENT_COLUMN}}  # {line}" for line in others]
+    return [f"{text:<{COMMENT_COLUMN}}  # {first}" if first else text, *below]
 
 
 def _as_yaml(value: Any) -> str:
@@ -103,8 +119,6 @@ def _explains(clause: str, name: str) -> bool:
 
 
 def _short(text: str) -> str:
-    """Return a text cut at the end of a sentence, a clause or a word."""
-    for part in (text, text.partition(". ")[0], text.partition("; ")[0]):
-        if len(part) <= COMMENT_WIDTH:
-            return part
-    return text[: COMMENT_WIDTH - 4].rpartition(" ")[0] + " ..."
+    """Return a text, its first sentence, or the first clause, whichever fits on one line; else the first sentence."""
+    parts = (text, text.partition(". ")[0], text.partition("; ")[0])
+    return next((part for part in parts if len(part) <= COMMENT_WIDTH), parts[1])

@@ -84,6 +84,8 @@ def init(
 
 
 def _print_plan(plan: Plan, path: Path) -> None:
+    from defuse_core.suggest.write import describe_accuracy
+
     facts, vae = plan.facts, plan.tree["vae"]
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
     data = plan.tree["data"]
@@ -92,8 +94,7 @@ def _print_plan(plan: Plan, path: Path) -> None:
         f"used as     {data['image_size']}x{data['image_size']}, {'grey' if data['channels'] == 1 else 'colour'}"
     )
     if plan.probe is not None:
-        ranges = ", ".join(f"{name} {share:.1%}" for name, share in plan.probe.by_range.items())
-        click.echo(f"classifier  right on {plan.probe.images} training images, by input range: {ranges}")
+        click.echo(f"classifier  right on {describe_accuracy(plan)}")
     epochs = count_of(vae["epochs"], "epoch")
     click.echo(f"β-VAE       {vae['latent_dim']} dimensions, {epochs} at {plan.speeds.vae:,.0f} images/s")
     if vae.get("decode") == "anchored":
@@ -114,10 +115,12 @@ def fields(section: str | None) -> None:
     defuse fields vae
     defuse fields review.reference
     """
+    import shutil
     import textwrap
 
     from defuse_core.config.loading import describe_fields
 
+    columns = min(104, max(24, shutil.get_terminal_size((104, 24)).columns))  # 104 where it is no terminal
     for field in describe_fields(section):
         click.echo(f"{field.name}: {field.values} [{field.default}]")
-        click.echo(textwrap.indent("\n".join(textwrap.wrap(field.meaning, 100)), "    "))
+        click.echo(textwrap.indent("\n".join(textwrap.wrap(field.meaning, columns - 4)), "    "))

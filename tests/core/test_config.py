@@ -145,7 +145,9 @@ def test_every_field_has_a_description():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("identify.drawz=5", "identify.drawz: unknown field"),
+        ("identify.drawz=5", "identify.drawz: unknown field; did you mean identify.draws[?]$"),
+        ("identfy.draws=5", "identfy: unknown field; did you mean identify[?]$"),
+        ("review.reference.cuont=5", "cuont: unknown field; did you mean review.reference.count[?]$"),
         ("identify.draws=many", "identify.draws: .*integer.*found 'many'"),
         ("vae.epochs=true", "vae.epochs: expected an integer, found true$"),
         ("review.reference.count=yes", "review.reference.count: expected an integer, found true$"),
@@ -235,7 +237,7 @@ def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [", "expected YAML"),
+        ("a: [", "expected YAML, found .* at line 1, column 5"),
         ("seed: 2023-02-30", "expected YAML, found day is out of range"),
         ("vae: {epochs: 3}\nvae: {beta: 1}", "expected YAML, found 'vae' a second time .*line 2"),
         ("data:\n  name: digits\n  name: mnist", "'name' a second time .*line 3"),
@@ -254,6 +256,11 @@ def test_a_file_that_is_no_run_file_is_explained(content, message, tmp_path):
 def test_a_missing_run_file_is_named():
     with pytest.raises(RunFileError, match="nowhere.yaml: cannot read this run file"):
         load_run_file(Path("nowhere.yaml"))
+
+
+def test_the_name_of_a_run_in_place_of_a_run_file_is_told_what_a_run_file_is():
+    with pytest.raises(RunFileError, match="digits: cannot .*; a run file ends in .yaml, see deploy/runs/$"):
+        load_run_file(Path("digits"))
 
 
 def test_overrides_are_read_as_yaml_and_the_last_one_counts(tmp_path):

@@ -22,7 +22,7 @@ from defuse_core.errors import DataError
 from defuse_core.suggest import inspect_data
 from defuse_core.suggest.inspect import _pictures
 from defuse_core.suggest.plan import Speeds
-from defuse_core.suggest.write import _comment
+from defuse_core.suggest.write import _comment, _commented
 from services.cli.options import run_name
 from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import digits, trained
@@ -92,6 +92,22 @@ def test_comments_explain_the_value_that_is_written(pictures, tmp_path, monkeypa
     )
 
 
+def test_a_long_comment_goes_on_in_a_second_line_to_the_end_of_its_sentence():
+    described = {field.name: field for field in describe_fields()}
+    comment = _comment(described["data.validation_share"], 0.15)
+    assert comment.endswith("where the data set has no validation part of its own")
+    first, second = _commented("  validation_share: 0.15", comment)
+    assert first.startswith("  validation_share: 0.15 ")
+    assert second.startswith(" " * 42 + "# ") and second.endswith("of its own")
+    assert not [each.name for each in described.values() if _comment(each, None).endswith("...")]
+
+
+def test_fields_are_as_wide_as_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = call(monkeypatch, capsys, "fields", "vae.guide_weight")[1].splitlines()[1:]
+    assert 50 < max(map(len, lines)) <= 60
+
+
 def test_no_comment_explains_another_value_than_the_one_beside_it():
     wrong = []
     for field in describe_fields():
@@ -131,7 +147,12 @@ def test_the_range_that_a_program_expects_and_its_probabilities_are_written(
     assert section["architecture"] == "program"
     assert (section["epochs"], section["outputs"]) == (0, "probabilities")
     assert section.get("input_range") == "0..255"
-    assert "0..255 " in out
+    assert re.search(
+        r"^classifier  right on .*% of \d+ training images with inputs in 0..255 \(used\), ", out, re.M
+    )
+    assert re.search(
+        "^# Classifier: right on .* in 0..255 .used., .* in 0..1", Path("digits.yaml").read_text(), re.M
+    )
     assert "note        classifier.input_range is set to 0..255: right on" in out
     load_run_file(Path("digits.yaml"))
 
