@@ -227,7 +227,7 @@ def _agreement_table(report: Report) -> Table:
     table = new_table("Agreement of the annotators (Figure 6)", ("", "Images", "Agreement"))
     parts = (
         ("Failure scenarios", agreement.scenario),
-        ("Other components", agreement.other),
+        ("Rejected candidates", agreement.other),
         ("All", agreement.all),
     )
     for name, mean in parts:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from defuse_core.config import CorrectSection
 from defuse_core.errors import count_of
 from defuse_core.evaluation.against_plain import MIN_CONFIRMED
 from defuse_core.intervals import SIGNIFICANT
-from defuse_core.report.evidence_schema import EvidenceFigures, FourShares, Pairs
-from defuse_core.report.formatting import lam_text, pairs_in_words, percent
+from defuse_core.report.evidence_schema import EvidenceFigures, Pairs
+from defuse_core.report.formatting import lam_text, percent
 from defuse_core.report.schema import Report, TradeOff
 
+TEST_DRAWS = "failing draws from test images"
 MOST_CLASSES = 5  # that a notice names
 CLEARLY_MORE = 0.1  # of the scenario images: scenarios are few and differ, so that less may be chance
 
@@ -115,69 +118,88 @@ def no_better_than_plain_training(report: Report) -> str | None:
     evidence = report.evidence
     if evidence is None or report.chosen is None:
         return None
-    against, own = evidence.against_plain, evidence.own_label
-    worse, equal, untold, figures = list[str](), list[str](), list[str](), list[str]()
-    count, real = report.scenarios.accepted, evidence.real_failures
-    for name, possible, after, plain, pairs in (
-        ("the scenarios", count, own.defuse.value, own.plain.value, against.scenarios),
-        _left_out_against_plain(evidence, count),
-        (
-            "failing draws from test images",
-            None,
-            real.defuse.value,
-            real.plain.value,
-            against.real_failures,
-        ),
-    ):
-        if pairs is None:
-            continue
-        certain = pairs.p_value < SIGNIFICANT
-        if certain and pairs.better > pairs.worse:
-            continue
-        too_few = possible is not None and not can_be_significant(possible)
-        (worse if pairs.worse_than_each else untold if too_few else equal).append(name)
-        figures.append(f"{name} {percent(after)} and {percent(plain)} ({pairs_in_words(pairs)})")
-    claims = [f"does more for {' and '.join(worse)}"] if worse else []
+    compared = [each for each in _against_plain(evidence, report.scenarios.accepted) if each.may_be_equal]
+    worse = [each.name for each in compared if each.pairs.worse_than_each]
+    untold = [each.name for each in compared if each.too_few and not each.pairs.worse_than_each]
+    equal = [each.name for each in compared if each.name not in (*worse, *untold)]
+    claims = [f"does more for {_listed(worse)}"] if worse else []
     if equal:
-        claims.append(f"may do as much for {' and '.join(equal)}")
+        claims.append(f"may do as much for {_listed(equal)}")
     notices = [f"Plain further training {', and '.join(claims)}."] if claims else []
     if untold:
         notices.append(
-            f"There are too few of {' and '.join(untold)} to tell whether plain further training does as much for them."
+            f"There are too few of {_listed(untold)} to tell whether plain further training does as much for them."
         )
     if not notices:
         return None
+    count = len(evidence.own_label.plain_each)
+    figures = " ".join(each.figures(count) for each in compared)
     return (
-        f"{' '.join(notices)} It is the same fine-tuning without scenarios (λ = 0). By the judges' labels are right, "
-        f"after the correction and after plain further training{_mean_of(own)}: {', '.join(figures)}."
+        f"{' '.join(notices)} It is the same fine-tuning without scenarios (λ = 0); accuracies are by "
+        f"the judges' labels. {figures}"
     )
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One kind of images on which the correction is compared with plain further training."""
+
+    name: str
+    pair: str  # what one pair is
+    possible: int | None  # pairs that there can be, where these are few
+    after: float | None
+    plain: float | None
+    pairs: Pairs
+
+    @property
+    def may_be_equal(self) -> bool:
+        return not (self.pairs.p_value < SIGNIFICANT and self.pairs.better > self.pairs.worse)
+
+    @property
+    def too_few(self) -> bool:
+        return self.possible is not None and not can_be_significant(self.possible)
+
+    def figures(self, trainings: int) -> str:
+        """Return both accuracies and the pairs, as two sentences."""
+        name = self.name.removeprefix("the ")
+        best = f"the best of the {trainings} plain trainings" if trainings > 1 else "it"
+        mean = f", the mean of {trainings}" if trainings > 1 else ""
+        better, worse = count_of(self.pairs.better, self.pair), self.pairs.worse
+        return (
+            f"{name[0].upper()}{name[1:]}: {percent(self.after)} after the correction, {percent(self.plain)} after "
+            f"plain further training{mean}. Compared with {best}: better on {better}, worse on {worse}, "
+            f"p = {self.pairs.p_value:.2g}."
+        )
+
+
+def _against_plain(evidence: EvidenceFigures, accepted: int) -> list[_Compared]:
+    """Return what was compared: scenarios, left-out scenarios, and failing draws from test images.
+
+    Left-out scenarios are those with a new confusion, where there are any: the others are near to what is tuned on.
+    """
+    against, own, real = evidence.against_plain, evidence.own_label, evidence.real_failures
+    new, left_out = evidence.left_out_new_confusion, evidence.left_out
+    shares = left_out.defuse.value, left_out.plain.value
+    without = ("scenarios left out of the tuning", "scenario", accepted, *shares, against.left_out)
+    if new.count:
+        name = "left-out scenarios with a new confusion"
+        without = (name, "scenario", new.count, new.defuse, new.plain, new.against_plain)
+    rows = (
+        ("the scenarios", "scenario", accepted, own.defuse.value, own.plain.value, against.scenarios),
+        without,
+        (TEST_DRAWS, "draw", None, real.defuse.value, real.plain.value, against.real_failures),
+    )
+    return [
+        _Compared(name, pair, possible, after, plain, pairs)
+        for name, pair, possible, after, plain, pairs in rows
+        if pairs is not None
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
 
 
 def can_be_significant(pairs: int) -> bool:
     """Whether the two-sided sign test over so many pairs could be significant, if all were better."""
     return bool(2 * 0.5**pairs < SIGNIFICANT)
-
-
-def _left_out_against_plain(
-    evidence: EvidenceFigures, accepted: int
-) -> tuple[str, int, float | None, float | None, Pairs | None]:
-    """Return name, number, accuracy after both, and pairs of the left-out scenarios.
-
-    They are those with a new confusion, where there are any, since the others are near to what is tuned on.
-    """
-    new, all_of_them = evidence.left_out_new_confusion, evidence.left_out
-    if new.count:
-        return "left-out scenarios with a new confusion", new.count, new.defuse, new.plain, new.against_plain
-    pairs = evidence.against_plain.left_out
-    shares = all_of_them.defuse.value, all_of_them.plain.value
-    return "scenarios left out of the tuning", accepted, *shares, pairs
-
-
-def _mean_of(own: FourShares) -> str:
-    """Return what the figures of plain further training are, where there are several."""
-    count = len(own.plain_each)
-    return (
-        f" (mean of {count} trainings; in brackets against the one least favourable to the correction)"
-        if count > 1
-        else ""
-    )

@@ -140,8 +140,3 @@ def answer_text(classes: tuple[str, ...], answer: int) -> str:
 def pairs_text(pairs: Pairs | None) -> str:
     """Return how many pairs are better and worse than with plain further training: +54 −82, p = 0.02."""
     return NONE if pairs is None else f"+{pairs.better} −{pairs.worse}, p = {pairs.p_value:.2g}"
-
-
-def pairs_in_words(pairs: Pairs) -> str:
-    """Return the same for a sentence: better on 54, worse on 82, p = 0.02."""
-    return f"better on {pairs.better}, worse on {pairs.worse}, p = {pairs.p_value:.2g}"

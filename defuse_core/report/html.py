@@ -22,6 +22,7 @@ from defuse_core.errors import count_of
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.nearest_real import NearestReal
+from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting, notices
 from defuse_core.report.figures import svg
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
@@ -115,7 +116,9 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters["percent"] = formatting.percent
-    made.globals.update(inspect.getmembers(formatting, inspect.isfunction), count_of=count_of)
+    made.globals.update(
+        inspect.getmembers(formatting, inspect.isfunction), count_of=count_of, SIGNIFICANT=SIGNIFICANT
+    )
     return made
 
 

@@ -24,10 +24,12 @@ def headline(report: Report) -> str:
     if not components:
         return "No failure scenario was found: identification and distillation left nothing to review."
     if not accepted:
-        none = "The only component is not" if components == 1 else f"None of the {components} components is"
+        none = f"None of the {components} candidate scenarios is"
+        if components == 1:
+            none = "The only candidate scenario is not"
         return f"{none} a failure scenario, so the classifier was left as it is."
     verb = "is a failure scenario" if accepted == 1 else "are failure scenarios"
-    result = f"{accepted} of {count_of(components, 'component')} {verb}."
+    result = f"{accepted} of {count_of(components, 'candidate scenario')} {verb}."
     if report.chosen is None:
         return (
             f"{result} Nothing was corrected: every λ costs more clean accuracy than correct.max_loss and "
@@ -38,18 +40,20 @@ def headline(report: Report) -> str:
 
 def _effect(report: Report) -> str:
     before, after = report.accuracy.before, report.accuracy.defuse
-    them = "it" if report.scenarios.accepted == 1 else "them"
-    text = f"On {them} the classifier goes from {percent(before.scenario)} to {percent(after.scenario)}"
+    them = "its" if report.scenarios.accepted == 1 else "their"
     own = None if report.evidence is None or worse_judges(report) else report.evidence.own_label
+    judged, plain = "the scenario's one label", None
+    was_right, is_right = before.scenario, after.scenario
     if own is not None and own.before.value is not None:
-        text = f"Judged image by image, the classifier goes on {them} from {percent(own.before.value)} to "
-        text += percent(own.defuse.value)
-        if own.plain.value is not None:
-            text += f" ({percent(own.plain.value)} by plain further training)"
-    clean = (("test", before.test, after.test), ("validation", before.validation, after.validation))
+        judged, plain = "the judges' label of each", own.plain.value
+        was_right, is_right = own.before.value, own.defuse.value
+    text = f"Accuracy on {them} held-out images, by {judged}: {percent(was_right)} before, {percent(is_right)} after"
+    if plain is not None:
+        text += f" ({percent(plain)} after plain further training)"
+    clean = (("Test", before.test, after.test), ("Validation", before.validation, after.validation))
     for split, was, now in clean:
         if was is not None and now is not None:
-            return f"{text}; on the {split} set from {percent(was, 2)} to {percent(now, 2)}."
+            return f"{text}. {split} set: {percent(was, 2)} before, {percent(now, 2)} after."
     return f"{text}."
 
 

@@ -189,7 +189,7 @@ def _too_few_units(
     few = int((open_ones & over & (total < needed)).sum())
     if not few:
         return None
-    of = f"{few} of {count_of(len(gallery), 'component')}"
+    of = f"{few} of {count_of(len(gallery), 'candidate scenario')}"
     return (
         f"{of} fail{'s' if few == 1 else ''} in over {review.rho:.0%} (review.rho), but show{'s' if few == 1 else ''} "
         f"fewer than the {count_of(needed, noun)} that certainty takes; review more images of each (review.images), "

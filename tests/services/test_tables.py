@@ -116,7 +116,7 @@ def test_a_terminal_too_narrow_for_a_table_shows_all_its_figures_below_each_othe
         figures = f"Validation: {percent(row.validation, 2)} Test: {percent(row.test, 2)} Scenario images: "
         assert figures + percent(row.scenario) in shown
     assert "left-out scenarios Before: 35 % (30–40) Plain: 90 % (85–95) Defuse: 100 % (95–100)" in shown
-    assert "Other components Images: 10 Agreement: 100.0 ± 0.0 %" in shown
+    assert "Rejected candidates Images: 10 Agreement: 100.0 ± 0.0 %" in shown
     for scenario in (row for row in report.scenarios.list if row.accepted):
         assert percent(scenario.before) in shown and percent(scenario.defuse) in shown
     before, after = report.accuracy.before.test, report.accuracy.defuse.test
@@ -156,7 +156,7 @@ def test_a_report_starts_with_its_caveats(tmp_path: Path):
         console,
     )
     text = text_of(console)
-    assert "2 of 5 components are failure scenarios." in text
+    assert "2 of 5 candidate scenarios are failure scenarios." in text
     assert "Reference models answered, not people." in text
     assert "Purity is 40 %." in text
     assert "516 codes; 12.0 % of 1,000 images have a failing draw" in text
@@ -355,7 +355,7 @@ def test_a_finished_run_shows_its_scenarios_and_accuracies_before_and_after(tmp_
     run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
     console = terminal()
     print_status(run, console)
-    assert "2 of 4 components are failure scenarios." in text_of(console)
+    assert "2 of 4 candidate scenarios are failure scenarios." in text_of(console)
     before, after = report.accuracy.before, report.accuracy.defuse
     listed = terminal(120)
     print_runs(FolderStore(tmp_path), listed)

@@ -171,7 +171,8 @@ def test_the_notice_on_left_out_scenarios_is_of_those_with_a_new_confusion(finis
         return no_better_than_plain_training(report.model_copy(update={"evidence": changed})) or ""
 
     text = told(left_out_known_confusion=known, left_out_new_confusion=new)
-    assert "left-out scenarios with a new confusion 79.6 % and 75.2 % (better on 9, worse on 8" in text
+    assert "Left-out scenarios with a new confusion: 79.6 % after the correction, 75.2 % after plain" in text
+    assert "better on 9 scenarios, worse on 8" in text
     nothing_new = told(left_out_new_confusion=new.model_copy(update={"count": 0}))
     assert "new confusion" not in nothing_new and "scenarios left out" not in nothing_new
 

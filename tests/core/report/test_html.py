@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sample_evidence import sample_evidence
 from sample_findings import (
     SAMPLE_CORRECT,
     report_of,
@@ -22,6 +23,7 @@ from sample_findings import (
 
 from defuse_core.artifacts import FailedTrial, Override
 from defuse_core.evaluation.nearest_real import NearestReal
+from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
 from defuse_core.report.html import _real_tiles, data_address
 from defuse_core.report.notices import caveats, headline
@@ -94,13 +96,31 @@ def test_every_review_image_is_described_for_those_who_cannot_see_it(hostile: Ru
     assert all("annotators: " in text and "before: " in text for text in texts)
 
 
-@pytest.mark.parametrize(("scenarios", "text"), [(2, "None of the 2 components"), (0, "No failure scenario")])
+@pytest.mark.parametrize(
+    ("scenarios", "text"), [(2, "None of the 2 candidate scenarios"), (0, "No failure scenario")]
+)
 def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scenarios: int, text: str):
     run = sample_run(tmp_path)
     report = write_report(run, *sample_findings(scenarios, 0))
     assert headline(report).startswith(text)
     assert text in run.store.read("report.html").decode()
     assert "figures/scenarios.png" not in run.store.list()
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("gained", "lost", "colour", "told"),
+    [(19, 15, "quiet", "+19 −15 images, p\u00a00.61"), (30, 5, "good", "+30 −5 images, p\u00a02.2e-05")],
+)
+def test_a_change_on_the_test_set_that_may_be_chance_has_no_colour(
+    tmp_path: Path, gained: int, lost: int, colour: str, told: str
+):
+    evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
+    evidence.mcnemar[:] = [gained, lost, mcnemar(gained, lost)]
+    run = sample_run(tmp_path)
+    write_report(run, *sample_findings(), evidence)
+    tiles = run.store.read("report.html").decode().split("Accuracy on the test set")[1].partition("<nav>")[0]
+    assert f'<span class="{colour}">+0.30 points</span><br>{told}' in tiles
 
 
 def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(tmp_path: Path):

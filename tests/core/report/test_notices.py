@@ -32,24 +32,24 @@ def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
     table = np.array([[np.nan, 0.9897, 0.148], [np.nan, 0.98, 0.5], [np.nan, 0.9905, 0.996]])
     report = report_of((found, dataclasses.replace(evaluation, accuracy=table)), tmp_path)
     assert headline(report) == (
-        "12 of 40 components are failure scenarios. On them the classifier goes from 14.8 % to 99.6 %; "
-        "on the test set from 98.97 % to 99.05 %."
+        "12 of 40 candidate scenarios are failure scenarios. Accuracy on their held-out images, by the scenario's one "
+        "label: 14.8 % before, 99.6 % after. Test set: 98.97 % before, 99.05 % after."
     )
 
 
 @pytest.mark.parametrize(
     ("components", "accepted", "text"),
     [
-        (1, 1, "1 of 1 component is a failure scenario."),
-        (3, 1, "1 of 3 components is a failure scenario."),
-        (3, 2, "2 of 3 components are failure scenarios."),
+        (1, 1, "1 of 1 candidate scenario is a failure scenario."),
+        (3, 1, "1 of 3 candidate scenarios is a failure scenario."),
+        (3, 2, "2 of 3 candidate scenarios are failure scenarios."),
     ],
 )
 def test_the_headline_counts_scenarios_alike_whether_or_not_they_were_corrected(
     tmp_path: Path, components: int, accepted: int, text: str
 ):
     report = report_of(sample_findings(components, accepted), tmp_path)
-    assert headline(report).startswith(f"{text} On ")
+    assert headline(report).startswith(f"{text} Accuracy on ")
     assert headline(report.model_copy(update={"chosen": None})).startswith(f"{text} Nothing was corrected:")
 
 
@@ -78,7 +78,7 @@ def test_a_screen_that_keeps_no_failing_draw_could_not_tell(tmp_path: Path):
 
 def test_a_fit_beta_vae_gives_no_warning_and_a_plain_answer(tmp_path: Path):
     report = report_of(with_health(sample_findings(4, 0), "fit"), tmp_path)
-    assert headline(report).startswith("None of the 4 components")
+    assert headline(report).startswith("None of the 4 candidate scenarios")
     assert "β-VAE" not in " ".join(caveats(report, SAMPLE_CORRECT))
 
 
@@ -136,7 +136,7 @@ def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_
     run, own = sample_run(tmp_path), np.array([[0.1, 0.6, 0.7, 0.9]] * 2)
     report = write_report(run, *sample_findings(), sample_evidence(own, judges=judges, before=0.72))
     judged = (
-        "Judged image by image, the classifier goes on them from 10.0 % to 90.0 % (70.0 % by plain further"
+        "by the judges' label of each: 10.0 % before, 90.0 % after (70.0 % after plain further training)."
     )
     assert (judged in headline(report)) is not worse
     text = worse_judges(report)

@@ -67,8 +67,8 @@ def with_units(failing: list[int], total: list[int], **changes):
 @pytest.mark.parametrize(
     ("failing", "total", "found"),
     [
-        ([0, 3, 1], [9, 3, 9], "1 of 3 components fails in over 50%"),
-        ([4, 3, 1], [4, 3, 9], "2 of 3 components fail in over 50%"),
+        ([0, 3, 1], [9, 3, 9], "1 of 3 candidate scenarios fails in over 50%"),
+        ([4, 3, 1], [4, 3, 9], "2 of 3 candidate scenarios fail in over 50%"),
         ([0, 1, 1], [9, 3, 9], None),  # few, but most are right
         ([5, 6, 0], [9, 11, 9], None),  # over rho, not certainly: enough to decide
         ([5, 0, 0], [6, 9, 9], None),  # just enough photographs
@@ -92,7 +92,11 @@ def test_images_of_tracks_and_images_that_are_decoded_plainly_are_counted_as_suc
     assert text is not None and "fewer than the 6 tracks that certainty takes" in text
     plain = {"labelled": np.array([3, 4, 9]), "misclassified": np.array([1.0, 0.5, 1.0])}
     text = undecided(with_verdicts(sample_findings(3, 0), **plain))
-    assert text is not None and text.startswith("1 of 3 components fails") and "the 6 images that" in text
+    assert (
+        text is not None
+        and text.startswith("1 of 3 candidate scenarios fails")
+        and "the 6 images that" in text
+    )
 
 
 def test_what_people_rejected_is_decided():
