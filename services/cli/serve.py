@@ -95,6 +95,8 @@ def _check_run(run: str, store: str, as_json: bool) -> None:
         for result in candidate.checks:
             click.echo(f"{'ok    ' if result.passed else 'FAILED'} {result.line}")
         click.echo(f"       its failure scenarios were labelled by {annotators}")
+        if not failed:
+            click.echo(f"{len(candidate.checks)} of {len(candidate.checks)} checks passed")
     if failed:
         raise CheckFailed(f"run {run}: {len(failed)} of {len(candidate.checks)} checks failed")
 

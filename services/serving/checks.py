@@ -15,6 +15,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.models import load_classifier, load_vae, predict
+from defuse_core.report.formatting import percent
 from defuse_core.review.undecided import are_worse
 from defuse_core.tuning_data import held_out_images
 
@@ -44,10 +45,12 @@ class OwnLabelAccuracy:
         """
         worst = int(np.lexsort((self.after - self.before, ~self.worse))[0])
         before, after = self.before[worst], self.after[worst]
-        line = (
-            f"own label: scenario {self.scenario[worst]} {before:.2%} -> {after:.2%} by the judges' label of each "
-            "image, no significant loss is allowed in any"
-        )
+        if after >= before:
+            line = "own label: no scenario is less often right by the judges' label of each image"
+        else:
+            told = "significant, and none may be" if self.worse[worst] else "not significant"
+            loss = f"scenario {self.scenario[worst]}, {percent(before, 2)} to {percent(after, 2)}, {told}"
+            line = f"largest loss by own label: {loss}"
         return Check("own label", not self.worse.any(), line)
 
 
@@ -77,6 +80,7 @@ class CandidateReport:
     labels: I64  # (N,)
     right_before: Bool  # (N,)
     right_after: Bool  # (N,)
+    scenario: I64  # (A,) number of each scenario
     scenario_before: F64  # (A,)
     scenario_after: F64  # (A,)
     not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
@@ -100,22 +104,24 @@ class CandidateReport:
 
     def _mean_scenario_accuracy(self, least: float) -> Check:
         found = float(self.scenario_after.mean())
-        line = f"scenario accuracy: {found:.2%}, expected at least {least:.2%}"
+        line = f"scenario accuracy: {percent(found, 2)}, expected at least {percent(least, 2)}"
         return Check("scenario accuracy", found >= least - ROUNDING, line)
 
     def _worst_scenario_accuracy(self, least: float) -> Check:
-        found = float(self.scenario_after.min())
-        line = f"worst scenario: {found:.2%}, expected at least {least:.2%} in each"
+        worst = int(self.scenario_after.argmin())
+        found = float(self.scenario_after[worst])
+        line = f"worst scenario: {self.scenario[worst]}, {percent(found, 2)}, expected at least {percent(least, 2)}"
         return Check("worst scenario", found >= least - ROUNDING, line)
 
     def _improvement(self) -> Check:
         before, after = float(self.scenario_before.mean()), float(self.scenario_after.mean())
-        line = f"improvement: scenario accuracy {before:.2%} -> {after:.2%}"
+        line = f"improvement: scenario accuracy {percent(before, 2)} to {percent(after, 2)}"
         return Check("improvement", after > before, line)
 
     def _clean_accuracy(self, most: float) -> Check:
         before, after = float(self.right_before.mean()), float(self.right_after.mean())
-        line = f"clean accuracy: {before:.2%} -> {after:.2%} on {self.split} images, a loss of {most:.2%} is allowed"
+        line = f"clean accuracy: {percent(before, 2)} to {percent(after, 2)} on {self.split} images, "
+        line += f"a loss of {100 * most:.2f} points is allowed"
         if self.dependence:
             line += f" (not independent: {self.dependence})"
         return Check("clean accuracy", before - after <= most + ROUNDING, line)
@@ -127,7 +133,8 @@ class CandidateReport:
         measured = counts > 0
         worst = int(np.where(measured, loss, -np.inf).argmax())
         line = (
-            f"every class: class {self.classes[worst]} lost {loss[worst]:.2%}, at most {most:.2%} is allowed"
+            f"every class: class {self.classes[worst]} lost {100 * max(0.0, loss[worst]):.2f} points, "
+            f"a loss of {100 * most:.2f} points is allowed"
         )
         if not measured.all():
             unknown = [self.classes[number] for number in np.flatnonzero(~measured)]
@@ -136,7 +143,8 @@ class CandidateReport:
 
     def _regressions(self, most: float) -> Check:
         found = float((self.right_before & ~self.right_after).mean())
-        line = f"regressions: {found:.2%} of clean images were right and are wrong now, at most {most:.2%} is allowed"
+        line = f"regressions: {percent(found, 2)} of clean images were right and are wrong now, "
+        line += f"at most {percent(most, 2)} is allowed"
         return Check("regressions", found <= most + ROUNDING, line)
 
 
@@ -159,6 +167,7 @@ def evaluate_candidate(
         labels=clean.labels,
         right_before=before[0],
         right_after=after[0],
+        scenario=corrections.scenario,
         scenario_before=before[1].reshape(len(corrections.labels), -1).mean(axis=1),
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,

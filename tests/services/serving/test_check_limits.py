@@ -29,7 +29,8 @@ def report(
     """A report on clean images of classes a and b, of which 1 is right and 0 is wrong."""
     right = [np.array(list(answers)) == "1" for answers in (before, after)]
     truth = np.array([int(label) for label in labels or "0" * len(before)])
-    return CandidateReport("test", ("a", "b"), truth, *right, np.zeros(1), np.array(scenarios), ())
+    numbers, after = np.arange(len(scenarios)), np.array(scenarios)
+    return CandidateReport("test", ("a", "b"), truth, *right, numbers, np.zeros(1), after, ())
 
 
 def failed(found: CandidateReport, **limits: float) -> set[str]:

@@ -28,15 +28,15 @@ def own_labels(before: list[float], after: list[float]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("before", "after", "pairs", "passed", "worst"),
     [
-        ([0.10, 0.5547], [0.99, 0.4531], [256, 0, 26], False, "scenario 1 55.47% -> 45.31%"),
+        ([0.10, 0.5547], [0.99, 0.4531], [256, 0, 26], False, "scenario 1, 55.47 % to 45.31 %"),
         # each image was right before or after: may be chance
-        ([0.10, 0.5547], [0.99, 0.4531], [256, 116, 142], True, "scenario 1 55.47% -> 45.31%"),
-        ([0.55, 0.30], [0.55, 1.00], [256, 179, 0], True, "scenario 0 55.00% -> 55.00%"),
-        ([0.60, 1.00], [0.30, 0.50], [256, 0, 128], False, "scenario 1 100.00% -> 50.00%"),
+        ([0.10, 0.5547], [0.99, 0.4531], [256, 116, 142], True, "scenario 1, 55.47 % to 45.31 %"),
+        ([0.55, 0.30], [0.55, 1.00], [256, 179, 0], True, ""),
+        ([0.60, 1.00], [0.30, 0.50], [256, 0, 128], False, "scenario 1, 100.00 % to 50.00 %"),
         # four photographs tell nothing, however many pictures show them
-        ([0.60, 1.00], [0.99, 0.00], [4, 0, 4], True, "scenario 1 100.00% -> 0.00%"),
+        ([0.60, 1.00], [0.99, 0.00], [4, 0, 4], True, "scenario 1, 100.00 % to 0.00 %"),
         # p = 0.013, which one of thirty has by chance
-        ([0.10] * 29 + [0.6], [0.99] * 29 + [0.5], [256, 23, 42], True, "scenario 29 60.00% -> 50.00%"),
+        ([0.10] * 29 + [0.6], [0.99] * 29 + [0.5], [256, 23, 42], True, "scenario 29, 60.00 % to 50.00 %"),
     ],
 )
 def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, pairs, passed, worst):
@@ -45,7 +45,8 @@ def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, 
     evidence.pairs_with_before[-1] = pairs
     found = own_label_accuracy(corrections, evidence).check()
     assert (found.name, found.passed) == ("own label", passed)
-    assert found.line.startswith(f"own label: {worst} by the judges' label of each image")
+    told = f"largest loss by own label: {worst}, {'not significant' if passed else 'significant'}"
+    assert found.line.startswith(told if worst else "own label: no scenario is less often right")
 
 
 def test_scenarios_without_an_accuracy_by_own_label_are_left_out():
@@ -82,7 +83,9 @@ def test_check_fails_a_run_whose_judges_find_a_scenario_worse_also_after_a_check
         run(check, "first", "--store", own_store.address)
     key, candidate = prepare_candidate(Run.open(own_store, "first"))
     assert key != before
-    assert candidate.failed_checks()[0].startswith("own label: scenario 1 60.00% -> 30.00%")
+    assert candidate.failed_checks()[0].startswith(
+        "largest loss by own label: scenario 1, 60.00 % to 30.00 %"
+    )
 
 
 def test_a_candidate_is_made_again_after_a_changed_verdict_or_evidence_with_equal_weights(own_store):
@@ -113,7 +116,9 @@ def report_on(labels: list[int], right_after: list[bool]) -> CandidateReport:
     right = np.ones(len(labels), np.bool_)
     after = np.array(right_after)
     names = ("cat", "dog", "eel", "fox")
-    return CandidateReport("test", names, np.array(labels), right, after, np.zeros(1), np.ones(1), ())
+    return CandidateReport(
+        "test", names, np.array(labels), right, after, np.zeros(1, np.int64), np.zeros(1), np.ones(1), ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,15 @@ def test_scenario_accuracies_that_equal_the_limit_pass():
     assert not below["scenario accuracy"].passed and not below["worst scenario"].passed
 
 
+def test_the_check_of_the_worst_scenario_names_it():
+    numbers, after = np.array([3, 7]), np.array([0.9, 0.6])
+    found = replace(
+        report_on([1], [True]), scenario=numbers, scenario_before=np.zeros(2), scenario_after=after
+    )
+    (line,) = (check.line for check in found.checks(CheckSection()) if check.name == "worst scenario")
+    assert line.startswith("worst scenario: 7, 60.00 %, expected at least ")
+
+
 def test_every_class_means_those_with_images_and_the_others_are_named():
     def every_class(labels: list[int], right_after: list[bool]) -> Check:
         (found,) = (
@@ -163,8 +177,8 @@ def test_every_class_means_those_with_images_and_the_others_are_named():
 
     assert "not measured" not in every_class([0, 1, 2, 3], [True] * 4).line
     partly = every_class([1, 1, 2], [True, False, False])
-    assert not partly.passed and "class eel lost 100.00%" in partly.line
+    assert not partly.passed and "class eel lost 100.00 points" in partly.line
     assert partly.line.endswith("; not measured, since no test image shows them: cat, fox")
     # not that of a class without images
     kept = every_class([1, 2], [True, True])
-    assert kept.passed and "class dog lost 0.00%" in kept.line
+    assert kept.passed and "class dog lost 0.00 points" in kept.line

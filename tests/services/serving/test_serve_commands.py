@@ -36,8 +36,9 @@ def run(command, *args):
 
 def test_check_prints_every_check_and_fails_with_exit_code_1_where_one_failed(planted):
     lines = run(check, "first", "--store", planted.address).splitlines()
-    assert len(lines) == 8 and all(line.startswith("ok ") for line in lines[:7])
+    assert len(lines) == 9 and all(line.startswith("ok ") for line in lines[:7])
     assert lines[7].strip() == "its failure scenarios were labelled by reference models"
+    assert lines[8] == "7 of 7 checks passed"
     result = CliRunner().invoke(check, ["swapped", "--store", planted.address], standalone_mode=False)
     failed = [line for line in result.output.splitlines() if line.startswith("FAILED")]
     assert [line.split()[1] for line in failed] == ["clean", "every", "regressions:"]
