@@ -20,7 +20,7 @@ from defuse_core.report.notices import headline
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.console import Terminal
-from services.tables import accuracy_table, add_row, new_table, print_table, print_text
+from services.tables import accuracy_table, add_row, new_table, print_paragraph, print_table, print_text
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
@@ -157,17 +157,21 @@ def print_status(run: Run, console: Console | None = None) -> None:
             "Size": stored,
         }
         add_row(table, *(cells[name] for name in columns))
-    seconds = sum(state.seconds or 0 for state in states)
+    known = [state.seconds for state in states if state.seconds is not None]
+    spent = (
+        f"{duration(sum(known))} so far · " if known else ""
+    )  # nothing is known while the first step works
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     print_table(console, table)
     if models := run.load(Models):
         _print_health(console, run, models)
     if report := _stored_report(run):
-        print_text(console, headline(report), "bold")
+        print_paragraph(console, headline(report), "bold")
+        console.print()
         print_table(console, accuracy_table(report))
     elif run.store.exists("report.json"):
         print_text(console, _unread_report(run), "yellow")
-    console.print(Text(f"{duration(seconds)} so far · {run.store.address}", style="dim", overflow="fold"))
+    console.print(Text(f"{spent}{run.store.address}", style="dim", overflow="fold"))
 
 
 def _print_health(console: Console, run: Run, models: Models) -> None:
@@ -181,7 +185,7 @@ def _print_health(console: Console, run: Run, models: Models) -> None:
         f"{pictures_judged(health)}; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} "
         "collapsed."
     )
-    print_text(console, text, "" if health.verdict == "fit" else "yellow")
+    print_paragraph(console, text, "" if health.verdict == "fit" else "yellow")
 
 
 def _stored_report(run: Run) -> Report | None:

@@ -40,6 +40,7 @@ COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A aft
 # in turn, until the table fits; accuracies decide the state, so they are the last
 DROPPED_COMPARED = ("Mistaken for", "In B", "A before", "A after", "B after")
 DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # of the table of scenarios, in turn, until it fits
+TEXT_WIDTH = 100  # columns of a paragraph, also in a wider terminal: longer lines are hard to read
 UNBOUNDED = 1000  # columns, in which every table fits
 FOLDED = 10  # columns that a text needs which is broken anywhere
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
@@ -51,9 +52,10 @@ def print_report(report: Report, correct: CorrectSection, console: Console | Non
     `correct` is that of the run file.
     """
     console = console or Terminal()
-    print_text(console, headline(report), "bold")
+    print_paragraph(console, headline(report), "bold")
     for warning in caveats(report, correct):
-        print_text(console, warning, "yellow")
+        print_paragraph(console, warning, "yellow")
+    console.print()
     print_table(console, accuracy_table(report))
     if report.evidence is not None:
         print_table(console, _evidence_table(report.evidence))
@@ -61,12 +63,17 @@ def print_report(report: Report, correct: CorrectSection, console: Console | Non
         _print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
     print_table(console, _agreement_table(report))
     for line in _lines(report):
-        print_text(console, line, "dim")
+        print_paragraph(console, line, "dim")
 
 
-def print_text(console: Console, text: str, style: str) -> None:
+def print_paragraph(console: Console, text: str, style: str) -> None:
+    """Print text as `print_text` does, in lines of at most TEXT_WIDTH columns."""
+    print_text(console, text, style, TEXT_WIDTH)
+
+
+def print_text(console: Console, text: str, style: str, widest: int | None = None) -> None:
     """Print text in lines that do not break before a percent sign."""
-    lines = textwrap.wrap(unbroken(text), console.width)
+    lines = textwrap.wrap(unbroken(text), min(console.width, widest or console.width))
     console.print(Text("\n".join(lines).replace("\u00a0", " "), style=style), soft_wrap=True)
 
 
@@ -187,6 +194,8 @@ def _print_fitting(
         table = make(console.width, [name for name in columns if name not in dropped[:count]])
         if _needed_width(console, table) <= console.width:
             console.print(table)
+            if table.caption:
+                console.print()  # a table without one ends with a blank line
             return
     print_table(console, make(UNBOUNDED, columns))
 

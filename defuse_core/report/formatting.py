@@ -60,6 +60,12 @@ def change(before: float | None, after: float | None, digits: int = 2) -> str:
     return f"{'+' if points > 0 else '−' if points < 0 else '±'}{abs(points):.{digits}f}"
 
 
+def points(share: float) -> str:
+    """Return a fraction of 1 in percentage points: 0.5 points, 1 point."""
+    count = f"{100 * share:g}"
+    return f"{count} point" if count == "1" else f"{count} points"
+
+
 def is_low(purity: float | None) -> bool:
     """Whether the images of a scenario are mixed."""
     return purity is not None and purity < LOW_PURITY

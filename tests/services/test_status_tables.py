@@ -124,6 +124,11 @@ def test_status_names_the_run_with_its_seed_and_ends_with_the_time_of_all_steps(
     assert lines[-1] == f"14 min 00 s so far · {run.store.address}"
 
 
+def test_status_has_no_time_before_any_step_is_done(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    assert status_of(run, 300).splitlines()[-1] == run.store.address
+
+
 def test_status_of_a_finished_run_shows_the_accuracies_of_its_report(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     finish(run, *ALL)

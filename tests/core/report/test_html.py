@@ -140,8 +140,8 @@ def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(t
     [
         (
             {"choose_by": "tune", "max_loss": 0.01},
-            "of all λ that lose at most 1 % of the validation accuracy, and certainly at most 10 % of that of any "
-            "class, and are within one point of the highest "
+            "of all λ that lose at most 1 point of the validation accuracy, and certainly at most 10 points of that "
+            "of any class, and are within one point of the highest "
             "accuracy on the scenario images tuned on, the one of highest validation accuracy.",
         ),
         ({"choose_by": "train"}, "The rule of choice: the highest training accuracy."),

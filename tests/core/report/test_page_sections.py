@@ -1,0 +1,64 @@
+"""What single sections of the page say: scenario cards, the choice of λ, provenance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_evidence import sample_evidence
+from sample_findings import report_of, sample_findings, sample_run
+
+from defuse_core.report import write_report
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+def words_of(page: bytes) -> str:
+    return " ".join(page.decode().replace("\u00a0", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("own", "told", "coloured"),
+    [
+        ([0.1, 0.6, 0.9, 0.9], " · not confirmed", False),
+        ([0.1, 0.6, 0.9, 0.3], " · <b>worse than plain further training</b>", True),
+        ([0.9, 0.6, 0.4, 0.4], " · not confirmed", True),  # worse than before
+    ],
+)
+def test_only_a_scenario_that_is_worse_is_red(tmp_path: Path, own: list[float], told: str, coloured: bool):
+    run = sample_run(tmp_path)
+    evidence = sample_evidence(np.array([own]))
+    evidence.worse[:] = own[3] < own[2]
+    write_report(run, *sample_findings(2, 1), evidence)
+    card = words_of(run.store.read("report.html")).split('id="scenario-0"')[1].split("</article>")[0]
+    assert told in card
+    assert ('<span class="bad">' in card) is coloured
+
+
+@pytest.mark.parametrize(("moved", "times"), [(0.0, 1), (0.02, 2)])
+def test_equal_accuracies_of_a_scenario_are_shown_once(moved: float, times: int, tmp_path: Path):
+    run, sample = sample_run(tmp_path), sample_findings(2, 1)
+    row = report_of(sample, tmp_path / "same").scenarios.list[0]
+    own = np.array([[row.before + moved, 0.5, 0.5, row.defuse]])
+    write_report(run, *sample, sample_evidence(own))
+    card = words_of(run.store.read("report.html")).split('id="scenario-0"')[1].split("</article>")[0]
+    assert card.count(" → ") == times
+
+
+def test_the_page_says_by_which_images_a_lambda_is_chosen(tmp_path: Path):
+    run = sample_run(tmp_path)
+    write_report(run, *sample_findings())
+    text = words_of(run.store.read("report.html"))
+    assert "λ is chosen on validation images and on the scenario images tuned on; test images" in text
+
+
+def test_what_was_made_together_with_another_artefact_has_no_time_of_its_own(tmp_path: Path):
+    run = sample_run(tmp_path)
+    made = (("correct", "baseline", 61.0), ("correct", "sweep", 0.004), ("report", "plain", 0.0))
+    for step, name, seconds in made:
+        run._note(step, name, seconds, b"", {})
+    write_report(run, *sample_findings())
+    text = words_of(run.store.read("report.html"))
+    assert '<td class="n">1 min 01 s</td>' in text and '<td class="n">with baseline</td>' in text
+    assert "0.0 s" not in text and '<td class="n"></td>' in text
