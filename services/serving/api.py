@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from defuse_core.artifacts import F32
 from services.serving.deployment import ClassifierDeployment
+from services.serving.docs_page import HEADERS, docs_page
 from services.serving.errors import RejectedInput, RequestError, Unavailable
 from services.serving.inputs import (
     FORM_TYPE,
@@ -35,7 +36,7 @@ from services.serving.model import ModelInfo, PredictionResponse
 
 log = logging.getLogger("defuse")
 HEALTH_ROUTES = ("/healthz", "/readyz")
-DOCS_ROUTES = ("/docs", "/redoc", "/openapi.json")
+DOCS_ROUTES = ("/docs", "/openapi.json")
 # Images up to this are decoded faster here than in a thread.
 MAX_INLINE_BYTES, MAX_INLINE_PIXELS = 32_768, 65_536
 
@@ -132,7 +133,14 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
         async with deployment.following_registry():
             yield
 
-    api = FastAPI(title="Defuse", summary="A corrected image classifier.", version="1", lifespan=lifespan)
+    api = FastAPI(
+        title="Defuse",
+        summary="A corrected image classifier.",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     _add_error_handlers(api, deployment)
     api.add_middleware(BearerAuthMiddleware, token=deployment.token)
 
@@ -151,6 +159,9 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
 
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(await metrics_page(), media_type="text/plain; version=0.0.4")
+
+    async def docs(request: Request) -> HTMLResponse:
+        return HTMLResponse(docs_page(api.openapi(), str(request.base_url)), headers=HEADERS)
 
     # This route answers, without the cost of FastAPI's validation of arguments; the one below describes it.
     api.router.routes.insert(0, Route("/v1/predict", predict, methods=["POST"]))
@@ -173,13 +184,14 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
         responses=_UNAUTHORIZED,
         summary="Metrics for Prometheus",
     )(metrics)
+    api.get("/docs", include_in_schema=False)(docs)
     if deployment.token:
         _describe_authentication(api)
     return api
 
 
 def _describe_authentication(api: FastAPI) -> None:
-    """Add the bearer token to the OpenAPI description, which gives its page a button to enter the token."""
+    """Add the bearer token to the OpenAPI description, and so to the commands of its page."""
     schema = api.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"token": []}]

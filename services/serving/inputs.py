@@ -25,7 +25,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/webp", "application/octet-stream")
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 MAX_JPEG_SCANS = 100  # a progressive JPEG has some 10; decoding takes time for each, however few bytes it has
-LOSSLESS_MODES = {1: ("1", "L"), 3: ("RGB", "P")}  # Pillow modes that convert to grey or RGB without loss
+# Pillow modes that are read as grey or RGB as in training: without loss, and 16 bits of grey by their upper 8
+ACCEPTED_MODES = {1: ("1", "L", "I;16"), 3: ("RGB", "P")}
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,12 @@ def _check_mode(image: Image.Image, spec: InputSpec, prefix: str) -> None:
     """Check that no color is lost: an RGB image, and so any of WebP, is grey where its pixels are."""
     if spec.resize:
         return
-    fits = image.mode in LOSSLESS_MODES[spec.channels] or (spec.channels == 1 and _is_grey_rgb(image))
-    if not fits or "transparency" in image.info:
+    if "transparency" in image.info:
+        raise RejectedInput(
+            422, f"{prefix}the image has transparency (tRNS), expected {spec} without; flatten the image"
+        )
+    fits = image.mode in ACCEPTED_MODES[spec.channels] or (spec.channels == 1 and _is_grey_rgb(image))
+    if not fits:
         raise RejectedInput(422, f"{prefix}the image has color mode {image.mode}, expected {spec}")
 
 
