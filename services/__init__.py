@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-STOPPED = "stopped; the same command continues from here"
+STOPPED, CONTINUES = "stopped", "; the same command continues from here"
 # Ray would turn an exception that names its signal into a KeyboardInterrupt
 _received: list[signal.Signals] = []
 
@@ -32,6 +32,11 @@ def stopped_exit_code() -> int:
     return 128 + (_received or [signal.SIGINT])[0]
 
 
+def stopped_line() -> str:
+    """Return what is said of a command that a signal ended: only a run is continued by the same command."""
+    return STOPPED + (CONTINUES if sys.argv[1:2] == ["run"] else "")
+
+
 def main() -> None:
     """Run the program `defuse`: Ctrl-C ends it in one line also while it imports what it needs."""
     try:
@@ -39,5 +44,5 @@ def main() -> None:
 
         run_command()
     except KeyboardInterrupt:
-        print(f"defuse: {STOPPED}", file=sys.stderr)
+        print(f"defuse: {stopped_line()}", file=sys.stderr)
         sys.exit(stopped_exit_code())

@@ -8,7 +8,7 @@ from defuse_core.config import DataSection
 from defuse_core.data.digits import open_digits, open_mnist, open_mnist_5000, open_svhn
 from defuse_core.data.folder import folder_classes, log_parts, open_folder, overlooked
 from defuse_core.data.gtsrb import open_signs
-from defuse_core.data.images import Images, PictureFiles, Splits
+from defuse_core.data.images import Images, PictureFiles, Splits, data_root
 from defuse_core.data.npz import npz_classes, open_npz
 from defuse_core.errors import DataError, RunMismatchError
 
@@ -21,6 +21,7 @@ OPENERS = {
     "folder": open_folder,
     "npz": open_npz,
 }
+WITHOUT_ROOT = ("digits", "mnist-5000")  # packages bring their images
 
 
 def open_splits(data: DataSection, seed: int) -> Splits:
@@ -35,6 +36,12 @@ def open_splits(data: DataSection, seed: int) -> Splits:
         raise DataError(
             f"data.root: cannot read {error.filename or data.root} ({error.strerror or error})"
         ) from error
+
+
+def expect_root(data: DataSection) -> None:
+    """Raise DataError where data.root is missing on this machine, for a data set that is read from there."""
+    if data.name not in WITHOUT_ROOT:
+        data_root(data)
 
 
 def check_class_names(data: DataSection) -> None:

@@ -57,6 +57,14 @@ def expect_writable(option: str, path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def expect_new_file(option: str, path: Path) -> None:
+    """Raise InputError for a file that exists."""
+    with writing(option, path):
+        exists = path.is_file()
+    if exists:
+        raise InputError(f"{option} {path}: exists; choose another file, or replace it with --force")
+
+
 def replace_file(option: str, path: Path, data: bytes) -> None:
     """Write a file whole, or leave what was there."""
     # without its own name, which may have the greatest length

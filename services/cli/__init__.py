@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
-from services import STOPPED, stopped_exit_code, stopping_on_sigterm
+from services import stopped_exit_code, stopped_line, stopping_on_sigterm
 from services.cli.export import compare, delete, export
 from services.cli.init import fields, init
 from services.cli.jobs import jobs, submit
@@ -120,7 +120,7 @@ def _run_command() -> None:
     except SystemExit as error:  # commands end with click's Exit
         place = traceback.extract_tb(error.__traceback__)[-1]
         if error.code == signal.SIGTERM:  # of Ray's handler, while it starts
-            _fail(STOPPED, 128 + signal.SIGTERM)
+            _fail(stopped_line(), 128 + signal.SIGTERM)
         if Path(place.filename).parent == Path(click.__file__).parent:  # a shell asked for completions
             raise
         _fail(_exit_of_other_code(error, place), InputError.exit_code)
@@ -131,7 +131,7 @@ def _run_command() -> None:
             error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _fail(STOPPED, stopped_exit_code())
+        _fail(stopped_line(), stopped_exit_code())
     except Exception as error:
         debugging = _is_debugging()
         if debugging:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from defuse_core.store import Store
 
 
-@click.command()
+@click.command(short_help="Write the corrected classifier, or the scenarios' pictures.")
 @click.argument("run")
 @store_option
 @click.option(
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     "classifier's class numbers. torchvision's ImageFolder numbers the folders. Failures that are tuned on though "
     "nobody reviewed them (correct.unreviewed) are not among the pictures.",
 )
-def export(run: str, store: str, model: Path | None, folder: Path | None) -> None:
+@click.option("--force", is_flag=True, help="Replace the file of --to if it exists.")
+def export(run: str, store: str, model: Path | None, folder: Path | None, force: bool) -> None:
     """Write the corrected classifier of RUN, or the pictures of its failure scenarios, for other tools.
 
     The written classifier is compared with the run's own on 1,000 images. A .safetensors file has the names of the
@@ -47,11 +48,14 @@ def export(run: str, store: str, model: Path | None, folder: Path | None) -> Non
     defuse export digits --to model.onnx --scenarios pictures/
     """
     from defuse_core.export import export_model, export_scenarios
+    from defuse_core.export.writing import expect_new_file
 
     if model is None and folder is None:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")
     opened = open_run(run, store)
     if model is not None:
+        if not force:
+            expect_new_file("--to", model)
         done = export_model(opened, model)
         click.echo(
             f"{done.path}: the same answer as the run's classifier on {done.same_answers:,} of "
@@ -65,7 +69,7 @@ def export(run: str, store: str, model: Path | None, folder: Path | None) -> Non
         )
 
 
-@click.command()
+@click.command(short_help="Delete a run with everything that it stored.")
 @click.argument("run")
 @store_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -133,7 +137,7 @@ def _components_of(store: Store, run: str) -> str | None:
     return None
 
 
-@click.command()
+@click.command(short_help="Show what became of a run's scenarios in a later run.")
 @click.argument("run_a", metavar="A")
 @click.argument("run_b", metavar="B")
 @store_option

@@ -23,7 +23,7 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
     return value
 
 
-@click.command()
+@click.command(short_help="Look at images and a classifier, and write a run file.")
 @click.argument("images", type=GivenPath())
 @click.option("--classifier", callback=given, help=f"{CLASSIFIER_HELP} [default: train one]")
 @click.option("--weights", type=GivenPath(), help="State dict of the classifier.")
@@ -106,7 +106,7 @@ def _print_plan(plan: Plan, path: Path) -> None:
     click.echo(f"wrote {path}, for about {count_of(plan.minutes, 'minute')}; next: {following}")
 
 
-@click.command()
+@click.command(short_help="List the fields of the run file with their meaning.")
 @click.argument("section", required=False)
 def fields(section: str | None) -> None:
     """List every field of the run file, or of SECTION, with its values, its default and its meaning.

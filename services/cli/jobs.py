@@ -37,7 +37,7 @@ address_option = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Run a run file as a job on a Ray cluster.")
 @click.argument("runfile", type=GivenPath())
 @address_option
 @name_option

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from services.console import ProgressDisplay
 
 
-@click.command()
+@click.command(short_help="Debug the classifier that a run file describes.")
 @click.argument("runfile", type=GivenPath())
 @name_option
 @store_option
@@ -77,7 +77,7 @@ def run(
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
     """
     from defuse_core.config import load_run_file
-    from defuse_core.data import check_class_names
+    from defuse_core.data import check_class_names, expect_root
     from defuse_core.pipeline import run_defuse
     from defuse_core.runs import ReachedStep, Run
     from services.console import ProgressDisplay
@@ -92,6 +92,8 @@ def run(
     spec = load_run_file(runfile, overrides)
     check_class_names(spec.data)
     opened, name = open_store(store), run_name(name, runfile)
+    if _computes_here(where, address) and not opened.within(name).exists("run.yaml"):
+        expect_root(spec.data)  # before a run is recorded, and before anything is measured
     if track is not None:
         expect_mlflow(read_settings())
     with opened.within(name).lock(), ProgressDisplay() as display:
@@ -110,13 +112,14 @@ def run(
     click.echo(f"\nreport: {started.store.address}/report.html")
 
 
-@click.command()
+@click.command(short_help="Show how far a run is, or list the runs.")
 @click.argument("name", required=False)
 @store_option
 def status(name: str | None, store: str) -> None:
     """Show how far the run called NAME is, or list the runs.
 
-    A step that has begun is under way while a driver works on the run, else stopped: the same command continues it.
+    A step that has begun is under way while a `defuse run` process works on the run, else stopped: the same command
+    continues it.
     """
     from services.status_tables import print_runs, print_status
     from services.storage import open_store
@@ -127,7 +130,7 @@ def status(name: str | None, store: str) -> None:
         print_status(open_run(name, store))
 
 
-@click.command()
+@click.command(short_help="Show the report of a run, and write its page again.")
 @click.argument("name")
 @store_option
 def report(name: str, store: str) -> None:
@@ -139,6 +142,11 @@ def report(name: str, store: str) -> None:
     print_report(rewrite_report(opened), opened.spec.correct)
     if opened.store.exists("report.html"):
         click.echo(f"\nreport: {opened.store.address}/report.html")
+
+
+def _computes_here(where: str, address: str | None) -> bool:
+    """Whether this machine reads the images; on a cluster they may be where its nodes alone see them."""
+    return where == "local" or (address or read_settings().ray_address) is None
 
 
 def _compute(

@@ -46,7 +46,7 @@ why_option = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Check the corrected classifier of a run, or any on a suite.")
 @click.argument("run", required=False)
 @store_option
 @json_option
@@ -106,7 +106,7 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
     return {"run": run, "passed": passed, "annotators": None, "checks": [], "reason": str(reason)}
 
 
-@click.command()
+@click.command(short_help="Put the corrected classifier of a run into production.")
 @click.argument("run", required=False)
 @store_option
 @click.option(
@@ -161,7 +161,7 @@ def promote(
     _print_watch(version.watch)
 
 
-@click.command()
+@click.command(short_help="End a canary or shadow, or return to the version before.")
 @store_option
 @by_option
 @why_option
@@ -176,7 +176,7 @@ def rollback(store: str, by: str | None, why: str) -> None:
     click.echo(f"{state.action}; {state.production_text}")
 
 
-@click.command()
+@click.command(short_help="Serve the corrected classifier of a run, and later ones.")
 @click.argument("run", required=False)
 @store_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on.")
@@ -325,11 +325,17 @@ def _show(registry: Registry) -> None:
         role = {**roles, state.shadow: "shadow"}.get(number, "")
         forced = " (forced)" if info.forced or (number == state.production and forced_now) else ""
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
-        line = f"{number:>4}  {role:<12} {origin}; by {info.by} on {info.when} {info.why}".rstrip()
+        line = f"{number:>4}  {role:<12} {origin}; {_by(info.by, info.when, info.why)}"
         click.echo(escape_control_characters(line))
-    change = f"last change: {state.action}, by {state.by} on {state.when} {state.why}".rstrip()
+    change = f"last change: {state.action}, {_by(state.by, state.when, state.why)}"
     click.echo(escape_control_characters(change))
     _print_forced(state)
+
+
+def _by(author: str, when: str, why: str) -> str:
+    """Return who made a change, at which minute, and why."""
+    at = when.replace("T", " ")[:16]  # of such as 2026-11-28T19:20:26Z
+    return f"by {author} on {at} UTC" + (f": {why}" if why else "")
 
 
 def _print_forced(state: RegistryState) -> None:

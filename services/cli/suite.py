@@ -31,7 +31,11 @@ def suite_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         [
             click.option("--suite", type=GivenPath(), help="Folder of a suite to check against."),
-            click.option("--classifier", callback=given, help=f"With --suite: {CLASSIFIER_HELP}"),
+            click.option(
+                "--classifier",
+                callback=given,
+                help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}",
+            ),
             click.option("--weights", type=GivenPath(), help="With --classifier: its state dict."),
             click.option(
                 "--set",

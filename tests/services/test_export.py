@@ -259,6 +259,19 @@ def test_the_command_writes_both_and_names_the_comparison(store, tmp_path, monke
     assert "106 pictures, with labels.csv; its column class_index has the classifier's class numbers" in out
 
 
+def test_a_file_that_exists_is_replaced_with_force_alone(store, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"another model")
+    words = ["export", "digits", "--store", store.address, "--to", path]
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert (code, path.read_bytes()) == (2, b"another model")
+    assert one_line(err).endswith(
+        "model.safetensors: exists; choose another file, or replace it with --force"
+    )
+    assert call(monkeypatch, capsys, *words, "--force")[0] == 0
+    assert load_file(path)
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

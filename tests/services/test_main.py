@@ -56,7 +56,12 @@ def test_a_cache_below_an_unknown_home_is_one_line_for_what_uses_it(monkeypatch,
     assert one_line(err).endswith("set DEFUSE_CACHE, XDG_CACHE_HOME or HOME to a folder")
 
 
-def test_ctrl_c_while_modules_are_imported_is_one_line_too(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [("run", "stopped; the same command continues from here"), ("init", "stopped"), ("promote", "stopped")],
+)
+def test_ctrl_c_while_modules_are_imported_is_one_line_too(command, line, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["defuse", command])
     found = builtins.__import__
 
     def interrupted(name, *args, **kwargs):
@@ -68,7 +73,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line_too(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         services.main()
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "defuse: stopped; the same command continues from here\n"
+    assert capsys.readouterr().err == f"defuse: {line}\n"
 
 
 def test_other_libraries_log_warnings_alone_and_defuse_its_steps(tmp_path):
@@ -122,3 +127,12 @@ def test_the_help_of_export_says_which_pictures_are_missing(monkeypatch, capsys)
     code, out, _ = call(monkeypatch, capsys, "export", "--help")
     assert code == 0
     assert "nobody reviewed them (correct.unreviewed) are not among the pictures" in " ".join(out.split())
+
+
+def test_no_line_of_the_list_of_commands_is_cut_on_a_terminal_of_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call(monkeypatch, capsys, "--help")
+    commands = out.partition("Commands:")[2].splitlines()[1:]
+    assert len(commands) > 15 and not [
+        line for line in commands if line.endswith("...") or line.startswith("   ")
+    ]

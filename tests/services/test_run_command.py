@@ -54,3 +54,14 @@ def test_a_shell_gets_its_completions() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "plain,status\n", "")
+
+
+@pytest.mark.parametrize("where", [["--on", "local"], []])
+def test_a_run_whose_images_are_not_there_is_not_begun(where, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    file = ROOT / "deploy/runs/mnist-laptop.yaml"
+    words = [file, "--store", tmp_path, "--set", f"data.root={tmp_path}/gone", "--set", "data.download=false"]
+    code, _, err = call(monkeypatch, capsys, "run", *words, *where)
+    assert code == 2
+    assert "/gone does not exist; set it to the path of the mnist images" in one_line(err)
+    assert not list(tmp_path.iterdir())
