@@ -45,8 +45,8 @@ def settle_precision(run: Run, compute: Compute) -> None:
 
 def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision:
     """Return whether f32 or bf16 is faster for each kind of computation of the run, on this device."""
+    classes = len(open_splits(spec.data, spec.seed).classes)  # first: an error of the images is said at once
     progress("measuring where bf16 is faster", 0, 1, "kinds")
-    classes = len(open_splits(spec.data, spec.seed).classes)
     with cpu_threads(spec.resources.train_threads), torch.random.fork_rng():
         torch.manual_seed(torch_seed(spec.seed, "precision"))
         steps = _steps(spec, classes)

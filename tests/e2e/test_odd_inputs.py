@@ -86,7 +86,11 @@ REFUSED = [  # what is wrong, section classifier, the line
     ("no such file", program("nowhere.pt"), "nowhere.pt: expected a file of weights, found none"),
     ("a folder as a program", program("folder"), "folder: expected a file of weights, found a folder"),
     ("a text as a program", program("notes.pt"), "expected a file of torch.jit.save or torch.export.save"),
-    ("a state dict as a program", program("state.pt"), "a state dict needs classifier.architecture: custom"),
+    (
+        "a state dict as a program",
+        program("state.pt"),
+        "a state dict, or a whole module of torch.save, needs its code",
+    ),
     ("a program cut short", program("cut.pt"), "cut.pt: expected a file of torch.jit.save"),
     (
         "a program for a fixed batch",
