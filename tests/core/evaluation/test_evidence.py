@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import binomtest
 
 from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
@@ -36,6 +38,7 @@ from defuse_core.report.notices import caveats
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
+from services.tables import print_report
 from tests.conftest import recommended
 
 
@@ -212,7 +215,7 @@ def test_scenarios_left_out_are_told_apart_by_whether_their_confusion_was_tuned_
             assert (each.defuse, each.against_plain) == (None, None)
 
 
-def test_the_screen_is_measured_on_real_failures(finished) -> None:
+def test_the_screen_is_measured_on_failing_draws_from_test_images(finished) -> None:
     run, report = finished
     found = report.evidence
     recall = found.screen_recall
@@ -220,7 +223,16 @@ def test_the_screen_is_measured_on_real_failures(finished) -> None:
     assert (recall.value < recall.high < 1) == (recall.value < 1)  # on some processors all are seen
     kept = found.screen_recall.value * found.real_failure_images
     assert kept == pytest.approx(round(kept))
-    assert "leaves out the others (identify.screen)" in run.store.read("report.html").decode()
+    page = " ".join(run.store.read("report.html").decode().split())
+    assert page.count("(identify.screen)") == 1  # said once
+    assert "It is strict: of the failing draws from test images, in all of which the judges see" in page
+    assert (
+        f"<td>failing draws from {found.real_failure_images} test image" in page
+        and "real failure" not in page
+    )
+    console = Console(width=100, file=io.StringIO())
+    print_report(report, run.spec.correct, console)
+    assert f"{found.real_failure_images} failing test draws" in console.file.getvalue()
 
 
 def test_pairs_are_of_each_plain_training(finished) -> None:
