@@ -178,7 +178,7 @@ def test_the_report_says_how_many_failing_draws_the_screen_keeps(tmp_path: Path)
     report, page = with_failing_draws(2064, max_per_image=7)(tmp_path)
     assert (report.psi.failing_draws, report.psi.kept_share, report.psi.screened) == (2064, 0.25, True)
     assert "Of 2,064 failing draws 516 are kept" in page
-    assert "(identify.screen), at most 7 an image." in page
+    assert ", at most 7 an image. The screen (identify.screen) keeps a draw only if" in page
 
 
 @pytest.mark.parametrize(
