@@ -201,9 +201,10 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
 def _different(classes: Sequence[str]) -> list[str]:
     """Return the names of the classes as text. Raises DataError for a name that is there twice."""
     names = [str(name) for name in classes]
-    for name, count in Counter(names).most_common(1):
-        if count > 1:
-            raise DataError(f"classes: expected different names, found {name!r} {count} times")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(
+            f"classes: expected different names, found {twice[0]!r} {names.count(twice[0])} times"
+        )
     return names
 
 
