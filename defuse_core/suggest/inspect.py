@@ -154,18 +154,24 @@ def _expect_train(root: Path) -> None:
 def _expect_no_part(root: Path) -> None:
     """Raise DataError for a folder that is a part of a data set, such as train/ itself, rather than the data set."""
     name, parent = root.absolute().name, root.absolute().parent
+    if not any(map(_is_class_folder, root.iterdir())):
+        return
     remedy = f"give its parent: defuse init {shlex.quote(str(parent))}"
     if part := part_of(name):
         raise DataError(f"{root}: this is the {part} folder itself; {remedy}")
-    if (parent / "train").is_dir() and any(map(_is_class_folder, root.iterdir())):
+    if (parent / "train").is_dir():
         raise DataError(f"{root}: this folder of classes lies beside train/; {remedy}")
 
 
 def _is_class_folder(folder: Path) -> bool:
-    """Whether a folder holds images directly and nothing else, as no folder of a program or of runs does."""
+    """Whether a folder holds images and nothing else, as no folder of a program or of runs does."""
     if folder.name.startswith(".") or not folder.is_dir():
         return False
-    return {entry.is_file() and entry.name.lower().endswith(SUFFIXES) for entry in folder.iterdir()} == {True}
+    try:
+        paths = walk_files(folder)
+        return all(path.lower().endswith(SUFFIXES) for path in paths) and _has_pictures(folder)
+    except (OSError, DataError):  # a folder that no run reads
+        return False
 
 
 def _has_pictures(folder: Path) -> bool:

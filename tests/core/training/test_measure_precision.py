@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from defuse_core.errors import DataError
 from defuse_core.progress import silent
 from defuse_core.training import measure_precision
 from tests.conftest import tiny
@@ -45,6 +46,14 @@ def test_bf16_is_chosen_where_it_is_faster_by_a_tenth_and_the_log_has_the_ratios
         )
     assert found.chosen == {"classifier": "bf16", "vae": "f32", "answers": "f32"}
     assert "times as fast: classifier 2.00, vae 1.05, answers 0.50" in caplog.text
+
+
+def test_images_that_are_not_there_are_an_error_before_anything_is_measured(tmp_path):
+    reports: list[object] = []
+    spec = tiny(data={"name": "folder", "root": str(tmp_path / "gone"), "image_size": 16})
+    with pytest.raises(DataError, match="gone does not exist"):
+        measure_precision.measure_precision(spec, progress=lambda *report: reports.append(report))
+    assert reports == []
 
 
 def test_random_numbers_that_follow_are_the_same_whether_it_was_measured_or_not():
