@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -194,18 +193,8 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
             "train: expected (images, labels), found none; validation and test alone do not suffice"
         )
     if arrays and classes is not None:
-        arrays["classes"] = np.array(_different(classes))
+        arrays["classes"] = np.array([str(name) for name in classes])
     return arrays
-
-
-def _different(classes: Sequence[str]) -> list[str]:
-    """Return the names of the classes as text. Raises DataError for a name that is there twice."""
-    names = [str(name) for name in classes]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(
-            f"classes: expected different names, found {twice[0]!r} {names.count(twice[0])} times"
-        )
-    return names
 
 
 def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:

@@ -125,10 +125,16 @@ def _numbers(labels: I64, where: str) -> tuple[str, ...]:
 
 
 def _names(names: npt.NDArray[Any], where: str) -> tuple[str, ...]:
-    if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2 or len(set(names.tolist())) != len(names):
+    if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2:
         raise DataError(
             f"{where}: classes: expected two or more different names, as text, "
             f"found {names.dtype} {names.shape}; save numpy.array of a list of names"
+        )
+    different, counts = np.unique(names, return_counts=True)
+    if counts.max() > 1:
+        raise DataError(
+            f"{where}: classes: expected different names, found {str(different[counts.argmax()])!r} {counts.max()} "
+            "times; give each class a name of its own"
         )
     expect_class_names(names.tolist(), f"{where}: classes")
     return tuple(names.tolist())

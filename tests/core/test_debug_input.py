@@ -132,7 +132,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         DataError,
         r"train: expected images of shape .* found \(20, 256\)",
     ),
-    "a class named twice": ({"classes": ["a", "b", "a"]}, DataError, "^classes: .* found 'a' 2 times$"),
+    "a class named twice": ({"classes": ["a", "b", "a"]}, DataError, "^debug: classes: .* found 'a' 2 times;"),
     "no pair": ({"train": np.zeros((20, 16, 16))}, DataError, r"train: expected \(images, labels\), found ndarray"),
     "no train": ({"train": None}, DataError, "train: expected"),
     "nothing": ({"train": None, "test": None, "settings": None}, DataError, "found neither"),

@@ -208,7 +208,7 @@ BAD_NPZ: list[tuple[str, Arrays, str]] = [
     (
         "class names that repeat",
         {"classes": np.array(["a", "b", "a"])},
-        "classes: expected two or more different names",
+        "classes: expected different names, found 'a' 2 times; give each class a name of its own",
     ),
     (
         "class names that are numbers",
