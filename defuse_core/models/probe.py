@@ -125,7 +125,7 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
             f"the classifier exits (SystemExit: {error}) when it is called; remove that"
         ) from error
     except Exception as error:
-        remedy = "check data.image_size and data.channels"
+        remedy = "check data.image_size and data.channels, and that the network accepts batches of any size"
         raise CallError(failure_line(classifier, batch, error, remedy)) from error
     if not isinstance(logits, Tensor):
         raise ModelError(f"the classifier: expected logits as a tensor, found {type(logits).__name__}")
