@@ -160,7 +160,7 @@ def _expect_no_part(root: Path) -> None:
     if part := part_of(name):
         raise DataError(f"{root}: this is the {part} folder itself; {remedy}")
     if (parent / "train").is_dir():
-        raise DataError(f"{root}: this folder of classes lies beside train/; {remedy}")
+        raise DataError(f"{root}: this folder of classes is beside train/; {remedy}")
 
 
 def _is_class_folder(folder: Path) -> bool:

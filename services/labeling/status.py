@@ -290,7 +290,7 @@ def update_queue(client: LabelStudioClient, status: ReviewStatus) -> None:
         seen[queued.index] = True
         if (overlap, labeled) != (queued.overlap, queued.labeled):
             changes.append((queued.task, overlap, labeled))
-    if changes:  # told first: Label Studio takes a request for each
+    if changes:  # logged first, since each takes a request
         log.info("review: taking tasks out of the queue or putting them back, %d in all", len(changes))
     for change in changes:
         client.set_overlap(*change)

@@ -78,10 +78,9 @@ def test_an_error_of_torchscript_is_its_last_line():
         scripted(images)
     assert "serialized code" in str(raised.value) or "TorchScript" in str(raised.value)
     line = str(fails_on(scripted, images, raised.value))
-    assert line.startswith(
-        "the classifier fails on images of shape (2, 3, 8, 8): RuntimeError: mat1 and mat2 shapes"
-    )
-    assert "Traceback" not in line
+    assert line.startswith("the classifier fails on images of shape (2, 3, 8, 8): RuntimeError: ")
+    assert "mat1 and mat2 shapes cannot be multiplied" in line
+    assert "Traceback" not in line and "serialized code" not in line and "TorchScript" not in line
 
 
 def test_the_remedy_is_the_callers_where_no_cause_is_found():

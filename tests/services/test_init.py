@@ -290,7 +290,7 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
         (["few/train"], "few/train: this is the train folder itself; give its parent: defuse init few"),
         (
             ["few/more"],
-            "few/more: this folder of classes lies beside train/; give its parent: defuse init few",
+            "few/more: this folder of classes is beside train/; give its parent: defuse init few",
         ),
         (["."], "found no train/, but images below classes/; give a folder of this layout"),
         (["project"], "found no train/, but images below docs/; give a folder of this layout"),

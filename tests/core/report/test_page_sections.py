@@ -53,12 +53,12 @@ def test_the_page_says_by_which_images_a_lambda_is_chosen(tmp_path: Path):
     assert "λ is chosen on validation images and on the scenario images tuned on; test images" in text
 
 
-def test_what_was_made_together_with_another_artefact_has_no_time_of_its_own(tmp_path: Path):
+def test_an_artefact_that_took_no_time_since_it_was_made_with_another_has_an_empty_cell(tmp_path: Path):
     run = sample_run(tmp_path)
     made = (("correct", "baseline", 61.0), ("correct", "sweep", 0.004), ("report", "plain", 0.0))
     for step, name, seconds in made:
         run._note(step, name, seconds, b"", {})
     write_report(run, *sample_findings())
     text = words_of(run.store.read("report.html"))
-    assert '<td class="n">1 min 01 s</td>' in text and '<td class="n">with baseline</td>' in text
-    assert "0.0 s" not in text and '<td class="n"></td>' in text
+    assert '<td class="n">1 min 01 s</td>' in text and text.count('<td class="n"></td>') >= 2
+    assert "0.0 s" not in text

@@ -44,6 +44,7 @@ def test_pushing_again_takes_some_bytes_per_task(tmp_path):
         project = Project(1, first.settings())
         client = SimpleNamespace(
             address="http://labels",
+            organization=lambda: 1,
             find_projects=lambda mark: [project],
             project=lambda number: project,
             tasks=lambda number, with_data: answered_tasks(tasks, first.state.secret),
