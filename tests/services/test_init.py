@@ -62,6 +62,9 @@ def test_class_folders_are_moved_by_the_command_that_is_suggested(pictures, tmp_
 
 def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "defuse_core.suggest.plan._rate", lambda work: 1000.0
+    )  # on a busy machine 10 minutes are few
     tree, out = start(monkeypatch, capsys, pictures, "--minutes", 10)
     assert "240 train, 60 test; 10 classes; 16x16 pixels" in out
     assert "next: defuse run digits.yaml" in out
