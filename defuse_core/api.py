@@ -39,7 +39,14 @@ from defuse_core.data.npz import Arrays, image_shape, splits_of
 from defuse_core.device import device
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError
 from defuse_core.local import LocalCompute
-from defuse_core.models import copy_for_inference, fails_on, load_program, map_batches, program_of, to_tensor
+from defuse_core.models import (
+    classifier_failure,
+    copy_for_inference,
+    load_program,
+    map_batches,
+    program_of,
+    to_tensor,
+)
 from defuse_core.models.adapters import find_logits
 from defuse_core.pipeline import run_defuse
 from defuse_core.progress import Progress, silent
@@ -387,4 +394,4 @@ def _logits(net: nn.Module, images: Images, rows: slice) -> Tensor:
     try:
         return find_logits(net(batch))[0]
     except Exception as error:
-        raise fails_on(net, batch, error) from error
+        raise classifier_failure(net, batch, error) from error

@@ -64,8 +64,8 @@ def count_of(number: float, noun: str) -> str:
     return f"{text} {noun}" if number == 1 else f"{text} {noun}s"
 
 
-def one_line(error: Exception, limit: int = 200) -> str:
-    """Return at most `limit` characters of an error's message, on one line."""
+def one_line(error: Exception | str, limit: int = 200) -> str:
+    """Return at most `limit` characters of an error, or of its message, on one line."""
     return " ".join(str(error).split())[:limit]
 
 

@@ -158,9 +158,7 @@ def print_status(run: Run, console: Console | None = None) -> None:
         }
         add_row(table, *(cells[name] for name in columns))
     known = [state.seconds for state in states if state.seconds is not None]
-    spent = (
-        f"{duration(sum(known))} so far · " if known else ""
-    )  # nothing is known while the first step works
+    spent = f"{duration(sum(known))} so far · " if known else ""  # the first step has no time until its end
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     print_table(console, table)
     if models := run.load(Models):

@@ -25,6 +25,7 @@ from defuse_core.config.run_file import (
     with_weights,
 )
 from defuse_core.config.sections import (
+    WITHOUT_ROOT,
     ClassifierSection,
     ClassifierSet,
     CorrectSection,

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from defuse_core.config.base import GpuShare, Section
 from defuse_core.config.sections import (
+    WITHOUT_ROOT,
     ClassifierSection,
     ClassifierSet,
     CorrectSection,
@@ -227,7 +228,7 @@ class RunFile(Section):
             raise ValueError("vae.import_path goes with vae.architecture: custom, and only with it")
         if self.vae.epochs == 0 and self.vae.weights is None and self.vae.architecture != "custom":
             raise ValueError("vae.epochs = 0 uses a pretrained β-VAE, so vae.weights must name its file")
-        if self.data.name not in {"digits", "mnist-5000"} and self.data.root is None:
+        if self.data.name not in WITHOUT_ROOT and self.data.root is None:
             raise ValueError(
                 f"data.root must be the path of the {self.data.name} images (--set data.root=PATH)"
             )

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from defuse_core.config.base import Section, UserPath
 
 Schedule = Literal["constant", "one_cycle"]  # of a learning rate
+WITHOUT_ROOT = frozenset({"digits", "mnist-5000"})  # data sets whose images packages bring
 
 
 class DataSection(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from defuse_core.config import DataSection
+from defuse_core.config import WITHOUT_ROOT, DataSection
 from defuse_core.data.digits import open_digits, open_mnist, open_mnist_5000, open_svhn
 from defuse_core.data.folder import folder_classes, log_parts, open_folder, overlooked
 from defuse_core.data.gtsrb import open_signs
@@ -21,7 +21,6 @@ OPENERS = {
     "folder": open_folder,
     "npz": open_npz,
 }
-WITHOUT_ROOT = ("digits", "mnist-5000")  # packages bring their images
 
 
 def open_splits(data: DataSection, seed: int) -> Splits:

@@ -9,7 +9,7 @@ from defuse_core.models.architectures import (
     expect_own_weights,
     import_module,
 )
-from defuse_core.models.failures import fails_on
+from defuse_core.models.failures import classifier_failure
 from defuse_core.models.inference import (
     Decoder,
     accuracy,

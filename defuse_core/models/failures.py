@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from defuse_core.errors import ModelError, count_of
+from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import find_logits
 
 # Batches that are tried: a network is often traced with one image. Larger ones take long at each size that is tried.
 FIXED_SIZES = (1, 2)
 
 
-def fails_on(classifier: nn.Module, images: Tensor, error: Exception) -> ModelError:
+def classifier_failure(classifier: nn.Module, images: Tensor, error: Exception) -> ModelError:
     """Return the error of a classifier that fails on images (n, channels, H, W)."""
     otherwise = "check the size and the channels of the images (settings: data.channels)"
     return ModelError(failure_line(classifier, images, error, otherwise))
@@ -32,7 +32,7 @@ def reason_of(error: Exception, limit: int = 300) -> str:
     text = str(error).strip()
     if "TorchScript interpreter" in text or "Traceback of TorchScript" in text:
         text = text.splitlines()[-1]
-    return " ".join(text.split())[:limit]
+    return one_line(text, limit)
 
 
 def _other_floats(classifier: nn.Module) -> str | None:

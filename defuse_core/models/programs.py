@@ -32,7 +32,7 @@ from torch import nn
 
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
-from defuse_core.models.failures import fails_on
+from defuse_core.models.failures import classifier_failure
 
 SOURCE = "source"  # of a state dict: the bytes that its network is built from
 FILES_OF_PROGRAM = re.compile(
@@ -143,7 +143,7 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
         with torch.inference_mode():
             net(images)
     except Exception as error:
-        raise fails_on(net, images, error) from error
+        raise classifier_failure(net, images, error) from error
     out = io.BytesIO()
     if isinstance(net, torch.jit.ScriptModule):
         torch.jit.save(net, out)

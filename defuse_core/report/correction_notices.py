@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from defuse_core.config import CorrectSection
+from defuse_core.correct import ROUNDING
 from defuse_core.errors import count_of
 from defuse_core.evaluation.against_plain import MIN_CONFIRMED
 from defuse_core.intervals import SIGNIFICANT
@@ -57,7 +58,7 @@ def another_lambda_fixes_more(report: Report, correct: CorrectSection) -> str | 
         (before - row.validation, row)
         for row in report.tradeoff
         if row.validation is not None
-        and round(before - row.validation - correct.max_loss, 9) > 0  # as the choice of λ rounds
+        and before - row.validation > correct.max_loss + ROUNDING
         and _fixes_clearly_more(row, chosen)
     ]
     if not left_out:

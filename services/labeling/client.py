@@ -116,8 +116,7 @@ class LabelStudioClient:
 
     def check_access(self) -> None:
         """Request the account of the token: the cheapest request that needs the right address and a valid token."""
-        with translated_errors(self.address):
-            self._sdk.users.whoami(request_options=REPEAT)
+        self.organization()
 
     def organization(self) -> int | None:
         """Return the id of the organisation that the token's account works in, the only one whose projects it sees."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from defuse_core.errors import ModelError
 from defuse_core.models.architectures import import_module
-from defuse_core.models.failures import fails_on, failure_line
+from defuse_core.models.failures import classifier_failure, failure_line
 from defuse_core.models.programs import program_of
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -77,7 +77,7 @@ def test_an_error_of_torchscript_is_its_last_line():
     with pytest.raises(RuntimeError) as raised:
         scripted(images)
     assert "serialized code" in str(raised.value) or "TorchScript" in str(raised.value)
-    line = str(fails_on(scripted, images, raised.value))
+    line = str(classifier_failure(scripted, images, raised.value))
     assert line.startswith("the classifier fails on images of shape (2, 3, 8, 8): RuntimeError: ")
     assert "mat1 and mat2 shapes cannot be multiplied" in line
     assert "Traceback" not in line and "serialized code" not in line and "TorchScript" not in line
