@@ -27,7 +27,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads, is_out_of_memory
 from defuse_core.errors import ComputeError, DamagedError, DefuseError, ModelError, StoreError
-from defuse_core.intervals import certain_loss
+from defuse_core.intervals import ROUNDING, certain_loss
 from defuse_core.models import load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -50,7 +50,6 @@ from defuse_core.tuning_data import FineTuningData
 log = logging.getLogger("defuse")
 EQUAL_TUNE = 0.01  # so much accuracy on tuned images is no reason to lose clean accuracy
 SMALLER_LAMBDAS = "add smaller values to correct.lambdas; the run then tunes those alone"
-ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
 class TuningSteps:

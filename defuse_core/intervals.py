@@ -9,6 +9,7 @@ from defuse_core.artifacts import F64, I64, Bool
 
 SIGNIFICANT = 0.05  # p-value below which a test counts
 ONE_SIDED = 1.645  # standard errors of a bound at 95 %
+ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
 def wilson(hits: I64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
