@@ -9,33 +9,40 @@ Axis letters, used in every shape comment of the project:
     M training images that codes are anchored at   L failures kept of each component
 """
 
-from defuse_core.artifacts.arrays import (
+from defuse_core.artifacts.scenarios import (
     F32,
     F64,
     I64,
     NO_SCENARIO,
     NONE_OF_THE_ABOVE,
     U8,
-    Bool,
-    Weights,
-)
-from defuse_core.artifacts.correction import Corrections, Evaluation, FailedTrial, Sweep, SweepRow, Trial
-from defuse_core.artifacts.failures import (
     Anchors,
+    Bool,
     ComponentFailures,
     DroppedComponent,
     Failures,
+    Gallery,
+    MoreImages,
+    Override,
     Psi,
     Scenarios,
     Shard,
+    Verdicts,
+    Votes,
+    Weights,
 )
-from defuse_core.artifacts.review import Gallery, MoreImages, Override, Verdicts, Votes
 from defuse_core.artifacts.training import (
     Checkpoint,
     ClassifierEpoch,
+    Corrections,
+    Evaluation,
+    FailedTrial,
     Health,
     MeasuredPrecision,
     Models,
     ReferenceSet,
+    Sweep,
+    SweepRow,
+    Trial,
     VaeEpoch,
 )

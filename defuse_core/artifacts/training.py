@@ -1,12 +1,14 @@
-"""Artefacts of training: the classifier, the β-VAE and the independent models."""
+"""Artefacts of training and of correct: the models, the codes to tune on, the sweep over λ, and what the models
+are worth after it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from defuse_core.artifacts.arrays import F64, Weights
+from defuse_core.artifacts.scenarios import F32, F64, I64, Anchors, Failures, Weights, expect_shapes
 
 
 @dataclass(frozen=True)
@@ -102,3 +104,103 @@ class Checkpoint:
     history: tuple[ClassifierEpoch, ...] | tuple[VaeEpoch, ...]  # one row per finished epoch
     best: Weights  # of the best epoch so far, where one is kept; else empty
     data_fingerprint: str  # of the images that it is trained on
+
+
+@dataclass(frozen=True, eq=False)
+class Corrections:
+    """D_f as latent codes: per accepted scenario, codes to tune on and others to test on (§3.2.3)."""
+
+    scenario: I64  # (A,) index into Scenarios
+    labels: I64  # (A,)
+    tune: F32  # (A, n_tune, Z)
+    test: F32  # (A, n_test, Z)
+    kept: F64 | None = None  # (A,) share of the draws that correct.filter keeps; None without the filter
+    anchors: Anchors | None = None  # with vae.decode: anchored; None where codes are decoded plainly
+    tune_anchor: I64 | None = None  # (A, n_tune) index into anchors
+    test_anchor: I64 | None = None  # (A, n_test) likewise; other images, where a scenario has several
+    unreviewed: Failures | None = None  # codes of Ψ to tune on, too; None without correct.unreviewed
+
+    def __post_init__(self) -> None:
+        expect_shapes(self, {"scenario": "A", "labels": "A", "tune": "A n Z", "test": "A m Z"})
+
+    def take(self, rows: I64) -> Corrections:
+        """Return the corrections of the accepted scenarios `rows`."""
+        per_scenario = {
+            name: value[rows]
+            for name in ("scenario", "labels", "tune", "test", "kept", "tune_anchor", "test_anchor")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **per_scenario)
+
+    def sources(self) -> tuple[I64, I64]:
+        """Return the training images at which only held-out scenario images are anchored, and those of D_f.
+
+        None with plain decoding.
+        """
+        if self.anchors is None or self.tune_anchor is None:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        tuned: I64 = np.unique(self.anchors.source[self.tune_anchor])
+        return np.setdiff1d(self.anchors.source, tuned), tuned
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One epoch of fine-tuning with one λ. Accuracies are None where the data set has no such images."""
+
+    lam: float
+    epoch: int  # from 1
+    loss: float
+    train: float
+    validation: float | None
+    test: float | None
+    tune: float  # accuracy on the scenario images tuned on
+    scenario: float  # accuracy on the held-out scenario images
+    class_loss: float = 0.0  # accuracy that some class has certainly lost on training and validation images
+
+
+@dataclass(frozen=True)
+class FailedTrial:
+    """A λ that the sweep leaves out, and the error that ended its trial."""
+
+    lam: float
+    cause: str
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Fine-tuning with one λ after some epochs: enough to resume it, and to choose from."""
+
+    lam: float
+    rows: tuple[SweepRow, ...]  # one per finished epoch
+    weights: Weights  # after the last finished epoch; empty once the trial is done
+    moments: Weights  # of the optimiser, likewise; empty once the trial is done
+    best: Weights  # after the epoch that the rule of choice picks
+    best_epoch: int
+    done: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """Fine-tuning over λ: one row per λ and epoch, and the weights that the rule of choice picks."""
+
+    rows: tuple[SweepRow, ...]
+    chosen: SweepRow | None  # whose weights these are; None: nothing was tuned, or no λ is within max_loss
+    weights: Weights  # of the classifier; empty where `chosen` is None
+    failed: tuple[FailedTrial, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The figures of §4 that need a model or a fit; `report.build_report` turns them and the rest into the report.
+
+    Models are in the order before, baseline, defuse. A figure that does not exist is nan.
+    """
+
+    accuracy: F64  # (3, 3) model x (validation, test, scenario)
+    per_class: F64  # (3, C) accuracy on the test images of each class
+    per_class_images: I64  # (C,) test images of each class
+    scenario: F64  # (3, A) accuracy on the held-out images of each accepted scenario
+    gallery_after: I64  # (S, R) answers of the corrected classifier on the reviewed images
+    points: F32  # (P, 2) t-SNE of training codes, then codes of Psi, then component means
+    point_kind: I64  # (P,) 0 training image, 1 code of Psi, 2 accepted scenario, 3 rejected component
+    point_component: I64  # (P,) class of a training image; likeliest component of a Psi code; else itself
