@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from defuse_core.config import WITHOUT_ROOT, DataSection
-from defuse_core.data.digits import open_digits, open_mnist, open_mnist_5000, open_svhn
+from defuse_core.data.benchmarks import open_digits, open_mnist, open_mnist_5000, open_signs, open_svhn
 from defuse_core.data.folder import folder_classes, log_parts, open_folder, overlooked
-from defuse_core.data.gtsrb import open_signs
 from defuse_core.data.images import Images, PictureFiles, Splits, data_root
 from defuse_core.data.npz import npz_classes, open_npz
 from defuse_core.errors import DataError, RunMismatchError
