@@ -1,6 +1,6 @@
 """The models of a run: architectures, weights, and inference in batches."""
 
-from defuse_core.models.adapters import EXTERNAL
+from defuse_core.models.adapters import EXTERNAL, classifier_failure
 from defuse_core.models.architectures import (
     ReferenceCnn,
     ResidualNet,
@@ -9,7 +9,6 @@ from defuse_core.models.architectures import (
     expect_own_weights,
     import_module,
 )
-from defuse_core.models.failures import classifier_failure
 from defuse_core.models.inference import (
     Decoder,
     accuracy,

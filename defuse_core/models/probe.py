@@ -15,8 +15,15 @@ from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.errors import ModelError
-from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, find_logits, to_range
-from defuse_core.models.failures import failure_line, reason_of
+from defuse_core.models.adapters import (
+    EXTERNAL,
+    INPUT_RANGES,
+    as_logits,
+    failure_line,
+    find_logits,
+    reason_of,
+    to_range,
+)
 from defuse_core.models.inference import map_batches, to_tensor
 from defuse_core.models.programs import class_names_of
 from defuse_core.models.vae import gradients_of

@@ -32,7 +32,7 @@ from torch import nn
 
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
-from defuse_core.models.failures import classifier_failure
+from defuse_core.models.adapters import classifier_failure
 
 SOURCE = "source"  # of a state dict: the bytes that its network is built from
 FILES_OF_PROGRAM = re.compile(

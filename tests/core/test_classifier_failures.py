@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from defuse_core.errors import ModelError
+from defuse_core.models.adapters import classifier_failure, failure_line
 from defuse_core.models.architectures import import_module
-from defuse_core.models.failures import classifier_failure, failure_line
 from defuse_core.models.programs import program_of
 
 IMAGES = torch.zeros(2, 1, 8, 8)
