@@ -6,8 +6,8 @@ import numpy as np
 
 from defuse_core.artifacts import F64
 from defuse_core.evaluation.against_plain import is_confirmed
+from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, PLAIN, Evidence
-from defuse_core.evaluation.nearest_real import NearestReal
 
 
 def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, before: float = 0.98) -> Evidence:

@@ -41,9 +41,8 @@ from defuse_core.evaluation.against_plain import (
     units_of,
 )
 from defuse_core.evaluation.controls import Controls, fold_of
-from defuse_core.evaluation.describe import describe_scenarios
+from defuse_core.evaluation.describe import NearestReal, describe_scenarios, find_nearest_real
 from defuse_core.evaluation.evaluate import Findings
-from defuse_core.evaluation.nearest_real import NearestReal, find_nearest_real
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.intervals import mcnemar, mean_with_bounds, share_of_units
 from defuse_core.models import (

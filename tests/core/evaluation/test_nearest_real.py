@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from defuse_core.data import Images, open_splits
-from defuse_core.evaluation.nearest_real import _error_nearby, _outcomes, _seen, find_nearest_real
+from defuse_core.evaluation.describe import _error_nearby, _outcomes, _seen, find_nearest_real
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from tests.sample_findings import sample_findings

@@ -22,7 +22,7 @@ from sample_findings import (
 )
 
 from defuse_core.artifacts import FailedTrial, Override
-from defuse_core.evaluation.nearest_real import NearestReal
+from defuse_core.evaluation.describe import NearestReal
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
 from defuse_core.report.html import _real_tiles, data_address
