@@ -29,7 +29,6 @@ from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import component_failures
-from defuse_core.distill.held_out import without_undivided
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
@@ -38,7 +37,7 @@ from defuse_core.distill.mixture import (
     sample_covariance,
 )
 from defuse_core.distill.psi import subsample_psi
-from defuse_core.distill.sources import Sources, count_sources
+from defuse_core.distill.sources import Sources, count_sources, without_undivided
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
 from defuse_core.store import Store

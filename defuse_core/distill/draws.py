@@ -12,7 +12,7 @@ from scipy.spatial.distance import cdist
 from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.data import Images
-from defuse_core.distill.held_out import held_out_half
+from defuse_core.distill.sources import held_out_half
 from defuse_core.intervals import chi2_quantile
 from defuse_core.seeds import generator
 

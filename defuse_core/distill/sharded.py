@@ -30,7 +30,6 @@ from defuse_core.distill.components import (
     small_cell,
 )
 from defuse_core.distill.draws import component_failures
-from defuse_core.distill.held_out import without_undivided
 from defuse_core.distill.mixture import (
     FittedMixture,
     VariationalFit,
@@ -43,7 +42,7 @@ from defuse_core.distill.mixture import (
     summed_statistics,
 )
 from defuse_core.distill.psi import shard_of_psi, subsample_psi
-from defuse_core.distill.sources import Sources, count_sources
+from defuse_core.distill.sources import Sources, count_sources, without_undivided
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute, Partitions
 from defuse_core.store import Store

@@ -19,7 +19,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import ReviewSection, RunFile
-from defuse_core.distill.held_out import UNDIVIDED
+from defuse_core.distill.sources import UNDIVIDED
 from defuse_core.errors import count_of
 from defuse_core.intervals import ONE_SIDED
 from defuse_core.review.decision import fewest_units

@@ -1,15 +1,27 @@
-"""Counts of the images and tracks that codes come from, by hand."""
+"""The training images of components: counts of images and tracks by hand, and which photographs are held out."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Failures
-from defuse_core.distill.sources import Sources, certain_error, count_sources
-from tests.sample_components import sample_failures
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
+from defuse_core.codec import decode, encode
+from defuse_core.data import Images
+from defuse_core.distill.draws import component_failures, failure_rows
+from defuse_core.distill.sources import (
+    Sources,
+    certain_error,
+    count_sources,
+    held_out_half,
+    without_undivided,
+)
+from defuse_core.seeds import generator
+from tests.sample_components import sample_failures, sample_scenarios
 
 
 def failures(source: list[int], wrong: list[int] | None = None, track: list[int] | None = None) -> Failures:
@@ -59,3 +71,139 @@ def test_the_share_of_wrong_images_gives_back_how_many_there_are(wrong):
     exact = certain_error(np.array([49]), np.array([wrong / 49]))
     around = [certain_error(np.array([49]), np.array([(wrong + off) / 49])) for off in (-0.3, 0.3)]
     assert exact.tolist() == around[0].tolist() == around[1].tolist()
+
+
+FRAMES = 3  # of a track
+Hypergraph = list[list[int]]  # the units of each component
+
+
+def halves_of(components: Hypergraph, units: int, seed: int) -> np.ndarray:  # type: ignore[type-arg]
+    """Return which units are held out."""
+    used = np.stack([np.resize(own, 64) for own in components])
+    return held_out_half(used, units, generator(seed, "test"))
+
+
+def undivided(components: Hypergraph, held: np.ndarray) -> int:  # type: ignore[type-arg]
+    return sum(len(set(held[own])) == 1 for own in components)
+
+
+def random_components(rng: np.random.Generator, count: int, units: int, most: int) -> Hypergraph:
+    """Return components of two units or more."""
+    return [
+        rng.choice(units, rng.integers(2, most + 1), replace=False).astype(int).tolist() for _ in range(count)
+    ]
+
+
+def with_tracks(components: Hypergraph, tracks: int | None) -> Scenarios:
+    """Components with failures at FRAMES frames of each of their tracks, or at an image of each unit."""
+    frames = FRAMES if tracks else 1
+    members = []
+    for own in components:
+        source = np.concatenate([frames * unit + np.arange(frames) for unit in own])
+        members.append(
+            sample_failures(np.zeros((len(source), 2), np.float32), source, *np.zeros((2, len(source)), int))
+        )
+    images = frames * (1 + max(map(max, components)))
+    of_track = np.arange(images) // frames if tracks else None
+    train = Images(np.zeros((images, 1, 4, 4), np.uint8), np.zeros(images, np.int64), of_track)
+    count = len(components)
+    weights = np.arange(count, 0, -1) / 100
+    return sample_scenarios(
+        weights,
+        np.zeros((count, 2)),
+        np.tile(np.eye(2), (count, 1, 1)),
+        weights,
+        100,
+        True,
+        1,
+        0.0,
+        support=np.array([frames * len(own) for own in components]),
+        failures=component_failures(members, train, 0),
+    )
+
+
+def test_every_component_has_photographs_in_both_halves_where_many_share_few_tracks():
+    left = [
+        undivided(components, halves_of(components, 40, seed))
+        for seed in range(40)
+        for components in [random_components(np.random.default_rng(seed), 20, 40, 3)]
+    ]
+    # an odd circle of pairs cannot be divided, and is rare
+    assert np.mean(left) < 0.1
+
+
+def test_as_many_components_as_possible_are_divided():
+    for seed in range(8):
+        components = random_components(np.random.default_rng(seed), 12, 7, 4)
+        fewest = min(
+            undivided(components, np.array(held)) for held in itertools.product((False, True), repeat=7)
+        )
+        assert undivided(components, halves_of(components, 7, seed)) == fewest
+
+
+def test_few_repairs_are_enough_where_many_components_share_few_units(monkeypatch):
+    monkeypatch.setattr("defuse_core.distill.sources.REPAIRS", 100)
+    halves = np.array(list(itertools.product((False, True), repeat=14)))
+    for seed in range(8):
+        components = random_components(np.random.default_rng(seed), 50, 14, 4)
+        sizes = [(len(own), halves[:, own].sum(axis=1)) for own in components]
+        fewest = sum((count == 0) | (count == size) for size, count in sizes).min()
+        assert undivided(components, halves_of(components, 14, seed)) == fewest
+
+
+def test_a_long_chain_of_pairs_is_divided_link_by_link():
+    components = [[unit, unit + 1] for unit in range(30)]
+    assert undivided(components, halves_of(components, 31, 0)) == 0
+
+
+def test_components_that_need_no_repair_hold_out_half_of_their_units():
+    held = halves_of([list(range(8)), list(range(8, 16))], 16, 0)
+    assert (held[:8].sum(), held[8:].sum()) == (4, 4)
+
+
+def test_half_of_each_component_is_held_out_where_a_large_one_has_the_units_of_a_small_one():
+    held = np.array([halves_of([list(range(8)), [0, 1, 2, 3]], 8, seed) for seed in range(100)])
+    assert (held[:, :4].sum(axis=1) == 2).all() and (held[:, 4:].sum(axis=1) == 2).all()
+    # which ones is chance
+    np.testing.assert_allclose(held.mean(axis=0), 0.5, atol=0.2)
+
+
+def test_a_component_of_one_photograph_does_not_keep_others_from_holding_it_out():
+    alone, pairs = [[1]], [[0, 1], [1, 2], [0, 3]]
+    for seed in range(10):
+        np.testing.assert_array_equal(halves_of(alone + pairs, 4, seed), halves_of(pairs, 4, seed))
+
+
+@pytest.mark.parametrize("tracks", [None, 4])
+def test_components_that_cannot_be_divided_are_dropped_and_none_is_tuned_on_what_others_are_measured_on(
+    tracks,
+):
+    # three pairs of three units are an odd circle
+    scenarios = with_tracks([[0, 1], [1, 2], [0, 2], [3], [0, 1, 2, 3]], tracks)
+    kept = without_undivided(scenarios)
+    assert len(kept) == 3
+    reasons = [dropped.reason for dropped in kept.dropped]
+    what = "track" if tracks else "photograph"
+    assert f"too few photographs to hold out: other components share its 2 {what}s" in reasons
+    assert f"too few photographs to hold out: all are of one {what}" in reasons
+    alone = kept.dropped[1]
+    assert (alone.weight, alone.support) == (0.02, FRAMES if tracks else 1)
+    assert (alone.source, alone.answer) == (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE)
+    units = {held_out: set[int]() for held_out in (False, True)}
+    for held_out, component in itertools.product((False, True), range(3)):
+        rows = failure_rows(kept.failures, component, 200, generator(0, "a"), held_out=held_out)
+        units[held_out] |= set(kept.failures.anchors.unit[kept.failures.anchor[component, rows]].tolist())
+    assert units[False] and units[True] and not units[False] & units[True]
+
+
+def test_no_scenario_is_left_where_none_can_be_divided():
+    kept = without_undivided(with_tracks([[0], [1]], 2))
+    assert (len(kept), len(kept.dropped)) == (0, 2)
+    assert len(decode(Scenarios, encode(kept), "scenarios").dropped) == 2
+    again = without_undivided(dataclasses.replace(with_tracks([[3]], 4), dropped=kept.dropped[:1]))
+    assert again.dropped[0] == kept.dropped[0] and len(again.dropped) == 2
+
+
+def test_scenarios_without_photographs_are_kept_as_they_are():
+    plain = dataclasses.replace(with_tracks([[0]], 1), failures=None)
+    assert without_undivided(plain) is plain
