@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from defuse_core.artifacts import F64
-from defuse_core.evaluation.against_plain import is_confirmed
+from defuse_core.evaluation.controls import is_confirmed
 from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, PLAIN, Evidence
 

@@ -32,7 +32,9 @@ from defuse_core.data import Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, stacked, wide_draws
-from defuse_core.evaluation.against_plain import (
+from defuse_core.evaluation.controls import (
+    Controls,
+    fold_of,
     is_confirmed,
     is_worse,
     pairs_by_scenario,
@@ -40,7 +42,6 @@ from defuse_core.evaluation.against_plain import (
     tracks_of,
     units_of,
 )
-from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import NearestReal, describe_scenarios, find_nearest_real
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.identify import draw_noise, encode_posterior

@@ -8,8 +8,12 @@ from typing import Literal, cast
 import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
-from defuse_core.evaluation.against_plain import is_testable, least_favourable, pairs_of
-from defuse_core.evaluation.controls import has_same_confusion_in_other_fold
+from defuse_core.evaluation.controls import (
+    has_same_confusion_in_other_fold,
+    is_testable,
+    least_favourable,
+    pairs_of,
+)
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
 from defuse_core.intervals import SIGNIFICANT, mcnemar

@@ -1,16 +1,42 @@
-"""What a correction without a fold of the scenarios is tuned on."""
+"""Corrections against several plain trainings, what is confirmed or worse there, and what is tuned without a fold."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
+import pytest
 
-from defuse_core.artifacts import Corrections, Failures
-from defuse_core.evaluation.controls import fold_of, fold_spec, plain_spec, without_fold
+from defuse_core.artifacts import Corrections, Failures, Sweep
+from defuse_core.correct import trial_key
+from defuse_core.evaluation.controls import (
+    PLAIN_TRAININGS,
+    Controls,
+    fold_of,
+    fold_spec,
+    is_better,
+    is_confirmed,
+    is_worse,
+    least_favourable,
+    pairs_of,
+    plain_names,
+    plain_spec,
+    without_fold,
+)
 from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation.evidence import Evidence, gather_evidence
+from defuse_core.local import LocalCompute
+from defuse_core.pipeline import load_findings, run_defuse
+from defuse_core.progress import silent
+from defuse_core.report.build_evidence import _pairs, evidence_figures
+from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
+from defuse_core.report.formatting import spread_of
 from defuse_core.review.verdicts import most_common_errors
-from tests.conftest import tiny
+from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, Run
+from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import ReferenceAnnotators
+from services.tables import _left_out
+from tests.conftest import recommended, tiny
 from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings
 
@@ -82,3 +108,207 @@ def test_controls_are_tuned_for_as_many_epochs_as_the_chosen_correction_whatever
     for section in (plain, fold):
         assert (section.epochs, section.choose_by, section.stop_at_loss) == (3, "last", None)
     assert plain_spec(spec, dataclasses.replace(chosen, chosen=None)).correct.epochs == 7
+
+
+def pairs(*rows: tuple[int, int, int]) -> np.ndarray:
+    """Return the pairs of scenarios, (1, A, 3), for one plain training."""
+    return np.array([rows], np.int64)
+
+
+def test_a_scenario_is_confirmed_only_where_the_correction_is_better_than_each_plain_training() -> None:
+    clear, tie, lost = (40, 20, 0), (40, 10, 10), (40, 0, 20)
+    first, second = pairs(clear, clear, lost, lost), pairs(clear, tie, lost, tie)
+    assert is_better(first).tolist() == [True, True, False, False]
+    both = np.concatenate([first, second])
+    assert is_better(both).tolist() == [True, False, False, False]
+    assert is_worse(both).tolist() == [False, False, True, False]
+
+
+def test_a_single_scenario_is_confirmed_from_a_chance_of_five_percent_on() -> None:
+    assert is_better(pairs((40, 5, 0))).tolist() == [True]  # 1 in 32
+    assert is_better(pairs((40, 4, 0))).tolist() == [False]  # 1 in 16
+
+
+def test_no_correction_is_confirmed_that_leaves_the_classifier_wrong_on_half_of_the_images() -> None:
+    better = pairs((256, 12, 0), (256, 128, 0), (256, 129, 0), (256, 12, 0))
+    right = np.array([12, 128, 129, np.nan]) / 256
+    assert is_confirmed(better, right).tolist() == [False, False, True, False]
+
+
+def test_pictures_that_are_not_labelled_count_in_no_pair() -> None:
+    defuse, plain = np.array([1, np.nan, 1, 0, np.nan]), np.array([0, 0, np.nan, 1, 1])
+    assert pairs_of(defuse, plain, np.array([1, 2, 3, 4, 1])).tolist() == [2, 1, 1]
+
+
+def test_five_of_a_hundred_scenarios_are_not_confirmed_by_chance() -> None:
+    rng = np.random.default_rng(0)
+    better = rng.binomial(40, 0.5, (1, 400))
+    table = np.stack([np.full_like(better, 40), better, 40 - better], axis=-1)
+    alone = sum(is_better(table[:, [number]]).item() for number in range(400))
+    assert alone > 5  # each scenario tested as if it were the only one
+    assert not is_better(table).any()
+
+
+def test_scenarios_with_too_few_units_are_not_tested_and_cost_the_others_nothing() -> None:
+    clear, few = (6, 6, 0), (4, 4, 0)
+    assert is_better(pairs(clear, *[few] * 50)).tolist() == [True, *[False] * 50]
+    assert is_better(np.zeros((3, 0, 3), np.int64)).shape == (0,)
+
+
+def test_the_least_favourable_plain_training_is_the_one_that_the_correction_is_least_certainly_better_than():
+    found = least_favourable(np.array([[9, 8, 1], [9, 6, 3], [9, 9, 0]]))
+    assert found.tolist() == [9, 6, 3]
+    for order in ([0, 1], [1, 0]):
+        assert least_favourable(np.array([[9, 0, 0], [9, 0, 9]])[order]).tolist() == [9, 0, 9]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, and its report."""
+    spec = recommended(judges={"count": 3, "epochs": 20}, correct={"unreviewed": False})
+    run = Run.start(FolderStore(tmp_path_factory.mktemp("plain")), "a", spec)
+    compute = LocalCompute()
+    return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
+
+
+def test_plain_training_does_more_only_where_each_of_them_does() -> None:
+    twice_better = _pairs(np.array([[10, 9, 1], [10, 9, 1], [9, 0, 9]]))
+    assert (twice_better.better, twice_better.worse, twice_better.worse_than_each) == (0, 9, False)
+    assert _pairs(np.array([[10, 1, 9], [9, 0, 9]])).worse_than_each
+    assert not _pairs(np.array([[10, 3, 7], [9, 0, 9]])).worse_than_each
+
+
+def test_plain_trainings_are_stored_apart_and_differ_from_each_other(finished) -> None:
+    run, _ = finished
+    assert len(plain_names()) == PLAIN_TRAININGS == 3
+    made = [run.require(Sweep, name).weights for name in plain_names()]
+    for number, first in enumerate(made):
+        for other in made[number + 1 :]:
+            assert any(not np.array_equal(first[key], other[key]) for key in first)
+    for name in plain_names():
+        assert run.store.exists(f"trials/{name}/{trial_key(0.0)}")
+        # an added λ and a changed verdict make them again
+        assert name in FROM_SWEEP and f"trials/{name}/".startswith(CONTROL_TRIALS)
+
+
+def test_figures_of_plain_training_are_means_and_each_is_listed(finished) -> None:
+    _, report = finished
+    evidence = report.evidence
+    for shares in (evidence.own_label, evidence.one_label, evidence.left_out, evidence.real_failures):
+        assert len(shares.plain_each) == PLAIN_TRAININGS
+        assert shares.plain.value == pytest.approx(np.mean(shares.plain_each))
+    rows = [row.evidence for row in report.scenarios.list if row.accepted]
+    for row in rows:
+        assert row.plain == pytest.approx(np.mean(row.plain_each))
+    assert {wide.plain.value is None for wide in evidence.wider} == {False}
+
+
+def test_one_lucky_plain_training_leaves_nothing_confirmed(finished) -> None:
+    """The correction takes the place of one of the three: nothing is better than itself."""
+    run, _ = finished
+    found = load_findings(run)[0]
+    weak = run.require(Sweep, "plain")
+    weak = dataclasses.replace(weak, weights=found.models.classifier)
+    sweeps = (weak, weak, found.sweep)
+    alone = gather_evidence(run.spec, found, Controls((weak,), ()), progress=silent)
+    made = gather_evidence(run.spec, found, Controls(sweeps, ()), progress=silent)
+    assert alone.confirmed.any() and not made.confirmed.any() and not made.worse.any()
+    figures = evidence_figures(found, made)
+    assert (figures.against_plain.scenarios.better, figures.against_plain.scenarios.worse) == (0, 0)
+    assert (figures.against_plain.real_failures.better, figures.against_plain.real_failures.worse) == (0, 0)
+
+
+def test_a_correction_that_is_worse_than_each_plain_training_is_told_apart(finished) -> None:
+    run, report = finished
+    found = load_findings(run)[0]
+    good = dataclasses.replace(run.require(Sweep, "plain"), weights=found.sweep.weights)
+    bad = dataclasses.replace(found, sweep=dataclasses.replace(found.sweep, weights=found.models.classifier))
+    made = gather_evidence(run.spec, bad, Controls((good,) * 2, ()), progress=silent)
+    assert made.worse.any() and not (made.worse & made.confirmed).any()
+    rows = []
+    place = {int(number): column for column, number in enumerate(found.fixes.scenario)}
+    for row in report.scenarios.list:
+        worse = row.number in place and bool(made.worse[place[row.number]])
+        told = row.evidence and row.evidence.model_copy(
+            update={"confirmed": not worse and row.number % 2 == 0, "worse": worse}
+        )
+        rows.append(row.model_copy(update={"evidence": told}))
+    changed = report.scenarios.model_copy(update={"list": rows})
+    text = unconfirmed(report.model_copy(update={"scenarios": changed}))
+    worse = [str(number) for number, column in place.items() if made.worse[column]]
+    assert f", and worse than plain further training on {len(worse)}. " in text
+    assert f"has not seen the scenarios, on: {', '.join(worse)}" in text
+
+
+def test_the_notice_on_left_out_scenarios_is_of_those_with_a_new_confusion(finished) -> None:
+    _, report = finished
+    evidence = report.evidence
+    one = evidence.against_plain.scenarios.model_copy(update={"better": 9, "worse": 8, "p_value": 1.0})
+    known = evidence.left_out_known_confusion.model_copy(
+        update={"count": 12, "defuse": 0.997, "plain": 0.847}
+    )
+    new = known.model_copy(update={"count": 17, "defuse": 0.796, "plain": 0.752, "against_plain": one})
+    sure = one.model_copy(update={"better": 29, "worse": 0, "p_value": 1e-8})
+    against = evidence.against_plain.model_copy(update={"left_out": sure})
+
+    def told(**groups) -> str:
+        changed = evidence.model_copy(update={"against_plain": against, **groups})
+        return no_better_than_plain_training(report.model_copy(update={"evidence": changed})) or ""
+
+    text = told(left_out_known_confusion=known, left_out_new_confusion=new)
+    assert "Left-out scenarios with a new confusion: 79.6 % after the correction, 75.2 % after plain" in text
+    assert "better on 9 scenarios, worse on 8" in text
+    nothing_new = told(left_out_new_confusion=new.model_copy(update={"count": 0}))
+    assert "new confusion" not in nothing_new and "scenarios left out" not in nothing_new
+
+
+def test_the_terminal_has_a_line_on_both_kinds_of_left_out_scenarios(finished) -> None:
+    _, report = finished
+    known, new = report.evidence.left_out_known_confusion, report.evidence.left_out_new_confusion
+    some = known if known.count else new  # which of them there are depends on the processor
+    assert some.count
+    groups = {
+        "left_out_known_confusion": some,
+        "left_out_new_confusion": some.model_copy(update={"count": 0}),
+    }
+    changed = report.evidence.model_copy(update=groups)
+    (line,) = _left_out(report.model_copy(update={"evidence": changed}))
+    assert line.startswith("Left out of the tuning: ") and line.endswith("– with a new confusion.")
+    assert _left_out(report.model_copy(update={"evidence": None})) == []
+
+
+def test_the_page_has_plain_training_on_wider_draws_and_where_these_are(finished) -> None:
+    run, report = finished
+    page = " ".join(run.store.read("report.html").decode().split())
+    assert run.spec.correct.tuning_factor == 16
+    for row in report.evidence.wider:
+        name = (
+            f"<td>draws at {row.factor:g} times the reviewed τ, by own label; inside of what is tuned on</td>"
+        )
+        assert name in page
+    assert "Images to tune on are drawn at 16 times the reviewed τ (correct.widen)" in page
+    assert f"each {spread_of(report.evidence.own_label.plain_each)}</small>" in page
+
+
+def test_a_run_whose_evidence_is_made_tunes_no_controls_again(finished) -> None:
+    run, report = finished
+    stored = run.store.read("evidence.safetensors")
+    for name in plain_names()[1:]:
+        run.store.delete(f"{name}.safetensors")
+    compute = LocalCompute()
+    assert run_defuse(run, compute, ReferenceAnnotators(run, compute)).evidence == report.evidence
+    assert not run.store.exists("plain_1.safetensors")
+    assert run.store.read("evidence.safetensors") == stored
+    run.store.delete("evidence.safetensors")
+    run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    again = run.require(Evidence)
+    assert run.store.exists("plain_1.safetensors")
+    np.testing.assert_array_equal(again.plain_each, report_each(report))
+
+
+def report_each(report) -> list[tuple[float, ...]]:
+    evidence = report.evidence
+    return [
+        shares.plain_each
+        for shares in (evidence.own_label, evidence.one_label, evidence.left_out, evidence.real_failures)
+    ]

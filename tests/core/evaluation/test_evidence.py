@@ -12,14 +12,17 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
-from defuse_core.evaluation.against_plain import is_better, is_testable, pairs_of, units_of
 from defuse_core.evaluation.controls import (
     PLAIN_TRAININGS,
     Controls,
     fold_spec,
     folds,
     has_same_confusion_in_other_fold,
+    is_better,
+    is_testable,
+    pairs_of,
     plain_spec,
+    units_of,
 )
 from defuse_core.evaluation.evidence import (
     Evidence,
