@@ -31,11 +31,11 @@ from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_
 from cluster.errors import as_defuse_error, one_line
 from cluster.progress import ProgressListener, count_redone_shard, count_shard, reporting
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, claim_devices
-from defuse_core.artifacts import Models, ReferenceSet, Shard
+from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
-from defuse_core.identify import Identifier, ShardRecord, blocks_per_shard, save_shard, shard_count, shard_key
+from defuse_core.identify import Identifier, blocks_per_shard, save_shard, shard_count, shard_key
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
 from defuse_core.store import SHARED_STORE, Store
@@ -69,7 +69,7 @@ class ShardWorker:
 
     def shard(
         self, index: int, weights: tuple[Models, ReferenceSet | None], train: Images, progress_actor: Any
-    ) -> ShardRecord:
+    ) -> Psi:
         """Identify shard `index`, write it to the store, and return its counts.
 
         Weights, images and progress actor are arguments of every call: Ray restores only plain values for the
@@ -82,7 +82,7 @@ class ShardWorker:
             with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
                 shard = self.identifier.shard(index)
             record = self._save(index, shard)
-        count_shard(record.images, record.decodings, record.codes)
+        count_shard(record.images, record.decodings, record.total)
         return record
 
     @retry(
@@ -92,7 +92,7 @@ class ShardWorker:
         before_sleep=_warn_not_stored,
         reraise=True,
     )
-    def _save(self, index: int, shard: Shard) -> ShardRecord:
+    def _save(self, index: int, shard: Shard) -> Psi:
         """Write the shard. A store that fails for a while does not cost what was found."""
         return save_shard(self.store, index, shard)
 
@@ -159,7 +159,7 @@ class ShardQueue:
         self.pool, self.total, self.progress = pool, total, progress
         self.waiting = deque(waiting)
         self.asked = len(self.waiting)
-        self.records: dict[int, ShardRecord] = {}
+        self.records: dict[int, Psi] = {}
         self.losses: Counter[int] = Counter()  # shard -> how often its worker was lost
         self.failed: set[int] = set()  # shards that raised an error once
         self.workers: list[Worker] = []
@@ -170,7 +170,7 @@ class ShardQueue:
         self.shared: set[WorkerLocation | None] = set()
         self.monitor = CapacityMonitor("identify", pool.resources)
 
-    def run(self) -> dict[int, ShardRecord]:
+    def run(self) -> dict[int, Psi]:
         """Return the records of all shards that waited.
 
         Raises the error of a shard that fails a second time, or at once where the user's input is at fault;
@@ -257,7 +257,7 @@ class ShardQueue:
             if not worker.left_out and worker not in self.pings.values():
                 self._ping(worker)
 
-    def _on_shard_done(self, worker: Worker, index: int, record: ShardRecord) -> None:
+    def _on_shard_done(self, worker: Worker, index: int, record: Psi) -> None:
         """Record the counts. Raises InputError where what the worker wrote is not in the driver's store."""
         store = self.pool.store
         if worker.location not in self.shared:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -261,21 +261,6 @@ def _merge(shards: list[Shard], seconds: float) -> Shard:
     )
 
 
-@dataclass(frozen=True)
-class ShardRecord:
-    """The counts of a finished shard, without its codes."""
-
-    index: int
-    codes: int
-    images: int
-    decodings: int
-    images_with_any: int
-    zero_noise_flips: int
-    seconds: float
-    failing: int
-    fingerprint: str
-
-
 def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | None = None) -> str:
     """Return what all shards of a run share and no other run's shards have: models, images, noise and seed."""
     decode = "" if spec.vae.decode == "plain" else f" {spec.vae.decode}"
@@ -295,23 +280,22 @@ def shard_key(index: int) -> str:
     return f"psi/{index:06d}.safetensors"
 
 
-def save_shard(store: Store, index: int, shard: Shard) -> ShardRecord:
+def save_shard(store: Store, index: int, shard: Shard) -> Psi:
     """Write a shard, whose presence marks it as complete, and return its counts."""
     store.write(shard_key(index), encode(replace(shard, index=index)))
-    return _record(index, shard)
+    return _counts_of(shard)
 
 
-def _record(index: int, shard: Shard) -> ShardRecord:
-    return ShardRecord(
-        index,
-        len(shard.failures),
-        shard.images,
-        shard.decodings,
-        shard.images_with_any,
-        shard.zero_noise_flips,
-        shard.seconds,
-        shard.failing,
-        shard.fingerprint,
+def _counts_of(shard: Shard) -> Psi:
+    return Psi(
+        codes=np.array([len(shard.failures)], np.int64),
+        images=shard.images,
+        decodings=shard.decodings,
+        images_with_any=shard.images_with_any,
+        zero_noise_flips=shard.zero_noise_flips,
+        worker_seconds=shard.seconds,
+        failing=shard.failing,
+        fingerprint=shard.fingerprint,
     )
 
 
@@ -330,30 +314,30 @@ def _decode_shard(data: bytes, where: str, expected: tuple[int, str], remedy: st
     return shard
 
 
-def finished_shards(store: Store, fingerprint: str) -> dict[int, ShardRecord]:
+def finished_shards(store: Store, fingerprint: str) -> dict[int, Psi]:
     """Return the counts of the shards that are done, each read once; one that is damaged is logged and made again."""
     keys = [key for key in store.list("psi/") if re.fullmatch(r"psi/\d{6}\.safetensors", key)]
-    records, remedy = {}, "the shard is made again"
+    counts, remedy = {}, "the shard is made again"
     for key, data in zip(keys, map_ahead(store.read, keys), strict=True):
         index = int(key[4:10])
         try:
             shard = _decode_shard(data, f"{store.address}/{key}", (index, fingerprint), remedy)
-            records[index] = _record(index, shard)
+            counts[index] = _counts_of(shard)
         except StoreError as error:
             log.warning("identify: %s", error)
-    return records
+    return counts
 
 
-def gather_shards(records: dict[int, ShardRecord]) -> Psi:
-    """Return the record of all shards together. The codes stay in the store."""
-    done = [records[index] for index in sorted(records)]
+def gather_shards(counts: dict[int, Psi]) -> Psi:
+    """Return the record of all shards together, from the counts of each. The codes stay in the store."""
+    done = [counts[index] for index in sorted(counts)]
     return Psi(
-        codes=np.array([record.codes for record in done], np.int64),
-        images=sum(record.images for record in done),
-        decodings=sum(record.decodings for record in done),
-        images_with_any=sum(record.images_with_any for record in done),
-        zero_noise_flips=sum(record.zero_noise_flips for record in done),
-        worker_seconds=sum(record.seconds for record in done),
-        failing=sum(record.failing for record in done),
+        codes=np.array([shard.total for shard in done], np.int64),
+        images=sum(shard.images for shard in done),
+        decodings=sum(shard.decodings for shard in done),
+        images_with_any=sum(shard.images_with_any for shard in done),
+        zero_noise_flips=sum(shard.zero_noise_flips for shard in done),
+        worker_seconds=sum(shard.worker_seconds for shard in done),
+        failing=sum(shard.failing for shard in done),
         fingerprint=done[0].fingerprint if done else "",
     )
