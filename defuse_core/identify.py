@@ -1,4 +1,5 @@
-"""Algorithm 1: perturb training images in latent space and keep the codes whose decoding the classifier gets wrong.
+"""Algorithm 1: perturb training images in latent space and keep the codes whose decoding the classifier gets wrong, Ψ;
+and Ψ as it is read from the store, shard by shard or as a sample of all.
 
 The unit of work is a block of consecutive training images. Its noise is seeded by (seed, block) and its batches have
 fixed boundaries, so a block gives the same codes on any worker, in any order.
@@ -16,16 +17,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from defuse_core.artifacts import (
-    F32,
-    I64,
-    Bool,
-    Failures,
-    Models,
-    Psi,
-    ReferenceSet,
-    Shard,
-)
+from defuse_core.artifacts import F32, I64, Bool, Failures, Models, Psi, ReferenceSet, Shard
 from defuse_core.codec import decode, encode
 from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import Images, reopen_splits
@@ -53,6 +45,7 @@ from defuse_core.training.reference_models import load_reference_models, mean_pr
 log = logging.getLogger("defuse")
 SHARDS = 512  # that a training set has at most, unless they would be larger than SHARD_DECODINGS
 SHARD_DECODINGS = 2**19  # of a shard at most: two minutes of a CPU core, about a second of a GPU
+SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
 
 
 def blocks_per_shard(images: int, section: IdentifySection) -> int:
@@ -299,12 +292,6 @@ def _counts_of(shard: Shard) -> Psi:
     )
 
 
-def load_shard(store: Store, index: int, fingerprint: str, remedy: str) -> Shard:
-    """Return a shard. Raises FileNotFoundError, or DamagedError with `remedy` where it is damaged or another shard."""
-    where = f"{store.address}/{shard_key(index)}"
-    return _decode_shard(store.read(shard_key(index)), where, (index, fingerprint), remedy)
-
-
 def _decode_shard(data: bytes, where: str, expected: tuple[int, str], remedy: str) -> Shard:
     shard, (index, fingerprint) = decode(Shard, data, where, remedy), expected
     if shard.index != index:
@@ -341,3 +328,39 @@ def gather_shards(counts: dict[int, Psi]) -> Psi:
         failing=sum(shard.failing for shard in done),
         fingerprint=done[0].fingerprint if done else "",
     )
+
+
+def subsample_psi(spec: RunFile, psi: Psi, store: Store) -> Failures:
+    """Return at most max_codes rows of Ψ, drawn without replacement, in order; a few shards are in memory at once.
+
+    SAMPLE_CODES rows at most where max_codes is null.
+    """
+    most = spec.distill.max_codes or SAMPLE_CODES
+    if psi.total > most:
+        wanted = np.sort(generator(spec.seed, "distill", "sample").choice(psi.total, most, replace=False))
+    else:
+        wanted = np.arange(psi.total)
+    starts = np.concatenate([[0], np.cumsum(psi.codes)])
+    nothing: I64 = np.zeros(0, np.int64)
+    first, last = np.searchsorted(wanted, starts[:-1]), np.searchsorted(wanted, starts[1:])
+
+    def drawn_from(shard: int) -> Failures:
+        rows = wanted[first[shard] : last[shard]] - starts[shard]
+        return shard_of_psi(store, psi.fingerprint, shard).failures.take(rows)
+
+    parts = [Failures(np.zeros((0, spec.vae.latent_dim), np.float32), nothing, nothing, nothing, nothing > 0)]
+    parts.extend(map_ahead(drawn_from, np.flatnonzero(first < last).tolist()))
+    return Failures.concatenate(parts)
+
+
+def shard_of_psi(store: Store, fingerprint: str, index: int) -> Shard:
+    """Return a shard of the Ψ with this fingerprint. Raises DamagedError where it is gone or damaged."""
+    where = f"{store.address}/{shard_key(index)}"
+    remedy = f"delete {store.address}/psi.safetensors and run again: only this shard is made again"
+    try:
+        data = store.read(shard_key(index))
+    except FileNotFoundError as error:
+        raise DamagedError(
+            f"{where}: expected a shard of psi.safetensors, found no such file; {remedy}"
+        ) from error
+    return _decode_shard(data, where, (index, fingerprint), remedy)

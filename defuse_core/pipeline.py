@@ -23,13 +23,13 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.distill.components import distill
-from defuse_core.distill.psi import SAMPLE_CODES
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, StoreError
 from defuse_core.evaluation.controls import Controls, fold_spec, folds, plain_names, plain_spec, without_fold
 from defuse_core.evaluation.evaluate import Findings, evaluate
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
+from defuse_core.identify import SAMPLE_CODES
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, write_report
 from defuse_core.report.build import build_report

@@ -36,8 +36,8 @@ from defuse_core.distill.mixture import (
     responsibilities,
     sample_covariance,
 )
-from defuse_core.distill.psi import subsample_psi
 from defuse_core.distill.sources import Sources, count_sources, without_undivided
+from defuse_core.identify import subsample_psi
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
 from defuse_core.store import Store

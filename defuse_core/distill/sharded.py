@@ -41,8 +41,8 @@ from defuse_core.distill.mixture import (
     partial_sums,
     summed_statistics,
 )
-from defuse_core.distill.psi import shard_of_psi, subsample_psi
 from defuse_core.distill.sources import Sources, count_sources, without_undivided
+from defuse_core.identify import shard_of_psi, subsample_psi
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute, Partitions
 from defuse_core.store import Store

@@ -30,7 +30,7 @@ from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.mixture import responsibilities
-from defuse_core.distill.psi import subsample_psi
+from defuse_core.identify import subsample_psi
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator, torch_seed

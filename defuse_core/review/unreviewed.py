@@ -9,7 +9,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
-from defuse_core.distill.psi import subsample_psi
+from defuse_core.identify import subsample_psi
 from defuse_core.models import Decoder, Vae, decode_codes, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute

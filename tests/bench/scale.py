@@ -40,13 +40,13 @@ from defuse_core.artifacts import I64, U8, Failures, Models, Shard
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, PictureFiles
 from defuse_core.data.images import FilePaths
-from defuse_core.distill.psi import subsample_psi
 from defuse_core.identify import (
     blocks_per_shard,
     finished_shards,
     gather_shards,
     shard_count,
     shard_fingerprint,
+    subsample_psi,
 )
 from defuse_core.progress import Progress
 from defuse_core.store import FolderStore

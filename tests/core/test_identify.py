@@ -5,9 +5,8 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from defuse_core.artifacts import Failures
+from defuse_core.artifacts import Failures, Psi, Shard
 from defuse_core.config import IdentifySection
-from defuse_core.distill.psi import subsample_psi
 from defuse_core.errors import RunMismatchError, StoreError
 from defuse_core.identify import (
     SHARD_DECODINGS,
@@ -19,12 +18,13 @@ from defuse_core.identify import (
     encode_posterior,
     finished_shards,
     gather_shards,
-    load_shard,
     nearest_failures,
     save_shard,
     shard_count,
     shard_fingerprint,
     shard_key,
+    shard_of_psi,
+    subsample_psi,
 )
 from defuse_core.local import LocalCompute
 from defuse_core.models import Decoder, decode_codes, encode_images, predict, to_tensor
@@ -32,6 +32,7 @@ from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import mean_probabilities
 from tests.conftest import recommended, tiny
+from tests.sample_components import sample_failures
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +297,7 @@ def two_shards(tmp_path, identifier):
 
 def test_finished_shards_are_counted_from_what_is_stored(two_shards, identifier):
     psi = gather_shards(finished_shards(two_shards, identifier.fingerprint))
-    shard = load_shard(two_shards, 0, identifier.fingerprint, "")
+    shard = shard_of_psi(two_shards, identifier.fingerprint, 0)
     assert psi.codes[0] == len(shard.failures)
     assert psi.images == 64
     assert psi.fingerprint == identifier.fingerprint
@@ -349,3 +350,38 @@ def test_a_store_that_fails_is_not_taken_for_a_damaged_shard(two_shards, identif
     monkeypatch.setattr(FolderStore, "read", fail)
     with pytest.raises(StoreError, match="no answer"):
         finished_shards(two_shards, identifier.fingerprint)
+
+
+def stored_psi(folder, sizes=(30, 0, 50)) -> tuple[Psi, FolderStore]:
+    store = FolderStore(folder)
+    for index, size in enumerate(sizes):
+        codes = (1000 * index + np.arange(size, dtype=np.float32))[:, None].repeat(4, 1)
+        labels = np.zeros(size, np.int64)
+        save_shard(
+            store, index, Shard(sample_failures(codes, labels, labels, labels + 1), size, size, 0, 0, 0.0)
+        )
+    return Psi(np.array(sizes), 80, 80, 0, 0, 0.0), store
+
+
+def test_psi_within_the_limit_is_taken_whole_and_in_order(tmp_path):
+    psi, store = stored_psi(tmp_path)
+    codes = subsample_psi(tiny(), psi, store).codes
+    assert codes[:, 0].tolist() == [*range(30), *range(2000, 2050)]
+
+
+def test_a_sample_of_psi_has_no_code_twice_and_every_shard_a_share(tmp_path):
+    psi, store = stored_psi(tmp_path)
+    spec = tiny(distill={"max_codes": 40, "max_components": 6})
+    values = subsample_psi(spec, psi, store).codes[:, 0]
+    assert len(set(values.tolist())) == 40
+    assert (values < 100).any()
+    assert (values >= 2000).any()
+
+
+def test_a_missing_shard_is_named_with_what_to_delete(tmp_path):
+    psi, store = stored_psi(tmp_path)
+    store.delete("psi/000002.safetensors")
+    with pytest.raises(
+        StoreError, match=r"000002\.safetensors: .* found no such file; delete .*psi\.safetensors and"
+    ):
+        subsample_psi(tiny(), psi, store)

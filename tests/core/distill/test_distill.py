@@ -3,18 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Psi, Scenarios, Shard
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.config import DistillSection
 from defuse_core.distill.components import fit_all, fit_cells
 from defuse_core.distill.draws import gaussian_codes
-from defuse_core.distill.psi import subsample_psi
 from defuse_core.distill.sources import Sources, certain_error, certain_error_of, count_sources
-from defuse_core.errors import StoreError
-from defuse_core.identify import save_shard
 from defuse_core.intervals import exact_lower
 from defuse_core.progress import silent
-from defuse_core.store import FolderStore
-from tests.conftest import tiny
 from tests.sample_components import sample_failures
 
 
@@ -236,41 +231,6 @@ def test_a_single_code_is_dropped_and_told_in_both_ways():
 def test_without_any_code_there_is_no_cell():
     found = fit_cells(failures(np.zeros((0, 3), np.float32)), section(), 0, silent).scenarios()
     assert (len(found), found.means.shape, found.dropped) == (0, (0, 3), ())
-
-
-def stored_psi(folder, sizes=(30, 0, 50)) -> tuple[Psi, FolderStore]:
-    store = FolderStore(folder)
-    for index, size in enumerate(sizes):
-        codes = (1000 * index + np.arange(size, dtype=np.float32))[:, None].repeat(4, 1)
-        labels = np.zeros(size, np.int64)
-        save_shard(
-            store, index, Shard(sample_failures(codes, labels, labels, labels + 1), size, size, 0, 0, 0.0)
-        )
-    return Psi(np.array(sizes), 80, 80, 0, 0, 0.0), store
-
-
-def test_psi_within_the_limit_is_taken_whole_and_in_order(tmp_path):
-    psi, store = stored_psi(tmp_path)
-    codes = subsample_psi(tiny(), psi, store).codes
-    assert codes[:, 0].tolist() == [*range(30), *range(2000, 2050)]
-
-
-def test_a_sample_of_psi_has_no_code_twice_and_every_shard_a_share(tmp_path):
-    psi, store = stored_psi(tmp_path)
-    spec = tiny(distill={"max_codes": 40, "max_components": 6})
-    values = subsample_psi(spec, psi, store).codes[:, 0]
-    assert len(set(values.tolist())) == 40
-    assert (values < 100).any()
-    assert (values >= 2000).any()
-
-
-def test_a_missing_shard_is_named_with_what_to_delete(tmp_path):
-    psi, store = stored_psi(tmp_path)
-    store.delete("psi/000002.safetensors")
-    with pytest.raises(
-        StoreError, match=r"000002\.safetensors: .* found no such file; delete .*psi\.safetensors and"
-    ):
-        subsample_psi(tiny(), psi, store)
 
 
 def test_tau_multiplies_the_covariance():

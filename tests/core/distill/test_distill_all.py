@@ -14,10 +14,9 @@ from defuse_core.artifacts import Psi, Shard
 from defuse_core.config import RunFile
 from defuse_core.distill.components import distill, fit_all, fit_cells
 from defuse_core.distill.mixture import one_component
-from defuse_core.distill.psi import subsample_psi
 from defuse_core.distill.sharded import CellCodes, distill_all, load_part, part_spans, part_sums
 from defuse_core.errors import RunFileError
-from defuse_core.identify import save_shard
+from defuse_core.identify import save_shard, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import _scenarios
 from defuse_core.progress import silent
@@ -83,7 +82,7 @@ def test_from_a_sample_it_finds_what_all_codes_say(
     psi, store = stored
     spec = all_codes("all", max_components=3)
     whole = distill(spec, psi, store, "", progress=silent)
-    monkeypatch.setattr("defuse_core.distill.psi.SAMPLE_CODES", 60)
+    monkeypatch.setattr("defuse_core.identify.SAMPLE_CODES", 60)
     sample = distill(spec, psi, store, "", progress=silent)
     found = distill_all(spec, psi, store, "", LocalCompute())
     order, other, short = (np.argsort(fit.means[:, 0]) for fit in (found, whole, sample))
@@ -103,7 +102,7 @@ def test_codes_are_fitted_in_parts_only_where_a_sample_would_leave_some_out_and_
 
     for most, max_codes, parts in ((psi.total, None, 0), (psi.total - 1, None, 1), (60, 100, 0)):
         steps: list[str] = []
-        monkeypatch.setattr("defuse_core.distill.psi.SAMPLE_CODES", most)
+        monkeypatch.setattr("defuse_core.identify.SAMPLE_CODES", most)
         monkeypatch.setattr("defuse_core.pipeline.SAMPLE_CODES", most)
         spec = all_codes("all", max_components=3, max_iterations=5).with_fields(
             "distill", max_codes=max_codes
@@ -118,7 +117,7 @@ def test_a_cell_over_epsilon_that_the_sample_misses_is_one_component(
 ) -> None:
     psi, store = stored
     spec = all_codes("cell", min_weight=0.002)  # the third cell holds 0.003 of the codes
-    monkeypatch.setattr("defuse_core.distill.psi.SAMPLE_CODES", 20)
+    monkeypatch.setattr("defuse_core.identify.SAMPLE_CODES", 20)
     found = distill_all(spec, psi, store, "", LocalCompute())
     failures = subsample_psi(spec.with_fields("distill", max_codes=1000), psi, store)
     rare = failures.codes[failures.truth == 5]

@@ -18,8 +18,7 @@ from defuse_core.artifacts import (
     Scenarios,
     Verdicts,
 )
-from defuse_core.distill.psi import subsample_psi
-from defuse_core.identify import Identifier, save_shard
+from defuse_core.identify import Identifier, save_shard, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.review.examiner import in_tasks
