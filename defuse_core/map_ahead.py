@@ -1,4 +1,4 @@
-"""Reading items ahead in threads, for reads of a store."""
+"""Reading items ahead in threads: objects of a store, image files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-READ_AHEAD = 8  # objects that are read at once
+READ_AHEAD = 8  # objects of a store that are read at once
 A = TypeVar("A")
 B = TypeVar("B")
 

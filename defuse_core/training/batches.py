@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from defuse_core.data import Images
 from defuse_core.data.images import PictureFiles
 from defuse_core.device import device
 from defuse_core.errors import DataError
+from defuse_core.map_ahead import map_ahead
 from defuse_core.models import to_tensor
 
 DEVICE_SHARE = 0.25  # of the accelerator's free memory that a set of images may take
@@ -117,12 +117,5 @@ class DeviceImages:
             for rows in order:
                 yield rows, self.batch(rows), self.labels(rows)
             return
-        with ThreadPoolExecutor(1) as reader:
-            waiting = None
-            for rows in order:
-                following = (rows, reader.submit(self.images.batch, rows))
-                if waiting is not None:
-                    yield waiting[0], to_tensor(waiting[1].result()), self.labels(waiting[0])
-                waiting = following
-            if waiting is not None:
-                yield waiting[0], to_tensor(waiting[1].result()), self.labels(waiting[0])
+        for rows, read in map_ahead(lambda rows: (rows, self.images.batch(rows)), order, ahead=1):
+            yield rows, to_tensor(read), self.labels(rows)
