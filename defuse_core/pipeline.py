@@ -42,7 +42,6 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
-from defuse_core.review.unreviewed import choose_unreviewed
 from defuse_core.review.verdicts import (
     decide_verdicts,
     decides_twice,
@@ -60,7 +59,7 @@ from defuse_core.training.reference_models import (
     references_take_part,
     training_calls,
 )
-from defuse_core.tuning_data import reviewed_failures
+from defuse_core.tuning_data import choose_unreviewed, reviewed_failures
 from defuse_core.watch.failure_detector import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")

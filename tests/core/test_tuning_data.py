@@ -1,4 +1,4 @@
-"""Failures that nobody reviewed are tuned on beside the images of the scenarios."""
+"""Failures that nobody reviewed: which are chosen, and how they are tuned on beside the images of the scenarios."""
 
 from __future__ import annotations
 
@@ -7,18 +7,199 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Corrections, Failures, Models, ReferenceSet
+from defuse_core.artifacts import (
+    NONE_OF_THE_ABOVE,
+    Anchors,
+    ComponentFailures,
+    Corrections,
+    Failures,
+    Models,
+    Psi,
+    ReferenceSet,
+    Scenarios,
+    Verdicts,
+)
 from defuse_core.data import Images
+from defuse_core.identify import Identifier, save_shard, subsample_psi
 from defuse_core.local import LocalCompute
-from defuse_core.models import decode_codes, load_vae
+from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
+from defuse_core.review.examiner import in_tasks
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.training.reference_models import ReferenceAnnotators
-from defuse_core.tuning_data import decode_scenario_images
+from defuse_core.training.reference_models import (
+    ReferenceAnnotators,
+    load_reference_models,
+    model_probabilities,
+)
+from defuse_core.tuning_data import allowed, choose_unreviewed, decode_failures, decode_scenario_images
 from tests.conftest import recommended
 from tests.sample_components import sample_failures
+from tests.sample_findings import sample_findings
+
+
+def found_with(labels: list[int], cells: list[tuple[int, int]] | None = None) -> tuple[Scenarios, Verdicts]:
+    """Components at 0, 100, 200, ... with these labels of the reviewers."""
+    found, _ = sample_findings(scenarios=len(labels), accepted=1)
+    far = 100.0 * np.arange(len(labels))[:, None] * np.ones((1, 3))
+    scenarios = replace(
+        found.scenarios,
+        means=far,
+        covariances=np.stack([np.eye(3)] * len(labels)),
+        cells=np.array(cells or [(NONE_OF_THE_ABOVE,) * 2] * len(labels)),
+    )
+    return scenarios, replace(found.verdicts, labels=np.array(labels))
+
+
+def failures_at(
+    centers: list[float], truth: int, answers: list[int], tracks: list[int] | None = None
+) -> Failures:
+    codes = np.array(centers, np.float32)[:, None] * np.ones((1, 3), np.float32)
+    labels, source = np.full(len(centers), truth), 10 * np.arange(len(centers))
+    track = None if tracks is None else np.array(tracks)
+    return sample_failures(codes, source, labels, np.array(answers), source_track=track)
+
+
+def test_no_failure_is_tuned_on_that_reviewers_rejected_or_labelled_otherwise() -> None:
+    scenarios, verdicts = found_with([4, 5, NONE_OF_THE_ABOVE])
+    failures = failures_at([0.0, 0.5, 50.0, 100.0, 150.0, 200.0], 4, [9] * 6)
+    assert allowed(failures, scenarios, verdicts).tolist() == [True, True, True, False, True, False]
+
+
+def test_a_cell_in_which_reviewers_accepted_nothing_as_its_class_is_tuned_on_nowhere() -> None:
+    cells = [(4, 9), (4, 9), (4, 7), (4, 6)]
+    scenarios, verdicts = found_with([4, NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE, 6], cells)
+    far = failures_at([1000.0] * 4, 4, [9, 7, 6, 5])  # 5 is in no cell that was reviewed
+    assert allowed(far, scenarios, verdicts).tolist() == [True, False, False, True]
+    single = replace(scenarios, cells=np.full((4, 2), NONE_OF_THE_ABOVE))  # distill.by: all
+    assert allowed(far, single, verdicts).all()
+
+
+def test_no_failure_is_of_a_photograph_or_track_that_held_out_images_are_anchored_at() -> None:
+    scenarios, verdicts = found_with([4, NONE_OF_THE_ABOVE])
+    anchors = Anchors(
+        np.zeros((4, 1, 4, 4), np.uint8), np.array([0, 10, 20, 30]), np.array([False, True] * 2)
+    )
+    of_components = ComponentFailures(np.zeros((2, 2, 3), np.float32), np.array([[0, 1], [2, 3]]), anchors)
+    failures = failures_at([1000.0] * 4, 4, [9] * 4, [7, 8, 8, 9])
+    at = replace(scenarios, failures=of_components)
+    # image 30 is held out too, for a component that was not accepted
+    images = replace(failures, source_track=None)
+    assert allowed(images, at, verdicts).tolist() == [True, False, True, True]
+    of_tracks = replace(of_components, anchors=replace(anchors, track=np.array([7, 8, 7, 9])))
+    in_tracks = replace(scenarios, failures=of_tracks)
+    assert allowed(failures, in_tracks, verdicts).tolist() == [True, False, False, True]
+
+
+RIGHT = 1000  # source of what follows the failures
+
+
+@pytest.fixture
+def run_with_psi(tmp_path, tiny_models: Models, references: ReferenceSet) -> tuple[Run, Psi]:
+    """A run whose Ψ is the first shard of a real one, screened by the models' mean, and codes that do not fail."""
+    spec = recommended(identify={"scale": 3.0}, correct={"tune_images": 60})
+    run = Run.start(FolderStore(tmp_path), "a", spec)
+    identifier = Identifier(spec, tiny_models, references)
+    shard = identifier.shard(0)
+    # no failures: codes of training images under their class, most of which the classifier gets right
+    own = identifier.train.take(slice(0, 100))
+    codes = encode_images(identifier.vae, own)
+    right = sample_failures(codes, RIGHT + np.arange(100), own.labels, (own.labels + 1) % 10)
+    both = Failures.concatenate([shard.failures, right])
+    save_shard(run.store, 0, replace(shard, failures=both))
+    one = np.array([len(both)])
+    return run, Psi(one, shard.images, shard.decodings, 0, 0, 0.0, fingerprint=shard.fingerprint)
+
+
+def nowhere(run: Run) -> tuple[Scenarios, Verdicts]:
+    """Two components, one of them accepted, whose regions hold no code."""
+    scenarios, verdicts = found_with([NONE_OF_THE_ABOVE, 3])
+    width = run.spec.vae.latent_dim
+    far = replace(scenarios, means=np.full((2, width), 1e4), covariances=np.stack([np.eye(width)] * 2))
+    return far, verdicts
+
+
+def test_they_are_clear_to_every_reference_model_and_drawn_by_seed(run_with_psi, tiny_models, references):
+    run, psi = run_with_psi
+    arguments = run, LocalCompute(), tiny_models, references, psi, *nowhere(run)
+    chosen, again = choose_unreviewed(*arguments), choose_unreviewed(*arguments)
+    assert 0 < len(chosen) <= 60  # tune_images of one accepted scenario
+    np.testing.assert_array_equal(chosen.codes, again.codes)
+    images = decode_codes(load_vae(run.spec, tiny_models.vae), chosen.codes)
+    models = load_reference_models(run.spec, run.spec.review.reference, references, 10)
+    sure = model_probabilities(models, images)[:, np.arange(len(chosen)), chosen.truth]
+    assert (sure >= run.spec.identify.min_probability).all()
+    assert (predict(load_classifier(run.spec, tiny_models.classifier, 10), images) != chosen.truth).all()
+    assert (chosen.source < RIGHT).any()
+    if len(chosen) > 5:
+        assert chosen.source.tolist() != sorted(chosen.source.tolist())  # a part of them is a sample, too
+
+
+def test_all_that_are_clear_are_tuned_on_where_they_are_fewer_than_images_of_scenarios(
+    run_with_psi, tiny_models, references
+):
+    run, psi = run_with_psi
+    run.spec = run.spec.with_fields("correct", tune_images=10_000)
+    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
+    failures = subsample_psi(run.spec, psi, run.store)
+    images = decode_codes(load_vae(run.spec, tiny_models.vae), failures.codes)
+    models = load_reference_models(run.spec, run.spec.review.reference, references, 10)
+    seen = model_probabilities(models, images).min(axis=0)
+    sure = (seen.max(axis=1) >= run.spec.identify.min_probability) & (seen.argmax(axis=1) == failures.truth)
+    answers = predict(load_classifier(run.spec, tiny_models.classifier, 10), images)
+    clear = sure & (answers != failures.truth)
+    assert 0 < clear.sum() < len(failures)
+    np.testing.assert_array_equal(np.unique(chosen.codes, axis=0), np.unique(failures.codes[clear], axis=0))
+
+
+def test_twice_as_many_are_examined_as_are_wanted(run_with_psi, tiny_models, references, monkeypatch):
+    run, psi = run_with_psi
+    run.spec = run.spec.with_fields("correct", tune_images=20).with_fields("identify", min_probability=0.0)
+    examined = []
+
+    def noting(compute, step, count, *rest, **options):
+        examined.append(count)
+        return in_tasks(compute, step, count, *rest, **options)
+
+    monkeypatch.setattr("defuse_core.tuning_data.in_tasks", noting)
+    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
+    assert examined == [2 * 20] and len(chosen) <= 20
+    monkeypatch.setattr("defuse_core.tuning_data.EXAMINED", 100)  # more of them are clear than are wanted
+    run.spec = run.spec.with_fields("correct", tune_images=5)
+    assert len(choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))) == 5
+
+
+def test_none_is_tuned_on_that_is_in_the_region_of_a_rejected_component(
+    run_with_psi, tiny_models, references
+):
+    run, psi = run_with_psi
+    run.spec = run.spec.with_fields("correct", tune_images=10_000)
+    failures, (scenarios, verdicts) = subsample_psi(run.spec, psi, run.store), nowhere(run)
+    means = np.stack([np.median(failures.codes, axis=0), scenarios.means[1]])
+    near = replace(scenarios, means=means, covariances=0.2 * scenarios.covariances)
+    assert 0 < allowed(failures, near, verdicts).mean() < 0.95
+    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, near, verdicts)
+    assert len(chosen) and allowed(chosen, near, verdicts).all()
+
+
+def test_with_anchored_decoding_each_is_shown_at_its_own_training_image(tiny_models, monkeypatch):
+    monkeypatch.setattr("defuse_core.tuning_data.CODES_AT_ONCE", 2)
+    spec = recommended(vae={"decode": "anchored"})
+    vae, train = load_vae(spec, tiny_models.vae), Identifier(spec, tiny_models).train
+    source = np.array([7, 3, 7])
+    codes = encode_images(vae, train.take(source))
+    failures = sample_failures(codes, source, np.array([1, 2, 3]), np.array([4, 5, 6]))
+    shown = decode_failures(spec, tiny_models, vae, failures)
+    np.testing.assert_allclose(
+        shown, train.take(source).batch(), atol=1e-5
+    )  # without noise: the image itself
+    assert decode_failures(spec, tiny_models, vae, failures.take(np.zeros(0, np.int64))).shape == (
+        0,
+        1,
+        16,
+        16,
+    )
 
 
 @pytest.fixture
