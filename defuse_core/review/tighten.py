@@ -22,7 +22,7 @@ from defuse_core.distill.draws import Draws, failure_rows, smoothed, truncated_c
 from defuse_core.intervals import wilson_lower
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute
-from defuse_core.review.examiner import Examiner, in_tasks
+from defuse_core.review.sample import Examiner, in_tasks
 from defuse_core.review.verdicts import most_common
 from defuse_core.seeds import generator
 

@@ -25,7 +25,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
-from defuse_core.review.examiner import in_tasks
+from defuse_core.review.sample import in_tasks
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
