@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits
-from defuse_core.device import cpu_threads, is_out_of_memory
+from defuse_core.device import autocast, cpu_threads, is_out_of_memory
 from defuse_core.errors import ComputeError, DamagedError, DefuseError, ModelError, StoreError
 from defuse_core.intervals import ROUNDING, certain_loss
 from defuse_core.models import load_classifier, weights_of
@@ -44,7 +44,7 @@ from defuse_core.training.loop import (
     set_learning_rate,
     train_step,
 )
-from defuse_core.training.precision import autocast, predict_as_in_f32
+from defuse_core.training.precision import predict_as_in_f32
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")

@@ -1,4 +1,4 @@
-"""The device of this process, and how many threads it computes with. Numerics depend on both, so both are set here."""
+"""The device of this process, how many threads it computes with, and in which format: numerics depend on each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -41,6 +42,13 @@ def cpu_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def autocast(arithmetic: str) -> AbstractContextManager[object]:
+    """Compute the block's convolutions and matrix products in bf16, or change nothing (f32)."""
+    if arithmetic == "f32":
+        return contextlib.nullcontext()
+    return torch.autocast(device().type, dtype=torch.bfloat16)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

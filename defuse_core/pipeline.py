@@ -51,7 +51,7 @@ from defuse_core.review.verdicts import (
 )
 from defuse_core.runs import Run
 from defuse_core.train import train_side_by_side
-from defuse_core.training.measure_precision import settle_precision
+from defuse_core.training.precision import settle_precision
 from defuse_core.training.reference_models import (
     ask_models_once,
     judges,

@@ -27,7 +27,7 @@ from defuse_core.correct import (
     write_trial,
 )
 from defuse_core.data import Images
-from defuse_core.device import cpu_threads, device, is_out_of_memory
+from defuse_core.device import autocast, cpu_threads, device, is_out_of_memory
 from defuse_core.errors import ANOTHER_NAME, ModelError, one_line
 from defuse_core.models import load_classifier, set_weights, to_tensor, weights_of
 from defuse_core.store import Store
@@ -38,7 +38,6 @@ from defuse_core.training.loop import (
     optimizer_state,
     train_step,
 )
-from defuse_core.training.precision import autocast
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")

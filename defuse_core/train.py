@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from defuse_core.artifacts import F64, ClassifierEpoch, Models, ReferenceSet
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, log_parts, open_splits
-from defuse_core.device import cpu_threads, device_name
+from defuse_core.device import autocast, cpu_threads, device_name
 from defuse_core.errors import RunFileError
 from defuse_core.evaluation.evaluate import class_accuracy
 from defuse_core.evaluation.health import (
@@ -46,7 +46,7 @@ from defuse_core.store import Store
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.data_parallel import averaged, seed_dropout, worker_minibatches
 from defuse_core.training.loop import Adam, Losses, Optimizer, Training, format_row, minibatches, train_step
-from defuse_core.training.precision import accuracy_as_in_f32, autocast, predict_as_in_f32
+from defuse_core.training.precision import accuracy_as_in_f32, predict_as_in_f32
 from defuse_core.training.reference_models import load_reference_models
 from defuse_core.training.train_vae import initial_vae, train_vae
 

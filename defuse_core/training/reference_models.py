@@ -24,7 +24,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import STEPS, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.data.splits import mixed_order, split_tracks
-from defuse_core.device import cpu_threads
+from defuse_core.device import autocast, cpu_threads
 from defuse_core.errors import DataError, StoreError
 from defuse_core.models import (
     ReferenceCnn,
@@ -46,7 +46,6 @@ from defuse_core.store import Store
 from defuse_core.training.augment import augment
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.loop import Losses, minibatches, train_step
-from defuse_core.training.precision import autocast
 
 log = logging.getLogger("defuse")
 LEAST_CONTRAST = 0.02  # standard deviation of pixels in [0, 1], so that noise of a dark image is not blown up

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from defuse_core.artifacts import VaeEpoch
 from defuse_core.config import Arithmetic, RunFile
 from defuse_core.data import Images, Splits
-from defuse_core.device import device
+from defuse_core.device import autocast, device
 from defuse_core.models import (
     Vae,
     build_vae,
@@ -46,7 +46,6 @@ from defuse_core.training.loop import (
     set_learning_rate,
     train_step,
 )
-from defuse_core.training.precision import autocast
 
 log = logging.getLogger("defuse")
 

@@ -206,7 +206,7 @@ class LabelStudioAnnotators:
         compute = self.compute
         if compute is None:  # `defuse review push`, outside `defuse run`
             from defuse_core.local import LocalCompute
-            from defuse_core.training.measure_precision import settle_precision
+            from defuse_core.training.precision import settle_precision
 
             compute = LocalCompute()
             settle_precision(self.run, compute)

@@ -22,7 +22,7 @@ from defuse_core.errors import InputError, RunBusyError, ServiceError
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute
 from defuse_core.runs import Run
-from defuse_core.training.measure_precision import settle_precision
+from defuse_core.training.precision import settle_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow

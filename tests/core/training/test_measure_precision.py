@@ -11,7 +11,7 @@ import torch
 
 from defuse_core.errors import DataError
 from defuse_core.progress import silent
-from defuse_core.training import measure_precision
+from defuse_core.training import precision
 from tests.conftest import tiny
 
 
@@ -21,7 +21,7 @@ class Timed:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: Iterable[float | None]) -> None:
         self.now, self.seconds = 0.0, {kind: iter(each) for kind, each in seconds.items()}
         self.calls: list[str] = []
-        monkeypatch.setattr(measure_precision.time, "process_time", lambda: self.now)
+        monkeypatch.setattr(precision.time, "process_time", lambda: self.now)
 
     def __call__(self, arithmetic: str) -> None:
         self.calls.append(arithmetic)
@@ -33,10 +33,10 @@ class Timed:
 
 def measured_with(
     monkeypatch: pytest.MonkeyPatch, seconds: dict[str, tuple[float, float]]
-) -> measure_precision.MeasuredPrecision:
-    monkeypatch.setattr(measure_precision, "_steps", lambda spec, classes: {kind: kind for kind in seconds})
-    monkeypatch.setattr(measure_precision, "_seconds", seconds.__getitem__)
-    return measure_precision.measure_precision(tiny(), progress=silent)
+) -> precision.MeasuredPrecision:
+    monkeypatch.setattr(precision, "_steps", lambda spec, classes: {kind: kind for kind in seconds})
+    monkeypatch.setattr(precision, "_seconds", seconds.__getitem__)
+    return precision.measure_precision(tiny(), progress=silent)
 
 
 def test_bf16_is_chosen_where_it_is_faster_by_a_tenth_and_the_log_has_the_ratios(monkeypatch, caplog):
@@ -52,7 +52,7 @@ def test_images_that_are_not_there_are_an_error_before_anything_is_measured(tmp_
     reports: list[object] = []
     spec = tiny(data={"name": "folder", "root": str(tmp_path / "gone"), "image_size": 16})
     with pytest.raises(DataError, match="gone does not exist"):
-        measure_precision.measure_precision(spec, progress=lambda *report: reports.append(report))
+        precision.measure_precision(spec, progress=lambda *report: reports.append(report))
     assert reports == []
 
 
@@ -60,7 +60,7 @@ def test_random_numbers_that_follow_are_the_same_whether_it_was_measured_or_not(
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    measure_precision.measure_precision(tiny(), progress=silent)
+    precision.measure_precision(tiny(), progress=silent)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -70,38 +70,38 @@ def test_the_fastest_step_counts_without_the_first_which_compiles(monkeypatch):
         f32=itertools.chain([1.0, 5.0, 3.0], itertools.repeat(4.0)),
         bf16=itertools.chain([2.0, 6.0], itertools.repeat(7.0)),
     )
-    assert measure_precision._seconds(step) == (3.0, 6.0)
+    assert precision._seconds(step) == (3.0, 6.0)
 
 
 @pytest.mark.parametrize(("enough_s", "rounds"), [(-1.0, 2), (1000.0, 10)])
 def test_each_format_is_measured_at_least_twice_and_at_most_ten_times(monkeypatch, enough_s, rounds):
-    monkeypatch.setattr(measure_precision, "ENOUGH_S", enough_s)
+    monkeypatch.setattr(precision, "ENOUGH_S", enough_s)
     step = Timed(monkeypatch, f32=itertools.repeat(1.0), bf16=itertools.repeat(1.0))
-    measure_precision._seconds(step)
+    precision._seconds(step)
     assert step.calls == ["f32", "bf16"] * (1 + rounds)
 
 
 def test_bf16_that_fails_later_on_is_not_possible_and_not_tried_again(monkeypatch):
     step = Timed(monkeypatch, f32=itertools.repeat(2.0), bf16=[1.0, 1.0, None])
-    assert measure_precision._seconds(step) == (2.0, np.inf)
+    assert precision._seconds(step) == (2.0, np.inf)
 
 
 def test_an_error_in_f32_is_no_measurement(monkeypatch):
     with pytest.raises(RuntimeError, match="not implemented"):
-        measure_precision._seconds(Timed(monkeypatch, f32=[1.0, None], bf16=itertools.repeat(1.0)))
+        precision._seconds(Timed(monkeypatch, f32=[1.0, None], bf16=itertools.repeat(1.0)))
 
 
 def test_models_that_are_not_trained_are_not_measured():
     path = "tests.core.training.test_reference_models:Dark"
     one = {"count": 1, "architecture": "custom", "import_path": path, "epochs": 0}
     kinds = {"classifier", "vae", "answers"}
-    assert measure_precision._steps(tiny(review={"reference": one}), 10).keys() == kinds
-    assert measure_precision._steps(tiny(judges=one), 10).keys() == kinds | {"reference"}
+    assert precision._steps(tiny(review={"reference": one}), 10).keys() == kinds
+    assert precision._steps(tiny(judges=one), 10).keys() == kinds | {"reference"}
 
 
 def test_a_run_file_that_names_a_precision_is_not_measured(monkeypatch):
     class Unasked:
         spec = tiny()
 
-    measure_precision.settle_precision(Unasked, None)
+    precision.settle_precision(Unasked, None)
     assert Unasked.spec == tiny()

@@ -13,6 +13,7 @@ from defuse_core.artifacts import MeasuredPrecision
 from defuse_core.config import changed_field
 from defuse_core.data import Images
 from defuse_core.data.images import PictureFiles
+from defuse_core.device import autocast
 from defuse_core.errors import ModelError
 from defuse_core.identify import Identifier
 from defuse_core.local import LocalCompute
@@ -22,10 +23,10 @@ from defuse_core.progress import silent
 from defuse_core.protocols import Call
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.training import batches, loop, measure_precision
+from defuse_core.training import batches, loop, precision
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.loop import Losses
-from defuse_core.training.precision import accuracy_as_in_f32, answers_as_in_f32, autocast, margin_bound
+from defuse_core.training.precision import accuracy_as_in_f32, answers_as_in_f32, margin_bound
 from defuse_core.training.reference_models import reference_models
 from tests.conftest import made_in_a_run, tiny
 
@@ -121,7 +122,7 @@ def test_the_margin_whose_error_counts_is_that_of_the_two_largest_logits_in_bf16
 
 def test_bf16_is_that_of_the_device_and_f32_changes_nothing(monkeypatch):
     asked = []
-    monkeypatch.setattr("defuse_core.training.precision.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("defuse_core.device.device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype: asked.append((kind, dtype)))
     autocast("bf16")
     with autocast("f32"):
@@ -170,21 +171,21 @@ def test_models_trained_in_bf16_are_other_weights_of_about_the_same_accuracy(tin
 
 def test_a_run_keeps_the_precision_that_it_measured(tmp_path, monkeypatch):
     seconds = {"f32": 2.0, "bf16": 1.0}
-    monkeypatch.setattr(measure_precision, "_seconds", lambda step: (seconds["f32"], seconds["bf16"]))
+    monkeypatch.setattr(precision, "_seconds", lambda step: (seconds["f32"], seconds["bf16"]))
     spec = tiny(resources={"precision": "auto"})
     assert spec.resources.arithmetic("vae") == "f32"
     run = Run.start(FolderStore(tmp_path), "a", spec)
-    measure_precision.settle_precision(run, LocalCompute())
+    precision.settle_precision(run, LocalCompute())
     assert run.spec.resources.arithmetic("vae") == run.spec.resources.arithmetic("answers") == "bf16"
     seconds.update(f32=1.0)  # another machine, on which bf16 is no faster
     again = Run.start(FolderStore(tmp_path), "a", spec)
-    measure_precision.settle_precision(again, LocalCompute())
+    precision.settle_precision(again, LocalCompute())
     assert again.spec.resources.arithmetic("vae") == "bf16"
     assert again.load(MeasuredPrecision).chosen["classifier"] == "bf16"
 
 
 def test_every_kind_of_computation_is_measured(tiny_spec):
-    measured = measure_precision.measure_precision(tiny(judges={"count": 1}), progress=silent)
+    measured = precision.measure_precision(tiny(judges={"count": 1}), progress=silent)
     assert measured.chosen.keys() == {"classifier", "vae", "answers", "reference", "judges"}
 
 
@@ -193,11 +194,11 @@ def test_where_bf16_is_not_possible_f32_is_timed_all_the_same(caplog, monkeypatc
         if arithmetic == "bf16":
             raise RuntimeError("not implemented for 'BFloat16'")
 
-    f32, bf16 = measure_precision._seconds(step)
+    f32, bf16 = precision._seconds(step)
     assert np.isfinite(f32) and np.isinf(bf16)
-    monkeypatch.setattr(measure_precision, "_steps", lambda spec, classes: {"vae": step})
+    monkeypatch.setattr(precision, "_steps", lambda spec, classes: {"vae": step})
     with caplog.at_level("INFO", "defuse"):
-        assert measure_precision.measure_precision(tiny(), progress=silent).chosen == {"vae": "f32"}
+        assert precision.measure_precision(tiny(), progress=silent).chosen == {"vae": "f32"}
     assert "vae bf16 not possible" in caplog.text
 
 
