@@ -34,6 +34,7 @@ from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, write_report
 from defuse_core.report.build import build_report
 from defuse_core.review.consensus import crowdlab_consensus, expect_cleanlab
+from defuse_core.review.overrides import read_overrides
 from defuse_core.review.sample import (
     filter_corrections,
     sample_corrections,
@@ -42,13 +43,7 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
-from defuse_core.review.verdicts import (
-    decide_verdicts,
-    decides_twice,
-    doubtful,
-    false_discovery_rate,
-    read_overrides,
-)
+from defuse_core.review.verdicts import decide_verdicts, decides_twice, doubtful, false_discovery_rate
 from defuse_core.runs import Run
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import settle_precision

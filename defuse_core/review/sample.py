@@ -30,8 +30,7 @@ from defuse_core.distill.draws import Draws, anchors_of, draw_codes, spread_draw
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.protocols import Call, Compute
-from defuse_core.review.decision import outcomes
-from defuse_core.review.verdicts import majority, tally
+from defuse_core.review.verdicts import majority, outcomes, tally
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import (
     load_reference_models,

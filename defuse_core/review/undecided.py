@@ -22,8 +22,7 @@ from defuse_core.config import ReviewSection, RunFile
 from defuse_core.distill.sources import UNDIVIDED
 from defuse_core.errors import count_of
 from defuse_core.intervals import ONE_SIDED
-from defuse_core.review.decision import fewest_units
-from defuse_core.review.verdicts import false_discovery_rate
+from defuse_core.review.verdicts import false_discovery_rate, fewest_units
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing

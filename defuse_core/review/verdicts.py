@@ -1,13 +1,12 @@
-"""From votes to verdicts (§4.1): which components are failure scenarios, with which label, and what people override."""
+"""From votes to verdicts (§4.1): which components are failure scenarios, with which label, and for what reason."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from defuse_core.artifacts import (
     F64,
@@ -21,13 +20,8 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config import ReviewSection
-from defuse_core.errors import DamagedError, InputError, first_few
+from defuse_core.errors import count_of
 from defuse_core.intervals import probability_not_over, significantly_over, wilson
-from defuse_core.review.decision import Shares, count_units, decide
-from defuse_core.runs import FROM_VERDICTS, Run, utc_now
-from defuse_core.store import Store
-
-OVERRIDES = "overrides/"  # human decisions that replace the vote, one object each, from overrides/0001.json
 
 
 def tally(votes: Votes, shape: tuple[int, int], classes: int) -> I64:
@@ -79,6 +73,99 @@ def most_common(labels: I64) -> int | None:
     """Return the most common of (R,) labels, the lowest of equals; None where no image has one."""
     known = labels[labels != NONE_OF_THE_ABOVE]
     return int(np.bincount(known).argmax()) if len(known) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What pictures of components with vae.decode: anchored show: images of the training set, or tracks of them.
+
+    Pictures of one unit succeed or fail together, so that they are one piece of evidence.
+    """
+
+    failing: I64  # (S,) units whose labelled pictures are misclassified in more than rho
+    total: I64  # (S,) units with a labelled picture
+    name: str  # of one of them
+
+
+def outcomes(predicted: I64, labels: I64) -> I64:
+    """Return 1 for each misclassified image, 0 for one that is right, -1 for one without a label."""
+    return np.where(labels == NONE_OF_THE_ABOVE, -1, labels != predicted).astype(np.int64)
+
+
+def count_units(gallery: Gallery, labels: I64, more: MoreImages | None, rho: float) -> Units | None:
+    """Return the units of the images with `labels` (S, R), and of `more`; None where images are decoded plainly."""
+    if gallery.unit is None:
+        return None
+    unit, outcome = gallery.unit, outcomes(gallery.predicted, labels)
+    if more is not None and more.unit is not None and more.outcome is not None:
+        unit = np.concatenate([unit, more.unit], axis=1)
+        outcome = np.concatenate([outcome, more.outcome], axis=1)
+    failing, total = np.zeros((2, len(unit)), np.int64)
+    for component, known in enumerate(outcome >= 0):
+        names, row = np.unique(unit[component, known], return_inverse=True)
+        hits, of = np.bincount(row, outcome[component, known], len(names)), np.bincount(row)
+        failing[component], total[component] = (hits / of > rho).sum(), len(names)
+    return Units(failing, total, "photograph" if gallery.track is None else "track")
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """The share of each component's labelled images that is misclassified, and what it is held against."""
+
+    misclassified: F64  # (S,)
+    labelled: I64  # (S,)
+    rho: float
+    max_false: float | None  # None where the share itself decides
+    units: Units | None
+
+    def found(self, component: int) -> str:
+        """Return what was found on one component."""
+        share = float(self.misclassified[component])
+        count = int(self.labelled[component])
+        images, verb = count_of(count, "labelled image"), "is" if count == 1 else "are"
+        if self.units is None:
+            return f"{share:.0%} of {images} {verb} misclassified"
+        failing, total = int(self.units.failing[component]), int(self.units.total[component])
+        of = count_of(total, self.units.name)
+        at = "" if failing == total else f", over {self.rho:.0%} at {failing} of them"
+        return f"{share:.0%} of {images} of {of} {verb} misclassified{at}"
+
+    def why_not(self, component: int) -> str:
+        """Return the requirement that one component does not meet."""
+        if self.max_false is None:
+            return f"not over {self.rho:.0%}"
+        needed = fewest_units(self.rho, self.max_false)
+        if self.units is None or self.units.total[component] >= needed:
+            return f"not over {self.rho:.0%} with certainty"
+        return f"not over {self.rho:.0%} with certainty, for which at least {needed} {self.units.name}s are needed"
+
+
+def fewest_units(rho: float, max_false: float) -> int:
+    """Return the fewest units that can show a share over rho at a false discovery rate: all of them failing."""
+    return 1 if rho == 0 else math.ceil(math.log(max_false) / math.log(rho))
+
+
+def decide(
+    fails: Bool, voted: I64, reviewed: Bool, shares: Shares, classes: tuple[str, ...]
+) -> tuple[I64, list[str]]:
+    """Return the label of each component, (S,), NONE_OF_THE_ABOVE for a rejected one, and the reasons.
+
+    `fails` (S,) says which shares are high enough, `voted` (S,) has the majority's labels, NONE_OF_THE_ABOVE for a tie,
+    and `reviewed` (S,) says which components have a reviewed image with a label.
+    """
+    labels, reasons = np.full(len(voted), NONE_OF_THE_ABOVE, np.int64), []
+    for component, label in enumerate(voted):
+        if shares.labelled[component] == 0:
+            reasons.append("rejected: no image has a label")
+        elif not fails[component]:
+            reasons.append(f"rejected: {shares.found(component)}, {shares.why_not(component)}")
+        elif label == NONE_OF_THE_ABOVE:
+            why = "labels are tied" if reviewed[component] else "no reviewed image has a label"
+            reasons.append(f"rejected: {shares.found(component)}, but {why}")
+        else:
+            labels[component] = label
+            reasons.append(f"accepted as {classes[label]}: {shares.found(component)}")
+    return labels, reasons
 
 
 def false_discovery_rate(review: ReviewSection) -> float | None:
@@ -208,119 +295,3 @@ def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], class
         labels[override.scenario] = NONE_OF_THE_ABOVE if label is None else label
         decision = "rejected" if label is None else f"accepted as {classes[label]}"
         reasons[override.scenario] = f"{decision} by {override.author}: {override.reason}"
-
-
-def read_overrides(store: Store) -> tuple[Override, ...]:
-    """Return the human decisions of a run, oldest first. Raises DamagedError for a file that is no decision."""
-    found = (_read_override(store, key) for key in store.list(OVERRIDES))
-    return tuple(entry for entry in found if entry is not None)
-
-
-def _read_override(store: Store, key: str) -> Override | None:
-    """Return one decision; None where its author has withdrawn it since it was listed."""
-    try:
-        return TypeAdapter(Override).validate_json(store.read(key))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise DamagedError(
-            f"{store.address}/{key}: expected a decision with scenario, label, author, reason and when, found "
-            f"{error.errors()[0]['msg']}; delete the file and record the decision again with `defuse review set`"
-        ) from error
-
-
-FROM_VOTES = ("votes", *FROM_VERDICTS)
-FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")
-
-
-def _judged_without(run: Run, entry: Override) -> bool:
-    verdicts = run.load(Verdicts)
-    return verdicts is not None and entry not in verdicts.overrides
-
-
-def override_verdict(
-    run: Run, scenario: int, label: str | None, *, author: str, reason: str, redo: bool = False
-) -> str:
-    """Store that `scenario` has `label` (a class's name or index), or is rejected (None); return a sentence about it.
-
-    Raises InputError for an unknown scenario or class, and if the run already has verdicts: `redo` deletes them and
-    what follows from them, and `defuse run` makes that again.
-    """
-    gallery = run.load(Gallery)
-    if gallery is None:
-        raise InputError(
-            f"run {run.name} has no scenarios yet; `defuse status {run.name}` shows how far it is"
-        )
-    if not 0 <= scenario < len(gallery):
-        raise InputError(f"scenario {scenario}: run {run.name} has scenarios 0 to {len(gallery) - 1}")
-    if not reason.strip():
-        raise InputError("--reason: expected a sentence for the readers of the report, found none")
-    index = None if label is None else class_index(label, gallery.classes)
-    when = utc_now()
-    entry = Override(scenario, index, author, " ".join(reason.split()), when)
-    if run.load(Verdicts) is None:
-        key = _store(run, entry)
-        if _judged_without(run, entry):  # a driver has judged in the meantime
-            run.store.delete(key)
-            if _judged_without(run, entry):
-                raise InputError(_judged_message(run))
-            _store(run, entry)  # the driver had read it before, and judged again with it
-    elif redo:
-        with run.store.lock():
-            _delete_artefacts(run, FROM_VERDICTS)
-            # Last: beside verdicts that were made without it, it would be recorded and ignored.
-            _store(run, entry)
-    else:
-        raise InputError(_judged_message(run))
-    return f"scenario {scenario} is " + (
-        "rejected" if index is None else f"a failure: {gallery.classes[index]}"
-    )
-
-
-def class_index(label: str, classes: tuple[str, ...]) -> int:
-    """Return the class called `label`, or else of that index. Raises InputError."""
-    if label in classes:
-        return classes.index(label)
-    if label.isdecimal() and int(label) < len(classes):
-        return int(label)
-    shown = first_few(classes, most=12)
-    raise InputError(f"--label {label}: expected a class or its index, of 0 to {len(classes) - 1} ({shown})")
-
-
-def _store(run: Run, entry: Override) -> str:
-    """Store the decision beside all others, and return its key: of two that are made at once, both count."""
-    number = len(run.store.list(OVERRIDES)) + 1
-    while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(asdict(entry), indent=1).encode()):
-        number += 1
-    return f"{OVERRIDES}{number:04d}.json"
-
-
-def _judged_message(run: Run) -> str:
-    return (
-        f"run {run.name} has its verdicts already, and maybe a corrected model; --redo deletes these, and "
-        "`defuse run` makes them again with this decision"
-    )
-
-
-def reopen_vote(run: Run) -> None:
-    """Delete the votes and what follows from them, so that `defuse run` takes in all answers that people have given.
-
-    Raises InputError if the run has no votes yet, or if reference models gave them.
-    """
-    if run.spec.review.annotators != "label-studio":
-        raise InputError(f"run {run.name} asks reference models; only a vote of people can be reopened")
-    if not run.store.exists("votes.safetensors"):
-        raise InputError(f"the vote of run {run.name} is still open: all answers will count")
-    with run.store.lock():
-        _delete_artefacts(run, FROM_VOTES)
-
-
-def _delete_artefacts(run: Run, names: tuple[str, ...]) -> None:
-    """Delete artefacts and the files that follow from the verdicts; the first one last, to be safe to repeat."""
-    files = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
-    for key in (*files, *(f"{name}.safetensors" for name in reversed(names))):
-        run.store.delete(key)
-    manifest = run.manifest()
-    for name in names:
-        manifest["artefacts"].pop(name, None)
-    run.store.write("manifest.json", json.dumps(manifest, indent=1).encode())

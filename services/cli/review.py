@@ -144,7 +144,7 @@ def set_(
     defuse review set digits 3 --label 8 --reason "thick eights, checked on paper"
     defuse review set digits 5 --reject --reason "not digits at all"
     """
-    from defuse_core.review.verdicts import override_verdict
+    from defuse_core.review.overrides import override_verdict
 
     if reject == (label is not None):
         raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
@@ -165,7 +165,7 @@ def reopen(name: str, store: str) -> None:
 
     Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers.
     """
-    from defuse_core.review.verdicts import reopen_vote
+    from defuse_core.review.overrides import reopen_vote
 
     opened, _ = _open(name, store)
     reopen_vote(opened)

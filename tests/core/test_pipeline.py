@@ -19,7 +19,8 @@ from defuse_core.correct import run_trial, trial_key
 from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
-from defuse_core.review.verdicts import decide_verdicts, override_verdict
+from defuse_core.review.overrides import override_verdict
+from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators

@@ -7,12 +7,12 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Override, Verdicts, Votes
 from defuse_core.review.consensus import crowdlab_consensus
-from defuse_core.review.decision import fewest_units
 from defuse_core.review.verdicts import (
     decide_verdicts,
     decides_twice,
     doubtful,
     false_discovery_rate,
+    fewest_units,
     majority,
     most_common,
 )

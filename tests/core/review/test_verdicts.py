@@ -8,8 +8,8 @@ from scipy.stats import binom
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, MoreImages, Override, Verdicts, Votes
 from defuse_core.errors import StoreError
 from defuse_core.intervals import binomial_tail, significantly_over, wilson
+from defuse_core.review.overrides import OVERRIDES, read_overrides
 from defuse_core.review.verdicts import (
-    OVERRIDES,
     decide_verdicts,
     decides_twice,
     doubtful,
@@ -17,7 +17,6 @@ from defuse_core.review.verdicts import (
     most_common,
     most_common_error,
     most_common_errors,
-    read_overrides,
 )
 from defuse_core.store import FolderStore
 from tests.conftest import recommended

@@ -12,7 +12,8 @@ from sample_findings import sample_findings
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.errors import LabelsPending
 from defuse_core.report.build import build_report
-from defuse_core.review.verdicts import decide_verdicts, override_verdict
+from defuse_core.review.overrides import override_verdict
+from defuse_core.review.verdicts import decide_verdicts
 from services.labeling.annotations import ANSWER_DTYPE, select_counted
 from services.labeling.simulate import choice_result
 from services.labeling.tasks import ReviewTasks

@@ -12,13 +12,8 @@ from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import Corrections, Override, Verdicts, Votes
 from defuse_core.errors import InputError, RunBusyError
-from defuse_core.review.verdicts import (
-    class_index,
-    decide_verdicts,
-    override_verdict,
-    read_overrides,
-    reopen_vote,
-)
+from defuse_core.review.overrides import class_index, override_verdict, read_overrides, reopen_vote
+from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import FROM_VERDICTS
 
 

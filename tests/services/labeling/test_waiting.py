@@ -6,7 +6,7 @@ import pytest
 from label_studio_live import digits_gallery
 
 from defuse_core.errors import InputError
-from defuse_core.review.verdicts import override_verdict
+from defuse_core.review.overrides import override_verdict
 
 
 def test_every_answer_that_comes_while_waiting_is_logged(make_review, accounts, monkeypatch, caplog):

@@ -1,0 +1,129 @@
+"""What people change beside their votes: decisions that override a verdict, and votes that are reopened."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from pydantic import TypeAdapter, ValidationError
+
+from defuse_core.artifacts import Gallery, Override, Verdicts
+from defuse_core.errors import DamagedError, InputError, first_few
+from defuse_core.runs import FROM_VERDICTS, Run, utc_now
+from defuse_core.store import Store
+
+OVERRIDES = "overrides/"  # human decisions that replace the vote, one object each, from overrides/0001.json
+FROM_VOTES = ("votes", *FROM_VERDICTS)
+FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")
+
+
+def read_overrides(store: Store) -> tuple[Override, ...]:
+    """Return the human decisions of a run, oldest first. Raises DamagedError for a file that is no decision."""
+    found = (_read_override(store, key) for key in store.list(OVERRIDES))
+    return tuple(entry for entry in found if entry is not None)
+
+
+def _read_override(store: Store, key: str) -> Override | None:
+    """Return one decision; None where its author has withdrawn it since it was listed."""
+    try:
+        return TypeAdapter(Override).validate_json(store.read(key))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DamagedError(
+            f"{store.address}/{key}: expected a decision with scenario, label, author, reason and when, found "
+            f"{error.errors()[0]['msg']}; delete the file and record the decision again with `defuse review set`"
+        ) from error
+
+
+def _judged_without(run: Run, entry: Override) -> bool:
+    verdicts = run.load(Verdicts)
+    return verdicts is not None and entry not in verdicts.overrides
+
+
+def override_verdict(
+    run: Run, scenario: int, label: str | None, *, author: str, reason: str, redo: bool = False
+) -> str:
+    """Store that `scenario` has `label` (a class's name or index), or is rejected (None); return a sentence about it.
+
+    Raises InputError for an unknown scenario or class, and if the run already has verdicts: `redo` deletes them and
+    what follows from them, and `defuse run` makes that again.
+    """
+    gallery = run.load(Gallery)
+    if gallery is None:
+        raise InputError(
+            f"run {run.name} has no scenarios yet; `defuse status {run.name}` shows how far it is"
+        )
+    if not 0 <= scenario < len(gallery):
+        raise InputError(f"scenario {scenario}: run {run.name} has scenarios 0 to {len(gallery) - 1}")
+    if not reason.strip():
+        raise InputError("--reason: expected a sentence for the readers of the report, found none")
+    index = None if label is None else class_index(label, gallery.classes)
+    when = utc_now()
+    entry = Override(scenario, index, author, " ".join(reason.split()), when)
+    if run.load(Verdicts) is None:
+        key = _store(run, entry)
+        if _judged_without(run, entry):  # a driver has judged in the meantime
+            run.store.delete(key)
+            if _judged_without(run, entry):
+                raise InputError(_judged_message(run))
+            _store(run, entry)  # the driver had read it before, and judged again with it
+    elif redo:
+        with run.store.lock():
+            _delete_artefacts(run, FROM_VERDICTS)
+            # Last: beside verdicts that were made without it, it would be recorded and ignored.
+            _store(run, entry)
+    else:
+        raise InputError(_judged_message(run))
+    return f"scenario {scenario} is " + (
+        "rejected" if index is None else f"a failure: {gallery.classes[index]}"
+    )
+
+
+def class_index(label: str, classes: tuple[str, ...]) -> int:
+    """Return the class called `label`, or else of that index. Raises InputError."""
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    shown = first_few(classes, most=12)
+    raise InputError(f"--label {label}: expected a class or its index, of 0 to {len(classes) - 1} ({shown})")
+
+
+def _store(run: Run, entry: Override) -> str:
+    """Store the decision beside all others, and return its key: of two that are made at once, both count."""
+    number = len(run.store.list(OVERRIDES)) + 1
+    while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(asdict(entry), indent=1).encode()):
+        number += 1
+    return f"{OVERRIDES}{number:04d}.json"
+
+
+def _judged_message(run: Run) -> str:
+    return (
+        f"run {run.name} has its verdicts already, and maybe a corrected model; --redo deletes these, and "
+        "`defuse run` makes them again with this decision"
+    )
+
+
+def reopen_vote(run: Run) -> None:
+    """Delete the votes and what follows from them, so that `defuse run` takes in all answers that people have given.
+
+    Raises InputError if the run has no votes yet, or if reference models gave them.
+    """
+    if run.spec.review.annotators != "label-studio":
+        raise InputError(f"run {run.name} asks reference models; only a vote of people can be reopened")
+    if not run.store.exists("votes.safetensors"):
+        raise InputError(f"the vote of run {run.name} is still open: all answers will count")
+    with run.store.lock():
+        _delete_artefacts(run, FROM_VOTES)
+
+
+def _delete_artefacts(run: Run, names: tuple[str, ...]) -> None:
+    """Delete artefacts and the files that follow from the verdicts; the first one last, to be safe to repeat."""
+    files = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
+    for key in (*files, *(f"{name}.safetensors" for name in reversed(names))):
+        run.store.delete(key)
+    manifest = run.manifest()
+    for name in names:
+        manifest["artefacts"].pop(name, None)
+    run.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
