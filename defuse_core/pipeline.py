@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
 from defuse_core.distill.components import distill
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, StoreError
-from defuse_core.evaluation.controls import Controls, fold_spec, folds, plain_names, plain_spec, without_fold
+from defuse_core.evaluation.controls import PLAIN_NAMES, Controls, control_spec, folds, without_fold
 from defuse_core.evaluation.evaluate import Findings, evaluate
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
@@ -141,17 +141,20 @@ def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
     if found.judges is None or run.load(Evidence) is not None:
         return None
     spec, fixes = run.spec, found.fixes
-    plain, tuned = plain_names(), [f"left_out_{fold}" for fold in folds(fixes, found.sweep)]
+    tuned = [f"left_out_{fold}" for fold in folds(fixes, found.sweep)]
     requests = {}
+    plain = control_spec(spec, 0.0, found.sweep)
     without = replace(fixes, unreviewed=None)  # with λ = 0 no image of D_f is seen
-    for number, name in enumerate(plain):
+    for number, name in enumerate(PLAIN_NAMES):
         store = run.store.within(f"trials/{name}")
-        requests[name] = SweepRequest(plain_spec(spec, found.sweep), without, None, store, fixes, number)
+        requests[name] = SweepRequest(plain, without, None, store, fixes, number)
     for fold, name in enumerate(tuned):
+        assert found.sweep.chosen is not None
+        again = control_spec(spec, found.sweep.chosen.lam, found.sweep)
         store, kept = run.store.within(f"trials/{name}"), without_fold(found, fold)
-        requests[name] = SweepRequest(fold_spec(spec, found.sweep), kept, None, store, fixes)
+        requests[name] = SweepRequest(again, kept, None, store, fixes)
     made = _sweeps(run, compute, "report", found.models, **requests)
-    return Controls(tuple(made[name] for name in plain), tuple(made[name] for name in tuned))
+    return Controls(tuple(made[name] for name in PLAIN_NAMES), tuple(made[name] for name in tuned))
 
 
 def _sweeps(

@@ -21,8 +21,10 @@ from defuse_core.evaluation.evaluate import Findings
 from defuse_core.intervals import MIN_CONFIRMED, SIGNIFICANT, binomial_tail, significantly_over
 from defuse_core.review.verdicts import most_common_errors
 
-# Trainings with λ = 0. One alone is no measure: another order of the minibatches may turn half of a scenario's images.
-PLAIN_TRAININGS = 3
+# Names in a run of the trainings with λ = 0; the place of each is the repetition that it is. One training alone is no
+# measure: another order of the minibatches may turn half of a scenario's images.
+PLAIN_NAMES = ("plain", "plain_1", "plain_2")
+PLAIN_TRAININGS = len(PLAIN_NAMES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,23 +35,8 @@ class Controls:
     folds: tuple[Sweep, ...]  # each tuned without its fold's scenarios; empty with fewer than two scenarios
 
 
-def plain_spec(spec: RunFile, sweep: Sweep) -> RunFile:
-    """Return the run file of plain further training: λ = 0 for as many epochs as the chosen correction."""
-    return _fine_tuning(spec, 0.0, sweep)
-
-
-def plain_names() -> tuple[str, ...]:
-    """Return the names of the plain trainings in a run, (P,); the place of each is the repetition that it is."""
-    return ("plain", *(f"plain_{number}" for number in range(1, PLAIN_TRAININGS)))
-
-
-def fold_spec(spec: RunFile, sweep: Sweep) -> RunFile:
-    """Return the run file of a correction without one fold: the chosen λ and epochs."""
-    assert sweep.chosen is not None
-    return _fine_tuning(spec, sweep.chosen.lam, sweep)
-
-
-def _fine_tuning(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
+def control_spec(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
+    """Return the run file of a control with this λ, for as many epochs as the chosen correction."""
     epochs = sweep.chosen.epoch if sweep.chosen else spec.correct.epochs
     return spec.with_fields("correct", lambdas=(lam,), epochs=epochs, choose_by="last", stop_at_loss=None)
 

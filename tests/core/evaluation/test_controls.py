@@ -10,17 +10,16 @@ import pytest
 from defuse_core.artifacts import Corrections, Failures, Sweep
 from defuse_core.correct import trial_key
 from defuse_core.evaluation.controls import (
+    PLAIN_NAMES,
     PLAIN_TRAININGS,
     Controls,
+    control_spec,
     fold_of,
-    fold_spec,
     is_better,
     is_confirmed,
     is_worse,
     least_favourable,
     pairs_of,
-    plain_names,
-    plain_spec,
     without_fold,
 )
 from defuse_core.evaluation.evaluate import Findings
@@ -103,11 +102,11 @@ def test_controls_are_tuned_for_as_many_epochs_as_the_chosen_correction_whatever
     row = dataclasses.replace(found.sweep.rows[0], lam=2.0, epoch=3)
     chosen = dataclasses.replace(found.sweep, chosen=row)
     spec = tiny(correct={"lambdas": (1.0, 5.0), "epochs": 7, "stop_at_loss": 0.3})
-    plain, fold = plain_spec(spec, chosen).correct, fold_spec(spec, chosen).correct
+    plain, fold = (control_spec(spec, lam, chosen).correct for lam in (0.0, 2.0))
     assert (plain.lambdas, fold.lambdas) == ((0.0,), (2.0,))
     for section in (plain, fold):
         assert (section.epochs, section.choose_by, section.stop_at_loss) == (3, "last", None)
-    assert plain_spec(spec, dataclasses.replace(chosen, chosen=None)).correct.epochs == 7
+    assert control_spec(spec, 0.0, dataclasses.replace(chosen, chosen=None)).correct.epochs == 7
 
 
 def pairs(*rows: tuple[int, int, int]) -> np.ndarray:
@@ -180,12 +179,12 @@ def test_plain_training_does_more_only_where_each_of_them_does() -> None:
 
 def test_plain_trainings_are_stored_apart_and_differ_from_each_other(finished) -> None:
     run, _ = finished
-    assert len(plain_names()) == PLAIN_TRAININGS == 3
-    made = [run.require(Sweep, name).weights for name in plain_names()]
+    assert len(PLAIN_NAMES) == PLAIN_TRAININGS == 3
+    made = [run.require(Sweep, name).weights for name in PLAIN_NAMES]
     for number, first in enumerate(made):
         for other in made[number + 1 :]:
             assert any(not np.array_equal(first[key], other[key]) for key in first)
-    for name in plain_names():
+    for name in PLAIN_NAMES:
         assert run.store.exists(f"trials/{name}/{trial_key(0.0)}")
         # an added λ and a changed verdict make them again
         assert name in FROM_SWEEP and f"trials/{name}/".startswith(CONTROL_TRIALS)
@@ -293,7 +292,7 @@ def test_the_page_has_plain_training_on_wider_draws_and_where_these_are(finished
 def test_a_run_whose_evidence_is_made_tunes_no_controls_again(finished) -> None:
     run, report = finished
     stored = run.store.read("evidence.safetensors")
-    for name in plain_names()[1:]:
+    for name in PLAIN_NAMES[1:]:
         run.store.delete(f"{name}.safetensors")
     compute = LocalCompute()
     assert run_defuse(run, compute, ReferenceAnnotators(run, compute)).evidence == report.evidence

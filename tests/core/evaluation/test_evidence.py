@@ -13,15 +13,15 @@ from scipy.stats import binomtest
 
 from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
 from defuse_core.evaluation.controls import (
+    PLAIN_NAMES,
     PLAIN_TRAININGS,
     Controls,
-    fold_spec,
+    control_spec,
     folds,
     has_same_confusion_in_other_fold,
     is_better,
     is_testable,
     pairs_of,
-    plain_spec,
     units_of,
 )
 from defuse_core.evaluation.evidence import (
@@ -75,14 +75,16 @@ def test_a_confusion_is_known_where_the_other_fold_has_its_label_and_wrong_answe
     assert not has_same_confusion_in_other_fold(fixes, same_fold).any()
 
 
-def test_plain_training_is_the_chosen_fine_tuning_without_scenarios(finished) -> None:
+def test_controls_are_the_chosen_fine_tuning_with_its_lambda_or_zero(finished) -> None:
     run, _ = finished
     sweep = run.load(Sweep)
     chosen = sweep.chosen
-    assert plain_spec(run.spec, sweep).correct.lambdas == (0.0,)
-    assert plain_spec(run.spec, sweep).correct.epochs == chosen.epoch
-    assert plain_spec(run.spec, sweep).correct.choose_by == "last"
-    assert fold_spec(run.spec, sweep).correct.lambdas == (chosen.lam,)
+    plain = control_spec(run.spec, 0.0, sweep).correct
+    assert (plain.lambdas, plain.epochs, plain.choose_by) == ((0.0,), chosen.epoch, "last")
+    for name in PLAIN_NAMES:
+        assert {row.lam for row in run.require(Sweep, name).rows} == {0.0}
+    for name in ("left_out_0", "left_out_1"):
+        assert {row.lam for row in run.require(Sweep, name).rows} == {chosen.lam} != {0.0}
 
 
 def test_krippendorffs_alpha_equals_the_published_example() -> None:
