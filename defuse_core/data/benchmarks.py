@@ -24,7 +24,7 @@ from defuse_core.data.images import (
     fit_pixels,
     reading,
 )
-from defuse_core.data.splits import halves, hold_out, sample, sample_tracks, with_validation
+from defuse_core.data.splits import halves, hold_out, sample, with_validation
 from defuse_core.errors import DataError
 from defuse_core.seeds import generator
 
@@ -201,7 +201,7 @@ def open_signs(data: DataSection, seed: int) -> Splits:
     test = _official_test(base, data)
     if validation is None:
         validation, test = halves(test, seed)
-    return Splits(sample_tracks(train, data.train_images, seed), validation, test, SIGNS)
+    return Splits(sample(train, data.train_images, seed), validation, test, SIGNS)
 
 
 def track_of(file: Path) -> str:

@@ -16,15 +16,6 @@ def mixed_order(labels: I64, rng: np.random.Generator) -> I64:
     return rows[np.argsort(position, kind="stable")]
 
 
-def divide(labels: I64, share: float, rng: np.random.Generator) -> tuple[I64, I64]:
-    """Return the rows of two random parts, each in order; `share` of each class, rounded up or down, are in the first.
-
-    So a class of two is in both halves.
-    """
-    rows, position = _spread(labels, rng)
-    return np.sort(rows[position < share]), np.sort(rows[position >= share])
-
-
 def _spread(labels: I64, rng: np.random.Generator) -> tuple[I64, F64]:
     """Return all rows (N,), class by class, each class in a random order and at even places, (N,), from 0 to 1."""
     shuffled = rng.permutation(len(labels))
@@ -72,7 +63,8 @@ def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tupl
     Tracks, or images without tracks, are divided class by class, so that a class with few of them is in both.
     """
     if images.tracks is None:
-        return divide(images.labels, share, rng)
+        rows, position = _spread(images.labels, rng)
+        return np.sort(rows[position < share]), np.sort(rows[position >= share])
     _, first, track = np.unique(images.tracks, return_index=True, return_inverse=True)
     order = mixed_order(images.labels[first], rng)
     in_first = np.isin(track, order[: round(share * len(order))])
@@ -102,19 +94,18 @@ def halves(images: Images, seed: int) -> tuple[Images, Images]:
 
 
 def sample(train: Images, limit: int | None, seed: int) -> Images:
-    """Return at most `limit` training images, in the class proportions of all (data.train_images)."""
+    """Return at most `limit` training images, in the class proportions of all (data.train_images).
+
+    Tracks are taken whole, one at least.
+    """
     if limit is None or limit >= len(train):
         return train
-    return train.take(np.sort(mixed_order(train.labels, generator(seed, "split", "sample"))[:limit]))
-
-
-def sample_tracks(train: Images, limit: int | None, seed: int) -> Images:
-    """Return at most `limit` training images in whole tracks, but at least one; of images without tracks a sample."""
-    if train.tracks is None or limit is None or limit >= len(train):
-        return sample(train, limit, seed)
+    rng = generator(seed, "split", "sample")
+    if train.tracks is None:
+        return train.take(np.sort(mixed_order(train.labels, rng)[:limit]))
     _, first, track, frames = np.unique(
         train.tracks, return_index=True, return_inverse=True, return_counts=True
     )
-    order = mixed_order(train.labels[first], generator(seed, "split", "sample"))
+    order = mixed_order(train.labels[first], rng)
     fitting = max(1, int(np.searchsorted(np.cumsum(frames[order]), limit, side="right")))
     return train.take(np.flatnonzero(np.isin(track, order[:fitting])))

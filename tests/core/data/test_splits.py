@@ -15,7 +15,6 @@ from defuse_core.data.splits import (
     mixed_order,
     random_rows,
     sample,
-    sample_tracks,
     split_tracks,
     track_mates,
     with_validation,
@@ -56,7 +55,7 @@ def test_a_track_is_sampled_whole_or_not_at_all(lengths: list[int], limit: int, 
     count = len(tracks)
     labels = np.repeat(np.arange(len(lengths)) % 3, lengths)
     images = Images(numbered(count).pixels, labels, np.unique(tracks, return_inverse=True)[1])
-    taken = np.array(ids(sample_tracks(images, limit, seed)))
+    taken = np.array(ids(sample(images, limit, seed)))
     left = np.setdiff1d(np.arange(count), taken)
     assert not set(tracks[taken]) & set(tracks[left])
     assert len(taken) <= limit or len(set(tracks[taken])) == 1
@@ -155,7 +154,7 @@ def test_a_sample_is_in_order_and_has_each_class_in_proportion(seed: int):
 
 def test_a_sample_of_tracks_is_as_large_as_whole_tracks_can_make_it():
     tracked = Images(numbered(20).pixels, np.zeros(20, np.int64), np.arange(20) // 4)
-    assert [len(sample_tracks(tracked, limit, 0)) for limit in (1, 4, 7, 8, 19, 20)] == [4, 4, 4, 8, 16, 20]
+    assert [len(sample(tracked, limit, 0)) for limit in (1, 4, 7, 8, 19, 20)] == [4, 4, 4, 8, 16, 20]
 
 
 def test_mates_are_all_images_of_a_track_but_for_tracks_of_others_and_for_the_last_images_of_a_class():
