@@ -66,12 +66,7 @@ class ReferenceAnnotators:
 
 def reference_models(run: Run, compute: Compute) -> ReferenceSet:
     """Return the reference models of the run, trained when they are first needed."""
-
-    def make() -> ReferenceSet:
-        calls = _calls(run.spec, "reference", _fingerprint(run), run.store)
-        return _merge(compute.tasks("train", calls))
-
-    return run.once("train", ReferenceSet, make, "references")
+    return _model_set(run, compute, "train", "reference", "references")
 
 
 def references_take_part(spec: RunFile) -> bool:
@@ -82,13 +77,16 @@ def references_take_part(spec: RunFile) -> bool:
 
 def judges(run: Run, compute: Compute) -> ReferenceSet | None:
     """Return the judges of the run, trained when they are first needed; None with judges.count 0."""
-    if run.spec.judges.count == 0:
-        return None
+    return _model_set(run, compute, "report", "judges", "judges") if run.spec.judges.count else None
+
+
+def _model_set(run: Run, compute: Compute, step: str, name: SetName, key: str) -> ReferenceSet:
+    """Return the models of one set, trained in `step` where the run has none."""
 
     def make() -> ReferenceSet:
-        return _merge(compute.tasks("report", _calls(run.spec, "judges", _fingerprint(run), run.store)))
+        return _merge(compute.tasks(step, _calls(run.spec, name, _fingerprint(run), run.store)))
 
-    return run.once("report", ReferenceSet, make, "judges")
+    return run.once(step, ReferenceSet, make, key)
 
 
 def _fingerprint(run: Run) -> str | None:
@@ -328,7 +326,15 @@ def train_reference(
 
 def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.Module:
     """Return an untrained model of the set that `section` describes."""
-    model = _network(spec, section, classes)
+    model: nn.Module
+    if section.import_path is not None:
+        model = import_module("import_path", section.import_path)
+    elif section.architecture == "resnet18":
+        model = ResNet18(classes, imagenet=False, stem="small")
+    elif section.architecture == "residual":
+        model = ResidualNet(spec.data.channels, section.channels, classes)
+    else:
+        model = ReferenceCnn(spec.data.image_size, spec.data.channels, section.channels, classes)
     if section.normalize_contrast:
         model.register_forward_pre_hook(_with_normalized_contrast)
     return model
@@ -339,17 +345,6 @@ def _with_normalized_contrast(_model: nn.Module, arguments: tuple[Tensor, ...]) 
     images, *others = arguments
     sd, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True)
     return ((images - mean) / (sd + LEAST_CONTRAST), *others)
-
-
-def _network(spec: RunFile, section: ClassifierSet, classes: int) -> nn.Module:
-    size, channels = spec.data.image_size, spec.data.channels
-    if section.import_path is not None:
-        return import_module("import_path", section.import_path)
-    if section.architecture == "resnet18":
-        return ResNet18(classes, imagenet=False, stem="small")
-    if section.architecture == "residual":
-        return ResidualNet(channels, section.channels, classes)
-    return ReferenceCnn(size, channels, section.channels, classes)
 
 
 def load_reference_models(
