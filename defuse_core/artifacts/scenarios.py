@@ -5,7 +5,7 @@ the images that people label, their answers, and the verdicts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,12 @@ def expect_shapes(owner: object, axes: dict[str, str]) -> None:
                 )
 
 
+def rows_of(owner: Any, rows: I64 | Bool) -> dict[str, Any]:
+    """Return `rows` of each array of an artefact, by the names of its fields; fields that are None are left out."""
+    values = {each.name: getattr(owner, each.name) for each in fields(owner)}
+    return {name: value[rows] for name, value in values.items() if value is not None}
+
+
 @dataclass(frozen=True, eq=False)
 class Anchors:
     """Training images that codes are decoded at (vae.decode: anchored)."""
@@ -56,8 +62,7 @@ class Anchors:
 
     def take(self, rows: I64) -> Anchors:
         """Return the images `rows`."""
-        track = None if self.track is None else self.track[rows]
-        return Anchors(self.pixels[rows], self.source[rows], self.held_out[rows], track)
+        return replace(self, **rows_of(self, rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,28 +108,17 @@ class Failures:
 
     def take(self, rows: I64 | Bool) -> Failures:
         """Return the failures of `rows`."""
-        track = None if self.source_track is None else self.source_track[rows]
-        return Failures(
-            self.codes[rows],
-            self.source[rows],
-            self.truth[rows],
-            self.predicted[rows],
-            self.source_wrong[rows],
-            track,
-        )
+        return replace(self, **rows_of(self, rows))
 
     @staticmethod
     def concatenate(parts: Sequence[Failures]) -> Failures:
         """Return the failures of all parts, in order; source_track is None where a part with failures lacks it."""
         held = [part for part in parts if len(part)] or list(parts)
         track = [part.source_track for part in held if part.source_track is not None]
+        names = ("codes", "source", "truth", "predicted", "source_wrong")
         return Failures(
-            np.concatenate([part.codes for part in parts]),
-            np.concatenate([part.source for part in parts]),
-            np.concatenate([part.truth for part in parts]),
-            np.concatenate([part.predicted for part in parts]),
-            np.concatenate([part.source_wrong for part in parts]),
-            np.concatenate(track) if track and len(track) == len(held) else None,
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+            source_track=np.concatenate(track) if track and len(track) == len(held) else None,
         )
 
 

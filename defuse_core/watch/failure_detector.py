@@ -16,7 +16,7 @@ Axes, beside those of artifacts/__init__.py: X scores of a method, U validation 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import expit, log_softmax
@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from defuse_core.artifacts import F32, F64, I64, Bool, Corrections, Models, Weights
+from defuse_core.artifacts.scenarios import rows_of
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
@@ -193,8 +194,7 @@ class Answers:
         return found
 
     def take(self, rows: I64) -> Answers:
-        tracks = None if self.tracks is None else self.tracks[rows]
-        return Answers(self.logits[rows], self.labels[rows], self.distance[rows], self.region[rows], tracks)
+        return replace(self, **rows_of(self, rows))
 
 
 def fit_detector(method: str, answers: Answers) -> FailureDetector:
