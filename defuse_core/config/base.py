@@ -48,7 +48,8 @@ class Section(BaseModel):
         for each in value if isinstance(value, list | tuple) else [value]:
             is_text = isinstance(each, str) and float not in numbers and each not in kinds
             if isinstance(each, bool) or is_text:
-                words = [*map(_in_words, numbers), *(kind for kind in kinds if isinstance(kind, str))]
+                words = [NUMBERS.get(number, str(number)) for number in numbers]
+                words += [kind for kind in kinds if isinstance(kind, str)]
                 found = str(each).lower() if isinstance(each, bool) else repr(each)
                 raise ValueError(f"expected {' or '.join(words)}, found {found}")
         return value
@@ -67,10 +68,6 @@ def _leaves(kind: Any) -> list[Any]:
         return _leaves(typing.get_args(kind)[0])
     parts = typing.get_args(kind)
     return [leaf for part in parts for leaf in _leaves(part)] if parts else [kind]
-
-
-def _in_words(number: Any) -> str:
-    return NUMBERS[number] if isinstance(number, type) else str(number)
 
 
 def _whole_above_one(gpus: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import shlex
 import types
@@ -105,16 +106,12 @@ def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
 
 def _meant(field: str, section: type[BaseModel]) -> str:
     """Return which field beside one that does not exist is spelt much like it."""
-    known = {name: None for each in _fields(section, "") for name in _with_sections(each.name)}
+    parts = (each.name.split(".") for each in _fields(section, ""))
+    # a, a.b and a.b.c of a.b.c
+    known = dict.fromkeys(name for names in parts for name in itertools.accumulate(names, "{}.{}".format))
     beside = [name for name in known if name.rpartition(".")[0] == field.rpartition(".")[0]]
     close = difflib.get_close_matches(field, beside, 1, 0.7)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _with_sections(name: str) -> list[str]:
-    """Return `a`, `a.b` and `a.b.c` for `a.b.c`."""
-    parts = name.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _message(detail: ErrorDetails) -> str:
