@@ -15,7 +15,6 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64, Anchors, Bool, Corrections, Sweep
 from defuse_core.config import RunFile
-from defuse_core.data import Images
 from defuse_core.distill.draws import in_region
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.intervals import MIN_CONFIRMED, SIGNIFICANT, binomial_tail, significantly_over
@@ -87,11 +86,6 @@ def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:
     if anchors is None or anchor is None:
         return np.arange(count)
     return anchors.unit[anchor.reshape(-1)]
-
-
-def tracks_of(images: Images) -> I64:
-    """Return the number of each image's track, (N,); its own where images have no tracks."""
-    return np.arange(len(images)) if images.tracks is None else images.tracks
 
 
 def pairs_of(defuse: F64, plain: F64, units: I64) -> I64:

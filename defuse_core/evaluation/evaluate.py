@@ -86,10 +86,11 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
         after = predict(corrected, found.gallery.images.reshape(-1, *found.gallery.images.shape[2:]))
         progress("drawing the latent space", 0, 1, "pictures")
         points, kind, component = latent_map(spec, found, splits.train, store)
+    tested = np.zeros(0, np.int64) if splits.test is None else splits.test.labels
     return Evaluation(
         accuracy=np.stack([score.overall for score in scores]),
         per_class=np.stack([score.per_class for score in scores]),
-        per_class_images=_class_counts(splits.test, classes),
+        per_class_images=np.bincount(tested, minlength=classes).astype(np.int64),
         scenario=np.stack([score.scenario for score in scores]),
         gallery_after=after.reshape(found.gallery.predicted.shape),
         points=points,
@@ -126,11 +127,6 @@ def class_accuracy(right: F64, labels: I64, classes: int) -> F64:
     with np.errstate(invalid="ignore"):
         shares: F64 = np.bincount(labels, right, minlength=classes) / counts
     return shares
-
-
-def _class_counts(test: Images | None, classes: int) -> I64:
-    labels = np.zeros(0, np.int64) if test is None else test.labels
-    return np.bincount(labels, minlength=classes).astype(np.int64)
 
 
 def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> tuple[F32, I64, I64]:

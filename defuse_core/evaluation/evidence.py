@@ -39,7 +39,6 @@ from defuse_core.evaluation.controls import (
     is_worse,
     pairs_by_scenario,
     pairs_of,
-    tracks_of,
     units_of,
 )
 from defuse_core.evaluation.describe import NearestReal, describe_scenarios, find_nearest_real
@@ -279,12 +278,12 @@ class _Evidence:
             return np.zeros((0, *self.found.gallery.images.shape[2:]), np.float32), none, none
         rng = generator(self.spec.seed, "evidence", "fresh")
         images = self.splits.test.take(random_rows(len(self.splits.test), FRESH_IMAGES, rng))
-        tracks, units = tracks_of(images), []
+        tracks = np.arange(len(images)) if images.tracks is None else images.tracks
         section = self.spec.identify.model_copy(update={"draws": min(FRESH_DRAWS, self.spec.identify.draws)})
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)
         codes = mu[:, None, :] + draw_noise(section, sigma, rng)  # (n, Q, Z)
         decoder = decoder_at(self.spec, self.vae, images)
-        waiting, found, truth = np.arange(len(images)), [], []
+        waiting, found, truth, units = np.arange(len(images)), [], [], []
         for draw in range(codes.shape[1]):
             labels = images.labels[waiting]
             decoded = decoder.decode(np.ascontiguousarray(codes[waiting, draw]), waiting)

@@ -31,9 +31,10 @@ def _header(plan: Plan) -> list[str]:
     facts, speeds = plan.facts, plan.speeds
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
     minutes = count_of(plan.minutes, "minute")
+    colours = "grey" if facts.channels == 1 else "colour"
     lines = [
         f"Written by `defuse init` for about {minutes} on a machine like the one where it ran.",
-        f"Images: {counts}; {facts.width}x{facts.height} pixels (median), {_colours(facts.channels)}.",
+        f"Images: {counts}; {facts.width}x{facts.height} pixels (median), {colours}.",
         f"Classes: {_listed(facts.classes)}.",
         f"Measured, images/s: β-VAE {speeds.vae:,.0f}, decoding and classifying {speeds.decode:,.0f}, "
         f"training the classifier {speeds.classifier:,.0f}.",
@@ -57,10 +58,6 @@ def describe_accuracy(plan: Plan) -> str:
     (first, share), *others = shares
     text = f"{share:.1%} of {plan.probe.images} training images with inputs in {first}"
     return ", ".join([f"{text} (used)", *(f"{share:.1%} in {name}" for name, share in others)])
-
-
-def _colours(channels: int) -> str:
-    return "grey" if channels == 1 else "colour"
 
 
 def _listed(names: tuple[str, ...], limit: int = 12) -> str:

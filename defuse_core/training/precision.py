@@ -116,7 +116,8 @@ def settle_precision(run: Run, compute: Compute) -> None:
         measured = run.once(
             "train", MeasuredPrecision, lambda: compute.task("train", measure_precision, run.spec)
         )
-        run.spec = with_precision(run.spec, measured)
+        chosen = PrecisionSection.model_validate(measured.chosen)
+        run.spec = run.spec.with_fields("resources", precision=chosen)
 
 
 def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision:
@@ -135,11 +136,6 @@ def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision
 
 def _ratio(f32: float, bf16: float) -> str:
     return "bf16 not possible" if math.isinf(bf16) else f"{f32 / bf16:.2f}"
-
-
-def with_precision(spec: RunFile, measured: MeasuredPrecision) -> RunFile:
-    """Return the run file with what was measured in the place of resources.precision: auto."""
-    return spec.with_fields("resources", precision=PrecisionSection.model_validate(measured.chosen))
 
 
 def _steps(spec: RunFile, classes: int) -> dict[str, Callable[[Arithmetic], None]]:
