@@ -95,14 +95,9 @@ def read_file(path: Path) -> bytes:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def is_program(data: bytes) -> bool:
-    """Whether the bytes are a TorchScript archive or a torch.export program."""
-    return _kind(data) is not None
-
-
 def load_program(data: bytes, where: str) -> SelfContainedClassifier:
     """Return the classifier in the bytes of a TorchScript or torch.export file. Raises ModelError naming `where`."""
-    kind = _kind(data)
+    kind = program_kind(data)
     if kind is None:
         raise ModelError(
             f"{where}: expected a file of torch.jit.save or torch.export.save, found neither; a state dict, or a whole "
@@ -200,7 +195,8 @@ def _expect_any_batch(program: torch.export.ExportedProgram, where: str) -> None
         )
 
 
-def _kind(data: bytes) -> str | None:
+def program_kind(data: bytes) -> str | None:
+    """Return "torchscript" for the bytes of such an archive, "torch.export" for those of a program, else None."""
     try:
         names = _entries(zipfile.ZipFile(io.BytesIO(data)))
     except (zipfile.BadZipFile, ValueError):

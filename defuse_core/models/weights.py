@@ -19,7 +19,7 @@ from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
 from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.inference import to_device
-from defuse_core.models.programs import SelfContainedClassifier, is_program, read_file
+from defuse_core.models.programs import SelfContainedClassifier, program_kind, read_file
 from defuse_core.models.vae import Vae, build_vae
 
 log = logging.getLogger("defuse")
@@ -47,7 +47,7 @@ def _read_tree(path: Path) -> Any:
             return load_safetensors(data)
         except SafetensorError as error:
             raise _no_state_dict(path) from error
-    if is_program(data):
+    if program_kind(data) is not None:
         raise ModelError(
             f"{path}: expected a state dict, found a network with its code (TorchScript or torch.export); set "
             "classifier.architecture: program"
