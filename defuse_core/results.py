@@ -5,7 +5,7 @@ Everything is read from the run when it is first asked for. In a notebook all of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -357,9 +357,6 @@ class ScenarioList(Sequence[ScenarioView]):
 
     def __len__(self) -> int:
         return len(self._scenarios)
-
-    def __iter__(self) -> Iterator[ScenarioView]:
-        return iter(self._scenarios)
 
     @property
     def accepted(self) -> ScenarioList:
