@@ -44,7 +44,7 @@ from defuse_core.training.loop import (
     set_learning_rate,
     train_step,
 )
-from defuse_core.training.precision import predict_as_in_f32
+from defuse_core.training.precision import right_by_part
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
@@ -166,11 +166,7 @@ def score(
     """Return the accuracies of a classifier in eval mode after an epoch with this mean loss."""
     clean = tuning.clean.parts()
     parts = {**clean, "tune": tuning.scenario.tune, "scenario": tuning.scenario.held_out}
-    arithmetic = spec.resources.arithmetic("answers")
-    right = {
-        name: predict_as_in_f32(classifier, images, arithmetic) == images.labels
-        for name, images in parts.items()
-    }
+    right = right_by_part(classifier, parts, spec.resources.arithmetic("answers"))
     shares = {name: float(each.mean()) if len(each) else math.nan for name, each in right.items()}
     return SweepRow(
         lam,

@@ -46,7 +46,7 @@ from defuse_core.store import Store
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.data_parallel import averaged, seed_dropout, worker_minibatches
 from defuse_core.training.loop import Adam, Losses, Optimizer, Training, format_row, minibatches, train_step
-from defuse_core.training.precision import accuracy_as_in_f32, predict_as_in_f32
+from defuse_core.training.precision import accuracy_as_in_f32, right_by_part
 from defuse_core.training.reference_models import load_reference_models
 from defuse_core.training.train_vae import initial_vae, train_vae
 
@@ -279,11 +279,7 @@ def _accuracies(
     spec: RunFile, classifier: nn.Module, splits: Splits
 ) -> tuple[dict[str, float], dict[str, F64]]:
     """Return the share of the images of each part that the classifier gets right, and of each class, (C,)."""
-    arithmetic = spec.resources.arithmetic("answers")
-    right = {
-        name: predict_as_in_f32(classifier, images, arithmetic) == images.labels
-        for name, images in splits.parts().items()
-    }
+    right = right_by_part(classifier, splits.parts(), spec.resources.arithmetic("answers"))
     classes = len(splits.classes)
     shares = {
         name: class_accuracy(right[name], images.labels, classes) for name, images in splits.parts().items()

@@ -13,6 +13,7 @@ from defuse_core.artifacts import (
     F32,
     F64,
     I64,
+    Bool,
     Corrections,
     Evaluation,
     Gallery,
@@ -121,7 +122,7 @@ def _right(classifier: nn.Module, images: Images | None) -> F64:
     return right
 
 
-def class_accuracy(right: F64, labels: I64, classes: int) -> F64:
+def class_accuracy(right: Bool | F64, labels: I64, classes: int) -> F64:
     """Return the accuracy within each class, (C,); nan for a class without images."""
     counts = np.bincount(labels, minlength=classes)
     with np.errstate(invalid="ignore"):

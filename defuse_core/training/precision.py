@@ -7,14 +7,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import I64, MeasuredPrecision
+from defuse_core.artifacts import I64, Bool, MeasuredPrecision
 from defuse_core.config import Arithmetic, PrecisionSection, RunFile
 from defuse_core.data import Images, open_splits
 from defuse_core.data.images import evenly_spaced
@@ -90,6 +90,16 @@ def accuracy_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithm
     if not len(images):
         return math.nan
     return float((predict_as_in_f32(classifier, images, arithmetic) == images.labels).mean())
+
+
+def right_by_part(
+    classifier: nn.Module, parts: Mapping[str, Images], arithmetic: Arithmetic
+) -> dict[str, Bool]:
+    """Return which images of each part the classifier gets right, (N,): those of f32, in either arithmetic."""
+    return {
+        part: predict_as_in_f32(classifier, images, arithmetic) == images.labels
+        for part, images in parts.items()
+    }
 
 
 def predict_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithmetic) -> I64:
