@@ -97,18 +97,18 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def significantly_over(hits: I64, total: I64, share: float, false_discovery_rate: float) -> np.ndarray:  # type: ignore[type-arg]
+def significantly_over(hits: I64, total: I64, share: float, false_discovery_rate: float) -> Bool:
     """Return which of the shares hits/total are over `share`, (S,): exact binomial tests, Benjamini and Hochberg."""
     return discoveries(binomial_tail(hits, total, share), false_discovery_rate)
 
 
-def discoveries(p_values: F64, false_discovery_rate: float) -> np.ndarray:  # type: ignore[type-arg]
+def discoveries(p_values: F64, false_discovery_rate: float) -> Bool:
     """Return which of (S,) tests are significant at this rate of false ones among them: Benjamini and Hochberg."""
     from scipy.stats import false_discovery_control
 
     if not len(p_values):
         return np.zeros(0, np.bool_)
-    found: np.ndarray = false_discovery_control(p_values) <= false_discovery_rate  # type: ignore[type-arg]
+    found: Bool = false_discovery_control(p_values) <= false_discovery_rate
     return found
 
 

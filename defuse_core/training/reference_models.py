@@ -136,7 +136,7 @@ def votes_of_models(probabilities: F32, min_confidence: float) -> Votes:
     )
 
 
-def answers_of_models(probabilities: F32, min_confidence: float = 0.0) -> np.ndarray:  # type: ignore[type-arg]
+def answers_of_models(probabilities: F32, min_confidence: float = 0.0) -> I64:
     """Return the answer of each model, (W, ...), from (W, ..., C); below min_confidence none-of-the-above."""
     sure = probabilities.max(axis=-1) >= min_confidence
     return np.where(sure, probabilities.argmax(axis=-1), NONE_OF_THE_ABOVE).astype(np.int64)
@@ -144,8 +144,7 @@ def answers_of_models(probabilities: F32, min_confidence: float = 0.0) -> np.nda
 
 def unanimous_labels(probabilities: F32, min_probability: float) -> I64:
     """Return the class of which every model is sure, (n,), from (W, n, C); none-of-the-above where there is none."""
-    labels: I64 = answers_of_models(probabilities.min(axis=0), min_probability)
-    return labels
+    return answers_of_models(probabilities.min(axis=0), min_probability)
 
 
 def gallery_probabilities(
