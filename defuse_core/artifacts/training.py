@@ -135,7 +135,7 @@ class Corrections:
     def sources(self) -> tuple[I64, I64]:
         """Return the training images at which only held-out scenario images are anchored, and those of D_f.
 
-        None with plain decoding.
+        Both are empty with plain decoding.
         """
         if self.anchors is None or self.tune_anchor is None:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
