@@ -59,6 +59,12 @@ def to_range(images: Tensor, name: str) -> Tensor:
     return (images - shift) / factor
 
 
+def raw_output(classifier: nn.Module, images: Tensor, input_range: str) -> object:
+    """Return what the network itself returns for images in [0, 1]: `forward` does not run the hooks of `adapt`."""
+    returned: object = classifier.forward(to_range(images, input_range))
+    return returned
+
+
 def as_logits(returned: Any, outputs: str, order: Sequence[int] | None) -> Tensor:
     """Return logits (n, C), in the order of the data set's classes, of whatever a classifier returned."""
     logits = find_logits(returned)[0]

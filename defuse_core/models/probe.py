@@ -21,8 +21,8 @@ from defuse_core.models.adapters import (
     as_logits,
     failure_line,
     find_logits,
+    raw_output,
     reason_of,
-    to_range,
 )
 from defuse_core.models.inference import map_batches, to_tensor
 from defuse_core.models.programs import class_names_of
@@ -141,7 +141,7 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
 
 def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tensor) -> None:
     """Raise ModelError where probabilities come as logits, or the reverse. Logs where the logits were found."""
-    values, where = find_logits(_raw(classifier, batch, section.input_range))
+    values, where = find_logits(raw_output(classifier, batch, section.input_range))
     if where != "a tensor":
         log.info("the classifier returns more than logits; used: %s", where)
     sums = values.sum(dim=1)
@@ -181,12 +181,6 @@ def _expect_batch_independence(classifier: nn.Module, batch: Tensor, whole: Tens
             "the classifier: expected logits that depend on the image alone, found others when the batch changes; "
             "batch statistics are used in eval mode, so export or return it in eval mode"
         )
-
-
-def _raw(classifier: nn.Module, batch: Tensor, input_range: str) -> object:
-    """Return what the network itself returns: `forward` does not run the hooks of adapters.adapt."""
-    returned: object = classifier.forward(to_range(batch, input_range))
-    return returned
 
 
 @dataclass(frozen=True)
@@ -345,7 +339,7 @@ def _logits(classifier: nn.Module, section: ClassifierSection, images: Images, i
         if section.architecture not in EXTERNAL:
             logits: Tensor = classifier(batch)
             return logits
-        return as_logits(_raw(classifier, batch, input_range), section.outputs, section.class_order)
+        return as_logits(raw_output(classifier, batch, input_range), section.outputs, section.class_order)
 
     return map_batches(compute, len(images), 64)
 
