@@ -140,7 +140,8 @@ class ClassifierDeployment:
             log.error("version %s failed: %s", model.name, output)
             raise RequestError(500, "the classifier failed on this input")
         if active.shadow is not None:
-            self._start(self._shadow.run(self._shadow_request(active, active.shadow, pixels, output)))
+            report = partial(self._compare, active, active.shadow, output)
+            self._start(self._shadow.run(ShadowRequest(active.shadow, pixels, report)))
         self._count(model, output, pixels)
         return PredictionResponse.model_construct(version=model.name, predictions=model.predictions(output))
 
@@ -152,13 +153,6 @@ class ClassifierDeployment:
             return TimeoutError(f"no answer within {self.settings.max_canary_s:g} s")
         error = answer.exception()
         return answer.result() if not isinstance(error, Exception) else error
-
-    def _shadow_request(
-        self, active: ActiveVersions, shadow: LoadedModel, pixels: F32, output: ModelOutput
-    ) -> ShadowRequest:
-        return ShadowRequest(
-            shadow, pixels, output, lambda theirs: self._compare(active, shadow, output, theirs)
-        )
 
     @contextlib.asynccontextmanager
     async def _timeout(self) -> AsyncIterator[None]:
