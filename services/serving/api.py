@@ -154,7 +154,7 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
         return HealthResponse(status="ok")
 
     async def readyz() -> HealthResponse:
-        deployment.input_spec()
+        deployment.current()
         return HealthResponse(status="ready")
 
     async def metrics() -> PlainTextResponse:

@@ -66,10 +66,6 @@ class ClassifierDeployment:
         self._shadow = ShadowRunner(settings.max_canary_s)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def input_spec(self) -> InputSpec:
-        """Return the images that are accepted now. Raises Unavailable without a version in production."""
-        return self.current().in_production.input_spec
-
     def model_info(self) -> ModelInfo:
         """Return what is known of the version in production. Raises Unavailable without one."""
         active = self.current()

@@ -47,7 +47,7 @@ def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_a
     own_store.write(key, whole[:-1])
     replica = new_replica(own_store)
     with pytest.raises(Unavailable, match="in production is damaged or missing: promote its run") as rejected:
-        replica.input_spec()
+        replica.current()
     assert rejected.value.status == 503 and own_store.address not in rejected.value.message
     own_store.write(key, whole)
     versions = replica.watcher.load_changes(replica.active)
@@ -141,7 +141,7 @@ def test_a_request_that_production_does_not_answer_leaves_nothing_to_the_canary(
 
     monkeypatch.setattr(replica._batcher, "predict", never)
     monkeypatch.setattr(replica._canary_batcher, "predict", never)
-    pixels = decode_body("image/png", [pictures[0]], replica.input_spec())
+    pixels = decode_body("image/png", [pictures[0]], replica.current().in_production.input_spec)
     key = next(key for key in (bytes([n]) for n in range(99)) if replica.active.canary_for(key))
 
     async def ask() -> None:
