@@ -98,7 +98,7 @@ class LabelStudioClient:
         self.public_address = (
             checked_address(public_address, "LABEL_STUDIO_HOST") if public_address else self.address
         )
-        silence_http_log()
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs a line per request
         if not fits_a_header(token):
             raise InputError(
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
@@ -252,11 +252,6 @@ class LabelStudioClient:
                 if error.status_code == 403 and "URL" in str(error.body):
                     raise BlockedAddressError(f"Label Studio at {self.address} blocks the bucket") from None
                 raise
-
-
-def silence_http_log() -> None:
-    """Keep httpx from logging one line per request."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def checked_address(address: str, variable: str = "LABEL_STUDIO_URL") -> str:

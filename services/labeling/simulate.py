@@ -26,7 +26,6 @@ from defuse_core.training.measure_precision import settle_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow
-from services.labeling.client import silence_http_log
 from services.labeling.client_errors import translated_errors
 from services.labeling.interface import LABEL
 from services.labeling.local_server import LocalServer
@@ -111,7 +110,6 @@ def simulate(
     They answer one after the other. Between them decided scenarios leave the queue, so later ones get fewer tasks.
     Where there are fewer of them than review.answers_per_task asks for, a warning says that answers are missing.
     """
-    silence_http_log()
     run = annotators.run
     state = read_state(run.store, gallery)
     if state.project is None or state.address != server.address:
