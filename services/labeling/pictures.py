@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,42 +62,34 @@ class Pictures:
         return next((place for place in places if len(png(gallery.images[place])) > limit), None)
 
 
-@dataclass(frozen=True)
-class BucketKey:
-    """Credentials of S3."""
-
-    access_key: str
-    secret_key: str = field(repr=False)
-    token: str | None = field(repr=False)
-
-
 def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketStorage:
     """Return the Label Studio storage that shows the run's pictures.
 
     Raises InputError if Label Studio has no credentials of its own, or if they cannot read the pictures.
     """
-    key = _key(store, access)
+    access_key, secret_key, token = _key(store, access)
     storage = BucketStorage(
         title=title,
         bucket=store.bucket,
         prefix=f"{store.prefix}{FOLDER}",
         s3endpoint=access.endpoint or store.endpoint,
         region_name=store.region,
-        aws_access_key_id=key.access_key,
-        aws_secret_access_key=key.secret_key,
-        aws_session_token=key.token or "",
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        aws_session_token=token or "",
     )
     _check_access(store, storage)
     return storage
 
 
-def _key(store: S3Store, access: BucketAccess) -> BucketKey:
+def _key(store: S3Store, access: BucketAccess) -> tuple[str, str, str | None]:
+    """Return the access key, the secret key and the session token with which Label Studio reads the pictures."""
     import boto3
 
     found = boto3.Session().get_credentials()
     own = None if found is None else found.get_frozen_credentials()
     if access.share_own and own is not None:
-        return BucketKey(own.access_key, own.secret_key, own.token)
+        return own.access_key, own.secret_key, own.token
     if access.access_key_id is None or access.secret_access_key is None:
         raise InputError(
             f"pictures over review.inline_kb are in {store.address}/{FOLDER}, and Label Studio has no credentials to "
@@ -111,7 +102,7 @@ def _key(store: S3Store, access: BucketAccess) -> BucketKey:
             f"read: use a key that can read {store.address}/{FOLDER} only (LABEL_STUDIO_S3_SHARE_CREDENTIALS=1 "
             "shares the own one nonetheless)"
         )
-    return BucketKey(access.access_key_id, access.secret_access_key, access.session_token)
+    return access.access_key_id, access.secret_access_key, access.session_token
 
 
 def _check_access(store: S3Store, storage: BucketStorage) -> None:
