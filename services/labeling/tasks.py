@@ -105,16 +105,16 @@ class ReviewTasks:
         `secret` is that of the run's ProjectState.
         """
         subject = self.subject(index)
-        data = self._page(subject) if subject.image is None else self._single(subject.scenario, subject.image)
+        if subject.image is None:
+            data: PageData | ImageData = self._page(subject)
+        else:
+            data = ImageData(image=self.picture(subject.scenario, subject.image))
         # The key is no data: annotators see all data in Label Studio's list of tasks.
         meta = TaskMeta(sample_key=subject.key, digest=digest(subject.key, data, secret))
         task = TaskImport(data=data, meta=meta)
         if prelabel is not None:
             task["predictions"] = [prelabel.prediction(self.names)]
         return task
-
-    def _single(self, scenario: int, image: int) -> ImageData:
-        return ImageData(image=self.picture(scenario, image))
 
     def _page(self, subject: TaskSubject) -> PageData:
         samples = [
