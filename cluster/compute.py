@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import ray
@@ -85,9 +84,7 @@ class RayCompute:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.listener is not None:
             self.listener.close()
             self.listener = None
