@@ -111,9 +111,6 @@ class LabelStudioClient:
         if tokens := self._sdk._client_wrapper._tokens_client:
             tokens._base_url = f"{self.address}/"
 
-    def __repr__(self) -> str:
-        return f"LabelStudioClient({self.address!r})"
-
     def check_access(self) -> None:
         """Request the account of the token: the cheapest request that needs the right address and a valid token."""
         self.organization()
