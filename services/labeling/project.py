@@ -23,7 +23,6 @@ from services.labeling.annotations import read_annotations, read_authors
 from services.labeling.api_types import BucketStorage, TaskImport
 from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
 from services.labeling.interface import instructions, interface_edit, label_config
-from services.labeling.pictures import bucket_storage
 from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
 from services.labeling.tasks import (
     PRELABEL_MODEL,
@@ -31,6 +30,7 @@ from services.labeling.tasks import (
     PresentTasks,
     ReviewTasks,
     batches,
+    bucket_storage,
     is_edited,
 )
 from services.settings import BucketAccess
