@@ -28,8 +28,7 @@ from tenacity import (
 from defuse_core.errors import InputError, RunBusyError, StoreError
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
-from services.storage.s3_errors import BROKEN, code_of, status_of, translated_errors
-from services.storage.s3_outage import OutageWatch
+from services.storage.s3_errors import BROKEN, OutageWatch, code_of, status_of, translated_errors
 
 log = logging.getLogger("defuse")
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
