@@ -19,8 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from defuse_core.artifacts import I64
 from defuse_core.errors import InputError
 from defuse_core.store import Store
-from services.labeling.api_types import RESULT_ROW
-from services.labeling.client import Annotation, Task
+from services.labeling.api_types import RESULT_ROW, Annotation, Task
 from services.labeling.interface import LABEL, answers_by_name
 from services.labeling.tasks import ReviewTasks, TaskSubject
 
@@ -197,11 +196,11 @@ class AnnotationReader:
             if index is None:
                 self.foreign += 1
                 continue
-            submitted = [annotation for annotation in task.annotations if not annotation.cancelled]
+            submitted = [annotation for annotation in task.annotations if not annotation.was_cancelled]
             self.skips += [
                 SkippedTask(index, self._annotator(annotation), task.id, annotation.id)
                 for annotation in task.annotations
-                if annotation.cancelled
+                if annotation.was_cancelled
             ]
             self.queue.append(QueuedTask(index, task.id, task.overlap, task.labeled, len(submitted)))
             yield from self._rows(index, task.id, submitted)
@@ -227,7 +226,8 @@ class AnnotationReader:
                 continue
             readable.add(annotator)
             known = self.labels.setdefault(labels, len(self.labels))
-            yield index, known, annotation.id, annotator, annotation.created, annotation.updated
+            created, updated = annotation.created_at.timestamp(), annotation.updated_at.timestamp()
+            yield index, known, annotation.id, annotator, created, updated
         self.unreadable += [answer for answer in unreadable if answer.annotator not in readable]
 
     def _annotator(self, annotation: Annotation) -> int:

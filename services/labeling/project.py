@@ -20,8 +20,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import read_annotations, read_authors
-from services.labeling.api_types import BucketStorage, TaskImport
-from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
+from services.labeling.api_types import BucketStorage, Project, ProjectSettings, Task, TaskImport
+from services.labeling.client import BlockedAddressError, LabelStudioClient
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
 from services.labeling.tasks import (

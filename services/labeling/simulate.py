@@ -26,7 +26,7 @@ from defuse_core.training.measure_precision import settle_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow
-from services.labeling.client_errors import translated_errors
+from services.labeling.client import translated_errors
 from services.labeling.interface import LABEL
 from services.labeling.local_server import LocalServer
 from services.labeling.state import read_state, update_state

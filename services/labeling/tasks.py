@@ -32,6 +32,7 @@ from services.labeling.api_types import (
     PageData,
     PageSample,
     PreselectedAnswer,
+    Task,
     TaskImport,
     TaskMeta,
 )
@@ -39,7 +40,6 @@ from services.labeling.interface import LABEL, choice_names
 from services.settings import BucketAccess
 
 if TYPE_CHECKING:
-    from services.labeling.client import Task
     from services.storage.s3 import S3Store
 
 log = logging.getLogger("defuse")
