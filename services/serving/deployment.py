@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +29,7 @@ from services.serving.limits import RequestSlots, UploadLimits
 from services.serving.metrics import ServingMetrics
 from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
 from services.serving.registry_state import NO_VERSION
-from services.serving.traffic import Reservoir, sample_now
+from services.serving.traffic import Reservoir, SampledInput
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
@@ -196,14 +197,15 @@ class ClassifierDeployment:
             best = int(output.probabilities[row].argmax())
             failure = None if output.failure is None else float(output.failure[row])
             for number in numbers:
-                sampled = sample_now(
-                    pixels[row],
-                    number,
-                    best,
-                    model.name,
-                    candidate.classes,
-                    candidate.components_digest,
-                    failure,
+                sampled = SampledInput(
+                    image=np.array(pixels[row]),  # a copy: a view would keep the whole batch
+                    scenario=number,
+                    predicted=best,
+                    version=model.name,
+                    when=time.time(),
+                    classes=candidate.classes,
+                    components_digest=candidate.components_digest,
+                    failure=failure,
                 )
                 reservoir.offer(candidate.run, sampled)
 
