@@ -25,6 +25,11 @@ class ChoiceResult(TypedDict):
     value: ChoiceValue
 
 
+def choice_result(control: str, target: str, choice: str) -> ChoiceResult:
+    """Return one choice in the form in which Label Studio's page submits it."""
+    return {"from_name": control, "to_name": target, "type": "choices", "value": {"choices": [choice]}}
+
+
 class PreselectedAnswer(TypedDict):
     """A prediction of Label Studio: the answer that a task begins with."""
 

@@ -25,7 +25,7 @@ from defuse_core.runs import Run
 from defuse_core.training.measure_precision import settle_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
-from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow
+from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow, choice_result
 from services.labeling.client import translated_errors
 from services.labeling.interface import LABEL
 from services.labeling.local_server import LocalServer
@@ -91,11 +91,6 @@ class AnnotatorAccount:
         if reply.status_code >= 400:
             raise ServiceError(f"{reply.request.url.path} answered {reply.status_code}")
         return reply
-
-
-def choice_result(control: str, target: str, choice: str) -> ChoiceResult:
-    """Return one choice in the form in which Label Studio's page submits it."""
-    return {"from_name": control, "to_name": target, "type": "choices", "value": {"choices": [choice]}}
 
 
 def simulate(

@@ -26,8 +26,6 @@ from defuse_core.review.consensus import LEAST_ANSWERS, stops_when_sure
 from defuse_core.store import Store
 from services.labeling.api_types import (
     BucketStorage,
-    ChoiceResult,
-    ChoiceValue,
     ImageData,
     PageData,
     PageSample,
@@ -35,6 +33,7 @@ from services.labeling.api_types import (
     Task,
     TaskImport,
     TaskMeta,
+    choice_result,
 )
 from services.labeling.interface import LABEL, choice_names
 from services.settings import BucketAccess
@@ -75,8 +74,7 @@ class Prelabel:
 
     def prediction(self, names: Sequence[str]) -> PreselectedAnswer:
         """Return it as a prediction of Label Studio. `names` are those of the choices, none-of-the-above last."""
-        value = ChoiceValue(choices=[names[self.answer]])
-        result = ChoiceResult(from_name=LABEL, to_name=self.target, type="choices", value=value)
+        result = choice_result(LABEL, self.target, names[self.answer])
         return {"model_version": PRELABEL_MODEL, "score": self.confidence, "result": [result]}
 
 
