@@ -30,8 +30,8 @@ from services.serving.inputs import (
     decode_body,
     uploaded_files,
 )
-from services.serving.metrics import metrics_page
 from services.serving.model import ModelInfo, PredictionResponse
+from services.serving.monitoring import metrics_page
 
 log = logging.getLogger("defuse")
 HEALTH_ROUTES = ("/healthz", "/readyz")

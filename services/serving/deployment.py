@@ -26,8 +26,8 @@ from services.serving.canary import Comparison, ShadowRequest, ShadowRunner
 from services.serving.errors import RequestError, Unavailable, is_store_outage
 from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
-from services.serving.metrics import ServingMetrics
 from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
+from services.serving.monitoring import ServingMetrics
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
 from services.storage import open_store
