@@ -275,11 +275,6 @@ def test_the_inputs_of_a_run_can_be_deleted_and_those_of_others_stay(tmp_path):
     assert delete_traffic(store, "mnist-2") == 1 and store.list() == []
 
 
-def test_a_sampled_input_does_not_keep_the_images_of_its_request():
-    images = np.zeros((2, 1, 2, 2), np.float32)
-    assert not np.shares_memory(sampled_input(images[0], 3, 0).image, images)
-
-
 @dataclass
 class ForeignInput:
     """An artefact of another kind."""
