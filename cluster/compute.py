@@ -1,4 +1,7 @@
-"""RayCompute: the heavy steps on a Ray cluster, one short method each. Its results equal LocalCompute's."""
+"""RayCompute: the heavy steps on a Ray cluster, one short method each. Its results equal LocalCompute's.
+
+RayPartitions: parts of a data set in Ray's store, and functions that run where the parts are.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
-from types import TracebackType
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import ray
@@ -18,13 +21,13 @@ from ray.exceptions import RayError
 from cluster.connection import connect, require_absolute_root
 from cluster.errors import as_defuse_error
 from cluster.identify import ShardQueue, WorkerPool
-from cluster.partitions import RayPartitions
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
 from cluster.resources import (
     WARN_AFTER_S,
     capacity,
     claim_devices,
+    hide_other_gpus,
     log_busy_cluster,
     on_nodes_with_cpus,
     on_this_node,
@@ -34,7 +37,7 @@ from cluster.resources import (
     worker_resources,
 )
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
-from defuse_core.config import RunFile
+from defuse_core.config import ResourcesSection, RunFile
 from defuse_core.correct import collect_sweep, finished_trials, nothing_to_tune
 from defuse_core.errors import RunFileError
 from defuse_core.identify import (
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 T = TypeVar("T")
 POLL_EVERY_S = 0.5
-LOST_NODES = 10  # that images are loaded again after, within one step
+LOST_NODES = 10  # that images or parts are loaded again after, and calls repeated, within one step
 
 
 class RayCompute:
@@ -85,9 +88,7 @@ class RayCompute:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.listener is not None:
             self.listener.close()
             self.listener = None
@@ -294,6 +295,76 @@ def on_ray(address: str | None = None, progress: Progress = silent) -> Callable[
     return lambda run: RayCompute(address, run.spec, progress, require_lock=run.store.require_lock)
 
 
+class RayPartitions:
+    """The protocol `Partitions` on a cluster, on CPUs.
+
+    Ray starts a call on a node that has its part, and loads a part again that was lost with its node. A call holds its
+    CPUs only once its part is there, so no call waits for a part that waits for a CPU.
+    """
+
+    def __init__(
+        self,
+        listener: ProgressListener,
+        section: ResourcesSection,
+        step: str,
+        require_lock: Callable[[], None],
+    ) -> None:
+        self.listener, self.step, self.require_lock = listener, step, require_lock
+        self.at_once = worker_count(section)
+        self.options = {
+            "name": step,
+            "num_cpus": section.cpus_per_worker,
+            "num_gpus": 0,
+            "max_retries": LOST_NODES,
+            **on_nodes_with_cpus(),
+        }
+        self.parts: list[Any] = []  # ObjectRefs
+
+    def load(self, function: Callable[..., object], arguments: Sequence[tuple[object, ...]]) -> Self:
+        """Load the parts that function(*arguments) returns, spread over the nodes."""
+        remote = ray.remote(_on_part).options(**self.options, scheduling_strategy="SPREAD")
+        self.parts = self._wait([partial(remote.remote, function, *each) for each in arguments])
+        return self
+
+    def map(self, function: Callable[..., T], *args: object) -> list[T]:
+        remote: Any = ray.remote(_on_part).options(**self.options)
+        shared = [ray.put(argument) for argument in args]
+        references = self._wait([partial(remote.remote, function, part, *shared) for part in self.parts])
+        try:
+            return ray.get(references)
+        except RayError as error:
+            raise as_defuse_error(error, self.step) from error
+
+    def _wait(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Start the calls, so many at once as there are workers, and return their references once all have ended.
+
+        What runs is cancelled where this is interrupted.
+        """
+        references: list[Any] = []
+        running: list[Any] = []
+        try:
+            for call in calls:
+                references.append(call())
+                running.append(references[-1])
+                if len(running) >= 2 * self.at_once:
+                    running = self._some_left(running, 1)
+            while running:
+                running = self._some_left(running, len(running))
+        except BaseException:
+            cancel_all(running)
+            raise
+        return references
+
+    def _some_left(self, running: list[Any], wanted: int) -> list[Any]:
+        """Wait a moment for `wanted` of the calls to end, and return those that have not."""
+        while True:
+            self.require_lock()
+            self.listener.poll()
+            ended, left = ray.wait(running, num_returns=wanted, timeout=POLL_EVERY_S, fetch_local=False)
+            if ended:
+                return list(left)
+
+
 def _copied(value: T) -> T:
     return value
 
@@ -304,3 +375,8 @@ def _in_worker(
     with reporting(progress_actor, task) as progress:
         log.debug("%s: in %s", step, claim_devices(step))
         return None, profile.call(step, function, *args, progress=progress, task=task)
+
+
+def _on_part(function: Callable[..., T], *args: object) -> T:
+    hide_other_gpus()
+    return function(*args)

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -74,9 +73,7 @@ class ProgressDisplay:
         self.bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bars.stop()
         if self.handlers:
             logging.getLogger().handlers = self.handlers

@@ -148,13 +148,12 @@ def print_status(run: Run, console: Console | None = None) -> None:
         justify: JustifyMethod = "right" if name in {"Time", "Size"} else "left"
         table.add_column(name, justify=justify, no_wrap=name not in {"State", "Made (UTC)"})
     for state in states:
-        time, stored = _cost(state)
         cells: dict[str, str | Text] = {
             "Step": state.step,
             "State": _state_text(state),
             "Made (UTC)": date_time(state.made),
-            "Time": time,
-            "Size": stored,
+            "Time": NONE if state.seconds is None else duration(state.seconds),
+            "Size": NONE if state.bytes is None else size(state.bytes),
         }
         add_row(table, *(cells[name] for name in columns))
     known = [state.seconds for state in states if state.seconds is not None]
@@ -206,13 +205,6 @@ def _unread_report(run: Run) -> str:
 def _state_text(state: StepState) -> Text:
     style = {"done": "green", "to do": "dim"}.get(state.state, "yellow")
     return Text(f"{state.state}: {state.detail}" if state.detail else state.state, style=style)
-
-
-def _cost(state: StepState) -> tuple[str, str]:
-    return (
-        NONE if state.seconds is None else duration(state.seconds),
-        NONE if state.bytes is None else size(state.bytes),
-    )
 
 
 def print_runs(store: Store, console: Console | None = None) -> None:

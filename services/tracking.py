@@ -40,17 +40,11 @@ FILES = ("report.html", "report.json", "run.yaml", STRIP_KEY)
 REPORT_FIGURES = ("accuracy", "scenarios", "evidence", "psi", "vae", "chosen")  # fields of the report
 TIMEOUT_S, RETRIES = "20", "1"  # of MLflow's requests, unless the environment says otherwise
 
-SOURCES = {  # part -> the file of the run that it is read from
-    "models": "models.safetensors",
-    "baseline": "baseline.safetensors",
-    "sweep": "sweep.safetensors",
-    "report": "report.json",
-}
-PREFIXES = {  # of the names of its figures
-    "models": ("classifier.", "vae."),
-    "baseline": ("baseline.",),
-    "sweep": ("sweep.",),
-    "report": ("report.",),
+SOURCES = {  # part -> the file of the run that it is read from, and the prefixes of its figures' names
+    "models": ("models.safetensors", ("classifier.", "vae.")),
+    "baseline": ("baseline.safetensors", ("baseline.",)),
+    "sweep": ("sweep.safetensors", ("sweep.",)),
+    "report": ("report.json", ("report.",)),
 }
 
 Figures = dict[str, float]
@@ -117,7 +111,7 @@ class MlflowTracking:
         if "params" not in sent:  # a server changes no parameter, so they are sent once
             self._send_params(client, run_id)
             self._record(state, "params", "")  # they come from no file
-        for part, key in SOURCES.items():
+        for part, (key, _) in SOURCES.items():
             digest = self._digest(key)
             if digest is not None and sent.get(part) != digest:
                 self._send_part(client, run_id, part, again=part in sent)
@@ -210,7 +204,7 @@ class MlflowTracking:
             rows = self._trial_figures(part)
         _log(client, run_id, rows)
         if again:
-            _log(client, run_id, _withdrawn(client, run_id, PREFIXES[part], rows))
+            _log(client, run_id, _withdrawn(client, run_id, SOURCES[part][1], rows))
 
     def _model_figures(self, client: MlflowClient, run_id: str) -> Rows:
         models = self.run.load(Models)

@@ -155,12 +155,9 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     defuse compare parts-v1 parts-v2
     """
     from defuse_core.export.compare import compare_runs
-    from defuse_core.runs import Run
-    from services.storage import open_store
     from services.tables import print_comparison
 
-    opened = open_store(store)
-    rows = compare_runs(Run.open(opened, checked_name(run_a)), Run.open(opened, checked_name(run_b)))
+    rows = compare_runs(open_run(run_a, store), open_run(run_b, store))
     if as_json:
         print_json({"a": run_a, "b": run_b, "scenarios": [dataclasses.asdict(row) for row in rows]})
     elif not rows:

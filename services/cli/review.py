@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import count_of
+from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.store import checked_name
 from services.cli.options import printable, store_option
 from services.cli.review_tables import print_closed, print_result, print_skips, print_status
-from services.console import Terminal
+from services.console import ProgressDisplay, Terminal
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 
     Inputs from traffic get a review of their own, called RUN/traffic-1, which every command here accepts as RUN.
     """
-    from defuse_core.errors import InputError
     from services.labeling import LabelStudioAnnotators
 
     if from_traffic:
@@ -104,7 +103,6 @@ def _later_answers(
     annotators: LabelStudioAnnotators, gallery: Gallery, votes: Votes
 ) -> tuple[AnswerChanges, str | None]:
     """Return how the answers changed after the votes, and why that is not known, where it is not."""
-    from defuse_core.errors import InputError, ServiceError
     from services.labeling.status import AnswerChanges
 
     if annotators.run.spec.review.annotators != "label-studio":
@@ -175,8 +173,6 @@ def reopen(name: str, store: str) -> None:
 def local_user(option: str) -> str:
     """Return the name of this machine's user. Raises InputError, naming `option`, if it has none, as in containers."""
     import getpass
-
-    from defuse_core.errors import InputError
 
     try:
         return getpass.getuser()
@@ -250,9 +246,7 @@ def simulate(name: str, store: str) -> None:
 
     Use it to try out a whole review without people; the votes are those of models.
     """
-    from defuse_core.errors import InputError
     from defuse_core.local import LocalCompute
-    from services.console import ProgressDisplay
     from services.labeling import LabelStudioAnnotators
     from services.labeling.local_server import running_server
     from services.labeling.simulate import simulate as simulate_annotators
@@ -294,7 +288,6 @@ def _checked_name(name: str) -> str:
 def _open(name: str, store: str) -> tuple[Run, Gallery]:
     """Return the run and the images that people review. Raises InputError if there are none yet."""
     from defuse_core.artifacts import Gallery
-    from defuse_core.errors import InputError
     from defuse_core.runs import Run
     from services.storage import open_store
 

@@ -243,7 +243,7 @@ def serve(
             registry_changes,
             running_application,
         )
-        from services.serving.liveness import LivenessCheck
+        from services.serving.monitoring import LivenessCheck
 
         with contextlib.ExitStack() as ending, ray_connection(address, total_cpus(section)):
             shutdown = ShutdownSignal()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -19,8 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from defuse_core.artifacts import I64
 from defuse_core.errors import InputError
 from defuse_core.store import Store
-from services.labeling.api_types import RESULT_ROW
-from services.labeling.client import Annotation, Task
+from services.labeling.api_types import RESULT_ROW, Annotation, Task
 from services.labeling.interface import LABEL, answers_by_name
 from services.labeling.tasks import ReviewTasks, TaskSubject
 
@@ -123,16 +122,9 @@ def read_annotations(
         table[replaced[unknown]], "may be of the same person as a later answer: the account was deleted"
     )
     reader.discard(table[surplus], f"{wanted} others had answered before, as many as were asked for")
-    reader.discarded.sort(key=lambda discarded: (discarded.subject.key, discarded.annotation))
-    return PulledAnnotations(
-        table[counted],
-        list(reader.labels),
-        reader.discarded,
-        reader.skips,
-        reader.unreadable,
-        reader.queue,
-        reader.foreign,
-    )
+    reader.pulled.discarded.sort(key=lambda discarded: (discarded.subject.key, discarded.annotation))
+    labels = list(reader.labels)
+    return replace(reader.pulled, answers=table[counted], labels=labels, foreign=reader.foreign)
 
 
 def read_authors(store: Store) -> Authors:
@@ -184,11 +176,9 @@ class AnnotationReader:
         self.images = tasks.gallery.predicted.shape[1]
         self.answer_of = answers_by_name(tasks.gallery.classes)
         self.labels: dict[Labels, int] = {}  # each once, since most answers are alike
-        self.discarded: list[DiscardedAnnotation] = []
-        self.queue: list[QueuedTask] = []
-        self.skips: list[SkippedTask] = []
-        self.unreadable: list[SkippedTask] = []
         self.foreign = 0
+        # filled as it reads; the answers follow once all are read
+        self.pulled = PulledAnnotations(np.empty(0, ANSWER_DTYPE), [], [], [], [], [])
 
     def read(self, tasks: Iterable[Task]) -> Iterator[tuple[Any, ...]]:
         """Yield a row of ANSWER_DTYPE for each annotation that answers a task of the review."""
@@ -197,20 +187,20 @@ class AnnotationReader:
             if index is None:
                 self.foreign += 1
                 continue
-            submitted = [annotation for annotation in task.annotations if not annotation.cancelled]
-            self.skips += [
+            submitted = [annotation for annotation in task.annotations if not annotation.was_cancelled]
+            self.pulled.skips.extend(
                 SkippedTask(index, self._annotator(annotation), task.id, annotation.id)
                 for annotation in task.annotations
-                if annotation.cancelled
-            ]
-            self.queue.append(QueuedTask(index, task.id, task.overlap, task.labeled, len(submitted)))
+                if annotation.was_cancelled
+            )
+            self.pulled.queue.append(QueuedTask(index, task.id, task.overlap, task.labeled, len(submitted)))
             yield from self._rows(index, task.id, submitted)
 
     def discard(self, answers: AnswerTable, reason: str) -> None:
         """List valid answers that do not count."""
         for answer in answers:
             subject = self.tasks.subject(int(answer["task"]))
-            self.discarded.append(
+            self.pulled.discarded.append(
                 DiscardedAnnotation(subject, int(answer["annotator"]), int(answer["annotation"]), reason)
             )
 
@@ -222,13 +212,14 @@ class AnnotationReader:
             annotator = self._annotator(annotation)
             labels = self._labels(subject, annotation)
             if isinstance(labels, str):
-                self.discarded.append(DiscardedAnnotation(subject, annotator, annotation.id, labels))
+                self.pulled.discarded.append(DiscardedAnnotation(subject, annotator, annotation.id, labels))
                 unreadable.append(SkippedTask(index, annotator, task, annotation.id, labels))
                 continue
             readable.add(annotator)
             known = self.labels.setdefault(labels, len(self.labels))
-            yield index, known, annotation.id, annotator, annotation.created, annotation.updated
-        self.unreadable += [answer for answer in unreadable if answer.annotator not in readable]
+            created, updated = annotation.created_at.timestamp(), annotation.updated_at.timestamp()
+            yield index, known, annotation.id, annotator, created, updated
+        self.pulled.unreadable.extend(answer for answer in unreadable if answer.annotator not in readable)
 
     def _annotator(self, annotation: Annotation) -> int:
         """Return the user id. All annotations whose deleted account was never seen count as one annotator's."""

@@ -128,7 +128,9 @@ class LabelStudioAnnotators:
         tasks, authors = self._tasks(gallery), read_authors(self.run.store)
         pulled = read_annotations(ReviewProject(self.client, self.run, tasks).pull(), tasks, authors)
         store_authors(self.run.store, authors, pulled)
-        state = self._store_annotators(state, pulled)
+        annotators = pulled.annotators()
+        # numbered in the state that the store has now: other commands may have changed it
+        state = update_state(self.run.store, state, lambda known: known.with_annotators(annotators))
         overridden = [override.scenario for override in read_overrides(self.run.store)]
         crowdlab = self.run.spec.review.consensus == "crowdlab"
         stored = self.run.load(Prelabels) if crowdlab else None
@@ -182,11 +184,6 @@ class LabelStudioAnnotators:
             )
             + f"label at {self.client.labeling_url(state.number)}"
         )
-
-    def _store_annotators(self, state: ProjectState, pulled: PulledAnnotations) -> ProjectState:
-        """Store the numbers of the pseudonyms, in the state that other commands may have changed, and return it."""
-        annotators = pulled.annotators()
-        return update_state(self.run.store, state, lambda known: known.with_annotators(annotators))
 
     def _names(self, pulled: PulledAnnotations, state: ProjectState) -> dict[int, str]:
         """Return the annotators' names in the run, by user id; `state` numbers them."""

@@ -1,4 +1,4 @@
-"""What Label Studio's API accepts and returns, under its own names of fields."""
+"""What Label Studio's API accepts and returns, under its own names of fields; Task has names of its own."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ class ChoiceResult(TypedDict):
     to_name: str  # the object that it labels
     type: Literal["choices"]
     value: ChoiceValue
+
+
+def choice_result(control: str, target: str, choice: str) -> ChoiceResult:
+    """Return one choice in the form in which Label Studio's page submits it."""
+    return {"from_name": control, "to_name": target, "type": "choices", "value": {"choices": [choice]}}
 
 
 class PreselectedAnswer(TypedDict):
@@ -88,6 +93,22 @@ class BucketStorage:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@dataclass(frozen=True)
+class ProjectSettings:
+    """The settings of a project that Defuse sets, by their names in Label Studio's API."""
+
+    title: str
+    description: str
+    label_config: str
+    expert_instruction: str
+    show_instruction: bool
+    show_skip_button: bool
+    maximum_annotations: int
+    sampling: str
+    show_collab_predictions: bool
+    model_version: str
+
+
 # ---- what the server returns: it checks nothing that annotators send
 
 
@@ -97,20 +118,39 @@ class UserRow:
 
 
 @dataclass(frozen=True, slots=True)
-class AnnotationRow:
-    """An annotation."""
+class Annotation:
+    """One annotation; what is in its result is unchecked."""
 
     id: int
     created_at: datetime
     updated_at: datetime
-    completed_by: UserRow | int | None = None  # None where the account was deleted
+    completed_by: UserRow | int | None = None
     result: object = None
     was_cancelled: bool | None = None  # a skip
 
     @property
     def annotator(self) -> int | None:
-        """The user id."""
+        """The user id; None where the account was deleted."""
         return self.completed_by.id if isinstance(self.completed_by, UserRow) else self.completed_by
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task with all its annotations."""
+
+    id: int
+    key: str | None  # the sample_key that tasks.py gave it; None for a task that Defuse did not import
+    digest: str | None  # of its data when it was imported
+    overlap: int
+    labeled: bool  # whether Label Studio has taken it out of the queue
+    annotations: tuple[Annotation, ...]
+    data: Mapping[str, object] | None  # None unless asked for
+
+
+@dataclass(frozen=True)
+class Project:
+    id: int
+    settings: ProjectSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +185,6 @@ class QueuedTaskRow:
         return None if self.meta is None else self.meta.sample_key
 
 
-ANNOTATION_ROW = TypeAdapter(AnnotationRow)
+ANNOTATION = TypeAdapter(Annotation)
 RESULT_ROW = TypeAdapter(ResultRow)
 QUEUED_TASK_ROW = TypeAdapter(QueuedTaskRow)

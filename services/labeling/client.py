@@ -7,21 +7,25 @@ the server before it tries again (see project.py).
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import json
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
-from defuse_core.errors import InputError, escape_control_characters
-from services.labeling.api_types import ANNOTATION_ROW, BucketStorage, TaskImport
-from services.labeling.client_errors import is_json, missing_allowed, translated_errors
-from services.settings import fits_a_header
+import httpx
+
+from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
+from services.labeling.api_types import ANNOTATION, BucketStorage, Project, ProjectSettings, Task, TaskImport
+from services.settings import fits_a_header, proxy_for
 
 try:
     from label_studio_sdk import LabelStudio
     from label_studio_sdk.core.api_error import ApiError
+    from label_studio_sdk.core.parse_error import ParsingError
 except ModuleNotFoundError as error:
     raise InputError("Label Studio needs its client here: pip install 'defuse[label-studio]'") from error
 
@@ -31,53 +35,6 @@ TASK_FIELDS = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_ca
 PAGE_SIZE = 250  # tasks
 # A reply of httpx refers to itself, and Python counts objects, not bytes: without a collection, bodies pile up.
 PAGES_PER_COLLECTION = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Annotation:
-    """One annotation as the server returns it: unchecked."""
-
-    id: int
-    annotator: int | None  # user id; None where the account was deleted
-    result: object
-    cancelled: bool  # a skip
-    created: float  # seconds since 1970
-    updated: float
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One task with all its annotations."""
-
-    id: int
-    key: str | None  # the sample_key that tasks.py gave it; None for a task that Defuse did not import
-    digest: str | None  # of its data when it was imported
-    overlap: int
-    labeled: bool  # whether Label Studio has taken it out of the queue
-    annotations: tuple[Annotation, ...]
-    data: Mapping[str, object] | None  # None unless asked for
-
-
-@dataclass(frozen=True)
-class ProjectSettings:
-    """The settings of a project that Defuse sets, by their names in Label Studio's API."""
-
-    title: str
-    description: str
-    label_config: str
-    expert_instruction: str
-    show_instruction: bool
-    show_skip_button: bool
-    maximum_annotations: int
-    sampling: str
-    show_collab_predictions: bool
-    model_version: str
-
-
-@dataclass(frozen=True)
-class Project:
-    id: int
-    settings: ProjectSettings
 
 
 class BlockedAddressError(InputError):
@@ -98,7 +55,7 @@ class LabelStudioClient:
         self.public_address = (
             checked_address(public_address, "LABEL_STUDIO_HOST") if public_address else self.address
         )
-        silence_http_log()
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs a line per request
         if not fits_a_header(token):
             raise InputError(
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
@@ -110,9 +67,6 @@ class LabelStudioClient:
         # without the slash the token would be sent to the path above a prefix
         if tokens := self._sdk._client_wrapper._tokens_client:
             tokens._base_url = f"{self.address}/"
-
-    def __repr__(self) -> str:
-        return f"LabelStudioClient({self.address!r})"
 
     def check_access(self) -> None:
         """Request the account of the token: the cheapest request that needs the right address and a valid token."""
@@ -254,11 +208,6 @@ class LabelStudioClient:
                 raise
 
 
-def silence_http_log() -> None:
-    """Keep httpx from logging one line per request."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-
-
 def checked_address(address: str, variable: str = "LABEL_STUDIO_URL") -> str:
     """Return the address without a slash at its end.
 
@@ -304,18 +253,102 @@ def _task(found: Any) -> Task:
         digest=digest,
         overlap=int(found.overlap or 0),
         labeled=bool(found.is_labeled),
-        annotations=tuple(_annotation(one) for one in found.annotations or ()),
+        annotations=tuple(
+            ANNOTATION.validate_python(one if isinstance(one, dict) else one.model_dump())
+            for one in found.annotations or ()
+        ),
         data=found.data,
     )
 
 
-def _annotation(found: Any) -> Annotation:
-    row = ANNOTATION_ROW.validate_python(found if isinstance(found, dict) else found.model_dump())
-    return Annotation(
-        id=row.id,
-        annotator=row.annotator,
-        result=row.result,
-        cancelled=bool(row.was_cancelled),
-        created=row.created_at.timestamp(),
-        updated=row.updated_at.timestamp(),
-    )
+@contextlib.contextmanager
+def translated_errors(address: str) -> Iterator[None]:
+    """Raise failures of a request as ServiceError or InputError in one line.
+
+    The SDK's own errors contain headers and whole pages, so they are not chained.
+    """
+    try:
+        yield
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise InputError(f"LABEL_STUDIO_URL: {address} is not a usable address") from error
+    except httpx.ConnectError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise InputError(
+                f"Label Studio at {address}: its certificate is not trusted; set SSL_CERT_FILE to that of your CA"
+            ) from None
+        raise _unreachable(address) from None
+    except httpx.ProxyError:
+        raise _unreachable(address) from None
+    except httpx.TimeoutException:
+        raise ServiceError(
+            f"Label Studio at {address} is too slow to answer; run again, nothing is lost"
+        ) from None
+    except httpx.HTTPError:
+        raise ServiceError(
+            f"Label Studio at {address} cut the connection; run again, nothing is lost"
+        ) from None
+    except ApiError as error:
+        raise _status_error(address, error.status_code or 0, error.body) from None
+    except (ParsingError, ValueError, TypeError, AttributeError, KeyError):
+        raise ServiceError(
+            f"{address} sent a reply that Label Studio 1.23 does not send; check LABEL_STUDIO_URL"
+        ) from None
+
+
+@contextlib.contextmanager
+def missing_allowed() -> Iterator[None]:
+    """Ignore that a task does not exist: someone deleted it in the meantime."""
+    try:
+        yield
+    except ApiError as error:
+        if error.status_code != 404:
+            raise
+
+
+def _unreachable(address: str) -> ServiceError:
+    """Return the error of a server that cannot be reached, which names the proxy that the request went through."""
+    if proxy_for(address) is None:
+        remedy = "start it or correct LABEL_STUDIO_URL, then run again"
+    else:
+        scheme, host = urlsplit(address).scheme, urlsplit(address).hostname
+        remedy = (
+            f"if the proxy of {scheme.upper()}_PROXY does not reach it, set NO_PROXY={host}; else start it"
+        )
+    return ServiceError(f"Label Studio at {address} cannot be reached; {remedy}")
+
+
+def _status_error(address: str, status: int, body: Any) -> DefuseError:
+    if status == 401:
+        problem = "rejects the token (401); set LABEL_STUDIO_API_KEY to a valid one"
+        return InputError(f"Label Studio at {address} {problem}")
+    if status == 403:
+        problem = "forbids this request to the token's account (403); use an administrator's token"
+        return InputError(f"Label Studio at {address} {problem}")
+    if status == 429:
+        problem = "is limiting requests (429); wait a minute and run again"
+    elif status >= 500 and not is_json(body) and proxy_for(address) is not None:
+        return _unreachable(address)
+    elif status >= 500:
+        problem = f"failed ({status}); see its log, then run again, nothing is lost"
+    elif 300 <= status < 400:
+        return InputError(
+            f"{address} redirects elsewhere ({status}); set LABEL_STUDIO_URL to the final address"
+        )
+    elif not is_json(body):
+        return InputError(
+            f"{address} answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
+        )
+    else:
+        problem = f"did not accept the request ({status}): {_detail(body)}"
+    return ServiceError(f"Label Studio at {address} {problem}")
+
+
+def is_json(body: Any) -> bool:
+    return isinstance(body, (dict, list)) or body is None or hasattr(body, "model_dump")
+
+
+def _detail(body: Any) -> str:
+    plain = body.model_dump() if hasattr(body, "model_dump") else body
+    if isinstance(plain, dict):
+        plain = plain.get("validation_errors") or plain.get("detail") or plain
+    return json.dumps(plain, default=str)[:300]

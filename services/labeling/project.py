@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, cast
 
@@ -20,10 +20,9 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import read_annotations, read_authors
-from services.labeling.api_types import BucketStorage, TaskImport
-from services.labeling.client import BlockedAddressError, LabelStudioClient, Project, ProjectSettings, Task
+from services.labeling.api_types import BucketStorage, Project, ProjectSettings, Task, TaskImport
+from services.labeling.client import BlockedAddressError, LabelStudioClient
 from services.labeling.interface import instructions, interface_edit, label_config
-from services.labeling.pictures import bucket_storage
 from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
 from services.labeling.tasks import (
     PRELABEL_MODEL,
@@ -31,6 +30,7 @@ from services.labeling.tasks import (
     PresentTasks,
     ReviewTasks,
     batches,
+    bucket_storage,
     is_edited,
 )
 from services.settings import BucketAccess
@@ -184,10 +184,11 @@ class ReviewProject:
 
     def import_missing(self) -> None:
         """Import the tasks that the project lacks, and drop unanswered duplicates."""
+        order = self.prelabels or range(len(self.tasks))  # in which annotators get the tasks
         for attempt in _attempts():
             with attempt:
                 present = self.drop_duplicates()
-                missing = [index for index in self._order() if not present.ids[index]]
+                missing = [index for index in order if not present.ids[index]]
                 if missing:
                     self._import(missing)
                     present = self.drop_duplicates()
@@ -219,10 +220,6 @@ class ReviewProject:
                 count_of(unknown, "task"),
             )
         return present
-
-    def _order(self) -> Iterable[int]:
-        """The indices of all tasks, in the order in which annotators get them."""
-        return self.prelabels or range(len(self.tasks))
 
     def _import(self, missing: list[int]) -> None:
         if self.state.pushed and not self.repair:

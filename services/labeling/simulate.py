@@ -25,9 +25,8 @@ from defuse_core.runs import Run
 from defuse_core.training.precision import settle_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
-from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow
-from services.labeling.client import silence_http_log
-from services.labeling.client_errors import translated_errors
+from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow, choice_result
+from services.labeling.client import translated_errors
 from services.labeling.interface import LABEL
 from services.labeling.local_server import LocalServer
 from services.labeling.state import read_state, update_state
@@ -94,11 +93,6 @@ class AnnotatorAccount:
         return reply
 
 
-def choice_result(control: str, target: str, choice: str) -> ChoiceResult:
-    """Return one choice in the form in which Label Studio's page submits it."""
-    return {"from_name": control, "to_name": target, "type": "choices", "value": {"choices": [choice]}}
-
-
 def simulate(
     annotators: LabelStudioAnnotators,
     gallery: Gallery,
@@ -111,7 +105,6 @@ def simulate(
     They answer one after the other. Between them decided scenarios leave the queue, so later ones get fewer tasks.
     Where there are fewer of them than review.answers_per_task asks for, a warning says that answers are missing.
     """
-    silence_http_log()
     run = annotators.run
     state = read_state(run.store, gallery)
     if state.project is None or state.address != server.address:

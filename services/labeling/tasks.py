@@ -1,9 +1,16 @@
-"""The tasks of a review: what each one shows, under a key that names its image or scenario."""
+"""The tasks of a review, each under a key that names its image or scenario, and the pictures that they show.
+
+Small pictures are inline in their task, large ones in the run's bucket. Label Studio reads these with credentials of
+its own. Every member of its organisation can read what these can read, so they must be limited to the pictures.
+"""
 
 from __future__ import annotations
 
+import base64
 import hmac
+import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,27 +20,35 @@ import numpy as np
 
 from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Bool, Gallery
 from defuse_core.config import ReviewSection
+from defuse_core.data.images import to_levels, to_picture
+from defuse_core.errors import InputError
 from defuse_core.review.consensus import LEAST_ANSWERS, stops_when_sure
 from defuse_core.store import Store
 from services.labeling.api_types import (
-    ChoiceResult,
-    ChoiceValue,
+    BucketStorage,
     ImageData,
     PageData,
     PageSample,
     PreselectedAnswer,
+    Task,
     TaskImport,
     TaskMeta,
+    choice_result,
 )
 from services.labeling.interface import LABEL, choice_names
-from services.labeling.pictures import Pictures
+from services.settings import BucketAccess
 
 if TYPE_CHECKING:
-    from services.labeling.client import Task
+    from services.storage.s3 import S3Store
+
+log = logging.getLogger("defuse")
 
 PRELABEL_MODEL = "reference models"  # the model version of predictions in Label Studio
 BATCH_TASKS = 250
 BATCH_BYTES = 8_000_000  # requests of some 250 MB make the server fail
+PICTURES_FOLDER = "pictures"
+# Header, palette and the deflate stream's own bytes, for pictures of any usual size.
+PNG_OVERHEAD_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -59,9 +74,40 @@ class Prelabel:
 
     def prediction(self, names: Sequence[str]) -> PreselectedAnswer:
         """Return it as a prediction of Label Studio. `names` are those of the choices, none-of-the-above last."""
-        value = ChoiceValue(choices=[names[self.answer]])
-        result = ChoiceResult(from_name=LABEL, to_name=self.target, type="choices", value=value)
+        result = choice_result(LABEL, self.target, names[self.answer])
         return {"model_version": PRELABEL_MODEL, "score": self.confidence, "result": [result]}
+
+
+class Pictures:
+    """Where the pictures of one run are: each task names its pictures by the addresses that `address` returns."""
+
+    def __init__(self, store: Store, inline_kb: int) -> None:
+        self.store, self.inline_kb = store, inline_kb
+
+    def address(self, image: F32, key: str) -> str:
+        """Return a data: address with the picture itself, or, if it is large, its address in the run's S3 store.
+
+        Raises InputError for a large picture of a run that is not in S3.
+        """
+        data = png(image)
+        if len(data) <= self.inline_kb * 1024:
+            return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        if not self.store.address.startswith("s3://"):
+            raise InputError(
+                f"a picture has {len(data) / 1024:.0f} KB and review.inline_kb is {self.inline_kb}: raise it, or "
+                "keep the run in S3 (--store s3://bucket/prefix), which larger pictures are shown from"
+            )
+        self.store.write(f"{PICTURES_FOLDER}/{key}.png", data)
+        return f"{self.store.address}/{PICTURES_FOLDER}/{key}.png"
+
+    def first_in_bucket(self, gallery: Gallery) -> tuple[int, int] | None:
+        """Return scenario and image of the first picture that is too large to be inline; None if none is."""
+        limit = self.inline_kb * 1024
+        scenarios, images, *shape = gallery.images.shape
+        if int(np.prod(shape)) + shape[-2] + PNG_OVERHEAD_BYTES <= limit:
+            return None  # not even uncompressed
+        places = ((scenario, image) for scenario in range(scenarios) for image in range(images))
+        return next((place for place in places if len(png(gallery.images[place])) > limit), None)
 
 
 class ReviewTasks:
@@ -105,16 +151,16 @@ class ReviewTasks:
         `secret` is that of the run's ProjectState.
         """
         subject = self.subject(index)
-        data = self._page(subject) if subject.image is None else self._single(subject.scenario, subject.image)
+        if subject.image is None:
+            data: PageData | ImageData = self._page(subject)
+        else:
+            data = ImageData(image=self.picture(subject.scenario, subject.image))
         # The key is no data: annotators see all data in Label Studio's list of tasks.
         meta = TaskMeta(sample_key=subject.key, digest=digest(subject.key, data, secret))
         task = TaskImport(data=data, meta=meta)
         if prelabel is not None:
             task["predictions"] = [prelabel.prediction(self.names)]
         return task
-
-    def _single(self, scenario: int, image: int) -> ImageData:
-        return ImageData(image=self.picture(scenario, image))
 
     def _page(self, subject: TaskSubject) -> PageData:
         samples = [
@@ -196,3 +242,100 @@ class PresentTasks:
             return 0  # annotations.py reads two answered ones as one
         self.ids[index], self.answered[index] = task.id, bool(task.annotations)
         return first
+
+
+def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketStorage:
+    """Return the Label Studio storage that shows the run's pictures.
+
+    Raises InputError if Label Studio has no credentials of its own, or if they cannot read the pictures.
+    """
+    access_key, secret_key, token = _key(store, access)
+    storage = BucketStorage(
+        title=title,
+        bucket=store.bucket,
+        prefix=f"{store.prefix}{PICTURES_FOLDER}",
+        s3endpoint=access.endpoint or store.endpoint,
+        region_name=store.region,
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        aws_session_token=token or "",
+    )
+    _check_access(store, storage)
+    return storage
+
+
+def _key(store: S3Store, access: BucketAccess) -> tuple[str, str, str | None]:
+    """Return the access key, the secret key and the session token with which Label Studio reads the pictures."""
+    import boto3
+
+    found = boto3.Session().get_credentials()
+    own = None if found is None else found.get_frozen_credentials()
+    if access.share_own and own is not None:
+        return own.access_key, own.secret_key, own.token
+    if access.access_key_id is None or access.secret_access_key is None:
+        raise InputError(
+            f"pictures over review.inline_kb are in {store.address}/{PICTURES_FOLDER}, and Label Studio has no "
+            "credentials to read them: set LABEL_STUDIO_S3_ACCESS_KEY_ID and LABEL_STUDIO_S3_SECRET_ACCESS_KEY to a "
+            "key that can read that prefix only, or raise review.inline_kb"
+        )
+    if own is not None and access.access_key_id == own.access_key:
+        raise InputError(
+            "LABEL_STUDIO_S3_ACCESS_KEY_ID is this process's own key, and every annotator could read what it can "
+            f"read: use a key that can read {store.address}/{PICTURES_FOLDER} only "
+            "(LABEL_STUDIO_S3_SHARE_CREDENTIALS=1 shares the own one nonetheless)"
+        )
+    return access.access_key_id, access.secret_access_key, access.session_token
+
+
+def _check_access(store: S3Store, storage: BucketStorage) -> None:
+    """Raise InputError if the storage's credentials cannot list and read the pictures; warn if they can read more.
+
+    An address that Label Studio alone reaches is left to Label Studio, which connects to it next, with a warning.
+    """
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, EndpointConnectionError
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=storage.s3endpoint,
+        region_name=store.region,
+        aws_access_key_id=storage.aws_access_key_id,
+        aws_secret_access_key=storage.aws_secret_access_key,
+        aws_session_token=storage.aws_session_token or None,
+        config=Config(connect_timeout=10, read_timeout=20, retries={"max_attempts": 2}),
+    )
+    try:
+        listed = client.list_objects_v2(Bucket=store.bucket, Prefix=storage.prefix, MaxKeys=1)
+        client.head_object(Bucket=store.bucket, Key=listed["Contents"][0]["Key"])
+    except (ClientError, BotoCoreError, KeyError) as error:
+        unreachable = isinstance(error, EndpointConnectionError | ConnectTimeoutError)
+        if unreachable and storage.s3endpoint != store.endpoint:
+            log.warning(
+                "%s is not reached from here, so whether Label Studio's credentials can read the pictures, and nothing "
+                "else, is left unchecked (LABEL_STUDIO_S3_ENDPOINT)",
+                storage.s3endpoint,
+            )
+            return
+        raise InputError(
+            f"Label Studio's credentials for the bucket cannot list and read {store.address}/{PICTURES_FOLDER} "
+            f"({error}): grant them s3:ListBucket and s3:GetObject there, or correct LABEL_STUDIO_S3_ACCESS_KEY_ID, "
+            "LABEL_STUDIO_S3_SECRET_ACCESS_KEY and LABEL_STUDIO_S3_ENDPOINT"
+        ) from None
+    try:
+        client.head_object(Bucket=store.bucket, Key=f"{store.prefix}run.yaml")
+    except (ClientError, BotoCoreError):
+        return
+    log.warning(
+        "Label Studio's credentials can read all of %s, and through Label Studio every annotator can; limit them to "
+        "its folder %s",
+        store.address,
+        PICTURES_FOLDER,
+    )
+
+
+def png(image: F32) -> bytes:
+    """Return one image, (channels, H, W) in [0, 1], as PNG."""
+    buffer = io.BytesIO()
+    to_picture(to_levels(image)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -130,7 +130,11 @@ class RegistryWatcher:
         if self.initial.key is None or follows or state.since != self.initial.state.since:
             production = self._load_version(state.production, state, loaded) or production
         # a canary is compared with production, and ended for all servers; no server of another run decides that
-        comparable = _is_in_production(production, state)
+        comparable = (
+            production is not None
+            and state.production is not None
+            and _equals(production, state.production, state)
+        )
         versions = ActiveVersions(
             production=production,
             canary=self._load_canary(state.canary, state, loaded) if comparable else None,
@@ -195,13 +199,6 @@ class RegistryWatcher:
         model = LoadedModel(candidate, settings, number)
         model.warm_up(self.settings.batch_size)
         return model
-
-
-def _is_in_production(model: LoadedModel | None, state: RegistryState) -> bool:
-    """Return whether `model`, a version or that of a run, equals the registry's version in production."""
-    if model is None or state.production is None:
-        return False
-    return _equals(model, state.production, state)
 
 
 def _equals(model: LoadedModel, number: int, state: RegistryState) -> bool:

@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, their OpenAPI description, and authentication."""
+"""The HTTP interface: routes, their OpenAPI description, the page /docs, and authentication."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from defuse_core.artifacts import F32
 from services.serving.deployment import ClassifierDeployment
-from services.serving.docs_page import HEADERS, docs_page
 from services.serving.errors import RejectedInput, RequestError, Unavailable
 from services.serving.inputs import (
     FORM_TYPE,
@@ -31,12 +30,15 @@ from services.serving.inputs import (
     decode_body,
     uploaded_files,
 )
-from services.serving.metrics import metrics_page
 from services.serving.model import ModelInfo, PredictionResponse
+from services.serving.monitoring import metrics_page
 
 log = logging.getLogger("defuse")
 HEALTH_ROUTES = ("/healthz", "/readyz")
 DOCS_ROUTES = ("/docs", "/openapi.json")
+# The page /docs loads nothing, so that no script sees the token; FastAPI's own asks for the token, and loads a script
+# from another server.
+DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
 # Images up to this are decoded faster here than in a thread.
 MAX_INLINE_BYTES, MAX_INLINE_PIXELS = 32_768, 65_536
 
@@ -154,14 +156,14 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
         return HealthResponse(status="ok")
 
     async def readyz() -> HealthResponse:
-        deployment.input_spec()
+        deployment.current()
         return HealthResponse(status="ready")
 
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(await metrics_page(), media_type="text/plain; version=0.0.4")
 
     async def docs(request: Request) -> HTMLResponse:
-        return HTMLResponse(docs_page(api.openapi(), str(request.base_url)), headers=HEADERS)
+        return HTMLResponse(docs_page(api.openapi(), str(request.base_url)), headers=DOCS_HEADERS)
 
     # This route answers, without the cost of FastAPI's validation of arguments; the one below describes it.
     api.router.routes.insert(0, Route("/v1/predict", predict, methods=["POST"]))
@@ -195,6 +197,26 @@ def _describe_authentication(api: FastAPI) -> None:
     schema = api.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"token": []}]
+
+
+def docs_page(schema: dict[str, Any], address: str) -> str:
+    """Return the page /docs, the routes with a command for each, for an OpenAPI description.
+
+    `address` is that of the server, as in http://127.0.0.1:8000.
+    """
+    from jinja2 import (  # a replica that nobody asks for the page need not import it
+        Environment,
+        PackageLoader,
+    )
+
+    made = Environment(loader=PackageLoader("services.serving"), autoescape=True, trim_blocks=True)
+    page = made.get_template("docs.html.j2")
+    return page.render(
+        info=schema["info"],
+        paths=schema["paths"],
+        security=schema.get("security"),
+        address=address.rstrip("/"),
+    )
 
 
 async def _answer(deployment: ClassifierDeployment, request: Request) -> Response:

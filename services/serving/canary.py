@@ -106,7 +106,6 @@ class ShadowRequest:
 
     shadow: LoadedModel
     pixels: F32  # (n, channels, H, W)
-    output: ModelOutput  # production's
     report: Callable[[PredictionResult], None]  # called with the shadow's
 
 

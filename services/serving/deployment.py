@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,10 +26,10 @@ from services.serving.canary import Comparison, ShadowRequest, ShadowRunner
 from services.serving.errors import RequestError, Unavailable, is_store_outage
 from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestSlots, UploadLimits
-from services.serving.metrics import ServingMetrics
 from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
+from services.serving.monitoring import ServingMetrics
 from services.serving.registry_state import NO_VERSION
-from services.serving.traffic import Reservoir, sample_now
+from services.serving.traffic import Reservoir, SampledInput
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
@@ -65,10 +66,6 @@ class ClassifierDeployment:
         self._canary_batcher = Batcher(self._predict_canary_batch, settings)
         self._shadow = ShadowRunner(settings.max_canary_s)
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def input_spec(self) -> InputSpec:
-        """Return the images that are accepted now. Raises Unavailable without a version in production."""
-        return self.current().in_production.input_spec
 
     def model_info(self) -> ModelInfo:
         """Return what is known of the version in production. Raises Unavailable without one."""
@@ -140,7 +137,8 @@ class ClassifierDeployment:
             log.error("version %s failed: %s", model.name, output)
             raise RequestError(500, "the classifier failed on this input")
         if active.shadow is not None:
-            self._start(self._shadow.run(self._shadow_request(active, active.shadow, pixels, output)))
+            report = partial(self._compare, active, active.shadow, output)
+            self._start(self._shadow.run(ShadowRequest(active.shadow, pixels, report)))
         self._count(model, output, pixels)
         return PredictionResponse.model_construct(version=model.name, predictions=model.predictions(output))
 
@@ -152,13 +150,6 @@ class ClassifierDeployment:
             return TimeoutError(f"no answer within {self.settings.max_canary_s:g} s")
         error = answer.exception()
         return answer.result() if not isinstance(error, Exception) else error
-
-    def _shadow_request(
-        self, active: ActiveVersions, shadow: LoadedModel, pixels: F32, output: ModelOutput
-    ) -> ShadowRequest:
-        return ShadowRequest(
-            shadow, pixels, output, lambda theirs: self._compare(active, shadow, output, theirs)
-        )
 
     @contextlib.asynccontextmanager
     async def _timeout(self) -> AsyncIterator[None]:
@@ -206,14 +197,15 @@ class ClassifierDeployment:
             best = int(output.probabilities[row].argmax())
             failure = None if output.failure is None else float(output.failure[row])
             for number in numbers:
-                sampled = sample_now(
-                    pixels[row],
-                    number,
-                    best,
-                    model.name,
-                    candidate.classes,
-                    candidate.components_digest,
-                    failure,
+                sampled = SampledInput(
+                    image=np.array(pixels[row]),  # a copy: a view would keep the whole batch
+                    scenario=number,
+                    predicted=best,
+                    version=model.name,
+                    when=time.time(),
+                    classes=candidate.classes,
+                    components_digest=candidate.components_digest,
+                    failure=failure,
                 )
                 reservoir.offer(candidate.run, sampled)
 

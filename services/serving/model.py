@@ -110,7 +110,9 @@ class LoadedModel:
         self.watch_figures = candidate.watch_figures(settings)
         self.detector = _detector(candidate, self.watch_figures)
         self.watch = self._load_watch(spec, where)
-        self.thresholds = distance_thresholds(candidate, settings.watch_share)
+        share, levels = settings.watch_share, candidate.levels
+        # (A,) distances below which this share of the training images are
+        self.thresholds = np.array([np.interp(share, levels, each) for each in candidate.distances])
         self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
         self.scenario_names = candidate.scenario_names()
         self.failure_threshold = 1.0  # of no use without a detector
@@ -240,11 +242,6 @@ def verify_candidate(candidate: Candidate) -> None:
     """Load the candidate on this machine's processor and predict with it. Raises ModelError if that fails."""
     settings = candidate.run_file().serve.model_copy(update={"device": "cpu"})
     LoadedModel(candidate, settings).warm_up(1)
-
-
-def distance_thresholds(candidate: Candidate, share: float) -> F64:
-    """Return per scenario the distance below which `share` of the training images are, (A,)."""
-    return np.array([np.interp(share, candidate.levels, distances) for distances in candidate.distances])
 
 
 def select_device(name: str) -> torch.device:

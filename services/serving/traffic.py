@@ -16,7 +16,6 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -221,18 +220,3 @@ def _folder(run: str, sampled: SampledInput) -> str:
     """Return the folder of the input's scenario."""
     scenario = "none" if sampled.scenario == NO_SCENARIO else f"{sampled.scenario:03d}"
     return f"{run}/{sampled.components_digest[:16]}/{scenario}"
-
-
-def sample_now(
-    image: F32,
-    scenario: int,
-    predicted: int,
-    version: str,
-    classes: tuple[str, ...],
-    components_digest: str,
-    failure: float | None = None,
-) -> SampledInput:
-    """Return the record of an input that arrived now."""
-    return SampledInput(
-        np.array(image), scenario, predicted, version, time.time(), classes, components_digest, failure
-    )

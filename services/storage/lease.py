@@ -121,10 +121,6 @@ class Lease:
         self.beating = threading.Lock()
         self.ended = threading.Event()
 
-    @property
-    def token(self) -> str:
-        return self.state.token
-
     def require(self) -> None:
         """Raise RunBusyError once a heartbeat has found that another driver took the run over."""
         if self.lost:
@@ -176,7 +172,7 @@ class Lease:
             if written is not None:
                 return written
             seen = self.object.read()
-            if seen is None or LeaseState.parse(seen[1]).token != self.token:
+            if seen is None or LeaseState.parse(seen[1]).token != self.state.token:
                 return None
             version = seen[0]
             if seen[1] == self.state.dump():
@@ -185,7 +181,7 @@ class Lease:
 
     def _remove(self) -> None:
         seen = self.object.read()
-        if seen is not None and LeaseState.parse(seen[1]).token == self.token:
+        if seen is not None and LeaseState.parse(seen[1]).token == self.state.token:
             self.object.delete_if(seen[0])
 
     def _take_over(self) -> None:
@@ -225,7 +221,9 @@ class Lease:
         )
         time.sleep(SETTLE_S)
         seen = self.object.read()
-        self.version = seen[0] if seen is not None and LeaseState.parse(seen[1]).token == self.token else None
+        self.version = (
+            seen[0] if seen is not None and LeaseState.parse(seen[1]).token == self.state.token else None
+        )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import boto3
@@ -28,8 +27,7 @@ from tenacity import (
 from defuse_core.errors import InputError, RunBusyError, StoreError
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
-from services.storage.s3_errors import BROKEN, code_of, status_of, translated_errors
-from services.storage.s3_outage import OutageWatch
+from services.storage.s3_errors import BROKEN, OutageWatch, code_of, status_of, translated_errors
 
 log = logging.getLogger("defuse")
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
@@ -94,11 +92,11 @@ class S3Store:
         prefix: str,
         endpoint: str | None = None,
         region: str | None = None,
-        fences: dict[str, Fence] | None = None,
+        fences: dict[str, LeaseState] | None = None,
     ) -> None:
         """`prefix` is empty or ends with /; `endpoint` None is AWS."""
         self.bucket, self.prefix, self.endpoint, self.region = bucket, prefix, endpoint, region
-        # locked prefix -> its driver; shared with the stores below
+        # locked prefix -> the lease of its driver when it was taken; shared with the stores below
         self.fences = {} if fences is None else fences
         self.leases: dict[str, Lease] = {}  # likewise, in the driver's process only
 
@@ -238,7 +236,7 @@ class S3Store:
         beating = _HeartbeatStore(self.bucket, self.prefix, self.endpoint, self.region)
         with hold(LeaseInBucket(self), LeaseInBucket(beating)) as lease:
             self.leases[self.prefix] = lease
-            self.fences[self.prefix] = Fence(self.prefix, lease.token, lease.state.holder)
+            self.fences[self.prefix] = lease.state
             try:
                 yield
             finally:
@@ -266,21 +264,23 @@ class S3Store:
     def _errors(self, key: str = "") -> AbstractContextManager[None]:
         return translated_errors(f"{self.address}/{key}".rstrip("/"), self.endpoint)
 
-    def _fence(self) -> Fence | None:
-        return next((fence for prefix, fence in self.fences.items() if self.prefix.startswith(prefix)), None)
+    def _fence(self) -> tuple[str, LeaseState] | None:
+        """Return the locked prefix that this store is in, and the lease of its driver."""
+        return next((fence for fence in self.fences.items() if self.prefix.startswith(fence[0])), None)
 
     def _require_fence(self) -> None:
         """Raise RunBusyError where another driver than the one for whom this store writes holds the run."""
         fence = self._fence()
         if fence is None:
             return
-        locked = S3Store(self.bucket, fence.prefix, self.endpoint, self.region)
+        prefix, own = fence
+        locked = S3Store(self.bucket, prefix, self.endpoint, self.region)
         seen = LeaseInBucket(locked).read()
         state = LeaseState("nobody", released=True) if seen is None else LeaseState.parse(seen[1])
-        if state.token != fence.token or state.released:
+        if state.token != own.token or state.released:
             holder = "nobody" if state.released else state.holder
             raise RunBusyError(
-                f"{locked.address}: another one took the run over: {fence.holder} held it, {holder} does now; "
+                f"{locked.address}: another one took the run over: {own.holder} held it, {holder} does now; "
                 "see `defuse status`"
             )
 
@@ -365,15 +365,6 @@ class S3Store:
                 client.abort_multipart_upload(**at)
             raise
         return str(done["ETag"])
-
-
-@dataclass(frozen=True)
-class Fence:
-    """The driver that locked a prefix, as its workers know it."""
-
-    prefix: str
-    token: str
-    holder: str
 
 
 class _HeartbeatStore(S3Store):

@@ -28,8 +28,8 @@ from sklearn.datasets import load_digits
 
 from defuse_core.artifacts import Gallery
 from services.labeling import LabelStudioAnnotators
+from services.labeling.api_types import choice_result
 from services.labeling.project import ReviewProject
-from services.labeling.simulate import choice_result
 from services.labeling.state import read_state, write_state
 from services.labeling.tasks import ReviewTasks, batches
 

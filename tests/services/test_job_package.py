@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
@@ -15,8 +16,7 @@ from ray._private.runtime_env.packaging import create_package
 
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import InputError, ModelError, RunFileError
-from services import job_package
-from services.job_package import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, build_working_dir
+from services.cli.jobs import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, build_working_dir
 from tests.conftest import tiny
 
 
@@ -189,7 +189,8 @@ def small_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "root"
     for name in PACKAGES:
         (root / name).mkdir(parents=True)
-    monkeypatch.setattr(job_package, "ROOT", root)
+    # services.cli has the command under the name of its module
+    monkeypatch.setattr(import_module("services.cli.jobs"), "ROOT", root)
     return root
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,7 @@ from label_studio_live import review_run
 
 from defuse_core.artifacts import Gallery
 from defuse_core.runs import Run
-from services.labeling.client import Annotation, Task
-from services.labeling.simulate import choice_result
+from services.labeling.api_types import Annotation, Task, choice_result
 from services.labeling.tasks import ReviewTasks
 
 ANNOTATORS, IMAGES = 5, 10
@@ -41,7 +41,12 @@ def annotation(
 ) -> Annotation:
     """Return an annotation with one choice, or a skip where it is None."""
     result = [] if choice is None else [choice_result("label", target, choice)]
-    return Annotation(number, annotator, result, choice is None, created, changed or created)
+    return Annotation(number, at(created), at(changed or created), annotator, result, choice is None)
+
+
+def at(seconds: float) -> datetime:
+    """Return the time so many seconds after 1970 began."""
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def task_of(
@@ -64,11 +69,11 @@ def answered_tasks(tasks: ReviewTasks, secret: str = "") -> Iterator[Task]:
         annotations = tuple(
             Annotation(
                 id=10 * index + n,
-                annotator=1000 + n,
+                created_at=at(1.7e9),
+                updated_at=at(1.7e9 + n),
+                completed_by=1000 + n,
                 result=[choice_result("label", "image", "8")],
-                cancelled=False,
-                created=1.7e9,
-                updated=1.7e9 + n,
+                was_cancelled=False,
             )
             for n in range(ANNOTATORS)
         )

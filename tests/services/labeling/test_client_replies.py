@@ -9,8 +9,7 @@ import pytest
 from proxy import Proxy, Reply
 
 from defuse_core.errors import InputError, ServiceError
-from services.labeling.client import LabelStudioClient, checked_address
-from services.labeling.client_errors import translated_errors
+from services.labeling.client import LabelStudioClient, checked_address, translated_errors
 
 PAGE = Reply(404, "<!doctype html><html></html>", "text/html")
 NOT_FOUND = Reply(404, '{"detail": "Not found."}')

@@ -15,7 +15,8 @@ from label_studio_live import live_home
 
 from defuse_core.errors import InputError, ServiceError
 from services.cli import defuse
-from services.labeling.client import LabelStudioClient, ProjectSettings
+from services.labeling.api_types import ProjectSettings
+from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import (
     Installation,
     _is_label_studio,

@@ -20,7 +20,7 @@ from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.labeling import LabelStudioAnnotators
-from services.labeling.pictures import Pictures, bucket_storage, png
+from services.labeling.tasks import Pictures, bucket_storage, png
 from services.settings import BucketAccess
 from services.storage import open_store
 from tests.ports import free_port

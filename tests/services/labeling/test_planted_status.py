@@ -14,7 +14,7 @@ from rich.console import Console
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
-from services.labeling.simulate import choice_result
+from services.labeling.api_types import choice_result
 from services.labeling.state import ProjectState
 from services.labeling.status import AnswerChanges, ReviewStatus, review_status, update_queue
 

@@ -120,7 +120,7 @@ def test_a_repair_deletes_no_skip_of_a_task_that_defuse_did_not_import(make_revi
     accounts[0].submit(stranger, [], was_cancelled=True)
     review.annotators.push(review.gallery, repair=True)
     (kept,) = (task for task in review.api.tasks(number) if task.key is None)
-    assert [one.cancelled for one in kept.annotations] == [True]
+    assert [one.was_cancelled for one in kept.annotations] == [True]
 
 
 def test_a_project_with_another_runs_mark_is_not_taken_over_although_it_shows_the_same(make_review):

@@ -12,7 +12,7 @@ from label_studio_live import write_into_cache
 from defuse_core.artifacts import Votes
 from defuse_core.errors import InputError
 from services.cli import defuse
-from services.labeling.simulate import choice_result
+from services.labeling.api_types import choice_result
 
 TRUTH = (8, 3, 0, 1)
 

@@ -17,7 +17,7 @@ from defuse_core.artifacts import NO_SCENARIO, Gallery, Votes
 from defuse_core.review.verdicts import decide_verdicts
 from services.cli.review_tables import ROWS_SHOWN, print_closed, print_result, print_skips, print_status
 from services.labeling.annotations import read_annotations
-from services.labeling.client import Task
+from services.labeling.api_types import Task
 from services.labeling.status import AnswerChanges, ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
 

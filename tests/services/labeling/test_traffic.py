@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from services.cli import defuse
 from services.labeling.annotators import open_traffic_review, traffic_reviews
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import read_state
-from services.serving.traffic import Reservoir, SampledInput, components_digest, sample_now
+from services.serving.traffic import Reservoir, SampledInput, components_digest
 from tests.ports import free_port
 
 COMPONENTS = components_digest(digits_gallery())
@@ -61,7 +62,8 @@ def sampled_input(
     image: F32, scenario: int, failure: float | None = None, components: str = COMPONENTS
 ) -> SampledInput:
     """An input that the run of `digits_gallery()`, or one with other components, received now."""
-    return sample_now(image, scenario, 6, "1", digits_gallery().classes, components, failure)
+    classes = digits_gallery().classes
+    return SampledInput(image, scenario, 6, "1", time.time(), classes, components, failure)
 
 
 def taken(slots: int) -> list[tuple[float, int]]:

@@ -136,9 +136,7 @@ def test_each_count_ends_a_canary_from_the_number_on_that_is_above_its_limit():
 
 def shadow_request(report: Callable[[PredictionResult], None]) -> ShadowRequest:
     """A request whose prediction fails, which is reported like any other."""
-    return ShadowRequest(
-        cast(LoadedModel, None), np.zeros((1, 1, 1, 1), np.float32), cast(ModelOutput, None), report
-    )
+    return ShadowRequest(cast(LoadedModel, None), np.zeros((1, 1, 1, 1), np.float32), report)
 
 
 def test_a_shadow_goes_on_after_a_report_that_raises():
@@ -193,9 +191,7 @@ def shadowed(model: TimedModel, requests: int, max_seconds: float, at_once: bool
     async def runs() -> list[object]:
         runner, reported = ShadowRunner(max_seconds), list[object]()
         numbered = [
-            ShadowRequest(
-                cast(LoadedModel, model), cast(Any, n), cast(ModelOutput, None), cast(Any, reported.append)
-            )
+            ShadowRequest(cast(LoadedModel, model), cast(Any, n), cast(Any, reported.append))
             for n in range(requests)
         ]
         if at_once:

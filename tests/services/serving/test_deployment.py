@@ -27,7 +27,7 @@ from services.serving.inputs import decode_body
 from services.serving.model import LoadedModel
 from services.serving.registry import PromotionRequest, Registry, promote
 from services.serving.registry_state import RegistryState
-from services.serving.traffic import components_digest, read_traffic
+from services.serving.traffic import SampledInput, components_digest, read_traffic
 
 
 def new_replica(store: FolderStore, **settings: Any) -> ClassifierDeployment:
@@ -47,7 +47,7 @@ def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_a
     own_store.write(key, whole[:-1])
     replica = new_replica(own_store)
     with pytest.raises(Unavailable, match="in production is damaged or missing: promote its run") as rejected:
-        replica.input_spec()
+        replica.current()
     assert rejected.value.status == 503 and own_store.address not in rejected.value.message
     own_store.write(key, whole)
     versions = replica.watcher.load_changes(replica.active)
@@ -72,6 +72,20 @@ def test_sampled_inputs_are_stored_with_the_components_of_their_run(own_store, p
     stored = own_store.list("traffic/")
     assert stored and all(key.startswith(f"traffic/first/{digest[:16]}/") for key in stored)
     assert len(read_traffic(own_store, "first", drawn)) == len(stored)
+
+
+def test_a_sampled_input_does_not_keep_the_images_of_its_request(own_store, pictures, monkeypatch):
+    put(own_store, "first")
+    settings, offered = ServeSection(reservoir=3), list[SampledInput]()
+    replica = ClassifierDeployment(
+        own_store.address, InitialModel(), settings, {"watch_share": 0.5}, require_token=False
+    )
+    monkeypatch.setattr(replica.reservoir, "offer", lambda run, sampled: offered.append(sampled))
+    active = replica.current()
+    spec = active.in_production.input_spec
+    pixels = np.concatenate([decode_body("image/png", [picture], spec) for picture in pictures[:20]])
+    asyncio.run(replica.predict(active, pixels, b""))
+    assert offered and not any(np.shares_memory(sampled.image, pixels) for sampled in offered)
 
 
 async def post(replica: ClassifierDeployment, body: bytes, content_type: str = "image/png") -> httpx.Response:
@@ -141,7 +155,7 @@ def test_a_request_that_production_does_not_answer_leaves_nothing_to_the_canary(
 
     monkeypatch.setattr(replica._batcher, "predict", never)
     monkeypatch.setattr(replica._canary_batcher, "predict", never)
-    pixels = decode_body("image/png", [pictures[0]], replica.input_spec())
+    pixels = decode_body("image/png", [pictures[0]], replica.current().in_production.input_spec)
     key = next(key for key in (bytes([n]) for n in range(99)) if replica.active.canary_for(key))
 
     async def ask() -> None:

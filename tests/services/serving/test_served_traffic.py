@@ -18,7 +18,6 @@ from services.serving.traffic import (
     components_digest,
     delete_traffic,
     read_traffic,
-    sample_now,
 )
 
 
@@ -37,10 +36,12 @@ def drawn_images(level: float) -> Gallery:
 DRAWN = drawn_images(0.5)
 
 
-def sampled_input(image: F32, scenario: int, predicted: int, failure: float | None = None) -> SampledInput:
-    """An input that the run of DRAWN received now."""
-    digest = components_digest(DRAWN)
-    return sample_now(image, scenario, predicted, "1", DRAWN.classes, digest, failure)
+def sampled_input(
+    image: F32, scenario: int, predicted: int, failure: float | None = None, run: Gallery = DRAWN
+) -> SampledInput:
+    """An input that the run of DRAWN, or one that has drawn other images, received now."""
+    digest = components_digest(run)
+    return SampledInput(image, scenario, predicted, "1", time.time(), run.classes, digest, failure)
 
 
 FOLDER = components_digest(DRAWN)[:16]  # of the inputs that its run received
@@ -253,8 +254,7 @@ def test_runs_of_one_name_share_no_slots_and_do_not_read_each_others_inputs(tmp_
     for run, count in ((first, 2), (second, 1)):
         for number in range(count):
             image = np.full((1, 2, 2), number, np.float32)
-            digest = components_digest(run)
-            reservoir.offer("mnist", sample_now(image, 3, number, "1", run.classes, digest))
+            reservoir.offer("mnist", sampled_input(image, 3, number, run=run))
     reservoir._thread.shutdown()
     assert [len(read_traffic(store, "mnist", run)) for run in (first, second)] == [2, 1]
     assert "traffic/mnist: left out 1 of 3 inputs, which another run of this name received" in caplog.text
@@ -273,11 +273,6 @@ def test_the_inputs_of_a_run_can_be_deleted_and_those_of_others_stay(tmp_path):
     assert store.list() == [other]
     assert delete_traffic(store, "mnist") == 0
     assert delete_traffic(store, "mnist-2") == 1 and store.list() == []
-
-
-def test_a_sampled_input_does_not_keep_the_images_of_its_request():
-    images = np.zeros((2, 1, 2, 2), np.float32)
-    assert not np.shares_memory(sampled_input(images[0], 3, 0).image, images)
 
 
 @dataclass

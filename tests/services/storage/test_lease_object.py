@@ -90,7 +90,7 @@ def test_a_released_lease_is_taken_at_once_and_is_of_the_next_generation(monkeyp
     for generation in range(3):
         with hold(found, found) as held:
             assert state(found).generation == generation and not state(found).released
-            assert state(found).token == held.token
+            assert state(found).token == held.state.token
         assert state(found).released
 
 

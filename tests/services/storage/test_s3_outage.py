@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from defuse_core.errors import StoreError
-from services.storage import open_store, s3, s3_outage
+from services.storage import open_store, s3, s3_errors
 from tests.ports import free_port
 
 QUIET_S = 0.1  # the read timeout of a test
@@ -24,7 +24,7 @@ def hasty(aws: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.M
     """A hundredth of all times, and hardly a pause between attempts."""
     caplog.set_level(logging.INFO, "defuse")
     for name, seconds in (("SILENCE_S", 0.5), ("WARN_S", 0.05), ("_silent", set())):
-        aws.setattr(s3_outage, name, seconds)
+        aws.setattr(s3_errors, name, seconds)
     aws.setattr(s3, "READ_TIMEOUT_S", QUIET_S)
     aws.setattr(s3, "SEND_TIMEOUT_S", 3 * QUIET_S)
     aws.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)

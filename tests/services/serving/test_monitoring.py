@@ -1,8 +1,9 @@
-"""Finding that a server can no longer answer."""
+"""Finding that a server can no longer answer, and the metrics page that merges the metrics of all nodes."""
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ import ray
 from defuse_core.errors import ComputeError
 from defuse_core.store import FolderStore
 from services.serving.launch import registry_changes
-from services.serving.liveness import MAX_FAILURES, LivenessCheck
+from services.serving.monitoring import MAX_FAILURES, LivenessCheck, _scrape, merge_pages
 from services.serving.registry import Registry
 from tests.ports import free_port
 
@@ -107,3 +108,43 @@ def test_failures_that_are_not_in_a_row_do_not_add_up(monkeypatch):
     for nodes in ([DEAD], [NODE]) * MAX_FAILURES:
         monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
         check()
+
+
+def test_the_pages_of_several_nodes_become_one_page_with_one_header_per_metric():
+    head = "# HELP ray_defuse_images_total x\n# TYPE ray_defuse_images_total counter\n"
+    page = head + 'ray_defuse_images_total{n="%d"} 1.0\n# HELP other y\nother 2\n'
+    assert merge_pages([page % 1, page % 2, ""]) == (
+        "# HELP ray_defuse_images_total x\n# TYPE ray_defuse_images_total counter\n"
+        'ray_defuse_images_total{n="1"} 1.0\nray_defuse_images_total{n="2"} 1.0\n'
+    )
+
+
+def test_a_page_that_is_cut_within_a_line_is_left_out():
+    whole = '# TYPE ray_defuse_images_total counter\nray_defuse_images_total{n="1"} 1.0\n'
+    for end in range(len(whole)):
+        assert 'n="1"} 1.0' in merge_pages([whole[:end], whole])
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\nray_defuse_x 1\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xff",
+        b"no HTTP\r\n\r\n",
+        b"",
+    ],
+)
+def test_a_node_that_dies_within_its_answer_is_left_out(reply):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(reply)
+
+        node = threading.Thread(target=answer)
+        node.start()
+        assert _scrape(f"http://127.0.0.1:{listener.getsockname()[1]}/metrics") == ""
+        node.join()
