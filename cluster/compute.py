@@ -38,7 +38,7 @@ from cluster.resources import (
 )
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import ResourcesSection, RunFile
-from defuse_core.correct import collect_sweep, finished_trials, nothing_to_tune
+from defuse_core.correct import finished_trials, nothing_to_tune
 from defuse_core.errors import RunFileError
 from defuse_core.identify import (
     finished_shards,
@@ -47,6 +47,7 @@ from defuse_core.identify import (
     shard_count,
     shard_fingerprint,
 )
+from defuse_core.lambda_choice import collect_sweep
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, silent
 from defuse_core.protocols import Call, SweepRequest, numbered

@@ -1,10 +1,10 @@
-"""§3.2.3: fine-tune f on L(D) + λ·CE(D_f), once per λ, and choose one of the results."""
+"""§3.2.3: fine-tune f on L(D) + λ·CE(D_f), once per λ."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -15,9 +15,7 @@ from torch.nn import functional as F
 from defuse_core.artifacts import (
     Bool,
     Corrections,
-    FailedTrial,
     Models,
-    Sweep,
     SweepRow,
     Trial,
     Weights,
@@ -26,8 +24,9 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.device import autocast, cpu_threads, is_out_of_memory
-from defuse_core.errors import ComputeError, DamagedError, DefuseError, ModelError, StoreError
-from defuse_core.intervals import ROUNDING, certain_loss
+from defuse_core.errors import DamagedError, DefuseError, ModelError, StoreError
+from defuse_core.intervals import certain_loss
+from defuse_core.lambda_choice import after_epoch, may_be_picked
 from defuse_core.models import load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -48,8 +47,6 @@ from defuse_core.training.precision import right_by_part
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
-EQUAL_TUNE = 0.01  # so much accuracy on tuned images is no reason to lose clean accuracy
-SMALLER_LAMBDAS = "add smaller values to correct.lambdas; the run then tunes those alone"
 
 
 class TuningSteps:
@@ -163,7 +160,9 @@ def score(
     epoch: int,
     loss: float,
 ) -> SweepRow:
-    """Return the accuracies of a classifier in eval mode after an epoch with this mean loss."""
+    """Return the row of an epoch with this mean loss, with the accuracies of a classifier in eval mode."""
+    if not may_be_picked(spec.correct, epoch):
+        return SweepRow(lam, epoch, loss)
     clean = tuning.clean.parts()
     parts = {**clean, "tune": tuning.scenario.tune, "scenario": tuning.scenario.held_out}
     right = right_by_part(classifier, parts, spec.resources.arithmetic("answers"))
@@ -193,79 +192,6 @@ def _class_loss(models: Models, clean: Splits, right: Mapping[str, Bool]) -> flo
             after += np.bincount(images.labels, right[part], minlength=classes)
     total = np.maximum(counts, 1)
     return float(certain_loss(before / total, after / total, counts).max())
-
-
-def after_epoch(
-    spec: RunFile, models: Models, trial: Trial, row: SweepRow, weights: Weights, moments: Weights
-) -> Trial:
-    """Return the trial with one more epoch, which `row` scores and after which the rest is the state of training."""
-    rows, best, best_epoch = (*trial.rows, row), trial.best, trial.best_epoch
-    if best_epoch == 0 or _rank(spec, models, row) > _rank(spec, models, rows[best_epoch - 1]):
-        best, best_epoch = weights, row.epoch
-    epochs, hopeless = spec.correct.epochs, _is_hopeless(spec, models, row)
-    if hopeless and row.epoch < epochs:
-        log.info("correct: λ = %g is given up after epoch %d of %d", trial.lam, row.epoch, epochs)
-    done = hopeless or row.epoch == epochs
-    state = ({}, {}) if done else (weights, moments)
-    return Trial(trial.lam, rows, *state, best, best_epoch, done)
-
-
-def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
-    """Return what the rule of choice maximises over the epochs of a λ. Held-out scenario and test images play no part.
-
-    choose_by tune: tune accuracies that are equal in whole percent count as equal, and the clean accuracy decides.
-    An epoch before the last of a cycle is no candidate: its learning rate has not fallen yet.
-    """
-    if spec.correct.choose_by == "last":
-        return (row.epoch,)
-    epoch = row.epoch if spec.correct.schedule == "one_cycle" else 0
-    if spec.correct.choose_by != "tune":
-        return (epoch, getattr(row, spec.correct.choose_by))
-    if not _is_allowed(spec, models, row):
-        return (epoch, 0.0, _clean(row), row.tune)
-    return (epoch, 1.0, round(row.tune, 2), _clean(row), row.tune)
-
-
-def _best_trial(spec: RunFile, models: Models, trials: Sequence[Trial]) -> Trial:
-    """Return the trial that the rule of choice picks by the best epoch of each; the first of equals.
-
-    choose_by tune: of the λ whose tune accuracy is within EQUAL_TUNE of the highest, the one of highest clean accuracy.
-    """
-
-    def best_row(trial: Trial) -> SweepRow:
-        return trial.rows[trial.best_epoch - 1]
-
-    allowed = [trial for trial in trials if _is_allowed(spec, models, best_row(trial))]
-    if spec.correct.choose_by != "tune" or not allowed:
-        return max(trials, key=lambda trial: _rank(spec, models, best_row(trial)))
-    enough = max(best_row(trial).tune for trial in allowed) - EQUAL_TUNE - ROUNDING
-    as_good = [trial for trial in allowed if best_row(trial).tune >= enough]
-    return max(as_good, key=lambda trial: (_clean(best_row(trial)), best_row(trial).tune))
-
-
-def _clean(row: SweepRow) -> float:
-    """Return the accuracy on images that no scenario is drawn from: validation, or train without one."""
-    return row.train if row.validation is None else row.validation
-
-
-def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:
-    """Whether the rule of choice may pick the row: choose_by tune bounds the loss, over all classes and of each."""
-    if spec.correct.choose_by != "tune":
-        return True
-    of_a_class = row.class_loss > spec.correct.class_loss_allowed + ROUNDING
-    return not (of_a_class or _loses_more(models, row, spec.correct.max_loss))
-
-
-def _is_hopeless(spec: RunFile, models: Models, row: SweepRow) -> bool:
-    """Whether λ is given up after the epoch of the row. Other trials play no part, so that results stay the same."""
-    limit = spec.correct.stop_at_loss
-    return limit is not None and _loses_more(models, row, limit)
-
-
-def _loses_more(models: Models, row: SweepRow, limit: float) -> bool:
-    """Whether more clean accuracy is lost (validation, or train without one) than `limit`, a fraction of 1."""
-    split = "train" if row.validation is None else "validation"
-    return models.accuracy[split] - _clean(row) > limit + ROUNDING
 
 
 def trial_key(lam: float) -> str:
@@ -341,53 +267,3 @@ def is_trial_failure(error: BaseException) -> bool:
     """Return whether the sweep leaves out a trial with this error: not if images, store or machines failed."""
     machines = isinstance(error, DefuseError | OSError) or is_out_of_memory(error)
     return isinstance(error, ModelError) or not machines
-
-
-def collect_sweep(
-    spec: RunFile,
-    models: Models,
-    trials: Sequence[Trial],
-    failures: Mapping[float, DefuseError] | None = None,
-) -> Sweep:
-    """Return the sweep with the weights that the rule of choice picks over all λ; the smaller λ of equals.
-
-    Nothing is picked where no λ keeps the clean accuracy within correct.max_loss and max_class_loss (choose_by tune).
-    `failures` holds the error of each λ that is left out, which is logged. Raises ModelError or ComputeError if all
-    failed.
-    """
-    failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
-    for each in failed:
-        log.warning("correct: the trial with λ = %g failed for good: %s", each.lam, each.cause)
-    if failures and not trials:
-        kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
-        raise kind(f"correct: every trial failed; λ = {failed[0].lam:g}: {failed[0].cause}")
-    for trial in trials:
-        if not trial.done:
-            raise ComputeError(
-                f"correct: expected a finished trial with λ = {trial.lam:g}, found {len(trial.rows)} of "
-                f"{spec.correct.epochs} epochs; run again to continue it"
-            )
-    ordered = sorted(trials, key=lambda trial: trial.lam)
-    rows = tuple(row for trial in ordered for row in trial.rows)
-    if not ordered:
-        return Sweep(rows, None, {}, failed)
-    best = _best_trial(spec, models, ordered)
-    chosen = best.rows[best.best_epoch - 1]
-    if not _is_allowed(spec, models, chosen):
-        log.warning(
-            "correct: NOTHING IS CHOSEN, since every λ loses more than correct.max_loss = %g of the clean accuracy, or "
-            "more than %g of that of a class (correct.max_class_loss); %s",
-            spec.correct.max_loss,
-            spec.correct.class_loss_allowed,
-            SMALLER_LAMBDAS,
-        )
-        return Sweep(rows, None, {}, failed)
-    return Sweep(rows, chosen, best.best, failed)
-
-
-def best_rows(spec: RunFile, models: Models, rows: Sequence[SweepRow]) -> list[SweepRow]:
-    """Return for each λ, ascending, the row of the epoch that the rule of choice picks; the earlier of equals."""
-    by_lam: dict[float, list[SweepRow]] = {}
-    for row in rows:
-        by_lam.setdefault(row.lam, []).append(row)
-    return [max(by_lam[lam], key=lambda row: _rank(spec, models, row)) for lam in sorted(by_lam)]

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import collect_sweep, is_trial_failure, nothing_to_tune
+from defuse_core.correct import is_trial_failure, nothing_to_tune
 from defuse_core.device import is_out_of_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
+from defuse_core.lambda_choice import collect_sweep
 from defuse_core.profiling import UNTRACED, Profile
 from defuse_core.progress import Progress, ProgressSum, silent
 from defuse_core.protocols import Call, SweepRequest, numbered

@@ -16,7 +16,6 @@ from defuse_core.artifacts import F64, Models, Trial, Weights
 from defuse_core.config import CorrectSection, RunFile
 from defuse_core.correct import (
     TuningSteps,
-    after_epoch,
     changes_weights,
     is_trial_failure,
     new_trial,
@@ -29,6 +28,7 @@ from defuse_core.correct import (
 from defuse_core.data import Images
 from defuse_core.device import autocast, cpu_threads, device, is_out_of_memory
 from defuse_core.errors import ANOTHER_NAME, ModelError, one_line
+from defuse_core.lambda_choice import after_epoch
 from defuse_core.models import load_classifier, set_weights, to_tensor, weights_of
 from defuse_core.store import Store
 from defuse_core.training.loop import (

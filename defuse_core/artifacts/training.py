@@ -145,17 +145,25 @@ class Corrections:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One epoch of fine-tuning with one λ. Accuracies are None where the data set has no such images."""
+    """One epoch of fine-tuning with one λ.
+
+    An accuracy is None where the data set has no such images. All are None, and class_loss is 0, after an epoch that
+    the rule of choice cannot pick (correct.schedule, choose_by): scoring takes as long as a third of its training.
+    """
 
     lam: float
     epoch: int  # from 1
     loss: float
-    train: float
-    validation: float | None
-    test: float | None
-    tune: float  # accuracy on the scenario images tuned on
-    scenario: float  # accuracy on the held-out scenario images
+    train: float | None = None
+    validation: float | None = None
+    test: float | None = None
+    tune: float | None = None  # accuracy on the scenario images tuned on
+    scenario: float | None = None  # accuracy on the held-out scenario images
     class_loss: float = 0.0  # accuracy that some class has certainly lost on training and validation images
+
+    @property
+    def is_scored(self) -> bool:
+        return self.train is not None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial, Verdicts
 from defuse_core.codec import encode
-from defuse_core.correct import best_rows, collect_sweep, fine_tune, nothing_to_tune, run_trial, trial_key
+from defuse_core.correct import fine_tune, nothing_to_tune, run_trial, trial_key
 from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
+from defuse_core.lambda_choice import best_rows, collect_sweep
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy, load_classifier, predict, weights_of
 from defuse_core.progress import silent

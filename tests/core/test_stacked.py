@@ -237,7 +237,8 @@ def test_an_interrupted_stack_goes_on_to_the_same_end_bit_for_bit(
     lams, models = (0.01, 300.0, 0.1), tiny_models
     spec = stacking(**HARD, schedule=schedule, augment=augment, lambdas=lams)
     if with_hopeless:
-        first = {lam: next(fine_tune(spec, models, tuning, lam, None)) for lam in lams}
+        every_epoch_is_scored = spec.with_fields("correct", stop_at_loss=1.0)
+        first = {lam: next(fine_tune(every_epoch_is_scored, models, tuning, lam, None)) for lam in lams}
         models = losing(models, first, 300.0)
         spec = spec.with_fields("correct", stop_at_loss=0.2)
     whole, stopped = (FolderStore(tmp_path / name) for name in ("whole", "stopped"))

@@ -10,12 +10,8 @@ import torch
 
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import (
-    best_rows,
-    collect_sweep,
-    fine_tune,
-    score,
-)
+from defuse_core.correct import fine_tune, score
+from defuse_core.lambda_choice import best_rows, collect_sweep
 from defuse_core.models import accuracy, load_classifier
 from defuse_core.progress import silent
 from defuse_core.tuning_data import load_clean_images, load_fine_tuning_data
@@ -148,3 +144,31 @@ def test_of_a_sample_of_the_training_images_those_that_are_left_out_are_missing(
     left_out = np.sort(np.concatenate([rows[::10], others[:20]]))
     found = load_clean_images(spec, tiny_models, left_out, none, progress=silent).train
     np.testing.assert_array_equal(found.pixels, np.delete(sample.pixels, np.arange(0, 100, 10), axis=0))
+
+
+@pytest.mark.parametrize(
+    ("section", "scored"),
+    [
+        ({"schedule": "constant"}, [1, 2, 3]),
+        ({"schedule": "one_cycle"}, [3]),
+        ({"schedule": "one_cycle", "choose_by": "validation"}, [3]),
+        ({"schedule": "constant", "choose_by": "last", "lambdas": [1.0]}, [3]),
+        ({"schedule": "one_cycle", "stop_at_loss": 1.0}, [1, 2, 3]),
+    ],
+)
+def test_the_same_weights_are_chosen_whether_or_not_epochs_that_cannot_be_picked_are_scored(
+    section, scored, tiny_models, tuning, monkeypatch
+):
+    spec = tiny(correct={"epochs": 3, **section})
+    *_, made = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    assert [row.epoch for row in made.rows if row.is_scored] == scored
+    assert all(row.loss > 0 for row in made.rows) and len(made.rows) == 3
+    monkeypatch.setattr("defuse_core.correct.may_be_picked", lambda *_: True)
+    *_, whole = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    assert all(row.is_scored for row in whole.rows)
+    assert (made.best_epoch, made.rows[-1]) == (whole.best_epoch, whole.rows[-1])
+    for name, array in whole.best.items():
+        np.testing.assert_array_equal(made.best[name], array)
+    sweeps = [collect_sweep(spec, tiny_models, [trial]) for trial in (made, whole)]
+    assert sweeps[0].chosen == sweeps[1].chosen
+    assert best_rows(spec, tiny_models, sweeps[0].rows) == best_rows(spec, tiny_models, sweeps[1].rows)
