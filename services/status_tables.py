@@ -54,6 +54,21 @@ class StepState:
     made: str
 
 
+@dataclass(frozen=True)
+class RunSummary:
+    """What `defuse status --json` says of a run; None where it is not known yet."""
+
+    run: str
+    data: str | None = None
+    step: str | None = None  # the first that is not done
+    state: str | None = None  # of that step, as in StepState; "done" after the last one
+    seconds: float | None = None  # of all steps so far
+    made: str | None = None  # time of the last artefact, 2026-01-31T12:00:00Z
+    accepted: int | None = None  # failure scenarios
+    accuracy: dict[str, Any] | None = None  # as in report.json: before, baseline and defuse
+    problem: str | None = None  # why the run or its report cannot be read
+
+
 def step_states(run: Run) -> list[StepState]:
     """Return the state of each step, from what the run's store holds and whether a driver holds its lock."""
     keys = set(run.store.list())
@@ -136,6 +151,43 @@ def _shards(run: Run) -> int:
 
     models = run.load(Models)
     return 0 if models is None else shard_count(models.images["train"], run.spec.identify)
+
+
+def summarize_runs(store: Store) -> list[RunSummary]:
+    """Return the summary of each run in a store, also of those that cannot be read."""
+    return [summary for name in store.folders() if (summary := _summary_in(store, name))]
+
+
+def _summary_in(store: Store, name: str) -> RunSummary | None:
+    """Return the summary of the run called `name`; None where the folder holds none."""
+    try:
+        if not store.exists(f"{name}/run.yaml"):
+            return None
+        run = Run.open(store, name)
+        return summarize_run(run, step_states(run))
+    except DefuseError as error:
+        return RunSummary(name, problem=str(error))
+
+
+def summarize_run(run: Run, states: list[StepState]) -> RunSummary:
+    """Return how far a run is, and its result once `report.json` is written."""
+    at, report = _current(states), _stored_report(run)
+    return RunSummary(
+        run.name,
+        run.spec.data.name,
+        None if at is None else at.step,
+        "done" if at is None else at.state,
+        seconds=sum(state.seconds or 0 for state in states),
+        made=max(state.made for state in states) or None,
+        accepted=None if report is None else report.scenarios.accepted,
+        accuracy=None if report is None else report.accuracy.model_dump(mode="json"),
+        problem=_unread_report(run) if report is None and run.store.exists("report.json") else None,
+    )
+
+
+def _current(states: list[StepState]) -> StepState | None:
+    """Return the first step that is not done."""
+    return next((state for state in states if state.state != "done"), None)
 
 
 def print_status(run: Run, console: Console | None = None) -> None:
@@ -241,7 +293,7 @@ def print_runs(store: Store, console: Console | None = None) -> None:
 def _run_row(run: Run, report: Report | None) -> tuple[str | Text, ...]:
     """Return the cells of a run in the list. Raises StoreError for a file that is damaged."""
     states = step_states(run)
-    at = next((state for state in states if state.state != "done"), None)
+    at = _current(states)
     shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
     return (
         run.name,

@@ -6,6 +6,7 @@ import contextlib
 import math
 import shlex
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,10 @@ from services.cli.options import (
     address_option,
     classifier_choice,
     given,
+    json_option,
     name_option,
     open_run,
+    print_json,
     run_name,
     set_option,
     store_option,
@@ -233,17 +236,24 @@ def run(
 @click.command(short_help="Show how far a run is, or list the runs.")
 @click.argument("name", required=False)
 @store_option
-def status(name: str | None, store: str) -> None:
+@json_option
+def status(name: str | None, store: str, as_json: bool) -> None:
     """Show how far the run called NAME is, or list the runs.
 
     A step that has begun is under way while a `defuse run` process works on the run, else stopped: the same command
     continues it.
     """
-    from services.status_tables import print_runs, print_status
+    from services.status_tables import print_runs, print_status, step_states, summarize_run, summarize_runs
     from services.storage import open_store
 
-    if name is None:
+    if name is None and as_json:
+        print_json({"runs": [asdict(summary) for summary in summarize_runs(open_store(store))]})
+    elif name is None:
         print_runs(open_store(store))
+    elif as_json:
+        opened = open_run(name, store)
+        states = step_states(opened)
+        print_json({**asdict(summarize_run(opened, states)), "steps": [asdict(state) for state in states]})
     else:
         print_status(open_run(name, store))
 

@@ -43,7 +43,7 @@ from services.serving.checks import CandidateReport, Check, evaluate_candidate, 
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
-FORMAT = 8  # of the stored candidate; part of its key in the run, so that one of another format is made again
+FORMAT = 9  # of the stored candidate; part of its key in the run, so that one of another format is made again
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
 # Fields that describe a candidate.

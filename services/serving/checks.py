@@ -27,6 +27,8 @@ class Check:
     name: str
     passed: bool
     line: str  # what was checked, the value found and the limit
+    found: float | None = None  # the accuracy, gain, loss or share that the line tells, 0 to 1
+    limit: float | None = None  # the least or the most that passes; None where no single figure decides
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class OwnLabelAccuracy:
             told = "significant, and none may be" if self.worse[worst] else "not significant"
             loss = f"scenario {self.scenario[worst]}, {percent(before, 2)} to {percent(after, 2)}, {told}"
             line = f"largest loss by own label: {loss}"
-        return Check("own label", not self.worse.any(), line)
+        return Check("own label", not self.worse.any(), line, found=max(0.0, float(before - after)))
 
 
 def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> OwnLabelAccuracy | None:
@@ -105,18 +107,18 @@ class CandidateReport:
     def _mean_scenario_accuracy(self, least: float) -> Check:
         found = float(self.scenario_after.mean())
         line = f"scenario accuracy: {percent(found, 2)}, expected at least {percent(least, 2)}"
-        return Check("scenario accuracy", found >= least - ROUNDING, line)
+        return Check("scenario accuracy", found >= least - ROUNDING, line, found, least)
 
     def _worst_scenario_accuracy(self, least: float) -> Check:
         worst = int(self.scenario_after.argmin())
         found = float(self.scenario_after[worst])
         line = f"worst scenario: {self.scenario[worst]}, {percent(found, 2)}, expected at least {percent(least, 2)}"
-        return Check("worst scenario", found >= least - ROUNDING, line)
+        return Check("worst scenario", found >= least - ROUNDING, line, found, least)
 
     def _improvement(self) -> Check:
         before, after = float(self.scenario_before.mean()), float(self.scenario_after.mean())
         line = f"improvement: scenario accuracy {percent(before, 2)} to {percent(after, 2)}"
-        return Check("improvement", after > before, line)
+        return Check("improvement", after > before, line, after - before, 0.0)
 
     def _clean_accuracy(self, most: float) -> Check:
         before, after = float(self.right_before.mean()), float(self.right_after.mean())
@@ -124,7 +126,7 @@ class CandidateReport:
         line += f"a loss of {100 * most:.2f} points is allowed"
         if self.dependence:
             line += f" (not independent: {self.dependence})"
-        return Check("clean accuracy", before - after <= most + ROUNDING, line)
+        return Check("clean accuracy", before - after <= most + ROUNDING, line, before - after, most)
 
     def _class_accuracy(self, most: float) -> Check:
         counts = np.bincount(self.labels, minlength=len(self.classes))
@@ -139,13 +141,13 @@ class CandidateReport:
         if not measured.all():
             unknown = [self.classes[number] for number in np.flatnonzero(~measured)]
             line += f"; not measured, since no {self.split} image shows them: {', '.join(unknown)}"
-        return Check("every class", float(loss[worst]) <= most + ROUNDING, line)
+        return Check("every class", float(loss[worst]) <= most + ROUNDING, line, float(loss[worst]), most)
 
     def _regressions(self, most: float) -> Check:
         found = float((self.right_before & ~self.right_after).mean())
         line = f"regressions: {percent(found, 2)} of clean images were right and are wrong now, "
         line += f"at most {percent(most, 2)} is allowed"
-        return Check("regressions", found <= most + ROUNDING, line)
+        return Check("regressions", found <= most + ROUNDING, line, found, most)
 
 
 def evaluate_candidate(

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from defuse_core.errors import DamagedError
 from defuse_core.watch.figures import WatchFigures
 
-FORMAT: Final = 4  # of the files of the registry, and of the versions
+FORMAT: Final = 5  # of the files of the registry, and of the versions
 OTHER_FORMAT = (  # what to do about a registry of another format
     "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
     "`defuse promote RUN`"
@@ -52,7 +52,7 @@ class RegistryState(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format: Literal[4]
+    format: Literal[5]
     """FORMAT."""
     sequence: int = 0
     """The number of changes so far."""

@@ -18,7 +18,14 @@ from defuse_core.report import Report
 from defuse_core.report.build import build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.status_tables import print_runs, print_status, step_states
+from services.status_tables import (
+    RunSummary,
+    print_runs,
+    print_status,
+    step_states,
+    summarize_run,
+    summarize_runs,
+)
 from tests.services.test_tables import ALL, BESIDE, a_run, finish, states_under_way, terminal, text_of
 
 
@@ -172,3 +179,27 @@ def test_only_a_vae_that_is_not_fit_is_shown_in_yellow(verdict: str, colour: str
     print_status(run, console)
     (line,) = [line for line in text_of(console).splitlines() if "β-VAE" in line]
     assert line.startswith(f"{colour}β-VAE: {verdict}.")
+
+
+def test_a_summary_says_where_a_run_is_and_its_result(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    begun = summarize_run(run, step_states(run))
+    assert begun == RunSummary("sample", "digits", "train", "to do", seconds=0)
+    finish(run, *ALL)
+    report = reported(run)
+    (done,) = summarize_runs(FolderStore(tmp_path))
+    assert (done.step, done.state, done.accepted, done.problem) == (None, "done", 2, None)
+    assert done.accuracy == json.loads(report.model_dump_json())["accuracy"]
+    assert done.seconds is not None and done.seconds > 0 and done.made is not None
+
+
+def test_a_run_or_report_that_cannot_be_read_is_a_summary_with_the_problem(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, *ALL)
+    run.store.write("report.json", b"{}")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.yaml").write_text("seed: [")
+    (tmp_path / "other").mkdir()
+    broken, unread = summarize_runs(FolderStore(tmp_path))
+    assert broken == RunSummary("broken", problem=broken.problem) and "run.yaml" in str(broken.problem)
+    assert unread.accuracy is None and "report.json is another version's" in str(unread.problem)

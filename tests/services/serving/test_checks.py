@@ -45,6 +45,7 @@ def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, 
     evidence.pairs_with_before[-1] = pairs
     found = own_label_accuracy(corrections, evidence).check()
     assert (found.name, found.passed) == ("own label", passed)
+    assert found.limit is None and (found.found > 0) == bool(worst)
     told = f"largest loss by own label: {worst}, {'not significant' if passed else 'significant'}"
     assert found.line.startswith(told if worst else "own label: no scenario is less often right")
 
@@ -153,6 +154,8 @@ def test_scenario_accuracies_that_equal_the_limit_pass():
     found = {check.name: check for check in report.checks(limits)}
     assert report.scenario_after.mean() < 0.7  # by the rounding of floats alone
     assert found["scenario accuracy"].passed and found["worst scenario"].passed
+    assert found["worst scenario"].found == found["worst scenario"].limit == 0.7
+    assert found["improvement"].found == pytest.approx(0.7)
     below = {check.name: check for check in replace(report, scenario_after=np.full(3, 0.69)).checks(limits)}
     assert not below["scenario accuracy"].passed and not below["worst scenario"].passed
 
@@ -178,6 +181,7 @@ def test_every_class_means_those_with_images_and_the_others_are_named():
     assert "not measured" not in every_class([0, 1, 2, 3], [True] * 4).line
     partly = every_class([1, 1, 2], [True, False, False])
     assert not partly.passed and "class eel lost 100.00 points" in partly.line
+    assert (partly.found, partly.limit) == (1.0, CheckSection().max_class_loss)
     assert partly.line.endswith("; not measured, since no test image shows them: cat, fox")
     # not that of a class without images
     kept = every_class([1, 2], [True, True])

@@ -311,9 +311,9 @@ def test_anything_else_is_no_share(text):
 @pytest.mark.parametrize(
     ("key", "state", "found"),
     [
-        ("standing/000001.json", {"sequence": 1}, ": expected a registry of format 4, found format 1; "),
-        ("changes/000001.json", {"format": 2}, "/changes/000001.json: .* of format 4, found format 2; "),
-        ("changes/000001.json", {"sequence": 1}, "/changes/000001.json: .* of format 4, found none; "),
+        ("standing/000001.json", {"sequence": 1}, ": expected a registry of format 5, found format 1; "),
+        ("changes/000001.json", {"format": 2}, "/changes/000001.json: .* of format 5, found format 2; "),
+        ("changes/000001.json", {"sequence": 1}, "/changes/000001.json: .* of format 5, found none; "),
     ],
 )
 def test_a_registry_of_an_older_format_is_refused_in_one_line_that_says_what_to_do(
@@ -326,7 +326,7 @@ def test_a_registry_of_an_older_format_is_refused_in_one_line_that_says_what_to_
 
 
 def test_a_damaged_state_is_an_error_that_names_the_file(registry):
-    registry.store.write("changes/000001.json", b'{"format": 4, "sequence": "one"}')
+    registry.store.write("changes/000001.json", b'{"format": 5, "sequence": "one"}')
     with pytest.raises(DamagedError, match=r"changes/000001\.json: .*valid integer.*; restore the file"):
         registry.state()
 

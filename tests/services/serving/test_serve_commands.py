@@ -49,6 +49,14 @@ def test_check_prints_every_check_and_fails_with_exit_code_1_where_one_failed(pl
 def test_check_as_json_is_one_object(planted):
     found = json.loads(run(check, "first", "--store", planted.address, "--json"))
     assert found["passed"] and len(found["checks"]) == 7
+    figures = {each["name"]: (each["found"], each["limit"]) for each in found["checks"]}
+    limits = Run.open(planted, "first").spec.check
+    assert figures["finite"] == (None, None) and figures["improvement"][1] == 0
+    least = {"scenario accuracy": limits.min_scenario_accuracy, "worst scenario": limits.min_each_scenario}
+    most = {"clean accuracy": limits.max_loss, "every class": limits.max_class_loss}
+    most |= {"regressions": limits.max_regressions}
+    assert all(figures[name][0] >= limit == figures[name][1] for name, limit in least.items())
+    assert all(figures[name][0] <= limit == figures[name][1] for name, limit in most.items())
 
 
 def test_check_works_on_a_store_that_cannot_be_written(own_store, tmp_path, caplog):
