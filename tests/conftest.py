@@ -7,12 +7,13 @@ models that only they use, run in one process, and the longest begin first.
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,6 +165,17 @@ def group_of(nodeid: str) -> str:
     """Return the group of a test: that of its folder or file, else the file."""
     groups = (group for place, group in TOGETHER.items() if nodeid.startswith(place))
     return next(groups, nodeid.partition("::")[0])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage among what is imported now, nor later: it lives to the end."""
+    gc.disable()
+    collected = yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    return collected
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

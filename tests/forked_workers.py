@@ -8,6 +8,7 @@ a Ray that a command of the tests starts in a process of its own: these start as
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -76,6 +77,8 @@ def serve(listener: socket.socket) -> None:
     """Fork a worker for each that asks for one, until standard input ends."""
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a worker that looked for garbage there would copy it all
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # else each worker stays as a zombie
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         asking, _ = listener.accept()

@@ -17,6 +17,7 @@ IMPORTED = [
     "services.cli",
     "sklearn.mixture",
     "torch._dynamo",
+    "tests.e2e.frozen",  # the last
 ]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(IMPORTED)
