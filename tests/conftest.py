@@ -264,6 +264,23 @@ def finished_run(make_once: MakeOnce) -> Path:
     return make_once("finished_run", make)
 
 
+FIGURES = "defuse_core.report.figures.draw_figures"
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page without its figures, which take longer than all else: for tests of what is written there."""
+    monkeypatch.setattr(FIGURES, lambda *_: {})
+
+
+@pytest.fixture(scope="module")
+def no_figures_in_module() -> Iterator[None]:
+    """The same for all tests of a module, and for its fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FIGURES, lambda *_: {})
+        yield
+
+
 @pytest.fixture(scope="module")
 def short_folder() -> Iterator[Path]:
     """A folder with a short path: Ray puts sockets into its own, and stops without a word where they do not fit."""

@@ -48,7 +48,12 @@ SPEC = recommended(vae=ANCHORED, identify={"scale": 3.0}, judges={"count": 1, "e
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models, references: ReferenceSet) -> Run:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_models: Models,
+    references: ReferenceSet,
+    no_figures_in_module: None,
+) -> Run:
     """A run to its end with anchored decoding; its models are those of the plain one."""
     run = Run.start(FolderStore(tmp_path_factory.mktemp("anchored")), "run", SPEC)
     run.once("train", Models, lambda: tiny_models)

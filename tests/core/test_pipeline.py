@@ -44,6 +44,7 @@ def test_the_whole_method_corrects_the_classifier_on_its_failure_scenarios(finis
     assert report.annotators == "reference models"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_the_others(
     finished, tmp_path, tiny_spec, monkeypatch
 ):
@@ -153,6 +154,7 @@ def without_provenance(report_json: bytes) -> dict:
     return found
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_stopped_after_each_step_goes_on_to_the_same_report(finished, tmp_path, tiny_spec):
     for until in STEPS[:-1]:
         with pytest.raises(ReachedStep):
@@ -221,6 +223,7 @@ def test_reference_models_are_not_trained_on_other_images_than_the_classifier(tm
     assert not (tmp_path / "a" / "votes.safetensors").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_recommended_way_corrects_only_what_reference_models_confirm(tmp_path):
     run, report = whole_run(tmp_path, recommended())
     psi, scenarios, fixes = run.load(Psi), run.load(Scenarios), run.load(Corrections)
@@ -248,6 +251,7 @@ def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path):
     assert sweep.rows == ()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_finished_run_can_write_its_report_again(finished):
     run, report = finished
     assert rewrite_report(run) == report

@@ -77,6 +77,7 @@ def test_the_baseline_is_tuned_on_the_reviewed_images_alone(tiny_models, failure
     assert made.d_f.labels.tolist() == [5, 6]
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("sections", "tuned"),
     [({}, True), ({"correct": {"unreviewed": False}}, False), ({"correct": {"filter": "none"}}, False)],

@@ -71,6 +71,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, server: LocalServer, tmp_path: Path) ->
     return call
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_waits_for_people_and_goes_on_with_their_answers(
     cli: Callable[..., Result], tmp_path: Path
 ) -> None:

@@ -78,7 +78,7 @@ def test_the_least_favourable_plain_training_is_the_one_that_the_correction_is_l
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, no_figures_in_module):
     """A finished run, and its report."""
     spec = recommended(judges={"count": 3, "epochs": 20}, correct={"unreviewed": False})
     run = Run.start(FolderStore(tmp_path_factory.mktemp("plain")), "a", spec)

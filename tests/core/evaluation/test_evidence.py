@@ -152,7 +152,7 @@ def test_the_classifier_is_at_fault_only_where_the_pictures_show_the_label(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, no_figures_in_module):
     """A finished run of the recommended way, and its report. Its judges agree on most images, on any processor."""
     spec = recommended(judges={"count": 3, "epochs": 20})
     run = Run.start(FolderStore(tmp_path_factory.mktemp("evidence")), "a", spec)
