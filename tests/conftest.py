@@ -157,8 +157,9 @@ TOGETHER = {  # folder or file of tests -> the group that runs in one process; o
     "tests/services/labeling": "label-studio",  # one server, and its first start takes half a minute
     "tests/e2e/test_label_studio.py": "label-studio",
     "tests/services/serving": "serving",  # one Serve, and models that are trained well
+    "tests/services/storage": "storage",  # one server
 }
-FIRST = ("label-studio", "tests/cluster", "serving", "tests/e2e", "tests/core")
+FIRST = ("label-studio", "tests/cluster", "serving", "tests/e2e", "storage", "tests/deploy", "tests/core")
 
 
 def group_of(nodeid: str) -> str:
