@@ -48,7 +48,7 @@ def splits(good_spec: RunFile) -> Splits:
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: Any, good_spec: RunFile, good_models: Models, splits: Splits) -> FolderStore:
-    """A store of finished runs.
+    """A store of finished runs whose candidates are made.
 
     `second` answers like `first`, `swapped` confuses 0 and 1, and the output of `broken` is not finite.
     """
@@ -61,7 +61,8 @@ def planted(tmp_path_factory: Any, good_spec: RunFile, good_models: Models, spli
         "broken": overflow_weights(good),
     }
     for name, weights in corrected.items():
-        make_run(store, name, good_spec, good_models, splits, weights)
+        run = make_run(store, name, good_spec, good_models, splits, weights)
+        prepare_candidate(run)
     return store
 
 
