@@ -230,6 +230,17 @@ def made_in_a_run(make: Callable[[Run, Compute], T], spec: RunFile) -> T:
         return make(Run.start(FolderStore(Path(folder)), "made", spec), LocalCompute())
 
 
+def trained_run(
+    store: FolderStore, name: str, spec: RunFile, models: Models, references: ReferenceSet | None = None
+) -> Run:
+    """Begin a run that finds its models, and the reference models where they are given, trained already."""
+    run = Run.start(store, name, spec)
+    run.once("train", Models, lambda: models)
+    if references is not None:
+        run.once("train", ReferenceSet, lambda: references, "references")
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tiny_spec: RunFile, make_once: MakeOnce) -> Models:
     def make(path: Path) -> None:

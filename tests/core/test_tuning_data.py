@@ -7,17 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Corrections, Failures, Models, ReferenceSet
+from defuse_core.artifacts import Corrections, Failures
 from defuse_core.data import Images
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, load_vae
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
-from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.tuning_data import decode_scenario_images
-from tests.conftest import recommended
+from tests.conftest import recommended, trained_run
 from tests.sample_components import sample_failures
 
 
@@ -85,9 +84,8 @@ def test_the_baseline_is_tuned_on_the_reviewed_images_alone(tiny_models, failure
 def test_a_run_tunes_on_unreviewed_failures_only_where_they_are_screened_and_wanted(
     tmp_path, tiny_models, references, sections, tuned
 ):
-    run = Run.start(FolderStore(tmp_path), "a", recommended(judges={"count": 0}, **sections))
-    run.once("train", Models, lambda: tiny_models)
-    run.once("train", ReferenceSet, lambda: references, "references")
+    spec = recommended(judges={"count": 0}, **sections)
+    run = trained_run(FolderStore(tmp_path), "a", spec, tiny_models, references)
     compute = LocalCompute()
     report = run_defuse(run, compute, ReferenceAnnotators(run, compute))
     codes = load_findings(run)[0].fixes.unreviewed
