@@ -7,6 +7,7 @@ models that only they use, run in one process, and the longest begin first.
 from __future__ import annotations
 
 import fcntl
+import functools
 import gc
 import os
 import secrets
@@ -27,6 +28,7 @@ os.environ |= {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2 s: so much later the end of a training is seen
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # else it looks for new logs ten times a second, and nobody reads them
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # else all processes are measured each 5 s, for a page that nobody opens
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of tests have all cores
 
@@ -159,7 +161,18 @@ TOGETHER = {  # folder or file of tests -> the group that runs in one process; o
     "tests/services/serving": "serving",  # one Serve, and models that are trained well
     "tests/services/storage": "storage",  # one server
 }
-FIRST = ("label-studio", "tests/cluster", "serving", "tests/e2e", "storage", "tests/deploy", "tests/core")
+FIRST = (
+    "label-studio",
+    "serving",
+    "tests/e2e/test_kill.py",
+    "tests/cluster",
+    "tests/e2e",
+    "storage",
+    "tests/deploy",
+    "tests/core",
+)
+RAY_GROUPS = pytest.StashKey[set[str]]()  # the groups with tests that use `ray_session`
+END_RAY = pytest.StashKey[Callable[[], None]]()
 
 
 def group_of(nodeid: str) -> str:
@@ -179,14 +192,35 @@ def pytest_collection() -> Generator[None, object, object]:
     return collected
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest groups first, so that two processes end at the same time."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest groups first, so that two processes end at the same time, and those that use Ray together."""
+    with_ray = {group_of(item.nodeid) for item in items if "ray_session" in item.fixturenames}
+    with_ray.add(group_of("tests/e2e/test_kill.py"))  # of which some tests ask for it when they run
+    config.stash[RAY_GROUPS] = with_ray
 
-    def place(item: pytest.Item) -> int:
+    def place(item: pytest.Item) -> tuple[int, bool]:
         group = group_of(item.nodeid)
-        return next((number for number, first in enumerate(FIRST) if group.startswith(first)), len(FIRST))
+        number = next((number for number, first in enumerate(FIRST) if group.startswith(first)), len(FIRST))
+        return number, group not in with_ray
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
+    """Keep how the Ray of the tests is ended: with what depends on it, such that a later test starts it again."""
+    if fixturedef.argname == "ray_session":
+        request.config.stash[END_RAY] = functools.partial(fixturedef.finish, request)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """End the Ray of the tests where others follow, beside which it would cost a tenth of a core."""
+    yield
+    stash = item.config.stash
+    if END_RAY in stash and nextitem is not None and group_of(nextitem.nodeid) not in stash[RAY_GROUPS]:
+        stash[END_RAY]()
+        del stash[END_RAY]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -70,6 +70,7 @@ def forked_workers() -> Iterator[None]:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv(start_forked_worker.ADDRESS, path)
         patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", start_forked_worker.__file__)
+        patch.setattr("ray._private.node.Node.start_log_monitor", lambda _: None)  # nobody reads their logs
         yield
 
 
