@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import yaml
 
@@ -30,6 +29,8 @@ from tests.services.serving.synthetic_runs import make_run
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of an empty tracking store."""
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
     return mlflow.MlflowClient(f"file://{tmp_path}/mlruns")
@@ -220,6 +221,8 @@ def test_a_server_that_is_down_costs_one_line_and_the_run_is_tracked_later(serve
 
 
 def test_a_run_that_another_server_knows_is_begun_anew(server, run, tmp_path, monkeypatch):
+    import mlflow
+
     with MlflowTracking(run, read_settings()):
         pass
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/other")
