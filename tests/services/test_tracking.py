@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +253,3 @@ def test_a_missing_package_or_address_is_one_line_before_anything_starts(tmp_pat
     code, _, err = call(monkeypatch, capsys, *command)
     assert (code, "pip install 'defuse[mlflow]'" in one_line(err)) == (2, True)
     assert not (tmp_path / "runs").exists()
-
-
-def test_nothing_of_mlflow_is_loaded_without_the_option():
-    code = "import sys, services.cli, services.tracking; print('mlflow' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
