@@ -6,6 +6,7 @@ models that only they use, run in one process, and the longest begin first.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import gc
@@ -46,7 +47,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.training.reference_models import reference_models
-from tests.forked_workers import forked_workers
+from tests.forked_workers import POSSIBLE, fork_server, forked_workers
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -179,6 +180,14 @@ def group_of(nodeid: str) -> str:
     """Return the group of a test: that of its folder or file, else the file."""
     groups = (group for place, group in TOGETHER.items() if nodeid.startswith(place))
     return next(groups, nodeid.partition("::")[0])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process that Ray's workers are forked from where several processes of tests share it."""
+    if POSSIBLE and not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
+        stack = contextlib.ExitStack()
+        stack.enter_context(fork_server())
+        config.add_cleanup(stack.close)
 
 
 @pytest.hookimpl(wrapper=True)

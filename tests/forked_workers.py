@@ -45,14 +45,12 @@ IMPORTED = (
 )
 
 
-@contextlib.contextmanager
-def forked_workers() -> Iterator[None]:
-    """Have the workers of each Ray that this process starts inside forked."""
-    from ray._private import ray_constants
+POSSIBLE = sys.platform == "linux"  # elsewhere torch may not be forked, or the kind of socket is unknown
 
-    if sys.platform != "linux":  # where torch may not be forked, or the kind of socket is unknown
-        yield
-        return
+
+@contextlib.contextmanager
+def fork_server() -> Iterator[None]:
+    """Start the process of `serve` for this process and those that it starts inside."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="w"))
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -69,6 +67,21 @@ def forked_workers() -> Iterator[None]:
             )
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv(start_forked_worker.ADDRESS, path)
+        yield
+
+
+@contextlib.contextmanager
+def forked_workers() -> Iterator[None]:
+    """Have the workers of each Ray that this process starts inside forked."""
+    if not POSSIBLE:
+        yield
+        return
+    from ray._private import ray_constants
+
+    with contextlib.ExitStack() as stack:
+        if start_forked_worker.ADDRESS not in os.environ:  # else that of `make test` serves all
+            stack.enter_context(fork_server())
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", start_forked_worker.__file__)
         patch.setattr("ray._private.node.Node.start_log_monitor", lambda _: None)  # nobody reads their logs
         yield
