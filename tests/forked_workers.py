@@ -2,7 +2,8 @@
 
 Ray starts a worker by a command. Within `forked_workers()` that command is `start_forked_worker.py`, which asks the
 process of `serve` for the worker. The worker is Ray's own from then on, and imports Ray as ever. Not so the workers of
-a Ray that a command of the tests starts in a process of its own: these start as they do at users'.
+a Ray that a command of the tests starts in a process of its own: unless it calls `fork_workers`, these start as they do
+at users'.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def serve(listener: socket.socket) -> None:
 def become_worker(asking: socket.socket) -> None:
     """Run the command that was asked for as this process, with its environment, folder and streams."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgrp()  # as Ray starts a worker: a raylet kills its worker's group, where that is not its own
     streams = start_forked_worker.STREAMS
     asked, passed, _, _ = socket.recv_fds(asking, start_forked_worker.LONGEST, len(streams))
     sys.argv, environment, folder = json.loads(asked)
