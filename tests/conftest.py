@@ -161,11 +161,14 @@ TOGETHER = {  # folder or file of tests -> the group that runs in one process; o
     "tests/e2e/test_label_studio.py": "label-studio",
     "tests/services/serving": "serving",  # one Serve, and models that are trained well
     "tests/services/storage": "storage",  # one server
+    "tests/cluster/test_on_s3.py": "drivers",  # one process that commands are forked from
+    "tests/e2e/test_kill.py": "drivers",
+    "tests/core/training/test_file_loader.py": "drivers",
 }
 FIRST = (
     "label-studio",
     "serving",
-    "tests/e2e/test_kill.py",
+    "drivers",
     "tests/cluster",
     "tests/e2e",
     "storage",
