@@ -35,10 +35,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: setup  # Label Studio is installed while lint runs
-	$(BIN)/defuse label-studio install & installed=$$!; \
-	$(MAKE) lint && wait $$installed && \
-	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
+test: setup  # Label Studio is installed, and lint runs, beside the tests; what failed there is printed last
+	$(BIN)/defuse label-studio install > $(VENV)/label-studio.log 2>&1 & installed=$$!; \
+	$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & linted=$$!; \
+	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder; failed=$$?; \
+	wait $$installed || { failed=1; cat $(VENV)/label-studio.log; }; \
+	wait $$linted || { failed=1; cat $(VENV)/lint.log; }; \
+	exit $$failed
 
 bench: setup
 	$(BIN)/python tests/bench/all.py

@@ -6,13 +6,16 @@ models that only they use, run in one process, and the longest begin first.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import functools
+import gc
 import os
 import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +29,7 @@ os.environ |= {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2 s: so much later the end of a training is seen
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # else it looks for new logs ten times a second, and nobody reads them
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # else all processes are measured each 5 s, for a page that nobody opens
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of tests have all cores
 
@@ -43,7 +47,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.training.reference_models import reference_models
-from tests.forked_workers import forked_workers
+from tests.forked_workers import POSSIBLE, fork_server, forked_workers
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -156,8 +160,23 @@ TOGETHER = {  # folder or file of tests -> the group that runs in one process; o
     "tests/services/labeling": "label-studio",  # one server, and its first start takes half a minute
     "tests/e2e/test_label_studio.py": "label-studio",
     "tests/services/serving": "serving",  # one Serve, and models that are trained well
+    "tests/services/storage": "storage",  # one server
+    "tests/cluster/test_on_s3.py": "drivers",  # one process that commands are forked from
+    "tests/e2e/test_kill.py": "drivers",
+    "tests/core/training/test_file_loader.py": "drivers",
 }
-FIRST = ("label-studio", "tests/cluster", "serving", "tests/e2e", "tests/core")
+FIRST = (
+    "label-studio",
+    "serving",
+    "drivers",
+    "tests/cluster",
+    "tests/e2e",
+    "storage",
+    "tests/deploy",
+    "tests/core",
+)
+RAY_GROUPS = pytest.StashKey[set[str]]()  # the groups with tests that use `ray_session`
+END_RAY = pytest.StashKey[Callable[[], None]]()
 
 
 def group_of(nodeid: str) -> str:
@@ -166,14 +185,54 @@ def group_of(nodeid: str) -> str:
     return next(groups, nodeid.partition("::")[0])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest groups first, so that two processes end at the same time."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process that Ray's workers are forked from where several processes of tests share it."""
+    if POSSIBLE and not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
+        stack = contextlib.ExitStack()
+        stack.enter_context(fork_server())
+        config.add_cleanup(stack.close)
 
-    def place(item: pytest.Item) -> int:
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage among what is imported now, nor later: it lives to the end."""
+    gc.disable()
+    collected = yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    return collected
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest groups first, so that two processes end at the same time, and those that use Ray together."""
+    with_ray = {group_of(item.nodeid) for item in items if "ray_session" in item.fixturenames}
+    with_ray.add(group_of("tests/e2e/test_kill.py"))  # of which some tests ask for it when they run
+    config.stash[RAY_GROUPS] = with_ray
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
         group = group_of(item.nodeid)
-        return next((number for number, first in enumerate(FIRST) if group.startswith(first)), len(FIRST))
+        number = next((number for number, first in enumerate(FIRST) if group.startswith(first)), len(FIRST))
+        return number, group not in with_ray
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
+    """Keep how the Ray of the tests is ended: with what depends on it, such that a later test starts it again."""
+    if fixturedef.argname == "ray_session":
+        request.config.stash[END_RAY] = functools.partial(fixturedef.finish, request)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """End the Ray of the tests where others follow, beside which it would cost a tenth of a core."""
+    yield
+    stash = item.config.stash
+    if END_RAY in stash and nextitem is not None and group_of(nextitem.nodeid) not in stash[RAY_GROUPS]:
+        stash[END_RAY]()
+        del stash[END_RAY]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -217,6 +276,17 @@ def made_in_a_run(make: Callable[[Run, Compute], T], spec: RunFile) -> T:
         return make(Run.start(FolderStore(Path(folder)), "made", spec), LocalCompute())
 
 
+def trained_run(
+    store: FolderStore, name: str, spec: RunFile, models: Models, references: ReferenceSet | None = None
+) -> Run:
+    """Begin a run that finds its models, and the reference models where they are given, trained already."""
+    run = Run.start(store, name, spec)
+    run.once("train", Models, lambda: models)
+    if references is not None:
+        run.once("train", ReferenceSet, lambda: references, "references")
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tiny_spec: RunFile, make_once: MakeOnce) -> Models:
     def make(path: Path) -> None:
@@ -250,6 +320,23 @@ def finished_run(make_once: MakeOnce) -> Path:
         assert done.returncode == 0, done.stderr
 
     return make_once("finished_run", make)
+
+
+FIGURES = "defuse_core.report.figures.draw_figures"
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page without its figures, which take longer than all else: for tests of what is written there."""
+    monkeypatch.setattr(FIGURES, lambda *_: {})
+
+
+@pytest.fixture(scope="module")
+def no_figures_in_module() -> Iterator[None]:
+    """The same for all tests of a module, and for its fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FIGURES, lambda *_: {})
+        yield
 
 
 @pytest.fixture(scope="module")

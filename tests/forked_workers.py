@@ -2,12 +2,14 @@
 
 Ray starts a worker by a command. Within `forked_workers()` that command is `start_forked_worker.py`, which asks the
 process of `serve` for the worker. The worker is Ray's own from then on, and imports Ray as ever. Not so the workers of
-a Ray that a command of the tests starts in a process of its own: these start as they do at users'.
+a Ray that a command of the tests starts in a process of its own: unless it calls `fork_workers`, these start as they do
+at users'.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -44,14 +46,12 @@ IMPORTED = (
 )
 
 
-@contextlib.contextmanager
-def forked_workers() -> Iterator[None]:
-    """Have the workers of each Ray that this process starts inside forked."""
-    from ray._private import ray_constants
+POSSIBLE = sys.platform == "linux"  # elsewhere torch may not be forked, or the kind of socket is unknown
 
-    if sys.platform != "linux":  # where torch may not be forked, or the kind of socket is unknown
-        yield
-        return
+
+@contextlib.contextmanager
+def fork_server() -> Iterator[None]:
+    """Start the process of `serve` for this process and those that it starts inside."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="w"))
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -68,7 +68,23 @@ def forked_workers() -> Iterator[None]:
             )
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv(start_forked_worker.ADDRESS, path)
+        yield
+
+
+@contextlib.contextmanager
+def forked_workers() -> Iterator[None]:
+    """Have the workers of each Ray that this process starts inside forked."""
+    if not POSSIBLE:
+        yield
+        return
+    from ray._private import ray_constants
+
+    with contextlib.ExitStack() as stack:
+        if start_forked_worker.ADDRESS not in os.environ:  # else that of `make test` serves all
+            stack.enter_context(fork_server())
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", start_forked_worker.__file__)
+        patch.setattr("ray._private.node.Node.start_log_monitor", lambda _: None)  # nobody reads their logs
         yield
 
 
@@ -76,6 +92,8 @@ def serve(listener: socket.socket) -> None:
     """Fork a worker for each that asks for one, until standard input ends."""
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a worker that looked for garbage there would copy it all
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # else each worker stays as a zombie
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         asking, _ = listener.accept()
@@ -89,6 +107,7 @@ def serve(listener: socket.socket) -> None:
 def become_worker(asking: socket.socket) -> None:
     """Run the command that was asked for as this process, with its environment, folder and streams."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgrp()  # as Ray starts a worker: a raylet kills its worker's group, where that is not its own
     streams = start_forked_worker.STREAMS
     asked, passed, _, _ = socket.recv_fds(asking, start_forked_worker.LONGEST, len(streams))
     sys.argv, environment, folder = json.loads(asked)

@@ -14,6 +14,14 @@ STREAMS = (0, 1, 2)
 LONGEST = 200_000  # bytes of arguments, environment and folder
 
 
+def fork_workers() -> None:
+    """Have the workers of each Ray that this process starts forked, where it is told of a process that forks."""
+    if ADDRESS in os.environ:
+        from ray._private import ray_constants
+
+        ray_constants.SETUP_WORKER_FILENAME = __file__
+
+
 def main(words: list[str]) -> None:
     """Start the worker of these arguments of Ray."""
     context = next((json.loads(w.removeprefix(CONTEXT)) for w in words if w.startswith(CONTEXT)), {})

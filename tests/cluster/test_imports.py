@@ -11,6 +11,7 @@ LATE = (  # what few processes call
     "torch._dynamo",
     "torchvision",
     "matplotlib",
+    "mlflow",
 )
 STEP = """
 import torch
@@ -25,6 +26,7 @@ WORK = {
     "replica": "import services.serving.deployment",
     "driver": "import defuse_core.pipeline",
     "step": STEP,
+    "command, with or without --track": "import services.cli, services.tracking",
 }
 PROGRAM = """
 import json, sys

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import pytest
 import yaml
 
 from cluster import jobs
-from defuse_core.errors import ComputeError
+from defuse_core.errors import ComputeError, InputError
 from tests.conftest import ROOT, TINY
+from tests.e2e.test_cli import call
 from tests.ports import free_port
 from tests.waiting import WAIT_S, wait_until
 
 BIN = Path(sys.executable).parent
-TOKEN = "0123456789abcdef" * 4
+TOKEN = os.environ["RAY_AUTH_TOKEN"]  # also of commands in this process, where Ray reads it once
 SECRET = "never-to-be-seen-anywhere"
 NETWORK = """
 from torch import nn
@@ -111,6 +112,16 @@ def defuse(*words: str, cwd: Path = ROOT, **changes: str) -> subprocess.Complete
     )
 
 
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """ask(*words): run `defuse jobs WORDS` in this process, and return exit code, stdout and stderr."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # which Ray's client replaces
+    return lambda *words: call(monkeypatch, capsys, "jobs", *words)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run file that brings its own classifier, as code beside it."""
@@ -159,7 +170,7 @@ def test_no_credentials_travel_with_a_job(followed: subprocess.CompletedProcess[
 
 @pytest.mark.usefixtures("followed")
 def test_a_detached_job_prints_its_id_alone_and_what_only_it_can_find_wrong_ends_in_2(
-    head: str, place: Path
+    head: str, place: Path, ask: Ask
 ) -> None:
     detached = submit(head, place, "--name", "first", "--set", "classifier.epochs=3", "--detach")
     assert detached.returncode == 0, detached.stderr
@@ -167,8 +178,8 @@ def test_a_detached_job_prints_its_id_alone_and_what_only_it_can_find_wrong_ends
     followed = defuse("jobs", "logs", job, "--follow", "--address", head)
     assert followed.returncode == 2, followed.stdout + followed.stderr
     assert "classifier.epochs" in followed.stdout
-    again = defuse("jobs", "logs", job, "--address", head)
-    assert (again.returncode, again.stdout) == (0, followed.stdout)
+    code, again, _ = ask("logs", job, "--address", head)
+    assert (code, again) == (0, followed.stdout)
 
 
 def test_a_bad_run_file_is_refused_before_it_is_submitted(head: str, place: Path) -> None:
@@ -190,7 +201,9 @@ def test_ray_job_submit_runs_the_installed_defuse_as_well(head: str, place: Path
     assert "first: done until train" in done.stdout + done.stderr
 
 
-def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(head: str, place: Path) -> None:
+def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(
+    head: str, place: Path, ask: Ask
+) -> None:
     where = ["--address", head, "--store", str(place / "runs"), "--name", "long"]
     signal.signal(
         signal.SIGINT, signal.default_int_handler
@@ -208,11 +221,11 @@ def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(head: str,
     follower.send_signal(signal.SIGINT)
     assert f"jobs logs|stop {job}" in follower.communicate(timeout=WAIT_S)[1]
     assert follower.returncode == 130
-    heading, *rows = (line.split() for line in defuse("jobs", "list", "--address", head).stdout.splitlines())
+    heading, *rows = (line.split() for line in ask("list", "--address", head)[1].splitlines())
     assert heading == ["id", "status", "started", "took", "run"]
     (row,) = (row for row in rows if row[0] == job)
     assert (row[1], row[-1]) == ("RUNNING", "long")
-    assert defuse("jobs", "stop", job, "--address", head).returncode == 0
+    assert ask("stop", job, "--address", head)[0] == 0
     ended = defuse("jobs", "logs", job, "--follow", "--address", head)
     assert ended.returncode == 4
     assert "stopped" in ended.stderr
@@ -265,11 +278,13 @@ def test_joining_without_the_right_token_says_so_soon(
         ("127.0.0.1:6379", 2, "expected the address of Ray's dashboard"),
     ],
 )
-def test_an_address_without_a_dashboard_is_one_line(address: str, exit_code: int, says: str) -> None:
-    refused = defuse("jobs", "list", "--address", address)
-    assert refused.returncode == exit_code
-    assert refused.stderr.count("\n") == 1
-    assert says in refused.stderr
+def test_an_address_without_a_dashboard_is_one_line(
+    ask: Ask, address: str, exit_code: int, says: str
+) -> None:
+    code, _, err = ask("list", "--address", address)
+    assert code == exit_code
+    assert err.count("\n") == 1
+    assert says in err
 
 
 def test_an_address_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,29 +300,18 @@ def test_an_address_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.Mo
     assert time.monotonic() - begun < 18  # less than by default
 
 
-def test_a_job_that_the_dashboard_finds_too_large_is_bad_input(head: str, tmp_path: Path) -> None:
+def test_a_job_that_the_dashboard_finds_too_large_is_bad_input(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # which Ray's client replaces
     (tmp_path / "weights").write_bytes(os.urandom(101 * 2**20))
-    submit_unchecked = (
-        "import sys; from pathlib import Path\n"
-        "from cluster.jobs import Jobs; from defuse_core.errors import InputError\n"
-        "try: Jobs(sys.argv[1]).submit('true', Path(sys.argv[2]), 'large', {})\n"
-        "except InputError as error: print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", submit_unchecked, head, str(tmp_path)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert f"{head} does not take a job of this size (413); run" in done.stdout, done.stderr
+    with pytest.raises(InputError, match=rf"{head} does not take a job of this size \(413\); run"):
+        jobs.Jobs(head).submit("true", tmp_path, "large", {})
 
 
 @pytest.mark.parametrize("words", [["logs"], ["logs", "--follow"], ["stop"]])
-def test_an_unknown_job_is_one_line(head: str, words: list[str]) -> None:
-    refused = defuse("jobs", *words, "nope", "--address", head)
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
-    assert "no job nope at http" in refused.stderr
+def test_an_unknown_job_is_one_line(head: str, ask: Ask, words: list[str]) -> None:
+    code, _, err = ask(*words, "nope", "--address", head)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "no job nope at http" in err

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ import yaml
 from botocore.exceptions import ClientError
 
 from defuse_core.artifacts import Models
-from defuse_core.config import load_run_file
+from defuse_core.codec import decode
+from defuse_core.config import STEPS, RunFile, load_run_file
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import run_defuse
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.storage import open_store
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY, trained_run
+from tests.e2e import forked_commands
 from tests.s3_servers import moto_server
+from tests.start_forked_worker import fork_workers
 from tests.waiting import WAIT_S
 
 KEYS = {
@@ -36,13 +39,13 @@ KEYS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     with moto_server() as address:
         yield address
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def bucket(server: str) -> Any:
     """A client of a server whose bucket is called `bucket`."""
     client = boto3.client(
@@ -66,19 +69,24 @@ def runfile(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Pat
     return path
 
 
-PLAIN = "from services.cli import main; main()"
-HASTY = f"from services.storage import lease; lease.BEAT_S, lease.LEASE_S = 0.5, 3.0\n{PLAIN}"
+@contextlib.contextmanager
+def driver(
+    runfile: Path, where: str, store: str, log: Path, *before: Callable[[], None]
+) -> Iterator[BaseProcess]:
+    """Run the run file; the driver is killed at the end of the block if it has not ended."""
+    words = ["run", str(runfile), "--on", where, "--store", store]
+    process = forked_commands.start(words, log, *([fork_workers] if where == "ray" else []), *before)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
-def start(runfile: Path, where: str, store: str, server: str, code: str = PLAIN) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "run", str(runfile), "--on", where, "--store", store],
-        cwd=ROOT,
-        env=os.environ | KEYS | {"AWS_ENDPOINT_URL": server},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def ended(process: BaseProcess, log: Path, within_s: float = 240) -> tuple[int | None, str]:
+    """Return the exit code of a driver, None where it goes on, and what it said."""
+    process.join(within_s)
+    return process.exitcode, log.read_text()
 
 
 def exists(bucket: Any, key: str) -> bool:
@@ -89,10 +97,10 @@ def exists(bucket: Any, key: str) -> bool:
     return True
 
 
-def wait_for(bucket: Any, key: str, driver: subprocess.Popen[str]) -> None:
+def wait_for(bucket: Any, key: str, process: BaseProcess, log: Path) -> None:
     """Return once `key` is there, with the driver still at work."""
     while not exists(bucket, key):
-        assert driver.poll() is None, driver.communicate()[1]
+        assert process.is_alive(), log.read_text()
         time.sleep(0.05)
 
 
@@ -102,59 +110,66 @@ def without_clock(report: bytes) -> dict[str, object]:
     return found
 
 
-def begin(runfile: Path, folder: Path, models: Models, until: str) -> None:
-    """Begin the run in the bucket, and the same in `folder`, with all that comes before and with `until`."""
-    run = Run.start(FolderStore(folder), "tiny", load_run_file(runfile), until=until)
-    run.once("train", Models, lambda: models)
-    compute = LocalCompute()
-    with pytest.raises(ReachedStep):
-        run_defuse(run, compute, ReferenceAnnotators(run, compute))
-    target = open_store("s3://bucket/runs/tiny")
-    for key in run.store.list():
-        target.write(key, run.store.read(key))
+def copy(folder: Path, store: str) -> None:
+    """Copy the run in `folder` into the bucket."""
+    source, target = FolderStore(folder), open_store(f"{store}/tiny")
+    for key in source.list():
+        target.write(key, source.read(key))
+
+
+def run_until(folder: Path, spec: RunFile, until: str = STEPS[-1]) -> None:
+    """Compute the run in `folder` in this process."""
+    run, compute = Run.start(FolderStore(folder), "tiny", spec, until=until), LocalCompute()
+    run_defuse(run, compute, ReferenceAnnotators(run, compute))
 
 
 def test_a_run_on_ray_in_a_bucket_gives_the_local_report_and_keeps_a_second_driver_out(
-    runfile: Path, bucket: Any, server: str, tmp_path: Path, tiny_models: Models
+    runfile: Path, bucket: Any, tmp_path: Path, finished_run: Path
 ) -> None:
-    begin(runfile, tmp_path / "runs", tiny_models, until="train")
-    with start(runfile, "ray", "s3://bucket/runs", server) as first:
-        wait_for(bucket, "runs/tiny/.lease.json", first)
-        with start(
-            runfile, "local", "s3://bucket/runs", server
-        ) as second:  # the lease is taken before Ray starts
-            said = second.communicate(timeout=240)[1]
-        assert (second.returncode, first.poll()) == (4, None), said
+    whole = finished_run / "runs" / "tiny"
+    models = decode(Models, (whole / "models.safetensors").read_bytes(), "models")
+    trained_run(FolderStore(tmp_path), "tiny", load_run_file(runfile), models)
+    copy(tmp_path / "tiny", "s3://bucket/one")
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    with driver(runfile, "ray", "s3://bucket/one", logs[0]) as first:
+        wait_for(bucket, "one/tiny/.lease.json", first, logs[0])
+        # the lease is taken before Ray starts
+        with driver(runfile, "local", "s3://bucket/one", logs[1]) as second:
+            code, said = ended(second, logs[1])
+            assert (code, first.exitcode) == (4, None), said
         assert f"process {first.pid} on " in said.splitlines()[-1]
-        told = first.communicate(timeout=240)[1]
-    assert first.returncode == 0, told
-    with start(runfile, "local", str(tmp_path / "runs"), server) as whole:
-        assert whole.wait(240) == 0
-    report = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
-    assert without_clock(report) == without_clock((tmp_path / "runs" / "tiny" / "report.json").read_bytes())
+        code, told = ended(first, logs[0])
+    assert code == 0, told
+    report = bucket.get_object(Bucket="bucket", Key="one/tiny/report.json")["Body"].read()
+    assert without_clock(report) == without_clock((whole / "report.json").read_bytes())
 
 
 def test_a_driver_that_is_paused_while_another_takes_over_changes_nothing_and_ends(
-    runfile: Path, bucket: Any, server: str, tmp_path: Path, tiny_models: Models
+    runfile: Path, bucket: Any, tmp_path: Path, tiny_models: Models, no_figures: None
 ) -> None:
     """The split brain: the paused driver's trials, in processes of their own, go on all the while."""
     runfile.write_text(yaml.safe_dump(TINY | {"correct": {**TINY["correct"], "epochs": 30}}))
-    begin(runfile, tmp_path / "runs", tiny_models, until="review")
-    with start(runfile, "ray", "s3://bucket/runs", server, HASTY) as paused:
-        wait_for(bucket, "runs/tiny/trials/baseline/lam-0.001.safetensors", paused)
-        paused.send_signal(signal.SIGSTOP)
-        with start(runfile, "local", "s3://bucket/runs", server, HASTY) as second:
-            said = second.communicate(timeout=240)[1]
-        assert second.returncode == 0, said
-        report = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
-        paused.send_signal(signal.SIGCONT)
+    spec = load_run_file(runfile)
+    trained_run(FolderStore(tmp_path), "tiny", spec, tiny_models)
+    with pytest.raises(ReachedStep):
+        run_until(tmp_path, spec, "review")
+    copy(tmp_path / "tiny", "s3://bucket/two")
+    logs = [tmp_path / "paused.log", tmp_path / "second.log"]
+    before = (forked_commands.no_figures, forked_commands.hasty_leases)
+    with driver(runfile, "ray", "s3://bucket/two", logs[0], *before) as paused:
+        wait_for(bucket, "two/tiny/trials/baseline/lam-0.001.safetensors", paused, logs[0])
+        os.kill(paused.pid or 0, signal.SIGSTOP)
+        with driver(runfile, "local", "s3://bucket/two", logs[1], *before) as second:
+            code, said = ended(second, logs[1])
+            assert code == 0, said
+        report = bucket.get_object(Bucket="bucket", Key="two/tiny/report.json")["Body"].read()
+        os.kill(paused.pid or 0, signal.SIGCONT)
         resumed = time.monotonic()
-        told = paused.communicate(timeout=WAIT_S)[1]
-    assert paused.returncode == 4, told
+        code, told = ended(paused, logs[0], WAIT_S)
+    assert code == 4, told
     assert "took the run over" in told.splitlines()[-1]
     assert time.monotonic() - resumed < WAIT_S
-    with start(runfile, "local", str(tmp_path / "runs"), server) as whole:
-        assert whole.wait(240) == 0
-    assert without_clock(report) == without_clock((tmp_path / "runs" / "tiny" / "report.json").read_bytes())
-    again = bucket.get_object(Bucket="bucket", Key="runs/tiny/report.json")["Body"].read()
+    run_until(tmp_path, spec)
+    assert without_clock(report) == without_clock((tmp_path / "tiny" / "report.json").read_bytes())
+    again = bucket.get_object(Bucket="bucket", Key="two/tiny/report.json")["Body"].read()
     assert again == report

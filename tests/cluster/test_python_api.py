@@ -16,6 +16,7 @@ QUICK = {
 }
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_from_python_gives_the_same_on_ray(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.tuning_data import held_out_images, load_fine_tuning_data, tuning_images
-from tests.conftest import recommended, tiny
+from tests.conftest import recommended, tiny, trained_run
 from tests.sample_components import sample_failures, sample_scenarios
 
 ANCHORED = {"decode": "anchored"}
@@ -48,11 +48,14 @@ SPEC = recommended(vae=ANCHORED, identify={"scale": 3.0}, judges={"count": 1, "e
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models, references: ReferenceSet) -> Run:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_models: Models,
+    references: ReferenceSet,
+    no_figures_in_module: None,
+) -> Run:
     """A run to its end with anchored decoding; its models are those of the plain one."""
-    run = Run.start(FolderStore(tmp_path_factory.mktemp("anchored")), "run", SPEC)
-    run.once("train", Models, lambda: tiny_models)
-    run.once("train", ReferenceSet, lambda: references, "references")
+    run = trained_run(FolderStore(tmp_path_factory.mktemp("anchored")), "run", SPEC, tiny_models, references)
     compute = LocalCompute()
     run_defuse(run, compute, ReferenceAnnotators(run, compute))
     return run

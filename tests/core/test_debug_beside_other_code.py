@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,30 +16,46 @@ from tests.core.test_debug import SETTINGS, arguments
 QUICK = SETTINGS | {"vae": {**SETTINGS["vae"], "epochs": 2, "accept": "blind"}}
 
 
-@pytest.fixture(autouse=True)
-def _same_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _same_speeds() -> Iterator[None]:
     """A plan follows the measured speeds, which on a busy machine differ from one run to the next."""
-    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
+        yield
 
 
-def test_runs_of_several_threads_give_the_same_as_one_alone(tmp_path: Path) -> None:
-    names = ("alone", "one", "another")
-    given = {name: arguments(tmp_path, name=name, settings=QUICK) for name in names}
-    given["another"]["classifier"] = given["one"]["classifier"]
-    defuse.debug(**given["alone"])
-    with ThreadPoolExecutor(2) as threads:
-        for run in [threads.submit(defuse.debug, **given[name]) for name in names[1:]]:
-            run.result()
-    for name in names[1:]:
-        for made in ("models", "scenarios", "sweep"):
-            file = f"{made}.safetensors"
-            assert (tmp_path / name / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+@dataclass(frozen=True)
+class RunAlone:
+    """The folder of a run of this thread, and the caller's random numbers without it and after it."""
+
+    folder: Path
+    expected: torch.Tensor
+    found: torch.Tensor
 
 
-def test_the_random_numbers_of_the_caller_are_left_as_they_were(tmp_path: Path) -> None:
-    given = arguments(tmp_path, settings=QUICK)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> RunAlone:
+    store = tmp_path_factory.mktemp("runs")
+    given = arguments(store, name="alone", settings=QUICK)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     defuse.debug(**given)
-    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+    return RunAlone(store / "alone", expected, torch.rand(3))
+
+
+def test_runs_of_several_threads_give_the_same_as_one_alone(alone: RunAlone, tmp_path: Path) -> None:
+    names = ("one", "another")
+    given = {name: arguments(tmp_path, name=name, settings=QUICK) for name in names}
+    given["another"]["classifier"] = given["one"]["classifier"]
+    with ThreadPoolExecutor(2) as threads:
+        for run in [threads.submit(defuse.debug, **given[name]) for name in names]:
+            run.result()
+    for name in names:
+        for made in ("models", "scenarios", "sweep"):
+            file = f"{made}.safetensors"
+            assert (tmp_path / name / file).read_bytes() == (alone.folder / file).read_bytes()
+
+
+def test_the_random_numbers_of_the_caller_are_left_as_they_were(alone: RunAlone) -> None:
+    torch.testing.assert_close(alone.found, alone.expected, rtol=0, atol=0)

@@ -86,6 +86,7 @@ def test_a_program_stays_in_eval_mode_while_it_is_fine_tuned(name, tmp_path):
     torch.testing.assert_close(program(images), network(images))  # the statistics are still the same
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_program_is_corrected_like_any_other_classifier(name, tmp_path):
     spec = program_spec(SAVERS[name](tmp_path / name), review={"rho": 0.0, "tau": 1.0})

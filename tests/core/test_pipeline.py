@@ -19,23 +19,28 @@ from defuse_core.correct import run_trial, trial_key
 from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
+from defuse_core.report import parse_report
 from defuse_core.review.overrides import override_verdict
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
-from tests.conftest import recommended, tiny
+from tests.conftest import recommended, tiny, trained_run
 
 
-def whole_run(folder, spec, name="a", until=STEPS[-1]):
+def whole_run(folder, spec, name="tiny", until=STEPS[-1]):
     run = Run.start(folder if isinstance(folder, FolderStore) else FolderStore(folder), name, spec, until)
     compute = LocalCompute()
     return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_spec):
-    return whole_run(tmp_path_factory.mktemp("runs"), tiny_spec)
+def finished(tmp_path_factory, finished_run):
+    """A copy of the run of one command, and its report."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(finished_run / "runs" / "tiny", folder / "tiny")
+    run = Run.open(FolderStore(folder), "tiny")
+    return run, parse_report(run.store.read("report.json"), "report.json")
 
 
 def test_the_whole_method_corrects_the_classifier_on_its_failure_scenarios(finished):
@@ -45,13 +50,14 @@ def test_the_whole_method_corrects_the_classifier_on_its_failure_scenarios(finis
     assert report.annotators == "reference models"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_the_others(
     finished, tmp_path, tiny_spec, monkeypatch
 ):
     lambdas = (*tiny_spec.correct.lambdas, 3.0)
-    shutil.copytree(finished[0].store.folder, tmp_path / "a")
+    shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
     before = {
-        key: FolderStore(tmp_path / "a").read(key) for key in ("baseline.safetensors", "psi.safetensors")
+        key: FolderStore(tmp_path / "tiny").read(key) for key in ("baseline.safetensors", "psi.safetensors")
     }
     remade = ("sweep", "plain", "plain_1", "plain_2", "evaluation", "failurewatch", "evidence")
     entries = finished[0].manifest()["artefacts"]
@@ -76,18 +82,18 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
 
 @pytest.mark.parametrize("review", [{"consensus": "crowdlab"}, {"accept": "lower-bound", "more_images": 20}])
 def test_a_decision_of_a_person_counts_while_models_are_asked_about_other_images(finished, tmp_path, review):
-    shutil.copytree(finished[0].store.folder, tmp_path / "a")
+    shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
     judged, store = finished[0].load(Verdicts), FolderStore(tmp_path)
-    store.delete("a/verdicts.safetensors")
+    store.delete("tiny/verdicts.safetensors")
     doubted = int(np.argmax(judged.misclassified))
 
     class Meanwhile(LocalCompute):
         def task(self, step, function, *args):
             result = super().task(step, function, *args)
-            override_verdict(Run.open(store, "a"), doubted, None, author="Ada", reason="no digit")
+            override_verdict(Run.open(store, "tiny"), doubted, None, author="Ada", reason="no digit")
             return result
 
-    run = Run(store, "a", finished[0].spec.with_fields("review", **review), until="review")
+    run = Run(store, "tiny", finished[0].spec.with_fields("review", **review), until="review")
     compute = Meanwhile()
     with pytest.raises(ReachedStep):
         run_defuse(run, compute, ReferenceAnnotators(run, compute))
@@ -99,26 +105,26 @@ def test_a_decision_of_a_person_counts_while_models_are_asked_about_other_images
 def test_a_decision_of_a_person_counts_that_was_stored_just_before_the_verdicts(
     finished, tmp_path, monkeypatch
 ):
-    shutil.copytree(finished[0].store.folder, tmp_path / "a")
+    shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
     judged, store = finished[0].load(Verdicts), FolderStore(tmp_path)
     for name in ("verdicts", "corrections"):
-        store.delete(f"a/{name}.safetensors")
+        store.delete(f"tiny/{name}.safetensors")
     rows = iter(np.flatnonzero(judged.labels != NONE_OF_THE_ABOVE)[:2])
 
     def decide(*args, **kwargs):  # whose overrides have been read
         for row in itertools.islice(rows, 1):
-            override_verdict(Run.open(store, "a"), int(row), None, author="Ada", reason="no digit")
+            override_verdict(Run.open(store, "tiny"), int(row), None, author="Ada", reason="no digit")
         return decide_verdicts(*args, **kwargs)
 
     monkeypatch.setattr("defuse_core.pipeline.decide_verdicts", decide)
-    run = Run(store, "a", finished[0].spec, until="review")
+    run = Run(store, "tiny", finished[0].spec, until="review")
     with pytest.raises(ReachedStep):
         run_defuse(run, LocalCompute(), None)
     assert [override.author for override in run.load(Verdicts).overrides] == ["Ada", "Ada"]
     assert len(run.load(Verdicts).accepted) == len(judged.accepted) - 2
-    override = store.within("a").read("overrides/0001.json")
-    store.write("a/overrides/0003.json", override)  # beside corrections that were made without it
-    store.write("a/corrections.safetensors", finished[0].store.read("corrections.safetensors"))
+    override = store.within("tiny").read("overrides/0001.json")
+    store.write("tiny/overrides/0003.json", override)  # beside corrections that were made without it
+    store.write("tiny/corrections.safetensors", finished[0].store.read("corrections.safetensors"))
     run.until = "correct"
     with pytest.raises(ReachedStep):
         run_defuse(run, LocalCompute(), None)
@@ -154,6 +160,7 @@ def without_provenance(report_json: bytes) -> dict:
     return found
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_stopped_after_each_step_goes_on_to_the_same_report(finished, tmp_path, tiny_spec):
     for until in STEPS[:-1]:
         with pytest.raises(ReachedStep):
@@ -204,7 +211,7 @@ def test_a_store_that_fails_every_so_often_costs_attempts_and_changes_nothing(fi
         except StoreError:
             failures += 1
     assert 2 < failures < 40
-    made = FolderStore(tmp_path / "a").read("report.json")
+    made = FolderStore(tmp_path / "tiny").read("report.json")
     assert without_provenance(made) == without_provenance(finished[0].store.read("report.json"))
 
 
@@ -219,10 +226,12 @@ def test_reference_models_are_not_trained_on_other_images_than_the_classifier(tm
                 whole_run(tmp_path, spec, until=step)
     with pytest.raises(RunMismatchError, match="the images differ"):
         whole_run(tmp_path, spec)
-    assert not (tmp_path / "a" / "votes.safetensors").exists()
+    assert not (tmp_path / "tiny" / "votes.safetensors").exists()
 
 
-def test_the_recommended_way_corrects_only_what_reference_models_confirm(tmp_path):
+@pytest.mark.usefixtures("no_figures")
+def test_the_recommended_way_corrects_only_what_reference_models_confirm(tmp_path, tiny_models, references):
+    trained_run(FolderStore(tmp_path), "tiny", recommended(), tiny_models, references)
     run, report = whole_run(tmp_path, recommended())
     psi, scenarios, fixes = run.load(Psi), run.load(Scenarios), run.load(Corrections)
     assert 0 < psi.total < psi.failing
@@ -236,9 +245,11 @@ def test_the_recommended_way_corrects_only_what_reference_models_confirm(tmp_pat
     assert rewrite_report(run) == report
 
 
-def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path):
+def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path, tiny_models):
     judges = {"count": 2, "channels": 8, "epochs": 2, "batch_size": 32, "share": 0.3}
-    run, report = whole_run(tmp_path, tiny(review={"rho": 0.999, "accept": "lower-bound"}, judges=judges))
+    spec = tiny(review={"rho": 0.999, "accept": "lower-bound"}, judges=judges)
+    trained_run(FolderStore(tmp_path), "tiny", spec, tiny_models)
+    run, report = whole_run(tmp_path, spec)
     assert report.scenarios.accepted == 0
     assert report.evidence is not None
     assert rewrite_report(run) == report
@@ -249,6 +260,7 @@ def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path):
     assert sweep.rows == ()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_finished_run_can_write_its_report_again(finished):
     run, report = finished
     assert rewrite_report(run) == report

@@ -57,6 +57,7 @@ def test_a_damaged_manifest_is_named(store, text):
         run.manifest()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_report_of_a_run_with_a_damaged_manifest_names_the_manifest(finished_run, tmp_path, caplog):
     shutil.copytree(finished_run / "runs" / "tiny", tmp_path / "tiny")
     (tmp_path / "tiny" / "manifest.json").write_text("{")

@@ -1,10 +1,11 @@
 import errno
-import multiprocessing
 import os
 import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,8 +18,7 @@ from defuse_core.config import dump_run_file
 from defuse_core.errors import DamagedError, InputError, RunBusyError, RunMismatchError, StoreError
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import UNFINISHED, FolderStore
-from tests.conftest import tiny
-from tests.waiting import WAIT_S
+from tests.conftest import ROOT, tiny
 
 
 def psi(total: int = 3) -> Psi:
@@ -274,22 +274,23 @@ def test_a_damaged_artefact_is_named_and_not_used(tmp_path):
         run.once("identify", Psi, psi)
 
 
-def hold(folder: Path, held) -> None:
-    with FolderStore(folder).lock():
-        held.set()
-        time.sleep(600)  # until it is killed
+HOLD = """
+import sys, time
+from pathlib import Path
+from defuse_core.store import FolderStore
+with FolderStore(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    time.sleep(600)  # until it is killed
+"""
 
 
 @pytest.fixture
 def holder(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    held = context.Event()
-    process = context.Process(target=hold, args=(tmp_path, held))
-    process.start()
-    assert held.wait(WAIT_S)
-    yield process
-    process.kill()
-    process.join()
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
 def test_a_second_driver_is_refused_and_told_who_the_first_is(tmp_path, holder):
@@ -326,7 +327,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 def test_a_driver_killed_lets_go_of_its_run(tmp_path, holder):
     assert FolderStore(tmp_path).is_locked()
     os.kill(holder.pid, signal.SIGKILL)
-    holder.join()
+    holder.wait()
     assert not FolderStore(tmp_path).is_locked()
     with FolderStore(tmp_path).lock():
         pass

@@ -34,7 +34,7 @@ from defuse_core.training.reference_models import (
     model_probabilities,
 )
 from defuse_core.tuning_data import allowed, choose_unreviewed, decode_failures, decode_scenario_images
-from tests.conftest import recommended
+from tests.conftest import recommended, trained_run
 from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings
 
@@ -258,6 +258,7 @@ def test_the_baseline_is_tuned_on_the_reviewed_images_alone(tiny_models, failure
     assert made.d_f.labels.tolist() == [5, 6]
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("sections", "tuned"),
     [({}, True), ({"correct": {"unreviewed": False}}, False), ({"correct": {"filter": "none"}}, False)],
@@ -265,9 +266,8 @@ def test_the_baseline_is_tuned_on_the_reviewed_images_alone(tiny_models, failure
 def test_a_run_tunes_on_unreviewed_failures_only_where_they_are_screened_and_wanted(
     tmp_path, tiny_models, references, sections, tuned
 ):
-    run = Run.start(FolderStore(tmp_path), "a", recommended(judges={"count": 0}, **sections))
-    run.once("train", Models, lambda: tiny_models)
-    run.once("train", ReferenceSet, lambda: references, "references")
+    spec = recommended(judges={"count": 0}, **sections)
+    run = trained_run(FolderStore(tmp_path), "a", spec, tiny_models, references)
     compute = LocalCompute()
     report = run_defuse(run, compute, ReferenceAnnotators(run, compute))
     codes = load_findings(run)[0].fixes.unreviewed

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,19 +17,36 @@ IMPORTED = [
     "services.cli",
     "sklearn.mixture",
     "torch._dynamo",
+    "tests.e2e.frozen",  # the last
 ]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(IMPORTED)
 
 
-def start(words: Sequence[str], log: Path) -> BaseProcess:
-    """Start `defuse WORDS` in a session of its own, with its output in `log`."""
-    process = context.Process(target=_run, args=(words, log, dict(os.environ)), daemon=True)
+def start(words: Sequence[str], log: Path, *before: Callable[[], None]) -> BaseProcess:
+    """Start `defuse WORDS` in a session of its own, with its output in `log`; it calls each of `before` first."""
+    process = context.Process(target=_run, args=(words, log, dict(os.environ), before), daemon=True)
     process.start()
     return process
 
 
-def _run(words: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+def no_figures() -> None:
+    """Write the report without its figures."""
+    from defuse_core.report import figures
+
+    figures.draw_figures = lambda *_: {}
+
+
+def hasty_leases() -> None:
+    """Take a bucket over from whoever is silent for 3 s."""
+    from services.storage import lease
+
+    lease.BEAT_S, lease.LEASE_S = 0.5, 3.0
+
+
+def _run(
+    words: Sequence[str], log: Path, environment: dict[str, str], before: Sequence[Callable[[], None]]
+) -> None:
     from services.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
@@ -39,5 +56,7 @@ def _run(words: Sequence[str], log: Path, environment: dict[str, str]) -> None:
         os.dup2(output, stream.fileno())
     os.environ.clear()
     os.environ.update(environment)
+    for change in before:
+        change()
     sys.argv = ["defuse", *words]
     main()

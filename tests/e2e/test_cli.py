@@ -181,9 +181,8 @@ def test_an_empty_name_of_a_run_or_job_is_refused(words, line, monkeypatch, caps
 
 
 @pytest.fixture
-def no_page(monkeypatch) -> None:
+def no_page(monkeypatch, no_figures) -> None:
     """The report without its pictures, which take longer than all else: for tests that compare its figures."""
-    monkeypatch.setattr("defuse_core.report.figures.draw_figures", lambda *_: {})
     monkeypatch.setattr("defuse_core.report.html.render_page", lambda *_: "")
 
 
@@ -267,6 +266,7 @@ def test_a_report_is_shown_where_it_cannot_be_written(copied, monkeypatch, capsy
     assert "the page is not written again, since the store cannot be written" in caplog.text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_is_made_resumed_shown_and_reported(runfile, tmp_path, monkeypatch, capsys):
     where = ["--store", tmp_path / "runs"]
     short = ["--on", "local", "--set", "vae.epochs=5", "--set", "vae.accept=blind"]

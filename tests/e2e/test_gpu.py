@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from defuse_core.config.loading import dump_run_file
@@ -16,14 +18,13 @@ from tests.conftest import recommended
 
 ROOT = Path(__file__).parents[2]
 
-RUN_AND_SERVE = """
-import contextlib, sys
-from pathlib import Path
-from tests.pretended_gpu import pretended_gpu
 
-name, store, run_file = sys.argv[1:]
-with pretended_gpu() if name == "gpu" else contextlib.nullcontext():
+def run_and_serve(name: str, store: str, run_file: str) -> None:
+    """Make a run, save the answers of its served classifier, and print on which device that is."""
+    from pathlib import Path
+
     import numpy as np
+
     from defuse_core.config import ServeSection, load_run_file
     from defuse_core.local import LocalCompute
     from defuse_core.pipeline import run_defuse
@@ -40,10 +41,37 @@ with pretended_gpu() if name == "gpu" else contextlib.nullcontext():
     images = np.random.default_rng(0).random((3, *served.input_spec.shape), np.float32)
     np.save(f"{store}/{name}.npy", served.predict(images).probabilities)
     print(len(candidate.scenario), "scenarios on", next(served.classifier.parameters()).device)
+
+
+ON_GPU = f"""
+import sys
+from tests.pretended_gpu import pretended_gpu
+{inspect.getsource(run_and_serve)}
+with pretended_gpu():
+    from defuse_core.report import figures
+    figures.draw_figures = lambda *_: {{}}
+    run_and_serve(*sys.argv[1:])
 """
 
 
-def test_on_a_gpu_no_tensor_is_left_behind_and_the_cpu_finds_the_same(tmp_path: Path) -> None:
+def on_gpu(*words: str) -> str:
+    """Run and serve in a process of its own, whose output is returned."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_GPU, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_on_a_gpu_no_tensor_is_left_behind_and_the_cpu_finds_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = recommended(
         vae={"decode": "anchored", "epochs": 20},
         identify={"scale": 3.0},
@@ -52,13 +80,11 @@ def test_on_a_gpu_no_tensor_is_left_behind_and_the_cpu_finds_the_same(tmp_path: 
     )
     run_file = tmp_path / "run.yaml"
     run_file.write_text(dump_run_file(spec))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for name in ("gpu", "cpu"):
-        command = [sys.executable, "-c", RUN_AND_SERVE, name, str(tmp_path), str(run_file)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        device = {"gpu": "pretended:0", "cpu": "cpu"}[name]
-        assert re.search(rf"^[1-9]\d* scenarios on {device}$", done.stdout, re.MULTILINE)
+    said = {"pretended:0": on_gpu("gpu", str(tmp_path), str(run_file))}
+    run_and_serve("cpu", str(tmp_path), str(run_file))
+    said["cpu"] = capsys.readouterr().out
+    for device, output in said.items():
+        assert re.search(rf"^[1-9]\d* scenarios on {device}$", output, re.MULTILINE)
     np.testing.assert_allclose(np.load(tmp_path / "gpu.npy"), np.load(tmp_path / "cpu.npy"), atol=1e-5)
     made = sorted((tmp_path / "cpu").glob("*.safetensors"))
     assert len(made) > 9

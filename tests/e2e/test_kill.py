@@ -5,12 +5,11 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import forked_commands
 import pytest
 import ray
 
@@ -18,6 +17,8 @@ from defuse_core.artifacts import Psi
 from defuse_core.codec import decode
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_equal_psi, assert_same_psi
+from tests.e2e import forked_commands
+from tests.start_forked_worker import fork_workers
 from tests.waiting import wait_until
 
 MADE_BY = {  # step -> its artefacts
@@ -42,9 +43,12 @@ STEPS = list(MADE_BY)
 WAIT_S = 360  # six times what a quiet machine needs
 
 
-def start(runfile: Path, where: Sequence[str], store: Path, until: str) -> BaseProcess:
+def start(
+    runfile: Path, where: Sequence[str], store: Path, until: str, *before: Callable[[], None]
+) -> BaseProcess:
     words = ["run", str(runfile), *where, "--store", str(store), "--until", until]
-    return forked_commands.start(words, store.parent / f"{store.name}.log")
+    log = store.parent / f"{store.name}.log"
+    return forked_commands.start(words, log, forked_commands.no_figures, *before)
 
 
 @pytest.fixture
@@ -107,11 +111,13 @@ def test_a_driver_killed_in_the_middle_of_each_step_goes_on_to_the_same_artefact
 ):
     runfile, store = whole.parents[1] / "tiny.yaml", tmp_path / "killed"
     run = store / "tiny"
+    before = [fork_workers] if "ray" in place else []
     copy_until(whole, run, steps[0])
     for step in steps:
-        assert kill_once_there(start(runfile, place, store, steps[-1]), run / UNDER_WAY[step]), step
+        driver = start(runfile, place, store, steps[-1], *before)
+        assert kill_once_there(driver, run / UNDER_WAY[step]), step
         assert not (run / f"{MADE_BY[step][-1]}.safetensors").exists(), f"{step} had ended before the kill"
-    driver = start(runfile, place, store, steps[-1])
+    driver = start(runfile, place, store, steps[-1], *before)
     driver.join(WAIT_S)
     assert driver.exitcode == 0, (tmp_path / "killed.log").read_text()[-2000:]
     for name in (name for step in steps for name in MADE_BY[step] if name != "psi"):
@@ -133,9 +139,8 @@ def test_a_driver_that_is_asked_to_end_does_so_in_one_line_and_leaves_no_lock_an
     monkeypatch.setenv("STARTED_BY", str(tmp_path))
     run = tmp_path / "ended" / "tiny"
     copy_until(whole, run, "identify")
-    driver = start(
-        whole.parents[1] / "tiny.yaml", place, run.parent, "correct"
-    )  # steps that take longer follow
+    # Steps that take longer follow. The workers are not forked: their environment is looked at.
+    driver = start(whole.parents[1] / "tiny.yaml", place, run.parent, "correct")
     assert kill_once_there(driver, run / UNDER_WAY["identify"], how)
     log = (tmp_path / "ended.log").read_text()
     assert log.endswith("\ndefuse: stopped; the same command continues from here\n")

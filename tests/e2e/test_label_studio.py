@@ -26,13 +26,15 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from defuse_core.artifacts import Models
 from defuse_core.config import dump_run_file
 from defuse_core.errors import LabelsPending
+from defuse_core.store import FolderStore
 from services.cli import defuse
 from services.labeling import LabelStudioAnnotators
 from services.labeling.local_server import LocalServer
 from services.labeling.simulate import AnnotatorAccount
-from tests.conftest import tiny
+from tests.conftest import tiny, trained_run
 from tests.waiting import WAIT_S, wait_until
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -71,12 +73,14 @@ def cli(monkeypatch: pytest.MonkeyPatch, server: LocalServer, tmp_path: Path) ->
     return call
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_waits_for_people_and_goes_on_with_their_answers(
-    cli: Callable[..., Result], tmp_path: Path
+    cli: Callable[..., Result], tmp_path: Path, tiny_models: Models
 ) -> None:
     review = {"annotators": "label-studio", "answers_per_task": 3, "form": "scenario"}
     spec = tiny(review=review)
     (tmp_path / "digits.yaml").write_text(dump_run_file(spec))
+    trained_run(FolderStore(tmp_path / "runs"), "digits", spec, tiny_models)
     words = ("run", str(tmp_path / "digits.yaml"), "--on", "local")
     with pytest.raises(LabelsPending, match="0 answers are in"):
         cli(*words)

@@ -28,6 +28,7 @@ def test_a_cluster_is_not_ignored_where_the_run_is_computed_here(finished, monke
     assert "--address goes with --on ray" in err
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_step_that_was_made_before_is_not_traced_in_silence(finished, monkeypatch, capsys):
     for until in ([], ["--until", "train"]):
         code, out, err = call(monkeypatch, capsys, *finished, "--profile", "train", *until)

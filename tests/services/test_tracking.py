@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import yaml
 
@@ -30,6 +27,8 @@ from tests.services.serving.synthetic_runs import make_run
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of an empty tracking store."""
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
     return mlflow.MlflowClient(f"file://{tmp_path}/mlruns")
@@ -220,6 +219,8 @@ def test_a_server_that_is_down_costs_one_line_and_the_run_is_tracked_later(serve
 
 
 def test_a_run_that_another_server_knows_is_begun_anew(server, run, tmp_path, monkeypatch):
+    import mlflow
+
     with MlflowTracking(run, read_settings()):
         pass
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/other")
@@ -252,9 +253,3 @@ def test_a_missing_package_or_address_is_one_line_before_anything_starts(tmp_pat
     code, _, err = call(monkeypatch, capsys, *command)
     assert (code, "pip install 'defuse[mlflow]'" in one_line(err)) == (2, True)
     assert not (tmp_path / "runs").exists()
-
-
-def test_nothing_of_mlflow_is_loaded_without_the_option():
-    code = "import sys, services.cli, services.tracking; print('mlflow' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

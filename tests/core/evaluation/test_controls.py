@@ -31,11 +31,11 @@ from defuse_core.report.build_evidence import _pairs, evidence_figures
 from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
 from defuse_core.report.formatting import spread_of
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, Run
+from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.tables import _left_out
-from tests.conftest import recommended, tiny
+from tests.conftest import recommended, tiny, trained_run
 from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings
 
@@ -162,10 +162,10 @@ def test_the_least_favourable_plain_training_is_the_one_that_the_correction_is_l
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, tiny_models, references, no_figures_in_module):
     """A finished run, and its report."""
     spec = recommended(judges={"count": 3, "epochs": 20}, correct={"unreviewed": False})
-    run = Run.start(FolderStore(tmp_path_factory.mktemp("plain")), "a", spec)
+    run = trained_run(FolderStore(tmp_path_factory.mktemp("plain")), "a", spec, tiny_models, references)
     compute = LocalCompute()
     return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
 

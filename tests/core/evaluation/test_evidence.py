@@ -42,7 +42,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.tables import print_report
-from tests.conftest import recommended
+from tests.conftest import recommended, trained_run
 
 
 def corrections(count: int) -> Corrections:
@@ -157,10 +157,10 @@ def test_the_classifier_is_at_fault_only_where_the_pictures_show_the_label(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, tiny_models, references, no_figures_in_module):
     """A finished run of the recommended way, and its report. Its judges agree on most images, on any processor."""
     spec = recommended(judges={"count": 3, "epochs": 20})
-    run = Run.start(FolderStore(tmp_path_factory.mktemp("evidence")), "a", spec)
+    run = trained_run(FolderStore(tmp_path_factory.mktemp("evidence")), "a", spec, tiny_models, references)
     compute = LocalCompute()
     return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
 

@@ -181,6 +181,7 @@ def test_the_report_says_how_many_failing_draws_the_screen_keeps(tmp_path: Path)
     assert ", at most 7 an image. The screen (identify.screen) keeps a draw only if" in page
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("failing", "identify", "expected"),
     [

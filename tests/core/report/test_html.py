@@ -192,6 +192,7 @@ def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
     assert any(notice.startswith("Answers were preselected.") for notice in caveats(report, SAMPLE_CORRECT))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_images_whose_label_is_not_the_majoritys_are_counted_on_the_page_and_in_a_notice(tmp_path: Path):
     found, evaluation = sample_findings(3, 2)
     assert not [

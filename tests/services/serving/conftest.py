@@ -21,6 +21,7 @@ from services.serving.candidate import Candidate, prepare_candidate
 from tests.ports import free_port
 from tests.waiting import wait_until
 
+NO_ACCESS_LOG = {"enable_access_log": False}  # as in services/serving/launch.py
 LIGHT = {"cpus_per_replica": 0.1, "poll_s": 0.2, "timeout_s": 60.0}  # many replicas on two cores, both busy
 
 
@@ -48,7 +49,7 @@ def splits(good_spec: RunFile) -> Splits:
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: Any, good_spec: RunFile, good_models: Models, splits: Splits) -> FolderStore:
-    """A store of finished runs.
+    """A store of finished runs whose candidates are made.
 
     `second` answers like `first`, `swapped` confuses 0 and 1, and the output of `broken` is not finite.
     """
@@ -61,7 +62,8 @@ def planted(tmp_path_factory: Any, good_spec: RunFile, good_models: Models, spli
         "broken": overflow_weights(good),
     }
     for name, weights in corrected.items():
-        make_run(store, name, good_spec, good_models, splits, weights)
+        run = make_run(store, name, good_spec, good_models, splits, weights)
+        prepare_candidate(run)
     return store
 
 
@@ -86,7 +88,7 @@ def serve_port(ray_session: None) -> Iterator[int]:
     from ray.serve.config import HTTPOptions
 
     port = free_port()
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port), logging_config=NO_ACCESS_LOG)
     yield port
     serve.shutdown()
 
@@ -129,7 +131,7 @@ def serving(serve_port: int) -> Iterator[Callable[..., ServedApplication]]:
         args = ServeArgs(
             store=store.address, run=run, pin=pin, require_token=token, settings={**LIGHT, **settings}
         )
-        serve.run(build(args), name=name, route_prefix=f"/{name}")
+        serve.run(build(args), name=name, route_prefix=f"/{name}", logging_config=NO_ACCESS_LOG)
         names.append(name)
         return ServedApplication(serve_port, name)
 

@@ -45,10 +45,18 @@ class ServeProcess:
 
 
 @contextlib.contextmanager
-def serve_process(folder: Path, *arguments: str, **environment: str) -> Iterator[ServeProcess]:
-    """Run `defuse serve ARGUMENTS` on a free port of loopback, with a token and Ray's authentication."""
+def serve_process(
+    folder: Path, *arguments: str, forked: bool = False, **environment: str
+) -> Iterator[ServeProcess]:
+    """Run `defuse serve ARGUMENTS` on a free port of loopback, with a token and Ray's authentication.
+
+    With `forked`, its workers are those of `forked_workers.py`, else as at users'.
+    """
     port, log = free_port(), folder / "log"
-    command = [sys.executable, "-c", "from services.cli import main; main()", "serve", *arguments]
+    code = "from services.cli import main; main()"
+    if forked:
+        code = f"from tests.start_forked_worker import fork_workers; fork_workers(); {code}"
+    command = [sys.executable, "-c", code, "serve", *arguments]
     variables = {**os.environ, "DEFUSE_SERVE_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), **environment}
     for name in {"RAY_ADDRESS", "RAY_AUTH_MODE"} - environment.keys():
         variables.pop(name, None)

@@ -78,7 +78,7 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
     own_store, short_folder, pictures
 ):
     options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
-    with serve_process(short_folder, "first", *options) as running:
+    with serve_process(short_folder, "first", *options, forked=True) as running:
         # a process that Ray has just replaced listens on for a moment; neither 8404 nor 9101 is among the ports
         expected = [{(LOOPBACK, running.port)}]
         wait_until(lambda: ports_of_haproxy(running.port) == expected, lambda: ports_of_haproxy(running.port))

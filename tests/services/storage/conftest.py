@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import botocore.loaders
 import pytest
 from buckets import KEYS
 from s3_servers import moto_server
@@ -13,10 +15,14 @@ from s3_servers import moto_server
 from defuse_core.store import FolderStore, Store
 from services.storage import open_store, s3
 
+# A client reads the description of S3, for most of a second, where it is not in its loader.
+one_loader = functools.cache(botocore.loaders.create_loader)
+
 
 @pytest.fixture(autouse=True)
 def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Credentials of nobody in particular, and no client left from the test before."""
+    monkeypatch.setattr("botocore.session.create_loader", one_loader)
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
