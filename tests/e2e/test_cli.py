@@ -287,10 +287,8 @@ def test_a_run_is_made_resumed_shown_and_reported(runfile, tmp_path, monkeypatch
     page = json.loads(call(monkeypatch, capsys, "status", "tiny", "--json", *where)[1])
     assert listed == {key: page[key] for key in listed} and listed["state"] == "done"
     assert {step["state"] for step in page["steps"]} == {"done"}
-    assert (
-        json.loads((tmp_path / "runs" / "tiny" / "report.json").read_text())["annotators"]
-        == "reference models"
-    )
+    written = json.loads((tmp_path / "runs/tiny/report.json").read_text())
+    assert written["annotators"] == "reference models"
 
 
 def test_a_classifier_of_ones_own_is_found_in_the_folder_where_the_command_is_typed(runfile, tmp_path):
