@@ -204,6 +204,11 @@ def pytest_collection() -> Generator[None, object, object]:
     return collected
 
 
+def pytest_unconfigure() -> None:
+    """Let libraries find their objects at the end, which some (nanobind's) call leaked otherwise."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the longest groups first, so that two processes end at the same time, and those that use Ray together."""
     with_ray = {group_of(item.nodeid) for item in items if "ray_session" in item.fixturenames}
