@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -155,23 +155,30 @@ def _shards(run: Run) -> int:
 
 def summarize_runs(store: Store) -> list[RunSummary]:
     """Return the summary of each run in a store, also of those that cannot be read."""
-    return [summary for name in store.folders() if (summary := _summary_in(store, name))]
+    return [
+        RunSummary(name, problem=str(found)) if isinstance(found, DefuseError) else found
+        for name, found in _summaries(store)
+    ]
 
 
-def _summary_in(store: Store, name: str) -> RunSummary | None:
-    """Return the summary of the run called `name`; None where the folder holds none."""
-    try:
-        if not store.exists(f"{name}/run.yaml"):
-            return None
-        run = Run.open(store, name)
-        return summarize_run(run, step_states(run))
-    except DefuseError as error:
-        return RunSummary(name, problem=str(error))
+def _summaries(store: Store) -> Iterator[tuple[str, RunSummary | DefuseError]]:
+    """Yield the name of each run in a store with its summary, or with the error where it cannot be read."""
+    for name in store.folders():
+        found: RunSummary | DefuseError
+        try:
+            if not store.exists(f"{name}/run.yaml"):
+                continue
+            run = Run.open(store, name)
+            found = summarize_run(run, step_states(run))
+        except DefuseError as error:
+            found = error
+        yield name, found
 
 
 def summarize_run(run: Run, states: list[StepState]) -> RunSummary:
-    """Return how far a run is, and its result once `report.json` is written."""
-    at, report = _current(states), _stored_report(run)
+    """Return how far a run is, and its result once `report.json` is written. Raises StoreError for a damaged file."""
+    report = _stored_report(run)
+    at = next((state for state in states if state.state != "done"), None)
     return RunSummary(
         run.name,
         run.spec.data.name,
@@ -183,11 +190,6 @@ def summarize_run(run: Run, states: list[StepState]) -> RunSummary:
         accuracy=None if report is None else report.accuracy.model_dump(mode="json"),
         problem=_unread_report(run) if report is None and run.store.exists("report.json") else None,
     )
-
-
-def _current(states: list[StepState]) -> StepState | None:
-    """Return the first step that is not done."""
-    return next((state for state in states if state.state != "done"), None)
 
 
 def print_status(run: Run, console: Console | None = None) -> None:
@@ -266,19 +268,14 @@ def print_runs(store: Store, console: Console | None = None) -> None:
     table = new_table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
     problems, notes = [], []
-    for name in store.folders():
-        try:
-            if not store.exists(f"{name}/run.yaml"):
-                continue
-            run = Run.open(store, name)
-            report = _stored_report(run)
-            row = _run_row(run, report)
-            if report is None and run.store.exists("report.json"):
-                notes.append(_unread_report(run))
-        except DefuseError as error:
-            problems.append(str(error))
-            shown = "unreadable run.yaml" if isinstance(error, RunFileError) else "unreadable"
-            row = name, NONE, Text(shown, style="red"), NONE, NONE, NONE, NONE
+    for name, found in _summaries(store):
+        if isinstance(found, DefuseError):
+            problems.append(str(found))
+            shown = "unreadable run.yaml" if isinstance(found, RunFileError) else "unreadable"
+            row: tuple[str | Text, ...] = name, NONE, Text(shown, style="red"), NONE, NONE, NONE, NONE
+        else:
+            row = _run_row(found)
+            notes += [] if found.problem is None else [found.problem]
         add_row(table, *row[: len(table.columns)])
     if not table.row_count:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
@@ -290,27 +287,29 @@ def print_runs(store: Store, console: Console | None = None) -> None:
         print_text(console, problem, "red")
 
 
-def _run_row(run: Run, report: Report | None) -> tuple[str | Text, ...]:
-    """Return the cells of a run in the list. Raises StoreError for a file that is damaged."""
-    states = step_states(run)
-    at = _current(states)
-    shown = Text("done", style="green") if at is None else Text(f"{at.step}, {at.state}", style="yellow")
+def _run_row(run: RunSummary) -> tuple[str | Text, ...]:
+    """Return the cells of a run in the list."""
+    shown = (
+        Text("done", style="green") if run.step is None else Text(f"{run.step}, {run.state}", style="yellow")
+    )
     return (
-        run.name,
-        run.spec.data.name,
+        run.run,
+        run.data or NONE,
         shown,
-        *_outcome(report),
-        date_time(max(state.made for state in states)),
-        duration(sum(state.seconds or 0 for state in states)),
+        *_outcome(run),
+        date_time(run.made or ""),
+        duration(run.seconds or 0),
     )
 
 
-def _outcome(report: Report | None) -> tuple[str, str]:
+def _outcome(run: RunSummary) -> tuple[str, str]:
     """Return the accepted scenarios with the accuracy on them, and the accuracy on the test set: before → after."""
-    if report is None:
+    if run.accuracy is None:
         return NONE, NONE
-    before, after = report.accuracy.before, report.accuracy.defuse
-    scenarios = str(report.scenarios.accepted)
-    if report.scenarios.accepted:
-        scenarios += f": {percent(before.scenario, 0)} → {percent(after.scenario, 0)}"
-    return scenarios, NONE if before.test is None else f"{percent(before.test)} → {percent(after.test)}"
+    before, after = run.accuracy["before"], run.accuracy["defuse"]
+    scenarios = str(run.accepted)
+    if run.accepted:
+        scenarios += f": {percent(before['scenario'], 0)} → {percent(after['scenario'], 0)}"
+    return scenarios, NONE if before[
+        "test"
+    ] is None else f"{percent(before['test'])} → {percent(after['test'])}"

@@ -172,7 +172,7 @@ class Lease:
             if written is not None:
                 return written
             seen = self.object.read()
-            if seen is None or LeaseState.parse(seen[1]).token != self.state.token:
+            if seen is None or not self._is_own(seen[1]):
                 return None
             version = seen[0]
             if seen[1] == self.state.dump():
@@ -181,8 +181,12 @@ class Lease:
 
     def _remove(self) -> None:
         seen = self.object.read()
-        if seen is not None and LeaseState.parse(seen[1]).token == self.state.token:
+        if seen is not None and self._is_own(seen[1]):
             self.object.delete_if(seen[0])
+
+    def _is_own(self, content: bytes) -> bool:
+        """Whether the object holds this driver's lease, which its token shows."""
+        return LeaseState.parse(content).token == self.state.token
 
     def _take_over(self) -> None:
         """Take a lease that was released, or whose holder is dead. Raises RunBusyError if its holder lives."""
@@ -221,9 +225,7 @@ class Lease:
         )
         time.sleep(SETTLE_S)
         seen = self.object.read()
-        self.version = (
-            seen[0] if seen is not None and LeaseState.parse(seen[1]).token == self.state.token else None
-        )
+        self.version = seen[0] if seen is not None and self._is_own(seen[1]) else None
 
 
 @contextlib.contextmanager
