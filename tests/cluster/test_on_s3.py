@@ -158,12 +158,13 @@ def test_a_driver_that_is_paused_while_another_takes_over_changes_nothing_and_en
     before = (forked_commands.no_figures, forked_commands.hasty_leases)
     with driver(runfile, "ray", "s3://bucket/two", logs[0], *before) as paused:
         wait_for(bucket, "two/tiny/trials/baseline/lam-0.001.safetensors", paused, logs[0])
-        os.kill(paused.pid or 0, signal.SIGSTOP)
+        assert paused.pid is not None
+        os.kill(paused.pid, signal.SIGSTOP)
         with driver(runfile, "local", "s3://bucket/two", logs[1], *before) as second:
             code, said = ended(second, logs[1])
             assert code == 0, said
         report = bucket.get_object(Bucket="bucket", Key="two/tiny/report.json")["Body"].read()
-        os.kill(paused.pid or 0, signal.SIGCONT)
+        os.kill(paused.pid, signal.SIGCONT)
         resumed = time.monotonic()
         code, told = ended(paused, logs[0], WAIT_S)
     assert code == 4, told

@@ -45,11 +45,11 @@ def run_and_serve(name: str, store: str, run_file: str) -> None:
 
 ON_GPU = f"""
 import sys
+from tests.e2e.forked_commands import no_figures
 from tests.pretended_gpu import pretended_gpu
 {inspect.getsource(run_and_serve)}
 with pretended_gpu():
-    from defuse_core.report import figures
-    figures.draw_figures = lambda *_: {{}}
+    no_figures()
     run_and_serve(*sys.argv[1:])
 """
 
