@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,15 @@ import click
 
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.store import checked_name
-from services.cli.options import printable, store_option
-from services.cli.review_tables import print_closed, print_result, print_skips, print_status
+from services.cli.options import json_option, print_json, printable, store_option
+from services.cli.review_tables import (
+    print_closed,
+    print_result,
+    print_skips,
+    print_status,
+    summarize_result,
+    summarize_status,
+)
 from services.console import ProgressDisplay, Terminal
 from services.settings import read_settings
 
@@ -65,7 +72,8 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 @review.command()
 @click.argument("name", metavar="RUN")
 @store_option
-def status(name: str, store: str) -> None:
+@json_option
+def status(name: str, store: str, as_json: bool) -> None:
     """Show the answers so far of RUN, the missing ones, and the address to label at.
 
     Once the votes are stored, show them and the verdicts; that works without Label Studio, too.
@@ -77,26 +85,36 @@ def status(name: str, store: str) -> None:
     opened, gallery = _open(name, store)
     annotators = LabelStudioAnnotators(opened, read_settings())
     console = Terminal(markup=False)  # what annotators typed is no markup
+    console.quiet = as_json
     votes, verdicts = opened.load(Votes), opened.load(Verdicts)
     if votes is not None and verdicts is None and "/" in name:
         with opened.store.lock():
             verdicts = store_traffic_verdicts(opened, votes)
     if votes is not None and verdicts is not None:
+        later = _later_answers(annotators, gallery, votes)
         print_result(gallery, votes, verdicts, console)
-        print_closed(name, *_later_answers(annotators, gallery, votes), console)
+        print_closed(name, *later, console)
+        if as_json:
+            print_json(asdict(summarize_result(name, gallery, votes, verdicts, *later)))
         return
     found, state = annotators.status(gallery)
+    changes = None if votes is None else found.changes_since(votes)
+    task_url, label_at, invitation = partial(annotators.client.task_url, state.number), None, None
     if votes is None:
-        console.print(f"Label at {annotators.client.labeling_url(state.number)}", soft_wrap=True)
-        console.print(f"Annotators get an account at {annotators.client.invitation()}", soft_wrap=True)
+        label_at, invitation = annotators.client.labeling_url(state.number), annotators.client.invitation()
+        console.print(f"Label at {label_at}", soft_wrap=True)
+        console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
     print_status(found, console)
-    print_skips(name, found, partial(annotators.client.task_url, state.number), console)
-    if votes is not None:
-        print_closed(name, found.changes_since(votes), None, console)
+    print_skips(name, found, task_url, console)
+    if changes is not None:
+        print_closed(name, changes, None, console)
     elif "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
         with opened.store.lock():
             store_traffic_verdicts(opened, found.final_votes(state))
         click.echo(f"all answers are in, and stored in {opened.store.address}")
+    if as_json:
+        summary = summarize_status(name, found, task_url, changes)
+        print_json(asdict(replace(summary, label_at=label_at, invitation=invitation)))
 
 
 def _later_answers(

@@ -1,10 +1,11 @@
-"""What `defuse review status` prints: the answers so far, or the result that is stored."""
+"""What `defuse review status` prints: the answers so far, or the result that is stored, as tables or as JSON."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -20,6 +21,94 @@ if TYPE_CHECKING:
     from services.labeling.tasks import TaskSubject
 
 ROWS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ScenarioSummary:
+    """What `defuse review status --json` says of one scenario; verdict and label follow from the answers so far."""
+
+    scenario: int | None  # None: inputs from traffic that lie in no scenario
+    accepted: bool
+    label: str | None  # the class of an accepted scenario
+    reason: str
+    decided: bool  # no further answer is asked for
+    missing: int  # answers
+
+
+@dataclass(frozen=True)
+class ReviewSummary:
+    """What `defuse review status --json` says of a review."""
+
+    run: str
+    closed: bool  # the votes are stored, and no answer is taken in any more
+    given: int  # answers that count
+    wanted: int  # answers that people still have to give
+    annotators: dict[str, int]  # answers of each
+    agreement: float | None  # mean share of an image's votes for its most chosen label
+    scenarios: tuple[ScenarioSummary, ...]
+    label_at: str | None = None  # None once it is closed
+    invitation: str | None = None  # where annotators get an account
+    not_counted: int = 0  # answers
+    skipped: tuple[str, ...] = ()  # addresses of skipped or unreadable tasks that lack answers
+    changes: dict[str, int] = field(
+        default_factory=dict
+    )  # answers added, changed and deleted after the votes
+    problem: str | None = None  # why the changes are not known
+
+
+def summarize_result(
+    name: str, gallery: Gallery, votes: Votes, verdicts: Verdicts, changes: AnswerChanges, unknown: str | None
+) -> ReviewSummary:
+    """Return the summary of a review whose votes and verdicts are stored."""
+    counts = Counter(votes.annotator.tolist())
+    return ReviewSummary(
+        run=name,
+        closed=True,
+        given=len(votes.answer),
+        wanted=0,
+        annotators={votes.annotators[number]: count for number, count in sorted(counts.items())},
+        agreement=_mean_agreement(verdicts),
+        scenarios=_scenarios(gallery, verdicts, [True] * len(gallery), [0] * len(gallery)),
+        changes={} if unknown else asdict(changes),
+        problem=unknown,
+    )
+
+
+def summarize_status(
+    name: str, status: ReviewStatus, task_url: Callable[[int], str], changes: AnswerChanges | None
+) -> ReviewSummary:
+    """Return the summary of a review that Label Studio has; `changes` after the votes, once these are stored."""
+    missing = status.missing_per_task.sum(axis=1) * ~status.decided
+    verdicts = status.verdicts()
+    return ReviewSummary(
+        run=name,
+        closed=changes is not None,
+        given=status.given,
+        wanted=status.outstanding,
+        annotators=status.per_annotator(),
+        agreement=_mean_agreement(verdicts),
+        scenarios=_scenarios(status.tasks.gallery, verdicts, status.decided.tolist(), missing.tolist()),
+        not_counted=len(status.pulled.discarded),
+        skipped=tuple(task_url(skip.task) for skip in status.blocking_skips()),
+        changes={} if changes is None else asdict(changes),
+    )
+
+
+def _scenarios(
+    gallery: Gallery, verdicts: Verdicts, decided: Sequence[bool], missing: Sequence[int]
+) -> tuple[ScenarioSummary, ...]:
+    accepted = set(verdicts.accepted.tolist())
+    return tuple(
+        ScenarioSummary(
+            scenario=_scenario_number(gallery, scenario),
+            accepted=scenario in accepted,
+            label=gallery.classes[verdicts.labels[scenario]] if scenario in accepted else None,
+            reason=reason,
+            decided=decided[scenario],
+            missing=missing[scenario],
+        )
+        for scenario, reason in enumerate(verdicts.reasons)
+    )
 
 
 def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Console) -> None:
@@ -62,12 +151,17 @@ def print_status(status: ReviewStatus, console: Console) -> None:
     _print_discarded(status, console)
 
 
-def _print_agreement(title: str, verdicts: Verdicts, console: Console) -> None:
-    """Print the mean agreement; nothing where no image has two votes."""
+def _mean_agreement(verdicts: Verdicts) -> float | None:
+    """Return the mean agreement; None where no image has two votes."""
     import numpy as np
 
-    if not np.isnan(verdicts.agreement).all():
-        mean = np.nanmean(verdicts.agreement)
+    known = verdicts.agreement[~np.isnan(verdicts.agreement)]
+    return float(known.mean()) if known.size else None
+
+
+def _print_agreement(title: str, verdicts: Verdicts, console: Console) -> None:
+    """Print the mean agreement; nothing where no image has two votes."""
+    if (mean := _mean_agreement(verdicts)) is not None:
         console.print(f"{title}: {mean:.1%} of an image's votes are for its most chosen label.")
 
 
@@ -95,18 +189,20 @@ def _table(gallery: Gallery, last: str, *beside: str) -> Table:
 
 
 def _scenario_cells(gallery: Gallery, scenario: int, *beside: str) -> list[str]:
-    cells = [_scenario_number(gallery, scenario), *beside]
+    number = _scenario_number(gallery, scenario)
+    cells = ["none" if number is None else str(number), *beside]
     if gallery.failure is not None:
         share = float(gallery.failure[scenario].mean())
         cells.append("unknown" if math.isnan(share) else f"{share:.0%}")
     return cells
 
 
-def _scenario_number(gallery: Gallery, scenario: int) -> str:
+def _scenario_number(gallery: Gallery, scenario: int) -> int | None:
+    """Return the number under which people see a scenario; None for inputs from traffic that lie in none."""
     from defuse_core.artifacts import NO_SCENARIO
 
     number = gallery.number(scenario)
-    return "none" if number == NO_SCENARIO else str(number)
+    return None if number == NO_SCENARIO else number
 
 
 def _print_discarded(status: ReviewStatus, console: Console) -> None:
@@ -158,5 +254,5 @@ def print_closed(name: str, changes: AnswerChanges, unknown: str | None, console
 
 def _place(status: ReviewStatus, subject: TaskSubject) -> str:
     number = _scenario_number(status.tasks.gallery, subject.scenario)
-    place = "no scenario" if number == "none" else f"scenario {number}"
+    place = "no scenario" if number is None else f"scenario {number}"
     return place if subject.image is None else f"{place}, image {subject.image}"

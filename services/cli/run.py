@@ -261,13 +261,18 @@ def status(name: str | None, store: str, as_json: bool) -> None:
 @click.command(short_help="Show the report of a run, and write its page again.")
 @click.argument("name")
 @store_option
-def report(name: str, store: str) -> None:
-    """Show the report of the run called NAME, and write its page again."""
+@json_option
+def report(name: str, store: str, as_json: bool) -> None:
+    """Show the report of the run called NAME, and write its page again. With --json: what report.json holds."""
     from defuse_core.pipeline import rewrite_report
     from services.tables import print_report
 
     opened = open_run(name, store)
-    print_report(rewrite_report(opened), opened.spec.correct)
+    found = rewrite_report(opened)
+    if as_json:
+        print_json(found.model_dump(mode="json", by_alias=True))
+        return
+    print_report(found, opened.spec.correct)
     if opened.store.exists("report.html"):
         click.echo(f"\nreport: {opened.store.address}/report.html")
 

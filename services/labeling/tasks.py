@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -249,29 +249,34 @@ def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketSt
 
     Raises InputError if Label Studio has no credentials of its own, or if they cannot read the pictures.
     """
-    access_key, secret_key, token = _key(store, access)
+    key = _key(store, access)
     storage = BucketStorage(
         title=title,
         bucket=store.bucket,
         prefix=f"{store.prefix}{PICTURES_FOLDER}",
         s3endpoint=access.endpoint or store.endpoint,
         region_name=store.region,
-        aws_access_key_id=access_key,
-        aws_secret_access_key=secret_key,
-        aws_session_token=token or "",
+        aws_access_key_id=key.access_key_id or "",
+        aws_secret_access_key=key.secret_access_key or "",
+        aws_session_token=key.session_token or "",
     )
     _check_access(store, storage)
     return storage
 
 
-def _key(store: S3Store, access: BucketAccess) -> tuple[str, str, str | None]:
-    """Return the access key, the secret key and the session token with which Label Studio reads the pictures."""
+def _key(store: S3Store, access: BucketAccess) -> BucketAccess:
+    """Return the key with which Label Studio reads the pictures: its own, or this process's where it is shared."""
     import boto3
 
     found = boto3.Session().get_credentials()
     own = None if found is None else found.get_frozen_credentials()
     if access.share_own and own is not None:
-        return own.access_key, own.secret_key, own.token
+        return replace(
+            access,
+            access_key_id=own.access_key,
+            secret_access_key=own.secret_key,
+            session_token=own.token,
+        )
     if access.access_key_id is None or access.secret_access_key is None:
         raise InputError(
             f"pictures over review.inline_kb are in {store.address}/{PICTURES_FOLDER}, and Label Studio has no "
@@ -284,7 +289,7 @@ def _key(store: S3Store, access: BucketAccess) -> tuple[str, str, str | None]:
             f"read: use a key that can read {store.address}/{PICTURES_FOLDER} only "
             "(LABEL_STUDIO_S3_SHARE_CREDENTIALS=1 shares the own one nonetheless)"
         )
-    return access.access_key_id, access.secret_access_key, access.session_token
+    return access
 
 
 def _check_access(store: S3Store, storage: BucketStorage) -> None:

@@ -280,14 +280,14 @@ def test_a_run_is_made_resumed_shown_and_reported(runfile, tmp_path, monkeypatch
     assert code == 0
     assert "report.html" in out
     code, again, _ = call(monkeypatch, capsys, "report", "tiny", *where)
-    assert code == 0
-    assert again == out
+    assert (code, again) == (0, out)
     assert "tiny" in call(monkeypatch, capsys, "status", *where)[1]
     (listed,) = json.loads(call(monkeypatch, capsys, "status", "--json", *where)[1])["runs"]
     page = json.loads(call(monkeypatch, capsys, "status", "tiny", "--json", *where)[1])
     assert listed == {key: page[key] for key in listed} and listed["state"] == "done"
     assert {step["state"] for step in page["steps"]} == {"done"}
     written = json.loads((tmp_path / "runs/tiny/report.json").read_text())
+    assert json.loads(call(monkeypatch, capsys, "report", "tiny", "--json", *where)[1]) == written
     assert written["annotators"] == "reference models"
 
 

@@ -54,6 +54,32 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
     assert "0 3 accepted as 8: 100% of 3 labelled images are misclassified" in shown
     assert "Not counted: annotator-3 on scenario 3, image 0: no label was chosen" in shown
     assert link.removeprefix("label at ") in shown and invitation.split(" at ")[1] in shown
+    found = json.loads(cli("review", "status", name, "--json").stdout)
+    first, *_, last = found.pop("scenarios")
+    assert found == {
+        "run": name,
+        "closed": False,
+        "given": 6,
+        "wanted": 27,
+        "annotators": {"annotator-1": 3, "annotator-2": 3, "annotator-3": 0},
+        "agreement": 1.0,
+        "label_at": link.removeprefix("label at "),
+        "invitation": invitation.split(" at ")[1],
+        "not_counted": 1,
+        "skipped": [],
+        "changes": {},
+        "problem": None,
+    }
+    reason = "accepted as 8: 100% of 3 labelled images are misclassified"
+    assert first | {"reason": first["reason"][: len(reason)]} == {
+        "scenario": 0,
+        "accepted": True,
+        "label": "8",
+        "reason": reason,
+        "decided": True,
+        "missing": 0,
+    }
+    assert (last["accepted"], last["label"], last["decided"], last["missing"]) == (False, None, False, 9)
 
 
 def test_what_annotators_typed_is_shown_as_it_is(cli, make_review, accounts):
@@ -137,6 +163,9 @@ def test_after_the_votes_are_stored_status_says_so_and_reopen_takes_later_answer
     accounts[0].change(changed, [choice_result("label", "image", "3")])
     shown = " ".join(cli("review", "status", name).output.split())
     assert "1 changed since then, not counted" in shown and "Label at" not in shown
+    found = json.loads(cli("review", "status", name, "--json").stdout)
+    assert (found["closed"], found["given"], found["wanted"]) == (True, 24, 0)
+    assert found["changes"] == {"added": 0, "changed": 1, "deleted": 0} and found["label_at"] is None
     assert f"`defuse review reopen {name}`" in shown
     assert "is open again" in cli("review", "reopen", name).output
     assert review.run.load(Votes) is None
