@@ -88,13 +88,13 @@ def init(
     defuse init parts/ --classifier parts.pt2 --minutes 60
     """
     from defuse_core.config import load_run_file
-    from defuse_core.export.writing import expect_writable, writing
+    from defuse_core.export.writing import expect_new_file, expect_writable, writing
     from defuse_core.suggest import inspect_data, plan_run, write_run_file
     from services.console import ProgressDisplay
 
     path = out or Path(f"{usable_name(images.absolute().stem)}.yaml")
-    if path.exists() and not force:
-        raise InputError(f"{path} exists; choose another file with --out, or replace it with --force")
+    if not force:
+        expect_new_file("--out", path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: its folder does not exist; create it, or choose another file with --out")
     expect_writable("--out", path)

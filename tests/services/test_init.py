@@ -300,7 +300,7 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
         (["empty"], "expected train/ with a folder of images per class"),
         (["notes.npz"], "expected an .npz file of plain arrays"),
         (["flat", "--out", "gone/flat.yaml"], "gone/flat.yaml: its folder does not exist; create it, or"),
-        (["flat", "--out", "notes.npz"], "notes.npz exists; choose another file with --out"),
+        (["flat", "--out", "notes.npz"], "--out notes.npz: exists; choose another file"),
         (["flat", "--out", "empty", "--force"], "--out empty: cannot be written (Is a directory); choose"),
         (["small.npz"], "small.npz: image_size: Input should be greater than or equal to 8, found 6; resize"),
         (["flat", "--classifier", "nothing"], "expected package.module:factory, a file, a folder"),
