@@ -67,9 +67,9 @@ def read_settings() -> Settings:
         forwarded_for=is_on("DEFUSE_FORWARDED_FOR"),
         label_studio_host=get("LABEL_STUDIO_HOST") or None,
         label_studio_s3=BucketAccess(
-            access_key_id=get("LABEL_STUDIO_S3_ACCESS_KEY_ID") or None,
-            secret_access_key=get("LABEL_STUDIO_S3_SECRET_ACCESS_KEY") or None,
-            session_token=get("LABEL_STUDIO_S3_SESSION_TOKEN") or None,
+            access_key_id=_without_newline(get("LABEL_STUDIO_S3_ACCESS_KEY_ID")) or None,
+            secret_access_key=_without_newline(get("LABEL_STUDIO_S3_SECRET_ACCESS_KEY")) or None,
+            session_token=_without_newline(get("LABEL_STUDIO_S3_SESSION_TOKEN")) or None,
             endpoint=get("LABEL_STUDIO_S3_ENDPOINT") or None,
             share_own=is_on("LABEL_STUDIO_S3_SHARE_CREDENTIALS"),
         ),

@@ -51,7 +51,7 @@ class StepState:
     detail: str
     seconds: float | None
     bytes: int | None
-    made: str
+    made: str | None
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _step_state(
         detail,
         seconds=sum(entry["seconds"] for entry in known) if known else None,
         bytes=sum(entry["bytes"] for entry in known) if known else None,
-        made=max((entry["made"] for entry in known), default=""),
+        made=max((entry["made"] for entry in known), default=None),
     )
 
 
@@ -134,9 +134,10 @@ def _epochs(run: Run) -> str:
     kept = []
     for name, epochs in trainings.items():
         key, shown = f"training/{name}.safetensors", "β-VAE" if name == "vae" else name
-        if not run.store.exists(key):
+        try:
+            data = run.store.read(key)
+        except FileNotFoundError:
             continue
-        data = run.store.read(key)
         try:
             done = len(decode(Checkpoint, data, key).history)
         except StoreError:  # as in training, which then begins again
@@ -185,7 +186,7 @@ def summarize_run(run: Run, states: list[StepState]) -> RunSummary:
         None if at is None else at.step,
         "done" if at is None else at.state,
         seconds=sum(state.seconds or 0 for state in states),
-        made=max(state.made for state in states) or None,
+        made=max((state.made for state in states if state.made), default=None),
         accepted=None if report is None else report.scenarios.accepted,
         accuracy=None if report is None else report.accuracy.model_dump(mode="json"),
         problem=_unread_report(run) if report is None and run.store.exists("report.json") else None,
@@ -205,7 +206,7 @@ def print_status(run: Run, console: Console | None = None) -> None:
         cells: dict[str, str | Text] = {
             "Step": state.step,
             "State": _state_text(state),
-            "Made (UTC)": date_time(state.made),
+            "Made (UTC)": date_time(state.made or ""),
             "Time": NONE if state.seconds is None else duration(state.seconds),
             "Size": NONE if state.bytes is None else size(state.bytes),
         }

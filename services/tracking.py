@@ -26,7 +26,7 @@ from defuse_core.config import changed_value, flat_fields
 from defuse_core.errors import InputError, LabelsPending, without_credentials
 from defuse_core.evaluation.health import STRIP_KEY
 from defuse_core.runs import ReachedStep, Run
-from services.settings import Settings
+from services.settings import Settings, fits_a_header
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,11 +52,17 @@ Rows = list[tuple[int, Figures]]  # figures with their step
 
 
 def expect_mlflow(settings: Settings) -> None:
-    """Raise InputError where mlflow is not installed, or no server is named."""
+    """Raise InputError where mlflow is not installed, no server is named, or its token cannot be sent."""
     if find_spec("mlflow") is None:
         raise InputError("--track mlflow needs mlflow; install it with pip install 'defuse[mlflow]'")
     if settings.mlflow_uri is None:
         raise InputError("--track mlflow: set MLFLOW_TRACKING_URI to the address of your MLflow server")
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if token and not fits_a_header(token):
+        raise InputError(
+            "--track mlflow: MLFLOW_TRACKING_TOKEN holds a line break or another sign that no HTTP header can hold; "
+            "set it to the token alone"
+        )
 
 
 class MlflowTracking:

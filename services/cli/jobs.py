@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.config import RunFile, dump_run_file, model_sections, with_weights
-from defuse_core.errors import InputError, ModelError, RunFileError
+from defuse_core.errors import InputError, ModelError, RunFileError, escape_control_characters
 from services import stopped_exit_code
 from services.cli.options import (
     GivenPath,
@@ -70,7 +70,13 @@ address_option = click.option(
     metavar="NAME",
     help="Pass on this environment variable. Whoever sees the dashboard can read its value.",
 )
-@click.option("--python", default="python", show_default=True, help="Python on the nodes, one with Ray.")
+@click.option(
+    "--python",
+    default="python",
+    show_default=True,
+    callback=given,
+    help="Python on the nodes, one with Ray.",
+)
 @click.option("--detach", is_flag=True, help="Print the job's id and return at once.")
 def submit(
     runfile: Path,
@@ -165,11 +171,12 @@ def stop(job_id: str, address: str | None) -> None:
 
 
 def _row(job: Job) -> tuple[str, ...]:
+    name, run = escape_control_characters(job.id), escape_control_characters(job.run)  # what others typed
     if not job.started:
-        return job.id, job.status, "-", "-", job.run
+        return name, job.status, "-", "-", run
     begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
     minutes, seconds = divmod(int((job.ended or time.time()) - job.started), 60)
-    return job.id, job.status, begun, f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", job.run
+    return name, job.status, begun, f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", run
 
 
 def _dashboard(address: str | None) -> str:

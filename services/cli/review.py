@@ -23,9 +23,8 @@ from services.console import ProgressDisplay, Terminal
 from services.settings import read_settings
 
 if TYPE_CHECKING:
-    from defuse_core.artifacts import Gallery, Votes
+    from defuse_core.artifacts import Gallery, Verdicts, Votes
     from defuse_core.runs import Run
-    from services.labeling import LabelStudioAnnotators
     from services.labeling.status import AnswerChanges
 
 
@@ -79,24 +78,25 @@ def status(name: str, store: str, as_json: bool) -> None:
     Once the votes are stored, show them and the verdicts; that works without Label Studio, too.
     """
     from defuse_core.artifacts import Verdicts, Votes
-    from services.labeling import LabelStudioAnnotators
-    from services.labeling.annotators import store_traffic_verdicts
+    from defuse_core.review.overrides import read_overrides
 
     opened, gallery = _open(name, store)
-    annotators = LabelStudioAnnotators(opened, read_settings())
     console = Terminal(markup=False)  # what annotators typed is no markup
     console.quiet = as_json
     votes, verdicts = opened.load(Votes), opened.load(Verdicts)
     if votes is not None and verdicts is None and "/" in name:
-        with opened.store.lock():
-            verdicts = store_traffic_verdicts(opened, votes)
+        verdicts = _store_traffic_verdicts(opened, votes)
     if votes is not None and verdicts is not None:
-        later = _later_answers(annotators, gallery, votes)
+        later = _later_answers(opened, gallery, votes)
         print_result(gallery, votes, verdicts, console)
         print_closed(name, *later, console)
         if as_json:
             print_json(asdict(summarize_result(name, gallery, votes, verdicts, *later)))
         return
+    _expect_people(opened)
+    from services.labeling import LabelStudioAnnotators
+
+    annotators = LabelStudioAnnotators(opened, read_settings())
     found, state = annotators.status(gallery)
     changes = None if votes is None else found.changes_since(votes)
     task_url, label_at, invitation = partial(annotators.client.task_url, state.number), None, None
@@ -106,29 +106,48 @@ def status(name: str, store: str, as_json: bool) -> None:
         console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
     print_status(found, console)
     print_skips(name, found, task_url, console)
+    overrides = read_overrides(opened.store)
+    summary = replace(
+        summarize_status(name, found, overrides, task_url, changes), label_at=label_at, invitation=invitation
+    )
     if changes is not None:
         print_closed(name, changes, None, console)
     elif "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
-        with opened.store.lock():
-            store_traffic_verdicts(opened, found.final_votes(state))
+        votes = found.final_votes(state)
+        verdicts = _store_traffic_verdicts(opened, votes)
+        summary = summarize_result(name, gallery, votes, verdicts, None, None)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
     if as_json:
-        summary = summarize_status(name, found, task_url, changes)
-        print_json(asdict(replace(summary, label_at=label_at, invitation=invitation)))
+        print_json(asdict(summary))
 
 
-def _later_answers(
-    annotators: LabelStudioAnnotators, gallery: Gallery, votes: Votes
-) -> tuple[AnswerChanges, str | None]:
-    """Return how the answers changed after the votes, and why that is not known, where it is not."""
-    from services.labeling.status import AnswerChanges
+def _expect_people(run: Run) -> None:
+    """Raise InputError for a run that asks no people."""
+    if run.spec.review.annotators != "label-studio":
+        raise InputError(
+            f"run {run.name} asks reference models, which answer within `defuse run`; `defuse status {run.name}` "
+            "shows how far it is"
+        )
 
-    if annotators.run.spec.review.annotators != "label-studio":
-        return AnswerChanges(), None
+
+def _store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
+    from services.labeling.annotators import store_traffic_verdicts
+
+    with review.store.lock():
+        return store_traffic_verdicts(review, votes)
+
+
+def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChanges | None, str | None]:
+    """Return how people's answers changed after the votes, and why that is not known, where it is not."""
+    if run.spec.review.annotators != "label-studio":
+        return None, None
     try:
+        from services.labeling import LabelStudioAnnotators
+
+        annotators = LabelStudioAnnotators(run, read_settings())
         return annotators.status(gallery)[0].changes_since(votes), None
     except (InputError, ServiceError) as error:
-        return AnswerChanges(), str(error)
+        return None, str(error)
 
 
 @review.command(name="set")
@@ -270,6 +289,7 @@ def simulate(name: str, store: str) -> None:
     from services.labeling.simulate import simulate as simulate_annotators
 
     opened, gallery = _open(name, store)
+    _expect_people(opened)
     settings = replace(read_settings(), label_studio_url=None)  # never a server where people work
     server = running_server(settings.cache)
     if server is None:

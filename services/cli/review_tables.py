@@ -16,7 +16,7 @@ from defuse_core.errors import count_of
 from services.tables import print_table
 
 if TYPE_CHECKING:
-    from defuse_core.artifacts import Gallery, Verdicts, Votes
+    from defuse_core.artifacts import Gallery, Override, Verdicts, Votes
     from services.labeling.status import AnswerChanges, ReviewStatus
     from services.labeling.tasks import TaskSubject
 
@@ -25,7 +25,7 @@ ROWS_SHOWN = 20
 
 @dataclass(frozen=True)
 class ScenarioSummary:
-    """What `defuse review status --json` says of one scenario; verdict and label follow from the answers so far."""
+    """What `defuse review status --json` says of one scenario, by the answers so far and by decisions above them."""
 
     scenario: int | None  # None: inputs from traffic that lie in no scenario
     accepted: bool
@@ -41,7 +41,7 @@ class ReviewSummary:
 
     run: str
     closed: bool  # the votes are stored, and no answer is taken in any more
-    given: int  # answers that count
+    given: int  # answers that count: to images, or with review.form: scenario to pages
     wanted: int  # answers that people still have to give
     annotators: dict[str, int]  # answers of each
     agreement: float | None  # mean share of an image's votes for its most chosen label
@@ -57,29 +57,46 @@ class ReviewSummary:
 
 
 def summarize_result(
-    name: str, gallery: Gallery, votes: Votes, verdicts: Verdicts, changes: AnswerChanges, unknown: str | None
+    name: str,
+    gallery: Gallery,
+    votes: Votes,
+    verdicts: Verdicts,
+    changes: AnswerChanges | None,
+    unknown: str | None,
 ) -> ReviewSummary:
-    """Return the summary of a review whose votes and verdicts are stored."""
-    counts = Counter(votes.annotator.tolist())
+    """Return the summary of a review whose votes and verdicts are stored; `changes` as for print_closed."""
+    counts = _answers_by_annotator(votes)
     return ReviewSummary(
         run=name,
         closed=True,
-        given=len(votes.answer),
+        given=counts.total(),
         wanted=0,
-        annotators={votes.annotators[number]: count for number, count in sorted(counts.items())},
+        annotators=dict(counts),
         agreement=_mean_agreement(verdicts),
         scenarios=_scenarios(gallery, verdicts, [True] * len(gallery), [0] * len(gallery)),
-        changes={} if unknown else asdict(changes),
+        changes={} if changes is None else asdict(changes),
         problem=unknown,
     )
 
 
+def _answers_by_annotator(votes: Votes) -> Counter[str]:
+    """Return how many tasks each annotator answered: images, or with review.form: scenario pages."""
+    rows = zip(votes.annotator.tolist(), votes.scenario.tolist(), votes.image.tolist(), strict=True)
+    is_page = votes.notes.get("form") == "scenario"
+    tasks = {(annotator, scenario, 0 if is_page else image) for annotator, scenario, image in rows}
+    return Counter(votes.annotators[annotator] for annotator, *_ in sorted(tasks))  # two may have one name
+
+
 def summarize_status(
-    name: str, status: ReviewStatus, task_url: Callable[[int], str], changes: AnswerChanges | None
+    name: str,
+    status: ReviewStatus,
+    overrides: Sequence[Override],
+    task_url: Callable[[int], str],
+    changes: AnswerChanges | None,
 ) -> ReviewSummary:
     """Return the summary of a review that Label Studio has; `changes` after the votes, once these are stored."""
     missing = status.missing_per_task.sum(axis=1) * ~status.decided
-    verdicts = status.verdicts()
+    verdicts = status.verdicts(overrides)
     return ReviewSummary(
         run=name,
         closed=changes is not None,
@@ -238,12 +255,12 @@ def print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str],
         )
 
 
-def print_closed(name: str, changes: AnswerChanges, unknown: str | None, console: Console) -> None:
-    """Print that answers are not taken in any more, and the changes since, unless they are `unknown` for a reason."""
+def print_closed(name: str, changes: AnswerChanges | None, unknown: str | None, console: Console) -> None:
+    """Print that answers are not taken in any more, and people's changes since, or why these are `unknown`."""
     console.print(f"Voting is closed: the votes of {name} are stored.")
     if unknown is not None:
         console.print(f"Whether answers came since then is not known: {unknown}", soft_wrap=True)
-    if str(changes):
+    if changes is not None and str(changes):
         lost = ", and loses those that were deleted" if changes.deleted else ""
         console.print(
             f"{changes} since then, not counted; `defuse review reopen {name}` takes the answers as they are "

@@ -179,7 +179,9 @@ def rollback(store: str, by: str | None, why: str) -> None:
 @click.command(short_help="Serve the corrected classifier of a run, and later ones.")
 @click.argument("run", required=False)
 @store_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, callback=given, help="Interface to listen on."
+)
 @click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on."
 )
@@ -321,7 +323,7 @@ def _show(registry: Registry) -> None:
         return
     forced_now = state.since is not None and bool(state.since.failed_checks)
     for number, info in state.versions.items():
-        roles = {state.production: "production", state.canary: f"canary {state.share:.1%}"}
+        roles = {state.production: "production", state.canary: f"canary {100 * state.share:g}%"}
         role = {**roles, state.shadow: "shadow"}.get(number, "")
         forced = " (forced)" if info.forced or (number == state.production and forced_now) else ""
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -21,7 +21,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from defuse_core.artifacts import F32, I64, Bool, Verdicts, Votes
+from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
 from defuse_core.review.consensus import Consensus, count_not_majority, crowdlab_consensus, stops_when_sure
 from defuse_core.review.verdicts import decide_verdicts, false_discovery_rate, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
@@ -148,8 +148,8 @@ class ReviewStatus:
         """The number of outstanding answers, in words."""
         return f"{'about ' if self.stops_when_sure else ''}{self.outstanding:,} are still wanted"
 
-    def verdicts(self) -> Verdicts:
-        """Return the verdicts that follow from the votes so far.
+    def verdicts(self, overrides: Sequence[Override] = ()) -> Verdicts:
+        """Return the verdicts that follow from the votes so far, and from what people decided above them.
 
         They are by majority where review.consensus: crowdlab lacks the reference models' answers, which the run makes.
         """
@@ -157,7 +157,7 @@ class ReviewStatus:
         rate = false_discovery_rate(review)
         labels = None if self.consensus is None else self.consensus.labels
         return decide_verdicts(
-            self.tasks.gallery, self.votes, review.rho, max_false=rate, image_labels=labels
+            self.tasks.gallery, self.votes, review.rho, overrides, max_false=rate, image_labels=labels
         )
 
     def per_annotator(self) -> dict[str, int]:

@@ -254,7 +254,7 @@ def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketSt
         title=title,
         bucket=store.bucket,
         prefix=f"{store.prefix}{PICTURES_FOLDER}",
-        s3endpoint=access.endpoint or store.endpoint,
+        s3endpoint=_without_user(access.endpoint or store.endpoint),
         region_name=store.region,
         aws_access_key_id=key.access_key_id or "",
         aws_secret_access_key=key.secret_access_key or "",
@@ -262,6 +262,11 @@ def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketSt
     )
     _check_access(store, storage)
     return storage
+
+
+def _without_user(address: str | None) -> str | None:
+    """Return an address without user name and password: every annotator can read the storages of a project."""
+    return address and re.sub(r"(?<=://)[^/]*@", "", address)
 
 
 def _key(store: S3Store, access: BucketAccess) -> BucketAccess:
@@ -301,15 +306,21 @@ def _check_access(store: S3Store, storage: BucketStorage) -> None:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, EndpointConnectionError
 
-    client = boto3.client(
-        "s3",
-        endpoint_url=storage.s3endpoint,
-        region_name=store.region,
-        aws_access_key_id=storage.aws_access_key_id,
-        aws_secret_access_key=storage.aws_secret_access_key,
-        aws_session_token=storage.aws_session_token or None,
-        config=Config(connect_timeout=10, read_timeout=20, retries={"max_attempts": 2}),
-    )
+    try:
+        client = boto3.client(
+            "s3",
+            endpoint_url=storage.s3endpoint,
+            region_name=store.region,
+            aws_access_key_id=storage.aws_access_key_id,
+            aws_secret_access_key=storage.aws_secret_access_key,
+            aws_session_token=storage.aws_session_token or None,
+            config=Config(connect_timeout=10, read_timeout=20, retries={"max_attempts": 2}),
+        )
+    except ValueError:  # "Invalid endpoint: pictures:9000", with a password that it may hold
+        raise InputError(
+            "LABEL_STUDIO_S3_ENDPOINT: expected such as http://host:9000, with its scheme, and a host of letters, "
+            "digits, dots and hyphens"
+        ) from None
     try:
         listed = client.list_objects_v2(Bucket=store.bucket, Prefix=storage.prefix, MaxKeys=1)
         client.head_object(Bucket=store.bucket, Key=listed["Contents"][0]["Key"])

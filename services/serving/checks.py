@@ -27,8 +27,9 @@ class Check:
     name: str
     passed: bool
     line: str  # what was checked, the value found and the limit
-    found: float | None = None  # the accuracy, gain, loss or share that the line tells, 0 to 1
-    limit: float | None = None  # the least or the most that passes; None where no single figure decides
+    # the accuracy, gain, loss or share that the line tells, as a fraction of 1; a loss below 0 is a gain
+    found: float | None = None
+    limit: float | None = None  # what the line compares it with; None where no single figure decides
 
 
 @dataclass(frozen=True, eq=False)

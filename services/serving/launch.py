@@ -62,9 +62,10 @@ MAX_TEMPORARY_FOLDER = 97 - len("/defuse-xxxxxxxx") - len("/") - 56 - len("/metr
 # Ray's template of HAProxy's configuration lets every user of the machine change its servers, and shows statistics on
 # every interface. There is no setting for that, so the program that Ray starts as HAProxy edits the file first.
 HAPROXY_PROGRAM = """#!/bin/sh
+private='s#^( *bind) [*]?:([0-9]+)$#\\1 unix@{folder}/port-\\2.sock mode 600#'
 sed -i -E \\
     -e 's#^( *stats socket .*) mode 666#\\1 mode 600#' \\
-    -e 's#^( *bind) [*]?:([0-9]+)$#\\1 unix@{folder}/port-\\2.sock mode 600#' \\
+    -e "/^(frontend prometheus|listen stats)$/,/ bind /$private" \\
     -e 's#^defaults$#defaults\\n    timeout http-request 10s\\n    option forwardfor#' \\
     "$3"
 exec {python} -IS -c '{end_with_parent}' {haproxy} "$@"

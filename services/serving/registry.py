@@ -98,16 +98,14 @@ class Registry:
             return True
         version = self.store.version(_change_key(known.sequence))
         if self._last_read != (known, version):
-            with contextlib.suppress(FileNotFoundError, DamagedError):
+            with contextlib.suppress(_GoneError, DamagedError):
                 self._last_read = self._read(known.sequence), version
         return self._last_read == (known, version)
 
     def _state_of_existing(self) -> RegistryState:
         state = self.state()
         if not state.sequence:
-            raise StoreError(
-                f"{self.store.address}: the registry is gone; restore it, or promote a run with `defuse promote RUN`"
-            )
+            raise _GoneError(self.store)
         return state
 
     def load(self, number: int) -> Candidate:
@@ -239,7 +237,7 @@ class Registry:
             _require_other_in_production(state, number, "--canary")
             return NO_CANARY | {"canary": number, "share": share, "failed_checks": failed}
 
-        return self.change(f"version {number} as canary for {share:.1%}", by, why, updates)
+        return self.change(f"version {number} as canary for {100 * share:g}%", by, why, updates)
 
     def to_shadow(self, number: int, by: str, why: str, failed: FailedChecks = None) -> RegistryState:
         """Compare version `number` with production. Raises InputError without another version in production."""
@@ -309,7 +307,19 @@ class Registry:
 
     def _read(self, sequence: int) -> RegistryState:
         key = _change_key(sequence)
-        return parse_state(self.store.read(key), f"{self.store.address}/{key}")
+        try:
+            return parse_state(self.store.read(key), f"{self.store.address}/{key}")
+        except FileNotFoundError as error:
+            raise _GoneError(self.store) from error
+
+
+class _GoneError(StoreError):
+    """A registry that had changes has them no more."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(
+            f"{store.address}: the registry is gone; restore it, or promote a run with `defuse promote RUN`"
+        )
 
 
 class _AlreadyDone(Exception):  # noqa: N818 - not an error: nothing to do

@@ -62,6 +62,11 @@ def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
     except aws.ProfileNotFound as error:
         raise CredentialsError(f"{where}: {error}; check AWS_PROFILE") from error
     except NO_ANSWER as error:
+        if "Invalid header value" in str(error):  # it quotes the key
+            raise CredentialsError(
+                f"{where}: AWS_ACCESS_KEY_ID or AWS_SESSION_TOKEN holds a line break or another sign that no HTTP "
+                "header can hold; set it to the key alone"
+            ) from None
         raise StoreError(
             f"{where}: no answer from {server} ({type(error).__name__}); check AWS_ENDPOINT_URL "
             "and the network, then run again to continue"

@@ -53,6 +53,13 @@ def test_each_variable_is_a_field_of_its_own_and_an_empty_one_is_unset_except_fo
     assert {found[field] for field in FIELDS.values() if field in found} == {None}
 
 
+def test_the_line_break_of_a_file_is_no_part_of_a_key(monkeypatch):
+    names = [name for name in FIELDS if name.startswith("LABEL_STUDIO_S3_") and "ENDPOINT" not in name]
+    for name in (*names, "DEFUSE_SERVE_TOKEN"):
+        monkeypatch.setenv(name, "a key\n")
+        assert all_fields()[FIELDS[name]] == "a key"
+
+
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_switch_turns_on_its_own_field_alone(monkeypatch, name):
     for switch in SWITCHES:

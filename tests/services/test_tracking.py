@@ -13,11 +13,12 @@ import yaml
 from defuse_core.artifacts import Models, Sweep, SweepRow
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
+from defuse_core.errors import InputError
 from defuse_core.report.build import build_report
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from services.settings import read_settings
-from services.tracking import MlflowTracking
+from services.tracking import MlflowTracking, expect_mlflow
 from tests.conftest import TINY
 from tests.e2e.test_cli import call, one_line
 from tests.sample_findings import sample_findings
@@ -194,6 +195,16 @@ def test_no_log_shows_the_password_of_the_servers_address(run, monkeypatch, capl
     lines = [record.getMessage() for record in caplog.records]
     assert any("is not tracked" in line for line in lines)
     assert not any(word in "".join(lines) + repr(settings) for word in ("sesame", "ses", "ana:"))
+
+
+def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "sesame\n")
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_TOKEN holds a line break") as refused:
+        expect_mlflow(read_settings())
+    assert "sesame" not in str(refused.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "sesame")
+    expect_mlflow(read_settings())
 
 
 def test_figures_are_sent_as_soon_as_their_step_is_done(server, tmp_path, tiny_spec, tiny_models):

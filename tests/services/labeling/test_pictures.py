@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -134,6 +135,23 @@ def test_an_address_that_label_studio_alone_reaches_is_left_to_it_with_a_warning
     elsewhere = replace(access, endpoint=f"http://127.0.0.1:{free_port()}")  # nothing listens there
     assert bucket_storage(bucket, "elsewhere", elsewhere).s3endpoint == elsewhere.endpoint
     assert f"{elsewhere.endpoint} is not reached from here" in caplog.text
+
+
+@pytest.mark.parametrize("address", ["pictures:9000", "http://ana:sup3r@my_pictures:9000"])
+def test_an_address_of_the_bucket_that_is_none_is_said_without_its_password(access, bucket, address):
+    with pytest.raises(
+        InputError, match="LABEL_STUDIO_S3_ENDPOINT: expected such as http://host:9000"
+    ) as refused:
+        bucket_storage(bucket, "elsewhere", replace(access, endpoint=address))
+    assert "sup3r" not in "".join(traceback.format_exception(refused.value))
+
+
+def test_label_studio_gets_no_password_in_the_address_of_the_bucket(access, bucket, caplog):
+    bucket.write("pictures/s000-i00.png", b"picture")
+    port = free_port()
+    elsewhere = replace(access, endpoint=f"http://ana:sup3r@127.0.0.1:{port}")
+    assert bucket_storage(bucket, "elsewhere", elsewhere).s3endpoint == f"http://127.0.0.1:{port}"
+    assert "is not reached from here" in caplog.text and "sup3r" not in caplog.text
 
 
 def test_a_bucket_that_label_studio_blocks_is_named_with_the_cause_before_any_task_is_pushed(bucket, server):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import httpx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from label_studio_live import write_into_cache
 
-from defuse_core.artifacts import Votes
+from defuse_core.artifacts import Verdicts, Votes
 from defuse_core.errors import InputError
+from defuse_core.review.verdicts import decide_verdicts
+from defuse_core.training.reference_models import votes_of_models
 from services.cli import defuse
 from services.labeling.api_types import choice_result
 
@@ -96,6 +100,27 @@ def test_a_run_that_asks_models_is_not_pushed(cli, make_review):
         cli("review", "push", review.run.name)
 
 
+@pytest.mark.parametrize("command", ["status", "simulate"])
+def test_a_run_that_asks_models_is_not_sent_to_label_studio(cli, make_review, command):
+    review = make_review(annotators="reference-models")
+    with pytest.raises(
+        InputError, match=f"answer within `defuse run`; `defuse status {review.run.name}` shows"
+    ):
+        cli("review", command, review.run.name)
+
+
+def test_stored_votes_are_shown_without_the_client_of_label_studio(cli, make_review, monkeypatch):
+    review = make_review(annotators="reference-models")
+    votes = votes_of_models(np.full((3, *review.gallery.predicted.shape, 10), 0.1, np.float32), 0.0)
+    review.run.once("review", Votes, lambda: votes)
+    review.run.once("review", Verdicts, lambda: decide_verdicts(review.gallery, votes, 0.5))
+    for name in [name for name in sys.modules if name.startswith("services.labeling")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
+    shown = cli("review", "status", review.run.name).output
+    assert "votes of reference models stored" in shown and "Voting is closed" in shown
+
+
 def test_status_before_a_push_says_what_to_type(cli, make_review):
     review = make_review()
     with pytest.raises(InputError, match=f"`defuse review push {review.run.name}`"):
@@ -110,6 +135,9 @@ def test_set_records_a_decision_that_status_shows(cli, make_review):
     assert done.output == "scenario 2 is a failure: 8; `defuse run` continues with it\n"
     assert json.loads(review.run.store.read("overrides/0001.json"))["author"] == "Ada"
     assert "2 9 decided above the vote" in " ".join(cli("review", "status", name).output.split())
+    decided = json.loads(cli("review", "status", name, "--json").stdout)["scenarios"][2]
+    assert (decided["accepted"], decided["label"], decided["decided"]) == (True, "8", True)
+    assert decided["missing"] == 0 and "seen on paper" in decided["reason"]
 
 
 @pytest.mark.parametrize("choice", [[], ["--label", "8", "--reject"]])

@@ -15,7 +15,14 @@ from rich.console import Console
 
 from defuse_core.artifacts import NO_SCENARIO, Gallery, Votes
 from defuse_core.review.verdicts import decide_verdicts
-from services.cli.review_tables import ROWS_SHOWN, print_closed, print_result, print_skips, print_status
+from services.cli.review_tables import (
+    ROWS_SHOWN,
+    print_closed,
+    print_result,
+    print_skips,
+    print_status,
+    summarize_result,
+)
 from services.labeling.annotations import read_annotations
 from services.labeling.api_types import Task
 from services.labeling.status import AnswerChanges, ReviewStatus, review_status
@@ -142,6 +149,17 @@ def test_stored_votes_are_counted_by_annotator_with_the_verdicts(tmp_path: Path)
     ] * 3
 
 
+@pytest.mark.parametrize(("form", "answers"), [("image", 5), ("scenario", 3)])
+def test_answers_of_people_with_one_name_are_added_and_a_page_is_one_answer(form: str, answers: int) -> None:
+    rows = [(0, 0, 0, 8), (0, 1, 0, 8), (2, 0, 0, 3), (0, 0, 1, 8), (0, 1, 1, 8)]
+    columns = np.array(rows, np.int64).T
+    votes = Votes(*columns, np.zeros(len(rows)), ("Ana", "Ana"), "people", {"form": form})
+    gallery = gallery_of_three()
+    found = summarize_result("mine", gallery, votes, decide_verdicts(gallery, votes, 0.5), None, "no server")
+    assert (found.given, found.annotators, found.problem) == (answers, {"Ana": answers}, "no server")
+    assert [scenario.scenario for scenario in found.scenarios] == [7, None, 3]
+
+
 def test_a_closed_vote_says_what_came_since_and_where_that_is_not_known() -> None:
     closed = "Voting is closed: the votes of mine are stored."
     since = " since then, not counted; `defuse review reopen mine` takes the answers as they are now"
@@ -153,7 +171,7 @@ def test_a_closed_vote_says_what_came_since_and_where_that_is_not_known() -> Non
         closed,
         f"2 given, 1 deleted{since}, and loses those that were deleted.",
     ]
-    assert shown(lambda console: print_closed("mine", AnswerChanges(), "no server", console)) == [
+    assert shown(lambda console: print_closed("mine", None, "no server", console)) == [
         closed,
         unknown,
     ]

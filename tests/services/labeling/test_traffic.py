@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -88,9 +89,11 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
     assert "2 3 unknown open" in " ".join(cli("status", name).output.split())
     for task in tasks:
         accounts[0].answer(task.id, "image", "0")
-    shown = " ".join(cli("status", name).output.split())
-    assert "2 0 unknown accepted as 0: 100% of 3 labelled images are misclassified" in shown
-    assert f"all answers are in, and stored in {review.store.address}" in shown
+    concluded = cli("status", name, "--json")
+    assert f"all answers are in, and stored in {review.store.address}" in concluded.stderr
+    found = json.loads(concluded.stdout)
+    assert (found["closed"], found["given"], found["label_at"]) == (True, 3, None)
+    assert found["scenarios"][0]["reason"] == "accepted as 0: 100% of 3 labelled images are misclassified"
     votes, verdicts = review.load(Votes), review.load(Verdicts)
     assert votes is not None and votes.answered_by == "people" and votes.answer.tolist() == [0, 0, 0]
     assert verdicts is not None and verdicts.labels.tolist() == [0]

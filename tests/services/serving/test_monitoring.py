@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -14,7 +15,7 @@ import ray
 from defuse_core.errors import ComputeError
 from defuse_core.store import FolderStore
 from services.serving.launch import registry_changes
-from services.serving.monitoring import MAX_FAILURES, LivenessCheck, _scrape, merge_pages
+from services.serving.monitoring import MAX_FAILURES, LivenessCheck, _scrape, merge_pages, metrics_page
 from services.serving.registry import Registry
 from tests.ports import free_port
 
@@ -123,6 +124,28 @@ def test_a_page_that_is_cut_within_a_line_is_left_out():
     whole = '# TYPE ray_defuse_images_total counter\nray_defuse_images_total{n="1"} 1.0\n'
     for end in range(len(whole)):
         assert 'n="1"} 1.0' in merge_pages([whole[:end], whole])
+
+
+def test_nodes_are_not_asked_through_an_http_proxy(monkeypatch):
+    class Node(Healthy):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"ray_defuse_x 1\n")
+
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, nobody())
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with serving(Node) as address:
+        assert _scrape(f"{address}/metrics") == "ray_defuse_x 1\n"
+
+
+def test_predictions_go_on_while_rays_head_is_asked_for_the_nodes(monkeypatch):
+    asked_in = []
+    monkeypatch.setattr(ray, "nodes", lambda: asked_in.append(threading.current_thread()) or [])
+    assert asyncio.run(metrics_page()) == ""
+    assert asked_in and asked_in != [threading.current_thread()]
 
 
 @pytest.mark.parametrize(

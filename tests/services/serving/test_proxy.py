@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError
 from services.serving.launch import (
     Proxy,
+    _haproxy_files,
     _translate_errors,
     choose_proxy,
     is_loopback,
@@ -30,7 +32,7 @@ from services.serving.launch import (
 )
 from tests.waiting import wait_until
 
-LOOPBACK = "0100007F"
+LOOPBACK, ANY = "0100007F", "00000000"
 ONE, TWO = ServeSection(), ServeSection(max_replicas=2)
 
 
@@ -68,10 +70,30 @@ def test_the_lines_that_are_edited_in_haproxys_configuration_are_in_rays_templat
     """This fails when Ray changes its template: then HAPROXY_PROGRAM must follow."""
     lines = haproxy_templates.HAPROXY_CONFIG_TEMPLATE.splitlines()
     assert "    stats socket {{ config.socket_path }} mode 666 level admin expose-fd listeners" in lines
-    assert "    bind :{{ config.metrics_port }}" in lines
-    assert "  bind *:{{ config.stats_port }}" in lines
+    assert lines[lines.index("frontend prometheus") + 1] == "    bind :{{ config.metrics_port }}"
+    assert lines[lines.index("listen stats") + 1] == "  bind *:{{ config.stats_port }}"
     assert lines.count("defaults") == 1
     assert len([line for line in lines if line.strip().startswith(("bind", "stats socket"))]) == 5
+
+
+def test_the_ports_of_operators_become_private_sockets_and_that_of_the_clients_does_not(tmp_path):
+    program = _haproxy_files(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    lines = [
+        "frontend prometheus",
+        "    bind :9101",
+        "frontend http_frontend",
+        "    bind *:8000",  # for --host 0.0.0.0
+        "listen stats",
+        "  bind *:8404",
+    ]
+    configuration = tmp_path / "haproxy.cfg"
+    configuration.write_text("\n".join(lines) + "\n")
+    subprocess.run([program, "-c", "-f", configuration], check=False, capture_output=True, timeout=60)
+    assert [line for line in configuration.read_text().splitlines() if " bind " in line] == [
+        f"    bind unix@{tmp_path}/port-9101.sock mode 600",
+        "    bind *:8000",
+        f"  bind unix@{tmp_path}/port-8404.sock mode 600",
+    ]
 
 
 def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_the_clients_only(
@@ -98,13 +120,14 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
     wait_until(lambda: not folder.exists())
 
 
-def test_haproxy_starts_where_temporary_files_are_in_a_long_folder_and_ends_with_a_serve_that_is_killed(
+def test_haproxy_listens_for_other_machines_starts_below_a_long_folder_and_ends_with_a_serve_that_is_killed(
     own_store, short_folder
 ):
-    options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
+    options = ("--store", own_store.address, "--host", "0.0.0.0", "--set", "serve.cpus_per_replica=0.5")
     long_folder = short_folder / "temporary"
     long_folder.mkdir()
     with serve_process(short_folder, "first", *options, TMPDIR=str(long_folder)) as running:
+        wait_until(lambda: ports_of_haproxy(running.port) == [{(ANY, running.port)}])
         folder = configuration_of(listening("haproxy.cfg", running.port)[0]).parent.parent
         running.process.kill()
         assert folder.parent == Path("/tmp") and stat.S_IMODE(folder.stat().st_mode) == 0o700

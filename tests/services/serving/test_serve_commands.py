@@ -193,7 +193,7 @@ def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
     store = ("--store", own_store.address, "--by", "ana")
     lines = run(promote, "first", *store, "--why", "first of all").splitlines()
     assert lines[0] == "version 1 to production"
-    assert run(promote, "second", *store, "--canary", "5%").startswith("version 2 as canary for 5.0%\n")
+    assert run(promote, "second", *store, "--canary", "5%").startswith("version 2 as canary for 5%\n")
     assert run(promote, "second", *store).startswith("version 2 to production\n")
     assert run(rollback, *store) == "rolled back from version 2; version 1 is in production\n"
     shown = run(promote, "--store", own_store.address).splitlines()
@@ -274,6 +274,11 @@ def test_promote_without_a_run_refuses_what_says_how_to_promote_one(options, tmp
 def test_promote_with_the_value_of_an_unset_variable_is_refused(option, tmp_path):
     with pytest.raises(UsageError, match="expected a value, found an empty one; is the variable set"):
         run(promote, "first", "--store", str(tmp_path), option, "")
+
+
+def test_serve_with_the_value_of_an_unset_variable_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="expected a value, found an empty one; is the variable set"):
+        run(serve, "first", "--store", str(tmp_path), "--host", "")
 
 
 @pytest.mark.parametrize(

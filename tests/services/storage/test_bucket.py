@@ -118,6 +118,18 @@ def test_an_endpoint_that_is_no_address_is_said_without_its_password(
     assert "sup3r" not in "".join(traceback.format_exception(refused.value))
 
 
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"])
+def test_a_key_with_a_line_break_is_a_wrong_setting_and_is_not_shown(
+    aws: pytest.MonkeyPatch, name: str
+) -> None:
+    aws.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    aws.setenv(name, "of-a-file\n")
+    with pytest.raises(StoreError, match=f"{name}.* holds a line break") as refused:
+        open_store("s3://bucket/runs")
+    assert refused.value.exit_code == 2
+    assert "of-a-file" not in "".join(traceback.format_exception(refused.value))
+
+
 def test_a_region_that_is_none_is_named_and_not_the_endpoint(aws: pytest.MonkeyPatch) -> None:
     aws.setenv("AWS_DEFAULT_REGION", "eu west 1")
     with pytest.raises(InputError, match="AWS_DEFAULT_REGION.*eu west 1"):
