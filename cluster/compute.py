@@ -162,7 +162,11 @@ class RayCompute:
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
         tuned = [each for each in requests if not nothing_to_tune(each.fixes, each.reviewed)]
         outcomes = dict(zip(map(id, tuned), self._run_trials(models, tuned), strict=True))
-        return [collect_sweep(each.spec, models, *outcomes.get(id(each), ([], {}))) for each in requests]
+        found = [outcomes.get(id(each), ([], {})) for each in requests]
+        return [
+            collect_sweep(each.spec, models, *outcome, of_baseline=each.is_baseline)
+            for each, outcome in zip(requests, found, strict=True)
+        ]
 
     def _run_trials(self, models: Models, requests: Sequence[SweepRequest]) -> list[Outcome]:
         """Return the outcome of each request. Without a trial to run, nothing is started."""
@@ -214,12 +218,18 @@ class RayCompute:
 
     def _fine_tuning_images(self, models: Any, requests: Sequence[SweepRequest]) -> list[tuple[Any, Any]]:
         """Return for each request references to its Splits, which requests share, and to its ScenarioImages."""
-        drawn = [
-            self._start(
-                "correct", decode_scenario_images, each.spec, models, each.fixes, each.reviewed, task=number
-            )
-            for number, each in enumerate(requests)
-        ]
+        drawn = {}
+        for number, each in enumerate(requests):
+            if (of := (id(each.fixes), id(each.reviewed))) not in drawn:  # plain trainings have the same
+                drawn[of] = self._start(
+                    "correct",
+                    decode_scenario_images,
+                    each.spec,
+                    models,
+                    each.fixes,
+                    each.reviewed,
+                    task=number,
+                )
         shared: dict[object, Any] = {}
         clean = []
         for each in requests:
@@ -228,11 +238,13 @@ class RayCompute:
             if key not in shared:
                 shared[key] = self._held_images("correct", load_clean_images, each.spec, models, *sources)
             clean.append(shared[key])
-        self._wait("correct", *(done for done, _ in drawn))
+        self._wait("correct", *(done for done, _ in drawn.values()))
         # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
         # again, on CPUs that the trials that wait for them hold
         copy: Any = ray.remote(_copied).options(name="correct", **on_this_node())
-        return [(images, copy.remote(scenes)) for images, (_, scenes) in zip(clean, drawn, strict=True)]
+        copies = {of: copy.remote(scenes) for of, (_, scenes) in drawn.items()}
+        scenes = [copies[id(each.fixes), id(each.reviewed)] for each in requests]
+        return list(zip(clean, scenes, strict=True))
 
     def _held_images(self, step: str, function: Callable[..., Any], *args: object) -> Any:
         """Return a reference to the images that function(*args) opens, on a node that has images; raises its error.

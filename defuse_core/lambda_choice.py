@@ -43,16 +43,20 @@ def collect_sweep(
     models: Models,
     trials: Sequence[Trial],
     failures: Mapping[float, DefuseError] | None = None,
+    *,
+    of_baseline: bool = False,
 ) -> Sweep:
     """Return the sweep with the weights that the rule of choice picks over all λ; the smaller λ of equals.
 
     Nothing is picked where no λ keeps the clean accuracy within correct.max_loss and max_class_loss (choose_by tune).
-    `failures` holds the error of each λ that is left out, which is logged. Raises ModelError or ComputeError if all
+    `of_baseline`: the trials are tuned on the reviewed failures alone. `failures` holds the error of each λ that is
+    left out, which is logged. Raises ModelError or ComputeError if all
     failed.
     """
     failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
+    whose = " of the baseline" if of_baseline else ""
     for each in failed:
-        log.warning("correct: the trial with λ = %g failed for good: %s", each.lam, each.cause)
+        log.warning("correct: the trial%s with λ = %g failed for good: %s", whose, each.lam, each.cause)
     if failures and not trials:
         kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
         raise kind(f"correct: every trial failed; λ = {failed[0].lam:g}: {failed[0].cause}")
@@ -70,11 +74,12 @@ def collect_sweep(
     chosen = best.rows[best.best_epoch - 1]
     if not _is_allowed(spec, models, chosen):
         log.warning(
-            "correct: NOTHING IS CHOSEN, since every λ loses more than correct.max_loss = %g of the clean accuracy, or "
-            "more than %g of that of a class (correct.max_class_loss); %s",
+            "correct: %s, since every λ loses more than correct.max_loss = %g of the clean accuracy, or more than %g "
+            "of that of a class (correct.max_class_loss)%s",
+            "the baseline has no result" if of_baseline else "NOTHING IS CHOSEN",
             spec.correct.max_loss,
             spec.correct.class_loss_allowed,
-            SMALLER_LAMBDAS,
+            "" if of_baseline else f"; {SMALLER_LAMBDAS}",
         )
         return Sweep(rows, None, {}, failed)
     return Sweep(rows, chosen, best.best, failed)

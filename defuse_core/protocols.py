@@ -52,6 +52,10 @@ class SweepRequest:
     all_fixes: Corrections | None = None
     repetition: int = 0  # as of FineTuningData
 
+    @property
+    def is_baseline(self) -> bool:
+        return self.reviewed is not None
+
 
 class Compute(Protocol):
     """Runs the heavy steps: in this process (local.py), or on a Ray cluster (cluster/compute.py)."""

@@ -152,7 +152,8 @@ class ServeSection(Section):
     watch_share: float = Field(0.001, gt=0, le=0.5)
     """An input belongs to a scenario if it is nearer to it than all but this share of the training images."""
     watch_images: int = Field(10_000, ge=100)
-    """Training images, drawn by seed, that the distances of the watch are calibrated on."""
+    """Training images, drawn by seed, that the distances of the watch are calibrated on. A change counts from the next
+    promotion on; a report keeps the number that it was made with."""
     failure_threshold: float | None = Field(None, gt=0, lt=1)
     """Failure probability from which on an input is flagged. null: the largest at which failure_recall of the wrong
     answers on validation images are flagged."""

@@ -36,7 +36,7 @@ class DataSection(Section):
     validation_share: float = Field(0.0, ge=0, lt=1)
     """Share of the training images held out for validation where the data set has no validation part of its own. signs
     and svhn: 0 halves the official test set into validation and test (the halves of the signs show the same physical
-    signs); signs with a share hold out whole training tracks, and the test part is the official one. Paper: 0."""
+    signs); with a share the test part is the official one, and signs hold out whole training tracks. Paper: 0."""
 
 
 class ClassifierSection(Section):
@@ -300,6 +300,12 @@ class ReviewSection(Section):
     real_names: bool = False
     """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
 
+    @model_validator(mode="after")
+    def _draws_can_pass(self) -> Self:
+        if self.tau == "auto" and self.rho > 0.95:
+            raise ValueError("tau: auto measures shares up to 0.95, so rho must be at most that; or set a τ")
+        return self
+
 
 class CorrectSection(Section):
     """§3.2.3: fine-tune on L(D) + λ·CE(D_f) over a sweep of λ."""
@@ -342,7 +348,7 @@ class CorrectSection(Section):
     max_loss. Ours."""
     stop_at_loss: float | None = Field(None, gt=0, le=1)
     """A λ is given up after an epoch that lost more clean accuracy than this, at least max_loss; what it reached until
-    then may still be chosen where choose_by allows it. Ours."""
+    then may still be chosen with schedule constant, where choose_by allows it. Ours."""
     stack: int = Field(1, ge=1)
     """So many λ over 0 are one trial with stacked weights, for a GPU that a small classifier leaves idle. Equal to
     trials of one λ up to rounding, and to other masks of dropout on feature maps or in attention. Ours."""
@@ -360,6 +366,11 @@ class CorrectSection(Section):
     def _sweep_is_possible(self) -> Self:
         if self.stop_at_loss is not None and self.stop_at_loss < self.max_loss:
             raise ValueError("stop_at_loss must be at least max_loss")
+        if self.stop_at_loss is not None and self.schedule == "one_cycle" and self.choose_by != "tune":
+            raise ValueError(
+                "stop_at_loss goes with choose_by: tune or schedule: constant, since a λ that is given up within a "
+                "cycle has no result to choose"
+            )
         if len(set(self.lambdas)) != len(self.lambdas) or min(self.lambdas) < 0:
             raise ValueError("lambdas must be distinct and not negative")
         if self.choose_by == "last" and len(self.lambdas) > 1:

@@ -70,11 +70,16 @@ def padded(pixels: U8, size: int) -> U8:
 
 
 def open_svhn(data: DataSection, seed: int) -> Splits:
-    """Return SVHN, 32x32 colour; the random halves of its test set are validation and test (Appendix B.4)."""
+    """Return SVHN, 32x32 colour; the random halves of its test set are validation and test (Appendix B.4).
+
+    With data.validation_share, validation is that share of the training images, and the test part is the whole set.
+    """
     root = data_root(data)
-    train = sample(_svhn(root, "train", data), data.train_images, seed)
-    validation, test = halves(_svhn(root, "test", data), seed)
-    return Splits(train, validation, test, DIGITS)
+    train, validation = with_validation(_svhn(root, "train", data), data.validation_share, seed)
+    test = _svhn(root, "test", data)
+    if validation is None:
+        validation, test = halves(test, seed)
+    return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
 
 
 def _svhn(root: Path, split: str, data: DataSection) -> Images:

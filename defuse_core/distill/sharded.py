@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -126,10 +127,10 @@ def load_part(store: Store, fingerprint: str, by: str, first: int, after: int) -
     order = np.lexsort((merged.predicted, merged.truth))
     labels = np.stack([merged.truth, merged.predicted], axis=1)[order]
     cells, starts = np.unique(labels, axis=0, return_index=True)
-    ends = [*starts[1:].tolist(), len(merged)]
+    edges = pairwise([*starts.tolist(), len(merged)])  # none where the shards hold no code
     rows = {
         (source, answer): slice(start, end)
-        for (source, answer), start, end in zip(cells.tolist(), starts.tolist(), ends, strict=True)
+        for (source, answer), (start, end) in zip(cells.tolist(), edges, strict=True)
     }
     return CellCodes(merged.take(order), rows)
 
@@ -277,12 +278,21 @@ def sampled_failures(
     sample, found = subsample_psi(spec, psi, store), list[Failures]()
     for cell in fitted:
         members = _of_cell(sample, cell.cell)
+        if not len(members):  # a rare cell, which the sample misses
+            members = _all_of_cell(psi, store, cell.cell)
         # all of the cell's for a component that no code of the sample belongs to
         by_component = failures_by_component(cell.fit, members)
         found.extend(own if len(own) else members for own in by_component)
     train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
     kept, _ = kept_components(fitted, spec.distill)
     return component_failures([found[row] for row in kept], train, spec.seed)
+
+
+def _all_of_cell(psi: Psi, store: Store, cell: Cell) -> Failures:
+    shards = np.flatnonzero(psi.codes).tolist()
+    return Failures.concatenate(
+        [_of_cell(shard_of_psi(store, psi.fingerprint, index).failures, cell) for index in shards]
+    )
 
 
 def _of_cell(sample: Failures, cell: Cell) -> Failures:

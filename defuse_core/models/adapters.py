@@ -29,14 +29,26 @@ INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # (x -
 def adapt(module: nn.Module, section: ClassifierSection, classes: int) -> nn.Module:
     """Return `module` itself, from now on called with pixels in [0, 1] and returning logits (n, C)."""
     order = section.class_order
-    if order is not None and sorted(order) != list(range(classes)):
-        raise ModelError(
-            f"classifier.class_order: expected each of the logits 0 to {classes - 1} once, found {list(order)}"
-        )
+    if order is not None:
+        _expect_order(order, classes)
     if section.input_range != "0..1":
         module.register_forward_pre_hook(partial(_before, section.input_range))
     module.register_forward_hook(partial(_after, section.outputs, order))
     return module
+
+
+def reorder(module: nn.Module, order: tuple[int, ...], classes: int) -> nn.Module:
+    """Return `module`, which returns logits (n, C), itself; from now on they are in the order of the classes."""
+    _expect_order(order, classes)
+    module.register_forward_hook(partial(_after, "logits", order))
+    return module
+
+
+def _expect_order(order: tuple[int, ...], classes: int) -> None:
+    if sorted(order) != list(range(classes)):
+        raise ModelError(
+            f"classifier.class_order: expected each of the logits 0 to {classes - 1} once, found {list(order)}"
+        )
 
 
 def _before(name: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

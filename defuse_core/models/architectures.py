@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError
-from defuse_core.models.adapters import EXTERNAL, IMAGENET_MEAN, IMAGENET_SD, adapt
+from defuse_core.models.adapters import EXTERNAL, IMAGENET_MEAN, IMAGENET_SD, adapt, reorder
 from defuse_core.models.programs import (
     load_program,
     open_timm,
@@ -241,12 +241,9 @@ def build_classifier(spec: RunFile, classes: int, stored: Weights | None = None)
     """
     section = spec.classifier
     if section.architecture in EXTERNAL:
-        module = adapt(_external_classifier(spec, classes, stored), section, classes)
-    elif section.architecture == "resnet18":
-        module = _resnet18(spec, classes)
-    else:
-        module = _cnn(spec, classes)
-    return module
+        return adapt(_external_classifier(spec, classes, stored), section, classes)
+    own = _resnet18(spec, classes) if section.architecture == "resnet18" else _cnn(spec, classes)
+    return own if section.class_order is None else reorder(own, section.class_order, classes)
 
 
 def _resnet18(spec: RunFile, classes: int) -> ResNet18:

@@ -28,6 +28,7 @@ from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import BEFORE, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
+from defuse_core.intervals import ROUNDING
 from defuse_core.lambda_choice import best_rows
 from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence
 from defuse_core.report.schema import (
@@ -304,7 +305,7 @@ def _per_class(classes: Iterable[str], evaluation: Evaluation, max_loss: float) 
             before=defined(b),
             baseline=defined(u),
             defuse=defined(d),
-            loses_too_much=b - d > max_loss,
+            loses_too_much=b - d > max_loss + ROUNDING,
         )
         for name, n, (b, u, d) in columns
     )

@@ -163,9 +163,9 @@ def known_validation_images(report: Report) -> str | None:
         return None
     return (
         "The classifier probably knows the validation images. It gets "
-        f"{percent(before.validation)} of them right and {percent(before.test)} of the test images, and they are a "
-        "share of the training images (data.validation_share). So they tell little about the accuracy that a λ costs "
-        "and about failing inputs; give validation images that it was not trained on (a folder named validation)."
+        f"{percent(before.validation)} of them right and {percent(before.test)} of the test images. Where they are a "
+        "share of its training images (data.validation_share), they tell little about the accuracy that a λ costs and "
+        "about failing inputs; then give validation images that it was not trained on (a folder named validation)."
     )
 
 

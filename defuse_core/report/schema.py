@@ -250,8 +250,8 @@ class RunFigures(FigureModel):
     """Mean over the classes of the share of their images that the classifier before gets right, of each part of the
     data; 1 / classes is guessing."""
     validation_from_training: bool
-    """Whether the validation images are a share of the training images (data.validation_share), which a classifier that
-    the run did not train may know."""
+    """Whether the validation images may be a share of the training images (data.validation_share), and the classifier,
+    which the run did not train, may know them."""
     data_fingerprint: str
 
 

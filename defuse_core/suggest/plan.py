@@ -300,13 +300,13 @@ def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
     """Return the seconds of training, identification and fine-tuning as planned, on `count` training images."""
     reference, correct = tree["review"]["reference"], tree["correct"]
     trainings = 2 * len(correct["lambdas"]) + CONTROLS
-    tunings = trainings * correct["epochs"] * correct.get("train_images", count)
+    visits = trainings * _visits(correct["epochs"]) * correct.get("train_images", count)
     return float(
         tree["classifier"]["epochs"] * count / speeds.classifier
         + tree["vae"]["epochs"] * count / speeds.vae
         + tree["identify"]["draws"] * count / speeds.decode
         + 8 * reference["epochs"] * _images_of_each_model(tree, count) / speeds.reference
-        + 3 * tunings / speeds.classifier
+        + visits / speeds.classifier
     )
 
 
@@ -342,13 +342,20 @@ def _enough_epochs(count: int) -> tuple[int, int]:
     return batch, min(MOST_EPOCHS, math.ceil(LEAST_STEPS * batch / count))
 
 
+def _visits(epochs: int) -> int:
+    """Return how often a fine-tuning computes with as many images as D has: in each epoch all of D and as many of D_f,
+    and once, at its end, to score it.
+    """
+    return 2 * epochs + 1
+
+
 def _correct(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str, Any]:
     """Return section correct: two sweeps and the controls.
 
-    An epoch visits every image of D, and as many of D_f, and scores both. D has at least `least` images, or all.
+    D has at least `least` images, or all.
     """
     epochs, visits = 3, seconds * speeds.classifier
-    per_training = epochs * 3.0 * count
+    per_training = float(_visits(epochs) * count)
     lambdas = _clamp((visits / per_training - CONTROLS) / 2, 2, 4)
     all_trainings = (2 * lambdas + CONTROLS) * per_training
     section: dict[str, Any] = {

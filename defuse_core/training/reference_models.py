@@ -21,19 +21,20 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
 from defuse_core.codec import decode, encode
-from defuse_core.config import STEPS, ClassifierSet, RunFile
+from defuse_core.config import STEPS, ClassifierSection, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.data.splits import mixed_order, split_tracks
 from defuse_core.device import autocast, cpu_threads
-from defuse_core.errors import DataError, StoreError
+from defuse_core.errors import DataError, ModelError, StoreError
 from defuse_core.models import (
     ReferenceCnn,
     ResidualNet,
     ResNet18,
     accuracy,
+    check_outputs,
     import_module,
+    load_pretrained,
     predict_probabilities,
-    read_weights,
     set_weights,
     to_device,
     weights_of,
@@ -296,11 +297,13 @@ def train_reference(
     section, arithmetic = set_section(spec, name), spec.resources.arithmetic(name)
     torch.manual_seed(torch_seed(spec.seed, name, number))
     model = build_reference(spec, section, classes)
-    if section.weights is not None:
-        set_weights(model, read_weights(section.weights), str(section.weights))
+    load_pretrained(model, section.weights, section.epochs > 0)
     to_device(model)
+    if section.import_path is not None:
+        _check_own_model(model, name, section.import_path, train, classes)
     if section.epochs == 0:
         return model.eval()
+    model.train()
     steps = section.epochs * math.ceil(len(train) / section.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1)
@@ -321,6 +324,17 @@ def train_reference(
             progress(f"training {what}", done, total, "images")
         losses.mean()  # raises where the training diverged
     return model.eval()
+
+
+def _check_own_model(model: nn.Module, name: SetName, import_path: str, images: Images, classes: int) -> None:
+    """Raise ModelError for a user's model that does not return one logit per class."""
+    where = "judges.import_path" if name == "judges" else "review.reference.import_path"
+    try:
+        check_outputs(
+            model, ClassifierSection(architecture="custom", import_path=import_path), images, classes
+        )
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
 
 
 def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.Module:

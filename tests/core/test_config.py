@@ -180,6 +180,11 @@ def test_every_field_has_a_description():
         ("classifier.keep=first", "classifier.keep: .*'last' or 'best_validation', found 'first'"),
         ("correct.lambdas=[1, 1]", "lambdas must be distinct"),
         ("correct.stop_at_loss=0.001", "stop_at_loss must be at least max_loss"),
+        (
+            "correct={stop_at_loss: 0.1, schedule: one_cycle, choose_by: train}",
+            "goes with choose_by: tune or",
+        ),
+        ("review={tau: auto, rho: 0.96}", "rho must be at most that; or set a τ"),
         ("data.image_size=20", "vae.encoder_stages|vae.decoder_stages|classifier.stages"),
         ("vae.hidden=10", "vae.hidden = 10 must be a multiple of 4x4"),
         ("classifier.architecture=custom", "classifier.import_path goes with"),

@@ -309,6 +309,11 @@ def test_if_every_row_loses_too_much_nothing_is_chosen_and_the_log_says_so(tiny_
     sweep = collect_sweep(tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials)
     assert (sweep.chosen, sweep.weights, len(sweep.rows)) == (None, {}, 2)
     assert "NOTHING IS CHOSEN, since every λ loses more than correct.max_loss = 0" in caplog.text
+    assert caplog.text.count("add smaller values to correct.lambdas") == 1
+    caplog.clear()
+    collect_sweep(tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials, of_baseline=True)
+    assert "the baseline has no result, since every λ" in caplog.text
+    assert "NOTHING" not in caplog.text and "add smaller" not in caplog.text
 
 
 def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
@@ -318,7 +323,11 @@ def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
 
 def test_each_lambda_that_is_left_out_is_logged_once_with_its_error(tiny_models, caplog):
     failures = {2.0: ModelError("it diverged"), 0.1: ComputeError("ZeroDivisionError: by nothing")}
-    collect_sweep(tiny(), models_with(0.9, tiny_models), [trial(1.0, (0.9, 0.5, 0.1))], failures)
+    trials = [trial(1.0, (0.9, 0.5, 0.1))]
+    collect_sweep(tiny(), models_with(0.9, tiny_models), trials, failures, of_baseline=True)
+    assert "correct: the trial of the baseline with λ = 2 failed for good: it diverged" in caplog.messages
+    caplog.clear()
+    collect_sweep(tiny(), models_with(0.9, tiny_models), trials, failures)
     assert caplog.messages == [
         "correct: the trial with λ = 0.1 failed for good: ZeroDivisionError: by nothing",
         "correct: the trial with λ = 2 failed for good: it diverged",

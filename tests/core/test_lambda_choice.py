@@ -100,6 +100,11 @@ def test_what_a_class_has_lost_is_measured_on_training_and_validation_images(tin
         [*threes_lost.parameters()][-1][3] = -1e6
     row = score(spec, replace(tiny_models, class_accuracy=blind), threes_lost, data, 1.0, 1, 0.1)
     assert row.class_loss == 1.0
+    known = replace(tiny_models, class_accuracy={**blind, "validation": np.zeros(10)})
+    assert score(spec, known, threes_lost, data, 1.0, 1, 0.1).class_loss > 0.1
+    # anchored, D lacks some training images, so that the accuracy before is not of the same ones
+    anchored = spec.with_fields("vae", decode="anchored")
+    assert score(anchored, known, threes_lost, data, 1.0, 1, 0.1).class_loss == 0.0
     kept = load_classifier(spec, tiny_models.classifier, 10)
     assert score(spec, tiny_models, kept, data, 1.0, 1, 0.1).class_loss == 0.0
 

@@ -374,3 +374,15 @@ def test_a_narrow_strided_convolution_is_trained_on_images_that_its_stride_does_
     expected.square().mean().backward()
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(convolution.weight.grad, plain.weight.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_the_classes_is_that_of_the_run_file_for_own_architectures_too(tiny_spec):
+    order = (*range(1, 10), 0)
+    torch.manual_seed(0)
+    plain = build_classifier(tiny_spec, 10).eval()
+    ordered = build_classifier(tiny_spec.with_fields("classifier", class_order=order), 10).eval()
+    ordered.load_state_dict(plain.state_dict())
+    images = torch.rand(3, 1, 16, 16)
+    assert torch.equal(ordered(images), plain(images)[:, list(order)])
+    with pytest.raises(ModelError, match=r"class_order: expected each of the logits 0 to 9 once"):
+        build_classifier(tiny_spec.with_fields("classifier", class_order=(0, 0, *range(2, 10))), 10)

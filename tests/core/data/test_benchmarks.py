@@ -130,6 +130,8 @@ def test_svhn_has_its_tens_as_zeros_and_its_test_set_halved(tmp_path: Path):
     assert splits.test
     halves_ = {image.tobytes() for part in (splits.validation, splits.test) for image in part.pixels[:]}
     assert halves_ == {image.tobytes() for image in noise(20, 32, 32, 3).transpose(0, 3, 1, 2)}
+    held_out = open_splits(section("svhn", tmp_path, image_size=32, validation_share=0.2), 0)
+    assert held_out.counts() == {"train": 24, "validation": 6, "test": 20}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ from defuse_core.artifacts import Psi, Shard
 from defuse_core.config import RunFile
 from defuse_core.distill.components import distill, fit_all, fit_cells
 from defuse_core.distill.mixture import one_component
-from defuse_core.distill.sharded import CellCodes, distill_all, load_part, part_spans, part_sums
+from defuse_core.distill.sharded import (
+    CellCodes,
+    _all_of_cell,
+    distill_all,
+    load_part,
+    part_spans,
+    part_sums,
+)
 from defuse_core.errors import RunFileError
 from defuse_core.identify import save_shard, subsample_psi
 from defuse_core.local import LocalCompute
@@ -125,6 +132,22 @@ def test_a_cell_over_epsilon_that_the_sample_misses_is_one_component(
     assert found.weights[number] == pytest.approx(0.003, abs=1e-6)
     assert not any(dropped.source == 5 for dropped in found.dropped)
     np.testing.assert_allclose(found.means[number], rare.mean(axis=0), atol=1.0)
+
+
+def test_failures_of_a_cell_that_the_sample_misses_are_read_from_all_shards(
+    stored: tuple[Psi, FolderStore],
+) -> None:
+    psi, store = stored
+    everything = subsample_psi(all_codes("cell").with_fields("distill", max_codes=1000), psi, store)
+    found = _all_of_cell(psi, store, (5, 6))
+    assert set(found.truth.tolist()) == {5} and set(found.predicted.tolist()) == {6}
+    np.testing.assert_array_equal(found.codes, everything.codes[everything.truth == 5])
+
+
+def test_a_part_whose_shards_hold_no_code_has_no_cell(stored: tuple[Psi, FolderStore]) -> None:
+    psi, store = stored
+    assert part_spans(np.array([70_000, 0])) == [(0, 1), (1, 2)]
+    assert load_part(store, psi.fingerprint, "cell", 1, 2).rows == {}
 
 
 def test_parts_cover_all_shards_in_order_and_depend_on_psi_alone() -> None:

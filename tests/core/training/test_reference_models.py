@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from defuse_core.artifacts import Gallery, ReferenceSet
 from defuse_core.data import Images, Splits, open_splits
-from defuse_core.errors import DataError
+from defuse_core.errors import DataError, ModelError
 from defuse_core.local import LocalCompute
-from defuse_core.models import ReferenceCnn, ResidualNet, predict_probabilities
+from defuse_core.models import ReferenceCnn, ResidualNet, ResNet18, predict_probabilities
 from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -178,3 +179,38 @@ def test_a_single_pretrained_model_can_be_the_reference_set(gallery):
     seen = gallery_probabilities(spec, references, gallery, progress=silent)
     dark = gallery.images.mean(axis=(2, 3, 4)) < 0.5
     np.testing.assert_array_equal(seen[0].argmax(axis=2), dark.astype(int))
+
+
+class TooFew(Dark):
+    def forward(self, images):
+        return super().forward(images)[:, :9]
+
+
+class Probabilities(Dark):
+    def forward(self, images):
+        return super().forward(images).softmax(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("TooFew", "let it return 10 logits"), ("Probabilities", "probabilities")]
+)
+@pytest.mark.parametrize("where", ["review.reference", "judges"])
+def test_a_model_of_ones_own_that_returns_no_logit_per_class_is_refused(name, said, where):
+    one = {"count": 1, "architecture": "custom", "import_path": f"{__name__}:{name}", "epochs": 0}
+    spec = tiny(review={"reference": one}, judges=one)
+    made = reference_models if where == "review.reference" else judges
+    with pytest.raises(ModelError, match=rf"{where}.import_path: .*{said}"):
+        made_in_a_run(made, spec)
+
+
+def test_a_pretrained_resnet_is_read_under_the_names_of_torchvision_as_well(tmp_path):
+    torch.manual_seed(0)
+    net = ResNet18(10, imagenet=False, stem="small").eval()
+    file = tmp_path / "exported.safetensors"
+    save_file({name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}, file)
+    one = {"count": 1, "architecture": "resnet18", "weights": str(file), "epochs": 0}
+    spec = tiny(data={"channels": 3}, review={"reference": one})
+    made = made_in_a_run(reference_models, spec)
+    (loaded,) = load_reference_models(spec, spec.review.reference, made, 10)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded(images), net(images))

@@ -127,6 +127,15 @@ def test_redo_forgets_the_verdicts_and_what_follows_and_keeps_the_votes(judged):
     assert read_overrides(judged.store)[0].label == 8
 
 
+def test_a_decision_that_is_recorded_again_after_files_were_deleted_is_the_newest(run):
+    for label in ("8", "3", "1"):
+        override_verdict(run, 2, label, author="Ada", reason="checked")
+    for number in (1, 2):
+        run.store.delete(f"overrides/{number:04d}.json")
+    override_verdict(run, 2, "0", author="Bob", reason="checked again")
+    assert [decision.label for decision in read_overrides(run.store)] == [1, 0]
+
+
 def test_two_decisions_at_once_both_count(run, monkeypatch):
     override_verdict(run, 2, "8", author="Ada", reason="checked")
     monkeypatch.setattr(run.store, "list", lambda prefix="": [])  # as it was before the other's
