@@ -55,8 +55,7 @@ HAPROXY_ENVIRONMENT = {
 # by default, Ray's workers run at nice 15: any other process goes first
 FULL_PRIORITY = {"RAY_worker_niceness": "0"}
 
-# HAProxy takes paths of sockets of at most 97 characters; this folder is followed by /defuse-xxxxxxxx, a folder of
-# Ray's with the 56 characters of the node's number, and /metrics.sock.
+# HAProxy takes paths of sockets of at most 97 characters; Ray adds a folder with the 56 of the node's number.
 MAX_TEMPORARY_FOLDER = 97 - len("/defuse-xxxxxxxx") - len("/") - 56 - len("/metrics.sock")
 
 # Ray's template of HAProxy's configuration lets every user of the machine change its servers, and shows statistics on

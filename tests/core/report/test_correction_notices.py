@@ -41,7 +41,7 @@ def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):
 
 
 def losing_class(evaluation):
-    """The evaluation with a first class that loses 10 points, a second that loses the 5 allowed, and others that lose 4."""
+    """The evaluation with a first class that loses 10 points, a second that loses the 5 allowed; others lose 4."""
     per_class = np.array([[0.9] * 10, [0.9] * 10, [0.8, 0.85, *[0.86] * 8]])
     return dataclasses.replace(evaluation, per_class=per_class, per_class_images=np.full(10, 50))
 
