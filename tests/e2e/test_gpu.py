@@ -72,7 +72,7 @@ def on_gpu(*words: str) -> str:
 def test_on_a_gpu_no_tensor_is_left_behind_and_the_cpu_finds_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Each step on the pretended GPU is slow. Trained so briefly, the models still have scenarios, some of them in doubt.
+    # Each step on the pretended GPU is slow. Models trained so briefly still have scenarios, some of them in doubt.
     spec = recommended(
         classifier={"epochs": 8, "batch_size": 32},
         vae={"decode": "anchored", "epochs": 10, "batch_size": 32, "accept": "blind"},
