@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import defuse_core as defuse
+from tests.conftest import FIGURES
 from tests.core.test_debug import SETTINGS, arguments
 
 QUICK = SETTINGS | {"vae": {**SETTINGS["vae"], "epochs": 2, "accept": "blind"}}
@@ -40,7 +41,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> RunAlone:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    defuse.debug(**given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FIGURES, lambda *_: {})  # those in threads draw theirs
+        defuse.debug(**given)
     return RunAlone(store / "alone", expected, torch.rand(3))
 
 

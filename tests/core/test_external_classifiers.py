@@ -89,7 +89,8 @@ def test_a_program_stays_in_eval_mode_while_it_is_fine_tuned(name, tmp_path):
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_program_is_corrected_like_any_other_classifier(name, tmp_path):
-    spec = program_spec(SAVERS[name](tmp_path / name), review={"rho": 0.0, "tau": 1.0})
+    path, correct = SAVERS[name](tmp_path / name), {"lambdas": [1.0]}
+    spec = program_spec(path, review={"rho": 0.0, "tau": 1.0}, correct=correct)
     run = Run.start(FolderStore(tmp_path / "runs"), "own", spec)
     compute = LocalCompute()
     report = run_defuse(run, compute, ReferenceAnnotators(run, compute))
@@ -130,6 +131,12 @@ def edited(path: Path, old: str, new: str) -> bytes:
     return text.decode().replace(old, new, 1).encode()
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A file that `torch.export.save` wrote, to be read only."""
+    return save_exported(tmp_path_factory.mktemp("exported") / "net.pt2")
+
+
 @pytest.mark.parametrize(
     ("entry", "make", "line"),
     [
@@ -157,12 +164,11 @@ def edited(path: Path, old: str, new: str) -> bytes:
     ],
 )  # fmt: skip
 def test_a_program_that_would_unpickle_or_evaluate_anything_is_refused_unread(
-    entry, make, line, tmp_path, monkeypatch
+    entry, make, line, exported, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.export, "load", lambda *_: pytest.fail("torch read it"))
-    path = save_exported(tmp_path / "net.pt2")
-    data = repacked(path, {entry: make(path)}, tmp_path / "bad.pt2")
+    data = repacked(exported, {entry: make(exported)}, tmp_path / "bad.pt2")
     with pytest.raises(ModelError, match=line):
         load_program(data, "bad.pt2")
     assert not Path("exploded").exists()

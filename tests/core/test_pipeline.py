@@ -24,8 +24,9 @@ from defuse_core.review.overrides import override_verdict
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
+from defuse_core.train import train_side_by_side
 from defuse_core.training.reference_models import ReferenceAnnotators
-from tests.conftest import recommended, tiny, trained_run
+from tests.conftest import FIGURES, recommended, tiny, trained_run
 
 
 def whole_run(folder, spec, name="tiny", until=STEPS[-1]):
@@ -160,12 +161,28 @@ def without_provenance(report_json: bytes) -> dict:
     return found
 
 
+@pytest.fixture
+def trainings(monkeypatch, tiny_models):
+    """Train for one epoch, through the store of the run, and go on with `tiny_models`; one entry for each end of it."""
+    ended = []
+
+    def train_briefly(spec, *arguments):
+        brief = spec.with_fields("classifier", epochs=1).with_fields("vae", epochs=1)
+        ended.append(train_side_by_side(brief, *arguments))
+        return tiny_models
+
+    monkeypatch.setattr("defuse_core.pipeline.train_side_by_side", train_briefly)
+    return ended
+
+
 @pytest.mark.usefixtures("no_figures")
-def test_a_run_stopped_after_each_step_goes_on_to_the_same_report(finished, tmp_path, tiny_spec):
+def test_a_run_stopped_after_each_step_goes_on_to_the_same_report(finished, tmp_path, tiny_spec, trainings):
     for until in STEPS[:-1]:
         with pytest.raises(ReachedStep):
             whole_run(tmp_path, tiny_spec, until=until)
+        assert len(trainings) == 1
     run, _ = whole_run(tmp_path, tiny_spec)
+    assert len(trainings) == 1
     assert without_provenance(run.store.read("report.json")) == without_provenance(
         finished[0].store.read("report.json")
     )
@@ -202,6 +219,7 @@ class StumblingStore(FolderStore):
         return super().list(prefix)
 
 
+@pytest.mark.usefixtures("no_figures", "trainings")
 def test_a_store_that_fails_every_so_often_costs_attempts_and_changes_nothing(finished, tmp_path, tiny_spec):
     failures = 0
     while failures < 40:
@@ -245,13 +263,14 @@ def test_the_recommended_way_corrects_only_what_reference_models_confirm(tmp_pat
     assert rewrite_report(run) == report
 
 
-def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path, tiny_models):
+def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path, tiny_models, monkeypatch):
     judges = {"count": 2, "channels": 8, "epochs": 2, "batch_size": 32, "share": 0.3}
     spec = tiny(review={"rho": 0.999, "accept": "lower-bound"}, judges=judges)
     trained_run(FolderStore(tmp_path), "tiny", spec, tiny_models)
     run, report = whole_run(tmp_path, spec)
     assert report.scenarios.accepted == 0
     assert report.evidence is not None
+    monkeypatch.setattr(FIGURES, lambda *_: {})  # they have been drawn
     assert rewrite_report(run) == report
     assert report.accuracy.defuse.test == report.accuracy.before.test
     assert report.accuracy.before.scenario is None

@@ -37,7 +37,7 @@ SMALL = {
         "channels": 16,
         "hidden": 64,
         "epochs": 40,
-        "batch_size": 16,
+        "batch_size": 32,
         "learning_rate": 0.002,
         "kl_warmup_steps": 20,
     },

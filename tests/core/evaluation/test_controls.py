@@ -31,11 +31,11 @@ from defuse_core.report.build_evidence import _pairs, evidence_figures
 from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
 from defuse_core.report.formatting import spread_of
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP
+from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, FROM_VERDICTS, SETTINGS, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.tables import _left_out
-from tests.conftest import recommended, tiny, trained_run
+from tests.conftest import tiny
 from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings
 
@@ -162,10 +162,14 @@ def test_the_least_favourable_plain_training_is_the_one_that_the_correction_is_l
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_models, references, no_figures_in_module):
-    """A finished run, and its report."""
-    spec = recommended(judges={"count": 3, "epochs": 20}, correct={"unreviewed": False})
-    run = trained_run(FolderStore(tmp_path_factory.mktemp("plain")), "a", spec, tiny_models, references)
+def finished(tmp_path_factory, judged_run, no_figures_in_module):
+    """A finished run without failures that nobody reviewed, and its report. It has the verdicts of `judged_run`."""
+    spec = judged_run.spec.with_fields("correct", unreviewed=False)
+    run = Run.start(FolderStore(tmp_path_factory.mktemp("plain")), "a", spec)
+    own = ("run.yaml", SETTINGS, "trials/", "report.", *FROM_VERDICTS[FROM_VERDICTS.index("corrections") :])
+    for key in judged_run.store.list():
+        if not key.startswith(own):
+            run.store.write(key, judged_run.store.read(key))
     compute = LocalCompute()
     return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from defuse_core.evaluation.evidence import (
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
-from defuse_core.report import write_report
+from defuse_core.report import parse_report, write_report
 from defuse_core.report.build_evidence import evidence_figures
 from defuse_core.report.html import ScenarioCard, render_page, render_scenarios, scenario_card
 from defuse_core.report.notices import caveats
@@ -42,7 +43,6 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.tables import print_report
-from tests.conftest import recommended, trained_run
 
 
 def corrections(count: int) -> Corrections:
@@ -157,12 +157,12 @@ def test_the_classifier_is_at_fault_only_where_the_pictures_show_the_label(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_models, references, no_figures_in_module):
-    """A finished run of the recommended way, and its report. Its judges agree on most images, on any processor."""
-    spec = recommended(judges={"count": 3, "epochs": 20})
-    run = trained_run(FolderStore(tmp_path_factory.mktemp("evidence")), "a", spec, tiny_models, references)
-    compute = LocalCompute()
-    return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
+def finished(tmp_path_factory, judged_run, no_figures_in_module):
+    """A finished run of the recommended way, and its report."""
+    folder = tmp_path_factory.mktemp("evidence")
+    shutil.copytree(judged_run.store.folder, folder / "a")
+    run = Run.open(FolderStore(folder), "a")
+    return run, parse_report(run.store.read("report.json"), "report.json")
 
 
 def chance_of_as_many(pairs: tuple[int, int]) -> float:

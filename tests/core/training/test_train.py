@@ -5,6 +5,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from defuse_core.artifacts import Models
+from defuse_core.codec import decode
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import DefuseError, ModelError, RunFileError, RunMismatchError
@@ -44,8 +45,9 @@ def test_the_weight_of_kl_grows_linearly_and_then_stays():
     assert [row.beta for row in history] == pytest.approx([0.3 * 19 / 40, 0.3 * 38 / 40, 0.3, 0.3])
 
 
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(tiny_spec, tiny_models):
-    again = train(tiny_spec, progress=silent)
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(finished_run, tiny_models):
+    stored = finished_run / "runs" / "tiny" / "models.safetensors"  # trained by a command of its own
+    again = decode(Models, stored.read_bytes(), "models")
     for ours, theirs in ((again.classifier, tiny_models.classifier), (again.vae, tiny_models.vae)):
         for name, array in ours.items():
             np.testing.assert_array_equal(array, theirs[name])
@@ -125,18 +127,18 @@ def test_an_interrupted_training_resumes_within_its_schedule_and_with_its_class_
     assert resumed.vae_history == convolutional.vae_history
 
 
-def test_with_a_guide_the_reference_models_see_the_class_in_more_reconstructions(references):
+def test_with_a_guide_the_reference_models_see_the_class_in_more_reconstructions(convolutional, references):
     without = recommended(vae=RECOMMENDED_VAE, classifier={"epochs": 1})
     images, seen = open_splits(without.data, without.seed).train, []
     judging = load_reference_models(without, without.review.reference, references, 10)
-    for weight in (0.0, 20.0):
-        spec = recommended(vae={**RECOMMENDED_VAE, "guide_weight": weight}, classifier={"epochs": 1})
-        models = train(spec, None, references, progress=silent)
-        vae = load_vae(spec, models.vae)
+    spec = recommended(vae={**RECOMMENDED_VAE, "guide_weight": 20.0}, classifier={"epochs": 1})
+    guided = train(spec, None, references, progress=silent)
+    for models in (convolutional, guided):
+        vae = load_vae(without, models.vae)
         probabilities = mean_probabilities(judging, decode_codes(vae, encode_images(vae, images)))
         seen.append(probabilities[np.arange(len(images)), images.labels].mean())
     assert seen[1] > seen[0] + 0.1
-    losses = [row.guide_loss for row in models.vae_history]
+    losses = [row.guide_loss for row in guided.vae_history]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -202,23 +204,33 @@ def test_an_interrupted_training_of_a_vae_with_dropout_resumes_to_the_same_weigh
         np.testing.assert_array_equal(array, whole.vae[name])
 
 
-@pytest.mark.parametrize(("what", "at"), [("training the classifier", 2000), ("training the β-VAE", 6000)])
-def test_an_interrupted_training_resumes_to_the_same_weights_bit_for_bit(
-    what, at, tmp_path, monkeypatch, tiny_spec, tiny_models
+def test_a_training_interrupted_in_each_part_resumes_to_the_same_weights_bit_for_bit(
+    tmp_path, monkeypatch, tiny_spec, tiny_models
 ):
     monkeypatch.setattr("defuse_core.training.loop.CHECKPOINT_EVERY_S", 0.0)
-    calls = []
+    classifier, vae = "training the classifier", "training the β-VAE"
 
-    def kill(doing: str, done: int, total: int, unit: str) -> None:
-        calls.append((doing, done))
-        if (doing, done >= at) == (what, True):
-            raise KilledError
+    def trained(until: dict[str, int]) -> tuple[Models | None, dict[str, int]]:
+        """Train until so many images of a part; return the models, if it ends, and the least that each part told."""
+        least: dict[str, int] = {}
 
-    with pytest.raises(KilledError):
-        train(tiny_spec, FolderStore(tmp_path), progress=kill)
-    killed_after = len(calls)
-    resumed = train(tiny_spec, FolderStore(tmp_path), progress=lambda *step: calls.append(step[:2]))
-    assert min(done for doing, done in calls[killed_after:] if doing == what) > at / 2
+        def kill(doing: str, done: int, total: int, unit: str) -> None:
+            least[doing] = min(done, least.get(doing, total))
+            if done >= until.get(doing, total + 1):
+                raise KilledError
+
+        try:
+            return train(tiny_spec, FolderStore(tmp_path), progress=kill), least
+        except KilledError:
+            return None, least
+
+    killed, least = trained(until={classifier: 2000})
+    assert killed is None and least.keys() == {classifier}
+    killed, least = trained(until={vae: 6000})
+    assert killed is None and least[classifier] > 1000
+    resumed, least = trained(until={})
+    assert least.keys() == {vae} and least[vae] > 3000
+    assert resumed is not None
     for ours, theirs in ((resumed.classifier, tiny_models.classifier), (resumed.vae, tiny_models.vae)):
         for name, array in ours.items():
             np.testing.assert_array_equal(array, theirs[name])

@@ -77,24 +77,31 @@ async def _chunks(reader: asyncio.StreamReader) -> bytes:
     return body
 
 
-async def _client(port: int, requests: Callable[[], bytes | None], replies: list[Reply]) -> None:
+async def _client(
+    port: int, requests: Callable[[], bytes | None], replies: list[Reply], pause_s: float
+) -> None:
     client = Client(port)
     while (request := requests()) is not None:
         replies.append(await client.ask(request))
+        await asyncio.sleep(pause_s)
     client.close()
 
 
 def load(
-    port: int, clients: int, requests: Callable[[], bytes | None], replies: list[Reply] | None = None
+    port: int,
+    clients: int,
+    requests: Callable[[], bytes | None],
+    replies: list[Reply] | None = None,
+    pause_s: float = 0.0,
 ) -> list[Reply]:
     """Return the replies of `clients` at once that send what `requests` returns until it returns None.
 
-    With `replies` they are appended to that list as they come.
+    With `replies` they are appended to that list as they come. Each client pauses after each reply.
     """
     replies = [] if replies is None else replies
 
     async def run() -> list[Reply]:
-        await asyncio.gather(*(_client(port, requests, replies) for _ in range(clients)))
+        await asyncio.gather(*(_client(port, requests, replies, pause_s) for _ in range(clients)))
         return replies
 
     return asyncio.run(run())

@@ -23,7 +23,7 @@ TIMEOUT_S = 40.0  # of the application: four times the default, for slow machine
 
 
 class SlowClients(threading.Thread):
-    """Connections that send `prefix` and then a byte each now and then; a closed one is opened again."""
+    """Connections that send `prefix` and then a byte each half second; a closed one is opened again."""
 
     def __init__(self, port: int, count: int, prefix: bytes) -> None:
         super().__init__(daemon=True)
@@ -35,6 +35,7 @@ class SlowClients(threading.Thread):
         selector = selectors.DefaultSelector()
         for _ in range(self.count):
             self._open(selector)
+        sent = time.monotonic()
         while not self.ended.is_set():
             for key, _ in selector.select(0.05):
                 with contextlib.suppress(OSError):
@@ -42,6 +43,9 @@ class SlowClients(threading.Thread):
                 selector.unregister(key.fileobj)
                 key.fileobj.close()
                 self._open(selector)
+            if time.monotonic() < sent + 0.5:
+                continue
+            sent = time.monotonic()
             for key in list(selector.get_map().values()):
                 with contextlib.suppress(OSError):
                     key.fileobj.send(b"x")

@@ -31,9 +31,9 @@ def registry(own_store):
     return Registry(own_store)
 
 
-@pytest.fixture
-def candidates(own_store):
-    return {name: prepare_candidate(Run.open(own_store, name))[1] for name in ("first", "second", "swapped")}
+@pytest.fixture(scope="module")
+def candidates(planted):
+    return {name: prepare_candidate(Run.open(planted, name))[1] for name in ("first", "second", "swapped")}
 
 
 def test_a_promoted_candidate_becomes_version_1_with_who_when_and_why(registry, candidates):
