@@ -95,8 +95,7 @@ def test_a_program_is_corrected_like_any_other_classifier(name, tmp_path):
     compute = LocalCompute()
     report = run_defuse(run, compute, ReferenceAnnotators(run, compute))
     assert report.accuracy.before.test is not None
-    if report.scenarios.accepted:
-        assert report.chosen is not None
+    assert report.scenarios.accepted and report.chosen is not None
 
 
 def repacked(path: Path, changes: dict[str, bytes], target: Path) -> bytes:
