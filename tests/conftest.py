@@ -164,6 +164,7 @@ TOGETHER = {  # folder or file of tests -> the group that runs in one process; o
     "tests/cluster/test_on_s3.py": "drivers",  # one process that commands are forked from
     "tests/e2e/test_kill.py": "drivers",
     "tests/core/training/test_file_loader.py": "drivers",
+    "tests/core/training/test_loop.py": "drivers",
 }
 FIRST = (
     "label-studio",

@@ -12,9 +12,10 @@ def wait_until(
     condition: Callable[[], object],
     found: Callable[[], object] = lambda: "the condition did not come true",
     within_s: float = WAIT_S,
+    every_s: float = 0.05,  # longer for a condition that is dear to look at
 ) -> None:
     """Return once `condition` holds. Raises AssertionError with what `found` returns if it does not in time."""
     end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, f"after {within_s:g} s: {found()}"
-        time.sleep(0.05)
+        time.sleep(every_s)

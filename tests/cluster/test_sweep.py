@@ -127,13 +127,14 @@ def test_a_killed_trial_goes_on_at_its_last_finished_epoch(
 
 
 def test_a_trial_that_fails_for_good_is_left_out_and_told(
-    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, local_sweep: Sweep, tmp_path: Path
+    two: RunFile, tiny_models: Models, fixes: Corrections, local_sweep_of_two: Sweep, tmp_path: Path
 ) -> None:
     store = RefusingStore(tmp_path / "run", trial_key(1.0), with_bug=True)
-    with RayCompute(None, tiny_spec) as compute:
-        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])
+    with RayCompute(None, two) as compute:
+        (sweep,) = compute.sweeps(tiny_models, [SweepRequest(two, fixes, None, store)])
     assert sweep.failed == (FailedTrial(1.0, "ZeroDivisionError: of a pixel by nothing"),)
-    assert sweep.rows == tuple(row for row in local_sweep.rows if row.lam != 1.0)
+    assert {row.lam for row in sweep.rows} == {10.0}
+    assert sweep.rows == tuple(row for row in local_sweep_of_two.rows if row.lam != 1.0)
 
 
 def test_a_trial_that_runs_out_of_memory_ends_the_sweep_with_what_to_do() -> None:
@@ -145,18 +146,19 @@ def test_a_trial_that_runs_out_of_memory_ends_the_sweep_with_what_to_do() -> Non
 
 
 def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is_back(
-    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, local_sweep: Sweep, tmp_path: Path
+    two: RunFile, tiny_models: Models, fixes: Corrections, local_sweep_of_two: Sweep, tmp_path: Path
 ) -> None:
-    with RayCompute(None, tiny_spec) as compute:
+    with RayCompute(None, two) as compute:
         with pytest.raises(StoreError, match=f"{trial_key(1.0)}: no"):
             compute.sweeps(
                 tiny_models,
-                [SweepRequest(tiny_spec, fixes, None, RefusingStore(tmp_path / "run", trial_key(1.0)))],
+                [SweepRequest(two, fixes, None, RefusingStore(tmp_path / "run", trial_key(1.0)))],
             )[0]
-        sweep = compute.sweeps(
-            tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path / "run"))]
-        )[0]
-    assert_equal_sweeps(sweep, local_sweep)
+        sweep = compute.sweeps(tiny_models, [SweepRequest(two, fixes, None, FolderStore(tmp_path / "run"))])[
+            0
+        ]
+    assert {row.lam for row in sweep.rows} == {1.0, 10.0}
+    assert_equal_sweeps(sweep, local_sweep_of_two)
 
 
 def test_a_sweep_without_a_trial_left_fails(tiny_models: Models, fixes: Corrections, tmp_path: Path) -> None:
@@ -179,12 +181,12 @@ def test_trials_that_another_disk_holds_are_said(
 
 
 def test_a_driver_that_lost_its_run_ends_its_trials(
-    tiny_spec: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+    two: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
 ) -> None:
     store = TakenOverStore(tmp_path / "run", pause_s=1.0)
-    with RayCompute(None, tiny_spec) as compute:
+    with RayCompute(None, two) as compute:
         with pytest.raises(RunBusyError, match="another driver took the run over"):
-            compute.sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, store)])
+            compute.sweeps(tiny_models, [SweepRequest(two, fixes, None, store)])
         wait_for_the_end_of(set(lines.processes("correct: λ")))
 
 
@@ -300,3 +302,19 @@ def test_a_stack_that_is_killed_between_two_writes_goes_on_with_each_lambda_wher
 @pytest.fixture
 def local_spec() -> RunFile:
     return tiny(correct={"lambdas": [1.0], "epochs": 3})
+
+
+@pytest.fixture(scope="module")
+def two() -> RunFile:
+    """The tiny run file with two λ, as many as there are CPUs."""
+    return tiny(correct={"lambdas": [1.0, 10.0]})
+
+
+@pytest.fixture(scope="module")
+def local_sweep_of_two(
+    two: RunFile, tiny_models: Models, fixes: Corrections, local_sweep: Sweep, local_store: FolderStore
+) -> Sweep:
+    """Its sweep, of trials of `local_sweep`."""
+    return LocalCompute().sweeps(tiny_models, [SweepRequest(two, fixes, None, local_store.within("trials"))])[
+        0
+    ]

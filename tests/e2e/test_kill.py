@@ -147,7 +147,8 @@ def test_a_driver_that_is_asked_to_end_does_so_in_one_line_and_leaves_no_lock_an
     assert "***" not in log  # the stack of Ray's C++ part
     assert driver.exitcode == code
     assert (run / ".lock").read_text() == ""
-    wait_until(lambda: not any(f"STARTED_BY={tmp_path}".encode() in each for each in environments()))
+    mark = f"STARTED_BY={tmp_path}".encode()
+    wait_until(lambda: not any(mark in each for each in environments()), every_s=0.25)
 
 
 def environments() -> Iterator[bytes]:

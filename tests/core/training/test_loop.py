@@ -66,7 +66,9 @@ def train_in_group(rank: int, folder: Path, meeting: Path) -> None:
 def test_workers_train_together_from_one_checkpoint_which_the_first_writes_and_diverge_together(tmp_path):
     stores = tmp_path / "stores"
     train(training(FolderStore(stores / "0")), 3)
-    torch.multiprocessing.spawn(train_in_group, (stores, tmp_path / "meeting"), nprocs=2)
+    torch.multiprocessing.start_processes(
+        train_in_group, (stores, tmp_path / "meeting"), nprocs=2, start_method="forkserver"
+    )
     assert FolderStore(stores).list() == [f"0/{KEY}", "0/training/other.safetensors"]
 
 

@@ -33,6 +33,7 @@ from services.serving.launch import (
 from tests.waiting import wait_until
 
 LOOPBACK, ANY = "0100007F", "00000000"
+LOOK_EVERY_S = 0.25  # at all processes of this machine
 ONE, TWO = ServeSection(), ServeSection(max_replicas=2)
 
 
@@ -103,7 +104,11 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
     with serve_process(short_folder, "first", *options, forked=True) as running:
         # a process that Ray has just replaced listens on for a moment; neither 8404 nor 9101 is among the ports
         expected = [{(LOOPBACK, running.port)}]
-        wait_until(lambda: ports_of_haproxy(running.port) == expected, lambda: ports_of_haproxy(running.port))
+        wait_until(
+            lambda: ports_of_haproxy(running.port) == expected,
+            lambda: ports_of_haproxy(running.port),
+            every_s=LOOK_EVERY_S,
+        )
         configuration = configuration_of(listening("haproxy.cfg", running.port)[-1])
         folder = configuration.parent.parent  # Ray adds a folder for the node
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.stat().st_uid == os.getuid()
@@ -127,11 +132,16 @@ def test_haproxy_listens_for_other_machines_starts_below_a_long_folder_and_ends_
     long_folder = short_folder / "temporary"
     long_folder.mkdir()
     with serve_process(short_folder, "first", *options, TMPDIR=str(long_folder)) as running:
-        wait_until(lambda: ports_of_haproxy(running.port) == [{(ANY, running.port)}])
+        expected = [{(ANY, running.port)}]
+        wait_until(lambda: ports_of_haproxy(running.port) == expected, every_s=LOOK_EVERY_S)
         folder = configuration_of(listening("haproxy.cfg", running.port)[0]).parent.parent
         running.process.kill()
         assert folder.parent == Path("/tmp") and stat.S_IMODE(folder.stat().st_mode) == 0o700
-        wait_until(lambda: not processes_with(str(folder)), lambda: f"left: {processes_with(str(folder))}")
+        wait_until(
+            lambda: not processes_with(str(folder)),
+            lambda: f"left: {processes_with(str(folder))}",
+            every_s=LOOK_EVERY_S,
+        )
         # a process that ends has no command line any more before its sockets are closed
         wait_until(lambda: not listening_addresses(running.port), lambda: f"{running.port} is listened on")
         shutil.rmtree(folder)
