@@ -157,8 +157,11 @@ def tiny_spec() -> RunFile:
 
 
 TOGETHER = {  # folder or file of tests -> the group that runs in one process; other files are groups of their own
-    "tests/services/labeling": "label-studio",  # one server, and its first start takes half a minute
-    "tests/e2e/test_label_studio.py": "label-studio",
+    "tests/services/labeling/test_annotations.py": "label-studio-answers",
+    "tests/services/labeling/test_simulate.py": "label-studio-answers",
+    "tests/services/labeling/test_sure_images.py": "label-studio-answers",
+    "tests/e2e/test_label_studio.py": "label-studio-answers",
+    "tests/services/labeling": "label-studio",  # each of both has a server; the second copies its data
     "tests/services/serving": "serving",  # one Serve, and models that are trained well
     "tests/services/storage": "storage",  # one server
     "tests/cluster/test_on_s3.py": "drivers",  # one process that commands are forked from

@@ -1,14 +1,17 @@
-"""One real Label Studio for the whole test session, started when the first test asks for it, and its accounts."""
+"""One real Label Studio for each process of tests, started when the first test asks for it, and its accounts."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
 import shutil
+import sqlite3
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -27,6 +30,10 @@ from services.labeling.simulate import AnnotatorAccount
 from services.settings import Settings, read_settings
 from tests.ports import free_port
 
+if TYPE_CHECKING:
+    from tests.conftest import MakeOnce
+
+DATABASE = "label_studio.sqlite3"
 numbers = itertools.count(1)
 
 
@@ -53,22 +60,47 @@ def pictures_address() -> str:
 def live_server() -> LocalServer:
     """Return the running server; it ends with this process."""
     home = live_home()
-    server = start(home, free_port(), None, LABEL_STUDIO_S3_ENDPOINT=pictures_address())
-    atexit.register(lambda: stop(home.read_server() or server))
+    server = start(home, free_port(), home.read_server(), LABEL_STUDIO_S3_ENDPOINT=pictures_address())
+    atexit.register(stop, server)
     return server
 
 
-def restart(server: LocalServer) -> None:
-    """Stop the server and start it again on its data and port."""
-    stop(live_home().read_server() or server)
-    start(live_home(), server.port, server, LABEL_STUDIO_S3_ENDPOINT=pictures_address())
+def server_of_process(make_once: MakeOnce) -> LocalServer:
+    """Return the running server of this process. Only the first process of a test run waits for an empty database.
+
+    They do not share one: while Label Studio 1.23 deletes a project, no signal reaches its other requests, and an
+    account that is made meanwhile gets no token.
+    """
+
+    def make(folder: Path) -> None:
+        server = live_server()
+        folder.mkdir()
+        copy_database(live_home().data, folder)
+        Installation(folder, folder).write_server(server)
+
+    made = make_once("label-studio", make)
+    home = live_home()
+    if not home.data.exists():
+        home.data.mkdir(mode=0o700)
+        copy_database(made, home.data)
+        shutil.copy(made / "server.json", home.folder)
+    return live_server()
+
+
+def copy_database(source: Path, target: Path) -> None:
+    """Copy Label Studio's database from one folder to another, also while a server uses it."""
+    with (
+        contextlib.closing(sqlite3.connect(source / DATABASE)) as old,
+        contextlib.closing(sqlite3.connect(target / DATABASE)) as new,
+    ):
+        old.backup(new)
 
 
 def write_into_cache(cache: Path) -> None:
-    """Write the running server into a user's cache, where `defuse` finds the local one. It may have been restarted."""
+    """Write the running server into a user's cache, where `defuse` finds the local one."""
     home = Installation(cache)
     home.folder.mkdir(parents=True, exist_ok=True)
-    home.write_server(live_home().read_server() or live_server())
+    home.write_server(live_server())
 
 
 @functools.cache

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import botocore.loaders
+
 from tests.ports import free_port
 from tests.waiting import wait_until
 
 BIN = Path(sys.executable).parent
+# In place of botocore.session.create_loader: a client reads the description of its service, for most of a second, where
+# it is not in its loader.
+one_loader = functools.cache(botocore.loaders.create_loader)
 
 
 @contextlib.contextmanager

@@ -172,11 +172,11 @@ class ReviewProject:
             )
 
     def create(self) -> Project:
-        """Create the project, unless an earlier attempt whose reply was lost did."""
+        """Create the project, which find() has not found, unless an attempt whose reply was lost did."""
         for attempt in _attempts():
             with attempt:
-                known = self.client.find_projects(self.state.mark)
-                if known:
+                again = attempt.retry_state.attempt_number > 1
+                if again and (known := self.client.find_projects(self.state.mark)):
                     return known[0]
                 created = self.client.create_project(self.settings())
         log.info("review: created project %d at %s", created.id, self.client.labeling_url(created.id))

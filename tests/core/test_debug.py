@@ -54,8 +54,8 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("defuse_core.suggest.plan.TRIAL_S", 0.05)
+def _known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(store: Path) -> defuse.RunResult:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("defuse_core.suggest.plan.TRIAL_S", 0.05)
+        patch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
         return defuse.debug(**arguments(store))
 
 

@@ -31,8 +31,8 @@ from tests.services.serving.synthetic_runs import make_run
 
 
 @pytest.fixture(autouse=True)
-def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("defuse_core.suggest.plan.TRIAL_S", 0.05)
+def _known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
 
 
 def settings_of(store: Path, until: type[DefuseError] | None = None, **changes: Any) -> RunFile:

@@ -12,6 +12,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
 from shipped import DEPLOY, load
 
+from tests.s3_servers import one_loader
+
 
 @pytest.fixture(scope="module")
 def config() -> dict[str, Any]:
@@ -32,6 +34,7 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(name, "test")
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setattr("botocore.session.create_loader", one_loader)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         import boto3
 

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 from label_studio_live import (
     digits_gallery,
     invitation_to,
-    live_server,
     review_run,
+    server_of_process,
     settings_for,
     write_into_cache,
 )
@@ -34,7 +34,7 @@ from services.cli import defuse
 from services.labeling import LabelStudioAnnotators
 from services.labeling.local_server import LocalServer
 from services.labeling.simulate import AnnotatorAccount
-from tests.conftest import tiny, trained_run
+from tests.conftest import MakeOnce, tiny, trained_run
 from tests.waiting import WAIT_S, wait_until
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -42,6 +42,7 @@ FLAGS = (
     "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-gpu-compositing",
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
@@ -49,12 +50,13 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--window-size=1280,860",
 )
+WINDOWS = ((1366, 768), (1920, 1080))
 PICTURES = os.environ.get("DEFUSE_TEST_PICTURES")  # a folder to keep screenshots in
 
 
 @pytest.fixture(scope="module")
-def server() -> LocalServer:
-    return live_server()
+def server(make_once: MakeOnce) -> LocalServer:
+    return server_of_process(make_once)
 
 
 @pytest.fixture
@@ -239,13 +241,15 @@ def test_a_scenario_is_labelled_in_the_browser_and_one_image_apart(
 def test_pictures_grow_with_the_window(
     page: Page, server: LocalServer, tmp_path: Path, form: str, selector: str
 ) -> None:
-    gallery = digits_gallery(images=10, size=32)
-    run = review_run(tmp_path, gallery, answers_per_task=1, form=form, images=10)
+    gallery = digits_gallery(labels=(8,), images={"image": 2, "scenario": 10}[form], size=32)
+    run = review_run(tmp_path, gallery, answers_per_task=1, form=form)
     number = LabelStudioAnnotators(run, settings_for(server)).push(gallery).number
+    page.browser.set_window_size(*WINDOWS[0])
+    page.open(number)
     widths = []
-    for window in ((1366, 768), (1920, 1080)):
+    for window in WINDOWS:
         page.browser.set_window_size(*window)
-        page.open(number)
+        page.wait(lambda window=window: page.browser.execute_script("return window.innerWidth") == window[0])
         page.wait(page.picture_is_painted)
         page.keep(f"{form}-{window[0]}")
         widths.append(page.width_of(selector))

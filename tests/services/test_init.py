@@ -31,6 +31,12 @@ def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("defuse_core.suggest.plan.TRIAL_S", 0.05)
 
 
+@pytest.fixture
+def known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds that need not be measured, for tests of all else that is suggested."""
+    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny digits as a folder of grey PNG files; saved as RGB, as many tools do."""
@@ -101,6 +107,7 @@ def test_more_minutes_give_more_epochs(pictures, tmp_path, monkeypatch, capsys):
     assert short["identify"]["draws"] <= long["identify"]["draws"]
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_the_range_that_a_program_expects_and_its_probabilities_are_written(
     pictures, tmp_path, monkeypatch, capsys
 ):
@@ -122,6 +129,7 @@ def test_the_range_that_a_program_expects_and_its_probabilities_are_written(
     load_run_file(Path("digits.yaml"))
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_a_state_dict_with_its_factory_is_taken(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(trained().state_dict(), "own.pth")
@@ -140,11 +148,11 @@ def test_a_classifier_below_an_unknown_home_is_one_line(tmp_path, monkeypatch, c
     assert "--classifier ~nosuchuser/net.pt2: expected the home of an existing user after ~" in one_line(err)
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_not_written(
     pictures, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     weights = trained().state_dict()
     weights["body.5.bias"] = weights["body.5.bias"] + 8 * torch.eye(10)[8]  # takes many images for an 8
     torch.save(weights, "own.pth")
@@ -157,9 +165,9 @@ def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_
     )
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_another_order_of_the_classes_is_written_with_a_note(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     weights = trained().state_dict()
     rolled = {name: weights[name].roll(3, dims=0) for name in ("body.5.weight", "body.5.bias")}
     torch.save(weights | rolled, "own.pth")
@@ -179,6 +187,7 @@ def colour_picture(path: Path, width: int, height: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_photographs_are_decoded_anchored_and_the_run_file_says_why(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for number in range(30):
@@ -229,6 +238,7 @@ def test_colour_is_found_where_the_first_pictures_of_each_class_are_grey(classes
     assert inspect_data(tmp_path).channels == 3
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_classes_with_few_images_are_named_in_a_note(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, count in (("cat, wild", 3), ("dog", 25)):
@@ -340,6 +350,7 @@ def test_what_cannot_be_is_refused_in_one_line(options, line, tmp_path, monkeypa
     assert code == 2
 
 
+@pytest.mark.usefixtures("known_speeds")
 @pytest.mark.parametrize(
     ("images", "out", "file", "following"),
     [
@@ -377,6 +388,7 @@ def test_a_classifier_from_an_unset_variable_is_refused(pictures, monkeypatch, c
     assert "'--classifier': expected a value, found an empty one" in err
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_more_classes_leave_cells_of_less_weight(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).integers(0, 255, (400, 16, 16), np.uint8)

@@ -28,8 +28,8 @@ HERE = "tests.services.test_init_image_size"
 
 
 @pytest.fixture(autouse=True)
-def _short_trials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("defuse_core.suggest.plan.TRIAL_S", 0.05)
+def _known_speeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     monkeypatch.chdir(tmp_path)
 
 
@@ -130,7 +130,6 @@ def test_a_classifier_that_is_right_at_any_size_gets_the_suggested_one(monkeypat
 
 
 def test_a_classifier_of_colour_pictures_gets_grey_ones_in_colour_and_a_note_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     code, data, printed = suggested(monkeypatch, capsys, 48, 48, "of_48_in_colour")
     assert (code, data.get("image_size"), data.get("channels")) == (0, 48, 3), printed
     assert "used as     48x48, colour" in printed
@@ -141,7 +140,6 @@ def test_a_classifier_of_colour_pictures_gets_grey_ones_in_colour_and_a_note_say
 
 
 def test_a_classifier_of_grey_pictures_gets_colour_ones_in_grey(monkeypatch, capsys):
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     code, data, printed = suggested(monkeypatch, capsys, 48, 48, "of_48", coloured=True)
     assert (code, data.get("image_size"), data.get("channels")) == (0, 48, 1), printed
     assert "the pictures look in colour, but the classifier takes grey ones, so data.channels is 1" in printed

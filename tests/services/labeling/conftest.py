@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
-from label_studio_live import annotator_accounts, digits_gallery, live_server, review_run, settings_for
+from label_studio_live import (
+    annotator_accounts,
+    digits_gallery,
+    live_server,
+    review_run,
+    server_of_process,
+    settings_for,
+)
 from proxy import Proxy, proxy_to
 
 from defuse_core.artifacts import Gallery
@@ -19,11 +28,12 @@ from services.labeling.local_server import LocalServer
 from services.labeling.simulate import AnnotatorAccount
 from services.labeling.state import ProjectState, read_state
 from services.labeling.tasks import ReviewTasks, TaskSubject
+from tests.conftest import MakeOnce
 
 
 @pytest.fixture(scope="session")
-def server() -> LocalServer:
-    return live_server()
+def server(make_once: MakeOnce) -> LocalServer:
+    return server_of_process(make_once)
 
 
 @pytest.fixture(scope="session")
@@ -76,15 +86,29 @@ class Review:
     def everyone_answers(
         self, accounts: tuple[AnnotatorAccount, ...], choice: Callable[[TaskSubject], str]
     ) -> None:
+        tasks = self.tasks().values()
         for account in accounts:
-            for task in self.tasks().values():
+            for task in tasks:
                 account.answer(
                     task.id, "page" if "samples" in (task.data or {}) else "image", choice(self.subject(task))
                 )
 
 
 @pytest.fixture
-def make_review(tmp_path: Path, server: LocalServer) -> Callable[..., Review]:
+def no_project_stays(tmp_path: Path, server: LocalServer) -> Iterator[None]:
+    """Delete the projects of the runs below `tmp_path` at the end: among many, each first push looks for its own."""
+    yield
+    token = {"Authorization": f"Token {server.token}"}
+    for path in tmp_path.rglob("labeling.json"):
+        number = json.loads(path.read_text()).get("project")
+        if number is not None:  # it was pushed; a test may have deleted it
+            httpx.delete(
+                f"{server.address}/api/projects/{number}/", headers=token, timeout=60, trust_env=False
+            )
+
+
+@pytest.fixture
+def make_review(tmp_path: Path, server: LocalServer, no_project_stays: None) -> Callable[..., Review]:
     def make(gallery: Gallery | None = None, **review: object) -> Review:
         shown = gallery or digits_gallery()
         run = review_run(tmp_path, shown, **review)

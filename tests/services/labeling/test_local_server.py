@@ -9,14 +9,15 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import httpx
 import pytest
 from click.testing import CliRunner
-from label_studio_live import live_home
+from label_studio_live import digits_gallery, live_home, review_run, settings_for
 
 from defuse_core.errors import InputError, ServiceError
 from services.cli import defuse
-from services.labeling.api_types import ProjectSettings
-from services.labeling.client import LabelStudioClient
+from services.labeling import LabelStudioAnnotators
+from services.labeling.api_types import choice_result
 from services.labeling.local_server import (
     Installation,
     _is_label_studio,
@@ -27,8 +28,6 @@ from services.labeling.local_server import (
     up,
 )
 from tests.ports import free_port
-
-SETTINGS = ProjectSettings("kept", "", "<View/>", "", False, False, 1, "Sequential sampling", False, "")
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def cache(server, tmp_path):
     return tmp_path
 
 
-def test_up_starts_it_in_wal_mode_and_down_keeps_what_is_in_it(cache, monkeypatch):
+def test_up_starts_it_in_wal_mode_and_down_keeps_what_is_in_it(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("DEFUSE_CACHE", str(cache))
     port = str(free_port())
     try:
@@ -58,11 +57,24 @@ def test_up_starts_it_in_wal_mode_and_down_keeps_what_is_in_it(cache, monkeypatc
         assert "starting Label Studio: some seconds" in first.output
         local = running_server(cache)
         assert local is not None and up(cache, int(port)) == local
-        made = LabelStudioClient(local.address, local.token).create_project(SETTINGS)
+        gallery = digits_gallery(labels=(8,), images=1)
+        annotators = LabelStudioAnnotators(review_run(tmp_path / "runs", gallery), settings_for(local))
+        number = annotators.push(gallery).number
+        made, (task,) = annotators.client.project(number), annotators.client.tasks(number)
+        answered = httpx.post(
+            f"{local.address}/api/tasks/{task.id}/annotations/",
+            json={"result": [choice_result("label", "image", "8")]},
+            headers={"Authorization": f"Token {local.token}"},
+            timeout=60,
+            trust_env=False,
+        )
         assert down(cache) and running_server(cache) is None and not down(cache)
         again = up(cache, int(port))
         assert again.token == local.token and again.pid != local.pid
-        assert LabelStudioClient(again.address, again.token).project(made.id) == made
+        assert made is not None and annotators.client.project(number) == made
+        assert annotators.push(gallery).number == number
+        (task,) = annotators.client.tasks(number)
+        assert [annotation.id for annotation in task.annotations] == [answered.json()["id"]]
     finally:
         CliRunner().invoke(defuse, ["label-studio", "down"])
     with contextlib.closing(sqlite3.connect(Installation(cache).data / "label_studio.sqlite3")) as database:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from label_studio_live import digits_gallery, pictures_address, review_run, settings_for
 from PIL import Image
-from s3_servers import rclone_server
+from s3_servers import one_loader, rclone_server
 
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
@@ -36,7 +36,8 @@ PICTURES_ONLY = (
 
 
 @pytest.fixture
-def bucket(tmp_path, monkeypatch):
+def bucket(tmp_path, monkeypatch, no_project_stays):
+    monkeypatch.setattr("botocore.session.create_loader", one_loader)
     for name, value in OWN.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "buckets" / "bucket").mkdir(parents=True)
@@ -104,9 +105,11 @@ def test_the_credentials_of_this_process_are_not_accepted_under_another_name(buc
     assert not annotators.run.store.exists("labeling.json")
 
 
+@pytest.mark.usefixtures("no_project_stays")
 def test_shared_credentials_work_and_the_log_warns_what_annotators_can_read(
     tmp_path, monkeypatch, server, accounts, caplog
 ):
+    monkeypatch.setattr("botocore.session.create_loader", one_loader)
     for name, value in OWN.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "bucket").mkdir()

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from label_studio_live import digits_gallery, restart
+from label_studio_live import digits_gallery
 from PIL import Image
 from proxy import Reply
 
@@ -294,15 +294,6 @@ def test_batches_are_bounded_in_number_and_bytes(monkeypatch):
     sizes = [10, 10, 10, 10, 900, 900, 2000, 10]
     found = list(tasks.batches({"x": "a" * size} for size in sizes))
     assert [len(batch) for batch in found] == [3, 2, 1, 1, 1]
-
-
-def test_a_server_that_was_restarted_has_lost_nothing(make_review, server, accounts):
-    review = make_review()
-    review.annotators.push(review.gallery)
-    accounts[0].answer(review.tasks()["s000-i00"].id, "image", "8")
-    restart(server)
-    review.annotators.push(review.gallery)
-    assert len(review.tasks()["s000-i00"].annotations) == 1
 
 
 def test_a_large_picture_needs_a_run_in_s3_and_says_so(make_review):

@@ -57,13 +57,13 @@ def test_tasks_that_defuse_did_not_import_end_the_simulation_with_an_error(make_
 def test_fewer_models_than_answers_asked_for_are_told(
     asked, missing, make_review, server, monkeypatch, caplog
 ):
-    review = make_review(answers_per_task=asked)
+    review = make_review(gallery=digits_gallery(labels=(8, 3), images=1), answers_per_task=asked)
     review.annotators.push(review.gallery)
-    annotator, scenario, image = (part.ravel() for part in np.indices((2, 4, 3)))
-    votes = Votes(scenario, image, annotator, scenario, np.zeros(24), ("a", "b"), "reference models", {})
+    annotator, scenario, image = (part.ravel() for part in np.indices((2, 2, 1)))
+    votes = Votes(scenario, image, annotator, scenario, np.zeros(4), ("a", "b"), "reference models", {})
     monkeypatch.setattr("services.labeling.simulate._votes_of_models", lambda *_: votes)
-    assert simulate(review.annotators, review.gallery, server, LocalCompute(), silent) == 24
-    line = "2 reference models answer each task once, and review.answers_per_task is 3: 12 are still wanted"
+    assert simulate(review.annotators, review.gallery, server, LocalCompute(), silent) == 4
+    line = "2 reference models answer each task once, and review.answers_per_task is 3: 2 are still wanted"
     assert (line in caplog.messages) == missing
 
 

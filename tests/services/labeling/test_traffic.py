@@ -26,7 +26,7 @@ COMPONENTS = components_digest(digits_gallery())
 
 
 @pytest.fixture
-def cli(monkeypatch, server, tmp_path):
+def cli(monkeypatch, server, tmp_path, no_project_stays):
     monkeypatch.setenv("LABEL_STUDIO_URL", server.address)
     monkeypatch.setenv("LABEL_STUDIO_API_KEY", server.token)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import ray
 import yaml
+from click.testing import CliRunner
 from ray.serve.schema import ServeDeploySchema
+from ray.serve.scripts import cli as serve_command
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
@@ -80,13 +79,14 @@ def test_a_server_of_a_run_warns_of_another_version_in_production(promoted, capl
     assert "version 1 (run first) is in production, and this server answers with run second" in caplog.text
 
 
-def test_serve_build_writes_the_application(planted, tmp_path):
+def test_serve_build_writes_the_application(planted, tmp_path, monkeypatch):
     module = f"from services.serving.app import ServeArgs, build\napp = build(ServeArgs(store={planted.address!r}))\n"
     (tmp_path / "built.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     written = tmp_path / "built.yaml"
-    command = [sys.executable, "-m", "ray.serve.scripts", "build", "built:app", "-o", str(written)]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"}
-    subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)
+    done = CliRunner().invoke(serve_command, ["build", "built:app", "-o", str(written)])
+    assert done.exit_code == 0, done.output
     found = ServeDeploySchema.model_validate(yaml.safe_load(written.read_text()))
     assert found.applications[0].deployments[0].name == "classifier"
 

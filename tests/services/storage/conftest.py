@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
-import botocore.loaders
 import pytest
 from buckets import KEYS
-from s3_servers import moto_server
+from s3_servers import moto_server, one_loader
 
 from defuse_core.store import FolderStore, Store
 from services.storage import open_store, s3
-
-# A client reads the description of S3, for most of a second, where it is not in its loader.
-one_loader = functools.cache(botocore.loaders.create_loader)
 
 
 @pytest.fixture(autouse=True)
