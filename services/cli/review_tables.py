@@ -50,9 +50,8 @@ class ReviewSummary:
     invitation: str | None = None  # where annotators get an account
     not_counted: int = 0  # answers
     skipped: tuple[str, ...] = ()  # addresses of skipped or unreadable tasks that lack answers
-    changes: dict[str, int] = field(
-        default_factory=dict
-    )  # answers added, changed and deleted after the votes
+    # answers added, changed and deleted after the votes; empty where nobody looked
+    changes: dict[str, int] = field(default_factory=dict)
     problem: str | None = None  # why the changes are not known
 
 
