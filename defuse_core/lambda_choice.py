@@ -50,8 +50,7 @@ def collect_sweep(
 
     Nothing is picked where no λ keeps the clean accuracy within correct.max_loss and max_class_loss (choose_by tune).
     `of_baseline`: the trials are tuned on the reviewed failures alone. `failures` holds the error of each λ that is
-    left out, which is logged. Raises ModelError or ComputeError if all
-    failed.
+    left out, which is logged. Raises ModelError or ComputeError if all failed.
     """
     failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
     whose = " of the baseline" if of_baseline else ""
@@ -59,7 +58,7 @@ def collect_sweep(
         log.warning("correct: the trial%s with λ = %g failed for good: %s", whose, each.lam, each.cause)
     if failures and not trials:
         kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
-        raise kind(f"correct: every trial failed; λ = {failed[0].lam:g}: {failed[0].cause}")
+        raise kind(f"correct: every trial{whose} failed; λ = {failed[0].lam:g}: {failed[0].cause}")
     for trial in trials:
         if not trial.done:
             raise ComputeError(

@@ -289,6 +289,7 @@ def sampled_failures(
 
 
 def _all_of_cell(psi: Psi, store: Store, cell: Cell) -> Failures:
+    """Return all failures of a cell, from every shard."""
     shards = np.flatnonzero(psi.codes).tolist()
     return Failures.concatenate(
         [_of_cell(shard_of_psi(store, psi.fingerprint, index).failures, cell) for index in shards]

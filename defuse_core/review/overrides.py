@@ -93,7 +93,7 @@ def class_index(label: str, classes: tuple[str, ...]) -> int:
 
 def _store(run: Run, entry: Override) -> str:
     """Store the decision beside all others, and return its key: of two that are made at once, both count."""
-    numbers = [int(found[0]) for key in run.store.list(OVERRIDES) if (found := re.findall(r"\d+", key))]
+    numbers = [int(found[0]) for key in run.store.list(OVERRIDES) if (found := re.search(r"\d+", key))]
     number = max(numbers, default=0) + 1
     while not run.store.create(f"{OVERRIDES}{number:04d}.json", json.dumps(asdict(entry), indent=1).encode()):
         number += 1

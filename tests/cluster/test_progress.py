@@ -76,7 +76,8 @@ def test_the_driver_is_shown_each_update_and_line_once_and_whether_there_was_any
 ) -> None:
     told: list[object] = []
 
-    def lines() -> list[tuple[int, str]]:  # not those of a server of an earlier test, which ends when it is collected
+    # not those of a server of an earlier test, which ends when it is collected
+    def lines() -> list[tuple[int, str]]:
         return [(record.levelno, record.message) for record in caplog.records if record.name == "defuse"]
 
     listener.progress = lambda *update: told.append(update)

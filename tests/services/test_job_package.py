@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
+from cluster.jobs import Job
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import InputError, ModelError, RunFileError
-from services.cli.jobs import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, build_working_dir
+from services.cli.jobs import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, _row, build_working_dir
 from tests.conftest import tiny
 
 
@@ -266,3 +267,9 @@ def test_a_module_without_a_spec_is_no_code_to_take_along(
     monkeypatch.setitem(sys.modules, "made_at_run_time", type(sys)("made_at_run_time"))
     with pytest.raises(ModelError, match="no module made_at_run_time in this folder"):
         _copy_module("classifier.import_path", "made_at_run_time:build", tmp_path)
+
+
+@pytest.mark.parametrize("started", [None, 1.0])
+def test_what_others_submitted_cannot_act_on_the_terminal(started: float | None) -> None:
+    job = Job("raysubmit\n1", "bash -c '\x1b[2J'", "RUNNING", started, None, None, "")
+    assert not any("\n" in cell or "\x1b" in cell for cell in _row(job))

@@ -221,6 +221,20 @@ def test_a_lost_registry_is_an_error_for_whoever_knows_its_state(registry, candi
     assert registry.state_after(EMPTY) is None and registry.changes_after(EMPTY) == []
 
 
+def test_a_registry_that_goes_between_listing_and_reading_is_gone(registry, candidates, monkeypatch):
+    state = promote(registry, candidates[0], ANA)
+
+    def gone(_key: str) -> bytes:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(registry.store, "read", gone)
+    with pytest.raises(StoreError, match="the registry is gone; restore it"):
+        registry.state()
+    monkeypatch.setattr(registry.store, "version", lambda _key: "changed")
+    with pytest.raises(StoreError, match="the registry is gone; restore it"):
+        registry.changes_after(state)
+
+
 def test_a_poll_without_a_change_reads_nothing_after_the_first(registry, candidates, monkeypatch):
     """A state holds all versions, so it grows, and each replica polls every two seconds."""
     state, asked = promote(registry, candidates[0], ANA), []
