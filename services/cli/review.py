@@ -78,7 +78,6 @@ def status(name: str, store: str, as_json: bool) -> None:
     Once the votes are stored, show them and the verdicts; that works without Label Studio, too.
     """
     from defuse_core.artifacts import Verdicts, Votes
-    from defuse_core.review.overrides import read_overrides
 
     opened, gallery = _open(name, store)
     console = Terminal(markup=False)  # what annotators typed is no markup
@@ -106,10 +105,8 @@ def status(name: str, store: str, as_json: bool) -> None:
         console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
     print_status(found, console)
     print_skips(name, found, task_url, console)
-    overrides = read_overrides(opened.store)
-    summary = replace(
-        summarize_status(name, found, overrides, task_url, changes), label_at=label_at, invitation=invitation
-    )
+    summary = summarize_status(name, found, task_url, changes)
+    summary = replace(summary, label_at=label_at, invitation=invitation)
     if changes is not None:
         print_closed(name, changes, None, console)
     elif "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review

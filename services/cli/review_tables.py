@@ -16,7 +16,7 @@ from defuse_core.errors import count_of
 from services.tables import print_table
 
 if TYPE_CHECKING:
-    from defuse_core.artifacts import Gallery, Override, Verdicts, Votes
+    from defuse_core.artifacts import Gallery, Verdicts, Votes
     from services.labeling.status import AnswerChanges, ReviewStatus
     from services.labeling.tasks import TaskSubject
 
@@ -87,15 +87,11 @@ def _answers_by_annotator(votes: Votes) -> Counter[str]:
 
 
 def summarize_status(
-    name: str,
-    status: ReviewStatus,
-    overrides: Sequence[Override],
-    task_url: Callable[[int], str],
-    changes: AnswerChanges | None,
+    name: str, status: ReviewStatus, task_url: Callable[[int], str], changes: AnswerChanges | None
 ) -> ReviewSummary:
     """Return the summary of a review that Label Studio has; `changes` after the votes, once these are stored."""
     missing = status.missing_per_task.sum(axis=1) * ~status.decided
-    verdicts = status.verdicts(overrides)
+    verdicts = status.verdicts()
     return ReviewSummary(
         run=name,
         closed=changes is not None,

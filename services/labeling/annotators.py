@@ -131,14 +131,13 @@ class LabelStudioAnnotators:
         annotators = pulled.annotators()
         # numbered in the state that the store has now: other commands may have changed it
         state = update_state(self.run.store, state, lambda known: known.with_annotators(annotators))
-        overridden = [override.scenario for override in read_overrides(self.run.store)]
         crowdlab = self.run.spec.review.consensus == "crowdlab"
         stored = self.run.load(Prelabels) if crowdlab else None
         status = review_status(
             tasks,
             pulled,
             self._names(pulled, state),
-            overridden,
+            read_overrides(self.run.store),
             None if stored is None else stored.probabilities,
         )
         update_queue(self.client, status)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -83,8 +83,13 @@ class ReviewStatus:
     consensus: Consensus | None  # by CROWDLAB, where the run asks for it and its models' answers are stored
     sure: Bool  # (S, R) stop_early, and CROWDLAB is sure of the label
     missing: I64  # (S, R) answers that were requested and not given; 0 where the label is sure
-    overridden: Bool  # (S,) a person decided above the vote
+    overrides: tuple[Override, ...]  # what people decided above the vote, oldest first
     final: Bool  # (S,) stop_early, and no missing answer can change verdict or label
+
+    @cached_property
+    def overridden(self) -> Bool:
+        """(S,) whether a person decided above the vote."""
+        return np.isin(np.arange(len(self.missing)), [override.scenario for override in self.overrides])
 
     @property
     def decided(self) -> Bool:
@@ -148,7 +153,7 @@ class ReviewStatus:
         """The number of outstanding answers, in words."""
         return f"{'about ' if self.stops_when_sure else ''}{self.outstanding:,} are still wanted"
 
-    def verdicts(self, overrides: Sequence[Override] = ()) -> Verdicts:
+    def verdicts(self) -> Verdicts:
         """Return the verdicts that follow from the votes so far, and from what people decided above them.
 
         They are by majority where review.consensus: crowdlab lacks the reference models' answers, which the run makes.
@@ -157,7 +162,7 @@ class ReviewStatus:
         rate = false_discovery_rate(review)
         labels = None if self.consensus is None else self.consensus.labels
         return decide_verdicts(
-            self.tasks.gallery, self.votes, review.rho, overrides, max_false=rate, image_labels=labels
+            self.tasks.gallery, self.votes, review.rho, self.overrides, max_false=rate, image_labels=labels
         )
 
     def per_annotator(self) -> dict[str, int]:
@@ -228,15 +233,14 @@ def review_status(
     tasks: ReviewTasks,
     pulled: PulledAnnotations,
     names: Mapping[int, str],
-    overridden: Iterable[int],
+    overrides: Sequence[Override],
     probabilities: F32 | None = None,
 ) -> ReviewStatus:
-    """Return the status of the review; `overridden` are the scenarios that a person decided above the vote.
+    """Return the status of the review; `overrides` are what people decided above the vote, oldest first.
 
     `probabilities` (W, S, R, C) are those of the reference models, for review.consensus: crowdlab.
     """
-    shape = tasks.gallery.predicted.shape
-    votes = _votes(pulled, tasks, names)
+    shape, votes = tasks.gallery.predicted.shape, _votes(pulled, tasks, names)
     given = np.zeros(shape, np.int64)
     np.add.at(given, (votes.scenario, votes.image), 1)
     review, consensus = tasks.review, None
@@ -245,13 +249,12 @@ def review_status(
         consensus = crowdlab_consensus(votes, probabilities.mean(axis=0))
         sure = consensus.sure(review.certainty) & stops_when_sure(review)
     missing = np.where(sure, 0, review.answers_per_task - given)
-    above = np.isin(np.arange(len(tasks.gallery)), list(overridden))
     final: Bool = np.zeros(len(tasks.gallery), bool)
     if review.stop_early and review.accept == "share" and review.consensus == "majority":
         counts = tally(votes, (shape[0], shape[1]), len(tasks.gallery.classes))
         cases = zip(counts, missing, tasks.gallery.predicted, strict=True)
         final = np.array([verdict_is_final(*case, review.rho) for case in cases], bool)
-    return ReviewStatus(tasks, pulled, names, votes, consensus, sure, missing, above, final)
+    return ReviewStatus(tasks, pulled, names, votes, consensus, sure, missing, tuple(overrides), final)
 
 
 def _votes(pulled: PulledAnnotations, tasks: ReviewTasks, names: Mapping[int, str]) -> Votes:

@@ -11,7 +11,7 @@ import pytest
 from planted_review import IMAGES, annotation, blank_review, task_of
 from rich.console import Console
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Override
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.api_types import choice_result
@@ -29,7 +29,10 @@ def answers_to(tasks, index, count, choice="8", first=1):
 
 def status_of(tasks, found, names=None, overridden=()) -> ReviewStatus:
     people = names or {n: f"annotator-{n}" for n in range(1, 10)}
-    return review_status(tasks, read_annotations(found, tasks), people, overridden)
+    overrides = [
+        Override(scenario, None, "Ada", "blurred", "2026-01-31T12:00:00Z") for scenario in overridden
+    ]
+    return review_status(tasks, read_annotations(found, tasks), people, overrides)
 
 
 def test_a_scenario_that_a_person_decided_needs_no_answers_without_stopping_early(tmp_path):

@@ -13,7 +13,7 @@ from label_studio_live import review_run
 from planted_review import annotation, task_of
 from rich.console import Console
 
-from defuse_core.artifacts import NO_SCENARIO, Gallery, Votes
+from defuse_core.artifacts import NO_SCENARIO, Gallery, Override, Votes
 from defuse_core.review.verdicts import decide_verdicts
 from services.cli.review_tables import (
     ROWS_SHOWN,
@@ -61,7 +61,7 @@ def status_of(
         Task(900 + n, None, None, 1, False, (annotation(900 + n, 1, "8"),), None) for n in range(foreign)
     ]
     pulled = read_annotations([*found, *others], tasks)
-    return review_status(tasks, pulled, NAMES, [2])
+    return review_status(tasks, pulled, NAMES, [Override(2, None, "Ada", "blurred", "2026-01-31T12:00:00Z")])
 
 
 def shown(show: Callable[[Console], object]) -> list[str]:
@@ -128,7 +128,7 @@ def test_the_first_skips_of_tasks_that_lack_answers_are_listed_and_all_counted(t
     assert lines[-1].startswith(f"{ROWS_SHOWN + 2} skipped or not readable, in tasks that lack answers.")
     assert skips_of(status_of(tmp_path / "none", full)) == []
     odd = status_of(tmp_path / "odd", full, odd=1)
-    unreadable, _ = skips_of(replace(odd, overridden=np.zeros_like(odd.overridden)))
+    unreadable, _ = skips_of(replace(odd, overrides=()))
     assert unreadable.startswith("Not readable, the choice 'zebra") and "Cem on scenario 3" in unreadable
 
 
